@@ -1,0 +1,231 @@
+"""The bundle's manifest, `bundle.json`: its one definition, read and checked here.
+
+A bundle is a folder with the graphs of one exported model and all that a device needs to use them.
+docs/formats.md specifies it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztune.errors import FormatError
+from ztune.fields import Fields
+from ztune.files import read_json, sha256
+from ztune.types import Json
+
+FORMAT = "ztune-bundle"
+VERSION = 1
+MANIFEST = "bundle.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+# An ONNX tensor stored outside its file says so with the key "location": as protobuf writes it.
+_LOCATION = re.compile(rb"\x0a\x08location\x12(.{1,300})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes the image tower's input: open_clip's evaluation transform."""
+
+    size: int
+    """Side of the square input in pixels."""
+    mean: tuple[float, ...]
+    """Per channel, of values in 0…1."""
+    std: tuple[float, ...]
+    interpolation: str
+    """bicubic or bilinear."""
+    resize_mode: str
+    """shortest (then centre crop), longest (then pad), or squash."""
+    fill_color: int
+    """Grey level of the padding where resize_mode is longest."""
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How class names and contexts become the text tower's input."""
+
+    width: int
+    """Size d of a token embedding."""
+    context_length: int
+    """Tokens of a whole sequence."""
+    prefix_ids: tuple[int, ...]
+    """Before the text, [SOS] for most; empty for SigLIP."""
+    suffix_ids: tuple[int, ...]
+    """After the text: [EOT]."""
+    pad_id: int
+    cleaning: str
+    """lower, whitespace, canonicalize or none: what is done to a text before its tokenizer."""
+    causal: bool
+    pooling: str
+    """Where the tower reads its feature: argmax, eos, last, first or class."""
+    graph: str
+    """prefix: `prompt.onnx` shares the context's states between classes; sequence: it does not."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked manifest and the folder that it describes."""
+
+    path: Path
+    model_id: str
+    """Digest of weights, architecture, tokenizer and preprocessing; equal across precisions."""
+    digest: str
+    """SHA-256 of bundle.json itself: this very export."""
+    source: Mapping[str, str]
+    """model, pretrained and licence of the weights, as far as known."""
+    image: ImageSpec
+    text: TextSpec
+    embed_dim: int
+    logit_scale: float
+    """Already exponentiated."""
+    logit_bias: float
+    precision: str
+    files: Mapping[str, tuple[str, int]]
+    """SHA-256 and size in bytes by file name."""
+    parity: Mapping[str, Mapping[str, float]]
+    """Cosine and max_abs against torch by graph, as measured at export."""
+    manifest: Mapping[str, Json]
+    """The whole of bundle.json."""
+
+    def file(self, name: str) -> Path:
+        """Return the path of one file after checking size, digest and where it keeps its tensors.
+
+        Raises: FormatError when the bundle has no such file, or it was damaged or replaced.
+        """
+        if name not in self.files:
+            raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
+        for part in (name, f"{name}.data"):
+            if part in self.files:
+                self._check(part)
+        if name.endswith(".onnx"):
+            check_external_data(
+                self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
+            )
+        return self.path / name
+
+    def _check(self, name: str) -> None:
+        digest, size = self.files[name]
+        path = self.path / name
+        where = f'bundle "{self.path}": {name}'
+        if not path.is_file():
+            raise FormatError(f"{where} is missing (export again)")
+        found = path.stat().st_size
+        if found != size:
+            raise FormatError(
+                f"{where} has {found} bytes, bundle.json says {size} "
+                "(file damaged or replaced; export again)"
+            )
+        if sha256(path) != digest:
+            raise FormatError(
+                f"{where}: SHA-256 differs from bundle.json (file damaged or replaced; export again)"
+            )
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read and check the manifest in folder `path`; the files are checked when they are used.
+
+    Raises: FormatError when it is no bundle, or one of a newer format.
+    """
+    if not path.is_dir():
+        raise FormatError(f'bundle "{path}" is no folder (make one with: ztune export --help)')
+    where = f'bundle "{path}": {MANIFEST}'
+    if not (path / MANIFEST).is_file():
+        raise FormatError(f'bundle "{path}" has no {MANIFEST}, so it is no bundle')
+    raw = read_json(path / MANIFEST, where)
+    top = Fields(raw, where)
+    if raw.get("format") != FORMAT:
+        raise FormatError(f'{where}: "format" is {raw.get("format")!r}, expected "{FORMAT}"')
+    version = top.integer("version", least=1)
+    if version > VERSION:
+        raise FormatError(
+            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
+            "upgrade ztune"
+        )
+    files = {}
+    listed = top.object("files")
+    for name in listed.values:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise FormatError(f"{where}: file name {name!r} is not a plain name")
+        entry = listed.object(name)
+        files[name] = (entry.text("sha256"), entry.integer("bytes"))
+    parity_field = top.object("parity")
+    parity = {}
+    for graph in parity_field.values:
+        figures = parity_field.object(graph)
+        parity[graph] = {key: figures.number(key) for key in ("cosine", "max_abs")}
+    source = top.object("source")
+    scale = top.number("logit_scale")
+    if scale <= 0:
+        raise FormatError(f'{where}: "logit_scale" is {scale}, expected a positive number')
+    return Bundle(
+        path=path,
+        model_id=top.text("model_id"),
+        digest=sha256(path / MANIFEST),
+        source={key: source.text(key) for key in source.values},
+        image=image_spec(top.object("image")),
+        text=_text_spec(top.object("text")),
+        embed_dim=top.integer("embed_dim", least=1),
+        logit_scale=scale,
+        logit_bias=top.number("logit_bias"),
+        precision=top.text("precision", among=("fp32", "fp16", "int8")),
+        files=files,
+        parity=parity,
+        manifest=raw,
+    )
+
+
+def image_spec(image: Fields) -> ImageSpec:
+    """Check the preprocessing part of a manifest; a classifier carries the same one."""
+    spec = ImageSpec(
+        size=image.integer("size", least=1),
+        mean=image.numbers("mean", 3),
+        std=image.numbers("std", 3),
+        interpolation=image.text("interpolation", among=("bicubic", "bilinear")),
+        resize_mode=image.text("resize_mode", among=("shortest", "longest", "squash")),
+        fill_color=image.integer("fill_color"),
+    )
+    if min(spec.std) <= 0 or spec.fill_color > 255 or spec.size > 4096:
+        raise FormatError(f"{image.where}: size, std or fill_color out of range")
+    return spec
+
+
+def _text_spec(text: Fields) -> TextSpec:
+    return TextSpec(
+        width=text.integer("width", least=1),
+        context_length=text.integer("context_length", least=2),
+        prefix_ids=text.integers("prefix_ids"),
+        suffix_ids=text.integers("suffix_ids"),
+        pad_id=text.integer("pad_id"),
+        cleaning=text.text("cleaning", among=("lower", "whitespace", "canonicalize", "none")),
+        causal=text.flag("causal"),
+        pooling=text.text("pooling", among=("argmax", "eos", "last", "first", "class")),
+        graph=text.text("graph", among=("prefix", "sequence")),
+    )
+
+
+def check_external_data(graph: Path, allowed: str | None) -> None:
+    """Refuse a graph that keeps tensors in any file but `allowed`, without parsing its weights.
+
+    Raises: FormatError naming the location. ONNX Runtime never sees such a graph.
+    """
+    if graph.stat().st_size == 0:
+        raise FormatError(f"{graph} is empty")
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in _LOCATION.finditer(content):
+            length = match[1][0]
+            # A length of 128 or more takes two bytes in protobuf and is no name of ours anyway.
+            location = match[1][1 : 1 + length] if length < 128 else b"(a long path)"
+            if allowed is None or location != allowed.encode():
+                shown = location.decode(errors="replace")
+                raise FormatError(
+                    f"{graph} keeps tensors in {shown!r}, "
+                    f"expected {allowed or 'all in one file'} (export again)"
+                )
+
+
+def describe(value: Mapping[str, Json]) -> str:
+    """Return compact JSON with sorted keys: the same bytes for the same content."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,25 @@
+"""The errors a user can meet: each is one line that says what, got, expected and what to do."""
+
+
+class ZtuneError(Exception):
+    """Anything that the command line reports in one line and exits 1 for."""
+
+
+class DataError(ZtuneError):
+    """Pictures, folders, manifests or splits that cannot be used as they are."""
+
+
+class FormatError(ZtuneError):
+    """A file of ours (bundle, artifact, run) that is damaged, foreign or too new."""
+
+
+class ProviderError(ZtuneError):
+    """An execution provider that was asked for and does not really run."""
+
+
+class BudgetError(ZtuneError):
+    """A step that would cost more queries than are left."""
+
+
+class ConfigError(ZtuneError):
+    """A setting with an unknown name or an impossible value."""

@@ -1,0 +1,91 @@
+"""Typed access to a JSON object read from a file, so that a wrong field is named and not guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ztune.errors import FormatError
+from ztune.types import Json
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object and the name under which its errors are reported.
+
+    Every accessor raises FormatError naming the field, what was found and what was expected.
+    """
+
+    values: Mapping[str, Json]
+    where: str
+
+    def _fail(self, key: str, expected: str) -> FormatError:
+        got = repr(self.values[key])[:60] if key in self.values else "nothing"
+        return FormatError(f'{self.where}: "{key}" is {got}, expected {expected}')
+
+    def text(self, key: str, among: tuple[str, ...] = ()) -> str:
+        value = self.values.get(key)
+        if not isinstance(value, str) or (among and value not in among):
+            raise self._fail(key, " or ".join(among) or "a string")
+        return value
+
+    def integer(self, key: str, least: int = 0) -> int:
+        value = self.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._fail(key, f"a whole number of at least {least}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.values.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._fail(key, "a number")
+        if not math.isfinite(value):
+            raise self._fail(key, "a finite number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key)
+        if not isinstance(value, bool):
+            raise self._fail(key, "true or false")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._fail(key, "a list of strings")
+        return tuple(str(item) for item in value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        if not isinstance(value, list):
+            raise self._fail(key, "a list of whole numbers")
+        numbers = [v for v in value if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+        if len(numbers) != len(value):
+            raise self._fail(key, "a list of whole numbers")
+        return tuple(numbers)
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) != length:
+            raise self._fail(key, f"a list of {length} numbers")
+        numbers = [float(v) for v in value if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) != length:
+            raise self._fail(key, f"a list of {length} numbers")
+        return tuple(numbers)
+
+    def object(self, key: str) -> Fields:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self._fail(key, "an object")
+        return Fields(value, f"{self.where}: {key}")
+
+    def objects(self, key: str) -> tuple[Fields, ...]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self._fail(key, "a list of objects")
+        return tuple(
+            Fields(item, f"{self.where}: {key}[{i}]")
+            for i, item in enumerate(value)
+            if isinstance(item, dict)
+        )

@@ -1,0 +1,77 @@
+"""Files written whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ztune.errors import FormatError
+from ztune.types import Json
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success flush it and rename it to `path`.
+
+    Whoever reads `path` sees the old file or the whole new one, also after a kill or a power cut.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private to the user; what we leave behind follows the umask.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write `value` as indented JSON with a final newline, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path, what: str) -> dict[str, Json]:
+    """Read a JSON object.
+
+    Raises: FormatError naming `what` when the file is absent, no JSON, or no object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FormatError(f"{what}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{what}: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{what}: {path} holds no JSON object")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

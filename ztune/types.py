@@ -1,0 +1,120 @@
+"""Array aliases and the seams of the house as protocols; no logic.
+
+Shapes are written `f32[P, C, e]` with P candidates, C classes, N pictures, m context tokens, d the
+text width, e the embedding size, V cached views of a picture and S the side of a square picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class ImageEncoder(Protocol):
+    """Pictures to unit features, the same bytes whatever pictures share a call."""
+
+    @property
+    def identity(self) -> str:
+        """All that changes a feature: weights, preprocessing, provider, precision, version."""
+
+    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+        """Return u8[S, S, 3]: the centre crop, or a random crop and flip drawn from `view`."""
+
+    def encode(self, pixels: U8) -> F32:
+        """Return unit features f32[N, e] of pixels u8[N, S, S, 3]."""
+
+
+class PromptEncoder(Protocol):
+    """Contexts to the unit text features of the classes it was made for."""
+
+    def encode(self, contexts: F32) -> F32:
+        """Return f32[P, C, e] for contexts f32[P, m, d]."""
+
+
+class PromptMap(Protocol):
+    """From the optimised values to what is sent."""
+
+    @property
+    def dim(self) -> int:
+        """How many values are optimised (δ in the papers)."""
+
+    def __call__(self, points: F64) -> F32:
+        """Return contexts f32[P, m, d] of points f64[P, dim]."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Points to evaluate on the same pictures, in one call."""
+
+    points: F64
+    """f64[P, dim], a copy of the optimizer's own."""
+    same_batch: bool = False
+    """Keep the pictures of the round before (a line search)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which cached pictures a step sees."""
+
+    pictures: I64
+    """i64[N]: rows of the feature table."""
+    views: I64
+    """i64[N]: which cached view of each."""
+    number: int
+    """Counts the batches drawn, from 1."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an oracle answers to one proposal."""
+
+    losses: F64
+    """f64[P] in nats, mean over the pictures of the batch."""
+    accuracies: F64
+    """f64[P] in 0…1 on the pictures of the batch."""
+    labels: I64
+    """i64[N]."""
+    batch_number: int
+    logits: F32 | None = None
+    """f32[P, N, C] where the oracle gives them."""
+
+
+class Oracle(Protocol):
+    """Forward passes behind losses: the only thing that a tuned method may ask."""
+
+    def __call__(self, contexts: F32, batch: Batch) -> Evaluation:
+        """Evaluate contexts f32[P, m, d] on one batch."""
+
+
+State = tuple[Mapping[str, NDArray[np.generic]], Mapping[str, Json]]
+"""Arrays by name and plain values by name: all of an optimizer or sampler, its generator too."""
+
+
+class Optimizer(Protocol):
+    """Ask for points, tell their losses; nothing else is known of the function."""
+
+    def ask(self) -> Proposal:
+        """Return the next points; asking again gives the same."""
+
+    def tell(self, evaluation: Evaluation) -> None:
+        """Take the answers in the order of ask."""
+
+    def recommend(self) -> F64:
+        """Return f64[dim], the method's published choice."""
+
+    def state(self) -> State:
+        """Return all that is needed to go on as if never stopped."""
+
+    def restore(self, state: State) -> None:
+        """Take over a state saved by `state` of the same configuration."""
