@@ -120,7 +120,8 @@ class Bundle:
             )
         if sha256(path) != digest:
             raise FormatError(
-                f"{where}: SHA-256 differs from bundle.json (file damaged or replaced; export again)"
+                f"{where}: SHA-256 differs from bundle.json "
+                "(file damaged or replaced; export again)"
             )
 
 

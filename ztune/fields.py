@@ -1,4 +1,4 @@
-"""Typed access to a JSON object read from a file, so that a wrong field is named and not guessed."""
+"""Typed access to a JSON object read from a file: a wrong field is named, never guessed."""
 
 from __future__ import annotations
 

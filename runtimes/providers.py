@@ -1,0 +1,163 @@
+"""Execution providers: one that was asked for runs the matrix products, or it is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ztune.errors import ProviderError
+
+NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
+# Full precision, and the same convolution algorithm on every run.
+_OPTIONS: dict[str, dict[str, str]] = {
+    "cpu": {},
+    "cuda": {
+        "use_tf32": "0",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+    },
+}
+
+
+def onnxruntime() -> Any:
+    """Import ONNX Runtime, whichever build is installed, with its CUDA libraries preloaded.
+
+    Raises: ProviderError when none is installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(
+            f"onnxruntime cannot be imported ({error}); install it with: pip install 'ztune[cpu]' "
+            "(or 'ztune[gpu]', or on a Jetson NVIDIA's own wheel)"
+        ) from None
+    ort.set_default_logger_severity(4)  # a provider that fails is reported by us, in one line
+    if "CUDAExecutionProvider" in ort.get_available_providers() and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(None):
+            ort.preload_dlls()
+    return ort
+
+
+def open_session(graph: Path | bytes, provider: str, *, profile_prefix: Path | None = None) -> Any:
+    """Open an ONNX Runtime session on `provider`: cpu or cuda.
+
+    Raises: ProviderError when the provider is unknown, not built in, or did not load.
+    """
+    ort = onnxruntime()
+    if provider not in NAMES:
+        raise ProviderError(f'unknown provider "{provider}", expected cpu or cuda')
+    wanted = NAMES[provider]
+    if wanted not in ort.get_available_providers():
+        raise ProviderError(
+            f"provider {provider} is not in this build of onnxruntime {ort.__version__} (it has "
+            f"{', '.join(ort.get_available_providers())}); install 'ztune[gpu]' in place of "
+            "'ztune[cpu]', or use --provider cpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.use_deterministic_compute = True
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    source = str(graph) if isinstance(graph, Path) else graph
+    try:
+        session = ort.InferenceSession(
+            source, sess_options=options, providers=[(wanted, _OPTIONS[provider])]
+        )
+    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+        raise ProviderError(
+            f"{_shown(graph)} cannot be opened on {provider}: {_line(error)}"
+        ) from None
+    # A CUDA provider that cannot load its libraries leaves a CPU session and no exception.
+    if session.get_providers()[0] != wanted:
+        raise ProviderError(
+            f"provider {provider} was asked for, but {_shown(graph)} runs on "
+            f"{session.get_providers()[0]}: its libraries or the device are missing "
+            "(see: ztune doctor)"
+        )
+    return session
+
+
+def require_placement(graph: Path | bytes, provider: str, feeds: Mapping[str, Any]) -> None:
+    """Run `graph` once under the profiler and see where its matrix products ran.
+
+    Raises: ProviderError naming the operators that ran elsewhere.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(graph, provider, profile_prefix=Path(folder) / "placement")
+        session.run(None, dict(feeds))
+        events = json.loads(Path(session.end_profiling()).read_text())
+    elsewhere: dict[str, str] = {}
+    n_heavy = 0
+    for event in events:
+        arguments = event.get("args", {})
+        operator, ran_on = arguments.get("op_name", ""), arguments.get("provider")
+        if ran_on and (operator in _HEAVY or operator.startswith("QLinear")):
+            n_heavy += 1
+            if ran_on != NAMES[provider]:
+                elsewhere[operator] = ran_on
+    if elsewhere or not n_heavy:
+        found = ", ".join(f"{op} on {where}" for op, where in elsewhere.items()) or "none"
+        raise ProviderError(
+            f"provider {provider} was asked for, but of the matrix products in {_shown(graph)} "
+            f"these ran elsewhere: {found}"
+        )
+
+
+def probe(provider: str) -> None:
+    """Run a small matrix product on `provider`.
+
+    Raises: ProviderError with the reason why it did not run there.
+    """
+    require_placement(_small_graph(), provider, {"x": np.ones((2, 8), dtype=np.float32)})
+
+
+def resolve(provider: str) -> tuple[str, str]:
+    """Return the provider to use and one line that says why; `auto` takes the best that works.
+
+    Raises: ProviderError when the one asked for does not really run.
+    """
+    if provider == "cpu":
+        return provider, "provider cpu (as asked for)"
+    if provider == "cuda":
+        probe(provider)
+        return provider, "provider cuda (as asked for; a probe ran on it)"
+    if provider != "auto":
+        raise ProviderError(f'unknown provider "{provider}", expected auto, cpu or cuda')
+    if NAMES["cuda"] not in onnxruntime().get_available_providers():
+        return "cpu", "provider cpu (this build of onnxruntime has no CUDA)"
+    try:
+        probe("cuda")
+    except ProviderError as error:
+        return "cpu", f"provider cpu (cuda did not run: {error})"
+    return "cuda", "provider cuda (the best that works here)"
+
+
+def _small_graph() -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 8])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _shown(graph: Path | bytes) -> str:
+    return str(graph) if isinstance(graph, Path) else "a small graph"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,167 @@
+"""The result of tuning, `*.safetensors`: read, write, check. docs/formats.md specifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ztune.errors import FormatError
+from ztune.fields import Fields
+from ztune.tensors import read_tensors, write_tensors
+from ztune.types import F32, Json
+
+FORMAT = "ztune-artifact"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artifact comes from; every field is the same for the same run."""
+
+    model_id: str
+    bundle_digest: str
+    method: str
+    seed: int
+    queries: int
+    stop_reason: str
+    config: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ContextArtifact:
+    """A tuned context and the text features it gives the classes it was tuned on."""
+
+    classes: tuple[str, ...]
+    provenance: Provenance
+    context: F32
+    """f32[m, d]: the context itself, never a latent and a seed."""
+    text_features: F32
+    """f32[C, e], unit rows."""
+    logit_scale: float
+    logit_bias: float
+
+    def classifier(self) -> tuple[F32, F32]:
+        """Return weight f32[C, e] and bias f32[C]: logits are `weight f + bias`, |f| = 1."""
+        weight = np.float32(self.logit_scale) * self.text_features
+        return weight, np.full(len(self.classes), self.logit_bias, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class HeadArtifact:
+    """A closed-form classifier on image features; it serves no other classes."""
+
+    classes: tuple[str, ...]
+    provenance: Provenance
+    weight: F32
+    """f32[C, e]"""
+    bias: F32
+    """f32[C]"""
+
+    def classifier(self) -> tuple[F32, F32]:
+        """Return weight f32[C, e] and bias f32[C]."""
+        return self.weight, self.bias
+
+
+Artifact = ContextArtifact | HeadArtifact
+
+
+def write_artifact(path: Path, artifact: Artifact) -> None:
+    """Write an artifact, whole or not at all; the same artifact gives the same bytes."""
+    p = artifact.provenance
+    document: dict[str, Json] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": "context" if isinstance(artifact, ContextArtifact) else "head",
+        "classes": list(artifact.classes),
+        "model_id": p.model_id,
+        "bundle_digest": p.bundle_digest,
+        "method": p.method,
+        "config": dict(p.config),
+        "seed": p.seed,
+        "queries": p.queries,
+        "stop_reason": p.stop_reason,
+    }
+    if isinstance(artifact, ContextArtifact):
+        arrays = {
+            "context": artifact.context,
+            "text_features": artifact.text_features,
+            "logit_scale": np.array([artifact.logit_scale], dtype=np.float32),
+            "logit_bias": np.array([artifact.logit_bias], dtype=np.float32),
+        }
+    else:
+        arrays = {"weight": artifact.weight, "bias": artifact.bias}
+    write_tensors(path, arrays, document)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read and check an artifact completely.
+
+    Raises: FormatError when it is damaged, foreign, too new, or its parts do not fit together.
+    """
+    where = f'artifact "{path}"'
+    arrays, document = read_tensors(path, where)
+    top = Fields(document, where)
+    if document.get("format") != FORMAT:
+        raise FormatError(f"{where} is no ztune artifact")
+    version = top.integer("version", least=1)
+    if version > VERSION:
+        raise FormatError(
+            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
+            "upgrade ztune"
+        )
+    classes = top.texts("classes")
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise FormatError(f"{where}: expected at least two different class names")
+    provenance = Provenance(
+        model_id=top.text("model_id"),
+        bundle_digest=top.text("bundle_digest"),
+        method=top.text("method"),
+        seed=top.integer("seed"),
+        queries=top.integer("queries"),
+        stop_reason=top.text("stop_reason"),
+        config=top.object("config").values,
+    )
+    C = len(classes)
+
+    def tensor(name: str, *shape: int | None) -> F32:
+        array = arrays.pop(name, None)
+        if array is None or array.dtype != np.float32 or array.ndim != len(shape):
+            raise FormatError(f"{where}: tensor {name} is missing or not float32 of {shape}")
+        if any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+            raise FormatError(f"{where}: tensor {name} is {array.shape}, expected {shape}")
+        if 0 in array.shape or not np.isfinite(array).all():
+            raise FormatError(
+                f"{where}: tensor {name} is empty or holds values that are not finite"
+            )
+        return array
+
+    artifact: Artifact
+    if top.text("kind", among=("context", "head")) == "context":
+        artifact = ContextArtifact(
+            classes,
+            provenance,
+            context=tensor("context", None, None),
+            text_features=tensor("text_features", C, None),
+            logit_scale=float(tensor("logit_scale", 1)[0]),
+            logit_bias=float(tensor("logit_bias", 1)[0]),
+        )
+    else:
+        artifact = HeadArtifact(classes, provenance, tensor("weight", C, None), tensor("bias", C))
+    if arrays:
+        raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
+    return artifact
+
+
+def require_same_model(artifact: Artifact, model_id: str, path: Path, bundle: Path) -> None:
+    """Refuse an artifact made for another model.
+
+    Raises: FormatError with both ids.
+    """
+    if artifact.provenance.model_id != model_id:
+        raise FormatError(
+            f'"{path}" was made for model {artifact.provenance.model_id[:19]}…, '
+            f'bundle "{bundle}" is {model_id[:19]}… (use the bundle it was tuned on, or tune again)'
+        )

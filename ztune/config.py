@@ -1,0 +1,68 @@
+"""Settings: frozen dataclasses filled from `key=value` words or a saved JSON object, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ztune.errors import ConfigError
+from ztune.types import Json
+
+T = TypeVar("T")
+
+
+def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
+    """Return `kind` with `settings` over its defaults; words are read as the field's type.
+
+    Raises: ConfigError for an unknown key, listing the known ones, or a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f'{where} has no setting "{key}"; it has: {", ".join(known)}')
+        values[key] = _converted(value, hints[key], f"{where}: {key}")
+    return kind(**values)
+
+
+def _converted(value: Json, hint: Any, where: str) -> Json:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in options and value in (None, "none", "null"):
+        return None
+    for option in options:
+        if option is bool and value in (True, False, "true", "false"):
+            return value in (True, "true")
+        if option is str and isinstance(value, str):
+            return value
+        if option in (int, float) and not isinstance(value, bool):
+            try:
+                number = option(value)
+            except (TypeError, ValueError):
+                continue
+            if isinstance(value, str) or number == value:
+                return typing.cast(Json, number)
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not types.NoneType)
+    raise ConfigError(f"{where} is {value!r}, expected {names}")
+
+
+def settings_from_words(words: list[str]) -> dict[str, Json]:
+    """Return {key: text} of words `key=value`.
+
+    Raises: ConfigError for a word without `=`.
+    """
+    settings: dict[str, Json] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f'--set takes key=value, got "{word}"')
+        settings[key.strip().replace("-", "_")] = value
+    return settings
+
+
+def as_json(config: Any) -> dict[str, Json]:
+    """Return a config's fields as a JSON object."""
+    return dict(dataclasses.asdict(config))

@@ -1,0 +1,112 @@
+"""The few-shot loss as an oracle: cached image features against the text features of candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ztune.errors import ZtuneError
+from ztune.optim.generator import generator_from_json, generator_to_json
+from ztune.types import F32, F64, I64, Batch, Evaluation, PromptEncoder, State
+
+
+def cross_entropy(logits: F32, labels: I64) -> F64:
+    """Return f64[..., N]: −log softmax(logits)[label] in nats, computed in float64.
+
+    Shapes: logits f32[..., N, C], labels i64[N].
+    """
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(wide, labels[:, None], axis=-1)[..., 0]
+    return np.asarray(np.log(np.exp(wide).sum(axis=-1)) - chosen)
+
+
+class FewShotObjective:
+    """Softmax cross-entropy over the classes, also for models trained with another loss."""
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        features: F32,
+        labels: I64,
+        logit_scale: float,
+        logit_bias: float = 0.0,
+    ):
+        """Keep unit features f32[V, N, e] of the labelled pictures; logit_scale multiplies."""
+        self._encoder = encoder
+        self._features = features
+        self._labels = labels
+        self._scale = np.float32(logit_scale)
+        self._bias = np.float32(logit_bias)
+
+    def __call__(self, contexts: F32, batch: Batch) -> Evaluation:
+        """Evaluate contexts f32[P, m, d] on one batch.
+
+        Raises: ZtuneError naming the candidate whose loss is not finite.
+        """
+        pictures = self._features[batch.views, batch.pictures]
+        labels = self._labels[batch.pictures]
+        texts = self._encoder.encode(contexts)
+        logits = self._scale * (pictures @ texts.transpose(0, 2, 1)) + self._bias
+        losses = cross_entropy(logits, labels).mean(axis=-1)
+        if not np.isfinite(losses).all():
+            worst = int(np.flatnonzero(~np.isfinite(losses))[0])
+            raise ZtuneError(
+                f"batch {batch.number}, candidate {worst + 1} of {len(losses)}: the loss is "
+                f"{losses[worst]} (a smaller step_size or perturbation, or fp32 graphs, may help)"
+            )
+        accuracies = (logits.argmax(axis=-1) == labels).mean(axis=-1)
+        return Evaluation(losses, accuracies, labels, batch.number, logits)
+
+
+class BatchSampler:
+    """Batches of pictures: all of them where they fit, else a new order each epoch.
+
+    The remainder of an epoch that fills no batch is dropped, as the published loops do.
+    """
+
+    def __init__(self, n_pictures: int, batch_size: int, n_views: int, rng: np.random.Generator):
+        self._n_pictures = n_pictures
+        self._size = min(batch_size, n_pictures)
+        self._n_views = n_views
+        self._rng = rng
+        self._order = np.arange(n_pictures, dtype=np.int64)
+        self._position = n_pictures  # the first draw shuffles
+        self._number = 0
+        self._current: Batch | None = None
+
+    def next(self) -> Batch:
+        if self._size < self._n_pictures and self._position + self._size > self._n_pictures:
+            self._order = self._rng.permutation(self._n_pictures).astype(np.int64)
+            self._position = 0
+        start = self._position if self._size < self._n_pictures else 0
+        pictures = self._order[start : start + self._size].copy()
+        self._position = start + self._size
+        views = self._rng.integers(self._n_views, size=self._size, dtype=np.int64)
+        self._number += 1
+        self._current = Batch(pictures, views, self._number)
+        return self._current
+
+    def current(self) -> Batch:
+        """Return the batch drawn last: a line search stays on its pictures."""
+        return self._current or self.next()
+
+    def state(self) -> State:
+        current = self._current
+        arrays = {"order": self._order}
+        if current is not None:
+            arrays |= {"pictures": current.pictures, "views": current.views}
+        return arrays, {
+            "position": self._position,
+            "number": self._number,
+            "generator": generator_to_json(self._rng),
+        }
+
+    def restore(self, state: State) -> None:
+        arrays, values = state
+        self._order = np.array(arrays["order"], dtype=np.int64)
+        self._position = int(str(values["position"]))
+        self._number = int(str(values["number"]))
+        self._rng = generator_from_json(values["generator"])
+        if "pictures" in arrays:
+            pictures, views = (np.array(arrays[k], dtype=np.int64) for k in ("pictures", "views"))
+            self._current = Batch(pictures, views, self._number)

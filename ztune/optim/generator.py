@@ -1,0 +1,40 @@
+"""A numpy generator's whole state as plain JSON, so that a resumed run draws the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ztune.errors import FormatError
+from ztune.types import Json
+
+
+def generator_to_json(rng: np.random.Generator) -> Json:
+    """Return the PCG64 state; its 128-bit integers as strings."""
+    state = rng.bit_generator.state
+    return {
+        "kind": state["bit_generator"],
+        "state": str(state["state"]["state"]),
+        "inc": str(state["state"]["inc"]),
+        "has_uint32": state["has_uint32"],
+        "uinteger": state["uinteger"],
+    }
+
+
+def generator_from_json(value: Json) -> np.random.Generator:
+    """Return a generator that goes on where the saved one was.
+
+    Raises: FormatError when the state is no PCG64 state.
+    """
+    if not isinstance(value, dict) or value.get("kind") != "PCG64":
+        raise FormatError("saved generator is no PCG64 state (file damaged)")
+    try:
+        bits = np.random.PCG64()
+        bits.state = {
+            "bit_generator": "PCG64",
+            "state": {"state": int(str(value["state"])), "inc": int(str(value["inc"]))},
+            "has_uint32": int(str(value["has_uint32"])),
+            "uinteger": int(str(value["uinteger"])),
+        }
+    except (KeyError, ValueError, OverflowError) as error:
+        raise FormatError(f"saved generator cannot be read ({error})") from None
+    return np.random.Generator(bits)

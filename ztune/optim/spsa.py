@@ -1,0 +1,107 @@
+"""Simultaneous perturbation with averaged pairs and intrinsic-dimensional clipping.
+
+Source: Spall 1992 for the estimator; Park et al. 2025 (ZIP, arXiv 2504.06838) for the schedule and
+the clipping. The loop, whole:
+
+    optimizer = Spsa(SpsaConfig(), start, np.random.default_rng(1))
+    for _ in range(500):
+        optimizer.tell(oracle(to_contexts(optimizer.ask().points), batch))
+    best = optimizer.recommend()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.errors import ConfigError
+from ztune.optim.generator import generator_from_json, generator_to_json
+from ztune.types import F64, Evaluation, Proposal, State
+
+
+@dataclass(frozen=True)
+class SpsaConfig:
+    """ZIP's published settings."""
+
+    step_size: float = 0.01
+    """a in a_k = a / (k + step_offset)^step_decay."""
+    step_offset: float = 1.0
+    step_decay: float = 0.4
+    perturbation: float = 0.01
+    """c in c_k = c / k^perturbation_decay."""
+    perturbation_decay: float = 0.1
+    n_pairs: int = 5
+    """Two-sided estimates averaged per step; a step costs 2 * n_pairs queries."""
+    clip: bool = True
+    """Scale the gradient back to norm √δ where it is longer."""
+
+    def __post_init__(self) -> None:
+        if self.n_pairs < 1:
+            raise ConfigError(f"n_pairs is {self.n_pairs}, expected at least 1")
+        for name in ("step_size", "perturbation"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
+
+
+class Spsa:
+    """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same pictures."""
+
+    def __init__(self, config: SpsaConfig, start: F64, rng: np.random.Generator):
+        self._config = config
+        self._point = start.astype(np.float64)
+        self._rng = rng
+        self._step = 1  # k
+        self._perturbations = self._draw()
+
+    @property
+    def queries_per_step(self) -> int:
+        return 2 * self._config.n_pairs
+
+    def _draw(self) -> F64:
+        """Return p f64[n_pairs, δ]: magnitudes U[0.5, 1] with random signs."""
+        shape = (self._config.n_pairs, len(self._point))
+        magnitudes = self._rng.uniform(0.5, 1.0, shape)
+        return np.asarray(magnitudes * self._rng.choice([-1.0, 1.0], shape))
+
+    @property
+    def _scale(self) -> float:
+        c = self._config
+        return float(c.perturbation / self._step**c.perturbation_decay)  # c_k
+
+    def ask(self) -> Proposal:
+        moves = self._scale * self._perturbations
+        pairs = np.stack([self._point + moves, self._point - moves], axis=1)
+        return Proposal(points=pairs.reshape(-1, len(self._point)))
+
+    def tell(self, evaluation: Evaluation) -> None:
+        c = self._config
+        plus, minus = evaluation.losses.reshape(c.n_pairs, 2).T
+        differences = (plus - minus)[:, None] / (2 * self._scale * self._perturbations)
+        gradient: F64 = differences.mean(axis=0)
+        if c.clip:
+            gradient = clipped(gradient, float(np.sqrt(len(gradient))))
+        step_size = c.step_size / (self._step + c.step_offset) ** c.step_decay  # a_k
+        self._point = self._point - step_size * gradient
+        self._step += 1
+        self._perturbations = self._draw()
+
+    def recommend(self) -> F64:
+        return np.array(self._point)
+
+    def state(self) -> State:
+        arrays = {"point": self._point.copy(), "perturbations": self._perturbations.copy()}
+        return arrays, {"step": self._step, "generator": generator_to_json(self._rng)}
+
+    def restore(self, state: State) -> None:
+        arrays, values = state
+        self._point = np.array(arrays["point"], dtype=np.float64)
+        self._perturbations = np.array(arrays["perturbations"], dtype=np.float64)
+        self._step = int(str(values["step"]))
+        self._rng = generator_from_json(values["generator"])
+
+
+def clipped(gradient: F64, limit: float) -> F64:
+    """Return `gradient` rescaled to norm `limit` (√δ in ZIP, section 4.3) where it is longer."""
+    norm = float(np.linalg.norm(gradient))
+    return np.asarray(gradient * (limit / norm) if norm >= limit else gradient)

@@ -1,0 +1,144 @@
+"""A run's folder: what it is doing, how far it is, and how to go on after a kill.
+
+`run.json` says what was asked and, at the end, what came out; `state.safetensors` is the state
+after the last saved step; `history.jsonl` has a line per step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ztune.errors import ConfigError, DataError, FormatError
+from ztune.fields import Fields
+from ztune.files import read_json, write_json
+from ztune.tensors import read_tensors, write_tensors
+from ztune.tune import Tuning
+from ztune.types import Evaluation, Json
+
+FORMAT = "ztune-run"
+VERSION = 1
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.run = path / "run.json"
+        self.split = path / "split.json"
+        self.state = path / "state.safetensors"
+        self.history = path / "history.jsonl"
+        self.prompt = path / "prompt.safetensors"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises: ConfigError when it exists with something in it; DataError when it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            occupied = any(self.path.iterdir())
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise DataError(
+                f'output folder "{self.path}" cannot be written: {error.strerror}'
+            ) from None
+        if occupied:
+            hint = (
+                f"go on with: ztune tune --resume {self.path}"
+                if self.run.exists()
+                else "name another --out"
+            )
+            raise ConfigError(f'output folder "{self.path}" is not empty ({hint})')
+
+    def write(self, document: Mapping[str, Json]) -> None:
+        write_json(self.run, {"format": FORMAT, "version": VERSION, **document})
+
+    def read(self) -> dict[str, Json]:
+        """Return run.json's content.
+
+        Raises: FormatError when this is no run, or one of a newer format.
+        """
+        where = f'run "{self.path}"'
+        if not self.run.is_file():
+            raise FormatError(f"{where} has no run.json, so it is no run")
+        document = read_json(self.run, where)
+        if document.get("format") != FORMAT:
+            raise FormatError(f"{where}: run.json was not written by ztune")
+        version = Fields(document, where).integer("version", least=1)
+        if version > VERSION:
+            raise FormatError(
+                f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
+                "upgrade ztune"
+            )
+        return document
+
+    def save(self, tuning: Tuning) -> None:
+        """Save the state after a step, whole or not at all."""
+        optimizer, sampler = tuning.optimizer.state(), tuning.sampler.state()
+        arrays = {f"optimizer.{k}": v for k, v in optimizer[0].items()}
+        arrays |= {f"sampler.{k}": v for k, v in sampler[0].items()}
+        budget = tuning.budget
+        document: dict[str, Json] = {
+            "optimizer": dict(optimizer[1]),
+            "sampler": dict(sampler[1]),
+            "step": tuning.step,
+            "seconds": tuning.seconds,
+            "queries": budget.queries,
+            "text_forwards": budget.text_forwards,
+            "history_bytes": self.history.stat().st_size if self.history.exists() else 0,
+        }
+        write_tensors(self.state, arrays, document)
+
+    def restore(self, tuning: Tuning) -> None:
+        """Take up the saved state, if there is one, and cut the history back to it.
+
+        Raises: FormatError when the state is damaged.
+        """
+        if not self.state.exists():
+            self.history.unlink(missing_ok=True)
+            return
+        where = f'run "{self.path}": state'
+        arrays, document = read_tensors(self.state, where)
+        top = Fields(document, where)
+
+        def part(name: str) -> tuple[dict[str, object], Mapping[str, Json]]:
+            own = {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{name}.")}
+            return own, top.object(name).values
+
+        try:
+            tuning.optimizer.restore(part("optimizer"))  # type: ignore[arg-type]
+            tuning.sampler.restore(part("sampler"))  # type: ignore[arg-type]
+        except KeyError as missing:
+            raise FormatError(f"{where} lacks {missing} (file of another version)") from None
+        tuning.step = top.integer("step")
+        tuning.seconds = top.number("seconds")
+        tuning.budget.queries = top.integer("queries")
+        tuning.budget.text_forwards = top.integer("text_forwards")
+        length = top.integer("history_bytes")
+        if self.history.exists() and self.history.stat().st_size > length:
+            os.truncate(self.history, length)
+
+    def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
+        """Append one line to the history."""
+        line = {
+            "step": tuning.step,
+            "queries": tuning.budget.queries,
+            "loss": round(float(evaluation.losses.mean()), 6),
+            "accuracy": round(float(evaluation.accuracies.mean()), 6),
+            "seconds": round(tuning.seconds, 3),
+        }
+        with self.history.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_history(self) -> list[dict[str, float]]:
+        """Return the history's lines; an unfinished last one is left out."""
+        if not self.history.exists():
+            return []
+        lines = self.history.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]

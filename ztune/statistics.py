@@ -1,0 +1,65 @@
+"""Accuracy with its interval, and the confusion table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.types import F32, I64, Json
+
+_Z = 1.959964  # the normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a classifier does on n labelled pictures."""
+
+    predictions: I64
+    """i64[n]"""
+    labels: I64
+    classes: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """In 0…1."""
+        return float((self.predictions == self.labels).mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson score interval of the accuracy."""
+        n, p = self.n, self.accuracy
+        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def per_class(self) -> dict[str, Json]:
+        """Return accuracy and n of every class that has pictures."""
+        result: dict[str, Json] = {}
+        for c, name in enumerate(self.classes):
+            own = self.labels == c
+            if own.any():
+                right = float((self.predictions[own] == c).mean())
+                result[name] = {"accuracy": right, "n": int(own.sum())}
+        return result
+
+    def confusion(self) -> I64:
+        """Return i64[C, C]: pictures of class (row) taken for class (column)."""
+        table = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        np.add.at(table, (self.labels, self.predictions), 1)
+        return table
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.accuracy:6.1%}  ({low:.1%} to {high:.1%}, n = {self.n})"
+
+
+def score(features: F32, weight: F32, bias: F32, labels: I64, classes: tuple[str, ...]) -> Score:
+    """Classify unit features f32[n, e] by `weight f + bias` and compare with labels i64[n]."""
+    logits = features @ weight.T + bias
+    return Score(logits.argmax(axis=1).astype(np.int64), labels, classes)
