@@ -16,7 +16,7 @@ from ztune.fields import Fields
 from ztune.files import read_json, write_json
 from ztune.tensors import read_tensors, write_tensors
 from ztune.tune import Tuning
-from ztune.types import Evaluation, Json
+from ztune.types import Evaluation, Json, State
 
 FORMAT = "ztune-run"
 VERSION = 1
@@ -107,13 +107,13 @@ class RunFolder:
         arrays, document = read_tensors(self.state, where)
         top = Fields(document, where)
 
-        def part(name: str) -> tuple[dict[str, object], Mapping[str, Json]]:
+        def part(name: str) -> State:
             own = {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{name}.")}
             return own, top.object(name).values
 
         try:
-            tuning.optimizer.restore(part("optimizer"))  # type: ignore[arg-type]
-            tuning.sampler.restore(part("sampler"))  # type: ignore[arg-type]
+            tuning.optimizer.restore(part("optimizer"))
+            tuning.sampler.restore(part("sampler"))
         except KeyError as missing:
             raise FormatError(f"{where} lacks {missing} (file of another version)") from None
         tuning.step = top.integer("step")

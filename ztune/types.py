@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,7 @@ class Oracle(Protocol):
         """Evaluate contexts f32[P, m, d] on one batch."""
 
 
-State = tuple[Mapping[str, NDArray[np.generic]], Mapping[str, Json]]
+State = tuple[Mapping[str, NDArray[Any]], Mapping[str, Json]]
 """Arrays by name and plain values by name: all of an optimizer or sampler, its generator too."""
 
 

@@ -1,0 +1,83 @@
+"""A packed `classifier.onnx`: read what it says of itself, and run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import ImageSpec, check_external_data, image_spec
+from runtimes.preprocess import crop, read_picture
+from runtimes.providers import open_session
+from ztune.errors import FormatError, ProviderError
+from ztune.fields import Fields
+from ztune.types import F32, U8
+
+FORMAT = "ztune-classifier"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """An open classifier and its metadata."""
+
+    path: Path
+    classes: tuple[str, ...]
+    image: ImageSpec
+    resize: bool
+    """Whether the graph resizes pictures itself."""
+    method: str
+    session: Any
+
+    def read(self, path: Path) -> U8:
+        """Return a picture as the graph takes it: u8[S, S, 3], or u8[H, W, 3] with `resize`."""
+        image = read_picture(path)
+        return np.asarray(image, dtype=np.uint8) if self.resize else crop(image, self.image)
+
+    def classify(self, pixels: U8) -> tuple[F32, F32]:
+        """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""
+        logits, probabilities = self.session.run(["logits", "probabilities"], {"pixels": pixels})
+        return np.asarray(logits), np.asarray(probabilities)
+
+
+def open_classifier(path: Path, provider: str) -> Classifier:
+    """Open and check a classifier.
+
+    Raises: FormatError when the file is absent, damaged or not packed by ztune.
+    """
+    where = f'classifier "{path}"'
+    if not path.is_file():
+        raise FormatError(f"{where} does not exist")
+    weights = Path(f"{path}.data")
+    check_external_data(path, weights.name if weights.exists() else None)
+    try:
+        session = open_session(path, provider)
+    except ProviderError as error:
+        raise FormatError(
+            f"{where} cannot be opened (damaged, or no ONNX file?): {error}"
+        ) from None
+    text = session.get_modelmeta().custom_metadata_map.get("ztune", "{}")
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise FormatError(f"{where} was not packed by ztune (make one with: ztune pack)")
+    top = Fields(document, where)
+    version = top.integer("version", least=1)
+    if version > VERSION:
+        raise FormatError(
+            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
+            "upgrade ztune"
+        )
+    return Classifier(
+        path=path,
+        classes=top.texts("classes"),
+        image=image_spec(top.object("image")),
+        resize=top.flag("resize"),
+        method=top.text("method"),
+        session=session,
+    )

@@ -1,0 +1,111 @@
+"""What a person sees: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from ztune.types import Json
+
+
+class Output:
+    """Where a verb writes; `quiet` drops progress and remarks, `as_json` the human result."""
+
+    def __init__(self, quiet: bool = False, as_json: bool = False):
+        self.quiet = quiet
+        self.as_json = as_json
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._results = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def remark(self, text: str) -> None:
+        """Say something on the way."""
+        if not self.quiet:
+            self._errors.print(text)
+
+    def warn(self, text: str) -> None:
+        """Say what must be heard, also with --quiet."""
+        self._errors.print(f"warning: {text}")
+
+    def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
+        """Give the verb's result: one JSON document, or lines and tables for people."""
+        if self.as_json:
+            print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)  # noqa: T201
+            return
+        for line in lines:
+            self._results.print(line)
+
+    def progress(self, what: str, total: int) -> Ticker:
+        """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
+        return Ticker(self._errors, what, total, self.quiet)
+
+
+class Ticker:
+    """Progress of one activity, as a context manager."""
+
+    _PLAIN_INTERVAL = 5.0  # seconds between plain lines
+
+    def __init__(self, console: Console, what: str, total: int, quiet: bool):
+        self._console = console
+        self._what, self._total = what, max(total, 1)
+        self._quiet = quiet
+        self._live = console.is_terminal and not quiet
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Ticker:
+        self._started = self._told = time.monotonic()
+        self._first: int | None = None
+        if self._live:
+            self._progress.start()
+            self._task = self._progress.add_task(self._what, total=self._total, text="")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def update(self, done: int, text: str = "", unit: str = "") -> None:
+        """Show that `done` of the total are done; the rate counts from this process's start."""
+        if self._quiet:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
+        left = (self._total - done) / rate if rate > 0 else 0.0
+        parts = [f"{done}/{self._total}{unit}", text]
+        if rate > 0:
+            parts += [f"{rate:.0f}{unit or ' '}/s", f"{left:.0f} s left"]
+        line = ", ".join(part for part in parts if part)
+        if self._live:
+            self._progress.update(self._task, completed=done, text=line)
+        elif now - self._told >= self._PLAIN_INTERVAL:
+            self._told = now
+            self._console.print(f"{self._what}: {line}")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a plain table, first column left-aligned, the others right."""
+    result = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def fail(message: str) -> None:
+    """Write the one line that a person gets when a command cannot do what was asked."""
+    sys.stderr.write(f"error: {message}\n")

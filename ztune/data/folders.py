@@ -1,0 +1,201 @@
+"""A data set as it lies on disk: which pictures there are, and of which class.
+
+Three layouts, told apart by looking:
+
+    root/class/*                      no splits: ztune divides it (split.py)
+    root/{train,val,test}/class/*     val (or valid, validation) and test may be absent
+    list.csv, list.jsonl              a manifest (manifests.py)
+
+Class folders may be links and may hold sub-folders (which belong to the class; links below a class
+folder are not entered). Everything else is counted and left alone: hidden files, other file types,
+pictures outside of class folders. All order is by code point, never the file system's.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztune.data.manifests import SPLIT_NAMES, SUFFIXES, Listed, SplitName, read_manifest, read_names
+from ztune.errors import DataError
+
+PICTURES = frozenset(".png .jpg .jpeg .bmp .webp .gif .tif .tiff .ppm .pgm".split())
+_LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a data set."""
+
+    path: str
+    """Relative to the data set's root, with forward slashes."""
+    label: int
+    split: SplitName | None
+    """None in a data set without splits."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Classes by name, and pictures sorted by path."""
+
+    root: Path
+    classes: tuple[str, ...]
+    """Sorted by code point, at least two."""
+    pictures: tuple[Picture, ...]
+    ignored: int
+    """Files that are no pictures of any class: hidden, of another type, or outside of a class."""
+
+
+def read_dataset(path: Path, names: Path | None = None) -> Dataset:
+    """Find the pictures and classes of a folder or manifest.
+
+    Class names come from folder names or labels (`_` becomes a space) or from the names file.
+
+    Raises: DataError when it is neither, empty, has one class only, a class without pictures, or
+        two classes of the same name.
+    """
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        where, root, ignored = f'manifest "{path}"', path.parent, 0
+        listed = read_manifest(path)
+    elif path.is_dir():
+        where, root = f'folder "{path}"', path
+        try:
+            listed, ignored = _read_folder(path, where)
+        except OSError as error:
+            raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
+    else:
+        state = "is no folder and no manifest" if path.exists() else "does not exist"
+        raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
+    if not listed:
+        raise DataError(f"{where} holds no pictures (expected {_LAYOUTS})")
+    name_of = _class_names({item.label for item in listed}, names, where)
+    classes = tuple(sorted(name_of.values()))
+    if len(classes) < 2:
+        raise DataError(f'{where} has one class only, "{classes[0]}" (at least two are needed)')
+    if any(item.split for item in listed):
+        _check_splits(listed, where)
+    index = {name: label for label, name in enumerate(classes)}
+    pictures = [Picture(item.path, index[name_of[item.label]], item.split) for item in listed]
+    return Dataset(root, classes, tuple(sorted(pictures, key=lambda p: p.path)), ignored)
+
+
+def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
+    """Return the pictures below a root in either layout, and how many files were ignored."""
+    folders, loose = _subfolders(root)
+    splits = [
+        folder for folder in folders if folder in SPLIT_NAMES and _subfolders(root / folder)[0]
+    ]
+    if not splits:
+        return _read_classes(root, root, None, where, folders, len(loose))
+    others = sorted(set(folders) - set(splits))
+    if others:
+        raise DataError(
+            f'{where}: "{others[0]}" lies beside "{splits[0]}", which holds class folders itself '
+            "(expected train, val and test only; or list the pictures in a manifest)"
+        )
+    if len({SPLIT_NAMES[folder] for folder in splits}) < len(splits):
+        raise DataError(f"{where} has two folders for validation: {', '.join(splits)} (keep one)")
+    listed: list[Listed] = []
+    ignored = len(loose)
+    for split in splits:
+        classes, outside = _subfolders(root / split)
+        found, extra = _read_classes(
+            root, root / split, SPLIT_NAMES[split], where, classes, len(outside)
+        )
+        listed += found
+        ignored += extra
+    return listed, ignored
+
+
+def _read_classes(
+    root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
+) -> tuple[list[Listed], int]:
+    """Return the pictures in the class folders of `parent`, and how many files were ignored."""
+    listed = []
+    for folder in folders:
+        n_before = len(listed)
+        for directory, below, files in os.walk(parent / folder, onerror=_raise):
+            below[:] = sorted(name for name in below if not _hidden(name))
+            for name in files:
+                if _hidden(name) or Path(name).suffix.lower() not in PICTURES:
+                    ignored += 1
+                    continue
+                path = (Path(directory) / name).relative_to(root).as_posix()
+                if not path.isprintable() and not _is_utf8(path):
+                    raise DataError(f"{where}: file name {path!r} is not UTF-8 (rename it)")
+                listed.append(Listed(path, folder, split))
+        if len(listed) == n_before:
+            shown = (parent / folder).relative_to(root).as_posix()
+            raise DataError(
+                f'{where}: class folder "{shown}" holds no pictures (add some or remove it)'
+            )
+    return listed, ignored
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _subfolders(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the visible folders, sorted, and those of the files."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries]
+    folders = sorted(name for name, is_folder in found if is_folder and not _hidden(name))
+    return folders, [name for name, is_folder in found if not is_folder]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _class_names(labels: Iterable[str], names: Path | None, where: str) -> dict[str, str]:
+    """Return the class name of every label.
+
+    Names are composed (NFC): some file systems decompose accents, and names must match elsewhere.
+    """
+    labels = sorted(labels)
+    if names is None:
+        name_of = {label: " ".join(label.replace("_", " ").split()) for label in labels}
+    else:
+        given = read_names(names)
+        unknown, missing = sorted(given.keys() - set(labels)), sorted(set(labels) - given.keys())
+        if unknown:
+            raise DataError(f'names file "{names}": {where} has no class "{unknown[0]}"')
+        if missing:
+            raise DataError(f'names file "{names}": class "{missing[0]}" of {where} has no name')
+        name_of = {label: given[label] for label in labels}
+    label_of: dict[str, str] = {}
+    for label in labels:
+        name = name_of[label] = unicodedata.normalize("NFC", name_of[label])
+        if not name:
+            raise DataError(f'{where}: "{label}" gives an empty class name (rename it)')
+        if name in label_of:
+            raise DataError(
+                f'{where}: "{label_of[name]}" and "{label}" both give the class name "{name}" '
+                "(rename or merge one of them)"
+            )
+        label_of[name] = label
+    return name_of
+
+
+def _check_splits(listed: list[Listed], where: str) -> None:
+    """Raise DataError unless every class has pictures to tune with."""
+    trained = {item.label for item in listed if item.split == "train"}
+    if not trained:
+        raise DataError(f"{where} has splits but no train pictures (add train, or use no splits)")
+    for item in listed:
+        if item.label not in trained:
+            raise DataError(
+                f'{where}: class "{item.label}" has {item.split} pictures but no train pictures'
+            )

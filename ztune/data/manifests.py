@@ -1,0 +1,144 @@
+"""Small text files that name pictures or classes: CSV and JSONL manifests, and names files.
+
+A manifest has the columns path, label and, for all of its pictures or none, split. Paths are
+relative to the manifest's own folder and, links followed, never leave it: a manifest may come from
+elsewhere, and must not make this program read other files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ztune.errors import DataError
+
+SplitName = Literal["train", "val", "test"]
+SPLIT_NAMES: Mapping[str, SplitName] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+SUFFIXES = (".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A picture as a folder or a manifest lists it."""
+
+    path: str
+    """Relative to the root, with forward slashes."""
+    label: str
+    """The class folder's name or the manifest's label, as written."""
+    split: SplitName | None
+
+
+def read_manifest(manifest: Path) -> list[Listed]:
+    """Read the pictures of a .csv or .jsonl file, in its order.
+
+    Raises: DataError naming the line that is wrong, or the first picture that is missing.
+    """
+    where = f'manifest "{manifest}"'
+    text = read_text(manifest, where)
+    rows = _csv_rows(text, where) if manifest.suffix.lower() == ".csv" else _jsonl_rows(text, where)
+    root = manifest.parent.resolve()
+    listed: dict[str, Listed] = {}
+    missing = []
+    for line, row in rows:
+        path, label, split = (row.get(key) for key in ("path", "label", "split"))
+        if not isinstance(path, str) or not isinstance(label, str) or not path or not label.strip():
+            raise DataError(f"{where}, line {line}: expected a path and a label, both as text")
+        if split not in (None, "", *SPLIT_NAMES):
+            raise DataError(
+                f"{where}, line {line}: split is {split!r}, expected train, val or test"
+            )
+        path = path.replace("\\", "/")
+        if not is_inside(path) or not _resolves_inside(root, path):
+            raise DataError(
+                f'{where}, line {line}: path "{path}" leaves the folder of the manifest '
+                "(use relative paths, and put the manifest above its pictures)"
+            )
+        if path in listed:
+            raise DataError(f'{where}, line {line}: path "{path}" is listed twice')
+        if not (root / path).is_file():
+            missing.append(path)
+        listed[path] = Listed(path, label, SPLIT_NAMES[str(split)] if split else None)
+    if missing:
+        raise DataError(f'{where}: "{missing[0]}" is missing, {len(missing)} picture(s) in all')
+    if len({item.split is None for item in listed.values()}) == 2:
+        raise DataError(f"{where}: some pictures have a split and some have none (all or none)")
+    return list(listed.values())
+
+
+def read_names(path: Path) -> dict[str, str]:
+    """Read a names file: one `folder<TAB>class name` a line, empty lines ignored.
+
+    Raises: DataError naming the line that is wrong.
+    """
+    where = f'names file "{path}"'
+    names: dict[str, str] = {}
+    for line, text in enumerate(read_text(path, where).splitlines(), 1):
+        if not text.strip():
+            continue
+        folder, tab, name = text.partition("\t")
+        if not tab or not folder or not name.strip() or "\t" in name.strip():
+            raise DataError(f"{where}, line {line}: expected folder, a tab, and the class name")
+        if folder in names:
+            raise DataError(f'{where}, line {line}: folder "{folder}" is named twice')
+        names[folder] = name.strip()
+    return names
+
+
+def read_text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is not UTF-8 text (save it as UTF-8)") from None
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror}") from None
+
+
+def is_inside(path: str) -> bool:
+    """Tell whether a relative path with forward slashes stays below its root as it is written."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") or ":" in part[1:2] or "\0" in part for part in parts)
+
+
+def _resolves_inside(root: Path, path: str) -> bool:
+    try:
+        return (root / path).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = reader.fieldnames or []
+        if not {"path", "label"} <= set(header):
+            found = ", ".join(header)[:80] or "nothing"
+            raise DataError(f"{where}: the first line is {found}, expected path,label or "
+                            "path,label,split")  # fmt: skip
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{where}, line {reader.line_num}: {error}") from None
+
+
+def _jsonl_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    for line, part in enumerate(text.split("\n"), 1):
+        if not part.strip():
+            continue
+        try:
+            row = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}, line {line}: no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{where}, line {line}: expected {{"path": ..., "label": ...}}')
+        yield line, row

@@ -1,0 +1,109 @@
+"""Pictures of a run: its curve, and the confusion tables before and after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ztune.files import replacing
+from ztune.statistics import Score
+
+_INK, _SOFT, _ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
+
+
+def _figure(width: float, height: float) -> Any:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Return the mean over the last `width` values at each place, fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def draw_curve(
+    history: Sequence[Mapping[str, float]],
+    levels: Mapping[str, float],
+    title: str,
+    path: Path,
+) -> None:
+    """Draw loss and accuracy on the training batches against queries.
+
+    `levels` are accuracies in 0…1 drawn as horizontal lines with their names.
+    """
+    queries = np.array([line["queries"] for line in history], dtype=float)
+    figure = _figure(9, 3.6)
+    figure.suptitle(title, fontsize=11, color=_INK)
+    width = max(1, len(history) // 25)
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(
+        panels,
+        ("loss", "accuracy"),
+        ("loss on the training batch, nats", "accuracy"),
+        strict=True,
+    ):
+        values = np.array([line[key] for line in history], dtype=float)
+        axes.plot(queries, values, color=_SOFT, linewidth=0.8, label="each step")
+        mean_label = f"mean of {width} steps"
+        axes.plot(queries, _running_mean(values, width), color=_ACCENT, label=mean_label)
+        axes.set_xlabel("queries")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for index, (name, level) in enumerate(levels.items()):
+        colour = ("#c1440e", "#4c7a34", "#7a4c9e")[index % 3]
+        panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=name)
+    panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    # Beside the curve, never on it: it may lie anywhere between 0 and 1.
+    panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _write(figure, path)
+
+
+def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
+    """Draw one confusion table per score, side by side; each row is a true class in per cent."""
+    classes = next(iter(scores.values())).classes
+    n = len(classes)
+    side = min(12.0, max(3.4, 0.34 * n + 1.6))
+    figure = _figure(side * len(scores) + 0.8, side + 0.4)
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    image = None
+    for axes, (name, score) in zip(panels, scores.items(), strict=True):
+        table = score.confusion()
+        share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+        image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
+        axes.set_title(f"{name}: {score.accuracy:.1%} of {score.n}", fontsize=10, color=_INK)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        if n <= 40:
+            axes.set_xticks(range(n), classes, rotation=90, fontsize=7)
+            axes.set_yticks(range(n), classes, fontsize=7)
+        if n <= 15:
+            for row, column in np.ndindex(n, n):
+                if table[row, column]:
+                    colour = "white" if share[row, column] > 55 else _INK
+                    axes.text(
+                        column,
+                        row,
+                        f"{share[row, column]:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=6,
+                        color=colour,
+                    )
+    bar = figure.colorbar(image, ax=panels, shrink=0.8)
+    bar.set_label("% of the true class", fontsize=8)
+    _write(figure, path)

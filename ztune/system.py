@@ -1,0 +1,48 @@
+"""Figures about this machine and process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import psutil
+
+_PACKAGES = (
+    "numpy", "pillow", "safetensors", "tokenizers", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "torch", "open_clip_torch", "transformers", "tritonclient",
+)  # fmt: skip
+
+
+def peak_memory_mb() -> float:
+    """Return the process's peak resident memory in MB (10⁶ bytes)."""
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, KiB elsewhere.
+    return float(peak) / 1e6 if sys.platform == "darwin" else float(peak) * 1024 / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Return ztune's, Python's and the installed packages' versions by name."""
+    found = {"ztune": importlib.metadata.version("ztune"), "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int | float]:
+    """Return what a result depends on: system, processor type, usable cores, memory in GB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": platform.machine(),
+        "cores": int(cores or 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
