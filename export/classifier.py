@@ -190,6 +190,7 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
         "config": dict(p.config),
         "seed": p.seed,
         "queries": p.queries,
+        "tuning_pictures": [f"{int(value):016x}" for value in artifact.tuning_pictures],
     }
     return {
         "ztune": describe(document),

@@ -30,6 +30,8 @@ class Classifier:
     resize: bool
     """Whether the graph resizes pictures itself."""
     method: str
+    tuning_pictures: tuple[int, ...]
+    """First 8 bytes of the SHA-256 of every picture that tuning has seen."""
     session: Any
 
     def read(self, path: Path) -> U8:
@@ -73,11 +75,16 @@ def open_classifier(path: Path, provider: str) -> Classifier:
             f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
             "upgrade ztune"
         )
+    try:
+        seen = tuple(int(text, 16) for text in top.texts("tuning_pictures"))
+    except ValueError:
+        raise FormatError(f'{where}: "tuning_pictures" are no hexadecimal numbers') from None
     return Classifier(
         path=path,
         classes=top.texts("classes"),
         image=image_spec(top.object("image")),
         resize=top.flag("resize"),
         method=top.text("method"),
+        tuning_pictures=seen,
         session=session,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ztune.errors import FormatError
 from ztune.fields import Fields
@@ -15,6 +16,15 @@ from ztune.types import F32, Json
 
 FORMAT = "ztune-artifact"
 VERSION = 1
+
+
+Fingerprints = NDArray[np.uint64]
+"""u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tuning has seen, so that
+an evaluation can say when it scores one of them."""
+
+
+def _none() -> Fingerprints:
+    return np.zeros(0, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class ContextArtifact:
     """f32[C, e], unit rows."""
     logit_scale: float
     logit_bias: float
+    tuning_pictures: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> tuple[F32, F32]:
         """Return weight f32[C, e] and bias f32[C]: logits are `weight f + bias`, |f| = 1."""
@@ -59,6 +70,7 @@ class HeadArtifact:
     """f32[C, e]"""
     bias: F32
     """f32[C]"""
+    tuning_pictures: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> tuple[F32, F32]:
         """Return weight f32[C, e] and bias f32[C]."""
@@ -84,6 +96,7 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         "queries": p.queries,
         "stop_reason": p.stop_reason,
     }
+    arrays: dict[str, NDArray[np.generic]]
     if isinstance(artifact, ContextArtifact):
         arrays = {
             "context": artifact.context,
@@ -93,6 +106,7 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         }
     else:
         arrays = {"weight": artifact.weight, "bias": artifact.bias}
+    arrays["tuning_pictures"] = artifact.tuning_pictures
     write_tensors(path, arrays, document)
 
 
@@ -138,6 +152,9 @@ def read_artifact(path: Path) -> Artifact:
             )
         return array
 
+    pictures = arrays.pop("tuning_pictures", None)
+    if pictures is None or pictures.dtype != np.uint64 or pictures.ndim != 1:
+        raise FormatError(f"{where}: tensor tuning_pictures is missing or not uint64 of (n,)")
     artifact: Artifact
     if top.text("kind", among=("context", "head")) == "context":
         artifact = ContextArtifact(
@@ -147,9 +164,12 @@ def read_artifact(path: Path) -> Artifact:
             text_features=tensor("text_features", C, None),
             logit_scale=float(tensor("logit_scale", 1)[0]),
             logit_bias=float(tensor("logit_bias", 1)[0]),
+            tuning_pictures=pictures,
         )
     else:
-        artifact = HeadArtifact(classes, provenance, tensor("weight", C, None), tensor("bias", C))
+        artifact = HeadArtifact(
+            classes, provenance, tensor("weight", C, None), tensor("bias", C), pictures
+        )
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
     return artifact

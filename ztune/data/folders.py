@@ -19,10 +19,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.manifests import SPLIT_NAMES, SUFFIXES, Listed, SplitName, read_manifest, read_names
+from ztune.data.manifests import (
+    SPLIT_NAMES,
+    SUFFIXES,
+    Listed,
+    SplitName,
+    is_utf8,
+    read_manifest,
+    read_names,
+)
 from ztune.errors import DataError
 
-PICTURES = frozenset(".png .jpg .jpeg .bmp .webp .gif .tif .tiff .ppm .pgm".split())
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"
 
 
@@ -57,6 +65,8 @@ def read_dataset(path: Path, names: Path | None = None) -> Dataset:
     Raises: DataError when it is neither, empty, has one class only, a class without pictures, or
         two classes of the same name.
     """
+    if not is_utf8(str(path.absolute())):
+        raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         where, root, ignored = f'manifest "{path}"', path.parent, 0
         listed = read_manifest(path)
@@ -94,7 +104,7 @@ def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
     if others:
         raise DataError(
             f'{where}: "{others[0]}" lies beside "{splits[0]}", which holds class folders itself '
-            "(expected train, val and test only; or list the pictures in a manifest)"
+            "(expected only train, val and test, with class folders in each; or use a manifest)"
         )
     if len({SPLIT_NAMES[folder] for folder in splits}) < len(splits):
         raise DataError(f"{where} has two folders for validation: {', '.join(splits)} (keep one)")
@@ -114,7 +124,7 @@ def _read_classes(
     root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
 ) -> tuple[list[Listed], int]:
     """Return the pictures in the class folders of `parent`, and how many files were ignored."""
-    listed = []
+    listed: list[Listed] = []
     for folder in folders:
         n_before = len(listed)
         for directory, below, files in os.walk(parent / folder, onerror=_raise):
@@ -124,7 +134,7 @@ def _read_classes(
                     ignored += 1
                     continue
                 path = (Path(directory) / name).relative_to(root).as_posix()
-                if not path.isprintable() and not _is_utf8(path):
+                if not is_utf8(path):
                     raise DataError(f"{where}: file name {path!r} is not UTF-8 (rename it)")
                 listed.append(Listed(path, folder, split))
         if len(listed) == n_before:
@@ -149,14 +159,6 @@ def _subfolders(folder: Path) -> tuple[list[str], list[str]]:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _class_names(labels: Iterable[str], names: Path | None, where: str) -> dict[str, str]:

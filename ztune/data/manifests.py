@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ def read_manifest(manifest: Path) -> list[Listed]:
         path, label, split = (row.get(key) for key in ("path", "label", "split"))
         if not isinstance(path, str) or not isinstance(label, str) or not path or not label.strip():
             raise DataError(f"{where}, line {line}: expected a path and a label, both as text")
+        if not is_utf8(path + label):
+            raise DataError(f"{where}, line {line}: path or label holds half a character")
         if split not in (None, "", *SPLIT_NAMES):
             raise DataError(
                 f"{where}, line {line}: split is {split!r}, expected train, val or test"
@@ -66,7 +69,7 @@ def read_manifest(manifest: Path) -> list[Listed]:
             )
         if path in listed:
             raise DataError(f'{where}, line {line}: path "{path}" is listed twice')
-        if not (root / path).is_file():
+        if not _is_file(root / path):
             missing.append(path)
         listed[path] = Listed(path, label, SPLIT_NAMES[str(split)] if split else None)
     if missing:
@@ -106,14 +109,31 @@ def read_text(path: Path, where: str) -> str:
 
 def is_inside(path: str) -> bool:
     """Tell whether a relative path with forward slashes stays below its root as it is written."""
-    parts = path.split("/")
-    return not any(part in ("", ".", "..") or ":" in part[1:2] or "\0" in part for part in parts)
+    if os.name == "nt" and ("\\" in path or ":" in path):
+        return False
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
+def is_utf8(text: str) -> bool:
+    """Tell whether a text, perhaps a file's name, can be written to our files."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _resolves_inside(root: Path, path: str) -> bool:
     try:
         return (root / path).resolve().is_relative_to(root)
     except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the system
         return False
 
 

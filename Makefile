@@ -1,0 +1,70 @@
+# One environment, .venv, grown in steps: `demo` needs only what a device needs, the rest needs torch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format export mini wheel clean
+
+help:
+	@echo "make demo     tune the embedded model on real handwritten digits (no torch needed)"
+	@echo "make test     all tests, in the full environment"
+	@echo "make check    style and types, as continuous integration runs them"
+	@echo "make export   MODEL=ViT-B-32 PRETRAINED=laion2b_s34b_b79k OUT=bundles/vit-b-32"
+	@echo "make mini     train the embedded model anew and export it to models/mini"
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "ztune needs Python 3.10 or newer (set PYTHON=python3.11, say)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "this Python cannot make environments: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per step: a second run does nothing until pyproject.toml changes.
+$(VENV)/.device: $(VENV)/pyvenv.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu]'
+	@touch $@
+
+$(VENV)/.full: $(VENV)/.device
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,export,dev]'
+	@touch $@
+
+demo: $(VENV)/.device
+	rm -rf runs/demo
+	$(BIN)/ztune tune models/mini --data examples/digits --shots 16 --method zip --queries 5000 --seed 1 --out runs/demo
+	$(BIN)/ztune eval runs/demo
+	$(BIN)/ztune pack models/mini --prompt runs/demo/prompt.safetensors --out runs/demo/classifier.onnx
+	$(BIN)/ztune eval runs/demo/classifier.onnx --split-file runs/demo/split.json
+	$(BIN)/ztune predict runs/demo/classifier.onnx examples/digits/seven --limit 5
+	@echo "Look at runs/demo/curve.png and runs/demo/confusion.png."
+
+test: $(VENV)/.full
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.full
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.full
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+export: $(VENV)/.full
+	@test -n "$(MODEL)" -a -n "$(OUT)" || \
+		{ echo "usage: make export MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER"; exit 2; }
+	$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)'
+
+mini: $(VENV)/.full
+	rm -rf build/mini
+	$(BIN)/python -m export.mini --out build/mini/checkpoint
+	$(BIN)/ztune export --model local-dir:build/mini/checkpoint --tokenizer build/mini/checkpoint/tokenizer.json --out build/mini/bundle
+	rm -rf models/mini
+	mkdir -p models
+	mv build/mini/bundle models/mini
+
+wheel: $(VENV)/.full
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

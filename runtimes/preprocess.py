@@ -1,0 +1,144 @@
+"""From a picture's file to the image tower's input, equal to open_clip's evaluation transform.
+
+Reading comes first and always ends in 8-bit RGB, as torchvision's image folders do for open_clip:
+an alpha channel is dropped and not blended, since that is what the model's users measured with.
+Beyond open_clip, the EXIF orientation is applied and 16-bit greys are scaled instead of clipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from runtimes.bundle import ImageSpec
+from ztune.errors import DataError
+from ztune.types import F32, U8
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Area and width : height of a random crop: torchvision's defaults, which CoOp and ZIP train with.
+_SCALE = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+# The short side is resized to the model's size, so a thin enough picture would fill the memory.
+_LONGEST = 100
+# Python's warning filters belong to the whole process: one thread at a time may silence them.
+_DECODING = threading.Lock()
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return the picture upright and in 8-bit RGB; it is shared, so do not draw into it.
+
+    The last pictures are remembered: the many random views of one picture decode it once.
+
+    Raises: DataError naming the file when it is no picture, damaged, or too large to be one.
+    """
+    try:
+        stat = path.stat()
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata; what matters is raised
+            return _decode(path, stat.st_mtime_ns, stat.st_size)
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is no picture in a known format"
+        raise DataError(
+            f'picture "{path}" cannot be read: {reason or type(error).__name__}'
+        ) from None
+
+
+@functools.lru_cache(maxsize=2)
+def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
+    with Image.open(path) as opened:
+        if max(opened.size) > _LONGEST * min(opened.size):
+            raise ValueError(f"{opened.width} x {opened.height} pixels is no picture's shape")
+        opened.load()
+        orientation = 1
+        with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
+            orientation = opened.getexif().get(_EXIF_ORIENTATION, 1)
+        image = _to_rgb(opened)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        # Greys beyond 8 bits, which Pillow would clip at 255. PNG, PGM and TIFF count to 65535.
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its values are no 8-bit or 16-bit levels (convert it first)")
+        greys = (levels.astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(greys.astype(np.uint8))
+    image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, spec: ImageSpec) -> U8:
+    """Return u8[S, S, 3]: the picture resized and cropped or padded at the centre."""
+    side, resample = spec.size, _FILTERS[spec.interpolation]
+    width, height = image.size
+    if spec.resize_mode == "squash":
+        return np.array(image.resize((side, side), resample))
+    if spec.resize_mode == "longest":
+        ratio = max(width / side, height / side)
+        # open_clip fails where the short side rounds to nothing; here one row remains.
+        new_width, new_height = max(1, round(width / ratio)), max(1, round(height / ratio))
+        canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
+        corner = ((side - new_width) // 2, (side - new_height) // 2)
+        canvas.paste(image.resize((new_width, new_height), resample), corner)
+        return np.array(canvas)
+    new_width, new_height = (int(side * length / min(width, height)) for length in (width, height))
+    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
+    resized = image.resize((new_width, new_height), resample)
+    return np.array(resized.crop((left, top, left + side, top + side)))
+
+
+def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -> U8:
+    """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip in half of the cases."""
+    left, top, width, height = _random_box(*image.size, rng)
+    view = image.crop((left, top, left + width, top + height))
+    pixels = np.array(view.resize((spec.size, spec.size), _FILTERS[spec.interpolation]))
+    return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a random crop."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*_SCALE)
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, w, h
+    # Too thin for any: the largest allowed box at the centre.
+    w = min(width, max(1, round(height * _RATIO[1])))
+    h = min(height, max(1, round(width / _RATIO[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def normalise(pixels: U8, spec: ImageSpec) -> F32:
+    """Return f32[N, 3, S, S] of u8[N, S, S, 3]: (pixels / 255 - mean) / std, contiguous."""
+    result = np.empty((pixels.shape[0], 3, *pixels.shape[1:3]), np.float32)
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    for channel in range(3):
+        table = (levels - np.float32(spec.mean[channel])) / np.float32(spec.std[channel])
+        np.take(table, pixels[..., channel], out=result[:, channel])
+    return result

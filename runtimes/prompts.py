@@ -1,0 +1,158 @@
+"""What the prompt graph is fed besides the contexts: class names as rows of the token table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import Bundle, TextSpec
+from runtimes.tokenizer import Tokenizer
+from ztune.errors import ConfigError, DataError, FormatError
+from ztune.types import F32, I64
+
+
+def token_table(bundle: Bundle) -> F32:
+    """Return the token embeddings f32[vocabulary, d], memory-mapped."""
+    path = bundle.file("token_table.npy")
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise FormatError(f"{path} cannot be read ({error}); export again") from None
+    if table.ndim != 2 or table.dtype != np.float32 or table.shape[1] != bundle.text.width:
+        raise FormatError(
+            f"{path} is {table.dtype}{list(table.shape)}, expected float32[*, {bundle.text.width}]"
+        )
+    return table
+
+
+def longest_context(spec: TextSpec, tokenizer: Tokenizer, class_names: Sequence[str]) -> int:
+    """Return the longest context m that fits before the longest of these names."""
+    longest = max(len(tokenizer.encode(f"{name}.")) for name in class_names)
+    return spec.context_length - longest - len(spec.prefix_ids) - len(spec.suffix_ids)
+
+
+def class_feeds(
+    bundle: Bundle, tokenizer: Tokenizer, class_names: Sequence[str], n_context: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return all inputs of `prompt.onnx` but `contexts`, for contexts of `n_context` tokens.
+
+    A name and its full stop are tokenised as one string.
+
+    Raises: DataError naming the class that does not fit, or two that the model cannot tell apart.
+    """
+    names = name_tokens(bundle.text, tokenizer, class_names, n_context)
+    return feeds(bundle.text, token_table(bundle), names, n_context)
+
+
+def name_tokens(
+    spec: TextSpec, tokenizer: Tokenizer, class_names: Sequence[str], n_context: int
+) -> list[tuple[int, ...]]:
+    """Return the checked ids of each class name with its full stop, without prefix and suffix."""
+    if not class_names:
+        raise DataError("no class names")
+    if n_context < 1:
+        raise ConfigError(f"a context has at least 1 token, got {n_context}")
+    specials = {*spec.prefix_ids, *spec.suffix_ids}
+    n_specials = len(spec.prefix_ids) + len(spec.suffix_ids)
+    seen: dict[tuple[int, ...], str] = {}
+    for name in class_names:
+        ids = tokenizer.encode(f"{name}.")
+        if not ids or not name.strip():
+            raise DataError(f"class {name!r} has no tokens: nothing of the name is left to read")
+        if specials & set(ids):
+            raise DataError(f"class {name!r} contains one of the model's special tokens; rename it")
+        total = n_context + len(ids) + n_specials
+        if total > spec.context_length:
+            raise DataError(
+                f"class {name!r} does not fit: context {n_context} + name {len(ids)} + specials "
+                f"{n_specials} = {total} tokens, the model takes {spec.context_length}; "
+                "shorten the context or the name"
+            )
+        if ids in seen:
+            raise DataError(
+                f"classes {seen[ids]!r} and {name!r} have the same tokens, "
+                "so the model cannot tell them apart; rename one"
+            )
+        seen[ids] = name
+    return list(seen)
+
+
+def feeds(
+    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], n_context: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the inputs of a prompt graph for checked name ids; see export/graphs.py."""
+    if spec.graph == "prefix":
+        return _prefix_feeds(spec, table, names)
+    return _sequence_feeds(spec, table, names, n_context)
+
+
+def _prefix_feeds(
+    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Real tokens packed row behind row, and the way to the grid [C, n] and back."""
+    rows = [(*ids, *spec.suffix_ids) for ids in names]
+    lengths = np.array([len(row) for row in rows])
+    starts = np.cumsum(lengths) - lengths
+    steps = np.arange(lengths.max())
+    real = steps < lengths[:, None]  # [C, n]
+    packed = np.array([token for row in rows for token in row])
+    return {
+        "name_embeddings": np.asarray(table[packed], dtype=np.float32),
+        "name_positions": np.concatenate([steps[:length] for length in lengths]).astype(np.int64),
+        # Where the grid has no token any row will do: nothing looks at it.
+        "pad_index": np.where(real, starts[:, None] + steps, 0).astype(np.int64),
+        "unpad_index": np.flatnonzero(real).astype(np.int64),
+        "eot_index": (starts + lengths - 1).astype(np.int64),
+    }
+
+
+def _sequence_feeds(
+    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], n_context: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Whole sequences: which row of [contexts; name embeddings] stands where, and as which id."""
+    tokens = np.full((len(names), spec.context_length), spec.pad_id, dtype=np.int64)
+    placeholder = placeholder_id(spec)
+    for row, ids in zip(tokens, names, strict=True):
+        sequence = [*spec.prefix_ids, *[placeholder] * n_context, *ids, *spec.suffix_ids]
+        row[: len(sequence)] = sequence
+    used, index = np.unique(tokens, return_inverse=True)
+    index = index.reshape(tokens.shape) + n_context
+    first = len(spec.prefix_ids)
+    index[:, first : first + n_context] = np.arange(n_context)
+    return {
+        "name_embeddings": np.asarray(table[used], dtype=np.float32),
+        "sequence_index": index.astype(np.int64),
+        "tokens": tokens,
+    }
+
+
+def placeholder_id(spec: TextSpec) -> int:
+    """Return the id that open_clip's masks and pooling see in the context's place.
+
+    The smallest that is no special: neither padding nor an end, and never the largest.
+    """
+    specials = {*spec.prefix_ids, *spec.suffix_ids, spec.pad_id}
+    return next(token for token in range(len(specials) + 1) if token not in specials)
+
+
+def template_tokens(
+    bundle: Bundle, tokenizer: Tokenizer, template: str, class_names: Sequence[str]
+) -> I64:
+    """Return i64[C, L] of a template such as "a photo of a {}." filled with each name.
+
+    Raises: ConfigError for a template without exactly one {}, DataError for a text too long.
+    """
+    if template.count("{}") != 1:
+        raise ConfigError(f'template "{template}" has {template.count("{}")} {{}}, expected one')
+    sequences = [tokenizer.sequence(template.replace("{}", name)) for name in class_names]
+    return tokenizer.pad(sequences)
+
+
+def context_of_words(bundle: Bundle, tokenizer: Tokenizer, words: str) -> F32:
+    """Return f32[m, d], the token embeddings of `words`: a context to start from."""
+    ids = tokenizer.encode(words)
+    if not ids:
+        raise ConfigError(f'initial context "{words}" has no tokens')
+    return np.array(token_table(bundle)[list(ids)], dtype=np.float32)

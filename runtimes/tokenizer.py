@@ -1,0 +1,80 @@
+"""Text to token ids as the exported model was trained to see them: open_clip's cleaning, then BPE."""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+
+from runtimes.bundle import Bundle, TextSpec
+from ztune.errors import DataError, FormatError
+from ztune.types import I64
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def clean(text: str, kind: str) -> str:
+    """Clean `text` as open_clip does before its tokenizer; `kind` as in `TextSpec.cleaning`."""
+    if kind == "none":
+        return text
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if kind == "canonicalize":
+        text = text.replace("_", " ").translate(_NO_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if kind == "whitespace" else text.lower()
+
+
+class Tokenizer:
+    """A bundle's tokenizer; it knows where a text must end and never truncates."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.file("tokenizer.json")
+        self._take(path.read_text(encoding="utf-8"), bundle.text, str(path))
+
+    @classmethod
+    def of(cls, content: str, spec: TextSpec) -> Tokenizer:
+        """Return the tokenizer of a JSON text that is not (yet) part of a bundle."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(content, spec, "tokenizer")
+        return tokenizer
+
+    def _take(self, content: str, spec: TextSpec, where: str) -> None:
+        try:
+            self._tokens = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise FormatError(f"{where} cannot be read ({error}); export again") from None
+        self.spec = spec
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text, cleaned, without prefix and suffix."""
+        cleaned = clean(text, self.spec.cleaning)
+        return tuple(self._tokens.encode(cleaned, add_special_tokens=False).ids)
+
+    def sequence(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text between prefix and suffix."""
+        return (*self.spec.prefix_ids, *self.encode(text), *self.spec.suffix_ids)
+
+    def pad(self, sequences: Sequence[tuple[int, ...]]) -> I64:
+        """Return i64[B, context_length] with the pad id at the end of each sequence.
+
+        Raises: DataError naming the text that does not fit.
+        """
+        length = self.spec.context_length
+        tokens = np.full((len(sequences), length), self.spec.pad_id, dtype=np.int64)
+        for row, ids in zip(tokens, sequences, strict=True):
+            if len(ids) > length:
+                raise DataError(
+                    f"text {self.text_of(ids)!r} has {len(ids)} tokens with its specials, "
+                    f"the model takes {length}; shorten it"
+                )
+            row[: len(ids)] = ids
+        return tokens
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the readable text of ids, for messages."""
+        text: str = self._tokens.decode(list(ids), skip_special_tokens=True)
+        return text.replace("</w>", " ").strip()

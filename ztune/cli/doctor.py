@@ -1,0 +1,155 @@
+"""`ztune doctor`: what this machine really runs, and whether a bundle is sound on it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from ztune.cli.output import Output, table
+from ztune.errors import ZtuneError
+from ztune.types import Json
+
+EXAMPLE = """\
+  ztune doctor
+  ztune doctor models/mini"""
+
+# Parity is exact arithmetic apart from the order of sums; a device may take other orders.
+_TOLERANCE = 1e-4
+_EXTRAS = {
+    "cpu or gpu": "onnxruntime",
+    "export": "open_clip",
+    "triton": "tritonclient",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.system import machine, versions
+
+    providers = _providers()
+    installed = {
+        extra: importlib.util.find_spec(name) is not None for extra, name in _EXTRAS.items()
+    }
+    document: dict[str, Json] = {
+        "machine": dict(machine()),
+        "versions": dict(versions()),
+        "extras": dict(installed),
+        "providers": dict(providers),
+    }
+    lines: list[str | Table] = [
+        table("machine", ("", ""), [(k, str(v)) for k, v in machine().items()]),
+        "",
+        table("versions", ("", ""), list(versions().items())),
+        "",
+        table("extras", ("", ""), [(k, "installed" if v else "no") for k, v in installed.items()]),
+        "",
+        table(
+            "providers (each asked to run a small matrix product)",
+            ("", ""),
+            [(name, "runs" if reason is None else reason) for name, reason in providers.items()],
+        ),
+    ]
+    working = [name for name in ("cuda", "cpu") if providers.get(name) is None]
+    failures: list[str] = []
+    if arguments.bundle is not None:
+        if not working:
+            raise ZtuneError("no provider works here, so the bundle cannot be checked")
+        checked, bundle_lines, failures = _check_bundle(arguments.bundle, working[0], output)
+        document["bundle"] = checked
+        lines += bundle_lines
+    document["ok"] = bool(working) and not failures
+    output.result(document, lines)
+    if not working:
+        raise ZtuneError("no provider works here: " + "; ".join(str(v) for v in providers.values()))
+    if failures:
+        raise ZtuneError("; ".join(failures))
+
+
+def _providers() -> dict[str, str | None]:
+    """Return None for each provider that ran, else the reason why it did not."""
+    from runtimes.providers import NAMES, probe
+
+    result: dict[str, str | None] = {}
+    for name in NAMES:
+        try:
+            probe(name)
+            result[name] = None
+        except ZtuneError as error:
+            result[name] = str(error)
+    return result
+
+
+def _check_bundle(
+    path: Path, provider: str, output: Output
+) -> tuple[dict[str, Json], list[str | Table], list[str]]:
+    from runtimes.bundle import load_bundle
+    from runtimes.ort import parity_on_this_machine
+
+    bundle = load_bundle(path)
+    failures: list[str] = []
+    files: dict[str, Json] = {}
+    for name in bundle.files:
+        try:
+            bundle.file(name)
+            files[name] = "sound"
+        except ZtuneError as error:
+            files[name] = str(error)
+            failures.append(str(error))
+    document: dict[str, Json] = {
+        "path": str(path),
+        "model_id": bundle.model_id,
+        "precision": bundle.precision,
+        "files": files,
+    }
+    lines: list[str | Table] = [
+        "",
+        table(f"bundle {path}", ("", ""), [(k, str(v)) for k, v in files.items()]),
+    ]
+    if failures:
+        return document, lines, failures
+    parity: dict[str, Json] = {}
+    rows = []
+    for graph, stored in bundle.parity.items():
+        here = parity_on_this_machine(bundle, graph, provider)
+        parity[graph] = {"here": dict(here), "at_export": dict(stored)}
+        rows.append((graph, f"{here['max_abs']:.1e}", f"{stored['max_abs']:.1e}"))
+        if not here["max_abs"] <= _TOLERANCE:
+            failures.append(
+                f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more than "
+                f"{_TOLERANCE:.0e}: results on this machine cannot be trusted"
+            )
+    seconds, what = _seconds_per_query(path, provider, output)
+    document |= {"parity": parity, "provider": provider, "seconds_per_query": seconds}
+    lines += [
+        "",
+        table(f"largest difference from torch on {provider}", ("graph", "here", "at export"), rows),
+        "",
+        f"{seconds:.5f} s per query ({what})",
+    ]
+    return document, lines, failures
+
+
+def _seconds_per_query(path: Path, provider: str, output: Output) -> tuple[float, str]:
+    """Time ten classes, eight context tokens, ten candidates a call; the median of five calls."""
+    from runtimes.bundle import load_bundle
+    from ztune.cli.workbench import Workbench
+
+    bundle = load_bundle(path)
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    encoder = Workbench(bundle, provider, output).prompt_encoder(words, 8)
+    contexts = np.zeros((10, 8, bundle.text.width), dtype=np.float32)
+    encoder.encode(contexts)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        encoder.encode(contexts)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times)) / len(contexts), "10 classes, 8 context tokens, text side"

@@ -1,0 +1,291 @@
+"""`ztune eval`: accuracy of a run, a bundle or a packed classifier on labelled pictures."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from ztune.cli.output import Output, table
+from ztune.errors import ConfigError, DataError
+from ztune.fields import Fields
+from ztune.statistics import Score, score
+from ztune.types import I64, Json
+
+EXAMPLE = """\
+  ztune eval runs/photos
+  ztune eval bundles/vit-b-32 --data photos --split all --template "a photo of a {}."
+  ztune eval bundles/vit-b-32 --data other --split all --prompt runs/photos/prompt.safetensors
+  ztune eval classifier.onnx --split-file runs/photos/split.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", type=Path, metavar="RUN|BUNDLE|classifier.onnx")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="labelled pictures")
+    parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
+    parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
+    parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
+    parser.add_argument(
+        "--template", metavar="TEXT", help='hand-written prompt (default: "a photo of a {}.")'
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names to choose among, one a line"
+    )
+    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here")
+    parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures to score: files with their SHA-256, class names, and what they are called."""
+
+    items: list[tuple[Path, str]]
+    labels: I64
+    classes: tuple[str, ...]
+    split: str
+
+    def among(self, candidates: tuple[str, ...], whose: str) -> I64:
+        """Return the labels as indices into other class names.
+
+        Raises: DataError naming a class that is not among them.
+        """
+        index = {name: i for i, name in enumerate(candidates)}
+        unknown = [name for name in self.classes if name not in index]
+        if unknown:
+            raise DataError(
+                f'class "{unknown[0]}" of the pictures is not among {whose} '
+                f"({', '.join(candidates[:5])}{', ...' if len(candidates) > 5 else ''}); "
+                f"{len(unknown)} such class(es) in all"
+            )
+        return np.array([index[self.classes[label]] for label in self.labels], dtype=np.int64)
+
+    def n_tuned_on(self, fingerprints: Iterable[int]) -> int:
+        """Return how many of the pictures served tuning or validation."""
+        known = {int(value) for value in fingerprints}
+        return sum(int(digest[:16], 16) in known for _, digest in self.items)
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    target = arguments.target
+    if (target / "run.json").is_file():
+        _eval_run(arguments, output)
+    elif target.is_dir() and (target / "bundle.json").is_file():
+        _eval_bundle(arguments, output)
+    elif target.is_file():
+        _eval_classifier(arguments, output)
+    else:
+        state = "is no run (no run.json) and no bundle" if target.is_dir() else "does not exist"
+        raise ConfigError(f'"{target}" {state}; eval takes a run, a bundle or a classifier.onnx')
+
+
+def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.artifact import read_artifact, require_same_model
+    from ztune.cli.request import request_from_json
+    from ztune.cli.workbench import open_workbench
+    from ztune.report import draw_confusion
+    from ztune.run import RunFolder
+
+    for name in ("data", "split_file", "prompt", "classes", "names"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(
+                f"a run brings its own pictures and prompt; leave out --{name.replace('_', '-')} "
+                "(or evaluate its bundle)"
+            )
+    folder = RunFolder(arguments.target)
+    head = folder.read()
+    where = f'run "{folder.path}": run.json'
+    if head.get("status") != "finished":
+        raise ConfigError(
+            f'run "{folder.path}" is not finished (go on with: ztune tune --resume {folder.path})'
+        )
+    request = request_from_json(Fields(head, where).object("request").values, where)
+    pictures = _from_split_file(folder.split, arguments.split or "test")
+    bench = open_workbench(Path(request.bundle), arguments.provider, output)
+    artifact = read_artifact(folder.prompt)
+    require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
+    labels = pictures.among(artifact.classes, "the run's classes")
+    features = bench.features(
+        pictures.items,
+        arguments.cache or request.cache_folder(folder.path),
+        what="test pictures",
+        skip_broken=arguments.skip_broken or request.skip_broken,
+    )
+    labels = labels[features.kept]
+    template = arguments.template or request.template
+    zero_shot = bench.zero_shot(template, artifact.classes)
+    tuned = bench.refreshed(artifact).classifier()
+    scores = {
+        name: score(features.values[0], weight, bias, labels, artifact.classes)
+        for name, (weight, bias) in (("zero-shot", zero_shot), ("tuned", tuned))
+    }
+    try:
+        draw_confusion(scores, folder.path / "confusion.png")
+    except OSError as error:
+        output.warn(f"confusion.png is not drawn: {error.strerror}")
+    before = scores["zero-shot"]
+    document = _document(scores["tuned"], pictures, features.kept, artifact.tuning_pictures)
+    document |= {
+        "zero_shot_accuracy": before.accuracy,
+        "zero_shot_interval": list(before.interval),
+        "template": template,
+        "method": artifact.provenance.method,
+        "run": str(folder.path),
+    }
+    _finish(document, scores, output)
+
+
+def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.artifact import HeadArtifact, read_artifact, require_same_model
+    from ztune.cli.workbench import open_workbench
+
+    if arguments.prompt is not None and arguments.template is not None:
+        raise ConfigError("give --prompt or --template, not both")
+    pictures = _pictures(arguments)
+    candidates = _candidates(arguments.classes) if arguments.classes else pictures.classes
+    bench = open_workbench(arguments.target, arguments.provider, output)
+    fingerprints: Iterable[int] = ()
+    if arguments.prompt is not None:
+        artifact = read_artifact(arguments.prompt)
+        require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
+        if isinstance(artifact, HeadArtifact) and arguments.classes is None:
+            candidates = artifact.classes
+        artifact = bench.refreshed(artifact, candidates)
+        candidates, fingerprints = artifact.classes, artifact.tuning_pictures.tolist()
+        weight, bias = artifact.classifier()
+        name = f"prompt {arguments.prompt.name}"
+    else:
+        template = arguments.template or "a photo of a {}."
+        weight, bias = bench.zero_shot(template, candidates)
+        name = f'template "{template}"'
+    labels = pictures.among(candidates, "the class names to choose among")
+    with ExitStack() as stack:
+        cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        features = bench.features(
+            pictures.items, cache, what="pictures", skip_broken=arguments.skip_broken
+        )
+    result = score(features.values[0], weight, bias, labels[features.kept], candidates)
+    document = _document(result, pictures, features.kept, fingerprints)
+    _finish(document, {name: result}, output)
+
+
+def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
+    from runtimes.classifier import open_classifier
+    from runtimes.providers import resolve
+    from ztune.cli.predict import classify
+
+    for name in ("prompt", "template", "classes", "cache"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
+    provider, why = resolve(arguments.provider)
+    output.remark(why)
+    classifier = open_classifier(arguments.target, provider)
+    pictures = _pictures(arguments)
+    labels = pictures.among(classifier.classes, "the classifier's classes")
+    paths = [path for path, _ in pictures.items]
+    probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
+    predictions = probabilities.argmax(axis=1).astype(np.int64)
+    result = Score(predictions, labels[kept], classifier.classes)
+    document = _document(result, pictures, kept, classifier.tuning_pictures)
+    _finish(document, {arguments.target.name: result}, output)
+
+
+def _pictures(arguments: argparse.Namespace) -> Labelled:
+    """Return the pictures that --data or --split-file name."""
+    if (arguments.data is None) == (arguments.split_file is None):
+        raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
+    split = arguments.split or "test"
+    if arguments.split_file is not None:
+        return _from_split_file(arguments.split_file, split)
+    from ztune.data.folders import read_dataset
+    from ztune.data.split import digest_pictures
+
+    dataset = read_dataset(arguments.data, arguments.names)
+    if split == "test":
+        chosen = tuple(p for p in dataset.pictures if p.split == "test")
+        if not chosen:
+            raise DataError(
+                f'data "{arguments.data}" has no test pictures of its own (use --split all, or '
+                "--split-file RUN/split.json for those that a run kept)"
+            )
+        dataset = replace(dataset, pictures=chosen)
+    digests = digest_pictures(dataset)
+    items = [(dataset.root / p.path, d) for p, d in zip(dataset.pictures, digests, strict=True)]
+    labels = np.array([p.label for p in dataset.pictures], dtype=np.int64)
+    return Labelled(items, labels, dataset.classes, split)
+
+
+def _from_split_file(path: Path, split: str) -> Labelled:
+    from ztune.data.split import Split
+    from ztune.files import read_json
+
+    where = f'split file "{path}"'
+    whole = Split.from_json(read_json(path, where), where)
+    if split == "test":
+        whole = replace(whole, entries=whole.entries_of("test"))
+        if not whole.entries:
+            raise DataError(
+                f"{where} has no test pictures (tune with --test-data or more pictures, or "
+                "evaluate the bundle on other --data)"
+            )
+    whole.check_unchanged()
+    items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
+    labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
+    return Labelled(items, labels, whole.classes, split)
+
+
+def _candidates(path: Path) -> tuple[str, ...]:
+    """Return the class names of a file: a name a line, or folder<TAB>name."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'class names "{path}" cannot be read as text: {error}') from None
+    names = [line.rpartition("\t")[2].strip() for line in lines if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise DataError(f'class names "{path}": expected at least two different names')
+    return tuple(names)
+
+
+def _document(
+    result: Score, pictures: Labelled, kept: np.ndarray, fingerprints: Iterable[int]
+) -> dict[str, Json]:
+    return {
+        "accuracy": result.accuracy,
+        "interval": list(result.interval),
+        "n": result.n,
+        "split": pictures.split,
+        "per_class": result.per_class(),
+        "broken_pictures": int((~kept).sum()),
+        "tuning_pictures": pictures.n_tuned_on(fingerprints),
+    }
+
+
+def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
+    if document["tuning_pictures"]:
+        output.warn(
+            f"{document['tuning_pictures']} of these {document['n']} pictures served tuning or "
+            "validation: this is no test figure"
+        )
+    rows = [
+        (name, f"{s.accuracy:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}")
+        for name, s in scores.items()
+    ]
+    title = f"accuracy on {document['n']} pictures ({document['split']})"
+    lines: list[str | Table] = [table(title, ("", "accuracy", "95 % interval"), rows)]
+    own = {name: Fields(s.per_class(), "per_class") for name, s in scores.items()}
+    classes = list(next(iter(own.values())).values)
+    per_class = []
+    for name in classes:
+        parts = [own[which].object(name) for which in own]
+        per_class.append(
+            (name, str(parts[0].integer("n")), *(f"{p.number('accuracy'):.1%}" for p in parts))
+        )
+    lines += ["", table("", ("class", "pictures", *scores), per_class)]
+    output.result(document, lines)

@@ -1,0 +1,58 @@
+"""`ztune export`: the only verb that needs torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ztune.cli.output import Output
+from ztune.errors import ConfigError
+
+EXAMPLE = """\
+  ztune export --model ViT-B-32 --pretrained laion2b_s34b_b79k --out bundles/vit-b-32
+  ztune export --model ViT-B-32 --pretrained ./my.pt --preprocess-from openai --out bundles/mine
+  ztune export --model local-dir:./checkpoint --tokenizer ./tokenizer.json --out bundles/own"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip's name"
+    )
+    parser.add_argument("--pretrained", metavar="TAG|FILE", help="published tag, or a checkpoint")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizers JSON file")
+    parser.add_argument("--pad-id", type=int, metavar="N", help="where the tokenizer names none")
+    parser.add_argument(
+        "--preprocess-from", metavar="TAG|JSON", help="whose mean, std and resizing a FILE follows"
+    )
+    parser.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="no weights at all: for tests"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    try:
+        from export.bundle import export_bundle
+        from export.clip import load_clip
+    except ImportError as error:
+        raise ConfigError(
+            f"export needs torch and open_clip ({error}); install them with: "
+            "pip install 'ztune[export]'"
+        ) from None
+    loaded = load_clip(
+        arguments.model,
+        pretrained=arguments.pretrained,
+        tokenizer_file=arguments.tokenizer,
+        preprocess_from=arguments.preprocess_from,
+        pad_id=arguments.pad_id,
+        random_weights=arguments.random_weights,
+    )
+    bundle = export_bundle(loaded, arguments.out, progress=output.remark)
+    size = sum(n_bytes for _, n_bytes in bundle.files.values())
+    lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
+    for graph, figures in bundle.parity.items():
+        lines.append(
+            f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
+            f"largest difference {figures['max_abs']:.1e}"
+        )
+    output.result(dict(bundle.manifest), lines)

@@ -1,0 +1,80 @@
+"""The `ztune` command: one verb, one file; errors become one line here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+from ztune.cli.output import Output, fail
+from ztune.errors import ZtuneError
+
+VERBS = {
+    "export": "turn an open_clip model into a bundle of ONNX graphs (needs torch)",
+    "tune": "tune a prompt, or fit a head, from a few labelled pictures",
+    "eval": "measure a run, a bundle or a classifier on labelled pictures",
+    "pack": "fold a bundle's image tower and a result into one classifier.onnx",
+    "predict": "classify pictures with a classifier.onnx",
+    "doctor": "check this machine, and a bundle on it",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    top = argparse.ArgumentParser(
+        prog="ztune",
+        description="Adapt a vision-language model where only forward passes are possible.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, summary in VERBS.items():
+        module = importlib.import_module(f"ztune.cli.{name}")
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n{module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb)
+        verb.add_argument(
+            "--json", action="store_true", help="one JSON document on standard output"
+        )
+        verb.add_argument("--quiet", action="store_true", help="no progress, no remarks")
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; return 0, 1 for an error (2 for wrong usage), 130 when interrupted."""
+    # Without this, a warning of tokenizers' about forking reaches the user.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        arguments.run(arguments, Output(arguments.quiet, arguments.json))
+    except ZtuneError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        fail(str(error))
+        return 1
+    except KeyboardInterrupt as stop:
+        fail(f"stopped{f' ({stop})' if str(stop) else ''}")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away; there is no one left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`ztune pack`: one classifier.onnx to deploy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ztune.cli.output import Output
+from ztune.errors import ConfigError
+from ztune.types import Json
+
+EXAMPLE = """\
+  ztune pack models/mini --prompt runs/digits/prompt.safetensors --out classifier.onnx
+  ztune pack bundles/vit-b-32 --prompt photos.safetensors --resize --out classifier.onnx"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--prompt", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--resize", action="store_true", help="take pictures of any size and resize in the graph"
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="other class names, one a line"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--provider", default="cpu", help="auto, cpu or cuda (default: cpu)")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    from export.classifier import pack
+    from ztune.artifact import read_artifact, require_same_model
+    from ztune.cli.eval import _candidates
+    from ztune.cli.workbench import open_workbench
+
+    out: Path = arguments.out
+    if out.exists() and not arguments.force:
+        raise ConfigError(f'"{out}" exists (use --force to replace it, or name another --out)')
+    bench = open_workbench(arguments.bundle, arguments.provider, output)
+    artifact = read_artifact(arguments.prompt)
+    require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
+    classes = _candidates(arguments.classes) if arguments.classes else None
+    artifact = bench.refreshed(artifact, classes)
+    pack(bench.bundle, artifact, out, resize=arguments.resize)
+    size = bench.bundle.image.size
+    shape = "N, H, W, 3" if arguments.resize else f"N, {size}, {size}, 3"
+    document: dict[str, Json] = {
+        "classifier": str(out),
+        "bytes": out.stat().st_size,
+        "classes": list(artifact.classes),
+        "input": f"pixels u8[{shape}]",
+    }
+    lines = [
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(artifact.classes)} classes",
+        f"  input pixels u8[{shape}]; outputs logits, probabilities f32[N, {len(artifact.classes)}]",
+    ]
+    output.result(document, lines)

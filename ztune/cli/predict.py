@@ -1,0 +1,129 @@
+"""`ztune predict`: class and probability of pictures, with nothing but a classifier.onnx."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ztune.cli.output import Output, table
+from ztune.errors import ConfigError, DataError
+from ztune.types import F32, U8, Json
+
+if TYPE_CHECKING:
+    from runtimes.classifier import Classifier
+
+EXAMPLE = """\
+  ztune predict classifier.onnx photo.jpg
+  ztune predict classifier.onnx folder --top 1 --json"""
+
+_BATCH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("classifier", type=Path, metavar="classifier.onnx")
+    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER")
+    parser.add_argument(
+        "--top", type=int, default=3, metavar="N", help="classes shown (default: 3)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
+    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    from runtimes.classifier import open_classifier
+    from runtimes.providers import resolve
+
+    for name in ("top", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}, expected at least 1")
+    provider, why = resolve(arguments.provider)
+    output.remark(why)
+    classifier = open_classifier(arguments.classifier, provider)
+    paths = _pictures(arguments.pictures)[: arguments.limit]
+    probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
+    predictions: list[Json] = []
+    rows = []
+    shown = [path for path, keep in zip(paths, kept, strict=True) if keep]
+    for path, row in zip(shown, probabilities, strict=True):
+        best = np.argsort(-row, kind="stable")[: arguments.top]
+        top = [(classifier.classes[c], float(row[c])) for c in best]
+        ranked: list[Json] = [{"class": name, "probability": p} for name, p in top]
+        predictions.append({"picture": str(path), "class": top[0][0], "top": ranked})
+        rows.append((str(path), *(f"{name} {p:.1%}" for name, p in top)))
+    document: dict[str, Json] = {
+        "classifier": str(arguments.classifier),
+        "broken_pictures": int((~kept).sum()),
+        "predictions": predictions,
+    }
+    n_shown = min(arguments.top, len(classifier.classes))
+    columns = ("picture", *(f"{n + 1}." for n in range(n_shown)))
+    output.result(document, [table("", columns, rows)])
+
+
+def classify(
+    classifier: Classifier, paths: Sequence[Path], output: Output, skip_broken: bool
+) -> tuple[F32, NDArray[np.bool_]]:
+    """Return probabilities f32[n, C] of the pictures that can be read, and which those are.
+
+    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
+    """
+    kept = np.ones(len(paths), dtype=np.bool_)
+    results: list[F32] = []
+    waiting: list[U8] = []
+    # A graph that resizes takes one picture at a time, since their sizes differ.
+    size = 1 if classifier.resize else _BATCH
+
+    def flush() -> None:
+        if waiting:
+            results.append(classifier.classify(np.stack(waiting))[1])
+            waiting.clear()
+
+    with output.progress("classifying", len(paths)) as ticker:
+        for number, path in enumerate(paths):
+            try:
+                waiting.append(classifier.read(path))
+            except DataError as error:
+                if not skip_broken:
+                    raise DataError(
+                        f"{error} (repair or remove it, or use --skip-broken)"
+                    ) from None
+                kept[number] = False
+            if len(waiting) == size:
+                flush()
+            ticker.update(number + 1)
+        flush()
+    if not results:
+        raise DataError(f"none of {len(paths)} picture(s) can be read")
+    if not kept.all():
+        output.warn(f"{int((~kept).sum())} broken pictures left out")
+    return np.concatenate(results), kept
+
+
+def _pictures(named: Sequence[Path]) -> list[Path]:
+    """Return the pictures named, and those below folders named, in order.
+
+    Raises: DataError for a path that does not exist, or a folder without pictures.
+    """
+    from ztune.data.folders import PICTURES
+
+    found: list[Path] = []
+    for path in named:
+        if path.is_dir():
+            below = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file()
+            )
+            if not below:
+                raise DataError(f'folder "{path}" holds no pictures')
+            found += below
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f'picture "{path}" does not exist')
+    return found

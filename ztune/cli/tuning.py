@@ -1,0 +1,323 @@
+"""A tuning run from split to artifact, started or taken up again; the verb `tune` calls it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.ort import OrtPromptEncoder
+from runtimes.prompts import context_of_words
+from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
+from ztune.budget import Budget
+from ztune.cli.request import Request
+from ztune.cli.workbench import Workbench
+from ztune.config import as_json
+from ztune.data.split import Split
+from ztune.errors import ConfigError, ZtuneError
+from ztune.heads.gda import GdaConfig, fit_gda
+from ztune.methods import ZipConfig, build_zip, find_method, initial_context, method_config
+from ztune.objective import BatchSampler, FewShotObjective, cross_entropy
+from ztune.report import draw_curve
+from ztune.run import RunFolder
+from ztune.statistics import Score, score
+from ztune.system import machine, peak_memory_mb, versions
+from ztune.tune import Tuning, tune
+from ztune.types import F32, F64, I64, Batch, Evaluation, Json
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The encoded pictures that a run may see: never those kept for testing."""
+
+    features: F32
+    """f32[V, N, e], the training pictures and their views."""
+    labels: I64
+    val_features: F32 | None
+    """f32[n, e], None without validation pictures."""
+    val_labels: I64
+    n_encoded: int
+    n_cached: int
+    n_broken: int
+
+
+def start_config(request: Request) -> ZipConfig | GdaConfig:
+    """Return the method's configuration, checked against the budget.
+
+    Raises: ConfigError, among others when the budget is less than one step.
+    """
+    config = method_config(find_method(request.method), request.settings)
+    if isinstance(config, ZipConfig) and request.queries < config.queries_per_step():
+        raise ConfigError(
+            f"--queries {request.queries} is less than one step of {request.method}, which costs "
+            f"{config.queries_per_step()}"
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method leaves behind."""
+
+    artifact: Artifact
+    budget: Budget
+    seconds: float
+    """Spent in the method itself, the image pass left out."""
+    train_loss: float
+    """In nats, over all training pictures and views."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run in progress."""
+
+    request: Request
+    split: Split
+    folder: RunFolder
+    bench: Workbench
+
+    def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
+        """Run to the end from whatever is saved, write all results, return run.json's content.
+
+        `head` holds what run.json says from the first moment on.
+        """
+        config = start_config(self.request)
+        classes = self.split.classes
+        # Class names that do not fit the tower are found before pictures are encoded.
+        zero_shot = self.bench.zero_shot(self.request.template, classes)
+        prompt = self._prompt(config) if isinstance(config, ZipConfig) else None
+        pictures = _encode(self.request, self.split, self.folder, self.bench)
+        head = {**head, **_costs(head, pictures)}
+        self.folder.write(head)
+
+        started = time.monotonic()
+        gda, alpha = _gda(config, self.request, pictures, zero_shot)
+        if isinstance(config, ZipConfig) and prompt is not None:
+            outcome = self._tuned(config, *prompt, pictures)
+        else:
+            outcome = self._fitted(gda, alpha, pictures, time.monotonic() - started)
+        artifact = outcome.artifact
+        scores = _validate(artifact, zero_shot, gda, pictures, classes)
+        write_artifact(self.folder.prompt, artifact)
+        if prompt is not None:
+            _draw(self.request, self.folder, scores)
+        document: dict[str, Json] = {
+            **head,
+            "status": "finished",
+            "config": dict(artifact.provenance.config),
+            "queries": outcome.budget.queries,
+            "text_forwards": outcome.budget.text_forwards,
+            "seconds": round(outcome.seconds, 3),
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "stop_reason": artifact.provenance.stop_reason,
+            "train_loss": outcome.train_loss,
+            "val_accuracy": scores["tuned"].accuracy if scores else None,
+            "validation": {
+                name: {"accuracy": s.accuracy, "interval": list(s.interval), "n": s.n}
+                for name, s in scores.items()
+            },
+            "gda_alpha": alpha,
+        }
+        self.folder.write(document)
+        return document
+
+    def _prompt(self, config: ZipConfig) -> tuple[F32, OrtPromptEncoder]:
+        """Return the initial context f32[m, d] and the encoder for the classes."""
+        if config.init == "random":
+            context = initial_context(config, self.bench.bundle.text.width, self.request.seed)
+        else:
+            context = context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
+        return context, self.bench.prompt_encoder(self.split.classes, len(context))
+
+    def _tuned(
+        self, config: ZipConfig, context: F32, encoder: OrtPromptEncoder, pictures: Pictures
+    ) -> Outcome:
+        """Spend the queries, from the saved state where there is one."""
+        request, bundle = self.request, self.bench.bundle
+        objective = FewShotObjective(
+            encoder, pictures.features, pictures.labels, bundle.logit_scale, bundle.logit_bias
+        )
+        prompt_map, optimizer = build_zip(config, context, request.seed)
+        n_views, n_pictures = pictures.features.shape[:2]
+        sampler = BatchSampler(
+            n_pictures, config.batch_size, n_views, np.random.default_rng([request.seed, 3])
+        )
+        tuning = Tuning(optimizer, sampler, Budget(request.queries))
+        self.folder.restore(tuning)
+        output = self.bench.output
+        if tuning.step:
+            output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
+        with output.progress("tuning", request.queries) as ticker:
+
+            def observe(now: Tuning, evaluation: Evaluation) -> None:
+                self.folder.log(now, evaluation)
+                self.folder.save(now)
+                loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
+                text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
+                ticker.update(now.budget.queries, text, " queries")
+
+            stop_reason = tune(tuning, prompt_map, objective, len(self.split.classes), observe)
+        tuned = prompt_map(optimizer.recommend()[None])[0]
+        artifact = ContextArtifact(
+            self.split.classes,
+            self._provenance(tuning.budget.queries, stop_reason, as_json(config)),
+            tuned,
+            encoder.encode(tuned[None])[0],
+            bundle.logit_scale,
+            bundle.logit_bias,
+            _fingerprints(self.split),
+        )
+        train_loss = _train_loss(objective, pictures, tuned)
+        return Outcome(artifact, tuning.budget, tuning.seconds, train_loss)
+
+    def _fitted(
+        self, head: tuple[F32, F32], alpha: float, pictures: Pictures, seconds: float
+    ) -> Outcome:
+        weight, bias = head
+        provenance = self._provenance(0, "closed form", {"alpha": alpha})
+        artifact = HeadArtifact(
+            self.split.classes, provenance, weight, bias, _fingerprints(self.split)
+        )
+        logits = pictures.features @ weight.T + bias
+        train_loss = float(cross_entropy(logits, pictures.labels).mean())
+        return Outcome(artifact, Budget(self.request.queries), seconds, train_loss)
+
+    def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
+        bundle = self.bench.bundle
+        return Provenance(
+            model_id=bundle.model_id,
+            bundle_digest=bundle.digest,
+            method=self.request.method,
+            seed=self.request.seed,
+            queries=queries,
+            stop_reason=stop_reason,
+            config=config,
+        )
+
+
+def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]:
+    """Return what run.json says from the first moment on."""
+    return {
+        "status": "running",
+        "method": request.method,
+        "seed": request.seed,
+        "provider": bench.provider,
+        "precision": bench.bundle.precision,
+        "model_id": bench.bundle.model_id,
+        "bundle_digest": bench.bundle.digest,
+        "classes": len(split.classes),
+        "process": os.getpid(),
+        "versions": dict(versions()),
+        "machine": dict(machine()),
+        "request": as_json(request),
+    }
+
+
+def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench) -> Pictures:
+    cache = request.cache_folder(folder.path)
+    train = bench.features(
+        split.items("train"),
+        cache,
+        what="training pictures",
+        n_views=request.augment,
+        seed=request.seed,
+        skip_broken=request.skip_broken,
+    )
+    labels = split.labels("train")[train.kept]
+    missing = sorted(set(range(len(split.classes))) - set(labels.tolist()))
+    if missing:
+        raise ZtuneError(f'class "{split.classes[missing[0]]}" has no picture that can be read')
+    n_views = max(1, request.augment)
+    n_wanted, n_encoded = n_views * len(labels), train.n_encoded
+    n_broken = int((~train.kept).sum())
+    val_features, val_labels = None, split.labels("val")
+    if len(val_labels):
+        val = bench.features(
+            split.items("val"), cache, what="validation pictures", skip_broken=request.skip_broken
+        )
+        val_features, val_labels = val.values[0], val_labels[val.kept]
+        n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
+        n_broken += int((~val.kept).sum())
+    return Pictures(
+        train.values, labels, val_features, val_labels, n_encoded, n_wanted - n_encoded, n_broken
+    )
+
+
+def _costs(head: Mapping[str, Json], pictures: Pictures) -> dict[str, Json]:
+    """Return the image pass's cost; a resumed run keeps what its first process paid."""
+    if "image_forwards" in head:
+        return {}
+    return {
+        "image_forwards": pictures.n_encoded,
+        "image_forwards_cached": pictures.n_cached,
+        "broken_pictures": pictures.n_broken,
+    }
+
+
+def _fingerprints(split: Split) -> Any:
+    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tunes."""
+    entries = [*split.entries_of("train"), *split.entries_of("val")]
+    return np.array(sorted(int(entry.sha256[:16], 16) for entry in entries), dtype=np.uint64)
+
+
+def _gda(
+    config: ZipConfig | GdaConfig,
+    request: Request,
+    pictures: Pictures,
+    zero_shot: tuple[F32, F32],
+) -> tuple[tuple[F32, F32], float]:
+    """Fit the closed-form reference: weight f32[C, e], bias f32[C] and its alpha."""
+    n_views = len(pictures.features)
+    features = pictures.features.reshape(-1, pictures.features.shape[-1])
+    val = pictures.val_features
+    affine, alpha = fit_gda(
+        config if isinstance(config, GdaConfig) else GdaConfig(),
+        features,
+        np.tile(pictures.labels, n_views),
+        zero_shot[0].astype(np.float64),
+        (val, pictures.val_labels) if val is not None else None,
+        request.seed,
+    )
+    bias: F64 = affine[:, -1] + zero_shot[1]
+    return (affine[:, :-1].astype(np.float32), bias.astype(np.float32)), alpha
+
+
+def _train_loss(objective: FewShotObjective, pictures: Pictures, context: F32) -> float:
+    """Return the loss over all training pictures and views: a final report, free of charge."""
+    n_views, n = pictures.features.shape[:2]
+    every = np.arange(n, dtype=np.int64)
+    losses = [
+        objective(context[None], Batch(every, np.full(n, view, dtype=np.int64), 0)).losses[0]
+        for view in range(n_views)
+    ]
+    return float(np.mean(losses))
+
+
+def _validate(
+    artifact: Artifact,
+    zero_shot: tuple[F32, F32],
+    gda: tuple[F32, F32],
+    pictures: Pictures,
+    classes: tuple[str, ...],
+) -> dict[str, Score]:
+    """Return the scores on the validation pictures by name; empty without such pictures."""
+    if pictures.val_features is None:
+        return {}
+    compared = {"zero-shot": zero_shot, "tuned": artifact.classifier(), "gda": gda}
+    return {
+        name: score(pictures.val_features, weight, bias, pictures.val_labels, classes)
+        for name, (weight, bias) in compared.items()
+    }
+
+
+def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score]) -> None:
+    levels = {f"{name}, validation": s.accuracy for name, s in scores.items()}
+    title = (
+        f"{request.method} on {Path(request.data).name}, {request.shots} shots, seed {request.seed}"
+    )
+    draw_curve(folder.read_history(), levels, title, folder.path / "curve.png")

@@ -1,0 +1,121 @@
+"""Features on disk: one append-only file per encoder and kind of view, safe to kill and to share.
+
+A record stands for itself: mark, 32-byte key, number of values, values f32 little-endian, CRC-32 of
+all before it. A batch of records is appended in one write. Whatever a kill, a full disk, a damaged
+block or two writers leave between whole records is skipped: the reader searches for the next mark
+and checks it. So nothing is ever locked, cut or rewritten; a lost record is encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ztune.errors import DataError
+from ztune.types import F32
+
+_MARK = b"zft1"
+_HEAD = struct.Struct("<4s32sI")
+_CRC = struct.Struct("<I")
+_MOST_VALUES = 1 << 16
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of feature logs; several processes may use it at once."""
+
+    folder: Path
+
+    def log(self, *identity: str) -> FeatureLog:
+        """Return the log for everything that the given texts identify.
+
+        Raises: DataError when the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f'cache "{self.folder}" cannot be made: {error.strerror}') from None
+        return FeatureLog(self.folder / f"{key_of(*identity).hex()[:32]}.features")
+
+
+@dataclass(frozen=True)
+class FeatureLog:
+    """One file of records; see the module for its format."""
+
+    path: Path
+
+    def read(self) -> dict[bytes, F32]:
+        """Return every sound record's f32[e] by key, read-only; an absent file is empty.
+
+        Raises: DataError when the file is there and cannot be read.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise DataError(f'cache "{self.path}" cannot be read: {error.strerror}') from None
+        records = {}
+        start = content.find(_MARK)
+        while start >= 0:
+            record = _record_at(content, start)
+            if record:
+                key, values, end = record
+                records[key] = values
+            start = content.find(_MARK, end if record else start + 1)
+        return records
+
+    def append(self, records: Mapping[bytes, F32]) -> None:
+        """Add records f32[e] by their 32-byte keys.
+
+        The file is not flushed to the disk: a kill loses nothing, and what a power cut loses is
+        found by its CRC and encoded again.
+
+        Raises: DataError when the file cannot be written, a full disk included.
+        """
+        block = b"".join(_record(key, values) for key, values in records.items())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        try:
+            file = os.open(self.path, flags, 0o666)
+            try:
+                written = os.write(file, block)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise DataError(f'cache "{self.path}" cannot be written: {error.strerror}') from None
+        if written < len(block):
+            raise DataError(f'cache "{self.path}" cannot be written: the disk is full')
+
+
+def key_of(*parts: str) -> bytes:
+    """Return 32 bytes that stand for these texts, in this order."""
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(part.encode()).digest() for part in parts)
+    ).digest()
+
+
+def _record(key: bytes, values: F32) -> bytes:
+    body = _HEAD.pack(_MARK, key, values.size) + np.ascontiguousarray(values, "<f4").tobytes()
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _record_at(content: bytes, start: int) -> tuple[bytes, F32, int] | None:
+    """Return key, values and end of the record that begins at `start`, if it is whole and sound."""
+    first = start + _HEAD.size
+    if first > len(content):
+        return None
+    _, key, n_values = _HEAD.unpack_from(content, start)
+    last = first + 4 * n_values
+    if not 0 < n_values <= _MOST_VALUES or last + _CRC.size > len(content):
+        return None
+    if zlib.crc32(memoryview(content)[start:last]) != _CRC.unpack_from(content, last)[0]:
+        return None
+    values = np.frombuffer(content, "<f4", n_values, first).astype(np.float32, copy=False)
+    return (key, values, last + _CRC.size) if np.isfinite(values).all() else None

@@ -1,0 +1,162 @@
+"""Every picture through the image tower once, and its features kept.
+
+A feature's bytes depend on the picture, its view and the encoder alone. Two rules see to that:
+batches always have the same size (a last one is filled up with its own first picture), because a
+matrix product of another shape may round differently; and a random view is drawn from
+(augmentation seed, picture's digest, number of the view), whatever is encoded before or beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ztune.data.cache import FeatureCache, key_of
+from ztune.data.split import Progress
+from ztune.errors import DataError
+from ztune.types import F32, U8, ImageEncoder
+
+_READERS = 2
+"""Threads that read pictures while the encoder works."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the image tower says of some pictures."""
+
+    values: F32
+    """f32[V, N, e], unit length, of the N pictures that were kept, in their order."""
+    kept: NDArray[np.bool_]
+    """bool[pictures asked for]: False where a broken picture was left out."""
+    n_encoded: int
+    """Views that went through the encoder now; the others came from the cache."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture and those of its views that are not cached."""
+
+    path: Path
+    sha256: str
+    views: tuple[int, ...]
+    keys: tuple[bytes, ...]
+
+
+def encode_pictures(
+    encoder: ImageEncoder,
+    items: Sequence[tuple[Path, str]],
+    cache: FeatureCache,
+    n_views: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    skip_broken: bool = False,
+) -> Features:
+    """Return the features of one or more pictures given as (file, SHA-256 of its content).
+
+    With `n_views` of 0 the one view is the centre crop, else there are that many random views,
+    drawn with `seed`. `progress` counts views. `encoder.read` is called from several threads.
+
+    Raises: DataError naming a picture that cannot be read, unless `skip_broken` (then when none
+        can), and when the encoder returns a value that is not finite.
+    """
+    kind = ("centre",) if n_views == 0 else ("random", str(seed))
+    views = range(max(1, n_views))
+    # The batch size is part of the key: it may change the last bits.
+    identity = (encoder.identity, f"batch {batch_size}", *kind)
+    log = cache.log(*identity)
+    known = log.read()
+    keys = [[key_of(*identity, str(view), digest) for view in views] for _, digest in items]
+    n_views_all, n_encoded = len(items) * len(views), 0
+    broken: set[str] = set()
+
+    def read(job: _Job) -> tuple[_Job, U8 | DataError]:
+        try:
+            return job, np.stack([_read(encoder, job, view, n_views, seed) for view in job.views])
+        except DataError as error:
+            return job, error
+
+    def flush(batch: list[tuple[bytes, Path, U8]]) -> None:
+        rows = [pixels for _, _, pixels in batch]
+        rows += rows[:1] * (batch_size - len(rows))
+        features = encoder.encode(np.stack(rows))[: len(batch)]
+        for (_, path, _), feature in zip(batch, features, strict=True):
+            if not np.isfinite(feature).all():
+                raise DataError(f'picture "{path}": the image tower returns values not finite')
+        new = {key: np.array(f, np.float32) for (key, _, _), f in zip(batch, features, strict=True)}
+        log.append(new)
+        known.update(new)
+
+    jobs = _missing(items, keys, known)
+    n_done = n_views_all - sum(len(job.keys) for job in jobs)
+    batch: list[tuple[bytes, Path, U8]] = []
+    with contextlib.closing(_ahead(read, jobs)) as pictures:
+        for job, pixels in pictures:
+            if isinstance(pixels, DataError):
+                if not skip_broken:
+                    raise DataError(f"{pixels} (repair or remove it, or use --skip-broken)")
+                broken.add(job.sha256)
+                continue
+            for key, picture in zip(job.keys, pixels, strict=True):
+                batch.append((key, job.path, picture))
+                if len(batch) == batch_size:
+                    flush(batch)
+                    n_encoded += batch_size
+                    batch = []
+                    if progress:
+                        progress(n_done + n_encoded, n_views_all)
+    if batch:
+        flush(batch)
+        n_encoded += len(batch)
+    if progress:
+        progress(n_views_all, n_views_all)
+    kept = np.array([digest not in broken for _, digest in items], np.bool_)
+    if not kept.any():
+        raise DataError(f"none of {len(items)} picture(s) can be read")
+    rows = [row for row, keep in zip(keys, kept, strict=True) if keep]
+    values = np.stack([np.stack([known[row[view]] for row in rows]) for view in views])
+    return Features(values, kept, n_encoded)
+
+
+def _read(encoder: ImageEncoder, job: _Job, view: int, n_views: int, seed: int) -> U8:
+    if n_views == 0:
+        return encoder.read(job.path, None)
+    return encoder.read(job.path, np.random.default_rng([seed, view, int(job.sha256, 16)]))
+
+
+def _missing(
+    items: Iterable[tuple[Path, str]], keys: Iterable[list[bytes]], known: Iterable[bytes]
+) -> list[_Job]:
+    """Return what is still to be encoded, in order, each picture once."""
+    seen = set(known)
+    jobs = []
+    for (path, digest), row in zip(items, keys, strict=True):
+        views = tuple(view for view, key in enumerate(row) if key not in seen)
+        if views:
+            jobs.append(_Job(path, digest, views, tuple(row[view] for view in views)))
+            seen.update(row)
+    return jobs
+
+
+def _ahead(
+    read: Callable[[_Job], tuple[_Job, U8 | DataError]], jobs: Iterable[_Job]
+) -> Generator[tuple[_Job, U8 | DataError], None, None]:
+    """Yield the pictures of all jobs in order, reading a few of them ahead and no more."""
+    pending: deque[Future[tuple[_Job, U8 | DataError]]] = deque()
+    with ThreadPoolExecutor(_READERS) as readers:
+        try:
+            for job in jobs:
+                pending.append(readers.submit(read, job))
+                if len(pending) > 2 * _READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            readers.shutdown(cancel_futures=True)
