@@ -11,6 +11,7 @@ import numpy as np
 
 from ztune.files import replacing
 from ztune.statistics import Score
+from ztune.types import F64
 
 _INK, _SOFT, _ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
 
@@ -27,12 +28,11 @@ def _write(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the mean over the last `width` values at each place, fewer at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+def _running_mean(values: F64, width: int) -> F64:
+    """Return the mean over `width` values centred at each place, fewer at the ends."""
+    window = np.ones(width)
+    counts = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.asarray(np.convolve(values, window, mode="same") / counts)
 
 
 def draw_curve(
@@ -48,7 +48,7 @@ def draw_curve(
     queries = np.array([line["queries"] for line in history], dtype=float)
     figure = _figure(9, 3.6)
     figure.suptitle(title, fontsize=11, color=_INK)
-    width = max(1, len(history) // 25)
+    width = max(1, min(len(history), 2 * (len(history) // 50) + 1))
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels,

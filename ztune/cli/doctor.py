@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
     providers = _providers()
     installed = {
-        extra: importlib.util.find_spec(name) is not None for extra, name in _EXTRAS.items()
+        extra: importlib.util.find_spec(module) is not None for extra, module in _EXTRAS.items()
     }
     document: dict[str, Json] = {
         "machine": dict(machine()),
@@ -123,8 +123,8 @@ def _check_bundle(
         rows.append((graph, f"{here['max_abs']:.1e}", f"{stored['max_abs']:.1e}"))
         if not here["max_abs"] <= _TOLERANCE:
             failures.append(
-                f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more than "
-                f"{_TOLERANCE:.0e}: results on this machine cannot be trusted"
+                f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more "
+                f"than {_TOLERANCE:.0e}: results on this machine cannot be trusted"
             )
     seconds, what = _seconds_per_query(path, provider, output)
     document |= {"parity": parity, "provider": provider, "seconds_per_query": seconds}

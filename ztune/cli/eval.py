@@ -149,7 +149,7 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.prompt is not None and arguments.template is not None:
         raise ConfigError("give --prompt or --template, not both")
     pictures = _pictures(arguments)
-    candidates = _candidates(arguments.classes) if arguments.classes else pictures.classes
+    candidates = candidates(arguments.classes) if arguments.classes else pictures.classes
     bench = open_workbench(arguments.target, arguments.provider, output)
     fingerprints: Iterable[int] = ()
     if arguments.prompt is not None:
@@ -241,7 +241,7 @@ def _from_split_file(path: Path, split: str) -> Labelled:
     return Labelled(items, labels, whole.classes, split)
 
 
-def _candidates(path: Path) -> tuple[str, ...]:
+def candidates(path: Path) -> tuple[str, ...]:
     """Return the class names of a file: a name a line, or folder<TAB>name."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -22,7 +22,9 @@ class Output:
         self.quiet = quiet
         self.as_json = as_json
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-        self._results = Console(highlight=False, soft_wrap=True, markup=False)
+        # What goes to a file or another program is never folded to some terminal's width.
+        width = None if sys.stdout.isatty() else 400
+        self._results = Console(highlight=False, soft_wrap=True, markup=False, width=width)
 
     def remark(self, text: str) -> None:
         """Say something on the way."""

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
     from ztune.artifact import read_artifact, require_same_model
-    from ztune.cli.eval import _candidates
+    from ztune.cli.eval import candidates
     from ztune.cli.workbench import open_workbench
 
     out: Path = arguments.out
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     bench = open_workbench(arguments.bundle, arguments.provider, output)
     artifact = read_artifact(arguments.prompt)
     require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
-    classes = _candidates(arguments.classes) if arguments.classes else None
+    classes = candidates(arguments.classes) if arguments.classes else None
     artifact = bench.refreshed(artifact, classes)
     pack(bench.bundle, artifact, out, resize=arguments.resize)
     size = bench.bundle.image.size
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     }
     lines = [
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(artifact.classes)} classes",
-        f"  input pixels u8[{shape}]; outputs logits, probabilities f32[N, {len(artifact.classes)}]",
+        f"  input pixels u8[{shape}]; outputs logits and probabilities, both "
+        f"f32[N, {len(artifact.classes)}]",
     ]
     output.result(document, lines)

@@ -27,9 +27,7 @@ _BATCH = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("classifier", type=Path, metavar="classifier.onnx")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER")
-    parser.add_argument(
-        "--top", type=int, default=3, metavar="N", help="classes shown (default: 3)"
-    )
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
     parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -83,14 +83,14 @@ def _request(arguments: argparse.Namespace) -> Request:
         settings["init"] = arguments.init
 
     def absolute(path: Path | None) -> str | None:
-        return str(path.absolute()) if path is not None else None
+        return str(path.resolve()) if path is not None else None
 
     augment = arguments.augment
     if augment is None:
         augment = find_method(arguments.method).augment.get(arguments.preset, 0)
     return Request(
-        bundle=str(arguments.bundle.absolute()),
-        data=str(arguments.data.absolute()),
+        bundle=str(arguments.bundle.resolve()),
+        data=str(arguments.data.resolve()),
         method=arguments.method,
         shots=arguments.shots,
         queries=arguments.queries,

@@ -316,7 +316,8 @@ def _validate(
 
 
 def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score]) -> None:
-    levels = {f"{name}, validation": s.accuracy for name, s in scores.items()}
+    shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
+    levels = {f"{shown[name]}, validation": s.accuracy for name, s in scores.items()}
     title = (
         f"{request.method} on {Path(request.data).name}, {request.shots} shots, seed {request.seed}"
     )

@@ -263,7 +263,9 @@ def make_split(
     if n_copies:
         notes.append(f"exact copies of another picture, left out: {n_copies}")
 
-    by_class = [[entry for entry in pool if entry.label == label] for label in range(len(classes))]
+    by_class: list[list[Entry]] = [[] for _ in classes]
+    for entry in pool:
+        by_class[entry.label].append(entry)
     if not has_splits and not test_data:
         by_class, note = _cut_off_test(by_class, classes, settings)
         notes += note

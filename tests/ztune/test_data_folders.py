@@ -1,0 +1,245 @@
+"""Which pictures and classes are found, and what is said where they cannot be used."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ztune.data.folders import read_dataset
+from ztune.data.manifests import is_inside
+from ztune.errors import DataError
+
+
+def put(root: Path, *paths: str) -> Path:
+    """Write one file for every path, its content being its path."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
+    return root
+
+
+def found(path: Path, names: Path | None = None) -> list[tuple[str, str, str | None]]:
+    dataset = read_dataset(path, names)
+    return [(p.path, dataset.classes[p.label], p.split) for p in dataset.pictures]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    put(
+        tmp_path, "b_owl/2.JPG", "b_owl/1.png", "a/deep/er/x.webp", "a/b.gif", "é/i.ppm", "B/c.tiff"
+    )
+    assert found(tmp_path) == [
+        ("B/c.tiff", "B", None),
+        ("a/b.gif", "a", None),
+        ("a/deep/er/x.webp", "a", None),
+        ("b_owl/1.png", "b owl", None),
+        ("b_owl/2.JPG", "b owl", None),
+        ("é/i.ppm", "é", None),
+    ]
+    assert read_dataset(tmp_path).classes == ("B", "a", "b owl", "é")
+
+
+def test_the_rest_is_counted(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "b/1.png", "a/.hidden.png", "a/notes.txt", "loose.png", "a/.git/x.png")
+    put(tmp_path, ".cache/x.png", "__MACOSX/a/1.png")
+    dataset = read_dataset(tmp_path)
+    assert [p.path for p in dataset.pictures] == ["a/1.png", "b/1.png"]
+    assert dataset.ignored == 3
+
+
+def test_names_are_composed(tmp_path: Path) -> None:
+    put(tmp_path, "e\u0301/1.png", "z/1.png")
+    assert read_dataset(tmp_path).classes == ("z", "é")
+
+
+def test_class_folders_may_be_links_and_circles_are_not_followed(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "cats/1.png")
+    put(tmp_path / "root", "dog/1.png")
+    (tmp_path / "root" / "cat").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "root" / "dog" / "again").symlink_to(tmp_path / "root")
+    assert [path for path, _, _ in found(tmp_path / "root")] == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_split_folders(tmp_path: Path, val: str) -> None:
+    put(tmp_path, "train/a/1.png", "train/b/1.png", f"{val}/a/2.png", "test/b/3.png")
+    assert sorted((name, split) for _, name, split in found(tmp_path)) == [
+        ("a", "train"),
+        ("a", "val"),
+        ("b", "test"),
+        ("b", "train"),
+    ]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    put(tmp_path, "train/1.png", "bus/1.png", "test/1.png")
+    assert found(tmp_path) == [
+        ("bus/1.png", "bus", None),
+        ("test/1.png", "test", None),
+        ("train/1.png", "train", None),
+    ]
+
+
+def test_names_file(tmp_path: Path) -> None:
+    put(tmp_path / "d", "n01/1.png", "n02/1.png")
+    names = tmp_path / "names.txt"
+    names.write_text("n02\ttench, a fish\r\n\nn01\tzebra_x\n", encoding="utf-8-sig")
+    assert found(tmp_path / "d", names) == [
+        ("n01/1.png", "zebra_x", None),
+        ("n02/1.png", "tench, a fish", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n01\tx\nn02\ty\nn03\tz\n", 'has no class "n03"'),
+        ("n01\tx\n", 'class "n02" of folder .* has no name'),
+        ("n01\tx\nn01\ty\n", "line 2: folder .* named twice"),
+        ("n01 x\n", "line 1: expected folder, a tab"),
+        ("n01\tx\nn02\tx\n", 'both give the class name "x"'),
+        (b"n01\t\xff\n", "not UTF-8"),
+    ],
+)
+def test_wrong_names_files(tmp_path: Path, content: str | bytes, message: str) -> None:
+    put(tmp_path / "d", "n01/1.png", "n02/1.png")
+    names = tmp_path / "names.txt"
+    names.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=message):
+        read_dataset(tmp_path / "d", names)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([], "holds no pictures"),
+        (["loose.png"], "holds no pictures"),
+        (["a/1.png"], 'one class only, "a"'),
+        (["a/1.png", "b/notes.txt"], 'class folder "b" holds no pictures'),
+        (["a_b/1.png", "a b/1.png", "c/1.png"], '"a b" and "a_b" both give the class name "a b"'),
+        (["_/1.png", "a/1.png"], "empty class name"),
+        (["train/a/1.png", "train/b/1.png", "c/1.png"], '"c" lies beside "train"'),
+        (["val/a/1.png", "test/b/1.png"], "no train pictures"),
+        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test pictures but no'),
+        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for validation"),
+    ],
+)
+def test_wrong_folders(tmp_path: Path, paths: list[str], message: str) -> None:
+    put(tmp_path, *paths)
+    with pytest.raises(DataError, match=message) as caught:
+        read_dataset(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_data_and_other_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_dataset(tmp_path / "no")
+    put(tmp_path, "a.zip")
+    with pytest.raises(DataError, match="is no folder and no manifest"):
+        read_dataset(tmp_path / "a.zip")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "b/1.png")
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.png")).touch()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_dataset(tmp_path)
+
+
+# Manifests
+
+
+def rows_csv(rows: list[dict[str, str]]) -> str:
+    keys = list(rows[0])
+    return "\n".join([",".join(keys), *(",".join(row[key] for key in keys) for row in rows)]) + "\n"
+
+
+def rows_jsonl(rows: list[dict[str, str]]) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+@pytest.mark.parametrize(("suffix", "write"), [("csv", rows_csv), ("JSONL", rows_jsonl)])
+def test_manifest(
+    tmp_path: Path, suffix: str, write: Callable[[list[dict[str, str]]], str]
+) -> None:
+    put(tmp_path, "x/2.png", "x/1.png", "3.data")
+    rows = [
+        {"path": "x/2.png", "label": "b_c", "split": "train"},
+        {"path": "x/1.png", "label": "a", "split": "train"},
+        {"path": "3.data", "label": "a", "split": "valid"},
+    ]
+    manifest = tmp_path / f"list.{suffix}"
+    manifest.write_text(write(rows), encoding="utf-8-sig")
+    assert found(manifest) == [
+        ("3.data", "a", "val"),
+        ("x/1.png", "a", "train"),
+        ("x/2.png", "b c", "train"),
+    ]
+    for row in rows:
+        del row["split"]
+    manifest.write_text(write(rows))
+    assert {split for _, _, split in found(manifest)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "first line is nothing, expected path,label"),
+        ("file,label\nx,y\n", "first line is file, label, expected path,label"),
+        ("path,label\n", "holds no pictures"),
+        ("path,label\na.png\n", "line 2: expected a path and a label"),
+        ("path,label\na.png,a\na.png,b\n", 'line 3: path "a.png" is listed twice'),
+        ("path,label\na.png,a\nno.png,b\nneither.png,b\n", '"no.png" is missing, 2 picture'),
+        ("path,label\na.png,a\n", "one class only"),
+        ("path,label\n../a.png,a\n", 'line 2: path "../a.png" leaves'),
+        ("path,label\n/etc/passwd,a\n", "leaves the folder"),
+        ("path,label\nx/../../m/a.png,a\n", "leaves the folder"),
+        ("path,label\nlink/secret.png,a\n", "leaves the folder"),
+        ("path,label\n..\\a.png,a\n", "leaves the folder"),
+        ("path,label\n" + "x" * 9000 + ",a\n", "is missing|leaves the folder"),
+        ("path,label,split\na.png,a,learn\n", "split is 'learn', expected train"),
+        ("path,label,split\na.png,a,train\nb.png,b,\n", "some pictures have a split"),
+        ("path,label,split\na.png,a,test\nb.png,b,test\n", "no train pictures"),
+        ('path,label\n"a.png,a\n', "unexpected end"),
+        (b"path,label\n\xff.png,a\n", "not UTF-8"),
+    ],
+)
+def test_wrong_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
+    put(tmp_path, "secret.png", "m/a.png", "m/b.png")
+    (tmp_path / "m" / "link").symlink_to(tmp_path)
+    manifest = tmp_path / "m" / "list.csv"
+    manifest.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_dataset(manifest)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "line 1: no JSON"),
+        ("[1]", "line 1: expected"),
+        ('{"path": "a.png", "label": 3}', "line 1: expected a path and a label, both as text"),
+        ('\n{"path": "a.png"}', "line 2: expected a path and a label"),
+        ('{"path": "a\\u0000.png", "label": "a"}', "leaves the folder"),
+        ('{"path": "a\\ud800.png", "label": "a"}', "half a character"),
+        ('{"path": "a.png", "label": "a", "split": []}', r"split is \[\]"),
+        ("[" * 100000, "line 1: no JSON"),
+    ],
+)
+def test_wrong_jsonl(tmp_path: Path, content: str, message: str) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "list.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_dataset(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "a/..", "/a", "a//b", "a/", "a\0", "./a"])
+def test_paths_that_leave(path: str) -> None:
+    assert not is_inside(path)
+    assert is_inside("a/..b/c d.png")

@@ -1,0 +1,332 @@
+"""Roles never overlap, shots are nested and filled first, and the test half is always the same."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ztune.data.folders import Dataset, Picture, read_dataset
+from ztune.data.manifests import SplitName
+from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
+from ztune.errors import ConfigError, DataError, FormatError
+
+ROLES: tuple[SplitName, ...] = ("train", "val", "test")
+Counts = dict[str, int]
+
+
+def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[Dataset, list[str]]:
+    """Return a data set that is nowhere on disk, with a digest for every picture."""
+    classes = tuple(sorted(counts))
+    pictures = []
+    both: list[tuple[SplitName | None, Counts]] = [*parts.items()] if parts else [(None, counts)]
+    for split, numbers in both:
+        for name, n in numbers.items():
+            paths = [f"{split}/{name}/{i}.png" for i in range(n)]
+            pictures += [Picture(path, classes.index(name), split) for path in paths]
+    pictures.sort(key=lambda picture: picture.path)
+    digests = [hashlib.sha256(picture.path.encode()).hexdigest() for picture in pictures]
+    return Dataset(Path("/data"), classes, tuple(pictures), 0), digests
+
+
+def split_of(counts: Counts, **settings: Any) -> Split:
+    return make_split(*make(counts), SplitSettings(**settings))
+
+
+def paths(split: Split, role: SplitName, name: str | None = None) -> list[str]:
+    return [
+        entry.path for entry in split.entries_of(role) if name in (None, split.classes[entry.label])
+    ]
+
+
+def sizes(split: Split, role: SplitName) -> list[int]:
+    return [len(paths(split, role, name)) for name in split.classes]
+
+
+many = st.dictionaries(st.sampled_from("abcdef"), st.integers(6, 40), min_size=2)
+
+
+@given(many, st.integers(1, 6), st.none() | st.just(0), st.integers(0, 5), st.integers(0, 5))
+def test_roles_never_overlap(
+    counts: Counts, shots: int, n_val: int | None, seed: int, split_seed: int
+) -> None:
+    split = split_of(counts, shots=shots, n_val=n_val, seed=seed, split_seed=split_seed)
+    assert len({entry.path for entry in split.entries}) == len(split.entries)
+    assert sizes(split, "train") == [shots] * len(counts)
+    wanted = min(shots, 4) if n_val is None else n_val
+    if min(counts.values()) >= 2 * (shots + wanted):
+        assert sizes(split, "test") == [counts[name] // 2 for name in split.classes]
+        assert sizes(split, "val") == [wanted] * len(counts)
+    else:
+        assert not split.entries_of("test")
+        assert any(note.startswith("no test set") for note in split.notes)
+
+
+@given(many, st.integers(0, 5))
+def test_shots_are_nested(counts: Counts, seed: int) -> None:
+    of = {n: split_of(counts, shots=n, seed=seed, test_fraction=0) for n in (2, 6)}
+    for name in counts:
+        assert paths(of[2], "train", name) == paths(of[6], "train", name)[:2]
+
+
+@given(many, st.integers(0, 5))
+def test_another_class_changes_nothing_for_the_others(counts: Counts, seed: int) -> None:
+    settings = {"shots": 3, "seed": seed, "test_fraction": 0.2}
+    before, after = split_of(counts, **settings), split_of({**counts, "New": 30}, **settings)
+    for role in ROLES:
+        for name in counts:
+            assert paths(before, role, name) == paths(after, role, name)
+
+
+def test_the_test_half_is_the_same_for_every_seed_and_shot_count() -> None:
+    counts = {"a": 41, "b": 40}
+    base = paths(split_of(counts, shots=1), "test")
+    assert len(base) == 40
+    for shots, seed in ((1, 2), (4, 1), (16, 7)):
+        assert paths(split_of(counts, shots=shots, seed=seed), "test") == base
+    assert paths(split_of(counts, shots=1, split_seed=1), "test") != base
+    trains = [set(paths(split_of(counts, shots=4, seed=seed), "train")) for seed in (1, 2)]
+    assert trains[0] != trains[1]
+
+
+def test_a_pictures_turn_depends_on_its_content_alone() -> None:
+    dataset, digests = make({"a": 30, "b": 30})
+    renamed = [replace(p, path=f"{29 - i % 30:02}{p.path}") for i, p in enumerate(dataset.pictures)]
+    other = make_split(replace(dataset, pictures=tuple(renamed)), digests, SplitSettings(4))
+    same = make_split(dataset, digests, SplitSettings(4))
+    for role in ROLES:
+        of = [sorted(entry.sha256 for entry in split.entries_of(role)) for split in (same, other)]
+        assert of[0] == of[1]
+
+
+def test_headline_case_sixteen_pictures_and_sixteen_shots() -> None:
+    split = split_of({"a": 16, "b": 16, "c": 16}, shots=16)
+    assert [sizes(split, role) for role in ROLES] == [[16] * 3, [0] * 3, [0] * 3]
+    assert len(split.notes) == 2
+    assert split.notes[0].startswith('no test set: class "a" has 16 pictures')
+    assert "40 in every class" in split.notes[0]
+    assert split.notes[1] == "no validation pictures: the shots take them all"
+
+
+def test_validation_takes_what_is_left() -> None:
+    split = split_of({"a": 18, "b": 19}, shots=16)
+    assert sizes(split, "val") == [2, 3]
+    assert "2 to 3 pictures per class instead of 4" in split.notes[1]
+    assert not split_of({"a": 40, "b": 41}, shots=16).notes
+
+
+def test_test_fraction() -> None:
+    split = split_of({"a": 20, "b": 10}, shots=4, test_fraction=0.3)
+    assert sizes(split, "test") == [6, 3]
+    assert sizes(split_of({"a": 9, "b": 9}, shots=4, test_fraction=0.01), "test") == [1, 1]
+    assert split_of({"a": 99, "b": 99}, shots=1, test_fraction=0).notes == (
+        "no test set: --test-fraction is 0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "message"),
+    [
+        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 pictures to tune with, --shots 16'),
+        (
+            {"a": 20, "b": 20},
+            {"shots": 16, "test_fraction": 0.5},
+            r'"a" has 10 pictures to tune with \(20 less 10 kept for testing\).*needs 16; 2 such',
+        ),
+        ({"a": 17, "b": 20}, {"shots": 16, "n_val": 4}, '"a" has 1 pictures left for validation'),
+    ],
+)
+def test_too_few_pictures(counts: Counts, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split_of(counts, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shots": 0},
+        {"shots": 1, "n_val": -1},
+        {"shots": 1, "test_fraction": 1.0},
+        {"shots": 1, "test_fraction": float("nan")},
+        {"shots": 1, "seed": -1},
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        SplitSettings(**settings)
+
+
+# Splits of the data's own, and --test-data
+
+
+def test_given_splits_are_kept() -> None:
+    counts = {"a": 20, "b": 20}
+    dataset, digests = make(counts, {"train": counts, "val": {"a": 3, "b": 9}, "test": counts})
+    split = make_split(dataset, digests, SplitSettings(16))
+    assert [sizes(split, role) for role in ROLES] == [[16, 16], [3, 4], [20, 20]]
+    for role in ROLES:
+        assert all(path.startswith(role) for path in paths(split, role))
+    with pytest.raises(DataError, match="leave out --test-fraction"):
+        make_split(dataset, digests, SplitSettings(16, test_fraction=0.5))
+
+
+def test_without_val_folder_validation_comes_from_train() -> None:
+    counts = {"a": 20, "b": 20}
+    split = make_split(*make(counts, {"train": counts}), SplitSettings(16))
+    assert sizes(split, "val") == [4, 4]
+    assert split.notes == ("no test set: the data has none (supply one with --test-data)",)
+
+
+def test_test_data() -> None:
+    dataset, digests = make({"a": 40, "b": 40})
+    other, other_digests = make({"a": 3, "b": 2}, {"test": {"a": 3, "b": 2}})
+    other = replace(other, root=Path("/other"))
+    split = make_split(dataset, digests, SplitSettings(16), (other, other_digests))
+    assert sizes(split, "test") == [3, 2]
+    assert {entry.root for entry in split.entries_of("test")} == {"test"}
+    assert split.items("test")[0][0] == Path("/other/test/a/0.png")
+    assert split.items("train")[0][0].is_relative_to("/data")
+    assert split.labels("test").tolist() == [0, 0, 0, 1, 1]
+    assert not split.notes
+
+
+def test_test_data_replaces_test_folders() -> None:
+    counts = {"a": 20, "b": 20}
+    dataset, digests = make(counts, {"train": counts, "test": counts})
+    other = make({"a": 3, "b": 2})
+    split = make_split(dataset, digests, SplitSettings(16), other)
+    assert sizes(split, "test") == [3, 2]
+    assert split.notes == ("test pictures of the data itself not used: 40",)
+
+
+def test_wrong_test_data() -> None:
+    data = make({"a": 9, "b": 9})
+    settings = SplitSettings(4)
+    with pytest.raises(DataError, match=r"missing: b; not among the data's: c, d"):
+        make_split(*data, settings, make({"a": 1, "c": 1, "d": 1}))
+    with pytest.raises(DataError, match="splits but no test pictures"):
+        make_split(*data, settings, make({"a": 1, "b": 1}, {"train": {"a": 1, "b": 1}}))
+    with pytest.raises(DataError, match=r"two roles.*18 such pair"):
+        make_split(*data, settings, data)
+
+
+# The same bytes twice
+
+
+def same(data: tuple[Dataset, list[str]], *paths: str) -> tuple[Dataset, list[str]]:
+    dataset, digests = data
+    return dataset, [
+        "0" * 64 if picture.path in paths else digest
+        for picture, digest in zip(dataset.pictures, digests, strict=True)
+    ]
+
+
+def test_copies_in_one_class_count_once() -> None:
+    data = same(make({"a": 17, "b": 16}), "None/a/3.png", "None/a/7.png")
+    split = make_split(*data, SplitSettings(16))
+    assert "None/a/7.png" not in paths(split, "train")
+    assert split.notes[0] == "exact copies of another picture, left out: 1"
+    data = same(make({"a": 16, "b": 16}), "None/a/3.png", "None/a/7.png")
+    with pytest.raises(DataError, match='"a" has 15 pictures'):
+        make_split(*data, SplitSettings(16))
+
+
+def test_one_picture_in_two_classes_or_roles() -> None:
+    data = same(make({"a": 16, "b": 16}), "None/a/3.png", "None/b/3.png")
+    with pytest.raises(
+        DataError, match=r'two classes: "/data/None/a/3.png" \(train, class "a"\) and'
+    ):
+        make_split(*data, SplitSettings(1))
+    counts = {"a": 16, "b": 16}
+    data = make(counts, {"train": counts, "test": counts})
+    data = same(data, "train/a/3.png", "train/a/4.png", "test/a/5.png")
+    with pytest.raises(DataError, match=r"two roles: .*/test/a/5.png.*; 2 such pair") as caught:
+        make_split(*data, SplitSettings(1))
+    assert "train/a/3.png" in str(caught.value)
+
+
+# split.json
+
+
+def on_disk(root: Path) -> Split:
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            (root / name / f"{i}.png").write_text(f"{name}{i}")
+    dataset = read_dataset(root)
+    calls: list[tuple[int, int]] = []
+    digests = digest_pictures(dataset, lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (40, 40)
+    return make_split(dataset, digests, SplitSettings(4, n_val=2))
+
+
+def test_split_file_round_trip(tmp_path: Path) -> None:
+    split = on_disk(tmp_path)
+    values = json.loads(json.dumps(split.to_json()))
+    assert Split.from_json(values, "split.json") == split
+    split.check_unchanged()
+
+
+def test_changed_pictures_are_named(tmp_path: Path) -> None:
+    split = on_disk(tmp_path)
+    first, second = split.items("train")[0][0], split.items("test")[0][0]
+    unused = set(tmp_path.rglob("*.png")) - {split.file(entry) for entry in split.entries}
+    for path in unused:
+        path.unlink()
+    split.check_unchanged()
+    first.write_text("other")
+    second.unlink()
+    with pytest.raises(DataError, match="has changed since the split was made, 2 of 32") as caught:
+        split.check_unchanged()
+    assert str(first) in str(caught.value)
+    first.unlink()
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        split.check_unchanged()
+
+
+def test_a_picture_that_vanishes_while_hashing(tmp_path: Path) -> None:
+    on_disk(tmp_path)
+    dataset = read_dataset(tmp_path)
+    (tmp_path / "a" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"a/3\.png.* cannot be read: No such file"):
+        digest_pictures(dataset)
+
+
+def without_train(values: Any) -> None:
+    values["entries"] = [e for e in values["entries"] if (e["class"], e["role"]) != ("b", "train")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format="other"), '"format" is .other.'),
+        (lambda v: v.update(version=2), "newer than this ztune"),
+        (lambda v: v.update(roots={"data": "relative"}), "absolute"),
+        (lambda v: v.update(roots={"test": "/x"}), 'one of them named "data"'),
+        (lambda v: v["entries"][3].update(root="test"), '"root" is .test., expected data'),
+        (lambda v: v.update(classes=["b", "a"]), "sorted and different"),
+        (lambda v: v.update(classes=["a"]), "at least two"),
+        (lambda v: v.update(entries={}), "a list of objects"),
+        (lambda v: v.update(entries=[]), "no train pictures"),
+        (without_train, "a class has no train pictures"),
+        (lambda v: v["entries"].append(v["entries"][0]), "listed twice"),
+        (lambda v: v["entries"][3].update(path="../x"), r"entries\[3\]: path '../x' leaves"),
+        (lambda v: v["entries"][3].update(path="/x"), "leaves its root"),
+        (lambda v: v["entries"][3].update(sha256="x"), "no SHA-256"),
+        (lambda v: v["entries"][3].update({"class": "c"}), '"class" is .c., expected a or b'),
+        (lambda v: v["entries"][3].update(role="spy"), '"role" is .spy.'),
+        (lambda v: v["settings"].update(shots=0), '"shots" is 0'),
+        (lambda v: v["settings"].update(test_fraction=2), "--test-fraction is 2"),
+        (lambda v: v["settings"].update(test_fraction=None), '"test_fraction" is None'),
+    ],
+)
+def test_wrong_split_files(tmp_path: Path, change: Any, message: str) -> None:
+    values = json.loads(json.dumps(on_disk(tmp_path).to_json()))
+    change(values)
+    with pytest.raises(FormatError, match=message) as caught:
+        Split.from_json(values, "run/split.json")
+    assert str(caught.value).startswith("run/split.json")
