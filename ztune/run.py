@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,28 +35,35 @@ class RunFolder:
         self.history = path / "history.jsonl"
         self.prompt = path / "prompt.safetensors"
 
-    def create(self) -> None:
-        """Make the folder.
+    def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
+        """Make the folder with run.json and split.json in it, all or nothing.
 
         Raises: ConfigError when it exists with something in it; DataError when it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(self.path.iterdir())
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+                hint = (
+                    f"go on with: ztune tune --resume {self.path}"
+                    if self.run.exists()
+                    else "name another --out"
+                )
+                raise ConfigError(f'output folder "{self.path}" is not empty ({hint})')
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A kill leaves either a run that can be resumed or nothing under its name.
+            work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            try:
+                RunFolder(work).write(document)
+                write_json(work / self.split.name, dict(split))
+                work.chmod(0o755)
+                if self.path.exists():
+                    self.path.rmdir()
+                work.rename(self.path)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             raise DataError(
                 f'output folder "{self.path}" cannot be written: {error.strerror}'
             ) from None
-        if occupied:
-            hint = (
-                f"go on with: ztune tune --resume {self.path}"
-                if self.run.exists()
-                else "name another --out"
-            )
-            raise ConfigError(f'output folder "{self.path}" is not empty ({hint})')
 
     def write(self, document: Mapping[str, Json]) -> None:
         write_json(self.run, {"format": FORMAT, "version": VERSION, **document})

@@ -145,11 +145,12 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
 def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
     from ztune.cli.workbench import open_workbench
+    from ztune.data.manifests import read_class_list
 
     if arguments.prompt is not None and arguments.template is not None:
         raise ConfigError("give --prompt or --template, not both")
     pictures = _pictures(arguments)
-    candidates = candidates(arguments.classes) if arguments.classes else pictures.classes
+    candidates = read_class_list(arguments.classes) if arguments.classes else pictures.classes
     bench = open_workbench(arguments.target, arguments.provider, output)
     fingerprints: Iterable[int] = ()
     if arguments.prompt is not None:
@@ -239,18 +240,6 @@ def _from_split_file(path: Path, split: str) -> Labelled:
     items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
     labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
     return Labelled(items, labels, whole.classes, split)
-
-
-def candidates(path: Path) -> tuple[str, ...]:
-    """Return the class names of a file: a name a line, or folder<TAB>name."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'class names "{path}" cannot be read as text: {error}') from None
-    names = [line.rpartition("\t")[2].strip() for line in lines if line.strip()]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise DataError(f'class names "{path}": expected at least two different names')
-    return tuple(names)
 
 
 def _document(

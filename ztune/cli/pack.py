@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
     from ztune.artifact import read_artifact, require_same_model
-    from ztune.cli.eval import candidates
     from ztune.cli.workbench import open_workbench
+    from ztune.data.manifests import read_class_list
 
     out: Path = arguments.out
     if out.exists() and not arguments.force:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     bench = open_workbench(arguments.bundle, arguments.provider, output)
     artifact = read_artifact(arguments.prompt)
     require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
-    classes = candidates(arguments.classes) if arguments.classes else None
+    classes = read_class_list(arguments.classes) if arguments.classes else None
     artifact = bench.refreshed(artifact, classes)
     pack(bench.bundle, artifact, out, resize=arguments.resize)
     size = bench.bundle.image.size

@@ -115,7 +115,6 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
     from ztune.cli.workbench import open_workbench
     from ztune.data.folders import read_dataset
     from ztune.data.split import digest_pictures, make_split
-    from ztune.files import write_json
     from ztune.run import RunFolder
 
     start_config(request)
@@ -141,12 +140,12 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
         f"validation, {counts[2]} kept for testing"
     )
     folder = RunFolder(out)
-    folder.create()
+    work = Work(request, split, folder, bench)
+    work.check_names()
     head = opening(request, bench, split)
-    write_json(folder.split, split.to_json())
-    folder.write(head)
+    folder.create(head, split.to_json())
     with _told_how_to_resume(out):
-        return Work(request, split, folder, bench).carry_out(head)
+        return work.carry_out(head)
 
 
 def _resume(path: Path, output: Output) -> dict[str, Json]:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.ort import OrtPromptEncoder
-from runtimes.prompts import context_of_words
+from runtimes.prompts import context_of_words, name_tokens, template_tokens
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
 from ztune.cli.request import Request
@@ -29,6 +28,10 @@ from ztune.statistics import Score, score
 from ztune.system import machine, peak_memory_mb, versions
 from ztune.tune import Tuning, tune
 from ztune.types import F32, F64, I64, Batch, Evaluation, Json
+
+# Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
+# on a local model, while flushing every one of them to the disk costs more than a small model does.
+_SAVE_INTERVAL = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,23 +91,22 @@ class Work:
         """
         config = start_config(self.request)
         classes = self.split.classes
-        # Class names that do not fit the tower are found before pictures are encoded.
-        zero_shot = self.bench.zero_shot(self.request.template, classes)
-        prompt = self._prompt(config) if isinstance(config, ZipConfig) else None
+        # One tower at a time: each session is closed before the next is opened.
         pictures = _encode(self.request, self.split, self.folder, self.bench)
         head = {**head, **_costs(head, pictures)}
         self.folder.write(head)
+        zero_shot = self.bench.zero_shot(self.request.template, classes)
 
         started = time.monotonic()
         gda, alpha = _gda(config, self.request, pictures, zero_shot)
-        if isinstance(config, ZipConfig) and prompt is not None:
-            outcome = self._tuned(config, *prompt, pictures)
+        if isinstance(config, ZipConfig):
+            outcome = self._tuned(config, pictures)
         else:
             outcome = self._fitted(gda, alpha, pictures, time.monotonic() - started)
         artifact = outcome.artifact
         scores = _validate(artifact, zero_shot, gda, pictures, classes)
         write_artifact(self.folder.prompt, artifact)
-        if prompt is not None:
+        if isinstance(config, ZipConfig):
             _draw(self.request, self.folder, scores)
         document: dict[str, Json] = {
             **head,
@@ -126,19 +128,28 @@ class Work:
         self.folder.write(document)
         return document
 
-    def _prompt(self, config: ZipConfig) -> tuple[F32, OrtPromptEncoder]:
-        """Return the initial context f32[m, d] and the encoder for the classes."""
-        if config.init == "random":
-            context = initial_context(config, self.bench.bundle.text.width, self.request.seed)
-        else:
-            context = context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
-        return context, self.bench.prompt_encoder(self.split.classes, len(context))
+    def check_names(self) -> None:
+        """See that every class fits the text tower, before anything is written or computed.
 
-    def _tuned(
-        self, config: ZipConfig, context: F32, encoder: OrtPromptEncoder, pictures: Pictures
-    ) -> Outcome:
+        Raises: DataError naming the class that does not, or two that the model cannot tell apart.
+        """
+        bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
+        template_tokens(bundle, tokenizer, self.request.template, classes)
+        config = start_config(self.request)
+        if isinstance(config, ZipConfig):
+            name_tokens(bundle.text, tokenizer, classes, len(self._initial_context(config)))
+
+    def _initial_context(self, config: ZipConfig) -> F32:
+        """Return the start f32[m, d]: random, or the words asked for."""
+        if config.init == "random":
+            return initial_context(config, self.bench.bundle.text.width, self.request.seed)
+        return context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
+
+    def _tuned(self, config: ZipConfig, pictures: Pictures) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
         request, bundle = self.request, self.bench.bundle
+        context = self._initial_context(config)
+        encoder = self.bench.prompt_encoder(self.split.classes, len(context))
         objective = FewShotObjective(
             encoder, pictures.features, pictures.labels, bundle.logit_scale, bundle.logit_bias
         )
@@ -152,11 +163,15 @@ class Work:
         output = self.bench.output
         if tuning.step:
             output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
+        saved = time.monotonic()
         with output.progress("tuning", request.queries) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
+                nonlocal saved
                 self.folder.log(now, evaluation)
-                self.folder.save(now)
+                if time.monotonic() - saved >= _SAVE_INTERVAL:
+                    self.folder.save(now)
+                    saved = time.monotonic()
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")

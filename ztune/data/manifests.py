@@ -98,6 +98,22 @@ def read_names(path: Path) -> dict[str, str]:
     return names
 
 
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Read class names to choose among: one a line, or the second part of `folder<TAB>name`.
+
+    Raises: DataError when there are fewer than two, or one stands there twice.
+    """
+    where = f'class names "{path}"'
+    lines = read_text(path, where).splitlines()
+    names = tuple(line.rpartition("\t")[2].strip() for line in lines if line.strip())
+    if len(names) < 2:
+        raise DataError(f"{where}: expected at least two names, one a line")
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f'{where}: "{name}" stands there twice')
+    return names
+
+
 def read_text(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")

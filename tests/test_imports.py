@@ -1,0 +1,101 @@
+"""Which way imports run, and what a device never loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("ztune", "runtimes", "export")
+SEAMS = {"ztune.types", "ztune.errors", "ztune.files", "ztune.fields", "ztune.tensors"}
+ALLOWED = {
+    "ztune": {"ztune"},
+    "runtimes": {"runtimes"} | SEAMS,
+    "export": {"export", "runtimes", "ztune.artifact"} | SEAMS,
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the full names of all modules a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def files_of(room: str) -> list[Path]:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    return files
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_the_design_allows(room: str) -> None:
+    for path in files_of(room):
+        if path.is_relative_to(ROOT / "ztune" / "cli"):
+            continue  # the only place that composes all three
+        ours = {name for name in imported(path) if name.split(".")[0] in ROOMS}
+        for name in ours:
+            fits = name in ALLOWED[room] or any(
+                name.startswith(f"{whole}.") for whole in ALLOWED[room] & set(ROOMS)
+            )
+            assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", ["ztune", "runtimes"])
+def test_a_device_never_imports_torch(room: str) -> None:
+    for path in files_of(room):
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not tops & {"torch", "torchvision", "open_clip", "timm", "transformers"}, path
+
+
+def test_packing_needs_no_torch() -> None:
+    tops = {name.split(".")[0] for name in imported(ROOT / "export" / "classifier.py")}
+    assert "torch" not in tops
+    program = "import sys, export.classifier; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_pickle_and_eval_occur_nowhere() -> None:
+    for room in ROOMS:
+        for path in files_of(room):
+            tree = ast.parse(path.read_text())
+            assert not {"pickle", "dill", "joblib", "marshal"} & imported(path), path
+            called = {
+                node.func.id
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
+            assert not called & {"eval", "exec"}, path
+
+
+def test_the_core_loads_nothing_beyond_numpy_and_the_standard_library() -> None:
+    program = """
+import sys
+import numpy
+after_numpy = set(sys.modules)
+import ztune, ztune.tune, ztune.objective, ztune.maps.zip, ztune.optim.spsa, ztune.heads.gda
+new = {name.split(".")[0] for name in set(sys.modules) - after_numpy}
+foreign = {n for n in new if n not in sys.stdlib_module_names and n not in ("ztune", "numpy")}
+sys.exit(f"the core loads {sorted(foreign)}" if foreign else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_quick_to_load() -> None:
+    """Asking for help loads neither ONNX Runtime nor torch nor matplotlib."""
+    program = """
+import contextlib, io, sys
+from ztune.cli.main import parser
+parser().format_help()
+heavy = {"onnxruntime", "onnx", "torch", "matplotlib", "PIL", "tokenizers"} & set(sys.modules)
+sys.exit(f"help loads {sorted(heavy)}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

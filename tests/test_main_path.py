@@ -1,0 +1,268 @@
+"""The main path on the embedded bundle and the real digits: tune, eval, pack, predict."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import DIGITS, MINI, Command
+from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
+
+TUNE = ("tune", MINI, "--data", DIGITS, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_run_holds_what_it_promises(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    result = ztune(*TUNE, "--queries", 200, "--cache", cache, "--out", out, "--json")
+    assert result.code == 0, result.err
+    document = json.loads((out / "run.json").read_text())
+    for key, value in result.json.items():
+        assert document[key] == value
+    names = {
+        "method", "config", "seed", "queries", "text_forwards", "image_forwards", "seconds",
+        "peak_memory_mb", "provider", "precision", "stop_reason", "train_loss", "val_accuracy",
+        "versions",
+    }  # fmt: skip
+    assert names <= set(document)
+    assert document["queries"] == 200
+    assert document["text_forwards"] == 200 * 10
+    assert document["image_forwards"] + document["image_forwards_cached"] == 10 * (16 + 4)
+    assert document["stop_reason"] == "budget"
+    assert document["config"]["n_pairs"] == 5
+    assert {p.name for p in out.iterdir()} >= {
+        "prompt.safetensors", "split.json", "run.json", "history.jsonl", "curve.png",
+    }  # fmt: skip
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [line["queries"] for line in history] == list(range(10, 201, 10))
+    artifact = read_artifact(out / "prompt.safetensors")
+    assert isinstance(artifact, ContextArtifact)
+    assert artifact.context.shape == (8, 128)
+    assert len(artifact.tuning_pictures) == 200
+
+    again = ztune("tune", "--resume", out, "--json")
+    assert again.code == 0
+    assert "finished" in again.err
+    assert again.json["queries"] == 200
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    contents = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / name
+        done = ztune(*TUNE, "--queries", 40, "--seed", seed, "--cache", cache, "--out", out)
+        assert done.code == 0, done.err
+        contents.append((out / "prompt.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+@pytest.mark.parametrize("method", ["zip", "gda"])
+def test_classifier_predicts_what_the_run_predicts(
+    method: str, ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    out = tmp_path / "run"
+    assert (
+        ztune(*TUNE, "--method", method, "--queries", 300, "--cache", cache, "--out", out).code == 0
+    )
+    scored = ztune("eval", out, "--quiet", "--json")
+    assert scored.code == 0, scored.err
+    measured = scored.json
+    assert {"accuracy", "interval", "n", "split", "per_class", "zero_shot_accuracy"} <= set(
+        measured
+    )
+    assert measured["interval"][0] <= measured["accuracy"] <= measured["interval"][1]
+    assert measured["tuning_pictures"] == 0
+    assert (out / "confusion.png").stat().st_size > 1000
+
+    prompt, packed = out / "prompt.safetensors", out / "classifier.onnx"
+    assert ztune("pack", MINI, "--prompt", prompt, "--out", packed).code == 0
+    again = ztune("eval", packed, "--split-file", out / "split.json", "--quiet", "--json").json
+    for key in ("accuracy", "n", "per_class", "split"):
+        assert again[key] == measured[key]
+    if method == "gda":
+        assert isinstance(read_artifact(prompt), HeadArtifact)
+        assert measured["accuracy"] > measured["zero_shot_accuracy"]
+
+    resizing = out / "resizing.onnx"
+    assert ztune("pack", MINI, "--prompt", prompt, "--out", resizing, "--resize").code == 0
+    third = ztune("eval", resizing, "--split-file", out / "split.json", "--quiet", "--json").json
+    assert third["accuracy"] == pytest.approx(measured["accuracy"], abs=0.005)
+
+
+def test_classifier_runs_with_plain_onnxruntime(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    import onnxruntime
+
+    out = tmp_path / "run"
+    assert ztune(*TUNE, "--queries", 10, "--cache", cache, "--out", out).code == 0
+    packed = tmp_path / "classifier.onnx"
+    assert ztune("pack", MINI, "--prompt", out / "prompt.safetensors", "--out", packed).code == 0
+    session = onnxruntime.InferenceSession(packed, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"])[0] == "eight"
+    pixels = np.zeros((3, 24, 24, 3), dtype=np.uint8)
+    logits, probabilities = session.run(["logits", "probabilities"], {"pixels": pixels})
+    assert logits.shape == (3, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+
+    predicted = ztune("predict", packed, DIGITS / "three", "--limit", 2, "--json").json
+    assert len(predicted["predictions"]) == 2
+    assert len(predicted["predictions"][0]["top"]) == 3
+    shown = ztune("predict", packed, DIGITS / "three", "--limit", 2)
+    assert shown.code == 0
+    assert "three" in shown.out
+
+
+def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    assert ztune(*TUNE, "--queries", 10, "--cache", cache, "--out", out).code == 0
+    names = tmp_path / "names.txt"
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "star")
+    names.write_text("\n".join(words))
+    done = ztune(
+        "eval", MINI, "--data", DIGITS, "--split", "all", "--classes", names,
+        "--prompt", out / "prompt.safetensors", "--json", "--cache", cache,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["n"] == 1797 - done.json["broken_pictures"]
+    assert done.json["tuning_pictures"] == 200
+    assert "200 of these 1797 pictures served tuning" in done.err
+    few = tmp_path / "few.txt"
+    few.write_text("zero\none\n")
+    refused = ztune("eval", MINI, "--data", DIGITS, "--split", "all", "--classes", few)
+    assert refused.code == 1
+    assert 'class "eight" of the pictures is not among' in refused.err
+
+
+def test_cached_views_are_drawn_for_training(ztune: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = ztune(
+        *TUNE, "--shots", 2, "--queries", 20, "--preset", "published", "--out", out, "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["image_forwards"] == 10 * 2 * 16 + 10 * 2
+    assert done.json["request"]["augment"] == 16
+
+
+def test_words_start_the_context_where_asked(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    done = ztune(
+        *TUNE, "--queries", 10, "--init", "a photo of the digit", "--cache", cache, "--out", out
+    )
+    assert done.code == 0, done.err
+    artifact = read_artifact(out / "prompt.safetensors")
+    assert isinstance(artifact, ContextArtifact)
+    assert len(artifact.context) == 5
+
+
+def test_a_second_run_takes_features_from_the_cache(ztune: Command, tmp_path: Path) -> None:
+    shared = tmp_path / "cache"
+    first = ztune(*TUNE, "--queries", 10, "--cache", shared, "--out", tmp_path / "a", "--json").json
+    second = ztune(
+        *TUNE, "--queries", 10, "--cache", shared, "--out", tmp_path / "b", "--json"
+    ).json
+    assert (first["image_forwards"], first["image_forwards_cached"]) == (200, 0)
+    assert (second["image_forwards"], second["image_forwards_cached"]) == (0, 200)
+
+
+def start(*words: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ztune.cli.main", *(str(word) for word in words)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_twenty_kills_change_nothing(ztune: Command, tmp_path: Path) -> None:
+    # Random views make the image pass long enough to be hit; 250 steps do the same for tuning.
+    settings = (*TUNE, "--queries", 2500, "--augment", 4)
+    whole = tmp_path / "whole"
+    started = time.monotonic()
+    assert ztune(*settings, "--out", whole).code == 0
+    length = time.monotonic() - started + 1.0  # and a process's own start
+    moments = random.Random(0)
+    n_kills = n_finished = 0
+    phases = set()
+    while n_kills < 20:
+        out = tmp_path / f"killed-{n_finished}"
+        while n_kills < 20:
+            words = ("tune", "--resume", out) if out.exists() else (*settings, "--out", out)
+            process = start(*words)
+            try:
+                process.wait(moments.uniform(0.1, length))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                n_kills += 1
+            process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+            if out.exists():
+                phases.add("tuning" if (out / "state.safetensors").exists() else "image pass")
+        if not out.exists() or json.loads((out / "run.json").read_text())["status"] != "finished":
+            words = ("tune", "--resume", out) if out.exists() else (*settings, "--out", out)
+            assert ztune(*words).code == 0
+        expected = (whole / "prompt.safetensors").read_bytes()
+        assert (out / "prompt.safetensors").read_bytes() == expected
+        n_finished += 1
+    assert phases == {"tuning", "image pass"}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(
+    kind: signal.Signals, ztune: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(*TUNE, "--queries", 20000, "--out", out)
+    deadline = time.monotonic() + 60
+    while not (out / "history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == (
+        f"error: stopped (go on with: ztune tune --resume {out})"
+    )
+
+
+def test_resume_refuses_changed_pictures_and_another_bundle(ztune: Command, tmp_path: Path) -> None:
+    data, bundle, out = tmp_path / "data", tmp_path / "bundle", tmp_path / "run"
+    for name in ("one", "two", "three"):
+        (data / name).mkdir(parents=True)
+        for picture in sorted((DIGITS / name).iterdir())[:6]:
+            shutil.copy(picture, data / name)
+    shutil.copytree(MINI, bundle)
+    done = ztune("tune", bundle, "--data", data, "--shots", 4, "--queries", 10, "--out", out)
+    assert done.code == 0, done.err
+    document = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**document, "status": "running"}))
+
+    entries = json.loads((out / "split.json").read_text())["entries"]
+    changed = data / next(e["path"] for e in entries if e["role"] == "train")
+    original = changed.read_bytes()
+    changed.write_bytes(next((DIGITS / "nine").iterdir()).read_bytes())
+    refused = ztune("tune", "--resume", out)
+    assert refused.code == 1
+    assert "has changed since the split was made" in refused.err
+    changed.write_bytes(original)
+    assert ztune("tune", "--resume", out).code == 0
+
+    (out / "run.json").write_text(json.dumps({**document, "status": "running"}))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**manifest, "created_by": "someone"}))
+    refused = ztune("tune", "--resume", out)
+    assert refused.code == 1
+    assert "is not the one that the run began with" in refused.err

@@ -1,0 +1,250 @@
+"""What a person types wrong: exit code 1 and one line that says what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DIGITS, MINI, Command, Result
+
+SMALL = ("--shots", 2, "--queries", 10)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return three classes of eight digits."""
+    root = tmp_path / "data"
+    for name in ("one", "two", "three"):
+        (root / name).mkdir(parents=True)
+        for picture in sorted((DIGITS / name).iterdir())[:8]:
+            shutil.copy(picture, root / name)
+    return root
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MINI, tmp_path / "bundle"))
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert result.code == 1, result.err
+    assert result.out == ""
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in last, last
+
+
+def edit(manifest: Path, change: Callable[[dict[str, object]], object]) -> None:
+    document = json.loads(manifest.read_text())
+    change(document)
+    manifest.write_text(json.dumps(document))
+
+
+def test_bundle_problems(ztune: Command, data: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def tune(which: Path) -> Result:
+        shutil.rmtree(out, ignore_errors=True)
+        return ztune("tune", which, "--data", data, *SMALL, "--out", out)
+
+    refused(tune(tmp_path / "nowhere"), "nowhere", "is no folder", "ztune export")
+    refused(tune(data), "has no bundle.json")
+    prompt = bundle / "prompt.onnx"
+    whole = prompt.read_bytes()
+    prompt.write_bytes(whole[: len(whole) // 2])
+    refused(tune(bundle), "prompt.onnx has", "bundle.json says", "export again")
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1
+    prompt.write_bytes(changed)
+    refused(tune(bundle), "prompt.onnx: SHA-256 differs from bundle.json", "export again")
+    prompt.unlink()
+    refused(tune(bundle), "prompt.onnx is missing")
+    prompt.write_bytes(whole)
+    edit(bundle / "bundle.json", lambda d: d.update(version=2))
+    refused(tune(bundle), "format version 2 is newer", "upgrade ztune")
+    (bundle / "bundle.json").write_text("{")
+    refused(tune(bundle), "cannot be read as JSON")
+
+
+def test_prompt_of_another_bundle(ztune: Command, data: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert ztune("tune", MINI, "--data", data, *SMALL, "--out", out).code == 0
+    edit(bundle / "bundle.json", lambda d: d.update(model_id="sha256:other"))
+    prompt = out / "prompt.safetensors"
+    packed = tmp_path / "c.onnx"
+    refused(
+        ztune("pack", bundle, "--prompt", prompt, "--out", packed),
+        "was made for model", "sha256:other", "tune again",
+    )  # fmt: skip
+    assert not packed.exists()
+    refused(
+        ztune("eval", bundle, "--data", data, "--split", "all", "--prompt", prompt),
+        "was made for model",
+    )
+    prompt.write_bytes(prompt.read_bytes()[:100])
+    refused(ztune("eval", out), "damaged or no file of ztune's")
+
+
+def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def tune(folder: Path, *more: object) -> Result:
+        return ztune("tune", MINI, "--data", folder, *SMALL, "--out", out, *more)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(tune(empty), "holds no pictures")
+    refused(tune(tmp_path / "nowhere"), "does not exist")
+    one = tmp_path / "one-class"
+    shutil.copytree(data / "one", one / "one")
+    refused(tune(one), 'has one class only, "one"')
+    refused(tune(data, "--shots", 16), 'class "', "--shots 16 needs 16")
+
+    text = data / "one" / "0.jpg"
+    text.write_text("not a picture")
+    # Every picture of the class is needed, so the broken one cannot be passed by.
+    broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
+    refused(broken, 'class "three" has 8 pictures')
+    for name in ("two", "three"):
+        extra = sorted((DIGITS / name).iterdir())[20]
+        shutil.copy(extra, data / name)
+    broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
+    refused(broken, "0.jpg", "--skip-broken")
+    shutil.rmtree(out)
+    kept = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0, "--skip-broken", "--json")
+    assert kept.code == 0, kept.err
+    assert kept.json["broken_pictures"] == 1
+    assert kept.json["val_accuracy"] is None
+    shutil.rmtree(out)
+    text.unlink()
+
+    twin = data / "t_wo", data / "t wo"
+    for folder in twin:
+        shutil.copytree(data / "one", folder)
+    refused(tune(data), '"t wo" and "t_wo" both give the class name')
+    shutil.rmtree(twin[0])
+    for picture in twin[1].iterdir():
+        picture.unlink()
+    for picture in sorted((DIGITS / "nine").iterdir())[:8]:
+        shutil.copy(picture, twin[1])
+    (data / "ONE").mkdir()
+    for picture in sorted((DIGITS / "four").iterdir())[:8]:
+        shutil.copy(picture, data / "ONE")
+    refused(tune(data), "have the same tokens", "'ONE'", "'one'")
+
+
+def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
+    def tune(out: Path) -> Result:
+        return ztune("tune", MINI, "--data", data, *SMALL, "--out", out)
+
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    refused(tune(blocked / "run"), "cannot be written")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine.txt").write_text("")
+    refused(tune(occupied), "is not empty", "name another --out")
+    assert (occupied / "mine.txt").exists()
+    run = tmp_path / "run"
+    assert tune(run).code == 0
+    refused(tune(run), "is not empty", f"ztune tune --resume {run}")
+    packed = tmp_path / "c.onnx"
+    pack = ("pack", MINI, "--prompt", run / "prompt.safetensors", "--out")
+    assert ztune(*pack, packed).code == 0
+    refused(ztune(*pack, packed), "exists", "--force")
+    assert ztune(*pack, packed, "--force").code == 0
+    refused(ztune(*pack, tmp_path / "no" / "c.onnx"), "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--queries", 3), ("--queries 3 is less than one step of zip, which costs 10",)),
+        (("--method", "magic"), ('unknown method "magic"', "known: zip, gda")),
+        (("--set", "stepsize=1"), ('no setting "stepsize"', "it has: step_size")),
+        (("--set", "rank=many"), ("rank is 'many', expected int",)),
+        (("--set", "rank"), ('--set takes key=value, got "rank"',)),
+        (("--set", "n_context=30"), ("does not fit", "shorten the context or the name")),
+        (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
+        (("--provider", "tpu"), ('unknown provider "tpu"',)),
+        (("--preset", "best"), ('unknown preset "best"',)),
+        (("--template", "a photo"), ("must hold {} once",)),
+        (("--shots", 0), ("--shots is 0",)),
+        (("--test-fraction", "most"), ('--test-fraction is "most"',)),
+        (("--augment", -1), ("--augment is -1",)),
+        (("--seed", -1), ("--seed",)),
+        (("--test-data", "nowhere"), ("nowhere", "does not exist")),
+        (("--names", "nowhere"), ("nowhere",)),
+        (("--resume", "somewhere"), ("--resume takes everything from the run",)),
+    ],
+)
+def test_wrong_settings(
+    words: tuple[object, ...], parts: tuple[str, ...], ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    refused(ztune("tune", MINI, "--data", data, *SMALL, *words, "--out", out), *parts)
+    assert not out.exists()
+
+
+def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
+    refused(ztune("tune", MINI, "--out", tmp_path / "x"), "tune needs --data")
+    refused(ztune("tune", "--resume", tmp_path), "no run.json")
+    refused(ztune("eval", tmp_path / "x"), "does not exist")
+    refused(ztune("eval", data), "is no run", "no bundle")
+    refused(ztune("eval", MINI), "--data FOLDER or --split-file")
+    refused(ztune("eval", MINI, "--data", data), "has no test pictures", "--split all")
+    other = tmp_path / "c.onnx"
+    other.write_text("no graph")
+    refused(ztune("predict", other, data), "cannot be opened")
+    shutil.copy(MINI / "image.onnx", other)
+    refused(ztune("predict", other, data), "was not packed by ztune")
+    refused(ztune("predict", tmp_path / "x.onnx", data), "does not exist")
+
+
+def test_a_run_without_test_pictures_says_where_they_could_come_from(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ("--shots", 8, "--queries", 10, "--out", out, "--json")
+    done = ztune("tune", MINI, "--data", data, *words)
+    assert done.code == 0, done.err
+    assert done.json["val_accuracy"] is None
+    assert "no test set" in done.err
+    assert "no validation pictures" in done.err
+    refused(ztune("eval", out), "has no test pictures", "--test-data")
+
+
+@pytest.mark.parametrize("verb", ["export", "tune", "eval", "pack", "predict", "doctor"])
+def test_every_verb_has_help_with_an_example(verb: str, ztune: Command) -> None:
+    shown = ztune(verb, "--help")
+    assert shown.code == 0
+    assert f"example:\n  ztune {verb}" in shown.out
+    assert "--json" in shown.out
+
+
+def test_wrong_usage_exits_with_2(ztune: Command) -> None:
+    assert ztune("tune", MINI, "--shots", "many").code == 2
+    assert ztune().code == 2
+
+
+def test_debug_shows_where_an_error_comes_from(ztune: Command, tmp_path: Path) -> None:
+    assert "Traceback" in ztune("eval", tmp_path / "x", "--debug").err
+
+
+def test_doctor_finds_a_damaged_bundle(ztune: Command, bundle: Path) -> None:
+    sound = ztune("doctor", bundle, "--json")
+    assert sound.code == 0, sound.err
+    assert sound.json["ok"] is True
+    assert sound.json["providers"]["cpu"] is None
+    assert sound.json["bundle"]["seconds_per_query"] > 0
+    for figures in sound.json["bundle"]["parity"].values():
+        assert figures["here"]["max_abs"] < 1e-5
+    (bundle / "text.onnx").write_bytes(b"x")
+    damaged = ztune("doctor", bundle, "--json")
+    assert damaged.code == 1
+    assert damaged.json["ok"] is False
+    assert "text.onnx has 1 bytes" in damaged.err
