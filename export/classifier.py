@@ -137,21 +137,15 @@ def _resized(g: _Graph, grey: str, spec: ImageSpec) -> str:
             )
             rounded = g.node("Round", [g.node("Div", [wide, ratio])])
             new_size = g.node("Cast", [rounded], to=TensorProto.INT64)
+    # Pillow resizes along the width first and rounds to whole grey levels before the height.
+    first_three = g.node("Slice", [shape, g.constant([0], np.int64), g.constant([3], np.int64)])
     batch = g.node("Slice", [shape, g.constant([0], np.int64), g.constant([2], np.int64)])
-    sizes = g.node("Concat", [batch, new_size], axis=0)
-    resized = g.node(
-        "Resize",
-        [grey, "", "", sizes],
-        mode="cubic" if spec.interpolation == "bicubic" else "linear",
-        cubic_coeff_a=-0.5,
-        antialias=1,
-        exclude_outside=1 if spec.interpolation == "bicubic" else 0,
-        coordinate_transformation_mode="half_pixel",
-    )
-    whole = g.node("Round", [g.node("Clip", [resized, g.constant(0.0), g.constant(255.0)])])
+    new_width = g.node("Slice", [new_size, g.constant([1], np.int64), g.constant([2], np.int64)])
+    wide_sizes = g.node("Concat", [first_three, new_width], axis=0)
+    whole = _scaled(g, grey, wide_sizes, spec)
+    whole = _scaled(g, whole, g.node("Concat", [batch, new_size], axis=0), spec)
     if spec.resize_mode == "squash":
         return whole
-    two = g.constant([2.0], np.float64)
     axes = g.constant([2, 3], np.int64)
     if spec.resize_mode == "longest":
         # As torchvision pads: the smaller half before.
@@ -161,8 +155,28 @@ def _resized(g: _Graph, grey: str, spec: ImageSpec) -> str:
         return g.node("Pad", [whole, pads, g.constant(float(spec.fill_color)), axes])
     extra = g.node("Cast", [g.node("Sub", [new_size, target])], to=TensorProto.DOUBLE)
     # Round half to even, as Python's round does inside torchvision's CenterCrop.
-    start = g.node("Cast", [g.node("Round", [g.node("Div", [extra, two])])], to=TensorProto.INT64)
+    start = g.node(
+        "Cast",
+        [g.node("Round", [g.node("Div", [extra, g.constant([2.0], np.float64)])])],
+        to=TensorProto.INT64,
+    )
     return g.node("Slice", [whole, start, g.node("Add", [start, target]), axes])
+
+
+def _scaled(g: _Graph, grey: str, sizes: str, spec: ImageSpec) -> str:
+    """Resize to `sizes` with Pillow's filter and round to whole grey levels."""
+    resized = g.node(
+        "Resize",
+        [grey, "", "", sizes],
+        mode="cubic" if spec.interpolation == "bicubic" else "linear",
+        cubic_coeff_a=-0.5,
+        antialias=1,
+        exclude_outside=1,
+        coordinate_transformation_mode="half_pixel",
+    )
+    # Halves go up, as in Pillow; ONNX's Round would send them to the even neighbour.
+    nearest = g.node("Floor", [g.node("Add", [resized, g.constant(0.5)])])
+    return g.node("Clip", [nearest, g.constant(0.0), g.constant(255.0)])
 
 
 def _classification(weight: Any, bias: Any, features: str) -> _Graph:

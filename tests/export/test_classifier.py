@@ -1,0 +1,182 @@
+"""The packed classifier against the numpy path, with an image tower that shows its input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from export.classifier import pack
+from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
+from runtimes.classifier import open_classifier
+from runtimes.preprocess import crop, normalise
+from ztune.artifact import HeadArtifact, Provenance
+from ztune.errors import DataError, FormatError
+from ztune.files import sha256
+from ztune.types import Json
+
+S = 12
+E = 3 * S * S
+
+
+def transparent_bundle(folder: Path, **image: Json) -> Bundle:
+    """Return a bundle whose image features are its normalised input pixels."""
+    folder.mkdir()
+    nodes = [helper.make_node("Flatten", ["pixels"], ["features"])]
+    inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, S, S])]
+    outputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", E])]
+    graph = helper.make_graph(nodes, "image", inputs, outputs)
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(
+        helper.make_model(graph, opset_imports=opsets, ir_version=9), str(folder / "image.onnx")
+    )
+    spec: dict[str, Json] = {
+        "size": S,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.4],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    path = folder / "image.onnx"
+    manifest = {
+        "format": FORMAT,
+        "version": 1,
+        "model_id": "sha256:test",
+        "source": {},
+        "image": {**spec, **image},
+        "text": {
+            "width": 4,
+            "context_length": 8,
+            "prefix_ids": [1],
+            "suffix_ids": [2],
+            "pad_id": 0,
+            "cleaning": "lower",
+            "causal": True,
+            "pooling": "argmax",
+            "graph": "prefix",
+        },
+        "embed_dim": E,
+        "logit_scale": 1.0,
+        "logit_bias": 0.0,
+        "precision": "fp32",
+        "files": {"image.onnx": {"sha256": sha256(path), "bytes": path.stat().st_size}},
+        "parity": {},
+    }
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    return load_bundle(folder)
+
+
+def identity_head(n: int = E) -> HeadArtifact:
+    """Return a head whose logits are the features themselves."""
+    return HeadArtifact(
+        tuple(f"value {i:04}" for i in range(n)),
+        Provenance("sha256:test", "digest", "gda", 1, 0, "closed form"),
+        np.eye(n, dtype=np.float32),
+        np.zeros(n, dtype=np.float32),
+        np.array([7, 2**63 + 5], dtype=np.uint64),
+    )
+
+
+def smooth_picture(width: int, height: int, seed: int) -> Image.Image:
+    """Return a picture with edges and gradients, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def as_pixels(logits: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """Undo the normalisation: f32[N, 3, S, S] in grey levels 0…255."""
+    planes = logits.reshape(-1, 3, S, S).astype(np.float64)
+    mean, std = (np.reshape(v, (1, 3, 1, 1)) for v in (spec.mean, spec.std))
+    return np.asarray((planes * std + mean) * 255)
+
+
+def test_square_pixels_are_normalised_as_on_the_device(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    pack(bundle, identity_head(), tmp_path / "c.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, S, S, 3), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "c.onnx")
+    logits, probabilities = session.run(None, {"pixels": pixels})
+    expected = normalise(pixels, bundle.image).reshape(3, -1)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    exponentials = np.exp(expected.astype(np.float64))
+    np.testing.assert_allclose(
+        probabilities, exponentials / exponentials.sum(1, keepdims=True), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(40, 31), (31, 40), (12, 12), (9, 25), (200, 37), (5, 5)])
+def test_resizing_in_the_graph_is_open_clips_to_a_grey_level(
+    mode: str, interpolation: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    bundle = transparent_bundle(
+        tmp_path / "b", resize_mode=mode, interpolation=interpolation, fill_color=9
+    )
+    pack(bundle, identity_head(), tmp_path / "c.onnx", resize=True)
+    picture = smooth_picture(*size, seed=sum(size))
+    session = onnxruntime.InferenceSession(tmp_path / "c.onnx")
+    logits = session.run(["logits"], {"pixels": np.asarray(picture)[None]})[0]
+    got = as_pixels(logits, bundle.image)[0].transpose(1, 2, 0)
+    expected = crop(picture, bundle.image).astype(np.float64)
+    difference = np.abs(got - expected)
+    # Pillow takes the height first for some narrow pictures, which moves roundings by one level.
+    assert difference.max() <= 1.01
+    assert (difference > 0.01).mean() < (0.3 if size == (9, 25) else 0.01)
+
+
+def test_what_a_classifier_says_of_itself(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    pack(bundle, identity_head(), tmp_path / "c.onnx", resize=True)
+    classifier = open_classifier(tmp_path / "c.onnx", "cpu")
+    assert classifier.classes[:2] == ("value 0000", "value 0001")
+    assert classifier.image == bundle.image
+    assert classifier.resize
+    assert classifier.method == "gda"
+    assert classifier.tuning_pictures == (7, 2**63 + 5)
+    packed = onnx.load(str(tmp_path / "c.onnx"))
+    onnx.checker.check_model(packed, full_check=True)
+    assert {p.key for p in packed.metadata_props} == {"ztune", "class_names"}
+
+
+def test_large_towers_keep_their_weights_beside_the_graph(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    out = tmp_path / "c.onnx"
+    pack(bundle, identity_head(), out, external_threshold=1000)
+    assert out.stat().st_size < 100_000
+    assert (tmp_path / "c.onnx.data").stat().st_size >= E * E * 4
+    classifier = open_classifier(out, "cpu")
+    pixels = np.full((1, S, S, 3), 128, dtype=np.uint8)
+    expected = normalise(pixels, bundle.image).reshape(1, -1)
+    np.testing.assert_allclose(classifier.classify(pixels)[0], expected, atol=1e-6)
+    moved = tmp_path / "elsewhere.onnx"
+    moved.write_bytes(out.read_bytes())
+    with pytest.raises(FormatError, match=r"keeps tensors in 'c\.onnx\.data'"):
+        open_classifier(moved, "cpu")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    with pytest.raises(FormatError, match=f"features of 5 values.*gives {E}"):
+        pack(bundle, identity_head(5), tmp_path / "c.onnx")
+    with pytest.raises(DataError, match="cannot be written"):
+        pack(bundle, identity_head(), tmp_path / "no" / "c.onnx")
+
+
+def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    out = tmp_path / "c.onnx"
+    pack(bundle, identity_head(), out)
+    model = onnx.load(str(out))
+    document = json.loads(model.metadata_props[0].value)
+    assert document["format"] == "ztune-classifier"
+    model.metadata_props[0].value = json.dumps({**document, "version": 2})
+    onnx.save(model, str(out))
+    with pytest.raises(FormatError, match="format version 2 is newer"):
+        open_classifier(out, "cpu")

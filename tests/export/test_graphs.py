@@ -1,0 +1,176 @@
+"""The prompt graphs in torch against open_clip's own text forward over whole sequences."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.clip import LoadedClip
+from export.graphs import PrefixGraph, SequenceGraph, graph_kind, text_tower
+from export.parity import prompt_cases
+from tests.export.small_models import ARCHITECTURES, small_config, small_model, write_model
+from ztune.errors import ConfigError
+
+SHAPES = [(p, m, c) for p in (1, 3) for m in (1, 4, 8, 0) for c in (1, 2, 7)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    known: dict[str, LoadedClip] = {}
+
+    def load(name: str) -> LoadedClip:
+        if name not in known:
+            known[name] = small_model(name, tmp_path_factory.mktemp("model") / name)
+        return known[name]
+
+    return load
+
+
+def largest_difference(loaded: LoadedClip, graph: torch.nn.Module) -> float:
+    worst = 0.0
+    for case in prompt_cases(loaded, SHAPES):
+        feeds = {name: torch.from_numpy(value) for name, value in case.feeds.items()}
+        with torch.no_grad():
+            features = graph.eval()(**feeds).numpy()
+        assert features.shape == case.features.shape
+        worst = max(worst, float(np.abs(features - case.features).max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("name", "causal", "pooling", "kind"),
+    [
+        ("ViT-B-32-quickgelu", True, "argmax", "prefix"),
+        ("RN50", True, "argmax", "prefix"),
+        ("EVA02-B-16", True, "argmax", "prefix"),
+        ("ViT-B-16-SigLIP", False, "last", "sequence"),
+        ("MobileCLIP-S1", False, "argmax", "sequence"),
+        ("coca_ViT-B-32", True, "class", "sequence"),
+    ],
+)
+def test_the_right_graph_is_chosen_and_exact(
+    small: Any, name: str, causal: bool, pooling: str, kind: str
+) -> None:
+    loaded = small(name)
+    assert (loaded.text.causal, loaded.text.pooling, loaded.text.graph) == (causal, pooling, kind)
+    graph = (
+        PrefixGraph(loaded.tower, loaded.text.prefix_ids[0])
+        if kind == "prefix"
+        else SequenceGraph(loaded.model)
+    )
+    assert largest_difference(loaded, graph) < 2e-6
+
+
+def test_every_architecture_is_covered() -> None:
+    assert set(ARCHITECTURES) >= {"ViT-B-32-quickgelu", "RN50", "ViT-B-16-SigLIP"}
+
+
+def test_the_sequence_graph_is_exact_for_causal_towers_too(small: Any) -> None:
+    loaded = small("ViT-B-32-quickgelu")
+    tower = text_tower(loaded.model)
+    spec = loaded.text
+    feeds = [
+        (case.features, case.feeds["contexts"], case)
+        for case in prompt_cases(_as_sequence(loaded), [(2, 4, 3)])
+    ]
+    ((features, _, case),) = feeds
+    with torch.no_grad():
+        graph = SequenceGraph(loaded.model)
+        got = graph(**{name: torch.from_numpy(value) for name, value in case.feeds.items()})
+    assert np.abs(got.numpy() - features).max() < 2e-6
+    assert tower.owner.token_embedding is tower.embedding  # put back
+    assert spec.graph == "prefix"
+
+
+def _as_sequence(loaded: LoadedClip) -> LoadedClip:
+    import dataclasses
+
+    return dataclasses.replace(loaded, text=dataclasses.replace(loaded.text, graph="sequence"))
+
+
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("layer scale", {"ls_init_value": 0.5}, {}),
+    ("end-of-text pooling", {"pool_type": "eos", "eos_id": 49407}, {}),
+    ("projection with bias", {"proj_bias": True}, {"custom_text": True}),
+    ("no projection", {"proj_type": "none"}, {"custom_text": True}),
+    ("tanh gelu, other epsilon", {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}, {}),
+    ("one layer", {"layers": 1}, {}),
+    ("short tower", {"context_length": 16}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "top"), [v[1:] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
+def test_the_prefix_graph_knows_variants_of_plain_towers(
+    tmp_path: Path, text: dict[str, Any], top: dict[str, Any]
+) -> None:
+    from export.clip import load_clip
+
+    config = small_config("ViT-B-32") | top
+    config["text_cfg"] |= text
+    loaded = load_clip(write_model(tmp_path, config))
+    assert loaded.text.graph == "prefix"
+    assert largest_difference(loaded, PrefixGraph(loaded.tower, 49406)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"qk_norm": True},  # another kind of block
+        {"pool_type": "last"},  # sees the padding
+        {"pool_type": "first"},
+        {"pool_type": "eos", "eos_id": 5},  # not the end-of-text that stands there
+        {"no_causal_mask": True},
+    ],
+)
+def test_whatever_is_not_plain_gets_the_whole_sequence(
+    tmp_path: Path, text: dict[str, Any]
+) -> None:
+    from export.clip import load_clip
+
+    config = small_config("ViT-B-32") | {"custom_text": True}
+    config["text_cfg"] |= text
+    loaded = load_clip(write_model(tmp_path, config))
+    assert loaded.text.graph == "sequence"
+    assert largest_difference(loaded, SequenceGraph(loaded.model)) < 2e-6
+
+
+def test_a_changed_mask_is_not_taken_for_causal(small: Any) -> None:
+    loaded = small("RN50")
+    mask = loaded.model.attn_mask
+    try:
+        loaded.model.attn_mask = mask.clone()
+        loaded.model.attn_mask[0, 1] = 0.0
+        tower = text_tower(loaded.model)
+        assert not tower.causal
+        assert graph_kind(tower, (49406,), (49407,), 49407) == "sequence"
+    finally:
+        loaded.model.attn_mask = mask
+
+
+def test_two_specials_or_a_larger_id_rule_the_prefix_graph_out(small: Any) -> None:
+    tower = small("RN50").tower
+    assert graph_kind(tower, (49406,), (49407,), largest_id=49407) == "prefix"
+    assert graph_kind(tower, (49406,), (49407,), largest_id=49408) == "sequence"
+    assert graph_kind(tower, (49406, 5), (49407,), largest_id=49407) == "sequence"
+    assert graph_kind(tower, (), (49407,), largest_id=49407) == "sequence"
+
+
+def test_the_prefix_graph_is_wrong_where_the_tower_looks_ahead(small: Any) -> None:
+    # so the comparison would notice a wrong decision
+    loaded = small("MobileCLIP-S1")
+    import dataclasses
+
+    wrong = dataclasses.replace(loaded, text=dataclasses.replace(loaded.text, graph="prefix"))
+    assert largest_difference(wrong, PrefixGraph(loaded.tower, 49406)) > 1e-3
+
+
+def test_another_text_tower_is_refused() -> None:
+    class Other(torch.nn.Module):
+        pass
+
+    model = torch.nn.Module()
+    model.text = Other()
+    with pytest.raises(ConfigError, match="text tower Other is not supported"):
+        text_tower(model)

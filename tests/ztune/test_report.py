@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ztune.report import draw_confusion, draw_curve
+from ztune.statistics import Score
+
+
+def test_the_interval_is_wilsons() -> None:
+    score = Score(np.array([0] * 8 + [1] * 2), np.zeros(10, np.int64), ("a", "b"))
+    assert score.accuracy == 0.8
+    # Newcombe 1998, table I: 81 of 263; and the textbook case 8 of 10.
+    assert score.interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    other = Score(np.array([0] * 81 + [1] * 182), np.zeros(263, np.int64), ("a", "b"))
+    assert other.interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert Score(np.zeros(5, np.int64), np.zeros(5, np.int64), ("a", "b")).interval[1] == 1.0
+
+
+def test_confusion_counts_true_rows_and_predicted_columns() -> None:
+    score = Score(np.array([1, 1, 0]), np.array([0, 1, 0]), ("a", "b", "never seen"))
+    np.testing.assert_array_equal(score.confusion(), [[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+    assert score.per_class() == {"a": {"accuracy": 0.5, "n": 2}, "b": {"accuracy": 1.0, "n": 1}}
+
+
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_a_curve_is_drawn_whatever_its_length(n: int, tmp_path: Path) -> None:
+    history = [{"queries": 10.0 * k, "loss": 2 / k, "accuracy": 0.5} for k in range(1, n + 1)]
+    draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > picture.height > 100
+
+
+@pytest.mark.parametrize("n", [2, 12, 100])
+def test_confusion_tables_are_drawn_for_few_and_many_classes(n: int, tmp_path: Path) -> None:
+    labels = np.arange(3 * n) % n
+    classes = tuple(f"class {i}" for i in range(n))
+    scores = {
+        "zero-shot": Score(labels * 0, labels, classes),
+        "tuned": Score(labels, labels, classes),
+    }
+    draw_confusion(scores, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert 400 < picture.width < 4000
