@@ -1,4 +1,4 @@
-"""Text to token ids as the exported model was trained to see them: open_clip's cleaning, then BPE."""
+"""Text to token ids as the model was trained to see them: open_clip's cleaning, then its BPE."""
 
 from __future__ import annotations
 
