@@ -89,7 +89,7 @@ class Ticker:
         left = (self._total - done) / rate if rate > 0 else 0.0
         parts = [f"{done}/{self._total}{unit}", text]
         if rate > 0:
-            parts += [f"{rate:.0f}{unit or ' '}/s", f"{left:.0f} s left"]
+            parts += [f"{rate:.0f}{unit}/s", f"{left:.0f} s left"]
         line = ", ".join(part for part in parts if part)
         if self._live:
             self._progress.update(self._task, completed=done, text=line)
