@@ -20,7 +20,7 @@ class Budget:
     text_forwards: int = 0
     """Class prompts encoded: P * C per call."""
     image_forwards: int = 0
-    """Pictures encoded in this run; cached ones are not counted here."""
+    """Pictures encoded for this run; views count each, those found in the cache do not."""
     _reserved: int = 0
 
     def fits(self, n_queries: int) -> bool:

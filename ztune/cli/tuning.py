@@ -19,6 +19,7 @@ from ztune.cli.workbench import Workbench
 from ztune.config import as_json
 from ztune.data.split import Split
 from ztune.errors import ConfigError, ZtuneError
+from ztune.fields import Fields
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.methods import ZipConfig, build_zip, find_method, initial_context, method_config
 from ztune.objective import BatchSampler, FewShotObjective, cross_entropy
@@ -68,7 +69,6 @@ class Outcome:
     """What a method leaves behind."""
 
     artifact: Artifact
-    budget: Budget
     seconds: float
     """Spent in the method itself, the image pass left out."""
     train_loss: float
@@ -92,17 +92,22 @@ class Work:
         config = start_config(self.request)
         classes = self.split.classes
         # One tower at a time: each session is closed before the next is opened.
+        started = time.monotonic()
         pictures = _encode(self.request, self.split, self.folder, self.bench)
-        head = {**head, **_costs(head, pictures)}
+        head = {**_image_costs(pictures, time.monotonic() - started), **head}
         self.folder.write(head)
+        budget = Budget(
+            self.request.queries,
+            image_forwards=Fields(head, "run.json").integer("image_forwards"),
+        )
         zero_shot = self.bench.zero_shot(self.request.template, classes)
-
         started = time.monotonic()
         gda, alpha = _gda(config, self.request, pictures, zero_shot)
         if isinstance(config, ZipConfig):
-            outcome = self._tuned(config, pictures)
+            outcome = self._tuned(config, pictures, budget)
         else:
-            outcome = self._fitted(gda, alpha, pictures, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            outcome = self._fitted(gda, alpha, pictures, budget, seconds)
         artifact = outcome.artifact
         scores = _validate(artifact, zero_shot, gda, pictures, classes)
         write_artifact(self.folder.prompt, artifact)
@@ -112,9 +117,11 @@ class Work:
             **head,
             "status": "finished",
             "config": dict(artifact.provenance.config),
-            "queries": outcome.budget.queries,
-            "text_forwards": outcome.budget.text_forwards,
-            "seconds": round(outcome.seconds, 3),
+            "queries": budget.queries,
+            "text_forwards": budget.text_forwards,
+            "image_forwards": budget.image_forwards,
+            "seconds": round(Fields(head, "run.json").number("image_seconds") + outcome.seconds, 3),
+            "tuning_seconds": round(outcome.seconds, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "stop_reason": artifact.provenance.stop_reason,
             "train_loss": outcome.train_loss,
@@ -145,7 +152,7 @@ class Work:
             return initial_context(config, self.bench.bundle.text.width, self.request.seed)
         return context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
 
-    def _tuned(self, config: ZipConfig, pictures: Pictures) -> Outcome:
+    def _tuned(self, config: ZipConfig, pictures: Pictures, budget: Budget) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
         request, bundle = self.request, self.bench.bundle
         context = self._initial_context(config)
@@ -158,7 +165,7 @@ class Work:
         sampler = BatchSampler(
             n_pictures, config.batch_size, n_views, np.random.default_rng([request.seed, 3])
         )
-        tuning = Tuning(optimizer, sampler, Budget(request.queries))
+        tuning = Tuning(optimizer, sampler, budget)
         self.folder.restore(tuning)
         output = self.bench.output
         if tuning.step:
@@ -188,19 +195,24 @@ class Work:
             _fingerprints(self.split),
         )
         train_loss = _train_loss(objective, pictures, tuned)
-        return Outcome(artifact, tuning.budget, tuning.seconds, train_loss)
+        return Outcome(artifact, tuning.seconds, train_loss)
 
     def _fitted(
-        self, head: tuple[F32, F32], alpha: float, pictures: Pictures, seconds: float
+        self,
+        head: tuple[F32, F32],
+        alpha: float,
+        pictures: Pictures,
+        budget: Budget,
+        seconds: float,
     ) -> Outcome:
         weight, bias = head
-        provenance = self._provenance(0, "closed form", {"alpha": alpha})
+        provenance = self._provenance(budget.queries, "closed form", {"alpha": alpha})
         artifact = HeadArtifact(
             self.split.classes, provenance, weight, bias, _fingerprints(self.split)
         )
         logits = pictures.features @ weight.T + bias
         train_loss = float(cross_entropy(logits, pictures.labels).mean())
-        return Outcome(artifact, Budget(self.request.queries), seconds, train_loss)
+        return Outcome(artifact, seconds, train_loss)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
         bundle = self.bench.bundle
@@ -263,14 +275,13 @@ def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench)
     )
 
 
-def _costs(head: Mapping[str, Json], pictures: Pictures) -> dict[str, Json]:
-    """Return the image pass's cost; a resumed run keeps what its first process paid."""
-    if "image_forwards" in head:
-        return {}
+def _image_costs(pictures: Pictures, seconds: float) -> dict[str, Json]:
+    """Return the image pass's cost; where a run is resumed, its first full pass's is kept."""
     return {
         "image_forwards": pictures.n_encoded,
         "image_forwards_cached": pictures.n_cached,
         "broken_pictures": pictures.n_broken,
+        "image_seconds": round(seconds, 3),
     }
 
 
