@@ -18,7 +18,7 @@ def token_table(bundle: Bundle) -> F32:
     path = bundle.file("token_table.npy")
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise FormatError(f"{path} cannot be read ({error}); export again") from None
     if table.ndim != 2 or table.dtype != np.float32 or table.shape[1] != bundle.text.width:
         raise FormatError(

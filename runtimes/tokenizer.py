@@ -33,18 +33,18 @@ class Tokenizer:
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.file("tokenizer.json")
-        self._take(path.read_text(encoding="utf-8"), bundle.text, str(path))
+        self._take(path.read_bytes(), bundle.text, str(path))
 
     @classmethod
     def of(cls, content: str, spec: TextSpec) -> Tokenizer:
         """Return the tokenizer of a JSON text that is not (yet) part of a bundle."""
         tokenizer = cls.__new__(cls)
-        tokenizer._take(content, spec, "tokenizer")
+        tokenizer._take(content.encode(), spec, "tokenizer")
         return tokenizer
 
-    def _take(self, content: str, spec: TextSpec, where: str) -> None:
+    def _take(self, content: bytes, spec: TextSpec, where: str) -> None:
         try:
-            self._tokens = tokenizers.Tokenizer.from_str(content)
+            self._tokens = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # tokenizers raises plain Exception
             raise FormatError(f"{where} cannot be read ({error}); export again") from None
         self.spec = spec
@@ -75,6 +75,7 @@ class Tokenizer:
         return tokens
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return the readable text of ids, for messages."""
-        text: str = self._tokens.decode(list(ids), skip_special_tokens=True)
+        """Return the readable text of a sequence's ids, for messages."""
+        frame = {*self.spec.prefix_ids, *self.spec.suffix_ids}
+        text: str = self._tokens.decode([token for token in ids if token not in frame])
         return text.replace("</w>", " ").strip()

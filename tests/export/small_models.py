@@ -49,7 +49,7 @@ def small_config(name: str) -> dict[str, Any]:
     """Return a published architecture's config with small numbers."""
     config: dict[str, Any] = copy.deepcopy(open_clip.get_model_config(name))
     config["embed_dim"] = 64
-    config["text_cfg"] |= {"width": 64, "heads": 2, "layers": 3}
+    config["text_cfg"] |= {"width": 64, "heads": 2, "layers": 2}
     vision = config["vision_cfg"]
     if isinstance(vision.get("layers"), list):
         vision |= {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}

@@ -94,7 +94,8 @@ class Work:
         # One tower at a time: each session is closed before the next is opened.
         started = time.monotonic()
         pictures = _encode(self.request, self.split, self.folder, self.bench)
-        head = {**_image_costs(pictures, time.monotonic() - started), **head}
+        own_cache = self.request.cache is None
+        head = {**_image_costs(pictures, own_cache, time.monotonic() - started), **head}
         self.folder.write(head)
         budget = Budget(
             self.request.queries,
@@ -275,11 +276,15 @@ def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench)
     )
 
 
-def _image_costs(pictures: Pictures, seconds: float) -> dict[str, Json]:
-    """Return the image pass's cost; where a run is resumed, its first full pass's is kept."""
+def _image_costs(pictures: Pictures, own_cache: bool, seconds: float) -> dict[str, Json]:
+    """Return the image pass's cost; where a run is resumed, its first full pass's is kept.
+
+    What is found in the run's own cache was encoded by this run, before a kill.
+    """
+    n_paid_before = pictures.n_cached if own_cache else 0
     return {
-        "image_forwards": pictures.n_encoded,
-        "image_forwards_cached": pictures.n_cached,
+        "image_forwards": pictures.n_encoded + n_paid_before,
+        "image_forwards_cached": pictures.n_cached - n_paid_before,
         "broken_pictures": pictures.n_broken,
         "image_seconds": round(seconds, 3),
     }
