@@ -15,7 +15,7 @@ from tests.export.small_models import small_config, small_model, write_model
 from ztune.errors import ConfigError
 
 # candidates, context length (0: the longest that fits), classes
-SHAPES = [(p, m, c) for p in (1, 3) for m in (1, 4, 8, 0) for c in (1, 2, 7)]
+SHAPES = [(1, 1, 1), (3, 1, 7), (1, 4, 2), (3, 4, 1), (1, 8, 7), (3, 8, 2), (1, 0, 1), (3, 0, 7)]
 FEW = [(1, 1, 1), (2, 0, 2), (3, 4, 7)]
 
 
@@ -83,7 +83,8 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("end-of-text pooling", {"pool_type": "eos", "eos_id": 49407}, {}),
     ("projection with bias", {"proj_bias": True}, {"custom_text": True}),
     ("no projection", {"proj_type": "none"}, {"custom_text": True}),
-    ("tanh gelu, other epsilon", {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}, {}),
+    ("tanh gelu", {"act_kwargs": {"approximate": "tanh"}}, {}),
+    ("another epsilon", {"norm_kwargs": {"eps": 1e-3}}, {}),
     ("one layer", {"layers": 1}, {}),
     ("short tower", {"context_length": 16}, {}),
 ]  # fmt: skip

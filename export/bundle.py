@@ -1,0 +1,190 @@
+"""One model becomes one bundle: graphs, token table, tokenizer, and the manifest over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import open_clip
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from export.clip import LoadedClip
+from export.graphs import ImageGraph, PrefixGraph, SequenceGraph, TextGraph
+from export.onnx import EXTERNAL_THRESHOLD, Input, export_onnx
+from export.parity import Case, compare, image_cases, prompt_cases, text_cases
+from runtimes.bundle import FORMAT, MANIFEST, VERSION, Bundle, describe, load_bundle
+from ztune.errors import ConfigError
+from ztune.files import sha256, write_json
+from ztune.types import Json
+
+# Inputs in the order of forward, and the names of the dimensions that may differ.
+_IMAGE_DIMS: Mapping[str, Mapping[int, str]] = {"pixels": {0: "N"}}
+_TEXT_DIMS: Mapping[str, Mapping[int, str]] = {"tokens": {0: "B"}}
+_PREFIX_DIMS: Mapping[str, Mapping[int, str]] = {
+    "contexts": {0: "P", 1: "m"},
+    "name_embeddings": {0: "T"},
+    "name_positions": {0: "T"},
+    "pad_index": {0: "C", 1: "n"},
+    "unpad_index": {0: "T"},
+    "eot_index": {0: "C"},
+}
+_SEQUENCE_DIMS: Mapping[str, Mapping[int, str]] = {
+    "contexts": {0: "P", 1: "m"},
+    "name_embeddings": {0: "R"},
+    "sequence_index": {0: "C"},
+    "tokens": {0: "C"},
+}
+
+
+def export_bundle(
+    loaded: LoadedClip,
+    out: Path,
+    *,
+    external_threshold: int = EXTERNAL_THRESHOLD,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Bundle:
+    """Write the bundle of a model to the new folder `out`, whole or not at all.
+
+    Raises: ConfigError when `out` holds something, ZtuneError when a graph does not match torch.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f'output "{out}" exists and is not empty; remove it or name another')
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ConfigError(f'output "{out}" cannot be written ({error.strerror})') from None
+    try:
+        for note in loaded.notes:
+            progress(f"note: {note}")
+        _fill(loaded, work, external_threshold, progress)
+        work.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return load_bundle(out)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    name: str
+    module: nn.Module
+    dims: Mapping[str, Mapping[int, str]]
+    traced: Case
+    """Has at least two of everything, and no two sizes alike where they may differ."""
+    checked: Iterable[Case]
+
+
+def _graphs(loaded: LoadedClip) -> Iterator[_Graph]:
+    model, spec = loaded.model, loaded.text
+    (traced,) = image_cases(loaded, [2])
+    yield _Graph("image", ImageGraph(model), _IMAGE_DIMS, traced, image_cases(loaded))
+    (traced,) = text_cases(loaded, [2])
+    yield _Graph("text", TextGraph(model), _TEXT_DIMS, traced, text_cases(loaded))
+    prompt: nn.Module
+    if spec.graph == "prefix":
+        prompt, dims = PrefixGraph(loaded.tower, spec.prefix_ids[0]), _PREFIX_DIMS
+    else:
+        prompt, dims = SequenceGraph(model), _SEQUENCE_DIMS
+    (traced,) = prompt_cases(loaded, [(3, 6, 5)])
+    yield _Graph("prompt", prompt, dims, traced, prompt_cases(loaded))
+
+
+def _fill(
+    loaded: LoadedClip, folder: Path, threshold: int, progress: Callable[[str], None]
+) -> None:
+    parity: dict[str, Json] = {}
+    kept: dict[str, np.ndarray[Any, Any]] = {}
+    for graph in _graphs(loaded):
+        path = folder / f"{graph.name}.onnx"
+        progress(f"{path.name}: exporting")
+        traced = graph.traced
+        inputs = {
+            name: Input(torch.from_numpy(traced.feeds[name]), dims)
+            for name, dims in graph.dims.items()
+        }
+        export_onnx(graph.module, inputs, path, threshold)
+        figures = compare(path, [traced, *graph.checked])
+        progress(
+            f"{path.name}: differs from torch by at most {figures['max_abs']:.1e}, "
+            f"cosine at least {figures['cosine']:.7f}"
+        )
+        parity[graph.name] = dict(figures)
+        kept |= {f"{graph.name}.{name}": value for name, value in traced.feeds.items()}
+        kept[f"{graph.name}.features"] = traced.features
+    save_file({k: np.ascontiguousarray(v) for k, v in kept.items()}, folder / "parity.safetensors")
+    table = loaded.tower.embedding.weight.detach().numpy()
+    np.save(folder / "token_table.npy", np.ascontiguousarray(table, dtype=np.float32))
+    (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
+    embed_dim = int(kept["image.features"].shape[1])
+    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, embed_dim))
+    for file in folder.iterdir():
+        with file.open("rb+") as written:
+            os.fsync(written.fileno())
+
+
+def _manifest(
+    loaded: LoadedClip, folder: Path, parity: dict[str, Json], embed_dim: int
+) -> dict[str, Json]:
+    model: Any = loaded.model
+    bias = getattr(model, "logit_bias", None)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model_id": model_id(loaded),
+        "source": dict(loaded.source),
+        "image": _plain(loaded.image),
+        "text": _plain(loaded.text),
+        "embed_dim": embed_dim,
+        "logit_scale": float(model.logit_scale.exp()),
+        "logit_bias": 0.0 if bias is None else float(bias),
+        "precision": "fp32",
+        "parity": parity,
+        "files": {
+            file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(folder.iterdir())
+        },
+        "versions": {
+            "ztune": metadata.version("ztune"),
+            **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime)},
+            "onnx": metadata.version("onnx"),
+        },
+        "created_by": "ztune export",
+    }
+
+
+def model_id(loaded: LoadedClip) -> str:
+    """Return the digest of weights, architecture, tokenizer and preprocessing.
+
+    It says which model this is, whatever precision or graphs it is served with.
+    """
+    digest = hashlib.sha256()
+    text = {key: value for key, value in _plain(loaded.text).items() if key != "graph"}
+    for part in (loaded.config, _plain(loaded.image), text):
+        digest.update(describe(part).encode())
+    digest.update(hashlib.sha256(loaded.tokenizer_json.encode()).digest())
+    for name, tensor in sorted(loaded.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _plain(spec: Any) -> dict[str, Json]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(spec).items()
+    }

@@ -1,0 +1,336 @@
+"""The graphs of a bundle as torch modules, and the decision which prompt graph a text tower gets.
+
+In a causal tower the states of `[SOS][context]` do not depend on the class, and what stands after
+the end-of-text token does not matter. `PrefixGraph` uses both: the prefix is computed once per
+candidate and only the real tokens of each name after it. Every other tower gets `SequenceGraph`,
+whose masks, class token and pooling are open_clip's own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from open_clip import transformer as towers
+from open_clip.model import CLIP
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ztune.errors import ConfigError
+
+_MASKED = -1e4  # finite, also in 16 bit; exp of it is 0
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """open_clip's text tower, wherever the model's class keeps its parts."""
+
+    owner: nn.Module
+    """The module whose attribute `token_embedding` is looked up."""
+    embedding: nn.Embedding
+    positions: Tensor
+    """f32[L, d]."""
+    blocks: nn.ModuleList
+    ln_final: nn.Module
+    projection: nn.Module | Tensor | None
+    context_length: int
+    causal: bool
+    pooling: str
+    eos_id: int
+    plain: bool
+    """Nothing in it but what the prefix graph computes."""
+
+    @property
+    def width(self) -> int:
+        return int(self.embedding.embedding_dim)
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the feature depends on what stands after the end of the text."""
+        return not (self.causal and self.pooling in ("argmax", "eos"))
+
+
+def text_tower(model: nn.Module) -> TextTower:
+    """Find the parts of a model's text tower.
+
+    Raises: ConfigError when it is none of open_clip's own.
+    """
+    owner: Any = getattr(model, "text", model)
+    if not isinstance(owner, towers.TextTransformer | CLIP):
+        raise ConfigError(
+            f"text tower {type(owner).__name__} is not supported: only open_clip's own text "
+            "transformers can be exported, no Hugging Face text models"
+        )
+    pooling = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
+    class_token = getattr(owner, "cls_emb", None)
+    if class_token is not None:
+        pooling = "class"
+    if pooling not in ("argmax", "eos", "last", "first", "class"):
+        raise ConfigError(f'text pooling "{pooling}" is not supported')
+    length = int(owner.positional_embedding.shape[0]) - (class_token is not None)
+    transformer = owner.transformer
+    mask = owner.attn_mask
+    size = int(owner.positional_embedding.shape[0])
+    causal = mask is not None and torch.equal(
+        mask.cpu(), torch.full((size, size), float("-inf")).triu(1)
+    )
+    plain = (
+        causal
+        and class_token is None
+        and not getattr(owner, "use_pad_mask", False)
+        and type(transformer) is towers.Transformer
+        and all(_is_plain(block) for block in transformer.resblocks)
+    )
+    return TextTower(
+        owner=owner,
+        embedding=owner.token_embedding,
+        positions=owner.positional_embedding.detach(),
+        blocks=transformer.resblocks,
+        ln_final=owner.ln_final,
+        projection=owner.text_projection,
+        context_length=length,
+        causal=causal,
+        pooling=pooling,
+        eos_id=int(owner.text_eos_id if isinstance(owner, CLIP) else owner.eos_id),
+        plain=plain,
+    )
+
+
+def _is_plain(block: nn.Module) -> bool:
+    if type(block) is not towers.ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
+        return False
+    attention = block.attn
+    return (
+        type(attention) is nn.MultiheadAttention
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+def graph_kind(
+    tower: TextTower, prefix_ids: tuple[int, ...], suffix_ids: tuple[int, ...], largest_id: int
+) -> str:
+    """Return "prefix" where sharing the context's states between classes is exact.
+
+    That needs a plain causal tower, one [SOS], and one [EOT] which is where the tower pools:
+    open_clip pools at the largest id (argmax) or at its first end-of-text id (eos).
+    """
+    if not tower.plain or len(prefix_ids) != 1 or len(suffix_ids) != 1:
+        return "sequence"
+    pooled = {"argmax": largest_id, "eos": tower.eos_id}.get(tower.pooling)
+    return "prefix" if pooled == suffix_ids[0] and prefix_ids != suffix_ids else "sequence"
+
+
+class ImageGraph(nn.Module):
+    """Normalised pixels f32[N, 3, S, S] to unit features f32[N, e]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_image(pixels, normalize=True)
+        return features
+
+
+class TextGraph(nn.Module):
+    """Token ids i64[B, L] to unit features f32[B, e]: open_clip's own forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_text(tokens, normalize=True)
+        return features
+
+
+class PrefixGraph(nn.Module):
+    """Contexts to text features in a causal tower, sharing all that candidates and classes share.
+
+    With T the real tokens of all names (end-of-text included) packed behind each other, n the
+    longest name and `pad` / `unpad` between the packed rows and the grid [C, n]:
+
+    - [SOS] sees nothing but itself: its keys and values are constants of the graph;
+    - the context's rows are computed once per candidate, the names' real tokens only, together
+      [P, m + T, d];
+    - only attention uses the grid [P, C, n], and there causality hides the padding by itself;
+    - the last layer needs queries, projection and MLP for the end-of-text rows alone.
+    """
+
+    sos_keys: Tensor
+    sos_values: Tensor
+    positions: Tensor
+
+    def __init__(self, tower: TextTower, sos_id: int) -> None:
+        super().__init__()
+        self.blocks = tower.blocks
+        self.ln_final = tower.ln_final
+        self.projection = tower.projection
+        keys, values = [], []
+        with torch.no_grad():
+            state = tower.embedding.weight[sos_id] + tower.positions[0]
+            state = state.reshape(1, 1, -1)
+            for block in tower.blocks:
+                key, value = _heads(_project(block, block.ln_1(state), "kv"), block)
+                keys.append(key)
+                values.append(value)
+                # One row attends to itself: the attention's output is its value.
+                attended = block.attn.out_proj(value.reshape(1, 1, -1))
+                state = _after_attention(block, state, attended)
+        self.register_buffer("sos_keys", torch.stack(keys).detach())
+        self.register_buffer("sos_values", torch.stack(values).detach())
+        self.register_buffer("positions", tower.positions.clone())
+
+    def forward(
+        self,
+        contexts: Tensor,
+        name_embeddings: Tensor,
+        name_positions: Tensor,
+        pad_index: Tensor,
+        unpad_index: Tensor,
+        eot_index: Tensor,
+    ) -> Tensor:
+        n_candidates, n_context, _ = contexts.shape
+        n_classes, n_name = pad_index.shape
+        steps = torch.arange(n_context, device=contexts.device)
+        columns = torch.arange(n_name, device=contexts.device)
+        # [m, 1 + m]: a context row sees [SOS], and the context up to itself; [n, n] likewise.
+        prefix_mask = _mask(torch.arange(n_context + 1) <= 1 + steps.unsqueeze(1))
+        name_mask = _mask(columns <= columns.unsqueeze(1))
+        # Where, among the m + T rows of a candidate, the names' grid and their ends are.
+        grid_index = n_context + pad_index.reshape(-1)
+        end_index = n_context + eot_index
+        prefix = contexts + self.positions.index_select(0, 1 + steps)
+        names = name_embeddings + self.positions.index_select(0, 1 + n_context + name_positions)
+        rows = torch.cat([prefix, names.expand(n_candidates, -1, -1)], 1)  # [P, m + T, d]
+        n_queries = n_name
+        for layer, block in enumerate(self.blocks):
+            last = layer == len(self.blocks) - 1
+            normed = block.ln_1(rows)
+            projected = _project(block, normed, "kv" if last else "qkv")
+            *prefix_query, key, value = _heads(projected[:, :n_context], block)
+            *name_query, name_key, name_value = _heads(projected.index_select(1, grid_index), block)
+            if last:
+                rows = rows.index_select(1, end_index)
+                ends = _project(block, normed.index_select(1, end_index), "q")
+                name_query = [*_heads(ends, block)]
+                n_queries = 1
+                end_positions = name_positions.index_select(0, eot_index)
+                name_mask = _mask(columns <= end_positions.reshape(-1, 1, 1))
+            sos_key = self.sos_keys[layer].expand(n_candidates, -1, -1, -1)
+            sos_value = self.sos_values[layer].expand(n_candidates, -1, -1, -1)
+            prefix_key = torch.cat([sos_key, key], 2)  # [P, h, 1 + m, d / h]
+            prefix_value = torch.cat([sos_value, value], 2)
+            # Names: [P, h, C * queries, d / h] before the prefix, and before each other
+            # [P, h, C, queries, d / h], which is the same memory.
+            (query,) = name_query
+            scores = torch.cat(
+                [
+                    _by_class(query @ prefix_key.transpose(-1, -2), n_classes, n_queries),
+                    _by_class(query, n_classes, n_queries)
+                    @ _by_class(name_key, n_classes, n_name).transpose(-1, -2)
+                    + name_mask,
+                ],
+                -1,
+            )
+            weights = scores.softmax(-1)
+            from_prefix = weights[..., : n_context + 1].flatten(2, 3) @ prefix_value
+            from_name = weights[..., n_context + 1 :] @ _by_class(name_value, n_classes, n_name)
+            attended = _rows(from_prefix + from_name.flatten(2, 3))
+            if not last:
+                (query,) = prefix_query
+                weights = (query @ prefix_key.transpose(-1, -2) + prefix_mask).softmax(-1)
+                attended = torch.cat(
+                    [_rows(weights @ prefix_value), attended.index_select(1, unpad_index)], 1
+                )
+            rows = _after_attention(block, rows, block.attn.out_proj(attended))
+        features = self.ln_final(rows)
+        if isinstance(self.projection, nn.Module):
+            features = self.projection(features)
+        elif self.projection is not None:
+            features = features @ self.projection
+        return functional.normalize(features, dim=-1)
+
+
+def _project(block: Any, normed: Tensor, parts: str) -> Tensor:
+    """Apply the query, key and value projections named in `parts` (q, kv or qkv)."""
+    attention = block.attn
+    width = normed.shape[-1]
+    start, stop = {"q": (0, 1), "kv": (1, 3), "qkv": (0, 3)}[parts]
+    part = slice(start * width, stop * width)
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[part]
+    return functional.linear(normed, attention.in_proj_weight[part], bias)
+
+
+def _heads(projected: Tensor, block: Any) -> tuple[Tensor, ...]:
+    """Split [B, T, k * d] into k tensors [B, h, T, d / h]; the query, if any, comes scaled."""
+    heads, width = block.attn.num_heads, block.attn.embed_dim
+    batch, rows, size = projected.shape
+    split = projected.reshape(batch, rows, size // width, heads, width // heads)
+    parts = split.permute(2, 0, 3, 1, 4).unbind(0)
+    if len(parts) == 2:
+        return parts
+    return (parts[0] * (width // heads) ** -0.5, *parts[1:])
+
+
+def _rows(by_head: Tensor) -> Tensor:
+    return by_head.transpose(1, 2).flatten(2)
+
+
+def _by_class(grid: Tensor, n_classes: int, n_name: int) -> Tensor:
+    return grid.unflatten(2, (n_classes, n_name))
+
+
+def _after_attention(block: Any, rows: Tensor, attended: Tensor) -> Tensor:
+    rows = rows + block.ls_1(attended)
+    hidden: Tensor = rows + block.ls_2(block.mlp(block.ln_2(rows)))
+    return hidden
+
+
+def _mask(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, _MASKED)
+
+
+class _Given(nn.Module):
+    """Stands in for a token embedding and answers what it was given."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self._given = given
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self._given[0]
+
+
+class SequenceGraph(nn.Module):
+    """Contexts to text features through open_clip's own forward over whole sequences.
+
+    `sequence_index` i64[C, L] says for each place which row of [contexts; name embeddings] stands
+    there, `tokens` i64[C, L] which ids open_clip's masks and pooling shall see.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.owner: Any = text_tower(model).owner
+
+    def forward(
+        self, contexts: Tensor, name_embeddings: Tensor, sequence_index: Tensor, tokens: Tensor
+    ) -> Tensor:
+        n_candidates = contexts.shape[0]
+        n_classes, length = tokens.shape
+        shared = name_embeddings.expand(n_candidates, -1, -1)
+        table = torch.cat([contexts, shared], 1)
+        embedded = table.index_select(1, sequence_index.reshape(-1))
+        embedded = embedded.reshape(n_candidates * n_classes, length, -1)
+        ids = tokens.expand(n_candidates, -1, -1).reshape(n_candidates * n_classes, length)
+        embedding = self.owner.token_embedding
+        try:
+            self.owner.token_embedding = _Given([embedded])
+            features: Tensor = self.model.encode_text(ids, normalize=True)
+        finally:
+            self.owner.token_embedding = embedding
+        return features.reshape(n_candidates, n_classes, -1)

@@ -1,0 +1,1 @@
+"""The embedded default model: a small CLIP trained on pictures this package draws and captions."""

@@ -1,0 +1,135 @@
+"""What a drawn picture can be said to show: its attributes, and the grammar that names them.
+
+A picture is a row of attribute values. A caption is a text and a row that holds the values the text
+names and ``UNNAMED`` elsewhere, so whether the two fit is a comparison, never a matter of wording.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+
+UNNAMED: Final = -1  # in a caption: says nothing about this attribute
+ABSENT: Final = -2  # in a picture: has no such attribute, so no caption that names it fits
+
+SUBJECT, KIND, COUNT, INK, GROUND, HAND, WEIGHT, SIZE, QUALITY = range(9)
+N_ATTRIBUTES: Final = 9
+
+KINDS: Final = ("digit", "letter", "symbol", "shape", "texture")
+DIGIT, LETTER, SYMBOL, SHAPE, TEXTURE = range(5)
+
+DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LETTERS: Final = tuple("abcdefghijklmnopqrstuvwxyz")
+SYMBOLS: Final = {
+    "+": "plus sign", "-": "minus sign", "=": "equals sign", "*": "asterisk", "/": "slash",
+    "?": "question mark", "!": "exclamation mark", "#": "hash sign", "&": "ampersand",
+    "@": "at sign", "%": "percent sign", "$": "dollar sign",
+}  # fmt: skip
+SHAPES: Final = (
+    "circle", "ring", "square", "frame", "triangle", "diamond", "star", "bar", "arrow", "crescent",
+)  # fmt: skip
+TEXTURES: Final = (
+    "horizontal stripes", "vertical stripes", "diagonal stripes", "checks", "dots", "waves", "grid",
+    "ripples", "bricks", "speckles",
+)  # fmt: skip
+NAMES: Final = (DIGITS, LETTERS, tuple(SYMBOLS.values()), SHAPES, TEXTURES)
+FIRST_SUBJECT: Final = tuple(sum(len(names) for names in NAMES[:kind]) for kind in range(5))
+
+COLOURS: Final = {
+    "white": (245, 245, 245), "black": (12, 12, 12), "grey": (128, 128, 128),
+    "red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 75, 215),
+    "yellow": (240, 215, 50), "orange": (240, 140, 30), "purple": (135, 50, 160),
+    "pink": (245, 150, 190), "brown": (120, 75, 35), "turquoise": (60, 200, 200),
+}  # fmt: skip
+COLOUR_NAMES: Final = tuple(COLOURS)
+WHITE, BLACK = 0, 1
+HANDS: Final = ("printed", "handwritten")
+WEIGHTS: Final = ("", "thin", "bold")  # "" is a value nobody names
+SIZES: Final = ("", "small", "large")
+QUALITIES: Final = ("clear", "blurred", "noisy", "cluttered")
+COUNTS: Final = ("one", "two", "three", "four", "five")
+
+LEADS: Final = (
+    "", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "this is ",
+    "a drawing of ", "a photo showing ", "a scan of ",
+)  # fmt: skip
+
+
+class Caption(NamedTuple):
+    """A text and the attribute values it names, i64[A]."""
+
+    text: str
+    named: Rows
+
+
+def compatible(named: Rows, pictures: Rows) -> NDArray[np.bool_]:
+    """Say which captions i64[C, A] are true of which pictures i64[N, A]: bool[N, C]."""
+    named, pictures = named[None], pictures[:, None]
+    return np.asarray(((named == UNNAMED) | (named == pictures)).all(axis=-1))
+
+
+def describe(picture: Rows, rng: np.random.Generator) -> Caption:
+    """Say something true about one picture i64[A], choosing at random what to mention and how."""
+    named = np.full(N_ATTRIBUTES, UNNAMED, np.int64)
+
+    def mention(attribute: int, words: tuple[str, ...], chance: float) -> str:
+        value = int(picture[attribute])
+        if value < 0 or not words[value] or rng.random() >= chance:
+            return ""
+        named[attribute] = value
+        return words[value]
+
+    adjectives = [
+        mention(SIZE, SIZES, 0.2),
+        mention(QUALITY, QUALITIES, 0.2),
+        mention(WEIGHT, WEIGHTS, 0.2),
+        mention(HAND, HANDS, 0.25),
+        mention(INK, COLOUR_NAMES, 0.2),
+    ]
+    article, noun = _noun(picture, named, rng)
+    phrase = " ".join(word for word in (*adjectives, noun) if word)
+    if article == "a":
+        article = _a(phrase)
+    ground = mention(GROUND, COLOUR_NAMES, 0.2)
+    if ground:
+        phrase += f" on {ground}" if rng.random() < 0.5 else f" on {_a(ground)} {ground} background"
+    lead = LEADS[rng.integers(len(LEADS))]
+    stop = "." if rng.random() < 0.85 else ""
+    return Caption(f"{lead}{article} {phrase}{stop}".replace("  ", " ").strip(), named)
+
+
+def _a(phrase: str) -> str:
+    """The indefinite article before a phrase."""
+    vowel = phrase[0] in "aei" or phrase.startswith("orange")
+    return "an" if vowel and " " in phrase + " " * (len(phrase) > 1) else "a"
+
+
+def _noun(picture: Rows, named: Rows, rng: np.random.Generator) -> tuple[str, str]:
+    """Article and noun for the picture's subject; fills in what they name."""
+    kind, count = int(picture[KIND]), int(picture[COUNT])
+    name = NAMES[kind][int(picture[SUBJECT]) - FIRST_SUBJECT[kind]]
+    generic = rng.random() < 0.08
+    if not generic:
+        named[SUBJECT] = picture[SUBJECT]
+    elif kind != SYMBOL:
+        named[KIND] = kind
+    if kind == TEXTURE:
+        return "", "texture" if generic else name + (" texture" if rng.random() < 0.3 else "")
+    if kind == SHAPE:
+        named[COUNT] = count
+        noun = "shape" if generic else name
+        if count > 0:
+            return COUNTS[count], noun + "s"
+        return ("a" if rng.random() < 0.7 else COUNTS[0]), noun
+    if generic:
+        return "a", "character" if kind == SYMBOL else KINDS[kind]
+    article = ("", "a", "the")[rng.integers(3)]
+    if kind == DIGIT:
+        if rng.random() < 0.4:
+            name = str(DIGITS.index(name))
+        return article, ("", "", "digit ", "digit ", "number ", "numeral ")[rng.integers(6)] + name
+    if kind == LETTER:
+        return article, ("letter " if rng.random() < 0.7 else "") + name
+    return article, name

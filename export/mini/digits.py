@@ -1,0 +1,58 @@
+"""Write ``examples/digits``: scikit-learn's 1,797 handwritten digits as pictures in class folders.
+
+Placement, fixed before any accuracy was looked at: the digit, 8 x 8 with values 0 to 16, is scaled
+bicubically to 16 pixels, ink white, and centred on a black canvas of 24 pixels.
+
+Run: ``python -m export.mini.digits --out examples/digits``
+"""
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from export.mini.captions import DIGITS
+
+CANVAS, DIGIT_SIDE = 24, 16  # pixels
+CREDIT: Final = (
+    '"Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning '
+    "Repository, https://doi.org/10.24432/C50P49, CC BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/); "
+    "the 1,797 pictures shipped with scikit-learn, scaled and centred on a black canvas."
+)
+
+
+def place(digit: NDArray[np.float64]) -> Image.Image:
+    """One digit f64[8, 8] of values 0 to 16 as a grey picture of 24 x 24 pixels."""
+    grey = np.rint(digit * (255 / 16)).astype(np.uint8)
+    scaled = Image.fromarray(grey).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    canvas.paste(scaled, ((CANVAS - DIGIT_SIDE) // 2, (CANVAS - DIGIT_SIDE) // 2))
+    return canvas
+
+
+def pictures() -> list[tuple[str, Image.Image]]:
+    """Every digit, as its path below the folder (``three/0013.png``) and its picture."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    names = [f"{DIGITS[label]}/{index:04d}.png" for index, label in enumerate(data.target)]
+    return [(name, place(digit)) for name, digit in zip(names, data.images, strict=True)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the pictures and their credit."""
+    parser = argparse.ArgumentParser(prog="python -m export.mini.digits")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the class folders")
+    out: Path = parser.parse_args(arguments).out
+    for name, picture in pictures():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out / name, optimize=True)
+    (out / "NOTICE").write_text(CREDIT + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

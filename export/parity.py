@@ -1,0 +1,174 @@
+"""Every graph against open_clip in torch, before a bundle may exist.
+
+The reference for the prompt graph is independent of it: whole sequences through open_clip's own
+text forward, the contexts put in place by a hook on its token embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from export.clip import LoadedClip
+from runtimes.bundle import TextSpec
+from runtimes.prompts import feeds, placeholder_id
+from runtimes.tokenizer import Tokenizer
+from ztune.errors import ZtuneError
+from ztune.types import F32, I64
+
+LIMIT = 1e-4
+NAMES = ("cat", "traffic light", "red panda", "x", "old wooden house by the sea", "dog", "boat 42")
+TEXTS = ("a photo of a cat.", "a sketch of a very large traffic light!", "7", "x y z", "boats")
+BATCHES = (1, 3, 5)
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one graph and what torch answers to them."""
+
+    feeds: Feeds
+    features: F32
+
+
+def image_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
+    """Yield random pictures, one batch size at a time."""
+    random = torch.Generator().manual_seed(0)
+    size = loaded.image.size
+    for batch in batches:
+        pixels = torch.randn(batch, 3, size, size, generator=random)
+        yield Case({"pixels": pixels.numpy()}, _image(loaded, pixels))
+
+
+def text_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
+    """Yield sentences, one batch size at a time."""
+    tokenizer = Tokenizer.of(loaded.tokenizer_json, loaded.text)
+    limit = loaded.text.context_length - len(loaded.text.prefix_ids) - len(loaded.text.suffix_ids)
+    # Other texts each time; a tiny tower may not hold the long ones.
+    fitting = [text for text in TEXTS if 0 < len(tokenizer.encode(text)) <= limit]
+    if not fitting:
+        raise ZtuneError(f"the text tower takes {loaded.text.context_length} tokens: too few")
+    for turn, batch in enumerate(batches):
+        texts = [fitting[(turn + i) % len(fitting)] for i in range(batch)]
+        tokens = tokenizer.pad([tokenizer.sequence(text) for text in texts])
+        yield Case({"tokens": tokens}, _text(loaded, torch.from_numpy(tokens)))
+
+
+def prompt_cases(
+    loaded: LoadedClip, shapes: Sequence[tuple[int, int, int]] | None = None
+) -> Iterator[Case]:
+    """Yield random contexts, one shape (candidates, context length, classes) at a time.
+
+    A context length of 0 stands for the longest that fits.
+    """
+    random = torch.Generator().manual_seed(1)
+    tokenizer = Tokenizer.of(loaded.tokenizer_json, loaded.text)
+    table = loaded.tower.embedding.weight.detach().numpy()
+    for n_candidates, n_context, n_classes in shapes or (
+        (1, 1, 1),
+        (3, 4, 7),
+        (2, 8, 2),
+        (1, 0, 3),
+    ):
+        names, room = _names(loaded.text, tokenizer, n_classes)
+        n_context = min(n_context or room, room)
+        contexts = torch.randn(n_candidates, n_context, loaded.text.width, generator=random)
+        contexts = contexts * float(table.std())
+        given = feeds(loaded.text, table, names, n_context)
+        features = prompt_reference(loaded, contexts, names)
+        yield Case({"contexts": contexts.numpy(), **given}, features)
+
+
+def _names(
+    spec: TextSpec, tokenizer: Tokenizer, n_classes: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Return ids of distinct names that leave room for a context, and how much room."""
+    room = spec.context_length - len(spec.prefix_ids) - len(spec.suffix_ids)
+    distinct = dict.fromkeys(tokenizer.encode(f"{name}.") for name in NAMES)
+    fitting = [ids for ids in distinct if 0 < len(ids) <= room // 2]
+    if not fitting:
+        raise ZtuneError(
+            f"the text tower takes {spec.context_length} tokens: too few for a context and a name"
+        )
+    names = fitting[:n_classes]
+    return names, room - max(len(ids) for ids in names)
+
+
+def _image(loaded: LoadedClip, pixels: Tensor) -> F32:
+    model: Any = loaded.model
+    with torch.no_grad():
+        features: F32 = model.encode_image(pixels, normalize=True).numpy()
+    return features
+
+
+def _text(loaded: LoadedClip, tokens: Tensor) -> F32:
+    model: Any = loaded.model
+    with torch.no_grad():
+        features: F32 = model.encode_text(tokens, normalize=True).numpy()
+    return features
+
+
+def prompt_reference(loaded: LoadedClip, contexts: Tensor, names: Sequence[tuple[int, ...]]) -> F32:
+    """Return f32[P, C, e] of contexts f32[P, m, d] by open_clip's own forward."""
+    spec = loaded.text
+    n_context = contexts.shape[1]
+    first = len(spec.prefix_ids)
+    tokens: I64 = np.full((len(names), spec.context_length), spec.pad_id, dtype=np.int64)
+    for row, ids in zip(tokens, names, strict=True):
+        sequence = [*spec.prefix_ids, *[placeholder_id(spec)] * n_context, *ids, *spec.suffix_ids]
+        row[: len(sequence)] = sequence
+    features = []
+    for context in contexts:
+
+        def put(_: Any, __: Any, embedded: Tensor, context: Tensor = context) -> Tensor:
+            embedded = embedded.clone()
+            embedded[:, first : first + n_context] = context
+            return embedded
+
+        hook = loaded.tower.embedding.register_forward_hook(put)
+        try:
+            features.append(_text(loaded, torch.from_numpy(tokens)))
+        finally:
+            hook.remove()
+    return np.stack(features)
+
+
+def session(graph: Path) -> Any:
+    """Open a graph on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> dict[str, float]:
+    """Run a graph on every case and return the worst cosine and the largest difference.
+
+    Raises: ZtuneError beyond the limit.
+    """
+    run = session(graph)
+    worst = {"cosine": 1.0, "max_abs": 0.0}
+    for case in cases:
+        (features,) = run.run(["features"], dict(case.feeds))
+        if features.shape != case.features.shape:
+            raise ZtuneError(
+                f"{graph.name} gives {features.shape}, torch {case.features.shape}: "
+                "the export specialised a dimension; the model cannot be exported as it is"
+            )
+        lengths = np.linalg.norm(features, axis=-1) * np.linalg.norm(case.features, axis=-1)
+        cosines = (features * case.features).sum(-1) / lengths
+        # max and min of numpy keep a NaN, so that it cannot pass the limit.
+        worst["cosine"] = float(np.min([worst["cosine"], cosines.min()]))
+        worst["max_abs"] = float(np.max([worst["max_abs"], np.abs(features - case.features).max()]))
+    if not worst["max_abs"] <= LIMIT:
+        raise ZtuneError(
+            f"{graph.name} differs from torch by {worst['max_abs']:.3g} "
+            f"(cosine {worst['cosine']:.6f}), at most {LIMIT:g} is allowed: no bundle written"
+        )
+    return worst

@@ -1,0 +1,270 @@
+"""Bundles of small forms of published architectures: exported, checked, and read back."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from export import bundle as bundle_room
+from export import parity
+from export.bundle import export_bundle, model_id
+from export.clip import LoadedClip, load_clip
+from export.graphs import TextGraph
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.prompts import class_feeds, context_of_words, template_tokens
+from runtimes.tokenizer import Tokenizer
+from tests.export.small_models import ARCHITECTURES, small_config, small_model, write_model
+from ztune.errors import ConfigError, FormatError, ZtuneError
+
+Exported = tuple[LoadedClip, Bundle]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("exported")
+    loaded = small_model(request.param, folder / "model")
+    return loaded, export_bundle(loaded, folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = small_config("ViT-B-32")
+    config["text_cfg"] |= {"layers": 1, "context_length": 20}
+    config["vision_cfg"] |= {"layers": 1}
+    loaded = load_clip(write_model(folder / "model", config))
+    return loaded, export_bundle(loaded, folder / "bundle")
+
+
+def session(bundle: Bundle, graph: str) -> Any:
+    return onnxruntime.InferenceSession(
+        str(bundle.file(f"{graph}.onnx")), providers=["CPUExecutionProvider"]
+    )
+
+
+def test_every_graph_is_dynamic_and_equals_torch(exported: Exported) -> None:
+    loaded, bundle = exported
+    for graph, cases in (
+        ("image", parity.image_cases(loaded, (1, 3, 4))),
+        ("text", parity.text_cases(loaded, (1, 3, 4))),
+        ("prompt", parity.prompt_cases(loaded, [(1, 4, 2), (3, 1, 7), (4, 0, 1), (2, 8, 5)])),
+    ):
+        run = session(bundle, graph)
+        for case in cases:
+            (features,) = run.run(["features"], dict(case.feeds))
+            assert features.shape == case.features.shape
+            assert np.abs(features - case.features).max() < 5e-6
+            np.testing.assert_allclose(np.linalg.norm(features, axis=-1), 1, atol=1e-5)
+        assert 0 <= bundle.parity[graph]["max_abs"] < 5e-6
+        assert bundle.parity[graph]["cosine"] > 0.99999
+
+
+def test_features_depend_on_what_they_should(exported: Exported) -> None:
+    # Random weights must not make the comparison above hold for any graph whatever.
+    _, bundle = exported
+    tokenizer = Tokenizer(bundle)
+    feeds = class_feeds(bundle, tokenizer, ("cat", "dog", "red panda"), 4)
+    contexts = np.random.default_rng(0).normal(size=(2, 4, bundle.text.width)) * 0.05
+    run = session(bundle, "prompt")
+    (features,) = run.run(None, {"contexts": contexts.astype(np.float32), **feeds})
+    assert np.abs(features[0] - features[1]).max() > 1e-3
+    assert np.abs(features[:, 0] - features[:, 1]).max() > 1e-3
+    assert bundle.embed_dim == features.shape[-1]
+
+
+def test_words_as_context_are_the_template(exported: Exported) -> None:
+    _, bundle = exported
+    tokenizer = Tokenizer(bundle)
+    names = ("cat", "traffic light", "red panda")
+    words = context_of_words(bundle, tokenizer, "a photo of a")
+    feeds = class_feeds(bundle, tokenizer, names, len(words))
+    (tuned,) = session(bundle, "prompt").run(None, {"contexts": words[None], **feeds})
+    tokens = template_tokens(bundle, tokenizer, "a photo of a {}.", names)
+    (plain,) = session(bundle, "text").run(None, {"tokens": tokens})
+    np.testing.assert_allclose(tuned[0], plain, atol=5e-6)
+
+
+def test_manifest_and_files_say_what_the_model_is(exported: Exported) -> None:
+    loaded, bundle = exported
+    model: Any = loaded.model
+    assert set(bundle.files) == {
+        "image.onnx", "text.onnx", "prompt.onnx", "token_table.npy", "tokenizer.json",
+        "parity.safetensors",
+    }  # fmt: skip
+    for name in bundle.files:
+        bundle.file(name)
+    assert bundle.model_id == model_id(loaded)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", bundle.model_id)
+    assert bundle.logit_scale == pytest.approx(float(model.logit_scale.exp()))
+    bias = model.logit_bias
+    assert bundle.logit_bias == pytest.approx(0.0 if bias is None else float(bias))
+    assert bundle.image == loaded.image
+    assert bundle.text == loaded.text
+    table = np.load(bundle.file("token_table.npy"), mmap_mode="r")
+    np.testing.assert_array_equal(table, loaded.tower.embedding.weight.numpy())
+    kept = load_file(bundle.file("parity.safetensors"))
+    for graph in ("image", "text", "prompt"):
+        features = kept.pop(f"{graph}.features")
+        feeds = {k.partition(".")[2]: v for k, v in kept.items() if k.startswith(f"{graph}.")}
+        (here,) = session(bundle, graph).run(None, feeds)
+        np.testing.assert_allclose(here, features, atol=5e-6)
+
+
+def test_graphs_run_on_the_oldest_onnxruntime_and_carry_no_local_paths(exported: Exported) -> None:
+    _, bundle = exported
+    for graph in ("image", "text", "prompt"):
+        path = bundle.file(f"{graph}.onnx")
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+        # what onnxruntime 1.20 knows
+        assert model.ir_version <= 10
+        assert [(part.domain, part.version <= 21) for part in model.opset_import] == [("", True)]
+        assert not any(part.doc_string or part.metadata_props for part in model.graph.node)
+        content = path.read_bytes()
+        for trace in (b"site-packages", b".py", os.fsencode(Path.cwd()), os.fsencode(Path.home())):
+            assert trace not in content or trace == b"/"
+        # no infinite masks
+        for tensor in model.graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor)
+            assert values.dtype.kind != "f" or np.isfinite(values).all()
+    for name in ("bundle.json", "tokenizer.json"):
+        assert str(Path.cwd()) not in (bundle.path / name).read_text()
+
+
+def test_a_large_graph_keeps_its_weights_beside_it(
+    tiny: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded, whole = tiny
+    lines: list[str] = []
+    (tmp_path / "bundle").mkdir()  # an empty folder is taken
+    bundle = export_bundle(
+        loaded, tmp_path / "bundle", external_threshold=10_000, progress=lines.append
+    )
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert [line.partition(":")[0] for line in lines] == [
+        "image.onnx", "image.onnx", "text.onnx", "text.onnx", "prompt.onnx", "prompt.onnx",
+    ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+    for graph in ("image", "text", "prompt"):
+        assert f"{graph}.onnx.data" in bundle.files
+        assert bundle.files[f"{graph}.onnx"][1] < whole.files[f"{graph}.onnx"][1]
+    for case in parity.prompt_cases(loaded, [(2, 3, 4)]):
+        (features,) = session(bundle, "prompt").run(None, dict(case.feeds))
+        np.testing.assert_allclose(features, case.features, atol=5e-6)
+    assert bundle.model_id == whole.model_id
+    assert bundle.digest != whole.digest
+
+    data = bundle.path / "prompt.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(FormatError, match=r"prompt\.onnx\.data: SHA-256 differs"):
+        bundle.file("prompt.onnx")
+    data.unlink()
+    with pytest.raises(FormatError, match=r"prompt\.onnx\.data is missing"):
+        bundle.file("prompt.onnx")
+
+
+def test_model_id_follows_the_model_and_nothing_else(tiny: Exported, tmp_path: Path) -> None:
+    loaded, bundle = tiny
+    config = dict(loaded.config)
+    config.pop("quick_gelu")
+
+    def identity(**changes: Any) -> str:
+        seed = changes.pop("seed", 0)
+        folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        return model_id(load_clip(write_model(folder, config, seed=seed, **changes)))
+
+    assert identity() == bundle.model_id  # another folder, the same model
+    assert identity(seed=1) != bundle.model_id
+    other = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.5]}
+    assert identity(preprocess=other) != bundle.model_id
+
+
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(
+    tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _ = tiny
+
+    class Wrong(TextGraph):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            features = super().forward(tokens)
+            return features + 0.001 * features.roll(1, -1)
+
+    monkeypatch.setattr(bundle_room, "TextGraph", Wrong)
+    with pytest.raises(ZtuneError, match=r"text.onnx differs from torch by .* \(cosine 0\.9999"):
+        export_bundle(loaded, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_difference_that_is_no_number_is_refused(tiny: Exported) -> None:
+    loaded, bundle = tiny
+    (case,) = parity.text_cases(loaded, [2])
+    broken = parity.Case(case.feeds, case.features * np.float32("nan"))
+    with pytest.raises(ZtuneError, match="differs from torch by nan"):
+        parity.compare(bundle.file("text.onnx"), [broken])
+    cut = parity.Case(case.feeds, case.features[:1])
+    with pytest.raises(ZtuneError, match="specialised a dimension"):
+        parity.compare(bundle.file("text.onnx"), [cut])
+
+
+def test_an_output_that_holds_something_is_left_alone(tiny: Exported, tmp_path: Path) -> None:
+    loaded, _ = tiny
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export_bundle(loaded, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export_bundle(loaded, tmp_path / "mine.txt")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        export_bundle(loaded, tmp_path / "mine.txt" / "bundle")
+
+
+def test_a_kill_leaves_no_half_bundle(tiny: Exported, tmp_path: Path) -> None:
+    _, bundle = tiny
+    model = bundle.path.parent / "model"
+    script = f"""
+import os, signal
+from pathlib import Path
+from export.bundle import export_bundle
+from export.clip import load_clip
+def stop(line):
+    if line.startswith("image.onnx: differs"):
+        os.kill(os.getpid(), signal.SIGKILL)
+export_bundle(load_clip("local-dir:{model}"), Path({str(tmp_path / "bundle")!r}), progress=stop)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(FormatError, match="is no folder"):
+        load_bundle(tmp_path / "bundle")
+
+
+def test_the_trained_clip_exports_exactly(bench_data: Path, tmp_path: Path) -> None:
+    folder = bench_data / "bench-clip"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing")
+    loaded = load_clip(f"local-dir:{folder}")
+    bundle = export_bundle(loaded, tmp_path / "bundle")
+    assert bundle.text.graph == "prefix"
+    assert max(figures["max_abs"] for figures in bundle.parity.values()) < 2e-6
+    manifest = json.loads((bundle.path / "bundle.json").read_text())
+    assert manifest["source"] == {
+        "model": "local-dir:bench-clip",
+        "pretrained": "local-dir:bench-clip",
+        "licence": "unknown",
+    }
+    shapes = [(p, m, c) for p in (1, 3) for m in (1, 4, 0) for c in (1, 7)]
+    parity.compare(bundle.file("prompt.onnx"), parity.prompt_cases(loaded, shapes))
