@@ -17,16 +17,16 @@ import numpy as np
 import onnxruntime
 import open_clip
 import torch
-from safetensors.numpy import save_file
 from torch import nn
 
 from export.clip import LoadedClip
 from export.graphs import ImageGraph, PrefixGraph, SequenceGraph, TextGraph
 from export.onnx import EXTERNAL_THRESHOLD, Input, export_onnx
 from export.parity import Case, compare, image_cases, prompt_cases, text_cases
-from runtimes.bundle import FORMAT, MANIFEST, VERSION, Bundle, describe, load_bundle
+from runtimes.bundle import FORMAT, MANIFEST, PARITY, VERSION, Bundle, describe, load_bundle
 from ztune.errors import ConfigError
 from ztune.files import sha256, write_json
+from ztune.tensors import write_tensors
 from ztune.types import Json
 
 # Inputs in the order of forward, and the names of the dimensions that may differ.
@@ -126,7 +126,7 @@ def _fill(
         parity[graph.name] = dict(figures)
         kept |= {f"{graph.name}.{name}": value for name, value in traced.feeds.items()}
         kept[f"{graph.name}.features"] = traced.features
-    save_file({k: np.ascontiguousarray(v) for k, v in kept.items()}, folder / "parity.safetensors")
+    write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
     table = loaded.tower.embedding.weight.detach().numpy()
     np.save(folder / "token_table.npy", np.ascontiguousarray(table, dtype=np.float32))
     (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")

@@ -77,11 +77,13 @@ def load_clip(
     preprocess_from: str | None = None,
     pad_id: int | None = None,
     random_weights: int | None = None,
+    licence: str = "unknown",
 ) -> LoadedClip:
     """Load `model` (a registry name, local-dir:PATH or hf-hub:ID) with its weights and tokenizer.
 
     `pretrained` is a published tag or a checkpoint file, `preprocess_from` a tag (or MODEL:TAG) or
-    a JSON file, `random_weights` a seed instead of weights (for tests).
+    a JSON file, `random_weights` a seed instead of weights (for tests), `licence` that of the
+    weights, which open_clip does not know.
 
     Raises: ConfigError for what cannot be loaded as asked, ZtuneError where the network is missing.
     """
@@ -135,7 +137,7 @@ def load_clip(
         source={
             "model": _shown(model),
             "pretrained": _shown_weights(model, pretrained, random_weights),
-            "licence": "unknown",
+            "licence": licence,
         },
         notes=tuple(notes),
     )

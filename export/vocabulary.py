@@ -6,6 +6,7 @@ device puts sequences together itself and never truncates.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -97,18 +98,25 @@ def find_vocabulary(
         separator = tokenizers.Tokenizer.from_str(json.dumps(raw)).token_to_id("[SEP]")
         prefix = tuple(0 if token == separator else token for token in prefix)
         suffix = tuple(0 if token == separator else token for token in suffix)
+    # Added tokens that the model has no row for (T5's <extra_id_0>, ...) can stand in no text.
+    raw["added_tokens"] = [
+        token
+        for token in raw.get("added_tokens", [])
+        if token["id"] < table_size or token["id"] in (*prefix, *suffix)
+    ]
     vocabulary = Vocabulary(_bare(raw), cleaning, prefix, suffix, pad_id, _largest(raw))
     return _checked(vocabulary, None, table_size, where)
 
 
 def _checked(vocabulary: Vocabulary, pad_id: int | None, table_size: int, where: str) -> Vocabulary:
     if pad_id is not None:
-        vocabulary = Vocabulary(**{**vars(vocabulary), "pad_id": pad_id})
+        vocabulary = dataclasses.replace(vocabulary, pad_id=pad_id)
     largest = max(vocabulary.largest_id, vocabulary.pad_id)
     if largest >= table_size:
         raise ConfigError(
             f"{where}: the tokenizer has ids up to {largest}, the model's token table has "
-            f"{table_size} rows: it is not this model's tokenizer"
+            f"{table_size} rows: it is not this model's tokenizer; pass the right one: "
+            "--tokenizer FILE"
         )
     return vocabulary
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ztune.errors import FormatError
 from ztune.fields import Fields
@@ -21,9 +22,8 @@ from ztune.types import Json
 FORMAT = "ztune-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
+PARITY = "parity.safetensors"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# An ONNX tensor stored outside its file says so with the key "location": as protobuf writes it.
-_LOCATION = re.compile(rb"\x0a\x08location\x12(.{1,300})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -208,23 +208,47 @@ def _text_spec(text: Fields) -> TextSpec:
 
 
 def check_external_data(graph: Path, allowed: str | None) -> None:
-    """Refuse a graph that keeps tensors in any file but `allowed`, without parsing its weights.
+    """Refuse a graph that keeps tensors in any file but `allowed`, before ONNX Runtime sees it.
 
-    Raises: FormatError naming the location. ONNX Runtime never sees such a graph.
+    Raises: FormatError naming the location, or when the file is no ONNX graph.
     """
     if graph.stat().st_size == 0:
         raise FormatError(f"{graph} is empty")
+    # A tensor outside its file says so with the key "location". A file without this word has none,
+    # and need not be parsed, which would take its whole size in memory.
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for match in _LOCATION.finditer(content):
-            length = match[1][0]
-            # A length of 128 or more takes two bytes in protobuf and is no name of ours anyway.
-            location = match[1][1 : 1 + length] if length < 128 else b"(a long path)"
-            if allowed is None or location != allowed.encode():
-                shown = location.decode(errors="replace")
-                raise FormatError(
-                    f"{graph} keeps tensors in {shown!r}, "
-                    f"expected {allowed or 'all in one file'} (export again)"
-                )
+        if content.find(b"location") < 0:
+            return
+    for location in _external_locations(graph):
+        if location != allowed:
+            raise FormatError(
+                f"{graph} keeps tensors in {location!r}, "
+                f"expected {allowed or 'all in one file'} (export again)"
+            )
+
+
+def _external_locations(graph: Path) -> Iterator[str]:
+    """Yield where each tensor outside the file is, wherever in the graph it stands."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(graph), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise FormatError(f"{graph} is no ONNX graph ({error})") from None
+
+    def tensors(message: Any) -> Iterator[Any]:
+        if isinstance(message, onnx.TensorProto):
+            yield message
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                for part in [value] if hasattr(value, "ListFields") else value:
+                    yield from tensors(part)
+
+    for tensor in tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                yield entry.value
 
 
 def describe(value: Mapping[str, Json]) -> str:

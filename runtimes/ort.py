@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import Bundle
+from runtimes.bundle import PARITY, Bundle
 from runtimes.preprocess import crop, normalise, random_view, read_picture
 from runtimes.prompts import class_feeds
 from runtimes.providers import onnxruntime, open_session, require_placement
@@ -109,7 +109,7 @@ def parity_inputs(bundle: Bundle, graph: str) -> tuple[dict[str, np.ndarray], F3
 
     Raises: FormatError when the bundle's parity file is damaged or has none for this graph.
     """
-    path = bundle.file("parity.safetensors")
+    path = bundle.file(PARITY)
     arrays, _ = read_tensors(path, f'bundle "{bundle.path}": parity figures')
     own = {
         name.partition(".")[2]: array

@@ -67,6 +67,18 @@ def test_a_larger_vocabulary_than_the_token_table_is_another_models(tmp_path: Pa
         find(file, table_size=40, pad_id=0)
 
 
+def test_added_tokens_without_a_row_are_plain_text(tmp_path: Path) -> None:
+    tokenizer = t5_like_tokenizer()
+    size = tokenizer.get_vocab_size()
+    file = tmp_path / "tokenizer.json"
+    tokenizer.add_special_tokens([AddedToken("<extra_id_0>", special=True)])
+    tokenizer.save(str(file))
+    assert find(file, pad_id=1, table_size=size + 1).largest_id == size
+    found = find(file, pad_id=1, table_size=size)
+    assert found.largest_id == size - 1
+    assert max(Tokenizer.from_str(found.content).encode("a <extra_id_0>").ids) < size
+
+
 def test_padding_is_never_guessed(tmp_path: Path) -> None:
     tokenizer = t5_like_tokenizer()
     file = tmp_path / "tokenizer.json"

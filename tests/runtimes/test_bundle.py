@@ -161,6 +161,24 @@ def test_a_graph_that_reads_another_file_is_refused(copy: Path, location: str) -
         load_bundle(copy).file("prompt.onnx")
 
 
+def test_the_order_of_an_entrys_fields_hides_nothing(copy: Path) -> None:
+    plain = graph_with_location("secret.data")
+    key, value = b"\x0a\x08location", b"\x12\x0bsecret.data"
+    assert key + value in plain
+    (copy / "prompt.onnx").write_bytes(plain.replace(key + value, value + key))
+    vouch(copy, "prompt.onnx")
+    with pytest.raises(FormatError, match=r"keeps tensors in 'secret\.data'"):
+        load_bundle(copy).file("prompt.onnx")
+
+
+def test_the_word_location_alone_is_no_offence(copy: Path) -> None:
+    model = onnx.load(copy / "prompt.onnx")
+    model.doc_string = "a class may be called location"
+    onnx.save(model, copy / "prompt.onnx")
+    vouch(copy, "prompt.onnx")
+    assert load_bundle(copy).file("prompt.onnx").is_file()
+
+
 def test_a_graph_may_keep_its_tensors_beside_it(copy: Path) -> None:
     (copy / "prompt.onnx").write_bytes(graph_with_location("prompt.onnx.data"))
     vouch(copy, "prompt.onnx")

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights", type=int, metavar="SEED", help="no weights at all: for tests"
     )
+    parser.add_argument(
+        "--licence", default="unknown", metavar="TEXT", help="of the weights, for the manifest"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
 
 
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         preprocess_from=arguments.preprocess_from,
         pad_id=arguments.pad_id,
         random_weights=arguments.random_weights,
+        licence=arguments.licence,
     )
     bundle = export_bundle(loaded, arguments.out, progress=output.remark)
     size = sum(n_bytes for _, n_bytes in bundle.files.values())
