@@ -169,12 +169,20 @@ class PrefixGraph(nn.Module):
         self.blocks = tower.blocks
         self.ln_final = tower.ln_final
         self.projection = tower.projection
+        # Weights of their own, not slices of open_clip's one matrix: a graph keeps them ready to
+        # multiply by, and a quantizer finds them.
+        self.projections = nn.ModuleList(
+            nn.ModuleDict({parts: _projection(block, parts) for parts in kinds})
+            for block, kinds in zip(
+                tower.blocks, [("qkv",)] * (len(tower.blocks) - 1) + [("q", "kv")], strict=True
+            )
+        )
         keys, values = [], []
         with torch.no_grad():
             state = tower.embedding.weight[sos_id] + tower.positions[0]
             state = state.reshape(1, 1, -1)
             for block in tower.blocks:
-                key, value = _heads(_project(block, block.ln_1(state), "kv"), block)
+                key, value = _heads(_projection(block, "kv")(block.ln_1(state)), block)
                 keys.append(key)
                 values.append(value)
                 # One row attends to itself: the attention's output is its value.
@@ -210,12 +218,13 @@ class PrefixGraph(nn.Module):
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
             normed = block.ln_1(rows)
-            projected = _project(block, normed, "kv" if last else "qkv")
+            projection: Any = self.projections[layer]
+            projected = projection["kv" if last else "qkv"](normed)
             *prefix_query, key, value = _heads(projected[:, :n_context], block)
             *name_query, name_key, name_value = _heads(projected.index_select(1, grid_index), block)
             if last:
                 rows = rows.index_select(1, end_index)
-                ends = _project(block, normed.index_select(1, end_index), "q")
+                ends = projection["q"](normed.index_select(1, end_index))
                 name_query = [*_heads(ends, block)]
                 n_queries = 1
                 end_positions = name_positions.index_select(0, eot_index)
@@ -255,14 +264,18 @@ class PrefixGraph(nn.Module):
         return functional.normalize(features, dim=-1)
 
 
-def _project(block: Any, normed: Tensor, parts: str) -> Tensor:
-    """Apply the query, key and value projections named in `parts` (q, kv or qkv)."""
+def _projection(block: Any, parts: str) -> nn.Linear:
+    """Return the query, key and value projections named in `parts` (q, kv or qkv) as one layer."""
     attention = block.attn
-    width = normed.shape[-1]
+    width = attention.embed_dim
     start, stop = {"q": (0, 1), "kv": (1, 3), "qkv": (0, 3)}[parts]
     part = slice(start * width, stop * width)
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[part]
-    return functional.linear(normed, attention.in_proj_weight[part], bias)
+    layer = nn.Linear(width, (stop - start) * width, bias=attention.in_proj_bias is not None)
+    with torch.no_grad():
+        layer.weight.copy_(attention.in_proj_weight[part])
+        if attention.in_proj_bias is not None:
+            layer.bias.copy_(attention.in_proj_bias[part])
+    return layer.requires_grad_(False)
 
 
 def _heads(projected: Tensor, block: Any) -> tuple[Tensor, ...]:
