@@ -11,7 +11,7 @@ from runtimes.preprocess import crop, normalise, random_view, read_picture
 from runtimes.prompts import class_feeds
 from runtimes.providers import onnxruntime, open_session, require_placement
 from runtimes.tokenizer import Tokenizer
-from ztune.errors import ZtuneError
+from ztune.errors import FormatError
 from ztune.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
@@ -104,27 +104,26 @@ class OrtPromptEncoder:
         return np.concatenate(parts).astype(np.float32)
 
 
-def parity_inputs(bundle: Bundle, graph: str) -> tuple[dict[str, np.ndarray], F32]:
-    """Return the stored inputs of one graph and torch's output for them.
+def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
+    """Return the inputs of one graph kept in a parity file, and torch's output for them.
 
-    Raises: FormatError when the bundle's parity file is damaged or has none for this graph.
+    Raises: FormatError when the file is damaged or has none for this graph.
     """
-    path = bundle.file(PARITY)
-    arrays, _ = read_tensors(path, f'bundle "{bundle.path}": parity figures')
+    arrays, _ = read_tensors(path, "parity figures")
     own = {
         name.partition(".")[2]: array
         for name, array in arrays.items()
         if name.partition(".")[0] == graph
     }
     if "features" not in own or len(own) < 2:
-        raise ZtuneError(f'bundle "{bundle.path}" stores no parity figures of {graph}.onnx')
+        raise FormatError(f"{path} keeps no parity figures of {graph}.onnx (export again)")
     return own, own.pop("features")
 
 
-def parity_on_this_machine(bundle: Bundle, graph: str, provider: str) -> dict[str, float]:
-    """Return cosine (the worst) and max_abs between this machine's features and torch's."""
-    feeds, expected = parity_inputs(bundle, graph)
-    session = open_session(bundle.file(f"{graph}.onnx"), provider)
+def parity_figures(parity: Path, name: str, graph: Path, provider: str) -> dict[str, float]:
+    """Return cosine (the worst) and max_abs between a graph's features here and torch's."""
+    feeds, expected = parity_inputs(parity, name)
+    session = open_session(graph, provider)
     got = session.run(["features"], feeds)[0].astype(np.float64)
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
@@ -132,8 +131,13 @@ def parity_on_this_machine(bundle: Bundle, graph: str, provider: str) -> dict[st
     return {"cosine": float(cosines.min()), "max_abs": float(np.abs(got - wide).max())}
 
 
+def parity_on_this_machine(bundle: Bundle, graph: str, provider: str) -> dict[str, float]:
+    """Return how far a bundle's graph is from torch on this machine."""
+    return parity_figures(bundle.file(PARITY), graph, bundle.file(f"{graph}.onnx"), provider)
+
+
 def _check_placement(bundle: Bundle, name: str, graph: Path, provider: str) -> None:
     # On the CPU there is nowhere else to run; on a device one profiled run proves it.
     if provider != "cpu":
-        feeds, _ = parity_inputs(bundle, name)
+        feeds, _ = parity_inputs(bundle.file(PARITY), name)
         require_placement(graph, provider, feeds)

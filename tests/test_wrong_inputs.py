@@ -218,7 +218,7 @@ def test_a_run_without_test_pictures_says_where_they_could_come_from(
     refused(ztune("eval", out), "has no test pictures", "--test-data")
 
 
-@pytest.mark.parametrize("verb", ["export", "tune", "eval", "pack", "predict", "doctor"])
+@pytest.mark.parametrize("verb", ["export", "tune", "eval", "pack", "predict", "quantize", "doctor"])
 def test_every_verb_has_help_with_an_example(verb: str, ztune: Command) -> None:
     shown = ztune(verb, "--help")
     assert shown.code == 0

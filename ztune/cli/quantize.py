@@ -1,0 +1,32 @@
+"""`ztune quantize`: the same model in another precision, derived on the device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ztune.cli.output import Output
+
+EXAMPLE = """\
+  ztune quantize bundles/vit-b-32 --precision int8 --out bundles/vit-b-32-int8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="an fp32 bundle")
+    parser.add_argument("--precision", default="int8", help="int8 (default)")
+    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    from export.quantize import quantize_bundle
+    from runtimes.bundle import load_bundle
+
+    bundle = load_bundle(arguments.bundle)
+    result = quantize_bundle(bundle, arguments.out, arguments.precision, output.remark)
+    before, after = (sum(n for _, n in b.files.values()) / 1e6 for b in (bundle, result))
+    lines = [f"{result.path}: {result.precision}, {after:.1f} MB instead of {before:.1f} MB"]
+    lines += [
+        f"  {graph}.onnx: worst cosine to torch {figures['cosine']:.5f}"
+        for graph, figures in result.parity.items()
+    ]
+    output.result(dict(result.manifest), lines)
