@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,8 +22,7 @@ from export.graphs import ImageGraph, PrefixGraph, SequenceGraph, TextGraph
 from export.onnx import EXTERNAL_THRESHOLD, Input, export_onnx
 from export.parity import Case, compare, image_cases, prompt_cases, text_cases
 from runtimes.bundle import FORMAT, MANIFEST, PARITY, VERSION, Bundle, describe, load_bundle
-from ztune.errors import ConfigError
-from ztune.files import sha256, write_json
+from ztune.files import new_folder, sha256, write_json
 from ztune.tensors import write_tensors
 from ztune.types import Json
 
@@ -59,23 +56,10 @@ def export_bundle(
 
     Raises: ConfigError when `out` holds something, ZtuneError when a graph does not match torch.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f'output "{out}" exists and is not empty; remove it or name another')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f'output "{out}" cannot be written ({error.strerror})') from None
-    try:
+    with new_folder(out) as work:
         for note in loaded.notes:
             progress(f"note: {note}")
         _fill(loaded, work, external_threshold, progress)
-        work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return load_bundle(out)
 
 

@@ -6,6 +6,8 @@ Needs the `onnx` package and no torch, so that a device can pack what it has tun
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +214,32 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
     }
 
 
+def _n_bytes(graph: Any) -> int:
+    """Return the size of constants and nodes; the model's own ByteSize fails beyond 2 GB."""
+    constants = sum(len(constant.raw_data) for constant in graph.initializer)
+    return constants + sum(node.ByteSize() for node in graph.node)
+
+
 def _save(model: Any, out: Path, external_threshold: int) -> None:
     weights = Path(f"{out}.data")
     try:
-        if model.ByteSize() < external_threshold:
+        if _n_bytes(model.graph) < external_threshold:
             with replacing(out) as temporary:
                 onnx.save(model, str(temporary))
             return
-        weights.unlink(missing_ok=True)
-        onnx.save(
-            model, str(out), save_as_external_data=True, location=weights.name, size_threshold=1024
-        )
+        # Under their final names, since the graph names its weights; then renamed together.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            onnx.save(
+                model,
+                str(Path(folder, out.name)),
+                save_as_external_data=True,
+                location=weights.name,
+                size_threshold=1024,
+            )
+            for path in (weights, out):
+                written = Path(folder, path.name)
+                with written.open("rb+") as file:
+                    os.fsync(file.fileno())
+                written.replace(path)
     except OSError as error:
         raise DataError(f'"{out}" cannot be written: {error.strerror or error}') from None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from runtimes.bundle import MANIFEST, PARITY, Bundle, load_bundle
 from runtimes.ort import parity_figures
 from ztune.errors import ConfigError, ZtuneError
-from ztune.files import sha256, write_json
+from ztune.files import new_folder, sha256, write_json
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
@@ -39,21 +38,8 @@ def quantize_bundle(
         raise ConfigError(
             f'bundle "{bundle.path}" is {bundle.precision}; only an fp32 bundle can be quantized'
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f'output "{out}" exists and is not empty; remove it or name another')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f'output "{out}" cannot be written ({error.strerror})') from None
-    try:
+    with new_folder(out) as work:
         _fill(bundle, work, progress)
-        work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return load_bundle(out)
 
 

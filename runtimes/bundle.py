@@ -6,6 +6,7 @@ docs/formats.md specifies it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import re
@@ -23,6 +24,8 @@ FORMAT = "ztune-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
+# Of a width or a length in the manifest: what is allocated by it stays small.
+_LARGEST = 65536
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -97,13 +100,14 @@ class Bundle:
         """
         if name not in self.files:
             raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
-        for part in (name, f"{name}.data"):
-            if part in self.files:
-                self._check(part)
-        if name.endswith(".onnx"):
-            check_external_data(
-                self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
-            )
+        with reading(f'bundle "{self.path}": {name}'):
+            for part in (name, f"{name}.data"):
+                if part in self.files:
+                    self._check(part)
+            if name.endswith(".onnx"):
+                check_external_data(
+                    self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
+                )
         return self.path / name
 
     def _check(self, name: str) -> None:
@@ -128,8 +132,22 @@ class Bundle:
 def load_bundle(path: Path) -> Bundle:
     """Read and check the manifest in folder `path`; the files are checked when they are used.
 
-    Raises: FormatError when it is no bundle, or one of a newer format.
+    Raises: FormatError when it is no bundle, one of a newer format, or cannot be read.
     """
+    with reading(f'bundle "{path}"'):
+        return _load(path)
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn the system's errors on reading into a FormatError that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(f"{what} cannot be read: {error.strerror or error}") from None
+
+
+def _load(path: Path) -> Bundle:
     if not path.is_dir():
         raise FormatError(f'bundle "{path}" is no folder (make one with: ztune export --help)')
     where = f'bundle "{path}": {MANIFEST}'
@@ -139,12 +157,7 @@ def load_bundle(path: Path) -> Bundle:
     top = Fields(raw, where)
     if raw.get("format") != FORMAT:
         raise FormatError(f'{where}: "format" is {raw.get("format")!r}, expected "{FORMAT}"')
-    version = top.integer("version", least=1)
-    if version > VERSION:
-        raise FormatError(
-            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
-            "upgrade ztune"
-        )
+    top.version(VERSION)
     files = {}
     listed = top.object("files")
     for name in listed.values:
@@ -168,7 +181,7 @@ def load_bundle(path: Path) -> Bundle:
         source={key: source.text(key) for key in source.values},
         image=image_spec(top.object("image")),
         text=_text_spec(top.object("text")),
-        embed_dim=top.integer("embed_dim", least=1),
+        embed_dim=_size(top, "embed_dim"),
         logit_scale=scale,
         logit_bias=top.number("logit_bias"),
         precision=top.text("precision", among=("fp32", "fp16", "int8")),
@@ -193,10 +206,17 @@ def image_spec(image: Fields) -> ImageSpec:
     return spec
 
 
+def _size(fields: Fields, key: str, least: int = 1) -> int:
+    value = fields.integer(key, least)
+    if value > _LARGEST:
+        raise FormatError(f'{fields.where}: "{key}" is {value}, expected at most {_LARGEST}')
+    return value
+
+
 def _text_spec(text: Fields) -> TextSpec:
     return TextSpec(
-        width=text.integer("width", least=1),
-        context_length=text.integer("context_length", least=2),
+        width=_size(text, "width"),
+        context_length=_size(text, "context_length", least=2),
         prefix_ids=text.integers("prefix_ids"),
         suffix_ids=text.integers("suffix_ids"),
         pad_id=text.integer("pad_id"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import ImageSpec, check_external_data, image_spec
+from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
+from runtimes.ort import run_graph
 from runtimes.preprocess import crop, read_picture
 from runtimes.providers import open_session
 from ztune.errors import FormatError, ProviderError
@@ -41,20 +42,24 @@ class Classifier:
 
     def classify(self, pixels: U8) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""
-        logits, probabilities = self.session.run(["logits", "probabilities"], {"pixels": pixels})
-        return np.asarray(logits), np.asarray(probabilities)
+        logits, probabilities = run_graph(
+            self.session, self.path, ["logits", "probabilities"], {"pixels": pixels}
+        )
+        return logits, probabilities
 
 
 def open_classifier(path: Path, provider: str) -> Classifier:
     """Open and check a classifier.
 
-    Raises: FormatError when the file is absent, damaged or not packed by ztune.
+    Raises: FormatError when the file is absent, damaged or not packed by ztune, or when its
+        metadata do not fit its graph.
     """
     where = f'classifier "{path}"'
-    if not path.is_file():
-        raise FormatError(f"{where} does not exist")
-    weights = Path(f"{path}.data")
-    check_external_data(path, weights.name if weights.exists() else None)
+    with reading(where):
+        if not path.is_file():
+            raise FormatError(f"{where} does not exist")
+        weights = Path(f"{path}.data")
+        check_external_data(path, weights.name if weights.exists() else None)
     try:
         session = open_session(path, provider)
     except ProviderError as error:
@@ -64,27 +69,38 @@ def open_classifier(path: Path, provider: str) -> Classifier:
     text = session.get_modelmeta().custom_metadata_map.get("ztune", "{}")
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise FormatError(f"{where} was not packed by ztune (make one with: ztune pack)")
     top = Fields(document, where)
-    version = top.integer("version", least=1)
-    if version > VERSION:
-        raise FormatError(
-            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
-            "upgrade ztune"
-        )
+    top.version(VERSION)
     try:
         seen = tuple(int(text, 16) for text in top.texts("tuning_pictures"))
     except ValueError:
         raise FormatError(f'{where}: "tuning_pictures" are no hexadecimal numbers') from None
+    classes = top.texts("classes")
+    _check_graph(session, classes, where)
     return Classifier(
         path=path,
-        classes=top.texts("classes"),
+        classes=classes,
         image=image_spec(top.object("image")),
         resize=top.flag("resize"),
         method=top.text("method"),
         tuning_pictures=seen,
         session=session,
     )
+
+
+def _check_graph(session: Any, classes: tuple[str, ...], where: str) -> None:
+    n = len(classes)
+    if len(set(classes)) < max(n, 2):
+        raise FormatError(f"{where}: expected at least two classes, each named once (pack again)")
+    inputs = {value.name: value.type for value in session.get_inputs()}
+    outputs = {value.name: value.shape[-1:] for value in session.get_outputs()}
+    scores = [outputs.get(name) for name in ("logits", "probabilities")]
+    if inputs != {"pixels": "tensor(uint8)"} or scores != [[n], [n]]:
+        raise FormatError(
+            f"{where}: its graph does not take pixels u8 and give logits and probabilities of "
+            f"{n} classes, as its metadata say (changed since it was packed; pack again)"
+        )

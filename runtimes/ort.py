@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 
 from runtimes.bundle import PARITY, Bundle
-from runtimes.preprocess import crop, normalise, random_view, read_picture
+from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
 from runtimes.prompts import class_feeds
 from runtimes.providers import onnxruntime, open_session, require_placement
 from runtimes.tokenizer import Tokenizer
-from ztune.errors import FormatError
+from ztune.errors import FormatError, ZtuneError
 from ztune.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
@@ -20,14 +23,39 @@ from ztune.types import F32, I64, U8
 _TOKENS_PER_CALL = 16384
 
 
+def run_graph(
+    session: Any, graph: Path, outputs: list[str], feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Run an open session of `graph`.
+
+    Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+    """
+    try:
+        return [np.asarray(output) for output in session.run(outputs, dict(feeds))]
+    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+        reason = " ".join(str(error).split())[:200]
+        raise ZtuneError(f"{graph} failed while running: {reason}") from None
+
+
+class _Graph:
+    """One graph of a bundle, checked and open."""
+
+    def __init__(self, bundle: Bundle, name: str, provider: str):
+        self._path = bundle.file(f"{name}.onnx")
+        _check_placement(bundle, name, self._path, provider)
+        self._session = open_session(self._path, provider)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> F32:
+        features = run_graph(self._session, self._path, ["features"], feeds)[0]
+        return np.asarray(features, dtype=np.float32)
+
+
 class OrtImageEncoder:
     """The image tower (an ImageEncoder)."""
 
     def __init__(self, bundle: Bundle, provider: str):
         self._spec = bundle.image
-        graph = bundle.file("image.onnx")
-        _check_placement(bundle, "image", graph, provider)
-        self._session = open_session(graph, provider)
+        self._graph = _Graph(bundle, "image", provider)
         weights = bundle.files.get("image.onnx.data", ("",))[0]
         self._identity = "|".join(
             [
@@ -36,6 +64,8 @@ class OrtImageEncoder:
                 provider,
                 bundle.precision,
                 f"onnxruntime {onnxruntime().__version__}",
+                f"preprocess {PREPROCESS_VERSION}",
+                f"pillow {PIL.__version__}",
             ]
         )
 
@@ -48,25 +78,19 @@ class OrtImageEncoder:
         return crop(image, self._spec) if view is None else random_view(image, self._spec, view)
 
     def encode(self, pixels: U8) -> F32:
-        feeds = {"pixels": normalise(pixels, self._spec)}
-        return np.asarray(self._session.run(["features"], feeds)[0], dtype=np.float32)
+        return self._graph.run({"pixels": normalise(pixels, self._spec)})
 
 
 class OrtTextEncoder:
     """The text tower on whole token sequences: hand-written templates."""
 
     def __init__(self, bundle: Bundle, provider: str):
-        graph = bundle.file("text.onnx")
-        _check_placement(bundle, "text", graph, provider)
-        self._session = open_session(graph, provider)
+        self._graph = _Graph(bundle, "text", provider)
 
     def encode(self, tokens: I64) -> F32:
         """Return unit features f32[B, e] of tokens i64[B, L]."""
-        parts = [
-            self._session.run(["features"], {"tokens": tokens[i : i + 64]})[0]
-            for i in range(0, len(tokens), 64)
-        ]
-        return np.concatenate(parts).astype(np.float32)
+        parts = [self._graph.run({"tokens": tokens[i : i + 64]}) for i in range(0, len(tokens), 64)]
+        return np.concatenate(parts)
 
 
 class OrtPromptEncoder:
@@ -91,17 +115,15 @@ class OrtPromptEncoder:
             else self._feeds["tokens"].size
         )
         self._candidates_per_call = max(1, _TOKENS_PER_CALL // n_tokens)
-        graph = bundle.file("prompt.onnx")
-        _check_placement(bundle, "prompt", graph, provider)
-        self._session = open_session(graph, provider)
+        self._graph = _Graph(bundle, "prompt", provider)
 
     def encode(self, contexts: F32) -> F32:
         step = self._candidates_per_call
         parts = [
-            self._session.run(["features"], {**self._feeds, "contexts": contexts[i : i + step]})[0]
+            self._graph.run({**self._feeds, "contexts": contexts[i : i + step]})
             for i in range(0, len(contexts), step)
         ]
-        return np.concatenate(parts).astype(np.float32)
+        return np.concatenate(parts)
 
 
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
@@ -124,7 +146,7 @@ def parity_figures(parity: Path, name: str, graph: Path, provider: str) -> dict[
     """Return cosine (the worst) and max_abs between a graph's features here and torch's."""
     feeds, expected = parity_inputs(parity, name)
     session = open_session(graph, provider)
-    got = session.run(["features"], feeds)[0].astype(np.float64)
+    got = run_graph(session, graph, ["features"], feeds)[0].astype(np.float64)
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
     cosines = (got * wide).sum(axis=-1) / norms

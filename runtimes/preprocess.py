@@ -21,6 +21,8 @@ from runtimes.bundle import ImageSpec
 from ztune.errors import DataError
 from ztune.types import F32, U8
 
+# Part of what features are cached under: raise it with every change here that moves a pixel.
+PREPROCESS_VERSION = 1
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {

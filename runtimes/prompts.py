@@ -50,19 +50,11 @@ def name_tokens(
     spec: TextSpec, tokenizer: Tokenizer, class_names: Sequence[str], n_context: int
 ) -> list[tuple[int, ...]]:
     """Return the checked ids of each class name with its full stop, without prefix and suffix."""
-    if not class_names:
-        raise DataError("no class names")
     if n_context < 1:
         raise ConfigError(f"a context has at least 1 token, got {n_context}")
-    specials = {*spec.prefix_ids, *spec.suffix_ids}
     n_specials = len(spec.prefix_ids) + len(spec.suffix_ids)
-    seen: dict[tuple[int, ...], str] = {}
-    for name in class_names:
-        ids = tokenizer.encode(f"{name}.")
-        if not ids or not name.strip():
-            raise DataError(f"class {name!r} has no tokens: nothing of the name is left to read")
-        if specials & set(ids):
-            raise DataError(f"class {name!r} contains one of the model's special tokens; rename it")
+    names = distinct_names(spec, tokenizer, class_names)
+    for name, ids in zip(class_names, names, strict=True):
         total = n_context + len(ids) + n_specials
         if total > spec.context_length:
             raise DataError(
@@ -70,6 +62,27 @@ def name_tokens(
                 f"{n_specials} = {total} tokens, the model takes {spec.context_length}; "
                 "shorten the context or the name"
             )
+    return names
+
+
+def distinct_names(
+    spec: TextSpec, tokenizer: Tokenizer, class_names: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Return the ids of each class name with its full stop, all different.
+
+    Raises: DataError naming a class without tokens or with a special one, or two classes that the
+        model cannot tell apart.
+    """
+    if not class_names:
+        raise DataError("no class names")
+    specials = {*spec.prefix_ids, *spec.suffix_ids}
+    seen: dict[tuple[int, ...], str] = {}
+    for name in class_names:
+        ids = tokenizer.encode(f"{name}.")
+        if not ids or not name.strip():
+            raise DataError(f"class {name!r} has no tokens: nothing of the name is left to read")
+        if specials & set(ids):
+            raise DataError(f"class {name!r} contains one of the model's special tokens; rename it")
         if ids in seen:
             raise DataError(
                 f"classes {seen[ids]!r} and {name!r} have the same tokens, "
@@ -146,6 +159,7 @@ def template_tokens(
     """
     if template.count("{}") != 1:
         raise ConfigError(f'template "{template}" has {template.count("{}")} {{}}, expected one')
+    distinct_names(bundle.text, tokenizer, class_names)
     sequences = [tokenizer.sequence(template.replace("{}", name)) for name in class_names]
     return tokenizer.pad(sequences)
 

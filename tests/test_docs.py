@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_reference_names_every_option(verb: str) -> None:
+def test_the_reference_names_every_option_and_no_other(verb: str) -> None:
     text = (ROOT / "docs" / "commands.md").read_text()
     general, _, rest = text.partition("## ztune export")
     section = re.split(r"^## ", f"## ztune export{rest}", flags=re.MULTILINE)
@@ -24,6 +24,9 @@ def test_the_reference_names_every_option(verb: str) -> None:
         for option in action.option_strings:
             if option not in ("-h", "--help"):
                 assert option in own, f"docs/commands.md, {verb}: {option}"
+    known = verbs.choices[verb]._option_string_actions.keys()
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", own):
+        assert option in known | {"--provider"}, f"docs/commands.md, {verb} has no {option}"
 
 
 def test_the_reference_names_every_setting() -> None:

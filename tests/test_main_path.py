@@ -14,6 +14,10 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
+from ztune.cli.output import Output
+from ztune.cli.workbench import open_workbench
+from ztune.data.split import Split
+from ztune.files import read_json, sha256
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--quiet")
 
@@ -93,6 +97,16 @@ def test_classifier_predicts_what_the_run_predicts(
     again = ztune("eval", packed, "--split-file", out / "split.json", "--quiet", "--json").json
     for key in ("accuracy", "n", "per_class", "split"):
         assert again[key] == measured[key]
+    split = Split.from_json(read_json(out / "split.json", "split"), "split")
+    pictures = [split.file(entry) for entry in split.entries_of("test")]
+    bench = open_workbench(MINI, "cpu", Output(quiet=True))
+    weight, bias = bench.refreshed(read_artifact(prompt)).classifier()
+    items = [(picture, sha256(picture)) for picture in pictures]
+    features = bench.features(items, cache, what="pictures").values[0]
+    expected = [split.classes[c] for c in (features @ weight.T + bias).argmax(axis=1)]
+    predicted = ztune("predict", packed, *pictures, "--json").json["predictions"]
+    assert [p["picture"] for p in predicted] == [str(picture) for picture in pictures]
+    assert [p["class"] for p in predicted] == expected
     if method == "gda":
         assert isinstance(read_artifact(prompt), HeadArtifact)
         assert measured["accuracy"] > measured["zero_shot_accuracy"]
@@ -143,6 +157,21 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
     assert done.json["n"] == 1797 - done.json["broken_pictures"]
     assert done.json["tuning_pictures"] == 200
     assert "200 of these 1797 pictures served tuning" in done.err
+    assert done.json["candidates"] == 11
+    assert f"choosing among 11 classes (of {names})" in done.err
+
+    two, other = tmp_path / "two", tmp_path / "other"
+    for name, called in (("one", "one"), ("three", "three"), ("four", "IV")):
+        shutil.copytree(DIGITS / name, other / called)
+        if called == name:
+            shutil.copytree(DIGITS / name, two / called)
+    prompt = ("--split", "all", "--prompt", out / "prompt.safetensors", "--json", "--cache", cache)
+    for data, n, whose in ((two, 10, "those it was tuned on"), (other, 3, "the pictures' own")):
+        done = ztune("eval", MINI, "--data", data, *prompt)
+        assert done.code == 0, done.err
+        assert done.json["candidates"] == n
+        assert f"choosing among {n} classes ({whose})" in done.err
+
     few = tmp_path / "few.txt"
     few.write_text("zero\none\n")
     refused = ztune("eval", MINI, "--data", DIGITS, "--split", "all", "--classes", few)
@@ -186,9 +215,26 @@ def start(*words: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def test_twenty_kills_change_nothing(ztune: Command, tmp_path: Path) -> None:
+def phase(out: Path) -> str:
+    """Return what a killed run was doing."""
+    if (out / "history.jsonl").exists():
+        return "tuning"
+    return "image pass" if out.exists() else "start"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "init", "expected_phases"),
+    [(20, (), {"tuning", "image pass"}), (3, ("--init", "a photo of a"), {"tuning"})],
+)
+def test_kills_change_nothing(
+    wanted: int,
+    init: tuple[str, ...],
+    expected_phases: set[str],
+    ztune: Command,
+    tmp_path: Path,
+) -> None:
     # Random views make the image pass long enough to be hit; 250 steps do the same for tuning.
-    settings = (*TUNE, "--queries", 2500, "--augment", 4)
+    settings = (*TUNE, "--queries", 2500, "--augment", 4, *init)
     whole = tmp_path / "whole"
     started = time.monotonic()
     assert ztune(*settings, "--out", whole).code == 0
@@ -196,9 +242,10 @@ def test_twenty_kills_change_nothing(ztune: Command, tmp_path: Path) -> None:
     moments = random.Random(0)
     n_kills = n_finished = 0
     phases = set()
-    while n_kills < 20:
+    while n_kills < wanted or not phases >= expected_phases:
+        assert n_kills < 60, phases
         out = tmp_path / f"killed-{n_finished}"
-        while n_kills < 20:
+        while True:
             words = ("tune", "--resume", out) if out.exists() else (*settings, "--out", out)
             process = start(*words)
             try:
@@ -210,15 +257,10 @@ def test_twenty_kills_change_nothing(ztune: Command, tmp_path: Path) -> None:
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL
-            if out.exists():
-                phases.add("tuning" if (out / "state.safetensors").exists() else "image pass")
-        if not out.exists() or json.loads((out / "run.json").read_text())["status"] != "finished":
-            words = ("tune", "--resume", out) if out.exists() else (*settings, "--out", out)
-            assert ztune(*words).code == 0
+            phases.add(phase(out))
         expected = (whole / "prompt.safetensors").read_bytes()
         assert (out / "prompt.safetensors").read_bytes() == expected
         n_finished += 1
-    assert phases == {"tuning", "image pass"}
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

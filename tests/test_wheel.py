@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,7 +24,14 @@ def test_a_device_tunes_and_packs_without_torch(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ROOT)
+    # From a copy: building in place leaves files behind that a later wheel would take up.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    for room in ("ztune", "runtimes", "export"):
+        shutil.copytree(ROOT / room, source / room)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source)
     (wheel,) = tmp_path.glob("ztune-*.whl")
     venv.create(tmp_path / "env", with_pip=True)
     scripts = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")

@@ -1,15 +1,25 @@
 """What a person types wrong: exit code 1 and one line that says what to do."""
 
+import io
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import DIGITS, MINI, Command, Result
+from ztune.cli.output import Output, fail
 
 SMALL = ("--shots", 2, "--queries", 10)
+
+
+@pytest.fixture
+def ztune(ztune: Command) -> Command:
+    """Leave remarks out: what is left on standard error is warnings and the error."""
+    return lambda *words: ztune(*words, "--quiet")
 
 
 @pytest.fixture
@@ -31,11 +41,11 @@ def bundle(tmp_path: Path) -> Path:
 def refused(result: Result, *parts: str) -> None:
     assert result.code == 1, result.err
     assert result.out == ""
-    last = result.err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "Traceback" not in result.err
+    lines = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
     for part in parts:
-        assert part in last, last
+        assert part in lines[0], lines[0]
 
 
 def edit(manifest: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -197,6 +207,8 @@ def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
     refused(ztune("eval", data), "is no run", "no bundle")
     refused(ztune("eval", MINI), "--data FOLDER or --split-file")
     refused(ztune("eval", MINI, "--data", data), "has no test pictures", "--split all")
+    names, split = tmp_path / "names.txt", tmp_path / "split.json"
+    refused(ztune("eval", MINI, "--split-file", split, "--names", names), "leave out --names")
     other = tmp_path / "c.onnx"
     other.write_text("no graph")
     refused(ztune("predict", other, data), "cannot be opened")
@@ -218,7 +230,9 @@ def test_a_run_without_test_pictures_says_where_they_could_come_from(
     refused(ztune("eval", out), "has no test pictures", "--test-data")
 
 
-@pytest.mark.parametrize("verb", ["export", "tune", "eval", "pack", "predict", "quantize", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["export", "tune", "eval", "pack", "predict", "quantize", "doctor"]
+)
 def test_every_verb_has_help_with_an_example(verb: str, ztune: Command) -> None:
     shown = ztune(verb, "--help")
     assert shown.code == 0
@@ -248,3 +262,56 @@ def test_doctor_finds_a_damaged_bundle(ztune: Command, bundle: Path) -> None:
     assert damaged.code == 1
     assert damaged.json["ok"] is False
     assert "text.onnx has 1 bytes" in damaged.err
+
+
+def test_names_are_for_data_only(ztune: Command, data: Path, tmp_path: Path) -> None:
+    out, packed, names = tmp_path / "run", tmp_path / "c.onnx", tmp_path / "names.txt"
+    tuned = ztune("tune", MINI, "--data", data, "--shots", 2, "--val", 2, "--queries", 10,
+                  "--test-fraction", 0.5, "--out", out)  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    assert ztune("pack", MINI, "--prompt", out / "prompt.safetensors", "--out", packed).code == 0
+    names.write_text("one\teins\ntwo\tzwei\nthree\tdrei\n")
+    refused(ztune("eval", out, "--names", names), "leave out --names")
+    for target in (MINI, packed):
+        given = ("eval", target, "--split-file", out / "split.json", "--names", names)
+        refused(ztune(*given), "leave out --names")
+
+
+def test_a_pictures_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: Path) -> None:
+    from ztune.cli.predict import _pictures
+    from ztune.errors import DataError
+
+    odd = Path(os.fsdecode(os.fsencode(data / "one") + b"/\xff.jpg"))
+    try:
+        odd.touch()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    for named in (odd, data):
+        with pytest.raises(DataError, match="not UTF-8"):
+            _pictures([named])
+
+
+def test_predicting_a_folder_passes_by_what_the_data_room_passes_by(data: Path) -> None:
+    from ztune.cli.predict import _pictures
+
+    expected = _pictures([data])
+    assert len(expected) == 24
+    for other in (".hidden/a.jpg", "__MACOSX/a.jpg", "one/._0.jpg", "one/notes.txt"):
+        (data / other).parent.mkdir(exist_ok=True)
+        (data / other).write_text("")
+    assert _pictures([data]) == expected
+
+
+def test_an_error_is_one_line_that_any_terminal_can_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    Output().result({}, ["Straße"])
+    Output(as_json=True).result({"class": "Straße"})
+    fail("first\n  second: é")
+    out.flush()
+    err.flush()
+    assert out.buffer.getvalue() == b'Stra\\xdfe\n{"class": "Stra\\u00dfe"}\n'  # type: ignore[attr-defined]
+    assert err.buffer.getvalue() == b"error: first second: \\xe9\n"  # type: ignore[attr-defined]

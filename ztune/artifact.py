@@ -120,12 +120,7 @@ def read_artifact(path: Path) -> Artifact:
     top = Fields(document, where)
     if document.get("format") != FORMAT:
         raise FormatError(f"{where} is no ztune artifact")
-    version = top.integer("version", least=1)
-    if version > VERSION:
-        raise FormatError(
-            f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
-            "upgrade ztune"
-        )
+    top.version(VERSION)
     classes = top.texts("classes")
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise FormatError(f"{where}: expected at least two different class names")

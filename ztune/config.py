@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -26,6 +27,14 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
         if key not in known:
             raise ConfigError(f'{where} has no setting "{key}"; it has: {", ".join(known)}')
         values[key] = _converted(value, hints[key], f"{where}: {key}")
+    required = [
+        f.name
+        for f in dataclasses.fields(typing.cast(Any, kind))
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ConfigError(f'{where} lacks "{missing[0]}"')
     return kind(**values)
 
 
@@ -41,8 +50,10 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
+            if not math.isfinite(number):
+                raise ConfigError(f"{where} is {value!r}, expected a finite number")
             if isinstance(value, str) or number == value:
                 return typing.cast(Json, number)
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not types.NoneType)

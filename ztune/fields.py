@@ -24,11 +24,21 @@ class Fields:
         got = repr(self.values[key])[:60] if key in self.values else "nothing"
         return FormatError(f'{self.where}: "{key}" is {got}, expected {expected}')
 
+    def version(self, newest: int) -> int:
+        """Return "version", refusing one that this program does not know."""
+        value = self.integer("version", least=1)
+        if value > newest:
+            raise FormatError(
+                f"{self.where}: format version {value} is newer than this ztune reads ({newest}); "
+                "upgrade ztune"
+            )
+        return value
+
     def text(self, key: str, among: tuple[str, ...] = ()) -> str:
         value = self.values.get(key)
-        if not isinstance(value, str) or (among and value not in among):
+        if not _is_text(value) or (among and value not in among):
             raise self._fail(key, " or ".join(among) or "a string")
-        return value
+        return str(value)
 
     def integer(self, key: str, least: int = 0) -> int:
         value = self.values.get(key)
@@ -38,11 +48,9 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._fail(key, "a number")
-        if not math.isfinite(value):
+        if not _is_number(value):
             raise self._fail(key, "a finite number")
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
@@ -52,7 +60,7 @@ class Fields:
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not all(_is_text(item) for item in value):
             raise self._fail(key, "a list of strings")
         return tuple(str(item) for item in value)
 
@@ -67,12 +75,9 @@ class Fields:
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         value = self.values.get(key)
-        if not isinstance(value, list) or len(value) != length:
+        if not isinstance(value, list) or len(value) != length or not all(map(_is_number, value)):
             raise self._fail(key, f"a list of {length} numbers")
-        numbers = [float(v) for v in value if isinstance(v, int | float) and math.isfinite(v)]
-        if len(numbers) != length:
-            raise self._fail(key, f"a list of {length} numbers")
-        return tuple(numbers)
+        return tuple(float(number) for number in value)  # type: ignore[arg-type]
 
     def object(self, key: str) -> Fields:
         value = self.values.get(key)
@@ -89,3 +94,25 @@ class Fields:
             for i, item in enumerate(value)
             if isinstance(item, dict)
         )
+
+
+def _is_text(value: Json) -> bool:
+    """Say whether this is text that a file name or a terminal can hold."""
+    return isinstance(value, str) and "\0" not in value and _encodes(value)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _is_number(value: Json) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

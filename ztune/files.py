@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ztune.errors import FormatError
+from ztune.errors import ConfigError, FormatError
 from ztune.types import Json
 
 
@@ -30,8 +31,45 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes files private to the user; what we leave behind follows the umask.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` on success, all or nothing.
+
+    Raises: ConfigError when `path` exists and is not an empty folder, or cannot be made.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(
+            f'output "{path}" exists and is not empty (remove it, or name another --out)'
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(f'output "{path}" cannot be written ({error.strerror})') from None
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        work.rename(path)
+        _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system lets a folder be flushed."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
@@ -61,7 +99,7 @@ def read_json(path: Path, what: str) -> dict[str, Json]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FormatError(f"{what}: {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{what}: {path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise FormatError(f"{what}: {path} holds no JSON object")

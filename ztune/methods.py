@@ -36,6 +36,7 @@ class ZipConfig(SpsaConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
 
     def queries_per_step(self) -> int:
+        """Return what one step costs: the least budget."""
         return 2 * self.n_pairs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ztune.errors import ZtuneError
-from ztune.optim.generator import generator_from_json, generator_to_json
+from ztune.generator import generator_from_json, generator_to_json
 from ztune.types import F32, F64, I64, Batch, Evaluation, PromptEncoder, State
 
 

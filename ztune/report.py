@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _write(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # Scripts that the font lacks are drawn as boxes, which is no news for the terminal.
+        missing = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
+        warnings.filterwarnings("ignore", missing, UserWarning)
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
@@ -47,7 +51,7 @@ def draw_curve(
     """
     queries = np.array([line["queries"] for line in history], dtype=float)
     figure = _figure(9, 3.6)
-    figure.suptitle(title, fontsize=11, color=_INK)
+    figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
     width = max(1, min(len(history), 2 * (len(history) // 50) + 1))
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
@@ -69,7 +73,11 @@ def draw_curve(
         panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=name)
     panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     # Beside the curve, never on it: it may lie anywhere between 0 and 1.
-    panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    legend = panels[1].legend(
+        fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _write(figure, path)
 
 
@@ -85,12 +93,13 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
         table = score.confusion()
         share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
-        axes.set_title(f"{name}: {score.accuracy:.1%} of {score.n}", fontsize=10, color=_INK)
+        heading = f"{name}: {score.accuracy:.1%} of {score.n}"
+        axes.set_title(heading, fontsize=10, color=_INK, parse_math=False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         if n <= 40:
-            axes.set_xticks(range(n), classes, rotation=90, fontsize=7)
-            axes.set_yticks(range(n), classes, fontsize=7)
+            axes.set_xticks(range(n), classes, rotation=90, fontsize=7, parse_math=False)
+            axes.set_yticks(range(n), classes, fontsize=7, parse_math=False)
         if n <= 15:
             for row, column in np.ndindex(n, n):
                 if table[row, column]:

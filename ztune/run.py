@@ -6,16 +6,18 @@ after the last saved step; `history.jsonl` has a line per step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
-from ztune.errors import ConfigError, DataError, FormatError
+from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
-from ztune.files import read_json, write_json
+from ztune.files import new_folder, read_json, write_json
 from ztune.tensors import read_tensors, write_tensors
 from ztune.tune import Tuning
 from ztune.types import Evaluation, Json, State
@@ -38,32 +40,32 @@ class RunFolder:
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Make the folder with run.json and split.json in it, all or nothing.
 
-        Raises: ConfigError when it exists with something in it; DataError when it cannot be made.
+        Raises: ConfigError when it exists with something in it, or cannot be made.
         """
-        try:
-            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-                hint = (
-                    f"go on with: ztune tune --resume {self.path}"
-                    if self.run.exists()
-                    else "name another --out"
-                )
-                raise ConfigError(f'output folder "{self.path}" is not empty ({hint})')
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A kill leaves either a run that can be resumed or nothing under its name.
-            work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        if self.run.exists():
+            raise ConfigError(
+                f'output folder "{self.path}" is not empty (go on with: '
+                f"ztune tune --resume {shlex.quote(str(self.path))})"
+            )
+        with new_folder(self.path) as work:
+            RunFolder(work).write(document)
+            write_json(work / self.split.name, dict(split))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the same run.
+
+        Raises: ConfigError when one does.
+        """
+        with (self.path / ".lock").open("a") as file:
             try:
-                RunFolder(work).write(document)
-                write_json(work / self.split.name, dict(split))
-                work.chmod(0o755)
-                if self.path.exists():
-                    self.path.rmdir()
-                work.rename(self.path)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        except OSError as error:
-            raise DataError(
-                f'output folder "{self.path}" cannot be written: {error.strerror}'
-            ) from None
+                _lock(file)
+            except OSError:
+                raise ConfigError(
+                    f'run "{self.path}" is being worked on by another process (wait for it, or '
+                    "stop it)"
+                ) from None
+            yield
 
     def write(self, document: Mapping[str, Json]) -> None:
         write_json(self.run, {"format": FORMAT, "version": VERSION, **document})
@@ -79,16 +81,14 @@ class RunFolder:
         document = read_json(self.run, where)
         if document.get("format") != FORMAT:
             raise FormatError(f"{where}: run.json was not written by ztune")
-        version = Fields(document, where).integer("version", least=1)
-        if version > VERSION:
-            raise FormatError(
-                f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
-                "upgrade ztune"
-            )
+        Fields(document, where).version(VERSION)
         return document
 
     def save(self, tuning: Tuning) -> None:
-        """Save the state after a step, whole or not at all."""
+        """Save the state after a step, whole or not at all, the history before it."""
+        if self.history.exists():
+            with self.history.open("rb+") as file:
+                os.fsync(file.fileno())
         optimizer, sampler = tuning.optimizer.state(), tuning.sampler.state()
         arrays = {f"optimizer.{k}": v for k, v in optimizer[0].items()}
         arrays |= {f"sampler.{k}": v for k, v in sampler[0].items()}
@@ -126,7 +126,7 @@ class RunFolder:
         except KeyError as missing:
             raise FormatError(f"{where} lacks {missing} (file of another version)") from None
         tuning.step = top.integer("step")
-        tuning.seconds = top.number("seconds")
+        tuning.earlier = top.number("seconds")
         tuning.budget.queries = top.integer("queries")
         tuning.budget.text_forwards = top.integer("text_forwards")
         length = top.integer("history_bytes")
@@ -151,3 +151,18 @@ class RunFolder:
             return []
         lines = self.history.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+if sys.platform == "win32":
+
+    def _lock(file: IO[str]) -> None:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock(file: IO[str]) -> None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -54,10 +54,6 @@ class Score:
         np.add.at(table, (self.labels, self.predictions), 1)
         return table
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.accuracy:6.1%}  ({low:.1%} to {high:.1%}, n = {self.n})"
-
 
 def score(features: F32, weight: F32, bias: F32, labels: I64, classes: tuple[str, ...]) -> Score:
     """Classify unit features f32[n, e] by `weight f + bias` and compare with labels i64[n]."""

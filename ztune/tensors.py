@@ -42,7 +42,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, NDArray[Any]], dict[s
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         document = json.loads(metadata[_KEY])
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise FormatError(
             f"{what}: {path} is damaged or no file of ztune's ({type(error).__name__}: {error})"
         ) from None

@@ -18,9 +18,16 @@ class Tuning:
     optimizer: Optimizer
     sampler: BatchSampler
     budget: Budget
+    started: float
+    """When this process took the run up, by time.monotonic()."""
     step: int = 0
-    seconds: float = 0.0
-    """Spent in steps, earlier processes of a resumed run included."""
+    earlier: float = 0.0
+    """Seconds that earlier processes of a resumed run spent, up to the state they saved last."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run so far."""
+        return self.earlier + time.monotonic() - self.started
 
 
 Observer = Callable[[Tuning, Evaluation], None]
@@ -35,7 +42,6 @@ def tune(
     the run early by raising.
     """
     while True:
-        started = time.monotonic()
         proposal = tuning.optimizer.ask()
         if not tuning.budget.fits(len(proposal.points)):
             return "budget"
@@ -45,5 +51,4 @@ def tune(
         tuning.optimizer.tell(evaluation)
         tuning.budget.commit(n_classes)
         tuning.step += 1
-        tuning.seconds += time.monotonic() - started
         observe(tuning, evaluation)

@@ -1,7 +1,10 @@
 """The packed classifier against the numpy path, with an image tower that shows its input."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,10 +13,11 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from export.classifier import pack
+from export.classifier import _n_bytes, pack
 from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.preprocess import crop, normalise
+from tests.conftest import Command
 from ztune.artifact import HeadArtifact, Provenance
 from ztune.errors import DataError, FormatError
 from ztune.files import sha256
@@ -163,6 +167,30 @@ def test_large_towers_keep_their_weights_beside_the_graph(tmp_path: Path) -> Non
         open_classifier(moved, "cpu")
 
 
+def test_a_failure_keeps_the_old_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = transparent_bundle(tmp_path / "b")
+    out = tmp_path / "c.onnx"
+    pack(bundle, identity_head(), out, external_threshold=1000)
+    before = [out.read_bytes(), Path(f"{out}.data").read_bytes()]
+
+    def save(model: onnx.ModelProto, path: str, location: str, **_: object) -> None:
+        Path(path).with_name(location).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save", save)
+    with pytest.raises(DataError, match="cannot be written: No space left"):
+        pack(bundle, identity_head(), out, external_threshold=1000)
+    assert [out.read_bytes(), Path(f"{out}.data").read_bytes()] == before
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "c.onnx", "c.onnx.data"}
+
+
+def test_the_size_of_a_graph_beyond_2_gb_is_known() -> None:
+    constant = SimpleNamespace(raw_data=range(3 << 30))
+    assert _n_bytes(SimpleNamespace(initializer=[constant], node=[])) == 3 << 30
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b")
     with pytest.raises(FormatError, match=f"features of 5 values.*gives {E}"):
@@ -182,3 +210,75 @@ def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     onnx.save(model, str(out))
     with pytest.raises(FormatError, match="format version 2 is newer"):
         open_classifier(out, "cpu")
+
+
+def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
+    """Return a change to what the graph takes."""
+
+    def change(graph: Any, _: dict[str, Any]) -> None:
+        graph.input[0].type.tensor_type.elem_type = dtype
+        graph.node[0].op_type, graph.node[0].input[0] = "Transpose", graph.input[0].name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _, d: d.update(classes=d["classes"][:-1]), f"of {E - 1} classes, as its metadata"),
+        (lambda _, d: d.update(classes=["same"] * E), "each named once"),
+        (lambda _, d: d.update(classes=["one"]), "at least two classes"),
+        (lambda g, _: g.output.pop(), "give logits and probabilities"),
+        (lambda g, _: g.output[0].type.tensor_type.ClearField("shape"), None),
+        (of_type(TensorProto.FLOAT), "take pixels u8"),
+    ],
+)
+def test_metadata_that_do_not_fit_the_graph(
+    change: Callable[[Any, dict[str, Any]], object], message: str | None, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.onnx"
+    pack(transparent_bundle(tmp_path / "b"), identity_head(), out)
+    model = onnx.load(str(out))
+    document = json.loads(model.metadata_props[0].value)
+    change(model.graph, document)
+    model.metadata_props[0].value = json.dumps(document)
+    onnx.save(model, str(out))
+    if message is None:  # ONNX Runtime infers what is not written there
+        assert open_classifier(out, "cpu").classes == tuple(document["classes"])
+        return
+    with pytest.raises(FormatError, match=message) as caught:
+        open_classifier(out, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_metadata_nested_without_end(tmp_path: Path) -> None:
+    out = tmp_path / "c.onnx"
+    pack(transparent_bundle(tmp_path / "b"), identity_head(), out)
+    model = onnx.load(str(out))
+    model.metadata_props[0].value = "[" * 100_000
+    onnx.save(model, str(out))
+    with pytest.raises(FormatError, match="was not packed by ztune"):
+        open_classifier(out, "cpu")
+
+
+def test_predictions_follow_the_logits_where_probabilities_are_equal(
+    ztune: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.onnx"
+    head = identity_head()
+    bias = np.zeros(E, dtype=np.float32)
+    bias[[5, 9]] = 1e-9, 2e-9
+    close = HeadArtifact(head.classes, head.provenance, 0 * head.weight, bias)
+    pack(transparent_bundle(tmp_path / "b"), close, out)
+    for name in ("value 0000", "value 0009"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (S, S)).save(tmp_path / "data" / name / "x.png")
+    predicted = ztune("predict", out, tmp_path / "data", "--json").json["predictions"]
+    for prediction in predicted:
+        assert prediction["class"] == "value 0009"
+        assert [entry["class"] for entry in prediction["top"]] == [
+            "value 0009", "value 0005", "value 0000",
+        ]  # fmt: skip
+    scored = ztune("eval", out, "--data", tmp_path / "data", "--split", "all", "--json").json
+    assert scored["per_class"]["value 0009"]["accuracy"] == 1.0
+    assert scored["candidates"] == E

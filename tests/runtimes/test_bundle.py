@@ -16,6 +16,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import token_table
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
+from ztune import files
 from ztune.errors import FormatError
 
 
@@ -80,6 +81,18 @@ def test_what_is_no_bundle(tmp_path: Path, copy: Path) -> None:
             load_bundle(copy)
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "prompt.onnx"])
+def test_files_that_may_not_be_read(copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sha256(path: Path) -> str:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return files.sha256(path)
+
+    monkeypatch.setattr("runtimes.bundle.sha256", sha256)
+    with pytest.raises(FormatError, match="cannot be read: Permission denied$"):
+        load_bundle(copy).file(name)
+
+
 def set_field(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
     def change(manifest: dict[str, Any]) -> None:
         target = manifest
@@ -103,6 +116,9 @@ def set_field(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (set_field("logit_scale", value=float("nan")), '"logit_scale" is nan'),
         (set_field("logit_scale", value=-1), "expected a positive number"),
         (set_field("embed_dim", value=0), '"embed_dim" is 0'),
+        (set_field("embed_dim", value=65537), '"embed_dim" is 65537'),
+        (set_field("text", "width", value=10**9), '"width" is 1000000000'),
+        (set_field("text", "context_length", value=10**9), '"context_length" is 1000000000'),
         (set_field("precision", value="fp8"), '"precision" is'),
         (set_field("text", "graph", value="fast"), "prefix or sequence"),
         (set_field("text", "pooling", value="mean"), '"pooling" is'),

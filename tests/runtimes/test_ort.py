@@ -12,7 +12,7 @@ from runtimes.ort import OrtImageEncoder, OrtPromptEncoder, OrtTextEncoder, pari
 from runtimes.prompts import context_of_words, template_tokens
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
-from ztune.errors import ProviderError
+from ztune.errors import ProviderError, ZtuneError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -136,3 +136,25 @@ def test_an_unreadable_graph_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ProviderError, match=r"x\.onnx cannot be opened on cpu: ") as caught:
         providers.open_session(graph, "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_fails_while_running_is_named_in_one_line() -> None:
+    bundle = load_bundle(MINI)
+    S = bundle.image.size
+    with pytest.raises(ZtuneError, match=r"image\.onnx failed while running: ") as caught:
+        OrtImageEncoder(bundle, "cpu").encode(np.zeros((1, S + 1, S, 3), np.uint8))
+    with pytest.raises(ZtuneError, match=r"text\.onnx failed while running: "):
+        OrtTextEncoder(bundle, "cpu").encode(np.full((1, 3), 10**9))
+    assert "\n" not in str(caught.value)
+
+
+def test_features_are_kept_under_all_that_moves_a_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity() -> str:
+        return OrtImageEncoder(load_bundle(MINI), "cpu").identity
+
+    seen = {identity(), identity()}
+    monkeypatch.setattr("runtimes.ort.PREPROCESS_VERSION", 2)
+    seen.add(identity())
+    monkeypatch.setattr("PIL.__version__", "0")
+    seen.add(identity())
+    assert len(seen) == 3

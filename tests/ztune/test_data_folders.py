@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ztune.data.folders import read_dataset
-from ztune.data.manifests import is_inside
+from ztune.data.manifests import is_inside, read_class_list
 from ztune.errors import DataError
 
 
@@ -149,6 +149,21 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
         pytest.skip("this file system has UTF-8 names only")
     with pytest.raises(DataError, match="not UTF-8"):
         read_dataset(tmp_path)
+
+
+def test_class_lists_are_read_as_folder_names_are(tmp_path: Path) -> None:
+    listed = tmp_path / "classes.txt"
+    listed.write_text("e\u0301  cole \nn01\tzebra_x\n\ndog\t\n")
+    assert read_class_list(listed) == ("é cole", "zebra_x", "dog")
+    put(tmp_path / "d", "e\u0301__cole/1.png", "n02/1.png")
+    assert read_dataset(tmp_path / "d").classes == ("n02", "é cole")
+    names = tmp_path / "names.txt"
+    names.write_text("e\u0301__cole\te\u0301  cole\nn02\tdog\n")
+    assert read_dataset(tmp_path / "d", names).classes == ("dog", "é cole")
+    for content, message in (("é\ne\u0301\n", '"é" stands there twice'), ("a\n", "at least two")):
+        listed.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_class_list(listed)
 
 
 # Manifests

@@ -68,3 +68,19 @@ def test_one_picture_per_class_falls_back_to_zero_shot_and_is_finite() -> None:
 def test_a_negative_alpha_is_refused() -> None:
     with pytest.raises(ConfigError, match="alpha is -1"):
         GdaConfig(alpha=-1.0)
+
+
+def test_views_of_a_picture_never_vouch_for_each_other() -> None:
+    # Without noise of their own, views in other folds would give each picture's label away.
+    rng = np.random.default_rng(8)
+    labels = np.repeat(np.arange(3), 4)
+    features = rng.standard_normal((12, 40)).astype(np.float32)
+    views, tiled = np.tile(features, (8, 1)), np.tile(labels, 8)
+    right = 100 * np.linalg.pinv(features.astype(np.float64)) @ np.eye(3)[labels]
+    blended = [
+        fit_gda(GdaConfig(), views, tiled, 1e-3 * right.T, None, seed=1, n_views=n)[1]
+        for n in (1, 8)
+    ]
+    alone = fit_gda(GdaConfig(), features, labels, 1e-3 * right.T, None, seed=1)[1]
+    assert blended[1] == alone
+    assert blended[0] > alone

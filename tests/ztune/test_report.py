@@ -43,3 +43,14 @@ def test_confusion_tables_are_drawn_for_few_and_many_classes(n: int, tmp_path: P
     draw_confusion(scores, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         assert 400 < picture.width < 4000
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    odd = ("$^$", "a$_b$", "\\frac{", "猫", "אב")
+    history = [{"queries": 10.0, "loss": 1.0, "accuracy": 0.5}]
+    draw_curve(history, {"$^$": 0.4, "猫": 0.5}, "zip on a$^$b 猫", tmp_path / "curve.png")
+    labels = np.arange(len(odd))
+    draw_confusion({"$^$ 猫": Score(labels, labels, odd)}, tmp_path / "confusion.png")
+    for name in ("curve.png", "confusion.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()

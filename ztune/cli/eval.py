@@ -150,14 +150,17 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.prompt is not None and arguments.template is not None:
         raise ConfigError("give --prompt or --template, not both")
     pictures = _pictures(arguments)
-    candidates = read_class_list(arguments.classes) if arguments.classes else pictures.classes
+    candidates, whose = pictures.classes, "the pictures' own"
+    if arguments.classes is not None:
+        candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
     bench = open_workbench(arguments.target, arguments.provider, output)
     fingerprints: Iterable[int] = ()
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
         require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
-        if isinstance(artifact, HeadArtifact) and arguments.classes is None:
-            candidates = artifact.classes
+        known = set(pictures.classes) <= set(artifact.classes)
+        if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
+            candidates, whose = artifact.classes, "those it was tuned on"
         artifact = bench.refreshed(artifact, candidates)
         candidates, fingerprints = artifact.classes, artifact.tuning_pictures.tolist()
         weight, bias = artifact.classifier()
@@ -166,6 +169,7 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
         template = arguments.template or "a photo of a {}."
         weight, bias = bench.zero_shot(template, candidates)
         name = f'template "{template}"'
+    output.remark(f"choosing among {len(candidates)} classes ({whose})")
     labels = pictures.among(candidates, "the class names to choose among")
     with ExitStack() as stack:
         cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -191,8 +195,8 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     pictures = _pictures(arguments)
     labels = pictures.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in pictures.items]
-    probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
-    predictions = probabilities.argmax(axis=1).astype(np.int64)
+    logits, _, kept = classify(classifier, paths, output, arguments.skip_broken)
+    predictions = logits.argmax(axis=1).astype(np.int64)
     result = Score(predictions, labels[kept], classifier.classes)
     document = _document(result, pictures, kept, classifier.tuning_pictures)
     _finish(document, {arguments.target.name: result}, output)
@@ -204,6 +208,8 @@ def _pictures(arguments: argparse.Namespace) -> Labelled:
         raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
     split = arguments.split or "test"
     if arguments.split_file is not None:
+        if arguments.names is not None:
+            raise ConfigError("a split file brings its own class names; leave out --names")
         return _from_split_file(arguments.split_file, split)
     from ztune.data.folders import read_dataset
     from ztune.data.split import digest_pictures
@@ -249,6 +255,7 @@ def _document(
         "accuracy": result.accuracy,
         "interval": list(result.interval),
         "n": result.n,
+        "candidates": len(result.classes),
         "split": pictures.split,
         "per_class": result.per_class(),
         "broken_pictures": int((~kept).sum()),

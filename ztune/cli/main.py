@@ -70,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output went away; there is no one left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written or read
+        if arguments.debug:
+            traceback.print_exc()
+        where = f'"{error.filename}": ' if error.filename else ""
+        fail(f"{where}{error.strerror or error}")
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -21,6 +22,9 @@ class Output:
     def __init__(self, quiet: bool = False, as_json: bool = False):
         self.quiet = quiet
         self.as_json = as_json
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
+                stream.reconfigure(errors="backslashreplace")
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
         # What goes to a file or another program is never folded to some terminal's width.
         width = None if sys.stdout.isatty() else 400
@@ -38,7 +42,7 @@ class Output:
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""
         if self.as_json:
-            print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)  # noqa: T201
+            print(json.dumps(document, allow_nan=False), flush=True)  # noqa: T201
             return
         for line in lines:
             self._results.print(line)
@@ -110,4 +114,4 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def fail(message: str) -> None:
     """Write the one line that a person gets when a command cannot do what was asked."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")

@@ -45,12 +45,15 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     output.remark(why)
     classifier = open_classifier(arguments.classifier, provider)
     paths = _pictures(arguments.pictures)[: arguments.limit]
-    probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
+    logits, probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
     predictions: list[Json] = []
     rows = []
     shown = [path for path, keep in zip(paths, kept, strict=True) if keep]
-    for path, row in zip(shown, probabilities, strict=True):
-        best = np.argsort(-row, kind="stable")[: arguments.top]
+    # Ranked by logits: probabilities near 0 and 1 are rounded to the same number.
+    for path, order, row in zip(
+        shown, np.argsort(-logits, axis=1, kind="stable"), probabilities, strict=True
+    ):
+        best = order[: arguments.top]
         top = [(classifier.classes[c], float(row[c])) for c in best]
         ranked: list[Json] = [{"class": name, "probability": p} for name, p in top]
         predictions.append({"picture": str(path), "class": top[0][0], "top": ranked})
@@ -67,20 +70,20 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def classify(
     classifier: Classifier, paths: Sequence[Path], output: Output, skip_broken: bool
-) -> tuple[F32, NDArray[np.bool_]]:
-    """Return probabilities f32[n, C] of the pictures that can be read, and which those are.
+) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
 
     Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
     """
     kept = np.ones(len(paths), dtype=np.bool_)
-    results: list[F32] = []
+    results: list[tuple[F32, F32]] = []
     waiting: list[U8] = []
     # A graph that resizes takes one picture at a time, since their sizes differ.
     size = 1 if classifier.resize else _BATCH
 
     def flush() -> None:
         if waiting:
-            results.append(classifier.classify(np.stack(waiting))[1])
+            results.append(classifier.classify(np.stack(waiting)))
             waiting.clear()
 
     with output.progress("classifying", len(paths)) as ticker:
@@ -101,22 +104,25 @@ def classify(
         raise DataError(f"none of {len(paths)} picture(s) can be read")
     if not kept.all():
         output.warn(f"{int((~kept).sum())} broken pictures left out")
-    return np.concatenate(results), kept
+    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return logits, probabilities, kept
 
 
 def _pictures(named: Sequence[Path]) -> list[Path]:
     """Return the pictures named, and those below folders named, in order.
 
-    Raises: DataError for a path that does not exist, or a folder without pictures.
+    Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
+        pictures.
     """
-    from ztune.data.folders import PICTURES
+    from ztune.data.folders import pictures_below
+    from ztune.data.manifests import is_utf8
 
     found: list[Path] = []
     for path in named:
+        if not is_utf8(str(path)):
+            raise DataError(f"picture {str(path)!r}: its name is not UTF-8 (rename it)")
         if path.is_dir():
-            below = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file()
-            )
+            below, _ = pictures_below(path, f'folder "{path}"')
             if not below:
                 raise DataError(f'folder "{path}" holds no pictures')
             found += below

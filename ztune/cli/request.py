@@ -19,10 +19,10 @@ class Request:
 
     bundle: str
     data: str
-    method: str
-    shots: int
-    queries: int
-    seed: int
+    method: str = "zip"
+    shots: int = 16
+    queries: int = 5000
+    seed: int = 1
     template: str = "a photo of a {}."
     """The hand-written prompt that zero-shot figures use."""
     preset: str = "default"
@@ -40,6 +40,8 @@ class Request:
     """The method's settings that differ from its preset."""
 
     def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ConfigError(f"--queries is {self.queries}, expected at least 1")
         if self.preset not in PRESETS:
             raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
         if self.augment < 0:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,6 +18,9 @@ from ztune.fields import Fields
 from ztune.methods import METHODS, PRESETS, find_method
 from ztune.types import Json
 
+if TYPE_CHECKING:
+    from ztune.run import RunFolder
+
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
   ztune tune bundles/vit-b-32 --data photos --method gda --out runs/photos-gda
@@ -23,48 +29,53 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = "; ".join(f"{name}: {m.title} ({m.paper})" for name, m in METHODS.items())
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder, or .csv/.jsonl list")
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
-    parser.add_argument("--shots", type=int, default=16, metavar="N", help="pictures per class")
-    parser.add_argument("--method", default="zip", help=f"{' or '.join(METHODS)} (default: zip)")
-    parser.add_argument("--queries", type=int, default=5000, metavar="N", help="default: 5000")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--preset", default="default", help=f"{' or '.join(PRESETS)}")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
-    )
+    parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
+    parser.add_argument("--method", help=f"{methods} (default: zip)")
+    parser.add_argument("--queries", type=int, metavar="N", help="default: 5000")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
+    parser.add_argument("--preset", help=f"{' or '.join(PRESETS)}")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
     parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
     parser.add_argument(
-        "--template", default="a photo of a {}.", help="the prompt of the zero-shot figures"
+        "--template", help='prompt of the zero-shot figures (default: "a photo of a {}.")'
     )
     parser.add_argument(
-        "--val",
-        type=int,
-        metavar="N",
-        help="validation pictures a class (default: min(shots, 4))",
+        "--val", type=int, metavar="N", help="validation pictures a class (default: min(shots, 4))"
     )
-    parser.add_argument(
-        "--test-fraction", default="auto", metavar="X", help="kept for testing (default: auto)"
-    )
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N")
+    parser.add_argument("--test-fraction", metavar="X", help="kept for testing (default: auto)")
+    parser.add_argument("--split-seed", type=int, metavar="N", help="default: 0")
     parser.add_argument("--test-data", type=Path, metavar="FOLDER", help="test pictures elsewhere")
     parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="default: inside RUN")
     parser.add_argument(
         "--augment", type=int, metavar="K", help="cached random views per training picture"
     )
-    parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--skip-broken", action="store_true", default=None, help="leave broken pictures out"
+    )
+    parser.add_argument("--provider", help="auto, cpu or cuda (default: auto)")
+
+
+_ASKED = (
+    "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
+    "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
+    "provider",
+)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
-        for name in ("bundle", "data", "out"):
+        for name in _ASKED:
             if getattr(arguments, name) is not None:
-                raise ConfigError(f"--resume takes everything from the run; leave out {name}")
-        document = _resume(arguments.resume, output)
+                raise ConfigError(
+                    f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
+                )
+        document = _resume(arguments.resume, arguments.bundle, output)
         path = arguments.resume
     else:
         for name in ("bundle", "data", "out"):
@@ -78,36 +89,21 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    settings = settings_from_words(arguments.set)
+    """Return what was asked for; what was not keeps the request's own defaults."""
+    settings = settings_from_words(arguments.set or [])
     if arguments.init is not None:
         settings["init"] = arguments.init
-
-    def absolute(path: Path | None) -> str | None:
-        return str(path.resolve()) if path is not None else None
-
-    augment = arguments.augment
-    if augment is None:
-        augment = find_method(arguments.method).augment.get(arguments.preset, 0)
-    return Request(
-        bundle=str(arguments.bundle.resolve()),
-        data=str(arguments.data.resolve()),
-        method=arguments.method,
-        shots=arguments.shots,
-        queries=arguments.queries,
-        seed=arguments.seed,
-        template=arguments.template,
-        preset=arguments.preset,
-        provider=arguments.provider,
-        val=arguments.val,
-        test_fraction=arguments.test_fraction,
-        split_seed=arguments.split_seed,
-        test_data=absolute(arguments.test_data),
-        names=absolute(arguments.names),
-        cache=absolute(arguments.cache),
-        augment=augment,
-        skip_broken=arguments.skip_broken,
-        settings=settings,
-    )
+    asked = {name: getattr(arguments, name) for name in ("bundle", *_ASKED)}
+    values: dict[str, Any] = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in asked.items()
+        if value is not None and name not in ("out", "set", "init")
+    }
+    request = Request(**values, settings=settings)
+    if arguments.augment is None:
+        views = find_method(request.method).augment.get(request.preset, 0)
+        request = replace(request, augment=views)
+    return request
 
 
 def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
@@ -132,6 +128,8 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
             f"preset published: random crops anew each step are approximated by {request.augment} "
             "cached views per picture"
         )
+    if dataset.ignored:
+        output.remark(f"files that are no pictures of a class, left alone: {dataset.ignored}")
     for note in split.notes:
         output.remark(note)
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
@@ -141,43 +139,66 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
     )
     folder = RunFolder(out)
     work = Work(request, split, folder, bench)
-    work.check_names()
+    work.check()
     head = opening(request, bench, split)
     folder.create(head, split.to_json())
-    with _told_how_to_resume(out):
+    with folder.locked(), _told_how_to_resume(out):
         return work.carry_out(head)
 
 
-def _resume(path: Path, output: Output) -> dict[str, Json]:
+def _resume(path: Path, moved_bundle: Path | None, output: Output) -> dict[str, Json]:
+    from ztune.run import RunFolder
+
+    folder = RunFolder(path)
+    folder.read()
+    with folder.locked():
+        head = {k: v for k, v in folder.read().items() if k not in ("format", "version")}
+        if head.get("status") == "finished":
+            output.remark(f"{path} is finished; nothing to do")
+            return head
+        return _go_on(folder, head, moved_bundle, output)
+
+
+def _go_on(
+    folder: RunFolder, head: dict[str, Json], moved_bundle: Path | None, output: Output
+) -> dict[str, Json]:
+    """Finish a run as it was begun: its bundle, pictures, provider and settings."""
     from runtimes.bundle import load_bundle
     from runtimes.providers import resolve
     from ztune.cli.tuning import Work
     from ztune.cli.workbench import Workbench
     from ztune.data.split import Split
     from ztune.files import read_json
-    from ztune.run import RunFolder
+    from ztune.system import machine, versions
 
-    folder = RunFolder(path)
-    head = folder.read()
-    where = f'run "{path}": run.json'
-    if head.get("status") == "finished":
-        output.remark(f"{path} is finished; nothing to do")
-        return {key: value for key, value in head.items() if key not in ("format", "version")}
+    where = f'run "{folder.path}": run.json'
     fields = Fields(head, where)
     request = request_from_json(fields.object("request").values, where)
-    bundle = load_bundle(Path(request.bundle))
+    # The settings as they were then, should a default have changed since.
+    request = replace(request, settings=fields.object("config").values)
+    bundle_path = moved_bundle or Path(request.bundle)
+    if not bundle_path.is_dir():
+        raise FormatError(
+            f'the run\'s bundle "{bundle_path}" is gone; put it back, or name where it is now: '
+            f"ztune tune BUNDLE --resume {shlex.quote(str(folder.path))}"
+        )
+    bundle = load_bundle(bundle_path)
     if bundle.digest != fields.text("bundle_digest"):
         raise FormatError(
             f'bundle "{bundle.path}" is not the one that the run began with (put it back, or start '
             "a new run)"
         )
+    for part, now in (("versions", versions()), ("machine", machine())):
+        then = fields.object(part).values
+        changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+        if changed:
+            output.warn(f"not as when the run began, bytes may differ: {', '.join(changed)}")
     provider, _ = resolve(fields.text("provider"))
-    split = Split.from_json(read_json(folder.split, where), f'run "{path}": split.json')
+    split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
     split.check_unchanged()
     bench = Workbench(bundle, provider, output)
-    kept = {key: value for key, value in head.items() if key not in ("format", "version")}
-    with _told_how_to_resume(path):
-        return Work(request, split, folder, bench).carry_out(kept)
+    with _told_how_to_resume(folder.path):
+        return Work(request, split, folder, bench).carry_out(head)
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
@@ -191,7 +212,9 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"go on with: ztune tune --resume {self._path}") from None
+            raise KeyboardInterrupt(
+                f"go on with: ztune tune --resume {shlex.quote(str(self._path))}"
+            ) from None
 
 
 def _judge(document: dict[str, Json], output: Output) -> None:

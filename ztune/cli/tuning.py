@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +68,8 @@ class Outcome:
     """What a method leaves behind."""
 
     artifact: Artifact
-    seconds: float
-    """Spent in the method itself, the image pass left out."""
+    earlier_seconds: float
+    """Spent by earlier processes of a resumed run."""
     train_loss: float
     """In nats, over all training pictures and views."""
 
@@ -89,10 +88,10 @@ class Work:
 
         `head` holds what run.json says from the first moment on.
         """
+        started = time.monotonic()
         config = start_config(self.request)
         classes = self.split.classes
         # One tower at a time: each session is closed before the next is opened.
-        started = time.monotonic()
         pictures = _encode(self.request, self.split, self.folder, self.bench)
         own_cache = self.request.cache is None
         head = {**_image_costs(pictures, own_cache, time.monotonic() - started), **head}
@@ -102,18 +101,14 @@ class Work:
             image_forwards=Fields(head, "run.json").integer("image_forwards"),
         )
         zero_shot = self.bench.zero_shot(self.request.template, classes)
-        started = time.monotonic()
         gda, alpha = _gda(config, self.request, pictures, zero_shot)
         if isinstance(config, ZipConfig):
-            outcome = self._tuned(config, pictures, budget)
+            outcome = self._tuned(config, pictures, budget, started)
         else:
-            seconds = time.monotonic() - started
-            outcome = self._fitted(gda, alpha, pictures, budget, seconds)
+            outcome = self._fitted(gda, alpha, pictures)
         artifact = outcome.artifact
         scores = _validate(artifact, zero_shot, gda, pictures, classes)
         write_artifact(self.folder.prompt, artifact)
-        if isinstance(config, ZipConfig):
-            _draw(self.request, self.folder, scores)
         document: dict[str, Json] = {
             **head,
             "status": "finished",
@@ -121,8 +116,7 @@ class Work:
             "queries": budget.queries,
             "text_forwards": budget.text_forwards,
             "image_forwards": budget.image_forwards,
-            "seconds": round(Fields(head, "run.json").number("image_seconds") + outcome.seconds, 3),
-            "tuning_seconds": round(outcome.seconds, 3),
+            "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "stop_reason": artifact.provenance.stop_reason,
             "train_loss": outcome.train_loss,
@@ -134,18 +128,23 @@ class Work:
             "gda_alpha": alpha,
         }
         self.folder.write(document)
+        if isinstance(config, ZipConfig):
+            _draw(self.request, self.folder, scores)
         return document
 
-    def check_names(self) -> None:
-        """See that every class fits the text tower, before anything is written or computed.
+    def check(self) -> None:
+        """See that classes and settings fit the text tower, before anything is written.
 
-        Raises: DataError naming the class that does not, or two that the model cannot tell apart.
+        Raises: DataError naming the class that does not, or two that the model cannot tell apart;
+            ConfigError for a setting.
         """
         bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
         template_tokens(bundle, tokenizer, self.request.template, classes)
         config = start_config(self.request)
         if isinstance(config, ZipConfig):
-            name_tokens(bundle.text, tokenizer, classes, len(self._initial_context(config)))
+            context = self._initial_context(config)
+            name_tokens(bundle.text, tokenizer, classes, len(context))
+            build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
 
     def _initial_context(self, config: ZipConfig) -> F32:
         """Return the start f32[m, d]: random, or the words asked for."""
@@ -153,7 +152,9 @@ class Work:
             return initial_context(config, self.bench.bundle.text.width, self.request.seed)
         return context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
 
-    def _tuned(self, config: ZipConfig, pictures: Pictures, budget: Budget) -> Outcome:
+    def _tuned(
+        self, config: ZipConfig, pictures: Pictures, budget: Budget, started: float
+    ) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
         request, bundle = self.request, self.bench.bundle
         context = self._initial_context(config)
@@ -166,7 +167,7 @@ class Work:
         sampler = BatchSampler(
             n_pictures, config.batch_size, n_views, np.random.default_rng([request.seed, 3])
         )
-        tuning = Tuning(optimizer, sampler, budget)
+        tuning = Tuning(optimizer, sampler, budget, started)
         self.folder.restore(tuning)
         output = self.bench.output
         if tuning.step:
@@ -196,24 +197,17 @@ class Work:
             _fingerprints(self.split),
         )
         train_loss = _train_loss(objective, pictures, tuned)
-        return Outcome(artifact, tuning.seconds, train_loss)
+        return Outcome(artifact, tuning.earlier, train_loss)
 
-    def _fitted(
-        self,
-        head: tuple[F32, F32],
-        alpha: float,
-        pictures: Pictures,
-        budget: Budget,
-        seconds: float,
-    ) -> Outcome:
+    def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
         weight, bias = head
-        provenance = self._provenance(budget.queries, "closed form", {"alpha": alpha})
+        provenance = self._provenance(0, "closed form", {"alpha": alpha})
         artifact = HeadArtifact(
             self.split.classes, provenance, weight, bias, _fingerprints(self.split)
         )
         logits = pictures.features @ weight.T + bias
         train_loss = float(cross_entropy(logits, pictures.labels).mean())
-        return Outcome(artifact, seconds, train_loss)
+        return Outcome(artifact, 0.0, train_loss)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
         bundle = self.bench.bundle
@@ -234,12 +228,12 @@ def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]
         "status": "running",
         "method": request.method,
         "seed": request.seed,
+        "config": as_json(start_config(request)),
         "provider": bench.provider,
         "precision": bench.bundle.precision,
         "model_id": bench.bundle.model_id,
         "bundle_digest": bench.bundle.digest,
         "classes": len(split.classes),
-        "process": os.getpid(),
         "versions": dict(versions()),
         "machine": dict(machine()),
         "request": as_json(request),
@@ -313,6 +307,7 @@ def _gda(
         zero_shot[0].astype(np.float64),
         (val, pictures.val_labels) if val is not None else None,
         request.seed,
+        n_views,
     )
     bias: F64 = affine[:, -1] + zero_shot[1]
     return (affine[:, :-1].astype(np.float32), bias.astype(np.float32)), alpha

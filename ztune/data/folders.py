@@ -14,7 +14,6 @@ pictures outside of class folders. All order is by code point, never the file sy
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ztune.data.manifests import (
     SUFFIXES,
     Listed,
     SplitName,
+    class_name,
     is_utf8,
     read_manifest,
     read_names,
@@ -126,23 +126,38 @@ def _read_classes(
     """Return the pictures in the class folders of `parent`, and how many files were ignored."""
     listed: list[Listed] = []
     for folder in folders:
-        n_before = len(listed)
-        for directory, below, files in os.walk(parent / folder, onerror=_raise):
-            below[:] = sorted(name for name in below if not _hidden(name))
-            for name in files:
-                if _hidden(name) or Path(name).suffix.lower() not in PICTURES:
-                    ignored += 1
-                    continue
-                path = (Path(directory) / name).relative_to(root).as_posix()
-                if not is_utf8(path):
-                    raise DataError(f"{where}: file name {path!r} is not UTF-8 (rename it)")
-                listed.append(Listed(path, folder, split))
-        if len(listed) == n_before:
+        pictures, others = pictures_below(parent / folder, where)
+        listed += [Listed(p.relative_to(root).as_posix(), folder, split) for p in pictures]
+        ignored += others
+        if not pictures:
             shown = (parent / folder).relative_to(root).as_posix()
             raise DataError(
                 f'{where}: class folder "{shown}" holds no pictures (add some or remove it)'
             )
     return listed, ignored
+
+
+def pictures_below(folder: Path, where: str) -> tuple[list[Path], int]:
+    """Return the pictures in a folder and its visible sub-folders, and how many other files.
+
+    Raises: DataError when a folder cannot be read, or a picture's name is not UTF-8.
+    """
+    pictures: list[Path] = []
+    n_others = 0
+    try:
+        for directory, below, files in os.walk(folder, onerror=_raise):
+            below[:] = [name for name in below if not _hidden(name)]
+            for name in files:
+                if _hidden(name) or Path(name).suffix.lower() not in PICTURES:
+                    n_others += 1
+                else:
+                    pictures.append(Path(directory) / name)
+    except OSError as error:
+        raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
+    for picture in pictures:
+        if not is_utf8(str(picture)):
+            raise DataError(f"{where}: file name {str(picture)!r} is not UTF-8 (rename it)")
+    return sorted(pictures, key=Path.as_posix), n_others
 
 
 def _raise(error: OSError) -> None:
@@ -162,13 +177,10 @@ def _hidden(name: str) -> bool:
 
 
 def _class_names(labels: Iterable[str], names: Path | None, where: str) -> dict[str, str]:
-    """Return the class name of every label.
-
-    Names are composed (NFC): some file systems decompose accents, and names must match elsewhere.
-    """
+    """Return the class name of every label."""
     labels = sorted(labels)
     if names is None:
-        name_of = {label: " ".join(label.replace("_", " ").split()) for label in labels}
+        name_of = {label: class_name(label.replace("_", " ")) for label in labels}
     else:
         given = read_names(names)
         unknown, missing = sorted(given.keys() - set(labels)), sorted(set(labels) - given.keys())
@@ -179,7 +191,7 @@ def _class_names(labels: Iterable[str], names: Path | None, where: str) -> dict[
         name_of = {label: given[label] for label in labels}
     label_of: dict[str, str] = {}
     for label in labels:
-        name = name_of[label] = unicodedata.normalize("NFC", name_of[label])
+        name = name_of[label]
         if not name:
             raise DataError(f'{where}: "{label}" gives an empty class name (rename it)')
         if name in label_of:

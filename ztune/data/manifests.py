@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_names(path: Path) -> dict[str, str]:
             raise DataError(f"{where}, line {line}: expected folder, a tab, and the class name")
         if folder in names:
             raise DataError(f'{where}, line {line}: folder "{folder}" is named twice')
-        names[folder] = name.strip()
+        names[folder] = class_name(name)
     return names
 
 
@@ -104,14 +105,23 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     Raises: DataError when there are fewer than two, or one stands there twice.
     """
     where = f'class names "{path}"'
-    lines = read_text(path, where).splitlines()
-    names = tuple(line.rpartition("\t")[2].strip() for line in lines if line.strip())
+    lines = [line.strip() for line in read_text(path, where).splitlines()]
+    names: dict[str, None] = {}
+    for name in (class_name(line.rpartition("\t")[2]) for line in lines if line):
+        if name in names:
+            raise DataError(f'{where}: "{name}" stands there twice')
+        names[name] = None
     if len(names) < 2:
         raise DataError(f"{where}: expected at least two names, one a line")
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f'{where}: "{name}" stands there twice')
-    return names
+    return tuple(names)
+
+
+def class_name(text: str) -> str:
+    """Return a class name as it is compared everywhere: composed (NFC), single spaces.
+
+    Some file systems decompose accents, and names must match elsewhere.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_text(path: Path, where: str) -> str:

@@ -160,12 +160,7 @@ class Split:
         """
         top = Fields(values, where)
         top.text("format", among=(FORMAT,))
-        version = top.integer("version", least=1)
-        if version > VERSION:
-            raise FormatError(
-                f"{where}: format version {version} is newer than this ztune reads ({VERSION}); "
-                "upgrade ztune"
-            )
+        top.version(VERSION)
         roots = top.object("roots")
         folders = {name: Path(roots.text(name)) for name in roots.values}
         if "data" not in folders or not all(folder.is_absolute() for folder in folders.values()):

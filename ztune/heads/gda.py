@@ -66,12 +66,14 @@ def fit_gda(
     zero_shot_weight: F64,
     held_out: tuple[F32, I64] | None,
     seed: int,
+    n_views: int = 1,
 ) -> tuple[F64, float]:
     """Return the blended classifier as one affine map f64[C, e + 1] and the alpha used.
 
     The last column is the bias; logits are `zero_shot f + alpha (W f + b)`. Shapes: features
     f32[n, e], zero_shot_weight f64[C, e] with the logit scale already in it. alpha is chosen on
-    `held_out` where given, else by cross-validation over the training pictures.
+    `held_out` where given, else by cross-validation over the training pictures. With views, row
+    v * n_pictures + i is view v of picture i.
     """
     n_classes = len(zero_shot_weight)
     W, b = gaussian_classifier(features, labels, n_classes)
@@ -81,22 +83,26 @@ def fit_gda(
         pictures = held_out[0].astype(np.float64)
         alpha = choose_alpha(pictures @ zero_shot_weight.T, pictures @ W.T + b, held_out[1])
     else:
-        alpha = _cross_validated_alpha(features, labels, zero_shot_weight, seed)
+        alpha = _cross_validated_alpha(features, labels, zero_shot_weight, seed, n_views)
     weight = zero_shot_weight + alpha * W
     return np.concatenate([weight, alpha * b[:, None]], axis=1), alpha
 
 
-def _cross_validated_alpha(features: F32, labels: I64, zero_shot_weight: F64, seed: int) -> float:
+def _cross_validated_alpha(
+    features: F32, labels: I64, zero_shot_weight: F64, seed: int, n_views: int
+) -> float:
     """Choose alpha by stratified folds; one picture per class leaves nothing to hold out."""
     n_classes = len(zero_shot_weight)
-    n_folds = min(4, int(np.bincount(labels, minlength=n_classes).min()))
+    pictures = labels[: len(labels) // n_views]
+    n_folds = min(4, int(np.bincount(pictures, minlength=n_classes).min()))
     if n_folds < 2:
         return 1.0
     rng = np.random.default_rng([seed, 4])
-    fold = np.empty(len(labels), dtype=np.int64)
+    fold = np.empty(len(pictures), dtype=np.int64)
     for c in range(n_classes):
-        members = rng.permutation(np.flatnonzero(labels == c))
+        members = rng.permutation(np.flatnonzero(pictures == c))
         fold[members] = np.arange(len(members)) % n_folds
+    fold = np.tile(fold, n_views)  # all views of a picture are held out together
     zero_shot = features.astype(np.float64) @ zero_shot_weight.T
     gaussian = np.empty_like(zero_shot)
     for k in range(n_folds):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.optim.generator import generator_from_json, generator_to_json
+from ztune.generator import generator_from_json, generator_to_json
 from ztune.types import F64, Evaluation, Proposal, State
 
 
@@ -53,10 +53,6 @@ class Spsa:
         self._rng = rng
         self._step = 1  # k
         self._perturbations = self._draw()
-
-    @property
-    def queries_per_step(self) -> int:
-        return 2 * self._config.n_pairs
 
     def _draw(self) -> F64:
         """Return p f64[n_pairs, δ]: magnitudes U[0.5, 1] with random signs."""

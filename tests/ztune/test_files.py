@@ -1,0 +1,101 @@
+"""Files and JSON: whole or not at all, and nothing that a hostile file holds gets through."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ztune.config import configured, settings_from_words
+from ztune.errors import ConfigError, FormatError
+from ztune.fields import Fields
+from ztune.files import new_folder, read_json, replacing, write_json
+from ztune.methods import ZipConfig
+from ztune.run import RunFolder
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError), new_folder(out) as work:
+        (work / "file").touch()
+        raise RuntimeError
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()  # an empty one is taken
+    with new_folder(out) as work:
+        (work / "file").touch()
+        assert not (out / "file").exists()
+    assert [p.name for p in out.iterdir()] == ["file"]
+    with pytest.raises(ConfigError, match="not empty"), new_folder(out):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff", b"[" * 200_000, b'{"a": ' * 100_000]
+)
+def test_hostile_json_is_one_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"x\.json"):
+        read_json(path, "test")
+
+
+@pytest.mark.parametrize(
+    ("value", "accessor"),
+    [
+        ("nul\0", "text"),
+        ("\ud800", "text"),
+        (3, "text"),
+        (True, "number"),
+        (float("inf"), "number"),
+        (10**400, "number"),
+        ("1", "number"),
+        (True, "integer"),
+        (-1, "integer"),
+        (1.0, "integer"),
+        ([1, True], "integers"),
+        (["a", "\0"], "texts"),
+        ([1], "object"),
+        ([1], "objects"),
+        (1, "flag"),
+    ],
+)
+def test_a_wrong_field_is_named(value: object, accessor: str) -> None:
+    fields = Fields({"key": value}, "file x")  # type: ignore[dict-item]
+    with pytest.raises(FormatError, match=r'file x: "key" is .*, expected'):
+        getattr(fields, accessor)("key")
+    with pytest.raises(FormatError, match='"other" is nothing'):
+        getattr(fields, accessor)("other")
+
+
+@pytest.mark.parametrize("values", [[1, 2], [1, 2, "3"], [1, 2, 10**400], 5])
+def test_a_list_of_numbers_has_its_length(values: object) -> None:
+    with pytest.raises(FormatError, match="a list of 3 numbers"):
+        Fields({"mean": values}, "x").numbers("mean", 3)  # type: ignore[dict-item]
+
+
+def test_settings_are_read_as_their_fields_type() -> None:
+    words = ["rank=3", "clip=false", "step_size=1e-3", "init=a photo", "n-pairs=2"]
+    config = configured(ZipConfig, settings_from_words(words), "zip")
+    assert (config.rank, config.clip, config.step_size) == (3, False, 1e-3)
+    assert (config.init, config.n_pairs) == ("a photo", 2)
+    for word in ("rank=1.5", "clip=perhaps", "step_size=nan", "step_size=inf", "init_std=-inf"):
+        with pytest.raises(ConfigError, match="expected"):
+            configured(ZipConfig, settings_from_words([word]), "zip")
+
+
+def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
+    folder, same = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    folder.create({}, {})
+    with folder.locked(), pytest.raises(ConfigError, match="another process"), same.locked():
+        pass
+    with same.locked():
+        pass
