@@ -31,6 +31,7 @@ class Classifier:
     resize: bool
     """Whether the graph resizes pictures itself."""
     method: str
+    precision: str
     tuning_pictures: tuple[int, ...]
     """First 8 bytes of the SHA-256 of every picture that tuning has seen."""
     session: Any
@@ -87,6 +88,7 @@ def open_classifier(path: Path, provider: str) -> Classifier:
         image=image_spec(top.object("image")),
         resize=top.flag("resize"),
         method=top.text("method"),
+        precision=top.text("precision", among=("fp32", "fp16", "int8")),
         tuning_pictures=seen,
         session=session,
     )

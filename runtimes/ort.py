@@ -12,7 +12,7 @@ import PIL
 from runtimes.bundle import PARITY, Bundle
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
 from runtimes.prompts import class_feeds
-from runtimes.providers import onnxruntime, open_session, require_placement
+from runtimes.providers import check_precision, onnxruntime, open_session, require_placement
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import FormatError, ZtuneError
 from ztune.tensors import read_tensors
@@ -41,6 +41,7 @@ class _Graph:
     """One graph of a bundle, checked and open."""
 
     def __init__(self, bundle: Bundle, name: str, provider: str):
+        check_precision(bundle.precision, provider)
         self._path = bundle.file(f"{name}.onnx")
         _check_placement(bundle, name, self._path, provider)
         self._session = open_session(self._path, provider)
@@ -55,6 +56,9 @@ class OrtImageEncoder:
 
     def __init__(self, bundle: Bundle, provider: str):
         self._spec = bundle.image
+        # Dynamic int8 scales activations over the whole call: a picture's features would depend on
+        # its company, so there is none.
+        self._alone = bundle.precision == "int8"
         self._graph = _Graph(bundle, "image", provider)
         weights = bundle.files.get("image.onnx.data", ("",))[0]
         self._identity = "|".join(
@@ -78,7 +82,10 @@ class OrtImageEncoder:
         return crop(image, self._spec) if view is None else random_view(image, self._spec, view)
 
     def encode(self, pixels: U8) -> F32:
-        return self._graph.run({"pixels": normalise(pixels, self._spec)})
+        ready = normalise(pixels, self._spec)
+        if not self._alone:
+            return self._graph.run({"pixels": ready})
+        return np.concatenate([self._graph.run({"pixels": one[None]}) for one in ready])
 
 
 class OrtTextEncoder:

@@ -85,6 +85,23 @@ def open_session(graph: Path | bytes, provider: str, *, profile_prefix: Path | N
     return session
 
 
+def check_precision(precision: str, provider: str) -> None:
+    """Refuse what a provider cannot run, or cannot run safely.
+
+    Raises: ProviderError saying why, and what to use instead.
+    """
+    if precision == "int8" and provider != "cpu":
+        raise ProviderError(
+            f"an int8 bundle cannot run on {provider}: its dynamic quantization is made for CPUs "
+            "(use the fp32 bundle there, or --provider cpu)"
+        )
+    if precision == "fp16" and provider == "cpu":
+        raise ProviderError(
+            "an fp16 bundle cannot run on cpu: ONNX Runtime is known to crash on such graphs there "
+            "(use the fp32 or int8 bundle, or --provider cuda)"
+        )
+
+
 def require_placement(graph: Path | bytes, provider: str, feeds: Mapping[str, Any]) -> None:
     """Run `graph` once under the profiler and see where its matrix products ran.
 

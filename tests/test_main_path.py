@@ -224,7 +224,7 @@ def phase(out: Path) -> str:
 
 @pytest.mark.parametrize(
     ("wanted", "init", "expected_phases"),
-    [(20, (), {"tuning", "image pass"}), (3, ("--init", "a photo of a"), {"tuning"})],
+    [(20, (), {"tuning", "image pass"}), (2, ("--init", "a photo of a"), {"tuning"})],
 )
 def test_kills_change_nothing(
     wanted: int,
@@ -233,15 +233,15 @@ def test_kills_change_nothing(
     ztune: Command,
     tmp_path: Path,
 ) -> None:
-    # Random views make the image pass long enough to be hit; 250 steps do the same for tuning.
-    settings = (*TUNE, "--queries", 2500, "--augment", 4, *init)
+    # Random views make the image pass long enough to be hit; 150 steps do the same for tuning.
+    settings = (*TUNE, "--queries", 1500, "--augment", 4, *init)
     whole = tmp_path / "whole"
     started = time.monotonic()
     assert ztune(*settings, "--out", whole).code == 0
     length = time.monotonic() - started + 1.0  # and a process's own start
     moments = random.Random(0)
     n_kills = n_finished = 0
-    phases = set()
+    phases: set[str] = set()
     while n_kills < wanted or not phases >= expected_phases:
         assert n_kills < 60, phases
         out = tmp_path / f"killed-{n_finished}"

@@ -19,7 +19,7 @@ SMALL = ("--shots", 2, "--queries", 10)
 @pytest.fixture
 def ztune(ztune: Command) -> Command:
     """Leave remarks out: what is left on standard error is warnings and the error."""
-    return lambda *words: ztune(*words, "--quiet")
+    return lambda *words, quiet=True: ztune(*words, *["--quiet"] * quiet)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine.txt").write_text("")
-    refused(tune(occupied), "is not empty", "name another --out")
+    refused(tune(occupied), "is not empty", "name another")
     assert (occupied / "mine.txt").exists()
     run = tmp_path / "run"
     assert tune(run).code == 0
@@ -222,7 +222,7 @@ def test_a_run_without_test_pictures_says_where_they_could_come_from(
 ) -> None:
     out = tmp_path / "run"
     words = ("--shots", 8, "--queries", 10, "--out", out, "--json")
-    done = ztune("tune", MINI, "--data", data, *words)
+    done = ztune("tune", MINI, "--data", data, *words, quiet=False)
     assert done.code == 0, done.err
     assert done.json["val_accuracy"] is None
     assert "no test set" in done.err
@@ -305,13 +305,13 @@ def test_predicting_a_folder_passes_by_what_the_data_room_passes_by(data: Path) 
 def test_an_error_is_one_line_that_any_terminal_can_show(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="ascii"))
     Output().result({}, ["Straße"])
     Output(as_json=True).result({"class": "Straße"})
     fail("first\n  second: é")
-    out.flush()
-    err.flush()
-    assert out.buffer.getvalue() == b'Stra\\xdfe\n{"class": "Stra\\u00dfe"}\n'  # type: ignore[attr-defined]
-    assert err.buffer.getvalue() == b"error: first second: \\xe9\n"  # type: ignore[attr-defined]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert out.getvalue() == b'Stra\\xdfe\n{"class": "Stra\\u00dfe"}\n'
+    assert err.getvalue() == b"error: first second: \\xe9\n"

@@ -89,7 +89,7 @@ def test_files_that_may_not_be_read(copy: Path, name: str, monkeypatch: pytest.M
         return files.sha256(path)
 
     monkeypatch.setattr("runtimes.bundle.sha256", sha256)
-    with pytest.raises(FormatError, match="cannot be read: Permission denied$"):
+    with pytest.raises(FormatError, match=r"cannot be read: Permission denied$"):
         load_bundle(copy).file(name)
 
 

@@ -79,7 +79,8 @@ def classify(
     results: list[tuple[F32, F32]] = []
     waiting: list[U8] = []
     # A graph that resizes takes one picture at a time, since their sizes differ.
-    size = 1 if classifier.resize else _BATCH
+    # Nor has a picture company in int8, where the activations' scale is taken over a whole call.
+    size = 1 if classifier.resize or classifier.precision == "int8" else _BATCH
 
     def flush() -> None:
         if waiting:
