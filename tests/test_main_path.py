@@ -308,3 +308,28 @@ def test_resume_refuses_changed_pictures_and_another_bundle(ztune: Command, tmp_
     refused = ztune("tune", "--resume", out)
     assert refused.code == 1
     assert "is not the one that the run began with" in refused.err
+
+
+def test_a_run_goes_on_and_is_evaluated_where_its_bundle_has_moved(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    bundle, moved, out = tmp_path / "bundle", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(MINI, bundle)
+    words = ("--data", DIGITS, "--queries", 20, "--cache", cache, "--out", out)
+    assert ztune("tune", bundle, *words).code == 0
+    bundle.rename(moved)
+    lost = ztune("eval", out)
+    assert lost.code == 1
+    assert "--bundle DIR" in lost.err
+    assert ztune("eval", out, "--bundle", moved).code == 0
+    document = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**document, "status": "running"}))
+    before = (out / "prompt.safetensors").read_bytes()
+    lost = ztune("tune", "--resume", out)
+    assert lost.code == 1
+    assert "ztune tune BUNDLE --resume" in lost.err
+    assert ztune("tune", moved, "--resume", out).code == 0
+    assert (out / "prompt.safetensors").read_bytes() == before
+    refused = ztune("tune", "--resume", out, "--queries", 9000)
+    assert refused.code == 1
+    assert "leave out --queries" in refused.err

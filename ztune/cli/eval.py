@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="labelled pictures")
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="a run's bundle, where it moved")
     parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
     parser.add_argument(
         "--template", metavar="TEXT", help='hand-written prompt (default: "a photo of a {}.")'
@@ -103,12 +105,19 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     head = folder.read()
     where = f'run "{folder.path}": run.json'
     if head.get("status") != "finished":
+        path = shlex.quote(str(folder.path))
         raise ConfigError(
-            f'run "{folder.path}" is not finished (go on with: ztune tune --resume {folder.path})'
+            f'run "{folder.path}" is not finished (go on with: ztune tune --resume {path})'
         )
     request = request_from_json(Fields(head, where).object("request").values, where)
     pictures = _from_split_file(folder.split, arguments.split or "test")
-    bench = open_workbench(Path(request.bundle), arguments.provider, output)
+    bundle = arguments.bundle or Path(request.bundle)
+    if not bundle.is_dir():
+        raise ConfigError(
+            f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now with '
+            "--bundle DIR"
+        )
+    bench = open_workbench(bundle, arguments.provider, output)
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
     labels = pictures.among(artifact.classes, "the run's classes")
@@ -149,6 +158,8 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
 
     if arguments.prompt is not None and arguments.template is not None:
         raise ConfigError("give --prompt or --template, not both")
+    if arguments.bundle is not None:
+        raise ConfigError("--bundle goes with a run; here the bundle is already named")
     pictures = _pictures(arguments)
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
@@ -186,7 +197,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.providers import resolve
     from ztune.cli.predict import classify
 
-    for name in ("prompt", "template", "classes", "cache"):
+    for name in ("prompt", "template", "classes", "cache", "bundle"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
     provider, why = resolve(arguments.provider)
