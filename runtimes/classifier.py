@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
-from runtimes.ort import run_graph
 from runtimes.preprocess import crop, read_picture
-from runtimes.providers import open_session
+from runtimes.providers import open_session, run_graph
 from ztune.errors import FormatError, ProviderError
 from ztune.fields import Fields
 from ztune.types import F32, U8

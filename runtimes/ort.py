@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -12,29 +11,21 @@ import PIL
 from runtimes.bundle import PARITY, Bundle
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
 from runtimes.prompts import class_feeds
-from runtimes.providers import check_precision, onnxruntime, open_session, require_placement
+from runtimes.providers import (
+    check_precision,
+    onnxruntime,
+    open_session,
+    require_placement,
+    run_graph,
+)
 from runtimes.tokenizer import Tokenizer
-from ztune.errors import FormatError, ZtuneError
+from ztune.errors import FormatError
 from ztune.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
 # Class-name tokens of all candidates in one call of the prompt graph: bounds its memory. Part of
 # what makes a run reproducible, hence a constant and no measurement.
 _TOKENS_PER_CALL = 16384
-
-
-def run_graph(
-    session: Any, graph: Path, outputs: list[str], feeds: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
-    """Run an open session of `graph`.
-
-    Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
-    """
-    try:
-        return [np.asarray(output) for output in session.run(outputs, dict(feeds))]
-    except Exception as error:  # ONNX Runtime raises many types, all of them final here
-        reason = " ".join(str(error).split())[:200]
-        raise ZtuneError(f"{graph} failed while running: {reason}") from None
 
 
 class _Graph:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ztune.errors import ProviderError
+from ztune.errors import ProviderError, ZtuneError
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
@@ -85,6 +86,20 @@ def open_session(graph: Path | bytes, provider: str, *, profile_prefix: Path | N
     return session
 
 
+def run_graph(
+    session: Any, graph: Path | str, outputs: list[str] | None, feeds: Mapping[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Run an open session of `graph`.
+
+    Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+    """
+    try:
+        return [np.asarray(output) for output in session.run(outputs, dict(feeds))]
+    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+        reason = " ".join(str(error).split())[:200]
+        raise ZtuneError(f"{graph} failed while running: {reason}") from None
+
+
 def check_precision(precision: str, provider: str) -> None:
     """Refuse what a provider cannot run, or cannot run safely.
 
@@ -109,7 +124,7 @@ def require_placement(graph: Path | bytes, provider: str, feeds: Mapping[str, An
     """
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(graph, provider, profile_prefix=Path(folder) / "placement")
-        session.run(None, dict(feeds))
+        run_graph(session, _shown(graph), None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
     elsewhere: dict[str, str] = {}
     n_heavy = 0
