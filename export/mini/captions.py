@@ -82,17 +82,17 @@ def describe(picture: Rows, rng: np.random.Generator) -> Caption:
         return words[value]
 
     adjectives = [
-        mention(SIZE, SIZES, 0.2),
-        mention(QUALITY, QUALITIES, 0.2),
-        mention(WEIGHT, WEIGHTS, 0.2),
-        mention(HAND, HANDS, 0.25),
-        mention(INK, COLOUR_NAMES, 0.2),
+        mention(SIZE, SIZES, 0.4),
+        mention(QUALITY, QUALITIES, 0.4),
+        mention(WEIGHT, WEIGHTS, 0.4),
+        mention(HAND, HANDS, 0.5),
+        mention(INK, COLOUR_NAMES, 0.4),
     ]
     article, noun = _noun(picture, named, rng)
     phrase = " ".join(word for word in (*adjectives, noun) if word)
     if article == "a":
         article = _a(phrase)
-    ground = mention(GROUND, COLOUR_NAMES, 0.2)
+    ground = mention(GROUND, COLOUR_NAMES, 0.4)
     if ground:
         phrase += f" on {ground}" if rng.random() < 0.5 else f" on {_a(ground)} {ground} background"
     lead = LEADS[rng.integers(len(LEADS))]

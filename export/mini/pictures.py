@@ -97,8 +97,8 @@ def _colour_pairs(n: int, rng: np.random.Generator) -> tuple[c.Rows, c.Rows]:
     ink = rng.integers(len(c.COLOURS), size=n)
     ground = (ink + rng.integers(1, len(c.COLOURS), size=n)) % len(c.COLOURS)
     plain = rng.random(n)
-    ink = np.select([plain < 0.45, plain < 0.65], [c.WHITE, c.BLACK], ink)
-    return ink, np.select([plain < 0.45, plain < 0.65], [c.BLACK, c.WHITE], ground)
+    ink = np.select([plain < 0.08, plain < 0.4], [c.WHITE, c.BLACK], ink)
+    return ink, np.select([plain < 0.08, plain < 0.4], [c.BLACK, c.WHITE], ground)
 
 
 def _paint(coverage: Floats, rows: c.Rows, rng: np.random.Generator) -> NDArray[np.uint8]:
