@@ -24,6 +24,7 @@ _EXTRAS = {
     "cpu or gpu": "onnxruntime",
     "export": "open_clip",
     "triton": "tritonclient",
+    "dev": "pytest",
 }
 
 
