@@ -61,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", help="auto, cpu or cuda (default: auto)")
 
 
+# What the last bits of a result depend on.
+_ARITHMETIC = (
+    "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
+)  # fmt: skip
 _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
@@ -188,11 +192,13 @@ def _go_on(
             f'bundle "{bundle.path}" is not the one that the run began with (put it back, or start '
             "a new run)"
         )
-    for part, now in (("versions", versions()), ("machine", machine())):
-        then = fields.object(part).values
-        changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
-        if changed:
-            output.warn(f"not as when the run began, bytes may differ: {', '.join(changed)}")
+    then = {**fields.object("versions").values, **fields.object("machine").values}
+    now = {**versions(), **machine()}
+    changed = [
+        f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
+    ]
+    if changed:
+        output.warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
     provider, _ = resolve(fields.text("provider"))
     split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
     split.check_unchanged()
