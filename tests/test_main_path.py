@@ -52,7 +52,7 @@ def test_a_run_holds_what_it_promises(ztune: Command, tmp_path: Path, cache: Pat
     assert [line["queries"] for line in history] == list(range(10, 201, 10))
     artifact = read_artifact(out / "prompt.safetensors")
     assert isinstance(artifact, ContextArtifact)
-    assert artifact.context.shape == (8, 128)
+    assert artifact.context.shape == (8, 64)
     assert len(artifact.tuning_pictures) == 200
 
     again = ztune("tune", "--resume", out, "--json")

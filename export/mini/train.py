@@ -71,7 +71,7 @@ def model_config(vocabulary: int) -> dict[str, Any]:
             "image_size": SIZE, "patch_size": 4, "width": 128, "layers": 4, "head_width": 32,
         },
         "text_cfg": {
-            "context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 128, "heads": 4,
+            "context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 64, "heads": 4,
             "layers": 3,
         },
     }  # fmt: skip
