@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -103,10 +103,15 @@ class Ticker:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a plain table, first column left-aligned, the others right."""
-    result = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    """Return a plain table, first column left-aligned, the others right; no header where empty."""
+    named = any(columns)
+    result = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, show_header=named
+    )
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        # Words read from the left, figures stand in line from the right.
+        justify: Literal["left", "right"] = "right" if index and named else "left"
+        result.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result
