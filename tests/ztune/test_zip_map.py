@@ -96,8 +96,19 @@ def test_contexts_agree_with_a_transcription_of_the_formulas() -> None:
             np.testing.assert_allclose(contexts[i], expected, atol=1e-6)
 
 
-def test_a_latent_that_does_not_fit_the_width_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"500 over 1 context .*set intrinsic_dim between 1 and"):
-        ZipMap(np.zeros((1, 100), np.float32), 500, 5, np.random.default_rng(0))
+def test_more_values_than_the_width_are_padded_to_their_own_power_of_two() -> None:
+    q, d, D = 100, 24, 128
+    zip_map = ZipMap(np.zeros((1, d), np.float32), q, 1, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    draw = rng.choice([-1.0, 1.0], size=D), rng.permutation(D), rng.standard_normal(D)
+    v = np.random.default_rng(4).standard_normal(q)
+    point = np.concatenate([np.zeros(1), np.ones(1), np.zeros(q), v])
+    expected = transcribed_fastfood(v, *draw, d)
+    np.testing.assert_allclose(zip_map(point[None])[0, 0], expected, atol=1e-6)
+
+
+def test_a_latent_of_an_impossible_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"9000 over 1 context .*set intrinsic_dim between 1 and"):
+        ZipMap(np.zeros((1, 100), np.float32), 9000, 5, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="gives 0 values a token"):
         ZipMap(np.zeros((8, 100), np.float32), 5, 5, np.random.default_rng(0))

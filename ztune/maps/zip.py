@@ -11,6 +11,8 @@ import numpy as np
 from ztune.errors import ConfigError
 from ztune.types import F32, F64, I64
 
+_MOST_PER_TOKEN = 4096
+
 
 def walsh_hadamard(x: F64) -> F64:
     """Return H x along the last axis, H un-normalised: H(Hx) = n x.
@@ -53,17 +55,18 @@ class ZipMap:
     def __init__(self, initial: F32, intrinsic_dim: int, rank: int, rng: np.random.Generator):
         """Draw the fixed transforms for `initial` f32[m, d].
 
-        Raises: ConfigError when intrinsic_dim leaves no value per token, or more than Fastfood
-        can spread over the text width.
+        Raises: ConfigError when intrinsic_dim leaves no value per token, or too many to compute.
         """
         m, d = initial.shape
         q = intrinsic_dim // m
-        D = 1 << (d - 1).bit_length()  # the next power of two >= d
-        if not 1 <= q <= D:
+        if not 1 <= q <= _MOST_PER_TOKEN:
             raise ConfigError(
-                f"intrinsic_dim {intrinsic_dim} over {m} context tokens gives {q} values a token; "
-                f"this model takes 1 to {D} (set intrinsic_dim between {m} and {m * D})"
+                f"intrinsic_dim {intrinsic_dim} over {m} context tokens gives {q} values a token, "
+                f"expected 1 to {_MOST_PER_TOKEN} (set intrinsic_dim between {m} and "
+                f"{m * _MOST_PER_TOKEN})"
             )
+        # The next power of two >= d, as published; a narrow tower may have more values than that.
+        D = 1 << (max(d, q) - 1).bit_length()
         if rank < 1:
             raise ConfigError(f"rank is {rank}, expected at least 1")
         self.m, self.q, self.rank = m, q, rank
