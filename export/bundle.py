@@ -19,9 +19,18 @@ from torch import nn
 
 from export.clip import LoadedClip
 from export.graphs import ImageGraph, PrefixGraph, SequenceGraph, TextGraph
-from export.onnx import EXTERNAL_THRESHOLD, Input, export_onnx
+from export.onnx import Input, export_onnx
 from export.parity import Case, compare, image_cases, prompt_cases, text_cases
-from runtimes.bundle import FORMAT, MANIFEST, PARITY, VERSION, Bundle, describe, load_bundle
+from runtimes.bundle import (
+    EXTERNAL_THRESHOLD,
+    FORMAT,
+    MANIFEST,
+    PARITY,
+    VERSION,
+    Bundle,
+    describe,
+    load_bundle,
+)
 from ztune.files import new_folder, sha256, write_json
 from ztune.tensors import write_tensors
 from ztune.types import Json

@@ -15,15 +15,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtimes.bundle import Bundle, ImageSpec, describe
+from runtimes.bundle import EXTERNAL_THRESHOLD, Bundle, ImageSpec, describe
 from runtimes.classifier import FORMAT, VERSION
 from ztune.artifact import Artifact
 from ztune.errors import DataError, FormatError
 from ztune.files import replacing
 from ztune.types import Json
-
-# Above this a protobuf file comes near its 2 GB limit and the weights go beside it.
-EXTERNAL_THRESHOLD = 1_800_000_000
 
 
 class _Graph:

@@ -15,8 +15,9 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from runtimes.bundle import EXTERNAL_THRESHOLD
+
 OPSET = 20  # has Gelu as one operator; onnxruntime 1.20 runs up to 21
-EXTERNAL_THRESHOLD = 1_800_000_000  # bytes of weights; a protobuf ends at 2 GiB
 _MASKED = -1e4
 
 

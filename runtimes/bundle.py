@@ -24,6 +24,8 @@ FORMAT = "ztune-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
+# Bytes of weights above which they go beside a graph: a protobuf file ends at 2 GiB.
+EXTERNAL_THRESHOLD = 1_800_000_000
 # Of a width or a length in the manifest: what is allocated by it stays small.
 _LARGEST = 65536
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

@@ -27,12 +27,6 @@ def token_table(bundle: Bundle) -> F32:
     return table
 
 
-def longest_context(spec: TextSpec, tokenizer: Tokenizer, class_names: Sequence[str]) -> int:
-    """Return the longest context m that fits before the longest of these names."""
-    longest = max(len(tokenizer.encode(f"{name}.")) for name in class_names)
-    return spec.context_length - longest - len(spec.prefix_ids) - len(spec.suffix_ids)
-
-
 def class_feeds(
     bundle: Bundle, tokenizer: Tokenizer, class_names: Sequence[str], n_context: int
 ) -> dict[str, np.ndarray[Any, Any]]:

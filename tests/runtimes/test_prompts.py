@@ -7,7 +7,6 @@ from runtimes.bundle import TextSpec, load_bundle
 from runtimes.prompts import (
     context_of_words,
     feeds,
-    longest_context,
     name_tokens,
     placeholder_id,
     template_tokens,
@@ -66,7 +65,6 @@ def test_the_placeholder_is_no_special(tokenizer: Tokenizer) -> None:
 
 def test_a_name_that_does_not_fit_is_named_and_never_cut(tokenizer: Tokenizer) -> None:
     spec = tokenizer.spec
-    assert longest_context(spec, tokenizer, NAMES) == 12 - 2 - 3
     assert len(name_tokens(spec, tokenizer, NAMES, 7)) == 3
     message = (
         r"class 'traffic light' does not fit: context 8 \+ name 3 \+ specials 2 = 13 tokens, "
