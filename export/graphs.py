@@ -155,8 +155,9 @@ class PrefixGraph(nn.Module):
 
     - [SOS] sees nothing but itself: its keys and values are constants of the graph;
     - the context's rows are computed once per candidate, the names' real tokens only, together
-      [P, m + T, d];
-    - only attention uses the grid [P, C, n], and there causality hides the padding by itself;
+      [P * m + P * T, d]; before the first attention the names are the same for every candidate;
+    - only attention uses the grid [P, C, n], and there causality hides the padding by itself; one
+      gather of d / h values a head brings each of query, key and value there;
     - the last layer needs queries, projection and MLP for the end-of-text rows alone.
     """
 
@@ -179,16 +180,16 @@ class PrefixGraph(nn.Module):
         )
         keys, values = [], []
         with torch.no_grad():
-            state = tower.embedding.weight[sos_id] + tower.positions[0]
-            state = state.reshape(1, 1, -1)
+            state = (tower.embedding.weight[sos_id] + tower.positions[0]).reshape(1, -1)
             for block in tower.blocks:
-                key, value = _heads(_projection(block, "kv")(block.ln_1(state)), block)
+                projected = _projection(block, "kv")(block.ln_1(state))
+                key, value = projected.reshape(2, block.attn.num_heads, 1, -1)
                 keys.append(key)
                 values.append(value)
                 # One row attends to itself: the attention's output is its value.
-                attended = block.attn.out_proj(value.reshape(1, 1, -1))
+                attended = block.attn.out_proj(value.reshape(1, -1))
                 state = _after_attention(block, state, attended)
-        self.register_buffer("sos_keys", torch.stack(keys).detach())
+        self.register_buffer("sos_keys", torch.stack(keys).detach())  # [layers, h, 1, d / h]
         self.register_buffer("sos_values", torch.stack(values).detach())
         self.register_buffer("positions", tower.positions.clone())
 
@@ -201,45 +202,78 @@ class PrefixGraph(nn.Module):
         unpad_index: Tensor,
         eot_index: Tensor,
     ) -> Tensor:
-        n_candidates, n_context, _ = contexts.shape
+        n_candidates, n_context, width = contexts.shape
         n_classes, n_name = pad_index.shape
+        n_rows = name_positions.shape[0]
+        n_heads = self.sos_keys.shape[1]
         steps = torch.arange(n_context, device=contexts.device)
         columns = torch.arange(n_name, device=contexts.device)
+        heads = torch.arange(n_heads, device=contexts.device)
+        candidates = torch.arange(n_candidates, device=contexts.device).reshape(-1, 1)
         # [m, 1 + m]: a context row sees [SOS], and the context up to itself; [n, n] likewise.
         prefix_mask = _mask(torch.arange(n_context + 1) <= 1 + steps.unsqueeze(1))
         name_mask = _mask(columns <= columns.unsqueeze(1))
-        # Where, among the m + T rows of a candidate, the names' grid and their ends are.
-        grid_index = n_context + pad_index.reshape(-1)
-        end_index = n_context + eot_index
-        prefix = contexts + self.positions.index_select(0, 1 + steps)
+        # Rows: the contexts of all candidates, then the names of the first, of the second, ...
+        first_name = n_candidates * n_context
+        prefix_rows = candidates * n_context + steps  # [P, m]
+        grid_rows = first_name + candidates * n_rows + pad_index.reshape(1, -1)  # [P, C * n]
+        end_rows = (first_name + candidates * n_rows + eot_index).reshape(-1)  # [P * C]
+        # Back to rows [P * T, h], in blocks of d / h values of attended [P, h, C * n, d / h].
+        unpad_blocks = (candidates.unsqueeze(2) * n_heads + heads) * (n_classes * n_name)
+        unpad_blocks = (unpad_blocks + unpad_index.reshape(1, -1, 1)).reshape(-1)
+
+        prefix = (contexts + self.positions.index_select(0, 1 + steps)).reshape(-1, width)
         names = name_embeddings + self.positions.index_select(0, 1 + n_context + name_positions)
-        rows = torch.cat([prefix, names.expand(n_candidates, -1, -1)], 1)  # [P, m + T, d]
+        rows = torch.cat([prefix, names.expand(n_candidates, -1, -1).reshape(-1, width)])
         n_queries = n_name
         for layer, block in enumerate(self.blocks):
-            last = layer == len(self.blocks) - 1
-            normed = block.ln_1(rows)
             projection: Any = self.projections[layer]
-            projected = projection["kv" if last else "qkv"](normed)
-            *prefix_query, key, value = _heads(projected[:, :n_context], block)
-            *name_query, name_key, name_value = _heads(projected.index_select(1, grid_index), block)
+            last = layer == len(self.blocks) - 1
             if last:
-                rows = rows.index_select(1, end_index)
-                ends = projection["q"](normed.index_select(1, end_index))
-                name_query = [*_heads(ends, block)]
+                normed = block.ln_1(rows)
+                projected = projection["kv"](normed)
+                query_of, key_of, value_of, n_parts = -1, 0, 1, 2
+            elif layer == 0:
+                projected = projection["qkv"](block.ln_1(torch.cat([prefix, names])))
+                query_of, key_of, value_of, n_parts = 0, 1, 2, 3
+            else:
+                projected = projection["qkv"](block.ln_1(rows))
+                query_of, key_of, value_of, n_parts = 0, 1, 2, 3
+            blocks = projected.reshape(-1, width // n_heads)
+
+            def by_head(
+                at: Tensor, part: int, blocks: Tensor = blocks, n_parts: int = n_parts
+            ) -> Tensor:
+                """Return [P, h, X, d / h] of the rows [P, X], of one part of the projection."""
+                index = (at.unsqueeze(1) * n_parts + part) * n_heads + heads.reshape(-1, 1)
+                taken = blocks.index_select(0, index.reshape(-1))
+                return taken.reshape(n_candidates, n_heads, -1, width // n_heads)
+
+            names_at = grid_rows
+            if layer == 0:
+                names_at = (first_name + pad_index.reshape(1, -1)).expand(n_candidates, -1)
+            name_key, name_value = by_head(names_at, key_of), by_head(names_at, value_of)
+            if last:
+                rows = rows.index_select(0, end_rows)
+                ends = projection["q"](normed.index_select(0, end_rows))
+                ends = ends.reshape(n_candidates, n_classes, n_heads, -1)
+                name_query = ends.transpose(1, 2)
                 n_queries = 1
                 end_positions = name_positions.index_select(0, eot_index)
                 name_mask = _mask(columns <= end_positions.reshape(-1, 1, 1))
+            else:
+                name_query = by_head(names_at, query_of)
             sos_key = self.sos_keys[layer].expand(n_candidates, -1, -1, -1)
             sos_value = self.sos_values[layer].expand(n_candidates, -1, -1, -1)
-            prefix_key = torch.cat([sos_key, key], 2)  # [P, h, 1 + m, d / h]
-            prefix_value = torch.cat([sos_value, value], 2)
+            # [P, h, 1 + m, d / h]
+            prefix_key = torch.cat([sos_key, by_head(prefix_rows, key_of)], 2)
+            prefix_value = torch.cat([sos_value, by_head(prefix_rows, value_of)], 2)
             # Names: [P, h, C * queries, d / h] before the prefix, and before each other
             # [P, h, C, queries, d / h], which is the same memory.
-            (query,) = name_query
             scores = torch.cat(
                 [
-                    _by_class(query @ prefix_key.transpose(-1, -2), n_classes, n_queries),
-                    _by_class(query, n_classes, n_queries)
+                    _by_class(name_query @ prefix_key.transpose(-1, -2), n_classes, n_queries),
+                    _by_class(name_query, n_classes, n_queries)
                     @ _by_class(name_key, n_classes, n_name).transpose(-1, -2)
                     + name_mask,
                 ],
@@ -248,24 +282,30 @@ class PrefixGraph(nn.Module):
             weights = scores.softmax(-1)
             from_prefix = weights[..., : n_context + 1].flatten(2, 3) @ prefix_value
             from_name = weights[..., n_context + 1 :] @ _by_class(name_value, n_classes, n_name)
-            attended = _rows(from_prefix + from_name.flatten(2, 3))
-            if not last:
-                (query,) = prefix_query
+            attended = from_prefix + from_name.flatten(2, 3)  # [P, h, C * queries, d / h]
+            if last:
+                attended = attended.transpose(1, 2).reshape(-1, width)
+            else:
+                query = by_head(prefix_rows, query_of)
                 weights = (query @ prefix_key.transpose(-1, -2) + prefix_mask).softmax(-1)
-                attended = torch.cat(
-                    [_rows(weights @ prefix_value), attended.index_select(1, unpad_index)], 1
-                )
+                of_prefix = (weights @ prefix_value).transpose(1, 2).reshape(-1, width)
+                of_names = attended.reshape(-1, width // n_heads).index_select(0, unpad_blocks)
+                attended = torch.cat([of_prefix, of_names.reshape(-1, width)])
             rows = _after_attention(block, rows, block.attn.out_proj(attended))
         features = self.ln_final(rows)
         if isinstance(self.projection, nn.Module):
             features = self.projection(features)
         elif self.projection is not None:
             features = features @ self.projection
-        return functional.normalize(features, dim=-1)
+        features = functional.normalize(features, dim=-1)
+        return features.reshape(n_candidates, n_classes, -1)
 
 
 def _projection(block: Any, parts: str) -> nn.Linear:
-    """Return the query, key and value projections named in `parts` (q, kv or qkv) as one layer."""
+    """Return the query, key and value projections named in `parts` (q, kv or qkv) as one layer.
+
+    The query comes scaled by 1 / sqrt(d / h).
+    """
     attention = block.attn
     width = attention.embed_dim
     start, stop = {"q": (0, 1), "kv": (1, 3), "qkv": (0, 3)}[parts]
@@ -275,22 +315,11 @@ def _projection(block: Any, parts: str) -> nn.Linear:
         layer.weight.copy_(attention.in_proj_weight[part])
         if attention.in_proj_bias is not None:
             layer.bias.copy_(attention.in_proj_bias[part])
+        if start == 0:
+            layer.weight[:width] *= (width // attention.num_heads) ** -0.5
+            if attention.in_proj_bias is not None:
+                layer.bias[:width] *= (width // attention.num_heads) ** -0.5
     return layer.requires_grad_(False)
-
-
-def _heads(projected: Tensor, block: Any) -> tuple[Tensor, ...]:
-    """Split [B, T, k * d] into k tensors [B, h, T, d / h]; the query, if any, comes scaled."""
-    heads, width = block.attn.num_heads, block.attn.embed_dim
-    batch, rows, size = projected.shape
-    split = projected.reshape(batch, rows, size // width, heads, width // heads)
-    parts = split.permute(2, 0, 3, 1, 4).unbind(0)
-    if len(parts) == 2:
-        return parts
-    return (parts[0] * (width // heads) ** -0.5, *parts[1:])
-
-
-def _rows(by_head: Tensor) -> Tensor:
-    return by_head.transpose(1, 2).flatten(2)
 
 
 def _by_class(grid: Tensor, n_classes: int, n_name: int) -> Tensor:
