@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtimes.bundle import MANIFEST, PARITY, Bundle, load_bundle
 from runtimes.ort import parity_figures
+from runtimes.providers import Execution
 from ztune.errors import ConfigError, ZtuneError
 from ztune.files import new_folder, sha256, write_json
 from ztune.types import Json
@@ -51,7 +52,7 @@ def _fill(bundle: Bundle, folder: Path, progress: Callable[[str], None]) -> None
     for name in GRAPHS:
         graph = folder / f"{name}.onnx"
         _to_int8(bundle.file(f"{name}.onnx"), graph)
-        figures = parity_figures(folder / PARITY, name, graph, "cpu")
+        figures = parity_figures(folder / PARITY, name, graph, Execution())
         progress(
             f"{name}.onnx: cosine to torch at least {figures['cosine']:.5f}, differs by at most "
             f"{figures['max_abs']:.1e}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
 from runtimes.preprocess import crop, read_picture
-from runtimes.providers import open_session, run_graph
+from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import FormatError, ProviderError
 from ztune.fields import Fields
 from ztune.types import F32, U8
@@ -48,7 +48,7 @@ class Classifier:
         return logits, probabilities
 
 
-def open_classifier(path: Path, provider: str) -> Classifier:
+def open_classifier(path: Path, execution: Execution) -> Classifier:
     """Open and check a classifier.
 
     Raises: FormatError when the file is absent, damaged or not packed by ztune, or when its
@@ -61,7 +61,7 @@ def open_classifier(path: Path, provider: str) -> Classifier:
         weights = Path(f"{path}.data")
         check_external_data(path, weights.name if weights.exists() else None)
     try:
-        session = open_session(path, provider)
+        session = open_session(path, execution)
     except ProviderError as error:
         raise FormatError(
             f"{where} cannot be opened (damaged, or no ONNX file?): {error}"

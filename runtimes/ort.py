@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL
 
+from runtimes.binding import BoundCall
 from runtimes.bundle import PARITY, Bundle
+from runtimes.plan import Plan, Sizes, make_plan
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
-from runtimes.prompts import class_feeds
+from runtimes.prompts import (
+    feeds,
+    name_lengths,
+    name_tokens,
+    shared_starts,
+    template_sentences,
+    token_table,
+)
 from runtimes.providers import (
+    Execution,
     check_precision,
     onnxruntime,
     open_session,
@@ -23,40 +34,30 @@ from ztune.errors import FormatError
 from ztune.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
-# Class-name tokens of all candidates in one call of the prompt graph: bounds its memory. Part of
-# what makes a run reproducible, hence a constant and no measurement.
-_TOKENS_PER_CALL = 16384
-
 
 class _Graph:
     """One graph of a bundle, checked and open."""
 
-    def __init__(self, bundle: Bundle, name: str, provider: str):
-        check_precision(bundle.precision, provider)
-        self._path = bundle.file(f"{name}.onnx")
-        _check_placement(bundle, name, self._path, provider)
-        self._session = open_session(self._path, provider)
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> F32:
-        features = run_graph(self._session, self._path, ["features"], feeds)[0]
-        return np.asarray(features, dtype=np.float32)
+    def __init__(self, bundle: Bundle, name: str, execution: Execution):
+        check_precision(bundle.precision, execution.provider)
+        self.path = bundle.file(f"{name}.onnx")
+        _check_placement(bundle, name, self.path, execution)
+        self.session = open_session(self.path, execution)
 
 
 class OrtImageEncoder:
-    """The image tower (an ImageEncoder)."""
+    """The image tower (an ImageEncoder), opened with the first picture that it must see."""
 
-    def __init__(self, bundle: Bundle, provider: str):
-        self._spec = bundle.image
-        # Dynamic int8 scales activations over the whole call: a picture's features would depend on
-        # its company, so there is none.
-        self._alone = bundle.precision == "int8"
-        self._graph = _Graph(bundle, "image", provider)
+    def __init__(self, bundle: Bundle, execution: Execution):
+        self._bundle = bundle
+        self._execution = execution
+        self._graph: _Graph | None = None
         weights = bundle.files.get("image.onnx.data", ("",))[0]
         self._identity = "|".join(
             [
                 bundle.files["image.onnx"][0] + weights,
                 repr(bundle.image),
-                provider,
+                execution.provider,
                 bundle.precision,
                 f"onnxruntime {onnxruntime().__version__}",
                 f"preprocess {PREPROCESS_VERSION}",
@@ -69,26 +70,69 @@ class OrtImageEncoder:
         return self._identity
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        image = read_picture(path)
-        return crop(image, self._spec) if view is None else random_view(image, self._spec, view)
+        image, spec = read_picture(path), self._bundle.image
+        return crop(image, spec) if view is None else random_view(image, spec, view)
 
     def encode(self, pixels: U8) -> F32:
-        ready = normalise(pixels, self._spec)
-        if not self._alone:
-            return self._graph.run({"pixels": ready})
-        return np.concatenate([self._graph.run({"pixels": one[None]}) for one in ready])
+        if self._graph is None:
+            self._graph = _Graph(self._bundle, "image", self._execution)
+        ready = normalise(pixels, self._bundle.image)
+        # Dynamic int8 scales activations over the whole call: a picture's features would depend on
+        # its company, so there is none.
+        batches = [one[None] for one in ready] if self._bundle.precision == "int8" else [ready]
+        run = functools.partial(run_graph, self._graph.session, self._graph.path, ["features"])
+        return np.concatenate([run({"pixels": batch})[0] for batch in batches])
 
 
-class OrtTextEncoder:
-    """The text tower on whole token sequences: hand-written templates."""
+class OrtPromptGraph:
+    """The prompt graph of a bundle, open: one session for whatever is encoded with it."""
 
-    def __init__(self, bundle: Bundle, provider: str):
-        self._graph = _Graph(bundle, "text", provider)
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, execution: Execution):
+        self.bundle = bundle
+        self._tokenizer = tokenizer
+        self._execution = execution
+        self._graph = _Graph(bundle, "prompt", execution)
 
-    def encode(self, tokens: I64) -> F32:
-        """Return unit features f32[B, e] of tokens i64[B, L]."""
-        parts = [self._graph.run({"tokens": tokens[i : i + 64]}) for i in range(0, len(tokens), 64)]
-        return np.concatenate(parts)
+    def encoder(
+        self, classes: Sequence[str], n_context: int, n_candidates: int
+    ) -> OrtPromptEncoder:
+        """Return the encoder of contexts of `n_context` tokens before fixed class names.
+
+        Raises: DataError when a name is too long for the tower or two names have the same tokens,
+            ConfigError when the memory limit is too small.
+        """
+        names = name_tokens(self.bundle.text, self._tokenizer, classes, n_context)
+        return self._encoder(names, n_context, n_candidates)
+
+    def sentences(self, template: str, classes: Sequence[str]) -> F32:
+        """Return the unit features f32[C, e] of a hand-written template filled with the classes.
+
+        Raises: ConfigError for the template, DataError for a name.
+        """
+        features = np.empty((len(classes), self.bundle.embed_dim), dtype=np.float32)
+        sentences = template_sentences(self.bundle, self._tokenizer, template, classes)
+        table = token_table(self.bundle)
+        for indices, start, rests in shared_starts(sentences):
+            context = np.asarray(table[list(start)], dtype=np.float32)
+            features[indices] = self._encoder(rests, len(start), 1).encode(context[None])[0]
+        return features
+
+    def _encoder(
+        self, names: Sequence[tuple[int, ...]], n_context: int, n_candidates: int
+    ) -> OrtPromptEncoder:
+        bundle, execution = self.bundle, self._execution
+        sizes = Sizes(n_context, bundle.text.width, bundle.embed_dim, bundle.text.graph == "prefix")
+        lengths = name_lengths(bundle.text, names)
+        plan = make_plan(lengths, sizes, n_candidates, execution.provider, execution.memory_limit)
+        table = token_table(bundle)
+        groups = [
+            (group, feeds(bundle.text, table, [names[index] for index in group], n_context))
+            for group in plan.groups
+        ]
+        bind = functools.partial(
+            BoundCall, self._graph.session, self._graph.path, execution.provider
+        )
+        return OrtPromptEncoder(plan, groups, bind, bundle.embed_dim)
 
 
 class OrtPromptEncoder:
@@ -96,32 +140,37 @@ class OrtPromptEncoder:
 
     def __init__(
         self,
-        bundle: Bundle,
-        tokenizer: Tokenizer,
-        classes: tuple[str, ...],
-        n_context: int,
-        provider: str,
+        plan: Plan,
+        groups: Sequence[tuple[I64, Mapping[str, np.ndarray]]],
+        bind: Callable[..., BoundCall],
+        embed_dim: int,
     ):
-        """Look up the class names once.
-
-        Raises: DataError when a name is too long for the tower or two names have the same tokens.
-        """
-        self._feeds = class_feeds(bundle, tokenizer, classes, n_context)
-        n_tokens = (
-            len(self._feeds["name_positions"])
-            if bundle.text.graph == "prefix"
-            else self._feeds["tokens"].size
-        )
-        self._candidates_per_call = max(1, _TOKENS_PER_CALL // n_tokens)
-        self._graph = _Graph(bundle, "prompt", provider)
+        """Take a plan, the inputs of its groups, and what binds a call of the open graph."""
+        self.plan = plan
+        self._groups = groups
+        self._bind = bind
+        self._embed_dim = embed_dim
+        self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
 
     def encode(self, contexts: F32) -> F32:
-        step = self._candidates_per_call
-        parts = [
-            self._graph.run({**self._feeds, "contexts": contexts[i : i + step]})
-            for i in range(0, len(contexts), step)
-        ]
-        return np.concatenate(parts)
+        n_classes = sum(len(group) for group, _ in self._groups)
+        features = np.empty((len(contexts), n_classes, self._embed_dim), dtype=np.float32)
+        step = self.plan.n_candidates
+        for first in range(0, len(contexts), step):
+            part = contexts[first : first + step]
+            for number, (group, _) in enumerate(self._groups):
+                call = self._call(number, part.shape)
+                features[first : first + step, group] = call({"contexts": part})
+        return features
+
+    def _call(self, number: int, shape: tuple[int, ...]) -> BoundCall:
+        """Return the call of one group and number of candidates, bound once."""
+        key = (number, shape)
+        if key not in self._calls:
+            group, constants = self._groups[number]
+            features = (shape[0], len(group), self._embed_dim)
+            self._calls[key] = self._bind(constants, {"contexts": shape}, features)
+        return self._calls[key]
 
 
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
@@ -140,24 +189,24 @@ def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
     return own, own.pop("features")
 
 
-def parity_figures(parity: Path, name: str, graph: Path, provider: str) -> dict[str, float]:
+def parity_figures(parity: Path, name: str, graph: Path, execution: Execution) -> dict[str, float]:
     """Return cosine (the worst) and max_abs between a graph's features here and torch's."""
-    feeds, expected = parity_inputs(parity, name)
-    session = open_session(graph, provider)
-    got = run_graph(session, graph, ["features"], feeds)[0].astype(np.float64)
+    given, expected = parity_inputs(parity, name)
+    session = open_session(graph, execution)
+    got = run_graph(session, graph, ["features"], given)[0].astype(np.float64)
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
     cosines = (got * wide).sum(axis=-1) / norms
     return {"cosine": float(cosines.min()), "max_abs": float(np.abs(got - wide).max())}
 
 
-def parity_on_this_machine(bundle: Bundle, graph: str, provider: str) -> dict[str, float]:
+def parity_on_this_machine(bundle: Bundle, graph: str, execution: Execution) -> dict[str, float]:
     """Return how far a bundle's graph is from torch on this machine."""
-    return parity_figures(bundle.file(PARITY), graph, bundle.file(f"{graph}.onnx"), provider)
+    return parity_figures(bundle.file(PARITY), graph, bundle.file(f"{graph}.onnx"), execution)
 
 
-def _check_placement(bundle: Bundle, name: str, graph: Path, provider: str) -> None:
+def _check_placement(bundle: Bundle, name: str, graph: Path, execution: Execution) -> None:
     # On the CPU there is nowhere else to run; on a device one profiled run proves it.
-    if provider != "cpu":
-        feeds, _ = parity_inputs(bundle.file(PARITY), name)
-        require_placement(graph, provider, feeds)
+    if execution.provider != "cpu":
+        given, _ = parity_inputs(bundle.file(PARITY), name)
+        require_placement(graph, execution, given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from runtimes.bundle import Bundle, TextSpec
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ConfigError, DataError, FormatError
-from ztune.types import F32, I64
+from ztune.types import F32
 
 
 def token_table(bundle: Bundle) -> F32:
@@ -25,19 +25,6 @@ def token_table(bundle: Bundle) -> F32:
             f"{path} is {table.dtype}{list(table.shape)}, expected float32[*, {bundle.text.width}]"
         )
     return table
-
-
-def class_feeds(
-    bundle: Bundle, tokenizer: Tokenizer, class_names: Sequence[str], n_context: int
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Return all inputs of `prompt.onnx` but `contexts`, for contexts of `n_context` tokens.
-
-    A name and its full stop are tokenised as one string.
-
-    Raises: DataError naming the class that does not fit, or two that the model cannot tell apart.
-    """
-    names = name_tokens(bundle.text, tokenizer, class_names, n_context)
-    return feeds(bundle.text, token_table(bundle), names, n_context)
 
 
 def name_tokens(
@@ -86,10 +73,17 @@ def distinct_names(
     return list(seen)
 
 
+def name_lengths(spec: TextSpec, names: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return how many tokens of each class the prompt graph computes."""
+    if spec.graph == "prefix":
+        return [len(ids) + len(spec.suffix_ids) for ids in names]
+    return [spec.context_length] * len(names)
+
+
 def feeds(
     spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], n_context: int
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the inputs of a prompt graph for checked name ids; see export/graphs.py."""
+    """Return all inputs of a prompt graph but `contexts`, for checked ids; see export/graphs.py."""
     if spec.graph == "prefix":
         return _prefix_feeds(spec, table, names)
     return _sequence_feeds(spec, table, names, n_context)
@@ -144,18 +138,36 @@ def placeholder_id(spec: TextSpec) -> int:
     return next(token for token in range(len(specials) + 1) if token not in specials)
 
 
-def template_tokens(
+def template_sentences(
     bundle: Bundle, tokenizer: Tokenizer, template: str, class_names: Sequence[str]
-) -> I64:
-    """Return i64[C, L] of a template such as "a photo of a {}." filled with each name.
+) -> list[tuple[int, ...]]:
+    """Return the ids of a template such as "a photo of a {}." filled with each name, no specials.
 
     Raises: ConfigError for a template without exactly one {}, DataError for a text too long.
     """
     if template.count("{}") != 1:
         raise ConfigError(f'template "{template}" has {template.count("{}")} {{}}, expected one')
     distinct_names(bundle.text, tokenizer, class_names)
-    sequences = [tokenizer.sequence(template.replace("{}", name)) for name in class_names]
-    return tokenizer.pad(sequences)
+    sentences = [tokenizer.encode(template.replace("{}", name)) for name in class_names]
+    tokenizer.pad([(*bundle.text.prefix_ids, *s, *bundle.text.suffix_ids) for s in sentences])
+    return sentences
+
+
+def shared_starts(
+    sentences: Sequence[tuple[int, ...]],
+) -> Iterator[tuple[list[int], tuple[int, ...], list[tuple[int, ...]]]]:
+    """Yield sentences that begin alike: which, the ids they all begin with, and each one's rest.
+
+    The start serves as their context, so that the prompt graph encodes hand-written prompts too.
+    """
+    alike: dict[int, list[int]] = {}
+    for index, ids in enumerate(sentences):
+        alike.setdefault(ids[0], []).append(index)
+    for indices in alike.values():
+        given = [sentences[index] for index in indices]
+        differing = (n for n, column in enumerate(zip(*given)) if len(set(column)) > 1)  # noqa: B905
+        n_shared = next(differing, min(len(ids) for ids in given))
+        yield indices, given[0][:n_shared], [ids[n_shared:] for ids in given]
 
 
 def context_of_words(bundle: Bundle, tokenizer: Tokenizer, words: str) -> F32:

@@ -17,6 +17,7 @@ from export.classifier import _n_bytes, pack
 from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.preprocess import crop, normalise
+from runtimes.providers import Execution
 from tests.conftest import Command
 from ztune.artifact import HeadArtifact, Provenance
 from ztune.errors import DataError, FormatError
@@ -140,7 +141,7 @@ def test_resizing_in_the_graph_is_open_clips_to_a_grey_level(
 def test_what_a_classifier_says_of_itself(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b")
     pack(bundle, identity_head(), tmp_path / "c.onnx", resize=True)
-    classifier = open_classifier(tmp_path / "c.onnx", "cpu")
+    classifier = open_classifier(tmp_path / "c.onnx", Execution())
     assert classifier.classes[:2] == ("value 0000", "value 0001")
     assert classifier.image == bundle.image
     assert classifier.resize
@@ -157,14 +158,14 @@ def test_large_towers_keep_their_weights_beside_the_graph(tmp_path: Path) -> Non
     pack(bundle, identity_head(), out, external_threshold=1000)
     assert out.stat().st_size < 100_000
     assert (tmp_path / "c.onnx.data").stat().st_size >= E * E * 4
-    classifier = open_classifier(out, "cpu")
+    classifier = open_classifier(out, Execution())
     pixels = np.full((1, S, S, 3), 128, dtype=np.uint8)
     expected = normalise(pixels, bundle.image).reshape(1, -1)
     np.testing.assert_allclose(classifier.classify(pixels)[0], expected, atol=1e-6)
     moved = tmp_path / "elsewhere.onnx"
     moved.write_bytes(out.read_bytes())
     with pytest.raises(FormatError, match=r"keeps tensors in 'c\.onnx\.data'"):
-        open_classifier(moved, "cpu")
+        open_classifier(moved, Execution())
 
 
 def test_a_failure_keeps_the_old_classifier(
@@ -209,7 +210,7 @@ def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     model.metadata_props[0].value = json.dumps({**document, "version": 2})
     onnx.save(model, str(out))
     with pytest.raises(FormatError, match="format version 2 is newer"):
-        open_classifier(out, "cpu")
+        open_classifier(out, Execution())
 
 
 def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
@@ -244,10 +245,10 @@ def test_metadata_that_do_not_fit_the_graph(
     model.metadata_props[0].value = json.dumps(document)
     onnx.save(model, str(out))
     if message is None:  # ONNX Runtime infers what is not written there
-        assert open_classifier(out, "cpu").classes == tuple(document["classes"])
+        assert open_classifier(out, Execution()).classes == tuple(document["classes"])
         return
     with pytest.raises(FormatError, match=message) as caught:
-        open_classifier(out, "cpu")
+        open_classifier(out, Execution())
     assert "\n" not in str(caught.value)
 
 
@@ -258,7 +259,7 @@ def test_metadata_nested_without_end(tmp_path: Path) -> None:
     model.metadata_props[0].value = "[" * 100_000
     onnx.save(model, str(out))
     with pytest.raises(FormatError, match="was not packed by ztune"):
-        open_classifier(out, "cpu")
+        open_classifier(out, Execution())
 
 
 def test_predictions_follow_the_logits_where_probabilities_are_equal(

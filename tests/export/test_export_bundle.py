@@ -22,7 +22,9 @@ from export.bundle import export_bundle, model_id
 from export.clip import LoadedClip, load_clip
 from export.graphs import TextGraph
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.prompts import class_feeds, context_of_words, template_tokens
+from runtimes.ort import OrtPromptGraph
+from runtimes.prompts import context_of_words
+from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.export.small_models import ARCHITECTURES, small_config, small_model, write_model
 from ztune.errors import ConfigError, FormatError, ZtuneError
@@ -73,11 +75,10 @@ def test_every_graph_is_dynamic_and_equals_torch(exported: Exported) -> None:
 def test_features_depend_on_what_they_should(exported: Exported) -> None:
     # Random weights must not make the comparison above hold for any graph whatever.
     _, bundle = exported
-    tokenizer = Tokenizer(bundle)
-    feeds = class_feeds(bundle, tokenizer, ("cat", "dog", "red panda"), 4)
+    graph = OrtPromptGraph(bundle, Tokenizer(bundle), Execution())
     contexts = np.random.default_rng(0).normal(size=(2, 4, bundle.text.width)) * 0.05
-    run = session(bundle, "prompt")
-    (features,) = run.run(None, {"contexts": contexts.astype(np.float32), **feeds})
+    encoder = graph.encoder(("cat", "dog", "red panda"), 4, 2)
+    features = encoder.encode(contexts.astype(np.float32))
     assert np.abs(features[0] - features[1]).max() > 1e-3
     assert np.abs(features[:, 0] - features[:, 1]).max() > 1e-3
     assert bundle.embed_dim == features.shape[-1]
@@ -87,12 +88,13 @@ def test_words_as_context_are_the_template(exported: Exported) -> None:
     _, bundle = exported
     tokenizer = Tokenizer(bundle)
     names = ("cat", "traffic light", "red panda")
+    graph = OrtPromptGraph(bundle, tokenizer, Execution())
     words = context_of_words(bundle, tokenizer, "a photo of a")
-    feeds = class_feeds(bundle, tokenizer, names, len(words))
-    (tuned,) = session(bundle, "prompt").run(None, {"contexts": words[None], **feeds})
-    tokens = template_tokens(bundle, tokenizer, "a photo of a {}.", names)
+    tuned = graph.encoder(names, len(words), 1).encode(words[None])
+    tokens = tokenizer.pad([tokenizer.sequence(f"a photo of a {name}.") for name in names])
     (plain,) = session(bundle, "text").run(None, {"tokens": tokens})
     np.testing.assert_allclose(tuned[0], plain, atol=5e-6)
+    np.testing.assert_allclose(graph.sentences("a photo of a {}.", names), plain, atol=5e-6)
 
 
 def test_manifest_and_files_say_what_the_model_is(exported: Exported) -> None:

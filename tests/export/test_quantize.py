@@ -9,7 +9,7 @@ import pytest
 from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtImageEncoder
-from runtimes.providers import check_precision
+from runtimes.providers import Execution, check_precision
 from tests.conftest import DIGITS, MINI, Command
 from ztune.errors import ConfigError, ProviderError, ZtuneError
 
@@ -34,7 +34,7 @@ def test_it_is_the_same_model_and_smaller(int8: Path) -> None:
 
 
 def test_features_do_not_depend_on_company_in_int8_either(int8: Path) -> None:
-    encoder = OrtImageEncoder(load_bundle(int8), "cpu")
+    encoder = OrtImageEncoder(load_bundle(int8), Execution())
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (4, 24, 24, 3), dtype=np.uint8)
     together = encoder.encode(pixels)

@@ -8,18 +8,20 @@ import pytest
 
 from runtimes import providers
 from runtimes.bundle import load_bundle
-from runtimes.ort import OrtImageEncoder, OrtPromptEncoder, OrtTextEncoder, parity_on_this_machine
-from runtimes.prompts import context_of_words, template_tokens
+from runtimes.ort import OrtImageEncoder, OrtPromptGraph, parity_on_this_machine
+from runtimes.prompts import context_of_words
+from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
-from ztune.errors import ProviderError, ZtuneError
+from ztune.errors import ConfigError, ProviderError, ZtuneError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CPU = Execution("cpu")
 
 
 def test_a_picture_has_the_same_features_whatever_shares_its_batch() -> None:
     bundle = load_bundle(MINI)
-    encoder = OrtImageEncoder(bundle, "cpu")
+    encoder = OrtImageEncoder(bundle, CPU)
     rng = np.random.default_rng(0)
     shape = (16, bundle.image.size, bundle.image.size, 3)
     picture = rng.integers(0, 256, shape[1:], dtype=np.uint8)
@@ -31,38 +33,69 @@ def test_a_picture_has_the_same_features_whatever_shares_its_batch() -> None:
     assert len(seen) == 1
 
 
-def test_prompt_and_text_graphs_agree_on_the_same_words() -> None:
+def prompt_graph(execution: Execution = CPU) -> OrtPromptGraph:
     bundle = load_bundle(MINI)
-    tokenizer = Tokenizer(bundle)
-    context = context_of_words(bundle, tokenizer, "a photo of the digit")
-    by_prompt = OrtPromptEncoder(bundle, tokenizer, DIGITS, len(context), "cpu").encode(
-        np.stack([context, context])
-    )
-    tokens = template_tokens(bundle, tokenizer, "a photo of the digit {}.", DIGITS)
-    by_text = OrtTextEncoder(bundle, "cpu").encode(tokens)
-    np.testing.assert_allclose(by_prompt[0], by_text, atol=1e-5)
-    np.testing.assert_array_equal(by_prompt[0], by_prompt[1])
+    return OrtPromptGraph(bundle, Tokenizer(bundle), execution)
 
 
-def test_many_candidates_are_sent_in_parts_of_a_fixed_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bundle = load_bundle(MINI)
-    tokenizer = Tokenizer(bundle)
-    contexts = np.random.default_rng(1).standard_normal((7, 4, bundle.text.width))
-    whole = OrtPromptEncoder(bundle, tokenizer, DIGITS, 4, "cpu").encode(
-        contexts.astype(np.float32)
-    )
-    monkeypatch.setattr("runtimes.ort._TOKENS_PER_CALL", 2 * 40)
-    parts = OrtPromptEncoder(bundle, tokenizer, DIGITS, 4, "cpu").encode(
-        contexts.astype(np.float32)
-    )
-    np.testing.assert_allclose(parts, whole, atol=1e-6)
+@pytest.mark.parametrize("template", ["a photo of the digit {}.", "{}.", "the {}, drawn by hand."])
+def test_prompt_and_text_graphs_agree_on_the_same_words(template: str) -> None:
+    graph = prompt_graph()
+    tokenizer = Tokenizer(graph.bundle)
+    tokens = tokenizer.pad([tokenizer.sequence(template.format(name)) for name in DIGITS])
+    text = providers.open_session(graph.bundle.file("text.onnx"), CPU)
+    (expected,) = providers.run_graph(text, "text.onnx", ["features"], {"tokens": tokens})
+    np.testing.assert_allclose(graph.sentences(template, DIGITS), expected, atol=1e-5)
+
+
+def test_words_as_a_context_are_the_template() -> None:
+    graph = prompt_graph()
+    context = context_of_words(graph.bundle, Tokenizer(graph.bundle), "a photo of the digit")
+    features = graph.encoder(DIGITS, len(context), 2).encode(np.stack([context, context]))
+    expected = graph.sentences("a photo of the digit {}.", DIGITS)
+    np.testing.assert_allclose(features[0], expected, atol=1e-5)
+    np.testing.assert_array_equal(features[0], features[1])
+
+
+@pytest.mark.parametrize("limit", [2, 1])
+def test_a_memory_limit_cuts_the_round_and_changes_no_result(limit: int) -> None:
+    contexts = np.random.default_rng(1).standard_normal((10, 4, 64)).astype(np.float32)
+    names = tuple(f"{a} {b}" for a in DIGITS for b in ("hand", "small drawn shape"))
+    whole = prompt_graph().encoder(names, 4, 10)
+    cut = prompt_graph(Execution("cpu", memory_limit=limit)).encoder(names, 4, 10)
+    assert whole.plan.n_candidates == 10
+    assert (cut.plan.n_candidates, len(cut.plan.groups)) != (10, 1)
+    expected = whole.encode(contexts)
+    np.testing.assert_allclose(cut.encode(contexts), expected, atol=1e-6)
+    np.testing.assert_allclose(cut.encode(contexts[:3]), expected[:3], atol=1e-6)
+    assert cut.encode(contexts).tobytes() == cut.encode(contexts).tobytes()
+
+
+def test_features_handed_out_stay_as_they_are() -> None:
+    encoder = prompt_graph().encoder(DIGITS, 4, 1)
+    contexts = np.random.default_rng(2).standard_normal((2, 1, 4, 64)).astype(np.float32)
+    first = encoder.encode(contexts[0])
+    kept = first.copy()
+    encoder.encode(contexts[1])
+    assert first.tobytes() == kept.tobytes()
+
+
+@pytest.mark.parametrize(("threads", "spins"), [(None, None), (1, "0")])
+def test_threads_that_are_counted_do_not_spin(threads: int | None, spins: str | None) -> None:
+    graph = load_bundle(MINI).file("prompt.onnx")
+    options = providers.open_session(graph, Execution("cpu", threads)).get_session_options()
+    assert options.intra_op_num_threads == (threads or 0)
+    if spins:
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    with pytest.raises(ConfigError, match=r"--threads is 0, expected at least 1"):
+        Execution("cpu", threads=0)
+    with pytest.raises(ConfigError, match=r"--memory-limit is -5, expected at least 1"):
+        Execution("cpu", memory_limit=-5)
 
 
 @pytest.mark.parametrize("graph", ["image", "text", "prompt"])
 def test_the_embedded_bundle_is_what_torch_computed(graph: str) -> None:
-    figures = parity_on_this_machine(load_bundle(MINI), graph, "cpu")
+    figures = parity_on_this_machine(load_bundle(MINI), graph, CPU)
     assert figures["max_abs"] < 1e-5
     assert figures["cosine"] > 1 - 1e-6
 
@@ -88,7 +121,7 @@ def test_a_silent_fallback_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda_is_listed(monkeypatch)
     monkeypatch.setattr(providers.onnxruntime(), "InferenceSession", CpuOnly)
     with pytest.raises(ProviderError, match=r"cuda was asked for, but .* runs on CPUExecution"):
-        providers.open_session(b"", "cuda")
+        providers.open_session(b"", Execution("cuda"))
 
 
 def test_matrix_products_on_another_provider_are_an_error(
@@ -96,7 +129,7 @@ def test_matrix_products_on_another_provider_are_an_error(
 ) -> None:
     real = providers.open_session
     monkeypatch.setattr(
-        providers, "open_session", lambda graph, _, **more: real(graph, "cpu", **more)
+        providers, "open_session", lambda graph, _, **more: real(graph, CPU, **more)
     )
     with pytest.raises(ProviderError, match="ran elsewhere: MatMul on CPUExecutionProvider"):
         providers.probe("cuda")
@@ -125,8 +158,8 @@ def test_cuda_really_runs_the_bundle() -> None:
     providers.probe("cuda")
     bundle = load_bundle(MINI)
     for graph in ("image", "text", "prompt"):
-        assert parity_on_this_machine(bundle, graph, "cuda")["max_abs"] < 1e-4
-    encoder = OrtPromptEncoder(bundle, Tokenizer(bundle), DIGITS, 8, "cuda")
+        assert parity_on_this_machine(bundle, graph, Execution("cuda"))["max_abs"] < 1e-4
+    encoder = prompt_graph(Execution("cuda")).encoder(DIGITS, 8, 10)
     assert np.isfinite(encoder.encode(np.zeros((3, 8, bundle.text.width), np.float32))).all()
 
 
@@ -134,7 +167,7 @@ def test_an_unreadable_graph_is_one_line(tmp_path: Path) -> None:
     graph = tmp_path / "x.onnx"
     graph.write_bytes(b"nothing")
     with pytest.raises(ProviderError, match=r"x\.onnx cannot be opened on cpu: ") as caught:
-        providers.open_session(graph, "cpu")
+        providers.open_session(graph, CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -142,15 +175,15 @@ def test_a_graph_that_fails_while_running_is_named_in_one_line() -> None:
     bundle = load_bundle(MINI)
     S = bundle.image.size
     with pytest.raises(ZtuneError, match=r"image\.onnx failed while running: ") as caught:
-        OrtImageEncoder(bundle, "cpu").encode(np.zeros((1, S + 1, S, 3), np.uint8))
-    with pytest.raises(ZtuneError, match=r"text\.onnx failed while running: "):
-        OrtTextEncoder(bundle, "cpu").encode(np.full((1, 3), 10**9))
+        OrtImageEncoder(bundle, CPU).encode(np.zeros((1, S + 1, S, 3), np.uint8))
+    with pytest.raises(ZtuneError, match=r"prompt\.onnx failed while running: "):
+        prompt_graph().encoder(DIGITS, 4, 1).encode(np.zeros((1, 4, 63), np.float32))
     assert "\n" not in str(caught.value)
 
 
 def test_features_are_kept_under_all_that_moves_a_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     def identity() -> str:
-        return OrtImageEncoder(load_bundle(MINI), "cpu").identity
+        return OrtImageEncoder(load_bundle(MINI), CPU).identity
 
     seen = {identity(), identity()}
     monkeypatch.setattr("runtimes.ort.PREPROCESS_VERSION", 2)

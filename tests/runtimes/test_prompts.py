@@ -9,7 +9,8 @@ from runtimes.prompts import (
     feeds,
     name_tokens,
     placeholder_id,
-    template_tokens,
+    shared_starts,
+    template_sentences,
 )
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -108,15 +109,23 @@ def test_canonical_cleaning_drops_the_full_stop() -> None:
 def test_a_template_has_one_place() -> None:
     bundle = load_bundle(MINI)
     tokenizer = Tokenizer(bundle)
-    tokens = template_tokens(bundle, tokenizer, "a photo of a {}.", ("cat", "dog"))
-    assert tokens.shape == (2, bundle.text.context_length)
-    expected = tokenizer.pad([tokenizer.sequence("a photo of a cat.")])
-    assert tokens[0].tolist() == expected[0].tolist()
+    sentences = template_sentences(bundle, tokenizer, "a photo of a {}.", ("cat", "dog"))
+    assert sentences[0] == tokenizer.encode("a photo of a cat.")
     for template in ("a photo", "{} and {}"):
         with pytest.raises(ConfigError, match="expected one"):
-            template_tokens(bundle, tokenizer, template, ("cat",))
+            template_sentences(bundle, tokenizer, template, ("cat",))
+    with pytest.raises(DataError, match="shorten it"):
+        template_sentences(bundle, tokenizer, f"{'a long ' * 80}{{}}", ("cat",))
     context = context_of_words(bundle, tokenizer, "a photo of a")
     assert context.shape == (len(tokenizer.encode("a photo of a")), bundle.text.width)
     assert context.flags.writeable
     with pytest.raises(ConfigError, match="has no tokens"):
         context_of_words(bundle, tokenizer, "  ")
+
+
+def test_sentences_that_begin_alike_share_their_start() -> None:
+    sentences = [(5, 6, 7), (8, 9), (5, 6), (5, 6, 7, 4)]
+    assert list(shared_starts(sentences)) == [
+        ([0, 2, 3], (5, 6), [(7,), (), (7, 4)]),
+        ([1], (8, 9), [()]),
+    ]

@@ -93,6 +93,7 @@ def _check_bundle(
 ) -> tuple[dict[str, Json], list[str | Table], list[str]]:
     from runtimes.bundle import load_bundle
     from runtimes.ort import parity_on_this_machine
+    from runtimes.providers import Execution
 
     bundle = load_bundle(path)
     failures: list[str] = []
@@ -119,7 +120,7 @@ def _check_bundle(
     parity: dict[str, Json] = {}
     rows = []
     for graph, stored in bundle.parity.items():
-        here = parity_on_this_machine(bundle, graph, provider)
+        here = parity_on_this_machine(bundle, graph, Execution(provider))
         parity[graph] = {"here": dict(here), "at_export": dict(stored)}
         rows.append((graph, f"{here['max_abs']:.1e}", f"{stored['max_abs']:.1e}"))
         if not here["max_abs"] <= _TOLERANCE:
@@ -141,11 +142,12 @@ def _check_bundle(
 def _seconds_per_query(path: Path, provider: str, output: Output) -> tuple[float, str]:
     """Time ten classes, eight context tokens, ten candidates a call; the median of five calls."""
     from runtimes.bundle import load_bundle
+    from runtimes.providers import Execution
     from ztune.cli.workbench import Workbench
 
     bundle = load_bundle(path)
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    encoder = Workbench(bundle, provider, output).prompt_encoder(words, 8)
+    encoder = Workbench(bundle, Execution(provider), output).prompt_graph.encoder(words, 8, 10)
     contexts = np.zeros((10, 8, bundle.text.width), dtype=np.float32)
     encoder.encode(contexts)
     times = []

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
 from ztune.errors import ConfigError, DataError
 from ztune.fields import Fields
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_execution_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now with '
             "--bundle DIR"
         )
-    bench = open_workbench(bundle, arguments.provider, output)
+    bench = open_workbench(bundle, settled(arguments.provider, arguments.threads, output), output)
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
     labels = pictures.among(artifact.classes, "the run's classes")
@@ -164,7 +165,9 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
-    bench = open_workbench(arguments.target, arguments.provider, output)
+    bench = open_workbench(
+        arguments.target, settled(arguments.provider, arguments.threads, output), output
+    )
     fingerprints: Iterable[int] = ()
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
@@ -194,15 +197,14 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
-    from runtimes.providers import resolve
     from ztune.cli.predict import classify
 
     for name in ("prompt", "template", "classes", "cache", "bundle"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
-    provider, why = resolve(arguments.provider)
-    output.remark(why)
-    classifier = open_classifier(arguments.target, provider)
+    classifier = open_classifier(
+        arguments.target, settled(arguments.provider, arguments.threads, output)
+    )
     pictures = _pictures(arguments)
     labels = pictures.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in pictures.items]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
 from ztune.types import Json
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", type=Path, metavar="FILE", help="other class names, one a line"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--provider", default="cpu", help="auto, cpu or cuda (default: cpu)")
+    add_execution_arguments(parser, "cpu")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
@@ -37,7 +38,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     out: Path = arguments.out
     if out.exists() and not arguments.force:
         raise ConfigError(f'"{out}" exists (use --force to replace it, or name another --out)')
-    bench = open_workbench(arguments.bundle, arguments.provider, output)
+    bench = open_workbench(
+        arguments.bundle, settled(arguments.provider, arguments.threads, output), output
+    )
     artifact = read_artifact(arguments.prompt)
     require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
     classes = read_class_list(arguments.classes) if arguments.classes else None

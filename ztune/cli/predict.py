@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
 from ztune.errors import ConfigError, DataError
 from ztune.types import F32, U8, Json
@@ -30,20 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
-    parser.add_argument("--provider", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_execution_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
-    from runtimes.providers import resolve
 
     for name in ("top", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}, expected at least 1")
-    provider, why = resolve(arguments.provider)
-    output.remark(why)
-    classifier = open_classifier(arguments.classifier, provider)
+    classifier = open_classifier(
+        arguments.classifier, settled(arguments.provider, arguments.threads, output)
+    )
     paths = _pictures(arguments.pictures)[: arguments.limit]
     logits, probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
     predictions: list[Json] = []

@@ -27,6 +27,8 @@ class Request:
     """The hand-written prompt that zero-shot figures use."""
     preset: str = "default"
     provider: str = "auto"
+    threads: int | None = None
+    memory_limit: int | None = None
     val: int | None = None
     test_fraction: str = "auto"
     split_seed: int = 0

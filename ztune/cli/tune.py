@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
 from ztune.cli.request import Request, request_from_json
 from ztune.config import settings_from_words
@@ -58,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-broken", action="store_true", default=None, help="leave broken pictures out"
     )
-    parser.add_argument("--provider", help="auto, cpu or cuda (default: auto)")
+    add_execution_arguments(parser, default=None)
+    parser.add_argument(
+        "--memory-limit",
+        type=int,
+        metavar="MB",
+        help="of the tuning's forward passes (default: 250)",
+    )
 
 
 # What the last bits of a result depend on.
@@ -68,7 +75,7 @@ _ARITHMETIC = (
 _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
-    "provider",
+    "provider", "threads", "memory_limit",
 )  # fmt: skip
 
 
@@ -119,7 +126,8 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
 
     start_config(request)
     settings = request.split_settings()
-    bench = open_workbench(Path(request.bundle), request.provider, output)
+    execution = settled(request.provider, request.threads, output, request.memory_limit)
+    bench = open_workbench(Path(request.bundle), execution, output)
     names = Path(request.names) if request.names else None
     dataset = read_dataset(Path(request.data), names)
     test_data = None
@@ -168,7 +176,7 @@ def _go_on(
 ) -> dict[str, Json]:
     """Finish a run as it was begun: its bundle, pictures, provider and settings."""
     from runtimes.bundle import load_bundle
-    from runtimes.providers import resolve
+    from runtimes.providers import Execution, resolve
     from ztune.cli.tuning import Work
     from ztune.cli.workbench import Workbench
     from ztune.data.split import Split
@@ -202,7 +210,8 @@ def _go_on(
     provider, _ = resolve(fields.text("provider"))
     split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
     split.check_unchanged()
-    bench = Workbench(bundle, provider, output)
+    execution = Execution(provider, request.threads, request.memory_limit)
+    bench = Workbench(bundle, execution, output)
     with _told_how_to_resume(folder.path):
         return Work(request, split, folder, bench).carry_out(head)
 

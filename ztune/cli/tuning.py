@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.prompts import context_of_words, name_tokens, template_tokens
+from runtimes.prompts import context_of_words, name_tokens, template_sentences
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
 from ztune.cli.request import Request
@@ -72,6 +72,8 @@ class Outcome:
     """Spent by earlier processes of a resumed run."""
     train_loss: float
     """In nats, over all training pictures and views."""
+    calls: dict[str, Json] | None = None
+    """How a round of candidates was cut into calls of the prompt graph."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Work:
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "stop_reason": artifact.provenance.stop_reason,
+            "calls": outcome.calls,
             "train_loss": outcome.train_loss,
             "val_accuracy": scores["tuned"].accuracy if scores else None,
             "validation": {
@@ -139,7 +142,7 @@ class Work:
             ConfigError for a setting.
         """
         bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
-        template_tokens(bundle, tokenizer, self.request.template, classes)
+        template_sentences(bundle, tokenizer, self.request.template, classes)
         config = start_config(self.request)
         if isinstance(config, ZipConfig):
             context = self._initial_context(config)
@@ -158,7 +161,9 @@ class Work:
         """Spend the queries, from the saved state where there is one."""
         request, bundle = self.request, self.bench.bundle
         context = self._initial_context(config)
-        encoder = self.bench.prompt_encoder(self.split.classes, len(context))
+        encoder = self.bench.prompt_graph.encoder(
+            self.split.classes, len(context), config.queries_per_step()
+        )
         objective = FewShotObjective(
             encoder, pictures.features, pictures.labels, bundle.logit_scale, bundle.logit_bias
         )
@@ -197,7 +202,7 @@ class Work:
             _fingerprints(self.split),
         )
         train_loss = _train_loss(objective, pictures, tuned)
-        return Outcome(artifact, tuning.earlier, train_loss)
+        return Outcome(artifact, tuning.earlier, train_loss, encoder.plan.to_json())
 
     def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
         weight, bias = head
@@ -229,7 +234,7 @@ def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]
         "method": request.method,
         "seed": request.seed,
         "config": as_json(start_config(request)),
-        "provider": bench.provider,
+        "provider": bench.execution.provider,
         "precision": bench.bundle.precision,
         "model_id": bench.bundle.model_id,
         "bundle_digest": bench.bundle.digest,

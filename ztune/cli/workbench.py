@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.ort import OrtImageEncoder, OrtPromptEncoder, OrtTextEncoder
-from runtimes.prompts import template_tokens
-from runtimes.providers import resolve
+from runtimes.ort import OrtImageEncoder, OrtPromptGraph
+from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, ContextArtifact
 from ztune.cli.output import Output
@@ -24,15 +23,20 @@ from ztune.types import F32
 
 @dataclass(frozen=True)
 class Workbench:
-    """A bundle, the provider that runs it, and where progress goes."""
+    """A bundle, how it runs here, and where progress goes."""
 
     bundle: Bundle
-    provider: str
+    execution: Execution
     output: Output
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.bundle)
+
+    @cached_property
+    def prompt_graph(self) -> OrtPromptGraph:
+        """The prompt graph, opened when first used: after the image tower is closed again."""
+        return OrtPromptGraph(self.bundle, self.tokenizer, self.execution)
 
     def features(
         self,
@@ -45,7 +49,7 @@ class Workbench:
         skip_broken: bool = False,
     ) -> Features:
         """Encode pictures, those cached left out; the image tower is closed again afterwards."""
-        encoder = OrtImageEncoder(self.bundle, self.provider)
+        encoder = OrtImageEncoder(self.bundle, self.execution)
         with self.output.progress(what, len(items) * max(1, n_views)) as ticker:
             result = encode_pictures(
                 encoder,
@@ -60,18 +64,11 @@ class Workbench:
             self.output.warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
         return result
 
-    def template_features(self, template: str, classes: tuple[str, ...]) -> F32:
-        """Return the unit features f32[C, e] of a hand-written template filled with the classes."""
-        tokens = template_tokens(self.bundle, self.tokenizer, template, classes)
-        return OrtTextEncoder(self.bundle, self.provider).encode(tokens)
-
     def zero_shot(self, template: str, classes: tuple[str, ...]) -> tuple[F32, F32]:
         """Return weight f32[C, e] and bias f32[C] of the zero-shot classifier."""
-        weight = np.float32(self.bundle.logit_scale) * self.template_features(template, classes)
+        features = self.prompt_graph.sentences(template, classes)
+        weight = np.float32(self.bundle.logit_scale) * features
         return weight, np.full(len(classes), self.bundle.logit_bias, dtype=np.float32)
-
-    def prompt_encoder(self, classes: tuple[str, ...], n_context: int) -> OrtPromptEncoder:
-        return OrtPromptEncoder(self.bundle, self.tokenizer, classes, n_context, self.provider)
 
     def refreshed(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:
         """Return the artifact with text features from this bundle, for other classes if named.
@@ -91,7 +88,7 @@ class Workbench:
                 f"tower takes {self.bundle.text.width}"
             )
         wanted = classes or artifact.classes
-        encoder = self.prompt_encoder(wanted, len(artifact.context))
+        encoder = self.prompt_graph.encoder(wanted, len(artifact.context), 1)
         return ContextArtifact(
             wanted,
             artifact.provenance,
@@ -103,12 +100,9 @@ class Workbench:
         )
 
 
-def open_workbench(path: Path, provider: str, output: Output) -> Workbench:
-    """Load a bundle and settle on a provider, saying which.
+def open_workbench(path: Path, execution: Execution, output: Output) -> Workbench:
+    """Load a bundle; its graphs are opened when they are used.
 
-    Raises: FormatError for the bundle, ProviderError for the provider.
+    Raises: FormatError.
     """
-    bundle = load_bundle(path)
-    name, why = resolve(provider)
-    output.remark(why)
-    return Workbench(bundle, name, output)
+    return Workbench(load_bundle(path), execution, output)

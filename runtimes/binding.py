@@ -1,0 +1,59 @@
+"""One call of a graph at fixed shapes: constants are bound once, the rest is copied in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.providers import onnxruntime, running
+from ztune.types import F32
+
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
+
+
+class BoundCall:
+    """A graph's call that gives `features`, its buffers kept between runs."""
+
+    def __init__(
+        self,
+        session: Any,
+        graph: Path,
+        provider: str,
+        constants: Mapping[str, np.ndarray],
+        inputs: Mapping[str, tuple[int, ...]],
+        output: tuple[int, ...],
+    ):
+        """Bind `constants`, and buffers f32 for `inputs` and the output, by their shapes."""
+        value = onnxruntime().OrtValue
+        device = _DEVICES[provider]
+        self._session, self._graph = session, graph
+        self._binding = session.io_binding()
+        # A binding does not keep what is bound alive.
+        self._kept = [
+            value.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            for array in constants.values()
+        ]
+        for name, bound in zip(constants, self._kept, strict=True):
+            self._binding.bind_ortvalue_input(name, bound)
+        self._inputs = {
+            name: value.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+            for name, shape in inputs.items()
+        }
+        for name, bound in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, bound)
+        self._output = value.ortvalue_from_shape_and_type(output, np.float32, device, 0)
+        self._binding.bind_ortvalue_output("features", self._output)
+
+    def __call__(self, inputs: Mapping[str, F32]) -> F32:
+        """Return the output; the next call overwrites it where the device is the CPU.
+
+        Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+        """
+        with running(self._graph):
+            for name, array in inputs.items():
+                self._inputs[name].update_inplace(np.ascontiguousarray(array, dtype=np.float32))
+            self._session.run_with_iobinding(self._binding)
+        return np.asarray(self._output.numpy(), dtype=np.float32)
