@@ -6,7 +6,17 @@ import numpy as np
 
 from ztune.errors import ZtuneError
 from ztune.generator import generator_from_json, generator_to_json
-from ztune.types import F32, F64, I64, Batch, Evaluation, PromptEncoder, State
+from ztune.types import (
+    F32,
+    F64,
+    I64,
+    Batch,
+    Evaluation,
+    PromptEncoder,
+    Scorer,
+    Scores,
+    State,
+)
 
 
 def cross_entropy(logits: F32, labels: I64) -> F64:
@@ -20,42 +30,50 @@ def cross_entropy(logits: F32, labels: I64) -> F64:
     return np.asarray(np.log(np.exp(wide).sum(axis=-1)) - chosen)
 
 
+class NumpyScores:
+    """Scores computed on the host (a Scorer)."""
+
+    def __init__(
+        self, encoder: PromptEncoder, features: F32, logit_scale: float, logit_bias: float = 0.0
+    ):
+        """Keep unit features f32[V, N, e] of the pictures; logit_scale multiplies."""
+        self._encoder = encoder
+        self._features = features
+        self._scale = np.float32(logit_scale)
+        self._bias = np.float32(logit_bias)
+
+    def __call__(self, contexts: F32, batch: Batch, labels: I64) -> Scores:
+        pictures = self._features[batch.views, batch.pictures]
+        texts = self._encoder.encode(contexts)
+        logits = self._scale * (pictures @ texts.transpose(0, 2, 1)) + self._bias
+        losses = cross_entropy(logits, labels).mean(axis=-1)
+        accuracies = (logits.argmax(axis=-1) == labels).mean(axis=-1)
+        return Scores(losses, accuracies, logits)
+
+
 class FewShotObjective:
     """Softmax cross-entropy over the classes, also for models trained with another loss."""
 
-    def __init__(
-        self,
-        encoder: PromptEncoder,
-        features: F32,
-        labels: I64,
-        logit_scale: float,
-        logit_bias: float = 0.0,
-    ):
-        """Keep unit features f32[V, N, e] of the labelled pictures; logit_scale multiplies."""
-        self._encoder = encoder
-        self._features = features
+    def __init__(self, scorer: Scorer, labels: I64):
+        """Take what scores, and the labels i64[N] of all its pictures."""
+        self._scorer = scorer
         self._labels = labels
-        self._scale = np.float32(logit_scale)
-        self._bias = np.float32(logit_bias)
 
     def __call__(self, contexts: F32, batch: Batch) -> Evaluation:
         """Evaluate contexts f32[P, m, d] on one batch.
 
         Raises: ZtuneError naming the candidate whose loss is not finite.
         """
-        pictures = self._features[batch.views, batch.pictures]
         labels = self._labels[batch.pictures]
-        texts = self._encoder.encode(contexts)
-        logits = self._scale * (pictures @ texts.transpose(0, 2, 1)) + self._bias
-        losses = cross_entropy(logits, labels).mean(axis=-1)
+        scores = self._scorer(contexts, batch, labels)
+        losses = scores.losses
         if not np.isfinite(losses).all():
             worst = int(np.flatnonzero(~np.isfinite(losses))[0])
             raise ZtuneError(
                 f"batch {batch.number}, candidate {worst + 1} of {len(losses)}: the loss is "
                 f"{losses[worst]} (a smaller step_size or perturbation, or fp32 graphs, may help)"
             )
-        accuracies = (logits.argmax(axis=-1) == labels).mean(axis=-1)
-        return Evaluation(losses, accuracies, labels, batch.number, logits)
+        return Evaluation(losses, scores.accuracies, labels, batch.number, scores.logits)
 
 
 class BatchSampler:

@@ -90,6 +90,25 @@ class Evaluation:
     """f32[P, N, C] where the oracle gives them."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How well candidates classify one batch."""
+
+    losses: F64
+    """f64[P] in nats, mean over the pictures of the batch; not finite where a candidate broke."""
+    accuracies: F64
+    """f64[P] in 0…1."""
+    logits: F32 | None = None
+    """f32[P, N, C] where they were computed on the host."""
+
+
+class Scorer(Protocol):
+    """Contexts to losses: the forward pass, and the comparison with cached image features."""
+
+    def __call__(self, contexts: F32, batch: Batch, labels: I64) -> Scores:
+        """Score contexts f32[P, m, d] on a batch whose pictures have the labels i64[N]."""
+
+
 class Oracle(Protocol):
     """Forward passes behind losses: the only thing that a tuned method may ask."""
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from ztune.budget import Budget
 from ztune.errors import BudgetError, ZtuneError
-from ztune.objective import BatchSampler, FewShotObjective, cross_entropy
+from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
 from ztune.types import F32, Batch
 
 
@@ -25,7 +25,8 @@ def setup(n: int = 12) -> tuple[FewShotObjective, np.ndarray, np.ndarray]:
     features = rng.standard_normal((2, n, 4))
     features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
     labels = np.arange(n, dtype=np.int64) % 3
-    return FewShotObjective(Linear(), features, labels, 20.0, -3.0), features, labels
+    scores = NumpyScores(Linear(), features, 20.0, -3.0)
+    return FewShotObjective(scores, labels), features, labels
 
 
 def test_losses_are_mean_softmax_cross_entropy_in_float64() -> None:

@@ -21,7 +21,7 @@ from ztune.errors import ConfigError, ZtuneError
 from ztune.fields import Fields
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.methods import ZipConfig, build_zip, find_method, initial_context, method_config
-from ztune.objective import BatchSampler, FewShotObjective, cross_entropy
+from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
 from ztune.report import draw_curve
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
@@ -164,9 +164,8 @@ class Work:
         encoder = self.bench.prompt_graph.encoder(
             self.split.classes, len(context), config.queries_per_step()
         )
-        objective = FewShotObjective(
-            encoder, pictures.features, pictures.labels, bundle.logit_scale, bundle.logit_bias
-        )
+        scores = NumpyScores(encoder, pictures.features, bundle.logit_scale, bundle.logit_bias)
+        objective = FewShotObjective(scores, pictures.labels)
         prompt_map, optimizer = build_zip(config, context, request.seed)
         n_views, n_pictures = pictures.features.shape[:2]
         sampler = BatchSampler(
