@@ -1,7 +1,7 @@
 """The only place where cost is counted: queries, text forwards and image forwards.
 
-One query is one candidate evaluated on one batch. A method's own probes are queries as well; a
-final report is free.
+One query is one candidate evaluated on one batch. A method's own probes are queries as well; what
+the signal gate evaluates before the run is counted beside them; a final report is free.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ class Budget:
     limit: int
     queries: int = 0
     text_forwards: int = 0
-    """Class prompts encoded: P * C per call."""
+    """Class prompts encoded: P * C per call, of queries and of the gate's probes."""
     image_forwards: int = 0
     """Pictures encoded for this run; views count each, those found in the cache do not."""
+    probe_queries: int = 0
+    """Candidates that the signal gate evaluated before the run; the method's budget stays its."""
     _reserved: int = 0
 
     def fits(self, n_queries: int) -> bool:
@@ -36,6 +38,11 @@ class Budget:
                 f"a step of {n_queries} queries does not fit: {self.queries} of {self.limit} spent"
             )
         self._reserved += n_queries
+
+    def probe(self, n_queries: int, n_classes: int) -> None:
+        """Count what the signal gate evaluated on the graph that tunes."""
+        self.probe_queries += n_queries
+        self.text_forwards += n_queries * n_classes
 
     def commit(self, n_classes: int) -> None:
         """Charge what was reserved, once its answers are part of the state to be saved."""

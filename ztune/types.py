@@ -129,6 +129,13 @@ class Optimizer(Protocol):
     def tell(self, evaluation: Evaluation) -> None:
         """Take the answers in the order of ask."""
 
+    def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
+        """Return rounds f64[R, P, dim] such as the next `ask` may give, drawn from `rng` instead.
+
+        Each is pairs, + before −, around one point; together at least `n_directions` of them. The
+        optimizer stays as it is.
+        """
+
     def recommend(self) -> F64:
         """Return f64[dim], the method's published choice."""
 

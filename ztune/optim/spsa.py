@@ -52,23 +52,31 @@ class Spsa:
         self._point = start.astype(np.float64)
         self._rng = rng
         self._step = 1  # k
-        self._perturbations = self._draw()
+        self._perturbations = self._draw(self._rng)
 
-    def _draw(self) -> F64:
+    def _draw(self, rng: np.random.Generator) -> F64:
         """Return p f64[n_pairs, δ]: magnitudes U[0.5, 1] with random signs."""
         shape = (self._config.n_pairs, len(self._point))
-        magnitudes = self._rng.uniform(0.5, 1.0, shape)
-        return np.asarray(magnitudes * self._rng.choice([-1.0, 1.0], shape))
+        magnitudes = rng.uniform(0.5, 1.0, shape)
+        return np.asarray(magnitudes * rng.choice([-1.0, 1.0], shape))
 
     @property
     def _scale(self) -> float:
         c = self._config
         return float(c.perturbation / self._step**c.perturbation_decay)  # c_k
 
-    def ask(self) -> Proposal:
-        moves = self._scale * self._perturbations
+    def _pairs(self, perturbations: F64) -> F64:
+        """Return f64[2 n_pairs, δ], w + c_k p before w − c_k p."""
+        moves = self._scale * perturbations
         pairs = np.stack([self._point + moves, self._point - moves], axis=1)
-        return Proposal(points=pairs.reshape(-1, len(self._point)))
+        return np.asarray(pairs.reshape(-1, len(self._point)))
+
+    def ask(self) -> Proposal:
+        return Proposal(points=self._pairs(self._perturbations))
+
+    def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
+        n_rounds = -(-n_directions // self._config.n_pairs)
+        return np.stack([self._pairs(self._draw(rng)) for _ in range(n_rounds)])
 
     def tell(self, evaluation: Evaluation) -> None:
         c = self._config
@@ -80,7 +88,7 @@ class Spsa:
         step_size = c.step_size / (self._step + c.step_offset) ** c.step_decay  # a_k
         self._point = self._point - step_size * gradient
         self._step += 1
-        self._perturbations = self._draw()
+        self._perturbations = self._draw(self._rng)
 
     def recommend(self) -> F64:
         return np.array(self._point)

@@ -1,0 +1,317 @@
+"""A bundle's prompt graph in higher precision, run in a process of its own on the CPU.
+
+How far a precision's losses are from exact ones is measured against this graph. It is derived from
+the bundle's own file, whose weights stay as they are and are widened inside the graph:
+
+    int8 -> fp32   products with the dequantized weights and unquantized activations
+    fp16 -> fp32   the same weights, computed in single precision
+    fp32 -> fp64   the same weights, computed in double precision; what ONNX Runtime's CPU has no
+                   double kernel for (Gelu, Erf and a few more) is computed in single precision
+
+It takes several times the memory of the graph that tunes, and is needed for a second: hence the
+process of its own, so that nothing of it stays with the one that tunes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.plan import Sizes, make_plan
+from runtimes.prompts import feeds, name_lengths, token_table
+from runtimes.providers import Execution, onnxruntime, run_graph
+from ztune.errors import FormatError, ZtuneError
+from ztune.fields import Fields
+from ztune.tensors import read_tensors, write_tensors
+from ztune.types import F32, F64, Json
+
+FINER = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
+"""The precision of the reference, by the precision that is measured."""
+# Without a double kernel on ONNX Runtime's CPU, as of 1.32.
+_SINGLE_ONLY = {
+    "Attention", "Conv", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
+    "PRelu", "Softplus", "Softsign",
+}  # fmt: skip
+_ASKED, _ANSWER = "asked.safetensors", "answer.safetensors"
+# The parent's own path, in place of one that begins with the working folder: whatever lies there.
+_PROGRAM = (
+    "import sys; folder, *sys.path = sys.argv[1:]; "
+    "from runtimes.reference import main; sys.exit(main(folder))"
+)
+
+
+def reference_features(
+    bundle: Bundle,
+    names: Sequence[tuple[int, ...]],
+    contexts: F32,
+    n_together: int,
+    execution: Execution,
+    *,
+    as_it_is: bool = False,
+) -> F64:
+    """Return unit text features f64[P, C, e] of contexts f32[P, m, d] in the finer precision.
+
+    `names` are checked ids by class, `n_together` is the size of a round, which the plan of calls
+    is made for; of `execution` the threads and the memory limit are kept, where doubles take twice
+    what they are counted as. `as_it_is` runs the graph of `bundle` without refining it.
+
+    Raises: ZtuneError in one line, whatever the process died of.
+    """
+    asked: dict[str, Json] = {
+        "bundle": str(bundle.path.resolve()),
+        "n_together": n_together,
+        "as_it_is": as_it_is,
+        "threads": execution.threads,
+        "memory_limit": execution.memory_limit,
+    }
+    with tempfile.TemporaryDirectory(prefix="ztune-reference-") as folder:
+        arrays = {
+            "contexts": contexts,
+            "tokens": np.concatenate([np.array(ids, dtype=np.int64) for ids in names]),
+            "lengths": np.array([len(ids) for ids in names]),
+        }
+        write_tensors(Path(folder, _ASKED), arrays, asked)
+        command = [sys.executable, "-c", _PROGRAM, folder, *sys.path]
+        # Whatever interrupts this wait, Ctrl-C among them, kills the process.
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            why = lines[-1] if lines and done.returncode > 0 else _ended(done.returncode)
+            raise ZtuneError(f'reference of bundle "{bundle.path}" in higher precision: {why}')
+        answer, _ = read_tensors(Path(folder, _ANSWER), "reference")
+    return np.asarray(answer["features"], dtype=np.float64)
+
+
+def _ended(code: int) -> str:
+    if code < 0:
+        return f"its process was stopped by signal {-code} (for want of memory, perhaps)"
+    return f"its process ended with {code} and said nothing"
+
+
+def main(folder: str) -> int:
+    """Answer what the parent process left in `folder`; return 1 with one line on stderr if not."""
+    try:
+        _answer(Path(folder))
+    except (ZtuneError, OSError, MemoryError) as error:
+        sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
+        return 1
+    return 0
+
+
+def _answer(folder: Path) -> None:
+    arrays, asked = read_tensors(folder / _ASKED, "reference")
+    fields = Fields(asked, "reference")
+    bundle = load_bundle(Path(fields.text("bundle")))
+    parts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
+    names = [tuple(part.tolist()) for part in parts]
+    threads, limit = (
+        None if asked[key] is None else fields.integer(key) for key in ("threads", "memory_limit")
+    )
+    session = _open(bundle, fields.flag("as_it_is"), threads)
+    features = _encode(
+        session, bundle, names, arrays["contexts"], fields.integer("n_together"), limit
+    )
+    write_tensors(folder / _ANSWER, {"features": features}, {})
+
+
+def _encode(
+    session: Any,
+    bundle: Bundle,
+    names: Sequence[tuple[int, ...]],
+    contexts: F32,
+    n_together: int,
+    limit: int | None,
+) -> F64:
+    """Return features f64[P, C, e], in the calls of the plan for rounds of `n_together`."""
+    spec, n_context = bundle.text, contexts.shape[1]
+    sizes = Sizes(n_context, spec.width, bundle.embed_dim, spec.graph == "prefix")
+    plan = make_plan(name_lengths(spec, names), sizes, n_together, "cpu", limit)
+    table = token_table(bundle)
+    features = np.empty((len(contexts), len(names), bundle.embed_dim))
+    for group in plan.groups:
+        constants = feeds(spec, table, [names[index] for index in group], n_context)
+        for first in range(0, len(contexts), plan.n_candidates):
+            part = slice(first, first + plan.n_candidates)
+            given: Mapping[str, Any] = {**constants, "contexts": contexts[part]}
+            features[part, group] = run_graph(session, "the reference", ["features"], given)[0]
+    return features
+
+
+def _open(bundle: Bundle, as_it_is: bool, threads: int | None) -> Any:
+    import onnx
+
+    path = bundle.file("prompt.onnx")
+    model = onnx.load(str(path), load_external_data=False)
+    if not as_it_is:
+        model = derived(model, bundle.precision)
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    # Fusions are for speed, and made for single precision; folding widens the weights once.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if f"{path.name}.data" in bundle.files:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+    try:
+        return ort.InferenceSession(
+            model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+        raise ZtuneError(f"cannot be opened: {' '.join(str(error).split())[:200]}") from None
+
+
+def derived(model: Any, precision: str) -> Any:
+    """Turn the prompt graph of a bundle in `precision` into its reference, in place; return it.
+
+    Raises: FormatError for a graph that is not built as the exporter and the quantizer build them.
+    """
+    from onnx import TensorProto
+
+    if model.functions or any(a.HasField("g") for n in model.graph.node for a in n.attribute):
+        raise FormatError("a prompt graph with functions or branches has no reference")
+    del model.graph.value_info[:]  # types that will not hold any more
+    if precision == "int8":
+        _dequantize(model.graph)
+    elif precision == "fp16":
+        _widen(model.graph, TensorProto.FLOAT16, TensorProto.FLOAT)
+    else:
+        _widen(model.graph, TensorProto.FLOAT, TensorProto.DOUBLE)
+    return model
+
+
+def _dequantize(graph: Any) -> None:
+    """Replace each dynamically quantized product by one in fp32 with (weight − zero) · scale.
+
+    The pattern is that of ONNX Runtime's quantize_dynamic: x is quantized by DynamicQuantizeLinear,
+    multiplied by MatMulInteger, cast, and multiplied by the scales of x and of the weight.
+    """
+    from onnx import TensorProto, helper
+
+    made_by = {output: node for node in graph.node for output in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    constants = {tensor.name for tensor in graph.initializer}
+
+    def only_user(name: str, operator: str) -> Any:
+        found = users.get(name, [])
+        if len(found) != 1 or found[0].op_type != operator:
+            raise FormatError(f"{name!r} of an int8 prompt graph has no single {operator} after it")
+        return found[0]
+
+    weights: list[Any] = []
+    products: dict[int, Any] = {}
+    replaced: set[int] = set()
+    for node in graph.node:
+        if node.op_type != "MatMulInteger":
+            continue
+        quantize = made_by.get(node.input[0])
+        if quantize is None or quantize.op_type != "DynamicQuantizeLinear":
+            raise FormatError(f"{node.input[0]!r} of an int8 prompt graph is not quantized in it")
+        cast = only_user(node.output[0], "Cast")
+        rescale = only_user(cast.output[0], "Mul")
+        scales = made_by[next(name for name in rescale.input if name != cast.output[0])]
+        scale = next((name for name in scales.input if name in constants), None)
+        if scale is None or quantize.output[1] not in scales.input:
+            raise FormatError(
+                f"{rescale.output[0]!r} of an int8 prompt graph is scaled unlike ours"
+            )
+        wide = f"{rescale.output[0]}:weight"
+        of_weight = node.input[1]
+        weights.append(
+            helper.make_node("Cast", [of_weight], [f"{wide}:cast"], to=TensorProto.FLOAT)
+        )
+        centred = f"{wide}:cast"
+        if len(node.input) > 3 and node.input[3]:
+            zero = [node.input[3]], [f"{wide}:zero"]
+            weights.append(helper.make_node("Cast", *zero, to=TensorProto.FLOAT))
+            weights.append(helper.make_node("Sub", [centred, f"{wide}:zero"], [f"{wide}:centred"]))
+            centred = f"{wide}:centred"
+        weights.append(helper.make_node("Mul", [centred, scale], [wide]))
+        products[id(rescale)] = helper.make_node(
+            "MatMul", [quantize.input[0], wide], [rescale.output[0]]
+        )
+        replaced |= {id(part) for part in (node, quantize, cast, scales)}
+    if not products:
+        raise FormatError("an int8 prompt graph has no product in int8")
+    kept = [products.get(id(node), node) for node in graph.node if id(node) not in replaced]
+    nodes = [*weights, *kept]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _widen(graph: Any, narrow: int, wide: int) -> None:
+    """Compute in `wide` whatever is computed in `narrow`; inputs are taken in single precision."""
+    from onnx import TensorProto, helper
+
+    renamed: dict[str, str] = {}
+    nodes: list[Any] = []
+
+    def widened(name: str) -> None:
+        renamed[name] = f"{name}:wide"
+        nodes.append(helper.make_node("Cast", [name], [renamed[name]], to=wide))
+
+    for tensor in graph.initializer:
+        if tensor.data_type == narrow:
+            widened(tensor.name)
+    for value in graph.input:
+        kind = value.type.tensor_type
+        if kind.elem_type == narrow:
+            kind.elem_type = TensorProto.FLOAT
+            if wide != TensorProto.FLOAT:
+                widened(value.name)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i == narrow:
+                attribute.i = wide
+            elif attribute.type == attribute.TENSOR and attribute.t.data_type == narrow:
+                attribute.t.CopyFrom(_as_type(attribute.t, wide))
+        if wide == TensorProto.DOUBLE and node.op_type in _SINGLE_ONLY:
+            nodes.extend(_in_single_precision(node))
+        else:
+            nodes.append(node)
+    for value in graph.output:
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _as_type(tensor: Any, kind: int) -> Any:
+    from onnx import helper, numpy_helper
+
+    values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
+    return numpy_helper.from_array(values, tensor.name)
+
+
+def _in_single_precision(node: Any) -> list[Any]:
+    """Return casts down, the node, and casts up again."""
+    from onnx import TensorProto, helper
+
+    down, up = [], []
+    for index, name in enumerate(node.input):
+        if name:
+            narrow = f"{node.output[0]}:in{index}"
+            down.append(helper.make_node("Cast", [name], [narrow], to=TensorProto.FLOAT))
+            node.input[index] = narrow
+    for index, name in enumerate(node.output):
+        narrow = f"{name}:single"
+        up.append(helper.make_node("Cast", [narrow], [name], to=TensorProto.DOUBLE))
+        node.output[index] = narrow
+    return [*down, node, *up]
