@@ -15,12 +15,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtimes.bundle import EXTERNAL_THRESHOLD, Bundle, ImageSpec, describe
+from runtimes.bundle import Bundle, ImageSpec, describe
 from runtimes.classifier import FORMAT, VERSION
 from ztune.artifact import Artifact
 from ztune.errors import DataError, FormatError
 from ztune.files import replacing
 from ztune.types import Json
+
+# Bytes above which the weights go beside the one file to ship: a protobuf file ends at 2 GiB.
+_LARGEST_FILE = 1_800_000_000
 
 
 class _Graph:
@@ -48,7 +51,7 @@ def pack(
     out: Path,
     *,
     resize: bool = False,
-    external_threshold: int = EXTERNAL_THRESHOLD,
+    external_threshold: int = _LARGEST_FILE,
 ) -> None:
     """Write `out`: input `pixels u8[N, S, S, 3]`, outputs `logits` and `probabilities` f32[N, C].
 

@@ -19,9 +19,10 @@ _MB = 1_000_000
 _F32 = 4
 # MB above the weights where no limit is given.
 _DEFAULT_LIMIT = {"cpu": 250, "cuda": 4000, "tensorrt": 4000}
-# Rows in one call that keep a CPU's matrix products busy; more only leave its caches. Measured at
-# ViT-B/32 size: 700 rows cost 9 % more an int8 query than 1,800, and 3,500 cost 6 % more.
-_CPU_ROWS = 1800
+# Values of token states (rows times width) in one call that keep a CPU's matrix products busy:
+# 1,000 rows at ViT-B/32 size. Measured there: up to 3,500 rows an fp32 query costs the same; an
+# int8 query gains 2 to 9 % from 1,800 rows, for 40 MB more.
+_CPU_VALUES = 512_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def make_plan(
         n_bytes = kept + max(_call_bytes(tokens[group], sizes, together) for group in groups)
         rows = max(_rows(tokens[group], sizes, together) for group in groups)
         can_be_cut = together > 2 or len(groups) < len(order)
-        if n_bytes > limit * _MB or (provider == "cpu" and rows > _CPU_ROWS and can_be_cut):
+        if n_bytes > limit * _MB or (
+            provider == "cpu" and rows * sizes.width > _CPU_VALUES and can_be_cut
+        ):
             return None
         return Plan(together, tuple(groups), n_bytes / _MB)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -33,26 +34,46 @@ class Tokenizer:
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.file("tokenizer.json")
-        self._take(path.read_bytes(), bundle.text, str(path))
+        self._take(path.read_bytes, bundle.text, str(path))
 
     @classmethod
     def of(cls, content: str, spec: TextSpec) -> Tokenizer:
         """Return the tokenizer of a JSON text that is not (yet) part of a bundle."""
         tokenizer = cls.__new__(cls)
-        tokenizer._take(content.encode(), spec, "tokenizer")
+        tokenizer._take(content.encode, spec, "tokenizer")
         return tokenizer
 
-    def _take(self, content: bytes, spec: TextSpec, where: str) -> None:
-        try:
-            self._tokens = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # tokenizers raises plain Exception
-            raise FormatError(f"{where} cannot be read ({error}); export again") from None
+    def _take(self, read: Callable[[], bytes], spec: TextSpec, where: str) -> None:
+        self._read = read
+        self._where = where
         self.spec = spec
+        self._loaded: Any = None
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._tokens  # noqa: B018 - a damaged file is told now
+
+    @property
+    def _tokens(self) -> Any:
+        if self._loaded is None:
+            try:
+                self._loaded = tokenizers.Tokenizer.from_str(self._read().decode())
+            except Exception as error:  # tokenizers raises plain Exception
+                raise FormatError(f"{self._where} cannot be read ({error}); export again") from None
+        return self._loaded
+
+    def release(self) -> None:
+        """Give up the vocabulary, 40 MB for CLIP's; texts that were seen stay known.
+
+        It is read again for any other.
+        """
+        self._loaded = None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text, cleaned, without prefix and suffix."""
-        cleaned = clean(text, self.spec.cleaning)
-        return tuple(self._tokens.encode(cleaned, add_special_tokens=False).ids)
+        if text not in self._known:
+            cleaned = clean(text, self.spec.cleaning)
+            ids = self._tokens.encode(cleaned, add_special_tokens=False).ids
+            self._known[text] = tuple(ids)
+        return self._known[text]
 
     def sequence(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text between prefix and suffix."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -24,6 +25,14 @@ def peak_memory_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return float(peak) / 1e6 if sys.platform == "darwin" else float(peak) * 1024 / 1e6
+
+
+def return_free_memory() -> None:
+    """Have the C library give memory that is free back to the system; glibc keeps it otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def versions() -> dict[str, str]:

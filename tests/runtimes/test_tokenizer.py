@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.vocabulary import simple_tokenizer
-from runtimes.bundle import TextSpec
+from runtimes.bundle import TextSpec, load_bundle
 from runtimes.tokenizer import Tokenizer, clean
+from tests.conftest import MINI
 from ztune.errors import DataError, FormatError
 
 REFERENCE = open_clip.SimpleTokenizer()
@@ -114,3 +115,13 @@ def test_text_of_ids_is_readable(tokenizer: Tokenizer) -> None:
 def test_a_broken_file_is_named() -> None:
     with pytest.raises(FormatError, match="tokenizer cannot be read"):
         Tokenizer.of("{", TOKENIZER.spec)
+
+
+def test_released_it_knows_what_it_has_seen_and_reads_the_rest_again() -> None:
+    tokenizer = Tokenizer(load_bundle(MINI))
+    seen = tokenizer.encode("a photo of a cat.")
+    tokenizer.release()
+    assert tokenizer._loaded is None
+    assert tokenizer.encode("a photo of a cat.") == seen
+    assert tokenizer._loaded is None
+    assert tokenizer.encode("a dog") == Tokenizer(load_bundle(MINI)).encode("a dog")

@@ -59,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-broken", action="store_true", default=None, help="leave broken pictures out"
     )
+    parser.add_argument(
+        "--force", action="store_true", default=None, help="tune below the signal-to-noise limit"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="BUNDLE",
+        help="fp32 bundle to measure an int8 or fp16 one's signal against (default: its own graph)",
+    )
     add_execution_arguments(parser, default=None)
     parser.add_argument(
         "--memory-limit",
@@ -75,7 +84,7 @@ _ARITHMETIC = (
 _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
-    "provider", "threads", "memory_limit",
+    "provider", "threads", "memory_limit", "force", "reference",
 )  # fmt: skip
 
 
@@ -118,23 +127,15 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
-    from ztune.cli.tuning import Work, opening, start_config
+    from ztune.cli.tuning import Work, opening, start_config, task_of
     from ztune.cli.workbench import open_workbench
-    from ztune.data.folders import read_dataset
-    from ztune.data.split import digest_pictures, make_split
     from ztune.run import RunFolder
 
     start_config(request)
-    settings = request.split_settings()
+    request.split_settings()
     execution = settled(request.provider, request.threads, output, request.memory_limit)
     bench = open_workbench(Path(request.bundle), execution, output)
-    names = Path(request.names) if request.names else None
-    dataset = read_dataset(Path(request.data), names)
-    test_data = None
-    if request.test_data:
-        other = read_dataset(Path(request.test_data), names)
-        test_data = other, digest_pictures(other)
-    split = make_split(dataset, digest_pictures(dataset), settings, test_data)
+    dataset, split = task_of(request)
     if request.preset == "published" and request.method == "zip":
         output.remark(
             f"preset published: random crops anew each step are approximated by {request.augment} "
@@ -168,6 +169,11 @@ def _resume(path: Path, moved_bundle: Path | None, output: Output) -> dict[str, 
         if head.get("status") == "finished":
             output.remark(f"{path} is finished; nothing to do")
             return head
+        if head.get("status") == "refused":
+            raise ConfigError(
+                f'run "{path}" was refused before its first step for its signal-to-noise; start it '
+                f"anew with other settings: ztune tune BUNDLE --data FOLDER --out {path}"
+            )
         return _go_on(folder, head, moved_bundle, output)
 
 
@@ -212,8 +218,10 @@ def _go_on(
     split.check_unchanged()
     execution = Execution(provider, request.threads, request.memory_limit)
     bench = Workbench(bundle, execution, output)
+    work = Work(request, split, folder, bench)
+    work.check()
     with _told_how_to_resume(folder.path):
-        return Work(request, split, folder, bench).carry_out(head)
+        return work.carry_out(head)
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`

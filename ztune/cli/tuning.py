@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.ort import OrtPromptEncoder
 from runtimes.prompts import context_of_words, name_tokens, template_sentences
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
+from ztune.cli.gate import Gate, Refused, open_reference, pass_gate
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
 from ztune.config import as_json
-from ztune.data.split import Split
+from ztune.data.features import Features
+from ztune.data.folders import Dataset, read_dataset
+from ztune.data.split import Split, digest_pictures, make_split
 from ztune.errors import ConfigError, ZtuneError
 from ztune.fields import Fields
 from ztune.heads.gda import GdaConfig, fit_gda
@@ -24,10 +28,11 @@ from ztune.methods import ZipConfig, build_zip, find_method, initial_context, me
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
 from ztune.report import draw_curve
 from ztune.run import RunFolder
+from ztune.signal import Signal
 from ztune.statistics import Score, score
-from ztune.system import machine, peak_memory_mb, versions
+from ztune.system import machine, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
-from ztune.types import F32, F64, I64, Batch, Evaluation, Json
+from ztune.types import F32, F64, I64, Batch, Evaluation, Json, Optimizer, PromptMap
 
 # Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
 # on a local model, while flushing every one of them to the disk costs more than a small model does.
@@ -77,6 +82,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A tuned method at its start, and what answers it."""
+
+    config: ZipConfig
+    encoder: OrtPromptEncoder
+    objective: FewShotObjective
+    prompt_map: PromptMap
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
 class Work:
     """One run in progress."""
 
@@ -104,8 +120,11 @@ class Work:
         )
         zero_shot = self.bench.zero_shot(self.request.template, classes)
         gda, alpha = _gda(config, self.request, pictures, zero_shot)
+        return_free_memory()  # what the image tower and the fit have left
         if isinstance(config, ZipConfig):
-            outcome = self._tuned(config, pictures, budget, started)
+            parts = self._assembled(config, pictures.features, pictures.labels)
+            head = self._through_the_gate(head, parts, pictures, budget)
+            outcome = self._tuned(parts, pictures, budget, started)
         else:
             outcome = self._fitted(gda, alpha, pictures)
         artifact = outcome.artifact
@@ -116,6 +135,7 @@ class Work:
             "status": "finished",
             "config": dict(artifact.provenance.config),
             "queries": budget.queries,
+            "probe_queries": budget.probe_queries,
             "text_forwards": budget.text_forwards,
             "image_forwards": budget.image_forwards,
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
@@ -148,6 +168,9 @@ class Work:
             context = self._initial_context(config)
             name_tokens(bundle.text, tokenizer, classes, len(context))
             build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
+            open_reference(self.request.reference, bundle)
+        tokenizer.release()  # every text of the run has been seen
+        return_free_memory()
 
     def _initial_context(self, config: ZipConfig) -> F32:
         """Return the start f32[m, d]: random, or the words asked for."""
@@ -155,23 +178,64 @@ class Work:
             return initial_context(config, self.bench.bundle.text.width, self.request.seed)
         return context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
 
-    def _tuned(
-        self, config: ZipConfig, pictures: Pictures, budget: Budget, started: float
-    ) -> Outcome:
-        """Spend the queries, from the saved state where there is one."""
-        request, bundle = self.request, self.bench.bundle
+    def signal(self) -> tuple[Signal, dict[str, Json]]:
+        """Measure the signal alone: what `ztune doctor` reports."""
+        config = start_config(self.request)
+        if not isinstance(config, ZipConfig):
+            raise ConfigError(f"{self.request.method} has no steps, so no signal to measure")
+        train, labels = _encode_training(self.request, self.split, self.folder, self.bench)
+        parts = self._assembled(config, train.values, labels)
+        return self._gate().measure(
+            config, parts.optimizer, parts.prompt_map, parts.objective, train.values, labels
+        )
+
+    def _gate(self) -> Gate:
+        reference = open_reference(self.request.reference, self.bench.bundle)
+        return Gate(self.bench, self.split.classes, self.request.seed, reference)
+
+    def _through_the_gate(
+        self, head: Mapping[str, Json], parts: Parts, pictures: Pictures, budget: Budget
+    ) -> Mapping[str, Json]:
+        """Return run.json's content with the signal, measured before the first step and never again.
+
+        Raises: Refused, and leaves a run that may be started anew.
+        """
+        if "signal" not in head and not self.folder.state.exists():
+            try:
+                signal = pass_gate(
+                    self._gate(), parts.config, parts.optimizer, parts.prompt_map, parts.objective,
+                    pictures.features, pictures.labels,
+                    force=self.request.force, output=self.bench.output,
+                )  # fmt: skip
+            except Refused as error:
+                self.folder.write({**head, "status": "refused", "signal": error.document})
+                raise
+            head = {**head, "signal": signal}
+            self.folder.write(head)
+        signal = Fields(head, "run.json").object("signal") if "signal" in head else None
+        if signal and "probe_queries" in signal.values:
+            budget.probe(signal.integer("probe_queries"), len(self.split.classes))
+        return head
+
+    def _assembled(self, config: ZipConfig, features: F32, labels: I64) -> Parts:
+        """Return the method at its start, and what evaluates it on f32[V, N, e]."""
+        bundle = self.bench.bundle
         context = self._initial_context(config)
         encoder = self.bench.prompt_graph.encoder(
             self.split.classes, len(context), config.queries_per_step()
         )
-        scores = NumpyScores(encoder, pictures.features, bundle.logit_scale, bundle.logit_bias)
-        objective = FewShotObjective(scores, pictures.labels)
-        prompt_map, optimizer = build_zip(config, context, request.seed)
+        scores = NumpyScores(encoder, features, bundle.logit_scale, bundle.logit_bias)
+        objective = FewShotObjective(scores, labels)
+        return Parts(config, encoder, objective, *build_zip(config, context, self.request.seed))
+
+    def _tuned(self, parts: Parts, pictures: Pictures, budget: Budget, started: float) -> Outcome:
+        """Spend the queries, from the saved state where there is one."""
+        request, bundle, config = self.request, self.bench.bundle, parts.config
         n_views, n_pictures = pictures.features.shape[:2]
         sampler = BatchSampler(
             n_pictures, config.batch_size, n_views, np.random.default_rng([request.seed, 3])
         )
-        tuning = Tuning(optimizer, sampler, budget, started)
+        tuning = Tuning(parts.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
         output = self.bench.output
         if tuning.step:
@@ -189,19 +253,21 @@ class Work:
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
 
-            stop_reason = tune(tuning, prompt_map, objective, len(self.split.classes), observe)
-        tuned = prompt_map(optimizer.recommend()[None])[0]
+            stop_reason = tune(
+                tuning, parts.prompt_map, parts.objective, len(self.split.classes), observe
+            )
+        tuned = parts.prompt_map(parts.optimizer.recommend()[None])[0]
         artifact = ContextArtifact(
             self.split.classes,
             self._provenance(tuning.budget.queries, stop_reason, as_json(config)),
             tuned,
-            encoder.encode(tuned[None])[0],
+            parts.encoder.encode(tuned[None])[0],
             bundle.logit_scale,
             bundle.logit_bias,
             _fingerprints(self.split),
         )
-        train_loss = _train_loss(objective, pictures, tuned)
-        return Outcome(artifact, tuning.earlier, train_loss, encoder.plan.to_json())
+        train_loss = _train_loss(parts.objective, pictures, tuned)
+        return Outcome(artifact, tuning.earlier, train_loss, parts.encoder.plan.to_json())
 
     def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
         weight, bias = head
@@ -244,11 +310,25 @@ def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]
     }
 
 
-def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench) -> Pictures:
-    cache = request.cache_folder(folder.path)
+def task_of(request: Request) -> tuple[Dataset, Split]:
+    """Return the pictures that a request names, and how they are divided."""
+    settings = request.split_settings()
+    names = Path(request.names) if request.names else None
+    dataset = read_dataset(Path(request.data), names)
+    test_data = None
+    if request.test_data:
+        other = read_dataset(Path(request.test_data), names)
+        test_data = other, digest_pictures(other)
+    return dataset, make_split(dataset, digest_pictures(dataset), settings, test_data)
+
+
+def _encode_training(
+    request: Request, split: Split, folder: RunFolder, bench: Workbench
+) -> tuple[Features, I64]:
+    """Return the training pictures' features, and the labels i64[N] of those that can be read."""
     train = bench.features(
         split.items("train"),
-        cache,
+        request.cache_folder(folder.path),
         what="training pictures",
         n_views=request.augment,
         seed=request.seed,
@@ -258,6 +338,12 @@ def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench)
     missing = sorted(set(range(len(split.classes))) - set(labels.tolist()))
     if missing:
         raise ZtuneError(f'class "{split.classes[missing[0]]}" has no picture that can be read')
+    return train, labels
+
+
+def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench) -> Pictures:
+    cache = request.cache_folder(folder.path)
+    train, labels = _encode_training(request, split, folder, bench)
     n_views = max(1, request.augment)
     n_wanted, n_encoded = n_views * len(labels), train.n_encoded
     n_broken = int((~train.kept).sum())

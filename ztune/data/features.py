@@ -55,7 +55,7 @@ def encode_pictures(
     cache: FeatureCache,
     n_views: int = 0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 8,
     progress: Progress | None = None,
     skip_broken: bool = False,
 ) -> Features:
