@@ -11,7 +11,7 @@ import numpy as np
 from runtimes.providers import onnxruntime, running
 from ztune.types import F32
 
-_DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 
 class BoundCall:
@@ -27,10 +27,19 @@ class BoundCall:
         output: tuple[int, ...],
     ):
         """Bind `constants`, and buffers f32 for `inputs` and the output, by their shapes."""
-        value = onnxruntime().OrtValue
-        device = _DEVICES[provider]
         self._session, self._graph = session, graph
-        self._binding = session.io_binding()
+        with running(graph):
+            self._bind(DEVICES[provider], constants, inputs, output)
+
+    def _bind(
+        self,
+        device: str,
+        constants: Mapping[str, np.ndarray],
+        inputs: Mapping[str, tuple[int, ...]],
+        output: tuple[int, ...],
+    ) -> None:
+        value = onnxruntime().OrtValue
+        self._binding = self._session.io_binding()
         # A binding does not keep what is bound alive.
         self._kept = [
             value.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
@@ -47,8 +56,8 @@ class BoundCall:
         self._output = value.ortvalue_from_shape_and_type(output, np.float32, device, 0)
         self._binding.bind_ortvalue_output("features", self._output)
 
-    def __call__(self, inputs: Mapping[str, F32]) -> F32:
-        """Return the output; the next call overwrites it where the device is the CPU.
+    def run(self, inputs: Mapping[str, F32]) -> Any:
+        """Return the output as an OrtValue on its device; the next call overwrites it.
 
         Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
         """
@@ -56,4 +65,11 @@ class BoundCall:
             for name, array in inputs.items():
                 self._inputs[name].update_inplace(np.ascontiguousarray(array, dtype=np.float32))
             self._session.run_with_iobinding(self._binding)
-        return np.asarray(self._output.numpy(), dtype=np.float32)
+        return self._output
+
+    def __call__(self, inputs: Mapping[str, F32]) -> F32:
+        """Return the output; the next call overwrites it where the device is the CPU.
+
+        Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+        """
+        return np.asarray(self.run(inputs).numpy(), dtype=np.float32)

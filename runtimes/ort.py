@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 
 from runtimes.binding import BoundCall
 from runtimes.bundle import PARITY, Bundle
+from runtimes.capture import capture, dimensions, why_not
 from runtimes.plan import Plan, Sizes, make_plan
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
 from runtimes.prompts import (
@@ -23,6 +25,7 @@ from runtimes.prompts import (
 )
 from runtimes.providers import (
     Execution,
+    Setup,
     check_precision,
     onnxruntime,
     open_session,
@@ -38,11 +41,24 @@ from ztune.types import F32, I64, U8
 class _Graph:
     """One graph of a bundle, checked and open."""
 
-    def __init__(self, bundle: Bundle, name: str, execution: Execution):
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str,
+        execution: Execution,
+        calls: Sequence[Mapping[str, np.ndarray]] = (),
+    ):
+        """Open a graph; `calls` are inputs of all shapes to come where they must be known."""
         check_precision(bundle.precision, execution.provider)
         self.path = bundle.file(f"{name}.onnx")
-        _check_placement(bundle, name, self.path, execution)
-        self.session = open_session(self.path, execution)
+        setup = Setup()
+        if execution.provider == "tensorrt":
+            setup = Setup(calls=tuple({k: v.shape for k, v in call.items()} for call in calls))
+        # On the CPU there is nowhere else to run; on a device one profiled run proves it.
+        if execution.provider != "cpu":
+            given = calls[0] if calls else parity_inputs(bundle.file(PARITY), name)[0]
+            require_placement(self.path, execution, given, setup)
+        self.session = open_session(self.path, execution, setup)
 
 
 class OrtImageEncoder:
@@ -74,9 +90,10 @@ class OrtImageEncoder:
         return crop(image, spec) if view is None else random_view(image, spec, view)
 
     def encode(self, pixels: U8) -> F32:
-        if self._graph is None:
-            self._graph = _Graph(self._bundle, "image", self._execution)
         ready = normalise(pixels, self._bundle.image)
+        if self._graph is None:
+            calls = [{"pixels": ready}, {"pixels": ready[:1]}]
+            self._graph = _Graph(self._bundle, "image", self._execution, calls)
         # Dynamic int8 scales activations over the whole call: a picture's features would depend on
         # its company, so there is none.
         batches = [one[None] for one in ready] if self._bundle.precision == "int8" else [ready]
@@ -91,7 +108,10 @@ class OrtPromptGraph:
         self.bundle = bundle
         self._tokenizer = tokenizer
         self._execution = execution
-        self._graph = _Graph(bundle, "prompt", execution)
+        # TensorRT must know the shapes of its calls: there each encoder opens a graph of its own.
+        self._graph = (
+            None if execution.provider == "tensorrt" else _Graph(bundle, "prompt", execution)
+        )
 
     def encoder(
         self, classes: Sequence[str], n_context: int, n_candidates: int
@@ -129,28 +149,47 @@ class OrtPromptGraph:
             (group, feeds(bundle.text, table, [names[index] for index in group], n_context))
             for group in plan.groups
         ]
-        bind = functools.partial(
-            BoundCall, self._graph.session, self._graph.path, execution.provider
-        )
-        return OrtPromptEncoder(plan, groups, bind, bundle.embed_dim)
+        graph = self._graph
+        if graph is None:
+            width = bundle.text.width
+            at_once = dict.fromkeys((plan.n_candidates, n_candidates % plan.n_candidates or 1, 1))
+            calls = [
+                {"contexts": np.zeros((n, n_context, width), dtype=np.float32), **constants}
+                for n in at_once
+                for _, constants in groups
+            ]
+            graph = _Graph(bundle, "prompt", execution, calls)
+        return OrtPromptEncoder(plan, groups, graph, bundle, execution, n_candidates)
 
 
 class OrtPromptEncoder:
     """The prompt graph for fixed class names (a PromptEncoder)."""
 
+    cuda_graph: str | None
+    """"captured", or "not captured: " and why; None on a CPU."""
+
     def __init__(
         self,
         plan: Plan,
         groups: Sequence[tuple[I64, Mapping[str, np.ndarray]]],
-        bind: Callable[..., BoundCall],
-        embed_dim: int,
+        graph: _Graph,
+        bundle: Bundle,
+        execution: Execution,
+        n_candidates: int,
     ):
-        """Take a plan, the inputs of its groups, and what binds a call of the open graph."""
+        """Take a plan for rounds of `n_candidates`, the inputs of its groups, and a graph."""
         self.plan = plan
         self._groups = groups
-        self._bind = bind
-        self._embed_dim = embed_dim
+        self._graph = graph
+        self._embed_dim = bundle.embed_dim
+        self._precision = bundle.precision
+        self._execution = execution
         self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
+        reason = why_not(plan, n_candidates, execution)
+        self._to_capture = reason is None
+        self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
+        if execution.provider == "cpu":
+            self.cuda_graph = None
 
     def encode(self, contexts: F32) -> F32:
         n_classes = sum(len(group) for group, _ in self._groups)
@@ -159,18 +198,55 @@ class OrtPromptEncoder:
         for first in range(0, len(contexts), step):
             part = contexts[first : first + step]
             for number, (group, _) in enumerate(self._groups):
-                call = self._call(number, part.shape)
+                call = self._call(number, part)
                 features[first : first + step, group] = call({"contexts": part})
         return features
 
-    def _call(self, number: int, shape: tuple[int, ...]) -> BoundCall:
+    def on_device(self, contexts: F32) -> Iterator[list[Any]]:
+        """Yield, for the candidates of one call after the other, features f32[p, C_g, e] by group.
+
+        They are OrtValues where the graph runs, and stand until the next is asked for.
+        """
+        step = self.plan.n_candidates
+        for first in range(0, len(contexts), step):
+            part = contexts[first : first + step]
+            yield [
+                self._call(number, part).run({"contexts": part})
+                for number in range(len(self._groups))
+            ]
+
+    def _call(self, number: int, contexts: F32) -> BoundCall:
         """Return the call of one group and number of candidates, bound once."""
-        key = (number, shape)
+        key = (number, contexts.shape)
         if key not in self._calls:
-            group, constants = self._groups[number]
-            features = (shape[0], len(group), self._embed_dim)
-            self._calls[key] = self._bind(constants, {"contexts": shape}, features)
+            self._calls[key] = self._bind(self._graph.session, number, contexts.shape)
+        elif self._to_capture and len(contexts) == self.plan.n_candidates:
+            # The second such call: what is encoded once is not worth a session.
+            self._to_capture = False
+            ordinary = self._calls[key]
+            expected = ordinary({"contexts": contexts})
+            captured, self.cuda_graph = capture(
+                functools.partial(self._bind_captured, contexts.shape),
+                contexts,
+                expected,
+                self._precision,
+            )
+            self._calls[key] = captured or ordinary
         return self._calls[key]
+
+    def _bind(self, session: Any, number: int, shape: tuple[int, ...]) -> BoundCall:
+        group, constants = self._groups[number]
+        features = (shape[0], len(group), self._embed_dim)
+        path, provider = self._graph.path, self._execution.provider
+        return BoundCall(session, path, provider, constants, {"contexts": shape}, features)
+
+    def _bind_captured(self, shape: tuple[int, ...]) -> BoundCall:
+        """Return the one call of a plan, of a session whose every shape is fixed."""
+        _, constants = self._groups[0]
+        shapes = {"contexts": shape, **{name: array.shape for name, array in constants.items()}}
+        sizes = dimensions(self._graph.session, shapes)
+        session = open_session(self._graph.path, self._execution, Setup(captured_at=sizes))
+        return self._bind(session, 0, shape)
 
 
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
@@ -189,10 +265,12 @@ def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
     return own, own.pop("features")
 
 
-def parity_figures(parity: Path, name: str, graph: Path, execution: Execution) -> dict[str, float]:
+def parity_figures(
+    parity: Path, name: str, graph: Path, execution: Execution, setup: Setup | None = None
+) -> dict[str, float]:
     """Return cosine (the worst) and max_abs between a graph's features here and torch's."""
     given, expected = parity_inputs(parity, name)
-    session = open_session(graph, execution)
+    session = open_session(graph, execution, setup)
     got = run_graph(session, graph, ["features"], given)[0].astype(np.float64)
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
@@ -201,12 +279,9 @@ def parity_figures(parity: Path, name: str, graph: Path, execution: Execution) -
 
 
 def parity_on_this_machine(bundle: Bundle, graph: str, execution: Execution) -> dict[str, float]:
-    """Return how far a bundle's graph is from torch on this machine."""
+    """Return how far a bundle's graph is from torch on this machine.
+
+    Raises: ProviderError when the provider cannot run the bundle's precision.
+    """
+    check_precision(bundle.precision, execution.provider)
     return parity_figures(bundle.file(PARITY), graph, bundle.file(f"{graph}.onnx"), execution)
-
-
-def _check_placement(bundle: Bundle, name: str, graph: Path, execution: Execution) -> None:
-    # On the CPU there is nowhere else to run; on a device one profiled run proves it.
-    if execution.provider != "cpu":
-        given, _ = parity_inputs(bundle.file(PARITY), name)
-        require_placement(graph, execution, given)

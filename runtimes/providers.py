@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes import tensorrt
 from ztune.errors import ConfigError, ProviderError, ZtuneError
 
-NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
 # Full precision, and the same convolution algorithm on every run.
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -28,6 +33,10 @@ _OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Execution:
     """How graphs run on this machine: configuration, saved with a run and fixed on resume."""
@@ -38,12 +47,31 @@ class Execution:
     for a machine that does something else too."""
     memory_limit: int | None = None
     """MB (10⁶ bytes) that the prompt graph may take above its weights; None: the provider's own."""
+    cuda_graph: bool = True
+    """Whether CUDA may capture the calls of a round and replay them; a benchmark compares."""
+    remark: Callable[[str], None] = field(default=_say_nothing, compare=False, repr=False)
+    """Told what takes long, before it begins."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is particular to one session of a graph."""
+
+    profile_prefix: Path | None = None
+    """Where the profiler writes, if it is to run."""
+    calls: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    """The shapes of inputs by name in each call to come, the usual call first: TensorRT builds an
+    engine for their range."""
+    captured_at: Mapping[str, int] | None = None
+    """The size of every symbolic dimension, where CUDA is to capture the one call of that size."""
+    plain: bool = False
+    """Only basic optimisations: those above have crashed on 16-bit graphs on a CPU."""
 
 
 def onnxruntime() -> Any:
@@ -65,17 +93,16 @@ def onnxruntime() -> Any:
     return ort
 
 
-def open_session(
-    graph: Path | bytes, execution: Execution, *, profile_prefix: Path | None = None
-) -> Any:
+def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None = None) -> Any:
     """Open an ONNX Runtime session.
 
     Raises: ProviderError when the provider is unknown, not built in, or did not load.
     """
     ort = onnxruntime()
+    setup = setup or Setup()
     provider = execution.provider
     if provider not in NAMES:
-        raise ProviderError(f'unknown provider "{provider}", expected cpu or cuda')
+        raise ProviderError(f'unknown provider "{provider}", expected cpu, cuda or tensorrt')
     wanted = NAMES[provider]
     if wanted not in ort.get_available_providers():
         raise ProviderError(
@@ -93,14 +120,17 @@ def open_session(
     if execution.threads is not None:
         options.intra_op_num_threads = execution.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile_prefix is not None:
+    if setup.profile_prefix is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
+        options.profile_file_prefix = str(setup.profile_prefix)
+    if setup.plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    for name, size in (setup.captured_at or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     source = str(graph) if isinstance(graph, Path) else graph
+    providers = _providers(graph, execution, setup)
     try:
-        session = ort.InferenceSession(
-            source, sess_options=options, providers=[(wanted, _OPTIONS[provider])]
-        )
+        session = ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many types, all of them final here
         raise ProviderError(
             f"{_shown(graph)} cannot be opened on {provider}: {_line(error)}"
@@ -113,6 +143,21 @@ def open_session(
             "(see: ztune doctor)"
         )
     return session
+
+
+def _providers(
+    graph: Path | bytes, execution: Execution, setup: Setup
+) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers to open a graph with, the one asked for first, and their options."""
+    provider = execution.provider
+    options = dict(_OPTIONS["cpu" if provider == "cpu" else "cuda"])
+    if setup.captured_at is not None:
+        options["enable_cuda_graph"] = "1"
+    if provider != "tensorrt":
+        return [(NAMES[provider], options)]
+    # What TensorRT has no operator for runs on CUDA; the check of placement sees that it is little.
+    own = tensorrt.options(graph, setup.calls, execution.remark)
+    return [(NAMES["tensorrt"], own), (NAMES["cuda"], options)]
 
 
 def run_graph(
@@ -152,23 +197,32 @@ def check_precision(precision: str, provider: str) -> None:
         )
 
 
-def require_placement(graph: Path | bytes, execution: Execution, feeds: Mapping[str, Any]) -> None:
+def require_placement(
+    graph: Path | bytes,
+    execution: Execution,
+    feeds: Mapping[str, Any],
+    setup: Setup | None = None,
+) -> None:
     """Run `graph` once under the profiler and see where its matrix products ran.
 
     Raises: ProviderError naming the operators that ran elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(graph, execution, profile_prefix=Path(folder) / "placement")
+        profiled = replace(setup or Setup(), profile_prefix=Path(folder) / "placement")
+        session = open_session(graph, execution, profiled)
         run_graph(session, _shown(graph), None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
+    wanted = NAMES[execution.provider]
     elsewhere: dict[str, str] = {}
     n_heavy = 0
     for event in events:
         arguments = event.get("args", {})
         operator, ran_on = arguments.get("op_name", ""), arguments.get("provider")
-        if ran_on and (operator in _HEAVY or operator.startswith("QLinear")):
+        # TensorRT shows its engines as one node each, whatever they are made of.
+        heavy = operator in _HEAVY or operator.startswith("QLinear") or "TRTKernel" in operator
+        if ran_on and heavy:
             n_heavy += 1
-            if ran_on != NAMES[execution.provider]:
+            if ran_on != wanted:
                 elsewhere[operator] = ran_on
     if elsewhere or not n_heavy:
         found = ", ".join(f"{op} on {where}" for op, where in elsewhere.items()) or "none"
@@ -194,11 +248,11 @@ def resolve(provider: str) -> tuple[str, str]:
     """
     if provider == "cpu":
         return provider, "provider cpu (as asked for)"
-    if provider == "cuda":
+    if provider in ("cuda", "tensorrt"):
         probe(provider)
-        return provider, "provider cuda (as asked for; a probe ran on it)"
+        return provider, f"provider {provider} (as asked for; a probe ran on it)"
     if provider != "auto":
-        raise ProviderError(f'unknown provider "{provider}", expected auto, cpu or cuda')
+        raise ProviderError(f'unknown provider "{provider}", expected auto, cpu, cuda or tensorrt')
     if NAMES["cuda"] not in onnxruntime().get_available_providers():
         return "cpu", "provider cpu (this build of onnxruntime has no CUDA)"
     try:

@@ -128,9 +128,7 @@ def test_matrix_products_on_another_provider_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = providers.open_session
-    monkeypatch.setattr(
-        providers, "open_session", lambda graph, _, **more: real(graph, CPU, **more)
-    )
+    monkeypatch.setattr(providers, "open_session", lambda graph, _, *more: real(graph, CPU, *more))
     with pytest.raises(ProviderError, match="ran elsewhere: MatMul on CPUExecutionProvider"):
         providers.probe("cuda")
     providers.probe("cpu")

@@ -1,0 +1,66 @@
+"""A CUDA graph of the one call that a round of candidates takes, where it can be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from runtimes.binding import BoundCall
+from runtimes.plan import Plan
+from runtimes.providers import Execution
+from ztune.errors import ZtuneError
+from ztune.types import F32
+
+CAPTURED = "captured"
+# Largest difference of a replay from an ordinary call, as values of unit features.
+_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+
+
+def why_not(plan: Plan, n_candidates: int, execution: Execution) -> str | None:
+    """Return why rounds of `n_candidates` cannot be captured; None where it should be tried."""
+    if execution.provider != "cuda":
+        return f"{execution.provider} replays no CUDA graphs here"
+    if not execution.cuda_graph:
+        return "switched off"
+    n_groups = len(plan.groups)
+    if n_groups > 1:
+        return f"the classes take {n_groups} calls of different shapes (raise --memory-limit)"
+    if n_candidates % plan.n_candidates:
+        return (
+            f"{n_candidates} candidates take calls of different shapes, at most "
+            f"{plan.n_candidates} each (raise --memory-limit)"
+        )
+    return None
+
+
+def dimensions(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the size of each symbolic dimension of an open session, given its inputs' shapes."""
+    return {
+        name: size
+        for given in session.get_inputs()
+        for name, size in zip(given.shape, shapes[given.name], strict=True)
+        if isinstance(name, str)
+    }
+
+
+def capture(
+    bind: Callable[[], BoundCall], contexts: F32, expected: F32, precision: str
+) -> tuple[BoundCall | None, str]:
+    """Return the captured call and "captured", or None and the reason why it is not.
+
+    `bind` opens a session with capture and binds its call; `expected` are an ordinary call's
+    features f32[P, C, e] of `contexts`. A replay that ignored its input would go on giving the
+    features of the call that was captured: that one sees other contexts.
+    """
+    try:
+        call = bind()
+        call.run({"contexts": contexts + np.float32(1)})
+        replayed = call({"contexts": contexts})
+    except ZtuneError as error:
+        return None, f"not captured: {error}"
+    difference = float(np.abs(replayed - expected).max())
+    if not difference <= _TOLERANCE[precision]:
+        return None, f"not captured: a replay differs from an ordinary call by {difference:.1e}"
+    return call, CAPTURED

@@ -1,0 +1,111 @@
+"""What TensorRT is told: where engines are kept, which shapes they are for, 16 bit or not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ztune.errors import FormatError, ProviderError
+from ztune.files import sha256
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def options(
+    graph: Path | bytes, calls: Sequence[Shapes], remark: Callable[[str], None]
+) -> dict[str, str]:
+    """Return the provider's options for a graph; `remark` hears when an engine must be built.
+
+    A graph in memory is a probe: its engine is small and not kept.
+
+    Raises: ProviderError when the cache's folder cannot be made.
+    """
+    # 16 bit is allowed where the graph itself is in 16 bit; its norms stay in 32 bit there too.
+    chosen = {
+        "trt_fp16_enable": "True" if _is_half(graph) else "False",
+        "trt_layer_norm_fp32_fallback": "True",
+        **_profiles(calls),
+    }
+    if isinstance(graph, bytes):
+        return chosen
+    root = cache_folder()
+    folder = root / engine_name(graph, calls)
+    try:
+        for path in (root, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProviderError(
+            f"the folder of TensorRT engines {folder} cannot be made ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
+    if not any(folder.glob("*.engine")):
+        remark(
+            f"building the TensorRT engine for {graph.name}; the first time this can take ten "
+            "minutes"
+        )
+    return {
+        **chosen,
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(root),
+    }
+
+
+def cache_folder() -> Path:
+    """Return the user's folder of engines: they depend on this machine's GPU and libraries."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return base / "ztune" / "tensorrt"
+
+
+def engine_name(graph: Path, calls: Sequence[Shapes]) -> str:
+    """Return the name of an engine's folder: its graph's place and content, and the shapes.
+
+    ONNX Runtime itself tells engines apart by the graph's structure, not by its weights.
+    """
+    digest = hashlib.sha256(str(graph.resolve()).encode())
+    for part in (graph, graph.with_name(f"{graph.name}.data")):
+        if part.exists():
+            digest.update(sha256(part).encode())
+    for call in calls:
+        digest.update(repr(sorted(call.items())).encode())
+    return f"{graph.stem}-{digest.hexdigest()[:16]}"
+
+
+def _profiles(calls: Sequence[Shapes]) -> dict[str, str]:
+    """Return the range of shapes to build for; without calls, TensorRT takes what it sees."""
+    if not calls:
+        return {}
+
+    def shown(shapes: Shapes) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+    def extreme(pick: Callable[[Sequence[int]], int]) -> Shapes:
+        return {
+            name: tuple(pick(sizes) for sizes in zip(*(call[name] for call in calls), strict=True))
+            for name in calls[0]
+        }
+
+    return {
+        "trt_profile_min_shapes": shown(extreme(min)),
+        "trt_profile_max_shapes": shown(extreme(max)),
+        "trt_profile_opt_shapes": shown(calls[0]),
+    }
+
+
+def _is_half(graph: Path | bytes) -> bool:
+    """Return whether a graph has weights in 16 bit."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        if isinstance(graph, bytes):
+            model = onnx.load_model_from_string(graph)
+        else:
+            model = onnx.load(str(graph), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise FormatError(f"the graph to build an engine for is no ONNX graph ({error})") from None
+    return any(w.data_type == onnx.TensorProto.FLOAT16 for w in model.graph.initializer)
