@@ -40,9 +40,15 @@ class RunFolder:
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Make the folder with run.json and split.json in it, all or nothing.
 
-        Raises: ConfigError when it exists with something in it, or cannot be made.
+        A run that was refused before its first step is replaced; its cache is kept.
+
+        Raises: ConfigError when it exists with something else in it, or cannot be made.
         """
         if self.run.exists():
+            if self.read().get("status") == "refused":
+                write_json(self.split, dict(split))
+                self.write(document)
+                return
             raise ConfigError(
                 f'output folder "{self.path}" is not empty (go on with: '
                 f"ztune tune --resume {shlex.quote(str(self.path))})"

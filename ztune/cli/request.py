@@ -38,6 +38,10 @@ class Request:
     """None: the run's own folder."""
     augment: int = 0
     skip_broken: bool = False
+    force: bool = False
+    """Go on below the signal gate's limit."""
+    reference: str | None = None
+    """Bundle to measure the signal against; None: the bundle's own graph in higher precision."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """The method's settings that differ from its preset."""
 

@@ -132,7 +132,7 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
     from ztune.run import RunFolder
 
     start_config(request)
-    request.split_settings()
+    request.split_settings()  # wrong numbers are told before anything is opened
     execution = settled(request.provider, request.threads, output, request.memory_limit)
     bench = open_workbench(Path(request.bundle), execution, output)
     dataset, split = task_of(request)

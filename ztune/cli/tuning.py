@@ -14,7 +14,7 @@ from runtimes.ort import OrtPromptEncoder
 from runtimes.prompts import context_of_words, name_tokens, template_sentences
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
-from ztune.cli.gate import Gate, Refused, open_reference, pass_gate
+from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
 from ztune.config import as_json
@@ -196,9 +196,9 @@ class Work:
     def _through_the_gate(
         self, head: Mapping[str, Json], parts: Parts, pictures: Pictures, budget: Budget
     ) -> Mapping[str, Json]:
-        """Return run.json's content with the signal, measured before the first step and never again.
+        """Return run.json's content with the signal, measured once, before the first step.
 
-        Raises: Refused, and leaves a run that may be started anew.
+        Raises: RefusedError, and leaves a run that may be started anew.
         """
         if "signal" not in head and not self.folder.state.exists():
             try:
@@ -207,14 +207,15 @@ class Work:
                     pictures.features, pictures.labels,
                     force=self.request.force, output=self.bench.output,
                 )  # fmt: skip
-            except Refused as error:
+            except RefusedError as error:
                 self.folder.write({**head, "status": "refused", "signal": error.document})
                 raise
             head = {**head, "signal": signal}
             self.folder.write(head)
-        signal = Fields(head, "run.json").object("signal") if "signal" in head else None
-        if signal and "probe_queries" in signal.values:
-            budget.probe(signal.integer("probe_queries"), len(self.split.classes))
+        if "signal" in head:
+            kept = Fields(head, "run.json").object("signal")
+            if "probe_queries" in kept.values:
+                budget.probe(kept.integer("probe_queries"), len(self.split.classes))
         return head
 
     def _assembled(self, config: ZipConfig, features: F32, labels: I64) -> Parts:

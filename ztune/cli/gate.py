@@ -1,0 +1,168 @@
+"""The signal gate: the first step's differences of losses, against a finer graph's, on the task.
+
+`ztune tune` passes it before the first step, `ztune doctor` reports it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.prompts import name_tokens
+from runtimes.reference import FINER, reference_features
+from ztune.cli.output import Output
+from ztune.cli.workbench import Workbench
+from ztune.errors import ConfigError, ZtuneError
+from ztune.methods import ZipConfig
+from ztune.signal import Signal, exact_losses, measure, probe_batch
+from ztune.types import F32, F64, I64, Json, Optimizer, Oracle, PromptMap
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the signal is measured with besides the method's own parts."""
+
+    bench: Workbench
+    classes: tuple[str, ...]
+    seed: int
+    reference: Bundle | None
+    """Answers as it is; None: the bundle's own graph in higher precision."""
+
+    def measure(
+        self,
+        config: ZipConfig,
+        optimizer: Optimizer,
+        prompt_map: PromptMap,
+        oracle: Oracle,
+        features: F32,
+        labels: I64,
+    ) -> tuple[Signal, dict[str, Json]]:
+        """Return the signal on one batch of pictures f32[V, N, e], and what run.json keeps of it.
+
+        Draws from a generator of its own: no other result depends on whether this was done.
+
+        Raises: ZtuneError when the reference cannot be had.
+        """
+        started = time.monotonic()
+        bundle = self.bench.bundle
+        rng = np.random.default_rng([self.seed, 4])
+        batch = probe_batch(len(labels), config.batch_size, rng)
+        n_candidates = 0
+
+        def exact(contexts: F32) -> F64:
+            nonlocal n_candidates
+            n_candidates = len(contexts)
+            names = name_tokens(bundle.text, self.bench.tokenizer, self.classes, contexts.shape[1])
+            texts = reference_features(
+                self.reference or bundle,
+                names,
+                contexts,
+                config.queries_per_step(),
+                self.bench.execution,
+                as_it_is=self.reference is not None,
+            )
+            seen = features[batch.views, batch.pictures]
+            return exact_losses(
+                seen, labels[batch.pictures], texts, bundle.logit_scale, bundle.logit_bias
+            )
+
+        signal = measure(optimizer, prompt_map, oracle, exact, batch, rng)
+        finer = FINER[bundle.precision]
+        return signal, {
+            **signal.to_json(),
+            "perturbation": config.perturbation,
+            "precision": bundle.precision,
+            "reference": str(self.reference.path) if self.reference else f"own graph in {finer}",
+            "probe_queries": n_candidates,
+            "reference_forwards": n_candidates * len(self.classes),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+
+def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
+    """Return the bundle that the signal is measured against, None for the bundle's own graph.
+
+    Raises: ConfigError when it is another model's, not fp32, or nothing finer than `bundle`.
+    """
+    if path is None:
+        return None
+    reference = load_bundle(Path(path))
+    if reference.model_id != bundle.model_id:
+        raise ConfigError(
+            f'--reference "{path}" is of another model than "{bundle.path}" (name the fp32 bundle '
+            "that it was derived from, or leave it out)"
+        )
+    if reference.precision != "fp32" or bundle.precision == "fp32":
+        raise ConfigError(
+            f'--reference "{path}" is {reference.precision} for a bundle in {bundle.precision}, '
+            "expected fp32 for one in int8 or fp16 (leave it out to use the bundle's own graph)"
+        )
+    return reference
+
+
+def described(signal: Signal, document: dict[str, Json]) -> str:
+    """Return the line that a person reads."""
+    return (
+        f"signal-to-noise {signal.ratio:.2g} in {document['precision']} ({signal.n_directions} "
+        f"directions, perturbation {document['perturbation']:g}; limit {signal.limit:g})"
+    )
+
+
+def advice(signal: Signal, perturbation: float, precision: str) -> str:
+    """Return what to do about a signal below the limit."""
+    enough = signal.perturbation_needed(perturbation)
+    ways = [f"a larger perturbation (--set perturbation={enough:g})"] if enough else []
+    if precision != "fp32":
+        ways.append("the fp32 bundle")
+    return f"use {' or '.join(ways)}" if ways else "no perturbation in this precision is enough"
+
+
+def pass_gate(
+    gate: Gate,
+    config: ZipConfig,
+    optimizer: Optimizer,
+    prompt_map: PromptMap,
+    oracle: Oracle,
+    features: F32,
+    labels: I64,
+    *,
+    force: bool,
+    output: Output,
+) -> dict[str, Json]:
+    """Return what run.json keeps of the signal; see `Gate.measure`.
+
+    Raises: RefusedError where it is below the limit and nobody forces it, ZtuneError where it
+        cannot be measured.
+    """
+    try:
+        signal, document = gate.measure(config, optimizer, prompt_map, oracle, features, labels)
+    except ZtuneError as error:
+        if not force:
+            raise
+        output.warn(f"signal-to-noise was not measured: {error}")
+        return {"verdict": "not measured", "reason": str(error), "forced": True}
+    output.remark(described(signal, document))
+    document["forced"] = force and not signal.passed
+    if signal.passed:
+        return document
+    weak = (
+        f"signal-to-noise is {signal.ratio:.2g} in {gate.bench.bundle.precision}, below the limit "
+        f"of {signal.limit:g}: rounding errors would steer the steps "
+        f"({advice(signal, config.perturbation, gate.bench.bundle.precision)}"
+    )
+    if not force:
+        raise RefusedError(f"{weak}, or go on with --force)", document)
+    output.warn(f"{weak})")
+    return document
+
+
+class RefusedError(ZtuneError):
+    """A run whose signal is too weak, with what was measured."""
+
+    def __init__(self, message: str, document: dict[str, Json]):
+        super().__init__(message)
+        self.document = document
