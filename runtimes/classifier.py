@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
 from runtimes.preprocess import crop, read_picture
-from runtimes.providers import Execution, open_session, run_graph
+from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import FormatError, ProviderError
 from ztune.fields import Fields
 from ztune.types import F32, U8
@@ -60,6 +61,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
             raise FormatError(f"{where} does not exist")
         weights = Path(f"{path}.data")
         check_external_data(path, weights.name if weights.exists() else None)
+        _check_precision(path, execution.provider)
     try:
         session = open_session(path, execution)
     except ProviderError as error:
@@ -91,6 +93,17 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         tuning_pictures=seen,
         session=session,
     )
+
+
+def _check_precision(path: Path, provider: str) -> None:
+    """Refuse what the provider cannot run before it is opened, which has crashed where it cannot.
+
+    The metadata are compact JSON and stand in the file as they are.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for precision in ("fp16", "int8"):
+            if content.find(f'"precision":"{precision}"'.encode()) >= 0:
+                check_precision(precision, provider)
 
 
 def _check_graph(session: Any, classes: tuple[str, ...], where: str) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def add_execution_arguments(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     """Add --provider, where None leaves the default to the verb, and --threads."""
     parser.add_argument(
-        "--provider", default=default, help=f"auto, cpu or cuda (default: {default or 'auto'})"
+        "--provider",
+        default=default,
+        help=f"auto, cpu, cuda or tensorrt (default: {default or 'auto'})",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="use N cores and never spin (default: all, fast)"
@@ -31,7 +33,7 @@ def settled(
     """
     from runtimes.providers import Execution, resolve
 
-    asked = Execution(threads=threads, memory_limit=memory_limit)
+    asked = Execution(threads=threads, memory_limit=memory_limit, remark=output.remark)
     name, why = resolve(provider)
     output.remark(why)
     return replace(asked, provider=name)

@@ -216,7 +216,7 @@ def _go_on(
     provider, _ = resolve(fields.text("provider"))
     split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
     split.check_unchanged()
-    execution = Execution(provider, request.threads, request.memory_limit)
+    execution = Execution(provider, request.threads, request.memory_limit, remark=output.remark)
     bench = Workbench(bundle, execution, output)
     work = Work(request, split, folder, bench)
     work.check()

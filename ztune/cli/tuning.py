@@ -12,6 +12,7 @@ import numpy as np
 
 from runtimes.ort import OrtPromptEncoder
 from runtimes.prompts import context_of_words, name_tokens, template_sentences
+from runtimes.scores import OrtScores
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
 from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate
@@ -32,7 +33,7 @@ from ztune.signal import Signal
 from ztune.statistics import Score, score
 from ztune.system import machine, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
-from ztune.types import F32, F64, I64, Batch, Evaluation, Json, Optimizer, PromptMap
+from ztune.types import F32, F64, I64, Batch, Evaluation, Json, Optimizer, PromptMap, Scorer
 
 # Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
 # on a local model, while flushing every one of them to the disk costs more than a small model does.
@@ -79,6 +80,8 @@ class Outcome:
     """In nats, over all training pictures and views."""
     calls: dict[str, Json] | None = None
     """How a round of candidates was cut into calls of the prompt graph."""
+    cuda_graph: str | None = None
+    """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Work:
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "stop_reason": artifact.provenance.stop_reason,
             "calls": outcome.calls,
+            "cuda_graph": outcome.cuda_graph,
             "train_loss": outcome.train_loss,
             "val_accuracy": scores["tuned"].accuracy if scores else None,
             "validation": {
@@ -225,9 +229,16 @@ class Work:
         encoder = self.bench.prompt_graph.encoder(
             self.split.classes, len(context), config.queries_per_step()
         )
-        scores = NumpyScores(encoder, features, bundle.logit_scale, bundle.logit_bias)
-        objective = FewShotObjective(scores, labels)
+        objective = FewShotObjective(self._scorer(encoder, features), labels)
         return Parts(config, encoder, objective, *build_zip(config, context, self.request.seed))
+
+    def _scorer(self, encoder: OrtPromptEncoder, features: F32) -> Scorer:
+        """Return what computes losses: the host beside a CPU, else the device itself."""
+        bundle, execution = self.bench.bundle, self.bench.execution
+        scale, bias = bundle.logit_scale, bundle.logit_bias
+        if execution.provider == "cpu":
+            return NumpyScores(encoder, features, scale, bias)
+        return OrtScores(encoder, features, scale, bias, execution)
 
     def _tuned(self, parts: Parts, pictures: Pictures, budget: Budget, started: float) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
@@ -268,7 +279,8 @@ class Work:
             _fingerprints(self.split),
         )
         train_loss = _train_loss(parts.objective, pictures, tuned)
-        return Outcome(artifact, tuning.earlier, train_loss, parts.encoder.plan.to_json())
+        plan, cuda_graph = parts.encoder.plan.to_json(), parts.encoder.cuda_graph
+        return Outcome(artifact, tuning.earlier, train_loss, plan, cuda_graph)
 
     def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
         weight, bias = head
