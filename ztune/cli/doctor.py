@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import numpy as np
 from rich.table import Table
 
 from ztune.cli.output import Output, table
-from ztune.errors import ZtuneError
+from ztune.errors import ConfigError, ZtuneError
 from ztune.types import Json
 
 EXAMPLE = """\
   ztune doctor
-  ztune doctor models/mini"""
+  ztune doctor models/mini
+  ztune doctor models/mini --data examples/digits --set perturbation=0.001"""
 
 # Parity is exact arithmetic apart from the order of sums; a device may take other orders.
 _TOLERANCE = 1e-4
@@ -30,11 +32,33 @@ _EXTRAS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="measure the signal that tuning on these has"
+    )
+    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
+    parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
+    parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="BUNDLE",
+        help="fp32 bundle to measure an int8 or fp16 one's signal against (default: its own graph)",
+    )
+
+
+_OF_THE_TASK = ("data", "names", "shots", "seed", "set", "init", "reference")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.system import machine, versions
 
+    for name in _OF_THE_TASK:
+        if getattr(arguments, name) is not None and None in (arguments.bundle, arguments.data):
+            raise ConfigError(
+                f"--{name} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
+            )
     providers = _providers()
     installed = {
         extra: importlib.util.find_spec(module) is not None for extra, module in _EXTRAS.items()
@@ -66,6 +90,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         checked, bundle_lines, failures = _check_bundle(arguments.bundle, working[0], output)
         document["bundle"] = checked
         lines += bundle_lines
+    if arguments.data is not None and not failures:
+        measured, line = _signal(arguments, working[0], output)
+        document["signal"] = measured
+        lines += ["", line]
     document["ok"] = bool(working) and not failures
     output.result(document, lines)
     if not working:
@@ -137,6 +165,30 @@ def _check_bundle(
         f"{seconds:.5f} s per query ({what})",
     ]
     return document, lines, failures
+
+
+def _signal(
+    arguments: argparse.Namespace, provider: str, output: Output
+) -> tuple[dict[str, Json], str]:
+    """Measure what the gate of `ztune tune` would, without a run."""
+    from runtimes.providers import Execution
+    from ztune.cli.gate import advice, described
+    from ztune.cli.request import request_from_arguments
+    from ztune.cli.tuning import Work, task_of
+    from ztune.cli.workbench import open_workbench
+    from ztune.run import RunFolder
+
+    request = request_from_arguments(arguments, _OF_THE_TASK)
+    bench = open_workbench(arguments.bundle, Execution(provider), output)
+    _, split = task_of(request)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(request, split, RunFolder(Path(folder)), bench)
+        work.check()
+        signal, document = work.signal()
+    line = f"{described(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"
+    if not signal.passed:
+        line += f"; {advice(signal, document)}"
+    return document, line
 
 
 def _seconds_per_query(path: Path, provider: str, output: Output) -> tuple[float, str]:

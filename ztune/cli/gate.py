@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +78,7 @@ class Gate:
             **signal.to_json(),
             "perturbation": config.perturbation,
             "precision": bundle.precision,
+            "provider": self.bench.execution.provider,
             "reference": str(self.reference.path) if self.reference else f"own graph in {finer}",
             "probe_queries": n_candidates,
             "reference_forwards": n_candidates * len(self.classes),
@@ -104,7 +107,7 @@ def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
     return reference
 
 
-def described(signal: Signal, document: dict[str, Json]) -> str:
+def described(signal: Signal, document: Mapping[str, Any]) -> str:
     """Return the line that a person reads."""
     return (
         f"signal-to-noise {signal.ratio:.2g} in {document['precision']} ({signal.n_directions} "
@@ -112,13 +115,13 @@ def described(signal: Signal, document: dict[str, Json]) -> str:
     )
 
 
-def advice(signal: Signal, perturbation: float, precision: str) -> str:
+def advice(signal: Signal, document: Mapping[str, Any]) -> str:
     """Return what to do about a signal below the limit."""
-    enough = signal.perturbation_needed(perturbation)
+    enough = signal.perturbation_needed(document["perturbation"])
     ways = [f"a larger perturbation (--set perturbation={enough:g})"] if enough else []
-    if precision != "fp32":
+    if document["precision"] != "fp32":
         ways.append("the fp32 bundle")
-    return f"use {' or '.join(ways)}" if ways else "no perturbation in this precision is enough"
+    return f"use {' or '.join(ways)}" if ways else "no perturbation in fp32 is large enough"
 
 
 def pass_gate(
@@ -150,9 +153,8 @@ def pass_gate(
     if signal.passed:
         return document
     weak = (
-        f"signal-to-noise is {signal.ratio:.2g} in {gate.bench.bundle.precision}, below the limit "
-        f"of {signal.limit:g}: rounding errors would steer the steps "
-        f"({advice(signal, config.perturbation, gate.bench.bundle.precision)}"
+        f"signal-to-noise is {signal.ratio:.2g} in {document['precision']}, below the limit of "
+        f"{signal.limit:g}: rounding errors would steer the steps ({advice(signal, document)}"
     )
     if not force:
         raise RefusedError(f"{weak}, or go on with --force)", document)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ztune.config import configured
+from ztune.config import configured, settings_from_words
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
-from ztune.methods import PRESETS
+from ztune.methods import PRESETS, find_method
 from ztune.types import Json
 
 
@@ -73,6 +75,27 @@ class Request:
 
     def cache_folder(self, run: Path) -> Path:
         return Path(self.cache) if self.cache else run / "cache"
+
+
+def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) -> Request:
+    """Return what was asked for; what was not keeps the request's own defaults.
+
+    `asked` names the options that are fields of a request; `set` and `init` are its settings.
+    """
+    settings = settings_from_words(arguments.set or [])
+    if arguments.init is not None:
+        settings["init"] = arguments.init
+    given = {name: getattr(arguments, name) for name in ("bundle", *asked)}
+    values: dict[str, Any] = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None and name not in ("out", "set", "init")
+    }
+    request = Request(**values, settings=settings)
+    if "augment" not in values:
+        views = find_method(request.method).augment.get(request.preset, 0)
+        request = replace(request, augment=views)
+    return request
 
 
 def request_from_json(values: Mapping[str, Json], where: str) -> Request:

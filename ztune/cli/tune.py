@@ -6,17 +6,16 @@ import argparse
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
-from ztune.cli.request import Request, request_from_json
-from ztune.config import settings_from_words
+from ztune.cli.request import Request, request_from_arguments, request_from_json
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
-from ztune.methods import METHODS, PRESETS, find_method
+from ztune.methods import METHODS, PRESETS
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -102,28 +101,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             if getattr(arguments, name) is None:
                 shown = "BUNDLE" if name == "bundle" else f"--{name}"
                 raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
-        document = _start(_request(arguments), arguments.out, output)
+        document = _start(request_from_arguments(arguments, _ASKED), arguments.out, output)
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
-
-
-def _request(arguments: argparse.Namespace) -> Request:
-    """Return what was asked for; what was not keeps the request's own defaults."""
-    settings = settings_from_words(arguments.set or [])
-    if arguments.init is not None:
-        settings["init"] = arguments.init
-    asked = {name: getattr(arguments, name) for name in ("bundle", *_ASKED)}
-    values: dict[str, Any] = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in asked.items()
-        if value is not None and name not in ("out", "set", "init")
-    }
-    request = Request(**values, settings=settings)
-    if arguments.augment is None:
-        views = find_method(request.method).augment.get(request.preset, 0)
-        request = replace(request, augment=views)
-    return request
 
 
 def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
