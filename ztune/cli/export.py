@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from ztune.cli.output import Output
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--licence", default="unknown", metavar="TEXT", help="of the weights, for the manifest"
     )
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
 
 
@@ -42,6 +46,14 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             f"export needs torch and open_clip ({error}); install them with: "
             "pip install 'ztune[export]'"
         ) from None
+    from export.quantize import PRECISIONS, quantize_bundle
+    from runtimes.bundle import load_bundle
+    from ztune.files import new_folder
+
+    precision, out = arguments.precision, arguments.out
+    known = ("fp32", *PRECISIONS)
+    if precision not in known:
+        raise ConfigError(f'unknown --precision "{precision}", expected {", ".join(known)}')
     loaded = load_clip(
         arguments.model,
         pretrained=arguments.pretrained,
@@ -51,7 +63,17 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         random_weights=arguments.random_weights,
         licence=arguments.licence,
     )
-    bundle = export_bundle(loaded, arguments.out, progress=output.remark)
+    if precision == "fp32":
+        bundle = export_bundle(loaded, out, progress=output.remark)
+    else:
+        with new_folder(out) as work:
+            whole = export_bundle(loaded, work / "fp32", progress=output.remark)
+            result = quantize_bundle(whole, work / precision, precision, output.remark)
+            for file in list(result.path.iterdir()):
+                file.rename(work / file.name)
+            shutil.rmtree(whole.path)
+            result.path.rmdir()
+        bundle = load_bundle(out)
     size = sum(n_bytes for _, n_bytes in bundle.files.values())
     lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
     for graph, figures in bundle.parity.items():

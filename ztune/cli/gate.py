@@ -138,16 +138,16 @@ def pass_gate(
 ) -> dict[str, Json]:
     """Return what run.json keeps of the signal; see `Gate.measure`.
 
-    Raises: RefusedError where it is below the limit and nobody forces it, ZtuneError where it
-        cannot be measured.
+    Raises: RefusedError where it is below the limit or cannot be measured, and nobody forces it.
     """
     try:
         signal, document = gate.measure(config, optimizer, prompt_map, oracle, features, labels)
     except ZtuneError as error:
+        document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:
-            raise
+            raise RefusedError(f"{error} (go on without it with --force)", document) from None
         output.warn(f"signal-to-noise was not measured: {error}")
-        return {"verdict": "not measured", "reason": str(error), "forced": True}
+        return document
     output.remark(described(signal, document))
     document["forced"] = force and not signal.passed
     if signal.passed:
@@ -163,7 +163,7 @@ def pass_gate(
 
 
 class RefusedError(ZtuneError):
-    """A run whose signal is too weak, with what was measured."""
+    """A run whose signal is too weak or unknown, with what was measured."""
 
     def __init__(self, message: str, document: dict[str, Json]):
         super().__init__(message)

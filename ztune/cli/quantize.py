@@ -8,12 +8,13 @@ from pathlib import Path
 from ztune.cli.output import Output
 
 EXAMPLE = """\
-  ztune quantize bundles/vit-b-32 --precision int8 --out bundles/vit-b-32-int8"""
+  ztune quantize bundles/vit-b-32 --precision int8 --out bundles/vit-b-32-int8
+  ztune quantize bundles/vit-b-32 --precision fp16 --out bundles/vit-b-32-fp16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="an fp32 bundle")
-    parser.add_argument("--precision", default="int8", help="int8 (default)")
+    parser.add_argument("--precision", default="int8", help="int8 (default, for CPUs) or fp16 (for GPUs)")
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
 
 

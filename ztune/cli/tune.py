@@ -153,7 +153,8 @@ def _resume(path: Path, moved_bundle: Path | None, output: Output) -> dict[str, 
         if head.get("status") == "refused":
             raise ConfigError(
                 f'run "{path}" was refused before its first step for its signal-to-noise; start it '
-                f"anew with other settings: ztune tune BUNDLE --data FOLDER --out {path}"
+                "anew with other settings: ztune tune BUNDLE --data FOLDER --out "
+                f"{shlex.quote(str(path))}"
             )
         return _go_on(folder, head, moved_bundle, output)
 

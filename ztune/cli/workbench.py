@@ -11,7 +11,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph
-from runtimes.providers import Execution
+from runtimes.providers import Execution, check_precision
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, ContextArtifact
 from ztune.cli.output import Output
@@ -103,6 +103,8 @@ class Workbench:
 def open_workbench(path: Path, execution: Execution, output: Output) -> Workbench:
     """Load a bundle; its graphs are opened when they are used.
 
-    Raises: FormatError.
+    Raises: FormatError, ProviderError when the provider cannot run the bundle's precision.
     """
-    return Workbench(load_bundle(path), execution, output)
+    bundle = load_bundle(path)
+    check_precision(bundle.precision, execution.provider)
+    return Workbench(bundle, execution, output)

@@ -1,0 +1,242 @@
+"""The signal gate of `ztune tune` and its report by `ztune doctor`, on the embedded bundle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.quantize import quantize_bundle
+from runtimes import reference
+from runtimes.bundle import load_bundle
+from tests.conftest import DIGITS, MINI, Command
+from ztune.cli import tuning
+
+TUNE = ("tune", MINI, "--data", DIGITS, "--shots", 4, "--queries", 40)
+WEAK = ("--set", "perturbation=1e-9")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_bundle(load_bundle(MINI), tmp_path_factory.mktemp("b") / "int8", "int8").path
+
+
+def document(out: Path) -> dict[str, Any]:
+    value = json.loads((out / "run.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_run_says_its_signal_and_counts_its_cost(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    out = tmp_path / "run"
+    done = ztune(*TUNE, "--cache", cache, "--out", out)
+    assert done.code == 0, done.err
+    (line,) = (line for line in done.err.splitlines() if "signal-to-noise" in line)
+    assert "in fp32 (10 directions, perturbation 0.01; limit" in line
+    run = document(out)
+    found = run["signal"]
+    assert found["verdict"] == "passed"
+    assert found["ratio"] == found["signal"] / found["error"] > 1000
+    assert (found["probe_queries"], found["reference_forwards"]) == (20, 200)
+    assert found["reference"] == "own graph in fp64"
+    assert not found["forced"]
+    # The method's budget is its own.
+    assert (run["queries"], run["probe_queries"], run["text_forwards"]) == (40, 20, 600)
+    assert f"signal-to-noise {found['ratio']:.2g} in" in line
+
+
+def test_the_gate_changes_no_byte_of_a_result(
+    ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*TUNE, "--set", "batch_size=16", "--augment", 2)  # batches and views are drawn
+    assert ztune(*words, "--out", tmp_path / "with").code == 0
+    monkeypatch.setattr(tuning, "pass_gate", lambda *_, **__: {"verdict": "not measured"})
+    assert ztune(*words, "--out", tmp_path / "without").code == 0
+    assert "ratio" in document(tmp_path / "with")["signal"]
+    assert "ratio" not in document(tmp_path / "without")["signal"]
+    contents = [(tmp_path / n / "prompt.safetensors").read_bytes() for n in ("with", "without")]
+    assert contents[0] == contents[1]
+
+
+def test_a_weak_signal_refuses_the_run_and_the_folder_may_be_used_again(
+    ztune: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    refused = ztune(*TUNE, *WEAK, "--out", out, "--quiet")
+    assert refused.code == 1
+    (line,) = refused.err.splitlines()
+    ratio = document(out)["signal"]["ratio"]
+    assert line.startswith(f"error: signal-to-noise is {ratio:.2g} in fp32, below the limit of ")
+    assert "--set perturbation=" in line
+    assert "--force" in line
+    assert document(out)["status"] == "refused"
+    assert not (out / "history.jsonl").exists()
+    stuck = ztune("tune", "--resume", out)
+    assert stuck.code == 1
+    assert "was refused before its first step" in stuck.err
+
+    advised = line.partition("--set ")[2].partition(")")[0]
+    done = ztune(*TUNE, "--set", advised, "--shots", 5, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert done.json["signal"]["verdict"] == "passed"
+    assert done.json["status"] == "finished"
+    split = json.loads((out / "split.json").read_text())
+    assert sum(entry["role"] == "train" for entry in split["entries"]) == 50
+    again = ztune(*TUNE, "--out", out)
+    assert again.code == 1
+    assert "is not empty" in again.err
+
+
+def test_force_goes_on_and_is_recorded(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    done = ztune(*TUNE, *WEAK, "--force", "--cache", cache, "--out", out, "--quiet")
+    assert done.code == 0, done.err
+    assert "warning: signal-to-noise is " in done.err
+    found = document(out)["signal"]
+    assert (found["verdict"], found["forced"]) == ("too weak", True)
+    assert document(out)["queries"] == 40
+
+
+def test_a_resumed_run_keeps_what_was_measured(
+    ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert ztune(*TUNE, "--cache", cache, "--out", out).code == 0
+    finished = document(out)
+    started = {k: v for k, v in finished.items() if k not in ("queries", "text_forwards")}
+    (out / "run.json").write_text(json.dumps({**started, "status": "running"}))
+    for name in ("state.safetensors", "prompt.safetensors"):
+        (out / name).unlink(missing_ok=True)  # killed right behind the gate
+    monkeypatch.setattr(reference, "_PROGRAM", "raise SystemExit(1)")
+    resumed = ztune("tune", "--resume", out)
+    assert resumed.code == 0, resumed.err
+    assert "signal-to-noise" not in resumed.err
+    run = document(out)
+    assert run["signal"] == finished["signal"]
+    assert (run["probe_queries"], run["text_forwards"]) == (20, 600)
+    refused = ztune("tune", "--resume", out, "--force")
+    assert refused.code == 1
+    assert "leave out --force" in refused.err
+
+
+def test_a_measurement_that_fails_stops_a_run_unless_forced(
+    ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_PROGRAM", "raise SystemExit('no memory left')")
+    out = tmp_path / "run"
+    words = (*TUNE, "--cache", cache, "--out", out, "--quiet")
+    failed = ztune(*words)
+    assert failed.code == 1
+    (line,) = failed.err.splitlines()
+    assert line.endswith("in higher precision: no memory left (go on without it with --force)")
+    assert document(out)["status"] == "refused"
+    assert ztune(*words, "--force").code == 0
+    found = document(out)["signal"]
+    assert (found["verdict"], found["forced"]) == ("not measured", True)
+    assert "no memory left" in found["reason"]
+
+
+def test_int8_is_measured_against_its_own_or_the_true_weights(
+    int8: Path, ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    words = ("tune", int8, *TUNE[2:], "--cache", cache, "--json")
+    own = ztune(*words, "--out", tmp_path / "own")
+    assert own.code == 0, own.err
+    true = ztune(*words, "--force", "--reference", MINI, "--out", tmp_path / "true")
+    assert true.code == 0, true.err
+    assert own.json["signal"]["reference"] == "own graph in fp32"
+    assert true.json["signal"]["reference"] == str(MINI)
+    ratios = [run.json["signal"]["ratio"] for run in (own, true)]
+    assert ratios[0] != ratios[1]  # the rounding of the weights is another error
+    assert max(ratios) < 1000  # where fp32 has more
+    weak = ztune(*words, "--set", "perturbation=1e-5", "--out", tmp_path / "weak", "--quiet")
+    assert weak.code == 1
+    assert "in int8, below the limit" in weak.err
+    assert "or the fp32 bundle" in weak.err
+
+
+def test_a_reference_must_be_finer_and_of_the_same_model(
+    int8: Path, ztune: Command, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(MINI, other)
+    manifest = json.loads((other / "bundle.json").read_text())
+    (other / "bundle.json").write_text(json.dumps({**manifest, "model_id": "another"}))
+    for bundle, named, message in (
+        (int8, other, "is of another model"),
+        (int8, int8, "is int8 for a bundle in int8, expected fp32"),
+        (MINI, MINI, "is fp32 for a bundle in fp32"),
+        (int8, tmp_path / "gone", "is no folder"),
+    ):
+        out = tmp_path / "run"
+        refused = ztune("tune", bundle, *TUNE[2:], "--reference", named, "--out", out, "--quiet")
+        assert refused.code == 1
+        (line,) = refused.err.splitlines()
+        assert message in line
+        assert not out.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals as POSIX has them")
+def test_an_interruption_ends_the_measuring_process_too(tmp_path: Path, cache: Path) -> None:
+    pid, out = tmp_path / "pid", tmp_path / "run"
+    child = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    program = (
+        "import sys; from runtimes import reference; from ztune.cli.main import main; "
+        f"reference._PROGRAM = {f'{child}; time.sleep(60)'!r}; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [*TUNE, "--cache", cache, "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # to this process alone
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("error: stopped (go on with: ztune tune --resume")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert document(out)["status"] == "running"
+
+
+def test_a_closed_form_has_no_gate(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    done = ztune(*TUNE, "--method", "gda", "--cache", cache, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert "signal" not in done.json
+    assert "signal-to-noise" not in done.err
+    assert done.json["probe_queries"] == 0
+
+
+def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("--shots", 4, "--seed", 3, "--set", "perturbation=0.001")
+    run = ("tune", MINI, "--data", DIGITS, *settings, "--queries", 10, "--cache", cache)
+    assert ztune(*run, "--out", out).code == 0
+    report = ztune("doctor", MINI, "--data", DIGITS, *settings, "--json")
+    assert report.code == 0, report.err
+    measured = {k: v for k, v in document(out)["signal"].items() if k not in ("seconds", "forced")}
+    assert {k: report.json["signal"][k] for k in measured} == measured
+    assert report.json["ok"]
+
+    weak = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, *WEAK)
+    assert weak.code == 0
+    assert "too weak" in weak.out
+    assert "--set perturbation=" in weak.out
+    lonely = ztune("doctor", MINI, "--seed", 3)
+    assert lonely.code == 1
+    assert "--seed needs a BUNDLE and --data FOLDER" in lonely.err
