@@ -1,22 +1,27 @@
-"""An fp32 bundle in another precision: int8 for CPUs. Needs onnx and ONNX Runtime, no torch."""
+"""An fp32 bundle in another precision: int8 for CPUs, fp16 for GPUs. Needs onnx, but no torch."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from runtimes.bundle import MANIFEST, PARITY, Bundle, load_bundle
+from export.half import to_half
+from export.weights import read_graph, write_graph
+from runtimes.bundle import EXTERNAL_THRESHOLD, MANIFEST, PARITY, Bundle, load_bundle
 from runtimes.ort import parity_figures
-from runtimes.providers import Execution
+from runtimes.providers import Execution, Setup
 from ztune.errors import ConfigError, ZtuneError
 from ztune.files import new_folder, sha256, write_json
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
-# Below this an int8 tower is another model; measured ones keep 0.99 and more.
-_LEAST_COSINE = 0.98
+# Below this a tower is another model; measured ones keep 0.99 in int8 and 0.99999 in fp16.
+_LEAST_COSINE = {"int8": 0.98, "fp16": 0.999}
+PRECISIONS = tuple(_LEAST_COSINE)
 
 
 def quantize_bundle(
@@ -24,43 +29,61 @@ def quantize_bundle(
     out: Path,
     precision: str,
     progress: Callable[[str], None] = lambda line: None,
+    *,
+    external_threshold: int = EXTERNAL_THRESHOLD,
 ) -> Bundle:
     """Write the bundle of the same model in `precision` to the new folder `out`.
 
     int8: matrix products with weights in 8 bits, one scale per output channel; activations are
     quantized as they come (dynamic), one scale per tensor and call. All else stays in 32 bits.
+    fp16: matrix products and what lies between them in 16 bits; see `export/half.py`.
 
     Raises: ConfigError for a precision that cannot be made, a bundle that is not fp32, or an `out`
     that holds something; ZtuneError when the result is too far from torch's figures.
     """
-    if precision != "int8":
-        raise ConfigError(f'precision "{precision}" cannot be derived, only int8')
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f'precision "{precision}" cannot be derived, expected {" or ".join(PRECISIONS)}'
+        )
     if bundle.precision != "fp32":
         raise ConfigError(
             f'bundle "{bundle.path}" is {bundle.precision}; only an fp32 bundle can be quantized'
         )
     with new_folder(out) as work:
-        _fill(bundle, work, progress)
+        _fill(bundle, work, precision, progress, external_threshold)
     return load_bundle(out)
 
 
-def _fill(bundle: Bundle, folder: Path, progress: Callable[[str], None]) -> None:
+def _fill(
+    bundle: Bundle,
+    folder: Path,
+    precision: str,
+    progress: Callable[[str], None],
+    external_threshold: int,
+) -> None:
     parity: dict[str, Json] = {}
     for name in bundle.files:
         if not name.endswith((".onnx", ".onnx.data")):
             shutil.copyfile(bundle.file(name), folder / name)
     for name in GRAPHS:
         graph = folder / f"{name}.onnx"
-        _to_int8(bundle.file(f"{name}.onnx"), graph)
-        figures = parity_figures(folder / PARITY, name, graph, Execution())
+        progress(f"{name}.onnx: converting to {precision}")
+        model = read_graph(bundle.file(f"{name}.onnx"))
+        model = _to_int8(model, graph) if precision == "int8" else to_half(model)
+        write_graph(model, graph, external_threshold)
+        # The one place where 16 bit run on a CPU: the figures must be had wherever a bundle is
+        # derived, and only optimisations that are skipped here have been seen to crash.
+        setup = Setup(plain=precision == "fp16")
+        figures = parity_figures(folder / PARITY, name, graph, Execution(), setup)
         progress(
             f"{name}.onnx: cosine to torch at least {figures['cosine']:.5f}, differs by at most "
             f"{figures['max_abs']:.1e}"
         )
-        if not figures["cosine"] >= _LEAST_COSINE:
+        if not figures["cosine"] >= _LEAST_COSINE[precision]:
             raise ZtuneError(
-                f"{name}.onnx in int8 has a cosine of {figures['cosine']:.4f} to torch's features, "
-                f"expected at least {_LEAST_COSINE}: this model loses too much in 8 bits"
+                f"{name}.onnx in {precision} has a cosine of {figures['cosine']:.4f} to torch's "
+                f"features, expected at least {_LEAST_COSINE[precision]}: this model loses too "
+                f"much in {8 if precision == 'int8' else 16} bits"
             )
         parity[name] = dict(figures)
     files: dict[str, Json] = {
@@ -69,7 +92,7 @@ def _fill(bundle: Bundle, folder: Path, progress: Callable[[str], None]) -> None
     }
     manifest = {
         **bundle.manifest,
-        "precision": "int8",
+        "precision": precision,
         "parity": parity,
         "files": files,
         "derived_from": bundle.digest,
@@ -77,20 +100,26 @@ def _fill(bundle: Bundle, folder: Path, progress: Callable[[str], None]) -> None
     write_json(folder / MANIFEST, manifest)
 
 
-def _to_int8(source: Path, target: Path) -> None:
+def _to_int8(model: Any, target: Path) -> Any:
+    """Return the graph with 8-bit weights; files beside `target` serve on the way."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends a preparation that changes nothing here
     try:
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            result = Path(folder) / target.name
+            quantize_dynamic(
+                model,
+                result,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                # A file of more than 2 GB cannot be one; what is small ends up in one again.
+                use_external_data_format=True,
+                extra_options={"MatMulConstBOnly": True},
+            )
+            return read_graph(result)
     finally:
         root.setLevel(level)

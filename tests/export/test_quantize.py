@@ -69,7 +69,7 @@ def test_what_cannot_be_made_or_run_is_refused(
     with pytest.raises(ProviderError, match="an fp16 bundle cannot run on cpu"):
         check_precision("fp16", "cpu")
     check_precision("fp32", "cuda")
-    monkeypatch.setattr("export.quantize._LEAST_COSINE", 1.1)
+    monkeypatch.setattr("export.quantize._LEAST_COSINE", {"int8": 1.1})
     with pytest.raises(ZtuneError, match="loses too much in 8 bits"):
         quantize_bundle(load_bundle(MINI), tmp_path / "x", "int8")
     assert not (tmp_path / "x").exists()

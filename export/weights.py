@@ -1,0 +1,40 @@
+"""Graphs read and written whole: with their weights beside them where these are large."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+from onnx.external_data_helper import set_external_data
+
+from runtimes.bundle import EXTERNAL_THRESHOLD
+
+# Bytes: what is smaller stays in the graph, where a shape is wanted before weights are read.
+_LEAST = 1024
+# Bytes: weights that begin on a page are mapped as they are.
+_PAGE = 4096
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Return a graph with all its weights in memory."""
+    return onnx.load(str(path))
+
+
+def write_graph(model: onnx.ModelProto, path: Path, threshold: int = EXTERNAL_THRESHOLD) -> None:
+    """Write a graph to `path`, its weights to `path`.data where they have more bytes than that.
+
+    `model` is changed where they do.
+    """
+    weights = [w for w in model.graph.initializer if len(w.raw_data) >= _LEAST]
+    if sum(len(weight.raw_data) for weight in weights) > threshold:
+        data = path.with_name(f"{path.name}.data")
+        with data.open("wb") as file:
+            for weight in weights:
+                file.write(bytes(-file.tell() % _PAGE))
+                length = len(weight.raw_data)
+                set_external_data(weight, data.name, file.tell(), length)
+                file.write(weight.raw_data)
+                weight.ClearField("raw_data")
+                weight.data_location = TensorProto.EXTERNAL
+    path.write_bytes(model.SerializeToString())
