@@ -141,9 +141,7 @@ class OrtPromptGraph:
         self, names: Sequence[tuple[int, ...]], n_context: int, n_candidates: int
     ) -> OrtPromptEncoder:
         bundle, execution = self.bundle, self._execution
-        sizes = Sizes(n_context, bundle.text.width, bundle.embed_dim, bundle.text.graph == "prefix")
-        lengths = name_lengths(bundle.text, names)
-        plan = make_plan(lengths, sizes, n_candidates, execution.provider, execution.memory_limit)
+        plan = plan_for(bundle, names, n_context, n_candidates, execution)
         table = token_table(bundle)
         groups = [
             (group, feeds(bundle.text, table, [names[index] for index in group], n_context))
@@ -247,6 +245,22 @@ class OrtPromptEncoder:
         sizes = dimensions(self._graph.session, shapes)
         session = open_session(self._graph.path, self._execution, Setup(captured_at=sizes))
         return self._bind(session, 0, shape)
+
+
+def plan_for(
+    bundle: Bundle,
+    names: Sequence[tuple[int, ...]],
+    n_context: int,
+    n_candidates: int,
+    execution: Execution,
+) -> Plan:
+    """Return how rounds of `n_candidates` before names of these ids are cut into calls.
+
+    Raises: ConfigError when the memory limit is too small for any.
+    """
+    sizes = Sizes(n_context, bundle.text.width, bundle.embed_dim, bundle.text.graph == "prefix")
+    lengths = name_lengths(bundle.text, names)
+    return make_plan(lengths, sizes, n_candidates, execution.provider, execution.memory_limit)
 
 
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:

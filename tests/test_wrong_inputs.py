@@ -181,6 +181,11 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--set", "n_context=30"), ("does not fit", "shorten the context or the name")),
         (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
         (("--provider", "tpu"), ('unknown provider "tpu"',)),
+        (("--threads", 0), ("--threads is 0, expected at least 1",)),
+        (
+            ("--memory-limit", 1, "--set", "n_pairs=2000", "--queries", 4000),
+            ("--memory-limit 1 (MB) is too small for one class and one candidate", "the least"),
+        ),
         (("--preset", "best"), ('unknown preset "best"',)),
         (("--template", "a photo"), ("must hold {} once",)),
         (("--shots", 0), ("--shots is 0",)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.ort import OrtPromptEncoder
+from runtimes.ort import OrtPromptEncoder, plan_for
 from runtimes.prompts import context_of_words, name_tokens, template_sentences
 from runtimes.scores import OrtScores
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
@@ -170,7 +170,9 @@ class Work:
         config = start_config(self.request)
         if isinstance(config, ZipConfig):
             context = self._initial_context(config)
-            name_tokens(bundle.text, tokenizer, classes, len(context))
+            names = name_tokens(bundle.text, tokenizer, classes, len(context))
+            execution = self.bench.execution
+            plan_for(bundle, names, len(context), config.queries_per_step(), execution)
             build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
             open_reference(self.request.reference, bundle)
         tokenizer.release()  # every text of the run has been seen
