@@ -24,8 +24,8 @@ FORMAT = "ztune-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
-# Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, where a graph's
-# own bytes are held twice while it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
+# Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, while it holds
+# a graph's own bytes twice as it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
 EXTERNAL_THRESHOLD = 16_000_000
 # Of a width or a length in the manifest: what is allocated by it stays small.
 _LARGEST = 65536

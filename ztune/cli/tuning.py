@@ -226,7 +226,6 @@ class Work:
 
     def _assembled(self, config: ZipConfig, features: F32, labels: I64) -> Parts:
         """Return the method at its start, and what evaluates it on f32[V, N, e]."""
-        bundle = self.bench.bundle
         context = self._initial_context(config)
         encoder = self.bench.prompt_graph.encoder(
             self.split.classes, len(context), config.queries_per_step()
