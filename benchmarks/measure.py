@@ -1,0 +1,148 @@
+"""What the benchmarks share: one JSON document each, fair timing, peaks of whole processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ztune.files import replacing
+from ztune.system import machine, versions
+
+ROOT = Path(__file__).parent.parent
+# Between loops: the threads of the one before spin a few milliseconds before they sleep.
+_PAUSE = 0.02
+
+
+def parser(module_doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes."""
+    result = argparse.ArgumentParser(
+        description=module_doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--quick", action="store_true", help="less of everything: within 45 s")
+    result.add_argument(
+        "--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="models, made once"
+    )
+    return result
+
+
+def say(text: str) -> None:
+    """Write a line of progress to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def document(started: float, **content: Any) -> dict[str, Any]:
+    """Return a benchmark's document; `started` is by time.perf_counter()."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        **content,
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print the document: the only thing on standard output."""
+    print(json.dumps(content, indent=2))
+
+
+def commit() -> str | None:
+    """Return the commit that is measured, marked where files differ from it; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return the wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    loops: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Run every loop in turn, `repeats` times over; return the medians of what each reports.
+
+    Taking turns lets a disturbance of the machine hit all of them alike.
+    """
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in loops}
+    for _ in range(repeats):
+        for name, loop in loops.items():
+            time.sleep(_PAUSE)
+            found[name].append(loop())
+    return {
+        name: {key: statistics.median(one[key] for one in all_) for key in all_[0]}
+        for name, all_ in found.items()
+    }
+
+
+def timed(call: Callable[[], object]) -> Callable[[], dict[str, float]]:
+    """Return a loop that reports the seconds of one call."""
+    return lambda: {"seconds": seconds(call)}
+
+
+def run_alone(
+    command: Sequence[object], *, accept: Sequence[int] = (0,)
+) -> tuple[str, float, float]:
+    """Run a process; return its standard output, peak resident memory in MB and wall seconds.
+
+    The peak is the system's own account of the finished process. It is never below the memory of
+    the process that started it, so benchmarks of memory keep torch and numpy out of their own.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    out = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in accept:
+        sys.exit(f"{' '.join(map(str, command))}: exit code {process.returncode}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return out, usage.ru_maxrss * unit / 1e6, time.perf_counter() - start
+
+
+def last_line(out: str) -> dict[str, Any]:
+    """Return the JSON object on a process's last line of output."""
+    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return found
+
+
+def draw(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    labels: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Draw lines (x, y) by name, one panel per key, both axes logarithmic."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(panels), 3.4), dpi=120, layout="constrained")
+    colours = ("#0b6e99", "#c1440e", "#4c7a34", "#7a4c9e")
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for colour, (name, points) in zip(colours, lines.items(), strict=False):
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
+        axes.set(title=title, xscale="log", yscale="log", xlabel=title, ylabel=labels.get(title))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -1,0 +1,92 @@
+"""ZIP's main path in this process on random unit features, and what of a step is the graph's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
+from ztune.budget import Budget
+from ztune.methods import ZipConfig, build_zip, initial_context
+from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
+from ztune.tune import Observer, Tuning, tune
+from ztune.types import F32, PromptEncoder, Scorer
+
+SHOTS = 16
+_SCALE = 100.0
+
+
+class _Timed:
+    """A prompt encoder that counts its seconds."""
+
+    def __init__(self, encoder: PromptEncoder):
+        self._encoder = encoder
+        self.seconds = 0.0
+
+    def encode(self, contexts: F32) -> F32:
+        start = time.perf_counter()
+        texts = self._encoder.encode(contexts)
+        self.seconds += time.perf_counter() - start
+        return texts
+
+
+class ZipRounds:
+    """ZIP as `ztune tune` runs it, nothing saved or shown, on random unit features."""
+
+    def __init__(
+        self,
+        graph: OrtPromptGraph,
+        classes: Sequence[str],
+        config: ZipConfig,
+        n_pictures: int | None = None,
+        score_with: Callable[[OrtPromptEncoder, F32], Scorer] | None = None,
+    ):
+        """Take an open graph; 16 pictures a class unless told, scored by numpy unless told."""
+        bundle = graph.bundle
+        random = np.random.default_rng(0)
+        n_pictures = n_pictures or SHOTS * len(classes)
+        shape = (1, n_pictures, bundle.embed_dim)
+        features = random.standard_normal(shape, dtype=np.float32)
+        features /= np.linalg.norm(features, axis=-1, keepdims=True)
+        self.n_candidates = config.queries_per_step()
+        self.encoder = graph.encoder(classes, config.n_context, self.n_candidates)
+        self._timed = _Timed(self.encoder)
+        scorer: Scorer = NumpyScores(self._timed, features, _SCALE)
+        if score_with is not None:
+            scorer = score_with(self.encoder, features)
+        self._oracle = FewShotObjective(scorer, np.arange(n_pictures) % len(classes))
+        initial = initial_context(config, bundle.text.width, seed=0)
+        self._map, self._optimizer = build_zip(config, initial, seed=0)
+        self._sampler = BatchSampler(n_pictures, config.batch_size, 1, random)
+        self._n_classes = len(classes)
+        self.plan = self.encoder.plan
+
+    def steps(self, n_steps: int) -> dict[str, float]:
+        """Make steps; return medians: seconds of a step, those in the graph, the others' share."""
+        found: list[tuple[float, float]] = []
+        before, spent = time.perf_counter(), self._timed.seconds
+
+        def observe(_: Tuning, __: object) -> None:
+            nonlocal before, spent
+            found.append((time.perf_counter() - before, self._timed.seconds - spent))
+            before, spent = time.perf_counter(), self._timed.seconds
+
+        self._tune(n_steps * self.n_candidates, observe)
+        return {
+            "step": statistics.median(step for step, _ in found),
+            "graph": statistics.median(graph for _, graph in found),
+            "numpy_share": statistics.median((step - graph) / step for step, graph in found),
+        }
+
+    def run(self, n_queries: int) -> float:
+        """Spend that many queries; return the wall seconds."""
+        start = time.perf_counter()
+        self._tune(n_queries, lambda *_: None)
+        return time.perf_counter() - start
+
+    def _tune(self, n_queries: int, observe: Observer) -> None:
+        tuning = Tuning(self._optimizer, self._sampler, Budget(n_queries), time.monotonic())
+        tune(tuning, self._map, self._oracle, self._n_classes, observe)

@@ -1,0 +1,328 @@
+"""Queries a second: this project's prompt graph, a naive ONNX Runtime loop, the published loop.
+
+    python -m benchmarks.speed               # C = 10, 100, 1000; m = 4, 8, 16; about half an hour
+    python -m benchmarks.speed --quick       # C = 10, 100; m = 8; a text tower of 6 layers, 45 s
+
+Loops that are compared take turns in one process; all figures are medians. benchmarks/README.md
+says what each of them means.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import document, interleaved, parser, say, show, timed
+from benchmarks.names import classes_named
+from benchmarks.rounds import ZipRounds
+from benchmarks.towers import NAIVE, Size, lean, load_random
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.ort import OrtPromptGraph
+from runtimes.prompts import feeds, name_lengths, name_tokens, token_table
+from runtimes.providers import Execution, open_session
+from runtimes.tokenizer import Tokenizer
+from ztune.methods import ZipConfig
+from ztune.types import F32
+
+PRECISIONS = ("fp32", "int8")
+# Of the square matrices whose product is the machine's own rate.
+_EDGE = 2048
+_GEMM_FLOP = 2 * _EDGE**3
+Loop = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    size: Size
+    classes: Mapping[int, int]
+    """Numbers of classes, and how often the loops take turns at each."""
+    contexts: tuple[int, ...]
+    published_pictures: int
+    published_classes: int
+    """What the published loop is timed on, at most; scaled to 128 pictures and all classes."""
+    run_queries: int
+    """Of whole runs; 0: none."""
+
+
+FULL = Extent(Size(), {10: 9, 100: 5, 1000: 3}, (4, 8, 16), 32, 100, 5000)
+# Six layers can be exported twice within the 45 s; all else is the real size.
+QUICK = Extent(Size(layers=6), {10: 5, 100: 1}, (8,), 8, 10, 0)
+
+
+def matrix_flops(
+    lengths: Sequence[int],
+    n_candidates: int,
+    n_context: int,
+    width: int,
+    n_layers: int,
+    embed_dim: int,
+) -> int:
+    """Return the floating-point operations of the matrix products that a round really needs.
+
+    Counted are real tokens only, two operations a multiply-add. With P candidates, m tokens of
+    context, C classes of T tokens in all (full stop and end-of-text included), width d:
+
+    - rows = P m + P T: each goes through 12 d² multiply-adds a layer (qkv 3, out 1, MLP 8), but
+      before the first layer the names are the same for all candidates: there their qkv counts once;
+    - in the last layer keys and values (2 d²) of all rows, the other 10 d² for the P C ends only;
+    - attention: 2 d for each key that a row sees: the i-th context token [SOS] and i tokens, the
+      j-th of a name [SOS], the context and j tokens; in the last layer the ends only;
+    - the projection d e of each end to e features.
+
+    Nothing for [SOS]: its keys and values are constants of the graph.
+    """
+    P, m, d, C = n_candidates, n_context, width, len(lengths)
+    T = sum(lengths)
+    rows = P * m + P * T
+    first = 3 * d * d * (P * m + T) + 9 * d * d * rows
+    last = 2 * d * d * rows + 10 * d * d * P * C
+    keys_of_context = sum(1 + i for i in range(1, m + 1))
+    keys_of_names = sum(1 + m + j for n in lengths for j in range(1, n + 1))
+    keys_of_ends = sum(1 + m + n for n in lengths)
+    seen = (n_layers - 1) * (keys_of_context + keys_of_names) + keys_of_ends
+    total = (
+        first + (n_layers - 2) * 12 * d * d * rows + last + 2 * d * P * seen + d * embed_dim * P * C
+    )
+    return 2 * total
+
+
+def measure(extent: Extent, cache: Path) -> dict[str, Any]:
+    """Measure everything and return the document."""
+    started = time.perf_counter()
+    folder = lean(extent.size, cache)
+    say(f"models ready after {time.perf_counter() - started:.0f} s")
+    published = Published(extent)
+    bundle = load_bundle(folder / "fp32")
+    tokenizer = Tokenizer(bundle)
+    graphs = {
+        name: OrtPromptGraph(load_bundle(folder / name), tokenizer, Execution())
+        for name in PRECISIONS
+    }
+    naive = open_session(folder / NAIVE, Execution())
+    gemms = {name: timed(loop) for name, loop in square_products().items()}
+    rates: list[Mapping[str, float]] = []
+    rows: list[dict[str, Any]] = []
+    for (n_classes, repeats), n_context in itertools.product(
+        extent.classes.items(), extent.contexts
+    ):
+        cell = Cell(bundle, tokenizer, n_classes, n_context)
+        rounds = {name: cell.rounds(graph) for name, graph in graphs.items()}
+        # A step at 10 classes is too short for the clock of a busy machine.
+        n_steps = max(1, 40 // n_classes)
+        loops: dict[str, Loop] = {**gemms, **cell.naive_loops(naive)}
+        for name in rounds:
+            rounds[name].steps(1)  # bound and warm
+            loops[name] = functools.partial(rounds[name].steps, n_steps)
+        found = interleaved(loops, repeats)
+        rates.append({name: _GEMM_FLOP / found[name]["seconds"] / 1e9 for name in gemms})
+        baselines = {
+            **{name: found[name]["seconds"] for name in ("naive", "truncated")},
+            "published": published.seconds(n_classes),
+        }
+        flop = matrix_flops(
+            cell.lengths,
+            rounds["fp32"].n_candidates,
+            n_context,
+            bundle.text.width,
+            extent.size.n_layers,
+            bundle.embed_dim,
+        )
+        for name in rounds:
+            reached = flop / found[name]["graph"] / 1e9
+            rows.append(
+                {
+                    "classes": n_classes,
+                    "context_tokens": n_context,
+                    "precision": name,
+                    **_speeds(found[name], rounds[name].n_candidates, baselines),
+                    "gflops": round(reached, 1),
+                    "sgemm_fraction": round(reached / max(rates[-1].values()), 4),
+                    "max_abs_error": cell.error(rounds[name]),
+                    "name_tokens": sum(cell.lengths),
+                    "calls": rounds[name].plan.to_json(),
+                    "repeats": repeats,
+                }
+            )
+            say(_line(rows[-1]))
+    text = bundle.text
+    return document(
+        started,
+        tower={
+            "model": extent.size.model,
+            "layers": extent.size.n_layers,
+            "width": text.width,
+            "context_length": text.context_length,
+        },
+        sgemm={
+            "edge": _EDGE,
+            **{f"{name}_gflops": round(_median(rate[name] for rate in rates), 1) for name in gemms},
+        },
+        published=published.to_json(),
+        rows=rows,
+        runs=[_whole_run(name, graphs[name], bundle, extent) for name in graphs]
+        if extent.run_queries
+        else [],
+    )
+
+
+class Cell:
+    """Everything at one number of classes and one length of context."""
+
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, n_classes: int, n_context: int):
+        self._bundle = bundle
+        self._config = ZipConfig(n_context=n_context)
+        self._classes = classes_named(n_classes)
+        names = name_tokens(bundle.text, tokenizer, self._classes, n_context)
+        self.lengths = name_lengths(bundle.text, names)
+        spec = replace(bundle.text, graph="sequence")
+        self._feeds = feeds(spec, token_table(bundle), names, n_context)
+        shape = (self._config.queries_per_step(), n_context, bundle.text.width)
+        start = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        self._contexts = np.float32(0.02) * start
+        self._reference: F32 | None = None
+
+    def rounds(self, graph: OrtPromptGraph) -> ZipRounds:
+        """Return ZIP's rounds on an open prompt graph."""
+        return ZipRounds(graph, self._classes, self._config)
+
+    def naive_loops(self, session: Any) -> dict[str, Loop]:
+        """Return one query of the naive loops: whole sequences, and cut to the longest class."""
+        longest = 1 + self._config.n_context + max(self.lengths)
+        cut = {key: self._feeds[key][:, :longest] for key in ("sequence_index", "tokens")}
+
+        def run(**given: Any) -> None:
+            # The last candidate of a round, where a mistake in packing would show.
+            given = {"contexts": self._contexts[-1:], **self._feeds, **given}
+            self._reference = session.run(["features"], given)[0][0]
+
+        return {"truncated": timed(lambda: run(**cut)), "naive": timed(run)}
+
+    def error(self, rounds: ZipRounds) -> float:
+        """Return the largest difference of a feature from what the naive graph gave, in fp32."""
+        assert self._reference is not None
+        return float(np.abs(rounds.encoder.encode(self._contexts)[-1] - self._reference).max())
+
+
+class Published:
+    """The published loop in torch: timed in parts, on fewer classes and pictures, and scaled."""
+
+    def __init__(self, extent: Extent):
+        from benchmarks.torch_loops import PublishedLoop
+
+        self._extent = extent
+        self._loop = PublishedLoop(load_random(extent.size), extent.published_pictures)
+        self._loop.image_seconds()  # the first pass allocates
+        self._images = [self._loop.image_seconds() for _ in range(2)]
+        self._texts: dict[int, float] = {}
+
+    def seconds(self, n_classes: int) -> float:
+        """Return the seconds of one query; its text tower sees 77 tokens whatever the context."""
+        if n_classes not in self._texts:
+            classes, at_most = classes_named(n_classes), self._extent.published_classes
+            self._texts[n_classes] = self._loop.text_seconds(classes, 8, at_most)
+        return self._texts[n_classes] + _median(self._images)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a query consists of, in seconds."""
+        from benchmarks.torch_loops import BATCH
+
+        return {
+            "scaled": True,
+            "images": BATCH,
+            "images_timed": self._extent.published_pictures,
+            "classes_timed_at_most": self._extent.published_classes,
+            "image_seconds": round(_median(self._images), 3),
+            "text_seconds": {str(n): round(taken, 3) for n, taken in self._texts.items()},
+        }
+
+
+def square_products() -> dict[str, Callable[[], object]]:
+    """Return what the machine's own rate is measured with: numpy, and ONNX Runtime's MatMul."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    left, right = random.standard_normal((2, _EDGE, _EDGE), dtype=np.float32)
+    shape = [_EDGE, _EDGE]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "sgemm",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(right, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = open_session(model.SerializeToString(), Execution())
+    return {
+        "numpy": lambda: left @ right,
+        "onnxruntime": lambda: session.run(None, {"x": left}),
+    }
+
+
+def _speeds(
+    found: Mapping[str, float], n_candidates: int, baselines: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a row's rates: text features of a candidate, and a query of a whole ZIP step."""
+    query, step = found["graph"] / n_candidates, found["step"] / n_candidates
+    return {
+        "queries_per_s": round(1 / query, 3),
+        "ratio_naive": round(baselines["naive"] / query, 2),
+        "ratio_truncated": round(baselines["truncated"] / query, 2),
+        "ratio_published": round(baselines["published"] / step, 1),
+        "seconds_per_query": query,
+        "seconds_per_zip_query": step,
+        "numpy_share": round(found["numpy_share"], 4),
+        **{f"{name}_seconds_per_query": taken for name, taken in baselines.items()},
+        "published_scaled": True,
+    }
+
+
+def _whole_run(
+    precision: str, graph: OrtPromptGraph, bundle: Bundle, extent: Extent
+) -> dict[str, Any]:
+    """Return the seconds of a whole ZIP run at 10 classes, without the bundle's opening."""
+    rounds = ZipRounds(graph, classes_named(10), ZipConfig())
+    taken = rounds.run(extent.run_queries)
+    say(f"{extent.run_queries} queries at 10 classes in {precision}: {taken:.1f} s")
+    return {
+        "classes": 10,
+        "context_tokens": ZipConfig().n_context,
+        "precision": precision,
+        "queries": extent.run_queries,
+        "seconds": round(taken, 2),
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return (
+        f"C {row['classes']}, m {row['context_tokens']}, {row['precision']}: "
+        f"{row['queries_per_s']:.1f} queries/s, naive x{row['ratio_naive']:.1f}, "
+        f"published x{row['ratio_published']:.0f}, of sgemm {row['sgemm_fraction']:.0%}, "
+        f"numpy {row['numpy_share']:.1%}, error {row['max_abs_error']:.1e}"
+    )
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def main() -> None:
+    given = parser(__doc__)
+    given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
+    given.add_argument("--layers", type=int, help="of its text tower (--quick: 6)")
+    arguments = given.parse_args()
+    extent = QUICK if arguments.quick else FULL
+    size = Size(arguments.model, arguments.layers or extent.size.layers)
+    show(measure(replace(extent, size=size), arguments.cache))
+
+
+if __name__ == "__main__":
+    main()
