@@ -28,7 +28,11 @@ def parser(module_doc: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("--quick", action="store_true", help="less of everything: within 45 s")
     result.add_argument(
-        "--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="models, made once"
+        "--cache",
+        # Processes of other folders are told.
+        type=lambda word: Path(word).resolve(),
+        default=ROOT / ".cache" / "benchmarks",
+        help="folder of the models, which are made once",
     )
     return result
 
@@ -124,24 +128,26 @@ def last_line(out: str) -> dict[str, Any]:
 
 def draw(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    labels: Mapping[str, str],
+    labels: Mapping[str, tuple[str, str]],
     path: Path,
+    columns: int,
 ) -> None:
-    """Draw lines (x, y) by name, one panel per key, both axes logarithmic."""
+    """Draw lines (x, y) by name, a panel by title, its axes labelled and logarithmic."""
     import logging
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(panels), 3.4), dpi=120, layout="constrained")
+    n_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * n_rows), dpi=120, layout="constrained")
     colours = ("#0b6e99", "#c1440e", "#4c7a34", "#7a4c9e")
-    for axes, (title, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    places = figure.subplots(n_rows, columns, squeeze=False).flat
+    for axes, (title, lines) in zip(places, panels.items(), strict=False):
         for colour, (name, points) in zip(colours, lines.items(), strict=False):
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
-        axes.set(title=title, xscale="log", yscale="log", xlabel=title, ylabel=labels.get(title))
-        axes.grid(alpha=0.25)
+        x, y = labels[title]
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:

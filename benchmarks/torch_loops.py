@@ -107,6 +107,8 @@ def main() -> None:
         images = functional.normalize(torch.randn(BATCH, prompts(context).shape[1]), dim=-1)
     labels = torch.randint(arguments.classes, (BATCH,))
     model: Any = loaded.model
+    # A query with pictures takes so long, and peaks like any other, that one is enough.
+    n_candidates = 1 if arguments.loop != "forward" else 10
 
     def loss(candidate: Tensor) -> Tensor:
         logits = 100 * images @ prompts(candidate).T
@@ -121,14 +123,15 @@ def main() -> None:
 
     def forward() -> None:
         with torch.no_grad():
-            for _ in range(10):
+            for _ in range(n_candidates):
                 if published:
                     size = loaded.image.size
                     model.encode_image(torch.randn(BATCH, 3, size, size), normalize=True)
                 loss(context + 0.01 * torch.randn(context.shape))
 
     step = backprop if arguments.loop == "backprop" else forward
-    print(json.dumps({"step_seconds": min(seconds(step) for _ in range(arguments.steps))}))
+    taken = min(seconds(step) for _ in range(arguments.steps))
+    print(json.dumps({"step_seconds": taken, "candidates": n_candidates}))
 
 
 if __name__ == "__main__":
