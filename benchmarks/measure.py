@@ -132,7 +132,7 @@ def draw(
     path: Path,
     columns: int,
 ) -> None:
-    """Draw lines (x, y) by name, a panel by title, its axes labelled and logarithmic."""
+    """Draw lines (x, y) by name, a panel by title; far-apart heights on a logarithmic axis."""
     import logging
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
@@ -146,8 +146,16 @@ def draw(
         for colour, (name, points) in zip(colours, lines.items(), strict=False):
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
         x, y = labels[title]
-        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-        axes.grid(alpha=0.25, which="both")
+        at = sorted({point[0] for points in lines.values() for point in points})
+        heights = [point[1] for points in lines.values() for point in points]
+        axes.set(xscale="log", xlabel=x, ylabel=y)
+        axes.set_xticks(at, [f"{value:g}" for value in at], minor=False)
+        axes.minorticks_off()
+        if max(heights) > 5 * min(heights):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:
