@@ -100,9 +100,7 @@ def timed(call: Callable[[], object]) -> Callable[[], dict[str, float]]:
     return lambda: {"seconds": seconds(call)}
 
 
-def run_alone(
-    command: Sequence[object], *, accept: Sequence[int] = (0,)
-) -> tuple[str, float, float]:
+def run_alone(command: Sequence[object]) -> tuple[str, float, float]:
     """Run a process; return its standard output, peak resident memory in MB and wall seconds.
 
     The peak is the system's own account of the finished process. It is never below the memory of
@@ -111,10 +109,11 @@ def run_alone(
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
-    out = process.stdout.read().decode()
+    with process.stdout:
+        out = process.stdout.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in accept:
+    if process.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit code {process.returncode}")
     unit = 1 if sys.platform == "darwin" else 1024
     return out, usage.ru_maxrss * unit / 1e6, time.perf_counter() - start

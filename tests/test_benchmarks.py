@@ -1,0 +1,157 @@
+"""That the benchmarks count and compose rightly; what they measure is asserted nowhere."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu, scaling, speed
+from benchmarks.measure import interleaved, last_line, run_alone
+from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
+from benchmarks.towers import Size, lean
+from runtimes.providers import Execution
+from ztune.errors import ProviderError
+
+TINY = Size("tiny", layers=2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache that holds the tiny model's graphs."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    lean(TINY, folder)
+    return folder
+
+
+def test_names() -> None:
+    for names, n in (
+        (CIFAR10, 10),
+        (CALTECH101, 100),
+        (phrases(1000), 1000),
+        (phrases(2000), 2000),
+    ):
+        assert len(names) == len(set(names)) == n
+        assert all(name == " ".join(name.split()) and name for name in names)
+    words = [len(phrase.split()) for phrase in phrases(1000)]
+    assert 1.8 < sum(words) / len(words) < 2.2
+    assert classes_named(10) == CIFAR10
+    assert classes_named(11) == CALTECH101[:11]
+    assert len(classes_named(101)) == 101
+
+
+def test_flops_count_every_product_of_every_token() -> None:
+    lengths, P, m, d, L, e = [2, 4, 3], 2, 3, 8, 4, 5
+    multiply_adds = 0
+
+    def linear(n_in: int, n_out: int) -> None:
+        nonlocal multiply_adds
+        multiply_adds += n_in * n_out
+
+    def block(layer: int, n_seen: int, is_end: bool, projected: bool) -> None:
+        """Count one token in one layer."""
+        nonlocal multiply_adds
+        if projected:
+            linear(d, 2 * d)  # key and value
+        if layer == L - 1 and not is_end:
+            return
+        if projected:
+            linear(d, d)  # query
+        multiply_adds += 2 * d * n_seen  # scores, and the values they weigh
+        linear(d, d)
+        linear(d, 4 * d)
+        linear(4 * d, d)
+
+    for layer, candidate in itertools.product(range(L), range(P)):
+        for i in range(m):
+            block(layer, 1 + i + 1, is_end=False, projected=True)
+        for n in lengths:
+            for j in range(n):
+                # The first layer projects the names for the first candidate only.
+                shared = layer == 0 and candidate > 0
+                block(layer, 1 + m + j + 1, is_end=j == n - 1, projected=not shared)
+    for _ in range(P * len(lengths)):
+        linear(d, e)
+    assert speed.matrix_flops(lengths, P, m, d, L, e) == 2 * multiply_adds
+
+
+def test_speed_document(cache: Path) -> None:
+    extent = speed.Extent(
+        TINY,
+        classes={3: 1, 12: 1},
+        contexts=(4,),
+        published_pictures=1,
+        published_classes=3,
+        run_queries=20,
+    )
+    document = speed.measure(extent, cache)
+    json.dumps(document, allow_nan=False)
+    assert {"machine", "versions", "commit", "sgemm", "published", "runs"} <= document.keys()
+    assert document["tower"]["layers"] == 2
+    cells = [(row["classes"], row["context_tokens"], row["precision"]) for row in document["rows"]]
+    assert cells == [(3, 4, "fp32"), (3, 4, "int8"), (12, 4, "fp32"), (12, 4, "int8")]
+    for row in document["rows"]:
+        for key in (
+            "queries_per_s",
+            "ratio_naive",
+            "ratio_published",
+            "sgemm_fraction",
+            "seconds_per_query",
+        ):
+            assert row[key] > 0
+        assert 0 < row["numpy_share"] < 1
+        assert row["published_scaled"] is True
+        if row["precision"] == "fp32":
+            assert row["max_abs_error"] < 1e-5
+    assert [run["queries"] for run in document["runs"]] == [20, 20]
+
+
+def test_scaling_point(cache: Path) -> None:
+    point = {"C": 5, "P": 4, "N": 6, "m": 2}
+    found = scaling.steps(lean(TINY, cache) / "fp32", point)
+    assert found["plan"]["candidates"] == 4
+    assert found["step_seconds"] >= found["graph_seconds"] > 0
+
+
+def test_a_gpu_run_composes(cache: Path) -> None:
+    found = gpu.run(lean(TINY, cache) / "fp32", 5, 20, Execution("cpu"))
+    assert found["calls"]["candidates"] == 10
+    assert found["seconds"] > 0
+
+
+def test_gpu_says_when_it_was_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: str) -> None:
+        raise ProviderError("no CUDA here")
+
+    monkeypatch.setattr(gpu, "resolve", refuse)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 1
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["ran"] is False
+    assert document["reason"] == "no CUDA here"
+
+
+def test_peaks_are_of_the_process_itself() -> None:
+    code = "x = bytearray(200_000_000); print('{\"n\": 1}')"
+    out, large, _ = run_alone([sys.executable, "-c", code])
+    assert last_line(out) == {"n": 1}
+    assert large > 200
+
+
+def test_loops_take_turns_and_report_medians() -> None:
+    turns: list[str] = []
+    values = iter([3.0, 0.0, 1.0, 0.0, 2.0, 0.0])
+
+    def loop(name: str) -> dict[str, float]:
+        turns.append(name)
+        return {"seconds": next(values)}
+
+    found = interleaved({"a": lambda: loop("a"), "b": lambda: loop("b")}, 3)
+    assert turns == ["a", "b"] * 3
+    assert found == {"a": {"seconds": 2.0}, "b": {"seconds": 0.0}}
