@@ -22,9 +22,10 @@ from export.bundle import export_bundle, model_id
 from export.clip import LoadedClip, load_clip
 from export.graphs import TextGraph
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.ort import OrtPromptGraph
+from runtimes.ort import OrtPromptGraph, parity_inputs
 from runtimes.prompts import context_of_words
 from runtimes.providers import Execution
+from runtimes.reference import derived
 from runtimes.tokenizer import Tokenizer
 from tests.export.small_models import ARCHITECTURES, small_config, small_model, write_model
 from ztune.errors import ConfigError, FormatError, ZtuneError
@@ -53,6 +54,18 @@ def session(bundle: Bundle, graph: str) -> Any:
     return onnxruntime.InferenceSession(
         str(bundle.file(f"{graph}.onnx")), providers=["CPUExecutionProvider"]
     )
+
+
+def test_every_prompt_graph_has_a_reference_in_double_precision(exported: Exported) -> None:
+    _, bundle = exported
+    given, expected = parity_inputs(bundle.file("parity.safetensors"), "prompt")
+    model = derived(onnx.load(bundle.file("prompt.onnx")), "fp32")
+    double = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    features = double.run(None, given)[0]
+    assert features.dtype == np.float64
+    assert 0 < np.abs(features - expected).max() < 1e-6
 
 
 def test_every_graph_is_dynamic_and_equals_torch(exported: Exported) -> None:
