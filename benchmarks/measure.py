@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ztune.files import replacing
 from ztune.system import machine, versions
@@ -100,23 +105,42 @@ def timed(call: Callable[[], object]) -> Callable[[], dict[str, float]]:
     return lambda: {"seconds": seconds(call)}
 
 
-def run_alone(command: Sequence[object]) -> tuple[str, float, float]:
-    """Run a process; return its standard output, peak resident memory in MB and wall seconds.
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
 
-    The peak is the system's own account of the finished process. It is never below the memory of
-    the process that started it, so benchmarks of memory keep torch and numpy out of their own.
+    out: str
+    peak_mb: float
+    """Of the largest process, it or a child it waited for: the system's own account."""
+    tree_peak_mb: float
+    """Of all of them together, seen every 10 ms; pages that they share count for each."""
+    seconds: float
+
+
+def run_alone(command: Sequence[object]) -> Finished:
+    """Run a process and see how much memory it takes.
+
+    The system never accounts less than the memory of the process that started it, so benchmarks of
+    memory keep torch out of their own.
     """
     start = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, cwd=ROOT)
-    assert process.stdout is not None
-    with process.stdout:
-        out = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))}: exit code {process.returncode}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return out, usage.ru_maxrss * unit / 1e6, time.perf_counter() - start
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(words, stdout=out, cwd=ROOT)
+        together = 0
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            with contextlib.suppress(psutil.Error):
+                tree = [root := psutil.Process(process.pid), *root.children(recursive=True)]
+                together = max(together, sum(one.memory_info().rss for one in tree))
+            time.sleep(0.01)
+        taken = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        if process.returncode:
+            sys.exit(f"{' '.join(words)}: exit code {process.returncode}")
+        out.seek(0)
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = ended[2].ru_maxrss * unit / 1e6
+        return Finished(out.read().decode(), peak, max(peak, together / 1e6), taken)
 
 
 def last_line(out: str) -> dict[str, Any]:

@@ -42,13 +42,13 @@ def measure(
         for value in values:
             point = {**BASE, varied: value}
             for precision in PRECISIONS:
-                out, peak, _ = run_alone(
+                done = run_alone(
                     [
                         *(sys.executable, "-m", __spec__.name, "--bundle", folder / precision),
                         *("--point", json.dumps(point)),
                     ]
                 )
-                found = {**last_line(out), "peak_mb": round(peak, 1)}
+                found = {**last_line(done.out), "peak_mb": round(done.peak_mb, 1)}
                 rows.append({"varied": varied, **point, "precision": precision, **found})
                 say(json.dumps(rows[-1]))
     if plot is not None:

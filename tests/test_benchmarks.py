@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, scaling, speed
-from benchmarks.measure import interleaved, last_line, run_alone
+from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.towers import Size, lean
 from runtimes.providers import Execution
@@ -137,11 +138,25 @@ def test_gpu_says_when_it_was_not_run(
     assert document["reason"] == "no CUDA here"
 
 
-def test_peaks_are_of_the_process_itself() -> None:
-    code = "x = bytearray(200_000_000); print('{\"n\": 1}')"
-    out, large, _ = run_alone([sys.executable, "-c", code])
-    assert last_line(out) == {"n": 1}
-    assert large > 200
+def test_peaks_are_of_the_process_and_its_children() -> None:
+    # In a process without torch: none is accounted less than the one that started it.
+    code = """
+import subprocess, sys
+from benchmarks.measure import run_alone
+large = "import time; x = bytearray(200_000_000); time.sleep(0.3); print(1)"
+one = run_alone([sys.executable, "-c", large])
+words = [sys.executable, "-c", large]
+both = f"import subprocess; x = bytearray(150_000_000); subprocess.run({words})"
+two = run_alone([sys.executable, "-c", both])
+print(one.out.strip(), one.peak_mb, two.peak_mb, two.tree_peak_mb)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    out, one, two, together = (float(word) for word in done.stdout.split())
+    assert out == 1
+    assert 200 < one < 300
+    assert 200 < two < 300
+    assert together > 350
 
 
 def test_loops_take_turns_and_report_medians() -> None:
