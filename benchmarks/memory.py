@@ -73,7 +73,8 @@ def _tune(
                 *("--provider", "cpu", "--cache", cache, "--out", out, "--quiet", "--json"),
                 # Random weights and pictures have no signal; it is measured all the same.
                 "--force",
-            ]
+            ],
+            watch=True,
         )
         run = json.loads((out / "run.json").read_text())
         found[f"{name}_reported_mb"] = run["peak_memory_mb"]

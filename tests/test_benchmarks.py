@@ -147,7 +147,7 @@ large = "import time; x = bytearray(200_000_000); time.sleep(0.3); print(1)"
 one = run_alone([sys.executable, "-c", large])
 words = [sys.executable, "-c", large]
 both = f"import subprocess; x = bytearray(150_000_000); subprocess.run({words})"
-two = run_alone([sys.executable, "-c", both])
+two = run_alone([sys.executable, "-c", both], watch=True)
 print(one.out.strip(), one.peak_mb, two.peak_mb, two.tree_peak_mb)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
