@@ -274,7 +274,7 @@ def _draw_runs(axes: Any, document: dict[str, Any], key: str) -> None:
     _note(axes, text, place, (3, 0), xycoords=("data", "axes fraction"))
     axes.set(xscale="log", xlabel="signal-to-noise before the first step")
     if key == "train_loss":
-        axes.legend(fontsize=7, frameon=False, loc="center right")
+        axes.legend(fontsize=7, frameon=False, loc="upper right")
     _tidy(axes)
 
 

@@ -24,9 +24,12 @@ from ztune.types import F32, F64, I64, Batch, Json, Optimizer, Oracle, PromptMap
 
 N_DIRECTIONS = 8
 """Directions at least; whole rounds of the method's own size are measured."""
+# Found by tuning at ratios from 0.1 to 10⁶ (benchmarks/signal.py, docs/precision.md): from 10 on
+# every run came to what fp32 comes to, below 6 some did not; a ratio varies by two between seeds.
 LIMIT = 10.0
-# Beyond it a loss is no longer linear in the perturbation, and no advice is drawn from it.
-_LARGEST_ADVISED = 0.5
+# Beyond it losses bend: in the same measurements the ratio falls again, and tuning at 0.1 is worse
+# in every precision.
+_LARGEST_ADVISED = 0.03
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,16 @@ class Signal:
         return "passed" if self.passed else "too weak"
 
     def perturbation_needed(self, perturbation: float) -> float | None:
-        """Return the perturbation that would give twice the limit, rounded up to one digit.
+        """Return an estimate of the perturbation that gives twice the limit, rounded up.
 
-        None where that is so large that the loss cannot be taken for linear over it.
+        None where even the limit takes one so large that the loss is not linear over it.
         """
-        if not self.ratio > 0:
+        if not self.ratio > 0 or perturbation * self.limit / self.ratio > _LARGEST_ADVISED:
             return None
         wanted = perturbation * 2 * self.limit / self.ratio
         digit = 10.0 ** math.floor(math.log10(wanted))
         rounded = float(f"{math.ceil(wanted / digit * (1 - 1e-12)) * digit:.0e}")
-        return rounded if rounded <= _LARGEST_ADVISED else None
+        return min(rounded, _LARGEST_ADVISED)
 
     def to_json(self) -> dict[str, Json]:
         return {

@@ -31,9 +31,9 @@ def test_without_any_difference_the_ratio_is_nought_or_finite() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "perturbation", "expected"),
-    [(1.0, 0.001, 0.02), (3.0, 0.01, 0.07), (5.0, 1e-4, 4e-4), (0.1, 0.01, None)],
+    [(1.0, 0.001, 0.02), (5.0, 0.01, 0.03), (5.0, 1e-4, 4e-4), (0.1, 0.01, None), (9.0, 0.1, None)],
 )
-def test_the_advice_doubles_the_limit(
+def test_the_advice_doubles_the_limit_where_losses_are_linear(
     ratio: float, perturbation: float, expected: float | None
 ) -> None:
     assert Signal(8, ratio, 1.0, 10.0).perturbation_needed(perturbation) == expected
