@@ -21,6 +21,7 @@ NAMES = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_MOST_THREADS = 1024  # each has a stack: a slip of the finger must not take all memory
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
 # Full precision, and the same convolution algorithm on every run.
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -57,6 +58,8 @@ class Execution:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise ConfigError(f"--threads is {self.threads}, expected at most {_MOST_THREADS}")
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
         (("--provider", "tpu"), ('unknown provider "tpu"',)),
         (("--threads", 0), ("--threads is 0, expected at least 1",)),
+        (("--threads", 100000), ("--threads is 100000, expected at most 1024",)),
         (
             ("--memory-limit", 1, "--set", "n_pairs=2000", "--queries", 4000),
             ("--memory-limit 1 (MB) is too small for one class and one candidate", "the least"),
