@@ -12,6 +12,7 @@ from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
 from ztune.budget import Budget
 from ztune.methods import ZipConfig, build_zip, initial_context
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
+from ztune.system import one_blas_thread
 from ztune.tune import Observer, Tuning, tune
 from ztune.types import F32, PromptEncoder, Scorer
 
@@ -89,4 +90,5 @@ class ZipRounds:
 
     def _tune(self, n_queries: int, observe: Observer) -> None:
         tuning = Tuning(self._optimizer, self._sampler, Budget(n_queries), time.monotonic())
-        tune(tuning, self._map, self._oracle, self._n_classes, observe)
+        with one_blas_thread():
+            tune(tuning, self._map, self._oracle, self._n_classes, observe)

@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager
 
 import psutil
+from threadpoolctl import threadpool_limits
 
 _PACKAGES = (
     "numpy", "pillow", "safetensors", "tokenizers", "onnx", "onnxruntime", "onnxruntime-gpu",
@@ -33,6 +35,16 @@ def return_free_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Keep numpy's matrix products on the calling thread while the context lasts.
+
+    ONNX Runtime's threads spin between two calls, and a second BLAS thread would wait for them: on
+    2 cores a ZIP step at 10 classes took 174 ms instead of 79.
+    """
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limits
 
 
 def versions() -> dict[str, str]:

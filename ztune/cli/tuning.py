@@ -31,7 +31,7 @@ from ztune.report import draw_curve
 from ztune.run import RunFolder
 from ztune.signal import Signal
 from ztune.statistics import Score, score
-from ztune.system import machine, peak_memory_mb, return_free_memory, versions
+from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
 from ztune.types import F32, F64, I64, Batch, Evaluation, Json, Optimizer, PromptMap, Scorer
 
@@ -254,7 +254,7 @@ class Work:
         if tuning.step:
             output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
         saved = time.monotonic()
-        with output.progress("tuning", request.queries) as ticker:
+        with output.progress("tuning", request.queries) as ticker, one_blas_thread():
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
                 nonlocal saved
