@@ -100,9 +100,9 @@ def interleaved(
     }
 
 
-def timed(call: Callable[[], object]) -> Callable[[], dict[str, float]]:
-    """Return a loop that reports the seconds of one call."""
-    return lambda: {"seconds": seconds(call)}
+def timed(call: Callable[[], object], n_calls: int = 1) -> Callable[[], dict[str, float]]:
+    """Return a loop that reports the median seconds of `n_calls` in a row."""
+    return lambda: {"seconds": statistics.median(seconds(call) for _ in range(n_calls))}
 
 
 @dataclass(frozen=True)

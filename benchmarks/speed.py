@@ -113,7 +113,8 @@ def measure(extent: Extent, cache: Path) -> dict[str, Any]:
         for name in PRECISIONS
     }
     naive = open_session(folder / NAIVE, Execution())
-    gemms = {name: timed(loop) for name, loop in square_products().items()}
+    # The first products after a pause are slower, and would flatter what is compared with them.
+    gemms = {name: timed(loop, 9) for name, loop in square_products().items()}
     rates: list[Mapping[str, float]] = []
     rows: list[dict[str, Any]] = []
     for n_classes, repeats in extent.classes.items():
@@ -177,6 +178,8 @@ class Cell:
         config, classes = ZipConfig(n_context=n_context), classes_named(n_classes)
         self.rounds = {name: ZipRounds(graph, classes, config) for name, graph in graphs.items()}
         self.n_candidates = config.queries_per_step()
+        # One step at 10 classes is short for the clock of a busy machine.
+        self._n_steps = max(1, 40 // n_classes)
         self._n_context = n_context
         self._bundle = bundle = graphs["fp32"].bundle
         names = name_tokens(bundle.text, tokenizer, classes, n_context)
@@ -197,18 +200,16 @@ class Cell:
 
     def take_turns(self, others: Mapping[str, Loop], repeats: int) -> dict[str, dict[str, float]]:
         """Return the medians of `others` and, by precision, of our steps."""
-        # One step at 10 classes is short for the clock of a busy machine.
-        n_steps = max(1, 40 // len(self.lengths))
         loops = dict(others)
         for name, rounds in self.rounds.items():
             rounds.steps(1)  # binds the calls
-            loops[name] = functools.partial(rounds.steps, n_steps)
+            loops[name] = functools.partial(rounds.steps, self._n_steps)
         if repeats < 3:  # else the median leaves the first calls' allocations out
             others["naive"]()
         return interleaved(loops, repeats)
 
     def naive_loops(self, session: Any) -> dict[str, Loop]:
-        """Return one query of the naive loops: whole sequences, and cut to the longest class."""
+        """Return queries of the naive loops: whole sequences, and cut to the longest class."""
         longest = 1 + self._n_context + max(self.lengths)
         cut = {key: self._feeds[key][:, :longest] for key in ("sequence_index", "tokens")}
 
@@ -217,7 +218,8 @@ class Cell:
             given = {"contexts": self._contexts[-1:], **self._feeds, **given}
             self._reference = session.run(["features"], given)[0][0]
 
-        return {"truncated": timed(lambda: run(**cut)), "naive": timed(run)}
+        n = self._n_steps
+        return {"truncated": timed(lambda: run(**cut), n), "naive": timed(run, n)}
 
     def error(self, precision: str) -> float:
         """Return the largest difference of a feature from what the naive graph gave, in fp32."""
@@ -230,7 +232,6 @@ class Published:
     """The published loop in torch: timed in parts, on fewer classes and pictures, and scaled."""
 
     def __init__(self, extent: Extent, loaded: LoadedClip):
-
         self._extent = extent
         self._loop = PublishedLoop(loaded, extent.published_pictures)
         self._loop.image_seconds()  # the first pass allocates
