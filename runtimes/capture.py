@@ -15,7 +15,7 @@ from ztune.types import F32
 
 CAPTURED = "captured"
 # Largest difference of a replay from an ordinary call, as values of unit features.
-_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
 
 
 def why_not(plan: Plan, n_candidates: int, execution: Execution) -> str | None:

@@ -14,9 +14,12 @@ process of its own, so that nothing of it stays with the one that tunes.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,14 +82,30 @@ def reference_features(
         }
         write_tensors(Path(folder, _ASKED), arrays, asked)
         command = [sys.executable, "-c", _PROGRAM, folder, *sys.path]
-        # Whatever interrupts this wait, Ctrl-C among them, kills the process.
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            why = lines[-1] if lines and done.returncode > 0 else _ended(done.returncode)
+        code, said = _waited_for(command)
+        if code:
+            lines = said.strip().splitlines()
+            why = lines[-1] if lines and code > 0 else _ended(code)
             raise ZtuneError(f'reference of bundle "{bundle.path}" in higher precision: {why}')
         answer, _ = read_tensors(Path(folder, _ANSWER), "reference")
     return np.asarray(answer["features"], dtype=np.float64)
+
+
+def _waited_for(command: list[str]) -> tuple[int, str]:
+    """Run a process; return its exit code and what it wrote to stderr.
+
+    It lives no longer than this one: what interrupts the wait kills it, and should this process be
+    killed itself, the end of the pipe tells the other.
+    """
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=nowhere, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        try:
+            said = process.stderr.read()
+            return process.wait(), said
+        except BaseException:
+            process.kill()
+            raise
 
 
 def _ended(code: int) -> str:
@@ -97,12 +116,19 @@ def _ended(code: int) -> str:
 
 def main(folder: str) -> int:
     """Answer what the parent process left in `folder`; return 1 with one line on stderr if not."""
+    threading.Thread(target=_end_with_the_parent, args=(folder,), daemon=True).start()
     try:
         _answer(Path(folder))
     except (ZtuneError, OSError, MemoryError) as error:
         sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
         return 1
     return 0
+
+
+def _end_with_the_parent(folder: str) -> None:
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _answer(folder: Path) -> None:

@@ -220,6 +220,78 @@ def test_a_closed_form_has_no_gate(ztune: Command, tmp_path: Path, cache: Path) 
     assert "signal" not in done.json
     assert "signal-to-noise" not in done.err
     assert done.json["probe_queries"] == 0
+    other = ztune(*TUNE, "--method", "gda", "--force", "--cache", cache, "--out", tmp_path / "b")
+    assert other.code == 1
+    assert "gda has no steps, so no signal to measure: leave out" in other.err
+
+
+def test_a_killed_process_takes_the_measuring_one_and_its_folder_along(tmp_path: Path) -> None:
+    folder, pid = tmp_path / "folder", tmp_path / "pid"
+    folder.mkdir()
+    child = (
+        "import os, pathlib, sys, time; from runtimes import reference; "
+        "reference._answer = lambda folder: time.sleep(60); "
+        f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); "
+        f"sys.exit(reference.main({str(folder)!r}))"
+    )
+    program = (
+        "import sys; from runtimes import reference; "
+        f"reference._waited_for([sys.executable, '-c', {child!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not folder.exists()
+
+
+def test_a_damaged_reference_is_told_before_anything_is_written(
+    int8: Path, ztune: Command, tmp_path: Path
+) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "run"
+    shutil.copytree(MINI, damaged)
+    with (damaged / "prompt.onnx").open("rb+") as file:
+        file.write(b"x")
+    words = ("tune", int8, *TUNE[2:], "--reference", damaged, "--force", "--out", out, "--quiet")
+    refused = ztune(*words)
+    assert refused.code == 1
+    assert "error: --reference: bundle" in refused.err
+    assert "SHA-256 differs" in refused.err
+    assert not out.exists()
+
+
+def test_a_resumed_run_needs_its_reference_no_more(
+    int8: Path, ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    reference_bundle, out = tmp_path / "fp32", tmp_path / "run"
+    shutil.copytree(MINI, reference_bundle)
+    words = ("tune", int8, *TUNE[2:], "--reference", reference_bundle, "--cache", cache)
+    assert ztune(*words, "--force", "--out", out).code == 0
+    (out / "run.json").write_text(json.dumps({**document(out), "status": "running"}))
+    shutil.rmtree(reference_bundle)
+    resumed = ztune("tune", "--resume", out)
+    assert resumed.code == 0, resumed.err
+
+
+def test_the_doctor_takes_an_int8_bundle_for_what_it_is(int8: Path, ztune: Command) -> None:
+    report = ztune("doctor", int8, "--data", DIGITS, "--shots", 4, "--json")
+    assert report.code == 0, report.err
+    assert report.json["ok"]
+    assert report.json["bundle"]["provider"] == "cpu"
+    assert report.json["signal"]["precision"] == "int8"
+
+
+def test_the_doctor_says_why_no_provider_runs_a_precision(ztune: Command, tmp_path: Path) -> None:
+    half = quantize_bundle(load_bundle(MINI), tmp_path / "half", "fp16").path
+    report = ztune("doctor", half, "--data", DIGITS)
+    assert report.code == 1
+    assert "an fp16 bundle cannot run on cpu" in report.err
+    assert "prompt.onnx" in report.out
+    assert "signal-to-noise: not measured" in report.out
 
 
 def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, cache: Path) -> None:

@@ -126,7 +126,7 @@ def exact_losses(
     """
     wide = features.astype(np.float64)
     losses = []
-    for text in texts.astype(np.float64):
+    for text in texts:
         logits = logit_scale * (wide @ text.T) + logit_bias
         losses.append(cross_entropy(logits, labels).mean())
     return np.array(losses)

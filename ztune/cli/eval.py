@@ -105,6 +105,11 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     folder = RunFolder(arguments.target)
     head = folder.read()
     where = f'run "{folder.path}": run.json'
+    if head.get("status") == "refused":
+        raise ConfigError(
+            f'run "{folder.path}" was refused before its first step, see "signal" in its run.json '
+            "(start it anew with other settings)"
+        )
     if head.get("status") != "finished":
         path = shlex.quote(str(folder.path))
         raise ConfigError(

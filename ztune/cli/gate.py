@@ -18,10 +18,14 @@ from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench
-from ztune.errors import ConfigError, ZtuneError
+from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.methods import ZipConfig
+from ztune.optim.spsa import SpsaConfig
 from ztune.signal import Signal, exact_losses, measure, probe_batch
 from ztune.types import F32, F64, I64, Json, Optimizer, Oracle, PromptMap
+
+# At this ratio the differences are rounding and nothing else.
+_NO_SIGNAL = 1.5
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,18 @@ class Gate:
             nonlocal n_candidates
             n_candidates = len(contexts)
             names = name_tokens(bundle.text, self.bench.tokenizer, self.classes, contexts.shape[1])
-            texts = reference_features(
-                self.reference or bundle,
-                names,
-                contexts,
-                config.queries_per_step(),
-                self.bench.execution,
-                as_it_is=self.reference is not None,
-            )
+            self.bench.output.remark("measuring the signal that tuning would live off")
+            try:
+                texts = reference_features(
+                    self.reference or bundle,
+                    names,
+                    contexts,
+                    config.queries_per_step(),
+                    self.bench.execution,
+                    as_it_is=self.reference is not None,
+                )
+            except ZtuneError as error:
+                raise NoReferenceError(str(error)) from None
             seen = features[batch.views, batch.pictures]
             return exact_losses(
                 seen, labels[batch.pictures], texts, bundle.logit_scale, bundle.logit_bias
@@ -93,7 +101,11 @@ def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
     """
     if path is None:
         return None
-    reference = load_bundle(Path(path))
+    try:
+        reference = load_bundle(Path(path))
+        reference.file("prompt.onnx")
+    except FormatError as error:
+        raise ConfigError(f"--reference: {error}") from None
     if reference.model_id != bundle.model_id:
         raise ConfigError(
             f'--reference "{path}" is of another model than "{bundle.path}" (name the fp32 bundle '
@@ -117,11 +129,16 @@ def described(signal: Signal, document: Mapping[str, Any]) -> str:
 
 def advice(signal: Signal, document: Mapping[str, Any]) -> str:
     """Return what to do about a signal below the limit."""
-    enough = signal.perturbation_needed(document["perturbation"])
-    ways = [f"a larger perturbation (--set perturbation={enough:g})"] if enough else []
+    perturbation, published = document["perturbation"], SpsaConfig().perturbation
+    ways = []
+    if signal.ratio <= _NO_SIGNAL and perturbation < published:
+        # Losses that differ by rounding alone do not say how far they would have to be apart.
+        ways.append(f"the published perturbation (--set perturbation={published:g})")
+    elif enough := signal.perturbation_needed(perturbation):
+        ways.append(f"a larger perturbation (--set perturbation={enough:g})")
     if document["precision"] != "fp32":
         ways.append("the fp32 bundle")
-    return f"use {' or '.join(ways)}" if ways else "no perturbation in fp32 is large enough"
+    return f"use {' or '.join(ways)}" if ways else "no perturbation is likely to be large enough"
 
 
 def pass_gate(
@@ -142,7 +159,7 @@ def pass_gate(
     """
     try:
         signal, document = gate.measure(config, optimizer, prompt_map, oracle, features, labels)
-    except ZtuneError as error:
+    except NoReferenceError as error:
         document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:
             raise RefusedError(f"{error} (go on without it with --force)", document) from None
@@ -160,6 +177,10 @@ def pass_gate(
         raise RefusedError(f"{weak}, or go on with --force)", document)
     output.warn(f"{weak})")
     return document
+
+
+class NoReferenceError(ZtuneError):
+    """The reference could not be computed: nothing is known of the signal."""
 
 
 class RefusedError(ZtuneError):

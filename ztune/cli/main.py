@@ -19,7 +19,7 @@ VERBS = {
     "eval": "measure a run, a bundle or a classifier on labelled pictures",
     "pack": "fold a bundle's image tower and a result into one classifier.onnx",
     "predict": "classify pictures with a classifier.onnx",
-    "quantize": "derive an int8 bundle from an fp32 one",
+    "quantize": "derive an int8 or fp16 bundle from an fp32 one",
     "doctor": "check this machine, and a bundle on it",
 }
 

@@ -125,9 +125,10 @@ class Work:
         gda, alpha = _gda(config, self.request, pictures, zero_shot)
         return_free_memory()  # what the image tower and the fit have left
         if isinstance(config, ZipConfig):
-            parts = self._assembled(config, pictures.features, pictures.labels)
-            head = self._through_the_gate(head, parts, pictures, budget)
-            outcome = self._tuned(parts, pictures, budget, started)
+            with one_blas_thread():
+                parts = self._assembled(config, pictures.features, pictures.labels)
+                head = self._through_the_gate(head, parts, pictures, budget)
+                outcome = self._tuned(parts, pictures, budget, started)
         else:
             outcome = self._fitted(gda, alpha, pictures)
         artifact = outcome.artifact
@@ -174,7 +175,13 @@ class Work:
             execution = self.bench.execution
             plan_for(bundle, names, len(context), config.queries_per_step(), execution)
             build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
-            open_reference(self.request.reference, bundle)
+            if not self._gate_is_passed():
+                open_reference(self.request.reference, bundle)
+        elif self.request.reference or self.request.force:
+            raise ConfigError(
+                f"{self.request.method} has no steps, so no signal to measure: leave out "
+                "--reference and --force"
+            )
         tokenizer.release()  # every text of the run has been seen
         return_free_memory()
 
@@ -194,6 +201,12 @@ class Work:
         return self._gate().measure(
             config, parts.optimizer, parts.prompt_map, parts.objective, train.values, labels
         )
+
+    def _gate_is_passed(self) -> bool:
+        """Return whether this run was begun and measured its signal before."""
+        if not self.folder.run.exists():
+            return False
+        return "signal" in self.folder.read() or self.folder.state.exists()
 
     def _gate(self) -> Gate:
         reference = open_reference(self.request.reference, self.bench.bundle)
@@ -254,7 +267,7 @@ class Work:
         if tuning.step:
             output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
         saved = time.monotonic()
-        with output.progress("tuning", request.queries) as ticker, one_blas_thread():
+        with output.progress("tuning", request.queries) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
                 nonlocal saved
