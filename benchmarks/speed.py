@@ -55,7 +55,7 @@ class Extent:
     """Of whole runs; 0: none."""
 
 
-FULL = Extent(Size(), {10: 9, 100: 5, 1000: 3}, (4, 8, 16), 32, 100, 5000)
+FULL = Extent(Size(), {10: 9, 100: 5, 1000: 3}, (4, 8, 16), 128, 100, 5000)
 # Four layers can be exported twice within the 45 s; all else is the real size.
 QUICK = Extent(Size(layers=4), {10: 3, 100: 1}, (8,), 8, 10, 0)
 
@@ -330,8 +330,11 @@ def main() -> None:
     given = parser(__doc__)
     given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
     given.add_argument("--layers", type=int, help="of its text tower (--quick: 4)")
+    given.add_argument("--context", type=int, help="only this number of context tokens")
     arguments = given.parse_args()
     extent = QUICK if arguments.quick else FULL
+    if arguments.context is not None:
+        extent = replace(extent, contexts=(arguments.context,))
     size = Size(arguments.model, arguments.layers or extent.size.layers)
     show(measure(replace(extent, size=size), arguments.cache))
 
