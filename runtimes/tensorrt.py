@@ -35,6 +35,14 @@ def options(
     try:
         for path in (root, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # An engine is a program: one that somebody else can put there is not loaded.
+            if hasattr(os, "getuid") and (
+                path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022
+            ):
+                raise ProviderError(
+                    f"the folder of TensorRT engines {path} belongs to, or can be written by, "
+                    "another user; set XDG_CACHE_HOME to a folder of your own"
+                )
     except OSError as error:
         raise ProviderError(
             f"the folder of TensorRT engines {folder} cannot be made ({error.strerror or error}); "

@@ -117,15 +117,18 @@ def test_a_resumed_run_keeps_what_was_measured(
     assert ztune(*TUNE, "--cache", cache, "--out", out).code == 0
     finished = document(out)
     started = {k: v for k, v in finished.items() if k not in ("queries", "text_forwards")}
-    (out / "run.json").write_text(json.dumps({**started, "status": "running"}))
+    other = {**started["calls"], "candidates": 2}
+    (out / "run.json").write_text(json.dumps({**started, "status": "running", "calls": other}))
     for name in ("state.safetensors", "prompt.safetensors"):
         (out / name).unlink(missing_ok=True)  # killed right behind the gate
     monkeypatch.setattr(reference, "_PROGRAM", "raise SystemExit(1)")
     resumed = ztune("tune", "--resume", out)
     assert resumed.code == 0, resumed.err
     assert "signal-to-noise" not in resumed.err
+    assert "warning: a round is cut into other calls" in resumed.err
     run = document(out)
     assert run["signal"] == finished["signal"]
+    assert run["calls"] == finished["calls"]
     assert (run["probe_queries"], run["text_forwards"]) == (20, 600)
     refused = ztune("tune", "--resume", out, "--force")
     assert refused.code == 1

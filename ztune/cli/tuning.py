@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.ort import OrtPromptEncoder, plan_for
-from runtimes.prompts import context_of_words, name_tokens, template_sentences
+from runtimes.prompts import context_of_words, name_tokens, shared_starts, template_sentences
 from runtimes.scores import OrtScores
 from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
@@ -78,8 +78,6 @@ class Outcome:
     """Spent by earlier processes of a resumed run."""
     train_loss: float
     """In nats, over all training pictures and views."""
-    calls: dict[str, Json] | None = None
-    """How a round of candidates was cut into calls of the prompt graph."""
     cuda_graph: str | None = None
     """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
 
@@ -127,6 +125,7 @@ class Work:
         if isinstance(config, ZipConfig):
             with one_blas_thread():
                 parts = self._assembled(config, pictures.features, pictures.labels)
+                head = self._planned(head, parts)
                 head = self._through_the_gate(head, parts, pictures, budget)
                 outcome = self._tuned(parts, pictures, budget, started)
         else:
@@ -145,7 +144,6 @@ class Work:
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "stop_reason": artifact.provenance.stop_reason,
-            "calls": outcome.calls,
             "cuda_graph": outcome.cuda_graph,
             "train_loss": outcome.train_loss,
             "val_accuracy": scores["tuned"].accuracy if scores else None,
@@ -167,12 +165,14 @@ class Work:
             ConfigError for a setting.
         """
         bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
-        template_sentences(bundle, tokenizer, self.request.template, classes)
+        execution = self.bench.execution
+        sentences = template_sentences(bundle, tokenizer, self.request.template, classes)
+        for _, start, rests in shared_starts(sentences):
+            plan_for(bundle, rests, len(start), 1, execution)
         config = start_config(self.request)
         if isinstance(config, ZipConfig):
             context = self._initial_context(config)
             names = name_tokens(bundle.text, tokenizer, classes, len(context))
-            execution = self.bench.execution
             plan_for(bundle, names, len(context), config.queries_per_step(), execution)
             build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
             if not self._gate_is_passed():
@@ -211,6 +211,16 @@ class Work:
     def _gate(self) -> Gate:
         reference = open_reference(self.request.reference, self.bench.bundle)
         return Gate(self.bench, self.split.classes, self.request.seed, reference)
+
+    def _planned(self, head: Mapping[str, Json], parts: Parts) -> Mapping[str, Json]:
+        """Return run.json's content with how a round is cut into calls, which a run keeps."""
+        calls = parts.encoder.plan.to_json()
+        if head.get("calls", calls) != calls:
+            self.bench.output.warn(
+                f"a round is cut into other calls ({calls}) than when the run began "
+                f"({head['calls']}), so bytes may differ"
+            )
+        return {**head, "calls": calls}
 
     def _through_the_gate(
         self, head: Mapping[str, Json], parts: Parts, pictures: Pictures, budget: Budget
@@ -293,8 +303,7 @@ class Work:
             _fingerprints(self.split),
         )
         train_loss = _train_loss(parts.objective, pictures, tuned)
-        plan, cuda_graph = parts.encoder.plan.to_json(), parts.encoder.cuda_graph
-        return Outcome(artifact, tuning.earlier, train_loss, plan, cuda_graph)
+        return Outcome(artifact, tuning.earlier, train_loss, parts.encoder.cuda_graph)
 
     def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
         weight, bias = head
