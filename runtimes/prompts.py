@@ -165,7 +165,8 @@ def shared_starts(
         alike.setdefault(ids[0], []).append(index)
     for indices in alike.values():
         given = [sentences[index] for index in indices]
-        differing = (n for n, column in enumerate(zip(*given)) if len(set(column)) > 1)  # noqa: B905
+        columns = zip(*given, strict=False)  # as far as the shortest
+        differing = (n for n, column in enumerate(columns) if len(set(column)) > 1)
         n_shared = next(differing, min(len(ids) for ids in given))
         yield indices, given[0][:n_shared], [ids[n_shared:] for ids in given]
 

@@ -49,10 +49,9 @@ class Tokenizer:
         self.spec = spec
         self._loaded: Any = None
         self._known: dict[str, tuple[int, ...]] = {}
-        self._tokens  # noqa: B018 - a damaged file is told now
+        self._vocabulary()  # a damaged file is told now
 
-    @property
-    def _tokens(self) -> Any:
+    def _vocabulary(self) -> Any:
         if self._loaded is None:
             try:
                 self._loaded = tokenizers.Tokenizer.from_str(self._read().decode())
@@ -71,7 +70,7 @@ class Tokenizer:
         """Return the ids of a text, cleaned, without prefix and suffix."""
         if text not in self._known:
             cleaned = clean(text, self.spec.cleaning)
-            ids = self._tokens.encode(cleaned, add_special_tokens=False).ids
+            ids = self._vocabulary().encode(cleaned, add_special_tokens=False).ids
             self._known[text] = tuple(ids)
         return self._known[text]
 
@@ -98,5 +97,5 @@ class Tokenizer:
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the readable text of a sequence's ids, for messages."""
         frame = {*self.spec.prefix_ids, *self.spec.suffix_ids}
-        text: str = self._tokens.decode([token for token in ids if token not in frame])
+        text: str = self._vocabulary().decode([token for token in ids if token not in frame])
         return text.replace("</w>", " ").strip()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,23 +142,14 @@ def advice(signal: Signal, document: Mapping[str, Any]) -> str:
 
 
 def pass_gate(
-    gate: Gate,
-    config: ZipConfig,
-    optimizer: Optimizer,
-    prompt_map: PromptMap,
-    oracle: Oracle,
-    features: F32,
-    labels: I64,
-    *,
-    force: bool,
-    output: Output,
+    measured: Callable[[], tuple[Signal, dict[str, Json]]], *, force: bool, output: Output
 ) -> dict[str, Json]:
-    """Return what run.json keeps of the signal; see `Gate.measure`.
+    """Return what run.json keeps of the signal that `measured` gives; see `Gate.measure`.
 
     Raises: RefusedError where it is below the limit or cannot be measured, and nobody forces it.
     """
     try:
-        signal, document = gate.measure(config, optimizer, prompt_map, oracle, features, labels)
+        signal, document = measured()
     except NoReferenceError as error:
         document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:

@@ -198,9 +198,7 @@ class Work:
             raise ConfigError(f"{self.request.method} has no steps, so no signal to measure")
         train, labels = _encode_training(self.request, self.split, self.folder, self.bench)
         parts = self._assembled(config, train.values, labels)
-        return self._gate().measure(
-            config, parts.optimizer, parts.prompt_map, parts.objective, train.values, labels
-        )
+        return self._measured(parts, train.values, labels)
 
     def _gate_is_passed(self) -> bool:
         """Return whether this run was begun and measured its signal before."""
@@ -208,9 +206,12 @@ class Work:
             return False
         return "signal" in self.folder.read() or self.folder.state.exists()
 
-    def _gate(self) -> Gate:
+    def _measured(self, parts: Parts, features: F32, labels: I64) -> tuple[Signal, dict[str, Json]]:
         reference = open_reference(self.request.reference, self.bench.bundle)
-        return Gate(self.bench, self.split.classes, self.request.seed, reference)
+        gate = Gate(self.bench, self.split.classes, self.request.seed, reference)
+        return gate.measure(
+            parts.config, parts.optimizer, parts.prompt_map, parts.objective, features, labels
+        )
 
     def _planned(self, head: Mapping[str, Json], parts: Parts) -> Mapping[str, Json]:
         """Return run.json's content with how a round is cut into calls, which a run keeps."""
@@ -232,10 +233,10 @@ class Work:
         if "signal" not in head and not self.folder.state.exists():
             try:
                 signal = pass_gate(
-                    self._gate(), parts.config, parts.optimizer, parts.prompt_map, parts.objective,
-                    pictures.features, pictures.labels,
-                    force=self.request.force, output=self.bench.output,
-                )  # fmt: skip
+                    lambda: self._measured(parts, pictures.features, pictures.labels),
+                    force=self.request.force,
+                    output=self.bench.output,
+                )
             except RefusedError as error:
                 self.folder.write({**head, "status": "refused", "signal": error.document})
                 raise
