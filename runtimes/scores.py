@@ -10,7 +10,8 @@ import numpy as np
 from runtimes.binding import DEVICES
 from runtimes.ort import OrtPromptEncoder
 from runtimes.providers import Execution, onnxruntime, open_session, running
-from ztune.types import F32, F64, I64, Batch, Scores
+from ztune.errors import ConfigError
+from ztune.types import F32, F64, I64, Batch, Prompts, Scores
 
 _NAME = "the score graph"
 
@@ -49,10 +50,12 @@ class OrtScores:
         # The graph sees the classes group after group: where each of them stands there.
         self._places = np.argsort(np.concatenate(groups)).astype(np.int64)
 
-    def __call__(self, contexts: F32, batch: Batch, labels: I64) -> Scores:
+    def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
+        if prompts.contexts is None or prompts.visual is not None:
+            raise ConfigError("the device scores contexts alone, no visual prompts")
         rows = batch.views * self._n_pictures + batch.pictures
         feeds = {"rows": rows.astype(np.int64), "labels": self._places[labels]}
-        parts = [self._score(texts, feeds) for texts in self._encoder.on_device(contexts)]
+        parts = [self._score(texts, feeds) for texts in self._encoder.on_device(prompts.contexts)]
         losses, accuracies = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Scores(losses, accuracies)
 

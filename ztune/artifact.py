@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ztune.errors import FormatError
 from ztune.fields import Fields
+from ztune.logits import FeatureClassifier, Kernel
 from ztune.tensors import read_tensors, write_tensors
 from ztune.types import F32, Json
 
@@ -54,10 +55,8 @@ class ContextArtifact:
     logit_bias: float
     tuning_pictures: Fingerprints = field(default_factory=_none)
 
-    def classifier(self) -> tuple[F32, F32]:
-        """Return weight f32[C, e] and bias f32[C]: logits are `weight f + bias`, |f| = 1."""
-        weight = np.float32(self.logit_scale) * self.text_features
-        return weight, np.full(len(self.classes), self.logit_bias, dtype=np.float32)
+    def classifier(self) -> FeatureClassifier:
+        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,50 @@ class HeadArtifact:
     bias: F32
     """f32[C]"""
     tuning_pictures: Fingerprints = field(default_factory=_none)
+    kernel: Kernel | None = None
 
-    def classifier(self) -> tuple[F32, F32]:
-        """Return weight f32[C, e] and bias f32[C]."""
-        return self.weight, self.bias
+    def classifier(self) -> FeatureClassifier:
+        return FeatureClassifier(self.weight, self.bias, self.kernel)
 
 
-Artifact = ContextArtifact | HeadArtifact
+@dataclass(frozen=True)
+class VisualArtifact:
+    """A visual prompt, with the text side it was tuned beside; it serves other classes too."""
+
+    classes: tuple[str, ...]
+    provenance: Provenance
+    program: str
+    """One of PROGRAMS: what the values do to a picture."""
+    visual: F32
+    """border f32[3, S, S] before its sigmoid; decoder f32[n]; tokens f32[n, w]."""
+    text_features: F32
+    """f32[C, e], unit rows."""
+    logit_scale: float
+    logit_bias: float
+    context: F32 | None = None
+    """f32[m, d] where the text side was tuned as well."""
+    templates: tuple[str, ...] = ()
+    """The hand-written sentences otherwise."""
+    statistics: F32 | None = None
+    """f32[2, n], a decoder's normalisation means and variances over the training pictures."""
+    extractor: str = ""
+    """SHA-256 of the decoder's own feature extractor; empty: the bundle's image tower."""
+    tuning_pictures: Fingerprints = field(default_factory=_none)
+
+    def classifier(self) -> FeatureClassifier:
+        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+
+
+PROGRAMS = ("border", "decoder", "tokens")
+Artifact = ContextArtifact | HeadArtifact | VisualArtifact
+
+
+def classifier_of_texts(
+    text_features: F32, logit_scale: float, logit_bias: float
+) -> FeatureClassifier:
+    """Return the classifier of unit text features f32[C, e]; logit_scale multiplies."""
+    bias = np.full(len(text_features), logit_bias, dtype=np.float32)
+    return FeatureClassifier(np.float32(logit_scale) * text_features, bias)
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
@@ -86,7 +122,7 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
     document: dict[str, Json] = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": "context" if isinstance(artifact, ContextArtifact) else "head",
+        "kind": _kind(artifact),
         "classes": list(artifact.classes),
         "model_id": p.model_id,
         "bundle_digest": p.bundle_digest,
@@ -96,18 +132,32 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         "queries": p.queries,
         "stop_reason": p.stop_reason,
     }
-    arrays: dict[str, NDArray[np.generic]]
-    if isinstance(artifact, ContextArtifact):
-        arrays = {
-            "context": artifact.context,
-            "text_features": artifact.text_features,
-            "logit_scale": np.array([artifact.logit_scale], dtype=np.float32),
-            "logit_bias": np.array([artifact.logit_bias], dtype=np.float32),
-        }
+    arrays: dict[str, NDArray[np.generic]] = {"tuning_pictures": artifact.tuning_pictures}
+    if isinstance(artifact, HeadArtifact):
+        arrays |= {"weight": artifact.weight, "bias": artifact.bias}
+        if artifact.kernel is not None:
+            arrays |= {"keys": artifact.kernel.keys, "values": artifact.kernel.values}
+            arrays["sharpness"] = np.array([artifact.kernel.sharpness], dtype=np.float32)
     else:
-        arrays = {"weight": artifact.weight, "bias": artifact.bias}
-    arrays["tuning_pictures"] = artifact.tuning_pictures
+        arrays["text_features"] = artifact.text_features
+        arrays["logit_scale"] = np.array([artifact.logit_scale], dtype=np.float32)
+        arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
+        if artifact.context is not None:
+            arrays["context"] = artifact.context
+    if isinstance(artifact, VisualArtifact):
+        arrays["visual"] = artifact.visual
+        if artifact.statistics is not None:
+            arrays["statistics"] = artifact.statistics
+        document["program"] = artifact.program
+        document["templates"] = list(artifact.templates)
+        document["extractor"] = artifact.extractor
     write_tensors(path, arrays, document)
+
+
+def _kind(artifact: Artifact) -> str:
+    if isinstance(artifact, HeadArtifact):
+        return "head" if artifact.kernel is None else "kernel"
+    return "visual" if isinstance(artifact, VisualArtifact) else "context"
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -151,20 +201,42 @@ def read_artifact(path: Path) -> Artifact:
     if pictures is None or pictures.dtype != np.uint64 or pictures.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_pictures is missing or not uint64 of (n,)")
     artifact: Artifact
-    if top.text("kind", among=("context", "head")) == "context":
-        artifact = ContextArtifact(
-            classes,
-            provenance,
-            context=tensor("context", None, None),
-            text_features=tensor("text_features", C, None),
-            logit_scale=float(tensor("logit_scale", 1)[0]),
-            logit_bias=float(tensor("logit_bias", 1)[0]),
-            tuning_pictures=pictures,
-        )
+    kind = top.text("kind", among=("context", "head", "kernel", "visual"))
+    if kind in ("head", "kernel"):
+        weight, bias, kernel = tensor("weight", C, None), tensor("bias", C), None
+        if kind == "kernel":
+            keys = tensor("keys", None, weight.shape[1])
+            sharpness = float(tensor("sharpness", 1)[0])
+            kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
+        artifact = HeadArtifact(classes, provenance, weight, bias, pictures, kernel)
     else:
-        artifact = HeadArtifact(
-            classes, provenance, tensor("weight", C, None), tensor("bias", C), pictures
-        )
+        text_features = tensor("text_features", C, None)
+        logit_scale = float(tensor("logit_scale", 1)[0])
+        logit_bias = float(tensor("logit_bias", 1)[0])
+        context = None
+        if kind == "context" or "context" in arrays:
+            context = tensor("context", None, None)
+        if kind == "context" and context is not None:
+            artifact = ContextArtifact(
+                classes, provenance, context, text_features, logit_scale, logit_bias, pictures
+            )
+        else:
+            program = top.text("program", among=PROGRAMS)
+            shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
+            artifact = VisualArtifact(
+                classes,
+                provenance,
+                program,
+                tensor("visual", *shape),
+                text_features,
+                logit_scale,
+                logit_bias,
+                context,
+                () if context is not None else top.texts("templates"),
+                tensor("statistics", 2, None) if program == "decoder" else None,
+                str(top.values.get("extractor", "")),
+                pictures,
+            )
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
     return artifact

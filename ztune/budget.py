@@ -44,8 +44,12 @@ class Budget:
         self.probe_queries += n_queries
         self.text_forwards += n_queries * n_classes
 
-    def commit(self, n_classes: int) -> None:
-        """Charge what was reserved, once its answers are part of the state to be saved."""
+    def commit(self, n_texts: int, n_images: int = 0) -> None:
+        """Charge what was reserved, once its answers are part of the state to be saved.
+
+        A query of it encoded `n_texts` class prompts and `n_images` pictures.
+        """
         self.queries += self._reserved
-        self.text_forwards += self._reserved * n_classes
+        self.text_forwards += self._reserved * n_texts
+        self.image_forwards += self._reserved * n_images
         self._reserved = 0

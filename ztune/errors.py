@@ -21,5 +21,14 @@ class BudgetError(ZtuneError):
     """A step that would cost more queries than are left."""
 
 
+class NotFiniteError(ZtuneError):
+    """A candidate whose loss is infinite or no number."""
+
+    def __init__(self, message: str, candidate: int):
+        super().__init__(message)
+        self.candidate = candidate
+        """Its place among those of one call, from 0."""
+
+
 class ConfigError(ZtuneError):
     """A setting with an unknown name or an impossible value."""

@@ -1,10 +1,13 @@
-"""The few-shot loss as an oracle: cached image features against the text features of candidates."""
+"""The few-shot loss as an oracle: pictures' features against the text features of candidates."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from ztune.errors import ZtuneError
+from ztune.errors import ConfigError, NotFiniteError
 from ztune.generator import generator_from_json, generator_to_json
 from ztune.types import (
     F32,
@@ -12,7 +15,9 @@ from ztune.types import (
     I64,
     Batch,
     Evaluation,
+    PromptedImages,
     PromptEncoder,
+    Prompts,
     Scorer,
     Scores,
     State,
@@ -30,28 +35,69 @@ def cross_entropy(logits: F32, labels: I64) -> F64:
     return np.asarray(np.log(np.exp(wide).sum(axis=-1)) - chosen)
 
 
+Loss = Callable[[F32, I64], F64]
+"""From logits f32[..., N, C] and labels i64[N] to f64[..., N] in nats."""
+
+
+def focal_loss(gamma: float) -> Loss:
+    """Return −(1 − p)^γ log p of the label's probability p; cross-entropy where γ is 0.
+
+    Source: Lin et al., ICCV 2017, equation 4 (there with α = 1); BAR tunes with γ = 2.
+    """
+    return partial(_focal, gamma) if gamma else cross_entropy
+
+
+def _focal(gamma: float, logits: F32, labels: I64) -> F64:
+    losses = cross_entropy(logits, labels)
+    return np.asarray((-np.expm1(-losses)) ** gamma * losses)
+
+
 class NumpyScores:
     """Scores computed on the host (a Scorer)."""
 
     def __init__(
-        self, encoder: PromptEncoder, features: F32, logit_scale: float, logit_bias: float = 0.0
+        self,
+        encoder: PromptEncoder | F32,
+        features: F32 | PromptedImages,
+        logit_scale: float,
+        logit_bias: float = 0.0,
+        loss: Loss = cross_entropy,
     ):
-        """Keep unit features f32[V, N, e] of the pictures; logit_scale multiplies."""
-        self._encoder = encoder
+        """Take what gives the texts' features and the pictures'; logit_scale multiplies.
+
+        Texts are encoded from contexts, or hand-written sentences' unit features f32[C, e];
+        pictures are unit features f32[V, N, e], or encoded anew under visual prompts.
+        """
+        self._texts = encoder
         self._features = features
         self._scale = np.float32(logit_scale)
         self._bias = np.float32(logit_bias)
+        self._loss = loss
 
-    def __call__(self, contexts: F32, batch: Batch, labels: I64) -> Scores:
-        pictures = self._features[batch.views, batch.pictures]
-        texts = self._encoder.encode(contexts)
-        # One product for all candidates: with few classes, many small ones cost more than they do.
-        cosines = pictures @ texts.reshape(-1, texts.shape[-1]).T
-        logits = self._scale * cosines.reshape(len(pictures), *texts.shape[:2]) + self._bias
-        logits = np.ascontiguousarray(logits.transpose(1, 0, 2))
-        losses = cross_entropy(logits, labels).mean(axis=-1)
+    def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
+        texts = self._encoded_texts(prompts)
+        if isinstance(self._features, np.ndarray):
+            pictures = self._features[batch.views, batch.pictures]
+            # One product for all candidates: with few classes, many small ones cost more than they
+            # do.
+            cosines = pictures @ texts.reshape(-1, texts.shape[-1]).T
+            cosines = cosines.reshape(len(pictures), *texts.shape[:2]).transpose(1, 0, 2)
+        else:
+            if prompts.visual is None:
+                raise ConfigError("pictures under visual prompts were scored without any")
+            cosines = self._features.encode(prompts.visual, batch) @ texts.transpose(0, 2, 1)
+        logits = np.ascontiguousarray(self._scale * cosines + self._bias)
+        losses = self._loss(logits, labels).mean(axis=-1)
         accuracies = (logits.argmax(axis=-1) == labels).mean(axis=-1)
         return Scores(losses, accuracies, logits)
+
+    def _encoded_texts(self, prompts: Prompts) -> F32:
+        """Return f32[P, C, e], or f32[1, C, e] where all candidates share the sentences."""
+        if isinstance(self._texts, np.ndarray):
+            return self._texts[None]
+        if prompts.contexts is None:
+            raise ConfigError("contexts were to be encoded, and there are none")
+        return self._texts.encode(prompts.contexts)
 
 
 class FewShotObjective:
@@ -62,19 +108,20 @@ class FewShotObjective:
         self._scorer = scorer
         self._labels = labels
 
-    def __call__(self, contexts: F32, batch: Batch) -> Evaluation:
-        """Evaluate contexts f32[P, m, d] on one batch.
+    def __call__(self, prompts: Prompts, batch: Batch) -> Evaluation:
+        """Evaluate P candidates on one batch.
 
-        Raises: ZtuneError naming the candidate whose loss is not finite.
+        Raises: NotFiniteError naming the candidate whose loss is not finite.
         """
         labels = self._labels[batch.pictures]
-        scores = self._scorer(contexts, batch, labels)
+        scores = self._scorer(prompts, batch, labels)
         losses = scores.losses
         if not np.isfinite(losses).all():
             worst = int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise ZtuneError(
+            raise NotFiniteError(
                 f"batch {batch.number}, candidate {worst + 1} of {len(losses)}: the loss is "
-                f"{losses[worst]} (a smaller step_size or perturbation, or fp32 graphs, may help)"
+                f"{losses[worst]} (smaller steps, or fp32 graphs, may help)",
+                worst,
             )
         return Evaluation(losses, scores.accuracies, labels, batch.number, scores.logits)
 

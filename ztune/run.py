@@ -106,6 +106,7 @@ class RunFolder:
             "seconds": tuning.seconds,
             "queries": budget.queries,
             "text_forwards": budget.text_forwards,
+            "image_forwards": budget.image_forwards,
             "history_bytes": self.history.stat().st_size if self.history.exists() else 0,
         }
         write_tensors(self.state, arrays, document)
@@ -135,6 +136,7 @@ class RunFolder:
         tuning.earlier = top.number("seconds")
         tuning.budget.queries = top.integer("queries")
         tuning.budget.text_forwards = top.integer("text_forwards")
+        tuning.budget.image_forwards = top.integer("image_forwards")
         length = top.integer("history_bytes")
         if self.history.exists() and self.history.stat().st_size > length:
             os.truncate(self.history, length)

@@ -106,8 +106,9 @@ def measure(
     the same batch, as exactly as they are to be had.
     """
     rounds = [prompt_map(points) for points in optimizer.probes(N_DIRECTIONS, rng)]
-    computed = np.concatenate([oracle(contexts, batch).losses for contexts in rounds])
-    return compared(computed, reference(np.concatenate(rounds)))
+    computed = np.concatenate([oracle(prompts, batch).losses for prompts in rounds])
+    contexts = [prompts.contexts for prompts in rounds if prompts.contexts is not None]
+    return compared(computed, reference(np.concatenate(contexts)))
 
 
 def probe_batch(n_pictures: int, batch_size: int, rng: np.random.Generator) -> Batch:

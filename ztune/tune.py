@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ztune.budget import Budget
+from ztune.errors import ConfigError
 from ztune.objective import BatchSampler
-from ztune.types import Evaluation, Optimizer, Oracle, PromptMap
+from ztune.types import I64, Batch, Evaluation, Optimizer, Oracle, PromptMap, Prompts
 
 
 @dataclass
@@ -33,22 +36,57 @@ class Tuning:
 Observer = Callable[[Tuning, Evaluation], None]
 
 
-def tune(
-    tuning: Tuning, prompt_map: PromptMap, oracle: Oracle, n_classes: int, observe: Observer
-) -> str:
-    """Run until no further step fits the budget; return the stop reason.
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation pictures, for passes that steer."""
 
-    `observe` is called after each step with the state as it is then: it saves and shows, and stops
+    oracle: Oracle
+    n_pictures: int
+
+    @property
+    def batch(self) -> Batch:
+        """All of them; number 0, since it is none of the sampler's."""
+        every: I64 = np.arange(self.n_pictures, dtype=np.int64)
+        return Batch(every, np.zeros_like(every), 0)
+
+
+def tune(
+    tuning: Tuning,
+    prompt_map: PromptMap,
+    oracle: Oracle,
+    n_classes: int,
+    observe: Observer,
+    held_out: HeldOut | None = None,
+) -> str:
+    """Run until the optimizer has finished or no further round fits the budget; say which.
+
+    `observe` is called after each round with the state as it is then: it saves and shows, and stops
     the run early by raising.
     """
     while True:
+        reason = tuning.optimizer.finished()
+        if reason is not None:
+            return reason
         proposal = tuning.optimizer.ask()
         if not tuning.budget.fits(len(proposal.points)):
             return "budget"
         tuning.budget.reserve(len(proposal.points))
-        batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
-        evaluation = oracle(prompt_map(proposal.points), batch)
+        answering = oracle
+        if proposal.validation:
+            if held_out is None:
+                raise ConfigError("the method asks for validation pictures, and there are none")
+            answering, batch = held_out.oracle, held_out.batch
+        else:
+            batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
+        prompts = prompt_map(proposal.points)
+        evaluation = answering(prompts, batch)
         tuning.optimizer.tell(evaluation)
-        tuning.budget.commit(n_classes)
+        tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.pictures)))
         tuning.step += 1
         observe(tuning, evaluation)
+
+
+def forwards_per_query(prompts: Prompts, n_classes: int, n_pictures: int) -> tuple[int, int]:
+    """Return text and image forwards of one candidate on a batch of `n_pictures`."""
+    texts = n_classes if prompts.contexts is not None else 0
+    return texts, n_pictures if prompts.visual is not None else 0

@@ -42,6 +42,28 @@ class PromptEncoder(Protocol):
         """Return f32[P, C, e] for contexts f32[P, m, d]."""
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What P candidates change: the text tower's input, the image tower's, or both."""
+
+    contexts: F32 | None = None
+    """f32[P, m, d] before every class name; None where hand-written sentences stand instead."""
+    visual: F32 | None = None
+    """f32[P, ...] that changes the pictures, so that they are encoded anew: image tokens [P, n, w],
+    a border [P, 3, S, S] or a decoder's values [P, n]. None leaves them as they are."""
+
+    def __len__(self) -> int:
+        part = self.contexts if self.contexts is not None else self.visual
+        return 0 if part is None else len(part)
+
+
+class PromptedImages(Protocol):
+    """The training pictures under visual prompts."""
+
+    def encode(self, visual: F32, batch: Batch) -> F32:
+        """Return unit features f32[P, N, e] of a batch's pictures as each candidate changes them."""
+
+
 class PromptMap(Protocol):
     """From the optimised values to what is sent."""
 
@@ -49,8 +71,8 @@ class PromptMap(Protocol):
     def dim(self) -> int:
         """How many values are optimised (δ in the papers)."""
 
-    def __call__(self, points: F64) -> F32:
-        """Return contexts f32[P, m, d] of points f64[P, dim]."""
+    def __call__(self, points: F64) -> Prompts:
+        """Return what P points f64[P, dim] send."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,8 @@ class Proposal:
     """f64[P, dim], a copy of the optimizer's own."""
     same_batch: bool = False
     """Keep the pictures of the round before (a line search)."""
+    validation: bool = False
+    """Evaluate on all validation pictures instead: a pass that steers, and is charged."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +127,17 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """Contexts to losses: the forward pass, and the comparison with cached image features."""
+    """Prompts to losses: the forward passes, and the comparison of texts with pictures."""
 
-    def __call__(self, contexts: F32, batch: Batch, labels: I64) -> Scores:
-        """Score contexts f32[P, m, d] on a batch whose pictures have the labels i64[N]."""
+    def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
+        """Score P candidates on a batch whose pictures have the labels i64[N]."""
 
 
 class Oracle(Protocol):
     """Forward passes behind losses: the only thing that a tuned method may ask."""
 
-    def __call__(self, contexts: F32, batch: Batch) -> Evaluation:
-        """Evaluate contexts f32[P, m, d] on one batch."""
+    def __call__(self, prompts: Prompts, batch: Batch) -> Evaluation:
+        """Evaluate P candidates on one batch."""
 
 
 State = tuple[Mapping[str, NDArray[Any]], Mapping[str, Json]]
@@ -129,11 +153,14 @@ class Optimizer(Protocol):
     def tell(self, evaluation: Evaluation) -> None:
         """Take the answers in the order of ask."""
 
+    def finished(self) -> str | None:
+        """Return why there is nothing more to ask, None while there is."""
+
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         """Return rounds f64[R, P, dim] such as the next `ask` may give, drawn from `rng` instead.
 
-        Each is pairs, + before −, around one point; together at least `n_directions` of them. The
-        optimizer stays as it is.
+        Each is pairs of points whose difference in loss the method lives off, + before −; together
+        at least `n_directions` of them. The optimizer stays as it is.
         """
 
     def recommend(self) -> F64:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.types import F32, F64, I64
+from ztune.types import F32, F64, I64, Prompts
 
 _MOST_PER_TOKEN = 4096
 
@@ -91,10 +91,10 @@ class ZipMap:
             [zeros(self.m * self.rank), np.ones(self.rank), self._start_V.ravel(), zeros(self.q)]
         )
 
-    def __call__(self, points: F64) -> F32:
+    def __call__(self, points: F64) -> Prompts:
         P, m, q, r = len(points), self.m, self.q, self.rank
         U, s, V, v = np.split(points, np.cumsum([m * r, r, q * r]), axis=1)
         scaled = U.reshape(P, m, r) * s[:, None, :]
         W = scaled @ V.reshape(P, q, r).transpose(0, 2, 1) + v[:, None, :]
         moved = np.matmul(W.transpose(1, 0, 2), self._basis).transpose(1, 0, 2)
-        return np.asarray(self._initial + moved, dtype=np.float32)
+        return Prompts(contexts=np.asarray(self._initial + moved, dtype=np.float32))

@@ -90,6 +90,9 @@ class Spsa:
         self._step += 1
         self._perturbations = self._draw(self._rng)
 
+    def finished(self) -> str | None:
+        return None
+
     def recommend(self) -> F64:
         return np.array(self._point)
 
