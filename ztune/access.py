@@ -1,0 +1,52 @@
+"""What a method needs of a runtime, and what a runtime gives: matched before the first query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ztune.errors import ConfigError
+
+LOSS = "loss"
+"""Losses of prompts: contexts go in, one number a candidate comes out."""
+LOGITS = "logits"
+"""Logits of every picture and class."""
+FEATURES = "features"
+"""Image features, to be read once."""
+PIXELS = "pixels"
+"""Changed pictures may be sent and are encoded anew with every query."""
+IMAGE_TOKENS = "image tokens"
+"""The image tower takes extra tokens."""
+
+EVERYTHING = frozenset((LOSS, LOGITS, FEATURES, PIXELS, IMAGE_TOKENS))
+_SENTENCES = {
+    LOSS: "losses of text prompts",
+    LOGITS: "logits",
+    FEATURES: "image features",
+    PIXELS: "changed pictures in every query",
+    IMAGE_TOKENS: "extra tokens in the image tower",
+}
+
+
+def described(needs: Iterable[str]) -> str:
+    """Return a phrase for a person, in the order of access given away."""
+    return ", ".join(_SENTENCES[need] for need in _SENTENCES if need in set(needs))
+
+
+def require_access(
+    name: str, given: frozenset[str], needs: Mapping[str, frozenset[str]], hint: str = ""
+) -> None:
+    """Refuse a method that needs more than a runtime gives.
+
+    `needs` has every method of the table, as it would be configured.
+
+    Raises: ConfigError naming what is missing and the methods that would work.
+    """
+    missing = needs[name] - given
+    if not missing:
+        return
+    able = [other for other, wanted in needs.items() if wanted <= given]
+    works = f"methods that would work: {', '.join(able)}" if able else "no method would work"
+    raise ConfigError(
+        f'method "{name}" needs {described(missing)}, which this runtime does not give'
+        f"{f' ({hint})' if hint else ''}; {works}"
+    )

@@ -1,0 +1,48 @@
+"""Maps onto contexts: the context's own values, or a fixed random projection of a few."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ztune.types import F32, F64, Prompts
+
+
+class DirectContext:
+    """The point is the whole context: f64[m · d]."""
+
+    def __init__(self, initial: F32):
+        """Start from `initial` f32[m, d]."""
+        self._initial = initial
+
+    @property
+    def dim(self) -> int:
+        return int(self._initial.size)
+
+    def start(self) -> F64:
+        return self._initial.astype(np.float64).ravel()
+
+    def __call__(self, points: F64) -> Prompts:
+        shape = (len(points), *self._initial.shape)
+        return Prompts(contexts=points.reshape(shape).astype(np.float32))
+
+
+class LinearContext:
+    """context = initial + reshape(A z) with A f64[m · d, dim] fixed, N(0, std²).
+
+    Source: Sun et al., "Black-Box Tuning for Language-Model-as-a-Service", ICML 2022, section 3.2.
+    """
+
+    def __init__(self, initial: F32, dim: int, std: float, rng: np.random.Generator):
+        self._initial = initial.astype(np.float64)
+        self._matrix = std * rng.standard_normal((dim, initial.size))  # Aᵀ
+
+    @property
+    def dim(self) -> int:
+        return len(self._matrix)
+
+    def start(self) -> F64:
+        return np.zeros(self.dim)
+
+    def __call__(self, points: F64) -> Prompts:
+        moved = (points @ self._matrix).reshape(len(points), *self._initial.shape)
+        return Prompts(contexts=(self._initial + moved).astype(np.float32))
