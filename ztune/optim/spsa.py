@@ -1,7 +1,7 @@
-"""Simultaneous perturbation with averaged pairs and intrinsic-dimensional clipping.
+"""Simultaneous perturbation with averaged pairs, intrinsic-dimensional clipping and momentum.
 
 Source: Spall 1992 for the estimator; Park et al. 2025 (ZIP, arXiv 2504.06838) for the schedule and
-the clipping. The loop, whole:
+the clipping; Oh et al. 2023 (BlackVIP, arXiv 2303.14773) for the momentum. The loop, whole:
 
     optimizer = Spsa(SpsaConfig(), start, np.random.default_rng(1))
     for _ in range(500):
@@ -35,6 +35,8 @@ class SpsaConfig:
     """Two-sided estimates averaged per step; a step costs 2 * n_pairs queries."""
     clip: bool = True
     """Scale the gradient back to norm √δ where it is longer."""
+    momentum: float = 0.0
+    """β of SPSA-GC, 0.8 in BlackVIP; 0 is plain SPSA."""
 
     def __post_init__(self) -> None:
         if self.n_pairs < 1:
@@ -42,15 +44,21 @@ class SpsaConfig:
         for name in ("step_size", "perturbation"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum is {self.momentum}, expected 0 or more and less than 1")
 
 
 class Spsa:
-    """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same pictures."""
+    """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same pictures.
+
+    With momentum: m ← β m + ĝ, w ← w − a_k (ĝ + β m), which is Nesterov's look-ahead.
+    """
 
     def __init__(self, config: SpsaConfig, start: F64, rng: np.random.Generator):
         self._config = config
         self._point = start.astype(np.float64)
         self._rng = rng
+        self._momentum = np.zeros_like(self._point)  # m
         self._step = 1  # k
         self._perturbations = self._draw(self._rng)
 
@@ -85,6 +93,9 @@ class Spsa:
         gradient: F64 = differences.mean(axis=0)
         if c.clip:
             gradient = clipped(gradient, float(np.sqrt(len(gradient))))
+        if c.momentum:
+            self._momentum = c.momentum * self._momentum + gradient
+            gradient = gradient + c.momentum * self._momentum
         step_size = c.step_size / (self._step + c.step_offset) ** c.step_decay  # a_k
         self._point = self._point - step_size * gradient
         self._step += 1
@@ -97,13 +108,18 @@ class Spsa:
         return np.array(self._point)
 
     def state(self) -> State:
-        arrays = {"point": self._point.copy(), "perturbations": self._perturbations.copy()}
+        arrays = {
+            "point": self._point.copy(),
+            "perturbations": self._perturbations.copy(),
+            "momentum": self._momentum.copy(),
+        }
         return arrays, {"step": self._step, "generator": generator_to_json(self._rng)}
 
     def restore(self, state: State) -> None:
         arrays, values = state
         self._point = np.array(arrays["point"], dtype=np.float64)
         self._perturbations = np.array(arrays["perturbations"], dtype=np.float64)
+        self._momentum = np.array(arrays["momentum"], dtype=np.float64)
         self._step = int(str(values["step"]))
         self._rng = generator_from_json(values["generator"])
 
