@@ -18,12 +18,27 @@ import torch
 from torch import nn
 
 from export.clip import LoadedClip
-from export.graphs import ImageGraph, PrefixGraph, SequenceGraph, TextGraph
+from export.graphs import (
+    ImageGraph,
+    PrefixGraph,
+    PromptedImageGraph,
+    SequenceGraph,
+    TextGraph,
+    visual_tower,
+)
 from export.onnx import Input, export_onnx
-from export.parity import Case, compare, image_cases, prompt_cases, text_cases
+from export.parity import (
+    Case,
+    compare,
+    image_cases,
+    image_prompted_cases,
+    prompt_cases,
+    text_cases,
+)
 from runtimes.bundle import (
     EXTERNAL_THRESHOLD,
     FORMAT,
+    IMAGE_PROMPTED,
     MANIFEST,
     PARITY,
     VERSION,
@@ -37,6 +52,10 @@ from ztune.types import Json
 
 # Inputs in the order of forward, and the names of the dimensions that may differ.
 _IMAGE_DIMS: Mapping[str, Mapping[int, str]] = {"pixels": {0: "N"}}
+_IMAGE_PROMPTED_DIMS: Mapping[str, Mapping[int, str]] = {
+    "pixels": {0: "N"},
+    "tokens": {0: "P", 1: "n"},
+}
 _TEXT_DIMS: Mapping[str, Mapping[int, str]] = {"tokens": {0: "B"}}
 _PREFIX_DIMS: Mapping[str, Mapping[int, str]] = {
     "contexts": {0: "P", 1: "m"},
@@ -58,17 +77,23 @@ def export_bundle(
     loaded: LoadedClip,
     out: Path,
     *,
+    image_tokens: bool = False,
     external_threshold: int = EXTERNAL_THRESHOLD,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
     """Write the bundle of a model to the new folder `out`, whole or not at all.
 
-    Raises: ConfigError when `out` holds something, ZtuneError when a graph does not match torch.
+    With `image_tokens` it also has the image tower that takes tokens beside the picture's own.
+
+    Raises: ConfigError when `out` holds something, or the image tower takes no tokens; ZtuneError
+        when a graph does not match torch.
     """
+    if image_tokens:
+        visual_tower(loaded.model)  # refuses before anything is written
     with new_folder(out) as work:
         for note in loaded.notes:
             progress(f"note: {note}")
-        _fill(loaded, work, external_threshold, progress)
+        _fill(loaded, work, image_tokens, external_threshold, progress)
     return load_bundle(out)
 
 
@@ -82,10 +107,12 @@ class _Graph:
     checked: Iterable[Case]
 
 
-def _graphs(loaded: LoadedClip) -> Iterator[_Graph]:
+def _graphs(loaded: LoadedClip, image_tokens: bool) -> Iterator[_Graph]:
     model, spec = loaded.model, loaded.text
     (traced,) = image_cases(loaded, [2])
     yield _Graph("image", ImageGraph(model), _IMAGE_DIMS, traced, image_cases(loaded))
+    if image_tokens:
+        yield image_prompted_graph(loaded)
     (traced,) = text_cases(loaded, [2])
     yield _Graph("text", TextGraph(model), _TEXT_DIMS, traced, text_cases(loaded))
     prompt: nn.Module
@@ -97,28 +124,49 @@ def _graphs(loaded: LoadedClip) -> Iterator[_Graph]:
     yield _Graph("prompt", prompt, dims, traced, prompt_cases(loaded))
 
 
+def image_prompted_graph(loaded: LoadedClip) -> _Graph:
+    """Return the graph of an image tower that takes tokens."""
+    (traced,) = image_prompted_cases(loaded, [(3, 2, 5)])
+    module, checked = PromptedImageGraph(loaded.model), image_prompted_cases(loaded)
+    return _Graph("image_prompted", module, _IMAGE_PROMPTED_DIMS, traced, checked)
+
+
+def export_graph(
+    graph: _Graph, folder: Path, threshold: int, progress: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
+    """Write and check one graph; return its parity figures and the tensors that prove them.
+
+    Raises: ZtuneError when it does not match torch.
+    """
+    path = folder / f"{graph.name}.onnx"
+    progress(f"{path.name}: exporting")
+    traced = graph.traced
+    inputs = {
+        name: Input(torch.from_numpy(traced.feeds[name]), dims) for name, dims in graph.dims.items()
+    }
+    export_onnx(graph.module, inputs, path, threshold)
+    figures = compare(path, [traced, *graph.checked])
+    progress(
+        f"{path.name}: differs from torch by at most {figures['max_abs']:.1e}, "
+        f"cosine at least {figures['cosine']:.7f}"
+    )
+    kept = {f"{graph.name}.{name}": value for name, value in traced.feeds.items()}
+    return figures, {**kept, f"{graph.name}.features": traced.features}
+
+
 def _fill(
-    loaded: LoadedClip, folder: Path, threshold: int, progress: Callable[[str], None]
+    loaded: LoadedClip,
+    folder: Path,
+    image_tokens: bool,
+    threshold: int,
+    progress: Callable[[str], None],
 ) -> None:
     parity: dict[str, Json] = {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
-    for graph in _graphs(loaded):
-        path = folder / f"{graph.name}.onnx"
-        progress(f"{path.name}: exporting")
-        traced = graph.traced
-        inputs = {
-            name: Input(torch.from_numpy(traced.feeds[name]), dims)
-            for name, dims in graph.dims.items()
-        }
-        export_onnx(graph.module, inputs, path, threshold)
-        figures = compare(path, [traced, *graph.checked])
-        progress(
-            f"{path.name}: differs from torch by at most {figures['max_abs']:.1e}, "
-            f"cosine at least {figures['cosine']:.7f}"
-        )
+    for graph in _graphs(loaded, image_tokens):
+        figures, tensors = export_graph(graph, folder, threshold, progress)
         parity[graph.name] = dict(figures)
-        kept |= {f"{graph.name}.{name}": value for name, value in traced.feeds.items()}
-        kept[f"{graph.name}.features"] = traced.features
+        kept |= tensors
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
     table = loaded.tower.embedding.weight.detach().numpy()
     np.save(folder / "token_table.npy", np.ascontiguousarray(table, dtype=np.float32))
@@ -135,6 +183,7 @@ def _manifest(
 ) -> dict[str, Json]:
     model: Any = loaded.model
     bias = getattr(model, "logit_bias", None)
+    prompted = (folder / IMAGE_PROMPTED).exists()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -146,6 +195,7 @@ def _manifest(
         "logit_scale": float(model.logit_scale.exp()),
         "logit_bias": 0.0 if bias is None else float(bias),
         "precision": "fp32",
+        **({"visual": visual_values(loaded)} if prompted else {}),
         "parity": parity,
         "files": {
             file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
@@ -157,6 +207,17 @@ def _manifest(
             "onnx": metadata.version("onnx"),
         },
         "created_by": "ztune export",
+    }
+
+
+def visual_values(loaded: LoadedClip) -> dict[str, Json]:
+    """Return what is drawn by when tokens are made for the image tower: the manifest's `visual`."""
+    patches = visual_tower(loaded.model).conv1.weight.detach().double().numpy()
+    return {
+        "width": int(patches.shape[0]),
+        "patch_values": int(patches[0].size),
+        "patch_mean": float(patches.mean()),
+        "patch_std": float(patches.std()),
     }
 
 

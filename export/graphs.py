@@ -135,6 +135,58 @@ class ImageGraph(nn.Module):
         return features
 
 
+def visual_tower(model: Any) -> towers.VisionTransformer:
+    """Return the image tower that tokens can be added to.
+
+    Raises: ConfigError when it is another one than open_clip's own ViT.
+    """
+    tower = model.visual
+    # A subclass may do anything else; the norm of a token must not depend on the other tokens.
+    plain = type(tower) is towers.VisionTransformer and isinstance(
+        tower.ln_pre, nn.LayerNorm | nn.Identity
+    )
+    if not plain:
+        inner = getattr(tower, "trunk", tower)
+        raise ConfigError(
+            f"image tower {type(inner).__name__} takes no image tokens: visual tokens need "
+            "open_clip's own VisionTransformer (leave out --image-tokens)"
+        )
+    assert isinstance(tower, towers.VisionTransformer)
+    return tower
+
+
+class PromptedImageGraph(nn.Module):
+    """Normalised pixels f32[N, 3, S, S] under tokens f32[P, n, w] to features f32[P, N, e].
+
+    The tokens stand after the class token and the patches, without a position of their own, before
+    the first normalisation (BPT-VLM, IJCAI 2023). That one looks at each token alone, so patches
+    are embedded and normalised once for all candidates. No pooling sees the added tokens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.visual = visual_tower(model)
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        visual: Any = self.visual
+        own = visual._embeds(pixels)  # [N, 1 + patches, w]
+        n_pictures, n_own, width = own.shape
+        n_candidates, n_added, _ = tokens.shape
+        added = visual.ln_pre(tokens).unsqueeze(1)
+        rows = torch.cat(
+            [
+                own.unsqueeze(0).expand(n_candidates, -1, -1, -1),
+                added.expand(-1, n_pictures, -1, -1),
+            ],
+            2,
+        )
+        states = visual.transformer(rows.reshape(-1, n_own + n_added, width))
+        features, _ = visual._pool(states[:, :n_own])
+        if visual.proj is not None:
+            features = features @ visual.proj
+        return functional.normalize(features, dim=-1).reshape(n_candidates, n_pictures, -1)
+
+
 class TextGraph(nn.Module):
     """Token ids i64[B, L] to unit features f32[B, e]: open_clip's own forward."""
 

@@ -1,7 +1,7 @@
 """Every graph against open_clip in torch, before a bundle may exist.
 
-The reference for the prompt graph is independent of it: whole sequences through open_clip's own
-text forward, the contexts put in place by a hook on its token embedding.
+The references for the prompted graphs are independent of them: whole sequences through open_clip's
+own forward, contexts and image tokens put in place by hooks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from export.clip import LoadedClip
+from export.graphs import visual_tower
 from runtimes.bundle import TextSpec
 from runtimes.prompts import feeds, placeholder_id
 from runtimes.tokenizer import Tokenizer
@@ -45,6 +46,20 @@ def image_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterato
     for batch in batches:
         pixels = torch.randn(batch, 3, size, size, generator=random)
         yield Case({"pixels": pixels.numpy()}, _image(loaded, pixels))
+
+
+def image_prompted_cases(
+    loaded: LoadedClip, shapes: Sequence[tuple[int, int, int]] = ((1, 1, 1), (2, 3, 7), (3, 2, 4))
+) -> Iterator[Case]:
+    """Yield random pictures and tokens, one shape (candidates, pictures, tokens) at a time."""
+    random = torch.Generator().manual_seed(2)
+    tower = visual_tower(loaded.model)
+    size, width = loaded.image.size, int(tower.positional_embedding.shape[1])
+    for n_candidates, n_pictures, n_tokens in shapes:
+        pixels = torch.randn(n_pictures, 3, size, size, generator=random)
+        tokens = torch.randn(n_candidates, n_tokens, width, generator=random)
+        features = image_prompted_reference(loaded, pixels, tokens)
+        yield Case({"pixels": pixels.numpy(), "tokens": tokens.numpy()}, features)
 
 
 def text_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
@@ -99,6 +114,30 @@ def _names(
         )
     names = fitting[:n_classes]
     return names, room - max(len(ids) for ids in names)
+
+
+def image_prompted_reference(loaded: LoadedClip, pixels: Tensor, tokens: Tensor) -> F32:
+    """Return f32[P, N, e] of tokens f32[P, n, w] by open_clip's own forward."""
+    tower = visual_tower(loaded.model)
+    features = []
+    for added in tokens:
+
+        def put(_: Any, given: tuple[Tensor, ...], added: Tensor = added) -> tuple[Tensor, ...]:
+            return (torch.cat([given[0], added.expand(len(given[0]), -1, -1)], 1),)
+
+        def strip(_: Any, __: Any, states: Tensor) -> Tensor:
+            return states[:, : -tokens.shape[1]]
+
+        hooks = [
+            tower.ln_pre.register_forward_pre_hook(put),
+            tower.transformer.register_forward_hook(strip),
+        ]
+        try:
+            features.append(_image(loaded, pixels))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return np.stack(features)
 
 
 def _image(loaded: LoadedClip, pixels: Tensor) -> F32:

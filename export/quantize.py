@@ -11,7 +11,14 @@ from typing import Any
 
 from export.half import to_half
 from export.weights import read_graph, write_graph
-from runtimes.bundle import EXTERNAL_THRESHOLD, MANIFEST, PARITY, Bundle, load_bundle
+from runtimes.bundle import (
+    EXTERNAL_THRESHOLD,
+    IMAGE_PROMPTED,
+    MANIFEST,
+    PARITY,
+    Bundle,
+    load_bundle,
+)
 from runtimes.ort import parity_figures
 from runtimes.providers import Execution, Setup
 from ztune.errors import ConfigError, ZtuneError
@@ -37,6 +44,7 @@ def quantize_bundle(
     int8: matrix products with weights in 8 bits, one scale per output channel; activations are
     quantized as they come (dynamic), one scale per tensor and call. All else stays in 32 bits.
     fp16: matrix products and what lies between them in 16 bits; see `export/half.py`.
+    Either leaves out `image_prompted.onnx`: visual prompts are tuned in 32 bits.
 
     Raises: ConfigError for a precision that cannot be made, a bundle that is not fp32, or an `out`
     that holds something; ZtuneError when the result is too far from torch's figures.
@@ -86,12 +94,14 @@ def _fill(
                 f"much in {8 if precision == 'int8' else 16} bits"
             )
         parity[name] = dict(figures)
+    if bundle.visual is not None:
+        progress(f"{IMAGE_PROMPTED}: left out, since image tokens need the fp32 bundle")
     files: dict[str, Json] = {
         file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(folder.iterdir())
     }
     manifest = {
-        **bundle.manifest,
+        **{key: value for key, value in bundle.manifest.items() if key != "visual"},
         "precision": precision,
         "parity": parity,
         "files": files,

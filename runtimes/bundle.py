@@ -24,6 +24,7 @@ FORMAT = "ztune-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
+IMAGE_PROMPTED = "image_prompted.onnx"
 # Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, while it holds
 # a graph's own bytes twice as it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
 EXTERNAL_THRESHOLD = 16_000_000
@@ -72,6 +73,19 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class VisualSpec:
+    """The tokens that `image_prompted.onnx` takes, and the weights that embed its patches."""
+
+    width: int
+    """Size w of a token."""
+    patch_values: int
+    """How many values of a picture make a patch."""
+    patch_mean: float
+    """Of the weights from a patch to its token."""
+    patch_std: float
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A checked manifest and the folder that it describes."""
 
@@ -95,6 +109,8 @@ class Bundle:
     """Cosine and max_abs against torch by graph, as measured at export."""
     manifest: Mapping[str, Json]
     """The whole of bundle.json."""
+    visual: VisualSpec | None = None
+    """None where the bundle has no `image_prompted.onnx`."""
 
     def file(self, name: str) -> Path:
         """Return the path of one file after checking size, digest and where it keeps its tensors.
@@ -191,7 +207,28 @@ def _load(path: Path) -> Bundle:
         files=files,
         parity=parity,
         manifest=raw,
+        visual=_visual_spec(top, IMAGE_PROMPTED in files),
     )
+
+
+def _visual_spec(top: Fields, has_graph: bool) -> VisualSpec | None:
+    if has_graph != ("visual" in top.values):
+        raise FormatError(
+            f'{top.where}: "visual" and {IMAGE_PROMPTED} belong together, one of them is missing '
+            "(export again)"
+        )
+    if not has_graph:
+        return None
+    visual = top.object("visual")
+    spec = VisualSpec(
+        width=_size(visual, "width"),
+        patch_values=visual.integer("patch_values", least=1),
+        patch_mean=visual.number("patch_mean"),
+        patch_std=visual.number("patch_std"),
+    )
+    if spec.patch_std <= 0:
+        raise FormatError(f'{visual.where}: "patch_std" is not positive')
+    return spec
 
 
 def image_spec(image: Fields) -> ImageSpec:

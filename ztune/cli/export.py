@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="fp32", help="fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"
     )
+    parser.add_argument(
+        "--image-tokens",
+        action="store_true",
+        help="add the image graph that visual tokens need (open_clip's own ViTs, fp32)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
 
 
@@ -54,6 +59,11 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     known = ("fp32", *PRECISIONS)
     if precision not in known:
         raise ConfigError(f'unknown --precision "{precision}", expected {", ".join(known)}')
+    if arguments.image_tokens and precision != "fp32":
+        raise ConfigError(
+            f"--image-tokens goes with --precision fp32, not {precision}: visual prompts are tuned "
+            "in 32 bits (leave one of the two out)"
+        )
     loaded = load_clip(
         arguments.model,
         pretrained=arguments.pretrained,
@@ -64,7 +74,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         licence=arguments.licence,
     )
     if precision == "fp32":
-        bundle = export_bundle(loaded, out, progress=output.remark)
+        bundle = export_bundle(
+            loaded, out, image_tokens=arguments.image_tokens, progress=output.remark
+        )
     else:
         with new_folder(out) as work:
             whole = export_bundle(loaded, work / "fp32", progress=output.remark)

@@ -1,0 +1,205 @@
+"""The image graph that takes tokens, against an insertion by hand into open_clip's own parts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.nn import functional
+
+from export.bundle import export_bundle, export_graph, image_prompted_graph
+from export.clip import LoadedClip, load_clip
+from export.graphs import PromptedImageGraph, visual_tower
+from export.parity import image_cases, session
+from export.quantize import quantize_bundle
+from runtimes.bundle import IMAGE_PROMPTED, load_bundle
+from runtimes.ort import parity_on_this_machine
+from runtimes.providers import Execution
+from tests.conftest import MINI, Command
+from tests.export.small_models import small_config, small_model, write_model
+from ztune.errors import ConfigError, FormatError
+
+# Image towers that differ in what reads the tokens' states or stands before the blocks.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("class token", {}),
+    ("mean of the patches", {"pool_type": "avg"}),
+    ("norm after pooling", {"pool_type": "avg", "final_ln_after_pool": True}),
+    ("attentional pooling", {"attentional_pool": True, "attn_pooler_heads": 2}),
+    ("no first norm", {"no_ln_pre": True}),
+    ("patch dropout", {"patch_dropout": 0.5}),
+    ("layer scale", {"ls_init_value": 0.5}),
+    ("normalised queries", {"qk_norm": True}),
+    ("sine positions", {"pos_embed_type": "sin_cos_2d"}),
+]
+# candidates, pictures, tokens: none as the graph was traced
+SHAPES = [(1, 1, 1), (4, 3, 2), (2, 5, 9), (1, 6, 5), (7, 1, 3)]
+
+
+def by_hand(loaded: LoadedClip, pixels: torch.Tensor, tokens: torch.Tensor) -> Any:
+    """Return f32[P, N, e], one candidate after the other, written from open_clip's parts."""
+    model: Any = loaded.model
+    tower = model.visual.eval()
+    results = []
+    with torch.no_grad():
+        for added in tokens:
+            patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
+            first = tower.class_embedding.expand(len(pixels), 1, -1)
+            own = torch.cat([first, patches], 1) + tower.positional_embedding
+            rows = torch.cat([own, torch.stack([added] * len(pixels))], 1)
+            states = tower.transformer(tower.ln_pre(rows))[:, : own.shape[1]]
+            features = tower._pool(states)[0] @ tower.proj
+            results.append(functional.normalize(features, dim=-1))
+    return torch.stack(results).numpy()
+
+
+def tiny_config(**vision: Any) -> dict[str, Any]:
+    config = small_config("ViT-B-32")
+    config["text_cfg"] |= {"layers": 1, "context_length": 20}
+    config["vision_cfg"] |= vision
+    return config
+
+
+@pytest.mark.parametrize("vision", [v[1] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
+def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Path) -> None:
+    loaded = load_clip(write_model(tmp_path / "model", tiny_config(**vision)))
+    figures, _ = export_graph(image_prompted_graph(loaded), tmp_path, 10**9, lambda line: None)
+    assert 0 <= figures["max_abs"] < 5e-6
+    run = session(tmp_path / IMAGE_PROMPTED)
+    (plain,) = image_cases(loaded, [6])
+    width = visual_tower(loaded.model).conv1.weight.shape[0]
+    random = torch.Generator().manual_seed(3)
+    for n_candidates, n_pictures, n_tokens in SHAPES:
+        pixels = torch.from_numpy(plain.feeds["pixels"][:n_pictures])
+        tokens = torch.randn(n_candidates, n_tokens, width, generator=random)
+        feeds = {"pixels": pixels.numpy(), "tokens": tokens.numpy()}
+        (features,) = run.run(["features"], feeds)
+        expected = by_hand(loaded, pixels, tokens)
+        assert features.shape == (n_candidates, n_pictures, 64)
+        np.testing.assert_allclose(features, expected, atol=5e-6)
+        # Tokens matter, so that the comparison would notice if they did not arrive.
+        assert np.abs(features - plain.features[None, :n_pictures]).max() > 1e-3
+        order = torch.randperm(n_candidates, generator=random).numpy()
+        (permuted,) = run.run(["features"], {**feeds, "tokens": feeds["tokens"][order]})
+        np.testing.assert_allclose(permuted, features[order], atol=2e-6)
+        if n_candidates > 1:
+            assert np.abs(features[0] - features[1]).max() > 1e-3
+
+
+def test_pooling_does_not_see_the_tokens(tmp_path: Path) -> None:
+    # A tower without blocks: what is added can only reach a feature through the pooling.
+    loaded = load_clip(write_model(tmp_path, tiny_config(pool_type="avg")))
+    tower = visual_tower(loaded.model)
+    tower.transformer.resblocks = torch.nn.ModuleList()
+    (plain,) = image_cases(loaded, [3])
+    tokens = torch.full((2, 4, tower.conv1.weight.shape[0]), 9.0)
+    with torch.no_grad():
+        graph = PromptedImageGraph(loaded.model).eval()
+        features = graph(torch.from_numpy(plain.feeds["pixels"]), tokens).numpy()
+    np.testing.assert_allclose(features, np.stack([plain.features] * 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("RN50", "ModifiedResNet"),
+        ("EVA02-B-16", "Eva"),
+        ("ViT-B-16-SigLIP", "VisionTransformer"),
+        ("MobileCLIP-S1", "FastVit"),
+    ],
+)
+def test_other_towers_are_refused_before_anything_is_written(
+    name: str, tower: str, tmp_path: Path
+) -> None:
+    loaded = small_model(name, tmp_path / "model")
+    with pytest.raises(
+        ConfigError,
+        match=rf"image tower (timm's )?{tower} takes no image tokens.*leave out --image",
+    ):
+        export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_bundle_says_what_it_has(tmp_path: Path) -> None:
+    loaded = load_clip(write_model(tmp_path / "model", tiny_config(layers=1)))
+    bundle = export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
+    model: Any = loaded.model
+    weight = model.visual.conv1.weight.double()
+    assert bundle.visual is not None
+    assert bundle.visual.width == weight.shape[0] == 64
+    assert bundle.visual.patch_values == 3 * 32 * 32
+    assert bundle.visual.patch_mean == pytest.approx(float(weight.mean()), rel=1e-6)
+    assert bundle.visual.patch_std == pytest.approx(float(weight.std()), rel=1e-4)
+    assert parity_on_this_machine(bundle, "image_prompted", Execution())["max_abs"] < 5e-6
+    model_proto = onnx.load(bundle.file(IMAGE_PROMPTED))
+    onnx.checker.check_model(model_proto)
+    # The patches of a picture are embedded without the candidates' dimension.
+    (embedding,) = [node for node in model_proto.graph.node if node.op_type == "Conv"]
+    assert embedding.input[0] == "pixels"
+
+    without = export_bundle(loaded, tmp_path / "without")
+    assert without.visual is None
+    assert IMAGE_PROMPTED not in without.files
+    assert without.model_id == bundle.model_id
+    assert without.files["image.onnx"] == bundle.files["image.onnx"]
+
+
+def change(folder: Path, key: str, value: object) -> None:
+    manifest = json.loads((folder / "bundle.json").read_text())
+    target = manifest
+    *path, last = key.split("/")
+    for part in path:
+        target = target[part]
+    if value is None:
+        del target[last]
+    else:
+        target[last] = value
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("visual", None, '"visual" and image_prompted.onnx belong together'),
+        ("files/image_prompted.onnx", None, '"visual" and image_prompted.onnx belong together'),
+        ("visual/width", 0, '"width" is 0'),
+        ("visual/width", 10**7, "expected at most 65536"),
+        ("visual/patch_values", 0.5, '"patch_values" is 0.5'),
+        ("visual/patch_mean", "0", "expected a finite number"),
+        ("visual/patch_std", 0, '"patch_std" is not positive'),
+        ("visual", [], '"visual" is'),
+    ],
+)
+def test_a_manifest_that_is_wrong_about_it(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(MINI, tmp_path / "bundle"))
+    assert load_bundle(folder).visual is not None
+    change(folder, key, value)
+    with pytest.raises(FormatError, match=message):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_other_precisions_leave_it_out_aloud(precision: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    derived = quantize_bundle(load_bundle(MINI), tmp_path / "b", precision, lines.append)
+    assert derived.visual is None
+    assert IMAGE_PROMPTED not in derived.files
+    assert set(derived.parity) == {"image", "text", "prompt"}
+    assert [line for line in lines if line.startswith("image_prompted.onnx: left out")]
+
+
+def test_the_command_adds_it_on_demand(ztune: Command, tmp_path: Path) -> None:
+    name = write_model(tmp_path / "model", tiny_config(layers=1))
+    words = ("export", "--model", name, "--image-tokens", "--json")
+    done = ztune(*words, "--out", tmp_path / "b")
+    assert done.code == 0, done.err
+    assert done.json["visual"]["width"] == 64
+    assert load_bundle(tmp_path / "b").visual is not None
+    refused = ztune(*words, "--precision", "int8", "--out", tmp_path / "c")
+    assert refused.code == 1
+    assert "--image-tokens goes with --precision fp32" in refused.err
