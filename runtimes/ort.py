@@ -38,7 +38,7 @@ from ztune.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
 
-class _Graph:
+class Graph:
     """One graph of a bundle, checked and open."""
 
     def __init__(
@@ -67,7 +67,7 @@ class OrtImageEncoder:
     def __init__(self, bundle: Bundle, execution: Execution):
         self._bundle = bundle
         self._execution = execution
-        self._graph: _Graph | None = None
+        self._graph: Graph | None = None
         weights = bundle.files.get("image.onnx.data", ("",))[0]
         self._identity = "|".join(
             [
@@ -93,7 +93,7 @@ class OrtImageEncoder:
         ready = normalise(pixels, self._bundle.image)
         if self._graph is None:
             calls = [{"pixels": ready}, {"pixels": ready[:1]}]
-            self._graph = _Graph(self._bundle, "image", self._execution, calls)
+            self._graph = Graph(self._bundle, "image", self._execution, calls)
         # Dynamic int8 scales activations over the whole call: a picture's features would depend on
         # its company, so there is none.
         batches = [one[None] for one in ready] if self._bundle.precision == "int8" else [ready]
@@ -110,7 +110,7 @@ class OrtPromptGraph:
         self._execution = execution
         # TensorRT must know the shapes of its calls: there each encoder opens a graph of its own.
         self._graph = (
-            None if execution.provider == "tensorrt" else _Graph(bundle, "prompt", execution)
+            None if execution.provider == "tensorrt" else Graph(bundle, "prompt", execution)
         )
 
     def encoder(
@@ -156,7 +156,7 @@ class OrtPromptGraph:
                 for n in at_once
                 for _, constants in groups
             ]
-            graph = _Graph(bundle, "prompt", execution, calls)
+            graph = Graph(bundle, "prompt", execution, calls)
         return OrtPromptEncoder(plan, groups, graph, bundle, execution, n_candidates)
 
 
@@ -170,7 +170,7 @@ class OrtPromptEncoder:
         self,
         plan: Plan,
         groups: Sequence[tuple[I64, Mapping[str, np.ndarray]]],
-        graph: _Graph,
+        graph: Graph,
         bundle: Bundle,
         execution: Execution,
         n_candidates: int,
