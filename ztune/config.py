@@ -47,6 +47,8 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
             return value in (True, "true")
         if option is str and isinstance(value, str):
             return value
+        if option == tuple[str, ...] and _are_texts(value):
+            return typing.cast(Json, tuple(typing.cast(list[str], value)))
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
@@ -58,6 +60,10 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
                 return typing.cast(Json, number)
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not types.NoneType)
     raise ConfigError(f"{where} is {value!r}, expected {names}")
+
+
+def _are_texts(value: Json) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
 
 
 def settings_from_words(words: list[str]) -> dict[str, Json]:

@@ -49,6 +49,7 @@ def draw_curve(
 
     `levels` are accuracies in 0…1 drawn as horizontal lines with their names.
     """
+    history = [line for line in history if "validation" not in line]
     queries = np.array([line["queries"] for line in history], dtype=float)
     figure = _figure(9, 3.6)
     figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)

@@ -36,6 +36,7 @@ class RunFolder:
         self.state = path / "state.safetensors"
         self.history = path / "history.jsonl"
         self.prompt = path / "prompt.safetensors"
+        self.snapshots = path / "snapshots"
 
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Make the folder with run.json and split.json in it, all or nothing.
@@ -150,8 +151,15 @@ class RunFolder:
             "accuracy": round(float(evaluation.accuracies.mean()), 6),
             "seconds": round(tuning.seconds, 3),
         }
+        if evaluation.batch_number == 0:
+            line["validation"] = True
         with self.history.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def snapshot(self, queries: int) -> Path:
+        """Return where the artifact after so many queries stands; its folder is made."""
+        self.snapshots.mkdir(exist_ok=True)
+        return self.snapshots / f"{queries:09d}.safetensors"
 
     def read_history(self) -> list[dict[str, float]]:
         """Return the history's lines; an unfinished last one is left out."""

@@ -61,7 +61,7 @@ class PromptedImages(Protocol):
     """The training pictures under visual prompts."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
-        """Return unit features f32[P, N, e] of a batch's pictures as each candidate changes them."""
+        """Return unit features f32[P, N, e] of a batch's pictures under each candidate."""
 
 
 class PromptMap(Protocol):

@@ -210,7 +210,7 @@ def _signal(
         signal, document = work.signal()
     line = f"{described(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"
     if not signal.passed:
-        line += f"; {advice(signal, document)}"
+        line += f"; {advice(signal, document, work.published)}"
     return document, line
 
 

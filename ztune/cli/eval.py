@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
@@ -19,6 +20,9 @@ from ztune.errors import ConfigError, DataError
 from ztune.fields import Fields
 from ztune.statistics import Score, score
 from ztune.types import I64, Json
+
+if TYPE_CHECKING:
+    from ztune.artifact import Artifact
 
 EXAMPLE = """\
   ztune eval runs/photos
@@ -35,7 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="a run's bundle, where it moved")
     parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
     parser.add_argument(
-        "--template", metavar="TEXT", help='hand-written prompt (default: "a photo of a {}.")'
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='hand-written prompt, several are averaged (default: "a photo of a {}.")',
+    )
+    parser.add_argument(
+        "--extractor", type=Path, metavar="FILE", help="ONNX file that a decoder was tuned with"
+    )
+    parser.add_argument(
+        "--snapshots", action="store_true", help="also score the artifacts that a run left midway"
     )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names to choose among, one a line"
@@ -92,6 +105,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import read_artifact, require_same_model
     from ztune.cli.request import request_from_json
+    from ztune.cli.scoring import open_gallery
     from ztune.cli.workbench import open_workbench
     from ztune.report import draw_confusion
     from ztune.run import RunFolder
@@ -127,30 +141,43 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
     labels = pictures.among(artifact.classes, "the run's classes")
-    features = bench.features(
+    extractor = arguments.extractor or (Path(request.extractor) if request.extractor else None)
+    gallery = open_gallery(
+        bench,
         pictures.items,
         arguments.cache or request.cache_folder(folder.path),
         what="test pictures",
         skip_broken=arguments.skip_broken or request.skip_broken,
+        extractor=extractor,
     )
-    labels = labels[features.kept]
-    template = arguments.template or request.template
-    zero_shot = bench.zero_shot(template, artifact.classes)
-    tuned = bench.refreshed(artifact).classifier()
-    scores = {
-        name: score(features.values[0], weight, bias, labels, artifact.classes)
-        for name, (weight, bias) in (("zero-shot", zero_shot), ("tuned", tuned))
-    }
+    kept = gallery.plain.kept
+    labels = labels[kept]
+    templates = tuple(arguments.template or request.templates)
+    zero_shot = bench.zero_shot(templates, artifact.classes)
+
+    def scored(result: Artifact) -> Score:
+        return score(gallery.logits(bench.refreshed(result)), labels, result.classes)
+
+    before = score(zero_shot.logits(gallery.plain.values[0]), labels, artifact.classes)
+    scores = {"zero-shot": before, "tuned": scored(artifact)}
     try:
         draw_confusion(scores, folder.path / "confusion.png")
     except OSError as error:
         output.warn(f"confusion.png is not drawn: {error.strerror}")
-    before = scores["zero-shot"]
-    document = _document(scores["tuned"], pictures, features.kept, artifact.tuning_pictures)
+    document = _document(scores["tuned"], pictures, kept, artifact.tuning_pictures)
+    if arguments.snapshots:
+        seconds = {int(line["queries"]): line["seconds"] for line in folder.read_history()}
+        curve: list[Json] = []
+        for file in sorted(folder.snapshots.glob("*.safetensors")):
+            snapshot = read_artifact(file)
+            n = snapshot.provenance.queries
+            accuracy = scored(snapshot).accuracy
+            curve.append({"queries": n, "seconds": seconds.get(n), "accuracy": accuracy})
+        document["curve"] = curve
     document |= {
         "zero_shot_accuracy": before.accuracy,
         "zero_shot_interval": list(before.interval),
-        "template": template,
+        "templates": list(templates),
         "method": artifact.provenance.method,
         "run": str(folder.path),
     }
@@ -159,6 +186,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
+    from ztune.cli.scoring import open_gallery
     from ztune.cli.workbench import open_workbench
     from ztune.data.manifests import read_class_list
 
@@ -174,6 +202,8 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
         arguments.target, settled(arguments.provider, arguments.threads, output), output
     )
     fingerprints: Iterable[int] = ()
+    artifact = None
+    templates = tuple(arguments.template or ("a photo of a {}.",))
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
         require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
@@ -182,21 +212,29 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
             candidates, whose = artifact.classes, "those it was tuned on"
         artifact = bench.refreshed(artifact, candidates)
         candidates, fingerprints = artifact.classes, artifact.tuning_pictures.tolist()
-        weight, bias = artifact.classifier()
         name = f"prompt {arguments.prompt.name}"
     else:
-        template = arguments.template or "a photo of a {}."
-        weight, bias = bench.zero_shot(template, candidates)
-        name = f'template "{template}"'
+        name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
     labels = pictures.among(candidates, "the class names to choose among")
     with ExitStack() as stack:
         cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        features = bench.features(
-            pictures.items, cache, what="pictures", skip_broken=arguments.skip_broken
+        gallery = open_gallery(
+            bench,
+            pictures.items,
+            cache,
+            what="pictures",
+            skip_broken=arguments.skip_broken,
+            extractor=arguments.extractor,
         )
-    result = score(features.values[0], weight, bias, labels[features.kept], candidates)
-    document = _document(result, pictures, features.kept, fingerprints)
+        if artifact is not None:
+            logits = gallery.logits(artifact)
+        else:
+            classifier = bench.zero_shot(templates, candidates)
+            logits = classifier.logits(gallery.plain.values[0])
+    kept = gallery.plain.kept
+    result = score(logits, labels[kept], candidates)
+    document = _document(result, pictures, kept, fingerprints)
     _finish(document, {name: result}, output)
 
 
@@ -204,7 +242,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
     from ztune.cli.predict import classify
 
-    for name in ("prompt", "template", "classes", "cache", "bundle"):
+    for name in ("prompt", "template", "classes", "cache", "bundle", "extractor"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
     classifier = open_classifier(

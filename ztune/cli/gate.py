@@ -18,9 +18,8 @@ from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench
+from ztune.compositions import TunedConfig
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.methods import ZipConfig
-from ztune.optim.spsa import SpsaConfig
 from ztune.signal import Signal, exact_losses, measure, probe_batch
 from ztune.types import F32, F64, I64, Json, Optimizer, Oracle, PromptMap
 
@@ -40,7 +39,7 @@ class Gate:
 
     def measure(
         self,
-        config: ZipConfig,
+        config: TunedConfig,
         optimizer: Optimizer,
         prompt_map: PromptMap,
         oracle: Oracle,
@@ -56,7 +55,7 @@ class Gate:
         started = time.monotonic()
         bundle = self.bench.bundle
         rng = np.random.default_rng([self.seed, 4])
-        batch = probe_batch(len(labels), config.batch_size, rng)
+        batch = probe_batch(len(labels), config.batch_size or len(labels), rng)
         n_candidates = 0
 
         def exact(contexts: F32) -> F64:
@@ -69,7 +68,7 @@ class Gate:
                     self.reference or bundle,
                     names,
                     contexts,
-                    config.queries_per_step(),
+                    config.round_size,
                     self.bench.execution,
                     as_it_is=self.reference is not None,
                 )
@@ -84,7 +83,8 @@ class Gate:
         finer = FINER[bundle.precision]
         return signal, {
             **signal.to_json(),
-            "perturbation": config.perturbation,
+            "setting": config.finest[0],
+            "perturbation": config.finest[1],
             "precision": bundle.precision,
             "provider": self.bench.execution.provider,
             "reference": str(self.reference.path) if self.reference else f"own graph in {finer}",
@@ -123,28 +123,34 @@ def described(signal: Signal, document: Mapping[str, Any]) -> str:
     """Return the line that a person reads."""
     return (
         f"signal-to-noise {signal.ratio:.2g} in {document['precision']} ({signal.n_directions} "
-        f"directions, perturbation {document['perturbation']:g}; limit {signal.limit:g})"
+        f"directions, {document['setting']} {document['perturbation']:g}; limit {signal.limit:g})"
     )
 
 
-def advice(signal: Signal, document: Mapping[str, Any]) -> str:
-    """Return what to do about a signal below the limit."""
-    perturbation, published = document["perturbation"], SpsaConfig().perturbation
+def advice(signal: Signal, document: Mapping[str, Any], published: float) -> str:
+    """Return what to do about a signal below the limit; `published` is the setting's default."""
+    setting, perturbation = document["setting"], document["perturbation"]
     ways = []
     if signal.ratio <= _NO_SIGNAL and perturbation < published:
         # Losses that differ by rounding alone do not say how far they would have to be apart.
-        ways.append(f"the published perturbation (--set perturbation={published:g})")
+        ways.append(f"the published {setting} (--set {setting}={published:g})")
     elif enough := signal.perturbation_needed(perturbation):
-        ways.append(f"a larger perturbation (--set perturbation={enough:g})")
+        ways.append(f"a larger {setting} (--set {setting}={enough:g})")
     if document["precision"] != "fp32":
         ways.append("the fp32 bundle")
     return f"use {' or '.join(ways)}" if ways else "no perturbation is likely to be large enough"
 
 
 def pass_gate(
-    measured: Callable[[], tuple[Signal, dict[str, Json]]], *, force: bool, output: Output
+    measured: Callable[[], tuple[Signal, dict[str, Json]]],
+    *,
+    published: float,
+    force: bool,
+    output: Output,
 ) -> dict[str, Json]:
     """Return what run.json keeps of the signal that `measured` gives; see `Gate.measure`.
+
+    `published` is the default of the setting that the signal depends on.
 
     Raises: RefusedError where it is below the limit or cannot be measured, and nobody forces it.
     """
@@ -162,12 +168,31 @@ def pass_gate(
         return document
     weak = (
         f"signal-to-noise is {signal.ratio:.2g} in {document['precision']}, below the limit of "
-        f"{signal.limit:g}: rounding errors would steer the steps ({advice(signal, document)}"
+        f"{signal.limit:g}: rounding errors would steer the steps "
+        f"({advice(signal, document, published)}"
     )
     if not force:
         raise RefusedError(f"{weak}, or go on with --force)", document)
     output.warn(f"{weak})")
     return document
+
+
+def unmeasured(precision: str, *, force: bool, output: Output) -> dict[str, Json]:
+    """Return what run.json keeps of a method that encodes pictures anew: it is not measured.
+
+    Raises: RefusedError below fp32, where rounding errors might steer, and nobody forces it.
+    """
+    reason = "the signal of pictures that are encoded anew cannot be measured"
+    document: dict[str, Json] = {"verdict": "not measured", "reason": reason, "forced": False}
+    if precision == "fp32":
+        return document
+    if not force:
+        raise RefusedError(
+            f"{reason}, and the bundle is {precision} (use the fp32 bundle, or go on with --force)",
+            document,
+        )
+    output.warn(f"{reason}, and the bundle is {precision}")
+    return {**document, "forced": True}
 
 
 class NoReferenceError(ZtuneError):

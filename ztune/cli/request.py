@@ -11,7 +11,7 @@ from typing import Any
 from ztune.config import configured, settings_from_words
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
-from ztune.methods import PRESETS, find_method
+from ztune.methods import PRESETS, TunedMethod, find_method
 from ztune.types import Json
 
 
@@ -25,8 +25,9 @@ class Request:
     shots: int = 16
     queries: int = 5000
     seed: int = 1
-    template: str = "a photo of a {}."
-    """The hand-written prompt that zero-shot figures use."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """The hand-written prompts of zero-shot figures, heads and visual prompts; their features are
+    averaged."""
     preset: str = "default"
     provider: str = "auto"
     threads: int | None = None
@@ -42,6 +43,16 @@ class Request:
     skip_broken: bool = False
     force: bool = False
     """Go on below the signal gate's limit."""
+    keep: str = "last"
+    """The last point, as published, or the best on validation."""
+    validate_every: int | None = None
+    """Queries between validation passes that steer; None: a fiftieth of the budget."""
+    patience: int | None = None
+    """Stop after so many validation passes without gain; None: never."""
+    snapshots: int = 0
+    """Artifacts written on the way."""
+    extractor: str | None = None
+    """ONNX file whose features BlackVIP's decoder sees; None: the bundle's image tower."""
     reference: str | None = None
     """Bundle to measure the signal against; None: the bundle's own graph in higher precision."""
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -54,8 +65,36 @@ class Request:
             raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
         if self.augment < 0:
             raise ConfigError(f"--augment is {self.augment}, expected 0 or more views")
-        if self.template.count("{}") != 1:
-            raise ConfigError(f'--template "{self.template}" must hold {{}} once')
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ConfigError(f'--template "{template}" must hold {{}} once')
+        if self.keep not in ("last", "best"):
+            raise ConfigError(f'--keep is "{self.keep}", expected last or best')
+        for name in ("validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.validate_every is not None and not self.validates:
+            raise ConfigError("--validate-every goes with --keep best or --patience")
+        if self.snapshots < 0:
+            raise ConfigError(f"--snapshots is {self.snapshots}, expected 0 or more")
+        if self.validates and self.val == 0:
+            raise ConfigError("--keep best and --patience need validation pictures (--val)")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation passes steer the run, so that they are charged."""
+        return self.keep == "best" or self.patience is not None
+
+    @property
+    def queries_between_validations(self) -> int:
+        return self.validate_every or max(1, self.queries // 50)
+
+    @property
+    def snapshot_marks(self) -> list[int]:
+        """Query counts of the snapshots, denser at the beginning."""
+        n = self.snapshots
+        return sorted({max(1, round(self.queries * (i / n) ** 2)) for i in range(1, n)})
 
     def split_settings(self) -> SplitSettings:
         """Return what the split is made by.
@@ -91,9 +130,12 @@ def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) 
         for name, value in given.items()
         if value is not None and name not in ("out", "set", "init")
     }
+    if "template" in values:
+        values["templates"] = tuple(values.pop("template"))
     request = Request(**values, settings=settings)
-    if "augment" not in values:
-        views = find_method(request.method).augment.get(request.preset, 0)
+    method = find_method(request.method)
+    if "augment" not in values and request.preset == "published":
+        views = method.augment if isinstance(method, TunedMethod) else 0
         request = replace(request, augment=views)
     return request
 

@@ -29,20 +29,40 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    methods = "; ".join(f"{name}: {m.title} ({m.paper})" for name, m in METHODS.items())
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder, or .csv/.jsonl list")
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
-    parser.add_argument("--method", help=f"{methods} (default: zip)")
+    parser.add_argument(
+        "--method", help=f"{', '.join(METHODS)} (default: zip; see: ztune methods)"
+    )
     parser.add_argument("--queries", type=int, metavar="N", help="default: 5000")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
     parser.add_argument("--preset", help=f"{' or '.join(PRESETS)}")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
     parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
     parser.add_argument(
-        "--template", help='prompt of the zero-shot figures (default: "a photo of a {}.")'
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='hand-written prompt of zero-shot, heads and visual prompts; several are averaged '
+        '(default: "a photo of a {}.")',
+    )
+    parser.add_argument(
+        "--keep", metavar="WHICH", help="last point, as published, or best on validation"
+    )
+    parser.add_argument(
+        "--validate-every", type=int, metavar="N", help="queries between such validations"
+    )
+    parser.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N validations without gain"
+    )
+    parser.add_argument(
+        "--snapshots", type=int, metavar="N", help="artifacts left on the way, for a curve"
+    )
+    parser.add_argument(
+        "--extractor", type=Path, metavar="FILE", help="ONNX file whose features a decoder sees"
     )
     parser.add_argument(
         "--val", type=int, metavar="N", help="validation pictures a class (default: min(shots, 4))"
@@ -83,7 +103,8 @@ _ARITHMETIC = (
 _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
-    "provider", "threads", "memory_limit", "force", "reference",
+    "provider", "threads", "memory_limit", "force", "reference", "keep", "validate_every",
+    "patience", "snapshots", "extractor",
 )  # fmt: skip
 
 

@@ -5,67 +5,77 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtimes.ort import OrtPromptEncoder, plan_for
-from runtimes.prompts import context_of_words, name_tokens, shared_starts, template_sentences
-from runtimes.scores import OrtScores
-from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, Provenance, write_artifact
+from runtimes.extractor import OrtExtractor
+from runtimes.ort import plan_for
+from runtimes.prompts import name_tokens, shared_starts, template_sentences
+from ztune.access import EVERYTHING, IMAGE_TOKENS, require_access
+from ztune.artifact import Artifact, HeadArtifact, Provenance, VisualArtifact, write_artifact
 from ztune.budget import Budget
-from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate
+from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate, unmeasured
+from ztune.cli.parts import Assembly, Parts, prompted_features
+from ztune.cli.pictures import Album, Pictures, fingerprints
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
+from ztune.compositions import Composition, TunedConfig
 from ztune.config import as_json
-from ztune.data.features import Features
 from ztune.data.folders import Dataset, read_dataset
 from ztune.data.split import Split, digest_pictures, make_split
-from ztune.errors import ConfigError, ZtuneError
+from ztune.errors import ConfigError, NotFiniteError, ZtuneError
 from ztune.fields import Fields
 from ztune.heads.gda import GdaConfig, fit_gda
-from ztune.methods import ZipConfig, build_zip, find_method, initial_context, method_config
-from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
+from ztune.heads.shots import Fitted, Shots
+from ztune.logits import FeatureClassifier
+from ztune.methods import (
+    HeadMethod,
+    find_method,
+    method_config,
+    needs_of,
+    needs_of_all,
+    tuned_config,
+)
+from ztune.objective import BatchSampler, cross_entropy
+from ztune.optim.validation import EarlyStop, Validated
 from ztune.report import draw_curve
 from ztune.run import RunFolder
 from ztune.signal import Signal
 from ztune.statistics import Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
-from ztune.types import F32, F64, I64, Batch, Evaluation, Json, Optimizer, PromptMap, Scorer
+from ztune.types import F32, Evaluation, Json, Optimizer
 
 # Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
 # on a local model, while flushing every one of them to the disk costs more than a small model does.
 _SAVE_INTERVAL = 1.0
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The encoded pictures that a run may see: never those kept for testing."""
-
-    features: F32
-    """f32[V, N, e], the training pictures and their views."""
-    labels: I64
-    val_features: F32 | None
-    """f32[n, e], None without validation pictures."""
-    val_labels: I64
-    n_encoded: int
-    n_cached: int
-    n_broken: int
-
-
-def start_config(request: Request) -> ZipConfig | GdaConfig:
+def start_config(request: Request) -> Any:
     """Return the method's configuration, checked against the budget.
 
     Raises: ConfigError, among others when the budget is less than one step.
     """
-    config = method_config(find_method(request.method), request.settings)
-    if isinstance(config, ZipConfig) and request.queries < config.queries_per_step():
+    method = find_method(request.method)
+    config = method_config(method, request.settings, request.preset)
+    tuned = tuned_config(method, config)
+    if tuned is None:
+        for name in ("keep", "patience", "snapshots", "extractor"):
+            if getattr(request, name) != getattr(Request("", ""), name):
+                raise ConfigError(f"{request.method} has no steps: leave out --{name}")
+        return config
+    least = tuned.step_queries()
+    if request.queries < least:
+        what = "one step" if least <= tuned.round_size else "its first step"
         raise ConfigError(
-            f"--queries {request.queries} is less than one step of {request.method}, which costs "
-            f"{config.queries_per_step()}"
+            f"--queries {request.queries} is less than {what} of {request.method}, which costs "
+            f"{least}"
         )
+    if request.extractor is not None and tuned.program != "decoder":
+        raise ConfigError(f"{request.method} has no decoder: leave out --extractor")
     return config
 
 
@@ -83,17 +93,6 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A tuned method at its start, and what answers it."""
-
-    config: ZipConfig
-    encoder: OrtPromptEncoder
-    objective: FewShotObjective
-    prompt_map: PromptMap
-    optimizer: Optimizer
-
-
-@dataclass(frozen=True)
 class Work:
     """One run in progress."""
 
@@ -102,36 +101,56 @@ class Work:
     folder: RunFolder
     bench: Workbench
 
+    @cached_property
+    def config(self) -> Any:
+        return start_config(self.request)
+
+    @cached_property
+    def tuned(self) -> TunedConfig | None:
+        """The configuration of a method that has steps."""
+        return tuned_config(find_method(self.request.method), self.config)
+
+    @property
+    def published(self) -> float:
+        """The published value of the setting that the signal depends on."""
+        config: TunedConfig = type(self.config)()
+        return config.finest[1]
+
     def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
         """Run to the end from whatever is saved, write all results, return run.json's content.
 
         `head` holds what run.json says from the first moment on.
         """
         started = time.monotonic()
-        config = start_config(self.request)
-        classes = self.split.classes
+        request, bundle, classes = self.request, self.bench.bundle, self.split.classes
         # One tower at a time: each session is closed before the next is opened.
-        pictures = _encode(self.request, self.split, self.folder, self.bench)
-        own_cache = self.request.cache is None
-        head = {**_image_costs(pictures, own_cache, time.monotonic() - started), **head}
+        changeable = self.tuned is not None and self.tuned.program is not None
+        album = Album(request, self.split, self.folder, self.bench)
+        pictures = album.pictures(changeable=changeable)
+        own_cache = request.cache is None
+        head = {**pictures.costs(own_cache, time.monotonic() - started), **head}
         self.folder.write(head)
         budget = Budget(
-            self.request.queries,
-            image_forwards=Fields(head, "run.json").integer("image_forwards"),
+            request.queries, image_forwards=Fields(head, "run.json").integer("image_forwards")
         )
-        zero_shot = self.bench.zero_shot(self.request.template, classes)
-        gda, alpha = _gda(config, self.request, pictures, zero_shot)
+        texts = self.bench.sentences(request.templates, classes)
+        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
+        gda = fit_gda(GdaConfig(), shots, request.seed)
         return_free_memory()  # what the image tower and the fit have left
-        if isinstance(config, ZipConfig):
+        if self.tuned is not None:
             with one_blas_thread():
-                parts = self._assembled(config, pictures.features, pictures.labels)
+                parts = self._assembled(self.tuned, pictures, texts)
                 head = self._planned(head, parts)
                 head = self._through_the_gate(head, parts, pictures, budget)
                 outcome = self._tuned(parts, pictures, budget, started)
         else:
-            outcome = self._fitted(gda, alpha, pictures)
+            outcome = self._fitted(shots)
         artifact = outcome.artifact
-        scores = _validate(artifact, zero_shot, gda, pictures, classes)
+        compared = {
+            "zero-shot": self.bench.zero_shot(request.templates, classes),
+            "gda": gda.classifier,
+        }
+        scores = self._validated(artifact, compared, pictures)
         write_artifact(self.folder.prompt, artifact)
         document: dict[str, Json] = {
             **head,
@@ -143,6 +162,7 @@ class Work:
             "image_forwards": budget.image_forwards,
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
+            "result_bytes": self.folder.prompt.stat().st_size,
             "stop_reason": artifact.provenance.stop_reason,
             "cuda_graph": outcome.cuda_graph,
             "train_loss": outcome.train_loss,
@@ -151,54 +171,90 @@ class Work:
                 name: {"accuracy": s.accuracy, "interval": list(s.interval), "n": s.n}
                 for name, s in scores.items()
             },
-            "gda_alpha": alpha,
+            "gda_alpha": gda.chosen["alpha"],
         }
         self.folder.write(document)
-        if isinstance(config, ZipConfig):
-            _draw(self.request, self.folder, scores)
+        if self.tuned is not None:
+            _draw(request, self.folder, scores)
         return document
 
     def check(self) -> None:
-        """See that classes and settings fit the text tower, before anything is written.
+        """See that classes and settings fit the towers, before anything is written.
 
         Raises: DataError naming the class that does not, or two that the model cannot tell apart;
-            ConfigError for a setting.
+            ConfigError for a setting, or a method that needs what the bundle does not give.
         """
         bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
-        execution = self.bench.execution
-        sentences = template_sentences(bundle, tokenizer, self.request.template, classes)
-        for _, start, rests in shared_starts(sentences):
-            plan_for(bundle, rests, len(start), 1, execution)
-        config = start_config(self.request)
-        if isinstance(config, ZipConfig):
-            context = self._initial_context(config)
-            names = name_tokens(bundle.text, tokenizer, classes, len(context))
-            plan_for(bundle, names, len(context), config.queries_per_step(), execution)
-            build_zip(config, context, self.request.seed)  # refuses sizes that do not fit
-            if not self._gate_is_passed():
-                open_reference(self.request.reference, bundle)
-        elif self.request.reference or self.request.force:
+        execution, request, config = self.bench.execution, self.request, self.tuned
+        self._check_access()
+        for template in request.templates:
+            sentences = template_sentences(bundle, tokenizer, template, classes)
+            for _, start, rests in shared_starts(sentences):
+                plan_for(bundle, rests, len(start), 1, execution)
+        if config is not None:
+            n_extracted = bundle.embed_dim
+            if request.extractor is not None:
+                n_extracted = OrtExtractor(Path(request.extractor), bundle, execution).width()
+            prompt_map, optimizer = self._composed(config, n_extracted)
+            contexts = prompt_map(optimizer.ask().points[:1]).contexts
+            if contexts is not None:
+                n_context = contexts.shape[1]
+                names = name_tokens(bundle.text, tokenizer, classes, n_context)
+                plan_for(bundle, names, n_context, config.round_size, execution)
+            if config.program is not None and request.reference:
+                raise ConfigError(
+                    f"{request.method} encodes pictures anew, so there is no signal to measure: "
+                    "leave out --reference"
+                )
+            if config.program is None and not self._gate_is_passed():
+                open_reference(request.reference, bundle)
+            if (request.validates or config.validates) and not self.split.entries_of("val"):
+                raise ConfigError(
+                    "a run that validation steers needs validation pictures (--val)"
+                )
+        elif request.reference or request.force:
             raise ConfigError(
-                f"{self.request.method} has no steps, so no signal to measure: leave out "
+                f"{request.method} has no steps, so no signal to measure: leave out "
                 "--reference and --force"
             )
         tokenizer.release()  # every text of the run has been seen
         return_free_memory()
 
-    def _initial_context(self, config: ZipConfig) -> F32:
-        """Return the start f32[m, d]: random, or the words asked for."""
-        if config.init == "random":
-            return initial_context(config, self.bench.bundle.text.width, self.request.seed)
-        return context_of_words(self.bench.bundle, self.bench.tokenizer, config.init)
+    def _check_access(self) -> None:
+        """Refuse a method that needs more than the bundle gives."""
+        given, hint = EVERYTHING, ""
+        if self.bench.bundle.visual is None:
+            given = given - {IMAGE_TOKENS}
+            hint = "export a ViT with --image-tokens"
+        method = find_method(self.request.method)
+        needs = needs_of_all() | {method.name: needs_of(method, self.config)}
+        require_access(method.name, given, needs, hint)
+
+    def _composed(self, config: TunedConfig, n_extracted: int) -> Composition:
+        """Return the method's map and optimizer at their start, wrapped as asked for."""
+        request = self.request
+        towers = self.bench.towers(n_extracted)
+        prompt_map, optimizer = config.build(towers, request.queries, request.seed)
+        if not request.validates:
+            return prompt_map, optimizer
+        wrapped: Optimizer = Validated(
+            optimizer, request.queries_between_validations, request.keep
+        )
+        if request.patience is not None:
+            wrapped = EarlyStop(wrapped, request.patience)
+        return prompt_map, wrapped
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
         """Measure the signal alone: what `ztune doctor` reports."""
-        config = start_config(self.request)
-        if not isinstance(config, ZipConfig):
-            raise ConfigError(f"{self.request.method} has no steps, so no signal to measure")
-        train, labels = _encode_training(self.request, self.split, self.folder, self.bench)
-        parts = self._assembled(config, train.values, labels)
-        return self._measured(parts, train.values, labels)
+        config = self.tuned
+        if config is None or config.program is not None:
+            what = "has no steps" if config is None else "encodes pictures anew"
+            raise ConfigError(f"{self.request.method} {what}, so there is no signal to measure")
+        train, labels = Album(self.request, self.split, self.folder, self.bench).training()
+        none = np.zeros(0, dtype=np.int64)
+        pictures = Pictures(train.values, labels, None, none, 0, 0, 0)
+        parts = self._assembled(config, pictures, None)
+        return self._measured(parts, pictures)
 
     def _gate_is_passed(self) -> bool:
         """Return whether this run was begun and measured its signal before."""
@@ -206,15 +262,22 @@ class Work:
             return False
         return "signal" in self.folder.read() or self.folder.state.exists()
 
-    def _measured(self, parts: Parts, features: F32, labels: I64) -> tuple[Signal, dict[str, Json]]:
+    def _measured(self, parts: Parts, pictures: Pictures) -> tuple[Signal, dict[str, Json]]:
         reference = open_reference(self.request.reference, self.bench.bundle)
         gate = Gate(self.bench, self.split.classes, self.request.seed, reference)
         return gate.measure(
-            parts.config, parts.optimizer, parts.prompt_map, parts.objective, features, labels
+            parts.config,
+            parts.optimizer,
+            parts.prompt_map,
+            parts.objective,
+            pictures.features,
+            pictures.labels,
         )
 
     def _planned(self, head: Mapping[str, Json], parts: Parts) -> Mapping[str, Json]:
         """Return run.json's content with how a round is cut into calls, which a run keeps."""
+        if parts.encoder is None:
+            return head
         calls = parts.encoder.plan.to_json()
         if head.get("calls", calls) != calls:
             self.bench.output.warn(
@@ -230,13 +293,19 @@ class Work:
 
         Raises: RefusedError, and leaves a run that may be started anew.
         """
+        force, output = self.request.force, self.bench.output
         if "signal" not in head and not self.folder.state.exists():
             try:
-                signal = pass_gate(
-                    lambda: self._measured(parts, pictures.features, pictures.labels),
-                    force=self.request.force,
-                    output=self.bench.output,
-                )
+                if parts.images is not None:
+                    precision = self.bench.bundle.precision
+                    signal = unmeasured(precision, force=force, output=output)
+                else:
+                    signal = pass_gate(
+                        lambda: self._measured(parts, pictures),
+                        published=self.published,
+                        force=force,
+                        output=output,
+                    )
             except RefusedError as error:
                 self.folder.write({**head, "status": "refused", "signal": error.document})
                 raise
@@ -248,73 +317,108 @@ class Work:
                 budget.probe(kept.integer("probe_queries"), len(self.split.classes))
         return head
 
-    def _assembled(self, config: ZipConfig, features: F32, labels: I64) -> Parts:
-        """Return the method at its start, and what evaluates it on f32[V, N, e]."""
-        context = self._initial_context(config)
-        encoder = self.bench.prompt_graph.encoder(
-            self.split.classes, len(context), config.queries_per_step()
+    def _assembly(self, config: TunedConfig, pictures: Pictures) -> Assembly:
+        request = self.request
+        return Assembly(
+            self.bench, self.split, pictures, config, request.templates, request.extractor
         )
-        objective = FewShotObjective(self._scorer(encoder, features), labels)
-        return Parts(config, encoder, objective, *build_zip(config, context, self.request.seed))
 
-    def _scorer(self, encoder: OrtPromptEncoder, features: F32) -> Scorer:
-        """Return what computes losses: the host beside a CPU, else the device itself."""
-        bundle, execution = self.bench.bundle, self.bench.execution
-        scale, bias = bundle.logit_scale, bundle.logit_bias
-        if execution.provider == "cpu":
-            return NumpyScores(encoder, features, scale, bias)
-        return OrtScores(encoder, features, scale, bias, execution)
+    def _assembled(self, config: TunedConfig, pictures: Pictures, texts: F32 | None) -> Parts:
+        """Return the method at its start, and what evaluates it.
+
+        `texts` f32[C, e] are the hand-written sentences'.
+        """
+        changeable = pictures.changeable
+        n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
+        return self._assembly(config, pictures).parts(*self._composed(config, n_extracted), texts)
 
     def _tuned(self, parts: Parts, pictures: Pictures, budget: Budget, started: float) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
-        request, bundle, config = self.request, self.bench.bundle, parts.config
+        request, config = self.request, parts.config
         n_views, n_pictures = pictures.features.shape[:2]
         sampler = BatchSampler(
-            n_pictures, config.batch_size, n_views, np.random.default_rng([request.seed, 3])
+            n_pictures,
+            config.batch_size or n_pictures,
+            n_views,
+            np.random.default_rng([request.seed, 3]),
         )
         tuning = Tuning(parts.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
         output = self.bench.output
         if tuning.step:
             output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
+        assembly = self._assembly(config, pictures)
+
+        def artifact(stop_reason: str) -> Artifact:
+            provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
+            return assembly.artifact(parts, parts.optimizer.recommend(), provenance)
+
+        marks = [m for m in request.snapshot_marks if m > tuning.budget.queries]
         saved = time.monotonic()
         with output.progress("tuning", request.queries) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
                 nonlocal saved
                 self.folder.log(now, evaluation)
-                if time.monotonic() - saved >= _SAVE_INTERVAL:
+                reached = bool(marks) and now.budget.queries >= marks[0]
+                while marks and now.budget.queries >= marks[0]:
+                    marks.pop(0)
+                if reached:
+                    write_artifact(self.folder.snapshot(now.budget.queries), artifact("snapshot"))
+                if reached or time.monotonic() - saved >= _SAVE_INTERVAL:
                     self.folder.save(now)
                     saved = time.monotonic()
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
 
-            stop_reason = tune(
-                tuning, parts.prompt_map, parts.objective, len(self.split.classes), observe
-            )
-        tuned = parts.prompt_map(parts.optimizer.recommend()[None])[0]
-        artifact = ContextArtifact(
-            self.split.classes,
-            self._provenance(tuning.budget.queries, stop_reason, as_json(config)),
-            tuned,
-            parts.encoder.encode(tuned[None])[0],
-            bundle.logit_scale,
-            bundle.logit_bias,
-            _fingerprints(self.split),
-        )
-        train_loss = _train_loss(parts.objective, pictures, tuned)
-        return Outcome(artifact, tuning.earlier, train_loss, parts.encoder.cuda_graph)
+            n_classes = len(self.split.classes)
+            try:
+                stop_reason = tune(
+                    tuning, parts.prompt_map, parts.objective, n_classes, observe, parts.held_out
+                )
+            except NotFiniteError as error:
+                self.folder.save(tuning)
+                raise ZtuneError(
+                    f"query {budget.queries + error.candidate + 1}, {error}; the state before it "
+                    f"is saved in {self.folder.state}"
+                ) from None
+        loss = assembly.train_loss(parts, parts.optimizer.recommend())
+        cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
+        return Outcome(artifact(stop_reason), tuning.earlier, loss, cuda_graph)
 
-    def _fitted(self, head: tuple[F32, F32], alpha: float, pictures: Pictures) -> Outcome:
-        weight, bias = head
-        provenance = self._provenance(0, "closed form", {"alpha": alpha})
+    def _fitted(self, shots: Shots) -> Outcome:
+        method = find_method(self.request.method)
+        assert isinstance(method, HeadMethod)
+        fitted: Fitted = method.fit(self.config, shots, self.request.seed)
+        provenance = self._provenance(0, "closed form", dict(fitted.chosen))
+        classifier = fitted.classifier
         artifact = HeadArtifact(
-            self.split.classes, provenance, weight, bias, _fingerprints(self.split)
+            self.split.classes,
+            provenance,
+            classifier.weight,
+            classifier.bias,
+            fingerprints(self.split),
+            classifier.kernel,
         )
-        logits = pictures.features @ weight.T + bias
-        train_loss = float(cross_entropy(logits, pictures.labels).mean())
-        return Outcome(artifact, 0.0, train_loss)
+        losses = cross_entropy(classifier.logits(shots.features), shots.labels)
+        return Outcome(artifact, 0.0, float(losses.mean()))
+
+    def _validated(
+        self, artifact: Artifact, others: Mapping[str, FeatureClassifier], pictures: Pictures
+    ) -> dict[str, Score]:
+        """Return the scores on the validation pictures by name; empty without such pictures."""
+        features, labels, classes = pictures.val_features, pictures.val_labels, self.split.classes
+        if features is None:
+            return {}
+        own, seen = features, pictures.val_changeable
+        if isinstance(artifact, VisualArtifact) and seen is not None:
+            own = prompted_features(self.bench, artifact, seen.pixels[0], seen.extracted[0])
+        return {
+            "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
+            "tuned": score(artifact.classifier().logits(own), labels, classes),
+            "gda": score(others["gda"].logits(features), labels, classes),
+        }
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
         bundle = self.bench.bundle
@@ -357,115 +461,6 @@ def task_of(request: Request) -> tuple[Dataset, Split]:
         other = read_dataset(Path(request.test_data), names)
         test_data = other, digest_pictures(other)
     return dataset, make_split(dataset, digest_pictures(dataset), settings, test_data)
-
-
-def _encode_training(
-    request: Request, split: Split, folder: RunFolder, bench: Workbench
-) -> tuple[Features, I64]:
-    """Return the training pictures' features, and the labels i64[N] of those that can be read."""
-    train = bench.features(
-        split.items("train"),
-        request.cache_folder(folder.path),
-        what="training pictures",
-        n_views=request.augment,
-        seed=request.seed,
-        skip_broken=request.skip_broken,
-    )
-    labels = split.labels("train")[train.kept]
-    missing = sorted(set(range(len(split.classes))) - set(labels.tolist()))
-    if missing:
-        raise ZtuneError(f'class "{split.classes[missing[0]]}" has no picture that can be read')
-    return train, labels
-
-
-def _encode(request: Request, split: Split, folder: RunFolder, bench: Workbench) -> Pictures:
-    cache = request.cache_folder(folder.path)
-    train, labels = _encode_training(request, split, folder, bench)
-    n_views = max(1, request.augment)
-    n_wanted, n_encoded = n_views * len(labels), train.n_encoded
-    n_broken = int((~train.kept).sum())
-    val_features, val_labels = None, split.labels("val")
-    if len(val_labels):
-        val = bench.features(
-            split.items("val"), cache, what="validation pictures", skip_broken=request.skip_broken
-        )
-        val_features, val_labels = val.values[0], val_labels[val.kept]
-        n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
-        n_broken += int((~val.kept).sum())
-    return Pictures(
-        train.values, labels, val_features, val_labels, n_encoded, n_wanted - n_encoded, n_broken
-    )
-
-
-def _image_costs(pictures: Pictures, own_cache: bool, seconds: float) -> dict[str, Json]:
-    """Return the image pass's cost; where a run is resumed, its first full pass's is kept.
-
-    What is found in the run's own cache was encoded by this run, before a kill.
-    """
-    n_paid_before = pictures.n_cached if own_cache else 0
-    return {
-        "image_forwards": pictures.n_encoded + n_paid_before,
-        "image_forwards_cached": pictures.n_cached - n_paid_before,
-        "broken_pictures": pictures.n_broken,
-        "image_seconds": round(seconds, 3),
-    }
-
-
-def _fingerprints(split: Split) -> Any:
-    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tunes."""
-    entries = [*split.entries_of("train"), *split.entries_of("val")]
-    return np.array(sorted(int(entry.sha256[:16], 16) for entry in entries), dtype=np.uint64)
-
-
-def _gda(
-    config: ZipConfig | GdaConfig,
-    request: Request,
-    pictures: Pictures,
-    zero_shot: tuple[F32, F32],
-) -> tuple[tuple[F32, F32], float]:
-    """Fit the closed-form reference: weight f32[C, e], bias f32[C] and its alpha."""
-    n_views = len(pictures.features)
-    features = pictures.features.reshape(-1, pictures.features.shape[-1])
-    val = pictures.val_features
-    affine, alpha = fit_gda(
-        config if isinstance(config, GdaConfig) else GdaConfig(),
-        features,
-        np.tile(pictures.labels, n_views),
-        zero_shot[0].astype(np.float64),
-        (val, pictures.val_labels) if val is not None else None,
-        request.seed,
-        n_views,
-    )
-    bias: F64 = affine[:, -1] + zero_shot[1]
-    return (affine[:, :-1].astype(np.float32), bias.astype(np.float32)), alpha
-
-
-def _train_loss(objective: FewShotObjective, pictures: Pictures, context: F32) -> float:
-    """Return the loss over all training pictures and views: a final report, free of charge."""
-    n_views, n = pictures.features.shape[:2]
-    every = np.arange(n, dtype=np.int64)
-    losses = [
-        objective(context[None], Batch(every, np.full(n, view, dtype=np.int64), 0)).losses[0]
-        for view in range(n_views)
-    ]
-    return float(np.mean(losses))
-
-
-def _validate(
-    artifact: Artifact,
-    zero_shot: tuple[F32, F32],
-    gda: tuple[F32, F32],
-    pictures: Pictures,
-    classes: tuple[str, ...],
-) -> dict[str, Score]:
-    """Return the scores on the validation pictures by name; empty without such pictures."""
-    if pictures.val_features is None:
-        return {}
-    compared = {"zero-shot": zero_shot, "tuned": artifact.classifier(), "gda": gda}
-    return {
-        name: score(pictures.val_features, weight, bias, pictures.val_labels, classes)
-        for name, (weight, bias) in compared.items()
-    }
 
 
 def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score]) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.extractor import OrtExtractor
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph
+from runtimes.prompts import context_of_words, token_table
 from runtimes.providers import Execution, check_precision
 from runtimes.tokenizer import Tokenizer
-from ztune.artifact import Artifact, ContextArtifact
+from ztune.artifact import Artifact, HeadArtifact, classifier_of_texts
 from ztune.cli.output import Output
+from ztune.compositions import Patches, Towers
 from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
 from ztune.errors import DataError
-from ztune.types import F32
+from ztune.logits import FeatureClassifier
+from ztune.types import F32, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,15 @@ class Workbench:
         n_views: int = 0,
         seed: int = 0,
         skip_broken: bool = False,
+        extractor: Path | None = None,
     ) -> Features:
-        """Encode pictures, those cached left out; the image tower is closed again afterwards."""
-        encoder = OrtImageEncoder(self.bundle, self.execution)
+        """Encode pictures, those cached left out; the tower is closed again afterwards.
+
+        `extractor` is another tower's ONNX file that takes the same pixels.
+        """
+        encoder: ImageEncoder = OrtImageEncoder(self.bundle, self.execution)
+        if extractor is not None:
+            encoder = OrtExtractor(extractor, self.bundle, self.execution)
         with self.output.progress(what, len(items) * max(1, n_views)) as ticker:
             result = encode_pictures(
                 encoder,
@@ -64,39 +75,68 @@ class Workbench:
             self.output.warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
         return result
 
-    def zero_shot(self, template: str, classes: tuple[str, ...]) -> tuple[F32, F32]:
-        """Return weight f32[C, e] and bias f32[C] of the zero-shot classifier."""
-        features = self.prompt_graph.sentences(template, classes)
-        weight = np.float32(self.bundle.logit_scale) * features
-        return weight, np.full(len(classes), self.bundle.logit_bias, dtype=np.float32)
+    def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
+        """Return unit features f32[C, e] of hand-written templates, the mean of several."""
+        each = [self.prompt_graph.sentences(template, classes) for template in templates]
+        if len(each) == 1:
+            return each[0]
+        mean: F32 = np.mean(each, axis=0)
+        return np.asarray(mean / np.linalg.norm(mean, axis=-1, keepdims=True), dtype=np.float32)
+
+    def zero_shot(self, templates: Sequence[str], classes: tuple[str, ...]) -> FeatureClassifier:
+        texts = self.sentences(templates, classes)
+        return classifier_of_texts(texts, self.bundle.logit_scale, self.bundle.logit_bias)
+
+    def towers(self, n_extracted: int) -> Towers:
+        """Return what a method may know of the bundle before it asks anything.
+
+        `n_extracted` is how many values of a picture a decoder sees.
+        """
+        bundle, visual = self.bundle, self.bundle.visual
+        patches = None
+        if visual is not None:
+            patches = Patches(
+                visual.width, visual.patch_values, visual.patch_mean, visual.patch_std
+            )
+        return Towers(
+            text_width=bundle.text.width,
+            token_table=token_table(bundle),
+            context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
+            image_size=bundle.image.size,
+            decoder_start=lambda rng: decoder.start(n_extracted, bundle.image.size, rng),
+            patches=patches,
+        )
 
     def refreshed(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:
         """Return the artifact with text features from this bundle, for other classes if named.
 
         Raises: DataError when a head is asked for classes that it was not fitted on.
         """
-        if not isinstance(artifact, ContextArtifact):
+        if isinstance(artifact, HeadArtifact):
             if classes is not None and set(classes) != set(artifact.classes):
                 raise DataError(
                     "a head serves only the classes it was fitted on: "
                     f"{', '.join(artifact.classes)} (a tuned context serves any)"
                 )
             return artifact
-        if artifact.context.shape[1] != self.bundle.text.width:
-            raise DataError(
-                f"the context has {artifact.context.shape[1]} values a token, the bundle's text "
-                f"tower takes {self.bundle.text.width}"
-            )
         wanted = classes or artifact.classes
-        encoder = self.prompt_graph.encoder(wanted, len(artifact.context), 1)
-        return ContextArtifact(
-            wanted,
-            artifact.provenance,
-            artifact.context,
-            encoder.encode(artifact.context[None])[0],
-            self.bundle.logit_scale,
-            self.bundle.logit_bias,
-            artifact.tuning_pictures,
+        if artifact.context is None:
+            texts = self.sentences(artifact.templates, wanted)
+        else:
+            if artifact.context.shape[1] != self.bundle.text.width:
+                raise DataError(
+                    f"the context has {artifact.context.shape[1]} values a token, the bundle's "
+                    f"text tower takes {self.bundle.text.width}"
+                )
+            encoder = self.prompt_graph.encoder(wanted, len(artifact.context), 1)
+            texts = encoder.encode(artifact.context[None])[0]
+        bundle = self.bundle
+        return replace(
+            artifact,
+            classes=wanted,
+            text_features=texts,
+            logit_scale=bundle.logit_scale,
+            logit_bias=bundle.logit_bias,
         )
 
 

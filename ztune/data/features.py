@@ -79,7 +79,10 @@ def encode_pictures(
 
     def read(job: _Job) -> tuple[_Job, U8 | DataError]:
         try:
-            return job, np.stack([_read(encoder, job, view, n_views, seed) for view in job.views])
+            views = [
+                read_view(encoder, job.path, job.sha256, view, n_views, seed) for view in job.views
+            ]
+            return job, np.stack(views)
         except DataError as error:
             return job, error
 
@@ -125,10 +128,13 @@ def encode_pictures(
     return Features(values, kept, n_encoded)
 
 
-def _read(encoder: ImageEncoder, job: _Job, view: int, n_views: int, seed: int) -> U8:
+def read_view(
+    encoder: ImageEncoder, path: Path, sha256: str, view: int, n_views: int, seed: int
+) -> U8:
+    """Return u8[S, S, 3]: the view `view` of `n_views` random ones, with 0 the centre crop."""
     if n_views == 0:
-        return encoder.read(job.path, None)
-    return encoder.read(job.path, np.random.default_rng([seed, view, int(job.sha256, 16)]))
+        return encoder.read(path, None)
+    return encoder.read(path, np.random.default_rng([seed, view, int(sha256, 16)]))
 
 
 def _missing(

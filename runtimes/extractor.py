@@ -1,0 +1,90 @@
+"""Another network's features of pictures: any image encoder as one ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+
+from runtimes.bundle import Bundle, check_external_data, reading
+from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
+from runtimes.providers import Execution, onnxruntime, open_session, run_graph
+from ztune.errors import ConfigError
+from ztune.files import sha256
+from ztune.types import F32, U8
+
+
+class OrtExtractor:
+    """A frozen feature extractor (an ImageEncoder; its features need not be of unit length).
+
+    The file has one input f32[N, 3, S, S], cropped and normalised as the bundle's own image tower
+    takes it, and one output f32[N, k].
+    """
+
+    def __init__(self, path: Path, bundle: Bundle, execution: Execution):
+        self._path = path
+        self._spec = bundle.image
+        self._execution = execution
+        self._open: Any = None
+        with reading(f'extractor "{path}"'):
+            if not path.is_file():
+                raise ConfigError(f'extractor "{path}" does not exist')
+            check_external_data(path, None)
+            digest = sha256(path)
+        self._identity = "|".join(
+            [
+                digest,
+                repr(bundle.image),
+                execution.provider,
+                f"onnxruntime {onnxruntime().__version__}",
+                f"preprocess {PREPROCESS_VERSION}",
+                f"pillow {PIL.__version__}",
+            ]
+        )
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @property
+    def _session(self) -> Any:
+        if self._open is None:
+            self._open = open_session(self._path, self._execution)
+        return self._open
+
+    def width(self) -> int:
+        """Return k.
+
+        Raises: ConfigError when the file does not take one picture and give one vector of fixed
+            length.
+        """
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        shape = inputs[0].shape if len(inputs) == 1 else []
+        side = self._spec.size
+        fits = len(shape) == 4 and shape[1] in (3, "3") and set(shape[2:]) <= {side, *_names(shape)}
+        vector = len(outputs) == 1 and len(outputs[0].shape) == 2
+        if not fits or not vector or not isinstance(outputs[0].shape[1], int):
+            raise ConfigError(
+                f'extractor "{self._path}" takes {[i.shape for i in inputs]} and gives '
+                f"{[o.shape for o in outputs]}, expected one input f32[N, 3, {side}, {side}] and "
+                "one output f32[N, k]"
+            )
+        return int(outputs[0].shape[1])
+
+    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+        image = read_picture(path)
+        return crop(image, self._spec) if view is None else random_view(image, self._spec, view)
+
+    def encode(self, pixels: U8) -> F32:
+        self.width()
+        ready = {self._session.get_inputs()[0].name: normalise(pixels, self._spec)}
+        name = self._session.get_outputs()[0].name
+        features = run_graph(self._session, self._path, [name], ready)[0]
+        return np.asarray(features, dtype=np.float32)
+
+
+def _names(shape: list[Any]) -> set[str]:
+    """Return the dimensions that are free."""
+    return {size for size in shape if isinstance(size, str)}

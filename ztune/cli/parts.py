@@ -1,0 +1,200 @@
+"""A tuned method at its start, and what answers it: text tower, image tower, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from runtimes.visual import (
+    BorderPrompts,
+    DecoderPrompts,
+    PromptedPictures,
+    TokenPrompts,
+    VisualPrompts,
+)
+
+from runtimes.ort import OrtPromptEncoder
+from runtimes.scores import OrtScores
+from ztune.artifact import Artifact, ContextArtifact, Provenance, VisualArtifact
+from ztune.cli.pictures import Changeable, Pictures, fingerprints
+from ztune.cli.workbench import Workbench
+from ztune.compositions import TunedConfig
+from ztune.data.split import Split
+from ztune.errors import ZtuneError
+from ztune.files import sha256
+from ztune.objective import FewShotObjective, NumpyScores, focal_loss
+from ztune.tune import HeldOut
+from ztune.types import F32, F64, I64, Batch, Optimizer, PromptMap, Prompts, Scorer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A tuned method at its start, and what answers it."""
+
+    config: TunedConfig
+    prompt_map: PromptMap
+    optimizer: Optimizer
+    texts: OrtPromptEncoder | F32
+    """Encodes contexts; or the hand-written sentences' f32[C, e]."""
+    images: VisualPrompts | None
+    """Encodes pictures under visual prompts."""
+    objective: FewShotObjective
+    held_out: HeldOut | None
+
+    @property
+    def encoder(self) -> OrtPromptEncoder | None:
+        return None if isinstance(self.texts, np.ndarray) else self.texts
+
+    def prompts(self, point: F64) -> Prompts:
+        """Return what one point f64[dim] sends."""
+        return self.prompt_map(point[None])
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Puts the parts of one run together."""
+
+    bench: Workbench
+    split: Split
+    pictures: Pictures
+    config: TunedConfig
+    templates: tuple[str, ...]
+    extractor: str | None
+
+    def parts(
+        self, prompt_map: PromptMap, optimizer: Optimizer, text_features: F32 | None
+    ) -> Parts:
+        """Return the parts; `text_features` f32[C, e] are the hand-written sentences'."""
+        config, pictures = self.config, self.pictures
+        first = prompt_map(optimizer.ask().points[:1])
+        texts: OrtPromptEncoder | F32
+        if first.contexts is not None:
+            n_context = first.contexts.shape[1]
+            texts = self.bench.prompt_graph.encoder(
+                self.split.classes, n_context, config.round_size
+            )
+        elif text_features is not None:
+            texts = text_features
+        else:
+            raise ZtuneError("the method tunes no texts, and there are no sentences")
+        images = None
+        if config.program is not None:
+            images = self.images(config.program)
+        train = self._objective(texts, images, pictures.features, pictures.changeable)
+        held_out = None
+        if pictures.val_features is not None:
+            val = self._objective(
+                texts,
+                images,
+                pictures.val_features[None],
+                pictures.val_changeable,
+                pictures.val_labels,
+            )
+            held_out = HeldOut(val, len(pictures.val_labels))
+        return Parts(config, prompt_map, optimizer, texts, images, train, held_out)
+
+    def images(self, program: str) -> VisualPrompts:
+        """Open the image tower for a program."""
+        changeable = self.pictures.changeable
+        n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
+        return open_program(self.bench, program, n_extracted)
+
+    def _objective(
+        self,
+        texts: OrtPromptEncoder | F32,
+        images: VisualPrompts | None,
+        features: F32,
+        changeable: Changeable | None,
+        labels: I64 | None = None,
+    ) -> FewShotObjective:
+        labels = self.pictures.labels if labels is None else labels
+        return FewShotObjective(self._scorer(texts, images, features, changeable), labels)
+
+    def _scorer(
+        self,
+        texts: OrtPromptEncoder | F32,
+        images: VisualPrompts | None,
+        features: F32,
+        changeable: Changeable | None,
+    ) -> Scorer:
+        """Return what computes losses: the host, or the device where texts alone change there."""
+        bundle, execution = self.bench.bundle, self.bench.execution
+        scale, bias, loss = bundle.logit_scale, bundle.logit_bias, focal_loss(self.config.focal)
+        if images is not None:
+            if changeable is None:
+                raise ZtuneError("the method changes pictures, and their pixels were not kept")
+            prompted = PromptedPictures(images, changeable.pixels, changeable.extracted)
+            return NumpyScores(texts, prompted, scale, bias, loss)
+        if isinstance(texts, np.ndarray) or execution.provider == "cpu":
+            return NumpyScores(texts, features, scale, bias, loss)
+        return OrtScores(texts, features, scale, bias, execution)
+
+    def artifact(self, parts: Parts, point: F64, provenance: Provenance) -> Artifact:
+        """Return what a point f64[dim] is worth keeping as."""
+        bundle, classes, seen = self.bench.bundle, self.split.classes, fingerprints(self.split)
+        prompts = parts.prompts(point)
+        context = None if prompts.contexts is None else prompts.contexts[0]
+        if isinstance(parts.texts, np.ndarray):
+            texts = parts.texts
+        else:
+            texts = parts.texts.encode(np.asarray(prompts.contexts))[0]
+        scale, bias = bundle.logit_scale, bundle.logit_bias
+        if prompts.visual is None:
+            if context is None:
+                raise ZtuneError("the method tunes neither texts nor pictures")
+            return ContextArtifact(classes, provenance, context, texts, scale, bias, seen)
+        statistics = None
+        if isinstance(parts.images, DecoderPrompts) and self.pictures.changeable is not None:
+            extracted = self.pictures.changeable.extracted
+            flat = extracted.reshape(-1, extracted.shape[-1])
+            statistics = parts.images.statistics(prompts.visual[0], flat)
+        return VisualArtifact(
+            classes,
+            provenance,
+            str(self.config.program),
+            prompts.visual[0],
+            texts,
+            scale,
+            bias,
+            context,
+            () if context is not None else self.templates,
+            statistics,
+            sha256(Path(self.extractor)) if self.extractor else "",
+            seen,
+        )
+
+    def train_loss(self, parts: Parts, point: F64) -> float:
+        """Return the loss over all training pictures and views: a final report, free of charge."""
+        n_views, n = self.pictures.features.shape[:2]
+        every = np.arange(n, dtype=np.int64)
+        prompts = parts.prompts(point)
+        losses = [
+            parts.objective(prompts, Batch(every, np.full(n, view, dtype=np.int64), 0)).losses[0]
+            for view in range(n_views)
+        ]
+        return float(np.mean(losses))
+
+
+def open_program(
+    bench: Workbench, program: str, n_extracted: int, statistics: F32 | None = None
+) -> VisualPrompts:
+    """Open the image tower under border, decoder or tokens.
+
+    `n_extracted` is k of the features f32[N, k] that a decoder sees; `statistics` f32[2, n] fixes
+    its normalisation.
+    """
+    bundle, execution = bench.bundle, bench.execution
+    if program == "border":
+        return BorderPrompts(bundle, execution)
+    if program == "decoder":
+        return DecoderPrompts(bundle, execution, n_extracted, statistics)
+    return TokenPrompts(bundle, execution)
+
+
+def prompted_features(
+    bench: Workbench, artifact: VisualArtifact, pixels: np.ndarray, extracted: F32
+) -> F32:
+    """Return unit features f32[N, e] of pictures u8[N, S, S, 3] under a tuned visual prompt."""
+    images = open_program(bench, artifact.program, extracted.shape[-1], artifact.statistics)
+    return images.encode(artifact.visual[None], pixels, extracted)[0]

@@ -1,0 +1,175 @@
+"""The pictures that a run may see: encoded once, and their pixels where a method changes them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.ort import OrtImageEncoder
+from ztune.cli.request import Request
+from ztune.cli.workbench import Workbench
+from ztune.data.features import Features, read_view
+from ztune.data.manifests import SplitName
+from ztune.data.split import Split
+from ztune.errors import ZtuneError
+from ztune.heads.shots import Shots
+from ztune.run import RunFolder
+from ztune.types import F32, I64, U8, Json
+
+
+@dataclass(frozen=True)
+class Changeable:
+    """Pictures that are encoded anew under visual prompts."""
+
+    pixels: U8
+    """u8[V, N, S, S, 3], on disk."""
+    extracted: F32
+    """f32[V, N, k]: what a decoder sees of each."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Training and validation pictures: never those kept for testing."""
+
+    features: F32
+    """f32[V, N, e], the training pictures and their views."""
+    labels: I64
+    """i64[N]"""
+    val_features: F32 | None
+    """f32[n, e], None without validation pictures."""
+    val_labels: I64
+    n_encoded: int
+    n_cached: int
+    n_broken: int
+    changeable: Changeable | None = None
+    """The training pictures, where the method changes pictures."""
+    val_changeable: Changeable | None = None
+
+    def shots(self, text_features: F32, logit_scale: float, logit_bias: float) -> Shots:
+        """Return what a head is fitted on, beside hand-written prompts' f32[C, e]."""
+        n_views = len(self.features)
+        features = self.features.reshape(-1, self.features.shape[-1])
+        held_out = None
+        if self.val_features is not None:
+            held_out = self.val_features, self.val_labels
+        labels = np.tile(self.labels, n_views)
+        return Shots(features, labels, text_features, logit_scale, logit_bias, held_out, n_views)
+
+    def costs(self, own_cache: bool, seconds: float) -> dict[str, Json]:
+        """Return the image pass's cost; where a run is resumed, its first full pass's is kept.
+
+        What is found in the run's own cache was encoded by this run, before a kill.
+        """
+        n_paid_before = self.n_cached if own_cache else 0
+        return {
+            "image_forwards": self.n_encoded + n_paid_before,
+            "image_forwards_cached": self.n_cached - n_paid_before,
+            "broken_pictures": self.n_broken,
+            "image_seconds": round(seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Album:
+    """Encodes the pictures of one split for one run."""
+
+    request: Request
+    split: Split
+    folder: RunFolder
+    bench: Workbench
+
+    def training(self) -> tuple[Features, I64]:
+        """Return the training pictures' features, and the labels i64[N] of those readable.
+
+        Raises: ZtuneError for a class without any.
+        """
+        train = self._encoded("train", "training pictures", self.request.augment)
+        labels = self.split.labels("train")[train.kept]
+        missing = sorted(set(range(len(self.split.classes))) - set(labels.tolist()))
+        if missing:
+            name = self.split.classes[missing[0]]
+            raise ZtuneError(f'class "{name}" has no picture that can be read')
+        return train, labels
+
+    def pictures(self, *, changeable: bool) -> Pictures:
+        """Encode what tuning may see; with `changeable` keep the pixels as well."""
+        n_views = self.request.augment
+        train, labels = self.training()
+        n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
+        n_broken = int((~train.kept).sum())
+        val, val_labels = None, self.split.labels("val")
+        if len(val_labels):
+            val = self._encoded("val", "validation pictures", 0)
+            val_labels = val_labels[val.kept]
+            n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
+            n_broken += int((~val.kept).sum())
+        parts: list[Changeable | None] = [None, None]
+        if changeable:
+            parts[0], n_more = self._changeable("train", train, n_views)
+            n_encoded, n_wanted = n_encoded + n_more[0], n_wanted + n_more[1]
+            if val is not None:
+                parts[1], n_more = self._changeable("val", val, 0)
+                n_encoded, n_wanted = n_encoded + n_more[0], n_wanted + n_more[1]
+        return Pictures(
+            train.values,
+            labels,
+            val.values[0] if val is not None else None,
+            val_labels,
+            n_encoded,
+            n_wanted - n_encoded,
+            n_broken,
+            *parts,
+        )
+
+    def _encoded(
+        self, role: SplitName, what: str, n_views: int, extractor: Path | None = None
+    ) -> Features:
+        return self.bench.features(
+            self.split.items(role),
+            self.request.cache_folder(self.folder.path),
+            what=what,
+            n_views=n_views,
+            seed=self.request.seed,
+            skip_broken=self.request.skip_broken,
+            extractor=extractor,
+        )
+
+    def _changeable(
+        self, role: SplitName, encoded: Features, n_views: int
+    ) -> tuple[Changeable, tuple[int, int]]:
+        """Return a role's pictures to change, and how many were encoded of how many wanted."""
+        extracted, n_more = encoded.values, (0, 0)
+        if self.request.extractor is not None:
+            found = self._encoded(
+                role, "pictures for the extractor", n_views, Path(self.request.extractor)
+            )
+            extracted = found.values
+            n_more = found.n_encoded, extracted.shape[0] * extracted.shape[1]
+        items = self.split.items(role)
+        kept = [item for item, keep in zip(items, encoded.kept, strict=True) if keep]
+        return Changeable(self._pixels(kept, n_views), extracted), n_more
+
+    def _pixels(self, items: Sequence[tuple[Path, str]], n_views: int) -> U8:
+        """Return u8[V, N, S, S, 3] in a file that goes when the process does."""
+        encoder = OrtImageEncoder(self.bench.bundle, self.bench.execution)
+        side = self.bench.bundle.image.size
+        shape = (max(1, n_views), len(items), side, side, 3)
+        file: Any = tempfile.TemporaryFile(dir=self.folder.path)  # noqa: SIM115 - lives on
+        pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        for number, (path, digest) in enumerate(items):
+            for view in range(shape[0]):
+                pixels[view, number] = read_view(
+                    encoder, path, digest, view, n_views, self.request.seed
+                )
+        return pixels
+
+
+def fingerprints(split: Split) -> Any:
+    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tunes."""
+    entries = [*split.entries_of("train"), *split.entries_of("val")]
+    return np.array(sorted(int(entry.sha256[:16], 16) for entry in entries), dtype=np.uint64)
