@@ -14,17 +14,19 @@ from ztune.files import replacing
 from ztune.statistics import Score
 from ztune.types import F64
 
-_INK, _SOFT, _ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
+INK, SOFT, ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure, in inches."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, the same bytes for the same drawing."""
     with replacing(path) as temporary, warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes, which is no news for the terminal.
         missing = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
@@ -51,8 +53,8 @@ def draw_curve(
     """
     history = [line for line in history if "validation" not in line]
     queries = np.array([line["queries"] for line in history], dtype=float)
-    figure = _figure(9, 3.6)
-    figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
+    figure = new_figure(9, 3.6)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     width = max(1, min(len(history), 2 * (len(history) // 50) + 1))
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
@@ -62,9 +64,9 @@ def draw_curve(
         strict=True,
     ):
         values = np.array([line[key] for line in history], dtype=float)
-        axes.plot(queries, values, color=_SOFT, linewidth=0.8, label="each step")
+        axes.plot(queries, values, color=SOFT, linewidth=0.8, label="each step")
         mean_label = f"mean of {width} steps"
-        axes.plot(queries, _running_mean(values, width), color=_ACCENT, label=mean_label)
+        axes.plot(queries, _running_mean(values, width), color=ACCENT, label=mean_label)
         axes.set_xlabel("queries")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
@@ -79,7 +81,7 @@ def draw_curve(
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
@@ -87,7 +89,7 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
     classes = next(iter(scores.values())).classes
     n = len(classes)
     side = min(12.0, max(3.4, 0.34 * n + 1.6))
-    figure = _figure(side * len(scores) + 0.8, side + 0.4)
+    figure = new_figure(side * len(scores) + 0.8, side + 0.4)
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     image = None
     for axes, (name, score) in zip(panels, scores.items(), strict=True):
@@ -95,7 +97,7 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
         share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
         heading = f"{name}: {score.accuracy:.1%} of {score.n}"
-        axes.set_title(heading, fontsize=10, color=_INK, parse_math=False)
+        axes.set_title(heading, fontsize=10, color=INK, parse_math=False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         if n <= 40:
@@ -104,7 +106,7 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
         if n <= 15:
             for row, column in np.ndindex(n, n):
                 if table[row, column]:
-                    colour = "white" if share[row, column] > 55 else _INK
+                    colour = "white" if share[row, column] > 55 else INK
                     axes.text(
                         column,
                         row,
@@ -116,4 +118,4 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
                     )
     bar = figure.colorbar(image, ax=panels, shrink=0.8)
     bar.set_label("% of the true class", fontsize=8)
-    _write(figure, path)
+    write_figure(figure, path)
