@@ -35,7 +35,7 @@ class Shots:
     @property
     def zero_shot(self) -> F64:
         """The zero-shot classifier f64[C, e], the logit scale in it; the bias apart."""
-        return np.float64(self.logit_scale) * self.text_features.astype(np.float64)
+        return np.asarray(np.float64(self.logit_scale) * self.text_features.astype(np.float64))
 
     @property
     def pictures(self) -> tuple[F64, I64]:

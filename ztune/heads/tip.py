@@ -18,7 +18,7 @@ from ztune.types import F64
 
 # The paper searches linearly on its data sets' validation pictures, alpha from 0.1 and beta from
 # 0.1 to 7 or so; these steps are geometric, and reach as far as models of another logit scale need.
-ALPHAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+ALPHAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0)
 DEFAULT_ALPHA = 1.0
 DEFAULT_BETA = 5.5
