@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
+from runtimes.providers import Execution
 from ztune.budget import Budget
-from ztune.methods import ZipConfig, build_zip, initial_context
+from ztune.cli.output import Output
+from ztune.cli.workbench import Workbench
+from ztune.compositions import ZipConfig
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread
 from ztune.tune import Observer, Tuning, tune
@@ -52,16 +55,17 @@ class ZipRounds:
         shape = (1, n_pictures, bundle.embed_dim)
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
-        self.n_candidates = config.queries_per_step()
+        self.n_candidates = config.step_queries()
         self.encoder = graph.encoder(classes, config.n_context, self.n_candidates)
         self._timed = _Timed(self.encoder)
         scorer: Scorer = NumpyScores(self._timed, features, _SCALE)
         if score_with is not None:
             scorer = score_with(self.encoder, features)
         self._oracle = FewShotObjective(scorer, np.arange(n_pictures) % len(classes))
-        initial = initial_context(config, bundle.text.width, seed=0)
-        self._map, self._optimizer = build_zip(config, initial, seed=0)
-        self._sampler = BatchSampler(n_pictures, config.batch_size, 1, random)
+        towers = Workbench(bundle, Execution(), Output(quiet=True)).towers(bundle.embed_dim)
+        self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
+        batch_size = config.batch_size or n_pictures
+        self._sampler = BatchSampler(n_pictures, batch_size, 1, random)
         self._n_classes = len(classes)
         self.plan = self.encoder.plan
 

@@ -30,7 +30,7 @@ from runtimes.ort import OrtPromptGraph
 from runtimes.prompts import feeds, name_lengths, name_tokens, token_table
 from runtimes.providers import Execution, onnxruntime, open_session
 from runtimes.tokenizer import Tokenizer
-from ztune.methods import ZipConfig
+from ztune.compositions import ZipConfig
 from ztune.types import F32
 
 PRECISIONS = ("fp32", "int8")
@@ -178,7 +178,7 @@ class Cell:
     ):
         config, classes = ZipConfig(n_context=n_context), classes_named(n_classes)
         self.rounds = {name: ZipRounds(graph, classes, config) for name, graph in graphs.items()}
-        self.n_candidates = config.queries_per_step()
+        self.n_candidates = config.step_queries()
         # One step at 10 classes is short for the clock of a busy machine.
         self._n_steps = max(1, 40 // n_classes)
         self._n_context = n_context

@@ -102,10 +102,10 @@ def test_classifier_predicts_what_the_run_predicts(
     split = Split.from_json(read_json(out / "split.json", "split"), "split")
     pictures = [split.file(entry) for entry in split.entries_of("test")]
     bench = open_workbench(MINI, Execution(), Output(quiet=True))
-    weight, bias = bench.refreshed(read_artifact(prompt)).classifier()
+    classifier = bench.refreshed(read_artifact(prompt)).classifier()
     items = [(picture, sha256(picture)) for picture in pictures]
     features = bench.features(items, cache, what="pictures").values[0]
-    expected = [split.classes[c] for c in (features @ weight.T + bias).argmax(axis=1)]
+    expected = [split.classes[c] for c in classifier.logits(features).argmax(axis=1)]
     predicted = ztune("predict", packed, *pictures, "--json").json["predictions"]
     assert [p["picture"] for p in predicted] == [str(picture) for picture in pictures]
     assert [p["class"] for p in predicted] == expected

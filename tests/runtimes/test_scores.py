@@ -14,7 +14,7 @@ from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
 from ztune.errors import ZtuneError
 from ztune.objective import FewShotObjective, NumpyScores
-from ztune.types import F32, I64, Batch
+from ztune.types import F32, I64, Batch, Prompts
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = tuple(f"{a} {b}" for a in DIGITS for b in ("hand", "small drawn shape", "ink", "big"))
@@ -50,7 +50,7 @@ def check(execution: Execution, tolerance: float) -> OrtPromptEncoder:
     own = encoder(execution)
     objective = FewShotObjective(OrtScores(own, features, SCALE, BIAS, execution), labels)
     for contexts, batch in rounds():
-        expected, got = reference(contexts, batch), objective(contexts, batch)
+        expected, got = reference(Prompts(contexts), batch), objective(Prompts(contexts), batch)
         np.testing.assert_allclose(got.losses, expected.losses, atol=tolerance)
         np.testing.assert_allclose(got.accuracies, expected.accuracies, atol=1e-12)
         assert got.losses.dtype == got.accuracies.dtype == np.float64
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_names_the_candidate() -> None:
     contexts, batch = next(rounds())
     contexts[2] = np.nan
     with pytest.raises(ZtuneError, match=r"batch 1, candidate 3 of 6: the loss is nan"):
-        FewShotObjective(scores, labels)(contexts, batch)
+        FewShotObjective(scores, labels)(Prompts(contexts), batch)
 
 
 def test_what_onnxruntime_refuses_is_one_line() -> None:
@@ -82,7 +82,7 @@ def test_what_onnxruntime_refuses_is_one_line() -> None:
     contexts, _ = next(rounds())
     beyond = Batch(np.array([N_PICTURES]), np.array([N_VIEWS]), 1)
     with pytest.raises(ZtuneError, match=r"^the score graph failed while running: ") as caught:
-        scores(contexts, beyond, labels[:1])
+        scores(Prompts(contexts), beyond, labels[:1])
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from ztune.config import configured, settings_from_words
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
 from ztune.files import new_folder, read_json, replacing, write_json
-from ztune.methods import ZipConfig
+from ztune.compositions import ZipConfig
 from ztune.run import RunFolder
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from ztune.budget import Budget
 from ztune.errors import BudgetError, ZtuneError
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
-from ztune.types import F32, Batch
+from ztune.types import F32, Batch, Prompts
 
 
 class Linear:
@@ -33,7 +33,7 @@ def test_losses_are_mean_softmax_cross_entropy_in_float64() -> None:
     objective, features, labels = setup()
     contexts = np.random.default_rng(2).standard_normal((5, 2, 5)).astype(np.float32)
     batch = Batch(np.array([0, 3, 7]), np.array([0, 1, 1]), 1)
-    got = objective(contexts, batch)
+    got = objective(Prompts(contexts), batch)
     texts = Linear().encode(contexts)
     for p in range(5):
         total = 0.0
@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_finite_names_the_candidate() -> None:
     contexts = np.ones((4, 2, 5), dtype=np.float32)
     contexts[2] = np.nan
     with pytest.raises(ZtuneError, match=r"batch 1, candidate 3 of 4: the loss is nan"):
-        objective(contexts, Batch(np.arange(3), np.zeros(3, np.int64), 1))
+        objective(Prompts(contexts), Batch(np.arange(3), np.zeros(3, np.int64), 1))
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3), st.integers(0, 9))
@@ -91,7 +91,7 @@ def test_the_budget_is_never_exceeded(limit: int, steps: list[int]) -> None:
     for n in steps:
         if budget.fits(n):
             budget.reserve(n)
-            budget.commit(n_classes=7)
+            budget.commit(7)
         else:
             with pytest.raises(BudgetError, match="does not fit"):
                 budget.reserve(n)

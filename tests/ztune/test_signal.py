@@ -5,7 +5,7 @@ import pytest
 
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.signal import Signal, compared, exact_losses, measure, probe_batch
-from ztune.types import F32, F64, Batch, Evaluation
+from ztune.types import F32, F64, Batch, Evaluation, Prompts
 
 
 def test_ratio_and_rms_are_those_of_the_pairs_differences() -> None:
@@ -77,13 +77,15 @@ def test_a_measurement_sees_the_tuning_oracle_and_the_reference() -> None:
     class Map:
         dim = 40
 
-        def __call__(self, points: F64) -> F32:
-            return points.astype(np.float32)[:, None, :]
+        def __call__(self, points: F64) -> Prompts:
+            return Prompts(points.astype(np.float32)[:, None, :])
 
     def exact(contexts: F32) -> F64:
         return np.asarray(contexts.astype(np.float64).sum(axis=(1, 2)))
 
-    def oracle(contexts: F32, batch: Batch) -> Evaluation:
+    def oracle(prompts: Prompts, batch: Batch) -> Evaluation:
+        contexts = prompts.contexts
+        assert contexts is not None
         sizes.append(len(contexts))
         noise = np.tile([1e-3, -1e-3], len(contexts) // 2)
         return Evaluation(exact(contexts) + noise, np.zeros(len(contexts)), np.zeros(0, int), 0)
