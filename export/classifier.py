@@ -20,6 +20,7 @@ from runtimes.classifier import FORMAT, VERSION
 from ztune.artifact import Artifact
 from ztune.errors import DataError, FormatError
 from ztune.files import replacing
+from ztune.logits import FeatureClassifier
 from ztune.types import Json
 
 # Bytes above which the weights go beside the one file to ship: a protobuf file ends at 2 GiB.
@@ -60,10 +61,11 @@ def pack(
     Raises: FormatError when the artifact's embedding size is not the bundle's; DataError when `out`
     cannot be written.
     """
-    weight, bias = artifact.classifier()
-    if weight.shape[1] != bundle.embed_dim:
+    classifier = artifact.classifier()
+    n_classes, embed_dim = classifier.weight.shape
+    if embed_dim != bundle.embed_dim:
         raise FormatError(
-            f"the artifact is for features of {weight.shape[1]} values, the bundle's image tower "
+            f"the artifact is for features of {embed_dim} values, the bundle's image tower "
             f"gives {bundle.embed_dim} (pack with the bundle it was tuned on)"
         )
     model = onnx.load(str(bundle.file("image.onnx")))
@@ -72,14 +74,14 @@ def pack(
     S = bundle.image.size
     shape = ["N", "H", "W", 3] if resize else ["N", S, S, 3]
     before = _preprocessing(bundle.image, resize, graph.input[0].name)
-    after = _classification(weight, bias, graph.output[0].name)
+    after = _classification(classifier, graph.output[0].name)
     body = list(graph.node)
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend([*before.nodes, *body, *after.nodes])
     graph.initializer.extend([*before.constants, *after.constants])
     graph.input.append(helper.make_tensor_value_info("pixels", TensorProto.UINT8, shape))
     graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", len(weight)])
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n_classes])
         for name in ("logits", "probabilities")
     )
     graph.name = "ztune-classifier"
@@ -181,10 +183,18 @@ def _scaled(g: _Graph, grey: str, sizes: str, spec: ImageSpec) -> str:
     return g.node("Clip", [nearest, g.constant(0.0), g.constant(255.0)])
 
 
-def _classification(weight: Any, bias: Any, features: str) -> _Graph:
+def _classification(classifier: FeatureClassifier, features: str) -> _Graph:
+    """Unit features to logits and probabilities: FeatureClassifier.logits as nodes."""
     g = _Graph("classify")
-    product = g.node("MatMul", [features, g.constant(weight.T)])
-    logits = g.node("Add", [product, g.constant(bias)], "logits")
+    logits = g.node("MatMul", [features, g.constant(classifier.weight.T)])
+    kernel = classifier.kernel
+    if kernel is not None:
+        cosines = g.node("MatMul", [features, g.constant(kernel.keys.T)])
+        distances = g.node("Sub", [g.constant(1.0), cosines])
+        exponents = g.node("Mul", [distances, g.constant(-kernel.sharpness)])
+        votes = g.node("MatMul", [g.node("Exp", [exponents]), g.constant(kernel.values)])
+        logits = g.node("Add", [logits, votes])
+    logits = g.node("Add", [logits, g.constant(classifier.bias)], "logits")
     g.node("Softmax", [logits], "probabilities", axis=1)
     return g
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from export.classifier import _n_bytes, pack
+from export.classifier import _classification, _n_bytes, pack
 from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.preprocess import crop, normalise
@@ -22,6 +22,7 @@ from tests.conftest import Command
 from ztune.artifact import HeadArtifact, Provenance
 from ztune.errors import DataError, FormatError
 from ztune.files import sha256
+from ztune.logits import FeatureClassifier, Kernel
 from ztune.types import Json
 
 S = 12
@@ -87,6 +88,27 @@ def identity_head(n: int = E) -> HeadArtifact:
     )
 
 
+def unit_rows(n: int, dim: int, seed: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((n, dim))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def kernel_head(n_classes: int, n_keys: int) -> HeadArtifact:
+    """Return a head that remembers pictures, with a part of every size that matters."""
+    rng = np.random.default_rng(6)
+    return HeadArtifact(
+        tuple(f"class {i:04}" for i in range(n_classes)),
+        Provenance("sha256:test", "digest", "proker", 1, 0, "closed form"),
+        10 * unit_rows(n_classes, E, 7),
+        rng.standard_normal(n_classes).astype(np.float32),
+        kernel=Kernel(
+            unit_rows(n_keys, E, 8),
+            rng.standard_normal((n_keys, n_classes)).astype(np.float32),
+            3.5,
+        ),
+    )
+
+
 def smooth_picture(width: int, height: int, seed: int) -> Image.Image:
     """Return a picture with edges and gradients, as photographs have them."""
     rng = np.random.default_rng(seed)
@@ -113,6 +135,46 @@ def test_square_pixels_are_normalised_as_on_the_device(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         probabilities, exponentials / exponentials.sum(1, keepdims=True), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(("n_classes", "n_keys"), [(2, 1), (7, 50)])
+def test_remembered_pictures_vote_in_the_graph_as_in_numpy(
+    n_classes: int, n_keys: int, tmp_path: Path
+) -> None:
+    head = kernel_head(n_classes, n_keys)
+    features = unit_rows(9, E, 9)
+    # Nodes alone, since the kernel is meant for unit features and this tower gives pixels.
+    logits, probabilities = run_nodes(_classification(head.classifier(), "f"), features)
+    expected = head.classifier().logits(features)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    affine = FeatureClassifier(head.weight, head.bias).logits(features)
+    assert np.abs(expected - affine).max() > 0.01  # the kernel was there to be seen
+
+
+def test_a_packed_kernel_is_run_whole(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b", mean=[0.0] * 3, std=[100.0] * 3)
+    head = kernel_head(5, 30)
+    pack(bundle, head, tmp_path / "c.onnx")
+    onnx.checker.check_model(onnx.load(str(tmp_path / "c.onnx")), full_check=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, S, S, 3), dtype=np.uint8)
+    got = open_classifier(tmp_path / "c.onnx", Execution()).classify(pixels)[0]
+    features = normalise(pixels, bundle.image).reshape(4, -1)
+    np.testing.assert_allclose(got, head.classifier().logits(features), rtol=1e-4, atol=1e-4)
+
+
+def run_nodes(part: Any, features: np.ndarray) -> list[np.ndarray]:
+    """Run the nodes of one part of the graph alone, from its input `f`."""
+    inputs = [helper.make_tensor_value_info("f", TensorProto.FLOAT, ["N", features.shape[1]])]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in ("logits", "probabilities")
+    ]
+    graph = helper.make_graph(part.nodes, "part", inputs, outputs, part.constants)
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return list(session.run(None, {"f": features}))
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
