@@ -57,6 +57,41 @@ def test_update_agrees_with_a_transcription_of_the_formulas(slope: float) -> Non
     assert all(was_clipped) if slope > 1 else not any(was_clipped)
 
 
+def test_momentum_agrees_with_a_hand_loop_of_spsa_gc() -> None:
+    dim, beta = 4, 0.8
+    config = SpsaConfig(n_pairs=2, clip=False, momentum=beta)
+    spsa = Spsa(config, np.ones(dim), np.random.default_rng(5))
+    w, m = [1.0] * dim, [0.0] * dim
+    rng = np.random.default_rng(6)
+    for k in range(1, 9):
+        a_k = 0.01 / (k + 1) ** 0.4
+        points = spsa.ask().points
+        losses = rng.standard_normal(4)
+        for j in range(dim):
+            g = 0.0
+            for i in range(2):
+                moved = (points[2 * i, j] - points[2 * i + 1, j]) / 2  # c_k p
+                g += (losses[2 * i] - losses[2 * i + 1]) / (2 * moved) / 2
+            m[j] = beta * m[j] + g
+            w[j] -= a_k * (g + beta * m[j])
+        spsa.tell(evaluation(losses))
+        # Moves are recovered from differences of points of size 1.
+        np.testing.assert_allclose(spsa.recommend(), w, rtol=0, atol=1e-10)
+
+
+def test_without_momentum_nothing_is_remembered() -> None:
+    plain, also = make(), make(SpsaConfig(momentum=0.0))
+    for spsa in (plain, also):
+        for _ in range(3):
+            spsa.tell(evaluation(quadratic(spsa.ask().points)))
+    assert plain.recommend().tobytes() == also.recommend().tobytes()
+    assert not np.asarray(also.state()[0]["momentum"]).any()
+    remembering = make(SpsaConfig(momentum=0.5))
+    for _ in range(3):
+        remembering.tell(evaluation(quadratic(remembering.ask().points)))
+    assert not np.allclose(remembering.recommend(), plain.recommend(), rtol=1e-6)
+
+
 @given(st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=1, max_size=50))
 def test_clipping_never_leaves_more_than_the_root_of_the_dimension(values: list[float]) -> None:
     gradient = np.array(values)
@@ -116,6 +151,9 @@ def test_impossible_settings_are_refused() -> None:
         SpsaConfig(n_pairs=0)
     with pytest.raises(ConfigError, match="perturbation is 0"):
         SpsaConfig(perturbation=0.0)
+    for momentum in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match="momentum is"):
+            SpsaConfig(momentum=momentum)
 
 
 def test_a_generator_survives_json_and_a_damaged_one_is_refused() -> None:
