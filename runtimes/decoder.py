@@ -1,0 +1,250 @@
+"""BlackVIP's decoder: from a picture's feature to what is added to the picture.
+
+Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", CVPR 2023.
+The feature and a tuned trigger are one latent f32[32, g, g]. Four blocks double its sides, each a
+depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
+GELU; a last transposed convolution makes the picture. All weights are one vector, in the order of
+`parts`: they are an input of the graph, so that no candidate costs a session.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from runtimes.providers import Execution, open_session, run_graph
+from ztune.errors import ConfigError
+from ztune.types import F32, F64
+
+# Channels into a block, outputs of its depth-wise convolution per channel, channels out of it.
+_BLOCKS = ((32, 2, 64), (64, 1, 32), (32, 1, 32), (32, 1, 16))
+_COLOURS = 3
+_UPSAMPLING = 2 ** (len(_BLOCKS) + 1)
+_EPSILON = 1e-5
+N_STATISTICS = sum(n_out for _, _, n_out in _BLOCKS)
+# Of all pictures in a call, as the decoder makes them: 32 of 224 px, which take 150 MB.
+_PIXELS = 32 * 224 * 224
+_NAME = "the decoder's graph"
+
+
+def grid(extractor_dim: int, size: int) -> int:
+    """Return g: the picture 32g covers the image of side `size`, and the latent has a trigger."""
+    width = _BLOCKS[0][0]
+    return max(-(-size // _UPSAMPLING), math.isqrt(extractor_dim // width) + 1)
+
+
+def parts(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Return name and shape of the weights, as torch would shape them, in the vector's order."""
+    g = grid(extractor_dim, size)
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("trigger", (_BLOCKS[0][0] * g * g - extractor_dim,))
+    ]
+    for number, (n_in, spread, n_out) in enumerate(_BLOCKS):
+        shapes += [
+            (f"spread_{number}", (n_in, spread, 2, 2)),
+            (f"spread_bias_{number}", (n_in * spread,)),
+            (f"mix_{number}", (n_out, n_in * spread, 1, 1)),
+            (f"gain_{number}", (n_out,)),
+            (f"shift_{number}", (n_out,)),
+        ]
+    return [*shapes, ("picture", (_BLOCKS[-1][2], _COLOURS, 2, 2))]
+
+
+def n_values(extractor_dim: int, size: int) -> int:
+    """Return how many values the decoder has: 9,920 for features of 768 and 224 px."""
+    return sum(math.prod(shape) for _, shape in parts(extractor_dim, size))
+
+
+def start(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
+    """Return values f64[n] drawn as torch draws a new network's; the trigger from U(0, 0.1)."""
+    drawn: list[F64] = []
+    bound = 0.0
+    for name, shape in parts(extractor_dim, size):
+        if name == "trigger":
+            drawn.append(rng.uniform(0, 0.1, shape))
+        elif name.startswith(("gain", "shift")):
+            drawn.append(np.full(shape, float(name.startswith("gain"))))
+        else:
+            if len(shape) == 4:  # a bias follows its weight and has the same bound
+                bound = 1 / math.sqrt(math.prod(shape[1:]))
+            drawn.append(rng.uniform(-bound, bound, shape))
+    return np.concatenate([values.ravel() for values in drawn])
+
+
+class Decoder:
+    """The decoder: values f32[n] and features f32[N, k] to what is added to N pictures."""
+
+    def __init__(self, extractor_dim: int, size: int, execution: Execution):
+        """Take features of k = `extractor_dim` and images of side S = `size`."""
+        # TensorRT would build an engine for it; beside the image tower it is not worth one.
+        provider = "cuda" if execution.provider == "tensorrt" else execution.provider
+        self._execution = replace(execution, provider=provider)
+        self._sizes = extractor_dim, size
+        self._n_values = n_values(extractor_dim, size)
+        self._chunk = max(1, _PIXELS // (_UPSAMPLING * grid(extractor_dim, size)) ** 2)
+        self._sessions: dict[int | None, Any] = {}
+
+    def __call__(self, values: F32, features: F32, statistics: F32) -> F32:
+        """Return the pictures f32[N, 3, S, S] of N features, normalised by statistics f32[2, 144].
+
+        Raises: ConfigError when values, features or statistics have another size.
+        """
+        return np.concatenate(
+            [self._run(values, part, statistics) for part in self._calls(features)]
+        )
+
+    def statistics(self, values: F32, features: F32) -> F32:
+        """Return the normalisation means and variances f32[2, 144] over all N pictures.
+
+        They are those of one call with all of them, whose memory grows with N: pictures are gone
+        through once for each normalisation instead, with the ones before it fixed.
+
+        Raises: ConfigError when values or features have another size.
+        """
+        result = np.zeros((2, N_STATISTICS), dtype=np.float32)
+        calls = self._calls(features)
+        shares = np.array([len(part) for part in calls]) / len(features)
+        stop = 0
+        for number, (_, _, n_out) in enumerate(_BLOCKS):
+            begin, stop = stop, stop + n_out
+            measured = np.stack([self._run(values, part, result, number) for part in calls]).astype(
+                np.float64
+            )
+            mean = np.tensordot(shares, measured[:, 0], 1)
+            variances = measured[:, 1] + (measured[:, 0] - mean) ** 2
+            result[:, begin:stop] = mean, np.tensordot(shares, variances, 1)
+        return result
+
+    def _calls(self, features: F32) -> list[F32]:
+        return [features[at : at + self._chunk] for at in range(0, len(features), self._chunk)]
+
+    def _run(self, values: F32, features: F32, statistics: F32, measured: int | None = None) -> F32:
+        shapes = {
+            "values": (self._n_values,),
+            "features": (len(features), self._sizes[0]),
+            "statistics": (2, N_STATISTICS),
+        }
+        given = {"values": values, "features": features, "statistics": statistics}
+        for name, shape in shapes.items():
+            if given[name].shape != shape:
+                raise ConfigError(
+                    f"the decoder takes {name} f32{list(shape)} for features of "
+                    f"{self._sizes[0]} values and {self._sizes[1]} px, got "
+                    f"{list(given[name].shape)}"
+                )
+        if measured not in self._sessions:
+            graph = decoder_graph(*self._sizes, measured)
+            self._sessions[measured] = open_session(graph, self._execution)
+        session = self._sessions[measured]
+        feeds = {
+            value.name: np.ascontiguousarray(given[value.name], dtype=np.float32)
+            for value in session.get_inputs()
+        }
+        return run_graph(session, "the decoder's graph", None, feeds)[0]
+
+
+def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) -> bytes:
+    """Return a graph with k = `extractor_dim` and S = `size`.
+
+    Inputs: `features` f32[N, k], `values` f32[n], and `statistics` f32[2, 144], the means and
+    variances to normalise by. Output: `perturbation` f32[N, 3, S, S]; or where `measured` is the
+    number of a block, `own` f32[2, channels], the mean and variance that it would normalise by in
+    this batch, and nothing after it. The first block's graph takes no statistics.
+
+    Nothing lies between a block's two convolutions, and windows of stride 2 do not overlap: the two
+    are one matrix product from a place to the four it becomes.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes: list[Any] = []
+    constants: list[Any] = []
+
+    def constant(value: Any, dtype: type = np.int64) -> str:
+        name = f"constant_{len(constants)}"
+        constants.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
+        return name
+
+    def node(operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        name = output or f"{operator}_{len(nodes)}"
+        nodes.append(helper.make_node(operator, list(inputs), [name], **attributes))
+        return name
+
+    def shaped(value: str, *shape: int) -> str:
+        return node("Reshape", value, constant(shape))
+
+    def cut(value: str, sizes: list[int], names: list[str], axis: int) -> None:
+        nodes.append(helper.make_node("Split", [value, constant(sizes)], names, axis=axis))
+
+    def mean(value: str) -> str:
+        # In two steps: one sum of a million 32-bit numbers would lose digits.
+        rows = node("ReduceMean", value, constant([2]), keepdims=0)
+        return node("ReduceMean", rows, constant([0, 1]), keepdims=0)
+
+    def enlarged(value: str, matrix: str, side: int, n_out: int, perm: list[int]) -> str:
+        """Return four places for each of f32[N, side, side, C], by a matrix f32[C, 4 n_out]."""
+        product = node("MatMul", value, matrix)
+        return node("Transpose", shaped(product, -1, side, side, 2, 2, n_out), perm=perm)
+
+    weights = parts(extractor_dim, size)
+    cut("values", [math.prod(shape) for _, shape in weights], [name for name, _ in weights], 0)
+    given = [f"given_{number}" for number in range(len(_BLOCKS))]
+    if measured != 0:
+        cut("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
+    side = grid(extractor_dim, size)
+    n_pictures = node("Shape", "features", start=0, end=1)
+    shape = node("Concat", n_pictures, constant(weights[0][1]), axis=0)
+    latent = node("Concat", "features", node("Expand", "trigger", shape), axis=1)
+    channels_first = shaped(latent, -1, _BLOCKS[0][0], side, side)
+    state = node("Transpose", channels_first, perm=[0, 2, 3, 1])
+    for number, (n_in, spread, n_out) in enumerate(_BLOCKS):
+        by_input = node("Transpose", shaped(f"mix_{number}", n_out, -1), perm=[1, 0])
+        products = node(
+            "Mul",
+            shaped(f"spread_{number}", n_in, spread, 4, 1),
+            shaped(by_input, n_in, spread, 1, n_out),
+        )
+        matrix = shaped(node("ReduceSum", products, constant([1]), keepdims=0), n_in, -1)
+        bias = node("MatMul", shaped(f"spread_bias_{number}", 1, -1), by_input)
+        state = enlarged(state, matrix, side, n_out, [0, 1, 3, 2, 4, 5])
+        side *= 2
+        state = node("Add", shaped(state, -1, side, side, n_out), bias)
+        if number == measured:
+            means = mean(state)
+            centred = node("Sub", state, means)
+            variances = mean(node("Mul", centred, centred))
+            rows = shaped(means, 1, -1), shaped(variances, 1, -1)
+            node("Concat", *rows, output="own", axis=0)
+            break
+        means, variances = (node("Gather", given[number], constant(row)) for row in range(2))
+        centred = node("Sub", state, means)
+        spread_out = node("Sqrt", node("Add", variances, constant(_EPSILON, np.float32)))
+        scaled = node("Mul", centred, node("Div", f"gain_{number}", spread_out))
+        state = node("Gelu", node("Add", scaled, f"shift_{number}"))
+    else:
+        by_place = node("Transpose", shaped("picture", -1, _COLOURS, 4), perm=[0, 2, 1])
+        matrix = shaped(by_place, -1, 4 * _COLOURS)
+        picture = enlarged(state, matrix, side, _COLOURS, [0, 5, 1, 3, 2, 4])
+        side *= 2
+        picture = shaped(picture, -1, _COLOURS, side, side)
+        first = (side - size) // 2
+        crop = [constant(value) for value in ([first] * 2, [first + size] * 2, [2, 3])]
+        node("Slice", picture, *crop, output="perturbation")
+
+    def tensor(name: str, *shape: int | str) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    inputs = [
+        tensor("features", "N", extractor_dim),
+        tensor("values", n_values(extractor_dim, size)),
+    ]
+    if measured != 0:
+        inputs.append(tensor("statistics", 2, N_STATISTICS))
+    output = tensor("perturbation", "N", _COLOURS, size, size)
+    if measured is not None:
+        output = tensor("own", 2, _BLOCKS[measured][2])
+    graph = helper.make_graph(nodes, "decoder", inputs, [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())

@@ -1,0 +1,168 @@
+"""BlackVIP's decoder as a graph against a transcription of the paper's network in torch."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from runtimes import decoder
+from runtimes.decoder import N_STATISTICS, Decoder, decoder_graph, grid, n_values, parts, start
+from runtimes.providers import Execution
+from ztune.errors import ConfigError
+from ztune.types import F32
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+CPU = Execution()
+# extractor values and picture side: the published ones, a grid that the picture sets and is cut,
+# one that the feature sets, and a feature that fills 32 g² but for its own sake
+SIZES = [(768, 224), (8, 70), (128, 24), (33, 32), (32, 32)]
+
+
+def network(k: int, size: int, values: F32) -> Any:
+    """Return the paper's layers with these values, in the order in which torch lists them."""
+    channels = [(32, 64, 64), (64, 64, 32), (32, 32, 32), (32, 32, 16)]
+    layers: list[Any] = []
+    for n_in, n_between, n_out in channels:
+        layers += [
+            nn.ConvTranspose2d(n_in, n_between, 2, 2, groups=n_in),
+            nn.Conv2d(n_between, n_out, 1, bias=False),
+            nn.BatchNorm2d(n_out, momentum=1.0),  # keeps the last batch's statistics
+            nn.GELU(),
+        ]
+    net = nn.Sequential(*layers, nn.ConvTranspose2d(16, 3, 2, 2, bias=False))
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    n_trigger = len(values) - sum(sizes)
+    torch.nn.utils.vector_to_parameters(torch.from_numpy(values[n_trigger:]), net.parameters())
+    return net, torch.from_numpy(values[:n_trigger]), round(((k + n_trigger) / 32) ** 0.5)
+
+
+def by_torch(k: int, size: int, values: F32, features: F32, statistics: F32 | None) -> Any:
+    """Return perturbation f32[N, 3, S, S] and the biased statistics f32[2, 144] of the batch."""
+    net, trigger, g = network(k, size, values)
+    norms = [layer for layer in net if isinstance(layer, nn.BatchNorm2d)]
+    seen: list[Any] = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    if statistics is not None:
+        splits = np.cumsum([64, 32, 32])
+        pairs = zip(*(np.split(row, splits) for row in statistics), strict=True)
+        for norm, (mean, variance) in zip(norms, pairs, strict=True):
+            norm.running_mean, norm.running_var = torch.tensor(mean), torch.tensor(variance)
+    net.train(statistics is None)
+    with torch.no_grad():
+        given = torch.from_numpy(features)
+        latent = torch.cat([given, trigger.expand(len(given), -1)], 1).reshape(-1, 32, g, g)
+        picture = net(latent).numpy()
+    own = [
+        torch.cat([x.mean((0, 2, 3)) for x in seen]),
+        torch.cat([x.var((0, 2, 3), correction=0) for x in seen]),
+    ]
+    first = (picture.shape[-1] - size) // 2
+    cut = picture[:, :, first : first + size, first : first + size]
+    return cut, torch.stack(own).numpy()
+
+
+def drawn(k: int, size: int, n_pictures: int) -> tuple[F32, F32]:
+    """Return values that no default would hide, and features."""
+    rng = np.random.default_rng(0)
+    values = start(k, size, rng) + 0.05 * rng.standard_normal(n_values(k, size))
+    features = rng.standard_normal((n_pictures, k))
+    return values.astype(np.float32), features.astype(np.float32)
+
+
+def test_the_published_size() -> None:
+    assert n_values(768, 224) == 9920
+    assert dict(parts(768, 224))["trigger"] == (800,)
+    assert grid(768, 224) == 7
+    assert N_STATISTICS == 64 + 32 + 32 + 16
+
+
+@pytest.mark.parametrize(("k", "size"), SIZES)
+def test_the_latent_is_the_smallest_that_holds_feature_and_trigger(k: int, size: int) -> None:
+    fitting = [g for g in range(1, 99) if 32 * g >= size and 32 * g * g > k]
+    assert grid(k, size) == fitting[0]
+    net, trigger, g = network(k, size, np.zeros(n_values(k, size), np.float32))
+    assert g == grid(k, size)
+    n_weights = sum(parameter.numel() for parameter in net.parameters())
+    assert (len(trigger), n_weights) == (32 * g * g - k, 9120)
+    shapes = [tuple(parameter.shape) for parameter in net.parameters()]
+    assert [shape for _, shape in parts(k, size)] == [(len(trigger),), *shapes]
+
+
+@pytest.mark.parametrize(("k", "size"), SIZES)
+def test_it_is_the_network_in_torch(k: int, size: int) -> None:
+    values, features = drawn(k, size, 5)
+    network_in_ort = Decoder(k, size, CPU)
+    expected, own = by_torch(k, size, values, features, None)
+    statistics = network_in_ort.statistics(values, features)
+    np.testing.assert_allclose(statistics, own, rtol=1e-4, atol=1e-5)
+    picture = network_in_ort(values, features, statistics)
+    assert picture.shape == (5, 3, size, size)
+    np.testing.assert_allclose(picture, expected, atol=5e-5)
+    # Fixed statistics, of other pictures: now a picture does not depend on the batch.
+    other = network_in_ort.statistics(values, features[:2] * 0.5)
+    expected, _ = by_torch(k, size, values, features, other)
+    picture = network_in_ort(values, features, other)
+    np.testing.assert_allclose(picture, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(picture[0] - picture[1]).max() > 1e-2
+
+
+def test_statistics_of_many_calls_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, size = 8, 32
+    values, features = drawn(k, size, 11)
+    whole = Decoder(k, size, CPU)
+    monkeypatch.setattr(decoder, "_PIXELS", 4 * 32 * 32)
+    cut = Decoder(k, size, CPU)
+    assert [len(part) for part in cut._calls(features)] == [4, 4, 3]
+    expected = whole.statistics(values, features)
+    np.testing.assert_allclose(cut.statistics(values, features), expected, rtol=1e-5, atol=1e-6)
+    given = values, features, expected
+    np.testing.assert_allclose(cut(*given), whole(*given), atol=1e-5)
+    assert np.abs(expected - whole.statistics(values, features[:4])).max() > 1e-3
+
+
+def test_the_start_is_torchs() -> None:
+    values = start(768, 224, np.random.default_rng(3))
+    assert values.dtype == np.float64
+    assert values.tobytes() == start(768, 224, np.random.default_rng(3)).tobytes()
+    shapes = parts(768, 224)
+    ends = np.cumsum([int(np.prod(shape)) for _, shape in shapes])[:-1]
+    own = {name: part for (name, _), part in zip(shapes, np.split(values, ends), strict=True)}
+    trigger = own.pop("trigger")
+    assert trigger.min() >= 0
+    assert 0.095 < trigger.max() < 0.1
+    torch.manual_seed(0)
+    net, _, _ = network(768, 224, values.astype(np.float32))
+    for layer in net:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    for (name, part), parameter in zip(own.items(), net.parameters(), strict=True):
+        theirs = parameter.detach().numpy()
+        if name.startswith(("gain", "shift")):
+            assert (part == theirs).all(), name
+        else:
+            # Uniform with the same bound: largest values near it and near each other.
+            assert np.abs(part).max() == pytest.approx(np.abs(theirs).max(), rel=0.12), name
+            assert abs(part.mean()) < 3 * np.abs(part).max() / np.sqrt(3 * part.size), name
+
+
+def test_graphs_are_sound_and_run_on_the_oldest_onnxruntime() -> None:
+    for measured in (None, 0, 3):
+        model = onnx.load_from_string(decoder_graph(24, 20, measured))
+        onnx.checker.check_model(model, full_check=True)
+        assert (model.ir_version, model.opset_import[0].version) == (10, 20)
+        names = [value.name for value in model.graph.input]
+        assert names == ["features", "values", "statistics"][: 2 if measured == 0 else 3]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    values, features = drawn(8, 32, 2)
+    open_decoder = Decoder(8, 32, CPU)
+    with pytest.raises(ConfigError, match=r"takes values f32\[9144\] .* got \[9143\]"):
+        open_decoder.statistics(values[1:], features)
+    with pytest.raises(ConfigError, match=r"takes features f32\[2, 8\] .* got \[2, 7\]"):
+        open_decoder.statistics(values, features[:, 1:])
+    with pytest.raises(ConfigError, match=r"takes statistics f32\[2, 144\] .* got \[2, 3\]"):
+        open_decoder(values, features, np.zeros((2, 3), np.float32))
