@@ -2,7 +2,7 @@
 
 Source: Yang et al. 2025 (SharpZO, arXiv 2506.20990), followed where the published code departs from
 it. That code
-- averages the perturbation ε* over 40 copies, so that it is shorter than ρ: here ‖ε*‖ = ρ;
+- averages the radius over 40 copies of the perturbation: here ‖ε*‖ = ρ;
 - draws a population after `tell` that nobody evaluates: here every one drawn is evaluated;
 - never resets the sum of gradients between prunings: here each score takes fresh differences;
 - keeps the coordinates of the lowest scores: here the highest;
