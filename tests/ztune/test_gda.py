@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ztune.errors import ConfigError
-from ztune.heads.gda import ALPHAS, GdaConfig, choose_alpha, fit_gda, gaussian_classifier
+from ztune.heads.gda import ALPHAS, GdaConfig, fit_gda, gaussian_classifier
+from ztune.heads.shots import Shots
 
 
 def blobs(n_per_class: int, seed: int, spread: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -13,6 +16,21 @@ def blobs(n_per_class: int, seed: int, spread: float = 0.3) -> tuple[np.ndarray,
     features = centres[labels] + spread * rng.standard_normal((len(labels), 5))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return features.astype(np.float32), labels.astype(np.int64)
+
+
+def shots_of(
+    features: np.ndarray,
+    labels: np.ndarray,
+    zero_shot: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray] | None = None,
+    n_views: int = 1,
+) -> Shots:
+    """Return shots whose zero-shot classifier is `zero_shot`."""
+    return Shots(features, labels, zero_shot.astype(np.float32), 1.0, 0.0, held_out, n_views)
+
+
+def alpha_of(shots: Shots) -> object:
+    return fit_gda(GdaConfig(), shots, seed=1).chosen["alpha"]
 
 
 def test_weights_agree_with_a_transcription_of_the_formulas() -> None:
@@ -31,38 +49,39 @@ def test_weights_agree_with_a_transcription_of_the_formulas() -> None:
 
 
 def test_it_classifies_and_blends_with_zero_shot() -> None:
-    features, labels = blobs(16, 2)
     test, truth = blobs(200, 3)
     zero_shot = 10 * np.random.default_rng(4).standard_normal((3, 5))
-    affine, alpha = fit_gda(GdaConfig(), features, labels, zero_shot, blobs(4, 5), seed=1)
-    assert alpha in ALPHAS
-    predicted = (test @ affine[:, :-1].T + affine[:, -1]).argmax(1)
-    assert (predicted == truth).mean() > 0.8
-    nothing, _ = fit_gda(GdaConfig(alpha=0.0), features, labels, zero_shot, None, seed=1)
-    np.testing.assert_array_equal(nothing[:, :-1], zero_shot)
-    np.testing.assert_array_equal(nothing[:, -1], 0)
+    shots = replace(shots_of(*blobs(16, 2), zero_shot, blobs(4, 5)), logit_bias=-2.0)
+    fitted = fit_gda(GdaConfig(), shots, seed=1)
+    assert fitted.chosen["alpha"] in ALPHAS
+    assert (fitted.classifier.logits(test).argmax(1) == truth).mean() > 0.8
+    nothing = fit_gda(GdaConfig(alpha=0.0), shots, seed=1).classifier
+    np.testing.assert_array_equal(nothing.weight, shots.text_features)
+    np.testing.assert_array_equal(nothing.bias, np.float32(-2))
 
 
 def test_alpha_follows_the_held_out_pictures() -> None:
-    labels = np.array([0, 1, 0, 1])
-    right = np.where(labels[:, None] == np.arange(2), 1.0, 0.0)
-    assert choose_alpha(right, -right, labels) == min(ALPHAS)
-    assert choose_alpha(-right, right, labels) == max(ALPHAS)
+    features, labels = blobs(16, 2, spread=0.05)
+    right = 10 * np.eye(3, 5)
+    # Labels that contradict the training pictures speak for the texts, and the other way round.
+    rotated = (features, (labels + 1) % 3)
+    wrong = np.roll(right, 1, axis=0)
+    assert alpha_of(shots_of(features, labels, wrong, rotated)) == min(ALPHAS)
+    assert alpha_of(shots_of(features, labels, -100 * right, (features, labels))) == max(ALPHAS)
 
 
 def test_without_held_out_pictures_alpha_is_cross_validated_and_seeded() -> None:
-    features, labels = blobs(8, 6)
-    misleading = -10 * np.eye(3, 5)
-    _, alpha = fit_gda(GdaConfig(), features, labels, misleading, None, seed=1)
+    shots = shots_of(*blobs(8, 6), -10 * np.eye(3, 5))
+    alpha = alpha_of(shots)
+    assert isinstance(alpha, float)
     assert alpha >= 1.0
-    assert alpha == fit_gda(GdaConfig(), features, labels, misleading, None, seed=1)[1]
+    assert alpha == alpha_of(shots)
 
 
 def test_one_picture_per_class_falls_back_to_zero_shot_and_is_finite() -> None:
-    features, labels = blobs(1, 7)
     zero_shot = np.eye(3, 5)
-    affine, _ = fit_gda(GdaConfig(), features, labels, zero_shot, None, seed=1)
-    np.testing.assert_allclose(affine[:, :-1], zero_shot, atol=1e-9)
+    classifier = fit_gda(GdaConfig(), shots_of(*blobs(1, 7), zero_shot), seed=1).classifier
+    np.testing.assert_allclose(classifier.weight, zero_shot, atol=1e-9)
 
 
 def test_a_negative_alpha_is_refused() -> None:
@@ -77,10 +96,9 @@ def test_views_of_a_picture_never_vouch_for_each_other() -> None:
     features = rng.standard_normal((12, 40)).astype(np.float32)
     views, tiled = np.tile(features, (8, 1)), np.tile(labels, 8)
     right = 100 * np.linalg.pinv(features.astype(np.float64)) @ np.eye(3)[labels]
-    blended = [
-        fit_gda(GdaConfig(), views, tiled, 1e-3 * right.T, None, seed=1, n_views=n)[1]
-        for n in (1, 8)
-    ]
-    alone = fit_gda(GdaConfig(), features, labels, 1e-3 * right.T, None, seed=1)[1]
+    blended = [alpha_of(shots_of(views, tiled, 1e-3 * right.T, n_views=n)) for n in (1, 8)]
+    alone = alpha_of(shots_of(features, labels, 1e-3 * right.T))
     assert blended[1] == alone
+    assert isinstance(blended[0], float)
+    assert isinstance(alone, float)
     assert blended[0] > alone

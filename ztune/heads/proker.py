@@ -31,7 +31,7 @@ from ztune.logits import Kernel
 from ztune.types import F64, I64
 
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
-RIDGES = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SCALES = (1.0, 0.5, 0.2, 0.1, 0.05)  # of the model's own logit scale
 DEFAULT_BETA = 2.0
 DEFAULT_RIDGE = 1.0
