@@ -20,6 +20,8 @@ VERBS = {
     "pack": "fold a bundle's image tower and a result into one classifier.onnx",
     "predict": "classify pictures with a classifier.onnx",
     "quantize": "derive an int8 or fp16 bundle from an fp32 one",
+    "compare": "run several methods on the same pictures and tabulate what they cost and give",
+    "methods": "list the methods, what they need and their settings",
     "doctor": "check this machine, and a bundle on it",
 }
 

@@ -1,0 +1,259 @@
+"""`ztune compare`: every method on the same pictures, with what each costs and gives."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ztune.cli.execution import add_execution_arguments, settled
+from ztune.cli.output import Output
+from ztune.cli.request import Request
+from ztune.config import as_json, settings_from_words
+from ztune.errors import ConfigError, DataError, ZtuneError
+from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
+from ztune.types import Json
+
+if TYPE_CHECKING:
+    from ztune.data.split import Split
+
+EXAMPLE = """\
+  ztune compare models/mini --data examples/digits --methods zip,gda --seeds 1,2 --out runs/compare
+  ztune compare bundles/vit-b-32 --data photos --methods all --shots 16 --queries 5000 \\
+      --pixel-queries 1000 --seeds 1,2,3 --out runs/photos-compare"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", required=True, help="folder, or .csv/.jsonl list"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", required=True, help="new, or one to go on with"
+    )
+    parser.add_argument(
+        "--methods",
+        default="all",
+        metavar="NAMES",
+        help=f"all (default), or of {', '.join(METHODS)}",
+    )
+    parser.add_argument("--seeds", default="1,2,3", metavar="N,N", help="default: 1,2,3")
+    parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
+    parser.add_argument("--queries", type=int, metavar="N", help="of every method (default: 5000)")
+    parser.add_argument(
+        "--pixel-queries",
+        type=int,
+        metavar="N",
+        help="of methods that encode pictures anew with every query (default: as --queries)",
+    )
+    parser.add_argument("--preset", help=f"{' or '.join(PRESETS)}")
+    parser.add_argument(
+        "--set", action="append", metavar="METHOD.KEY=VALUE", help="one method's setting"
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        dest="templates",
+        help='hand-written prompt, several are averaged (default: "a photo of a {}.")',
+    )
+    parser.add_argument(
+        "--snapshots", type=int, metavar="N", default=12, help="points of a curve (default: 12)"
+    )
+    parser.add_argument(
+        "--val", type=int, metavar="N", help="validation pictures a class (default: min(shots, 4))"
+    )
+    parser.add_argument("--test-fraction", metavar="X", help="kept for testing (default: auto)")
+    parser.add_argument("--split-seed", type=int, metavar="N", help="default: 0")
+    parser.add_argument("--test-data", type=Path, metavar="FOLDER", help="test pictures elsewhere")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
+    parser.add_argument(
+        "--skip-broken", action="store_true", default=None, help="leave broken pictures out"
+    )
+    parser.add_argument(
+        "--force", action="store_true", default=None, help="tune below the signal-to-noise limit"
+    )
+    add_execution_arguments(parser, default=None)
+    parser.add_argument(
+        "--memory-limit", type=int, metavar="MB", help="of the tuning's forward passes"
+    )
+
+
+# Options that every cell's run has alike.
+_COMMON = (
+    "bundle", "data", "shots", "queries", "preset", "templates", "snapshots", "val",
+    "test_fraction", "split_seed", "test_data", "names", "skip_broken", "force", "provider",
+    "threads", "memory_limit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compared."""
+
+    base: Request
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pixel_queries: int
+    settings: Mapping[str, Mapping[str, Json]]
+    """Of each method that has any."""
+
+    def request(self, method: str, seed: int) -> Request:
+        """Return what one cell's run is asked for."""
+        settings = self.settings.get(method, {})
+        found = find_method(method)
+        config = tuned_config(found, method_config(found, settings, self.base.preset))
+        request = replace(self.base, method=method, seed=seed, settings=settings)
+        if config is None:
+            return replace(request, snapshots=0, force=False)
+        return request if config.program is None else replace(request, queries=self.pixel_queries)
+
+    def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:
+        """Return what must be the same for cells to stand in one table."""
+        own = ("method", "seed", "cache", "settings")
+        common = {k: v for k, v in as_json(self.base).items() if k not in own}
+        document: dict[str, Json] = json.loads(json.dumps(common))
+        settings: dict[str, Json] = {name: dict(own) for name, own in self.settings.items()}
+        return {
+            **document,
+            "pixel_queries": self.pixel_queries,
+            "settings": settings,
+            "bundle_digest": bundle_digest,
+            "pictures": pictures,
+        }
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.cli.comparing import Folder, lines_of, write_results
+    from ztune.cli.course import Course
+    from ztune.cli.workbench import open_workbench
+
+    asked = _asked(arguments)
+    base = asked.base
+    execution = settled(base.provider, base.threads, output, base.memory_limit)
+    asked = replace(asked, base=replace(base, provider=execution.provider))
+    bench = open_workbench(Path(base.bundle), execution, output)
+    split, pictures = _task(asked)
+    for note in split.notes:
+        output.remark(note)
+    request = asked.to_json(bench.bundle.digest, pictures)
+    folder = Folder.open(arguments.out, request, _counts(split), output)
+    with folder.locked():
+        try:
+            Course(asked, bench, split, folder, output).run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("go on with the same command") from None
+        document = write_results(folder, _command(arguments))
+    output.result(document, lines_of(folder))
+    wanted = {(m, s) for m in asked.methods for s in asked.seeds}
+    failed = [c for c in folder.cells if c.figures is None and (c.method, c.seed) in wanted]
+    if failed:
+        raise ZtuneError(
+            f"{len(failed)} of {len(wanted)} cell(s) failed, see above; the same command tries "
+            "them again"
+        )
+
+
+def _asked(arguments: argparse.Namespace) -> Asked:
+    """Return the request, checked as far as it can be without opening anything."""
+    values: dict[str, Any] = {}
+    for name in _COMMON:
+        value = getattr(arguments, name)
+        if value is not None:
+            values[name] = str(value.resolve()) if isinstance(value, Path) else value
+    values["templates"] = tuple(values.get("templates", Request.templates))
+    base = Request(**values)
+    base.split_settings()
+    methods = tuple(METHODS)
+    if arguments.methods != "all":
+        methods = tuple(_listed(arguments.methods, "--methods"))
+    seeds = []
+    for word in _listed(arguments.seeds, "--seeds"):
+        if not word.isdecimal():
+            raise ConfigError(f'--seeds has "{word}", expected whole numbers such as 1,2,3')
+        seeds.append(int(word))
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {arguments.seeds} names a seed twice")
+    pixel_queries = base.queries if arguments.pixel_queries is None else arguments.pixel_queries
+    if pixel_queries < 1:
+        raise ConfigError(f"--pixel-queries is {pixel_queries}, expected at least 1")
+    asked = Asked(base, methods, tuple(seeds), pixel_queries, _settings(arguments.set or []))
+    for method in (*methods, *asked.settings):
+        asked.request(method, seeds[0])  # a wrong name or value is told before anything starts
+    idle = [name for name in asked.settings if name not in methods]
+    if idle:
+        raise ConfigError(f"--set {idle[0]}.… is for a method that --methods leaves out")
+    return asked
+
+
+def _listed(text: str, option: str) -> list[str]:
+    """Return the words between commas, in order.
+
+    Raises: ConfigError for an empty list or word, or the same word twice.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ConfigError(f'{option} is "{text}", expected a list such as a,b,c')
+    twice = sorted({word for word in words if words.count(word) > 1})
+    if twice:
+        raise ConfigError(f"{option} names {twice[0]} twice")
+    return words
+
+
+def _settings(words: Sequence[str]) -> dict[str, dict[str, Json]]:
+    """Return {method: {key: text}} of words `method.key=value`."""
+    settings: dict[str, dict[str, Json]] = {}
+    for word in words:
+        name, dot, setting = word.partition(".")
+        if not dot or "=" in name:
+            raise ConfigError(f'--set takes METHOD.KEY=VALUE here, got "{word}"')
+        settings.setdefault(find_method(name).name, {}).update(settings_from_words([setting]))
+    return settings
+
+
+def _task(asked: Asked) -> tuple[Split, str]:
+    """Return the first seed's split, and a digest of all pictures that there are.
+
+    Raises: DataError when no pictures are kept for testing.
+    """
+    from ztune.cli.tuning import task_of
+    from ztune.data.split import digest_pictures
+
+    dataset, split = task_of(asked.request(asked.methods[0], asked.seeds[0]))
+    test = split.entries_of("test")
+    if not test:
+        raise DataError(
+            f'data "{asked.base.data}" leaves no pictures to test on (use more pictures, fewer '
+            "--shots, --test-fraction or --test-data)"
+        )
+    names = [dataset.classes[picture.label] for picture in dataset.pictures]
+    digests = digest_pictures(dataset)
+    seen = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
+    seen += [f"test {split.classes[entry.label]} {entry.sha256}" for entry in test]
+    return split, hashlib.sha256("\n".join(seen).encode()).hexdigest()
+
+
+def _counts(split: Split) -> dict[str, Json]:
+    from ztune.data.split import ROLES
+
+    counts: dict[str, Json] = {role: len(split.entries_of(role)) for role in ROLES}
+    return {"classes": len(split.classes), **counts}
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return what was typed, options in the order of the help."""
+    words = ["ztune", "compare", str(arguments.bundle)]
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-').replace('templates', 'template')}"
+        if name in ("bundle", "verb", "run", "json", "quiet", "debug") or value is None:
+            continue
+        if value is True:
+            words.append(option)
+        for one in value if isinstance(value, list) else [] if value is True else [value]:
+            words += [option, str(one)]
+    return shlex.join(words)

@@ -1,0 +1,335 @@
+"""A comparison's folder: compare.json, the runs of its cells, and the table and plots made of them.
+
+compare.json   what was asked, every cell, every number      compare.md    the table
+runs/          one run per cell, and those that encode        cache/        pictures, encoded once
+logs/          what each cell's processes said                *.png         the plots
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ztune.access import described
+from ztune.cli.cells import is_finished
+from ztune.cli.output import Output, table
+from ztune.comparison import (
+    COLUMNS,
+    Cell,
+    ImagePass,
+    Rates,
+    Row,
+    cell_from_json,
+    cell_to_json,
+    differences,
+    markdown_table,
+    mean_curve,
+    row_to_json,
+    summarise,
+    table_row,
+)
+from ztune.config import as_json
+from ztune.errors import ConfigError, FormatError
+from ztune.fields import Fields
+from ztune.files import new_folder, read_json, write_bytes, write_json
+from ztune.methods import METHODS, HeadMethod, needs_of_all
+from ztune.report_compare import Level, Line, draw_against
+from ztune.run import RunFolder
+from ztune.system import machine, versions
+from ztune.types import Json
+
+FORMAT = "ztune-compare"
+VERSION = 1
+
+
+class Folder:
+    """The files of one comparison, and what compare.json says so far."""
+
+    def __init__(self, path: Path, head: dict[str, Json], cells: list[Cell]):
+        self.path = path
+        self.head = head
+        """All of compare.json but the cells and what follows from them."""
+        self.cells = cells
+        self.cache = path / "cache"
+
+    @classmethod
+    def open(
+        cls, path: Path, request: Mapping[str, Json], counts: Mapping[str, Json], output: Output
+    ) -> Folder:
+        """Make the folder, or take up one that was made for the same request.
+
+        Raises: ConfigError when it holds something else, naming what differs.
+        """
+        if not (path / "compare.json").is_file():
+            head: dict[str, Json] = {
+                "began": datetime.date.today().isoformat(),
+                "request": dict(request),
+                "counts": dict(counts),
+                "versions": dict(versions()),
+                "machine": dict(machine()),
+                "images": [],
+            }
+            with new_folder(path) as work:
+                for name in ("runs", "logs", "cache"):
+                    (work / name).mkdir()
+                cls(work, head, []).write()
+            return cls(path, head, [])
+        found = cls.read(path)
+        found._require_the_same(request)
+        found._tell_what_changed(output)
+        return found
+
+    @classmethod
+    def read(cls, path: Path) -> Folder:
+        """Return what is there.
+
+        Raises: FormatError when compare.json is damaged, foreign or too new.
+        """
+        where = f'comparison "{path}"'
+        document = read_json(path / "compare.json", where)
+        if document.get("format") != FORMAT:
+            raise FormatError(f"{where}: compare.json was not written by ztune")
+        top = Fields(document, where)
+        top.version(VERSION)
+        for name in ("request", "counts", "versions", "machine"):
+            top.object(name)
+        top.objects("images")
+        cells = [cell_from_json(fields) for fields in top.objects("cells")]
+        cells = [cell for cell in cells if cell.method in METHODS]
+        derived = ("format", "version", "cells", "table", "access")
+        return cls(path, {k: v for k, v in document.items() if k not in derived}, cells)
+
+    def _require_the_same(self, request: Mapping[str, Json]) -> None:
+        changed = differences(self._fields.object("request").values, request)
+        if changed:
+            raise ConfigError(
+                f'comparison "{self.path}" was begun with another request: {"; ".join(changed)} '
+                "(repeat it, or name another --out; methods and seeds may be added)"
+            )
+
+    def _tell_what_changed(self, output: Output) -> None:
+        fields = self._fields
+        then = {**fields.object("versions").values, **fields.object("machine").values}
+        changed = differences(then, {**versions(), **machine()})
+        if changed:
+            output.warn(f"not as when the comparison began: {'; '.join(changed)}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the same comparison."""
+        with RunFolder(self.path).locked():
+            yield
+
+    @property
+    def _fields(self) -> Fields:
+        return Fields(self.head, f'comparison "{self.path}"')
+
+    def run_of(self, method: str, seed: int) -> Path:
+        return self.path / "runs" / f"{method}-{seed}"
+
+    def images_of(self, seed: int) -> Path:
+        """Return the run that encodes a seed's pictures for all cells."""
+        return self.path / "runs" / f"images-{seed}"
+
+    def log(self, name: str, seed: int) -> Path:
+        return self.path / "logs" / f"{name}-{seed}.log"
+
+    def has(self, method: str, seed: int) -> bool:
+        """Say whether a cell is finished and its run still there."""
+        found = [c for c in self.cells if (c.method, c.seed) == (method, seed)]
+        return bool(found and found[0].figures) and is_finished(self.run_of(method, seed))
+
+    def add(self, cell: Cell) -> None:
+        """Take a cell in place of what was known of it, and save."""
+        others = [c for c in self.cells if (c.method, c.seed) != (cell.method, cell.seed)]
+        order = list(METHODS)
+        self.cells = sorted([*others, cell], key=lambda c: (order.index(c.method), c.seed))
+        self.write()
+
+    def has_images(self, seed: int) -> bool:
+        return any(one.integer("seed") == seed for one in self._fields.objects("images"))
+
+    def note_images(self, seed: int, run: Mapping[str, Json]) -> None:
+        """Keep what encoding a seed's pictures took."""
+        names = ("image_forwards", "image_seconds", "peak_memory_mb")
+        images = [dict(one.values) for one in self._fields.objects("images")]
+        self.head["images"] = [*images, {"seed": seed, **{name: run.get(name) for name in names}}]
+        self.write()
+
+    @property
+    def images(self) -> ImagePass:
+        """What encoding took over all seeds; the rate measured at first where no pass was whole."""
+        passes = self._fields.objects("images")
+        n_pictures = sum(one.integer("image_forwards") for one in passes)
+        seconds = sum(one.number("image_seconds") for one in passes)
+        memory = max((one.number("peak_memory_mb") for one in passes), default=0.0)
+        if n_pictures:
+            return ImagePass(seconds / n_pictures, memory)
+        return ImagePass(self.rates.picture if self.rates else 0.0, memory)
+
+    @property
+    def rates(self) -> Rates | None:
+        if "rates" not in self.head:
+            return None
+        fields = self._fields.object("rates")
+        return Rates(**{name: fields.number(name) for name in fields.values})
+
+    def note_rates(self, rates: Rates) -> None:
+        self.head["rates"] = as_json(rates)
+        self.write()
+
+    @property
+    def rows(self) -> list[Row]:
+        return summarise(self.cells, self.images)
+
+    def document(self) -> dict[str, Json]:
+        """Return compare.json's content."""
+        images = self.images
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            **self.head,
+            "table": [row_to_json(row) for row in self.rows],
+            "access": {row.method: _access(row.method) for row in self.rows},
+            "cells": [cell_to_json(cell, images) for cell in self.cells],
+        }
+
+    def write(self) -> None:
+        write_json(self.path / "compare.json", self.document())
+
+
+def write_results(folder: Folder, command: str) -> dict[str, Json]:
+    """Write compare.json, compare.md and the plots; return compare.json's content."""
+    folder.head["command"] = command
+    folder.write()
+    write_bytes(folder.path / "compare.md", "\n".join([*_markdown(folder), ""]).encode())
+    if any(cell.figures for cell in folder.cells):
+        _draw(folder)
+    return folder.document()
+
+
+def lines_of(folder: Folder) -> list[str | Table]:
+    """Return what a person reads of a comparison."""
+    return [
+        table(_title(folder), COLUMNS, _table_rows(folder)),
+        "",
+        *_failures(folder),
+        *_footnotes(folder),
+        "",
+        *_access_sentences(folder),
+        "",
+        f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
+    ]
+
+
+def _title(folder: Folder) -> str:
+    request = folder._fields.object("request")
+    data, bundle = Path(request.text("data")).name, Path(request.text("bundle")).name
+    return f"{data} on {bundle}, {request.integer('shots')} shots"
+
+
+def _table_rows(folder: Folder) -> list[tuple[str, ...]]:
+    return [
+        table_row(row, new_classes=METHODS[row.method].serves_new_classes()) for row in folder.rows
+    ]
+
+
+def _failures(folder: Folder) -> list[str]:
+    """Return a line per method and reason."""
+    lines = []
+    for row in folder.rows:
+        for reason in dict.fromkeys(reason for _, reason in row.failures):
+            seeds = ", ".join(str(seed) for seed, why in row.failures if why == reason)
+            lines.append(f"{row.method} failed with seed {seeds}: {reason}")
+    return lines
+
+
+def _footnotes(folder: Folder) -> list[str]:
+    counts = folder._fields.object("counts")
+    n_test, n_classes = counts.integer("test"), counts.integer("classes")
+    per_picture = 1000 * folder.images.seconds_per_picture
+    return [
+        f"accuracy: on {n_test} test pictures of {n_classes} classes, mean ± sample standard "
+        "deviation over the seeds, in points. Methods share a seed's pictures, and none saw the "
+        "test pictures.",
+        "queries: candidates evaluated on a batch. text forwards: class prompts encoded, the "
+        "signal gate's probes included, the hand-written sentences' one pass left out.",
+        "image forwards, seconds, peak MB: as if each method ran alone. The cells share encoded "
+        f"pictures, so each is charged {per_picture:.2g} ms for a picture that it found encoded, "
+        "and at least the memory of the pass that encoded it. Scoring is in none of them.",
+    ]
+
+
+def _access(method: str) -> str:
+    return described(needs_of_all()[method])
+
+
+def _access_sentences(folder: Folder) -> list[str]:
+    return [f"{row.method} needs {_access(row.method)}." for row in folder.rows]
+
+
+def _markdown(folder: Folder) -> list[str]:
+    fields = folder._fields
+    there = {**fields.object("machine").values, **fields.object("versions").values}
+    provider = fields.object("request").text("provider")
+    return [
+        f"# {_title(folder)}",
+        "",
+        *markdown_table(COLUMNS, _table_rows(folder)),
+        "",
+        *_listed(_failures(folder)),
+        *_listed(_footnotes(folder)),
+        *_listed(_access_sentences(folder)),
+        "![accuracy against queries](accuracy-queries.png)",
+        "![accuracy against seconds](accuracy-seconds.png)",
+        "",
+        f"Command: `{fields.text('command')}`",
+        "",
+        f"Begun {fields.text('began')}, provider {provider}; "
+        + ", ".join(f"{name} {value}" for name, value in there.items())
+        + ".",
+    ]
+
+
+def _listed(lines: list[str]) -> list[str]:
+    return [*(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _draw(folder: Folder) -> None:
+    """Draw accuracy against queries and against seconds."""
+    images, style = folder.images, {name: i for i, name in enumerate(METHODS)}
+    curves: dict[str, Any] = {}
+    for name in METHODS:
+        curve = mean_curve([cell for cell in folder.cells if cell.method == name], images)
+        if curve is not None:
+            curves[name] = curve
+    for cost in ("queries", "seconds"):
+        lines = [
+            Line(name, style[name], getattr(curve, cost), curve.mean, curve.low, curve.high)
+            for name, curve in curves.items()
+        ]
+        levels = [
+            Level(
+                row.method,
+                style[row.method],
+                row.accuracy,
+                row.seconds if cost == "seconds" else None,
+            )
+            for row in folder.rows
+            if row.accuracy is not None and isinstance(METHODS[row.method], HeadMethod)
+        ]
+        levels += _hand_written(folder, levels)
+        draw_against(cost, lines, levels, _title(folder), folder.path / f"accuracy-{cost}.png")
+
+
+def _hand_written(folder: Folder, levels: list[Level]) -> list[Level]:
+    """Return the level of the hand-written prompt, where it is no method of the comparison."""
+    found = [c.figures.zero_shot_accuracy for c in folder.cells if c.figures is not None]
+    if any(level.name == "zero-shot" for level in levels):
+        return []
+    return [Level("hand-written prompt", None, sum(found) / len(found))]

@@ -1,0 +1,124 @@
+"""Pictures of a comparison: accuracy on the way against what it cost, all methods in one panel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ztune.report import INK, SOFT, new_figure, write_figure
+from ztune.types import F64
+
+# A method keeps its colour and mark whichever others are drawn beside it: they go by its place in
+# the table of methods. Neighbours differ in lightness as well, for print and for colour-blind eyes.
+_COLOURS = (
+    "#0b6e99", "#d1495b", "#8a5a00", "#e8a013", "#2e8b57", "#7a4c9e", "#e377c2", "#1f2430",
+    "#46b3c4", "#c1440e", "#5b7d12", "#3d5a9e", "#a0522d", "#b03a76", "#8a93a3",
+)  # fmt: skip
+_MARKS = "os^DvPX<>*hpd8H"
+_DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tuned method; arrays f64[n]."""
+
+    name: str
+    style: int
+    """Its place in the table of methods."""
+    cost: F64
+    """More than 0."""
+    mean: F64
+    low: F64
+    high: F64
+
+
+@dataclass(frozen=True)
+class Level:
+    """A method without steps, or another accuracy to stay above."""
+
+    name: str
+    style: int | None
+    """None: grey."""
+    accuracy: float
+    cost: float | None = None
+    """Where the level begins; None: it crosses the whole panel."""
+
+
+def draw_against(
+    cost: str, lines: Sequence[Line], levels: Sequence[Level], title: str, path: Path
+) -> None:
+    """Draw accuracy in 0…1 against a cost on a logarithmic axis, a band over the seeds."""
+    n_entries = len(lines) + len(levels)
+    figure = new_figure(9.6, max(4.8, 0.21 * (n_entries + 4) + 1.2))
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    handles = {line.name: _draw_line(axes, line) for line in lines}
+    costs = [line.cost[-1] for line in lines] + [level.cost or 0.0 for level in levels]
+    edge = 1.1 * max(costs, default=1.0)
+    handles |= {level.name: _draw_level(axes, level, edge) for level in levels}
+    axes.set_xlabel(f"{cost} (logarithmic)")
+    axes.set_ylabel("accuracy on the test pictures")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not lines and all(level.cost is None for level in levels):
+        axes.set_xscale("linear")
+        axes.set_xticks([])
+        axes.set_xlabel(f"no method spends {cost}")
+    _add_legend(axes, handles, lines, levels)
+    write_figure(figure, path)
+
+
+def _draw_line(axes: Any, line: Line) -> Any:
+    colour, mark = _COLOURS[line.style % len(_COLOURS)], _MARKS[line.style % len(_MARKS)]
+    axes.fill_between(line.cost, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
+    (drawn,) = axes.plot(
+        line.cost, line.mean, color=colour, marker=mark, markersize=4, linewidth=1.4
+    )
+    return drawn
+
+
+def _draw_level(axes: Any, level: Level, edge: float) -> Any:
+    """Draw a level from what it cost to the edge: it is there from then on."""
+    from matplotlib.lines import Line2D
+
+    look: dict[str, Any] = {"color": SOFT, "linestyle": (0, (1, 1)), "linewidth": 1.2}
+    if level.style is not None:
+        look["color"] = _COLOURS[level.style % len(_COLOURS)]
+        look["linestyle"] = (0, _DASHES[level.style % len(_DASHES)])
+    if level.cost is None:
+        axes.axhline(level.accuracy, **look)
+        return Line2D([], [], **look)
+    mark: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
+    axes.plot([level.cost, edge], [level.accuracy] * 2, markevery=[0], **look, **mark)
+    return Line2D([], [], **look, **mark)
+
+
+def _add_legend(
+    axes: Any, handles: dict[str, Any], lines: Sequence[Line], levels: Sequence[Level]
+) -> None:
+    """Name everything beside the panel, the most accurate first."""
+    from matplotlib.lines import Line2D
+
+    ends = {line.name: float(line.mean[-1]) for line in lines}
+    starts = {level.name: level.accuracy for level in levels}
+    shown, words = [], []
+    for heading, group in (("tuned, at the end", ends), ("without steps", starts)):
+        if group:
+            shown.append(Line2D([], [], linestyle="none"))
+            words.append(heading)
+        for name, accuracy in sorted(group.items(), key=lambda item: -item[1]):
+            shown.append(handles[name])
+            words.append(f"{accuracy:.1%}  {name}")
+    legend = axes.legend(
+        shown, words, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+        if text.get_text() in ("tuned, at the end", "without steps"):
+            text.set_color(INK)
+            text.set_fontweight("bold")
