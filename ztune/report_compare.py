@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ztune.report import INK, SOFT, new_figure, write_figure
+from ztune.report import INK, new_figure, write_figure
 from ztune.types import F64
 
 # A method keeps its colour and mark whichever others are drawn beside it: they go by its place in
@@ -16,6 +16,7 @@ _COLOURS = (
     "#0b6e99", "#d1495b", "#8a5a00", "#e8a013", "#2e8b57", "#7a4c9e", "#e377c2", "#1f2430",
     "#46b3c4", "#c1440e", "#5b7d12", "#3d5a9e", "#a0522d", "#b03a76", "#8a93a3",
 )  # fmt: skip
+_GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"
 _DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
 
@@ -50,6 +51,8 @@ def draw_against(
     cost: str, lines: Sequence[Line], levels: Sequence[Level], title: str, path: Path
 ) -> None:
     """Draw accuracy in 0…1 against a cost on a logarithmic axis, a band over the seeds."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     n_entries = len(lines) + len(levels)
     figure = new_figure(9.6, max(4.8, 0.21 * (n_entries + 4) + 1.2))
     figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
@@ -62,7 +65,9 @@ def draw_against(
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel("accuracy on the test pictures")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not lines and all(level.cost is None for level in levels):
@@ -86,7 +91,7 @@ def _draw_level(axes: Any, level: Level, edge: float) -> Any:
     """Draw a level from what it cost to the edge: it is there from then on."""
     from matplotlib.lines import Line2D
 
-    look: dict[str, Any] = {"color": SOFT, "linestyle": (0, (1, 1)), "linewidth": 1.2}
+    look: dict[str, Any] = {"color": _GREY, "linestyle": (0, (1, 1)), "linewidth": 1.2}
     if level.style is not None:
         look["color"] = _COLOURS[level.style % len(_COLOURS)]
         look["linestyle"] = (0, _DASHES[level.style % len(_DASHES)])

@@ -8,6 +8,7 @@ logs/          what each cell's processes said                *.png         the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -177,7 +178,7 @@ class Folder:
         if "rates" not in self.head:
             return None
         fields = self._fields.object("rates")
-        return Rates(**{name: fields.number(name) for name in fields.values})
+        return Rates(**{f.name: fields.number(f.name) for f in dataclasses.fields(Rates)})
 
     def note_rates(self, rates: Rates) -> None:
         self.head["rates"] = as_json(rates)
@@ -245,7 +246,8 @@ def _failures(folder: Folder) -> list[str]:
     for row in folder.rows:
         for reason in dict.fromkeys(reason for _, reason in row.failures):
             seeds = ", ".join(str(seed) for seed, why in row.failures if why == reason)
-            lines.append(f"{row.method} failed with seed {seeds}: {reason}")
+            noun = "seeds" if "," in seeds else "seed"
+            lines.append(f"{row.method} failed with {noun} {seeds}: {reason}")
     return lines
 
 
@@ -303,6 +305,8 @@ def _listed(lines: list[str]) -> list[str]:
 def _draw(folder: Folder) -> None:
     """Draw accuracy against queries and against seconds."""
     images, style = folder.images, {name: i for i, name in enumerate(METHODS)}
+    n_seeds = max(len(row.seeds) for row in folder.rows)
+    over = f", mean of {n_seeds} seeds (band: lowest to highest)" if n_seeds > 1 else ""
     curves: dict[str, Any] = {}
     for name in METHODS:
         curve = mean_curve([cell for cell in folder.cells if cell.method == name], images)
@@ -324,7 +328,8 @@ def _draw(folder: Folder) -> None:
             if row.accuracy is not None and isinstance(METHODS[row.method], HeadMethod)
         ]
         levels += _hand_written(folder, levels)
-        draw_against(cost, lines, levels, _title(folder), folder.path / f"accuracy-{cost}.png")
+        path = folder.path / f"accuracy-{cost}.png"
+        draw_against(cost, lines, levels, f"{_title(folder)}{over}", path)
 
 
 def _hand_written(folder: Folder, levels: list[Level]) -> list[Level]:

@@ -189,7 +189,7 @@ def measured_rates(bench: Workbench, split: Split, request: Request) -> Rates:
 def _picture_times(
     bench: Workbench, items: Sequence[tuple[Path, str]], skip_broken: bool
 ) -> tuple[float, float, float]:
-    """Return what reading and encoding these pictures takes first, and again; and encoding alone."""
+    """Return what reading and encoding pictures takes first, then again, and encoding alone."""
     encoder = OrtImageEncoder(bench.bundle, bench.execution)
 
     def encode() -> None:
