@@ -27,7 +27,10 @@ class CellError(ZtuneError):
 
 
 def is_finished(run: Path) -> bool:
-    return RunFolder(run).run.is_file() and RunFolder(run).read().get("status") == "finished"
+    try:
+        return RunFolder(run).read().get("status") == "finished"
+    except FormatError:  # not there, or damaged
+        return False
 
 
 def carry_out(
