@@ -22,7 +22,7 @@ from runtimes.providers import Execution, run_graph
 from ztune.errors import ConfigError, FormatError
 from ztune.types import F32, I64, U8, Batch
 
-# Pictures of a call on a CPU, where more are not faster, and on a GPU.
+# Pictures of a call: their states take memory, and a GPU is to be kept busy.
 _CHUNK_CPU, _CHUNK_GPU = 32, 128
 
 
