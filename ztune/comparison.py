@@ -221,7 +221,7 @@ class Job:
 
 
 # Two interpreters, and what a finished run draws and writes.
-_PROCESS_SECONDS = 4.0
+_PROCESS_SECONDS = 2.0
 
 
 def estimated_seconds(job: Job, rates: Rates) -> float:

@@ -14,7 +14,7 @@ from ztune.types import F64
 # the table of methods. Neighbours differ in lightness as well, for print and for colour-blind eyes.
 _COLOURS = (
     "#0b6e99", "#d1495b", "#8a5a00", "#e8a013", "#2e8b57", "#7a4c9e", "#e377c2", "#1f2430",
-    "#46b3c4", "#c1440e", "#5b7d12", "#3d5a9e", "#a0522d", "#b03a76", "#8a93a3",
+    "#46b3c4", "#c1440e", "#5b7d12", "#3d5a9e", "#00695c", "#b03a76", "#8a93a3",
 )  # fmt: skip
 _GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"

@@ -91,11 +91,12 @@ class Course:
             return estimated_seconds(Job(), rates)
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
         anew = config.program is not None
+        n_snapshots = min(len(request.snapshot_marks), request.queries // config.round_size)
         job = Job(
             request.queries,
             changes_texts=config.program in (None, "tokens"),
             pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
-            n_scored=n_test * (1 + len(request.snapshot_marks)) if anew else 0,
+            n_scored=n_test * (1 + n_snapshots) if anew else 0,
         )
         return estimated_seconds(job, rates)
 
