@@ -227,6 +227,15 @@ def test_what_the_bundle_does_not_give_fails_without_a_run(
     assert list((out / "runs").iterdir()) == []
 
 
+def test_access_is_that_of_the_settings(ztune: Command, data: Path, tmp_path: Path) -> None:
+    options = ("--shots", 2, "--seeds", 1, "--methods", "bptvlm", "--queries", 15, "--quiet")
+    out, text_alone = tmp_path / "out", ("--set", "bptvlm.part=text")
+    result = ztune("compare", MINI, "--data", data, "--out", out, *options, *text_alone, "--json")
+    assert result.code == 0, result.err
+    assert result.json["access"] == {"bptvlm": "losses of text prompts"}
+    assert result.json["cells"][0]["image_forwards_needed"] == 12
+
+
 def test_an_interrupted_cell_is_taken_up_again(ztune: Command, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     common = ("--shots", 2, "--queries", 60_000, "--seeds", 1, "--methods", "zip")

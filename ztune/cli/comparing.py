@@ -38,7 +38,7 @@ from ztune.config import as_json
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
 from ztune.files import new_folder, read_json, write_bytes, write_json
-from ztune.methods import METHODS, HeadMethod, needs_of_all
+from ztune.methods import METHODS, HeadMethod, method_config, needs_of
 from ztune.report_compare import Level, Line, draw_against
 from ztune.run import RunFolder
 from ztune.system import machine, versions
@@ -196,7 +196,7 @@ class Folder:
             "version": VERSION,
             **self.head,
             "table": [row_to_json(row) for row in self.rows],
-            "access": {row.method: _access(row.method) for row in self.rows},
+            "access": {row.method: _access(self, row.method) for row in self.rows},
             "cells": [cell_to_json(cell, images) for cell in self.cells],
         }
 
@@ -267,12 +267,16 @@ def _footnotes(folder: Folder) -> list[str]:
     ]
 
 
-def _access(method: str) -> str:
-    return described(needs_of_all()[method])
+def _access(folder: Folder, name: str) -> str:
+    """Return what a method needs as it was configured here."""
+    request, method = folder._fields.object("request"), METHODS[name]
+    settings = request.object("settings")
+    own = settings.object(name).values if name in settings.values else {}
+    return described(needs_of(method, method_config(method, own, request.text("preset"))))
 
 
 def _access_sentences(folder: Folder) -> list[str]:
-    return [f"{row.method} needs {_access(row.method)}." for row in folder.rows]
+    return [f"{row.method} needs {_access(folder, row.method)}." for row in folder.rows]
 
 
 def _markdown(folder: Folder) -> list[str]:
