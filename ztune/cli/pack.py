@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="other class names, one a line"
     )
+    parser.add_argument(
+        "--extractor", type=Path, metavar="FILE", help="ONNX file that a decoder was tuned with"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     add_execution_arguments(parser, "cpu")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
-    from ztune.artifact import read_artifact, require_same_model
+    from ztune.artifact import VisualArtifact, read_artifact, require_same_model
+    from ztune.cli.scoring import required_extractor
     from ztune.cli.workbench import open_workbench
     from ztune.data.manifests import read_class_list
 
@@ -45,7 +49,12 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
     classes = read_class_list(arguments.classes) if arguments.classes else None
     artifact = bench.refreshed(artifact, classes)
-    pack(bench.bundle, artifact, out, resize=arguments.resize)
+    extractor = None
+    if isinstance(artifact, VisualArtifact) and artifact.extractor:
+        extractor = required_extractor(artifact, arguments.extractor)
+    elif arguments.extractor is not None:
+        raise ConfigError("the result was tuned without an extractor; leave out --extractor")
+    pack(bench.bundle, artifact, out, resize=arguments.resize, extractor=extractor)
     size = bench.bundle.image.size
     shape = "N, H, W, 3" if arguments.resize else f"N, {size}, {size}, 3"
     document: dict[str, Json] = {

@@ -248,6 +248,8 @@ def _judge(document: dict[str, Json], output: Output) -> None:
     validation = document.get("validation")
     if not isinstance(validation, dict) or not validation:
         return
+    if document["method"] == "zero-shot":
+        return
     accuracy = {
         name: Fields(validation, "run").object(name).number("accuracy") for name in validation
     }
@@ -274,7 +276,10 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
             rows.append((shown, f"{part.number('accuracy'):.1%}", f"{low:.1%} to {high:.1%}"))
     if rows:
         n = validation.object("tuned").integer("n")
-        title = f"accuracy on {n} validation pictures (GDA's alpha was chosen on them)"
+        chosen = "heads chose their settings on them"
+        if fields.object("request").values.get("keep") == "best":
+            chosen += ", and the run its point"
+        title = f"accuracy on {n} validation pictures ({chosen})"
         lines.append(table(title, ("", "accuracy", "95 % interval"), rows))
     else:
         lines.append("no validation pictures, so nothing to compare with here (see: ztune eval)")
