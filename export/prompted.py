@@ -140,9 +140,6 @@ def _with_decoder(
     )
     given = [features, g.constant(artifact.visual), g.constant(statistics)]
     added = _added(g, model, decoder, "decoder.", given)
-    epsilon = float(artifact.provenance.config.get("epsilon", 1.0))  # type: ignore[arg-type]
-    if epsilon != 1:
-        added = g.node("Mul", [added, g.constant(epsilon)])
     black, white = limits(bundle.image)
     above = g.node("Max", [g.node("Add", [added, plain]), g.constant(black[None])])
     return g.node("Min", [above, g.constant(white[None])])

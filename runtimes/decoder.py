@@ -3,8 +3,10 @@
 Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", CVPR 2023.
 The feature and a tuned trigger are one latent f32[32, g, g]. Four blocks double its sides, each a
 depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
-GELU; a last transposed convolution makes the picture. All weights are one vector, in the order of
-`parts`: they are an input of the graph, so that no candidate costs a session.
+GELU; a last transposed convolution makes the picture. Where the image is so small that fewer
+doublings do, as it never was in the paper, the first of them have kernel and stride 1. All weights
+are one vector, in the order of `parts`: they are an input of the graph, so that no candidate costs
+a session.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ztune.types import F32, F64
 # Channels into a block, outputs of its depth-wise convolution per channel, channels out of it.
 _BLOCKS = ((32, 2, 64), (64, 1, 32), (32, 1, 32), (32, 1, 16))
 _COLOURS = 3
-_UPSAMPLING = 2 ** (len(_BLOCKS) + 1)
+_STAGES = len(_BLOCKS) + 1
 _EPSILON = 1e-5
 N_STATISTICS = sum(n_out for _, _, n_out in _BLOCKS)
 # Of all pictures in a call, as the decoder makes them: 32 of 224 px, which took 160 MB on a CPU.
@@ -30,27 +32,40 @@ _PIXELS = 32 * 224 * 224
 _NAME = "the decoder's graph"
 
 
-def grid(extractor_dim: int, size: int) -> int:
-    """Return g: the picture 32g covers the image of side `size`, and the latent has a trigger."""
-    width = _BLOCKS[0][0]
-    return max(-(-size // _UPSAMPLING), math.isqrt(extractor_dim // width) + 1)
+def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
+    """Return g and the kernel of each of the five stages: 7 and all 2 as published.
+
+    The latent has a trigger, and the picture, g times the kernels, covers the side `size`.
+    """
+    g = math.isqrt(extractor_dim // _BLOCKS[0][0]) + 1
+    doublings = 0
+    while g << doublings < size and doublings < _STAGES:
+        doublings += 1
+    kernels = (1,) * (_STAGES - doublings) + (2,) * doublings
+    return max(g, -(-size // 2**doublings)), kernels
+
+
+def side(extractor_dim: int, size: int) -> int:
+    """Return the side of the decoder's picture, of which the middle is taken."""
+    g, kernels = layout(extractor_dim, size)
+    return g * math.prod(kernels)
 
 
 def parts(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
     """Return name and shape of the weights, as torch would shape them, in the vector's order."""
-    g = grid(extractor_dim, size)
+    g, kernels = layout(extractor_dim, size)
     shapes: list[tuple[str, tuple[int, ...]]] = [
         ("trigger", (_BLOCKS[0][0] * g * g - extractor_dim,))
     ]
-    for number, (n_in, spread, n_out) in enumerate(_BLOCKS):
+    for number, ((n_in, spread, n_out), kernel) in enumerate(zip(_BLOCKS, kernels, strict=False)):
         shapes += [
-            (f"spread_{number}", (n_in, spread, 2, 2)),
+            (f"spread_{number}", (n_in, spread, kernel, kernel)),
             (f"spread_bias_{number}", (n_in * spread,)),
             (f"mix_{number}", (n_out, n_in * spread, 1, 1)),
             (f"gain_{number}", (n_out,)),
             (f"shift_{number}", (n_out,)),
         ]
-    return [*shapes, ("picture", (_BLOCKS[-1][2], _COLOURS, 2, 2))]
+    return [*shapes, ("picture", (_BLOCKS[-1][2], _COLOURS, kernels[-1], kernels[-1]))]
 
 
 def n_values(extractor_dim: int, size: int) -> int:
@@ -84,7 +99,7 @@ class Decoder:
         self._execution = replace(execution, provider=provider)
         self._sizes = extractor_dim, size
         self._n_values = n_values(extractor_dim, size)
-        self._chunk = max(1, _PIXELS // (_UPSAMPLING * grid(extractor_dim, size)) ** 2)
+        self._chunk = max(1, _PIXELS // side(extractor_dim, size) ** 2)
         self._sessions: dict[int | None, Any] = {}
 
     def __call__(self, values: F32, features: F32, statistics: F32) -> F32:
@@ -154,8 +169,8 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
     number of a block, `own` f32[2, channels], the mean and variance that it would normalise by in
     this batch, and nothing after it. The first block's graph takes no statistics.
 
-    Nothing lies between a block's two convolutions, and windows of stride 2 do not overlap: the two
-    are one matrix product from a place to the four it becomes.
+    Nothing lies between a block's two convolutions, and windows as wide as their stride do not
+    overlap: the two are one matrix product from a place to the four (or one) it becomes.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -183,33 +198,34 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         rows = node("ReduceMean", value, constant([2]), keepdims=0)
         return node("ReduceMean", rows, constant([0, 1]), keepdims=0)
 
-    def enlarged(value: str, matrix: str, side: int, n_out: int, perm: list[int]) -> str:
-        """Return four places for each of f32[N, side, side, C], by a matrix f32[C, 4 n_out]."""
+    def enlarged(value: str, matrix: str, kernel: int, n_out: int, perm: list[int]) -> str:
+        """Return kernel² places for each of f32[N, side, side, C], by f32[C, kernel² n_out]."""
         product = node("MatMul", value, matrix)
-        return node("Transpose", shaped(product, -1, side, side, 2, 2, n_out), perm=perm)
+        places = shaped(product, -1, side, side, kernel, kernel, n_out)
+        return node("Transpose", places, perm=perm)
 
     weights = parts(extractor_dim, size)
     cut("values", [math.prod(shape) for _, shape in weights], [name for name, _ in weights], 0)
     given = [f"given_{number}" for number in range(len(_BLOCKS))]
     if measured != 0:
         cut("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
-    side = grid(extractor_dim, size)
+    side, kernels = layout(extractor_dim, size)
     n_pictures = node("Shape", "features", start=0, end=1)
     shape = node("Concat", n_pictures, constant(weights[0][1]), axis=0)
     latent = node("Concat", "features", node("Expand", "trigger", shape), axis=1)
     channels_first = shaped(latent, -1, _BLOCKS[0][0], side, side)
     state = node("Transpose", channels_first, perm=[0, 2, 3, 1])
-    for number, (n_in, spread, n_out) in enumerate(_BLOCKS):
+    for number, ((n_in, spread, n_out), kernel) in enumerate(zip(_BLOCKS, kernels, strict=False)):
         by_input = node("Transpose", shaped(f"mix_{number}", n_out, -1), perm=[1, 0])
         products = node(
             "Mul",
-            shaped(f"spread_{number}", n_in, spread, 4, 1),
+            shaped(f"spread_{number}", n_in, spread, kernel**2, 1),
             shaped(by_input, n_in, spread, 1, n_out),
         )
         matrix = shaped(node("ReduceSum", products, constant([1]), keepdims=0), n_in, -1)
         bias = node("MatMul", shaped(f"spread_bias_{number}", 1, -1), by_input)
-        state = enlarged(state, matrix, side, n_out, [0, 1, 3, 2, 4, 5])
-        side *= 2
+        state = enlarged(state, matrix, kernel, n_out, [0, 1, 3, 2, 4, 5])
+        side *= kernel
         state = node("Add", shaped(state, -1, side, side, n_out), bias)
         if number == measured:
             means = mean(state)
@@ -224,10 +240,11 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         scaled = node("Mul", centred, node("Div", f"gain_{number}", spread_out))
         state = node("Gelu", node("Add", scaled, f"shift_{number}"))
     else:
-        by_place = node("Transpose", shaped("picture", -1, _COLOURS, 4), perm=[0, 2, 1])
-        matrix = shaped(by_place, -1, 4 * _COLOURS)
-        picture = enlarged(state, matrix, side, _COLOURS, [0, 5, 1, 3, 2, 4])
-        side *= 2
+        kernel = kernels[-1]
+        by_place = node("Transpose", shaped("picture", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
+        matrix = shaped(by_place, -1, kernel**2 * _COLOURS)
+        picture = enlarged(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
+        side *= kernel
         picture = shaped(picture, -1, _COLOURS, side, side)
         first = (side - size) // 2
         crop = [constant(value) for value in ([first] * 2, [first + size] * 2, [2, 3])]

@@ -146,7 +146,7 @@ class DecoderPrompts:
     """What a decoder with tuned values f32[P, n] makes of a feature, added to its picture.
 
     Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning",
-    CVPR 2023: x' = clip(x + epsilon p), in normalised pixels.
+    CVPR 2023: x' = clip(x + p), in normalised pixels.
     """
 
     def __init__(
@@ -155,14 +155,13 @@ class DecoderPrompts:
         execution: Execution,
         extractor_dim: int,
         statistics: F32 | None = None,
-        epsilon: float = 1.0,
     ):
         """Open tower and decoder; its normalisation goes by `statistics` f32[2, 144].
 
         None: by the pictures of each call of `encode`, on which features then depend.
         """
         self._spec = bundle.image
-        self._fixed, self._epsilon = statistics, np.float32(epsilon)
+        self._fixed = statistics
         self._decoder = Decoder(extractor_dim, bundle.image.size, execution)
         self._tower = _Tower(bundle, execution)
 
@@ -175,7 +174,6 @@ class DecoderPrompts:
                 statistics = self._decoder.statistics(values, features)
             for rows, filled in self._tower.calls(len(pixels)):
                 changed = self._decoder(values, features[rows], statistics)
-                changed *= self._epsilon
                 changed += normalise(pixels[rows], self._spec)
                 np.clip(changed, black, white, out=changed)
                 changed = changed[filled - filled[0]]

@@ -13,7 +13,7 @@ SEAMS = {"ztune.types", "ztune.errors", "ztune.files", "ztune.fields", "ztune.te
 ALLOWED = {
     "ztune": {"ztune"},
     "runtimes": {"runtimes"} | SEAMS,
-    "export": {"export", "runtimes", "ztune.artifact"} | SEAMS,
+    "export": {"export", "runtimes", "ztune.artifact", "ztune.logits"} | SEAMS,
 }
 
 

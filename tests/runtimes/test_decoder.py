@@ -7,7 +7,16 @@ import onnx
 import pytest
 
 from runtimes import decoder
-from runtimes.decoder import N_STATISTICS, Decoder, decoder_graph, grid, n_values, parts, start
+from runtimes.decoder import (
+    N_STATISTICS,
+    Decoder,
+    decoder_graph,
+    layout,
+    n_values,
+    parts,
+    side,
+    start,
+)
 from runtimes.providers import Execution
 from ztune.errors import ConfigError
 from ztune.types import F32
@@ -16,22 +25,27 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 CPU = Execution()
 # extractor values and picture side: the published ones, a grid that the picture sets and is cut,
-# one that the feature sets, and a feature that fills 32 g² but for its own sake
-SIZES = [(768, 224), (8, 70), (128, 24), (33, 32), (32, 32)]
+# one that the feature sets, with 3, 4, 1 and no doublings
+SIZES = [(768, 224), (8, 70), (128, 24), (33, 32), (32, 3), (32, 2)]
 
 
 def network(k: int, size: int, values: F32) -> Any:
     """Return the paper's layers with these values, in the order in which torch lists them."""
     channels = [(32, 64, 64), (64, 64, 32), (32, 32, 32), (32, 32, 16)]
     layers: list[Any] = []
-    for n_in, n_between, n_out in channels:
+    n_doublings = {(768, 224): 5, (8, 70): 5, (8, 32): 5, (128, 24): 3, (33, 32): 4}.get((k, size))
+    if n_doublings is None:
+        n_doublings = {3: 1, 2: 0}[size]
+    kernels = [1] * (5 - n_doublings) + [2] * n_doublings
+    for (n_in, n_between, n_out), kernel in zip(channels, kernels, strict=False):
         layers += [
-            nn.ConvTranspose2d(n_in, n_between, 2, 2, groups=n_in),
+            nn.ConvTranspose2d(n_in, n_between, kernel, kernel, groups=n_in),
             nn.Conv2d(n_between, n_out, 1, bias=False),
             nn.BatchNorm2d(n_out, momentum=1.0),  # keeps the last batch's statistics
             nn.GELU(),
         ]
-    net = nn.Sequential(*layers, nn.ConvTranspose2d(16, 3, 2, 2, bias=False))
+    last = nn.ConvTranspose2d(16, 3, kernels[-1], kernels[-1], bias=False)
+    net = nn.Sequential(*layers, last)
     sizes = [parameter.numel() for parameter in net.parameters()]
     n_trigger = len(values) - sum(sizes)
     torch.nn.utils.vector_to_parameters(torch.from_numpy(values[n_trigger:]), net.parameters())
@@ -75,18 +89,22 @@ def drawn(k: int, size: int, n_pictures: int) -> tuple[F32, F32]:
 def test_the_published_size() -> None:
     assert n_values(768, 224) == 9920
     assert dict(parts(768, 224))["trigger"] == (800,)
-    assert grid(768, 224) == 7
+    assert layout(768, 224) == (7, (2, 2, 2, 2, 2))
     assert N_STATISTICS == 64 + 32 + 32 + 16
 
 
 @pytest.mark.parametrize(("k", "size"), SIZES)
 def test_the_latent_is_the_smallest_that_holds_feature_and_trigger(k: int, size: int) -> None:
     fitting = [g for g in range(1, 99) if 32 * g >= size and 32 * g * g > k]
-    assert grid(k, size) == fitting[0]
+    g, kernels = layout(k, size)
+    assert g == fitting[0]
+    # No smaller number of doublings covers the image, which only the published five may overshoot.
+    assert side(k, size) >= size > (side(k, size) // 2 if 2 in kernels else 0)
     net, trigger, g = network(k, size, np.zeros(n_values(k, size), np.float32))
-    assert g == grid(k, size)
+    assert g == layout(k, size)[0]
     n_weights = sum(parameter.numel() for parameter in net.parameters())
-    assert (len(trigger), n_weights) == (32 * g * g - k, 9120)
+    assert len(trigger) == 32 * g * g - k
+    assert n_weights == 9120 if all(kernel == 2 for kernel in kernels) else n_weights < 9120
     shapes = [tuple(parameter.shape) for parameter in net.parameters()]
     assert [shape for _, shape in parts(k, size)] == [(len(trigger),), *shapes]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ztune.compositions import ZipConfig
 from ztune.config import configured, settings_from_words
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
 from ztune.files import new_folder, read_json, replacing, write_json
-from ztune.compositions import ZipConfig
 from ztune.run import RunFolder
 
 

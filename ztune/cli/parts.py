@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from runtimes.ort import OrtPromptEncoder
+from runtimes.scores import OrtScores
 from runtimes.visual import (
     BorderPrompts,
     DecoderPrompts,
@@ -13,9 +16,6 @@ from runtimes.visual import (
     TokenPrompts,
     VisualPrompts,
 )
-
-from runtimes.ort import OrtPromptEncoder
-from runtimes.scores import OrtScores
 from ztune.artifact import Artifact, ContextArtifact, Provenance, VisualArtifact
 from ztune.cli.pictures import Changeable, Pictures, fingerprints
 from ztune.cli.workbench import Workbench

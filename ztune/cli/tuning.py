@@ -209,9 +209,7 @@ class Work:
             if config.program is None and not self._gate_is_passed():
                 open_reference(request.reference, bundle)
             if (request.validates or config.validates) and not self.split.entries_of("val"):
-                raise ConfigError(
-                    "a run that validation steers needs validation pictures (--val)"
-                )
+                raise ConfigError("a run that validation steers needs validation pictures (--val)")
         elif request.reference or request.force:
             raise ConfigError(
                 f"{request.method} has no steps, so no signal to measure: leave out "
@@ -237,9 +235,7 @@ class Work:
         prompt_map, optimizer = config.build(towers, request.queries, request.seed)
         if not request.validates:
             return prompt_map, optimizer
-        wrapped: Optimizer = Validated(
-            optimizer, request.queries_between_validations, request.keep
-        )
+        wrapped: Optimizer = Validated(optimizer, request.queries_between_validations, request.keep)
         if request.patience is not None:
             wrapped = EarlyStop(wrapped, request.patience)
         return prompt_map, wrapped
