@@ -29,7 +29,8 @@ _EPSILON = 1e-5
 N_STATISTICS = sum(n_out for _, _, n_out in _BLOCKS)
 # Of all pictures in a call, as the decoder makes them: 32 of 224 px, which took 160 MB on a CPU.
 _PIXELS = 32 * 224 * 224
-_NAME = "the decoder's graph"
+_BY_BATCH = "batch"
+_NONE = np.zeros((2, N_STATISTICS), dtype=np.float32)
 
 
 def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
@@ -100,7 +101,7 @@ class Decoder:
         self._sizes = extractor_dim, size
         self._n_values = n_values(extractor_dim, size)
         self._chunk = max(1, _PIXELS // side(extractor_dim, size) ** 2)
-        self._sessions: dict[int | None, Any] = {}
+        self._sessions: dict[int | str | None, Any] = {}
 
     def __call__(self, values: F32, features: F32, statistics: F32) -> F32:
         """Return the pictures f32[N, 3, S, S] of N features, normalised by statistics f32[2, 144].
@@ -110,6 +111,18 @@ class Decoder:
         return np.concatenate(
             [self._run(values, part, statistics) for part in self._calls(features)]
         )
+
+    def at_once(self, n_pictures: int) -> bool:
+        """Return whether so many pictures fit one call."""
+        return n_pictures <= self._chunk
+
+    def by_batch(self, values: F32, features: F32) -> F32:
+        """Return the pictures f32[N, 3, S, S] of N features, normalised by their own statistics.
+
+        One call, where `statistics` takes four before the pictures are made.
+        Raises: ConfigError when values or features have another size.
+        """
+        return self._run(values, features, _NONE, _BY_BATCH)
 
     def statistics(self, values: F32, features: F32) -> F32:
         """Return the normalisation means and variances f32[2, 144] over all N pictures.
@@ -136,7 +149,9 @@ class Decoder:
     def _calls(self, features: F32) -> list[F32]:
         return [features[at : at + self._chunk] for at in range(0, len(features), self._chunk)]
 
-    def _run(self, values: F32, features: F32, statistics: F32, measured: int | None = None) -> F32:
+    def _run(
+        self, values: F32, features: F32, statistics: F32, measured: int | str | None = None
+    ) -> F32:
         shapes = {
             "values": (self._n_values,),
             "features": (len(features), self._sizes[0]),
@@ -161,13 +176,14 @@ class Decoder:
         return run_graph(session, "the decoder's graph", None, feeds)[0]
 
 
-def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) -> bytes:
+def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = None) -> bytes:
     """Return a graph with k = `extractor_dim` and S = `size`.
 
     Inputs: `features` f32[N, k], `values` f32[n], and `statistics` f32[2, 144], the means and
     variances to normalise by. Output: `perturbation` f32[N, 3, S, S]; or where `measured` is the
     number of a block, `own` f32[2, channels], the mean and variance that it would normalise by in
-    this batch, and nothing after it. The first block's graph takes no statistics.
+    this batch, and nothing after it. The first block's graph takes no statistics, nor does the one
+    for `measured` "batch", which gives the pictures normalised by this batch's own.
 
     Nothing lies between a block's two convolutions, and windows as wide as their stride do not
     overlap: the two are one matrix product from a place to the four (or one) it becomes.
@@ -199,21 +215,22 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         return node("ReduceMean", rows, constant([0, 1]), keepdims=0)
 
     def enlarged(value: str, matrix: str, kernel: int, n_out: int, perm: list[int]) -> str:
-        """Return kernel² places for each of f32[N, side, side, C], by f32[C, kernel² n_out]."""
+        """Return kernel² places for each of f32[N, width, width, C], by f32[C, kernel² n_out]."""
         product = node("MatMul", value, matrix)
-        places = shaped(product, -1, side, side, kernel, kernel, n_out)
+        places = shaped(product, -1, width, width, kernel, kernel, n_out)
         return node("Transpose", places, perm=perm)
 
     weights = parts(extractor_dim, size)
     cut("values", [math.prod(shape) for _, shape in weights], [name for name, _ in weights], 0)
     given = [f"given_{number}" for number in range(len(_BLOCKS))]
-    if measured != 0:
+    given_statistics = measured not in (0, _BY_BATCH)
+    if given_statistics:
         cut("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
-    side, kernels = layout(extractor_dim, size)
+    width, kernels = layout(extractor_dim, size)
     n_pictures = node("Shape", "features", start=0, end=1)
     shape = node("Concat", n_pictures, constant(weights[0][1]), axis=0)
     latent = node("Concat", "features", node("Expand", "trigger", shape), axis=1)
-    channels_first = shaped(latent, -1, _BLOCKS[0][0], side, side)
+    channels_first = shaped(latent, -1, _BLOCKS[0][0], width, width)
     state = node("Transpose", channels_first, perm=[0, 2, 3, 1])
     for number, ((n_in, spread, n_out), kernel) in enumerate(zip(_BLOCKS, kernels, strict=False)):
         by_input = node("Transpose", shaped(f"mix_{number}", n_out, -1), perm=[1, 0])
@@ -225,17 +242,19 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         matrix = shaped(node("ReduceSum", products, constant([1]), keepdims=0), n_in, -1)
         bias = node("MatMul", shaped(f"spread_bias_{number}", 1, -1), by_input)
         state = enlarged(state, matrix, kernel, n_out, [0, 1, 3, 2, 4, 5])
-        side *= kernel
-        state = node("Add", shaped(state, -1, side, side, n_out), bias)
-        if number == measured:
+        width *= kernel
+        state = node("Add", shaped(state, -1, width, width, n_out), bias)
+        if given_statistics and number != measured:
+            means, variances = (node("Gather", given[number], constant(row)) for row in range(2))
+            centred = node("Sub", state, means)
+        else:
             means = mean(state)
             centred = node("Sub", state, means)
             variances = mean(node("Mul", centred, centred))
+        if number == measured:
             rows = shaped(means, 1, -1), shaped(variances, 1, -1)
             node("Concat", *rows, output="own", axis=0)
             break
-        means, variances = (node("Gather", given[number], constant(row)) for row in range(2))
-        centred = node("Sub", state, means)
         spread_out = node("Sqrt", node("Add", variances, constant(_EPSILON, np.float32)))
         scaled = node("Mul", centred, node("Div", f"gain_{number}", spread_out))
         state = node("Gelu", node("Add", scaled, f"shift_{number}"))
@@ -244,9 +263,9 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         by_place = node("Transpose", shaped("picture", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
         matrix = shaped(by_place, -1, kernel**2 * _COLOURS)
         picture = enlarged(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
-        side *= kernel
-        picture = shaped(picture, -1, _COLOURS, side, side)
-        first = (side - size) // 2
+        width *= kernel
+        picture = shaped(picture, -1, _COLOURS, width, width)
+        first = (width - size) // 2
         crop = [constant(value) for value in ([first] * 2, [first + size] * 2, [2, 3])]
         node("Slice", picture, *crop, output="perturbation")
 
@@ -257,10 +276,10 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | None = None) ->
         tensor("features", "N", extractor_dim),
         tensor("values", n_values(extractor_dim, size)),
     ]
-    if measured != 0:
+    if given_statistics:
         inputs.append(tensor("statistics", 2, N_STATISTICS))
     output = tensor("perturbation", "N", _COLOURS, size, size)
-    if measured is not None:
+    if isinstance(measured, int):
         output = tensor("own", 2, _BLOCKS[measured][2])
     graph = helper.make_graph(nodes, "decoder", inputs, [output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -7,7 +7,7 @@ with its own first picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,7 +83,8 @@ class _Tower:
 
     def calls(self, n_pictures: int) -> Iterator[tuple[I64, I64]]:
         """Yield the pictures of one call after the other, bare and filled up to the usual size."""
-        size = min(self._chunk, n_pictures)
+        n_calls = -(-n_pictures // self._chunk)
+        size = -(-n_pictures // n_calls)
         for first in range(0, n_pictures, size):
             filled = np.arange(first, first + size)
             rows = filled[filled < n_pictures]
@@ -169,16 +170,22 @@ class DecoderPrompts:
         encoded = self._tower.room(len(visual), len(pixels))
         black, white = limits(self._spec)
         for candidate, values in enumerate(visual):
-            statistics = self._fixed
-            if statistics is None:
-                statistics = self._decoder.statistics(values, features)
+            added = self._added(values, features)
             for rows, filled in self._tower.calls(len(pixels)):
-                changed = self._decoder(values, features[rows], statistics)
-                changed += normalise(pixels[rows], self._spec)
+                changed = added(rows) + normalise(pixels[rows], self._spec)
                 np.clip(changed, black, white, out=changed)
                 changed = changed[filled - filled[0]]
                 encoded[candidate, rows] = self._tower(changed)[: len(rows)]
         return encoded
+
+    def _added(self, values: F32, features: F32) -> Callable[[I64], F32]:
+        """Return what gives the decoder's pictures f32[n, 3, S, S] of n rows of the features."""
+        statistics = self._fixed
+        if statistics is None and self._decoder.at_once(len(features)):
+            return self._decoder.by_batch(values, features).__getitem__
+        if statistics is None:
+            statistics = self._decoder.statistics(values, features)
+        return lambda rows: self._decoder(values, features[rows], statistics)
 
     def statistics(self, values: F32, features: F32) -> F32:
         """Return the normalisation f32[2, 144] of a decoder f32[n] over features f32[N, k]."""

@@ -119,6 +119,7 @@ def test_it_is_the_network_in_torch(k: int, size: int) -> None:
     picture = network_in_ort(values, features, statistics)
     assert picture.shape == (5, 3, size, size)
     np.testing.assert_allclose(picture, expected, atol=5e-5)
+    np.testing.assert_allclose(network_in_ort.by_batch(values, features), expected, atol=5e-5)
     # Fixed statistics, of other pictures: now a picture does not depend on the batch.
     other = network_in_ort.statistics(values, features[:2] * 0.5)
     expected, _ = by_torch(k, size, values, features, other)
