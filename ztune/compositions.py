@@ -232,11 +232,15 @@ class SpsaGcConfig(DirectSpsaConfig):
 
 @dataclass(frozen=True)
 class DirectRgfConfig(_Text, RgfConfig):
-    """The context's own values by random gradient-free steps (Nesterov and Spokoiny 2017)."""
+    """The context's own values by random gradient-free steps (Nesterov and Spokoiny 2017).
+
+    No paper tunes prompts so: the step sizes are those of our measurements (docs/methods.md), all
+    else is BAR's.
+    """
 
     batch_size: int | None = 128
-    step_size: float = 1e-4
-    last_step_size: float = 1e-5
+    step_size: float = 0.1
+    last_step_size: float = 0.01
 
     def __post_init__(self) -> None:
         _Text.__post_init__(self)

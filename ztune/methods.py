@@ -84,6 +84,7 @@ METHODS: dict[str, Method] = {
             "sharpness-aware CMA-ES, then sparse zeroth-order steps on a projected context",
             "SharpZO, NeurIPS 2025 (arXiv 2506.20990)",
             SharpZoMethodConfig,
+            tuned={"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01},
         ),
         TunedMethod(
             "bptvlm",
@@ -102,6 +103,7 @@ METHODS: dict[str, Method] = {
             "simultaneous perturbation of the context's own values",
             "Spall 1992; decays of Spall 1998",
             DirectSpsaConfig,
+            tuned={"step_size": 1.0},
         ),
         TunedMethod(
             "spsa-gc",
