@@ -7,6 +7,7 @@ with its own first picture.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -177,6 +178,12 @@ class DecoderPrompts:
                 changed = changed[filled - filled[0]]
                 encoded[candidate, rows] = self._tower(changed)[: len(rows)]
         return encoded
+
+    def fixed(self, statistics: F32) -> DecoderPrompts:
+        """Return the same tower and decoder, normalising by `statistics` f32[2, 144]."""
+        other = copy.copy(self)
+        other._fixed = statistics
+        return other
 
     def _added(self, values: F32, features: F32) -> Callable[[I64], F32]:
         """Return what gives the decoder's pictures f32[n, 3, S, S] of n rows of the features."""

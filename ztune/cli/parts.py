@@ -80,7 +80,9 @@ class Assembly:
             raise ZtuneError("the method tunes no texts, and there are no sentences")
         images = None
         if config.program is not None:
-            images = self.images(config.program)
+            changeable = pictures.changeable
+            n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
+            images = open_program(self.bench, config.program, n_extracted)
         train = self._objective(texts, images, pictures.features, pictures.changeable)
         held_out = None
         if pictures.val_features is not None:
@@ -93,12 +95,6 @@ class Assembly:
             )
             held_out = HeldOut(val, len(pictures.val_labels))
         return Parts(config, prompt_map, optimizer, texts, images, train, held_out)
-
-    def images(self, program: str) -> VisualPrompts:
-        """Open the image tower for a program."""
-        changeable = self.pictures.changeable
-        n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
-        return open_program(self.bench, program, n_extracted)
 
     def _objective(
         self,
@@ -164,6 +160,19 @@ class Assembly:
             seen,
         )
 
+    def val_features(self, parts: Parts, artifact: Artifact) -> F32 | None:
+        """Return unit features f32[n, e] of the validation pictures as the artifact changes them.
+
+        None without such pictures.
+        """
+        changeable, images = self.pictures.val_changeable, parts.images
+        if not isinstance(artifact, VisualArtifact) or changeable is None or images is None:
+            return self.pictures.val_features
+        if isinstance(images, DecoderPrompts) and artifact.statistics is not None:
+            images = images.fixed(artifact.statistics)
+        visual = artifact.visual[None]
+        return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
+
     def train_loss(self, parts: Parts, point: F64) -> float:
         """Return the loss over all training pictures and views: a final report, free of charge."""
         n_views, n = self.pictures.features.shape[:2]
@@ -190,11 +199,3 @@ def open_program(
     if program == "decoder":
         return DecoderPrompts(bundle, execution, n_extracted, statistics)
     return TokenPrompts(bundle, execution)
-
-
-def prompted_features(
-    bench: Workbench, artifact: VisualArtifact, pixels: np.ndarray, extracted: F32
-) -> F32:
-    """Return unit features f32[N, e] of pictures u8[N, S, S, 3] under a tuned visual prompt."""
-    images = open_program(bench, artifact.program, extracted.shape[-1], artifact.statistics)
-    return images.encode(artifact.visual[None], pixels, extracted)[0]

@@ -15,10 +15,10 @@ from runtimes.extractor import OrtExtractor
 from runtimes.ort import plan_for
 from runtimes.prompts import name_tokens, shared_starts, template_sentences
 from ztune.access import EVERYTHING, IMAGE_TOKENS, require_access
-from ztune.artifact import Artifact, HeadArtifact, Provenance, VisualArtifact, write_artifact
+from ztune.artifact import Artifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
 from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate, unmeasured
-from ztune.cli.parts import Assembly, Parts, prompted_features
+from ztune.cli.parts import Assembly, Parts
 from ztune.cli.pictures import Album, Pictures, fingerprints
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
@@ -88,6 +88,8 @@ class Outcome:
     """Spent by earlier processes of a resumed run."""
     train_loss: float
     """In nats, over all training pictures and views."""
+    val_features: F32 | None
+    """f32[n, e] of the validation pictures, as the artifact changes them."""
     cuda_graph: str | None = None
     """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
 
@@ -144,13 +146,13 @@ class Work:
                 head = self._through_the_gate(head, parts, pictures, budget)
                 outcome = self._tuned(parts, pictures, budget, started)
         else:
-            outcome = self._fitted(shots)
+            outcome = self._fitted(shots, pictures.val_features)
         artifact = outcome.artifact
         compared = {
             "zero-shot": self.bench.zero_shot(request.templates, classes),
             "gda": gda.classifier,
         }
-        scores = self._validated(artifact, compared, pictures)
+        scores = self._validated(outcome, compared, pictures)
         write_artifact(self.folder.prompt, artifact)
         document: dict[str, Json] = {
             **head,
@@ -381,9 +383,11 @@ class Work:
                 ) from None
         loss = assembly.train_loss(parts, parts.optimizer.recommend())
         cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
-        return Outcome(artifact(stop_reason), tuning.earlier, loss, cuda_graph)
+        result = artifact(stop_reason)
+        features = assembly.val_features(parts, result)
+        return Outcome(result, tuning.earlier, loss, features, cuda_graph)
 
-    def _fitted(self, shots: Shots) -> Outcome:
+    def _fitted(self, shots: Shots, val_features: F32 | None) -> Outcome:
         method = find_method(self.request.method)
         assert isinstance(method, HeadMethod)
         fitted: Fitted = method.fit(self.config, shots, self.request.seed)
@@ -398,21 +402,19 @@ class Work:
             classifier.kernel,
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
-        return Outcome(artifact, 0.0, float(losses.mean()))
+        return Outcome(artifact, 0.0, float(losses.mean()), val_features)
 
     def _validated(
-        self, artifact: Artifact, others: Mapping[str, FeatureClassifier], pictures: Pictures
+        self, outcome: Outcome, others: Mapping[str, FeatureClassifier], pictures: Pictures
     ) -> dict[str, Score]:
         """Return the scores on the validation pictures by name; empty without such pictures."""
         features, labels, classes = pictures.val_features, pictures.val_labels, self.split.classes
-        if features is None:
+        if features is None or outcome.val_features is None:
             return {}
-        own, seen = features, pictures.val_changeable
-        if isinstance(artifact, VisualArtifact) and seen is not None:
-            own = prompted_features(self.bench, artifact, seen.pixels[0], seen.extracted[0])
+        tuned = outcome.artifact.classifier().logits(outcome.val_features)
         return {
             "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
-            "tuned": score(artifact.classifier().logits(own), labels, classes),
+            "tuned": score(tuned, labels, classes),
             "gda": score(others["gda"].logits(features), labels, classes),
         }
 
