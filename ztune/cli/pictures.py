@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -159,8 +159,8 @@ class Album:
         encoder = OrtImageEncoder(self.bench.bundle, self.bench.execution)
         side = self.bench.bundle.image.size
         shape = (max(1, n_views), len(items), side, side, 3)
-        file: Any = tempfile.TemporaryFile(dir=self.folder.path)  # noqa: SIM115 - lives on
-        pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        with tempfile.TemporaryFile(dir=self.folder.path) as file:  # the mapping lives on
+            pixels = np.memmap(cast("Any", file), dtype=np.uint8, mode="w+", shape=shape)
         for number, (path, digest) in enumerate(items):
             for view in range(shape[0]):
                 pixels[view, number] = read_view(
