@@ -98,6 +98,11 @@ def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
             "the visual prompt was tuned with a feature extractor of its own: name it with "
             "--extractor FILE"
         )
+    if not path.is_file():
+        raise ConfigError(
+            f'the feature extractor "{path}" of the visual prompt does not exist; put it back, or '
+            "name where it is now with --extractor FILE"
+        )
     if sha256(path) != artifact.extractor:
         raise ConfigError(
             f'--extractor "{path}" is not the one that the visual prompt was tuned with '
