@@ -2,13 +2,14 @@
 
 import argparse
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from ztune.cli.main import VERBS, parser
-from ztune.methods import METHODS
+from ztune.config import as_json
+from ztune.methods import METHODS, TunedMethod
+from ztune.types import Json
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,11 +32,46 @@ def test_the_reference_names_every_option_and_no_other(verb: str) -> None:
         )
 
 
-def test_the_reference_names_every_setting() -> None:
-    text = (ROOT / "docs" / "commands.md").read_text()
-    for method in METHODS.values():
-        for field in fields(method.config):
-            assert f"`{field.name}`" in text
+def page_of_methods() -> dict[str, str]:
+    """Return the text of each method's section in docs/methods.md."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    parts = re.split(r"^#{2,3} (.+)\n", text, flags=re.MULTILINE)
+    headed = zip(parts[1::2], parts[2::2], strict=True)
+    return {head.strip("`"): body for head, body in headed if head.startswith("`")}
+
+
+def shown(value: Json) -> str:
+    """Return a value as one would write it behind --set."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_methods_page_has_a_section_for_each_method_and_no_other() -> None:
+    assert list(page_of_methods()) == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods_page_has_every_setting_with_its_default(name: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([^`|]*)` \| .", page_of_methods()[name], re.MULTILINE)
+    assert len(rows) == len(dict(rows)), "a setting stands there twice"
+    assert dict(rows) == {k: shown(v) for k, v in as_json(METHODS[name].config()).items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods_page_has_paper_cost_presets_and_departures(name: str) -> None:
+    method, section = METHODS[name], page_of_methods()[name]
+    for number in re.findall(r"arXiv \d+\.\d+", method.paper):
+        assert number in section
+    assert "Departures:" in section
+    assert "Result:" in section
+    if not isinstance(method, TunedMethod):
+        return
+    assert f"{method.config().step_queries():,} queries" in section
+    tuned = ", ".join(f"`{key}` {shown(value)}" for key, value in method.tuned.items())
+    assert f"Preset `tuned`: {tuned}.\n" in section if tuned else "Preset `tuned`" not in section
+    views = f"Preset `published`: {method.augment} cached views.\n"
+    assert views in section if method.augment else "Preset `published`" not in section
 
 
 def test_links_inside_the_project_lead_somewhere() -> None:
