@@ -57,19 +57,21 @@ class OrtExtractor:
     def width(self) -> int:
         """Return k.
 
-        Raises: ConfigError when the file does not take one picture and give one vector of fixed
-            length.
+        Raises: ConfigError when the file does not take 32-bit pictures, any number of them, and
+            give one 32-bit vector of fixed length for each.
         """
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
         side = self._spec.size
-        fits = len(shape) == 4 and shape[1] in (3, "3") and set(shape[2:]) <= {side, *_names(shape)}
+        fits = len(shape) == 4 and shape[1] in (3, "3") and set(shape[2:]) <= {side, *_free(shape)}
+        fits = fits and not isinstance(shape[0], int)
         vector = len(outputs) == 1 and len(outputs[0].shape) == 2
-        if not fits or not vector or not isinstance(outputs[0].shape[1], int):
+        wide = {value.type for value in (*inputs, *outputs)} == {"tensor(float)"}
+        if not fits or not wide or not vector or not isinstance(outputs[0].shape[1], int):
+            taken, given = ([f"{v.type} {v.shape}" for v in vs] for vs in (inputs, outputs))
             raise ConfigError(
-                f'extractor "{self._path}" takes {[i.shape for i in inputs]} and gives '
-                f"{[o.shape for o in outputs]}, expected one input f32[N, 3, {side}, {side}] and "
-                "one output f32[N, k]"
+                f'extractor "{self._path}" takes {taken} and gives {given}, expected one input '
+                f"f32[N, 3, {side}, {side}] for any N and one output f32[N, k]"
             )
         return int(outputs[0].shape[1])
 
@@ -85,6 +87,6 @@ class OrtExtractor:
         return np.asarray(features, dtype=np.float32)
 
 
-def _names(shape: list[Any]) -> set[str]:
-    """Return the dimensions that are free."""
-    return {size for size in shape if isinstance(size, str)}
+def _free(shape: list[Any]) -> set[str | None]:
+    """Return the dimensions that are free: by name, or None."""
+    return {size for size in shape if not isinstance(size, int)}
