@@ -1,7 +1,8 @@
 """The tuned methods: each a configuration that composes a map and an optimizer.
 
-A configuration's defaults are the published settings. What it needs of a runtime, how many
-candidates it sends at once and what its first step costs are known before anything is opened.
+A configuration's defaults are the published settings, where a paper has tuned prompts so. What it
+needs of a runtime, how many candidates it sends at once and what its first step costs are known
+before anything is opened.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from ztune.access import FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
+from ztune.access import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
 from ztune.errors import ConfigError
 from ztune.maps.context import DirectContext, LinearContext
 from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
@@ -101,6 +102,9 @@ class TunedConfig(Protocol):
     def step_queries(self) -> int:
         """Return what the first step costs: the least budget."""
 
+    def own_seconds(self, queries: int) -> float:
+        """Return roughly what the optimizer's own arithmetic takes, where that is worth a word."""
+
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         """Return map and optimizer at their start, for a budget of `queries`."""
 
@@ -125,7 +129,7 @@ class _Defaults:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset((LOSS,))
+        return frozenset((LOSS, CONTEXTS))
 
     @property
     def program(self) -> str | None:
@@ -138,6 +142,9 @@ class _Defaults:
     @property
     def validates(self) -> bool:
         return False
+
+    def own_seconds(self, queries: int) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -264,9 +271,14 @@ class DirectRgfConfig(_Text, RgfConfig):
         return prompt_map, Rgf(_part(RgfConfig, self), prompt_map.start(), n_steps, rng)
 
 
-# Beyond these a full covariance is refused: bytes of its matrices, and floating point operations
-# of all its eigendecompositions (a core of 2026 does some 10¹⁰ in a second: this is half a day).
-_MOST_BYTES, _MOST_OPERATIONS = 4e9, 5e14
+# Beyond these a full covariance is refused: bytes of its matrices, and hours of its
+# eigendecompositions, of which a core of 2026 does some 10¹⁰ operations in a second.
+_MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
+
+
+def _cma_seconds(config: CmaConfig, dim: int, population: int, queries: int) -> float:
+    cost = cost_of(dim, config.covariance, population)
+    return cost.flops * max(1, queries // population) / _OPERATIONS_A_SECOND
 
 
 def _check_reach(config: CmaConfig, dim: int, population: int, queries: int) -> None:
@@ -274,12 +286,12 @@ def _check_reach(config: CmaConfig, dim: int, population: int, queries: int) -> 
 
     Raises: ConfigError saying what it would take.
     """
-    cost = cost_of(dim, config.covariance, population)
-    total = cost.flops * max(1, queries // population)
-    if cost.bytes > _MOST_BYTES or total > _MOST_OPERATIONS:
+    n_bytes = cost_of(dim, config.covariance, population).bytes
+    hours = _cma_seconds(config, dim, population, queries) / 3600
+    if n_bytes > _MOST_BYTES or hours > _MOST_HOURS:
         raise ConfigError(
             f"CMA-ES with a {config.covariance} covariance of {dim} values takes "
-            f"{cost.bytes / 1e9:.1f} GB and {total:.0e} operations for {queries} queries, out of "
+            f"{n_bytes / 1e9:.1f} GB and some {hours:.0f} hours for {queries} queries, out of "
             "reach here (use fewer values, or covariance=separable)"
         )
 
@@ -307,8 +319,11 @@ class TextCmaConfig(_Text, CmaConfig):
     def step_queries(self) -> int:
         return self.round_size
 
+    def own_seconds(self, queries: int) -> float:
+        return _cma_seconds(self, self.intrinsic_dim, self.round_size, queries)
+
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
-        _check_reach(_part(CmaConfig, self), self.intrinsic_dim, self.round_size, queries)
+        _check_reach(self, self.intrinsic_dim, self.round_size, queries)
         std = towers.token_std / np.sqrt(self.intrinsic_dim)
         rng = np.random.default_rng([seed, _MAP])
         prompt_map = LinearContext(self.initial(towers, seed), self.intrinsic_dim, std, rng)
@@ -340,7 +355,9 @@ class BptVlmConfig(_Defaults, CmaConfig):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset((LOSS,) if self.part == "text" else (LOSS, PIXELS, IMAGE_TOKENS))
+        text = () if self.part == "vision" else (CONTEXTS,)
+        image = () if self.part == "text" else (PIXELS, IMAGE_TOKENS)
+        return frozenset((LOSS, *text, *image))
 
     @property
     def program(self) -> str | None:
@@ -363,8 +380,11 @@ class BptVlmConfig(_Defaults, CmaConfig):
     def step_queries(self) -> int:
         return self.round_size
 
+    def own_seconds(self, queries: int) -> float:
+        return _cma_seconds(self, self._dim, self.round_size, queries)
+
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
-        _check_reach(_part(CmaConfig, self), self._dim, self.round_size, queries)
+        _check_reach(self, self._dim, self.round_size, queries)
         text, image = np.random.default_rng([seed, _MAP]).spawn(2)
         maps: list[PromptMap] = []
         if self.part != "vision":

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from ztune.budget import Budget
 from ztune.errors import BudgetError, ZtuneError
-from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy
+from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy, focal_loss
 from ztune.types import F32, Batch, Prompts
 
 
@@ -97,3 +99,42 @@ def test_the_budget_is_never_exceeded(limit: int, steps: list[int]) -> None:
                 budget.reserve(n)
         assert budget.queries <= limit
         assert budget.text_forwards == 7 * budget.queries
+
+
+def test_the_focal_loss_is_its_formula() -> None:
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((2, 5, 4))).astype(np.float32)
+    labels = np.array([0, 3, 1, 1, 2])
+    for gamma in (0.5, 2.0, 5.0):
+        found = focal_loss(gamma)(logits, labels)
+        assert found.shape == (2, 5)
+        for p in range(2):
+            for i, label in enumerate(labels):
+                powers = [math.exp(value) for value in logits[p, i].tolist()]
+                share = powers[label] / sum(powers)
+                assert found[p, i] == pytest.approx(-((1 - share) ** gamma) * math.log(share))
+
+
+def test_a_focal_loss_without_focus_is_cross_entropy() -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+    labels = np.arange(5) % 4
+    np.testing.assert_array_equal(
+        focal_loss(0.0)(logits, labels), cross_entropy(logits, labels), strict=True
+    )
+
+
+def test_the_focal_loss_of_certain_answers_is_finite() -> None:
+    logits = np.array([[1e4, -1e4], [1e4, -1e4]], dtype=np.float32)
+    np.testing.assert_allclose(focal_loss(2.0)(logits, np.array([0, 1])), [0.0, 2e4])
+
+
+def test_scores_take_the_loss_that_they_are_given() -> None:
+    _, features, labels = setup()
+    batch = Batch(np.arange(12), np.zeros(12, np.int64), 1)
+    prompts = Prompts(np.random.default_rng(2).standard_normal((3, 2, 5)).astype(np.float32))
+    scores = NumpyScores(Linear(), features, 20.0, -3.0, focal_loss(2.0))(prompts, batch, labels)
+    assert scores.logits is not None
+    expected = focal_loss(2.0)(scores.logits, labels).mean(axis=-1)
+    np.testing.assert_allclose(scores.losses, expected)
+    plain = cross_entropy(scores.logits, labels).mean(axis=-1)
+    assert (scores.losses < plain).all()

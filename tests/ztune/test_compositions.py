@@ -1,0 +1,340 @@
+"""What every tuned method of the table keeps to, and its published settings."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtimes import decoder
+from ztune.access import FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
+from ztune.compositions import (
+    BarConfig,
+    BlackVipConfig,
+    BptVlmConfig,
+    DirectRgfConfig,
+    DirectSpsaConfig,
+    Patches,
+    SharpZoMethodConfig,
+    SpsaGcConfig,
+    TextCmaConfig,
+    Towers,
+    TunedConfig,
+    ZipConfig,
+)
+from ztune.errors import ConfigError
+from ztune.methods import METHODS, TunedMethod, find_method, method_config, needs_of
+from ztune.optim.cma import Cma
+from ztune.system import one_blas_thread
+from ztune.types import F32, F64, Evaluation, Optimizer, Prompts
+
+D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
+N_WORDS = 4
+QUERIES = 5000
+TUNED = {name: method for name, method in METHODS.items() if isinstance(method, TunedMethod)}
+# Beside the defaults, other shapes of the same method.
+CONFIGS: dict[str, TunedConfig] = {
+    **{name: method.config() for name, method in TUNED.items()},
+    **{f"{n} tuned": method_config(m, {}, "tuned") for n, m in TUNED.items() if m.tuned},
+    "zip short": ZipConfig(n_context=2, intrinsic_dim=11, rank=1, n_pairs=1),
+    "bptvlm text": BptVlmConfig(part="text", text_dim=30),
+    "bptvlm vision": BptVlmConfig(part="vision", vision_dim=20, n_tokens=2),
+    "bptvlm full": BptVlmConfig(text_dim=30, vision_dim=20, covariance="full", population=None),
+    "cma population of the dimension": TextCmaConfig(population=None, intrinsic_dim=33),
+    "cma random": TextCmaConfig(init="random", n_context=3, intrinsic_dim=10),
+    "sharpzo uneven": SharpZoMethodConfig(intrinsic_dim=21, population=5, probes_per_call=4),
+    "sharpzo validating": SharpZoMethodConfig(intrinsic_dim=5, warmup_patience=2),
+    "sharpzo large population": SharpZoMethodConfig(intrinsic_dim=5, population=50),
+    "rgf one": DirectRgfConfig(n_directions=1, init="random"),
+}
+
+
+def towers(patches: Patches | None = Patches(WIDTH, 48, 0.01, 0.1)) -> Towers:  # noqa: B008
+    table = np.random.default_rng(0).standard_normal((100, D)).astype(np.float32)
+    return Towers(
+        text_width=D,
+        token_table=table,
+        context_of_words=lambda words: table[: len(words.split())],
+        image_size=SIZE,
+        decoder_start=lambda rng: decoder.start(N_EXTRACTED, SIZE, rng),
+        patches=patches,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As a run does: many small products are slower on several threads."""
+    with one_blas_thread():
+        yield
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
+def config(request: pytest.FixtureRequest) -> TunedConfig:
+    return CONFIGS[request.param]
+
+
+def answer(optimizer: Optimizer, points: F64) -> None:
+    losses = np.asarray((points**2).sum(axis=1))
+    optimizer.tell(Evaluation(losses, np.zeros_like(losses), np.zeros(1, np.int64), 1))
+
+
+def bytes_of(prompts: Prompts) -> bytes:
+    parts = (prompts.contexts, prompts.visual)
+    return b"|".join(b"" if part is None else part.tobytes() for part in parts)
+
+
+def test_map_and_optimizer_fit_and_send_what_the_program_says(config: TunedConfig) -> None:
+    prompt_map, optimizer = config.build(towers(), QUERIES, 1)
+    start = optimizer.recommend()
+    assert start.shape == (prompt_map.dim,)
+    points = optimizer.ask().points
+    assert points.shape[1] == prompt_map.dim
+    prompts = prompt_map(points)
+    assert len(prompts) == len(points)
+    for part in (prompts.contexts, prompts.visual):
+        assert part is None or (part.dtype == np.float32 and np.isfinite(part).all())
+    visual = None if prompts.visual is None else prompts.visual.shape[1:]
+    if config.program is None:
+        assert visual is None
+    elif config.program == "border":
+        assert visual == (3, SIZE, SIZE)
+    elif config.program == "decoder":
+        assert visual == (decoder.n_values(N_EXTRACTED, SIZE),)
+    else:
+        assert isinstance(config, BptVlmConfig)
+        assert visual == (config.n_tokens, WIDTH)
+    tunes_texts = config.program is None or getattr(config, "part", "") == "both"
+    assert (prompts.contexts is not None) == tunes_texts
+    if prompts.contexts is not None:
+        n_context = getattr(config, "n_context", 0)
+        if getattr(config, "init", "random") != "random":
+            n_context = N_WORDS
+        assert prompts.contexts.shape == (len(points), n_context, D)
+    assert (LOSS in config.needs) != (LOGITS in config.needs)
+    assert (PIXELS in config.needs) == (config.program is not None)
+    assert (IMAGE_TOKENS in config.needs) == (config.program == "tokens")
+    assert (FEATURES in config.needs) == (config.program == "decoder")
+
+
+def test_the_first_step_costs_what_is_said_in_calls_of_the_size_that_is_said(
+    config: TunedConfig,
+) -> None:
+    _, optimizer = config.build(towers(), QUERIES, 1)
+    before = optimizer.recommend()
+    spent = 0
+    while spent < config.step_queries():
+        proposal = optimizer.ask()
+        assert 0 < len(proposal.points) <= config.round_size
+        assert proposal.same_batch == (spent > 0 and not proposal.validation)
+        spent += len(proposal.points)
+        answer(optimizer, proposal.points)
+    assert spent == config.step_queries()
+    assert not optimizer.ask().same_batch  # a new step, on new pictures
+    assert not np.array_equal(optimizer.recommend(), before)
+
+
+def test_the_largest_call_is_as_large_as_is_said(config: TunedConfig) -> None:
+    _, optimizer = config.build(towers(), QUERIES, 1)
+    largest, spent = 0, 0
+    while spent < config.step_queries():
+        proposal = optimizer.ask()
+        largest, spent = max(largest, len(proposal.points)), spent + len(proposal.points)
+        answer(optimizer, proposal.points)
+    # What stands in `round_size` is what memory is planned for.
+    bound = config.round_size
+    if isinstance(config, SharpZoMethodConfig):
+        bound = max(config.population, min(config.probes_per_call, 2 * config.intrinsic_dim))
+    assert largest == bound
+
+
+def test_a_seed_decides_everything(config: TunedConfig) -> None:
+    def sent(seed: int) -> list[bytes]:
+        prompt_map, optimizer = config.build(towers(), QUERIES, seed)
+        rounds = []
+        for _ in range(2):
+            points = optimizer.ask().points
+            rounds.append(bytes_of(prompt_map(points)))
+            answer(optimizer, points)
+        return rounds
+
+    first = sent(1)
+    assert sent(1) == first
+    assert sent(2)[0] != first[0]
+
+
+def test_the_finest_setting_is_one_of_its_own(config: TunedConfig) -> None:
+    name, value = config.finest
+    assert getattr(config, name) == value > 0
+
+
+def test_sharpzo_costs_1064_queries_a_step_as_published() -> None:
+    config = SharpZoMethodConfig()
+    assert (config.intrinsic_dim, config.population) == (512, 40)
+    assert config.step_queries() == 1064
+    assert SharpZoMethodConfig(warmup_patience=10).step_queries() == 1065
+    assert config.validates is False
+    assert SharpZoMethodConfig(warmup_patience=10).validates is True
+
+
+def test_dimensions_as_published() -> None:
+    def dim(config: TunedConfig, given: Towers | None = None) -> int:
+        return config.build(given or towers(), QUERIES, 1)[0].dim
+
+    assert dim(ZipConfig()) == 417
+    assert dim(BptVlmConfig()) == 4000
+    assert dim(BptVlmConfig(part="text")) == dim(BptVlmConfig(part="vision")) == 2000
+    assert dim(TextCmaConfig()) == 500
+    assert dim(SharpZoMethodConfig()) == 512
+    assert dim(BarConfig()) == 3 * SIZE * SIZE
+    assert dim(BlackVipConfig()) == decoder.n_values(N_EXTRACTED, SIZE)
+    for config in (DirectSpsaConfig(), SpsaGcConfig(), DirectRgfConfig()):
+        assert dim(config) == N_WORDS * D
+    # A tower of 224 px and an extractor of 768 values, as in the papers.
+    published = Towers(
+        D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
+        lambda rng: decoder.start(768, 224, rng), None,
+    )  # fmt: skip
+    assert dim(BarConfig(), published) == 150_528
+    assert dim(BlackVipConfig(), published) == 9_920
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (
+            ZipConfig(),
+            {
+                "n_context": 8, "init": "random", "init_std": 0.02, "intrinsic_dim": 500, "rank": 5,
+                "step_size": 0.01, "step_offset": 1.0, "step_decay": 0.4, "perturbation": 0.01,
+                "perturbation_decay": 0.1, "n_pairs": 5, "clip": True, "momentum": 0.0,
+                "batch_size": 128,
+            },
+        ),
+        (
+            SharpZoMethodConfig(),
+            {
+                "n_context": 4, "init": "a photo of a", "smoothing": 1e-3, "radius": 0.1,
+                "bound": 5.0, "prune_every": 200, "keep_fraction": 0.5, "step_size": 1e-3,
+                "batch_size": None, "projection_std": 1.0, "warmup_steps": 100,
+            },
+        ),
+        (
+            BptVlmConfig(),
+            {
+                "population": 15, "sigma": 1.0, "n_context": 5, "n_tokens": 5, "text_dim": 2000,
+                "vision_dim": 2000, "covariance": "separable", "keep": "best", "batch_size": None,
+                "part": "both",
+            },
+        ),
+        (
+            BarConfig(),
+            {
+                "focal_gamma": 2.0, "n_directions": 5, "perturbation": 0.01, "step_size": 10.0,
+                "last_step_size": 0.1, "step_power": 0.9, "batch_size": 128,
+            },
+        ),
+        (
+            BlackVipConfig(),
+            {
+                "momentum": 0.8, "n_pairs": 5, "clip": False, "step_size": 0.01,
+                "step_decay": 0.4, "perturbation": 0.01, "perturbation_decay": 0.1,
+                "batch_size": 128,
+            },
+        ),
+        (
+            TextCmaConfig(),
+            {"intrinsic_dim": 500, "population": 20, "sigma": 1.0, "covariance": "full"},
+        ),
+        (SpsaGcConfig(), {"momentum": 0.8, "step_decay": 0.4, "perturbation_decay": 0.1}),
+        (
+            DirectSpsaConfig(),
+            {"momentum": 0.0, "clip": False, "step_decay": 0.602, "perturbation_decay": 0.101},
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "",
+)  # fmt: skip
+def test_defaults_as_published(config: object, published: dict[str, Any]) -> None:
+    assert {name: getattr(config, name) for name in published} == published
+
+
+def test_only_bar_has_a_focal_loss() -> None:
+    focal = {name: method.config().focal for name, method in TUNED.items()}
+    assert {name for name, gamma in focal.items() if gamma} == {"bar"}
+    assert focal["bar"] == 2.0
+
+
+def test_a_border_starts_from_a_normal_distribution_and_a_text_from_its_words() -> None:
+    start = BarConfig().build(towers(), QUERIES, 1)[1].recommend()
+    assert start.std() == pytest.approx(1, rel=0.05)
+    assert abs(start.mean()) < 0.05
+    words: F32 = towers().token_table[:3]
+    for config in (
+        DirectSpsaConfig(init="one two three"),
+        SharpZoMethodConfig(init="one two three"),
+        TextCmaConfig(init="one two three"),
+        ZipConfig(init="one two three"),
+    ):
+        prompt_map, optimizer = config.build(towers(), QUERIES, 1)
+        contexts = prompt_map(optimizer.recommend()[None]).contexts
+        assert contexts is not None
+        np.testing.assert_allclose(contexts[0], words, atol=1e-6)
+    random = ZipConfig().initial(towers(), 1)
+    assert random.shape == (8, D)
+    assert random.std() == pytest.approx(0.02, rel=0.2)
+
+
+def test_decaying_steps_know_the_budget() -> None:
+    # At its last step the step size has come down to what it is to end with.
+    for n_queries in (60, 600):
+        config = BarConfig(step_size=5.0, last_step_size=0.5)
+        _, optimizer = config.build(towers(), n_queries, 1)
+        for _ in range(n_queries // config.step_queries()):
+            answer(optimizer, optimizer.ask().points)
+        assert optimizer._step_size == pytest.approx(0.5)  # type: ignore[attr-defined]
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for name, setting, value in (
+        ("zip", "rank", 0), ("zip", "intrinsic_dim", 0), ("zip", "n_context", 0),
+        ("zip", "batch_size", 0), ("zip", "n_pairs", 0), ("cma", "intrinsic_dim", 0),
+        ("cma", "population", 3), ("cma", "covariance", "round"), ("bptvlm", "part", "image"),
+        ("bptvlm", "n_tokens", 0), ("bptvlm", "text_dim", 0), ("bptvlm", "vision_dim", 0),
+        ("sharpzo", "projection_std", 0.0), ("sharpzo", "intrinsic_dim", 0),
+        ("blackvip", "batch_size", 0), ("blackvip", "momentum", 1.0), ("bar", "focal_gamma", -1.0),
+        ("bar", "n_directions", 0), ("rgf", "perturbation", 0.0), ("spsa", "step_size", 0.0),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=setting):
+            method_config(find_method(name), {setting: value})
+
+
+def test_tokens_need_a_tower_that_takes_them() -> None:
+    with pytest.raises(ConfigError, match="takes no extra tokens"):
+        BptVlmConfig().build(towers(None), QUERIES, 1)
+    BptVlmConfig(part="text", text_dim=10).build(towers(None), QUERIES, 1)
+    method = find_method("bptvlm")
+    assert needs_of(method, BptVlmConfig(part="text")) == {LOSS}
+
+
+@pytest.mark.parametrize(
+    ("config", "queries"),
+    [
+        (TextCmaConfig(intrinsic_dim=20_000), 5000),  # memory
+        (BptVlmConfig(covariance="full"), 5000),  # time
+        (TextCmaConfig(intrinsic_dim=3000), 20_000),  # time, of many generations
+    ],
+    ids=["memory", "time", "generations"],
+)
+def test_a_covariance_out_of_reach_is_refused_before_anything_is_made(
+    config: TunedConfig, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cma, "__init__", lambda *_: pytest.fail("it was made"))
+    with pytest.raises(ConfigError, match=r"out of reach here .*covariance=separable"):
+        config.build(towers(), queries, 1)
+
+
+def test_a_covariance_within_reach_is_not_refused() -> None:
+    TextCmaConfig().build(towers(), 100_000, 1)
+    BptVlmConfig().build(towers(), 1_000_000, 1)
+    # Its own paper's size.
+    config = BptVlmConfig(text_dim=500, vision_dim=500, covariance="full", population=30)
+    config.build(towers(), 8000, 1)
