@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from ztune.errors import ConfigError
 
 LOSS = "loss"
-"""Losses of prompts: contexts go in, one number a candidate comes out."""
+"""One number a candidate."""
+CONTEXTS = "contexts"
+"""The text tower takes embeddings before the class names."""
 LOGITS = "logits"
 """Logits of every picture and class."""
 FEATURES = "features"
@@ -17,10 +19,11 @@ PIXELS = "pixels"
 IMAGE_TOKENS = "image tokens"
 """The image tower takes extra tokens."""
 
-EVERYTHING = frozenset((LOSS, LOGITS, FEATURES, PIXELS, IMAGE_TOKENS))
+EVERYTHING = frozenset((LOSS, CONTEXTS, LOGITS, FEATURES, PIXELS, IMAGE_TOKENS))
 _SENTENCES = {
-    LOSS: "losses of text prompts",
+    LOSS: "losses",
     LOGITS: "logits",
+    CONTEXTS: "text prompts as embeddings",
     FEATURES: "image features",
     PIXELS: "changed pictures in every query",
     IMAGE_TOKENS: "extra tokens in the image tower",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,8 @@ class VisualArtifact:
 
 
 PROGRAMS = ("border", "decoder", "tokens")
+_N_STATISTICS = 144
+"""Channels that BlackVIP's decoder normalises."""
 Artifact = ContextArtifact | HeadArtifact | VisualArtifact
 
 
@@ -222,6 +225,12 @@ def read_artifact(path: Path) -> Artifact:
             )
         else:
             program = top.text("program", among=PROGRAMS)
+            templates = () if context is not None else top.texts("templates")
+            if context is None and not (templates and all(t.count("{}") == 1 for t in templates)):
+                raise FormatError(f"{where}: expected templates that hold {{}} once each")
+            extractor = top.text("extractor")
+            if not re.fullmatch(r"([0-9a-f]{64})?", extractor):
+                raise FormatError(f'{where}: "extractor" is no SHA-256')
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
             artifact = VisualArtifact(
                 classes,
@@ -232,9 +241,9 @@ def read_artifact(path: Path) -> Artifact:
                 logit_scale,
                 logit_bias,
                 context,
-                () if context is not None else top.texts("templates"),
-                tensor("statistics", 2, None) if program == "decoder" else None,
-                str(top.values.get("extractor", "")),
+                templates,
+                tensor("statistics", 2, _N_STATISTICS) if program == "decoder" else None,
+                extractor,
                 pictures,
             )
     if arrays:

@@ -108,7 +108,7 @@ METHODS: dict[str, Method] = {
         TunedMethod(
             "spsa-gc",
             "simultaneous perturbation of the context's own values with gradient correction",
-            "optimizer of BlackVIP, CVPR 2023",
+            "optimizer of BlackVIP, CVPR 2023 (arXiv 2303.14773)",
             SpsaGcConfig,
         ),
         TunedMethod(
@@ -120,14 +120,14 @@ METHODS: dict[str, Method] = {
         TunedMethod(
             "blackvip",
             "a picture-dependent visual prompt from a small decoder",
-            f"BlackVIP, CVPR 2023, {_BLACK_BOX}",
+            f"BlackVIP, CVPR 2023 (arXiv 2303.14773), {_BLACK_BOX}",
             BlackVipConfig,
             augment=16,
         ),
         TunedMethod(
             "bar",
             "black-box adversarial reprogramming: a trained border around the picture",
-            f"BAR, ICML 2020, {_BLACK_BOX}",
+            f"BAR, ICML 2020 (arXiv 2007.08714), {_BLACK_BOX}",
             BarConfig,
             augment=16,
         ),

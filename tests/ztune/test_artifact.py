@@ -57,7 +57,7 @@ DECODER = replace(
     BORDER,
     program="decoder",
     visual=np.ones(7, np.float32),
-    statistics=np.ones((2, 3), np.float32),
+    statistics=np.ones((2, 144), np.float32),
     extractor="ff" * 32,
 )
 TOKENS = replace(
@@ -225,7 +225,7 @@ def test_changed_tensors_are_refused(
         ("border", "statistics", np.ones((2, 3), np.float32), r"unknown tensors \['statistics'\]"),
         ("border", "text_features", None, "tensor text_features is missing"),
         ("decoder", "statistics", None, "tensor statistics is missing"),
-        ("decoder", "statistics", np.ones((3, 2), np.float32), r"expected \(2, None\)"),
+        ("decoder", "statistics", np.ones((3, 2), np.float32), r"expected \(2, 144\)"),
         ("decoder", "visual", np.ones((7, 1), np.float32), "visual is missing or not float32"),
         ("tokens", "visual", np.ones((0, 6), np.float32), "visual is empty"),
         ("tokens", "context", np.ones(5, np.float32), "context is missing or not float32"),

@@ -194,6 +194,8 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
         raise ConfigError("give --prompt or --template, not both")
     if arguments.bundle is not None:
         raise ConfigError("--bundle goes with a run; here the bundle is already named")
+    if arguments.snapshots:
+        raise ConfigError("--snapshots goes with a run")
     pictures = _pictures(arguments)
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
@@ -242,8 +244,8 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
     from ztune.cli.predict import classify
 
-    for name in ("prompt", "template", "classes", "cache", "bundle", "extractor"):
-        if getattr(arguments, name) is not None:
+    for name in ("prompt", "template", "classes", "cache", "bundle", "extractor", "snapshots"):
+        if getattr(arguments, name) not in (None, False):
             raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
     classifier = open_classifier(
         arguments.target, settled(arguments.provider, arguments.threads, output)

@@ -136,7 +136,7 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
     execution = settled(request.provider, request.threads, output, request.memory_limit)
     bench = open_workbench(Path(request.bundle), execution, output)
     dataset, split = task_of(request)
-    if request.preset == "published" and request.method == "zip":
+    if request.preset == "published" and request.augment:
         output.remark(
             f"preset published: random crops anew each step are approximated by {request.augment} "
             "cached views per picture"

@@ -52,6 +52,8 @@ from ztune.types import F32, Evaluation, Json, Optimizer
 # Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
 # on a local model, while flushing every one of them to the disk costs more than a small model does.
 _SAVE_INTERVAL = 1.0
+# Seconds of a method's own arithmetic that are announced.
+_WORTH_A_WORD = 120.0
 
 
 def start_config(request: Request) -> Any:
@@ -167,6 +169,7 @@ class Work:
             "result_bytes": self.folder.prompt.stat().st_size,
             "stop_reason": artifact.provenance.stop_reason,
             "cuda_graph": outcome.cuda_graph,
+            "loss": "cross-entropy" if self.tuned is None or not self.tuned.focal else "focal",
             "train_loss": outcome.train_loss,
             "val_accuracy": scores["tuned"].accuracy if scores else None,
             "validation": {
@@ -212,6 +215,12 @@ class Work:
                 open_reference(request.reference, bundle)
             if (request.validates or config.validates) and not self.split.entries_of("val"):
                 raise ConfigError("a run that validation steers needs validation pictures (--val)")
+            seconds = config.own_seconds(request.queries)
+            if seconds > _WORTH_A_WORD:
+                self.bench.output.warn(
+                    f"CMA-ES itself, beside the forward passes, will take about "
+                    f"{seconds / 60:.0f} minutes (fewer values or covariance=separable take less)"
+                )
         elif request.reference or request.force:
             raise ConfigError(
                 f"{request.method} has no steps, so no signal to measure: leave out "
