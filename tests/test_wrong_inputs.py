@@ -3,15 +3,37 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from export.quantize import quantize_bundle
+from runtimes.bundle import load_bundle
+from runtimes.ort import OrtPromptEncoder
+from runtimes.visual import BorderPrompts, VisualPrompts
 from tests.conftest import DIGITS, MINI, Command, Result
+from ztune.access import (
+    CONTEXTS,
+    EVERYTHING,
+    FEATURES,
+    IMAGE_TOKENS,
+    LOGITS,
+    LOSS,
+    PIXELS,
+    require_access,
+)
 from ztune.cli.output import Output, fail
+from ztune.compositions import BptVlmConfig
+from ztune.errors import ConfigError
+from ztune.methods import METHODS, needs_of, needs_of_all
+from ztune.objective import FewShotObjective
+from ztune.types import F32, U8, Batch, Evaluation, Prompts
 
 SMALL = ("--shots", 2, "--queries", 10)
 
@@ -321,3 +343,280 @@ def test_an_error_is_one_line_that_any_terminal_can_show(
     sys.stderr.flush()
     assert out.getvalue() == b'Stra\\xdfe\n{"class": "Stra\\u00dfe"}\n'
     assert err.getvalue() == b"error: first second: \\xe9\n"
+
+
+def without_tokens(bundle: Path) -> None:
+    """Take from a bundle the image graph that takes extra tokens."""
+    (bundle / "image_prompted.onnx").unlink()
+
+    def change(document: dict[str, Any]) -> None:
+        del document["visual"]
+        del document["files"]["image_prompted.onnx"]
+        del document["parity"]["image_prompted"]
+
+    edit(bundle / "bundle.json", change)
+
+
+def test_a_tower_without_tokens_is_said_before_the_first_query(
+    ztune: Command, data: Path, bundle: Path, tmp_path: Path
+) -> None:
+    without_tokens(bundle)
+    out = tmp_path / "run"
+
+    def tune(*words: object) -> Result:
+        return ztune(
+            "tune", bundle, "--data", data, "--shots", 2, "--queries", 15, "--method", "bptvlm",
+            "--set", "text_dim=20", *words, "--out", out,
+        )  # fmt: skip
+
+    able = ", ".join(name for name in METHODS if name != "bptvlm")
+    for part in ("both", "vision"):
+        refused(
+            tune("--set", f"part={part}"),
+            'method "bptvlm" needs extra tokens in the image tower',
+            "export a ViT with --image-tokens",
+            f"methods that would work: {able}",
+        )
+        assert not out.exists()
+    assert tune("--set", "part=text").code == 0
+
+
+def able(given: frozenset[str], method: str, part: str = "both") -> set[str]:
+    """Return the methods that are named instead of one that does not work."""
+    needs = needs_of_all() | {"bptvlm": needs_of(METHODS["bptvlm"], BptVlmConfig(part=part))}
+    with pytest.raises(ConfigError, match=re.escape(f'method "{method}" needs')) as caught:
+        require_access(method, given, needs)
+    _, _, named = str(caught.value).partition("methods that would work: ")
+    return set(named.split(", ")) - {""}
+
+
+TEXT_METHODS = {"zip", "sharpzo", "cma", "spsa", "spsa-gc", "rgf"}
+HEADS = {"gda", "tip-adapter", "lp++", "proker", "linear-probe", "zero-shot"}
+
+
+def test_access_of_a_text_endpoint() -> None:
+    """Losses of text prompts, and image features that were read once."""
+    given = frozenset((LOSS, CONTEXTS, FEATURES))
+    for method in ("bptvlm", "blackvip", "bar"):
+        assert able(given, method) == TEXT_METHODS | HEADS
+    assert able(given, "bar", part="text") == TEXT_METHODS | HEADS | {"bptvlm"}
+    with pytest.raises(ConfigError, match="changed pictures in every query, which this runtime"):
+        require_access("blackvip", given, needs_of_all())
+
+
+def test_access_of_an_oracle_that_gives_losses_alone() -> None:
+    given = frozenset((LOSS, CONTEXTS))
+    for method in ("bar", "blackvip", "bptvlm", *HEADS):
+        assert able(given, method) == TEXT_METHODS
+    with pytest.raises(
+        ConfigError, match=r'"gda" needs image features, which .* \(ask for them\);'
+    ):
+        require_access("gda", given, needs_of_all(), "ask for them")
+    # Pictures may be changed, and yet no logits come back.
+    with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not give'):
+        require_access("bar", given | {PIXELS}, needs_of_all())
+    for method in TEXT_METHODS:
+        require_access(method, given, needs_of_all())
+
+
+def test_access_of_other_runtimes() -> None:
+    assert able(EVERYTHING - {IMAGE_TOKENS}, "bptvlm") == set(METHODS) - {"bptvlm"}
+    assert able(frozenset((FEATURES,)), "zip") == HEADS
+    assert able(frozenset((PIXELS, LOGITS)), "zip") == {"bar"}
+    # Pictures and their losses, and no text tower that takes embeddings.
+    given = frozenset((LOSS, PIXELS, FEATURES, IMAGE_TOKENS))
+    assert able(given, "zip", part="vision") == {"bptvlm", "blackvip"} | HEADS
+    assert able(given, "zip") == {"blackvip"} | HEADS
+    with pytest.raises(ConfigError, match="no method would work"):
+        require_access("zip", frozenset(), needs_of_all())
+    for method in METHODS:
+        require_access(method, EVERYTHING, needs_of_all())
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "parts"),
+    [
+        ("zip", ("--queries", 9), ("--queries 9 is less than one step of zip", "costs 10")),
+        ("spsa-gc", ("--queries", 9), ("less than one step of spsa-gc", "costs 10")),
+        ("rgf", ("--queries", 5), ("less than one step of rgf", "costs 6")),
+        ("bar", ("--queries", 5), ("less than one step of bar", "costs 6")),
+        ("blackvip", ("--queries", 9), ("less than one step of blackvip", "costs 10")),
+        ("bptvlm", ("--queries", 14), ("less than one step of bptvlm", "costs 15")),
+        ("cma", ("--queries", 19), ("less than one step of cma", "costs 20")),
+        ("sharpzo", ("--queries", 1063), ("less than its first step of sharpzo", "costs 1064")),
+        ("cma", ("--queries", 50, "--set", "population=60"), ("--queries 50 is less", "costs 60")),
+        ("bptvlm", ("--queries", 50, "--set", "population=51"), ("costs 51",)),
+        (
+            "sharpzo",
+            ("--queries", 50, "--set", "population=60", "--set", "intrinsic_dim=4"),
+            ("costs 68",),
+        ),
+        ("cma", ("--queries", 100, "--set", "population=3"), ("population is 3, expected",)),
+        (
+            "cma",
+            ("--queries", 100, "--set", "intrinsic_dim=20000"),
+            ("full covariance of 20000 values takes 19", "out of reach", "covariance=separable"),
+        ),
+        (
+            "bptvlm",
+            ("--queries", 5000, "--set", "covariance=full"),
+            ("full covariance of 4000 values", "hours for 5000 queries", "out of reach"),
+        ),
+        ("bptvlm", ("--set", "sise=3"), ('method "bptvlm" has no setting "sise"', "text_dim")),
+        ("gda", ("--set", "alfa=3"), ('no setting "alfa"',)),
+        ("zero-shot", ("--set", "alpha=3"), ('no setting "alpha"',)),
+        ("bar", ("--set", "perturbaton=3"), ("it has: ", "perturbation", "focal_gamma")),
+        ("zip", ("--keep", "first"), ('--keep is "first", expected last or best',)),
+        ("zip", ("--patience", 0), ("--patience is 0, expected at least 1",)),
+        ("zip", ("--keep", "best", "--validate-every", 0), ("--validate-every is 0",)),
+        ("zip", ("--validate-every", 5), ("goes with --keep best or --patience",)),
+        ("zip", ("--snapshots", -1), ("--snapshots is -1, expected 0 or more",)),
+        ("zip", ("--keep", "best", "--val", 0), ("need validation pictures (--val)",)),
+        ("bar", ("--patience", 3, "--val", 0), ("need validation pictures (--val)",)),
+        ("gda", ("--keep", "best"), ("gda has no steps: leave out --keep",)),
+        ("gda", ("--patience", 2), ("gda has no steps: leave out --patience",)),
+        ("gda", ("--snapshots", 2), ("gda has no steps: leave out --snapshots",)),
+        ("gda", ("--reference", MINI), ("gda has no steps", "leave out --reference and --force")),
+        ("bar", ("--reference", MINI), ("bar encodes pictures anew", "leave out --reference")),
+    ],
+)
+def test_wrong_settings_of_methods(
+    method: str,
+    words: tuple[object, ...],
+    parts: tuple[str, ...],
+    ztune: Command,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    given = ("tune", MINI, "--data", data, "--shots", 2, "--queries", 100, "--method", method)
+    refused(ztune(*given, *words, "--out", out), *parts)
+    assert not out.exists()
+
+
+def test_validation_pictures_that_a_method_asks_for(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    # All eight pictures of a class tune, so none is left to validate on.
+    out = tmp_path / "run"
+    words = ("tune", MINI, "--data", data, "--shots", 8, "--queries", 100, "--out", out)
+    refused(ztune(*words, "--keep", "best"), "needs validation pictures")
+    small = ("--method", "sharpzo", "--set", "intrinsic_dim=10", "--set", "population=4")
+    refused(ztune(*words, *small, "--set", "warmup_patience=2"), "needs validation pictures")
+    assert not out.exists()
+
+
+def test_a_coarse_bundle_and_pictures_that_change(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    int8 = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8").path
+    out = tmp_path / "run"
+    words = ("tune", int8, "--data", data, "--shots", 2, "--queries", 6, "--method", "bar")
+    refused(
+        ztune(*words, "--out", out),
+        "the signal of pictures that are encoded anew cannot be measured",
+        "the bundle is int8",
+        "use the fp32 bundle, or go on with --force",
+    )
+    assert not (out / "prompt.safetensors").exists()
+    assert json.loads((out / "run.json").read_text())["status"] == "refused"
+    forced = ztune(*words, "--out", out, "--force")
+    assert forced.code == 0, forced.err
+    assert "warning: the signal of pictures that are encoded anew" in forced.err
+    document = json.loads((out / "run.json").read_text())
+    assert document["signal"]["forced"] is True
+    assert document["queries"] == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "words"),
+    [
+        ("zip", 10, ()),
+        ("cma", 20, ("--set", "intrinsic_dim=30")),
+        ("bar", 6, ()),
+        ("zip", 10, ("--set", "batch_size=4", "--augment", 2)),
+        ("zip", 10, ("--keep", "best", "--validate-every", 1000)),
+    ],
+    ids=["zip", "cma", "bar", "drawn", "wrapped"],
+)
+def test_a_loss_that_is_not_finite_names_the_query_and_leaves_a_state_to_go_on_from(
+    method: str,
+    step: int,
+    words: tuple[object, ...],
+    ztune: Command,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model answers NaN to the fourth candidate of the third round."""
+    given = (
+        "tune", MINI, "--data", data, "--shots", 2, "--method", method, "--queries", 5 * step,
+        *words,
+    )  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert ztune(*given, "--out", whole).code == 0
+
+    third = False
+    called = FewShotObjective.__call__
+
+    def watched(objective: FewShotObjective, prompts: Prompts, batch: Batch) -> Evaluation:
+        nonlocal third
+        third = batch.number == 3
+        try:
+            return called(objective, prompts, batch)
+        finally:
+            third = False
+
+    texts, border = OrtPromptEncoder.encode, BorderPrompts.encode
+
+    def broken_texts(encoder: OrtPromptEncoder, contexts: F32) -> F32:
+        features = texts(encoder, contexts)
+        if third:
+            features[3, 1, 0] = np.nan
+        return features
+
+    def broken_pictures(prompts: BorderPrompts, visual: F32, pixels: U8, features: F32) -> F32:
+        encoded = border(prompts, visual, pixels, features)
+        if third:
+            encoded[3, 1, 0] = np.nan
+        return encoded
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FewShotObjective, "__call__", watched)
+        patched.setattr(OrtPromptEncoder, "encode", broken_texts)
+        patched.setattr(BorderPrompts, "encode", broken_pictures)
+        refused(
+            ztune(*given, "--out", out),
+            f"query {2 * step + 4}, batch 3, candidate 4 of {step}: the loss is nan",
+            f"saved in {out / 'state.safetensors'}",
+        )
+        assert (out / "state.safetensors").exists()
+        assert not (out / "prompt.safetensors").exists()
+        # As long as the cause is there, it is found again at the same place.
+        refused(
+            ztune("tune", "--resume", out),
+            f"query {2 * step + 4}, batch 3, candidate 4 of {step}: the loss is nan",
+        )
+    done = ztune("tune", "--resume", out)
+    assert done.code == 0, done.err
+    name = "prompt.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    costs = [
+        {key: value for key, value in json.loads((run / "run.json").read_text()).items()
+         if key in ("queries", "text_forwards", "image_forwards", "train_loss")}
+        for run in (whole, out)
+    ]  # fmt: skip
+    assert costs[0] == costs[1]
+
+
+def test_a_model_that_breaks_at_once(
+    ztune: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(prompts: VisualPrompts, visual: F32, pixels: U8, features: F32) -> F32:
+        return np.full((len(visual), len(pixels), 128), np.inf, dtype=np.float32)
+
+    monkeypatch.setattr(BorderPrompts, "encode", broken)
+    out = tmp_path / "run"
+    words = ("tune", MINI, "--data", data, "--shots", 2, "--queries", 6, "--method", "bar")
+    refused(ztune(*words, "--out", out), "query 1, batch 1, candidate 1 of 6: the loss is nan")
+    assert (out / "state.safetensors").exists()

@@ -74,6 +74,7 @@ class NumpyScores:
         self._bias = np.float32(logit_bias)
         self._loss = loss
 
+    @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite says all
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         texts = self._encoded_texts(prompts)
         if isinstance(self._features, np.ndarray):

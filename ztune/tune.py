@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.budget import Budget
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, NotFiniteError
 from ztune.objective import BatchSampler
 from ztune.types import I64, Batch, Evaluation, Optimizer, Oracle, PromptMap, Prompts
 
@@ -62,6 +62,8 @@ def tune(
 
     `observe` is called after each round with the state as it is then: it saves and shows, and stops
     the run early by raising.
+
+    Raises: NotFiniteError for a candidate without a loss, the state as before its round.
     """
     while True:
         reason = tuning.optimizer.finished()
@@ -71,7 +73,7 @@ def tune(
         if not tuning.budget.fits(len(proposal.points)):
             return "budget"
         tuning.budget.reserve(len(proposal.points))
-        answering = oracle
+        answering, before = oracle, tuning.sampler.state()
         if proposal.validation:
             if held_out is None:
                 raise ConfigError("the method asks for validation pictures, and there are none")
@@ -79,7 +81,11 @@ def tune(
         else:
             batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
         prompts = prompt_map(proposal.points)
-        evaluation = answering(prompts, batch)
+        try:
+            evaluation = answering(prompts, batch)
+        except NotFiniteError:
+            tuning.sampler.restore(before)  # the state to go on from has not drawn this batch
+            raise
         tuning.optimizer.tell(evaluation)
         tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.pictures)))
         tuning.step += 1
