@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
+    parser.add_argument("--method", metavar="NAME", help="whose signal (default: zip)")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
     parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
     parser.add_argument(
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_OF_THE_TASK = ("data", "names", "shots", "seed", "set", "init", "reference")
+_OF_THE_TASK = ("data", "names", "shots", "seed", "method", "set", "init", "reference")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
