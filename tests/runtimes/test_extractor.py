@@ -96,9 +96,8 @@ def test_the_bundles_own_tower_gives_the_bundles_own_features(bundle: Bundle, pi
 
 
 def test_all_sizes_may_be_free(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
-    for number, taken in enumerate(
-        (["N", 3, "H", "W"], ["N", 3, SIDE, "W"], [None, 3, None, None])
-    ):
+    free: list[Shape] = [["N", 3, "H", "W"], ["N", 3, SIDE, "W"], [None, 3, None, None]]
+    for number, taken in enumerate(free):
         path = write(tmp_path / f"{number}.onnx", taken, [taken[0], 3])
         extractor = OrtExtractor(path, bundle, Execution())
         assert extractor.width() == 3

@@ -9,7 +9,7 @@ from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
 from ztune.types import F32, F64
 
 M, D, WIDTH = 3, 4, 5
-INITIAL = np.arange(M * D, dtype=np.float32).reshape(M, D) / 7
+INITIAL: F32 = (np.arange(M * D).reshape(M, D) / 7).astype(np.float32)
 
 
 def rng(seed: int) -> np.random.Generator:

@@ -1,0 +1,555 @@
+"""Every method of the table from pictures to a deployed classifier, on the embedded bundle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from runtimes import decoder
+from runtimes.providers import Execution
+from tests.conftest import DIGITS, MINI, Command
+from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, VisualArtifact, read_artifact
+from ztune.cli.output import Output
+from ztune.cli.workbench import Workbench, open_workbench
+from ztune.files import sha256
+from ztune.methods import METHODS, HeadMethod, TunedMethod
+
+CLASSES = ("one", "two", "three")
+N_TRAIN, N_VAL, N_TEST = 6, 3, 18
+# Settings that keep a step small, and what two steps of them cost.
+SMALL: dict[str, tuple[tuple[str, ...], int]] = {
+    "zip": ((), 20),
+    "sharpzo": (("intrinsic_dim=20", "population=4"), 2 * (2 * 20 + 4)),
+    "bptvlm": (("text_dim=40", "vision_dim=30"), 30),
+    "cma": (("intrinsic_dim=40",), 40),
+    "spsa": ((), 20),
+    "spsa-gc": ((), 20),
+    "rgf": ((), 12),
+    "blackvip": ((), 20),
+    "bar": ((), 12),
+}
+TUNED = [name for name, method in METHODS.items() if isinstance(method, TunedMethod)]
+HEADS = [name for name, method in METHODS.items() if isinstance(method, HeadMethod)]
+PIXELS = ("bptvlm", "blackvip", "bar")
+TEXTS = tuple(name for name in TUNED if name not in ("blackvip", "bar"))
+# One method of each kind of artifact, with its settings.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "context": ("zip", ()),
+    "head": ("gda", ()),
+    "kernel": ("proker", ()),
+    "border": ("bar", ()),
+    "decoder": ("blackvip", ()),
+    "tokens": ("bptvlm", ("part=vision",)),
+    "tokens and context": ("bptvlm", ("part=both",)),
+}
+
+
+def settings(*words: str) -> list[str]:
+    return [part for word in words for part in ("--set", word)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return three classes of twelve digits, half of which are kept for testing."""
+    root = tmp_path_factory.mktemp("data")
+    for name in CLASSES:
+        (root / name).mkdir()
+        for picture in sorted((DIGITS / name).iterdir())[:12]:
+            shutil.copy(picture, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+Tune = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def tune(ztune: Command, data: Path, shared: Path) -> Tune:
+    """Run `ztune tune OUT` with a method's small settings; return run.json."""
+
+    def command(out: Path, method: str, *more: object, own_cache: bool = False) -> dict[str, Any]:
+        small, queries = SMALL.get(method, ((), 1))
+        cache = () if own_cache else ("--cache", shared / "cache")
+        done = ztune(
+            "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
+            "--method", method, "--queries", queries, *settings(*small), *cache, *more,
+            "--out", out, "--quiet", "--json",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        return document(out)
+
+    return command
+
+
+@pytest.fixture
+def run(tune: Tune, shared: Path) -> Callable[..., Path]:
+    """Return the folder of a finished run, tuned once for all tests."""
+
+    def finished(method: str, *words: str) -> Path:
+        out = shared / "-".join([method, *words])
+        if not out.exists():
+            tune(out, method, *settings(*words))
+        return out
+
+    return finished
+
+
+def document(out: Path) -> dict[str, Any]:
+    value = json.loads((out / "run.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def tensors(artifact: Artifact) -> list[np.ndarray]:
+    """Return what was tuned or fitted."""
+    if isinstance(artifact, ContextArtifact):
+        return [artifact.context]
+    if isinstance(artifact, HeadArtifact):
+        kernel = artifact.kernel
+        return [artifact.weight] if kernel is None else [kernel.keys, kernel.values]
+    return [artifact.visual, *([] if artifact.context is None else [artifact.context])]
+
+
+@pytest.fixture
+def bench() -> Workbench:
+    return open_workbench(MINI, Execution(), Output(quiet=True))
+
+
+def test_every_method_is_tried_here() -> None:
+    assert set(SMALL) == set(TUNED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_counts_exactly_what_it_did(method: str, run: Callable[..., Path]) -> None:
+    run("zero-shot")  # whoever comes first encodes the pictures
+    out = run(method)
+    found = document(out)
+    assert found["method"] == method
+    assert found["status"] == "finished"
+    assert found["result_bytes"] == (out / "prompt.safetensors").stat().st_size
+    assert found["classes"] == len(CLASSES)
+    queries = SMALL[method][1] if method in SMALL else 0
+    assert found["queries"] == queries
+    assert found["stop_reason"] == ("budget" if method in SMALL else "closed form")
+    probed = found["signal"]["probe_queries"] if method in TEXTS and method != "bptvlm" else 0
+    assert found["probe_queries"] == probed
+    if method in TEXTS and method != "bptvlm":
+        assert probed > 0
+    n_texts = (queries + probed) * len(CLASSES) if method in TEXTS else 0
+    assert found["text_forwards"] == n_texts
+    n_cached = 0 if method == "zero-shot" else N_TRAIN + N_VAL
+    assert found["image_forwards_cached"] == n_cached
+    n_changed = queries * N_TRAIN if method in PIXELS else 0
+    assert found["image_forwards"] + n_cached == N_TRAIN + N_VAL + n_changed
+    words = dict(word.split("=") for word in SMALL.get(method, ((), 0))[0])
+    assert {key: str(found["config"][key]) for key in words} == words
+    artifact = read_artifact(out / "prompt.safetensors")
+    assert artifact.provenance.method == method
+    assert artifact.provenance.queries == queries
+    assert dict(artifact.provenance.config) == found["config"]
+
+
+def test_pictures_of_a_batch_are_charged_and_those_of_a_run_with_its_own_cache(
+    tune: Tune, tmp_path: Path
+) -> None:
+    found = tune(tmp_path / "a", "blackvip", "--set", "batch_size=4", own_cache=True)
+    assert found["image_forwards_cached"] == 0
+    assert found["image_forwards"] == N_TRAIN + N_VAL + 20 * 4
+    found = tune(tmp_path / "b", "bptvlm", "--set", "part=vision", "--augment", 2, own_cache=True)
+    assert found["image_forwards"] == 2 * N_TRAIN + N_VAL + 30 * N_TRAIN
+    assert found["text_forwards"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    method: str, run: Callable[..., Path], tune: Tune, tmp_path: Path
+) -> None:
+    first, again, other = run(method), tmp_path / "again", tmp_path / "other"
+    tune(again, method)
+    name = "prompt.safetensors"
+    assert (again / name).read_bytes() == (first / name).read_bytes()
+    tune(other, method, "--seed", 2)
+    # The seed itself stands in the file as well: the tuned values are to differ.
+    found, others = (tensors(read_artifact(out / name))[0] for out in (first, other))
+    # Zero-shot looks at no picture.
+    assert np.array_equal(found, others) == (method == "zero-shot")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in dict(KINDS.values())])
+def test_every_other_run_is_scored_on_its_test_pictures(
+    method: str, run: Callable[..., Path], ztune: Command
+) -> None:
+    done = ztune("eval", run(method), "--quiet", "--json")
+    assert done.code == 0, done.err
+    assert done.json["n"] == N_TEST
+    assert done.json["method"] == method
+    assert done.json["tuning_pictures"] == 0
+    assert 0 <= done.json["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_classifier_sees_what_the_run_sees(
+    kind: str, run: Callable[..., Path], ztune: Command, tmp_path: Path
+) -> None:
+    method, words = KINDS[kind]
+    out, packed = run(method, *words), tmp_path / "classifier.onnx"
+    artifact = read_artifact(out / "prompt.safetensors")
+    if isinstance(artifact, VisualArtifact):
+        assert artifact.program == kind.split()[0]
+        assert (artifact.context is not None) == kind.endswith("context")
+        assert (artifact.statistics is not None) == (kind == "decoder")
+    if isinstance(artifact, HeadArtifact):
+        assert (artifact.kernel is not None) == (kind == "kernel")
+    measured = ztune("eval", out, "--quiet", "--json").json
+    done = ztune("pack", MINI, "--prompt", out / "prompt.safetensors", "--out", packed)
+    assert done.code == 0, done.err
+    again = ztune("eval", packed, "--split-file", out / "split.json", "--quiet", "--json")
+    assert again.code == 0, again.err
+    for key in ("accuracy", "n", "per_class"):
+        assert again.json[key] == measured[key]
+    predicted = ztune("predict", packed, DIGITS / "two", "--limit", 3, "--json")
+    assert predicted.code == 0, predicted.err
+    assert [len(one["top"]) for one in predicted.json["predictions"]] == [3, 3, 3]
+    whole = ztune(
+        "eval", MINI, "--prompt", out / "prompt.safetensors", "--split-file", out / "split.json",
+        "--quiet", "--json",
+    )  # fmt: skip
+    assert whole.code == 0, whole.err
+    assert whole.json["per_class"] == measured["per_class"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_serve_other_class_names_and_heads_refuse(
+    kind: str, run: Callable[..., Path], ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    method, words = KINDS[kind]
+    prompt = run(method, *words) / "prompt.safetensors"
+    names, packed = tmp_path / "names.txt", tmp_path / "classifier.onnx"
+    names.write_text("\n".join((*CLASSES, "four")))
+    scored = ztune(
+        "eval", MINI, "--data", data, "--split", "all", "--prompt", prompt, "--classes", names,
+        "--quiet", "--json",
+    )  # fmt: skip
+    done = ztune(
+        "pack", MINI, "--prompt", prompt, "--classes", names, "--out", packed, "--quiet", "--json"
+    )
+    method_row = METHODS[method]
+    if not method_row.serves_new_classes():
+        for refused in (scored, done):
+            assert refused.code == 1
+            (line,) = (o for o in refused.err.splitlines() if not o.startswith("warning: "))
+            assert "a head serves only the classes it was fitted on" in line
+        return
+    assert scored.code == 0, scored.err
+    assert scored.json["candidates"] == 4
+    assert scored.json["n"] == 36
+    assert scored.json["tuning_pictures"] == N_TRAIN + N_VAL
+    assert done.code == 0, done.err
+    assert done.json["classes"] == [*CLASSES, "four"]
+    again = ztune("eval", packed, "--data", data, "--split", "all", "--quiet", "--json")
+    assert again.json["accuracy"] == scored.json["accuracy"]
+
+
+# Kills itself as the n-th state is to be saved: the history is then ahead of the state before.
+KILLED = """
+import os, signal, sys
+from ztune.cli import tuning
+from ztune.cli.main import main
+from ztune.run import RunFolder
+tuning._SAVE_INTERVAL = 0.0
+save, left = RunFolder.save, [int(sys.argv[1])]
+def dying(folder, now):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(folder, now)
+RunFolder.save = dying
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.parametrize(
+    ("method", "queries"), [("blackvip", 40), ("bptvlm", 60), ("sharpzo", 100)]
+)
+def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
+    method: str, queries: int, ztune: Command, tune: Tune, data: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    drawn = ("--queries", queries, "--set", "batch_size=4", "--augment", 2, "--snapshots", 4)
+    expected = tune(whole, method, *drawn, own_cache=True)
+    words = [
+        "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
+        "--method", method, *settings(*SMALL[method][0]), *drawn, "--out", out, "--quiet",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", KILLED, "3", *(str(word) for word in words)]
+    process = subprocess.run(command, capture_output=True, env=os.environ, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert len(history(out)) == 3
+    assert not (out / "prompt.safetensors").exists()
+    done = ztune("tune", "--resume", out, "--json")
+    assert done.code == 0, done.err
+    assert "going on after" in done.err
+    found = document(out)
+    for key in ("queries", "probe_queries", "text_forwards", "image_forwards", "train_loss"):
+        assert found[key] == expected[key], key
+    assert found["image_forwards_cached"] == expected["image_forwards_cached"] == 0
+    untimed = [
+        [{key: value for key, value in line.items() if key != "seconds"} for line in history(run)]
+        for run in (whole, out)
+    ]
+    assert untimed[0] == untimed[1]
+    files = sorted(path.relative_to(whole) for path in (whole / "snapshots").iterdir())
+    assert files == sorted(path.relative_to(out) for path in (out / "snapshots").iterdir())
+    for name in (Path("prompt.safetensors"), *files):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", ["zip", "bptvlm", "bar"])
+def test_validation_passes_that_steer_are_charged_and_the_best_is_kept(
+    method: str, tune: Tune, tmp_path: Path
+) -> None:
+    step = {"zip": 10, "bptvlm": 15, "bar": 6}[method]
+    out = tmp_path / "run"
+    found = tune(
+        out, method, "--queries", 4 * step + 3, "--keep", "best", "--validate-every", 2 * step
+    )
+    lines = history(out)
+    rounds = "".join("v" if "validation" in line else "p" for line in lines)
+    assert rounds == "ppvppv"
+    assert {line["validation"] for line in lines if "validation" in line} == {True}
+    costs = np.diff([0, *(line["queries"] for line in lines)])
+    assert costs.tolist() == [step, step, 1, step, step, 1]
+    assert found["queries"] == 4 * step + 2
+    assert found["stop_reason"] == "budget"
+    if method == "zip":
+        n_texts = (found["queries"] + found["probe_queries"]) * len(CLASSES)
+        assert found["text_forwards"] == n_texts
+    else:
+        assert found["image_forwards"] == 4 * step * N_TRAIN + 2 * N_VAL
+    validated = [line["accuracy"] for line in lines if "validation" in line]
+    assert found["val_accuracy"] == pytest.approx(max(validated), abs=1e-6)
+
+
+def test_the_best_is_not_the_last(tune: Tune, tmp_path: Path) -> None:
+    # Steps so long that the point wanders: the last is seldom the best.
+    words = ("--val", 4, "--queries", 110, "--set", "step_size=3", "--validate-every", 10)
+    results = {}
+    for keep in ("best", "last"):
+        out = tmp_path / keep
+        found = tune(out, "zip", *words, "--keep", keep, "--patience", 100)
+        results[keep] = tensors(read_artifact(out / "prompt.safetensors"))[0]
+        validated = [line["accuracy"] for line in history(out) if "validation" in line]
+        assert len(validated) == 10
+        wanted = max(validated) if keep == "best" else validated[-1]
+        assert found["val_accuracy"] == pytest.approx(wanted, abs=1e-6)
+    assert not np.array_equal(results["best"], results["last"])
+
+
+def test_early_stop_says_so_and_leaves_the_rest_of_the_budget(tune: Tune, tmp_path: Path) -> None:
+    found = tune(
+        tmp_path / "run", "zip", "--queries", 400, "--patience", 2, "--validate-every", 10,
+        "--set", "step_size=1e-9",
+    )  # fmt: skip
+    assert found["stop_reason"] == "early stop: no gain in 2 validations"
+    assert found["queries"] == 3 * 11
+    artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
+    assert artifact.provenance.stop_reason == found["stop_reason"]
+
+
+def test_snapshots_make_a_curve(tune: Tune, ztune: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # A kill and a snapshot of a visual prompt are tried above.
+    tune(out, "zip", "--queries", 90, "--snapshots", 3)
+    files = sorted((out / "snapshots").iterdir())
+    # Denser at the beginning: after 1/9 and 4/9 of the budget, the result itself is the third.
+    assert [file.name for file in files] == ["000000010.safetensors", "000000040.safetensors"]
+    for file, queries in zip(files, (10, 40), strict=True):
+        provenance = read_artifact(file).provenance
+        assert (provenance.queries, provenance.stop_reason) == (queries, "snapshot")
+    done = ztune("eval", out, "--snapshots", "--quiet", "--json")
+    assert done.code == 0, done.err
+    curve = done.json["curve"]
+    assert [point["queries"] for point in curve] == [10, 40]
+    assert all(0 <= point["accuracy"] <= 1 and point["seconds"] >= 0 for point in curve)
+    assert "curve" not in ztune("eval", out, "--quiet", "--json").json
+    # What a snapshot is worth is what the same file is worth anywhere.
+    alone = ztune(
+        "eval", MINI, "--prompt", files[0], "--split-file", out / "split.json", "--quiet", "--json"
+    )
+    assert alone.json["accuracy"] == curve[0]["accuracy"]
+
+
+def test_several_templates_are_averaged(tune: Tune, tmp_path: Path, bench: Workbench) -> None:
+    templates = ("a photo of a {}.", "the digit {}, written by hand.")
+    words = [word for template in templates for word in ("--template", template)]
+    tune(tmp_path / "run", "zero-shot", *words)
+    artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
+    assert isinstance(artifact, HeadArtifact)
+    # As each of them alone gives it: rows of length `logit_scale`.
+    each = []
+    for number, template in enumerate(templates):
+        tune(tmp_path / str(number), "zero-shot", "--template", template)
+        alone = read_artifact(tmp_path / str(number) / "prompt.safetensors")
+        assert isinstance(alone, HeadArtifact)
+        each.append(alone.weight.astype(np.float64) / bench.bundle.logit_scale)
+    assert not np.allclose(each[0], each[1])
+    np.testing.assert_allclose(np.linalg.norm(each[0], axis=1), 1, atol=1e-5)
+    mean = each[0] + each[1]
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(artifact.weight, bench.bundle.logit_scale * mean, atol=1e-4)
+
+
+def test_templates_reach_visual_prompts_and_are_kept(
+    tune: Tune, ztune: Command, tmp_path: Path, bench: Workbench
+) -> None:
+    templates = ("a photo of a {}.", "the digit {}, written by hand.")
+    words = [word for template in templates for word in ("--template", template)]
+    tune(tmp_path / "run", "bar", *words)
+    artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
+    assert isinstance(artifact, VisualArtifact)
+    assert artifact.templates == templates
+    expected = bench.sentences(templates, artifact.classes)
+    np.testing.assert_allclose(artifact.text_features, expected, atol=1e-6)
+    done = ztune("eval", tmp_path / "run", "--quiet", "--json")
+    assert done.json["templates"] == list(templates)
+
+
+def test_presets_change_the_configuration(
+    run: Callable[..., Path], tune: Tune, tmp_path: Path
+) -> None:
+    method = METHODS["sharpzo"]
+    assert isinstance(method, TunedMethod)
+    plain = document(run("sharpzo"))["config"]
+    tuned = tune(tmp_path / "tuned", "sharpzo", "--preset", "tuned")["config"]
+    changed = {key: value for key, value in tuned.items() if value != plain[key]}
+    assert changed == dict(method.tuned) != {}
+    over = tune(tmp_path / "over", "sharpzo", "--preset", "tuned", "--set", "warmup_steps=7")
+    assert over["config"] == {**tuned, "warmup_steps": 7}
+
+
+def write_extractor(path: Path, kernel: int = 8) -> None:
+    """Write a network that takes 24 px pictures and gives their pooled pixels."""
+    nodes = [
+        helper.make_node(
+            "AveragePool", ["x"], ["p"], kernel_shape=[kernel] * 2, strides=[kernel] * 2
+        ),
+        helper.make_node("Flatten", ["p"], ["y"], axis=1),
+    ]
+    n = 3 * (24 // kernel) ** 2
+    graph = helper.make_graph(
+        nodes,
+        "pooled",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 24, 24])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", n])],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+
+
+def test_a_decoder_sees_another_extractors_features(
+    tune: Tune, run: Callable[..., Path], ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    extractor, wrong, out = tmp_path / "e.onnx", tmp_path / "wrong.onnx", tmp_path / "run"
+    write_extractor(extractor)
+    write_extractor(wrong, 12)
+    found = tune(out, "blackvip", "--extractor", extractor, own_cache=True)
+    # Both networks see every picture once.
+    assert found["image_forwards"] == 2 * (N_TRAIN + N_VAL) + 20 * N_TRAIN
+    prompt, packed = out / "prompt.safetensors", tmp_path / "classifier.onnx"
+    artifact = read_artifact(prompt)
+    assert isinstance(artifact, VisualArtifact)
+    assert artifact.extractor == sha256(extractor)
+    assert artifact.visual.shape == (decoder.n_values(27, 24),)
+
+    measured = ztune("eval", out, "--quiet", "--json")
+    assert measured.code == 0, measured.err
+    whole = ("eval", MINI, "--data", data, "--split", "all", "--prompt", prompt)
+    pack = ("pack", MINI, "--prompt", prompt, "--out", packed)
+    for words in (whole, pack):
+        for more, part in (
+            ((), "name it with --extractor FILE"),
+            (("--extractor", wrong), "is not the one that the visual prompt was tuned with"),
+            (("--extractor", tmp_path / "none.onnx"), "none.onnx"),
+        ):
+            refused = ztune(*words, *more, "--quiet")
+            assert refused.code == 1
+            (line,) = refused.err.splitlines()
+            assert part in line
+    assert not packed.exists()
+    assert ztune(*whole, "--extractor", extractor, "--quiet").code == 0
+    done = ztune(*pack, "--extractor", extractor)
+    assert done.code == 0, done.err
+    again = ztune("eval", packed, "--split-file", out / "split.json", "--quiet", "--json")
+    assert again.json["per_class"] == measured.json["per_class"]
+
+    # A run remembers where its extractor was; that one may have moved.
+    moved = extractor.rename(tmp_path / "moved.onnx")
+    gone = ztune("eval", out, "--quiet")
+    assert gone.code == 1
+    (line,) = gone.err.splitlines()
+    assert str(extractor) in line
+    assert "--extractor" in line
+    assert ztune("eval", out, "--extractor", moved, "--quiet").code == 0
+
+    # The bundle's own tower under another name is the default in disguise.
+    shutil.copy(MINI / "image.onnx", extractor)
+    tune(tmp_path / "own", "blackvip", "--extractor", extractor)
+    own = read_artifact(tmp_path / "own" / "prompt.safetensors")
+    plain = read_artifact(run("blackvip") / "prompt.safetensors")
+    assert isinstance(own, VisualArtifact)
+    assert isinstance(plain, VisualArtifact)
+    assert own.extractor == sha256(MINI / "image.onnx")
+    assert plain.extractor == ""
+    np.testing.assert_allclose(own.visual, plain.visual, atol=1e-3)
+
+
+def test_extractors_that_do_not_fit_are_refused(
+    ztune: Command, data: Path, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_text("no graph")
+    out = tmp_path / "run"
+    words = ("tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5)
+    for method, extractor, parts in (
+        ("zip", MINI / "image.onnx", ("zip has no decoder", "leave out --extractor")),
+        ("bar", MINI / "image.onnx", ("bar has no decoder", "leave out --extractor")),
+        ("gda", MINI / "image.onnx", ("gda has no steps", "leave out --extractor")),
+        ("blackvip", MINI / "text.onnx", ("text.onnx", "expected one input f32[N, 3, 24, 24]")),
+        ("blackvip", MINI / "image_prompted.onnx", ("expected one input f32[N, 3, 24, 24]",)),
+        ("blackvip", broken, ("broken.onnx", "cannot be opened")),
+        ("blackvip", tmp_path / "none.onnx", ("none.onnx", "does not exist")),
+    ):
+        refused = ztune(
+            *words, "--method", method, "--extractor", extractor, "--out", out, "--quiet"
+        )
+        assert refused.code == 1
+        (line,) = refused.err.splitlines()
+        for part in parts:
+            assert part in line, line
+        assert not out.exists()
+    prompt = run("zip") / "prompt.safetensors"
+    refused = ztune(
+        "pack", MINI, "--prompt", prompt, "--extractor", MINI / "image.onnx",
+        "--out", tmp_path / "c.onnx",
+    )  # fmt: skip
+    assert refused.code == 1
+    assert "leave out --extractor" in refused.err
