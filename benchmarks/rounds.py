@@ -13,7 +13,7 @@ from runtimes.providers import Execution
 from ztune.budget import Budget
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench
-from ztune.compositions import ZipConfig
+from ztune.compositions.steps import ZipConfig
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread
 from ztune.tune import Observer, Tuning, tune

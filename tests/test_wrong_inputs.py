@@ -29,7 +29,7 @@ from ztune.access import (
     require_access,
 )
 from ztune.cli.output import Output, fail
-from ztune.compositions import BptVlmConfig
+from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, needs_of, needs_of_all
 from ztune.objective import FewShotObjective

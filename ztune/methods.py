@@ -7,18 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ztune.access import FEATURES
-from ztune.compositions import (
-    BarConfig,
-    BlackVipConfig,
-    BptVlmConfig,
-    DirectRgfConfig,
-    DirectSpsaConfig,
-    SharpZoMethodConfig,
-    SpsaGcConfig,
-    TextCmaConfig,
-    TunedConfig,
-    ZipConfig,
-)
+from ztune.compositions.base import TunedConfig
+from ztune.compositions.pixels import BarConfig, BlackVipConfig
+from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
+from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
 from ztune.config import configured
 from ztune.errors import ConfigError
 from ztune.heads.gda import GdaConfig, fit_gda

@@ -8,20 +8,10 @@ import pytest
 
 from runtimes import decoder
 from ztune.access import FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
-from ztune.compositions import (
-    BarConfig,
-    BlackVipConfig,
-    BptVlmConfig,
-    DirectRgfConfig,
-    DirectSpsaConfig,
-    Patches,
-    SharpZoMethodConfig,
-    SpsaGcConfig,
-    TextCmaConfig,
-    Towers,
-    TunedConfig,
-    ZipConfig,
-)
+from ztune.compositions.base import Patches, Towers, TunedConfig
+from ztune.compositions.pixels import BarConfig, BlackVipConfig
+from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
+from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, find_method, method_config, needs_of
 from ztune.optim.cma import Cma

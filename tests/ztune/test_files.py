@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ztune.compositions import ZipConfig
+from ztune.compositions.steps import ZipConfig
 from ztune.config import configured, settings_from_words
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields

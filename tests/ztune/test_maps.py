@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ztune.compositions import BptVlmConfig, Patches, SharpZoMethodConfig, TextCmaConfig, Towers
+from ztune.compositions.base import Patches, Towers
+from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.maps.context import DirectContext, LinearContext
 from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
 from ztune.types import F32, F64

@@ -18,7 +18,7 @@ from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench
-from ztune.compositions import TunedConfig
+from ztune.compositions.base import TunedConfig
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.signal import Signal, exact_losses, measure, probe_batch
 from ztune.types import F32, F64, I64, Json, Optimizer, Oracle, PromptMap

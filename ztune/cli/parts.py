@@ -19,7 +19,7 @@ from runtimes.visual import (
 from ztune.artifact import Artifact, ContextArtifact, Provenance, VisualArtifact
 from ztune.cli.pictures import Changeable, Pictures, fingerprints
 from ztune.cli.workbench import Workbench
-from ztune.compositions import TunedConfig
+from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
 from ztune.files import sha256

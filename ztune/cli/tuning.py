@@ -22,7 +22,7 @@ from ztune.cli.parts import Assembly, Parts
 from ztune.cli.pictures import Album, Pictures, fingerprints
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
-from ztune.compositions import Composition, TunedConfig
+from ztune.compositions.base import Composition, TunedConfig
 from ztune.config import as_json
 from ztune.data.folders import Dataset, read_dataset
 from ztune.data.split import Split, digest_pictures, make_split

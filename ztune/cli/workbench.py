@@ -18,7 +18,7 @@ from runtimes.providers import Execution, check_precision
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, HeadArtifact, classifier_of_texts
 from ztune.cli.output import Output
-from ztune.compositions import Patches, Towers
+from ztune.compositions.base import Patches, Towers
 from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
 from ztune.errors import DataError

@@ -1,0 +1,104 @@
+"""Methods that change pictures by values of their own: BlackVIP's decoder and BAR's border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.access import FEATURES, LOGITS, LOSS, PIXELS
+from ztune.compositions.base import (
+    INITIAL,
+    STEPS,
+    Composition,
+    Defaults,
+    Towers,
+    part_of,
+    require_at_least_one,
+)
+from ztune.errors import ConfigError
+from ztune.maps.visual import Pixels
+from ztune.optim.rgf import Rgf, RgfConfig
+from ztune.optim.spsa import Spsa, SpsaConfig
+
+
+@dataclass(frozen=True)
+class BlackVipConfig(Defaults, SpsaConfig):
+    """BlackVIP (CVPR 2023) with the settings of its comparison in ZIP (arXiv 2504.06838)."""
+
+    clip: bool = False
+    momentum: float = 0.8
+    batch_size: int | None = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "batch_size")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((LOSS, PIXELS, FEATURES))
+
+    @property
+    def program(self) -> str | None:
+        return "decoder"
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return 2 * self.n_pairs
+
+    def step_queries(self) -> int:
+        return 2 * self.n_pairs
+
+    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        start = towers.decoder_start(np.random.default_rng([seed, INITIAL]))
+        steps = np.random.default_rng([seed, STEPS])
+        return Pixels(start.shape), Spsa(part_of(SpsaConfig, self), start, steps)
+
+
+@dataclass(frozen=True)
+class BarConfig(Defaults, RgfConfig):
+    """BAR (ICML 2020) with the settings of its comparison in ZIP (arXiv 2504.06838)."""
+
+    focal_gamma: float = 2.0
+    batch_size: int | None = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "batch_size")
+        if not self.focal_gamma >= 0:
+            raise ConfigError(f"focal_gamma is {self.focal_gamma}, expected at least 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((LOGITS, PIXELS))
+
+    @property
+    def program(self) -> str | None:
+        return "border"
+
+    @property
+    def focal(self) -> float:
+        return self.focal_gamma
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return self.n_directions + 1
+
+    def step_queries(self) -> int:
+        return self.n_directions + 1
+
+    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        shape = (3, towers.image_size, towers.image_size)
+        prompt_map = Pixels(shape)
+        start = np.random.default_rng([seed, INITIAL]).standard_normal(prompt_map.dim)
+        n_steps = queries // self.step_queries()
+        rng = np.random.default_rng([seed, STEPS])
+        return prompt_map, Rgf(part_of(RgfConfig, self), start, n_steps, rng)
