@@ -302,7 +302,7 @@ def test_tokens_need_a_tower_that_takes_them() -> None:
         BptVlmConfig().build(towers(None), QUERIES, 1)
     BptVlmConfig(part="text", text_dim=10).build(towers(None), QUERIES, 1)
     method = find_method("bptvlm")
-    assert needs_of(method, BptVlmConfig(part="text")) == {LOSS}
+    assert needs_of(method, BptVlmConfig(part="text")) == {LOSS, CONTEXTS}
 
 
 @pytest.mark.parametrize(
