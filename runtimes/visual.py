@@ -250,6 +250,30 @@ class PromptedPictures:
         )
 
 
+@dataclass(frozen=True)
+class DeployedPictures:
+    """Pictures under decoders as they would be deployed (a PromptedImages).
+
+    A decoder then normalises by the pictures that it was tuned on, not by those that it sees.
+    """
+
+    prompts: DecoderPrompts
+    pixels: U8
+    """u8[V, N, S, S, 3]"""
+    features: F32
+    """f32[V, N, k], a frozen extractor's."""
+    tuned_on: F32
+    """f32[n, k], the same of the pictures that it is tuned on."""
+
+    def encode(self, visual: F32, batch: Batch) -> F32:
+        encoded = []
+        for values in visual:
+            fixed = self.prompts.fixed(self.prompts.statistics(values, self.tuned_on))
+            own = PromptedPictures(fixed, self.pixels, self.features)
+            encoded.append(own.encode(values[None], batch))
+        return np.concatenate(encoded)
+
+
 def _shrunk(pixels: U8, side: int, spec: ImageSpec) -> U8:
     """Return u8[N, side, side, 3] of u8[N, S, S, 3] by the model's own filter."""
     resample = Image.Resampling[spec.interpolation.upper()]

@@ -323,15 +323,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("method", ["zip", "bptvlm", "bar"])
+@pytest.mark.parametrize("method", ["zip", "bptvlm", "bar", "blackvip"])
 def test_validation_passes_that_steer_are_charged_and_the_best_is_kept(
     method: str, tune: Tune, tmp_path: Path
 ) -> None:
-    step = {"zip": 10, "bptvlm": 15, "bar": 6}[method]
+    step = {"zip": 10, "bptvlm": 15, "bar": 6, "blackvip": 10}[method]
     out = tmp_path / "run"
     found = tune(
-        out, method, "--queries", 4 * step + 3, "--keep", "best", "--validate-every", 2 * step
-    )
+        out, method, "--queries", 4 * step + 3, "--keep", "best", "--validate-every", 2 * step,
+        *(("--set", "step_size=0.5") if method == "blackvip" else ()),
+    )  # fmt: skip
     lines = history(out)
     rounds = "".join("v" if "validation" in line else "p" for line in lines)
     assert rounds == "ppvppv"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtimes import decoder
-from ztune.access import FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
+from ztune.access import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
 from ztune.compositions.base import Patches, Towers, TunedConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig

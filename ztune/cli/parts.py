@@ -12,6 +12,7 @@ from runtimes.scores import OrtScores
 from runtimes.visual import (
     BorderPrompts,
     DecoderPrompts,
+    DeployedPictures,
     PromptedPictures,
     TokenPrompts,
     VisualPrompts,
@@ -25,7 +26,7 @@ from ztune.errors import ZtuneError
 from ztune.files import sha256
 from ztune.objective import FewShotObjective, NumpyScores, focal_loss
 from ztune.tune import HeldOut
-from ztune.types import F32, F64, I64, Batch, Optimizer, PromptMap, Prompts, Scorer
+from ztune.types import F32, F64, I64, Batch, Optimizer, PromptedImages, PromptMap, Prompts, Scorer
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,22 @@ class Assembly:
         if images is not None:
             if changeable is None:
                 raise ZtuneError("the method changes pictures, and their pixels were not kept")
-            prompted = PromptedPictures(images, changeable.pixels, changeable.extracted)
+            pixels, extracted = changeable.pixels, changeable.extracted
+            prompted: PromptedImages = PromptedPictures(images, pixels, extracted)
+            if isinstance(images, DecoderPrompts) and changeable is self.pictures.val_changeable:
+                prompted = DeployedPictures(images, pixels, extracted, self._tuned_on)
             return NumpyScores(texts, prompted, scale, bias, loss)
         if isinstance(texts, np.ndarray) or execution.provider == "cpu":
             return NumpyScores(texts, features, scale, bias, loss)
         return OrtScores(texts, features, scale, bias, execution)
+
+    @property
+    def _tuned_on(self) -> F32:
+        """What a decoder sees of all training pictures and views, f32[V * N, k]."""
+        if self.pictures.changeable is None:
+            raise ZtuneError("the method changes pictures, and their pixels were not kept")
+        extracted = self.pictures.changeable.extracted
+        return extracted.reshape(-1, extracted.shape[-1])
 
     def artifact(self, parts: Parts, point: F64, provenance: Provenance) -> Artifact:
         """Return what a point f64[dim] is worth keeping as."""
@@ -141,10 +153,8 @@ class Assembly:
                 raise ZtuneError("the method tunes neither texts nor pictures")
             return ContextArtifact(classes, provenance, context, texts, scale, bias, seen)
         statistics = None
-        if isinstance(parts.images, DecoderPrompts) and self.pictures.changeable is not None:
-            extracted = self.pictures.changeable.extracted
-            flat = extracted.reshape(-1, extracted.shape[-1])
-            statistics = parts.images.statistics(prompts.visual[0], flat)
+        if isinstance(parts.images, DecoderPrompts):
+            statistics = parts.images.statistics(prompts.visual[0], self._tuned_on)
         return VisualArtifact(
             classes,
             provenance,

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patience", type=int, metavar="N", help="stop after N validations without gain"
     )
     parser.add_argument(
-        "--snapshots", type=int, metavar="N", help="artifacts left on the way, for a curve"
+        "--snapshots", type=int, metavar="N", help="points of a curve: N - 1 artifacts on the way"
     )
     parser.add_argument(
         "--extractor", type=Path, metavar="FILE", help="ONNX file whose features a decoder sees"
