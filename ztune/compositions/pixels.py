@@ -9,21 +9,18 @@ import numpy as np
 from ztune.access import FEATURES, LOGITS, LOSS, PIXELS
 from ztune.compositions.base import (
     INITIAL,
-    STEPS,
     Composition,
     Defaults,
     Towers,
-    part_of,
     require_at_least_one,
 )
+from ztune.compositions.descent import PairedSteps, PivotedSteps
 from ztune.errors import ConfigError
 from ztune.maps.visual import Pixels
-from ztune.optim.rgf import Rgf, RgfConfig
-from ztune.optim.spsa import Spsa, SpsaConfig
 
 
 @dataclass(frozen=True)
-class BlackVipConfig(Defaults, SpsaConfig):
+class BlackVipConfig(Defaults, PairedSteps):
     """BlackVIP (CVPR 2023) with the settings of its comparison in ZIP (arXiv 2504.06838)."""
 
     clip: bool = False
@@ -42,25 +39,13 @@ class BlackVipConfig(Defaults, SpsaConfig):
     def program(self) -> str | None:
         return "decoder"
 
-    @property
-    def finest(self) -> tuple[str, float]:
-        return "perturbation", self.perturbation
-
-    @property
-    def round_size(self) -> int:
-        return 2 * self.n_pairs
-
-    def step_queries(self) -> int:
-        return 2 * self.n_pairs
-
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         start = towers.decoder_start(np.random.default_rng([seed, INITIAL]))
-        steps = np.random.default_rng([seed, STEPS])
-        return Pixels(start.shape), Spsa(part_of(SpsaConfig, self), start, steps)
+        return Pixels(start.shape), self.spsa(start, seed)
 
 
 @dataclass(frozen=True)
-class BarConfig(Defaults, RgfConfig):
+class BarConfig(Defaults, PivotedSteps):
     """BAR (ICML 2020) with the settings of its comparison in ZIP (arXiv 2504.06838)."""
 
     focal_gamma: float = 2.0
@@ -84,21 +69,8 @@ class BarConfig(Defaults, RgfConfig):
     def focal(self) -> float:
         return self.focal_gamma
 
-    @property
-    def finest(self) -> tuple[str, float]:
-        return "perturbation", self.perturbation
-
-    @property
-    def round_size(self) -> int:
-        return self.n_directions + 1
-
-    def step_queries(self) -> int:
-        return self.n_directions + 1
-
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         shape = (3, towers.image_size, towers.image_size)
         prompt_map = Pixels(shape)
         start = np.random.default_rng([seed, INITIAL]).standard_normal(prompt_map.dim)
-        n_steps = queries // self.step_queries()
-        rng = np.random.default_rng([seed, STEPS])
-        return prompt_map, Rgf(part_of(RgfConfig, self), start, n_steps, rng)
+        return prompt_map, self.rgf(start, queries, seed)

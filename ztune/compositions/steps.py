@@ -8,43 +8,25 @@ import numpy as np
 
 from ztune.compositions.base import (
     MAP,
-    STEPS,
     Composition,
     TextStart,
     Towers,
-    part_of,
     require_at_least_one,
 )
+from ztune.compositions.descent import PairedSteps, PivotedSteps
 from ztune.maps.context import DirectContext
 from ztune.maps.zip import ZipMap
-from ztune.optim.rgf import Rgf, RgfConfig
-from ztune.optim.spsa import Spsa, SpsaConfig
-from ztune.types import F64
 
 
 @dataclass(frozen=True)
-class _SpsaSteps(TextStart, SpsaConfig):
+class _SpsaSteps(TextStart, PairedSteps):
     """A context moved by simultaneous perturbation."""
 
     batch_size: int | None = 128
 
     def __post_init__(self) -> None:
         TextStart.__post_init__(self)
-        SpsaConfig.__post_init__(self)
-
-    @property
-    def finest(self) -> tuple[str, float]:
-        return "perturbation", self.perturbation
-
-    @property
-    def round_size(self) -> int:
-        return 2 * self.n_pairs
-
-    def step_queries(self) -> int:
-        return 2 * self.n_pairs
-
-    def _steps(self, start: F64, seed: int) -> Spsa:
-        return Spsa(part_of(SpsaConfig, self), start, np.random.default_rng([seed, STEPS]))
+        PairedSteps.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -64,7 +46,7 @@ class ZipConfig(_SpsaSteps):
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         rng = np.random.default_rng([seed, MAP])
         prompt_map = ZipMap(self.initial(towers, seed), self.intrinsic_dim, self.rank, rng)
-        return prompt_map, self._steps(prompt_map.start(), seed)
+        return prompt_map, self.spsa(prompt_map.start(), seed)
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ class DirectSpsaConfig(_SpsaSteps):
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
-        return prompt_map, self._steps(prompt_map.start(), seed)
+        return prompt_map, self.spsa(prompt_map.start(), seed)
 
 
 @dataclass(frozen=True)
@@ -90,7 +72,7 @@ class SpsaGcConfig(DirectSpsaConfig):
 
 
 @dataclass(frozen=True)
-class DirectRgfConfig(TextStart, RgfConfig):
+class DirectRgfConfig(TextStart, PivotedSteps):
     """The context's own values by random gradient-free steps (Nesterov and Spokoiny 2017).
 
     No paper tunes prompts so: the step sizes are those of our measurements (docs/methods.md), all
@@ -103,21 +85,8 @@ class DirectRgfConfig(TextStart, RgfConfig):
 
     def __post_init__(self) -> None:
         TextStart.__post_init__(self)
-        RgfConfig.__post_init__(self)
-
-    @property
-    def finest(self) -> tuple[str, float]:
-        return "perturbation", self.perturbation
-
-    @property
-    def round_size(self) -> int:
-        return self.n_directions + 1
-
-    def step_queries(self) -> int:
-        return self.n_directions + 1
+        PivotedSteps.__post_init__(self)
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
-        rng = np.random.default_rng([seed, STEPS])
-        n_steps = queries // self.step_queries()
-        return prompt_map, Rgf(part_of(RgfConfig, self), prompt_map.start(), n_steps, rng)
+        return prompt_map, self.rgf(prompt_map.start(), queries, seed)
