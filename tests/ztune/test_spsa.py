@@ -151,6 +151,11 @@ def test_impossible_settings_are_refused() -> None:
         SpsaConfig(n_pairs=0)
     with pytest.raises(ConfigError, match="perturbation is 0"):
         SpsaConfig(perturbation=0.0)
+    for name in ("step_offset", "step_decay", "perturbation_decay"):
+        for value in (-1.0, float("nan")):
+            with pytest.raises(ConfigError, match=f"{name} is {value}, expected 0 or more"):
+                SpsaConfig(**{name: value})  # type: ignore[arg-type]
+        SpsaConfig(**{name: 0.0})  # type: ignore[arg-type]
     for momentum in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="momentum is"):
             SpsaConfig(momentum=momentum)

@@ -44,6 +44,9 @@ class SpsaConfig:
         for name in ("step_size", "perturbation"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
+        for name in ("step_offset", "step_decay", "perturbation_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum is {self.momentum}, expected 0 or more and less than 1")
 
