@@ -455,13 +455,21 @@ def test_access_of_other_runtimes() -> None:
         (
             "cma",
             ("--queries", 100, "--set", "intrinsic_dim=20000"),
-            ("full covariance of 20000 values takes 19", "out of reach", "covariance=separable"),
+            ("full covariance of 20000 values takes 19", "out of reach", "separable covariance"),
         ),
         (
             "bptvlm",
             ("--queries", 5000, "--set", "covariance=full"),
-            ("full covariance of 4000 values", "hours for 5000 queries", "out of reach"),
+            ("full covariance of 4000 values", "hours for 333 generations", "out of reach"),
         ),
+        (
+            "sharpzo",
+            ("--queries", 30000, "--set", "intrinsic_dim=12000"),
+            ("full covariance of 12000 values takes 6.9 GB", "out of reach"),
+        ),
+        ("bptvlm", ("--set", "n_tokens=100000"), ("projecting 2000 values", "out of reach")),
+        ("cma", ("--set", "batch_size=4"), ("leave out batch_size, or set keep=mean",)),
+        ("rgf", ("--set", "init_std=-1"), ("init_std is -1.0, expected at least 0",)),
         ("bptvlm", ("--set", "sise=3"), ('method "bptvlm" has no setting "sise"', "text_dim")),
         ("gda", ("--set", "alfa=3"), ('no setting "alfa"',)),
         ("zero-shot", ("--set", "alpha=3"), ('no setting "alpha"',)),
@@ -619,4 +627,25 @@ def test_a_model_that_breaks_at_once(
     out = tmp_path / "run"
     words = ("tune", MINI, "--data", data, "--shots", 2, "--queries", 6, "--method", "bar")
     refused(ztune(*words, "--out", out), "query 1, batch 1, candidate 1 of 6: the loss is nan")
+    assert (out / "state.safetensors").exists()
+
+
+def test_values_that_a_tower_would_answer_although_they_are_no_numbers(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    # A border's sigmoid makes 0 and 1 of infinities, and the losses stay finite.
+    out = tmp_path / "run"
+    words = ("--method", "bar", "--set", "step_size=1e300", "--queries", 30)
+    result = ztune("tune", MINI, "--data", data, *SMALL, *words, "--out", out)
+    refused(result, "query 7, candidate 1 of 6: its values are not finite", "state.safetensors")
+    assert (out / "state.safetensors").exists()
+
+
+def test_a_last_step_into_nowhere_is_told_with_its_query(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ("--method", "zip", "--set", "step_size=1e308", "--set", "clip=false", "--force")
+    result = ztune("tune", MINI, "--data", data, *SMALL, *words, "--out", out)
+    refused(result, "after query 10 the recommended point has no finite loss", "smaller steps")
     assert (out / "state.safetensors").exists()

@@ -52,6 +52,10 @@ def _focal(gamma: float, logits: F32, labels: I64) -> F64:
     return np.asarray((-np.expm1(-losses)) ** gamma * losses)
 
 
+# Some 25 bytes each while they are scored: half a gigabyte.
+_LOGITS_AT_ONCE = 20_000_000
+
+
 class NumpyScores:
     """Scores computed on the host (a Scorer)."""
 
@@ -77,6 +81,22 @@ class NumpyScores:
     @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite says all
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         texts = self._encoded_texts(prompts)
+        # Many classes and pictures are scored some candidates at a time, and then without logits:
+        # those of 1,000 classes, 16,000 pictures and 40 candidates would take gigabytes.
+        together = max(1, _LOGITS_AT_ONCE // (len(labels) * texts.shape[1]))
+        if together >= len(prompts):
+            return self._scored(texts, prompts.visual, batch, labels)
+        parts = []
+        for first in range(0, len(prompts), together):
+            some = slice(first, first + together)
+            visual = None if prompts.visual is None else prompts.visual[some]
+            own = texts if len(texts) == 1 else texts[some]
+            parts.append(self._scored(own, visual, batch, labels))
+        losses = np.concatenate([part.losses for part in parts])
+        return Scores(losses, np.concatenate([part.accuracies for part in parts]))
+
+    def _scored(self, texts: F32, visual: F32 | None, batch: Batch, labels: I64) -> Scores:
+        """Score candidates with texts f32[P, C, e], or f32[1, C, e] for all."""
         if isinstance(self._features, np.ndarray):
             pictures = self._features[batch.views, batch.pictures]
             # One product for all candidates: with few classes, many small ones cost more than they
@@ -84,9 +104,9 @@ class NumpyScores:
             cosines = pictures @ texts.reshape(-1, texts.shape[-1]).T
             cosines = cosines.reshape(len(pictures), *texts.shape[:2]).transpose(1, 0, 2)
         else:
-            if prompts.visual is None:
+            if visual is None:
                 raise ConfigError("pictures under visual prompts were scored without any")
-            cosines = self._features.encode(prompts.visual, batch) @ texts.transpose(0, 2, 1)
+            cosines = self._features.encode(visual, batch) @ texts.transpose(0, 2, 1)
         logits = np.ascontiguousarray(self._scale * cosines + self._bias)
         losses = self._loss(logits, labels).mean(axis=-1)
         accuracies = (logits.argmax(axis=-1) == labels).mean(axis=-1)

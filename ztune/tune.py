@@ -80,8 +80,10 @@ def tune(
             answering, batch = held_out.oracle, held_out.batch
         else:
             batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
-        prompts = prompt_map(proposal.points)
         try:
+            with np.errstate(over="ignore", invalid="ignore"):  # told in one line instead
+                prompts = prompt_map(proposal.points)
+            _require_finite(prompts)
             evaluation = answering(prompts, batch)
         except NotFiniteError:
             tuning.sampler.restore(before)  # the state to go on from has not drawn this batch
@@ -90,6 +92,22 @@ def tune(
         tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.pictures)))
         tuning.step += 1
         observe(tuning, evaluation)
+
+
+def _require_finite(prompts: Prompts) -> None:
+    """Refuse candidates that a tower may answer with a loss although they are no numbers.
+
+    Raises: NotFiniteError naming the first.
+    """
+    for values in (prompts.contexts, prompts.visual):
+        if values is not None and not np.isfinite(values).all():
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            first = int(np.flatnonzero(~finite)[0])
+            raise NotFiniteError(
+                f"candidate {first + 1} of {len(values)}: its values are not finite (smaller steps "
+                "may help)",
+                first,
+            )
 
 
 def forwards_per_query(prompts: Prompts, n_classes: int, n_pictures: int) -> tuple[int, int]:

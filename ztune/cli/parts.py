@@ -49,7 +49,8 @@ class Parts:
 
     def prompts(self, point: F64) -> Prompts:
         """Return what one point f64[dim] sends."""
-        return self.prompt_map(point[None])
+        with np.errstate(over="ignore", invalid="ignore"):  # told in one line where it matters
+            return self.prompt_map(point[None])
 
 
 @dataclass(frozen=True)

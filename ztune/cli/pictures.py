@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from ztune.cli.workbench import Workbench
 from ztune.data.features import Features, read_view
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split
-from ztune.errors import ZtuneError
+from ztune.errors import ConfigError, ZtuneError
 from ztune.heads.shots import Shots
 from ztune.run import RunFolder
 from ztune.types import F32, I64, U8, Json
@@ -160,6 +162,7 @@ class Album:
         side = self.bench.bundle.image.size
         shape = (max(1, n_views), len(items), side, side, 3)
         with tempfile.TemporaryFile(dir=self.folder.path) as file:  # the mapping lives on
+            _reserve(file.fileno(), shape, self.folder.path)
             pixels = np.memmap(cast("Any", file), dtype=np.uint8, mode="w+", shape=shape)
         for number, (path, digest) in enumerate(items):
             for view in range(shape[0]):
@@ -167,6 +170,23 @@ class Album:
                     encoder, path, digest, view, n_views, self.request.seed
                 )
         return pixels
+
+
+def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
+    """Take the room of u8 `shape` on the disk: one that is full later ends a process wordlessly.
+
+    Raises: ConfigError where there is too little.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    n_bytes = math.prod(shape)
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except OSError as error:
+        raise ConfigError(
+            f"the pixels of {shape[0] * shape[1]} pictures and views take {n_bytes / 1e9:.1f} GB "
+            f'in "{folder}": {error.strerror} (name another --out, or take fewer --augment views)'
+        ) from None
 
 
 def fingerprints(split: Split) -> Any:

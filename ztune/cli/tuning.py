@@ -92,6 +92,8 @@ class Outcome:
     """In nats, over all training pictures and views."""
     val_features: F32 | None
     """f32[n, e] of the validation pictures, as the artifact changes them."""
+    ended: float
+    """When the steps had ended and the report began, by time.monotonic()."""
     cuda_graph: str | None = None
     """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
 
@@ -139,7 +141,9 @@ class Work:
         )
         texts = self.bench.sentences(request.templates, classes)
         shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        gda = fit_gda(GdaConfig(), shots, request.seed)
+        gda_began = time.monotonic()
+        gda = fit_gda(GdaConfig(), shots, request.seed)  # for the report
+        gda_seconds = time.monotonic() - gda_began
         return_free_memory()  # what the image tower and the fit have left
         if self.tuned is not None:
             with one_blas_thread():
@@ -165,6 +169,7 @@ class Work:
             "text_forwards": budget.text_forwards,
             "image_forwards": budget.image_forwards,
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
+            "report_seconds": round(gda_seconds + time.monotonic() - outcome.ended, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "result_bytes": self.folder.prompt.stat().st_size,
             "stop_reason": artifact.provenance.stop_reason,
@@ -390,11 +395,19 @@ class Work:
                     f"query {budget.queries + error.candidate + 1}, {error}; the state before it "
                     f"is saved in {self.folder.state}"
                 ) from None
-        loss = assembly.train_loss(parts, parts.optimizer.recommend())
+        self.folder.save(tuning)  # what follows is a report, and may fail
+        ended = time.monotonic()
+        try:
+            loss = assembly.train_loss(parts, parts.optimizer.recommend())
+        except NotFiniteError:
+            raise ZtuneError(
+                f"after query {budget.queries} the recommended point has no finite loss (start a "
+                f"new run with smaller steps; the state is saved in {self.folder.state})"
+            ) from None
         cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
         result = artifact(stop_reason)
         features = assembly.val_features(parts, result)
-        return Outcome(result, tuning.earlier, loss, features, cuda_graph)
+        return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph)
 
     def _fitted(self, shots: Shots, val_features: F32 | None) -> Outcome:
         method = find_method(self.request.method)
@@ -411,7 +424,7 @@ class Work:
             classifier.kernel,
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
-        return Outcome(artifact, 0.0, float(losses.mean()), val_features)
+        return Outcome(artifact, 0.0, float(losses.mean()), val_features, time.monotonic())
 
     def _validated(
         self, outcome: Outcome, others: Mapping[str, FeatureClassifier], pictures: Pictures

@@ -153,6 +153,8 @@ class TextStart(Defaults):
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "n_context", "batch_size")
+        if not self.init_std >= 0:
+            raise ConfigError(f"init_std is {self.init_std}, expected at least 0")
 
     def initial(self, towers: Towers, seed: int) -> F32:
         """Return the start f32[m, d], shared by all classes."""

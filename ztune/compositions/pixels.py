@@ -59,7 +59,7 @@ class BarConfig(Defaults, PivotedSteps):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset((LOGITS, PIXELS))
+        return frozenset((LOGITS if self.focal_gamma else LOSS, PIXELS))
 
     @property
     def program(self) -> str | None:

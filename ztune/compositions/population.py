@@ -29,23 +29,34 @@ from ztune.types import PromptMap
 _MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
 
 
-def _cma_seconds(config: CmaConfig, dim: int, population: int, queries: int) -> float:
-    cost = cost_of(dim, config.covariance, population)
-    return cost.flops * max(1, queries // population) / _OPERATIONS_A_SECOND
+def _cma_seconds(covariance: str, dim: int, population: int, n_generations: int) -> float:
+    cost = cost_of(dim, covariance, population)
+    return cost.flops * max(1, n_generations) / _OPERATIONS_A_SECOND
 
 
-def _check_reach(config: CmaConfig, dim: int, population: int, queries: int) -> None:
+def _check_reach(covariance: str, dim: int, population: int, n_generations: int) -> None:
     """Refuse a size of CMA-ES that would not come to an end.
 
     Raises: ConfigError saying what it would take.
     """
-    n_bytes = cost_of(dim, config.covariance, population).bytes
-    hours = _cma_seconds(config, dim, population, queries) / 3600
+    n_bytes = cost_of(dim, covariance, population).bytes
+    hours = _cma_seconds(covariance, dim, population, n_generations) / 3600
     if n_bytes > _MOST_BYTES or hours > _MOST_HOURS:
         raise ConfigError(
-            f"CMA-ES with a {config.covariance} covariance of {dim} values takes "
-            f"{n_bytes / 1e9:.1f} GB and some {hours:.0f} hours for {queries} queries, out of "
-            "reach here (use fewer values, or covariance=separable)"
+            f"CMA-ES with a {covariance} covariance of {dim} values takes "
+            f"{n_bytes / 1e9:.1f} GB and some {hours:.0f} hours for {n_generations} generations, "
+            "out of reach here (use fewer values, or a separable covariance where there is one)"
+        )
+
+
+def _check_kept(keep: str, batch_size: int | None) -> None:
+    """Refuse to call best what had the easiest batch.
+
+    Raises: ConfigError.
+    """
+    if keep == "best" and batch_size is not None:
+        raise ConfigError(
+            "keep=best compares losses over all pictures: leave out batch_size, or set keep=mean"
         )
 
 
@@ -60,6 +71,7 @@ class TextCmaConfig(TextStart, CmaConfig):
         TextStart.__post_init__(self)
         CmaConfig.__post_init__(self)
         require_at_least_one(self, "intrinsic_dim")
+        _check_kept(self.keep, self.batch_size)
 
     @property
     def finest(self) -> tuple[str, float]:
@@ -73,10 +85,12 @@ class TextCmaConfig(TextStart, CmaConfig):
         return self.round_size
 
     def own_seconds(self, queries: int) -> float:
-        return _cma_seconds(self, self.intrinsic_dim, self.round_size, queries)
+        size = self.round_size
+        return _cma_seconds(self.covariance, self.intrinsic_dim, size, queries // size)
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
-        _check_reach(self, self.intrinsic_dim, self.round_size, queries)
+        size = self.round_size
+        _check_reach(self.covariance, self.intrinsic_dim, size, queries // size)
         std = towers.token_std / np.sqrt(self.intrinsic_dim)
         rng = np.random.default_rng([seed, MAP])
         prompt_map = LinearContext(self.initial(towers, seed), self.intrinsic_dim, std, rng)
@@ -105,6 +119,7 @@ class BptVlmConfig(Defaults, CmaConfig):
         if self.part not in ("text", "vision", "both"):
             raise ConfigError(f'part is "{self.part}", expected text, vision or both')
         require_at_least_one(self, "n_context", "n_tokens", "text_dim", "vision_dim", "batch_size")
+        _check_kept(self.keep, self.batch_size)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -134,10 +149,12 @@ class BptVlmConfig(Defaults, CmaConfig):
         return self.round_size
 
     def own_seconds(self, queries: int) -> float:
-        return _cma_seconds(self, self._dim, self.round_size, queries)
+        size = self.round_size
+        return _cma_seconds(self.covariance, self._dim, size, queries // size)
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
-        _check_reach(self, self._dim, self.round_size, queries)
+        size = self.round_size
+        _check_reach(self.covariance, self._dim, size, queries // size)
         text, image = np.random.default_rng([seed, MAP]).spawn(2)
         maps: list[PromptMap] = []
         if self.part != "vision":
@@ -187,7 +204,16 @@ class SharpZoMethodConfig(TextStart, SharpZoConfig):
     def validates(self) -> bool:
         return self.warmup_patience is not None
 
+    def _generations(self, queries: int) -> int:
+        return min(self.warmup_steps, queries // self.step_queries())
+
+    def own_seconds(self, queries: int) -> float:
+        n_generations = self._generations(queries)
+        return _cma_seconds("full", self.intrinsic_dim, self.population, n_generations)
+
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        n_generations = self._generations(queries)
+        _check_reach("full", self.intrinsic_dim, self.population, n_generations)
         rng = np.random.default_rng([seed, MAP])
         initial = self.initial(towers, seed)
         prompt_map = LinearContext(initial, self.intrinsic_dim, self.projection_std, rng)

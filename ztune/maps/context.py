@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from ztune.errors import ConfigError
 from ztune.types import F32, F64, Prompts
+
+_MOST_BYTES = 4e9
+
+
+def require_room(dim: int, n_outputs: int) -> None:
+    """Refuse a projection f64[dim, n_outputs] that would not fit.
+
+    Raises: ConfigError.
+    """
+    n_bytes = 8.0 * dim * n_outputs
+    if n_bytes > _MOST_BYTES:
+        raise ConfigError(
+            f"projecting {dim} values onto {n_outputs} takes {n_bytes / 1e9:.1f} GB, out of reach "
+            "here (use fewer values or tokens)"
+        )
 
 
 class DirectContext:
@@ -33,6 +49,7 @@ class LinearContext:
     """
 
     def __init__(self, initial: F32, dim: int, std: float, rng: np.random.Generator):
+        require_room(dim, initial.size)
         self._initial = initial.astype(np.float64)
         self._matrix = std * rng.standard_normal((dim, initial.size))  # Aᵀ
 

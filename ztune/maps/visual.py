@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ztune.maps.context import require_room
 from ztune.types import F32, F64, PromptMap, Prompts
 
 
@@ -16,6 +17,7 @@ class LinearTokens:
     def __init__(
         self, n_tokens: int, width: int, dim: int, mean: float, std: float, rng: np.random.Generator
     ):
+        require_room(dim, n_tokens * width)
         self._shape = (n_tokens, width)
         self._matrix = mean + std * rng.standard_normal((dim, n_tokens * width))  # Aᵀ
 
