@@ -44,19 +44,6 @@ def inner_side(size: int) -> int:
     return size - 2 * max(1, round(size * 15 / 224))
 
 
-def check_inner(inner: int, size: int) -> int:
-    """Return the side of the picture inside a border.
-
-    Raises: ConfigError when it leaves no margin, or not the same on both sides.
-    """
-    if not 0 < inner < size or (size - inner) % 2:
-        raise ConfigError(
-            f"inner is {inner}, expected less than the model's {size} px by an even number, so "
-            f"that the picture stands in the middle (the published share is {inner_side(size)})"
-        )
-    return inner
-
-
 def normalised_border(visual: F32, spec: ImageSpec) -> F32:
     """Return the frame f32[3, S, S] of values f32[3, S, S]: sigmoid in 0…1, then normalised."""
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (spec.mean, spec.std))
@@ -114,14 +101,10 @@ class BorderPrompts:
     Learning Models with Scarce Data and Limited Resources" (BAR), ICML 2020.
     """
 
-    def __init__(self, bundle: Bundle, execution: Execution, inner: int | None = None):
-        """Open the tower for pictures of side `inner` in the frame; None: the published share.
-
-        Raises: ConfigError when the margins are not equal.
-        """
+    def __init__(self, bundle: Bundle, execution: Execution):
         self._spec = bundle.image
         size = bundle.image.size
-        self._margin = (size - check_inner(inner or inner_side(size), size)) // 2
+        self._margin = (size - inner_side(size)) // 2
         self._tower = _Tower(bundle, execution)
 
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:

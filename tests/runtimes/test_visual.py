@@ -63,12 +63,11 @@ def tower(pixels: Any) -> Any:
     return np.concatenate(runs)
 
 
-@pytest.mark.parametrize("inner", [None, 12])
-def test_a_border_stands_around_a_smaller_picture(inner: int | None) -> None:
+def test_a_border_stands_around_a_smaller_picture() -> None:
     pixels, features = pictures(3)
     values = candidates("border", 2)
     values[1, :, 0, 0] = -200, 200, 0  # black, white and grey, without overflow
-    side = inner or 20
+    side = 20
     margin = (S - side) // 2
     expected = []
     for border in values.astype(np.float64):
@@ -78,7 +77,7 @@ def test_a_border_stands_around_a_smaller_picture(inner: int | None) -> None:
             small = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
             canvas[margin : margin + side, margin : margin + side] = np.asarray(small) / 255
         expected.append(tower(shown))
-    prompts = BorderPrompts(BUNDLE, CPU, inner)
+    prompts = BorderPrompts(BUNDLE, CPU)
     encoded = prompts.encode(values, pixels, features)
     assert encoded.shape == (2, 3, BUNDLE.embed_dim)
     np.testing.assert_allclose(encoded, expected, atol=1e-5)
@@ -93,12 +92,6 @@ def test_a_border_stands_around_a_smaller_picture(inner: int | None) -> None:
 @pytest.mark.parametrize(("size", "inner"), [(224, 194), (24, 20), (336, 292), (225, 195), (3, 1)])
 def test_margins_are_the_published_share_and_equal(size: int, inner: int) -> None:
     assert inner_side(size) == inner
-
-
-@pytest.mark.parametrize("inner", [23, 24, 26, -2])
-def test_margins_that_differ_are_refused(inner: int) -> None:
-    with pytest.raises(ConfigError, match=rf"inner is {inner}, .*published share is 20"):
-        BorderPrompts(BUNDLE, CPU, inner)
 
 
 def test_a_decoders_picture_is_added_and_clipped() -> None:

@@ -22,7 +22,6 @@ def test_points_are_the_pivot_and_probes_on_a_sphere_around_it() -> None:
     rgf = make()
     points = rgf.ask().points
     assert points.shape == (6, 6)
-    assert RgfConfig().queries_per_step() == 6
     np.testing.assert_array_equal(points[0], rgf.recommend())
     np.testing.assert_allclose(np.linalg.norm(points[1:] - points[0], axis=1), 0.01, rtol=1e-9)
 

@@ -33,7 +33,6 @@ def test_a_warmup_step_at_the_published_sizes_is_1064_queries_in_calls_of_32() -
     assert same == [False] + [True] * 32 + [False]
     assert sum(sizes[:33]) == 1064 == SharpZoConfig().queries_per_warmup_step(512)
     assert SharpZoConfig(warmup_patience=3).queries_per_warmup_step(512) == 1065
-    assert SharpZoConfig().queries_per_pruning(512) == 1024
 
 
 def test_a_last_call_takes_the_coordinates_left_over() -> None:

@@ -36,9 +36,6 @@ class RgfConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
 
-    def queries_per_step(self) -> int:
-        return self.n_directions + 1
-
 
 class Rgf:
     """w ← w − η_t ĝ with ĝ = (δ/n) Σ_i u_i (L(w + β u_i) − L(w)) / β, ‖u_i‖ = 1.

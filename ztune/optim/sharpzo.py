@@ -81,10 +81,6 @@ class SharpZoConfig:
         """Return 2 δ + λ, and one where a validation follows: 1,064 at the defaults and δ = 512."""
         return 2 * dim + self.population + (self.warmup_patience is not None)
 
-    def queries_per_pruning(self, dim: int) -> int:
-        """Return 2 δ; the two queries of a step come on top."""
-        return 2 * dim
-
 
 # What the next proposal is for.
 _DIFFERENCES, _POPULATION, _VALIDATION, _PAIR = "differences", "population", "validation", "pair"
