@@ -108,6 +108,9 @@ class VisualArtifact:
 PROGRAMS = ("border", "decoder", "tokens")
 _N_STATISTICS = 144
 """Channels that BlackVIP's decoder normalises."""
+_MOST_TOKENS = 4096
+_MOST_SHARPNESS = 1e6
+_UNIT_TOLERANCE = 1e-3
 Artifact = ContextArtifact | HeadArtifact | VisualArtifact
 
 
@@ -120,7 +123,10 @@ def classifier_of_texts(
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
-    """Write an artifact, whole or not at all; the same artifact gives the same bytes."""
+    """Write an artifact, whole or not at all; the same artifact gives the same bytes.
+
+    Raises: FormatError naming a tensor that no reader would take, as it is not finite.
+    """
     p = artifact.provenance
     document: dict[str, Json] = {
         "format": FORMAT,
@@ -154,6 +160,12 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         document["program"] = artifact.program
         document["templates"] = list(artifact.templates)
         document["extractor"] = artifact.extractor
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FormatError(
+                f'artifact "{path}": tensor {name} holds values that are not finite, and is not '
+                "written (use other settings)"
+            )
     write_tensors(path, arrays, document)
 
 
@@ -200,6 +212,32 @@ def read_artifact(path: Path) -> Artifact:
             )
         return array
 
+    def unit_rows(name: str, *shape: int | None) -> F32:
+        array = tensor(name, *shape)
+        lengths = np.linalg.norm(array.astype(np.float64), axis=1)
+        worst = float(lengths[np.abs(lengths - 1).argmax()])
+        if abs(worst - 1) > _UNIT_TOLERANCE:
+            raise FormatError(
+                f"{where}: tensor {name} has a row of length {worst:.6g}, expected unit rows"
+            )
+        return array
+
+    def positive(name: str, most: float = np.inf) -> float:
+        value = float(tensor(name, 1)[0])
+        if not 0 < value <= most:
+            limit = "" if np.isinf(most) else f" and at most {most:g}"
+            raise FormatError(f"{where}: {name} is {value:g}, expected more than 0{limit}")
+        return value
+
+    def statistics() -> F32:
+        array = tensor("statistics", 2, _N_STATISTICS)
+        if (array[1] < 0).any():
+            raise FormatError(
+                f"{where}: tensor statistics has a variance of {array[1].min():g}, "
+                "expected at least 0"
+            )
+        return array
+
     pictures = arrays.pop("tuning_pictures", None)
     if pictures is None or pictures.dtype != np.uint64 or pictures.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_pictures is missing or not uint64 of (n,)")
@@ -208,13 +246,13 @@ def read_artifact(path: Path) -> Artifact:
     if kind in ("head", "kernel"):
         weight, bias, kernel = tensor("weight", C, None), tensor("bias", C), None
         if kind == "kernel":
-            keys = tensor("keys", None, weight.shape[1])
-            sharpness = float(tensor("sharpness", 1)[0])
+            keys = unit_rows("keys", None, weight.shape[1])
+            sharpness = positive("sharpness", _MOST_SHARPNESS)
             kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
         artifact = HeadArtifact(classes, provenance, weight, bias, pictures, kernel)
     else:
-        text_features = tensor("text_features", C, None)
-        logit_scale = float(tensor("logit_scale", 1)[0])
+        text_features = unit_rows("text_features", C, None)
+        logit_scale = positive("logit_scale")
         logit_bias = float(tensor("logit_bias", 1)[0])
         context = None
         if kind == "context" or "context" in arrays:
@@ -232,17 +270,23 @@ def read_artifact(path: Path) -> Artifact:
             if not re.fullmatch(r"([0-9a-f]{64})?", extractor):
                 raise FormatError(f'{where}: "extractor" is no SHA-256')
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
+            visual = tensor("visual", *shape)
+            if program == "tokens" and len(visual) > _MOST_TOKENS:
+                raise FormatError(
+                    f"{where}: tensor visual has {len(visual)} tokens, "
+                    f"expected at most {_MOST_TOKENS}"
+                )
             artifact = VisualArtifact(
                 classes,
                 provenance,
                 program,
-                tensor("visual", *shape),
+                visual,
                 text_features,
                 logit_scale,
                 logit_bias,
                 context,
                 templates,
-                tensor("statistics", 2, _N_STATISTICS) if program == "decoder" else None,
+                statistics() if program == "decoder" else None,
                 extractor,
                 pictures,
             )

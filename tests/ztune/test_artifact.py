@@ -40,7 +40,9 @@ HEAD = HeadArtifact(
 KERNEL = replace(
     HEAD,
     kernel=Kernel(
-        np.eye(5, 4, dtype=np.float32), np.arange(15, dtype=np.float32).reshape(5, 3), 5.5
+        np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0]],
+        np.arange(15, dtype=np.float32).reshape(5, 3),
+        5.5,
     ),
 )
 BORDER = VisualArtifact(
@@ -100,6 +102,31 @@ def test_what_is_written_is_read_back(artifact: Artifact, tmp_path: Path) -> Non
     assert_same(back, artifact)
     assert_same(back.classifier(), artifact.classifier())
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("artifact", "name"),
+    [
+        (replace(HEAD, weight=np.full((3, 4), np.inf, np.float32)), "weight"),
+        (replace(CONTEXT, context=np.full((2, 3), np.nan, np.float32)), "context"),
+        (replace(CONTEXT, logit_scale=np.inf), "logit_scale"),
+        (replace(BORDER, visual=np.full((3, 4, 4), -np.inf, np.float32)), "visual"),
+    ],
+)
+def test_what_is_not_finite_is_not_written(artifact: Artifact, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FormatError, match=f"tensor {name} holds values that are not finite"):
+        write_artifact(path, artifact)
+    assert not path.exists()
+
+
+def test_the_least_variance_and_the_most_tokens_are_read(tmp_path: Path) -> None:
+    for artifact in (
+        replace(DECODER, statistics=np.zeros((2, 144), np.float32)),
+        replace(TOKENS, visual=np.ones((4096, 6), np.float32)),
+    ):
+        write_artifact(tmp_path / "x", artifact)
+        assert_same(read_artifact(tmp_path / "x"), artifact)
 
 
 def test_the_header_is_as_specified(tmp_path: Path) -> None:
@@ -189,6 +216,10 @@ def test_a_changed_document_is_refused(
         ("context", np.ones((2, 3)), "missing or not float32"),
         ("context", np.ones((0, 3), np.float32), "empty"),
         ("text_features", np.ones((3, 4), np.float32), r"expected \(2, None\)"),
+        ("text_features", 1.002 * np.eye(2, 4, dtype=np.float32), "row of length 1.002, expected"),
+        ("text_features", np.zeros((2, 4), np.float32), "row of length 0, expected unit rows"),
+        ("logit_scale", np.zeros(1, np.float32), "logit_scale is 0, expected more than 0$"),
+        ("logit_scale", np.full(1, -3, np.float32), "logit_scale is -3, expected more than 0$"),
         ("more", np.ones(1, np.float32), r"unknown tensors \['more'\]"),
     ],
 )
@@ -210,12 +241,17 @@ def test_changed_tensors_are_refused(
         ("kernel", "sharpness", None, "tensor sharpness is missing"),
         ("kernel", "bias", None, "tensor bias is missing"),
         ("kernel", "keys", np.ones((5, 3), np.float32), r"keys is \(5, 3\), expected \(None, 4\)"),
-        ("kernel", "keys", np.ones((4, 4), np.float32), r"values is \(5, 3\), expected \(4, 3\)"),
+        ("kernel", "keys", np.eye(4, dtype=np.float32), r"values is \(5, 3\), expected \(4, 3\)"),
         ("kernel", "keys", np.ones((0, 4), np.float32), "keys is empty"),
         ("kernel", "values", np.ones((5, 2), np.float32), r"expected \(5, 3\)"),
         ("kernel", "values", np.ones((5, 3)), "not float32"),
         ("kernel", "sharpness", np.ones(2, np.float32), r"sharpness is \(2,\), expected \(1,\)"),
         ("kernel", "sharpness", np.full(1, np.inf, np.float32), "not finite"),
+        ("kernel", "sharpness", np.zeros(1, np.float32), "sharpness is 0, expected more than 0"),
+        ("kernel", "sharpness", np.full(1, -1, np.float32), "sharpness is -1, expected more"),
+        ("kernel", "sharpness", np.full(1, 2e6, np.float32), "sharpness is 2e.06, .*at most 1e.06"),
+        ("kernel", "keys", np.ones((5, 4), np.float32), "keys has a row of length 2, expected"),
+        ("border", "text_features", np.ones((2, 4), np.float32), "text_features has a row of"),
         ("kernel", "visual", np.ones(1, np.float32), r"unknown tensors \['visual'\]"),
         ("head", "keys", np.ones((5, 4), np.float32), r"unknown tensors \['keys'\]"),
         ("border", "visual", None, "tensor visual is missing"),
@@ -226,8 +262,10 @@ def test_changed_tensors_are_refused(
         ("border", "text_features", None, "tensor text_features is missing"),
         ("decoder", "statistics", None, "tensor statistics is missing"),
         ("decoder", "statistics", np.ones((3, 2), np.float32), r"expected \(2, 144\)"),
+        ("decoder", "statistics", np.full((2, 144), -1, np.float32), "has a variance of -1"),
         ("decoder", "visual", np.ones((7, 1), np.float32), "visual is missing or not float32"),
         ("tokens", "visual", np.ones((0, 6), np.float32), "visual is empty"),
+        ("tokens", "visual", np.ones((4097, 6), np.float32), "visual has 4097 tokens, expected"),
         ("tokens", "context", np.ones(5, np.float32), "context is missing or not float32"),
         ("tokens", "weight", np.ones(1, np.float32), r"unknown tensors \['weight'\]"),
     ],
