@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.selection import Predict, choose, options, require_positive
+from ztune.heads.selection import Predict, choose, options, require_positive, solvable
 from ztune.heads.shots import Fitted, Shots, classifier_of
 from ztune.types import F32, F64, I64
 
@@ -46,6 +46,7 @@ def gaussian_classifier(features: F32, labels: I64, n_classes: int) -> tuple[F64
     return W, b
 
 
+@solvable("gda")
 def fit_gda(config: GdaConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `zero-shot + alpha (W f + b)`, one affine map."""
     alphas = options(config.alpha, ALPHAS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.selection import Predict, choose, options, require_positive
+from ztune.heads.selection import Predict, choose, options, require_positive, solvable
 from ztune.heads.shots import Fitted, Shots, classifier_of
 from ztune.types import F32, F64, I64
 
@@ -108,6 +108,7 @@ def _inverse_hessian_times(gradient: F64, pairs: list[tuple[F64, F64]]) -> F64:
     return np.asarray(q)
 
 
+@solvable("linear-probe")
 def fit_linear_probe(config: LinearProbeConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `W f + b`, all views as pictures of their own.
 

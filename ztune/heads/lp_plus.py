@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
+from ztune.heads.selection import solvable
 from ztune.heads.shots import Fitted, Shots, classifier_of
 from ztune.types import F64, I64
 
@@ -112,6 +113,7 @@ def start(shots: Shots) -> BlendedProbe:
     return BlendedProbe(F, shots.labels, t, w, np.full(shots.n_classes, alpha))
 
 
+@solvable("lp++")
 def fit_lp_plus(config: LpPlusConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `f (w + α t)`, all views as pictures of their own.
 

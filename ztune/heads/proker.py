@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.selection import Predict, choose, options, require_positive
+from ztune.heads.selection import Predict, choose, options, require_positive, solvable
 from ztune.heads.shots import Fitted, Shots, classifier_of
 from ztune.logits import Kernel
 from ztune.types import F64, I64
@@ -69,6 +69,7 @@ def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) 
     return np.linalg.solve(system, residuals)
 
 
+@solvable("proker")
 def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `scale f` as above; a key is the mean direction of a picture's views.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, ZtuneError
 from ztune.heads.shots import Shots
 from ztune.objective import cross_entropy
 from ztune.types import F32, F64, I64
@@ -17,6 +18,8 @@ T = TypeVar("T")
 Predict = Callable[[F64], Iterator[F64]]
 """From unit features f64[N, e] to logits f64[N, C], once per setting of a grid, in its order."""
 
+# What a setting may be: far beyond what helps, and within what float64 solves and float32 holds.
+LEAST, MOST = 1e-6, 1e6
 N_FOLDS = 4
 _ROWS = 2048  # pictures judged at a time: a kernel over 16,000 keys then takes 260 MB
 
@@ -74,11 +77,27 @@ def options(value: float | None, grid: Sequence[float]) -> tuple[float, ...]:
     return tuple(grid) if value is None else (value,)
 
 
+@contextmanager
+def solvable(method: str) -> Iterator[None]:
+    """Say in one line that a head's linear system has no solution; decorates its fit.
+
+    Raises: ZtuneError.
+    """
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise ZtuneError(
+            f"{method} cannot be fitted to these features with these settings ({error}); "
+            "use less extreme settings, or leave them open"
+        ) from None
+
+
 def require_positive(name: str, value: float | None, *, or_zero: bool = False) -> None:
     """Check a hyper-parameter that may be left open.
 
-    Raises: ConfigError when it is not finite or too small.
+    Raises: ConfigError when it is no number, too small or too large.
     """
-    if value is None or (np.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+    if value is None or LEAST <= value <= MOST or (or_zero and value == 0):
         return
-    raise ConfigError(f"{name} is {value}, expected {'at least' if or_zero else 'more than'} 0")
+    zero = "0, or " if or_zero else ""
+    raise ConfigError(f"{name} is {value}, expected {zero}{LEAST:g} to {MOST:g}")
