@@ -16,8 +16,12 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.cells import CellError, call, reason
+from ztune.cli.course import job_of
 from ztune.cli.main import main
-from ztune.methods import METHODS, HeadMethod
+from ztune.cli.request import Request
+from ztune.comparison import Job
+from ztune.methods import METHODS, HeadMethod, find_method, method_config, tuned_config
+from ztune.types import Json
 
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]
 
@@ -67,7 +71,8 @@ def test_every_number_of_a_cell_is_its_runs(finished: Path, ztune: Command) -> N
         assert (run["method"], run["seed"], run["status"]) == (method, seed, "finished")
         for name in ("queries", "text_forwards", "image_forwards", "result_bytes", "stop_reason"):
             assert cell[name] == run[name], name
-        assert cell["own_seconds"] == run["seconds"]
+        tuning = run["seconds"] - run.get("report_seconds", 0.0)
+        assert cell["own_seconds"] == pytest.approx(tuning, abs=0.001)
         scored = ztune("eval", path, "--quiet", "--json").json
         assert cell["accuracy"] == scored["accuracy"]
         assert cell["zero_shot_accuracy"] == scored["zero_shot_accuracy"]
@@ -232,7 +237,7 @@ def test_access_is_that_of_the_settings(ztune: Command, data: Path, tmp_path: Pa
     out, text_alone = tmp_path / "out", ("--set", "bptvlm.part=text")
     result = ztune("compare", MINI, "--data", data, "--out", out, *options, *text_alone, "--json")
     assert result.code == 0, result.err
-    assert result.json["access"] == {"bptvlm": "losses of text prompts"}
+    assert result.json["access"] == {"bptvlm": "losses, text prompts as embeddings"}
     assert result.json["cells"][0]["image_forwards_needed"] == 12
 
 
@@ -261,6 +266,27 @@ def test_an_interrupted_cell_is_taken_up_again(ztune: Command, data: Path, tmp_p
     assert result.code == 0, result.err
     assert result.json["cells"][0]["queries"] == 60_000
     assert "$ ztune tune --resume" in (out / "logs" / "zip-1.log").read_text()
+
+
+def job(method: str, **settings: Json) -> Job:
+    found = find_method(method)
+    config = tuned_config(found, method_config(found, settings, "published"))
+    assert config is not None
+    request = Request(str(MINI), "photos", method=method, queries=3000, snapshots=2)
+    return job_of(config, request, n_train=20, n_test=50)
+
+
+def test_a_cell_is_estimated_by_what_it_sends() -> None:
+    text = job("bptvlm", part="text")
+    assert (text.changes_texts, text.pictures_per_query, text.n_scored) == (True, 0, 0)
+    vision = job("bptvlm", part="vision")
+    assert (vision.changes_texts, vision.pictures_per_query, vision.n_scored) == (False, 20, 150)
+    assert job("bptvlm").changes_texts
+    assert job("zip").changes_texts
+    assert not job("bar").changes_texts
+    full = job("cma", covariance="full")
+    assert full.own_seconds > 10 * job("cma", covariance="separable").own_seconds > 0
+    assert job("zip").own_seconds == 0
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,11 @@ class Figures:
     probe_queries: int
     text_forwards: int
     image_forwards: int
-    """Pictures that this cell encoded."""
+    """Pictures that this cell encoded, those that it encoded anew included."""
     image_forwards_cached: int
     """Pictures that it found encoded."""
     own_seconds: float
+    """From start to result, without the report that follows."""
     own_peak_memory_mb: float
     result_bytes: int
     stop_reason: str
@@ -218,6 +219,8 @@ class Job:
     """Encoded anew with every query; 0 where the method leaves pictures as they are."""
     n_scored: int = 0
     """Test pictures under a visual prompt, over the result and all snapshots."""
+    own_seconds: float = 0.0
+    """Of the optimizer's own arithmetic."""
 
 
 # Two interpreters, and what a finished run draws and writes.
@@ -225,10 +228,10 @@ _PROCESS_SECONDS = 2.0
 
 
 def estimated_seconds(job: Job, rates: Rates) -> float:
-    """Return about how long a cell takes; the method's own arithmetic is neglected."""
+    """Return about how long a cell takes."""
     texts = job.queries * rates.text_query * job.changes_texts
     pictures = job.queries * job.pictures_per_query * rates.encoding + job.n_scored * rates.picture
-    return _PROCESS_SECONDS + 2 * rates.opening + texts + pictures
+    return _PROCESS_SECONDS + 2 * rates.opening + texts + pictures + job.own_seconds
 
 
 def duration(seconds: float) -> str:
@@ -329,7 +332,8 @@ def figures_of(run: Fields, score: Fields) -> Figures:
 
     Raises: FormatError naming a field that is absent or of another kind.
     """
-    seconds, accuracy = run.number("seconds"), score.number("accuracy")
+    reported = run.number("report_seconds") if "report_seconds" in run.values else 0.0
+    seconds, accuracy = round(run.number("seconds") - reported, 3), score.number("accuracy")
     queries = run.integer("queries")
     curve = [
         CurvePoint(p.integer("queries"), p.number("seconds"), p.number("accuracy"))

@@ -171,6 +171,13 @@ def test_the_result_ends_the_curve_once() -> None:
     assert head.curve == ()
 
 
+def test_the_report_of_a_run_is_none_of_its_seconds() -> None:
+    score: dict[str, Json] = {"accuracy": 0.6, "n": 50, "zero_shot_accuracy": 0.5}
+    figures = figures_of(Fields({**RUN, "report_seconds": 2.25}, "run"), Fields(score, "score"))
+    assert figures.own_seconds == figures.curve[-1].seconds == 5.25
+    assert figures_of(Fields(RUN, "run"), Fields(score, "score")).own_seconds == 7.5
+
+
 def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:
     def with_curve(seed: int, *points: tuple[int, float, float]) -> Cell:
         curve = tuple(CurvePoint(*point) for point in points)
@@ -206,6 +213,8 @@ def test_the_estimate_adds_what_a_cell_sends() -> None:
     assert estimated_seconds(pictures, rates) - nothing == pytest.approx(320 + 15)
     both = replace(pictures, changes_texts=True)
     assert estimated_seconds(both, rates) - nothing == pytest.approx(320 + 15 + 1)
+    slow = replace(texts, own_seconds=60.0)
+    assert estimated_seconds(slow, rates) - nothing == pytest.approx(10 + 60)
 
 
 def test_spans_are_said_in_their_unit() -> None:

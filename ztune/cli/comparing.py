@@ -261,9 +261,12 @@ def _footnotes(folder: Folder) -> list[str]:
         "test pictures.",
         "queries: candidates evaluated on a batch. text forwards: class prompts encoded, the "
         "signal gate's probes included, the hand-written sentences' one pass left out.",
+        "image forwards: pictures that its run encoded or found encoded: training and validation "
+        "pictures, and those encoded anew.",
         "image forwards, seconds, peak MB: as if each method ran alone. The cells share encoded "
         f"pictures, so each is charged {per_picture:.2g} ms for a picture that it found encoded, "
-        "and at least the memory of the pass that encoded it. Scoring is in none of them.",
+        "and at least the memory of the pass that encoded it. Seconds end with the last step: the "
+        "run's report and the scoring on test pictures are left out.",
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.ort import OrtImageEncoder
+from ztune.access import CONTEXTS
 from ztune.cli.cells import CellError, carry_out
 from ztune.cli.compare import Asked
 from ztune.cli.comparing import Folder
@@ -19,6 +20,7 @@ from ztune.cli.request import Request
 from ztune.cli.tuning import Work
 from ztune.cli.workbench import Workbench
 from ztune.comparison import Cell, Job, Rates, duration, estimated_seconds
+from ztune.compositions.base import TunedConfig
 from ztune.config import as_json
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
@@ -87,17 +89,8 @@ class Course:
         request = self.asked.request(method, self.asked.seeds[0])
         found = find_method(method)
         config = tuned_config(found, method_config(found, request.settings, request.preset))
-        if config is None:
-            return estimated_seconds(Job(), rates)
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
-        anew = config.program is not None
-        n_snapshots = min(len(request.snapshot_marks), request.queries // config.round_size)
-        job = Job(
-            request.queries,
-            changes_texts=config.program in (None, "tokens"),
-            pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
-            n_scored=n_test * (1 + n_snapshots) if anew else 0,
-        )
+        job = Job() if config is None else job_of(config, request, n_train, n_test)
         return estimated_seconds(job, rates)
 
     def _announce(
@@ -168,6 +161,19 @@ _WORDS = (
     "data", "method", "shots", "queries", "seed", "preset", "snapshots", "val", "test_fraction",
     "split_seed", "test_data", "names", "provider", "threads", "memory_limit",
 )  # fmt: skip
+
+
+def job_of(config: TunedConfig, request: Request, n_train: int, n_test: int) -> Job:
+    """Return what a tuned method will send."""
+    anew = config.program is not None
+    n_snapshots = min(len(request.snapshot_marks), request.queries // config.round_size)
+    return Job(
+        request.queries,
+        changes_texts=CONTEXTS in config.needs,
+        pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
+        n_scored=n_test * (1 + n_snapshots) if anew else 0,
+        own_seconds=config.own_seconds(request.queries),
+    )
 
 
 # What is timed: pictures of one batch at most, and rounds of so many candidates and tokens until
