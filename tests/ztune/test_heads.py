@@ -114,6 +114,7 @@ def test_every_head_gives_a_finite_classifier_and_leaves_its_inputs(
     logits = classifier.logits(pictures(5, 9)[0])
     assert logits.dtype == np.float32
     assert logits.shape == (5 * C, C)
+    assert set(fitted.chosen) == {part.name for part in fields(config)}
     assert all(type(value) in (float, int, str) for value in fitted.chosen.values())
 
 
@@ -144,6 +145,7 @@ SET: dict[str, Any] = {
     "gda": GdaConfig(alpha=2.0),
     "tip": TipConfig(alpha=2.0, beta=3.0),
     "proker": ProkerConfig(beta=3.0, ridge=0.5, scale=7.0),
+    "lp++": LpPlusConfig(iterations=7),
     "linear probe": LinearProbeConfig(C=2.0),
 }
 

@@ -54,10 +54,11 @@ class Shots:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head's classifier, and the hyper-parameters that it chose."""
+    """A head's classifier, and the settings that it comes from."""
 
     classifier: FeatureClassifier
     chosen: Mapping[str, Json]
+    """Every setting of the head and nothing else, those that were left open as it chose them."""
 
 
 def classifier_of(weight: F64, bias: F64, kernel: Kernel | None = None) -> FeatureClassifier:
