@@ -174,6 +174,17 @@ def test_an_extractor_of_its_own(opset: int, bundle: Bundle, tmp_path: Path) -> 
     np.testing.assert_allclose(classifier.classify(pixels)[0], logits, atol=1e-3)
 
 
+def test_an_extractor_with_weights_in_another_file_is_refused(tmp_path: Path) -> None:
+    # The artifact's SHA-256 would not notice that the weights have changed.
+    mini, path = load_bundle(MINI), tmp_path / "e.onnx"
+    model = onnx.load(str(extractor(path, mini.image.size)))
+    onnx.save(model, str(path), save_as_external_data=True, location="e.onnx.data")
+    own = dataclasses.replace(artifact_of("decoder", mini, K), extractor=sha256(path))
+    with pytest.raises(FormatError, match=r"keeps tensors in 'e.onnx.data', expected all in one"):
+        pack(mini, own, tmp_path / "c.onnx", extractor=path)
+    assert not (tmp_path / "c.onnx").exists()
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     mini, out = load_bundle(MINI), tmp_path / "c.onnx"
     size = mini.image.size
