@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ztune.errors import ZtuneError
 from ztune.types import F32, I64, Json
 
 _Z = 1.959964  # the normal quantile of a two-sided 95 % interval
@@ -56,5 +57,14 @@ class Score:
 
 
 def score(logits: F32, labels: I64, classes: tuple[str, ...]) -> Score:
-    """Compare the largest of logits f32[n, C] with labels i64[n]."""
+    """Compare the largest of logits f32[n, C] with labels i64[n].
+
+    Raises: ZtuneError where logits are not finite, since none of them is the largest then.
+    """
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        raise ZtuneError(
+            f"the classifier gives logits that are not finite for picture {broken[0] + 1} of "
+            f"{len(logits)} ({len(broken)} such pictures in all; tune again, with other settings)"
+        )
     return Score(logits.argmax(axis=1).astype(np.int64), labels, classes)

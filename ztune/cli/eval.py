@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import read_artifact, require_same_model
     from ztune.cli.request import request_from_json
-    from ztune.cli.scoring import open_gallery
+    from ztune.cli.scoring import extractor_for, open_gallery
     from ztune.cli.workbench import open_workbench
     from ztune.report import draw_confusion
     from ztune.run import RunFolder
@@ -141,7 +141,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
     labels = pictures.among(artifact.classes, "the run's classes")
-    extractor = arguments.extractor or (Path(request.extractor) if request.extractor else None)
+    extractor = extractor_for(artifact, arguments.extractor, request.extractor)
     gallery = open_gallery(
         bench,
         pictures.items,
@@ -186,7 +186,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
-    from ztune.cli.scoring import open_gallery
+    from ztune.cli.scoring import extractor_for, open_gallery
     from ztune.cli.workbench import open_workbench
     from ztune.data.manifests import read_class_list
 
@@ -217,6 +217,7 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
+    extractor = extractor_for(artifact, arguments.extractor, None)
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
     labels = pictures.among(candidates, "the class names to choose among")
     with ExitStack() as stack:
@@ -227,7 +228,7 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
             cache,
             what="pictures",
             skip_broken=arguments.skip_broken,
-            extractor=arguments.extractor,
+            extractor=extractor,
         )
         if artifact is not None:
             logits = gallery.logits(artifact)
@@ -254,8 +255,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     labels = pictures.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in pictures.items]
     logits, _, kept = classify(classifier, paths, output, arguments.skip_broken)
-    predictions = logits.argmax(axis=1).astype(np.int64)
-    result = Score(predictions, labels[kept], classifier.classes)
+    result = score(logits, labels[kept], classifier.classes)
     document = _document(result, pictures, kept, classifier.tuning_pictures)
     _finish(document, {arguments.target.name: result}, output)
 

@@ -88,6 +88,19 @@ def open_gallery(
     return Gallery(bench, items, cache, what, skip_broken, plain, extractor)
 
 
+def extractor_for(artifact: Artifact | None, named: Path | None, known: str | None) -> Path | None:
+    """Return the checked extractor that the artifact needs: as --extractor named it, else its run.
+
+    Raises: ConfigError, also when one was named and none is needed.
+    """
+    if isinstance(artifact, VisualArtifact) and artifact.extractor:
+        return required_extractor(artifact, named or (Path(known) if known else None))
+    if named is not None:
+        what = "templates need no" if artifact is None else "the result was tuned without an"
+        raise ConfigError(f"{what} extractor; leave out --extractor")
+    return None
+
+
 def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
     """Return the extractor's file, checked to be the one that the artifact was tuned with.
 
@@ -99,8 +112,9 @@ def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
             "--extractor FILE"
         )
     if not path.is_file():
+        state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(
-            f'the feature extractor "{path}" of the visual prompt does not exist; put it back, or '
+            f'the feature extractor "{path}" of the visual prompt {state}; put it back, or '
             "name where it is now with --extractor FILE"
         )
     if sha256(path) != artifact.extractor:

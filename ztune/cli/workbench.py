@@ -110,9 +110,16 @@ class Workbench:
     def refreshed(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:
         """Return the artifact with text features from this bundle, for other classes if named.
 
-        Raises: DataError when a head is asked for classes that it was not fitted on.
+        Raises: DataError when a head is asked for classes that it was not fitted on, or the bundle
+            is not of its width.
         """
         if isinstance(artifact, HeadArtifact):
+            if artifact.weight.shape[1] != self.bundle.embed_dim:
+                raise DataError(
+                    f"the artifact is for features of {artifact.weight.shape[1]} values, the "
+                    f"bundle's image tower gives {self.bundle.embed_dim} (use the bundle it was "
+                    "tuned on)"
+                )
             if classes is not None and set(classes) != set(artifact.classes):
                 raise DataError(
                     "a head serves only the classes it was fitted on: "
