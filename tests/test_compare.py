@@ -21,6 +21,7 @@ from ztune.cli.main import main
 from ztune.cli.request import Request
 from ztune.comparison import Job
 from ztune.methods import METHODS, HeadMethod, find_method, method_config, tuned_config
+from ztune.run import RunFolder
 from ztune.types import Json
 
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]
@@ -176,6 +177,24 @@ def test_a_failed_cell_is_told_and_tried_again(ztune: Command, data: Path, copie
     assert cells_of(copied)["gda", 1]["status"] == "finished"
 
 
+def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, copied: Path) -> None:
+    document = read(copied / "compare.json")
+    document["cells"] = [c for c in document["cells"] if (c["method"], c["seed"]) != ("gda", 1)]
+    (copied / "compare.json").write_text(json.dumps(document))
+    with RunFolder(copied / "runs" / "gda-1").locked():
+        result = ztune(*words(data, copied))
+    assert result.code == 1
+    assert "gda, seed 1: left alone, run " in result.err
+    assert result.err.splitlines()[-1] == (
+        "error: 1 of 4 cell(s) are being worked on by another process; the same command tries "
+        "them again"
+    )
+    assert "failed" not in "".join(line for line in result.out.splitlines() if "gda" in line)
+    assert ("gda", 1) not in cells_of(copied)
+    assert ztune(*words(data, copied, "--quiet")).code == 0
+    assert cells_of(copied)["gda", 1]["status"] == "finished"
+
+
 def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path) -> None:
     more = ("--methods", "zero-shot,gda", "--seeds", "2,3", "--quiet", "--json")
     result = ztune(*words(data, copied)[:-4], *more)
@@ -241,7 +260,12 @@ def test_access_is_that_of_the_settings(ztune: Command, data: Path, tmp_path: Pa
     assert result.json["cells"][0]["image_forwards_needed"] == 12
 
 
-def test_an_interrupted_cell_is_taken_up_again(ztune: Command, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_an_interrupted_cell_is_taken_up_again(
+    ztune: Command, data: Path, tmp_path: Path, name: str
+) -> None:
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
     out = tmp_path / "out"
     common = ("--shots", 2, "--queries", 60_000, "--seeds", 1, "--methods", "zip")
     command = ["compare", MINI, "--data", data, "--out", out, *common]
@@ -255,7 +279,7 @@ def test_an_interrupted_cell_is_taken_up_again(ztune: Command, data: Path, tmp_p
         assert compare.poll() is None, compare.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(compare.pid, signal.SIGINT)
+    os.kill(compare.pid, getattr(signal, name))
     _, said = compare.communicate(timeout=60)
     assert compare.returncode == 130
     assert said.splitlines()[-1] == "error: stopped (go on with the same command)"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ztune.comparison import Figures, figures_of
-from ztune.errors import FormatError, ZtuneError
+from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.fields import Fields
 from ztune.run import RunFolder
 
@@ -24,6 +24,10 @@ _KILLED = 9  # SIGKILL, which Windows' signal module lacks
 
 class CellError(ZtuneError):
     """A cell's process that did not succeed; the message is its reason in one line."""
+
+
+class BusyError(CellError):
+    """A cell whose run another process is working on: no failure of its method."""
 
 
 def is_finished(run: Path) -> bool:
@@ -38,9 +42,15 @@ def carry_out(
 ) -> Figures:
     """Begin a run or go on with it, score it, return its figures.
 
-    Raises: CellError.
+    Raises: CellError, and as BusyError where another process works on the run.
     """
     folder = RunFolder(run)
+    if run.is_dir():
+        try:
+            with folder.locked():  # and at once free for the process that follows
+                pass
+        except ConfigError as error:
+            raise BusyError(str(error)) from None
     try:
         status = folder.read().get("status") if folder.run.is_file() else None
         if status == "running":

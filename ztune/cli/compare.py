@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +144,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         output.remark(note)
     request = asked.to_json(bench.bundle.digest, pictures)
     folder = Folder.open(arguments.out, request, _counts(split), output)
+    _heed_hangup()
     with folder.locked():
         try:
             Course(asked, bench, split, folder, output).run()
@@ -152,11 +154,19 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     output.result(document, lines_of(folder))
     wanted = {(m, s) for m in asked.methods for s in asked.seeds}
     failed = [c for c in folder.cells if c.figures is None and (c.method, c.seed) in wanted]
-    if failed:
-        raise ZtuneError(
-            f"{len(failed)} of {len(wanted)} cell(s) failed, see above; the same command tries "
-            "them again"
-        )
+    n_busy = len(wanted - {(c.method, c.seed) for c in folder.cells})
+    if failed or n_busy:
+        busy = f"{n_busy} of {len(wanted)} cell(s) are being worked on by another process"
+        lacking = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
+        lacking += [busy] if n_busy else []
+        raise ZtuneError(f"{'; '.join(lacking)}; the same command tries them again")
+
+
+def _heed_hangup() -> None:
+    """Stop as for SIGTERM when the terminal closes, unless that is to be ignored (nohup)."""
+    hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        signal.signal(hangup, signal.getsignal(signal.SIGTERM))
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.ort import OrtImageEncoder
 from ztune.access import CONTEXTS
-from ztune.cli.cells import CellError, carry_out
+from ztune.cli.cells import BusyError, CellError, carry_out
 from ztune.cli.compare import Asked
 from ztune.cli.comparing import Folder
 from ztune.cli.output import Output
@@ -62,7 +62,11 @@ class Course:
         for number, (method, seed) in enumerate(todo, 1):
             head = f"[{number}/{total}] {method}, seed {seed}"
             self.output.remark(f"{head}: about {duration(times[method])}")
-            cell, seconds = self._cell(method, seed)
+            try:
+                cell, seconds = self._cell(method, seed)
+            except BusyError as error:
+                self.output.remark(f"{head}: left alone, {error}")
+                continue
             expected, took = expected + times[method], took + seconds
             left = sum(times[m] for m, _ in todo[number:]) * took / expected
             result = f"failed: {cell.reason}"
@@ -127,7 +131,10 @@ class Course:
         self.folder.note_images(seed, RunFolder(run).read())
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
-        """Carry a cell out; return it with the seconds that it took, its scoring included."""
+        """Carry a cell out; return it with the seconds that it took, its scoring included.
+
+        Raises: BusyError, and takes no note of the cell.
+        """
         started = time.monotonic()
         run, request = self.folder.run_of(method, seed), self.asked.request(method, seed)
         words = self._eval_words() + ["--snapshots"] * (request.snapshots > 0)
@@ -135,6 +142,8 @@ class Course:
         try:
             figures = carry_out(run, self._tune_words(request), words, log)
             cell = Cell(method, seed, figures)
+        except BusyError:
+            raise
         except CellError as error:
             cell = Cell(method, seed, reason=str(error))
         self.folder.add(cell)
