@@ -28,6 +28,9 @@ from ztune.types import PromptMap
 # eigendecompositions, of which a core of 2026 does some 10¹⁰ operations in a second.
 _MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
 
+# Of an artifact (docs/formats.md).
+_MOST_TOKENS = 4096
+
 
 def _cma_seconds(covariance: str, dim: int, population: int, n_generations: int) -> float:
     cost = cost_of(dim, covariance, population)
@@ -120,6 +123,8 @@ class BptVlmConfig(Defaults, CmaConfig):
             raise ConfigError(f'part is "{self.part}", expected text, vision or both')
         require_at_least_one(self, "n_context", "n_tokens", "text_dim", "vision_dim", "batch_size")
         _check_kept(self.keep, self.batch_size)
+        if self.n_tokens > _MOST_TOKENS:
+            raise ConfigError(f"n_tokens is {self.n_tokens}, expected at most {_MOST_TOKENS}")
 
     @property
     def needs(self) -> frozenset[str]:
