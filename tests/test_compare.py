@@ -304,7 +304,7 @@ def test_a_cell_is_estimated_by_what_it_sends() -> None:
     text = job("bptvlm", part="text")
     assert (text.changes_texts, text.pictures_per_query, text.n_scored) == (True, 0, 0)
     vision = job("bptvlm", part="vision")
-    assert (vision.changes_texts, vision.pictures_per_query, vision.n_scored) == (False, 20, 150)
+    assert (vision.changes_texts, vision.pictures_per_query, vision.n_scored) == (False, 20, 100)
     assert job("bptvlm").changes_texts
     assert job("zip").changes_texts
     assert not job("bar").changes_texts
