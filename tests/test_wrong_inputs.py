@@ -467,7 +467,12 @@ def test_access_of_other_runtimes() -> None:
             ("--queries", 30000, "--set", "intrinsic_dim=12000"),
             ("full covariance of 12000 values takes 6.9 GB", "out of reach"),
         ),
-        ("bptvlm", ("--set", "n_tokens=100000"), ("projecting 2000 values", "out of reach")),
+        ("bptvlm", ("--set", "n_tokens=100000"), ("n_tokens is 100000", "at most 4096")),
+        (
+            "bptvlm",
+            ("--set", "n_context=40", "--set", "text_dim=2000000"),
+            ("projecting 2000000 values", "out of reach"),
+        ),
         ("cma", ("--set", "batch_size=4"), ("leave out batch_size, or set keep=mean",)),
         ("rgf", ("--set", "init_std=-1"), ("init_std is -1.0, expected at least 0",)),
         ("bptvlm", ("--set", "sise=3"), ('method "bptvlm" has no setting "sise"', "text_dim")),
