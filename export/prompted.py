@@ -76,8 +76,10 @@ def prompted(
         tokens = g.constant(artifact.visual[None])
         one = tower.place(g, "image.", [normalised(g, grey, bundle.image), tokens])
         return g.node("Squeeze", [one, g.constant([0], np.int64)])
-    add = _with_border if artifact.program == "border" else _with_decoder
-    changed = add(g, model, tower, grey, bundle, artifact, extractor)
+    if artifact.program == "border":
+        changed = _with_border(g, grey, bundle, artifact)
+    else:
+        changed = _with_decoder(g, model, tower, grey, bundle, artifact, extractor)
     return tower.place(g, "image.", [changed])
 
 
@@ -88,15 +90,7 @@ def _misfit(artifact: VisualArtifact, expected: str) -> FormatError:
     )
 
 
-def _with_border(
-    g: Nodes,
-    model: Any,
-    tower: Tower,
-    grey: str,
-    bundle: Bundle,
-    artifact: VisualArtifact,
-    extractor: Path | None,
-) -> str:
+def _with_border(g: Nodes, grey: str, bundle: Bundle, artifact: VisualArtifact) -> str:
     size = bundle.image.size
     if artifact.visual.shape != (3, size, size):
         raise _misfit(artifact, f"[3, {size}, {size}]")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 
 from runtimes.bundle import Bundle, check_external_data, reading
-from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
-from runtimes.providers import Execution, onnxruntime, open_session, run_graph
+from runtimes.ort import identity_of
+from runtimes.preprocess import crop, normalise, random_view, read_picture
+from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import ConfigError
 from ztune.files import sha256
 from ztune.types import F32, U8
@@ -33,16 +33,7 @@ class OrtExtractor:
                 raise ConfigError(f'extractor "{path}" does not exist')
             check_external_data(path, None)
             digest = sha256(path)
-        self._identity = "|".join(
-            [
-                digest,
-                repr(bundle.image),
-                execution.provider,
-                f"onnxruntime {onnxruntime().__version__}",
-                f"preprocess {PREPROCESS_VERSION}",
-                f"pillow {PIL.__version__}",
-            ]
-        )
+        self._identity = identity_of(digest, bundle.image, execution)
 
     @property
     def identity(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 
 from runtimes.binding import BoundCall
-from runtimes.bundle import PARITY, Bundle
+from runtimes.bundle import PARITY, Bundle, ImageSpec
 from runtimes.capture import capture, dimensions, why_not
 from runtimes.plan import Plan, Sizes, make_plan
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
@@ -61,6 +61,20 @@ class Graph:
         self.session = open_session(self.path, execution, setup)
 
 
+def identity_of(weights: str, image: ImageSpec, execution: Execution, *more: str) -> str:
+    """Return all that changes a feature (see ImageEncoder), `weights` being their digest."""
+    parts = [
+        weights,
+        repr(image),
+        execution.provider,
+        *more,
+        f"onnxruntime {onnxruntime().__version__}",
+        f"preprocess {PREPROCESS_VERSION}",
+        f"pillow {PIL.__version__}",
+    ]
+    return "|".join(parts)
+
+
 class OrtImageEncoder:
     """The image tower (an ImageEncoder), opened with the first picture that it must see."""
 
@@ -68,18 +82,12 @@ class OrtImageEncoder:
         self._bundle = bundle
         self._execution = execution
         self._graph: Graph | None = None
-        weights = bundle.files.get("image.onnx.data", ("",))[0]
-        self._identity = "|".join(
-            [
-                bundle.files["image.onnx"][0] + weights,
-                repr(bundle.image),
-                execution.provider,
-                bundle.precision,
-                f"onnxruntime {onnxruntime().__version__}",
-                f"preprocess {PREPROCESS_VERSION}",
-                f"pillow {PIL.__version__}",
-            ]
+        weights = "".join(
+            bundle.files[name][0]
+            for name in ("image.onnx", "image.onnx.data")
+            if name in bundle.files
         )
+        self._identity = identity_of(weights, bundle.image, execution, bundle.precision)
 
     @property
     def identity(self) -> str:
