@@ -72,7 +72,7 @@ def test_every_number_of_a_cell_is_its_runs(finished: Path, ztune: Command) -> N
         assert (run["method"], run["seed"], run["status"]) == (method, seed, "finished")
         for name in ("queries", "text_forwards", "image_forwards", "result_bytes", "stop_reason"):
             assert cell[name] == run[name], name
-        tuning = run["seconds"] - run.get("report_seconds", 0.0)
+        tuning = run["seconds"] - run["report_seconds"]
         assert cell["own_seconds"] == pytest.approx(tuning, abs=0.001)
         scored = ztune("eval", path, "--quiet", "--json").json
         assert cell["accuracy"] == scored["accuracy"]

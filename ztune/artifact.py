@@ -108,7 +108,7 @@ class VisualArtifact:
 PROGRAMS = ("border", "decoder", "tokens")
 _N_STATISTICS = 144
 """Channels that BlackVIP's decoder normalises."""
-_MOST_TOKENS = 4096
+MOST_TOKENS = 4096
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
 Artifact = ContextArtifact | HeadArtifact | VisualArtifact
@@ -271,10 +271,10 @@ def read_artifact(path: Path) -> Artifact:
                 raise FormatError(f'{where}: "extractor" is no SHA-256')
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
             visual = tensor("visual", *shape)
-            if program == "tokens" and len(visual) > _MOST_TOKENS:
+            if program == "tokens" and len(visual) > MOST_TOKENS:
                 raise FormatError(
                     f"{where}: tensor visual has {len(visual)} tokens, "
-                    f"expected at most {_MOST_TOKENS}"
+                    f"expected at most {MOST_TOKENS}"
                 )
             artifact = VisualArtifact(
                 classes,

@@ -332,8 +332,8 @@ def figures_of(run: Fields, score: Fields) -> Figures:
 
     Raises: FormatError naming a field that is absent or of another kind.
     """
-    reported = run.number("report_seconds") if "report_seconds" in run.values else 0.0
-    seconds, accuracy = round(run.number("seconds") - reported, 3), score.number("accuracy")
+    seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
+    accuracy = score.number("accuracy")
     queries = run.integer("queries")
     curve = [
         CurvePoint(p.integer("queries"), p.number("seconds"), p.number("accuracy"))

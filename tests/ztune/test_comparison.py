@@ -151,6 +151,7 @@ RUN: dict[str, Json] = {
     "image_forwards": 3,
     "image_forwards_cached": 37,
     "seconds": 7.5,
+    "report_seconds": 0.0,
     "peak_memory_mb": 200.0,
     "result_bytes": 1000,
     "stop_reason": "budget",

@@ -15,6 +15,7 @@ from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcCo
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, find_method, method_config, needs_of
 from ztune.optim.cma import Cma
+from ztune.optim.rgf import Rgf
 from ztune.system import one_blas_thread
 from ztune.types import F32, F64, Evaluation, Optimizer, Prompts
 
@@ -39,7 +40,10 @@ CONFIGS: dict[str, TunedConfig] = {
 }
 
 
-def towers(patches: Patches | None = Patches(WIDTH, 48, 0.01, 0.1)) -> Towers:  # noqa: B008
+PATCHES = Patches(WIDTH, 48, 0.01, 0.1)
+
+
+def towers(patches: Patches | None = PATCHES) -> Towers:
     table = np.random.default_rng(0).standard_normal((100, D)).astype(np.float32)
     return Towers(
         text_width=D,
@@ -280,7 +284,8 @@ def test_decaying_steps_know_the_budget() -> None:
         _, optimizer = config.build(towers(), n_queries, 1)
         for _ in range(n_queries // config.step_queries()):
             answer(optimizer, optimizer.ask().points)
-        assert optimizer._step_size == pytest.approx(0.5)  # type: ignore[attr-defined]
+        assert isinstance(optimizer, Rgf)
+        assert optimizer._step_size == pytest.approx(0.5)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

@@ -1,5 +1,7 @@
 """SPSA against its formulas, and as any optimizer of the house."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -153,9 +155,11 @@ def test_impossible_settings_are_refused() -> None:
         SpsaConfig(perturbation=0.0)
     for name in ("step_offset", "step_decay", "perturbation_decay"):
         for value in (-1.0, float("nan")):
+            settings: dict[str, Any] = {name: value}
             with pytest.raises(ConfigError, match=f"{name} is {value}, expected 0 or more"):
-                SpsaConfig(**{name: value})  # type: ignore[arg-type]
-        SpsaConfig(**{name: 0.0})  # type: ignore[arg-type]
+                SpsaConfig(**settings)
+        settings = {name: 0.0}
+        SpsaConfig(**settings)
     for momentum in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="momentum is"):
             SpsaConfig(momentum=momentum)

@@ -26,7 +26,7 @@ class CellError(ZtuneError):
     """A cell's process that did not succeed; the message is its reason in one line."""
 
 
-class BusyError(CellError):
+class BusyError(ZtuneError):
     """A cell whose run another process is working on: no failure of its method."""
 
 
@@ -42,7 +42,7 @@ def carry_out(
 ) -> Figures:
     """Begin a run or go on with it, score it, return its figures.
 
-    Raises: CellError, and as BusyError where another process works on the run.
+    Raises: CellError; BusyError where another process works on the run.
     """
     folder = RunFolder(run)
     if run.is_dir():

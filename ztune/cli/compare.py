@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import shlex
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +143,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         output.remark(note)
     request = asked.to_json(bench.bundle.digest, pictures)
     folder = Folder.open(arguments.out, request, _counts(split), output)
-    _heed_hangup()
     with folder.locked():
         try:
             Course(asked, bench, split, folder, output).run()
@@ -160,13 +158,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         lacking = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
         lacking += [busy] if n_busy else []
         raise ZtuneError(f"{'; '.join(lacking)}; the same command tries them again")
-
-
-def _heed_hangup() -> None:
-    """Stop as for SIGTERM when the terminal closes, unless that is to be ignored (nohup)."""
-    hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
-    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
-        signal.signal(hangup, signal.getsignal(signal.SIGTERM))
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:

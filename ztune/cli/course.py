@@ -142,8 +142,6 @@ class Course:
         try:
             figures = carry_out(run, self._tune_words(request), words, log)
             cell = Cell(method, seed, figures)
-        except BusyError:
-            raise
         except CellError as error:
             cell = Cell(method, seed, reason=str(error))
         self.folder.add(cell)

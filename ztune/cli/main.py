@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(hangup, _terminate)
     try:
         arguments.run(arguments, Output(arguments.quiet, arguments.json))
     except ZtuneError as error:

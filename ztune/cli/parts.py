@@ -18,7 +18,7 @@ from runtimes.visual import (
     VisualPrompts,
 )
 from ztune.artifact import Artifact, ContextArtifact, Provenance, VisualArtifact
-from ztune.cli.pictures import Changeable, Pictures, fingerprints
+from ztune.cli.pictures import Pictures, fingerprints
 from ztune.cli.workbench import Workbench
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
@@ -26,7 +26,7 @@ from ztune.errors import ZtuneError
 from ztune.files import sha256
 from ztune.objective import FewShotObjective, NumpyScores, focal_loss
 from ztune.tune import HeldOut
-from ztune.types import F32, F64, I64, Batch, Optimizer, PromptedImages, PromptMap, Prompts, Scorer
+from ztune.types import F32, F64, Batch, Optimizer, PromptedImages, PromptMap, Prompts, Scorer
 
 
 @dataclass(frozen=True)
@@ -85,51 +85,46 @@ class Assembly:
             changeable = pictures.changeable
             n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
             images = open_program(self.bench, config.program, n_extracted)
-        train = self._objective(texts, images, pictures.features, pictures.changeable)
+        train = self._objective(texts, images, held_out=False)
         held_out = None
         if pictures.val_features is not None:
-            val = self._objective(
-                texts,
-                images,
-                pictures.val_features[None],
-                pictures.val_changeable,
-                pictures.val_labels,
-            )
+            val = self._objective(texts, images, held_out=True)
             held_out = HeldOut(val, len(pictures.val_labels))
         return Parts(config, prompt_map, optimizer, texts, images, train, held_out)
 
     def _objective(
-        self,
-        texts: OrtPromptEncoder | F32,
-        images: VisualPrompts | None,
-        features: F32,
-        changeable: Changeable | None,
-        labels: I64 | None = None,
+        self, texts: OrtPromptEncoder | F32, images: VisualPrompts | None, *, held_out: bool
     ) -> FewShotObjective:
-        labels = self.pictures.labels if labels is None else labels
-        return FewShotObjective(self._scorer(texts, images, features, changeable), labels)
+        """Return the loss of the training pictures, or of those held out for validation."""
+        pictures = self.pictures
+        labels = pictures.val_labels if held_out else pictures.labels
+        features: F32 | PromptedImages = pictures.features
+        if images is not None:
+            features = self._prompted(images, held_out)
+        elif held_out and pictures.val_features is not None:
+            features = pictures.val_features[None]
+        return FewShotObjective(self._scorer(texts, features), labels)
 
-    def _scorer(
-        self,
-        texts: OrtPromptEncoder | F32,
-        images: VisualPrompts | None,
-        features: F32,
-        changeable: Changeable | None,
-    ) -> Scorer:
+    def _prompted(self, images: VisualPrompts, held_out: bool) -> PromptedImages:
+        changeable = self.pictures.val_changeable if held_out else self.pictures.changeable
+        if changeable is None:
+            raise ZtuneError("the method changes pictures, and their pixels were not kept")
+        pixels, extracted = changeable.pixels, changeable.extracted
+        if held_out and isinstance(images, DecoderPrompts):
+            return DeployedPictures(images, pixels, extracted, self._tuned_on)
+        return PromptedPictures(images, pixels, extracted)
+
+    def _scorer(self, texts: OrtPromptEncoder | F32, features: F32 | PromptedImages) -> Scorer:
         """Return what computes losses: the host, or the device where texts alone change there."""
         bundle, execution = self.bench.bundle, self.bench.execution
-        scale, bias, loss = bundle.logit_scale, bundle.logit_bias, focal_loss(self.config.focal)
-        if images is not None:
-            if changeable is None:
-                raise ZtuneError("the method changes pictures, and their pixels were not kept")
-            pixels, extracted = changeable.pixels, changeable.extracted
-            prompted: PromptedImages = PromptedPictures(images, pixels, extracted)
-            if isinstance(images, DecoderPrompts) and changeable is self.pictures.val_changeable:
-                prompted = DeployedPictures(images, pixels, extracted, self._tuned_on)
-            return NumpyScores(texts, prompted, scale, bias, loss)
-        if isinstance(texts, np.ndarray) or execution.provider == "cpu":
-            return NumpyScores(texts, features, scale, bias, loss)
-        return OrtScores(texts, features, scale, bias, execution)
+        scale, bias = bundle.logit_scale, bundle.logit_bias
+        if (
+            execution.provider != "cpu"
+            and isinstance(features, np.ndarray)
+            and not isinstance(texts, np.ndarray)
+        ):
+            return OrtScores(texts, features, scale, bias, execution)
+        return NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
 
     @property
     def _tuned_on(self) -> F32:

@@ -223,8 +223,9 @@ class Work:
             seconds = config.own_seconds(request.queries)
             if seconds > _WORTH_A_WORD:
                 self.bench.output.warn(
-                    f"CMA-ES itself, beside the forward passes, will take about "
-                    f"{seconds / 60:.0f} minutes (fewer values or covariance=separable take less)"
+                    f"{request.method}'s own arithmetic, beside the forward passes, will take "
+                    f"about {seconds / 60:.0f} minutes (fewer values take less, and so does a "
+                    "separable covariance where there is one)"
                 )
         elif request.reference or request.force:
             raise ConfigError(

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from ztune.access import CONTEXTS, LOSS
 from ztune.errors import ConfigError
 from ztune.types import F32, F64, Optimizer, PromptMap
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Composition = tuple[PromptMap, Optimizer]
 # Streams of a run's seed; 3 draws batches, 4 the signal's probes.
@@ -102,12 +105,12 @@ class TunedConfig(Protocol):
         """Return map and optimizer at their start, for a budget of `queries`."""
 
 
-ConfigType = TypeVar("ConfigType")
+ConfigType = TypeVar("ConfigType", bound="DataclassInstance")
 
 
 def part_of(kind: type[ConfigType], whole: Any) -> ConfigType:
     """Return the settings of one part of a method."""
-    return kind(**{f.name: getattr(whole, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{f.name: getattr(whole, f.name) for f in fields(kind)})
 
 
 def require_at_least_one(config: object, *names: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
 from ztune.access import CONTEXTS, IMAGE_TOKENS, LOSS, PIXELS
+from ztune.artifact import MOST_TOKENS
 from ztune.compositions.base import (
     MAP,
     STEPS,
@@ -22,14 +24,11 @@ from ztune.maps.context import LinearContext
 from ztune.maps.visual import LinearTokens, TextAndImage
 from ztune.optim.cma import Cma, CmaConfig, cost_of, default_population
 from ztune.optim.sharpzo import SharpZo, SharpZoConfig
-from ztune.types import PromptMap
+from ztune.types import F64, PromptMap
 
 # Beyond these a full covariance is refused: bytes of its matrices, and hours of its
 # eigendecompositions, of which a core of 2026 does some 10¹⁰ operations in a second.
 _MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
-
-# Of an artifact (docs/formats.md).
-_MOST_TOKENS = 4096
 
 
 def _cma_seconds(covariance: str, dim: int, population: int, n_generations: int) -> float:
@@ -52,29 +51,25 @@ def _check_reach(covariance: str, dim: int, population: int, n_generations: int)
         )
 
 
-def _check_kept(keep: str, batch_size: int | None) -> None:
-    """Refuse to call best what had the easiest batch.
-
-    Raises: ConfigError.
-    """
-    if keep == "best" and batch_size is not None:
-        raise ConfigError(
-            "keep=best compares losses over all pictures: leave out batch_size, or set keep=mean"
-        )
-
-
 @dataclass(frozen=True)
-class TextCmaConfig(TextStart, CmaConfig):
-    """A projected context by CMA-ES, as in black-box tuning (BBT, ICML 2022)."""
+class Generations(CmaConfig, ABC):
+    """CMA-ES: every round is a generation of candidates."""
 
-    intrinsic_dim: int = 500
-    population: int | None = 20
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        TextStart.__post_init__(self)
-        CmaConfig.__post_init__(self)
-        require_at_least_one(self, "intrinsic_dim")
-        _check_kept(self.keep, self.batch_size)
+        super().__post_init__()
+        require_at_least_one(self, "batch_size")
+        if self.keep == "best" and self.batch_size is not None:
+            raise ConfigError(
+                "keep=best compares losses over all pictures: leave out batch_size, or set "
+                "keep=mean"
+            )
+
+    @property
+    @abstractmethod
+    def n_values(self) -> int:
+        """How many values are optimised."""
 
     @property
     def finest(self) -> tuple[str, float]:
@@ -82,27 +77,50 @@ class TextCmaConfig(TextStart, CmaConfig):
 
     @property
     def round_size(self) -> int:
-        return self.population or default_population(self.intrinsic_dim)
+        return self.population or default_population(self.n_values)
 
     def step_queries(self) -> int:
         return self.round_size
 
     def own_seconds(self, queries: int) -> float:
         size = self.round_size
-        return _cma_seconds(self.covariance, self.intrinsic_dim, size, queries // size)
+        return _cma_seconds(self.covariance, self.n_values, size, queries // size)
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def check_reach(self, queries: int) -> None:
+        """Refuse a size that would not come to an end, before anything of that size is made."""
         size = self.round_size
-        _check_reach(self.covariance, self.intrinsic_dim, size, queries // size)
-        std = towers.token_std / np.sqrt(self.intrinsic_dim)
-        rng = np.random.default_rng([seed, MAP])
-        prompt_map = LinearContext(self.initial(towers, seed), self.intrinsic_dim, std, rng)
-        steps = np.random.default_rng([seed, STEPS])
-        return prompt_map, Cma(part_of(CmaConfig, self), prompt_map.start(), steps)
+        _check_reach(self.covariance, self.n_values, size, queries // size)
+
+    def cma(self, start: F64, seed: int) -> Cma:
+        return Cma(part_of(CmaConfig, self), start, np.random.default_rng([seed, STEPS]))
 
 
 @dataclass(frozen=True)
-class BptVlmConfig(Defaults, CmaConfig):
+class TextCmaConfig(Generations, TextStart):
+    """A projected context by CMA-ES, as in black-box tuning (BBT, ICML 2022)."""
+
+    intrinsic_dim: int = 500
+    population: int | None = 20
+
+    def __post_init__(self) -> None:
+        TextStart.__post_init__(self)
+        Generations.__post_init__(self)
+        require_at_least_one(self, "intrinsic_dim")
+
+    @property
+    def n_values(self) -> int:
+        return self.intrinsic_dim
+
+    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        self.check_reach(queries)
+        std = towers.token_std / np.sqrt(self.intrinsic_dim)
+        rng = np.random.default_rng([seed, MAP])
+        prompt_map = LinearContext(self.initial(towers, seed), self.intrinsic_dim, std, rng)
+        return prompt_map, self.cma(prompt_map.start(), seed)
+
+
+@dataclass(frozen=True)
+class BptVlmConfig(Generations, Defaults):
     """BPT-VLM (IJCAI 2023) with the settings of its comparison in ZIP (arXiv 2504.06838)."""
 
     part: str = "both"
@@ -115,16 +133,14 @@ class BptVlmConfig(Defaults, CmaConfig):
     population: int | None = 15
     covariance: str = "separable"
     """The full one takes minutes a generation at 4,000 values."""
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.part not in ("text", "vision", "both"):
             raise ConfigError(f'part is "{self.part}", expected text, vision or both')
-        require_at_least_one(self, "n_context", "n_tokens", "text_dim", "vision_dim", "batch_size")
-        _check_kept(self.keep, self.batch_size)
-        if self.n_tokens > _MOST_TOKENS:
-            raise ConfigError(f"n_tokens is {self.n_tokens}, expected at most {_MOST_TOKENS}")
+        require_at_least_one(self, "n_context", "n_tokens", "text_dim", "vision_dim")
+        if self.n_tokens > MOST_TOKENS:
+            raise ConfigError(f"n_tokens is {self.n_tokens}, expected at most {MOST_TOKENS}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -137,29 +153,12 @@ class BptVlmConfig(Defaults, CmaConfig):
         return None if self.part == "text" else "tokens"
 
     @property
-    def finest(self) -> tuple[str, float]:
-        return "sigma", self.sigma
-
-    @property
-    def _dim(self) -> int:
-        return {"text": 0, "vision": self.vision_dim, "both": self.vision_dim}[self.part] + (
-            0 if self.part == "vision" else self.text_dim
-        )
-
-    @property
-    def round_size(self) -> int:
-        return self.population or default_population(self._dim)
-
-    def step_queries(self) -> int:
-        return self.round_size
-
-    def own_seconds(self, queries: int) -> float:
-        size = self.round_size
-        return _cma_seconds(self.covariance, self._dim, size, queries // size)
+    def n_values(self) -> int:
+        text = 0 if self.part == "vision" else self.text_dim
+        return text + (0 if self.part == "text" else self.vision_dim)
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
-        size = self.round_size
-        _check_reach(self.covariance, self._dim, size, queries // size)
+        self.check_reach(queries)
         text, image = np.random.default_rng([seed, MAP]).spawn(2)
         maps: list[PromptMap] = []
         if self.part != "vision":
@@ -175,8 +174,7 @@ class BptVlmConfig(Defaults, CmaConfig):
             width = patches.width
             maps.append(LinearTokens(self.n_tokens, width, self.vision_dim, mean, std, image))
         prompt_map = TextAndImage(*maps) if len(maps) == 2 else maps[0]
-        steps = np.random.default_rng([seed, STEPS])
-        return prompt_map, Cma(part_of(CmaConfig, self), np.zeros(prompt_map.dim), steps)
+        return prompt_map, self.cma(np.zeros(prompt_map.dim), seed)
 
 
 @dataclass(frozen=True)
