@@ -400,6 +400,14 @@ def test_snapshots_make_a_curve(tune: Tune, ztune: Command, tmp_path: Path) -> N
     assert alone.json["accuracy"] == curve[0]["accuracy"]
 
 
+def test_snapshots_at_named_queries(tune: Tune, ztune: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tune(out, "zip", "--queries", 50, "--snapshots", "40,15,20")
+    done = ztune("eval", out, "--snapshots", "--quiet", "--json")
+    # A step costs 10: 15 and 20 are both reached after 20.
+    assert [point["queries"] for point in done.json["curve"]] == [20, 40]
+
+
 def test_several_templates_are_averaged(tune: Tune, tmp_path: Path, bench: Workbench) -> None:
     templates = ("a photo of a {}.", "the digit {}, written by hand.")
     words = [word for template in templates for word in ("--template", template)]

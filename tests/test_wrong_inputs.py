@@ -484,6 +484,8 @@ def test_access_of_other_runtimes() -> None:
         ("zip", ("--keep", "best", "--validate-every", 0), ("--validate-every is 0",)),
         ("zip", ("--validate-every", 5), ("goes with --keep best or --patience",)),
         ("zip", ("--snapshots", -1), ("--snapshots is -1, expected 0 or more",)),
+        ("zip", ("--snapshots", "5,x"), ('--snapshots is "5,x"', "query counts as in 25,50")),
+        ("zip", ("--snapshots", "0,5"), ('--snapshots is "0,5", expected a number',)),
         ("zip", ("--keep", "best", "--val", 0), ("need validation pictures (--val)",)),
         ("bar", ("--patience", 3, "--val", 0), ("need validation pictures (--val)",)),
         ("gda", ("--keep", "best"), ("gda has no steps: leave out --keep",)),

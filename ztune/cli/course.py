@@ -137,7 +137,7 @@ class Course:
         """
         started = time.monotonic()
         run, request = self.folder.run_of(method, seed), self.asked.request(method, seed)
-        words = self._eval_words() + ["--snapshots"] * (request.snapshots > 0)
+        words = self._eval_words() + ["--snapshots"] * bool(request.snapshot_marks)
         log = self.folder.log(method, seed)
         try:
             figures = carry_out(run, self._tune_words(request), words, log)

@@ -49,8 +49,8 @@ class Request:
     """Queries between validation passes that steer; None: a fiftieth of the budget."""
     patience: int | None = None
     """Stop after so many validation passes without gain; None: never."""
-    snapshots: int = 0
-    """Artifacts written on the way."""
+    snapshots: int | str = 0
+    """Artifacts written on the way: a number of points, or the query counts, as in `25,50,100`."""
     extractor: str | None = None
     """ONNX file whose features BlackVIP's decoder sees; None: the bundle's image tower."""
     reference: str | None = None
@@ -76,8 +76,10 @@ class Request:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if self.validate_every is not None and not self.validates:
             raise ConfigError("--validate-every goes with --keep best or --patience")
-        if self.snapshots < 0:
+        if isinstance(self.snapshots, int) and self.snapshots < 0:
             raise ConfigError(f"--snapshots is {self.snapshots}, expected 0 or more")
+        if isinstance(self.snapshots, str):
+            _counts(self.snapshots)
         if self.validates and self.val == 0:
             raise ConfigError("--keep best and --patience need validation pictures (--val)")
 
@@ -92,8 +94,10 @@ class Request:
 
     @property
     def snapshot_marks(self) -> list[int]:
-        """Query counts of the snapshots, denser at the beginning."""
+        """Query counts of the snapshots: those named, or some denser at the beginning."""
         n = self.snapshots
+        if isinstance(n, str):
+            return _counts(n)
         return sorted({max(1, round(self.queries * (i / n) ** 2)) for i in range(1, n)})
 
     def split_settings(self) -> SplitSettings:
@@ -114,6 +118,24 @@ class Request:
 
     def cache_folder(self, run: Path) -> Path:
         return Path(self.cache) if self.cache else run / "cache"
+
+
+def snapshots_of_word(word: str) -> int | str:
+    """Return what the word behind --snapshots asks for; a request checks it."""
+    return int(word) if word.lstrip("-").isdecimal() else word
+
+
+def _counts(listed: str) -> list[int]:
+    """Return query counts of a list like `25,50`, in order and each once.
+
+    Raises: ConfigError.
+    """
+    parts = [part.strip() for part in listed.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(
+            f'--snapshots is "{listed}", expected a number, or query counts as in 25,50,100'
+        )
+    return sorted({int(part) for part in parts})
 
 
 def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) -> Request:

@@ -12,7 +12,12 @@ from rich.table import Table
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
-from ztune.cli.request import Request, request_from_arguments, request_from_json
+from ztune.cli.request import (
+    Request,
+    request_from_arguments,
+    request_from_json,
+    snapshots_of_word,
+)
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
 from ztune.methods import METHODS, PRESETS
@@ -57,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patience", type=int, metavar="N", help="stop after N validations without gain"
     )
     parser.add_argument(
-        "--snapshots", type=int, metavar="N", help="points of a curve: N - 1 artifacts on the way"
+        "--snapshots",
+        type=snapshots_of_word,
+        metavar="N|N,N",
+        help="points of a curve: N - 1 artifacts on the way, or those after so many queries each",
     )
     parser.add_argument(
         "--extractor", type=Path, metavar="FILE", help="ONNX file whose features a decoder sees"
