@@ -1,0 +1,150 @@
+"""What one cell of the measurement is: a method with settings, on a task, with a seed.
+
+Its run is that of `ztune tune`, in this process; what is kept of it is one JSON file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.query_tasks import TASKS
+from ztune.cli.request import Request
+from ztune.cli.tuning import Work, opening
+from ztune.cli.workbench import Workbench
+from ztune.data.split import Split
+from ztune.errors import ConfigError
+from ztune.fields import Fields
+from ztune.methods import find_method, method_config, tuned_config
+from ztune.run import RunFolder
+from ztune.types import Json
+
+GRID = (
+    0, 10, 25, 50, 75, 100, 150, 200, 250, 350, 500, 700, 1000, 1500, 2000, 3000, 4000, 5000,
+)  # fmt: skip
+"""Queries at which curves are compared; at 0 a method has its own start."""
+QUERIES = GRID[-1]
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A method with settings over its defaults."""
+
+    name: str
+    method: str
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    same_as: str = ""
+    """The label that it equals where all training pictures fit that one's batch."""
+
+    @property
+    def batch(self) -> int | None:
+        """Pictures of a step; None for all, and for a head."""
+        method = find_method(self.method)
+        config = tuned_config(method, method_config(method, self.settings))
+        return None if config is None else config.batch_size
+
+
+LABELS = {
+    label.name: label
+    for label in (
+        Label("zero-shot", "zero-shot"),
+        Label("gda", "gda"),
+        Label("lp++", "lp++"),
+        Label("zip-128", "zip"),
+        Label("zip-full", "zip", {"batch_size": None}, same_as="zip-128"),
+        Label("cma", "cma"),
+        Label("spsa", "spsa"),
+        Label("sharpzo", "sharpzo"),
+        Label("ogn", "ogn"),
+        Label("ogn-context", "ogn", {"result": "context"}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One label on one task with one seed."""
+
+    task: str
+    label: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.label}, seed {self.seed}"
+
+    def file(self, out: Path) -> Path:
+        """Return where it is kept."""
+        return out / "cells" / self.task / f"{self.label}-{self.seed}.json"
+
+    def twin(self, n_train: int) -> str:
+        """Return the label whose cell has the same result with so many pictures, else nothing."""
+        label = LABELS[self.label]
+        batch = LABELS[label.same_as].batch if label.same_as else None
+        return label.same_as if batch is not None and n_train <= batch else ""
+
+    def request(self, bundle: Path, data: Path, cache: Path) -> Request:
+        """Return what its run is asked for.
+
+        Raises: ConfigError for a method or setting that there is none of.
+        """
+        task, label = TASKS[self.task], LABELS[self.label]
+        method = find_method(label.method)
+        config = tuned_config(method, method_config(method, label.settings))
+        return Request(
+            str(bundle.resolve()),
+            str(data.resolve()),
+            method=label.method,
+            shots=task.shots,
+            queries=QUERIES,
+            seed=self.seed,
+            templates=(task.template,),
+            threads=1,
+            val=0,
+            cache=str(cache.resolve()),
+            snapshots=0 if config is None else marks(config.round_size),
+            settings=label.settings,
+        )
+
+
+def marks(round_size: int) -> str:
+    """Return when a method is looked at: after the last whole round within each point's queries."""
+    counts = sorted({at - at % round_size for at in GRID if at < QUERIES} - {0})
+    return ",".join(map(str, counts))
+
+
+@contextlib.contextmanager
+def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
+    """Yield an empty folder to run a cell in, gone afterwards; None where another process has it.
+
+    What a killed process left there is thrown away.
+    """
+    place = out / "runs" / f"{cell.task}-{cell.label}-{cell.seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(RunFolder(place).locked())
+        except ConfigError:
+            yield None
+            return
+        run = place / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        try:
+            yield run
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def carried_out(request: Request, split: Split, bench: Workbench, run: Path) -> tuple[Work, Fields]:
+    """Run a request from beginning to end; return the work and run.json.
+
+    Raises: ZtuneError.
+    """
+    work = Work(request, split, RunFolder(run), bench)
+    work.check()
+    head = opening(request, bench, split)
+    work.folder.create(head, split.to_json())
+    return work, Fields(work.carry_out(head), f'run "{run}"')

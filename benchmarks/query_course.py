@@ -1,0 +1,96 @@
+"""The course of the measurement: the cells that are not there yet, one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.measure import say
+from benchmarks.query_cells import Cell, carried_out, claimed
+from benchmarks.query_scoring import scored
+from benchmarks.query_tasks import TASKS
+from runtimes.providers import Execution
+from ztune.cli.output import Output
+from ztune.cli.tuning import task_of
+from ztune.cli.workbench import Workbench, open_workbench
+from ztune.errors import ZtuneError
+from ztune.files import write_json
+from ztune.system import machine, one_blas_thread, versions
+from ztune.types import Json
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where cells are kept, what they are made of, and the models that are open."""
+
+    out: Path
+    work: Path
+    """Derived picture sets are written here."""
+    pictures: Path | None
+    bundle: Path | None
+    commit: str | None
+    benches: dict[Path, Workbench] = field(default_factory=dict)
+
+    def run(self, cells: Sequence[Cell]) -> int:
+        """Carry out what is lacking; return how many cells failed."""
+        n_failed = 0
+        for number, cell in enumerate(cells, 1):
+            if cell.file(self.out).is_file():
+                continue
+            started = time.monotonic()
+            try:
+                with one_blas_thread():
+                    said = self._carry_out(cell)
+            except ZtuneError as error:
+                n_failed, said = n_failed + 1, f"failed: {error}"
+            taken = time.monotonic() - started
+            say(f"[{number}/{len(cells)}] {cell}: {said} ({taken:.1f} s)")
+        return n_failed
+
+    def _carry_out(self, cell: Cell) -> str:
+        """Carry out a cell that nobody else does; say what became of it.
+
+        Raises: ZtuneError.
+        """
+        task = TASKS[cell.task]
+        data, bundle = task.data(self.pictures, self.work), task.bundle(self.bundle)
+        request = cell.request(bundle, data, self.out / "cache")
+        _, split = task_of(request)
+        twin = cell.twin(len(split.entries_of("train")))
+        if twin:
+            return f"the same as {twin}"
+        file = cell.file(self.out)
+        with claimed(cell, self.out) as run:
+            if run is None or file.is_file():
+                return "another process has it"
+            finished = carried_out(request, split, self._bench(bundle), run)
+            new = task.of_new_classes
+            new_data = None if new is None else new.data(self.pictures, self.work)
+            found = scored(*finished, new_data)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**_heading(cell), **found, **self._circumstances()})
+        curve = found["curve"]
+        last = curve[-1] if isinstance(curve, list) else None
+        accuracy = last["accuracy"] if isinstance(last, dict) else None
+        return f"{accuracy:.1%} on the test pictures" if isinstance(accuracy, float) else "done"
+
+    def _bench(self, bundle: Path) -> Workbench:
+        """Return an opened model, the one of an earlier cell where it is the same."""
+        if bundle not in self.benches:
+            execution = Execution("cpu", threads=1)
+            self.benches[bundle] = open_workbench(bundle, execution, Output(quiet=True))
+        return self.benches[bundle]
+
+    def _circumstances(self) -> dict[str, Json]:
+        return {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": self.commit,
+            "machine": dict(machine()),
+            "versions": dict(versions()),
+        }
+
+
+def _heading(cell: Cell) -> dict[str, Json]:
+    return {"task": cell.task, "label": cell.label, "seed": cell.seed}

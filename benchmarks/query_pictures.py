@@ -1,0 +1,126 @@
+"""Picture sets made of others: changed pictures, and some classes of a set in CoOp's layout.
+
+Written once into a work folder, as PNG, the same bytes wherever the same Pillow and NumPy are.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from ztune.data.folders import read_dataset
+from ztune.errors import DataError
+from ztune.files import new_folder, read_json
+
+_BLUR = 32
+"""The radius of the blur is a picture's short side over this."""
+_NOISE = 40.0
+"""Standard deviation of the noise, of 255."""
+_JPEG_QUALITY = 5
+_BITS = 2
+"""Of each colour after posterizing."""
+
+Change = Callable[[Image.Image, int], Image.Image]
+"""From an RGB picture and a seed of its own to an RGB picture."""
+
+
+def _edges(picture: Image.Image, _seed: int) -> Image.Image:
+    return ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES).convert("RGB")
+
+
+def _blur(picture: Image.Image, _seed: int) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / _BLUR))
+
+
+def _noise(picture: Image.Image, seed: int) -> Image.Image:
+    pixels = np.asarray(picture, dtype=np.float64)
+    noise = np.random.default_rng(seed).normal(0, _NOISE, pixels.shape)
+    return Image.fromarray(np.clip(np.round(pixels + noise), 0, 255).astype(np.uint8))
+
+
+def _jpeg(picture: Image.Image, _seed: int) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_JPEG_QUALITY)
+    return Image.open(file).convert("RGB")
+
+
+CHANGES: Mapping[str, Change] = {
+    "grey": lambda picture, _: ImageOps.grayscale(picture).convert("RGB"),
+    "rotated": lambda picture, _: picture.transpose(Image.Transpose.ROTATE_90),
+    "upside-down": lambda picture, _: picture.transpose(Image.Transpose.ROTATE_180),
+    "negative": lambda picture, _: ImageOps.invert(picture),
+    "posterized": lambda picture, _: ImageOps.posterize(picture, _BITS),
+    "edges": _edges,
+    "blur": _blur,
+    "noise": _noise,
+    "jpeg": _jpeg,
+}
+
+
+def changed(source: Path, change: str, out: Path) -> Path:
+    """Return `out` with every picture of the data set `source` changed, written if it is not there.
+
+    Raises: DataError for a picture that cannot be read.
+    """
+    root = source.absolute()
+    pictures = read_dataset(root).pictures
+    files = ((root / one.path, Path(one.path).with_suffix(".png")) for one in pictures)
+    return _written(out, files, CHANGES[change])
+
+
+def of_coop_layout(source: Path, classes: slice, out: Path) -> Path:
+    """Return `out` with some classes of a set in CoOp's layout, written if it is not there.
+
+    `classes` are places in the order of the split file. Folders: `train`, with what the split file
+    lists as train and val, and `test`.
+
+    Raises: DataError, FormatError where the set is not as expected.
+    """
+    listings = sorted(source.glob("split_zhou_*.json"))
+    folders = sorted(path for path in source.iterdir() if path.is_dir())
+    if len(listings) != 1 or len(folders) != 1:
+        raise DataError(
+            f'"{source}" is no set in CoOp\'s layout (expected one split_zhou_*.json beside one '
+            "folder of pictures)"
+        )
+    split = read_json(listings[0], "split file")
+    listed = [(role, *row) for role in ("train", "val", "test") for row in _rows(split, role)]
+    chosen = set(sorted({label for _, _, label, _ in listed})[classes])
+    files = [
+        (folders[0] / path, Path("test" if role == "test" else "train", name, Path(path).name))
+        for role, path, label, name in listed
+        if label in chosen
+    ]
+    return _written(out, ((path, to.with_suffix(".png")) for path, to in files), None)
+
+
+def _rows(split: Mapping[str, object], role: str) -> list[tuple[str, int, str]]:
+    """Return (path, label, class name) of one part of a split file."""
+    rows = split.get(role)
+    if not isinstance(rows, list):
+        raise DataError(f'the split file lists no "{role}" pictures')
+    return [(str(path), int(label), str(name)) for path, label, name in rows]
+
+
+def _written(out: Path, files: Iterable[tuple[Path, Path]], change: Change | None) -> Path:
+    """Write pictures (from, to below `out`), all or nothing."""
+    if out.is_dir():
+        return out
+    try:
+        with new_folder(out) as work:
+            for source, target in files:
+                (work / target).parent.mkdir(parents=True, exist_ok=True)
+                with Image.open(source) as picture:
+                    plain = picture.convert("RGB")
+                if change is not None:
+                    plain = change(plain, zlib.crc32(target.as_posix().encode()))
+                plain.save(work / target, "PNG")
+    except OSError:
+        if not out.is_dir():  # else another process has just written the same
+            raise
+    return out
