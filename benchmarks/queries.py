@@ -1,9 +1,10 @@
 """How many queries each method needs to get where ZIP is after 5,000.
 
     python -m benchmarks.queries run BUNDLE --pictures FOLDER --out OUT
+    python -m benchmarks.queries report OUT --docs docs/results/queries
 
 `run` carries out what OUT still lacks, label by label and task by task. It may be stopped and begun
-again, and several processes may work on one OUT.
+again, and several processes may work on one OUT. `report` makes tables and plots of what is there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from benchmarks.measure import ROOT, commit
 from benchmarks.query_cells import LABELS, SEEDS, Cell
 from benchmarks.query_course import Course
+from benchmarks.query_report import write_report
 from benchmarks.query_tasks import TASKS
 from ztune.cli.output import fail
 from ztune.errors import ConfigError, ZtuneError
@@ -41,9 +43,12 @@ def main(words: Sequence[str] | None = None) -> int:
     run.add_argument("--tasks", help=f"of {', '.join(TASKS)}")
     run.add_argument("--labels", help=f"of {', '.join(LABELS)}")
     run.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    report = verbs.add_parser("report", help="make tables and plots")
+    report.add_argument("out", type=Path, metavar="OUT")
+    report.add_argument("--docs", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(words)
     try:
-        return _run(arguments)
+        return _run(arguments) if arguments.verb == "run" else _report(arguments)
     except ZtuneError as error:
         fail(str(error))
         return 1
@@ -58,6 +63,12 @@ def _run(arguments: argparse.Namespace) -> int:
     course = Course(arguments.out, arguments.work, arguments.pictures, arguments.bundle, commit())
     cells = [Cell(task, label, seed) for label in labels for task in tasks for seed in seeds]
     return 1 if course.run(cells) else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    for file in write_report(arguments.out, arguments.docs):
+        print(file)
+    return 0
 
 
 def _chosen(listed: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:

@@ -1,0 +1,269 @@
+"""The cells of the measurement read back, and the figures that its tables and plots are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median_low
+
+import numpy as np
+
+from benchmarks.query_cells import GRID, LABELS, QUERIES, Cell
+from benchmarks.query_tasks import TASKS
+from ztune.fields import Fields
+from ztune.files import read_json
+from ztune.types import F64
+
+ZIP = "zip-128"
+"""The label whose end is the mark to reach."""
+GAIN = 0.02
+"""What ZIP's accuracy must gain for a task to say when it is reached."""
+RATIOS = (10, 20)
+LOSS = "train_loss"
+_SLACK = 1e-12
+"""Means of the same figures may differ by rounding."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a classifier was worth after so many queries; accuracies in 0…1, the loss in nats."""
+
+    queries: int
+    accuracy: float
+    class_accuracy: float
+    train_loss: float
+
+
+@dataclass(frozen=True)
+class NewClasses:
+    """Accuracies on classes that nothing was tuned on."""
+
+    zero_shot: float
+    curve: tuple[tuple[int, float], ...]
+    """(queries, accuracy)"""
+
+    def after(self, queries: int) -> float | None:
+        """Return the accuracy of the last result within so many queries."""
+        within = [accuracy for at, accuracy in self.curve if at <= queries]
+        return within[-1] if within else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell's file."""
+
+    task: str
+    label: str
+    seed: int
+    classes: int
+    n_train: int
+    n_test: int
+    zero_shot: Point
+    curve: tuple[Point, ...]
+    """In order of queries; the one point of a head is at 0."""
+    seconds: float
+    commit: str
+    date: str
+    where: str
+    """Machine and versions."""
+    new_classes: NewClasses | None = None
+
+    def after(self, queries: int) -> Point:
+        """Return the last point within so many queries."""
+        return [point for point in self.curve if point.queries <= queries][-1]
+
+
+def read_results(out: Path) -> list[Result]:
+    """Return every cell that is there, in the order of tasks, labels and seeds.
+
+    Raises: FormatError naming a file and its field.
+    """
+    found = []
+    for task in TASKS:
+        for label in LABELS:
+            files = (out / "cells" / task).glob(f"{label}-*.json")
+            own = [_read(file) for file in files if _is_seed(file.stem[len(label) + 1 :])]
+            found += sorted(own, key=lambda result: result.seed)
+    return found
+
+
+def _is_seed(word: str) -> bool:
+    return word.isdecimal()
+
+
+def _read(file: Path) -> Result:
+    where = f'cell "{file}"'
+    top = Fields(read_json(file, where), where)
+    new = None
+    if "new_classes" in top.values:
+        part = top.object("new_classes")
+        points = [(p.integer("queries"), p.number("accuracy")) for p in part.objects("curve")]
+        new = NewClasses(part.number("zero_shot"), tuple(points))
+    return Result(
+        task=top.text("task"),
+        label=top.text("label"),
+        seed=top.integer("seed"),
+        classes=top.integer("classes"),
+        n_train=top.integer("n_train"),
+        n_test=top.integer("n_test"),
+        zero_shot=_point(top.object("zero_shot")),
+        curve=tuple(sorted(map(_point, top.objects("curve")), key=lambda point: point.queries)),
+        seconds=top.number("seconds"),
+        commit=str(top.values.get("commit")),
+        date=top.text("date"),
+        where=_where(top),
+        new_classes=new,
+    )
+
+
+def _where(top: Fields) -> str:
+    machine, versions = top.object("machine"), top.object("versions")
+    packages = ", ".join(
+        f"{name} {versions.text(name)}" for name in ("python", "numpy", "onnxruntime")
+    )
+    return f"{machine.integer('cores')} cores, {machine.text('processor')}, {packages}"
+
+
+def _point(fields: Fields) -> Point:
+    return Point(
+        fields.integer("queries"),
+        *(fields.number(name) for name in ("accuracy", "class_accuracy", "train_loss")),
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One label on one task, over its seeds."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.results[0].curve[-1].queries > 0
+
+    def values(self, measure: str, queries: int) -> list[float]:
+        """Return accuracy, class_accuracy or train_loss of every seed."""
+        return [float(getattr(one.after(queries), measure)) for one in self.results]
+
+    def mean(self, measure: str, queries: int = QUERIES) -> float:
+        return fmean(self.values(measure, queries))
+
+    def means(self, measure: str) -> F64:
+        """Return f64[len(GRID)]."""
+        return np.array([self.mean(measure, at) for at in GRID])
+
+    def spread(self, measure: str) -> F64:
+        """Return the sample standard deviation f64[len(GRID)]; 0 for a single seed."""
+        table = np.array([self.values(measure, at) for at in GRID])
+        return table.std(axis=1, ddof=1) if table.shape[1] > 1 else np.zeros(len(GRID))
+
+    def zero_shot(self, measure: str) -> float:
+        return fmean(getattr(one.zero_shot, measure) for one in self.results)
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """A task's labels; one whose cells would equal another's has that one's."""
+
+    task: str
+    series: dict[str, Series]
+
+    @property
+    def any_result(self) -> Result:
+        return next(iter(self.series.values())).results[0]
+
+    @property
+    def tuned(self) -> dict[str, Series]:
+        return {name: one for name, one in self.series.items() if one.is_tuned}
+
+    def counts(self, measure: str) -> bool:
+        """Say whether reaching ZIP means something: any loss does.
+
+        An accuracy does where ZIP gains enough over zero-shot and over every method's own start.
+        """
+        if ZIP not in self.series or measure == LOSS:
+            return ZIP in self.series
+        starts = [one.mean(measure, 0) for one in self.tuned.values()]
+        low = max(self.series[ZIP].zero_shot(measure), *starts)
+        return self.series[ZIP].mean(measure) - low >= GAIN - _SLACK
+
+    def queries(self, label: str, measure: str, mark: str = ZIP) -> float | None:
+        """Return after how many queries a label is where `mark` ends; None: never, to stay."""
+        target = self.series[mark].mean(measure)
+        return reached(self.series[label].means(measure), target, rising=measure != LOSS)
+
+
+def reached(means: F64, target: float, *, rising: bool) -> float | None:
+    """Return the first point of GRID from which on all means f64[len(GRID)] are at the target."""
+    at_target = means >= target - _SLACK if rising else means <= target + _SLACK
+    missed = np.flatnonzero(~at_target)
+    first = int(missed[-1]) + 1 if len(missed) else 0
+    return float(GRID[first]) if first < len(GRID) else None
+
+
+def ratio_of(queries: float | None) -> float:
+    """Return how many times fewer queries than ZIP's: 0 where never, infinite for its own start."""
+    if queries is None:
+        return 0.0
+    return QUERIES / queries if queries else math.inf
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A label's ratios over the tasks that count."""
+
+    label: str
+    ratios: tuple[float, ...]
+
+    @property
+    def n_reached(self) -> int:
+        return sum(ratio > 0 for ratio in self.ratios)
+
+    @property
+    def median(self) -> float:
+        """The lower one of two: between a ratio and never there is no mean."""
+        return median_low(self.ratios)
+
+    def share(self, least: float) -> float:
+        return sum(ratio >= least for ratio in self.ratios) / len(self.ratios)
+
+
+def figures_of(results: Iterable[Result]) -> list[TaskFigures]:
+    """Return the tasks in their order."""
+    by_task: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        by_task.setdefault(result.task, {}).setdefault(result.label, []).append(result)
+    return [_task_figures(task, by_task[task]) for task in TASKS if task in by_task]
+
+
+def _task_figures(task: str, by_label: dict[str, list[Result]]) -> TaskFigures:
+    n_train = next(iter(by_label.values()))[0].n_train
+    series = {}
+    for label in LABELS:
+        own = by_label.get(label) or by_label.get(Cell(task, label, 1).twin(n_train))
+        if own:
+            series[label] = Series(tuple(own))
+    return TaskFigures(task, series)
+
+
+def ratios_of(tasks: Sequence[TaskFigures], measure: str, mark: str = ZIP) -> list[Ratios]:
+    """Return the tuned labels' ratios, over the tasks that count for this measure."""
+    counted = [task for task in tasks if mark in task.series and task.counts(measure)]
+    found = []
+    for label in LABELS:
+        own = [ratio_of(t.queries(label, measure, mark)) for t in counted if label in t.tuned]
+        if own:
+            found.append(Ratios(label, tuple(own)))
+    return found
+
+
+def shared(tasks: Sequence[TaskFigures]) -> list[TaskFigures]:
+    """Return the tasks that have every label that any has, so that means compare."""
+    every = {label for task in tasks for label in task.series}
+    return [task for task in tasks if set(task.series) == every]
+
+
+def harmonic(one: float, other: float) -> float:
+    return 2 * one * other / (one + other) if one + other else 0.0
