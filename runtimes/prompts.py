@@ -10,7 +10,7 @@ import numpy as np
 from runtimes.bundle import Bundle, TextSpec
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ConfigError, DataError, FormatError
-from ztune.types import F32
+from ztune.types import F32, I64
 
 
 def token_table(bundle: Bundle) -> F32:
@@ -171,9 +171,14 @@ def shared_starts(
         yield indices, given[0][:n_shared], [ids[n_shared:] for ids in given]
 
 
-def context_of_words(bundle: Bundle, tokenizer: Tokenizer, words: str) -> F32:
-    """Return f32[m, d], the token embeddings of `words`: a context to start from."""
+def ids_of_words(tokenizer: Tokenizer, words: str) -> I64:
+    """Return the token ids i64[m] of `words`."""
     ids = tokenizer.encode(words)
     if not ids:
         raise ConfigError(f'initial context "{words}" has no tokens')
-    return np.array(token_table(bundle)[list(ids)], dtype=np.float32)
+    return np.array(ids, dtype=np.int64)
+
+
+def context_of_words(bundle: Bundle, tokenizer: Tokenizer, words: str) -> F32:
+    """Return f32[m, d], the token embeddings of `words`: a context to start from."""
+    return np.array(token_table(bundle)[ids_of_words(tokenizer, words)], dtype=np.float32)

@@ -14,7 +14,7 @@ from ztune.errors import FormatError
 from ztune.fields import Fields
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.tensors import read_tensors, write_tensors
-from ztune.types import F32, Json
+from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
 VERSION = 1
@@ -52,6 +52,26 @@ class ContextArtifact:
     """f32[m, d]: the context itself, never a latent and a seed."""
     text_features: F32
     """f32[C, e], unit rows."""
+    logit_scale: float
+    logit_bias: float
+    tuning_pictures: Fingerprints = field(default_factory=_none)
+
+    def classifier(self) -> FeatureClassifier:
+        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+
+
+@dataclass(frozen=True)
+class MixtureArtifact:
+    """Prompts of words and their weights; it serves other classes too."""
+
+    classes: tuple[str, ...]
+    provenance: Provenance
+    tokens: I32
+    """i32[K, m]: each prompt's context as rows of the token table."""
+    weights: F32
+    """f32[K], of any sign and sum."""
+    text_features: F32
+    """f32[C, e]: the weighted sum of the prompts' unit text features."""
     logit_scale: float
     logit_bias: float
     tuning_pictures: Fingerprints = field(default_factory=_none)
@@ -111,13 +131,13 @@ _N_STATISTICS = 144
 MOST_TOKENS = 4096
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
-Artifact = ContextArtifact | HeadArtifact | VisualArtifact
+Artifact = ContextArtifact | MixtureArtifact | HeadArtifact | VisualArtifact
 
 
 def classifier_of_texts(
     text_features: F32, logit_scale: float, logit_bias: float
 ) -> FeatureClassifier:
-    """Return the classifier of unit text features f32[C, e]; logit_scale multiplies."""
+    """Return the classifier of text features f32[C, e]; logit_scale multiplies."""
     bias = np.full(len(text_features), logit_bias, dtype=np.float32)
     return FeatureClassifier(np.float32(logit_scale) * text_features, bias)
 
@@ -151,7 +171,9 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         arrays["text_features"] = artifact.text_features
         arrays["logit_scale"] = np.array([artifact.logit_scale], dtype=np.float32)
         arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
-        if artifact.context is not None:
+        if isinstance(artifact, MixtureArtifact):
+            arrays |= {"tokens": artifact.tokens, "weights": artifact.weights}
+        elif artifact.context is not None:
             arrays["context"] = artifact.context
     if isinstance(artifact, VisualArtifact):
         arrays["visual"] = artifact.visual
@@ -172,6 +194,8 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
 def _kind(artifact: Artifact) -> str:
     if isinstance(artifact, HeadArtifact):
         return "head" if artifact.kernel is None else "kernel"
+    if isinstance(artifact, MixtureArtifact):
+        return "mixture"
     return "visual" if isinstance(artifact, VisualArtifact) else "context"
 
 
@@ -229,6 +253,14 @@ def read_artifact(path: Path) -> Artifact:
             raise FormatError(f"{where}: {name} is {value:g}, expected more than 0{limit}")
         return value
 
+    def token_ids() -> I32:
+        array = arrays.pop("tokens", None)
+        if array is None or array.dtype != np.int32 or array.ndim != 2 or 0 in array.shape:
+            raise FormatError(f"{where}: tensor tokens is missing, empty or not int32 of (K, m)")
+        if array.min() < 0:
+            raise FormatError(f"{where}: tensor tokens has {array.min()}, expected ids from 0 on")
+        return array
+
     def statistics() -> F32:
         array = tensor("statistics", 2, _N_STATISTICS)
         if (array[1] < 0).any():
@@ -242,7 +274,7 @@ def read_artifact(path: Path) -> Artifact:
     if pictures is None or pictures.dtype != np.uint64 or pictures.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_pictures is missing or not uint64 of (n,)")
     artifact: Artifact
-    kind = top.text("kind", among=("context", "head", "kernel", "visual"))
+    kind = top.text("kind", among=("context", "mixture", "head", "kernel", "visual"))
     if kind in ("head", "kernel"):
         weight, bias, kernel = tensor("weight", C, None), tensor("bias", C), None
         if kind == "kernel":
@@ -250,6 +282,18 @@ def read_artifact(path: Path) -> Artifact:
             sharpness = positive("sharpness", _MOST_SHARPNESS)
             kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
         artifact = HeadArtifact(classes, provenance, weight, bias, pictures, kernel)
+    elif kind == "mixture":
+        tokens = token_ids()
+        artifact = MixtureArtifact(
+            classes,
+            provenance,
+            tokens,
+            tensor("weights", len(tokens)),
+            tensor("text_features", C, None),
+            positive("logit_scale"),
+            float(tensor("logit_bias", 1)[0]),
+            pictures,
+        )
     else:
         text_features = unit_rows("text_features", C, None)
         logit_scale = positive("logit_scale")

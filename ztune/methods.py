@@ -8,6 +8,7 @@ from typing import Any
 
 from ztune.access import FEATURES
 from ztune.compositions.base import TunedConfig
+from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
@@ -64,6 +65,18 @@ _BLACK_BOX = "with the settings of its comparison in ZIP"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        TunedMethod(
+            "ogn",
+            "random prompts mixed by Gauss–Newton in the space of logits",
+            "ours (docs/research/ogn.md)",
+            OgnConfig,
+        ),
+        TunedMethod(
+            "ogn-context",
+            "a context moved by Gauss–Newton steps in the space of logits",
+            "ours (docs/research/ogn.md)",
+            OgnContextConfig,
+        ),
         TunedMethod(
             "zip",
             "low-rank, intrinsically clipped zeroth-order prompt tuning",
@@ -192,7 +205,10 @@ def method_config(method: Method, settings: Mapping[str, Json], preset: str = "d
 
 def tuned_config(method: Method, config: Any) -> TunedConfig | None:
     """Return a tuned method's configuration, None for a head's."""
-    return config if isinstance(method, TunedMethod) else None
+    if not isinstance(method, TunedMethod):
+        return None
+    tuned: TunedConfig = config.in_effect if isinstance(config, Answers) else config
+    return tuned
 
 
 def needs_of(method: Method, config: Any) -> frozenset[str]:

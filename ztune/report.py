@@ -65,8 +65,15 @@ def draw_curve(
     ):
         values = np.array([line[key] for line in history], dtype=float)
         axes.plot(queries, values, color=SOFT, linewidth=0.8, label="each step")
-        mean_label = f"mean of {width} steps"
-        axes.plot(queries, _running_mean(values, width), color=ACCENT, label=mean_label)
+        results = [line for line in history if f"result_{key}" in line]
+        if results:  # a mixture: its candidates say nothing of how it does
+            at = [line["queries"] for line in results]
+            found = [line[f"result_{key}"] for line in results]
+            axes.plot(at, found, "o-", color=ACCENT, markersize=4, label="result by then")
+            axes.set_xscale("log")
+        else:
+            mean_label = f"mean of {width} steps"
+            axes.plot(queries, _running_mean(values, width), color=ACCENT, label=mean_label)
         axes.set_xlabel("queries")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
@@ -20,10 +21,32 @@ from ztune.fields import Fields
 from ztune.files import new_folder, read_json, write_json
 from ztune.tensors import read_tensors, write_tensors
 from ztune.tune import Tuning
-from ztune.types import Evaluation, Json, State
+from ztune.types import Evaluation, Json, Mixing, State
 
 FORMAT = "ztune-run"
 VERSION = 1
+
+
+class SavePace:
+    """When to save next: at least a second after the last time, and ten times as long as it took.
+
+    Steps done again after a kill give the same numbers and cost nothing on a local model, while
+    flushing every one of them to the disk costs more than a small model does.
+    """
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + 1.0
+        self._began = 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._next = now + max(1.0, 10 * (now - self._began))
 
 
 class RunFolder:
@@ -153,6 +176,9 @@ class RunFolder:
         }
         if evaluation.batch_number == 0:
             line["validation"] = True
+        optimizer = tuning.optimizer
+        if isinstance(optimizer, Mixing) and (fitted := optimizer.fitted()) is not None:
+            line["result_loss"], line["result_accuracy"] = (round(one, 6) for one in fitted)
         with self.history.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -140,6 +141,16 @@ class Oracle(Protocol):
         """Evaluate P candidates on one batch."""
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A classifier of several prompts: its text features are Σ_j weights_j T(points_j)."""
+
+    points: F64
+    """f64[K, dim]"""
+    weights: F64
+    """f64[K], of any sign and sum."""
+
+
 State = tuple[Mapping[str, NDArray[Any]], Mapping[str, Json]]
 """Arrays by name and plain values by name: all of an optimizer or sampler, its generator too."""
 
@@ -171,3 +182,14 @@ class Optimizer(Protocol):
 
     def restore(self, state: State) -> None:
         """Take over a state saved by `state` of the same configuration."""
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """What an optimizer has whose result is no single point."""
+
+    def mixture(self) -> Mixture:
+        """Return the method's choice."""
+
+    def fitted(self) -> tuple[float, float] | None:
+        """Return loss (nats) and accuracy of the last choice on the training pictures, if new."""

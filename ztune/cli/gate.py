@@ -55,7 +55,8 @@ class Gate:
         started = time.monotonic()
         bundle = self.bench.bundle
         rng = np.random.default_rng([self.seed, 4])
-        batch = probe_batch(len(labels), config.batch_size or len(labels), rng)
+        n_pictures = config.pictures_of(len(labels), len(self.classes))
+        batch = probe_batch(len(labels), n_pictures, rng)
         n_candidates = 0
 
         def exact(contexts: F32) -> F64:
@@ -81,10 +82,12 @@ class Gate:
 
         signal = measure(optimizer, prompt_map, oracle, exact, batch, rng)
         finer = FINER[bundle.precision]
+        assert config.finest is not None
+        setting, perturbation = config.finest
         return signal, {
             **signal.to_json(),
-            "setting": config.finest[0],
-            "perturbation": config.finest[1],
+            "setting": setting,
+            "perturbation": perturbation,
             "precision": bundle.precision,
             "provider": self.bench.execution.provider,
             "reference": str(self.reference.path) if self.reference else f"own graph in {finer}",
@@ -193,6 +196,12 @@ def unmeasured(precision: str, *, force: bool, output: Output) -> dict[str, Json
         )
     output.warn(f"{reason}, and the bundle is {precision}")
     return {**document, "forced": True}
+
+
+def no_differences() -> dict[str, Json]:
+    """Return what run.json keeps of a method that compares no neighbouring points."""
+    reason = "the method takes no differences of losses, so rounding errors steer no steps"
+    return {"verdict": "not needed", "reason": reason, "forced": False}
 
 
 class NoReferenceError(ZtuneError):

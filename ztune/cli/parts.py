@@ -17,16 +17,38 @@ from runtimes.visual import (
     TokenPrompts,
     VisualPrompts,
 )
-from ztune.artifact import Artifact, ContextArtifact, Provenance, VisualArtifact
+from ztune.access import LOGITS
+from ztune.answers import TopClasses
+from ztune.artifact import (
+    Artifact,
+    ContextArtifact,
+    MixtureArtifact,
+    Provenance,
+    VisualArtifact,
+)
 from ztune.cli.pictures import Pictures, fingerprints
 from ztune.cli.workbench import Workbench
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
 from ztune.files import sha256
-from ztune.objective import FewShotObjective, NumpyScores, focal_loss
+from ztune.mixing import mixed_texts
+from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss
+from ztune.remembered import RememberingEncoder
 from ztune.tune import HeldOut
-from ztune.types import F32, F64, Batch, Optimizer, PromptedImages, PromptMap, Prompts, Scorer
+from ztune.types import (
+    F32,
+    F64,
+    Batch,
+    Mixing,
+    Mixture,
+    Optimizer,
+    PromptedImages,
+    PromptEncoder,
+    PromptMap,
+    Prompts,
+    Scorer,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,8 @@ class Parts:
     optimizer: Optimizer
     texts: OrtPromptEncoder | F32
     """Encodes contexts; or the hand-written sentences' f32[C, e]."""
+    remembered: RememberingEncoder | None
+    """The encoder of a method whose result mixes the prompts that it has tried."""
     images: VisualPrompts | None
     """Encodes pictures under visual prompts."""
     objective: FewShotObjective
@@ -85,15 +109,18 @@ class Assembly:
             changeable = pictures.changeable
             n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
             images = open_program(self.bench, config.program, n_extracted)
-        train = self._objective(texts, images, held_out=False)
+        remembered = None
+        if config.mixes and not isinstance(texts, np.ndarray):
+            remembered = RememberingEncoder(texts)
+        train = self._objective(remembered or texts, images, held_out=False)
         held_out = None
         if pictures.val_features is not None:
             val = self._objective(texts, images, held_out=True)
             held_out = HeldOut(val, len(pictures.val_labels))
-        return Parts(config, prompt_map, optimizer, texts, images, train, held_out)
+        return Parts(config, prompt_map, optimizer, texts, remembered, images, train, held_out)
 
     def _objective(
-        self, texts: OrtPromptEncoder | F32, images: VisualPrompts | None, *, held_out: bool
+        self, texts: PromptEncoder | F32, images: VisualPrompts | None, *, held_out: bool
     ) -> FewShotObjective:
         """Return the loss of the training pictures, or of those held out for validation."""
         pictures = self.pictures
@@ -114,17 +141,23 @@ class Assembly:
             return DeployedPictures(images, pixels, extracted, self._tuned_on)
         return PromptedPictures(images, pixels, extracted)
 
-    def _scorer(self, texts: OrtPromptEncoder | F32, features: F32 | PromptedImages) -> Scorer:
-        """Return what computes losses: the host, or the device where texts alone change there."""
+    def _scorer(self, texts: PromptEncoder | F32, features: F32 | PromptedImages) -> Scorer:
+        """Return what computes losses: the host, or the device where texts alone change there.
+
+        Logits that a method reads are the host's: a device keeps its own.
+        """
         bundle, execution = self.bench.bundle, self.bench.execution
         scale, bias = bundle.logit_scale, bundle.logit_bias
         if (
             execution.provider != "cpu"
             and isinstance(features, np.ndarray)
-            and not isinstance(texts, np.ndarray)
+            and isinstance(texts, OrtPromptEncoder)
+            and LOGITS not in self.config.needs
         ):
             return OrtScores(texts, features, scale, bias, execution)
-        return NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
+        scorer = NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
+        k = self.config.top_classes
+        return scorer if k is None else TopClasses(scorer, k)
 
     @property
     def _tuned_on(self) -> F32:
@@ -133,6 +166,31 @@ class Assembly:
             raise ZtuneError("the method changes pictures, and their pixels were not kept")
         extracted = self.pictures.changeable.extracted
         return extracted.reshape(-1, extracted.shape[-1])
+
+    def result(self, parts: Parts, provenance: Provenance) -> Artifact:
+        """Return what the method chooses by now."""
+        optimizer = parts.optimizer
+        if isinstance(optimizer, Mixing):
+            return self._mixture(parts, optimizer.mixture(), provenance)
+        return self.artifact(parts, optimizer.recommend(), provenance)
+
+    def _mixture(self, parts: Parts, mixture: Mixture, provenance: Provenance) -> MixtureArtifact:
+        bundle = self.bench.bundle
+        encoder = parts.remembered
+        contexts = parts.prompt_map(mixture.points).contexts
+        if encoder is None or contexts is None:
+            raise ZtuneError("a mixture is of contexts, and there are none")
+        weights = mixture.weights.astype(np.float32)
+        return MixtureArtifact(
+            self.split.classes,
+            provenance,
+            mixture.points.astype(np.int32),
+            weights,
+            mixed_texts(encoder, contexts, weights, parts.config.round_size),
+            bundle.logit_scale,
+            bundle.logit_bias,
+            fingerprints(self.split),
+        )
 
     def artifact(self, parts: Parts, point: F64, provenance: Provenance) -> Artifact:
         """Return what a point f64[dim] is worth keeping as."""
@@ -179,8 +237,16 @@ class Assembly:
         visual = artifact.visual[None]
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
 
-    def train_loss(self, parts: Parts, point: F64) -> float:
+    def train_loss(self, parts: Parts, result: Artifact) -> float:
         """Return the loss over all training pictures and views: a final report, free of charge."""
+        if isinstance(result, MixtureArtifact):
+            classifier = result.classifier()
+            views = [classifier.logits(view) for view in self.pictures.features]
+            labels = self.pictures.labels
+            return float(np.mean([cross_entropy(view, labels) for view in views]))
+        return self._point_loss(parts, parts.optimizer.recommend())
+
+    def _point_loss(self, parts: Parts, point: F64) -> float:
         n_views, n = self.pictures.features.shape[:2]
         every = np.arange(n, dtype=np.int64)
         prompts = parts.prompts(point)

@@ -17,7 +17,14 @@ from runtimes.prompts import name_tokens, shared_starts, template_sentences
 from ztune.access import EVERYTHING, IMAGE_TOKENS, require_access
 from ztune.artifact import Artifact, HeadArtifact, Provenance, write_artifact
 from ztune.budget import Budget
-from ztune.cli.gate import Gate, RefusedError, open_reference, pass_gate, unmeasured
+from ztune.cli.gate import (
+    Gate,
+    RefusedError,
+    no_differences,
+    open_reference,
+    pass_gate,
+    unmeasured,
+)
 from ztune.cli.parts import Assembly, Parts
 from ztune.cli.pictures import Album, Pictures, fingerprints
 from ztune.cli.request import Request
@@ -42,16 +49,13 @@ from ztune.methods import (
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.optim.validation import EarlyStop, Validated
 from ztune.report import draw_curve
-from ztune.run import RunFolder
+from ztune.run import RunFolder, SavePace
 from ztune.signal import Signal
 from ztune.statistics import Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
 from ztune.types import F32, Evaluation, Json, Optimizer
 
-# Seconds between saved states. Steps done again after a kill give the same numbers and cost nothing
-# on a local model, while flushing every one of them to the disk costs more than a small model does.
-_SAVE_INTERVAL = 1.0
 # Seconds of a method's own arithmetic that are announced.
 _WORTH_A_WORD = 120.0
 
@@ -119,8 +123,10 @@ class Work:
     @property
     def published(self) -> float:
         """The published value of the setting that the signal depends on."""
-        config: TunedConfig = type(self.config)()
-        return config.finest[1]
+        assert self.tuned is not None
+        finest = type(self.tuned)().finest
+        assert finest is not None
+        return finest[1]
 
     def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
         """Run to the end from whatever is saved, write all results, return run.json's content.
@@ -216,8 +222,18 @@ class Work:
                     f"{request.method} encodes pictures anew, so there is no signal to measure: "
                     "leave out --reference"
                 )
-            if config.program is None and not self._gate_is_passed():
+            if config.program is None and config.finest and not self._gate_is_passed():
                 open_reference(request.reference, bundle)
+            if config.mixes and request.validates:
+                raise ConfigError(
+                    f"{request.method} has no single point to validate, and finds its weights by "
+                    "cross-validation: leave out --keep and --patience"
+                )
+            if config.finest is None and request.reference:
+                raise ConfigError(
+                    f"{request.method} takes no differences of losses, so there is no signal to "
+                    "measure: leave out --reference"
+                )
             if (request.validates or config.validates) and not self.split.entries_of("val"):
                 raise ConfigError("a run that validation steers needs validation pictures (--val)")
             seconds = config.own_seconds(request.queries)
@@ -260,8 +276,10 @@ class Work:
     def signal(self) -> tuple[Signal, dict[str, Json]]:
         """Measure the signal alone: what `ztune doctor` reports."""
         config = self.tuned
-        if config is None or config.program is not None:
+        if config is None or config.program is not None or config.finest is None:
             what = "has no steps" if config is None else "encodes pictures anew"
+            if config is not None and config.finest is None:
+                what = "takes no differences of losses"
             raise ConfigError(f"{self.request.method} {what}, so there is no signal to measure")
         train, labels = Album(self.request, self.split, self.folder, self.bench).training()
         none = np.zeros(0, dtype=np.int64)
@@ -309,7 +327,9 @@ class Work:
         force, output = self.request.force, self.bench.output
         if "signal" not in head and not self.folder.state.exists():
             try:
-                if parts.images is not None:
+                if parts.config.finest is None:
+                    signal = no_differences()
+                elif parts.images is not None:
                     precision = self.bench.bundle.precision
                     signal = unmeasured(precision, force=force, output=output)
                 else:
@@ -351,36 +371,37 @@ class Work:
         n_views, n_pictures = pictures.features.shape[:2]
         sampler = BatchSampler(
             n_pictures,
-            config.batch_size or n_pictures,
+            config.pictures_of(n_pictures, len(self.split.classes)),
             n_views,
             np.random.default_rng([request.seed, 3]),
         )
         tuning = Tuning(parts.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
         output = self.bench.output
+        if config.notice:
+            output.warn(config.notice)
         if tuning.step:
             output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
         assembly = self._assembly(config, pictures)
 
         def artifact(stop_reason: str) -> Artifact:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
-            return assembly.artifact(parts, parts.optimizer.recommend(), provenance)
+            return assembly.result(parts, provenance)
 
         marks = [m for m in request.snapshot_marks if m > tuning.budget.queries]
-        saved = time.monotonic()
-        with output.progress("tuning", request.queries) as ticker:
+        saving = SavePace()
+        with output.progress("tuning", config.spends(request.queries)) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
-                nonlocal saved
                 self.folder.log(now, evaluation)
                 reached = bool(marks) and now.budget.queries >= marks[0]
                 while marks and now.budget.queries >= marks[0]:
                     marks.pop(0)
                 if reached:
                     write_artifact(self.folder.snapshot(now.budget.queries), artifact("snapshot"))
-                if reached or time.monotonic() - saved >= _SAVE_INTERVAL:
-                    self.folder.save(now)
-                    saved = time.monotonic()
+                if reached or saving.due():
+                    with saving:
+                        self.folder.save(now)
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
@@ -398,15 +419,15 @@ class Work:
                 ) from None
         self.folder.save(tuning)  # what follows is a report, and may fail
         ended = time.monotonic()
+        result = artifact(stop_reason)
         try:
-            loss = assembly.train_loss(parts, parts.optimizer.recommend())
+            loss = assembly.train_loss(parts, result)
         except NotFiniteError:
             raise ZtuneError(
                 f"after query {budget.queries} the recommended point has no finite loss (start a "
                 f"new run with smaller steps; the state is saved in {self.folder.state})"
             ) from None
         cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
-        result = artifact(stop_reason)
         features = assembly.val_features(parts, result)
         return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph)
 

@@ -13,17 +13,18 @@ from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph
-from runtimes.prompts import context_of_words, token_table
+from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision
 from runtimes.tokenizer import Tokenizer
-from ztune.artifact import Artifact, HeadArtifact, classifier_of_texts
+from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
 from ztune.cli.output import Output
 from ztune.compositions.base import Patches, Towers
 from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
 from ztune.errors import DataError
 from ztune.logits import FeatureClassifier
-from ztune.types import F32, ImageEncoder
+from ztune.mixing import MIXED_AT_ONCE, mixed_texts
+from ztune.types import F32, I32, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class Workbench:
             text_width=bundle.text.width,
             token_table=token_table(bundle),
             context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
+            ids_of_words=lambda words: ids_of_words(self.tokenizer, words),
+            special_ids=frozenset(
+                (*bundle.text.prefix_ids, *bundle.text.suffix_ids, bundle.text.pad_id)
+            ),
             image_size=bundle.image.size,
             decoder_start=lambda rng: decoder.start(n_extracted, bundle.image.size, rng),
             patches=patches,
@@ -127,7 +132,9 @@ class Workbench:
                 )
             return artifact
         wanted = classes or artifact.classes
-        if artifact.context is None:
+        if isinstance(artifact, MixtureArtifact):
+            texts = self.mixed(artifact.tokens, artifact.weights, wanted)
+        elif artifact.context is None:
             texts = self.sentences(artifact.templates, wanted)
         else:
             if artifact.context.shape[1] != self.bundle.text.width:
@@ -145,6 +152,20 @@ class Workbench:
             logit_scale=bundle.logit_scale,
             logit_bias=bundle.logit_bias,
         )
+
+    def mixed(self, tokens: I32, weights: F32, classes: tuple[str, ...]) -> F32:
+        """Return the text features f32[C, e] of a mixture of prompts i32[K, m].
+
+        Raises: DataError when a token is not in this bundle's table.
+        """
+        table = token_table(self.bundle)
+        if tokens.max() >= len(table):
+            raise DataError(
+                f"the mixture has token {tokens.max()}, the bundle's table ends at "
+                f"{len(table) - 1} (use the bundle it was tuned on)"
+            )
+        encoder = self.prompt_graph.encoder(classes, tokens.shape[1], MIXED_AT_ONCE)
+        return mixed_texts(encoder, table[tokens], weights, MIXED_AT_ONCE)
 
 
 def open_workbench(path: Path, execution: Execution, output: Output) -> Workbench:

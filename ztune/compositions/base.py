@@ -15,7 +15,7 @@ import numpy as np
 
 from ztune.access import CONTEXTS, LOSS
 from ztune.errors import ConfigError
-from ztune.types import F32, F64, Optimizer, PromptMap
+from ztune.types import F32, F64, I64, Optimizer, PromptMap
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,6 +51,10 @@ class Towers:
     decoder_start: Callable[[np.random.Generator], F64]
     """Random initial values of BlackVIP's decoder."""
     patches: Patches | None
+    ids_of_words: Callable[[str], I64]
+    """The ids i64[m] of a text's tokens, rows of the table."""
+    special_ids: frozenset[int]
+    """What frames or pads a text."""
 
     @property
     def token_std(self) -> float:
@@ -88,15 +92,36 @@ class TunedConfig(Protocol):
         """Whether the method itself asks for validation passes."""
 
     @property
-    def finest(self) -> tuple[str, float]:
-        """The setting that says how far apart two points are whose losses are compared."""
+    def mixes(self) -> bool:
+        """Whether the result is a mixture of prompts: its optimizer is Mixing."""
+
+    @property
+    def top_classes(self) -> int | None:
+        """Of how many classes an answer tells the probabilities; None: of all."""
+
+    @property
+    def notice(self) -> str:
+        """What a person should know before the first query; empty for most."""
+
+    @property
+    def finest(self) -> tuple[str, float] | None:
+        """The setting that says how far apart two points are whose losses are compared.
+
+        None where no differences of neighbouring points are taken.
+        """
 
     @property
     def round_size(self) -> int:
         """The most candidates of one call."""
 
+    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+        """Return how many of the training pictures a batch has."""
+
     def step_queries(self) -> int:
         """Return what the first step costs: the least budget."""
+
+    def spends(self, queries: int) -> int:
+        """Return how much of a budget the method uses at most."""
 
     def own_seconds(self, queries: int) -> float:
         """Return roughly what the optimizer's own arithmetic takes, where that is worth a word."""
@@ -132,12 +157,31 @@ class Defaults:
         return None
 
     @property
+    def mixes(self) -> bool:
+        return False
+
+    @property
+    def top_classes(self) -> int | None:
+        return None
+
+    @property
+    def notice(self) -> str:
+        return ""
+
+    @property
     def focal(self) -> float:
         return 0.0
 
     @property
     def validates(self) -> bool:
         return False
+
+    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+        size: int | None = getattr(self, "batch_size", None)
+        return min(size or n_pictures, n_pictures)
+
+    def spends(self, queries: int) -> int:
+        return queries
 
     def own_seconds(self, queries: int) -> float:
         return 0.0

@@ -34,6 +34,14 @@ class Terms:
     curvature: F64
     """f64[K, K]"""
 
+    def __add__(self, other: Terms) -> Terms:
+        return Terms(
+            self.n + other.n,
+            self.loss + other.loss,
+            self.gradient + other.gradient,
+            self.curvature + other.curvature,
+        )
+
     def __sub__(self, other: Terms) -> Terms:
         return Terms(
             self.n - other.n,
@@ -47,7 +55,7 @@ class Terms:
         matrix = self.curvature / self.n + ridge
         # What no picture sees and no ridge holds is left where it is.
         matrix[np.diag_indices_from(matrix)] += 1e-10 * np.trace(matrix) / len(matrix)
-        return -np.linalg.solve(matrix, self.gradient / self.n + ridge @ a)
+        return np.asarray(-np.linalg.solve(matrix, self.gradient / self.n + ridge @ a))
 
 
 @dataclass(frozen=True)

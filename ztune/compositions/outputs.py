@@ -1,0 +1,153 @@
+"""Methods that read a whole answer, the logits of every picture, instead of one loss."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from ztune.access import CONTEXTS, LOGITS, LOSS
+from ztune.compositions.base import (
+    STEPS,
+    Composition,
+    Defaults,
+    TextStart,
+    Towers,
+    TunedConfig,
+    part_of,
+    require_at_least_one,
+)
+from ztune.compositions.steps import ZipConfig
+from ztune.errors import ConfigError
+from ztune.maps.context import DirectContext
+from ztune.maps.vocabulary import VocabularyContext
+from ztune.optim.gauss_newton import GaussNewton, GaussNewtonConfig
+from ztune.optim.mixture import MixtureConfig, PromptMixture
+
+_TOP = re.compile(r"top-([1-9][0-9]{0,5})")
+
+
+class LossesOnly(ZipConfig):
+    """ZIP, where an endpoint gives losses and nothing else."""
+
+    @property
+    def notice(self) -> str:
+        return (
+            "losses alone leave no outputs to fit (answers=loss): tuning by ZIP's steps instead, "
+            "which need some ten times the queries or more"
+        )
+
+
+@dataclass(frozen=True)
+class Answers(Defaults):
+    """How much of its logits the endpoint gives away."""
+
+    answers: str = "logits"
+    """logits; top-K: the probabilities of its K most probable classes; label: the most probable
+    class and its probability; loss: no more than the loss, so that ZIP's steps are taken."""
+
+    def __post_init__(self) -> None:
+        if self.answers not in ("logits", "label", "loss") and not _TOP.fullmatch(self.answers):
+            raise ConfigError(
+                f'answers is "{self.answers}", expected logits, top-K such as top-5, label or loss'
+            )
+
+    @property
+    def in_effect(self) -> TunedConfig:
+        """The configuration that such answers allow."""
+        return LossesOnly() if self.answers == "loss" else cast(TunedConfig, self)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((LOSS, CONTEXTS, LOGITS))
+
+    @property
+    def top_classes(self) -> int | None:
+        if self.answers == "label":
+            return 1
+        found = _TOP.fullmatch(self.answers)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class OgnConfig(MixtureConfig, Answers):
+    """Random prompts mixed by weights from a convex fit to the training pictures' logits."""
+
+    init: str = "a photo of a"
+    """Words of the first prompt; `random`: none."""
+    n_context: int = 4
+    """m of the random prompts where there are no such words."""
+    batch_size: int | None = None
+    """Pictures, the same in all rounds; none: as many as memory_mb allows."""
+    memory_mb: int = 512
+    """Of the logits that are kept."""
+
+    def __post_init__(self) -> None:
+        MixtureConfig.__post_init__(self)
+        Answers.__post_init__(self)
+        require_at_least_one(self, "n_context", "batch_size", "memory_mb")
+
+    @property
+    def mixes(self) -> bool:
+        return True
+
+    @property
+    def finest(self) -> None:
+        return None
+
+    @property
+    def round_size(self) -> int:
+        return self.n_prompts
+
+    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+        rows = 2 * self.rank + self.n_prompts
+        most = int(1e6 * self.memory_mb) // (4 * rows * n_classes)
+        return max(1, min(self.batch_size or n_pictures, n_pictures, most))
+
+    def step_queries(self) -> int:
+        return self.n_prompts
+
+    def spends(self, queries: int) -> int:
+        return min(queries, self.most_prompts or queries)
+
+    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        words = None if self.init == "random" else towers.ids_of_words(self.init)
+        n_tokens = self.n_context if words is None else len(words)
+        ids = np.arange(len(towers.token_table), dtype=np.int64)
+        vocabulary = ids[~np.isin(ids, list(towers.special_ids))]
+        rng = np.random.default_rng([seed, STEPS])
+        optimizer = PromptMixture(part_of(MixtureConfig, self), words, n_tokens, vocabulary, rng)
+        return VocabularyContext(towers.token_table, n_tokens), optimizer
+
+
+@dataclass(frozen=True)
+class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
+    """One context moved by Gauss–Newton steps in the space of logits."""
+
+    n_context: int = 8
+    init: str = "random"
+    init_std: float = 0.005
+
+    def __post_init__(self) -> None:
+        TextStart.__post_init__(self)
+        GaussNewtonConfig.__post_init__(self)
+        Answers.__post_init__(self)
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return self.n_directions + 1
+
+    def step_queries(self) -> int:
+        return self.n_directions + 1
+
+    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+        prompt_map = DirectContext(self.initial(towers, seed))
+        rng = np.random.default_rng([seed, STEPS])
+        optimizer = GaussNewton(part_of(GaussNewtonConfig, self), prompt_map.start(), rng)
+        return prompt_map, optimizer

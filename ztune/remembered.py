@@ -1,0 +1,31 @@
+"""Text features that were encoded before: a result made of earlier candidates costs no forward."""
+
+from __future__ import annotations
+
+import hashlib
+
+from ztune.types import F32, PromptEncoder
+
+_MOST_BYTES = 256_000_000
+
+
+class RememberingEncoder:
+    """Keeps what an encoder answers to whole calls, as far as memory allows (a PromptEncoder).
+
+    The same contexts in the same call give the same bytes with or without it.
+    """
+
+    def __init__(self, encoder: PromptEncoder):
+        self._encoder = encoder
+        self._known: dict[bytes, F32] = {}
+        self._bytes = 0
+
+    def encode(self, contexts: F32) -> F32:
+        key = hashlib.sha256(contexts.tobytes()).digest()
+        if key in self._known:
+            return self._known[key]
+        features = self._encoder.encode(contexts)
+        if self._bytes + features.nbytes <= _MOST_BYTES:
+            self._known[key] = features.copy()
+            self._bytes += features.nbytes
+        return features
