@@ -60,7 +60,7 @@ LABELS = {
         Label("spsa", "spsa"),
         Label("sharpzo", "sharpzo"),
         Label("ogn", "ogn"),
-        Label("ogn-context", "ogn", {"result": "context"}),
+        Label("ogn-context", "ogn-context"),
     )
 }
 
@@ -111,8 +111,11 @@ class Cell:
 
 
 def marks(round_size: int) -> str:
-    """Return when a method is looked at: after the last whole round within each point's queries."""
-    counts = sorted({at - at % round_size for at in GRID if at < QUERIES} - {0})
+    """Return after which queries a method is looked at, so that each point has its last rounds.
+
+    A look comes with the first round that reaches a mark, which costs `round_size` at most.
+    """
+    counts = sorted({at - round_size + 1 for at in GRID if round_size <= at < QUERIES})
     return ",".join(map(str, counts))
 
 

@@ -128,7 +128,7 @@ def start_of(work: Work, config: TunedConfig) -> Artifact:
         queries=0,
         stop_reason="snapshot",
     )
-    return parts_of.artifact(parts, optimizer.recommend(), provenance)
+    return parts_of.result(parts, provenance)
 
 
 def _on_new_classes(

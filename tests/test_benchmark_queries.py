@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import query_cells
 from benchmarks.queries import main
-from benchmarks.query_cells import GRID, LABELS, Cell, claimed, marks
+from benchmarks.query_cells import GRID, LABELS, QUERIES, Cell, claimed, marks
 from benchmarks.query_figures import ZIP, figures_of, ratio_of, ratios_of, reached, read_results
 from benchmarks.query_pictures import CHANGES, changed, of_coop_layout
 from benchmarks.query_tasks import TASKS
@@ -113,10 +113,14 @@ def test_reached_is_from_where_on_it_stays() -> None:
     assert ratio_of(0) == np.inf
 
 
-def test_marks_are_whole_rounds_within_the_grid() -> None:
-    assert marks(10).startswith("10,20,50,70,100,150,")
-    assert marks(20).startswith("20,40,60,100,140,200,240,")
-    assert marks(10).endswith(",3000,4000")
+def test_each_point_has_the_last_whole_round_within_it() -> None:
+    for size in (1, 6, 10, 20, 24):
+        rounds = range(0, QUERIES + 1, size)
+        seen = [
+            next(spent for spent in rounds if spent >= mark)
+            for mark in map(int, marks(size).split(","))
+        ]
+        assert seen == [at - at % size for at in GRID if size <= at < QUERIES]
 
 
 def test_a_claimed_cell_is_left_alone(tmp_path: Path) -> None:
