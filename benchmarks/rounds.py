@@ -1,4 +1,4 @@
-"""ZIP's main path in this process on random unit features, and what of a step is the graph's."""
+"""A method's main path in this process on random unit features, and what of it is the graph's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from runtimes.providers import Execution
 from ztune.budget import Budget
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench
-from ztune.compositions.steps import ZipConfig
+from ztune.compositions.base import TunedConfig
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread
 from ztune.tune import Observer, Tuning, tune
-from ztune.types import F32, PromptEncoder, Scorer
+from ztune.types import F32, Mixing, PromptEncoder, Scorer
 
 SHOTS = 16
 _SCALE = 100.0
@@ -37,14 +37,14 @@ class _Timed:
         return texts
 
 
-class ZipRounds:
-    """ZIP as `ztune tune` runs it, nothing saved or shown, on random unit features."""
+class Rounds:
+    """A method on texts as `ztune tune` runs it, nothing saved or shown, on random features."""
 
     def __init__(
         self,
         graph: OrtPromptGraph,
         classes: Sequence[str],
-        config: ZipConfig,
+        config: TunedConfig,
         n_pictures: int | None = None,
         score_with: Callable[[OrtPromptEncoder, F32], Scorer] | None = None,
     ):
@@ -56,15 +56,17 @@ class ZipRounds:
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         self.n_candidates = config.step_queries()
-        self.encoder = graph.encoder(classes, config.n_context, self.n_candidates)
+        towers = Workbench(bundle, Execution(), Output(quiet=True)).towers(bundle.embed_dim)
+        self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
+        contexts = self._map(self._optimizer.ask().points[:1]).contexts
+        assert contexts is not None
+        self.encoder = graph.encoder(classes, contexts.shape[1], config.round_size)
         self._timed = _Timed(self.encoder)
         scorer: Scorer = NumpyScores(self._timed, features, _SCALE)
         if score_with is not None:
             scorer = score_with(self.encoder, features)
         self._oracle = FewShotObjective(scorer, np.arange(n_pictures) % len(classes))
-        towers = Workbench(bundle, Execution(), Output(quiet=True)).towers(bundle.embed_dim)
-        self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
-        batch_size = config.batch_size or n_pictures
+        batch_size = config.pictures_of(n_pictures, len(classes))
         self._sampler = BatchSampler(n_pictures, batch_size, 1, random)
         self._n_classes = len(classes)
         self.plan = self.encoder.plan
@@ -91,6 +93,20 @@ class ZipRounds:
         start = time.perf_counter()
         self._tune(n_queries, lambda *_: None)
         return time.perf_counter() - start
+
+    def whole(self, n_queries: int) -> dict[str, float]:
+        """Spend that many queries and choose a result; return seconds, and all but the graph's."""
+        start, spent = time.perf_counter(), self._timed.seconds
+
+        def observe(*_: object) -> None:
+            if isinstance(self._optimizer, Mixing):
+                self._optimizer.fitted()  # as a run's history has it
+
+        self._tune(n_queries, observe)
+        if isinstance(self._optimizer, Mixing):
+            self._optimizer.mixture()
+        seconds, graph = time.perf_counter() - start, self._timed.seconds - spent
+        return {"seconds": seconds, "graph": graph, "numpy_share": (seconds - graph) / seconds}
 
     def _tune(self, n_queries: int, observe: Observer) -> None:
         tuning = Tuning(self._optimizer, self._sampler, Budget(n_queries), time.monotonic())

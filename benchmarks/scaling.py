@@ -59,7 +59,7 @@ def measure(
 def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
     """Make steps at one point and return what they took."""
     from benchmarks.names import classes_named
-    from benchmarks.rounds import ZipRounds
+    from benchmarks.rounds import Rounds
     from runtimes.bundle import load_bundle
     from runtimes.ort import OrtPromptGraph
     from runtimes.providers import Execution
@@ -71,7 +71,7 @@ def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
     graph = OrtPromptGraph(bundle, tokenizer, Execution())
     # All pictures in every batch: the objective's own cost.
     config = ZipConfig(n_context=point["m"], n_pairs=point["P"] // 2, batch_size=point["N"])
-    rounds = ZipRounds(graph, classes_named(point["C"]), config, n_pictures=point["N"])
+    rounds = Rounds(graph, classes_named(point["C"]), config, n_pictures=point["N"])
     tokenizer.release()  # as a run does
     rounds.steps(1)
     found = rounds.steps(max(1, min(10, 1000 // (point["C"] * point["P"]))))

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.measure import document, interleaved, parser, say, show, timed
 from benchmarks.names import classes_named
-from benchmarks.rounds import ZipRounds
+from benchmarks.rounds import Rounds
 from benchmarks.torch_loops import BATCH, PublishedLoop
 from benchmarks.towers import NAIVE, Size, lean, load_random
 from export.clip import LoadedClip
@@ -177,7 +177,7 @@ class Cell:
         n_context: int,
     ):
         config, classes = ZipConfig(n_context=n_context), classes_named(n_classes)
-        self.rounds = {name: ZipRounds(graph, classes, config) for name, graph in graphs.items()}
+        self.rounds = {name: Rounds(graph, classes, config) for name, graph in graphs.items()}
         self.n_candidates = config.step_queries()
         # One step at 10 classes is short for the clock of a busy machine.
         self._n_steps = max(1, 40 // n_classes)
@@ -302,7 +302,7 @@ def _speeds(
 
 def _whole_run(precision: str, graph: OrtPromptGraph, n_queries: int) -> dict[str, Any]:
     """Return the seconds of a whole ZIP run at 10 classes, without the bundle's opening."""
-    rounds = ZipRounds(graph, classes_named(10), ZipConfig())
+    rounds = Rounds(graph, classes_named(10), ZipConfig())
     taken = rounds.run(n_queries)
     say(f"{n_queries} queries at 10 classes in {precision}: {taken:.1f} s")
     return {
