@@ -52,8 +52,8 @@ def _focal(gamma: float, logits: F32, labels: I64) -> F64:
     return np.asarray((-np.expm1(-losses)) ** gamma * losses)
 
 
-# Some 25 bytes each while they are scored: half a gigabyte.
-_LOGITS_AT_ONCE = 20_000_000
+LOGITS_AT_ONCE = 20_000_000
+"""Some 25 bytes each while they are scored: half a gigabyte. Calls with more give no logits."""
 
 
 class NumpyScores:
@@ -83,7 +83,7 @@ class NumpyScores:
         texts = self._encoded_texts(prompts)
         # Many classes and pictures are scored some candidates at a time, and then without logits:
         # those of 1,000 classes, 16,000 pictures and 40 candidates would take gigabytes.
-        together = max(1, _LOGITS_AT_ONCE // (len(labels) * texts.shape[1]))
+        together = max(1, LOGITS_AT_ONCE // (len(labels) * texts.shape[1]))
         if together >= len(prompts):
             return self._scored(texts, prompts.visual, batch, labels)
         parts = []

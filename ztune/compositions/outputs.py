@@ -23,9 +23,11 @@ from ztune.compositions.steps import ZipConfig
 from ztune.errors import ConfigError
 from ztune.maps.context import DirectContext
 from ztune.maps.vocabulary import VocabularyContext
+from ztune.objective import LOGITS_AT_ONCE
 from ztune.optim.gauss_newton import GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
+_ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
 
@@ -71,6 +73,11 @@ class Answers(Defaults):
         return int(found[1]) if found else None
 
 
+def _fitting(n_classes: int, memory_mb: float, rows: int, at_once: int) -> int:
+    """Return how many pictures' logits, f32, fit: `rows` of them kept, `at_once` in an answer."""
+    return min(int(1e6 * memory_mb) // (4 * rows), LOGITS_AT_ONCE // at_once) // n_classes
+
+
 @dataclass(frozen=True)
 class OgnConfig(MixtureConfig, Answers):
     """Random prompts mixed by weights from a convex fit to the training pictures' logits."""
@@ -102,8 +109,7 @@ class OgnConfig(MixtureConfig, Answers):
         return self.n_prompts
 
     def pictures_of(self, n_pictures: int, n_classes: int) -> int:
-        rows = 2 * self.rank + self.n_prompts
-        most = int(1e6 * self.memory_mb) // (4 * rows * n_classes)
+        most = _fitting(n_classes, self.memory_mb, 2 * self.rank + self.n_prompts, self.n_prompts)
         return max(1, min(self.batch_size or n_pictures, n_pictures, most))
 
     def step_queries(self) -> int:
@@ -142,6 +148,11 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
     @property
     def round_size(self) -> int:
         return self.n_directions + 1
+
+    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+        rows = _ROUNDS_KEPT * self.n_directions
+        most = _fitting(n_classes, self.memory_mb, rows, self.round_size)
+        return max(1, min(self.batch_size or n_pictures, n_pictures, most))
 
     def step_queries(self) -> int:
         return self.n_directions + 1
