@@ -145,7 +145,7 @@ def test_many_logits_are_scored_some_candidates_at_a_time(monkeypatch: pytest.Mo
     contexts = np.random.default_rng(2).standard_normal((5, 2, 5)).astype(np.float32)
     batch = Batch(np.array([0, 3, 7]), np.array([0, 1, 1]), 1)
     whole = objective(Prompts(contexts), batch)
-    monkeypatch.setattr("ztune.objective._LOGITS_AT_ONCE", 2 * 3 * 3)  # two candidates
+    monkeypatch.setattr("ztune.objective.LOGITS_AT_ONCE", 2 * 3 * 3)  # two candidates
     parts = objective(Prompts(contexts), batch)
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-6)
     np.testing.assert_array_equal(parts.accuracies, whole.accuracies)
