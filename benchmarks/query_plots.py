@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.query_cells import GRID
-from benchmarks.query_figures import Series, TaskFigures
+from benchmarks.query_figures import ZIP, Series, TaskFigures
 from ztune.report import INK, new_figure, write_figure
 from ztune.types import F64
 
@@ -47,7 +47,7 @@ class Panel:
 
 def draw_task(task: TaskFigures, title: str, path: Path) -> None:
     """Draw a task: accuracy on the test pictures, and the loss on the training pictures."""
-    tuned = task.tuned
+    tuned = {name: one for name, one in task.tuned.items() if one.results[0].label == name}
     heads = {name: one for name, one in task.series.items() if not one.is_tuned}
     accuracy = Panel(
         "accuracy on the test pictures",
@@ -111,7 +111,10 @@ def _draw(panels: Sequence[Panel], title: str, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
-    """Draw lines, bands of one standard deviation, and levels; return what stands for each."""
+    """Draw lines, bands of one standard deviation, and levels; return what stands for each.
+
+    A thin line is where ZIP ends.
+    """
     queries = np.array([at or _START for at in GRID])
     scale = 100.0 if panel.percent else 1.0
     handles: dict[str, Any] = {}
@@ -123,6 +126,8 @@ def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
         colour, mark = _LINES[name]
         low, high = mean - panel.spreads[name], mean + panel.spreads[name]
         axes.fill_between(queries, scale * low, scale * high, color=colour, alpha=0.1, linewidth=0)
+        if name == ZIP:  # where to get to
+            axes.axhline(scale * mean[-1], color=colour, linewidth=0.8, alpha=0.6)
         (handles[name],) = axes.plot(
             queries, scale * mean, color=colour, marker=mark, markersize=3.5, linewidth=1.4
         )

@@ -61,7 +61,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     alike = shared(tasks)
     if alike:
         plots.append(docs / "summary.png")
-        draw_summary(alike, f"mean over {len(alike)} tasks", plots[-1])
+        draw_summary(alike, f"mean over tasks: {len(alike)}", plots[-1])
     return [*(docs / name for name in files), *plots]
 
 
@@ -72,7 +72,7 @@ def summary_lines(tasks: Sequence[TaskFigures], results: Sequence[Result]) -> li
     for measure, name in MEASURES.items():
         lines += _ratio_lines(tasks, measure, name)
     if alike:
-        lines += [f"## Mean test accuracy over {len(alike)} tasks, %", "", *_mean_lines(alike)]
+        lines += [f"## Mean test accuracy over tasks ({len(alike)}), %", "", *_mean_lines(alike)]
         lines += ["", "![mean over the tasks](summary.png)", ""]
     new = _new_class_lines(tasks)
     return [*lines, *new, *_circumstances(results)]

@@ -260,7 +260,7 @@ def test_report_of_cells(cells: Path, tmp_path: Path) -> None:
     assert main(["report", str(cells), "--docs", str(docs)]) == 0
     summary, tasks = ((docs / name).read_text() for name in ("summary.md", "tasks.md"))
     assert "| cma | 3 | 2 | 20 × | never | 67% | 67% |" in summary
-    assert "## Mean test accuracy over 3 tasks, %" in summary
+    assert "## Mean test accuracy over tasks (3), %" in summary
     assert "| gda | 50.0 | – | – | – | – | – |" in summary
     # 0.4 on the classes tuned on, 0.2 and 0.6 on others.
     assert "| cma | 40.0 | 20.0 | 26.7 | 45.0 | 60.0 | 51.4 |" in summary
