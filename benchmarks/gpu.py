@@ -39,7 +39,7 @@ def measure(
 
 def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[str, Any]:
     """Return the seconds of a whole run, as `ztune tune` composes it, and of what comes before."""
-    from benchmarks.rounds import ZipRounds
+    from benchmarks.rounds import Rounds
     from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
     from runtimes.scores import OrtScores
     from runtimes.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[
         return OrtScores(encoder, features, bundle.logit_scale, bundle.logit_bias, execution)
 
     config = ZipConfig()
-    rounds = ZipRounds(graph, classes_named(n_classes), config, score_with=score_with)
+    rounds = Rounds(graph, classes_named(n_classes), config, score_with=score_with)
     rounds.run(3 * rounds.n_candidates)  # the second round is captured
     ready = time.perf_counter() - start
     seconds = rounds.run(queries)
