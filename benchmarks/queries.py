@@ -2,9 +2,12 @@
 
     python -m benchmarks.queries run BUNDLE --pictures FOLDER --out OUT
     python -m benchmarks.queries report OUT --docs docs/results/queries
+    python -m benchmarks.queries run BUNDLE --pictures FOLDER --out OUT --labels study
+    python -m benchmarks.queries study OUT
 
 `run` carries out what OUT still lacks, label by label and task by task. It may be stopped and begun
-again, and several processes may work on one OUT. `report` makes tables and plots of what is there.
+again, and several processes may work on one OUT. `report` makes tables and plots of what is there,
+`study` the table of what one changed setting does.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import ROOT, commit
-from benchmarks.query_cells import LABELS, SEEDS, Cell
+from benchmarks.query_cells import SEEDS, Cell
 from benchmarks.query_course import Course
+from benchmarks.query_labels import EVERY, LABELS, STUDY_TASKS, VARIANTS
 from benchmarks.query_report import write_report
+from benchmarks.query_study import study_of, study_table
 from benchmarks.query_tasks import TASKS
 from ztune.cli.output import fail
 from ztune.errors import ConfigError, ZtuneError
@@ -41,14 +46,18 @@ def main(words: Sequence[str] | None = None) -> int:
         help="folder of derived picture sets, which are written once",
     )
     run.add_argument("--tasks", help=f"of {', '.join(TASKS)}")
-    run.add_argument("--labels", help=f"of {', '.join(LABELS)}")
+    run.add_argument(
+        "--labels", help=f"of {', '.join(LABELS)}; or study: {len(VARIANTS)} variants of ogn's"
+    )
     run.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     report = verbs.add_parser("report", help="make tables and plots")
     report.add_argument("out", type=Path, metavar="OUT")
     report.add_argument("--docs", type=Path, required=True, metavar="DIR")
+    study = verbs.add_parser("study", help="print the table of the study's variants")
+    study.add_argument("out", type=Path, metavar="OUT")
     arguments = parser.parse_args(words)
     try:
-        return _run(arguments) if arguments.verb == "run" else _report(arguments)
+        return {"run": _run, "report": _report, "study": _study}[arguments.verb](arguments)
     except ZtuneError as error:
         fail(str(error))
         return 1
@@ -56,10 +65,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     tasks = _chosen(arguments.tasks, tuple(TASKS), "tasks")
-    labels = _chosen(arguments.labels, tuple(LABELS), "labels")
+    if arguments.labels == "study":
+        tasks = _chosen(arguments.tasks or ",".join(STUDY_TASKS), tuple(TASKS), "tasks")
+        labels = tuple(VARIANTS)
+    else:
+        labels = _chosen(arguments.labels or ",".join(LABELS), tuple(EVERY), "labels")
     seeds = [int(word) for word in arguments.seeds.split(",")]
     for label in labels:
-        find_method(LABELS[label].method)  # one that there is not is told at once
+        find_method(EVERY[label].method)  # one that there is not is told at once
     course = Course(arguments.out, arguments.work, arguments.pictures, arguments.bundle, commit())
     cells = [Cell(task, label, seed) for label in labels for task in tasks for seed in seeds]
     return 1 if course.run(cells) else 0
@@ -68,6 +81,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     for file in write_report(arguments.out, arguments.docs):
         print(file)
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    print("\n".join(study_table(study_of(arguments.out))))
     return 0
 
 

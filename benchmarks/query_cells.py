@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.query_labels import EVERY, GRID
 from benchmarks.query_tasks import TASKS
 from ztune.cli.request import Request
 from ztune.cli.tuning import Work, opening
@@ -20,49 +21,8 @@ from ztune.errors import ConfigError
 from ztune.fields import Fields
 from ztune.methods import find_method, method_config, tuned_config
 from ztune.run import RunFolder
-from ztune.types import Json
 
-GRID = (
-    0, 10, 25, 50, 75, 100, 150, 200, 250, 350, 500, 700, 1000, 1500, 2000, 3000, 4000, 5000,
-)  # fmt: skip
-"""Queries at which curves are compared; at 0 a method has its own start."""
-QUERIES = GRID[-1]
 SEEDS = (1, 2, 3, 4, 5)
-
-
-@dataclass(frozen=True)
-class Label:
-    """A method with settings over its defaults."""
-
-    name: str
-    method: str
-    settings: Mapping[str, Json] = field(default_factory=dict)
-    same_as: str = ""
-    """The label that it equals where all training pictures fit that one's batch."""
-
-    @property
-    def batch(self) -> int | None:
-        """Pictures of a step; None for all, and for a head."""
-        method = find_method(self.method)
-        config = tuned_config(method, method_config(method, self.settings))
-        return None if config is None else config.batch_size
-
-
-LABELS = {
-    label.name: label
-    for label in (
-        Label("zero-shot", "zero-shot"),
-        Label("gda", "gda"),
-        Label("lp++", "lp++"),
-        Label("zip-128", "zip"),
-        Label("zip-full", "zip", {"batch_size": None}, same_as="zip-128"),
-        Label("cma", "cma"),
-        Label("spsa", "spsa"),
-        Label("sharpzo", "sharpzo"),
-        Label("ogn", "ogn"),
-        Label("ogn-context", "ogn-context"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -82,8 +42,8 @@ class Cell:
 
     def twin(self, n_train: int) -> str:
         """Return the label whose cell has the same result with so many pictures, else nothing."""
-        label = LABELS[self.label]
-        batch = LABELS[label.same_as].batch if label.same_as else None
+        label = EVERY[self.label]
+        batch = EVERY[label.same_as].batch if label.same_as else None
         return label.same_as if batch is not None and n_train <= batch else ""
 
     def request(self, bundle: Path, data: Path, cache: Path) -> Request:
@@ -91,7 +51,7 @@ class Cell:
 
         Raises: ConfigError for a method or setting that there is none of.
         """
-        task, label = TASKS[self.task], LABELS[self.label]
+        task, label = TASKS[self.task], EVERY[self.label]
         method = find_method(label.method)
         config = tuned_config(method, method_config(method, label.settings))
         return Request(
@@ -99,23 +59,24 @@ class Cell:
             str(data.resolve()),
             method=label.method,
             shots=task.shots,
-            queries=QUERIES,
+            queries=label.queries,
+            augment=label.augment,
             seed=self.seed,
             templates=(task.template,),
             threads=1,
             val=0,
             cache=str(cache.resolve()),
-            snapshots=0 if config is None else marks(config.round_size),
+            snapshots=0 if config is None else marks(config.round_size, label.queries),
             settings=label.settings,
         )
 
 
-def marks(round_size: int) -> str:
+def marks(round_size: int, queries: int) -> str:
     """Return after which queries a method is looked at, so that each point has its last rounds.
 
     A look comes with the first round that reaches a mark, which costs `round_size` at most.
     """
-    counts = sorted({at - round_size + 1 for at in GRID if round_size <= at < QUERIES})
+    counts = sorted({at - round_size + 1 for at in GRID if round_size <= at < queries})
     return ",".join(map(str, counts))
 
 

@@ -10,7 +10,8 @@ from statistics import fmean, median_low
 
 import numpy as np
 
-from benchmarks.query_cells import GRID, LABELS, QUERIES, Cell
+from benchmarks.query_cells import Cell
+from benchmarks.query_labels import GRID, LABELS, QUERIES
 from benchmarks.query_tasks import TASKS
 from ztune.fields import Fields
 from ztune.files import read_json
@@ -75,14 +76,14 @@ class Result:
         return [point for point in self.curve if point.queries <= queries][-1]
 
 
-def read_results(out: Path) -> list[Result]:
-    """Return every cell that is there, in the order of tasks, labels and seeds.
+def read_results(out: Path, labels: Sequence[str] = tuple(LABELS)) -> list[Result]:
+    """Return the cells of these labels that are there, in the order of tasks, labels and seeds.
 
     Raises: FormatError naming a file and its field.
     """
     found = []
     for task in TASKS:
-        for label in LABELS:
+        for label in labels:
             files = (out / "cells" / task).glob(f"{label}-*.json")
             own = [_read(file) for file in files if _is_seed(file.stem[len(label) + 1 :])]
             found += sorted(own, key=lambda result: result.seed)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.query_cells import GRID
 from benchmarks.query_figures import ZIP, Series, TaskFigures
+from benchmarks.query_labels import GRID
 from ztune.report import INK, new_figure, write_figure
 from ztune.types import F64
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.query_cells import QUERIES
 from benchmarks.query_figures import (
     GAIN,
     LOSS,
@@ -24,6 +23,7 @@ from benchmarks.query_figures import (
     read_results,
     shared,
 )
+from benchmarks.query_labels import QUERIES
 from benchmarks.query_plots import draw_summary, draw_task
 from benchmarks.query_scoring import NEW_CLASSES_AT
 from benchmarks.query_tasks import TASKS

@@ -1,6 +1,7 @@
 """The measurement of queries: its picture sets, its rule of reaching, its cells and its report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from PIL import Image
 
 from benchmarks import query_cells
 from benchmarks.queries import main
-from benchmarks.query_cells import GRID, LABELS, QUERIES, Cell, claimed, marks
+from benchmarks.query_cells import Cell, claimed, marks
 from benchmarks.query_figures import ZIP, figures_of, ratio_of, ratios_of, reached, read_results
+from benchmarks.query_labels import EVERY, GRID, LABELS, QUERIES
 from benchmarks.query_pictures import CHANGES, changed, of_coop_layout
 from benchmarks.query_tasks import TASKS
 from ztune.errors import DataError
@@ -118,7 +120,7 @@ def test_each_point_has_the_last_whole_round_within_it() -> None:
         rounds = range(0, QUERIES + 1, size)
         seen = [
             next(spent for spent in rounds if spent >= mark)
-            for mark in map(int, marks(size).split(","))
+            for mark in map(int, marks(size, QUERIES).split(","))
         ]
         assert seen == [at - at % size for at in GRID if size <= at < QUERIES]
 
@@ -141,7 +143,8 @@ def test_a_claimed_cell_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_one_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(query_cells, "QUERIES", 50)
+    short = {name: replace(label, queries=50) for name, label in EVERY.items()}
+    monkeypatch.setattr(query_cells, "EVERY", short)
     monkeypatch.setattr(query_cells, "GRID", (0, 10, 25, 50))
     words = ["run", "--out", str(tmp_path), "--tasks", "digits", "--seeds", "2"]
     assert main([*words, "--labels", "gda,zip-128"]) == 0
