@@ -84,6 +84,8 @@ class Proposal:
     """f64[P, dim], a copy of the optimizer's own."""
     same_batch: bool = False
     """Keep the pictures of the round before (a line search)."""
+    mid_step: bool = False
+    """More of a step that was begun: what the optimizer recommends is still the point before it."""
     validation: bool = False
     """Evaluate on all validation pictures instead: a pass that steers, and is charged."""
 

@@ -136,7 +136,8 @@ class GaussNewton:
 
     def ask(self) -> Proposal:
         if self._steps is not None:
-            return Proposal(self._point + self._steps @ self._directions, same_batch=True)
+            points = self._point + self._steps @ self._directions
+            return Proposal(points, same_batch=True, mid_step=True)
         moves = self._config.perturbation * self._directions[-self._n_probes :]
         if self._logits is None:
             moves = np.concatenate([np.zeros((1, len(self._point))), moves])

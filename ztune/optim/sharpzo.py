@@ -137,12 +137,14 @@ class SharpZo:
     def ask(self) -> Proposal:
         if self._purpose == _DIFFERENCES:
             points = self._coordinate_pairs(self._next_coordinates)
-            return Proposal(points, same_batch=self._n_slopes > 0)
+            mid_step = self._n_slopes > 0
+            return Proposal(points, same_batch=mid_step, mid_step=mid_step)
         if self._purpose == _VALIDATION:
             return Proposal(self.recommend()[None], validation=True)
         if self._cma is not None:
             sharpest = self._config.radius * unit(self._slopes)  # ε*
-            return Proposal(self._cma.ask().points + sharpest, same_batch=True)
+            points = self._cma.ask().points + sharpest
+            return Proposal(points, same_batch=True, mid_step=True)
         move = self._config.smoothing * self._direction
         return Proposal(np.stack([self._point + move, self._point - move]))
 

@@ -72,7 +72,7 @@ class Validated:
         self._best_loss = 0.0
 
     def _is_due(self, inner: Proposal) -> bool:
-        return self._since >= self._every and not (inner.same_batch or inner.validation)
+        return self._since >= self._every and not (inner.mid_step or inner.validation)
 
     def ask(self) -> Proposal:
         inner = self._inner.ask()
