@@ -15,6 +15,7 @@ from ztune.artifact import (
     Artifact,
     ContextArtifact,
     HeadArtifact,
+    MixtureArtifact,
     Provenance,
     VisualArtifact,
     read_artifact,
@@ -33,6 +34,16 @@ CONTEXT = ContextArtifact(
     text_features=np.eye(2, 4, dtype=np.float32),
     logit_scale=12.5,
     logit_bias=-1.0,
+)
+MIXTURE = MixtureArtifact(
+    ("crab", "Ünïcode"),
+    PROVENANCE,
+    tokens=np.array([[0, 7], [49407, 2], [3, 3]], np.int32),
+    weights=np.array([1.5, -0.25, 0.0], np.float32),
+    text_features=np.array([[0.5, 0, -2], [3, 4, 0]], np.float32),
+    logit_scale=12.5,
+    logit_bias=-1.0,
+    tuning_pictures=np.array([5], np.uint64),
 )
 HEAD = HeadArtifact(
     ("a", "b", "c"), PROVENANCE, np.ones((3, 4), np.float32), np.zeros(3, np.float32)
@@ -72,6 +83,7 @@ TOKENS = replace(
 )
 EVERY_KIND: dict[str, Artifact] = {
     "context": CONTEXT,
+    "mixture": MIXTURE,
     "head": HEAD,
     "kernel": KERNEL,
     "border": BORDER,
@@ -110,6 +122,7 @@ def test_what_is_written_is_read_back(artifact: Artifact, tmp_path: Path) -> Non
         (replace(HEAD, weight=np.full((3, 4), np.inf, np.float32)), "weight"),
         (replace(CONTEXT, context=np.full((2, 3), np.nan, np.float32)), "context"),
         (replace(CONTEXT, logit_scale=np.inf), "logit_scale"),
+        (replace(MIXTURE, weights=np.array([1, np.nan, 0], np.float32)), "weights"),
         (replace(BORDER, visual=np.full((3, 4, 4), -np.inf, np.float32)), "visual"),
     ],
 )
@@ -153,6 +166,30 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
     assert header["context"]["shape"] == [2, 3]
 
 
+def test_a_mixtures_header_is_as_specified(tmp_path: Path) -> None:
+    arrays, document = document_of(tmp_path / "x", MIXTURE)
+    assert document["kind"] == "mixture"
+    raw = (tmp_path / "x").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    assert {name: (one["dtype"], one["shape"]) for name, one in header.items()} == {
+        "tokens": ("I32", [3, 2]),
+        "weights": ("F32", [3]),
+        "text_features": ("F32", [2, 3]),
+        "logit_scale": ("F32", [1]),
+        "logit_bias": ("F32", [1]),
+        "tuning_pictures": ("U64", [1]),
+    }
+    assert set(arrays) == set(header)
+
+
+def test_a_mixtures_rows_of_any_length_are_its_classifier() -> None:
+    classifier = MIXTURE.classifier()
+    np.testing.assert_array_equal(classifier.weight, [[6.25, 0, -25], [37.5, 50, 0]])
+    np.testing.assert_array_equal(classifier.bias, [-1, -1])
+
+
 def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     program = (
         "import sys, numpy as np; from pathlib import Path;"
@@ -190,7 +227,7 @@ def document_of(
         ({"format": "other"}, "no ztune artifact"),
         ({"version": 2}, "newer than this ztune reads"),
         ({"version": "1"}, "\"version\" is '1', expected a whole number"),
-        ({"kind": "pickle"}, "\"kind\" is 'pickle', expected context or head"),
+        ({"kind": "pickle"}, "\"kind\" is 'pickle', expected context or mixture or head"),
         ({"classes": ["crab"]}, "at least two different class names"),
         ({"classes": ["crab", "crab"]}, "at least two different class names"),
         ({"classes": ["a", "b", "c"]}, r"tensor text_features is \(2, 4\), expected \(3, None\)"),
@@ -254,6 +291,24 @@ def test_changed_tensors_are_refused(
         ("border", "text_features", np.ones((2, 4), np.float32), "text_features has a row of"),
         ("kernel", "visual", np.ones(1, np.float32), r"unknown tensors \['visual'\]"),
         ("head", "keys", np.ones((5, 4), np.float32), r"unknown tensors \['keys'\]"),
+        ("mixture", "tokens", None, "tensor tokens is missing"),
+        ("mixture", "tokens", np.ones((3, 2), np.int64), "tokens is missing, empty or not int32"),
+        ("mixture", "tokens", np.ones((3, 2), np.float32), "tokens is missing, empty or not int32"),
+        ("mixture", "tokens", np.ones(3, np.int32), r"not int32 of \(K, m\)"),
+        ("mixture", "tokens", np.ones((0, 2), np.int32), "tokens is missing, empty or"),
+        ("mixture", "tokens", np.ones((3, 0), np.int32), "tokens is missing, empty or"),
+        ("mixture", "tokens", np.array([[1], [-3], [2]], np.int32), "has -3, expected ids from 0"),
+        ("mixture", "tokens", np.ones((4, 2), np.int32), r"weights is \(3,\), expected \(4,\)"),
+        ("mixture", "weights", None, "tensor weights is missing"),
+        ("mixture", "weights", np.ones(2, np.float32), r"weights is \(2,\), expected \(3,\)"),
+        ("mixture", "weights", np.ones((3, 1), np.float32), "weights is missing or not float32"),
+        ("mixture", "weights", np.ones(3), "weights is missing or not float32"),
+        ("mixture", "weights", np.array([1, np.inf, 0], np.float32), "not finite"),
+        ("mixture", "text_features", np.ones((3, 4), np.float32), r"expected \(2, None\)"),
+        ("mixture", "text_features", None, "tensor text_features is missing"),
+        ("mixture", "logit_scale", np.zeros(1, np.float32), "logit_scale is 0, expected more"),
+        ("mixture", "context", np.ones((2, 3), np.float32), r"unknown tensors \['context'\]"),
+        ("context", "tokens", np.ones((3, 2), np.int32), r"unknown tensors \['tokens'\]"),
         ("border", "visual", None, "tensor visual is missing"),
         ("border", "visual", np.ones((4, 4), np.float32), "visual is missing or not float32"),
         ("border", "visual", np.ones((1, 4, 4), np.float32), r"visual is \(1, 4, 4\)"),
@@ -297,6 +352,9 @@ def test_changed_tensors_of_other_kinds_are_refused(
         ("kernel", {"kind": "head"}, "unknown tensors"),
         ("kernel", {"kind": "visual"}, "tensor text_features is missing"),
         ("head", {"kind": "kernel"}, "tensor keys is missing"),
+        ("context", {"kind": "mixture"}, "tensor tokens is missing"),
+        ("mixture", {"kind": "context"}, "text_features has a row of length 5, expected unit"),
+        ("mixture", {"kind": "head"}, "tensor weight is missing"),
     ],
 )
 def test_changed_documents_of_other_kinds_are_refused(

@@ -1,6 +1,7 @@
 """What every tuned method of the table keeps to, and its published settings."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,24 @@ import pytest
 from runtimes import decoder
 from ztune.access import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
 from ztune.compositions.base import Patches, Towers, TunedConfig
+from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
 from ztune.errors import ConfigError
-from ztune.methods import METHODS, TunedMethod, find_method, method_config, needs_of
+from ztune.methods import (
+    METHODS,
+    TunedMethod,
+    find_method,
+    method_config,
+    needs_of,
+    tuned_config,
+)
+from ztune.objective import LOGITS_AT_ONCE, cross_entropy
 from ztune.optim.cma import Cma
 from ztune.optim.rgf import Rgf
 from ztune.system import one_blas_thread
-from ztune.types import F32, F64, Evaluation, Optimizer, Prompts
+from ztune.types import F32, F64, Evaluation, Mixing, Optimizer, Prompts
 
 D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
 N_WORDS = 4
@@ -37,10 +47,15 @@ CONFIGS: dict[str, TunedConfig] = {
     "sharpzo validating": SharpZoMethodConfig(intrinsic_dim=5, warmup_patience=2),
     "sharpzo large population": SharpZoMethodConfig(intrinsic_dim=5, population=50),
     "rgf one": DirectRgfConfig(n_directions=1, init="random"),
+    "ogn one": OgnConfig(n_prompts=1, init="random", n_context=3),
+    "ogn losses alone": OgnConfig(answers="loss").in_effect,
+    "ogn-context one": OgnContextConfig(n_directions=1, init="three words here"),
 }
 
 
 PATCHES = Patches(WIDTH, 48, 0.01, 0.1)
+SPECIAL = frozenset((90, 98, 99))
+LABELS = np.arange(60) % 3
 
 
 def towers(patches: Patches | None = PATCHES) -> Towers:
@@ -52,6 +67,8 @@ def towers(patches: Patches | None = PATCHES) -> Towers:
         image_size=SIZE,
         decoder_start=lambda rng: decoder.start(N_EXTRACTED, SIZE, rng),
         patches=patches,
+        ids_of_words=lambda words: np.arange(len(words.split())),
+        special_ids=SPECIAL,
     )
 
 
@@ -67,9 +84,18 @@ def config(request: pytest.FixtureRequest) -> TunedConfig:
     return CONFIGS[request.param]
 
 
+@cache
+def slopes(dim: int) -> F64:
+    return np.random.default_rng(dim).standard_normal((dim, 3 * len(LABELS))) / np.sqrt(dim)
+
+
 def answer(optimizer: Optimizer, points: F64) -> None:
-    losses = np.asarray((points**2).sum(axis=1))
-    optimizer.tell(Evaluation(losses, np.zeros_like(losses), np.zeros(1, np.int64), 1))
+    """Answer as a model does whose logits depend on every value of the point."""
+    logits = np.sin(0.5 + points @ slopes(points.shape[1])).reshape(-1, len(LABELS), 3)
+    wide = logits.astype(np.float32)
+    losses = cross_entropy(wide, LABELS).mean(axis=-1)
+    accuracies = (wide.argmax(axis=-1) == LABELS).mean(axis=-1)
+    optimizer.tell(Evaluation(losses, accuracies, LABELS, 1, wide))
 
 
 def bytes_of(prompts: Prompts) -> bytes:
@@ -101,10 +127,13 @@ def test_map_and_optimizer_fit_and_send_what_the_program_says(config: TunedConfi
     assert (prompts.contexts is not None) == tunes_texts
     if prompts.contexts is not None:
         n_context = getattr(config, "n_context", 0)
-        if getattr(config, "init", "random") != "random":
-            n_context = N_WORDS
+        if (init := getattr(config, "init", "random")) != "random":
+            n_context = len(init.split())
         assert prompts.contexts.shape == (len(points), n_context, D)
-    assert (LOSS in config.needs) != (LOGITS in config.needs)
+    # A focal loss is computed from logits; the cross-entropy is asked for.
+    assert (LOSS in config.needs) == (config.focal == 0)
+    assert (LOGITS in config.needs) == (config.focal != 0 or isinstance(config, Answers))
+    assert config.mixes == isinstance(optimizer, Mixing)
     assert (PIXELS in config.needs) == (config.program is not None)
     assert (IMAGE_TOKENS in config.needs) == (config.program == "tokens")
     assert (FEATURES in config.needs) == (config.program == "decoder")
@@ -119,12 +148,20 @@ def test_the_first_step_costs_what_is_said_in_calls_of_the_size_that_is_said(
     while spent < config.step_queries():
         proposal = optimizer.ask()
         assert 0 < len(proposal.points) <= config.round_size
-        assert proposal.same_batch == (spent > 0 and not proposal.validation)
+        inside = spent > 0 and not proposal.validation
+        assert (proposal.same_batch, proposal.mid_step) == (inside, inside)
         spent += len(proposal.points)
         answer(optimizer, proposal.points)
     assert spent == config.step_queries()
-    assert not optimizer.ask().same_batch  # a new step, on new pictures
-    assert not np.array_equal(optimizer.recommend(), before)
+    # A new step, on new pictures, but where logits are compared across steps.
+    proposal = optimizer.ask()
+    assert proposal.same_batch == isinstance(config, Answers)
+    assert not proposal.mid_step
+    if isinstance(optimizer, Mixing):
+        mixture = optimizer.mixture()
+        assert len(mixture.points) == len(mixture.weights) == spent
+    else:
+        assert not np.array_equal(optimizer.recommend(), before)
 
 
 def test_the_largest_call_is_as_large_as_is_said(config: TunedConfig) -> None:
@@ -157,8 +194,15 @@ def test_a_seed_decides_everything(config: TunedConfig) -> None:
 
 
 def test_the_finest_setting_is_one_of_its_own(config: TunedConfig) -> None:
-    name, value = config.finest
-    assert getattr(config, name) == value > 0
+    finest = config.finest
+    if finest is None:
+        assert config.mixes
+        _, optimizer = config.build(towers(), QUERIES, 1)
+        with pytest.raises(ConfigError, match="compares no neighbouring points"):
+            optimizer.probes(1, np.random.default_rng(0))
+    else:
+        name, value = finest
+        assert getattr(config, name) == value > 0
 
 
 def test_sharpzo_costs_1064_queries_a_step_as_published() -> None:
@@ -183,10 +227,13 @@ def test_dimensions_as_published() -> None:
     assert dim(BlackVipConfig()) == decoder.n_values(N_EXTRACTED, SIZE)
     for config in (DirectSpsaConfig(), SpsaGcConfig(), DirectRgfConfig()):
         assert dim(config) == N_WORDS * D
+    assert dim(OgnConfig()) == N_WORDS
+    assert dim(OgnContextConfig()) == 8 * D
     # A tower of 224 px and an extractor of 768 values, as in the papers.
     published = Towers(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
         lambda rng: decoder.start(768, 224, rng), None,
+        lambda _: np.zeros(1, np.int64), SPECIAL,
     )  # fmt: skip
     assert dim(BarConfig(), published) == 150_528
     assert dim(BlackVipConfig(), published) == 9_920
@@ -297,6 +344,10 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ("sharpzo", "projection_std", 0.0), ("sharpzo", "intrinsic_dim", 0),
         ("blackvip", "batch_size", 0), ("blackvip", "momentum", 1.0), ("bar", "focal_gamma", -1.0),
         ("bar", "n_directions", 0), ("rgf", "perturbation", 0.0), ("spsa", "step_size", 0.0),
+        ("ogn", "n_prompts", 0), ("ogn", "rank", 0), ("ogn", "most_prompts", 0),
+        ("ogn", "ridge", 0.0), ("ogn", "tolerance", -1.0), ("ogn", "n_context", 0),
+        ("ogn", "batch_size", 0), ("ogn", "memory_mb", 0), ("ogn-context", "n_directions", 0),
+        ("ogn-context", "n_context", 0), ("ogn-context", "damping", 0.0),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=setting):
             method_config(find_method(name), {setting: value})
@@ -333,3 +384,91 @@ def test_a_covariance_within_reach_is_not_refused() -> None:
     # Its own paper's size.
     config = BptVlmConfig(text_dim=500, vision_dim=500, covariance="full", population=30)
     config.build(towers(), 8000, 1)
+
+
+def test_how_much_of_its_logits_an_endpoint_gives_away() -> None:
+    for kind in (OgnConfig, OgnContextConfig):
+        assert [kind(answers=a).top_classes for a in ("logits", "label", "top-1", "top-37")] == [
+            None, 1, 1, 37,
+        ]  # fmt: skip
+        for answers in ("logits", "label", "top-5"):
+            config = kind(answers=answers)
+            assert config.in_effect is config
+            assert needs_of(find_method("ogn"), config) == {LOSS, CONTEXTS, LOGITS}
+            assert config.notice == ""
+        for answers in ("", "top", "top-0", "top-05", "top--1", "top-5 ", "Logits", "top-1234567"):
+            with pytest.raises(ConfigError, match=r"expected logits, top-K such as top-5, label"):
+                kind(answers=answers)
+
+
+def test_losses_alone_are_tuned_by_the_steps_of_zip() -> None:
+    for name in ("ogn", "ogn-context"):
+        method = find_method(name)
+        config = method_config(method, {"answers": "loss"})
+        tuned = tuned_config(method, config)
+        assert isinstance(tuned, ZipConfig)
+        assert needs_of(method, config) == {LOSS, CONTEXTS}
+        assert (tuned.step_queries(), tuned.round_size) == (10, 10)
+        assert "answers=loss" in tuned.notice
+        assert "ZIP's steps" in tuned.notice
+    assert ZipConfig().notice == ""
+
+
+def test_no_other_method_mixes_or_hides_classes() -> None:
+    for name, config in CONFIGS.items():
+        if not isinstance(config, Answers):
+            assert (config.mixes, config.top_classes) == (False, None), name
+            assert bool(config.notice) == (name == "ogn losses alone")
+            assert config.spends(1234) == 1234
+            assert config.pictures_of(40, 3) == min(40, config.batch_size or 40)
+    assert ZipConfig().pictures_of(1000, 3) == 128
+
+
+def test_pictures_whose_logits_fit_the_memory() -> None:
+    # 4 bytes of every class, picture and row: twice the rank, and a round's.
+    config: OgnConfig | OgnContextConfig = OgnConfig(rank=10, n_prompts=5, memory_mb=1)
+    assert config.pictures_of(10**6, 100) == 10**6 // (4 * 25 * 100)
+    assert config.pictures_of(99, 100) == 99
+    assert OgnConfig(rank=10, n_prompts=5, memory_mb=1, batch_size=7).pictures_of(99, 100) == 7
+    assert config.pictures_of(99, 10**6) == 1
+    # ImageNet's classes, one picture of each and more.
+    assert 300 < OgnConfig().pictures_of(16_000, 1000) < 500
+    # Four rounds of directions, f32, in 256 MB.
+    assert OgnContextConfig().pictures_of(16_000, 1000) == 256_000_000 // (4 * 4 * 10 * 1000)
+    # However much memory there is, an answer keeps its logits.
+    plenty = (
+        OgnConfig(n_prompts=100, rank=1, memory_mb=10**6),
+        OgnContextConfig(memory_mb=1e6),
+        OgnContextConfig(n_directions=1, memory_mb=1e6),
+    )
+    for config in plenty:
+        n_pictures = config.pictures_of(10**6, 1000)
+        assert config.round_size * n_pictures * 1000 <= LOGITS_AT_ONCE
+        assert config.round_size * (n_pictures + 1) * 1000 > LOGITS_AT_ONCE
+
+
+@pytest.mark.parametrize("n_prompts", [1, 7, 10, 30])
+def test_a_mixture_spends_what_is_said_and_ends(n_prompts: int) -> None:
+    config = OgnConfig(n_prompts=n_prompts, most_prompts=20, rank=5)
+    _, optimizer = config.build(towers(), QUERIES, 1)
+    spent = 0
+    while optimizer.finished() is None:
+        assert spent < 20
+        points = optimizer.ask().points
+        spent += len(points)
+        answer(optimizer, points)
+    assert optimizer.finished() == "prompts"
+    assert spent == config.spends(QUERIES) == -(-20 // n_prompts) * n_prompts
+    assert config.spends(13) == 13
+    assert OgnConfig(most_prompts=None).spends(10**6) == 10**6
+
+
+def test_a_mixture_draws_words_and_never_what_frames_a_text() -> None:
+    prompt_map, optimizer = OgnConfig(n_prompts=2000, n_context=3).build(towers(), QUERIES, 1)
+    points = optimizer.ask().points
+    np.testing.assert_array_equal(points[0], np.arange(N_WORDS))
+    drawn = set(points[1:].ravel().astype(int).tolist())
+    assert drawn == set(range(100)) - SPECIAL - {0}  # rank 1 is the first that is drawn
+    contexts = prompt_map(points).contexts
+    assert contexts is not None
+    np.testing.assert_array_equal(contexts[0], towers().token_table[:N_WORDS])

@@ -7,6 +7,7 @@ from ztune.compositions.base import Patches, Towers
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.maps.context import DirectContext, LinearContext
 from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
+from ztune.maps.vocabulary import VocabularyContext
 from ztune.types import F32, F64
 
 M, D, WIDTH = 3, 4, 5
@@ -29,7 +30,16 @@ def contexts(found: F32 | None) -> F32:
 
 def towers(table: F32, patches: Patches | None = None) -> Towers:
     words = np.full((2, table.shape[1]), 0.5, dtype=np.float32)
-    return Towers(table.shape[1], table, lambda _: words, 8, lambda g: g.random(3), patches)
+    return Towers(
+        table.shape[1],
+        table,
+        lambda _: words,
+        8,
+        lambda g: g.random(3),
+        patches,
+        lambda _: np.arange(2),
+        frozenset(),
+    )
 
 
 def test_a_direct_context_is_the_point_in_rows() -> None:
@@ -59,6 +69,20 @@ def test_a_linear_context_moves_by_a_projection_drawn_from_its_seed() -> None:
     for p in range(2):
         expected = INITIAL + (A @ z[p]).reshape(M, D)
         np.testing.assert_allclose(contexts(found.contexts)[p], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_context_of_words_is_rows_of_the_table() -> None:
+    table = rng(0).standard_normal((50, D)).astype(np.float32)
+    prompt_map = VocabularyContext(table, 3)
+    assert prompt_map.dim == 3
+    z = np.array([[0.0, 49.0, 7.0], [7.0, 7.0, 1.0]])
+    found = prompt_map(z)
+    assert found.visual is None
+    assert len(found) == 2
+    expected = [[table[0], table[49], table[7]], [table[7], table[7], table[1]]]
+    np.testing.assert_array_equal(contexts(found.contexts), expected, strict=True)
+    contexts(found.contexts)[:] = 0
+    assert table.any()
 
 
 def test_linear_tokens_are_a_projection_with_a_mean() -> None:
