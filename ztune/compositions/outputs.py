@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import cast
@@ -27,6 +28,7 @@ from ztune.objective import LOGITS_AT_ONCE
 from ztune.optim.gauss_newton import GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
+_N_TRIALS = 3  # of a Gauss–Newton step
 _ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
@@ -116,7 +118,9 @@ class OgnConfig(MixtureConfig, Answers):
         return self.n_prompts
 
     def spends(self, queries: int) -> int:
-        return min(queries, self.most_prompts or queries)
+        if self.most_prompts is None:
+            return queries
+        return min(queries, self.n_prompts * math.ceil(self.most_prompts / self.n_prompts))
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         words = None if self.init == "random" else towers.ids_of_words(self.init)
@@ -147,7 +151,7 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
 
     @property
     def round_size(self) -> int:
-        return self.n_directions + 1
+        return max(self.n_directions + 1, _N_TRIALS)
 
     def pictures_of(self, n_pictures: int, n_classes: int) -> int:
         rows = _ROUNDS_KEPT * self.n_directions
@@ -155,7 +159,7 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
         return max(1, min(self.batch_size or n_pictures, n_pictures, most))
 
     def step_queries(self) -> int:
-        return self.n_directions + 1
+        return self.n_directions + 1 + _N_TRIALS
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
