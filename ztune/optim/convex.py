@@ -54,7 +54,7 @@ class Terms:
         """Return Newton's step f64[K] from a on the mean loss with a ridge f64[K, K]."""
         matrix = self.curvature / self.n + ridge
         # What no picture sees and no ridge holds is left where it is.
-        matrix[np.diag_indices_from(matrix)] += 1e-10 * np.trace(matrix) / len(matrix)
+        matrix[np.diag_indices_from(matrix)] += 1e-10 * np.trace(matrix) / len(matrix) + 1e-30
         return np.asarray(-np.linalg.solve(matrix, self.gradient / self.n + ridge @ a))
 
 
