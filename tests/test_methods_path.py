@@ -18,7 +18,14 @@ from onnx import TensorProto, helper
 from runtimes import decoder
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI, Command
-from ztune.artifact import Artifact, ContextArtifact, HeadArtifact, VisualArtifact, read_artifact
+from ztune.artifact import (
+    Artifact,
+    ContextArtifact,
+    HeadArtifact,
+    MixtureArtifact,
+    VisualArtifact,
+    read_artifact,
+)
 from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench, open_workbench
 from ztune.files import sha256
@@ -28,6 +35,8 @@ CLASSES = ("one", "two", "three")
 N_TRAIN, N_VAL, N_TEST = 6, 3, 18
 # Settings that keep a step small, and what two steps of them cost.
 SMALL: dict[str, tuple[tuple[str, ...], int]] = {
+    "ogn": (("n_prompts=2",), 4),
+    "ogn-context": (("n_directions=3",), 1 + 2 * (3 + 3)),
     "zip": ((), 20),
     "sharpzo": (("intrinsic_dim=20", "population=4"), 2 * (2 * 20 + 4)),
     "bptvlm": (("text_dim=40", "vision_dim=30"), 30),
@@ -42,9 +51,12 @@ TUNED = [name for name, method in METHODS.items() if isinstance(method, TunedMet
 HEADS = [name for name, method in METHODS.items() if isinstance(method, HeadMethod)]
 PIXELS = ("bptvlm", "blackvip", "bar")
 TEXTS = tuple(name for name in TUNED if name not in ("blackvip", "bar"))
+# They live off differences of losses, which are measured first.
+PROBED = tuple(name for name in TEXTS if name not in ("ogn", "bptvlm"))
 # One method of each kind of artifact, with its settings.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "context": ("zip", ()),
+    "mixture": ("ogn", ()),
     "head": ("gda", ()),
     "kernel": ("proker", ()),
     "border": ("bar", ()),
@@ -122,6 +134,8 @@ def tensors(artifact: Artifact) -> list[np.ndarray]:
     """Return what was tuned or fitted."""
     if isinstance(artifact, ContextArtifact):
         return [artifact.context]
+    if isinstance(artifact, MixtureArtifact):
+        return [artifact.tokens, artifact.weights]
     if isinstance(artifact, HeadArtifact):
         kernel = artifact.kernel
         return [artifact.weight] if kernel is None else [kernel.keys, kernel.values]
@@ -149,9 +163,9 @@ def test_a_run_counts_exactly_what_it_did(method: str, run: Callable[..., Path])
     queries = SMALL[method][1] if method in SMALL else 0
     assert found["queries"] == queries
     assert found["stop_reason"] == ("budget" if method in SMALL else "closed form")
-    probed = found["signal"]["probe_queries"] if method in TEXTS and method != "bptvlm" else 0
+    probed = found["signal"]["probe_queries"] if method in PROBED else 0
     assert found["probe_queries"] == probed
-    if method in TEXTS and method != "bptvlm":
+    if method in PROBED:
         assert probed > 0
     n_texts = (queries + probed) * len(CLASSES) if method in TEXTS else 0
     assert found["text_forwards"] == n_texts
@@ -271,10 +285,9 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
 # Kills itself as the n-th state is to be saved: the history is then ahead of the state before.
 KILLED = """
 import os, signal, sys
-from ztune.cli import tuning
 from ztune.cli.main import main
-from ztune.run import RunFolder
-tuning._SAVE_INTERVAL = 0.0
+from ztune.run import RunFolder, SavePace
+SavePace.due = lambda pace: True
 save, left = RunFolder.save, [int(sys.argv[1])]
 def dying(folder, now):
     left[0] -= 1
@@ -288,7 +301,8 @@ main(sys.argv[2:])
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 @pytest.mark.parametrize(
-    ("method", "queries"), [("blackvip", 40), ("bptvlm", 60), ("sharpzo", 100)]
+    ("method", "queries"),
+    [("blackvip", 40), ("bptvlm", 60), ("sharpzo", 100), ("ogn", 16), ("ogn-context", 40)],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
     method: str, queries: int, ztune: Command, tune: Tune, data: Path, tmp_path: Path
@@ -375,6 +389,43 @@ def test_early_stop_says_so_and_leaves_the_rest_of_the_budget(tune: Tune, tmp_pa
     assert found["queries"] == 3 * 11
     artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
     assert artifact.provenance.stop_reason == found["stop_reason"]
+
+
+def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, bench: Workbench) -> None:
+    out = tmp_path / "run"
+    found = tune(out, "ogn", "--queries", 9, "--set", "most_prompts=8")
+    assert (found["stop_reason"], found["queries"]) == ("prompts", 8)
+    # What was encoded once is remembered: the result costs no forward.
+    assert found["text_forwards"] == 8 * len(CLASSES)
+    assert found["signal"]["verdict"] == "not needed"
+    lines = history(out)
+    assert [line["queries"] for line in lines if "result_loss" in line] == [2, 4, 8]
+    assert lines[-1]["result_loss"] == pytest.approx(found["train_loss"], abs=1e-4)
+    assert found["train_loss"] < min(line["loss"] for line in lines)
+    artifact = read_artifact(out / "prompt.safetensors")
+    assert isinstance(artifact, MixtureArtifact)
+    words = bench.tokenizer.encode("a photo of a")
+    assert artifact.tokens[0].tolist() == list(words)
+    assert artifact.tokens.shape == (8, len(words))
+    again = bench.mixed(artifact.tokens, artifact.weights, artifact.classes)
+    np.testing.assert_allclose(artifact.text_features, again, atol=1e-5)
+
+
+def test_the_less_an_endpoint_tells_the_other_the_result(
+    tune: Tune, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = tensors(read_artifact(run("ogn") / "prompt.safetensors"))
+    for answers, same in (("top-3", True), ("top-99", True), ("top-2", True), ("label", False)):
+        tune(tmp_path / answers, "ogn", "--set", f"answers={answers}")
+        tokens, weights = tensors(read_artifact(tmp_path / answers / "prompt.safetensors"))
+        np.testing.assert_array_equal(tokens, whole[0])
+        # Three classes: the probabilities of two tell the third's, and as much as logits do.
+        assert np.allclose(weights, whole[1], atol=1e-3) == same, answers
+    found = tune(tmp_path / "loss", "ogn", "--set", "answers=loss", "--queries", 10)
+    assert found["method"] == "ogn"
+    assert found["signal"]["verdict"] == "passed"
+    assert found["config"]["intrinsic_dim"] == 500
+    assert isinstance(read_artifact(tmp_path / "loss" / "prompt.safetensors"), ContextArtifact)
 
 
 def test_snapshots_make_a_curve(tune: Tune, ztune: Command, tmp_path: Path) -> None:

@@ -315,3 +315,48 @@ def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, c
     lonely = ztune("doctor", MINI, "--seed", 3)
     assert lonely.code == 1
     assert "--seed needs a BUNDLE and --data FOLDER" in lonely.err
+
+
+def test_a_method_that_takes_no_differences_has_no_gate(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    words = (*TUNE, "--method", "ogn", "--cache", cache)
+    done = ztune(*words, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert "signal-to-noise" not in done.err
+    found = done.json["signal"]
+    assert (found["verdict"], found["forced"]) == ("not needed", False)
+    assert "takes no differences of losses" in found["reason"]
+    assert done.json["probe_queries"] == 0
+    assert done.json["text_forwards"] == 40 * 10
+    report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "ogn")
+    assert report.code == 1
+    message = "ogn takes no differences of losses, so there is no signal to measure"
+    assert message in report.err
+    report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "gda")
+    assert "gda has no steps, so there is no signal to measure" in report.err
+
+
+def test_directions_in_the_space_of_logits_are_differences(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    words = (*TUNE, "--method", "ogn-context", "--cache", cache, "--quiet")
+    done = ztune(*words, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    found = done.json["signal"]
+    assert (found["verdict"], found["setting"]) == ("passed", "perturbation")
+    assert done.json["probe_queries"] == 20
+    weak = ztune(*words, *WEAK, "--out", tmp_path / "weak")
+    assert weak.code == 1
+    assert "error: signal-to-noise is " in weak.err
+
+
+def test_losses_alone_are_gated_as_the_steps_that_are_taken(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    words = (*TUNE, "--method", "ogn", "--set", "answers=loss", "--cache", cache)
+    done = ztune(*words, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert "warning: losses alone leave no outputs to fit (answers=loss)" in done.err
+    assert done.json["signal"]["verdict"] == "passed"
+    assert done.json["signal"]["setting"] == "perturbation"

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from ztune.access import (
     PIXELS,
     require_access,
 )
+from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli.output import Output, fail
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
-from ztune.methods import METHODS, needs_of, needs_of_all
+from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
 from ztune.objective import FewShotObjective
-from ztune.types import F32, U8, Batch, Evaluation, Prompts
+from ztune.types import F32, I32, U8, Batch, Evaluation, Prompts
 
 SMALL = ("--shots", 2, "--queries", 10)
 
@@ -121,6 +123,36 @@ def test_prompt_of_another_bundle(ztune: Command, data: Path, bundle: Path, tmp_
     refused(ztune("eval", out), "damaged or no file of ztune's")
 
 
+def test_a_mixture_of_words_that_the_bundle_has_not(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    out, prompt = tmp_path / "run", tmp_path / "other.safetensors"
+    words = ("--shots", 2, "--queries", 2, "--method", "ogn", "--set", "n_prompts=2")
+    tuned = ztune("tune", MINI, "--data", data, *words, "--out", out)
+    assert tuned.code == 0, tuned.err
+    artifact = read_artifact(out / "prompt.safetensors")
+    assert isinstance(artifact, MixtureArtifact)
+    n_words = len(np.load(MINI / "token_table.npy", mmap_mode="r"))
+    last = artifact.tokens.copy()
+    last[1, 0] = n_words - 1
+    beyond = artifact.tokens.copy()
+    beyond[1, 0] = n_words
+
+    def evaluated(tokens: I32) -> Result:
+        write_artifact(prompt, replace(artifact, tokens=tokens))
+        return ztune("eval", MINI, "--data", data, "--split", "all", "--prompt", prompt)
+
+    assert evaluated(last).code == 0
+    refused(
+        evaluated(beyond),
+        f"the mixture has token {n_words}, the bundle's table ends at {n_words - 1}",
+        "use the bundle it was tuned on",
+    )
+    packed = tmp_path / "c.onnx"
+    refused(ztune("pack", MINI, "--prompt", prompt, "--out", packed), "the bundle's table ends at")
+    assert not packed.exists()
+
+
 def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
 
@@ -196,7 +228,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     ("words", "parts"),
     [
         (("--queries", 3), ("--queries 3 is less than one step of zip, which costs 10",)),
-        (("--method", "magic"), ('unknown method "magic"', "known: zip, sharpzo")),
+        (("--method", "magic"), ('unknown method "magic"', "known: ogn, ogn-context, zip")),
         (("--set", "stepsize=1"), ('no setting "stepsize"', "it has: step_size")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
         (("--set", "rank"), ('--set takes key=value, got "rank"',)),
@@ -390,6 +422,7 @@ def able(given: frozenset[str], method: str, part: str = "both") -> set[str]:
     return set(named.split(", ")) - {""}
 
 
+LOGIT_METHODS = {"ogn", "ogn-context"}
 TEXT_METHODS = {"zip", "sharpzo", "cma", "spsa", "spsa-gc", "rgf"}
 HEADS = {"gda", "tip-adapter", "lp++", "proker", "linear-probe", "zero-shot"}
 
@@ -397,8 +430,9 @@ HEADS = {"gda", "tip-adapter", "lp++", "proker", "linear-probe", "zero-shot"}
 def test_access_of_a_text_endpoint() -> None:
     """Losses of text prompts, and image features that were read once."""
     given = frozenset((LOSS, CONTEXTS, FEATURES))
-    for method in ("bptvlm", "blackvip", "bar"):
+    for method in ("bptvlm", "blackvip", "bar", *LOGIT_METHODS):
         assert able(given, method) == TEXT_METHODS | HEADS
+    assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS
     assert able(given, "bar", part="text") == TEXT_METHODS | HEADS | {"bptvlm"}
     with pytest.raises(ConfigError, match="changed pictures in every query, which this runtime"):
         require_access("blackvip", given, needs_of_all())
@@ -415,6 +449,13 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
     # Pictures may be changed, and yet no logits come back.
     with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not give'):
         require_access("bar", given | {PIXELS}, needs_of_all())
+    for method in LOGIT_METHODS:
+        with pytest.raises(ConfigError, match=f'"{method}" needs logits, which this runtime does'):
+            require_access(method, given, needs_of_all())
+        row = METHODS[method]
+        assert isinstance(row, TunedMethod)
+        needs = needs_of(row, row.config(answers="loss"))
+        require_access(method, given, {**needs_of_all(), method: needs})
     for method in TEXT_METHODS:
         require_access(method, given, needs_of_all())
 
@@ -444,6 +485,21 @@ def test_access_of_other_runtimes() -> None:
         ("bptvlm", ("--queries", 14), ("less than one step of bptvlm", "costs 15")),
         ("cma", ("--queries", 19), ("less than one step of cma", "costs 20")),
         ("sharpzo", ("--queries", 1063), ("less than its first step of sharpzo", "costs 1064")),
+        ("ogn", ("--queries", 9), ("--queries 9 is less than one step of ogn", "costs 10")),
+        ("ogn", ("--queries", 9, "--set", "answers=loss"), ("one step of ogn", "costs 10")),
+        ("ogn-context", ("--queries", 13), ("less than its first step of ogn-context", "14")),
+        (
+            "ogn",
+            ("--set", "answers=top-0"),
+            ('answers is "top-0", expected logits, top-K such as top-5, label or loss',),
+        ),
+        ("ogn-context", ("--set", "answers=probabilities"), ('answers is "probabilities"',)),
+        ("ogn", ("--set", "ridge=0"), ("ridge is 0.0, expected more than 0",)),
+        ("ogn", ("--set", "init="), ('initial context "" has no tokens',)),
+        ("ogn", ("--keep", "best"), ("ogn has no single point to validate", "leave out --keep")),
+        ("ogn", ("--patience", 2), ("finds its weights by cross-validation", "and --patience")),
+        ("ogn", ("--reference", MINI), ("ogn takes no differences", "leave out --reference")),
+        ("ogn", ("--extractor", "x"), ("ogn has no decoder", "leave out --extractor")),
         ("cma", ("--queries", 50, "--set", "population=60"), ("--queries 50 is less", "costs 60")),
         ("bptvlm", ("--queries", 50, "--set", "population=51"), ("costs 51",)),
         (

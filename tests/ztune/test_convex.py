@@ -44,7 +44,7 @@ def gradient_by_differences(given: SoftmaxProblem, a: F64, ridge: F64) -> F64:
 
 def test_probabilities_sum_to_one_however_large_the_logits() -> None:
     p = softmax(np.array([[1000, 0, -1000], [0, 0, 0]], np.float32))
-    np.testing.assert_allclose(p, [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], atol=1e-7)
+    np.testing.assert_allclose(p, [[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], atol=1e-7)
     assert p.dtype == np.float32
 
 
