@@ -63,7 +63,7 @@ _MIXTURE: dict[str, dict[str, Json]] = {
     "tokens-8": {"init": "random", "n_context": 8},
     "tolerance-0": {"tolerance": 0.0},
     "tolerance-1": {"tolerance": 1.0},
-    "tolerance-2": {"tolerance": 2.0},
+    "tolerance-4": {"tolerance": 4.0},
     "ridge-0.1": {"ridge": 0.1},
     "ridge-0.001": {"ridge": 0.001},
     "rank-40": {"rank": 40},

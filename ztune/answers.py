@@ -17,16 +17,17 @@ def top_k_logits(logits: F32, k: int) -> F32:
     What the endpoint leaves out is shared by the other classes evenly. Logits f32[..., C] whose
     k is C or more come back as log-probabilities, which differ by a constant for each picture.
     """
+    C = logits.shape[-1]
+    if k >= C:
+        moved = logits - logits.max(axis=-1, keepdims=True)
+        return np.asarray(moved - np.log(np.exp(moved).sum(axis=-1, keepdims=True)), np.float32)
     p = softmax(logits)
-    C = p.shape[-1]
-    if k < C:
-        order = np.argsort(-p, axis=-1, kind="stable")
-        kept = np.zeros_like(p)
-        top = order[..., :k]
-        np.put_along_axis(kept, top, np.take_along_axis(p, top, axis=-1), axis=-1)
-        rest = np.maximum(1 - kept.sum(axis=-1, keepdims=True), 0) / (C - k)
-        p = np.where(kept > 0, kept, rest)
-    return np.asarray(np.log(np.maximum(p, _LEAST)), dtype=np.float32)
+    order = np.argsort(-p, axis=-1, kind="stable")
+    kept = np.zeros_like(p)
+    top = order[..., :k]
+    np.put_along_axis(kept, top, np.take_along_axis(p, top, axis=-1), axis=-1)
+    rest = np.maximum(1 - kept.sum(axis=-1, keepdims=True), 0) / (C - k)
+    return np.asarray(np.log(np.maximum(np.where(kept > 0, kept, rest), _LEAST)), dtype=np.float32)
 
 
 class TopClasses:

@@ -31,6 +31,7 @@ _NEWTON_STEPS = 4
 _WITHOUT_FOLDS = 0.3  # the ridge where a class has one picture
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
 _NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
+_LEAST_ENERGY = 1e-30  # of logits that tell no class from another
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class MixtureConfig:
     """Dimensions of the span of the prompts' logits that weights are sought in."""
     ridge: float | None = None
     """On the weights, relative to the logits' mean square; none: by cross-validation."""
-    tolerance: float = 1.5
-    """Standard errors by which a lighter ridge may be worse on held-out pictures and still be
-    preferred."""
+    tolerance: float = 2.5
+    """Standard errors by which lighter ridges may be worse on held-out pictures and still count."""
 
     def __post_init__(self) -> None:
         for name in ("n_prompts", "rank", "most_prompts"):
@@ -99,7 +99,7 @@ class LogitSpan:
         flat = self.rows.reshape(len(self.rows), -1)
         values, vectors = np.linalg.eigh((flat @ flat.T).astype(np.float64))
         values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
-        left_over = 1 - np.cumsum(values) / values.sum()
+        left_over = 1 - np.cumsum(values) / max(float(values.sum()), _LEAST_ENERGY)
         enough = int((left_over > _NEGLIGIBLE).sum()) + 1
         return np.ascontiguousarray(vectors[:, : min(self.rank, enough)])
 
@@ -169,7 +169,7 @@ class PromptMixture:
     def tell(self, evaluation: Evaluation) -> None:
         logits = required_logits(evaluation)
         if not len(self._prompts):
-            self._labels = evaluation.labels
+            self._labels = evaluation.labels.copy()
             self._first = logits[0] - logits[0].mean(axis=-1, keepdims=True)
         self._span.add(logits)
         self._prompts = np.concatenate([self._prompts, self._next])
@@ -197,7 +197,7 @@ class PromptMixture:
     def fitted(self) -> tuple[float, float] | None:
         """Return loss and accuracy on the training pictures, after 1, 2, 4, 8… rounds."""
         n_rounds = len(self._prompts) // self._config.n_prompts
-        if n_rounds & (n_rounds - 1):
+        if n_rounds == 0 or n_rounds & (n_rounds - 1):
             return None
         choice = self._chosen()
         return choice.loss, choice.accuracy
@@ -275,13 +275,13 @@ def required_logits(evaluation: Evaluation) -> F32:
 
 
 def cross_validated(problem: SoftmaxProblem, unit: float, config: MixtureConfig) -> F64:
-    """Return the solution f64[r] with the lightest ridge that held-out pictures do not oppose.
+    """Return the mean f64[r] of the solutions that held-out pictures cannot tell from the best.
 
     Ridges are tried from the heaviest on, in units of `unit`, the directions' mean square. What a
     fold's pictures lose when they are left out is estimated by one Newton step away from the
-    solution with all pictures (Beirami et al., NeurIPS 2017), which costs no fit for each fold. Of
-    the ridges whose mean loss is within `tolerance` standard errors of the best (paired, over
-    pictures) the lightest is taken: where held-out pictures cannot tell, training pictures decide.
+    solution with all pictures (Beirami et al., NeurIPS 2017), which costs no fit for each fold. The
+    mean is over the best ridge and all lighter ones whose mean loss is within `tolerance` standard
+    errors (paired, over pictures): the heavy end is safe, the light end fits the training pictures.
     """
     r = len(problem.directions)
     eye, a = np.eye(r), np.zeros(r)
@@ -299,8 +299,9 @@ def cross_validated(problem: SoftmaxProblem, unit: float, config: MixtureConfig)
         best = min((one for _, one in tried), key=lambda one: float(one.mean()))
         if not _within(losses, best, config.tolerance):
             break
-    good = [one for one, losses in tried if _within(losses, best, config.tolerance)]
-    return good[-1]
+    first = next(i for i, (_, losses) in enumerate(tried) if losses is best)
+    near = [one for one, losses in tried[first:] if _within(losses, best, config.tolerance)]
+    return np.asarray(np.mean(near, axis=0))
 
 
 def _held_out_losses(parts: list[SoftmaxProblem], folds: I64, a: F64, ridge: F64) -> F64:
