@@ -365,6 +365,18 @@ def test_validation_passes_that_steer_are_charged_and_the_best_is_kept(
     assert found["val_accuracy"] == pytest.approx(max(validated), abs=1e-6)
 
 
+def test_validation_waits_for_the_end_of_a_gauss_newton_step(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = tune(out, "ogn-context", "--queries", 23, "--keep", "best", "--validate-every", 4)
+    lines = history(out)
+    assert "".join("v" if "validation" in line else "p" for line in lines) == "ppvppvppv"
+    costs = np.diff([0, *(line["queries"] for line in lines)])
+    assert costs.tolist() == [4, 3, 1, 3, 3, 1, 3, 3, 1]
+    assert (found["queries"], found["stop_reason"]) == (22, "budget")
+    validated = [line["accuracy"] for line in lines if "validation" in line]
+    assert found["val_accuracy"] == pytest.approx(max(validated), abs=1e-6)
+
+
 def test_the_best_is_not_the_last(tune: Tune, tmp_path: Path) -> None:
     # Steps so long that the point wanders: the last is seldom the best.
     words = ("--val", 4, "--queries", 110, "--set", "step_size=3", "--validate-every", 10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 from ztune.types import F32, PromptEncoder
 
 _MOST_BYTES = 256_000_000
@@ -23,7 +25,7 @@ class RememberingEncoder:
     def encode(self, contexts: F32) -> F32:
         key = hashlib.sha256(contexts.tobytes()).digest()
         if key in self._known:
-            return self._known[key]
+            return np.array(self._known[key])
         features = self._encoder.encode(contexts)
         if self._bytes + features.nbytes <= _MOST_BYTES:
             self._known[key] = features.copy()

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 
 from ztune.optim.cma import Cma, CmaConfig
+from ztune.optim.gauss_newton import GaussNewton, GaussNewtonConfig
 from ztune.optim.rgf import Rgf, RgfConfig
 from ztune.optim.sharpzo import SharpZo, SharpZoConfig
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.optim.validation import EarlyStop, Validated
-from ztune.types import F64, Evaluation, Optimizer, Proposal, State
+from ztune.types import F32, F64, Evaluation, Optimizer, Proposal, State
 
 DIM = 6
 Factory = Callable[[int], Optimizer]
 START = np.linspace(1.0, 2.0, DIM)
+LABELS = np.tile([0, 1], DIM)
 
 
 def rng(seed: int) -> np.random.Generator:
@@ -45,6 +47,11 @@ def sharpzo(seed: int, warmup_steps: int, patience: int | None = None) -> Optimi
     return SharpZo(config, START, rng(seed))
 
 
+def gauss_newton(seed: int, **settings: object) -> Optimizer:
+    config = GaussNewtonConfig(**{"n_directions": 2} | settings)  # type: ignore[arg-type]
+    return GaussNewton(config, START, rng(seed))
+
+
 FACTORIES: dict[str, Factory] = {
     "spsa": spsa,
     "spsa-gc": lambda seed: spsa(seed, momentum=0.8, clip=False),
@@ -56,6 +63,9 @@ FACTORIES: dict[str, Factory] = {
     "sharpzo validating": lambda seed: sharpzo(seed, 10_000, patience=3),
     "sharpzo sparse": lambda seed: sharpzo(seed, 0),
     "sharpzo both": lambda seed: sharpzo(seed, 2),
+    "gauss-newton": gauss_newton,
+    "gauss-newton plain": lambda seed: gauss_newton(seed, kalman=False, n_directions=4),
+    "gauss-newton validated": lambda seed: Validated(gauss_newton(seed), 6),
     "validated": lambda seed: Validated(spsa(seed), 15),
     "early stop": lambda seed: EarlyStop(Validated(sharpzo(seed, 2), 20), 1000),
 }
@@ -70,10 +80,19 @@ def quadratic(points: F64) -> F64:
     return np.asarray((np.arange(1, points.shape[1] + 1) * points**2).sum(axis=1))
 
 
+def logits_of(points: F64) -> F32:
+    """Return logits whose cross-entropy is least where the quadratic is.
+
+    Each value of the point moves one of two classes, for two pictures with either label.
+    """
+    moved = np.repeat(np.sqrt(np.arange(1, points.shape[1] + 1)) * points, 2, axis=1)
+    return np.stack([np.zeros_like(moved), moved], axis=-1).astype(np.float32)
+
+
 def evaluation(proposal: Proposal, losses: F64) -> Evaluation:
     # An accuracy that falls with the loss, as coarse as of few pictures.
     accuracies = np.round(1 / (1 + quadratic(proposal.points)), 2)
-    return Evaluation(losses, accuracies, np.zeros(1, np.int64), 1)
+    return Evaluation(losses, accuracies, LABELS.copy(), 1, logits_of(proposal.points))
 
 
 def play(optimizer: Optimizer, n: int) -> list[bytes]:
@@ -157,6 +176,9 @@ def test_nothing_handed_out_or_in_is_an_alias(make: Factory) -> None:
         touched.tell(answer)
         losses[:] = np.nan
         answer.accuracies[:] = np.nan
+        assert answer.logits is not None
+        answer.logits[:] = np.nan
+        answer.labels[:] = 99
         play(plain, 1)
         assert plain.ask().points.tobytes() == touched.ask().points.tobytes()
         assert plain.recommend().tobytes() == touched.recommend().tobytes()
@@ -181,6 +203,7 @@ def test_the_start_is_copied() -> None:
         lambda start: Rgf(RgfConfig(), start, 5, rng(0)),
         lambda start: Cma(CmaConfig(), start, rng(0)),
         lambda start: SharpZo(SharpZoConfig(), start, rng(0)),
+        lambda start: GaussNewton(GaussNewtonConfig(), start, rng(0)),
     ):
         start = np.ones(3)
         optimizer: Optimizer = build(start)
@@ -260,7 +283,9 @@ def test_losses_of_any_magnitude_leave_finite_points(make: Factory, scale: float
 
 
 def evaluation_of_losses(losses: F64) -> Evaluation:
-    return Evaluation(losses, np.zeros_like(losses), np.zeros(1, np.int64), 1)
+    logits = np.sin(np.arange(len(losses) * len(LABELS) * 2.0)) * (losses != losses[0]).any()
+    shaped = logits.reshape(len(losses), len(LABELS), 2).astype(np.float32)
+    return Evaluation(losses, np.zeros_like(losses), LABELS.copy(), 1, shaped)
 
 
 def test_equal_losses_leave_finite_points(make: Factory) -> None:

@@ -1,7 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from ztune.report import draw_confusion, draw_curve
@@ -30,6 +32,40 @@ def test_a_curve_is_drawn_whatever_its_length(n: int, tmp_path: Path) -> None:
     draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > picture.height > 100
+
+
+def test_a_mixtures_curve_is_of_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its candidates say nothing of how it does: no mean of theirs is drawn."""
+    drawn: list[tuple[str, list[float], list[float], str]] = []
+    plot = Axes.plot
+
+    def watched(axes: Axes, x: list[float], y: list[float], *rest: Any, **style: Any) -> Any:
+        drawn.append((axes.get_xscale(), list(x), list(y), style.get("label", "")))
+        return plot(axes, x, y, *rest, **style)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    history = [{"queries": 10.0 * k, "loss": 2.0, "accuracy": 0.25} for k in range(1, 21)]
+    for k in (1, 2, 4, 8, 16):
+        history[k - 1] |= {"result_loss": 1 / k, "result_accuracy": 1 - 0.5 / k}
+    draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > picture.height > 100
+    results = [one for one in drawn if one[3] == "result by then"]
+    at = [10.0, 20, 40, 80, 160]
+    assert [(x, y) for _, x, y, _ in results] == [
+        (at, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]),
+        (at, [0.5, 0.75, 0.875, 0.9375, 0.96875]),
+    ]
+    assert not any("mean of" in label for *_, label in drawn)
+    drawn.clear()
+    for line in history:
+        line.pop("result_loss", None)
+        line.pop("result_accuracy", None)
+    draw_curve(history, {}, "a title", tmp_path / "curve.png")
+    assert sum("mean of" in label for *_, label in drawn) == 2
+    assert {scale for scale, *_ in drawn} == {"linear"}
 
 
 @pytest.mark.parametrize("n", [2, 12, 100])

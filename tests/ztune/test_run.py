@@ -1,0 +1,110 @@
+"""What a run's folder is told, and how often its state is saved."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ztune import run
+from ztune.budget import Budget
+from ztune.objective import BatchSampler
+from ztune.optim.mixture import MixtureConfig, PromptMixture
+from ztune.optim.spsa import Spsa, SpsaConfig
+from ztune.run import RunFolder, SavePace
+from ztune.tune import Tuning
+from ztune.types import Evaluation, Optimizer
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    return clock
+
+
+def test_a_quick_save_is_due_each_second(clock: Clock) -> None:
+    pace = SavePace()
+    for _ in range(3):
+        assert not pace.due()
+        clock.now += 0.9
+        assert not pace.due()
+        clock.now += 0.2
+        assert pace.due()
+        assert pace.due()  # until it is saved
+        with pace:
+            clock.now += 0.01
+
+
+def test_a_slow_save_is_due_after_ten_times_what_it_took(clock: Clock) -> None:
+    pace = SavePace()
+    clock.now += 5
+    with pace:
+        clock.now += 3
+    clock.now += 29.9
+    assert not pace.due()
+    clock.now += 0.2
+    assert pace.due()
+    with pace:
+        pass
+    clock.now += 1.0
+    assert pace.due()
+
+
+def test_a_save_that_fails_is_told_and_not_tried_again_at_once(clock: Clock) -> None:
+    pace = SavePace()
+    clock.now += 2
+    with pytest.raises(OSError, match="disk full"), pace:
+        raise OSError("disk full")
+    assert not pace.due()
+
+
+def log(folder: RunFolder, optimizer: Optimizer, n_rounds: int) -> list[dict[str, float]]:
+    """Return the history of a run whose model answers with the label, more or less."""
+    sampler = BatchSampler(6, 6, 1, np.random.default_rng(0))
+    tuning, labels = Tuning(optimizer, sampler, Budget(100), 0.0), np.arange(6) % 3
+    for number in range(1, n_rounds + 1):
+        n = len(optimizer.ask().points)
+        noise = np.random.default_rng(number).standard_normal((n, 6, 3))
+        logits = (noise + np.eye(3)[labels]).astype(np.float32)
+        told = Evaluation(np.full(n, 2.0), np.full(n, 0.25), labels, 1, logits)
+        tuning.budget.reserve(n)
+        optimizer.tell(told)
+        tuning.budget.commit(0, 0)
+        tuning.step = number
+        folder.log(tuning, told)
+    return folder.read_history()
+
+
+def test_a_mixtures_history_says_what_the_result_by_then_does(tmp_path: Path) -> None:
+    config = MixtureConfig(n_prompts=3)
+    optimizer = PromptMixture(config, None, 2, np.arange(50), np.random.default_rng(1))
+    lines = log(RunFolder(tmp_path), optimizer, 5)
+    assert [line["queries"] for line in lines] == [3, 6, 9, 12, 15]
+    assert ["result_loss" in line for line in lines] == [True, True, False, True, False]
+    for line in lines:
+        assert ("result_accuracy" in line) == ("result_loss" in line)
+        assert (line["loss"], line["accuracy"]) == (2, 0.25)
+        assert 0 < line.get("result_loss", 1) < np.log(3) + 1e-6
+        assert 0 <= line.get("result_accuracy", 1) <= 1
+
+
+def test_a_history_of_single_points_has_no_result_by_then(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    optimizer = Spsa(SpsaConfig(), np.ones(4), np.random.default_rng(0))
+    lines = log(folder, optimizer, 3)
+    assert all(set(line) == {"step", "queries", "loss", "accuracy", "seconds"} for line in lines)
+    # A line that was cut off by a kill is left out.
+    with folder.history.open("a") as file:
+        file.write(json.dumps(lines[0])[:-4])
+    assert folder.read_history() == lines
