@@ -1,5 +1,6 @@
 """What a run's folder is told, and how often its state is saved."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -89,14 +90,18 @@ def log(folder: RunFolder, optimizer: Optimizer, n_rounds: int) -> list[dict[str
 def test_a_mixtures_history_says_what_the_result_by_then_does(tmp_path: Path) -> None:
     config = MixtureConfig(n_prompts=3)
     optimizer = PromptMixture(config, None, 2, np.arange(50), np.random.default_rng(1))
-    lines = log(RunFolder(tmp_path), optimizer, 5)
+    (tmp_path / "first").mkdir()
+    lines = log(RunFolder(tmp_path / "first"), copy.deepcopy(optimizer), 5)
     assert [line["queries"] for line in lines] == [3, 6, 9, 12, 15]
     assert ["result_loss" in line for line in lines] == [True, True, False, True, False]
     for line in lines:
         assert ("result_accuracy" in line) == ("result_loss" in line)
         assert (line["loss"], line["accuracy"]) == (2, 0.25)
-        assert 0 < line.get("result_loss", 1) < np.log(3) + 1e-6
-        assert 0 <= line.get("result_accuracy", 1) <= 1
+    last = log(RunFolder(tmp_path), optimizer, 4)[-1]
+    assert (last["result_loss"], last["result_accuracy"]) == pytest.approx(
+        optimizer.fitted(), abs=1e-6
+    )
+    assert last["result_loss"] == lines[3]["result_loss"]
 
 
 def test_a_history_of_single_points_has_no_result_by_then(tmp_path: Path) -> None:
