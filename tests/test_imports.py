@@ -80,7 +80,7 @@ import sys
 import numpy
 after_numpy = set(sys.modules)
 import ztune, ztune.tune, ztune.objective, ztune.maps.zip, ztune.optim.spsa, ztune.heads.gda
-import ztune.optim.mixture, ztune.optim.gauss_newton, ztune.maps.vocabulary, ztune.methods
+import ztune.optim.mixture, ztune.optim.gauss_newton, ztune.maps.vocabulary
 new = {name.split(".")[0] for name in set(sys.modules) - after_numpy}
 foreign = {n for n in new if n not in sys.stdlib_module_names and n not in ("ztune", "numpy")}
 sys.exit(f"the core loads {sorted(foreign)}" if foreign else 0)
