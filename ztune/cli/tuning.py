@@ -369,9 +369,16 @@ class Work:
         """Spend the queries, from the saved state where there is one."""
         request, config = self.request, parts.config
         n_views, n_pictures = pictures.features.shape[:2]
+        size = config.pictures_of(n_pictures, len(self.split.classes))
+        wanted = min(config.batch_size or n_pictures, n_pictures)
+        if size < wanted:
+            self.bench.output.warn(
+                f"logits are kept of {size} pictures instead of {wanted}: more would take more "
+                "than memory_mb"
+            )
         sampler = BatchSampler(
             n_pictures,
-            config.pictures_of(n_pictures, len(self.split.classes)),
+            size,
             n_views,
             np.random.default_rng([request.seed, 3]),
         )

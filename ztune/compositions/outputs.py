@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import numpy as np
@@ -25,10 +25,9 @@ from ztune.errors import ConfigError
 from ztune.maps.context import DirectContext
 from ztune.maps.vocabulary import VocabularyContext
 from ztune.objective import LOGITS_AT_ONCE
-from ztune.optim.gauss_newton import GaussNewton, GaussNewtonConfig
+from ztune.optim.gauss_newton import N_TRIALS, GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
-_N_TRIALS = 3  # of a Gauss–Newton step
 _ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
@@ -40,7 +39,7 @@ class LossesOnly(ZipConfig):
     def notice(self) -> str:
         return (
             "losses alone leave no outputs to fit (answers=loss): tuning by ZIP's steps instead, "
-            "which need some ten times the queries or more"
+            "which take many times the queries"
         )
 
 
@@ -57,6 +56,14 @@ class Answers(Defaults):
             raise ConfigError(
                 f'answers is "{self.answers}", expected logits, top-K such as top-5, label or loss'
             )
+        if self.answers == "loss":
+            changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            changed.remove("answers")
+            if changed:
+                raise ConfigError(
+                    f"answers=loss leaves nothing to fit and takes ZIP's steps: leave out "
+                    f"{', '.join(changed)} (or tune with --method zip and its settings)"
+                )
 
     @property
     def in_effect(self) -> TunedConfig:
@@ -151,7 +158,7 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
 
     @property
     def round_size(self) -> int:
-        return max(self.n_directions + 1, _N_TRIALS)
+        return max(self.n_directions + 1, N_TRIALS)
 
     def pictures_of(self, n_pictures: int, n_classes: int) -> int:
         rows = _ROUNDS_KEPT * self.n_directions
@@ -159,7 +166,7 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
         return max(1, min(self.batch_size or n_pictures, n_pictures, most))
 
     def step_queries(self) -> int:
-        return self.n_directions + 1 + _N_TRIALS
+        return self.n_directions + 1 + N_TRIALS
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))

@@ -41,6 +41,7 @@ from ztune.types import F32, F64, I64, Evaluation, Proposal, State
 
 _TRIALS = ((0.25, 4), (1.0, 2), (4.0, 2))
 """Of each trial, the factor on λ and how many Newton steps; each starts where the last ended."""
+N_TRIALS = len(_TRIALS)
 _REFUSED = 16.0
 """On λ where no trial gained."""
 _DAMPINGS = 1e-8, 1e4
