@@ -31,7 +31,7 @@ $(VENV)/.full: $(VENV)/.device
 
 demo: $(VENV)/.device
 	rm -rf runs/demo
-	$(BIN)/ztune tune models/mini --data examples/digits --template "a photo of the digit {}." --shots 16 --method zip --queries 5000 --seed 1 --out runs/demo
+	$(BIN)/ztune tune models/mini --data examples/digits --template "a photo of the digit {}." --shots 16 --seed 1 --out runs/demo
 	$(BIN)/ztune eval runs/demo
 	$(BIN)/ztune pack models/mini --prompt runs/demo/prompt.safetensors --out runs/demo/classifier.onnx
 	$(BIN)/ztune eval runs/demo/classifier.onnx --split-file runs/demo/split.json

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
-    parser.add_argument("--method", metavar="NAME", help="whose signal (default: zip)")
+    parser.add_argument("--method", metavar="NAME", help=f"whose signal (default: {_METHOD})")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
     parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
     parser.add_argument(
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# The method whose signal is looked at unless told: ztune's own default compares no two points.
+_METHOD = "zip"
 _OF_THE_TASK = ("data", "names", "shots", "seed", "method", "set", "init", "reference")
 
 
@@ -202,6 +204,8 @@ def _signal(
     from ztune.cli.workbench import open_workbench
     from ztune.run import RunFolder
 
+    if arguments.method is None:
+        arguments.method = _METHOD
     request = request_from_arguments(arguments, _OF_THE_TASK)
     bench = open_workbench(arguments.bundle, Execution(provider), output)
     _, split = task_of(request)

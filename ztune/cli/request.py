@@ -21,7 +21,7 @@ class Request:
 
     bundle: str
     data: str
-    method: str = "zip"
+    method: str = "ogn"
     shots: int = 16
     queries: int = 5000
     seed: int = 1

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder, or .csv/.jsonl list")
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
-    parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: zip; see: ztune methods)")
+    parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: ogn; see: ztune methods)")
     parser.add_argument("--queries", type=int, metavar="N", help="default: 5000")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
     parser.add_argument("--preset", help=f"{' or '.join(PRESETS)}")

@@ -28,7 +28,7 @@ from ztune.types import F32, F64, I64, Evaluation, Mixture, Proposal, State
 _RIDGES = 10.0 ** np.arange(1, -4.6, -0.5)
 _N_FOLDS = 4
 _NEWTON_STEPS = 4
-_WITHOUT_FOLDS = 0.3  # the ridge where a class has one picture
+_WITHOUT_FOLDS = 0.1  # the ridge where a class has one picture
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
 _NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
 _LEAST_ENERGY = 1e-30  # of logits that tell no class from another
