@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
             "random prompts mixed by Gauss–Newton in the space of logits",
             "ours (docs/research/ogn.md)",
             OgnConfig,
+            tuned={"init": "random", "n_context": 8},
         ),
         TunedMethod(
             "ogn-context",
