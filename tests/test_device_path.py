@@ -21,8 +21,8 @@ def _cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tuned(ztune: Command, out: Path, *more: object) -> dict[str, object]:
-    words = ("--data", DIGITS, "--shots", 4, "--queries", 200, "--out", out, "--json", *more)
-    done = ztune("tune", MINI, *words)
+    words = ("--data", DIGITS, "--shots", 4, "--method", "zip", "--queries", 200)
+    done = ztune("tune", MINI, *words, "--out", out, "--json", *more)
     assert done.code == 0, done.err
     return done.json
 

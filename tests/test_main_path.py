@@ -20,7 +20,7 @@ from ztune.cli.workbench import open_workbench
 from ztune.data.split import Split
 from ztune.files import read_json, sha256
 
-TUNE = ("tune", MINI, "--data", DIGITS, "--quiet")
+TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--quiet")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli import tuning
 
-TUNE = ("tune", MINI, "--data", DIGITS, "--shots", 4, "--queries", 40)
+TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--shots", 4, "--queries", 40)
 WEAK = ("--set", "perturbation=1e-9")
 
 
@@ -300,7 +300,8 @@ def test_the_doctor_says_why_no_provider_runs_a_precision(ztune: Command, tmp_pa
 def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
     settings = ("--shots", 4, "--seed", 3, "--set", "perturbation=0.001")
-    run = ("tune", MINI, "--data", DIGITS, *settings, "--queries", 10, "--cache", cache)
+    asked = ("--method", "zip", "--queries", 10, "--cache", cache)
+    run = ("tune", MINI, "--data", DIGITS, *settings, *asked)
     assert ztune(*run, "--out", out).code == 0
     report = ztune("doctor", MINI, "--data", DIGITS, *settings, "--json")
     assert report.code == 0, report.err

@@ -18,13 +18,27 @@ def bundle(bench_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(loaded, out).path
 
 
-@pytest.mark.parametrize(("name", "gain"), [("pacs-sketch", 0.05), ("cifar10-negative", 0.02)])
-def test_zip_gains_on_domains_the_model_never_saw(
-    name: str, gain: float, bundle: Path, bench_data: Path, ztune: Command, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "name", "gain"),
+    [
+        ("zip", "pacs-sketch", 0.05),
+        ("zip", "cifar10-negative", 0.02),
+        ("ogn", "pacs-sketch", 0.2),
+        ("ogn", "cifar10-negative", 0.05),
+    ],
+)
+def test_prompts_gain_on_domains_the_model_never_saw(
+    method: str,
+    name: str,
+    gain: float,
+    bundle: Path,
+    bench_data: Path,
+    ztune: Command,
+    tmp_path: Path,
 ) -> None:
     def tune(seed: int, out: Path) -> None:
         where = ("--data", bench_data / name, "--cache", tmp_path / "cache", "--out", out)
-        done = ztune("tune", bundle, *where, "--seed", seed)
+        done = ztune("tune", bundle, *where, "--method", method, "--seed", seed)
         assert done.code == 0, done.err
 
     gains = []

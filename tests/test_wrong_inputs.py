@@ -227,18 +227,22 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--queries", 3), ("--queries 3 is less than one step of zip, which costs 10",)),
+        (("--queries", 3), ("--queries 3 is less than one step of ogn, which costs 10",)),
         (("--method", "magic"), ('unknown method "magic"', "known: ogn, ogn-context, zip")),
-        (("--set", "stepsize=1"), ('no setting "stepsize"', "it has: step_size")),
+        (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
         (("--set", "rank"), ('--set takes key=value, got "rank"',)),
-        (("--set", "n_context=30"), ("does not fit", "shorten the context or the name")),
+        (("--set", "n_context=30"), ("n_context needs init=random",)),
+        (
+            ("--set", "n_context=30", "--init", "random"),
+            ("does not fit", "shorten the context or the name"),
+        ),
         (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
         (("--provider", "tpu"), ('unknown provider "tpu"',)),
         (("--threads", 0), ("--threads is 0, expected at least 1",)),
         (("--threads", 100000), ("--threads is 100000, expected at most 1024",)),
         (
-            ("--memory-limit", 1, "--set", "n_pairs=2000", "--queries", 4000),
+            ("--memory-limit", 1, "--set", "n_prompts=4000", "--queries", 4000),
             ("--memory-limit 1 (MB) is too small for one class and one candidate", "the least"),
         ),
         (("--preset", "best"), ('unknown preset "best"',)),
@@ -570,7 +574,10 @@ def test_validation_pictures_that_a_method_asks_for(
 ) -> None:
     # All eight pictures of a class tune, so none is left to validate on.
     out = tmp_path / "run"
-    words = ("tune", MINI, "--data", data, "--shots", 8, "--queries", 100, "--out", out)
+    words = (
+        "tune", MINI, "--data", data, "--shots", 8, "--method", "zip", "--queries", 100,
+        "--out", out,
+    )  # fmt: skip
     refused(ztune(*words, "--keep", "best"), "needs validation pictures")
     small = ("--method", "sharpzo", "--set", "intrinsic_dim=10", "--set", "population=4")
     refused(ztune(*words, *small, "--set", "warmup_patience=2"), "needs validation pictures")

@@ -28,6 +28,7 @@ from ztune.objective import LOGITS_AT_ONCE
 from ztune.optim.gauss_newton import N_TRIALS, GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
+_TOKENS = 4  # of a random prompt, unless words or settings say otherwise
 _ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
@@ -93,8 +94,8 @@ class OgnConfig(MixtureConfig, Answers):
 
     init: str = "a photo of a"
     """Words of the first prompt; `random`: none."""
-    n_context: int = 4
-    """m of the random prompts where there are no such words."""
+    n_context: int | None = None
+    """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
     batch_size: int | None = None
     """Pictures, the same in all rounds; none: as many as memory_mb allows."""
     memory_mb: int = 512
@@ -104,6 +105,8 @@ class OgnConfig(MixtureConfig, Answers):
         MixtureConfig.__post_init__(self)
         Answers.__post_init__(self)
         require_at_least_one(self, "n_context", "batch_size", "memory_mb")
+        if self.n_context is not None and self.init != "random":
+            raise ConfigError("the words of init count their tokens: n_context needs init=random")
 
     @property
     def mixes(self) -> bool:
@@ -131,7 +134,7 @@ class OgnConfig(MixtureConfig, Answers):
 
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         words = None if self.init == "random" else towers.ids_of_words(self.init)
-        n_tokens = self.n_context if words is None else len(words)
+        n_tokens = (self.n_context or _TOKENS) if words is None else len(words)
         ids = np.arange(len(towers.token_table), dtype=np.int64)
         vocabulary = ids[~np.isin(ids, list(towers.special_ids))]
         rng = np.random.default_rng([seed, STEPS])
