@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("bundle", type=Path)
     arguments.add_argument("--classes", default="10,100", help="numbers of classes")
+    arguments.add_argument("--methods", default=",".join(CONFIGS), help="of these")
     arguments.add_argument("--queries", type=int, default=500)
     arguments.add_argument("--threads", type=int)
     given = arguments.parse_args()
@@ -42,8 +43,8 @@ def main() -> None:
     graph = OrtPromptGraph(bundle, Tokenizer(bundle), Execution("cpu", threads=given.threads))
     rows: list[dict[str, Any]] = []
     for n_classes in (int(word) for word in given.classes.split(",")):
-        for name, config in CONFIGS.items():
-            rounds = Rounds(graph, classes_named(n_classes), config)
+        for name in given.methods.split(","):
+            rounds = Rounds(graph, classes_named(n_classes), CONFIGS[name])
             found = rounds.whole(queries)
             rows.append({"method": name, "classes": n_classes, "queries": queries, **found})
             say(f"{name}, {n_classes} classes: {found['seconds']:.1f} s, numpy "

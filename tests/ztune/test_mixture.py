@@ -275,7 +275,8 @@ def test_left_out_losses_are_estimated_close_to_those_of_refits() -> None:
     for share in (1.0, 0.1):
         ridge = share * np.eye(20)
         a = given.minimise(ridge, np.zeros(20), 30)
-        estimated = mixture._held_out_losses(parts, folds, a, ridge)
+        terms = [part.terms(a) for part in parts]
+        estimated = mixture._held_out_losses(parts, terms, folds, a, ridge)
         exact = np.empty(80)
         for k in range(4):
             refit = given.rows(folds != k).minimise(ridge, np.zeros(20), 30)

@@ -10,6 +10,7 @@ curvature: the generalised Gauss–Newton matrix, Schraudolph, Neural Computatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,7 @@ class SoftmaxProblem:
             some = slice(first, first + rows)
             D, P = self.directions[:, some], p[some]
             spread = (D * np.sqrt(P)).reshape(K, -1)
-            mean = np.einsum("knc,nc->kn", D, P)
+            mean = np.matmul(D.transpose(1, 0, 2), P[:, :, None])[:, :, 0].T
             curvature += spread @ spread.T - mean @ mean.T
         loss = float(cross_entropy(logits, self.labels).sum())
         return Terms(N, loss, gradient.astype(np.float64), curvature)
@@ -107,23 +108,37 @@ class SoftmaxProblem:
 
         `ridge` R is f64[K, K], positive semi-definite.
         """
-        a, value = start, self.loss(start, ridge)
+        a = start
         for _ in range(n_steps):
-            terms = self.terms(a)
-            step = terms.step(a, ridge)
-            slope = float((terms.gradient / terms.n + ridge @ a) @ step)
-            length = 1.0
-            while True:
-                found = self.loss(a + length * step, ridge)
-                if found <= value + _SUFFICIENT * length * slope or length < _SHORTEST:
-                    break
-                length /= 2
-            if not found < value:
-                break
-            gained, a, value = value - found, a + length * step, found
-            if gained < _ENOUGH:
+            before = a
+            a, gained = self.stepped(a, self.terms(a), ridge)
+            if a is before or gained < _ENOUGH:
                 break
         return a
+
+    def stepped(self, a: F64, terms: Terms, ridge: F64) -> tuple[F64, float]:
+        """Return where one step of Newton's method with backtracking leads, and what it gains.
+
+        `terms` are those at a, of all pictures; a itself comes back where nothing is gained.
+        """
+        value = float(terms.loss / terms.n + 0.5 * a @ ridge @ a)
+        step = terms.step(a, ridge)
+        slope = float((terms.gradient / terms.n + ridge @ a) @ step)
+        length = 1.0
+        while True:
+            found = self.loss(a + length * step, ridge)
+            if found <= value + _SUFFICIENT * length * slope or length < _SHORTEST:
+                break
+            length /= 2
+        return (a + length * step, value - found) if found < value else (a, 0.0)
+
+
+def total(terms: Sequence[Terms]) -> Terms:
+    """Return the terms of all pictures from those of their parts, at the same a."""
+    whole = terms[0]
+    for one in terms[1:]:
+        whole = whole + one
+    return whole
 
 
 def softmax(logits: F32) -> F32:

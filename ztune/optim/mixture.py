@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from ztune.errors import ConfigError
 from ztune.generator import generator_from_json, generator_to_json
 from ztune.objective import cross_entropy
-from ztune.optim.convex import SoftmaxProblem
+from ztune.optim.convex import SoftmaxProblem, Terms, total
 from ztune.types import F32, F64, I64, Evaluation, Mixture, Proposal, State
 
 # Relative to the mean square of the prompts' logits; from one where nothing moves to one where the
 # training pictures alone decide.
 _RIDGES = 10.0 ** np.arange(1, -4.6, -0.5)
 _N_FOLDS = 4
-_NEWTON_STEPS = 4
+_STEPS_PER_RIDGE = 2  # each starts where the heavier ridge's ended
+_NEWTON_STEPS = 16  # for a ridge alone
+_LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
 _WITHOUT_FOLDS = 0.1  # the ridge where a class has one picture
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
 _NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
@@ -195,9 +197,15 @@ class PromptMixture:
         return Mixture(self._prompts.copy(), self._chosen().weights.copy())
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss and accuracy on the training pictures, after 1, 2, 4, 8… rounds."""
+        """Return loss and accuracy on the training pictures, after 1, 2, 4, 8… rounds.
+
+        None in between, and where the fit would take seconds: many pictures and classes.
+        """
         n_rounds = len(self._prompts) // self._config.n_prompts
         if n_rounds == 0 or n_rounds & (n_rounds - 1):
+            return None
+        r = min(self._config.rank, len(self._prompts))
+        if r * r * self._span.total.size > _LONG_FIT:
             return None
         choice = self._chosen()
         return choice.loss, choice.accuracy
@@ -288,13 +296,16 @@ def cross_validated(problem: SoftmaxProblem, unit: float, config: MixtureConfig)
     folds = fold_of_each(problem.labels)
     if config.ridge is not None or folds is None:
         share = config.ridge if config.ridge is not None else _WITHOUT_FOLDS
-        return problem.minimise(share * unit * eye, a, 4 * _NEWTON_STEPS)
+        return problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
     parts = [problem.rows(folds == k) for k in range(int(folds.max()) + 1)]
+    terms = [part.terms(a) for part in parts]
     tried: list[tuple[F64, F64]] = []
     for share in _RIDGES:
         ridge = share * unit * eye
-        a = problem.minimise(ridge, a, _NEWTON_STEPS)
-        losses = _held_out_losses(parts, folds, a, ridge)
+        for _ in range(_STEPS_PER_RIDGE):
+            a, _ = problem.stepped(a, total(terms), ridge)
+            terms = [part.terms(a) for part in parts]
+        losses = _held_out_losses(parts, terms, folds, a, ridge)
         tried.append((a, losses))
         best = min((one for _, one in tried), key=lambda one: float(one.mean()))
         if not _within(losses, best, config.tolerance):
@@ -304,12 +315,11 @@ def cross_validated(problem: SoftmaxProblem, unit: float, config: MixtureConfig)
     return np.asarray(np.mean(near, axis=0))
 
 
-def _held_out_losses(parts: list[SoftmaxProblem], folds: I64, a: F64, ridge: F64) -> F64:
+def _held_out_losses(
+    parts: list[SoftmaxProblem], terms: list[Terms], folds: I64, a: F64, ridge: F64
+) -> F64:
     """Return f64[N], the loss of every picture had its fold been left out of the solution a."""
-    terms = [part.terms(a) for part in parts]
-    whole = terms[0]
-    for one in terms[1:]:
-        whole = whole + one
+    whole = total(terms)
     losses = np.empty(len(folds))
     for k, (part, own) in enumerate(zip(parts, terms, strict=True)):
         without = a + (whole - own).step(a, ridge)
