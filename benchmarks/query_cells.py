@@ -60,7 +60,6 @@ class Cell:
             method=label.method,
             shots=task.shots,
             queries=label.queries,
-            augment=label.augment,
             seed=self.seed,
             templates=(task.template,),
             threads=1,

@@ -23,8 +23,6 @@ class Label:
     method: str
     settings: Mapping[str, Json] = field(default_factory=dict)
     queries: int = QUERIES
-    augment: int = 0
-    """Random views of each picture."""
     same_as: str = ""
     """The label that it equals where all training pictures fit that one's batch."""
 
@@ -96,10 +94,6 @@ def _labels(method: str, changes: Mapping[str, Mapping[str, Json]]) -> dict[str,
     }
 
 
-_VIEWS = {
-    f"{method}-views": Label(f"{method}-views", method, queries=_STUDY_QUERIES, augment=4)
-    for method in ("ogn", "ogn-context")
-}
-VARIANTS = _labels("ogn", _MIXTURE) | _labels("ogn-context", _CONTEXT) | _VIEWS
+VARIANTS = _labels("ogn", _MIXTURE) | _labels("ogn-context", _CONTEXT)
 """The study's, each differing from its method's defaults in what its name says."""
 EVERY = LABELS | VARIANTS

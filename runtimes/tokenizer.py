@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from runtimes.bundle import Bundle, TextSpec
 from ztune.errors import DataError, FormatError
 from ztune.types import I64
 
+_PLACEHOLDER = re.compile(r"\[unused\d+\]|<extra_id_\d+>|<unused\d+>|<0x[0-9A-F]{2}>")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -49,6 +51,7 @@ class Tokenizer:
         self.spec = spec
         self._loaded: Any = None
         self._known: dict[str, tuple[int, ...]] = {}
+        self._words: I64 | None = None
         self._vocabulary()  # a damaged file is told now
 
     def _vocabulary(self) -> Any:
@@ -58,6 +61,21 @@ class Tokenizer:
             except Exception as error:  # tokenizers raises plain Exception
                 raise FormatError(f"{self._where} cannot be read ({error}); export again") from None
         return self._loaded
+
+    def words(self) -> I64:
+        """Return the ids i64[v] that stand for text, in their order.
+
+        Not those that frame, pad or mask a text, nor the placeholders of a vocabulary.
+        """
+        if self._words is None:
+            loaded = self._vocabulary()
+            spec = self.spec
+            special = {*spec.prefix_ids, *spec.suffix_ids, spec.pad_id}
+            special |= set(loaded.get_added_tokens_decoder())
+            vocabulary = loaded.get_vocab(with_added_tokens=True).items()
+            ids = (i for token, i in vocabulary if not _PLACEHOLDER.fullmatch(token))
+            self._words = np.array(sorted(set(ids) - special), dtype=np.int64)
+        return self._words
 
     def release(self) -> None:
         """Give up the vocabulary, 40 MB for CLIP's; texts that were seen stay known.

@@ -74,6 +74,8 @@ class MixtureArtifact:
     """f32[C, e]: the weighted sum of the prompts' unit text features."""
     logit_scale: float
     logit_bias: float
+    at_once: int
+    """Prompts encoded in a call, which low precision scales by what is in it."""
     tuning_pictures: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
@@ -129,6 +131,7 @@ PROGRAMS = ("border", "decoder", "tokens")
 _N_STATISTICS = 144
 """Channels that BlackVIP's decoder normalises."""
 MOST_TOKENS = 4096
+MOST_AT_ONCE = 65_536
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
 Artifact = ContextArtifact | MixtureArtifact | HeadArtifact | VisualArtifact
@@ -173,6 +176,7 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
         if isinstance(artifact, MixtureArtifact):
             arrays |= {"tokens": artifact.tokens, "weights": artifact.weights}
+            document["at_once"] = artifact.at_once
         elif artifact.context is not None:
             arrays["context"] = artifact.context
     if isinstance(artifact, VisualArtifact):
@@ -292,8 +296,13 @@ def read_artifact(path: Path) -> Artifact:
             tensor("text_features", C, None),
             positive("logit_scale"),
             float(tensor("logit_bias", 1)[0]),
+            top.integer("at_once"),
             pictures,
         )
+        if not 1 <= artifact.at_once <= MOST_AT_ONCE:
+            raise FormatError(
+                f"{where}: at_once is {artifact.at_once}, expected 1 to {MOST_AT_ONCE}"
+            )
     else:
         text_features = unit_rows("text_features", C, None)
         logit_scale = positive("logit_scale")

@@ -147,6 +147,16 @@ class FewShotObjective:
         return Evaluation(losses, scores.accuracies, labels, batch.number, scores.logits)
 
 
+def required_logits(evaluation: Evaluation) -> F32:
+    """Return the logits f32[P, N, C] of an evaluation.
+
+    Raises: ConfigError where the oracle gave losses alone.
+    """
+    if evaluation.logits is None:
+        raise ConfigError("the method needs the logits of every picture, and got losses alone")
+    return evaluation.logits
+
+
 class BatchSampler:
     """Batches of pictures: all of them where they fit, else a new order each epoch.
 

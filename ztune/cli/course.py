@@ -137,7 +137,7 @@ class Course:
         """
         started = time.monotonic()
         run, request = self.folder.run_of(method, seed), self.asked.request(method, seed)
-        words = self._eval_words() + ["--snapshots"] * bool(request.snapshot_marks)
+        words = self._eval_words() + ["--snapshots"] * bool(request.snapshots)
         log = self.folder.log(method, seed)
         try:
             figures = carry_out(run, self._tune_words(request), words, log)
@@ -173,9 +173,10 @@ _WORDS = (
 def job_of(config: TunedConfig, request: Request, n_train: int, n_test: int) -> Job:
     """Return what a tuned method will send."""
     anew = config.program is not None
-    n_snapshots = min(len(request.snapshot_marks), request.queries // config.round_size)
+    spent = config.spends(request.queries)
+    n_snapshots = min(len(request.snapshot_marks(spent)), spent // config.round_size)
     return Job(
-        request.queries,
+        spent,
         changes_texts=CONTEXTS in config.needs,
         pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
         n_scored=n_test * (1 + n_snapshots) if anew else 0,

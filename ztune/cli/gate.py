@@ -200,7 +200,7 @@ def unmeasured(precision: str, *, force: bool, output: Output) -> dict[str, Json
 
 def no_differences() -> dict[str, Json]:
     """Return what run.json keeps of a method that compares no neighbouring points."""
-    reason = "the method takes no differences of losses, so rounding errors steer no steps"
+    reason = "the method takes no differences of losses"
     return {"verdict": "not needed", "reason": reason, "forced": False}
 
 

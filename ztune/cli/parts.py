@@ -189,6 +189,7 @@ class Assembly:
             mixed_texts(encoder, contexts, weights, parts.config.round_size),
             bundle.logit_scale,
             bundle.logit_bias,
+            parts.config.round_size,
             fingerprints(self.split),
         )
 

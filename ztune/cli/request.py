@@ -92,13 +92,12 @@ class Request:
     def queries_between_validations(self) -> int:
         return self.validate_every or max(1, self.queries // 50)
 
-    @property
-    def snapshot_marks(self) -> list[int]:
-        """Query counts of the snapshots: those named, or some denser at the beginning."""
+    def snapshot_marks(self, spent: int) -> list[int]:
+        """Query counts of the snapshots: those named, or some denser at the beginning of `spent`."""
         n = self.snapshots
         if isinstance(n, str):
             return _counts(n)
-        return sorted({max(1, round(self.queries * (i / n) ** 2)) for i in range(1, n)})
+        return sorted({max(1, round(spent * (i / n) ** 2)) for i in range(1, n)})
 
     def split_settings(self) -> SplitSettings:
         """Return what the split is made by.

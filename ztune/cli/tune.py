@@ -21,6 +21,7 @@ from ztune.cli.request import (
 from ztune.errors import ConfigError, FormatError
 from ztune.fields import Fields
 from ztune.methods import METHODS, PRESETS
+from ztune.optim.mixture import PROMPTS
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
   ztune tune bundles/vit-b-32 --data photos --method gda --out runs/photos-gda
-  ztune tune bundles/vit-b-32 --data photos --set step_size=0.02 --out runs/photos
+  ztune tune bundles/vit-b-32 --data photos --method zip --set step_size=0.02 --out runs/photos
   ztune tune --resume runs/photos"""
 
 
@@ -294,5 +295,8 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         f"{fields.integer('image_forwards')} image forwards, {fields.number('seconds'):.1f} s, "
         f"peak memory {fields.number('peak_memory_mb'):.0f} MB"
     )
+    if fields.text("stop_reason") == PROMPTS:
+        asked = fields.object("request").integer("queries")
+        lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
     lines.append(f"{path / 'prompt.safetensors'} (measure it with: ztune eval {path})")
     return lines

@@ -229,10 +229,15 @@ class Work:
                     f"{request.method} has no single point to validate, and finds its weights by "
                     "cross-validation: leave out --keep and --patience"
                 )
-            if config.finest is None and request.reference:
+            if config.finest is None and (request.reference or request.force):
                 raise ConfigError(
                     f"{request.method} takes no differences of losses, so there is no signal to "
-                    "measure: leave out --reference"
+                    "measure: leave out --reference and --force"
+                )
+            if config.keeps_batch and request.augment:
+                raise ConfigError(
+                    f"{request.method} sees the same pictures in all rounds, so one random view of "
+                    "each: leave out --augment"
                 )
             if (request.validates or config.validates) and not self.split.entries_of("val"):
                 raise ConfigError("a run that validation steers needs validation pictures (--val)")
@@ -384,20 +389,24 @@ class Work:
         )
         tuning = Tuning(parts.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
-        output = self.bench.output
+        output, spent = self.bench.output, config.spends(request.queries)
         if config.notice:
             output.warn(config.notice)
         if tuning.step:
-            output.remark(f"going on after {tuning.budget.queries} of {request.queries} queries")
+            output.remark(f"going on after {tuning.budget.queries} of {spent} queries")
         assembly = self._assembly(config, pictures)
 
         def artifact(stop_reason: str) -> Artifact:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
             return assembly.result(parts, provenance)
 
-        marks = [m for m in request.snapshot_marks if m > tuning.budget.queries]
+        marks = [
+            m
+            for m in request.snapshot_marks(config.spends(request.queries))
+            if m > tuning.budget.queries
+        ]
         saving = SavePace()
-        with output.progress("tuning", config.spends(request.queries)) as ticker:
+        with output.progress("tuning", spent) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
                 self.folder.log(now, evaluation)

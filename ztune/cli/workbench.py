@@ -23,8 +23,8 @@ from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
 from ztune.errors import DataError
 from ztune.logits import FeatureClassifier
-from ztune.mixing import MIXED_AT_ONCE, mixed_texts
-from ztune.types import F32, I32, ImageEncoder
+from ztune.mixing import mixed_texts
+from ztune.types import F32, ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ class Workbench:
             token_table=token_table(bundle),
             context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
             ids_of_words=lambda words: ids_of_words(self.tokenizer, words),
-            special_ids=frozenset(
-                (*bundle.text.prefix_ids, *bundle.text.suffix_ids, bundle.text.pad_id)
-            ),
+            words=self.tokenizer.words(),
             image_size=bundle.image.size,
             decoder_start=lambda rng: decoder.start(n_extracted, bundle.image.size, rng),
             patches=patches,
@@ -133,7 +131,12 @@ class Workbench:
             return artifact
         wanted = classes or artifact.classes
         if isinstance(artifact, MixtureArtifact):
-            texts = self.mixed(artifact.tokens, artifact.weights, wanted)
+            if (
+                artifact.provenance.bundle_digest == self.bundle.digest
+                and wanted == artifact.classes
+            ):
+                return artifact  # encoding all prompts again would give the same
+            texts = self.mixed(artifact, wanted)
         elif artifact.context is None:
             texts = self.sentences(artifact.templates, wanted)
         else:
@@ -153,19 +156,21 @@ class Workbench:
             logit_bias=bundle.logit_bias,
         )
 
-    def mixed(self, tokens: I32, weights: F32, classes: tuple[str, ...]) -> F32:
-        """Return the text features f32[C, e] of a mixture of prompts i32[K, m].
+    def mixed(self, artifact: MixtureArtifact, classes: tuple[str, ...]) -> F32:
+        """Return a mixture's text features f32[C, e], all its prompts encoded anew.
 
         Raises: DataError when a token is not in this bundle's table.
         """
-        table = token_table(self.bundle)
+        tokens, at_once, table = artifact.tokens, artifact.at_once, token_table(self.bundle)
         if tokens.max() >= len(table):
             raise DataError(
                 f"the mixture has token {tokens.max()}, the bundle's table ends at "
                 f"{len(table) - 1} (use the bundle it was tuned on)"
             )
-        encoder = self.prompt_graph.encoder(classes, tokens.shape[1], MIXED_AT_ONCE)
-        return mixed_texts(encoder, table[tokens], weights, MIXED_AT_ONCE)
+        encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
+        remark = f"encoding {len(tokens)} prompts for {len(classes)} classes"
+        self.output.remark(remark)
+        return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
 
 
 def open_workbench(path: Path, execution: Execution, output: Output) -> Workbench:

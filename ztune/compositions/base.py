@@ -53,8 +53,8 @@ class Towers:
     patches: Patches | None
     ids_of_words: Callable[[str], I64]
     """The ids i64[m] of a text's tokens, rows of the table."""
-    special_ids: frozenset[int]
-    """What frames or pads a text."""
+    words: I64
+    """The ids i64[v] that stand for text, sorted; a vocabulary has its frequent ones first."""
 
     @property
     def token_std(self) -> float:
@@ -94,6 +94,10 @@ class TunedConfig(Protocol):
     @property
     def mixes(self) -> bool:
         """Whether the result is a mixture of prompts: its optimizer is Mixing."""
+
+    @property
+    def keeps_batch(self) -> bool:
+        """Whether all rounds see the pictures and views of the first."""
 
     @property
     def top_classes(self) -> int | None:
@@ -158,6 +162,10 @@ class Defaults:
 
     @property
     def mixes(self) -> bool:
+        return False
+
+    @property
+    def keeps_batch(self) -> bool:
         return False
 
     @property

@@ -29,6 +29,7 @@ from ztune.optim.gauss_newton import N_TRIALS, GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
 _TOKENS = 4  # of a random prompt, unless words or settings say otherwise
+_LEAST_RANK = 40  # the rank gives way to pictures down to here
 _ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
@@ -76,6 +77,10 @@ class Answers(Defaults):
         return frozenset((LOSS, CONTEXTS, LOGITS))
 
     @property
+    def keeps_batch(self) -> bool:
+        return True
+
+    @property
     def top_classes(self) -> int | None:
         if self.answers == "label":
             return 1
@@ -98,13 +103,11 @@ class OgnConfig(MixtureConfig, Answers):
     """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
     batch_size: int | None = None
     """Pictures, the same in all rounds; none: as many as memory_mb allows."""
-    memory_mb: int = 512
-    """Of the logits that are kept."""
 
     def __post_init__(self) -> None:
         MixtureConfig.__post_init__(self)
         Answers.__post_init__(self)
-        require_at_least_one(self, "n_context", "batch_size", "memory_mb")
+        require_at_least_one(self, "n_context", "batch_size")
         if self.n_context is not None and self.init != "random":
             raise ConfigError("the words of init count their tokens: n_context needs init=random")
 
@@ -121,7 +124,8 @@ class OgnConfig(MixtureConfig, Answers):
         return self.n_prompts
 
     def pictures_of(self, n_pictures: int, n_classes: int) -> int:
-        most = _fitting(n_classes, self.memory_mb, 2 * self.rank + self.n_prompts, self.n_prompts)
+        rows = 2 * min(self.rank, _LEAST_RANK) + self.n_prompts
+        most = _fitting(n_classes, self.memory_mb, rows, self.n_prompts)
         return max(1, min(self.batch_size or n_pictures, n_pictures, most))
 
     def step_queries(self) -> int:
@@ -135,10 +139,10 @@ class OgnConfig(MixtureConfig, Answers):
     def build(self, towers: Towers, queries: int, seed: int) -> Composition:
         words = None if self.init == "random" else towers.ids_of_words(self.init)
         n_tokens = (self.n_context or _TOKENS) if words is None else len(words)
-        ids = np.arange(len(towers.token_table), dtype=np.int64)
-        vocabulary = ids[~np.isin(ids, list(towers.special_ids))]
         rng = np.random.default_rng([seed, STEPS])
-        optimizer = PromptMixture(part_of(MixtureConfig, self), words, n_tokens, vocabulary, rng)
+        optimizer = PromptMixture(
+            part_of(MixtureConfig, self), words, n_tokens, towers.words, self.spends(queries), rng
+        )
         return VocabularyContext(towers.token_table, n_tokens), optimizer
 
 

@@ -73,7 +73,7 @@ class SoftmaxProblem:
     def logits(self, a: F64) -> F32:
         """Return Z + Σ_k a_k D_k, f32[N, C]."""
         K = len(self.directions)
-        moved = a.astype(np.float32) @ self.directions.reshape(K, -1)
+        moved = a.astype(np.float32) @ self.directions.reshape(K, self.base.size)
         return self.base + moved.reshape(self.base.shape)
 
     def rows(self, chosen: np.ndarray) -> SoftmaxProblem:

@@ -36,6 +36,7 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.generator import generator_from_json, generator_to_json
+from ztune.objective import required_logits
 from ztune.optim.convex import SoftmaxProblem, softmax
 from ztune.types import F32, F64, I64, Evaluation, Proposal, State
 
@@ -159,15 +160,11 @@ class GaussNewton:
 
         Raises: ConfigError where they come without logits.
         """
-        if evaluation.logits is None:
-            raise ConfigError(
-                "Gauss-Newton needs the logits of every picture, got losses alone "
-                "(take an access that gives logits, or another method)"
-            )
+        logits = required_logits(evaluation)
         if self._steps is None:
-            self._take_probes(evaluation.losses, evaluation.logits, evaluation.labels)
+            self._take_probes(evaluation.losses, logits, evaluation.labels)
         else:
-            self._take_trials(evaluation.losses, evaluation.logits, self._steps)
+            self._take_trials(evaluation.losses, logits, self._steps)
 
     def _take_probes(self, losses: F64, logits: F32, labels: I64) -> None:
         first = self._logits is None

@@ -19,25 +19,20 @@ from numpy.typing import NDArray
 
 from ztune.errors import ConfigError
 from ztune.generator import generator_from_json, generator_to_json
-from ztune.objective import cross_entropy
-from ztune.optim.convex import SoftmaxProblem, Terms, total
-from ztune.types import F32, F64, I64, Evaluation, Mixture, Proposal, State
+from ztune.objective import cross_entropy, required_logits
+from ztune.optim.convex import SoftmaxProblem
+from ztune.optim.logit_span import LogitSpan
+from ztune.optim.ridge_path import RidgeConfig, cross_validated
+from ztune.types import F64, I64, Evaluation, Mixture, Proposal, State
 
-# Relative to the mean square of the prompts' logits; from one where nothing moves to one where the
-# training pictures alone decide.
-_RIDGES = 10.0 ** np.arange(1, -4.6, -0.5)
-_N_FOLDS = 4
-_STEPS_PER_RIDGE = 2  # each starts where the heavier ridge's ended
-_NEWTON_STEPS = 16  # for a ridge alone
-_LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
-_WITHOUT_FOLDS = 0.1  # the ridge where a class has one picture
+PROMPTS = "prompts"
+"""Why a run ended that has asked for the most prompts."""
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
-_NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
-_LEAST_ENERGY = 1e-30  # of logits that tell no class from another
+_LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
 
 
 @dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(RidgeConfig):
     """How many prompts a round asks for, and how their weights are found."""
 
     n_prompts: int = 10
@@ -46,78 +41,22 @@ class MixtureConfig:
     """After which the run ends; none: the budget alone says when."""
     rank: int = 160
     """Dimensions of the span of the prompts' logits that weights are sought in."""
-    ridge: float | None = None
-    """On the weights, relative to the logits' mean square; none: by cross-validation."""
-    tolerance: float = 2.5
-    """Standard errors by which lighter ridges may be worse on held-out pictures and still count."""
+    memory_mb: float = 512.0
+    """Of the logits that are kept, in units of 10⁶ bytes; a fit takes about as much again."""
 
     def __post_init__(self) -> None:
         for name in ("n_prompts", "rank", "most_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
-        if self.ridge is not None and not self.ridge > 0:
-            raise ConfigError(f"ridge is {self.ridge}, expected more than 0")
-        if not self.tolerance >= 0:
-            raise ConfigError(f"tolerance is {self.tolerance}, expected 0 or more")
+        if not self.memory_mb > 0:
+            raise ConfigError(f"memory_mb is {self.memory_mb}, expected more than 0")
+        super().__post_init__()
 
-
-@dataclass
-class LogitSpan:
-    """Logits of K prompts on the same pictures, kept as at most 2 · rank combinations of them."""
-
-    rank: int
-    rows: F32
-    """f32[R, N, C]: Σ_j mixing[j, r] Z_j, each Z_j centred over the classes."""
-    mixing: F64
-    """f64[K, R], orthonormal columns."""
-    total: F64
-    """f64[N, C]: Σ_j Z_j."""
-    squares: float
-    """Sum of the squares of all logits."""
-
-    @classmethod
-    def empty(cls, rank: int) -> LogitSpan:
-        return cls(rank, np.zeros((0, 0, 0), np.float32), np.zeros((0, 0)), np.zeros((0, 0)), 0.0)
-
-    def add(self, logits: F32) -> None:
-        """Take the logits f32[P, N, C] of further prompts."""
-        new = logits - logits.mean(axis=-1, keepdims=True)
-        self.squares += float((new.astype(np.float64) ** 2).sum())
-        if not len(self.mixing):
-            self.total = np.zeros(new.shape[1:])
-            self.rows = np.zeros((0, *new.shape[1:]), np.float32)
-        self.total = self.total + new.sum(axis=0, dtype=np.float64)
-        (K, R), P = self.mixing.shape, len(new)
-        mixing = np.zeros((K + P, R + P))
-        mixing[:K, :R], mixing[K:, R:] = self.mixing, np.eye(P)
-        self.mixing, self.rows = mixing, np.concatenate([self.rows, new])
-        if len(self.rows) > 2 * self.rank:
-            turn = self._principal()
-            self.rows, self.mixing = _combined(turn, self.rows), self.mixing @ turn
-
-    def _principal(self) -> F64:
-        """Return f64[R, r], the combinations of rows with the most energy, at most `rank`."""
-        flat = self.rows.reshape(len(self.rows), -1)
-        values, vectors = np.linalg.eigh((flat @ flat.T).astype(np.float64))
-        values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
-        left_over = 1 - np.cumsum(values) / max(float(values.sum()), _LEAST_ENERGY)
-        enough = int((left_over > _NEGLIGIBLE).sum()) + 1
-        return np.ascontiguousarray(vectors[:, : min(self.rank, enough)])
-
-    def reduced(self) -> tuple[F32, F64]:
-        """Return the basis f32[r, N, C] and its mixing f64[K, r]."""
-        turn = self._principal()
-        return _combined(turn, self.rows), self.mixing @ turn
-
-    @property
-    def mean_square(self) -> float:
-        return self.squares / (len(self.mixing) * self.total.size)
-
-
-def _combined(turn: F64, rows: F32) -> F32:
-    flat = turn.T.astype(np.float32) @ rows.reshape(len(rows), -1)
-    return np.asarray(flat.reshape(-1, *rows.shape[1:]))
+    def rank_of(self, n_logits: int) -> int:
+        """Return the rank that memory allows for so many logits of a prompt."""
+        rows = int(self.memory_mb * 1e6) // (4 * max(1, n_logits))
+        return max(1, min(self.rank, (rows - self.n_prompts) // 2))
 
 
 class PromptMixture:
@@ -134,16 +73,19 @@ class PromptMixture:
         words: I64 | None,
         n_tokens: int,
         vocabulary: I64,
+        budget: int,
         rng: np.random.Generator,
     ):
         """Take the token ids i64[m] of the start's words or None, m, and the ids to draw from.
 
-        `vocabulary` i64[v] is sorted by frequency, as byte-pair vocabularies are.
+        `budget` is what may be spent, so that the last round is known. `vocabulary` i64[v] is
+        sorted by frequency, as byte-pair vocabularies are.
         """
         self._config = config
         self._words = words
         self._n_tokens = n_tokens
         self._vocabulary = vocabulary
+        self._n_rounds = budget // config.n_prompts
         self._rng = rng
         self._prompts = np.zeros((0, n_tokens))
         self._span = LogitSpan.empty(config.rank)
@@ -172,6 +114,7 @@ class PromptMixture:
         logits = required_logits(evaluation)
         if not len(self._prompts):
             self._labels = evaluation.labels.copy()
+            self._span = LogitSpan.empty(self._config.rank_of(logits[0].size))
             self._first = logits[0] - logits[0].mean(axis=-1, keepdims=True)
         self._span.add(logits)
         self._prompts = np.concatenate([self._prompts, self._next])
@@ -180,13 +123,13 @@ class PromptMixture:
 
     def finished(self) -> str | None:
         most = self._config.most_prompts
-        return "prompts" if most is not None and len(self._prompts) >= most else None
+        return PROMPTS if most is not None and len(self._prompts) >= most else None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         raise ConfigError("a mixture of prompts compares no neighbouring points: nothing to probe")
 
     def recommend(self) -> F64:
-        """Return f64[m], the prompt with the largest weight."""
+        """Return f64[m], the prompt with the largest weight: of a mixture a part, no result."""
         mixture = self.mixture()
         return np.array(mixture.points[mixture.weights.argmax()])
 
@@ -197,15 +140,14 @@ class PromptMixture:
         return Mixture(self._prompts.copy(), self._chosen().weights.copy())
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss and accuracy on the training pictures, after 1, 2, 4, 8… rounds.
+        """Return loss and accuracy on the training pictures after 1, 2, 4, 8… rounds and the last.
 
-        None in between, and where the fit would take seconds: many pictures and classes.
+        None in between, and midway where the fit would take seconds: many pictures and classes.
         """
         n_rounds = len(self._prompts) // self._config.n_prompts
-        if n_rounds == 0 or n_rounds & (n_rounds - 1):
-            return None
-        r = min(self._config.rank, len(self._prompts))
-        if r * r * self._span.total.size > _LONG_FIT:
+        r = min(self._span.rank, len(self._prompts))
+        long = r * r * self._span.total.size > _LONG_FIT
+        if n_rounds == 0 or (n_rounds < self._n_rounds and (long or n_rounds & (n_rounds - 1))):
             return None
         choice = self._chosen()
         return choice.loss, choice.accuracy
@@ -224,7 +166,7 @@ class PromptMixture:
             base = (base + self._first) / 2
             start /= 2
             start[0] += 0.5
-        basis, mixing = self._span.reduced()
+        basis, mixing = self._span.contrasts()
         problem = SoftmaxProblem(base.astype(np.float32), basis, self._labels)
         b = cross_validated(problem, self._span.mean_square, self._config)
         logits = problem.logits(b)
@@ -252,7 +194,7 @@ class PromptMixture:
         self._first = np.array(arrays["first"], dtype=np.float32)
         self._labels = np.array(arrays["labels"], dtype=np.int64)
         self._span = LogitSpan(
-            self._config.rank,
+            self._config.rank_of(arrays["total"].size),
             np.array(arrays["rows"], dtype=np.float32),
             np.array(arrays["mixing"], dtype=np.float64),
             np.array(arrays["total"], dtype=np.float64),
@@ -270,79 +212,3 @@ class Choice:
     loss: float
     """In nats."""
     accuracy: float
-
-
-def required_logits(evaluation: Evaluation) -> F32:
-    """Return the logits f32[P, N, C] of an evaluation.
-
-    Raises: ConfigError where the oracle gave losses alone.
-    """
-    if evaluation.logits is None:
-        raise ConfigError("the method needs the logits of every picture, and got losses alone")
-    return evaluation.logits
-
-
-def cross_validated(problem: SoftmaxProblem, unit: float, config: MixtureConfig) -> F64:
-    """Return the mean f64[r] of the solutions that held-out pictures cannot tell from the best.
-
-    Ridges are tried from the heaviest on, in units of `unit`, the directions' mean square. What a
-    fold's pictures lose when they are left out is estimated by one Newton step away from the
-    solution with all pictures (Beirami et al., NeurIPS 2017), which costs no fit for each fold. The
-    mean is over the best ridge and all lighter ones whose mean loss is within `tolerance` standard
-    errors (paired, over pictures): the heavy end is safe, the light end fits the training pictures.
-    """
-    r = len(problem.directions)
-    eye, a = np.eye(r), np.zeros(r)
-    folds = fold_of_each(problem.labels)
-    if config.ridge is not None or folds is None:
-        share = config.ridge if config.ridge is not None else _WITHOUT_FOLDS
-        return problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
-    parts = [problem.rows(folds == k) for k in range(int(folds.max()) + 1)]
-    terms = [part.terms(a) for part in parts]
-    tried: list[tuple[F64, F64]] = []
-    for share in _RIDGES:
-        ridge = share * unit * eye
-        for _ in range(_STEPS_PER_RIDGE):
-            a, _ = problem.stepped(a, total(terms), ridge)
-            terms = [part.terms(a) for part in parts]
-        losses = _held_out_losses(parts, terms, folds, a, ridge)
-        tried.append((a, losses))
-        best = min((one for _, one in tried), key=lambda one: float(one.mean()))
-        if not _within(losses, best, config.tolerance):
-            break
-    first = next(i for i, (_, losses) in enumerate(tried) if losses is best)
-    near = [one for one, losses in tried[first:] if _within(losses, best, config.tolerance)]
-    return np.asarray(np.mean(near, axis=0))
-
-
-def _held_out_losses(
-    parts: list[SoftmaxProblem], terms: list[Terms], folds: I64, a: F64, ridge: F64
-) -> F64:
-    """Return f64[N], the loss of every picture had its fold been left out of the solution a."""
-    whole = total(terms)
-    losses = np.empty(len(folds))
-    for k, (part, own) in enumerate(zip(parts, terms, strict=True)):
-        without = a + (whole - own).step(a, ridge)
-        losses[folds == k] = cross_entropy(part.logits(without), part.labels)
-    return losses
-
-
-def _within(losses: F64, best: F64, tolerance: float) -> bool:
-    """Say whether a ridge is at most `tolerance` standard errors worse than the best."""
-    excess = losses - best
-    return bool(excess.mean() <= tolerance * excess.std() / np.sqrt(len(excess)))
-
-
-def fold_of_each(labels: I64) -> I64 | None:
-    """Return the fold i64[N] of every picture, as even over the classes as can be.
-
-    None where most classes have a single picture: leaving it out leaves nothing of its class.
-    """
-    _, counts = np.unique(labels, return_counts=True)
-    n_folds = min(_N_FOLDS, int(np.median(counts)))
-    if n_folds < 2:
-        return None
-    folds = np.empty(len(labels), dtype=np.int64)
-    # Class by class, so that a class's pictures are spread over the folds.
-    folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % n_folds
-    return folds
