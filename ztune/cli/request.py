@@ -93,7 +93,7 @@ class Request:
         return self.validate_every or max(1, self.queries // 50)
 
     def snapshot_marks(self, spent: int) -> list[int]:
-        """Query counts of the snapshots: those named, or some denser at the beginning of `spent`."""
+        """Query counts of the snapshots: those named, or some denser at first, of `spent`."""
         n = self.snapshots
         if isinstance(n, str):
             return _counts(n)
