@@ -136,6 +136,11 @@ class Workbench:
                 and wanted == artifact.classes
             ):
                 return artifact  # encoding all prompts again would give the same
+            if set(wanted) - set(artifact.classes):
+                self.output.warn(
+                    "a mixture's weights were found for the classes it was tuned on; for other "
+                    "class names one context does better (--method ogn-context)"
+                )
             texts = self.mixed(artifact, wanted)
         elif artifact.context is None:
             texts = self.sentences(artifact.templates, wanted)
