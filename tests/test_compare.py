@@ -311,6 +311,8 @@ def test_a_cell_is_estimated_by_what_it_sends() -> None:
     full = job("cma", covariance="full")
     assert full.own_seconds > 10 * job("cma", covariance="separable").own_seconds > 0
     assert job("zip").own_seconds == 0
+    assert (job("zip").queries, job("ogn").queries) == (5000, 1000)
+    assert job("ogn", most_prompts=None).queries == 5000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ztune.cli.output import Output
 from ztune.cli.workbench import Workbench, open_workbench
 from ztune.files import sha256
 from ztune.methods import METHODS, HeadMethod, TunedMethod
+from ztune.types import F32
 
 CLASSES = ("one", "two", "three")
 N_TRAIN, N_VAL, N_TEST = 6, 3, 18
@@ -50,6 +52,7 @@ SMALL: dict[str, tuple[tuple[str, ...], int]] = {
 TUNED = [name for name, method in METHODS.items() if isinstance(method, TunedMethod)]
 HEADS = [name for name, method in METHODS.items() if isinstance(method, HeadMethod)]
 PIXELS = ("bptvlm", "blackvip", "bar")
+LOGIT_METHODS = ("ogn", "ogn-context")
 TEXTS = tuple(name for name in TUNED if name not in ("blackvip", "bar"))
 # They live off differences of losses, which are measured first.
 PROBED = tuple(name for name in TEXTS if name not in ("ogn", "bptvlm"))
@@ -309,7 +312,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     batch = ("--set", "batch_size=4") + (("--set", "keep=mean") if method == "bptvlm" else ())
-    drawn = ("--queries", queries, *batch, "--augment", 2, "--snapshots", 4)
+    views = () if method in LOGIT_METHODS else ("--augment", 2)
+    drawn = ("--queries", queries, *batch, *views, "--snapshots", 4)
     expected = tune(whole, method, *drawn, own_cache=True)
     words = [
         "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
@@ -419,8 +423,59 @@ def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, bench:
     words = bench.tokenizer.encode("a photo of a")
     assert artifact.tokens[0].tolist() == list(words)
     assert artifact.tokens.shape == (8, len(words))
-    again = bench.mixed(artifact.tokens, artifact.weights, artifact.classes)
-    np.testing.assert_allclose(artifact.text_features, again, atol=1e-5)
+    assert artifact.at_once == 2
+    assert artifact.weights.sum() == pytest.approx(1, abs=1e-5)
+    again = bench.mixed(artifact, artifact.classes)
+    np.testing.assert_array_equal(artifact.text_features, again)
+
+
+def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
+    run: Callable[..., Path], bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = read_artifact(run("ogn") / "prompt.safetensors")
+    assert isinstance(artifact, MixtureArtifact)
+    elsewhere = replace(
+        artifact, provenance=replace(artifact.provenance, bundle_digest="of an int8 bundle")
+    )
+    encoded: list[tuple[str, ...]] = []
+    mixed = Workbench.mixed
+
+    def watched(bench: Workbench, given: MixtureArtifact, classes: tuple[str, ...]) -> F32:
+        encoded.append(classes)
+        return mixed(bench, given, classes)
+
+    monkeypatch.setattr(Workbench, "mixed", watched)
+    assert bench.refreshed(artifact) is artifact
+    assert bench.refreshed(artifact, CLASSES) is artifact
+    assert encoded == []
+    again = bench.refreshed(elsewhere)
+    assert isinstance(again, MixtureArtifact)
+    np.testing.assert_array_equal(again.text_features, artifact.text_features)
+    turned = bench.refreshed(artifact, CLASSES[::-1])
+    assert isinstance(turned, MixtureArtifact)
+    assert turned.classes == CLASSES[::-1]
+    np.testing.assert_allclose(turned.text_features, artifact.text_features[::-1], atol=1e-5)
+    assert encoded == [CLASSES, CLASSES[::-1]]
+
+
+def test_a_mixture_that_takes_no_more_prompts_says_so(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    given = (
+        "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
+        *settings("n_prompts=2", "most_prompts=8"), "--quiet",
+    )  # fmt: skip
+    ended = "the method takes no more (most_prompts)"
+    done = ztune(*given, "--queries", 100, "--snapshots", 2, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert f"ended before 100 queries: {ended}" in done.out
+    # Marks are of what is spent: a fourth of it, not of the budget.
+    files = [file.name for file in (tmp_path / "run" / "snapshots").iterdir()]
+    assert files == ["000000002.safetensors"]
+    done = ztune(*given, "--queries", 7, "--out", tmp_path / "short")
+    assert done.code == 0, done.err
+    assert document(tmp_path / "short")["queries"] == 6
+    assert "ended before" not in done.out
 
 
 def test_the_less_an_endpoint_tells_the_other_the_result(

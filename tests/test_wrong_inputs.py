@@ -1,9 +1,11 @@
 """What a person types wrong: exit code 1 and one line that says what to do."""
 
+import argparse
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,7 +32,10 @@ from ztune.access import (
     require_access,
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
+from ztune.cli import tune
 from ztune.cli.output import Output, fail
+from ztune.cli.request import request_from_arguments
+from ztune.cli.tuning import start_config
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
@@ -138,9 +143,13 @@ def test_a_mixture_of_words_that_the_bundle_has_not(
     beyond = artifact.tokens.copy()
     beyond[1, 0] = n_words
 
+    names = tmp_path / "names.txt"  # in another order, so that texts are encoded anew
+    names.write_text("two\nthree\none")
+
     def evaluated(tokens: I32) -> Result:
         write_artifact(prompt, replace(artifact, tokens=tokens))
-        return ztune("eval", MINI, "--data", data, "--split", "all", "--prompt", prompt)
+        given = ("--prompt", prompt, "--classes", names)
+        return ztune("eval", MINI, "--data", data, "--split", "all", *given)
 
     assert evaluated(last).code == 0
     refused(
@@ -149,8 +158,15 @@ def test_a_mixture_of_words_that_the_bundle_has_not(
         "use the bundle it was tuned on",
     )
     packed = tmp_path / "c.onnx"
-    refused(ztune("pack", MINI, "--prompt", prompt, "--out", packed), "the bundle's table ends at")
+    pack = ("pack", MINI, "--prompt", prompt, "--classes", names, "--out", packed)
+    refused(ztune(*pack), "the bundle's table ends at")
     assert not packed.exists()
+    # Weights that every reader takes, and a sum that no classifier can.
+    for large in (3e38, -3e38):
+        weights = np.full(len(artifact.weights), large, np.float32)
+        write_artifact(prompt, replace(artifact, weights=weights))
+        refused(ztune(*pack), "the mixture's text features are not finite", "weights are damaged")
+        assert not packed.exists()
 
 
 def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
@@ -302,6 +318,17 @@ def test_every_verb_has_help_with_an_example(verb: str, ztune: Command) -> None:
     assert shown.code == 0
     assert f"example:\n  ztune {verb}" in shown.out
     assert "--json" in shown.out
+
+
+def test_every_line_of_tunes_example_can_be_asked_for() -> None:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    given = [shlex.split(line)[2:] for line in tune.EXAMPLE.splitlines()]
+    for words in given:
+        arguments = parser.parse_args(words)
+        if arguments.resume is None:
+            start_config(request_from_arguments(arguments, tune._ASKED))
+    assert any("--set" in words for words in given)
 
 
 def test_wrong_usage_exits_with_2(ztune: Command) -> None:
@@ -503,6 +530,15 @@ def test_access_of_other_runtimes() -> None:
         ("ogn", ("--keep", "best"), ("ogn has no single point to validate", "leave out --keep")),
         ("ogn", ("--patience", 2), ("finds its weights by cross-validation", "and --patience")),
         ("ogn", ("--reference", MINI), ("ogn takes no differences", "leave out --reference")),
+        ("ogn", ("--force",), ("ogn takes no differences", "--reference and --force")),
+        ("ogn", ("--augment", 2), ("ogn sees the same pictures in all rounds", "out --augment")),
+        (
+            "ogn-context",
+            ("--augment", 1),
+            ("ogn-context sees the same pictures in all rounds", "leave out --augment"),
+        ),
+        ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context needs init=",)),
+        ("ogn", ("--set", "memory_mb=0"), ("memory_mb is 0.0, expected more than 0",)),
         ("ogn", ("--extractor", "x"), ("ogn has no decoder", "leave out --extractor")),
         ("cma", ("--queries", 50, "--set", "population=60"), ("--queries 50 is less", "costs 60")),
         ("bptvlm", ("--queries", 50, "--set", "population=51"), ("costs 51",)),

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ztune.objective import cross_entropy
-from ztune.optim.convex import softmax
-from ztune.types import F32, I64, Batch, Prompts, Scorer, Scores
+from ztune.types import I64, Batch, Prompts, Scorer, Scores
+
+Real = TypeVar("Real", np.float32, np.float64)
 
 _LEAST = 1e-6  # probability of a class that the endpoint says nothing of
 
 
-def top_k_logits(logits: F32, k: int) -> F32:
-    """Return log-probabilities f32[..., C] as known from the k most probable classes alone.
+def top_k_logits(logits: NDArray[Real], k: int) -> NDArray[Real]:
+    """Return log-probabilities [..., C] as known from the k most probable classes alone.
 
-    What the endpoint leaves out is shared by the other classes evenly. Logits f32[..., C] whose
-    k is C or more come back as log-probabilities, which differ by a constant for each picture.
+    What the endpoint leaves out is shared by the other classes evenly. Logits [..., C] whose k is C
+    or more come back as log-probabilities, which differ by a constant for each picture.
     """
     C = logits.shape[-1]
-    if k >= C:
-        moved = logits - logits.max(axis=-1, keepdims=True)
-        return np.asarray(moved - np.log(np.exp(moved).sum(axis=-1, keepdims=True)), np.float32)
-    p = softmax(logits)
-    order = np.argsort(-p, axis=-1, kind="stable")
-    kept = np.zeros_like(p)
-    top = order[..., :k]
-    np.put_along_axis(kept, top, np.take_along_axis(p, top, axis=-1), axis=-1)
-    rest = np.maximum(1 - kept.sum(axis=-1, keepdims=True), 0) / (C - k)
-    return np.asarray(np.log(np.maximum(np.where(kept > 0, kept, rest), _LEAST)), dtype=np.float32)
+    moved = logits.astype(np.float64)
+    moved -= moved.max(axis=-1, keepdims=True)
+    moved -= np.log(np.exp(moved).sum(axis=-1, keepdims=True))
+    if k < C:
+        p = np.exp(moved)
+        top = np.argsort(-p, axis=-1, kind="stable")[..., :k]
+        known = np.zeros(p.shape, dtype=bool)
+        np.put_along_axis(known, top, True, axis=-1)
+        rest = np.maximum(1 - np.where(known, p, 0).sum(axis=-1, keepdims=True), 0) / (C - k)
+        moved = np.log(np.maximum(np.where(known, p, rest), _LEAST))
+    return moved.astype(logits.dtype)
 
 
 class TopClasses:

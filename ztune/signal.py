@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ztune.answers import top_k_logits
 from ztune.objective import cross_entropy
 from ztune.types import F32, F64, I64, Batch, Json, Optimizer, Oracle, PromptMap
 
@@ -119,15 +120,23 @@ def probe_batch(n_pictures: int, batch_size: int, rng: np.random.Generator) -> B
 
 
 def exact_losses(
-    features: F32, labels: I64, texts: F64, logit_scale: float, logit_bias: float
+    features: F32,
+    labels: I64,
+    texts: F64,
+    logit_scale: float,
+    logit_bias: float,
+    top_classes: int | None = None,
 ) -> F64:
     """Return f64[P], the mean cross-entropy in nats, in double precision throughout.
 
-    Shapes: features f32[N, e], labels i64[N], texts f64[P, C, e].
+    Shapes: features f32[N, e], labels i64[N], texts f64[P, C, e]. `top_classes` is of how many
+    classes an answer tells the probabilities, where it is not of all.
     """
     wide = features.astype(np.float64)
     losses = []
     for text in texts:
         logits = logit_scale * (wide @ text.T) + logit_bias
+        if top_classes is not None:
+            logits = top_k_logits(logits, top_classes)
         losses.append(cross_entropy(logits, labels).mean())
     return np.array(losses)

@@ -1,9 +1,12 @@
 """The device's tokenizer against open_clip's, on text made to break it."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import open_clip
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,3 +128,36 @@ def test_released_it_knows_what_it_has_seen_and_reads_the_rest_again() -> None:
     assert tokenizer.encode("a photo of a cat.") == seen
     assert tokenizer._loaded is None
     assert tokenizer.encode("a dog") == Tokenizer(load_bundle(MINI)).encode("a dog")
+
+
+def test_words_are_all_ids_but_those_of_no_text() -> None:
+    bundle = load_bundle(MINI)
+    tokenizer, spec = Tokenizer(bundle), bundle.text
+    words = tokenizer.words()
+    assert words.dtype == np.int64
+    frame = {*spec.prefix_ids, *spec.suffix_ids, spec.pad_id}
+    added = tokenizers.Tokenizer.from_file(str(MINI / "tokenizer.json")).get_added_tokens_decoder()
+    n_tokens = len(np.load(MINI / "token_table.npy", mmap_mode="r"))
+    expected = set(range(n_tokens)) - frame - set(added)
+    assert words.tolist() == sorted(expected)
+    assert set(tokenizer.encode("a photo of a cat, it's 42!")) <= set(words.tolist())
+    # Known without the vocabulary.
+    tokenizer.release()
+    assert tokenizer.words() is words
+    assert tokenizer._loaded is None
+
+
+def test_placeholders_and_added_tokens_are_no_words() -> None:
+    # Neither in order of their ids nor of their names.
+    vocabulary = {
+        "zebra": 12, "[PAD]": 0, "[unused1]": 1, "[CLS]": 2, "cat": 11, "[SEP]": 3, "[UNK]": 4,
+        "<extra_id_17>": 5, "<unused99>": 6, "<0x0A>": 7, "unused1": 8, "[unused]": 9, "dog": 10,
+        "[unused1]a": 13, "end": 16,
+    }  # fmt: skip
+    built = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    built.add_special_tokens(["[UNK]", "[MASK]"])
+    built.add_tokens(["<image>"])
+    spec = replace(TOKENIZER.spec, prefix_ids=(2,), suffix_ids=(3, 16), pad_id=0)
+    words = Tokenizer.of(built.to_str(), spec).words()
+    assert words.dtype == np.int64
+    assert words.tolist() == [8, 9, 10, 11, 12, 13]

@@ -5,6 +5,7 @@ import pytest
 
 from ztune import remembered
 from ztune.answers import TopClasses, top_k_logits
+from ztune.errors import DataError
 from ztune.mixing import mixed_texts
 from ztune.objective import NumpyScores, cross_entropy
 from ztune.remembered import RememberingEncoder
@@ -154,6 +155,43 @@ def test_a_mixtures_texts_are_the_weighted_sum(at_once: int) -> None:
     for weight, text in zip(weights, Encoder().encode(given), strict=True):
         expected += float(weight) * text.astype(np.float64)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+class Fixed:
+    """Answers every context with the same texts."""
+
+    def __init__(self, texts: F32):
+        self.texts = texts
+
+    def encode(self, contexts: F32) -> F32:
+        return np.repeat(self.texts[None], len(contexts), axis=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_weights_that_cancel_leave_what_float32_would_lose(at_once: int) -> None:
+    texts = np.array([[0.6, 0.8], [1, 0]], np.float32)
+    # In pairs far apart, so that sums of any order are large on the way: in float32 steps of 16.
+    weights = np.concatenate([np.full(499, 3e5), [0.25], np.full(500, -3e5), [3e5]])
+    weights = weights.astype(np.float32)
+    given = np.zeros((len(weights), 2, 3), np.float32)
+    found = mixed_texts(Fixed(texts), given, weights, at_once)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, 0.25 * texts, atol=1e-6)
+    naive = np.zeros_like(texts)
+    for weight in weights:
+        naive += weight * texts
+    assert np.abs(naive - 0.25 * texts).max() > 0.1
+
+
+@pytest.mark.parametrize("weights", [[3e38, 3e38], [-3e38, -3e38]])
+def test_a_sum_that_is_not_finite_is_refused(weights: list[float]) -> None:
+    texts = np.array([[0.6, 0.8], [1, 0]], np.float32)
+    with pytest.raises(DataError, match="text features are not finite: its weights are damaged"):
+        mixed_texts(Fixed(texts), np.zeros((2, 2, 3), np.float32), np.array(weights, np.float32), 2)
+    # Large on the way, and none in the end.
+    opposite = np.array([3e38, 3e38, -3e38, -3e38], np.float32)
+    found = mixed_texts(Fixed(texts), np.zeros((4, 2, 3), np.float32), opposite, 1)
+    np.testing.assert_array_equal(found, 0)
 
 
 def test_calls_that_were_made_before_mix_for_nothing() -> None:

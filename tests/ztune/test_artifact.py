@@ -43,6 +43,7 @@ MIXTURE = MixtureArtifact(
     text_features=np.array([[0.5, 0, -2], [3, 4, 0]], np.float32),
     logit_scale=12.5,
     logit_bias=-1.0,
+    at_once=10,
     tuning_pictures=np.array([5], np.uint64),
 )
 HEAD = HeadArtifact(
@@ -133,10 +134,12 @@ def test_what_is_not_finite_is_not_written(artifact: Artifact, name: str, tmp_pa
     assert not path.exists()
 
 
-def test_the_least_variance_and_the_most_tokens_are_read(tmp_path: Path) -> None:
+def test_values_at_their_limits_are_read(tmp_path: Path) -> None:
     for artifact in (
         replace(DECODER, statistics=np.zeros((2, 144), np.float32)),
         replace(TOKENS, visual=np.ones((4096, 6), np.float32)),
+        replace(MIXTURE, at_once=1),
+        replace(MIXTURE, at_once=65_536),
     ):
         write_artifact(tmp_path / "x", artifact)
         assert_same(read_artifact(tmp_path / "x"), artifact)
@@ -169,6 +172,7 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
 def test_a_mixtures_header_is_as_specified(tmp_path: Path) -> None:
     arrays, document = document_of(tmp_path / "x", MIXTURE)
     assert document["kind"] == "mixture"
+    assert document["at_once"] == 10
     raw = (tmp_path / "x").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -355,6 +359,14 @@ def test_changed_tensors_of_other_kinds_are_refused(
         ("context", {"kind": "mixture"}, "tensor tokens is missing"),
         ("mixture", {"kind": "context"}, "text_features has a row of length 5, expected unit"),
         ("mixture", {"kind": "head"}, "tensor weight is missing"),
+        ("mixture", {"at_once": 0}, "at_once is 0, expected 1 to 65536"),
+        ("mixture", {"at_once": 65_537}, "at_once is 65537, expected 1 to 65536"),
+        ("mixture", {"at_once": 10**30}, "at_once is 10{30}, expected 1 to 65536"),
+        ("mixture", {"at_once": -1}, '"at_once" is -1, expected a whole number'),
+        ("mixture", {"at_once": 1.5}, '"at_once" is 1.5, expected a whole number'),
+        ("mixture", {"at_once": "10"}, "\"at_once\" is '10', expected a whole number"),
+        ("mixture", {"at_once": True}, '"at_once" is True, expected a whole number'),
+        ("mixture", {"at_once": None}, '"at_once" is None, expected a whole number'),
     ],
 )
 def test_changed_documents_of_other_kinds_are_refused(

@@ -27,7 +27,7 @@ from ztune.objective import LOGITS_AT_ONCE, cross_entropy
 from ztune.optim.cma import Cma
 from ztune.optim.rgf import Rgf
 from ztune.system import one_blas_thread
-from ztune.types import F32, F64, Evaluation, Mixing, Optimizer, Prompts
+from ztune.types import F32, F64, I64, Evaluation, Mixing, Optimizer, Prompts
 
 D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
 N_WORDS = 4
@@ -54,7 +54,8 @@ CONFIGS: dict[str, TunedConfig] = {
 
 
 PATCHES = Patches(WIDTH, 48, 0.01, 0.1)
-SPECIAL = frozenset((90, 98, 99))
+# No text has the others: ids that frame it, say.
+WORDS: I64 = np.delete(np.arange(100), [0, 90, 98, 99])
 LABELS = np.arange(60) % 3
 
 
@@ -68,7 +69,7 @@ def towers(patches: Patches | None = PATCHES) -> Towers:
         decoder_start=lambda rng: decoder.start(N_EXTRACTED, SIZE, rng),
         patches=patches,
         ids_of_words=lambda words: np.arange(len(words.split())),
-        special_ids=SPECIAL,
+        words=WORDS,
     )
 
 
@@ -233,7 +234,7 @@ def test_dimensions_as_published() -> None:
     published = Towers(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
         lambda rng: decoder.start(768, 224, rng), None,
-        lambda _: np.zeros(1, np.int64), SPECIAL,
+        lambda _: np.zeros(1, np.int64), WORDS,
     )  # fmt: skip
     assert dim(BarConfig(), published) == 150_528
     assert dim(BlackVipConfig(), published) == 9_920
@@ -417,11 +418,43 @@ def test_losses_alone_are_tuned_by_the_steps_of_zip() -> None:
 def test_no_other_method_mixes_or_hides_classes() -> None:
     for name, config in CONFIGS.items():
         if not isinstance(config, Answers):
-            assert (config.mixes, config.top_classes) == (False, None), name
+            assert (config.mixes, config.keeps_batch, config.top_classes) == (
+                False, False, None,
+            ), name  # fmt: skip
             assert bool(config.notice) == (name == "ogn losses alone")
             assert config.spends(1234) == 1234
             assert config.pictures_of(40, 3) == min(40, config.batch_size or 40)
     assert ZipConfig().pictures_of(1000, 3) == 128
+
+
+def test_methods_that_fit_logits_see_the_same_pictures_in_all_rounds() -> None:
+    for kind in (OgnConfig, OgnContextConfig):
+        for answers in ("logits", "label", "top-5"):
+            assert kind(answers=answers).in_effect.keeps_batch
+        assert not kind(answers="loss").in_effect.keeps_batch
+
+
+def test_a_mixtures_prompts_are_as_long_as_its_words() -> None:
+    for settings, n_tokens in (
+        ({}, 4), ({"init": "two words"}, 2), ({"init": "random"}, 4),
+        ({"init": "random", "n_context": 7}, 7),
+    ):  # fmt: skip
+        config = method_config(find_method("ogn"), settings)
+        assert config.build(towers(), QUERIES, 1)[1].ask().points.shape == (10, n_tokens)
+    for init in ({}, {"init": "two words"}):
+        with pytest.raises(ConfigError, match="n_context needs init=random"):
+            method_config(find_method("ogn"), {"n_context": 2, **init})
+
+
+def test_a_mixture_tells_what_it_fitted_at_the_end_of_what_it_spends() -> None:
+    config = OgnConfig(n_prompts=5, most_prompts=30)
+    _, optimizer = config.build(towers(), QUERIES, 1)
+    assert isinstance(optimizer, Mixing)
+    told = []
+    for _ in range(6):
+        answer(optimizer, optimizer.ask().points)
+        told.append(optimizer.fitted() is not None)
+    assert told == [True, True, False, True, False, True]
 
 
 def test_pictures_whose_logits_fit_the_memory() -> None:
@@ -431,8 +464,13 @@ def test_pictures_whose_logits_fit_the_memory() -> None:
     assert config.pictures_of(99, 100) == 99
     assert OgnConfig(rank=10, n_prompts=5, memory_mb=1, batch_size=7).pictures_of(99, 100) == 7
     assert config.pictures_of(99, 10**6) == 1
-    # ImageNet's classes, one picture of each and more.
-    assert 300 < OgnConfig().pictures_of(16_000, 1000) < 500
+    # The rank gives way to pictures down to 40, and stays where they are few.
+    most = OgnConfig().pictures_of(16_000, 1000)
+    assert most == 512_000_000 // (4 * (2 * 40 + 10) * 1000)
+    assert OgnConfig().rank_of(most * 1000) == 40
+    assert OgnConfig().rank_of(387 * 1000) == 160
+    assert OgnConfig(rank=41).pictures_of(16_000, 1000) == most
+    assert OgnConfig(rank=39).pictures_of(16_000, 1000) == 512_000_000 // (4 * 88 * 1000)
     # Four rounds of directions, f32, in 256 MB.
     assert OgnContextConfig().pictures_of(16_000, 1000) == 256_000_000 // (4 * 4 * 10 * 1000)
     # However much memory there is, an answer keeps its logits.
@@ -464,11 +502,11 @@ def test_a_mixture_spends_what_is_said_and_ends(n_prompts: int) -> None:
 
 
 def test_a_mixture_draws_words_and_never_what_frames_a_text() -> None:
-    prompt_map, optimizer = OgnConfig(n_prompts=2000, n_context=3).build(towers(), QUERIES, 1)
+    prompt_map, optimizer = OgnConfig(n_prompts=2000).build(towers(), QUERIES, 1)
     points = optimizer.ask().points
     np.testing.assert_array_equal(points[0], np.arange(N_WORDS))
     drawn = set(points[1:].ravel().astype(int).tolist())
-    assert drawn == set(range(100)) - SPECIAL - {0}  # rank 1 is the first that is drawn
+    assert drawn == set(WORDS[1:].tolist())  # rank 1 is the first that is drawn
     contexts = prompt_map(points).contexts
     assert contexts is not None
     np.testing.assert_array_equal(contexts[0], towers().token_table[:N_WORDS])

@@ -1,17 +1,15 @@
-"""A mixture of prompts: what it keeps of the logits, and weights whose optimum is known."""
+"""A mixture of prompts: what it asks for, and the weights that it finds."""
 
 import json
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ztune.errors import ConfigError
 from ztune.objective import cross_entropy
 from ztune.optim import mixture
-from ztune.optim.convex import SoftmaxProblem
-from ztune.optim.mixture import LogitSpan, MixtureConfig, PromptMixture, cross_validated
+from ztune.optim.mixture import MixtureConfig, PromptMixture
 from ztune.types import F32, F64, I64, Evaluation, State
 
 N, C = 60, 4
@@ -19,15 +17,12 @@ LABELS: I64 = np.arange(N) % C
 N_HIDDEN, N_WORDS = 8, 300
 VOCABULARY: I64 = np.delete(np.arange(N_WORDS), [5, 77, 299])
 WORDS: I64 = np.array([7, 7, 9])
+SCARCE = 11 * 4 * N * C / 1e6
+"""Megabytes of eleven rows of logits: a round of five, and twice a rank of three."""
 
 
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def centred(logits: NDArray[np.floating]) -> F64:
-    wide = logits.astype(np.float64)
-    return np.asarray(wide - wide.mean(axis=-1, keepdims=True))
 
 
 def hidden_logits() -> F64:
@@ -51,9 +46,11 @@ def evaluation(logits: F32) -> Evaluation:
     return Evaluation(losses, accuracies, LABELS.copy(), 1, logits)
 
 
-def make(seed: int = 1, words: I64 | None = WORDS, **settings: Any) -> PromptMixture:
+def make(
+    seed: int = 1, words: I64 | None = WORDS, budget: int = 10**6, **settings: Any
+) -> PromptMixture:
     config = MixtureConfig(**{"n_prompts": 5, "rank": 12} | settings)
-    return PromptMixture(config, words, 3, VOCABULARY, rng(seed))
+    return PromptMixture(config, words, 3, VOCABULARY, budget, rng(seed))
 
 
 def play(optimizer: PromptMixture, n_rounds: int) -> list[bytes]:
@@ -75,49 +72,6 @@ def stored(state: State) -> State:
     return read, json.loads(json.dumps(dict(values), allow_nan=False))
 
 
-@pytest.mark.parametrize("parts", [[30], [1] * 30, [4, 9, 2, 15]])
-def test_logits_that_come_in_parts_span_what_they_span_at_once(parts: list[int]) -> None:
-    # Thirty prompts in six dimensions, and an offset for all classes of a picture.
-    wide = np.tensordot(rng(0).standard_normal((30, 6)), rng(1).standard_normal((6, N, C)), 1)
-    Z: F32 = (wide + rng(2).standard_normal((30, N, 1))).astype(np.float32)
-    span, first = LogitSpan.empty(7), 0
-    for n in parts:
-        span.add(Z[first : first + n])
-        first += n
-        assert len(span.rows) <= 2 * 7
-        assert span.mixing.shape == (first, len(span.rows))
-    exact = centred(Z)
-    np.testing.assert_allclose(span.total, exact.sum(axis=0), atol=1e-3)
-    assert span.mean_square == pytest.approx((exact**2).mean(), rel=1e-5)
-    for rows, mixing in ((span.rows, span.mixing), span.reduced()):
-        R = mixing.shape[1]
-        np.testing.assert_allclose(mixing.T @ mixing, np.eye(R), atol=1e-5)
-        np.testing.assert_allclose(rows, np.tensordot(mixing.T, exact, 1), atol=1e-3)
-    # Every prompt is a combination of the basis, and there is nothing else in it.
-    basis, mixing = span.reduced()
-    assert len(basis) == 6
-    back = np.tensordot(mixing, basis, 1)
-    np.testing.assert_allclose(back, exact, atol=2e-3)
-
-
-def test_a_span_keeps_what_has_the_most_energy() -> None:
-    strengths = np.array([100.0, 50, 20, 10, 5, 1])
-    patterns = np.linalg.qr(rng(0).standard_normal((N * C, 6)))[0].T.reshape(6, N, C)
-    patterns -= patterns.mean(axis=-1, keepdims=True)
-    amounts = rng(1).standard_normal((80, 6)) * strengths
-    Z = np.tensordot(amounts, patterns, 1).astype(np.float32)
-    span = LogitSpan.empty(3)
-    for first in range(0, 80, 4):
-        span.add(Z[first : first + 4])
-        assert len(span.rows) <= 6
-    basis, mixing = span.reduced()
-    assert len(basis) == 3
-    np.testing.assert_allclose(basis, np.tensordot(mixing.T, Z, 1), atol=1e-2)
-    share = (basis.astype(np.float64) ** 2).sum() / (Z.astype(np.float64) ** 2).sum()
-    best = np.linalg.svd(Z.reshape(80, -1), compute_uv=False) ** 2
-    assert share > 0.95 * best[:3].sum() / best.sum() > 0.9
-
-
 @pytest.mark.parametrize("words", [WORDS, None], ids=["words", "random"])
 @pytest.mark.parametrize("settings", [{}, {"ridge": 0.01}, {"rank": 3}])
 def test_weights_give_the_logits_that_the_fit_saw(
@@ -131,6 +85,19 @@ def test_weights_give_the_logits_that_the_fit_saw(
     assert fitted is not None
     assert fitted[0] == pytest.approx(cross_entropy(logits, LABELS).mean(), abs=1e-3)
     assert fitted[1] == pytest.approx((logits.argmax(axis=-1) == LABELS).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("words", [WORDS, None], ids=["words", "random"])
+@pytest.mark.parametrize("settings", [{}, {"ridge": 1e-6}, {"ridge": 1e9}, {"rank": 3}])
+def test_weights_move_and_keep_their_sum(words: I64 | None, settings: dict[str, Any]) -> None:
+    optimizer, moved = make(words=words, **settings), 0.0
+    for n_rounds in range(1, 13):
+        play(optimizer, 1)
+        weights = optimizer.mixture().weights
+        assert len(weights) == 5 * n_rounds
+        assert weights.sum() == pytest.approx(1, abs=1e-9)
+        moved = max(moved, float(np.ptp(weights[1:])))
+    assert (moved > 0.1) == (settings != {"ridge": 1e9})
 
 
 def test_a_combination_classifies_where_no_prompt_does() -> None:
@@ -182,7 +149,7 @@ def test_before_an_answer_the_first_prompt_stands_alone() -> None:
 def test_words_are_drawn_by_zipfs_law_from_the_vocabulary() -> None:
     vocabulary = np.delete(np.arange(2000), [20, 21, 1999])
     config = MixtureConfig(n_prompts=4000)
-    drawn = PromptMixture(config, None, 5, vocabulary, rng(0)).ask().points
+    drawn = PromptMixture(config, None, 5, vocabulary, 4000, rng(0)).ask().points
     assert drawn.shape == (4000, 5)
     ids = drawn.astype(np.int64)
     np.testing.assert_array_equal(ids, drawn)
@@ -206,121 +173,54 @@ def test_only_the_first_round_has_the_words() -> None:
     assert proposal.points.shape == (5, 3)
 
 
-def problem(labels: I64, seed: int = 0) -> SoftmaxProblem:
-    """Return logits in which ten directions are noise and ten tell the classes apart a little."""
-    generator = rng(seed)
-    n = len(labels)
-    directions = generator.standard_normal((20, n, C))
-    directions[:10] += 2 * np.eye(C)[np.arange(n) % C]
-    return SoftmaxProblem(
-        np.zeros((n, C), np.float32), directions.astype(np.float32), np.asarray(labels)
-    )
-
-
-def fixed(given: SoftmaxProblem) -> F64:
-    """Return the solutions f64[ridges, r] with each ridge alone, the heaviest first."""
-    configs = [MixtureConfig(ridge=float(share)) for share in mixture._RIDGES]
-    return np.stack([cross_validated(given, 1.0, config) for config in configs])
-
-
-def chosen_ridge(given: SoftmaxProblem) -> float:
-    """Return the ridge of the least loss on pictures left out."""
-    found = cross_validated(given, 1.0, MixtureConfig(tolerance=0.0))
-    gaps = np.linalg.norm(fixed(given) - found, axis=1) / np.linalg.norm(found)
-    assert gaps.min() < 0.01
-    return float(mixture._RIDGES[gaps.argmin()])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_noise_gets_a_heavy_ridge_and_what_generalises_a_light_one(seed: int) -> None:
-    clean, new_clean = halves(problem(np.arange(160) % C, seed))
-    noise, new_noise = halves(problem(rng(seed).integers(0, C, 160), seed))
-    assert chosen_ridge(clean) <= 0.01
-    assert chosen_ridge(noise) >= 1
-    none = np.zeros((20, 20))
-    # With the tolerance of the house, pictures that are new lose less than by either end.
-    lost = new_noise.loss(cross_validated(noise, 1.0, MixtureConfig()), none)
-    assert lost < new_noise.loss(fixed(noise)[-1], none) - 0.05
-    lost = new_clean.loss(cross_validated(clean, 1.0, MixtureConfig()), none)
-    assert lost < new_clean.loss(fixed(clean)[0], none) - 0.1
-
-
-def halves(given: SoftmaxProblem) -> tuple[SoftmaxProblem, SoftmaxProblem]:
-    first = np.arange(len(given.labels)) < len(given.labels) // 2
-    return given.rows(first), given.rows(~first)
-
-
-def test_a_tolerance_takes_the_mean_of_the_best_and_all_lighter_ones_within_it() -> None:
-    # A third of the labels are wrong: neither the heaviest ridge is best nor the lightest.
-    wrong = rng(1).random(160) < 0.3
-    labels = np.where(wrong, rng(10).integers(0, C, 160), np.arange(160) % C)
-    given, _ = halves(problem(labels, 1))
-    best = int(np.searchsorted(-mixture._RIDGES, -chosen_ridge(given)))
-    assert 0 < best < len(mixture._RIDGES) - 1
-    found = cross_validated(given, 1.0, MixtureConfig(tolerance=1e9))
-    np.testing.assert_allclose(found, fixed(given)[best:].mean(axis=0), atol=2e-3)
-    lengths = [
-        np.linalg.norm(cross_validated(given, 1.0, MixtureConfig(tolerance=tolerance)))
-        for tolerance in (0.0, 1.0, 3.0, 1e9)
-    ]
-    assert lengths == sorted(lengths)
-    assert lengths[3] > 1.5 * lengths[0]
-
-
-def test_left_out_losses_are_estimated_close_to_those_of_refits() -> None:
-    given = problem(np.arange(80) % C)
-    folds = mixture.fold_of_each(given.labels)
-    assert folds is not None
-    parts = [given.rows(folds == k) for k in range(4)]
-    for share in (1.0, 0.1):
-        ridge = share * np.eye(20)
-        a = given.minimise(ridge, np.zeros(20), 30)
-        terms = [part.terms(a) for part in parts]
-        estimated = mixture._held_out_losses(parts, terms, folds, a, ridge)
-        exact = np.empty(80)
-        for k in range(4):
-            refit = given.rows(folds != k).minimise(ridge, np.zeros(20), 30)
-            exact[folds == k] = cross_entropy(parts[k].logits(refit), parts[k].labels)
-        own = cross_entropy(given.logits(a), given.labels)
-        # Far closer than the losses of pictures that were fitted.
-        assert exact.mean() > own.mean()
-        assert abs(estimated - exact).mean() < 0.2 * abs(own - exact).mean()
-
-
-def test_folds_are_even_over_the_classes() -> None:
-    labels = rng(0).permutation(np.repeat(np.arange(5), [8, 8, 9, 3, 1]))
-    folds = mixture.fold_of_each(labels)
-    assert folds is not None
-    assert set(folds) == {0, 1, 2, 3}
-    for label in range(5):
-        counts = np.bincount(folds[labels == label], minlength=4)
-        assert counts.max() - counts.min() <= 1
-    two = mixture.fold_of_each(np.array([3, 1, 0, 2, 0, 1, 2, 3]))
-    assert two is not None
-    assert set(two) == {0, 1}
-    assert mixture.fold_of_each(np.arange(6)) is None
-    assert mixture.fold_of_each(np.array([0, 0, 0, 0, 1, 2, 3])) is None
-
-
-def test_one_picture_of_a_class_leaves_nothing_to_validate_on() -> None:
-    rows = np.arange(C)
-    given = problem(np.arange(80) % C).rows(rows)
-    found = cross_validated(given, 1.0, MixtureConfig())
-    fixed = cross_validated(given, 1.0, MixtureConfig(ridge=0.1))
-    np.testing.assert_array_equal(found, fixed)
-    assert np.linalg.norm(found) > 0
-    # Ridges are in units of what the logits are in.
-    other = cross_validated(given, 0.5, MixtureConfig(ridge=0.2))
-    np.testing.assert_array_equal(other, fixed)
-
-
-def test_what_was_fitted_is_told_after_rounds_that_double() -> None:
-    optimizer, told = make(), []
-    for n_rounds in range(1, 18):
+def rounds_told(budget: int, n_rounds: int) -> list[int]:
+    """Return after which of so many rounds the optimizer says what was fitted."""
+    optimizer, told = make(budget=budget), []
+    for number in range(1, n_rounds + 1):
         play(optimizer, 1)
         if optimizer.fitted() is not None:
-            told.append(n_rounds)
-    assert told == [1, 2, 4, 8, 16]
+            told.append(number)
+    return told
+
+
+def test_what_was_fitted_is_told_after_rounds_that_double_and_the_last() -> None:
+    assert rounds_told(10**6, 17) == [1, 2, 4, 8, 16]
+    assert rounds_told(5 * 11, 11) == [1, 2, 4, 8, 11]
+    # What is left of a budget buys no round.
+    assert rounds_told(5 * 11 + 4, 11) == [1, 2, 4, 8, 11]
+    assert rounds_told(5 * 8, 8) == [1, 2, 4, 8]
+
+
+def test_a_fit_that_takes_long_waits_for_the_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ten prompts of the second round are a span of ten, and after the third its rank is full.
+    for most, told in ((10**2 * N * C, [1, 2, 7]), (10**2 * N * C - 1, [1, 7]), (1, [7])):
+        monkeypatch.setattr(mixture, "_LONG_FIT", most)
+        assert rounds_told(5 * 7, 7) == told
+
+
+def test_the_rank_gives_way_to_memory() -> None:
+    # 4 bytes of every logit, and rows: twice the rank, and a round's.
+    config = MixtureConfig(n_prompts=10, rank=160, memory_mb=1)
+    assert config.rank_of(1000) == (250 - 10) // 2
+    assert config.rank_of(757) == 160
+    assert config.rank_of(758) == 159
+    assert config.rank_of(1) == config.rank_of(0) == 160
+    assert config.rank_of(25_000) == config.rank_of(10**12) == 1
+    assert MixtureConfig(rank=7, memory_mb=1e6).rank_of(1000) == 7
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"memory_mb is .*, expected more than 0"):
+            MixtureConfig(memory_mb=wrong)
+
+
+def test_logits_stay_within_their_memory() -> None:
+    optimizer = make(memory_mb=SCARCE)
+    for _ in range(8):
+        play(optimizer, 1)
+        assert len(optimizer.state()[0]["rows"]) <= 2 * 3
+    # The same as with that rank.
+    named = make(rank=3)
+    play(named, 8)
+    assert optimizer.mixture().weights.tobytes() == named.mixture().weights.tobytes()
 
 
 def test_losses_alone_are_refused() -> None:
@@ -396,12 +296,13 @@ def test_a_state_stays_what_it_was() -> None:
     assert json.dumps(dict(values)) == text
 
 
-def test_a_run_goes_on_with_the_same_bytes_after_any_round() -> None:
+@pytest.mark.parametrize("settings", [{}, {"memory_mb": SCARCE}], ids=["rank", "memory"])
+def test_a_run_goes_on_with_the_same_bytes_after_any_round(settings: dict[str, Any]) -> None:
     n = 10  # the span is cut after the fifth and the eighth
-    expected = play(make(), n)
-    first = make()
+    expected = play(make(**settings), n)
+    first = make(**settings)
     for done in range(n):
-        second = make(99)
+        second = make(99, **settings)
         second.restore(stored(first.state()))
         ours, theirs = first.mixture(), second.mixture()
         assert ours.weights.tobytes() == theirs.weights.tobytes()

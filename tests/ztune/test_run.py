@@ -89,7 +89,7 @@ def log(folder: RunFolder, optimizer: Optimizer, n_rounds: int) -> list[dict[str
 
 def test_a_mixtures_history_says_what_the_result_by_then_does(tmp_path: Path) -> None:
     config = MixtureConfig(n_prompts=3)
-    optimizer = PromptMixture(config, None, 2, np.arange(50), np.random.default_rng(1))
+    optimizer = PromptMixture(config, None, 2, np.arange(50), 100, np.random.default_rng(1))
     (tmp_path / "first").mkdir()
     lines = log(RunFolder(tmp_path / "first"), copy.deepcopy(optimizer), 5)
     assert [line["queries"] for line in lines] == [3, 6, 9, 12, 15]

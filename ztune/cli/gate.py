@@ -77,7 +77,12 @@ class Gate:
                 raise NoReferenceError(str(error)) from None
             seen = features[batch.views, batch.pictures]
             return exact_losses(
-                seen, labels[batch.pictures], texts, bundle.logit_scale, bundle.logit_bias
+                seen,
+                labels[batch.pictures],
+                texts,
+                bundle.logit_scale,
+                bundle.logit_bias,
+                config.top_classes,
             )
 
         signal = measure(optimizer, prompt_map, oracle, exact, batch, rng)
