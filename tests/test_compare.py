@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.cells import CellError, call, reason
+from ztune.cli.compare import Asked
 from ztune.cli.course import job_of
 from ztune.cli.main import main
 from ztune.cli.request import Request
@@ -311,8 +312,15 @@ def test_a_cell_is_estimated_by_what_it_sends() -> None:
     full = job("cma", covariance="full")
     assert full.own_seconds > 10 * job("cma", covariance="separable").own_seconds > 0
     assert job("zip").own_seconds == 0
-    assert (job("zip").queries, job("ogn").queries) == (5000, 1000)
-    assert job("ogn", most_prompts=None).queries == 5000
+    assert (job("zip").queries, job("ogn").queries) == (3000, 1000)
+    assert job("ogn", most_prompts=None).queries == 3000
+
+
+def test_a_gate_is_forced_where_there_is_one() -> None:
+    base = Request(str(MINI), "photos", force=True)
+    asked = Asked(base, ("ogn", "zip", "gda"), (1,), 15, {})
+    for method, force in (("ogn", False), ("gda", False), ("zip", True), ("ogn-context", True)):
+        assert asked.request(method, 1).force == force
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,8 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
     assert scored.json["tuning_pictures"] == N_TRAIN + N_VAL
     assert done.code == 0, done.err
     assert done.json["classes"] == [*CLASSES, "four"]
+    for warned in (scored, done):
+        assert ("one context does better" in warned.err) == (kind == "mixture")
     again = ztune("eval", packed, "--data", data, "--split", "all", "--quiet", "--json")
     assert again.json["accuracy"] == scored.json["accuracy"]
 
@@ -437,6 +439,7 @@ def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
     elsewhere = replace(
         artifact, provenance=replace(artifact.provenance, bundle_digest="of an int8 bundle")
     )
+    classes, turned_classes = artifact.classes, artifact.classes[::-1]
     encoded: list[tuple[str, ...]] = []
     mixed = Workbench.mixed
 
@@ -446,16 +449,16 @@ def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
 
     monkeypatch.setattr(Workbench, "mixed", watched)
     assert bench.refreshed(artifact) is artifact
-    assert bench.refreshed(artifact, CLASSES) is artifact
+    assert bench.refreshed(artifact, classes) is artifact
     assert encoded == []
     again = bench.refreshed(elsewhere)
     assert isinstance(again, MixtureArtifact)
     np.testing.assert_array_equal(again.text_features, artifact.text_features)
-    turned = bench.refreshed(artifact, CLASSES[::-1])
+    turned = bench.refreshed(artifact, turned_classes)
     assert isinstance(turned, MixtureArtifact)
-    assert turned.classes == CLASSES[::-1]
+    assert turned.classes == turned_classes
     np.testing.assert_allclose(turned.text_features, artifact.text_features[::-1], atol=1e-5)
-    assert encoded == [CLASSES, CLASSES[::-1]]
+    assert encoded == [classes, turned_classes]
 
 
 def test_a_mixture_that_takes_no_more_prompts_says_so(

@@ -27,7 +27,7 @@ from ztune.objective import LOGITS_AT_ONCE, cross_entropy
 from ztune.optim.cma import Cma
 from ztune.optim.rgf import Rgf
 from ztune.system import one_blas_thread
-from ztune.types import F32, F64, I64, Evaluation, Mixing, Optimizer, Prompts
+from ztune.types import F32, F64, I64, Evaluation, Json, Mixing, Optimizer, Prompts
 
 D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
 N_WORDS = 4
@@ -435,15 +435,18 @@ def test_methods_that_fit_logits_see_the_same_pictures_in_all_rounds() -> None:
 
 
 def test_a_mixtures_prompts_are_as_long_as_its_words() -> None:
-    for settings, n_tokens in (
+    cases: tuple[tuple[dict[str, Json], int], ...] = (
         ({}, 4), ({"init": "two words"}, 2), ({"init": "random"}, 4),
         ({"init": "random", "n_context": 7}, 7),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for settings, n_tokens in cases:
         config = method_config(find_method("ogn"), settings)
         assert config.build(towers(), QUERIES, 1)[1].ask().points.shape == (10, n_tokens)
-    for init in ({}, {"init": "two words"}):
+    for init in ("a photo of a", "two words"):
         with pytest.raises(ConfigError, match="n_context needs init=random"):
-            method_config(find_method("ogn"), {"n_context": 2, **init})
+            method_config(find_method("ogn"), {"n_context": 2, "init": init})
+    with pytest.raises(ConfigError, match="n_context needs init=random"):
+        OgnConfig(n_context=4)
 
 
 def test_a_mixture_tells_what_it_fitted_at_the_end_of_what_it_spends() -> None:
