@@ -111,6 +111,8 @@ class Asked:
         request = replace(self.base, method=method, seed=seed, settings=settings)
         if config is None:
             return replace(request, snapshots=0, force=False)
+        if config.finest is None:
+            request = replace(request, force=False)  # there is no gate to force
         return request if config.program is None else replace(request, queries=self.pixel_queries)
 
     def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:
