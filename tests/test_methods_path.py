@@ -491,11 +491,20 @@ def test_the_less_an_endpoint_tells_the_other_the_result(
         np.testing.assert_array_equal(tokens, whole[0])
         # Three classes: the probabilities of two tell the third's, and as much as logits do.
         assert np.allclose(weights, whole[1], atol=1e-3) == same, answers
-    found = tune(tmp_path / "loss", "ogn", "--set", "answers=loss", "--queries", 10)
+
+
+def test_losses_alone_are_tuned_by_steps(ztune: Command, data: Path, tmp_path: Path) -> None:
+    done = ztune(
+        "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
+        "--method", "ogn", "--set", "answers=loss", "--queries", 10, "--out", tmp_path / "run",
+        "--quiet", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = document(tmp_path / "run")
     assert found["method"] == "ogn"
     assert found["signal"]["verdict"] == "passed"
     assert found["config"]["intrinsic_dim"] == 500
-    assert isinstance(read_artifact(tmp_path / "loss" / "prompt.safetensors"), ContextArtifact)
+    assert isinstance(read_artifact(tmp_path / "run" / "prompt.safetensors"), ContextArtifact)
 
 
 def test_snapshots_make_a_curve(tune: Tune, ztune: Command, tmp_path: Path) -> None:
