@@ -132,6 +132,7 @@ _N_STATISTICS = 144
 """Channels that BlackVIP's decoder normalises."""
 MOST_TOKENS = 4096
 MOST_AT_ONCE = 65_536
+_LARGEST_FEATURE = 1e30
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
 Artifact = ContextArtifact | MixtureArtifact | HeadArtifact | VisualArtifact
@@ -299,6 +300,10 @@ def read_artifact(path: Path) -> Artifact:
             top.integer("at_once"),
             pictures,
         )
+        if np.abs(artifact.text_features).max() > _LARGEST_FEATURE:
+            raise FormatError(
+                f"{where}: tensor text_features has values too large for a classifier"
+            )
         if not 1 <= artifact.at_once <= MOST_AT_ONCE:
             raise FormatError(
                 f"{where}: at_once is {artifact.at_once}, expected 1 to {MOST_AT_ONCE}"

@@ -396,3 +396,11 @@ def test_an_artifact_of_another_model_is_refused() -> None:
     other = replace(CONTEXT, provenance=replace(PROVENANCE, model_id="sha256:cc"))
     with pytest.raises(FormatError, match=r'"p" was made for model sha256:cc.*bundle "b" is'):
         require_same_model(other, "sha256:aa", Path("p"), Path("b"))
+
+
+def test_a_mixture_too_large_for_a_classifier_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    huge = np.full_like(MIXTURE.text_features, 3e38)
+    write_artifact(path, replace(MIXTURE, text_features=huge))
+    with pytest.raises(FormatError, match="too large for a classifier"):
+        read_artifact(path)

@@ -107,3 +107,20 @@ def test_the_batch_is_every_picture_or_a_random_part() -> None:
     assert len(set(part.pictures.tolist())) == 128
     assert part.pictures.max() > 700  # pictures stand class by class: not the first of them
     assert not part.views.any()
+
+
+def test_exact_losses_know_of_an_answer_what_it_tells() -> None:
+    rng = np.random.default_rng(5)
+    features = rng.standard_normal((6, 4)).astype(np.float32)
+    texts, labels = rng.standard_normal((2, 3, 4)), np.arange(6) % 3
+    whole, all_three, label = (
+        exact_losses(features, labels, texts, 2.0, 0.0, k) for k in (None, 3, 1)
+    )
+    np.testing.assert_allclose(all_three, whole, rtol=1e-12)
+    for p, text in enumerate(texts):
+        logits = 2 * features.astype(np.float64) @ text.T
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        best = probabilities.max(axis=1)
+        right = probabilities.argmax(axis=1) == labels
+        expected = -np.log(np.where(right, best, (1 - best) / 2)).mean()
+        assert label[p] == pytest.approx(expected, rel=1e-9)
