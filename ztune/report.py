@@ -69,7 +69,14 @@ def draw_curve(
         if results:  # a mixture: its candidates say nothing of how it does
             at = [line["queries"] for line in results]
             found = [line[f"result_{key}"] for line in results]
-            axes.plot(at, found, "o-", color=ACCENT, markersize=4, label="result by then")
+            axes.plot(
+                at,
+                found,
+                "o-",
+                color=ACCENT,
+                markersize=4,
+                label="result by then,\ntraining pictures",
+            )
             axes.set_xscale("log")
         else:
             mean_label = f"mean of {width} steps"

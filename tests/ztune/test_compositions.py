@@ -69,7 +69,7 @@ def towers(patches: Patches | None = PATCHES) -> Towers:
         decoder_start=lambda rng: decoder.start(N_EXTRACTED, SIZE, rng),
         patches=patches,
         ids_of_words=lambda words: np.arange(len(words.split())),
-        words=WORDS,
+        words=lambda: WORDS,
     )
 
 
@@ -234,7 +234,7 @@ def test_dimensions_as_published() -> None:
     published = Towers(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
         lambda rng: decoder.start(768, 224, rng), None,
-        lambda _: np.zeros(1, np.int64), WORDS,
+        lambda _: np.zeros(1, np.int64), lambda: WORDS,
     )  # fmt: skip
     assert dim(BarConfig(), published) == 150_528
     assert dim(BlackVipConfig(), published) == 9_920

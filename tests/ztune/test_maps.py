@@ -38,7 +38,7 @@ def towers(table: F32, patches: Patches | None = None) -> Towers:
         lambda g: g.random(3),
         patches,
         lambda _: np.arange(2),
-        np.zeros(0, np.int64),
+        lambda: np.zeros(0, np.int64),
     )
 
 

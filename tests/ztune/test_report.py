@@ -52,7 +52,7 @@ def test_a_mixtures_curve_is_of_its_results(
     draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > picture.height > 100
-    results = [one for one in drawn if one[3] == "result by then"]
+    results = [one for one in drawn if one[3] == "result by then,\ntraining pictures"]
     at = [10.0, 20, 40, 80, 160]
     assert [(x, y) for _, x, y, _ in results] == [
         (at, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]),

@@ -400,11 +400,7 @@ class Work:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
             return assembly.result(parts, provenance)
 
-        marks = [
-            m
-            for m in request.snapshot_marks(config.spends(request.queries))
-            if m > tuning.budget.queries
-        ]
+        marks = [m for m in request.snapshot_marks(spent) if m > tuning.budget.queries]
         saving = SavePace()
         with output.progress("tuning", spent) as ticker:
 

@@ -104,7 +104,7 @@ class Workbench:
             token_table=token_table(bundle),
             context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
             ids_of_words=lambda words: ids_of_words(self.tokenizer, words),
-            words=self.tokenizer.words(),
+            words=self.tokenizer.words,
             image_size=bundle.image.size,
             decoder_start=lambda rng: decoder.start(n_extracted, bundle.image.size, rng),
             patches=patches,
@@ -173,8 +173,7 @@ class Workbench:
                 f"{len(table) - 1} (use the bundle it was tuned on)"
             )
         encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
-        remark = f"encoding {len(tokens)} prompts for {len(classes)} classes"
-        self.output.remark(remark)
+        self.output.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
         return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
 
 

@@ -53,7 +53,7 @@ class Towers:
     patches: Patches | None
     ids_of_words: Callable[[str], I64]
     """The ids i64[m] of a text's tokens, rows of the table."""
-    words: I64
+    words: Callable[[], I64]
     """The ids i64[v] that stand for text, sorted; a vocabulary has its frequent ones first."""
 
     @property

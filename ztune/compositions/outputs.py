@@ -141,7 +141,7 @@ class OgnConfig(MixtureConfig, Answers):
         n_tokens = (self.n_context or _TOKENS) if words is None else len(words)
         rng = np.random.default_rng([seed, STEPS])
         optimizer = PromptMixture(
-            part_of(MixtureConfig, self), words, n_tokens, towers.words, self.spends(queries), rng
+            part_of(MixtureConfig, self), words, n_tokens, towers.words(), self.spends(queries), rng
         )
         return VocabularyContext(towers.token_table, n_tokens), optimizer
 
