@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format export mini wheel clean
+.PHONY: help demo test check format export mini wheel servers triton-env mlserver-env clean
 
 help:
 	@echo "make demo     tune the embedded model on real handwritten digits (no torch needed)"
@@ -12,6 +12,7 @@ help:
 	@echo "make check    style and types, as continuous integration runs them"
 	@echo "make export   MODEL=ViT-B-32 PRETRAINED=laion2b_s34b_b79k OUT=bundles/vit-b-32"
 	@echo "make mini     train the embedded model anew and export it to models/mini"
+	@echo "make servers  triton-env and mlserver-env: inference servers for the tests that talk to them"
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -26,7 +27,7 @@ $(VENV)/.device: $(VENV)/pyvenv.cfg pyproject.toml
 	@touch $@
 
 $(VENV)/.full: $(VENV)/.device
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,export,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,export,dev,triton]'
 	@touch $@
 
 demo: $(VENV)/.device
@@ -66,6 +67,32 @@ mini: $(VENV)/.full
 
 wheel: $(VENV)/.full
 	$(BIN)/python -m build --wheel --outdir dist .
+
+# Environments of the servers that tests talk to: apart from ours, as a real server is. Models there
+# run on the same ONNX Runtime, so that answers can be compared exactly.
+TRITON := .venv-triton
+MLSERVER := .venv-mlserver
+SAME_ORT = "onnxruntime==$$($(BIN)/python -c 'import onnxruntime; print(onnxruntime.__version__)')"
+
+servers: triton-env mlserver-env
+triton-env: $(TRITON)/.ready
+mlserver-env: $(MLSERVER)/.ready
+
+# Triton's Python backend answers empty tensors with numpy 2. Its stub, one per Python version, must
+# lie beside the backend's library, so both go into a copy.
+$(TRITON)/.ready: $(VENV)/.device
+	$(BIN)/python -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.*' 'numpy<2' $(SAME_ORT)
+	rm -rf $(TRITON)/backends
+	set -e; set -- $$($(TRITON)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"), s.get_python_version())'); \
+		cp -R "$$1/pytriton/tritonserver/backends" $(TRITON)/backends; \
+		cp "$$1/pytriton/tritonserver/python_backend_stubs/$$2/triton_python_backend_stub" $(TRITON)/backends/python/
+	@touch $@
+
+$(MLSERVER)/.ready: $(VENV)/.device
+	$(BIN)/python -m venv $(MLSERVER)
+	$(MLSERVER)/bin/python -m pip install --quiet --disable-pip-version-check 'mlserver==1.7.*' $(SAME_ORT)
+	@touch $@
 
 clean:
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

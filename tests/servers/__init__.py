@@ -1,0 +1,1 @@
+"""Real and staged inference servers, and the faults between them and a client."""
