@@ -25,6 +25,8 @@ VERSION = 1
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
 IMAGE_PROMPTED = "image_prompted.onnx"
+CLIENT_FILES = (MANIFEST, "tokenizer.json", "token_table.npy", PARITY)
+"""What a client of a server needs of the bundle that is served: its light half, without graphs."""
 # Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, while it holds
 # a graph's own bytes twice as it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
 EXTERNAL_THRESHOLD = 16_000_000

@@ -79,47 +79,22 @@ def score_graph(n_groups: int, embed_dim: int, logit_scale: float, logit_bias: f
     """Return a graph from features by class group to losses f64[p] and accuracies f64[p].
 
     Inputs: `texts_0` … f32[p, C_g, e], `table` f32[R, e], `rows` i64[N] of it, `labels` i64[N] in
-    the order of the groups. A picture counts as right when no class has a larger logit than its
-    own; logits are 32-bit numbers, softmax and the means 64-bit ones, as on the host.
+    the order of the groups.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
 
     def tensor(name: str, kind: int, *shape: int | str) -> Any:
         return helper.make_tensor_value_info(name, kind, shape)
 
-    def node(operator: str, inputs: str, output: str, **attributes: Any) -> Any:
-        return helper.make_node(operator, inputs.split(), [output], **attributes)
-
     f32, f64, i64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
     texts = [f"texts_{number}" for number in range(n_groups)]
-    constants: dict[str, Any] = {
-        "scale": np.float32(logit_scale),
-        "bias": np.float32(logit_bias),
-        "outer": np.array([0, 2], dtype=np.int64),
-        "one": np.array([1], dtype=np.int64),
-    }
+    scoring, constants = scoring_nodes(logit_scale, logit_bias)
     nodes = [
-        # No ArgMax for the accuracies: on CUDA it has brought its input to the host.
-        node("Concat", " ".join(texts), "texts", axis=1),
-        node("Transpose", "texts", "by_class", perm=[0, 2, 1]),
-        node("Gather", "table rows", "pictures", axis=0),
-        node("MatMul", "pictures by_class", "cosines"),  # [p, N, C]
-        node("Mul", "cosines scale", "scaled"),
-        node("Add", "scaled bias", "logits"),
-        node("Shape", "logits", "n_candidates", start=0, end=1),
-        node("Concat", "n_candidates one one", "repeats", axis=0),
-        node("Unsqueeze", "labels outer", "label_column"),  # [1, N, 1]
-        node("Tile", "label_column repeats", "index"),  # [p, N, 1]
-        node("Cast", "logits", "wide", to=f64),
-        node("LogSoftmax", "wide", "log_likelihoods", axis=-1),
-        node("GatherElements", "log_likelihoods index", "chosen", axis=-1),
-        node("ReduceMean", "chosen", "mean_likelihood", axes=[1, 2], keepdims=0),
-        node("Neg", "mean_likelihood", "losses"),
-        node("GatherElements", "logits index", "own", axis=-1),
-        node("ReduceMax", "logits", "best", axes=[2], keepdims=1),
-        node("Equal", "own best", "right"),
-        node("Cast", "right", "hits", to=f64),
-        node("ReduceMean", "hits", "accuracies", axes=[1, 2], keepdims=0),
+        helper.make_node("Concat", texts, ["texts"], axis=1),
+        helper.make_node("Gather", ["table", "rows"], ["pictures"], axis=0),
+        *scoring,
+        helper.make_node("Cast", ["right"], ["hits"], to=f64),
+        helper.make_node("ReduceMean", ["hits", "not_candidates"], ["accuracies"], keepdims=0),
     ]
     graph = helper.make_graph(
         nodes,
@@ -128,7 +103,49 @@ def score_graph(n_groups: int, embed_dim: int, logit_scale: float, logit_bias: f
         + [tensor("table", f32, "R", embed_dim), tensor("rows", i64, "N")]
         + [tensor("labels", i64, "N")],
         [tensor(name, f64, "p") for name in ("losses", "accuracies")],
-        [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+        constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     return bytes(model.SerializeToString())
+
+
+def scoring_nodes(logit_scale: float, logit_bias: float) -> tuple[list[Any], list[Any]]:
+    """Return nodes and constants from text features to losses; `not_candidates` is a constant too.
+
+    From `texts` f32[p, C, e], `pictures` f32[N, e], `labels` i64[N] to `logits` f32[p, N, C],
+    `losses` f64[p] and `right` bool[p, N, 1]. Logits are 32-bit numbers, softmax and the mean
+    64-bit ones, as on the host; a picture is right when no class has a larger logit than its own.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    def node(operator: str, inputs: str, output: str, **attributes: Any) -> Any:
+        return helper.make_node(operator, inputs.split(), [output], **attributes)
+
+    constants: dict[str, Any] = {
+        "scale": np.float32(logit_scale),
+        "bias": np.float32(logit_bias),
+        "outer": np.array([0, 2], dtype=np.int64),
+        "one": np.array([1], dtype=np.int64),
+        "over_classes": np.array([2], dtype=np.int64),
+        "not_candidates": np.array([1, 2], dtype=np.int64),
+    }
+    nodes = [
+        # No ArgMax for the accuracies: on CUDA it has brought its input to the host.
+        node("Transpose", "texts", "by_class", perm=[0, 2, 1]),
+        node("MatMul", "pictures by_class", "cosines"),  # [p, N, C]
+        node("Mul", "cosines scale", "scaled"),
+        node("Add", "scaled bias", "logits"),
+        node("Shape", "logits", "n_candidates", start=0, end=1),
+        node("Concat", "n_candidates one one", "repeats", axis=0),
+        node("Unsqueeze", "labels outer", "label_column"),  # [1, N, 1]
+        node("Tile", "label_column repeats", "index"),  # [p, N, 1]
+        node("Cast", "logits", "wide", to=TensorProto.DOUBLE),
+        node("LogSoftmax", "wide", "log_likelihoods", axis=-1),
+        node("GatherElements", "log_likelihoods index", "chosen", axis=-1),
+        node("ReduceMean", "chosen not_candidates", "mean_likelihood", keepdims=0),
+        node("Neg", "mean_likelihood", "losses"),
+        node("GatherElements", "logits index", "own", axis=-1),
+        node("ReduceMax", "logits over_classes", "best", keepdims=1),
+        node("Equal", "own best", "right"),
+    ]
+    return nodes, [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()]

@@ -1,0 +1,215 @@
+"""The graphs that a server runs: those of a bundle, fed by token ids and answering losses.
+
+Every answer carries `digest`, the SHA-256 of the bundle's manifest, so that a client sees with each
+one which export gave it. docs/serving.md specifies inputs and outputs. Needs onnx, but no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from export.nodes import Nodes
+from export.prompted import Tower
+from export.weights import read_graph
+from runtimes.bundle import CLIENT_FILES, Bundle
+from runtimes.prompts import placeholder_id, token_table
+from runtimes.scores import scoring_nodes
+
+_FLOAT, _DOUBLE, _INT64, _UINT8 = (
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.INT64,
+    TensorProto.UINT8,
+)
+_OPSET, _IR = 20, 10
+
+
+def image_graph(bundle: Bundle) -> ModelProto:
+    """Return `pixels` f32[N, 3, S, S] to `features` f32[N, e] and `digest` u8[N, 32]."""
+    return _answering_for(bundle, "image", "pixels")
+
+
+def text_graph(bundle: Bundle) -> ModelProto:
+    """Return `tokens` i64[B, L] to `features` f32[B, e] and `digest` u8[B, 32]."""
+    return _answering_for(bundle, "text", "tokens")
+
+
+def _answering_for(bundle: Bundle, name: str, given: str) -> ModelProto:
+    """Return a bundle's graph with a digest for each row of its input `given`."""
+    model = read_graph(bundle.file(f"{name}.onnx"))
+    g = Nodes("served")
+    rows = g.node("Shape", [given], start=0, end=1)
+    size = g.node("Concat", [rows, g.constant([32], np.int64)], axis=0)
+    g.node("Expand", [g.constant(_digest(bundle)[None], np.uint8), size], "digest")
+    model.graph.node.extend(g.nodes)
+    model.graph.initializer.extend(g.constants)
+    model.graph.output.append(_value("digest", _UINT8, "N", 32))
+    return model
+
+
+def prompt_graph(bundle: Bundle) -> ModelProto:
+    """Return `contexts` f32[P, m, d] and `tokens` i64[C, n] to `features` f32[P, C, e], `digest`.
+
+    A row of `tokens` is a class name with what closes a text, filled up with -1.
+    """
+    g, model, features = _texts(bundle)
+    g.node("Identity", [features], "features")
+    outputs = [_value("features", _FLOAT, "P", "C", bundle.embed_dim)]
+    return _finished(bundle, g, model, _text_inputs(bundle), outputs)
+
+
+def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
+    """Return contexts and class tokens before pictures' features and labels to losses.
+
+    Inputs as of `prompt_graph`, `features` f32[N, e] and `labels` i64[N]; outputs `losses` f64[P]
+    in nats, `correct` i64[P] pictures, `digest`, and `logits` f32[P, N, C] where they are offered.
+    """
+    g, model, texts = _texts(bundle)
+    scoring, constants = scoring_nodes(bundle.logit_scale, bundle.logit_bias)
+    g.node("Identity", [texts], "texts")
+    g.node("Identity", ["features"], "pictures")
+    g.nodes.extend(scoring)
+    g.constants.extend(constants)
+    hits = g.node("Cast", ["right"], to=_INT64)
+    g.node("ReduceSum", [hits, g.constant([1, 2], np.int64)], "correct", keepdims=0)
+    inputs = [
+        *_text_inputs(bundle),
+        _value("features", _FLOAT, "N", bundle.embed_dim),
+        _value("labels", _INT64, "N"),
+    ]
+    outputs = [_value("losses", _DOUBLE, "P"), _value("correct", _INT64, "P")]
+    if logits:
+        outputs.append(_value("logits", _FLOAT, "P", "N", "C"))
+    return _finished(bundle, g, model, inputs, outputs)
+
+
+def client_graph(bundle: Bundle) -> ModelProto:
+    """Return `slice` i64[2] (start, length) to `bytes` u8[length] of the client half.
+
+    The half is its files behind each other, in the order of CLIENT_FILES; `sizes` i64[files] are
+    theirs in bytes. A slice ends where the files do.
+    """
+    parts = [(bundle.path / "bundle.json").read_bytes()]
+    parts += [bundle.file(name).read_bytes() for name in CLIENT_FILES[1:]]
+    g = Nodes("client")
+    content = g.constant(np.frombuffer(b"".join(parts), dtype=np.uint8), np.uint8)
+    start = g.node("Gather", ["slice", g.constant([0], np.int64)], axis=0)
+    length = g.node("Gather", ["slice", g.constant([1], np.int64)], axis=0)
+    g.node("Slice", [content, start, g.node("Add", [start, length])], "bytes")
+    g.node("Identity", [g.constant([len(part) for part in parts], np.int64)], "sizes")
+    outputs = [_value("bytes", _UINT8, "length"), _value("sizes", _INT64, len(parts))]
+    model = helper.make_model(
+        helper.make_graph([], "client", [], []),
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_IR,
+    )
+    return _finished(bundle, g, model, [_value("slice", _INT64, 2)], outputs)
+
+
+def _texts(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
+    """Return the prompt graph behind token ids: its nodes, its model, its output's name."""
+    model = read_graph(bundle.file("prompt.onnx"))
+    tower = Tower(model.graph, "prompt.")
+    g = Nodes("served")
+    table = g.constant(np.asarray(token_table(bundle)))
+    feeds = (_prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds)(g, bundle, table)
+    given = [value.name for value in model.graph.input]
+    return g, model, tower.place(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
+
+
+def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
+    """What runtimes.prompts makes of class tokens for a prefix graph, as nodes."""
+    zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
+    first, flat = g.constant([0], np.int64), g.constant([-1], np.int64)
+    real = g.node("GreaterOrEqual", ["tokens", zero])  # [C, n]
+    real_flat = g.node("Reshape", [real, flat])
+    shape = g.node("Shape", ["tokens"])
+    n = g.node("Squeeze", [g.node("Shape", ["tokens"], start=1, end=2), first])
+    columns = g.node("Range", [zero, n, one])
+    lengths = g.node(
+        "ReduceSum",
+        [g.node("Cast", [real], to=_INT64), g.constant([1], np.int64)],
+        keepdims=0,
+    )
+    starts = g.node("CumSum", [lengths, zero], exclusive=1)
+    rows = g.node("Add", [g.node("Unsqueeze", [starts, g.constant([1], np.int64)]), columns])
+    everywhere = g.node("Reshape", [g.node("Expand", [columns, shape]), flat])
+    places = g.node("Range", [zero, g.node("Size", ["tokens"]), one])
+    packed = g.node("Compress", [g.node("Reshape", ["tokens", flat]), real_flat], axis=0)
+    return {
+        "name_embeddings": g.node("Gather", [table, packed], axis=0),
+        "name_positions": g.node("Compress", [everywhere, real_flat], axis=0),
+        "pad_index": g.node("Where", [real, rows, zero]),
+        "unpad_index": g.node("Compress", [places, real_flat], axis=0),
+        "eot_index": g.node("Sub", [g.node("Add", [starts, lengths]), one]),
+    }
+
+
+def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
+    """What runtimes.prompts makes of class tokens for a sequence graph, as nodes."""
+    spec = bundle.text
+    zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
+    first, length = g.constant([0], np.int64), g.constant([spec.context_length], np.int64)
+    n_classes = g.node("Shape", ["tokens"], start=0, end=1)
+    n_context = g.node("Shape", ["contexts"], start=1, end=2)
+
+    def column(value: int | list[list[int]], width: str) -> str:
+        size = g.node("Concat", [n_classes, width], axis=0)
+        return g.node("Expand", [g.constant(value, np.int64), size])
+
+    prefix = column([list(spec.prefix_ids)], g.constant([len(spec.prefix_ids)], np.int64))
+    parts = [column(placeholder_id(spec), n_context), "tokens", column(-1, length)]
+    if spec.prefix_ids:
+        parts.insert(0, prefix)
+    whole = g.node("Concat", parts, axis=1)
+    cut = g.node("Slice", [whole, first, length, g.constant([1], np.int64)])  # [C, L]
+    ids = g.node("Where", [g.node("Less", [cut, zero]), g.constant(spec.pad_id, np.int64), cut])
+    # Each id that occurs is looked up once, as on the host.
+    g.nodes.append(helper.make_node("Unique", [ids], ["ids.used", "", "ids.place"], sorted=1))
+    shape = g.node("Shape", [ids])
+    place = g.node("Add", [g.node("Reshape", ["ids.place", shape]), n_context])
+    # In the context's places stand the context's rows: 0 ... m - 1.
+    before = g.constant(len(spec.prefix_ids), np.int64)
+    steps = g.node("Range", [zero, g.constant(spec.context_length, np.int64), one])
+    within = g.node("Sub", [steps, before])
+    inside = g.node(
+        "And",
+        [g.node("GreaterOrEqual", [within, zero]), g.node("Less", [within, n_context])],
+    )
+    return {
+        "name_embeddings": g.node("Gather", [table, "ids.used"], axis=0),
+        "sequence_index": g.node("Where", [inside, within, place]),
+        "tokens": ids,
+    }
+
+
+def _text_inputs(bundle: Bundle) -> list[Any]:
+    return [
+        _value("contexts", _FLOAT, "P", "m", bundle.text.width),
+        _value("tokens", _INT64, "C", "n"),
+    ]
+
+
+def _finished(
+    bundle: Bundle, g: Nodes, model: ModelProto, inputs: list[Any], outputs: list[Any]
+) -> ModelProto:
+    """Return the model with these nodes instead of its own, and the digest among its outputs."""
+    g.node("Identity", [g.constant(_digest(bundle), np.uint8)], "digest")
+    graph = model.graph
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(g.nodes)
+    graph.initializer.extend(g.constants)
+    graph.input.extend(inputs)
+    graph.output.extend([*outputs, _value("digest", _UINT8, 32)])
+    return model
+
+
+def _digest(bundle: Bundle) -> np.ndarray[Any, Any]:
+    return np.frombuffer(bytes.fromhex(bundle.digest), dtype=np.uint8)
+
+
+def _value(name: str, kind: int, *shape: int | str) -> Any:
+    return helper.make_tensor_value_info(name, kind, shape)

@@ -1,0 +1,273 @@
+"""A bundle as a Triton model repository: graphs, and configurations that leave nothing open."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto
+
+from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
+from export.weights import write_graph
+from runtimes.bundle import Bundle
+from runtimes.providers import check_precision
+from ztune.errors import ConfigError
+from ztune.files import new_folder
+
+BACKENDS = ("onnxruntime", "python")
+ACCELERATORS = {"none": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
+ACCESS = ("features", "logits", "losses")
+"""What of the text side is given away: everything, logits and losses, or losses alone."""
+# Features and labels that the Python backend keeps for its clients.
+_KEEP_BYTES = 512_000_000
+_QUEUE_MICROSECONDS = 1000
+_PYTHON_BACKEND = Path(__file__).with_name("python_backend.py")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_TYPES = {
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.DOUBLE: "TYPE_FP64",
+    TensorProto.INT64: "TYPE_INT64",
+    TensorProto.UINT8: "TYPE_UINT8",
+}
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server runs the models."""
+
+    backend: str = "onnxruntime"
+    """onnxruntime, or python: the same graphs inside Triton's Python backend."""
+    accelerator: str = "none"
+    instances: int = 1
+    """Of each model; more than one keeps no pictures, since each would have its own."""
+    threads: int | None = None
+    """Of an instance on CPUs; None: as many as there are cores."""
+    max_batch: int = 8
+    """Pictures, and texts, of a call. ztune asks for eight at a time, so that no other client's
+    are put beside them."""
+    access: str = "features"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("backend", BACKENDS),
+            ("accelerator", tuple(ACCELERATORS)),
+            ("access", ACCESS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f'--{name} is "{value}", expected {", ".join(known)}')
+        for name in ("instances", "threads", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} is {value}, expected at least 1")
+        if self.backend == "python" and self.accelerator == "tensorrt":
+            raise ConfigError(
+                "--accelerator tensorrt goes with --backend onnxruntime (the Python backend runs "
+                "graphs on cpu or cuda)"
+            )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether pictures sent once are kept for later requests."""
+        return self.backend == "python" and self.instances == 1
+
+
+class Word(str):
+    """A value that stands without quotation marks in a configuration: an enumeration's name."""
+
+    __slots__ = ()
+
+
+Value = bool | int | str | Sequence["Value"] | Mapping[str, "Value"]
+
+
+@dataclass(frozen=True)
+class _Model:
+    part: str
+    graph: Callable[[Bundle], ModelProto]
+    largest: Mapping[str, Sequence[int]]
+    """Shapes of the warm-up; a batched model's first dimension is the batch."""
+    batched: bool = False
+    on_cpu: bool = False
+    whole: bool = False
+    """Whether TensorRT can run it: no operator whose output's size depends on values."""
+
+
+def export_triton(
+    bundle: Bundle,
+    out: Path,
+    name: str | None = None,
+    serving: Serving | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """Write the model repository of a bundle to the new folder `out`; return its models' names.
+
+    Raises: ConfigError for a name that is no model's, an `out` that holds something, or a precision
+    that the accelerator cannot run.
+    """
+    serving = serving or Serving()
+    name = bundle.path.resolve().name if name is None else name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f'"{name}" cannot name models, expected letters, digits, - and _ (use --name NAME)'
+        )
+    check_precision(bundle.precision, ACCELERATORS[serving.accelerator])
+    names = []
+    with new_folder(out) as work:
+        for model in _models(bundle, serving):
+            full = f"{name}_{model.part}"
+            progress(f"{full}: writing")
+            _write(bundle, model, work / full, full, serving)
+            names.append(full)
+    return names
+
+
+def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
+    batch, S, e = _batch(bundle, serving), bundle.image.size, bundle.embed_dim
+    texts = {"contexts": [2, 4, bundle.text.width], "tokens": [2, 3]}
+    yield _Model("image", image_graph, {"pixels": [batch, 3, S, S]}, batched=True, whole=True)
+    if serving.access == "features":
+        length = bundle.text.context_length
+        yield _Model("text", text_graph, {"tokens": [batch, length]}, batched=True, whole=True)
+        yield _Model("prompt", prompt_graph, texts)
+
+    def scores(bundle: Bundle) -> ModelProto:
+        return score_graph(bundle, logits=serving.access != "losses")
+
+    yield _Model("score", scores, {**texts, "features": [2, e], "labels": [2]})
+    yield _Model("client", client_graph, {"slice": [2]}, on_cpu=True)
+
+
+def _batch(bundle: Bundle, serving: Serving) -> int:
+    # Dynamic int8 scales activations over a whole call: no picture has company.
+    return 1 if bundle.precision == "int8" else serving.max_batch
+
+
+def _write(bundle: Bundle, model: _Model, folder: Path, name: str, serving: Serving) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True)
+    graph = model.graph(bundle)
+    config = _config(bundle, model, graph, name, serving)
+    (folder / "config.pbtxt").write_text("".join(f"{line}\n" for line in _lines(config)))
+    write_graph(graph, version / "model.onnx")
+    if serving.backend == "python":
+        shutil.copyfile(_PYTHON_BACKEND, version / "model.py")
+
+
+def _config(
+    bundle: Bundle, model: _Model, graph: ModelProto, name: str, serving: Serving
+) -> dict[str, Value]:
+    keeps = serving.keeps and model.part == "score"
+    inputs = [_tensor(value, model.batched) for value in graph.graph.input]
+    if keeps:
+        inputs += [
+            {"name": "kept", "data_type": Word("TYPE_UINT8"), "dims": [32]},
+            {"name": "rows", "data_type": Word("TYPE_INT64"), "dims": [-1]},
+        ]
+        inputs = [{**given, "optional": True} for given in inputs]
+    on_gpu = serving.accelerator != "none" and not model.on_cpu
+    batch = _batch(bundle, serving) if model.batched else 0
+    config: dict[str, Value] = {
+        "name": name,
+        "backend": serving.backend,
+        "max_batch_size": batch,
+        "input": inputs,
+        "output": [_tensor(value, model.batched) for value in graph.graph.output],
+        "version_policy": {"latest": {"num_versions": 1}},
+        "instance_group": [
+            {"count": serving.instances, "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU")}
+        ],
+    }
+    if batch > 1:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": _QUEUE_MICROSECONDS}
+    if on_gpu and serving.backend == "onnxruntime":
+        config["optimization"] = {
+            "execution_accelerators": {"gpu_execution_accelerator": _accelerators(model, serving)}
+        }
+    config["model_warmup"] = [_warmup(model, graph)]
+    parameters = {
+        "bundle_digest": bundle.digest,
+        "model_id": bundle.model_id,
+        "precision": bundle.precision,
+    }
+    if serving.threads is not None and not on_gpu:
+        parameters["intra_op_thread_count"] = str(serving.threads)
+    if keeps:
+        parameters["keep_bytes"] = str(_KEEP_BYTES)
+    config["parameters"] = [
+        {"key": key, "value": {"string_value": value}} for key, value in parameters.items()
+    ]
+    return config
+
+
+def _accelerators(model: _Model, serving: Serving) -> list[Value]:
+    cuda: dict[str, Value] = {
+        "name": "cuda",
+        "parameters": _pairs({"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+    }
+    if serving.accelerator == "cuda" or not model.whole:
+        return [cuda]
+    settings = {
+        "precision_mode": "FP32",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": "/tmp/ztune-engines",
+        "trt_timing_cache_enable": "1",
+    }
+    for which, n in (("min", 1), ("opt", serving.max_batch), ("max", serving.max_batch)):
+        shapes = [
+            f"{name}:{'x'.join(str(size) for size in (n, *shape[1:]))}"
+            for name, shape in model.largest.items()
+        ]
+        settings[f"trt_profile_{which}_shapes"] = ",".join(shapes)
+    return [{"name": "tensorrt", "parameters": _pairs(settings)}, cuda]
+
+
+def _pairs(settings: Mapping[str, str]) -> list[Value]:
+    return [{"key": key, "value": value} for key, value in settings.items()]
+
+
+def _tensor(value: object, batched: bool) -> dict[str, Value]:
+    kind = value.type.tensor_type  # type: ignore[attr-defined]
+    dims = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
+    return {
+        "name": value.name,  # type: ignore[attr-defined]
+        "data_type": Word(_TYPES[kind.elem_type]),
+        "dims": dims[1:] if batched else dims,
+    }
+
+
+def _warmup(model: _Model, graph: ModelProto) -> dict[str, Value]:
+    """Return one call of the usual size with zeros, which are valid ids, labels and pixels."""
+    types = {value.name: _TYPES[value.type.tensor_type.elem_type] for value in graph.graph.input}
+    inputs: list[Value] = []
+    for name, shape in model.largest.items():
+        given: dict[str, Value] = {
+            "data_type": Word(types[name]),
+            "dims": list(shape[1:] if model.batched else shape),
+            "zero_data": True,
+        }
+        inputs.append({"key": name, "value": given})
+    batch = next(iter(model.largest.values()))[0] if model.batched else 1
+    return {"name": "usual", "batch_size": batch, "inputs": inputs}
+
+
+def _lines(message: Mapping[str, Value], indent: str = "") -> Iterator[str]:
+    """Yield a protobuf message in its text form: repeated fields as several of one name."""
+    for key, value in message.items():
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        for one in value if several else [value]:  # type: ignore[union-attr]
+            if isinstance(one, Mapping):
+                yield f"{indent}{key} {{"
+                yield from _lines(one, f"{indent}  ")
+                yield f"{indent}}}"
+            elif isinstance(one, bool):
+                yield f"{indent}{key}: {str(one).lower()}"
+            elif isinstance(one, int | Word):
+                yield f"{indent}{key}: {one}"
+            else:
+                quoted = str(one).replace("\\", "\\\\").replace('"', '\\"')
+                yield f'{indent}{key}: "{quoted}"'
