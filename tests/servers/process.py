@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,16 @@ def find_environment(folder: str, variable: str, target: str) -> Path:
     if not (environment / ".ready").is_file():
         unavailable(f"{environment} is not there or not complete: run `make {target}`")
     return environment.absolute()
+
+
+def entered(environment: Path) -> dict[str, str]:
+    """Return the variables of a process in that environment, with nothing of our own Python."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return kept | {
+        "PATH": f"{environment / 'bin'}:{os.environ.get('PATH', os.defpath)}",
+        "VIRTUAL_ENV": str(environment),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -78,10 +89,11 @@ class ServerProcess(ABC):
         self.start_s = 0.0
         """Seconds from the last start until the server was ready."""
         self._process: subprocess.Popen[bytes] | None = None
-        handle, name = tempfile.mkstemp(suffix=".log")
-        os.close(handle)
-        self._log = Path(name)
-        weakref.finalize(self, self._log.unlink, missing_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="server-"))
+        """The server's working folder, which goes with this object."""
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._log = self.folder / "log.txt"
+        self._log.touch()
         self._grpc_port, self._http_port = free_ports(2)
 
     @property
@@ -123,6 +135,7 @@ class ServerProcess(ABC):
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(),
+                cwd=self.folder,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.servers.process import LOOPBACK, ServerProcess, find_environment
+from tests.servers.process import LOOPBACK, ServerProcess, entered, find_environment
 
 SHARED_MEMORY = Path("/dev/shm")
 _number = itertools.count()
@@ -22,7 +22,7 @@ class TritonServer(ServerProcess):
 
     def __init__(self, repository: Path, *, args: Sequence[str] = (), wait_s: float = 60.0) -> None:
         self.environment = triton_environment()
-        self.repository = repository
+        self.repository = repository.absolute()
         self.args = tuple(args)
         super().__init__(wait_s=wait_s)
         self._region = f"ztune-{os.getpid()}-{next(_number)}-"
@@ -57,13 +57,9 @@ class TritonServer(ServerProcess):
         ]
 
     def _environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         # The backend's stub embeds Python: the first `python3` on the path tells it which packages.
-        return kept | {
-            "PATH": f"{self.environment / 'bin'}:{os.environ.get('PATH', '')}",
+        return entered(self.environment) | {
             "LD_LIBRARY_PATH": f"{self._packages / 'nvidia_pytriton.libs'}:{self._library}",
-            "VIRTUAL_ENV": str(self.environment),
-            "OMP_NUM_THREADS": "1",
         }
 
     def _clean(self) -> None:
