@@ -70,7 +70,10 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
     g, model, texts = _texts(bundle)
     scoring, constants = scoring_nodes(bundle.logit_scale, bundle.logit_bias)
     g.node("Identity", [texts], "texts")
-    g.node("Identity", ["features"], "pictures")
+    # As many pictures as labels, or it is an error: one label would do for all otherwise.
+    size = g.constant([bundle.embed_dim], np.int64)
+    shape = g.node("Concat", [g.node("Shape", ["labels"]), size], axis=0)
+    g.node("Reshape", ["features", shape], "pictures", allowzero=1)
     g.nodes.extend(scoring)
     g.constants.extend(constants)
     hits = g.node("Cast", ["right"], to=_INT64)
@@ -152,7 +155,7 @@ def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
     """What runtimes.prompts makes of class tokens for a sequence graph, as nodes."""
     spec = bundle.text
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
-    first, length = g.constant([0], np.int64), g.constant([spec.context_length], np.int64)
+    length = g.constant([spec.context_length], np.int64)
     n_classes = g.node("Shape", ["tokens"], start=0, end=1)
     n_context = g.node("Shape", ["contexts"], start=1, end=2)
 
@@ -160,13 +163,16 @@ def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
         size = g.node("Concat", [n_classes, width], axis=0)
         return g.node("Expand", [g.constant(value, np.int64), size])
 
-    prefix = column([list(spec.prefix_ids)], g.constant([len(spec.prefix_ids)], np.int64))
-    parts = [column(placeholder_id(spec), n_context), "tokens", column(-1, length)]
+    n_prefix = g.constant([len(spec.prefix_ids)], np.int64)
+    n_name = g.node("Shape", ["tokens"], start=1, end=2)
+    n_before = g.node("Add", [n_prefix, n_context])
+    # Less than nothing where a sequence is too long: an error then, never cut.
+    n_padding = g.node("Sub", [length, g.node("Add", [n_before, n_name])])
+    parts = [column(placeholder_id(spec), n_context), "tokens", column(-1, n_padding)]
     if spec.prefix_ids:
-        parts.insert(0, prefix)
-    whole = g.node("Concat", parts, axis=1)
-    cut = g.node("Slice", [whole, first, length, g.constant([1], np.int64)])  # [C, L]
-    ids = g.node("Where", [g.node("Less", [cut, zero]), g.constant(spec.pad_id, np.int64), cut])
+        parts.insert(0, column([list(spec.prefix_ids)], n_prefix))
+    whole = g.node("Concat", parts, axis=1)  # [C, L]
+    ids = g.node("Where", [g.node("Less", [whole, zero]), g.constant(spec.pad_id, np.int64), whole])
     # Each id that occurs is looked up once, as on the host.
     g.nodes.append(helper.make_node("Unique", [ids], ["ids.used", "", "ids.place"], sorted=1))
     shape = g.node("Shape", [ids])

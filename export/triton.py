@@ -14,7 +14,7 @@ from export.served import client_graph, image_graph, prompt_graph, score_graph, 
 from export.weights import write_graph
 from runtimes.bundle import Bundle
 from runtimes.providers import check_precision
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, ProviderError
 from ztune.files import new_folder
 
 BACKENDS = ("onnxruntime", "python")
@@ -115,7 +115,7 @@ def export_triton(
         raise ConfigError(
             f'"{name}" cannot name models, expected letters, digits, - and _ (use --name NAME)'
         )
-    check_precision(bundle.precision, ACCELERATORS[serving.accelerator])
+    _check_accelerator(bundle, serving)
     names = []
     with new_folder(out) as work:
         for model in _models(bundle, serving):
@@ -124,6 +124,17 @@ def export_triton(
             _write(bundle, model, work / full, full, serving)
             names.append(full)
     return names
+
+
+def _check_accelerator(bundle: Bundle, serving: Serving) -> None:
+    try:
+        check_precision(bundle.precision, ACCELERATORS[serving.accelerator])
+    except ProviderError as error:
+        reason, _, _ = str(error).partition(" (")
+        other = "none" if bundle.precision == "int8" else "cuda"
+        raise ConfigError(
+            f"{reason} (use --accelerator {other}, or serve the fp32 bundle)"
+        ) from None
 
 
 def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
@@ -171,6 +182,12 @@ def _config(
         inputs = [{**given, "optional": True} for given in inputs]
     on_gpu = serving.accelerator != "none" and not model.on_cpu
     batch = _batch(bundle, serving) if model.batched else 0
+    group: dict[str, Value] = {
+        "count": serving.instances,
+        "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU"),
+    }
+    if keeps and on_gpu:
+        group["gpus"] = [0]  # one on each GPU otherwise, and the pictures with one of them
     config: dict[str, Value] = {
         "name": name,
         "backend": serving.backend,
@@ -178,15 +195,15 @@ def _config(
         "input": inputs,
         "output": [_tensor(value, model.batched) for value in graph.graph.output],
         "version_policy": {"latest": {"num_versions": 1}},
-        "instance_group": [
-            {"count": serving.instances, "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU")}
-        ],
+        "instance_group": [group],
     }
     if batch > 1:
         config["dynamic_batching"] = {"max_queue_delay_microseconds": _QUEUE_MICROSECONDS}
     if on_gpu and serving.backend == "onnxruntime":
         config["optimization"] = {
-            "execution_accelerators": {"gpu_execution_accelerator": _accelerators(model, serving)}
+            "execution_accelerators": {
+                "gpu_execution_accelerator": _accelerators(bundle, model, name, serving)
+            }
         }
     config["model_warmup"] = [_warmup(model, graph)]
     parameters = {
@@ -194,6 +211,9 @@ def _config(
         "model_id": bundle.model_id,
         "precision": bundle.precision,
     }
+    if on_gpu and serving.backend == "onnxruntime":
+        # With any parameters at all the backend takes it from here alone; 1 is HEURISTIC.
+        parameters["cudnn_conv_algo_search"] = "1"
     if serving.threads is not None and not on_gpu:
         parameters["intra_op_thread_count"] = str(serving.threads)
     if keeps:
@@ -204,18 +224,17 @@ def _config(
     return config
 
 
-def _accelerators(model: _Model, serving: Serving) -> list[Value]:
-    cuda: dict[str, Value] = {
-        "name": "cuda",
-        "parameters": _pairs({"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
-    }
+def _accelerators(bundle: Bundle, model: _Model, name: str, serving: Serving) -> list[Value]:
+    cuda: dict[str, Value] = {"name": "cuda", "parameters": _pairs({"use_tf32": "0"})}
     if serving.accelerator == "cuda" or not model.whole:
         return [cuda]
     settings = {
-        "precision_mode": "FP32",
+        # 16 bit is allowed where the graph itself is in 16 bit; its norms stay in 32 bit there too.
+        "precision_mode": "FP16" if bundle.precision == "fp16" else "FP32",
+        "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": "/tmp/ztune-engines",
-        "trt_timing_cache_enable": "1",
+        # ONNX Runtime tells engines apart by the graph's structure, not by its weights.
+        "trt_engine_cache_path": f"/tmp/ztune-{name}-{bundle.digest[:16]}",
     }
     for which, n in (("min", 1), ("opt", serving.max_batch), ("max", serving.max_batch)):
         shapes = [
