@@ -70,28 +70,28 @@ wheel: $(VENV)/.full
 
 # Environments of the servers that tests talk to: apart from ours, as a real server is. Models there
 # run on the same ONNX Runtime, so that answers can be compared exactly.
-TRITON := .venv-triton
-MLSERVER := .venv-mlserver
+TRITON_ENV := .venv-triton
+MLSERVER_ENV := .venv-mlserver
 SAME_ORT = "onnxruntime==$$($(BIN)/python -c 'import onnxruntime; print(onnxruntime.__version__)')"
 
 servers: triton-env mlserver-env
-triton-env: $(TRITON)/.ready
-mlserver-env: $(MLSERVER)/.ready
+triton-env: $(TRITON_ENV)/.ready
+mlserver-env: $(MLSERVER_ENV)/.ready
 
 # Triton's Python backend answers empty tensors with numpy 2. Its stub, one per Python version, must
 # lie beside the backend's library, so both go into a copy.
-$(TRITON)/.ready: $(VENV)/.device
-	$(BIN)/python -m venv $(TRITON)
-	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.*' 'numpy<2' $(SAME_ORT)
-	rm -rf $(TRITON)/backends
-	set -e; set -- $$($(TRITON)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"), s.get_python_version())'); \
-		cp -R "$$1/pytriton/tritonserver/backends" $(TRITON)/backends; \
-		cp "$$1/pytriton/tritonserver/python_backend_stubs/$$2/triton_python_backend_stub" $(TRITON)/backends/python/
+$(TRITON_ENV)/.ready: $(VENV)/.device
+	$(BIN)/python -m venv $(TRITON_ENV)
+	$(TRITON_ENV)/bin/python -m pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.*' 'numpy<2' $(SAME_ORT)
+	rm -rf $(TRITON_ENV)/backends
+	set -e; set -- $$($(TRITON_ENV)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"), s.get_python_version())'); \
+		cp -R "$$1/pytriton/tritonserver/backends" $(TRITON_ENV)/backends; \
+		cp "$$1/pytriton/tritonserver/python_backend_stubs/$$2/triton_python_backend_stub" $(TRITON_ENV)/backends/python/
 	@touch $@
 
-$(MLSERVER)/.ready: $(VENV)/.device
-	$(BIN)/python -m venv $(MLSERVER)
-	$(MLSERVER)/bin/python -m pip install --quiet --disable-pip-version-check 'mlserver==1.7.*' $(SAME_ORT)
+$(MLSERVER_ENV)/.ready: $(VENV)/.device
+	$(BIN)/python -m venv $(MLSERVER_ENV)
+	$(MLSERVER_ENV)/bin/python -m pip install --quiet --disable-pip-version-check 'mlserver==1.7.*' $(SAME_ORT)
 	@touch $@
 
 clean:
