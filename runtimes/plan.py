@@ -77,7 +77,7 @@ def make_plan(
     def plan(together: int, n_groups: int) -> Plan | None:
         """Return the plan with so many candidates a call and groups, None where it is too large."""
         groups = _cut(order, tokens, n_groups)
-        n_bytes = kept + max(_call_bytes(tokens[group], sizes, together) for group in groups)
+        n_bytes = kept + max(call_bytes(tokens[group], sizes, together) for group in groups)
         rows = max(_rows(tokens[group], sizes, together) for group in groups)
         can_be_cut = together > 2 or len(groups) < len(order)
         if n_bytes > limit * _MB or (
@@ -95,7 +95,7 @@ def make_plan(
         for n_groups in _counts(len(order)):
             if found := plan(together, n_groups):
                 return found
-    least = math.ceil((kept + _call_bytes(tokens.max(keepdims=True), sizes, 1)) / _MB)
+    least = math.ceil((kept + call_bytes(tokens.max(keepdims=True), sizes, 1)) / _MB)
     raise ConfigError(
         f"--memory-limit {limit} (MB) is too small for one class and one candidate at a time; the "
         f"least that works for these {len(order)} classes is {least}"
@@ -127,7 +127,7 @@ def _rows(tokens: I64, sizes: Sizes, n_candidates: int) -> int:
     return n_candidates * int(tokens.sum())
 
 
-def _call_bytes(tokens: I64, sizes: Sizes, n_candidates: int) -> int:
+def call_bytes(tokens: I64, sizes: Sizes, n_candidates: int) -> int:
     """Return what the activations of one call take, at most.
 
     Fitted to the peaks of a ViT-B/32-size tower: per row and width 14 values for the residual

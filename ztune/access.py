@@ -12,6 +12,8 @@ CONTEXTS = "contexts"
 """The text tower takes embeddings before the class names."""
 LOGITS = "logits"
 """Logits of every picture and class."""
+TEXTS = "texts"
+"""Features of texts, which pictures are compared with on the host."""
 FEATURES = "features"
 """Image features, to be read once."""
 PIXELS = "pixels"
@@ -19,11 +21,12 @@ PIXELS = "pixels"
 IMAGE_TOKENS = "image tokens"
 """The image tower takes extra tokens."""
 
-EVERYTHING = frozenset((LOSS, CONTEXTS, LOGITS, FEATURES, PIXELS, IMAGE_TOKENS))
+EVERYTHING = frozenset((LOSS, CONTEXTS, LOGITS, TEXTS, FEATURES, PIXELS, IMAGE_TOKENS))
 _SENTENCES = {
     LOSS: "losses",
     LOGITS: "logits",
     CONTEXTS: "text prompts as embeddings",
+    TEXTS: "text features",
     FEATURES: "image features",
     PIXELS: "changed pictures in every query",
     IMAGE_TOKENS: "extra tokens in the image tower",

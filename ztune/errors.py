@@ -32,3 +32,7 @@ class NotFiniteError(ZtuneError):
 
 class ConfigError(ZtuneError):
     """A setting with an unknown name or an impossible value."""
+
+
+class ServerError(ZtuneError):
+    """A server that cannot be reached, refuses, or answers what it must not."""

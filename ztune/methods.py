@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ztune.access import FEATURES
+from ztune.access import FEATURES, TEXTS
 from ztune.compositions.base import TunedConfig
 from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
@@ -215,7 +215,7 @@ def tuned_config(method: Method, config: Any) -> TunedConfig | None:
 def needs_of(method: Method, config: Any) -> frozenset[str]:
     """Return what the runtime must give a method so configured."""
     tuned = tuned_config(method, config)
-    return frozenset((FEATURES,)) if tuned is None else tuned.needs
+    return frozenset((FEATURES, TEXTS)) if tuned is None else tuned.needs
 
 
 def needs_of_all() -> dict[str, frozenset[str]]:

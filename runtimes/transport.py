@@ -1,0 +1,536 @@
+"""One request to one server and its answer, over gRPC or HTTP: the KServe-v2 protocol.
+
+Whatever goes wrong is one CallError, for both.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtimes.endpoint import Connection, Endpoint
+from ztune.errors import ConfigError, ServerError, ZtuneError
+from ztune.types import Json
+
+LARGEST_ANSWER = 1_000_000_000
+"""Bytes of an answer that are read at most."""
+_LARGEST_METADATA = 10_000_000
+DATATYPES: Mapping[str, str] = {
+    "float32": "FP32",
+    "float64": "FP64",
+    "int64": "INT64",
+    "uint8": "UINT8",
+}
+Array = np.ndarray[Any, Any]
+
+
+class CallError(Exception):
+    """A request without a usable answer."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+        """away: no answer; busy: the server says later; broken: it failed inside; missing: no such
+        model or set; denied: who we are; refused: the request itself."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.kind in ("away", "busy", "broken")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a shared memory region of the server's host."""
+
+    name: str
+    n_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model."""
+
+    model: str
+    inputs: Mapping[str, Array]
+    outputs: Sequence[str]
+    version: str = ""
+    inputs_at: Mapping[str, Region] = field(default_factory=dict)
+    """Inputs that stand in shared memory; they are not sent."""
+    outputs_at: Mapping[str, Region] = field(default_factory=dict)
+    """Outputs that the server writes into shared memory; they are not in the answer."""
+
+
+class Transport(Protocol):
+    """A connection to one server; `infer` may be called from several threads."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the server is."""
+
+    def ready(self, seconds: float) -> bool:
+        """Return whether the server is live and ready.
+
+        Raises: CallError when it does not answer.
+        """
+
+    def server(self, seconds: float) -> dict[str, Json]:
+        """Return the server's metadata: name, version, extensions."""
+
+    def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
+        """Return a model's metadata: name, versions, platform, inputs, outputs.
+
+        Raises: CallError of kind missing when there is none, or it is not ready.
+        """
+
+    def infer(self, request: Request, seconds: float) -> dict[str, Array]:
+        """Return the outputs that are not in shared memory, as the server sent them.
+
+        Raises: CallError.
+        """
+
+    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
+        """Have the server open a shared memory region of its host."""
+
+    def unshare(self, name: str, seconds: float) -> None:
+        """Have the server close a shared memory region."""
+
+    def close(self) -> None:
+        """Give the connection up."""
+
+
+def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
+    """Return a connection of the address's protocol; nothing is sent yet.
+
+    Raises: ConfigError for files or secrets that cannot be used, ZtuneError without tritonclient.
+    """
+    connection.check_files()
+    try:
+        if endpoint.protocol == "grpc":
+            return GrpcTransport(endpoint, connection)
+        return HttpTransport(endpoint, connection)
+    except ImportError as error:
+        raise ZtuneError(
+            f"a server is spoken to with tritonclient ({error}); install it with: "
+            "pip install 'ztune[triton]'"
+        ) from None
+
+
+class GrpcTransport:
+    """KServe-v2 over gRPC."""
+
+    def __init__(self, endpoint: Endpoint, connection: Connection):
+        import grpc
+        import tritonclient.grpc as client
+
+        self.endpoint = endpoint
+        self._client_module = client
+        self._codes = grpc.StatusCode
+        self._headers = connection.headers(endpoint)
+        self._compression = None if connection.compression == "none" else connection.compression
+        if endpoint.secure and connection.insecure:
+            raise ConfigError(
+                "gRPC checks certificates always: leave out --insecure (name the server's own "
+                "certificate with --tls-ca, or use https://)"
+            )
+        options = [
+            # These replace all defaults of the client, its message sizes among them.
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", LARGEST_ANSWER),
+            # A server that comes back is found within a second; by default, within two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # We send a request again ourselves, where it is counted.
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        try:
+            self._client = client.InferenceServerClient(
+                endpoint.address,
+                ssl=endpoint.secure,
+                root_certificates=connection.tls_ca,
+                private_key=connection.tls_key,
+                certificate_chain=connection.tls_cert,
+                channel_args=options,
+            )
+        except Exception as error:  # grpc raises its own kinds, for certificates and keys
+            raise ConfigError(
+                f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
+            ) from None
+
+    def ready(self, seconds: float) -> bool:
+        return bool(
+            self._call("is_server_live", seconds) and self._call("is_server_ready", seconds)
+        )
+
+    def server(self, seconds: float) -> dict[str, Json]:
+        return _object(self._call("get_server_metadata", seconds, as_json=True))
+
+    def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
+        metadata = _object(self._call("get_model_metadata", seconds, name, version, as_json=True))
+        if not self._call("is_model_ready", seconds, name, version):
+            raise CallError(f'model "{name}" is not ready', "missing")
+        return metadata
+
+    def infer(self, request: Request, seconds: float) -> dict[str, Array]:
+        module = self._client_module
+        inputs, outputs = _described(module, request)
+        result = self._call(
+            "infer",
+            seconds,
+            request.model,
+            inputs,
+            request.version,
+            outputs,
+            compression_algorithm=self._compression,
+        )
+        return _arrays(result, request)
+
+    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
+        self._call("register_system_shared_memory", seconds, name, key, n_bytes)
+
+    def unshare(self, name: str, seconds: float) -> None:
+        self._call("unregister_system_shared_memory", seconds, name)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _call(self, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return getattr(self._client, method)(
+                *arguments, headers=self._headers, client_timeout=seconds, **options
+            )
+        except InferenceServerException as error:
+            raise self._failure(error) from None
+        except (ValueError, TypeError, AttributeError) as error:  # an answer cut short
+            raise CallError(f"{self.endpoint}: unreadable answer ({error})", "away") from None
+
+    def _failure(self, error: Any) -> CallError:
+        code, text = str(error.status()), _line(error.message())
+        kinds = {
+            "DEADLINE_EXCEEDED": "away",
+            "UNAVAILABLE": "away",
+            "CANCELLED": "away",
+            "UNKNOWN": "broken",
+            "INTERNAL": "broken",
+            "ABORTED": "away",
+            "RESOURCE_EXHAUSTED": "busy",
+            "NOT_FOUND": "missing",
+            "UNAUTHENTICATED": "denied",
+            "PERMISSION_DENIED": "denied",
+        }
+        kind = kinds.get(code.rpartition(".")[2], "refused")
+        if "Received message larger than max" in text or "unable to find" in text.lower():
+            kind = "refused"
+        if kind == "refused" and "unknown model" in text:
+            kind = "missing"
+        if code.endswith("DEADLINE_EXCEEDED"):
+            text = "no answer within the deadline"
+        if code.endswith("UNIMPLEMENTED"):
+            text = "it does not offer this (UNIMPLEMENTED)"
+        return CallError(f"{self.endpoint}: {text}", kind)
+
+
+class HttpTransport:
+    """KServe-v2 over HTTP/1.1 with the binary tensor extension, or without as JSON.
+
+    Bodies are made and read by tritonclient; the connection is ours, one for each thread, since its
+    own holds to no deadline over a whole answer and reads answers of any size.
+    """
+
+    def __init__(self, endpoint: Endpoint, connection: Connection):
+        import tritonclient.http as client
+
+        self.endpoint = endpoint
+        self._client_module = client
+        self._headers = connection.headers(endpoint)
+        self._compression = connection.compression
+        self._context = connection.ssl_context() if endpoint.secure else None
+        self._own = threading.local()
+        self.binary = True
+        """Whether tensors go as bytes; False for servers without the extension."""
+
+    def ready(self, seconds: float) -> bool:
+        status, _, _ = self._exchange("GET", "/v2/health/live", seconds, failing=False)
+        if status == 200:
+            status, _, _ = self._exchange("GET", "/v2/health/ready", seconds, failing=False)
+        if status in (401, 403):
+            raise _http_failure(self.endpoint, status, b"")
+        return status == 200
+
+    def server(self, seconds: float) -> dict[str, Json]:
+        metadata = self._json("/v2", seconds)
+        extensions = metadata.get("extensions")
+        # A server that lists none may have it all the same; one that lists others has not.
+        if isinstance(extensions, list) and extensions:
+            self.binary = "binary_tensor_data" in extensions
+        return metadata
+
+    def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
+        path = f"/v2/models/{name}" + (f"/versions/{version}" if version else "")
+        metadata = self._json(path, seconds)
+        status, _, _ = self._exchange("GET", f"{path}/ready", seconds, failing=False)
+        if status != 200:
+            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "missing")
+        return metadata
+
+    def infer(self, request: Request, seconds: float) -> dict[str, Array]:
+        module = self._client_module
+        inputs, outputs = _described(module, request, binary=self.binary)
+        body, json_size = module.InferenceServerClient.generate_request_body(inputs, outputs)
+        headers = {"Content-Type": "application/octet-stream" if json_size else "application/json"}
+        if json_size:
+            headers["Inference-Header-Content-Length"] = str(json_size)
+        if self._compression != "none":
+            body = _compressed(body, self._compression)
+            headers["Content-Encoding"] = self._compression
+            headers["Accept-Encoding"] = self._compression
+        path = f"/v2/models/{request.model}"
+        if request.version:
+            path += f"/versions/{request.version}"
+        _, content, answered = self._exchange("POST", f"{path}/infer", seconds, body, headers)
+        length = answered.get("inference-header-content-length")
+        try:
+            content = _decompressed(content, answered.get("content-encoding", ""))
+            result = module.InferenceServerClient.parse_response_body(
+                content, header_length=None if length is None else int(length)
+            )
+            return _arrays(result, request)
+        except CallError:
+            raise
+        except Exception as error:  # tritonclient raises many kinds for a body cut short
+            raise CallError(
+                f"{self.endpoint}: unreadable answer ({_line(error)})", "away"
+            ) from None
+
+    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
+        body = json.dumps({"key": key, "offset": 0, "byte_size": n_bytes}).encode()
+        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/register", seconds, body)
+
+    def unshare(self, name: str, seconds: float) -> None:
+        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/unregister", seconds, b"")
+
+    def close(self) -> None:
+        self._drop()
+
+    def _json(self, path: str, seconds: float) -> dict[str, Json]:
+        _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
+        try:
+            return _object(json.loads(content))
+        except ValueError:
+            raise CallError(f"{self.endpoint}{path}: the answer is no JSON", "refused") from None
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        seconds: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        failing: bool = True,
+        largest: int = LARGEST_ANSWER,
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        """Return status, body and lower-case headers of the answer, read within the deadline.
+
+        Raises: CallError, also for a status other than 200 where `failing`.
+        """
+        until = time.monotonic() + seconds
+        try:
+            status, content, answered = self._exchanged(
+                method, path, until, body, {**self._headers, **(headers or {})}, largest
+            )
+        except CallError:
+            self._drop()
+            raise
+        except (TimeoutError, socket.timeout):  # noqa: UP041 - two types before Python 3.10
+            self._drop()
+            raise CallError(f"{self.endpoint}: no answer within the deadline", "away") from None
+        except ssl.SSLError as error:
+            self._drop()
+            reason = getattr(error, "verify_message", "") or error.reason or str(error)
+            raise CallError(f"{self.endpoint}: TLS failed: {reason}", "away") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self._drop()
+            text = _line(getattr(error, "strerror", None) or error) or type(error).__name__
+            raise CallError(f"{self.endpoint}: {text}", "away") from None
+        if failing and status != 200:
+            raise _http_failure(self.endpoint, status, content)
+        return status, content, answered
+
+    def _exchanged(
+        self,
+        method: str,
+        path: str,
+        until: float,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        largest: int,
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        connection = self._connected(until)
+        connection.request(method, path, body, dict(headers))
+        _limit(connection, until)
+        response = connection.getresponse()
+        answered = {key.lower(): value for key, value in response.getheaders()}
+        parts, n_bytes = [], 0
+        while not response.isclosed():
+            _limit(connection, until)
+            part = response.read1(1 << 20)
+            n_bytes += len(part)
+            if n_bytes > largest:
+                raise CallError(
+                    f"{self.endpoint}: an answer of more than {largest} bytes", "refused"
+                )
+            if not part:
+                break
+            parts.append(part)
+        if response.length:  # closed before all that was announced
+            raise http.client.IncompleteRead(b"", response.length)
+        response.close()  # the connection stays, for the next request
+        return response.status, b"".join(parts), answered
+
+    def _connected(self, until: float) -> http.client.HTTPConnection:
+        connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
+        seconds = max(0.001, until - time.monotonic())
+        if connection is None:
+            host, port = self.endpoint.host, self.endpoint.port
+            if self._context is not None:
+                connection = http.client.HTTPSConnection(
+                    host, port, timeout=seconds, context=self._context
+                )
+            else:
+                connection = http.client.HTTPConnection(host, port, timeout=seconds)
+            connection.connect()
+            self._own.connection = connection
+        _limit(connection, until)
+        return connection
+
+    def _drop(self) -> None:
+        connection = getattr(self._own, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._own.connection = None
+
+
+def _limit(connection: http.client.HTTPConnection, until: float) -> None:
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    if connection.sock is not None:
+        connection.sock.settimeout(seconds)
+
+
+def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
+    try:
+        text = str(json.loads(content)["error"])
+    except (ValueError, KeyError, TypeError):
+        text = http.client.responses.get(status, "")
+    text = f"{_line(text)} (HTTP {status})"
+    kind = "refused"
+    if status in (401, 403):
+        kind = "denied"
+    elif status == 404 or "unknown model" in text or "no pictures are kept" in text:
+        kind = "missing"
+    elif status == 429:
+        kind = "busy"
+    elif status in (408, 502, 503, 504):
+        kind = "away"
+    elif status >= 500:
+        kind = "broken"
+    return CallError(f"{endpoint}: {text}", kind)
+
+
+def _described(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:
+    """Return a request's inputs and outputs as tritonclient wants them."""
+    inputs = []
+    for name, array in request.inputs.items():
+        given = module.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
+        region = request.inputs_at.get(name)
+        if region is not None:
+            given.set_shared_memory(region.name, region.n_bytes, region.offset)
+        elif "binary" in options:
+            given.set_data_from_numpy(np.ascontiguousarray(array), binary_data=options["binary"])
+        else:
+            given.set_data_from_numpy(np.ascontiguousarray(array))
+        inputs.append(given)
+    outputs = []
+    for name in request.outputs:
+        if "binary" in options:
+            wanted = module.InferRequestedOutput(name, binary_data=options["binary"])
+        else:
+            wanted = module.InferRequestedOutput(name)
+        region = request.outputs_at.get(name)
+        if region is not None:
+            wanted.set_shared_memory(region.name, region.n_bytes, region.offset)
+        outputs.append(wanted)
+    return inputs, outputs
+
+
+def _arrays(result: Any, request: Request) -> dict[str, Array]:
+    arrays = {}
+    for name in request.outputs:
+        if name in request.outputs_at:
+            continue
+        array = result.as_numpy(name)
+        if array is None:
+            raise CallError(f'{request.model}: the answer lacks "{name}"', "refused")
+        arrays[name] = array
+    return arrays
+
+
+def _compressed(body: bytes, kind: str) -> bytes:
+    bits = 31 if kind == "gzip" else 15
+    packer = zlib.compressobj(wbits=bits)
+    return packer.compress(body) + packer.flush()
+
+
+def _decompressed(content: bytes, kind: str) -> bytes:
+    if kind in ("", "identity"):
+        return content
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, told by its first bytes
+    unpacked = unpacker.decompress(content, LARGEST_ANSWER)
+    if unpacker.unconsumed_tail:
+        raise CallError(f"an answer of more than {LARGEST_ANSWER} bytes", "refused")
+    return unpacked
+
+
+def _object(value: Any) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise CallError("metadata is no object", "refused")
+    return value
+
+
+def _line(text: object) -> str:
+    """Return an error's own words in one line: of gRPC's, what the last of its causes says."""
+    words = " ".join(str(text).split())
+    for mark in ("last error: ", "CERTIFICATE_VERIFY_FAILED: "):
+        if mark in words:
+            words = words.rpartition(mark)[2]
+    return words[:300]
+
+
+def server_error(error: CallError) -> ServerError:
+    """Return what a person reads of a CallError, and what to do about it."""
+    hints = {
+        "away": "is the address right, and the server up?",
+        "busy": "the server has too much to do",
+        "broken": "see the server's log",
+        "denied": "give a token with ZTUNE_TOKEN or --token-file, or basic auth with "
+        "ZTUNE_BASIC_AUTH or --basic-auth-file",
+    }
+    hint = hints.get(error.kind)
+    return ServerError(f"{error} ({hint})" if hint else str(error))
