@@ -11,6 +11,7 @@ help:
 	@echo "make test     all tests, in the full environment"
 	@echo "make check    style and types, as continuous integration runs them"
 	@echo "make export   MODEL=ViT-B-32 PRETRAINED=laion2b_s34b_b79k OUT=bundles/vit-b-32"
+	@echo "make export   BUNDLE=models/mini TRITON=repository    a Triton model repository of a bundle"
 	@echo "make mini     train the embedded model anew and export it to models/mini"
 	@echo "make servers  triton-env and mlserver-env: inference servers for the tests that talk to them"
 
@@ -51,10 +52,16 @@ format: $(VENV)/.full
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# TRITON=REPOSITORY, where it was given; without, it is the server's own environment, see below.
+REPOSITORY = $(if $(filter command,$(firstword $(origin TRITON))),$(TRITON))
+
 export: $(VENV)/.full
-	@test -n "$(MODEL)" -a -n "$(OUT)" || \
-		{ echo "usage: make export MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER"; exit 2; }
-	$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)'
+	@test -n "$(MODEL)" -a -n "$(OUT)" -a -z "$(BUNDLE)" || \
+		test -n "$(BUNDLE)" -a -n "$(REPOSITORY)" -a -z "$(MODEL)$(OUT)" || \
+		{ echo "usage: make export MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER [TRITON=REPOSITORY]"; \
+		  echo "       make export BUNDLE=FOLDER TRITON=REPOSITORY"; exit 2; }
+	$(if $(MODEL),$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)')
+	$(if $(REPOSITORY),$(BIN)/ztune export-triton '$(if $(BUNDLE),$(BUNDLE),$(OUT))' --out '$(REPOSITORY)')
 
 mini: $(VENV)/.full
 	rm -rf build/mini

@@ -114,6 +114,11 @@ class Bundle:
     visual: VisualSpec | None = None
     """None where the bundle has no `image_prompted.onnx`."""
 
+    @property
+    def is_client_half(self) -> bool:
+        """Whether none of the graphs is here that the manifest lists."""
+        return not any((self.path / name).is_file() for name in self.files if ".onnx" in name)
+
     def file(self, name: str) -> Path:
         """Return the path of one file after checking size, digest and where it keeps its tensors.
 
@@ -136,6 +141,11 @@ class Bundle:
         path = self.path / name
         where = f'bundle "{self.path}": {name}'
         if not path.is_file():
+            if ".onnx" in name and self.is_client_half:
+                raise FormatError(
+                    f"{where} is not here: this is the client half of a bundle, which tunes only "
+                    "against the server that has the graphs (name that server, or the whole bundle)"
+                )
             raise FormatError(f"{where} is missing (export again)")
         found = path.stat().st_size
         if found != size:

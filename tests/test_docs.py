@@ -74,6 +74,39 @@ def test_the_methods_page_has_paper_cost_presets_and_departures(name: str) -> No
     assert views in section if method.augment else "Preset `published`" not in section
 
 
+def test_the_yaml_of_the_serving_page_is_yaml() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    documents = [document for block in blocks for document in yaml.safe_load_all(block)]
+    kinds = [document.get("kind", "rules") for document in documents]
+    assert kinds == [
+        "Deployment", "Service", "rules", "HorizontalPodAutoscaler", "NetworkPolicy",
+    ]  # fmt: skip
+    deployment, service, adapter, scaler, policy = documents
+    # What refers to each other by name does.
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for selector in (
+        deployment["spec"]["selector"]["matchLabels"],
+        service["spec"]["selector"],
+        policy["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selector == labels
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    for probe, path in (("startup", "ready"), ("readiness", "ready"), ("liveness", "live")):
+        request = container[f"{probe}Probe"]["httpGet"]
+        assert request == {"path": f"/v2/health/{path}", "port": "http"}
+    volumes = {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    (metric,) = scaler["spec"]["metrics"]
+    (rule,) = adapter["rules"]
+    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert "\n" not in rule["metricsQuery"]
+
+
 def test_links_inside_the_project_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

@@ -1,4 +1,4 @@
-"""`ztune export`: the only verb that needs torch."""
+"""`ztune export`: the only verb that needs torch, unless it copies a bundle's client half."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from ztune.errors import ConfigError
 EXAMPLE = """\
   ztune export --model ViT-B-32 --pretrained laion2b_s34b_b79k --out bundles/vit-b-32
   ztune export --model ViT-B-32 --pretrained ./my.pt --preprocess-from openai --out bundles/mine
-  ztune export --model local-dir:./checkpoint --tokenizer ./tokenizer.json --out bundles/own"""
+  ztune export --model local-dir:./checkpoint --tokenizer ./tokenizer.json --out bundles/own
+  ztune export --client bundles/vit-b-32 --out vit-b-32-client"""
+# What says how a model becomes a bundle, and nothing about a bundle that there is.
+_OF_A_MODEL = {
+    "model": None,
+    "pretrained": None,
+    "tokenizer": None,
+    "pad_id": None,
+    "preprocess_from": None,
+    "random_weights": None,
+    "licence": "unknown",
+    "precision": "fp32",
+    "image_tokens": False,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip's name"
-    )
+    parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip's name")
     parser.add_argument("--pretrained", metavar="TAG|FILE", help="published tag, or a checkpoint")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizers JSON file")
     parser.add_argument("--pad-id", type=int, metavar="N", help="where the tokenizer names none")
@@ -39,10 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add the image graph that visual tokens need (open_clip's own ViTs, fp32)",
     )
+    parser.add_argument(
+        "--client",
+        type=Path,
+        metavar="BUNDLE",
+        help="instead of --model: the half of this bundle that a server's client needs",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
+    if arguments.client is not None:
+        _export_client_half(arguments, output)
+        return
+    if arguments.model is None:
+        raise ConfigError("nothing to export: give --model NAME, or --client BUNDLE")
     try:
         from export.bundle import export_bundle
         from export.clip import load_clip
@@ -94,3 +116,20 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             f"largest difference {figures['max_abs']:.1e}"
         )
     output.result(dict(bundle.manifest), lines)
+
+
+def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:
+    from export.client import export_client
+    from runtimes.bundle import CLIENT_FILES, load_bundle
+
+    given = [name for name, left in _OF_A_MODEL.items() if getattr(arguments, name) != left]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"--client copies a bundle that there is: leave out {options}")
+    half = export_client(load_bundle(arguments.client), arguments.out)
+    size = sum((half.path / name).stat().st_size for name in CLIENT_FILES)
+    lines = [
+        f"{half.path}: {size / 1e6:.1f} MB, client half of bundle {half.digest[:12]}…",
+        "It tunes against the server that has the graphs.",
+    ]
+    output.result(dict(half.manifest), lines)

@@ -15,6 +15,7 @@ from ztune.errors import ZtuneError
 
 VERBS = {
     "export": "turn an open_clip model into a bundle of ONNX graphs (needs torch)",
+    "export-triton": "make the model repository of a Triton server from a bundle",
     "tune": "tune a prompt, or fit a head, from a few labelled pictures",
     "eval": "measure a run, a bundle or a classifier on labelled pictures",
     "pack": "fold a bundle's image tower and a result into one classifier.onnx",
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in VERBS.items():
-        module = importlib.import_module(f"ztune.cli.{name}")
+        module = importlib.import_module(f"ztune.cli.{name.replace('-', '_')}")
         verb = verbs.add_parser(
             name,
             help=summary,
