@@ -136,7 +136,7 @@ class _HalfGraph:
         return run_graph(self._session, self._path, ["features"], given)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _HalfBench(Workbench):
     full: Bundle
     """Encodes the pictures."""
@@ -172,7 +172,7 @@ def signal(
     _, split = task_of(request)
     bench = Workbench(load_bundle(bundle), Execution(), Output(quiet=True))
     if bench.bundle.precision == "fp16":
-        bench = _HalfBench(bench.bundle, bench.execution, bench.output, full)
+        bench = _HalfBench(bench.bundle, bench.execution, bench.output, full=full)
     return Work(request, split, RunFolder(folder / "no-run"), bench).signal()[1]
 
 

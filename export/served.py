@@ -120,7 +120,15 @@ def _texts(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     table = g.constant(np.asarray(token_table(bundle)))
     feeds = (_prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds)(g, bundle, table)
     given = [value.name for value in model.graph.input]
-    return g, model, tower.place(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
+    features = tower.place(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
+    # What was known of shapes stays known: without it some fusions do not happen, and the sums of a
+    # server are others than those of a bundle on the same machine.
+    for value in model.graph.input[1:]:
+        value.name = feeds[value.name]
+    for value in [*model.graph.value_info, *model.graph.output]:
+        value.name = f"prompt.{value.name}"
+    model.graph.value_info.extend([*model.graph.input[1:], *model.graph.output])
+    return g, model, features
 
 
 def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
@@ -205,7 +213,7 @@ def _finished(
     """Return the model with these nodes instead of its own, and the digest among its outputs."""
     g.node("Identity", [g.constant(_digest(bundle), np.uint8)], "digest")
     graph = model.graph
-    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(g.nodes)
     graph.initializer.extend(g.constants)
     graph.input.extend(inputs)

@@ -70,11 +70,6 @@ class Location:
         return f"{self.endpoint}/{self.name}{'/' if self.version else ''}{self.version}"
 
 
-def is_url(word: str) -> bool:
-    """Return whether a word on the command line means a server, not a folder."""
-    return "://" in word
-
-
 def parse_location(url: str) -> Location:
     """Return what `scheme://host:port/NAME` or `.../NAME/VERSION` means.
 

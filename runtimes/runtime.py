@@ -57,6 +57,9 @@ class Runtime(Protocol):
     def hint(self) -> str:
         """What to do about it."""
 
+    def close(self) -> None:
+        """Give up what connects to it."""
+
     def images(self) -> ImageEncoder:
         """Return the image tower."""
 
@@ -90,6 +93,9 @@ class Local:
     @property
     def provider(self) -> str:
         return self._execution.provider
+
+    def close(self) -> None:
+        """Sessions go when they are no longer used."""
 
     def images(self) -> ImageEncoder:
         return OrtImageEncoder(self._bundle, self._execution)

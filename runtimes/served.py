@@ -63,6 +63,9 @@ class Served:
         self.service, self.bundle = service, bundle
         self._images = images
 
+    def close(self) -> None:
+        self.service.close()
+
     @property
     def access(self) -> frozenset[str]:
         """What the server gives, and this machine beside it."""

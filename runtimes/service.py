@@ -20,7 +20,7 @@ from runtimes.contract import PARTS, SCORE, Offer, offer_of
 from runtimes.endpoint import Connection, Endpoint, Location
 from runtimes.shared_memory import Expected, SharedMemory
 from runtimes.transport import Array, CallError, Request, Transport, open_transport, server_error
-from ztune.errors import ServerError
+from ztune.errors import AwayError, ServerError
 from ztune.types import F32, I64
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 5.0
@@ -58,10 +58,6 @@ class Question:
     """Candidates evaluated by it; 0 for what is no query."""
     kept: KeptPictures | None = None
     """What `kept` among the inputs names."""
-
-
-class AwayError(ServerError):
-    """No server has answered for as long as was agreed."""
 
 
 @dataclass

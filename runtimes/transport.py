@@ -275,9 +275,7 @@ class HttpTransport:
     def server(self, seconds: float) -> dict[str, Json]:
         metadata = self._json("/v2", seconds)
         extensions = metadata.get("extensions")
-        # A server that lists none may have it all the same; one that lists others has not.
-        if isinstance(extensions, list) and extensions:
-            self.binary = "binary_tensor_data" in extensions
+        self.binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
         return metadata
 
     def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
@@ -436,8 +434,9 @@ def _limit(connection: http.client.HTTPConnection, until: float) -> None:
 
 def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
     try:
-        text = str(json.loads(content)["error"])
-    except (ValueError, KeyError, TypeError):
+        told = json.loads(content)
+        text = str(told.get("error") or told["detail"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         text = http.client.responses.get(status, "")
     text = f"{_line(text)} (HTTP {status})"
     kind = "refused"

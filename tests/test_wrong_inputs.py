@@ -29,13 +29,14 @@ from ztune.access import (
     LOGITS,
     LOSS,
     PIXELS,
+    TEXTS,
     require_access,
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
 from ztune.cli.output import Output, fail
 from ztune.cli.request import request_from_arguments
-from ztune.cli.tuning import start_config
+from ztune.cli.feasible import start_config
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
@@ -459,8 +460,11 @@ HEADS = {"gda", "tip-adapter", "lp++", "proker", "linear-probe", "zero-shot"}
 
 
 def test_access_of_a_text_endpoint() -> None:
-    """Losses of text prompts, and image features that were read once."""
+    """Losses of text prompts, image features that were read once, and texts' features or not."""
     given = frozenset((LOSS, CONTEXTS, FEATURES))
+    for method in ("bptvlm", "blackvip", "bar", *LOGIT_METHODS, *HEADS):
+        assert able(given, method) == TEXT_METHODS
+    given |= {TEXTS}
     for method in ("bptvlm", "blackvip", "bar", *LOGIT_METHODS):
         assert able(given, method) == TEXT_METHODS | HEADS
     assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS

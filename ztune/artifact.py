@@ -50,13 +50,22 @@ class ContextArtifact:
     provenance: Provenance
     context: F32
     """f32[m, d]: the context itself, never a latent and a seed."""
-    text_features: F32
-    """f32[C, e], unit rows."""
+    text_features: F32 | None
+    """f32[C, e], unit rows; None where a server gave losses alone."""
     logit_scale: float
     logit_bias: float
     tuning_pictures: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
+        """Return what scores features.
+
+        Raises: FormatError where the text features are not known.
+        """
+        if self.text_features is None:
+            raise FormatError(
+                "the context was tuned where losses alone are given, so its text features are not "
+                "known (the bundle makes them: ztune pack BUNDLE, ztune eval BUNDLE)"
+            )
         return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
 
 
@@ -172,7 +181,8 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
             arrays |= {"keys": artifact.kernel.keys, "values": artifact.kernel.values}
             arrays["sharpness"] = np.array([artifact.kernel.sharpness], dtype=np.float32)
     else:
-        arrays["text_features"] = artifact.text_features
+        if artifact.text_features is not None:
+            arrays["text_features"] = artifact.text_features
         arrays["logit_scale"] = np.array([artifact.logit_scale], dtype=np.float32)
         arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
         if isinstance(artifact, MixtureArtifact):
@@ -309,7 +319,9 @@ def read_artifact(path: Path) -> Artifact:
                 f"{where}: at_once is {artifact.at_once}, expected 1 to {MOST_AT_ONCE}"
             )
     else:
-        text_features = unit_rows("text_features", C, None)
+        # A context tuned where losses alone are given has none; a bundle makes them of it.
+        known = kind == "visual" or "text_features" in arrays
+        text_features = unit_rows("text_features", C, None) if known else None
         logit_scale = positive("logit_scale")
         logit_bias = float(tensor("logit_bias", 1)[0])
         context = None
@@ -320,6 +332,7 @@ def read_artifact(path: Path) -> Artifact:
                 classes, provenance, context, text_features, logit_scale, logit_bias, pictures
             )
         else:
+            assert text_features is not None
             program = top.text("program", among=PROGRAMS)
             templates = () if context is not None else top.texts("templates")
             if context is None and not (templates and all(t.count("{}") == 1 for t in templates)):

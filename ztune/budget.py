@@ -23,6 +23,12 @@ class Budget:
     """Pictures encoded for this run; views count each, those found in the cache do not."""
     probe_queries: int = 0
     """Candidates that the signal gate evaluated before the run; the method's budget stays its."""
+    sent: int = 0
+    """Queries sent to a server, each time that they went: those charged, and those sent again."""
+    possibly_billed_twice: int = 0
+    """Queries sent again because no answer had come: the server may have done its work by then."""
+    report_queries: int = 0
+    """Candidates that a server evaluated for reports, outside every step."""
     _reserved: int = 0
 
     def fits(self, n_queries: int) -> bool:
@@ -43,6 +49,20 @@ class Budget:
         """Count what the signal gate evaluated on the graph that tunes."""
         self.probe_queries += n_queries
         self.text_forwards += n_queries * n_classes
+
+    @property
+    def in_step(self) -> bool:
+        """Whether queries are set aside whose answers are awaited."""
+        return self._reserved > 0
+
+    def send(self, n_queries: int, *, again: bool) -> None:
+        """Count what goes to a server for the step that was reserved."""
+        self.sent += n_queries
+        self.possibly_billed_twice += n_queries if again else 0
+
+    def report(self, n_queries: int) -> None:
+        """Count what goes to a server and is no part of a step."""
+        self.report_queries += n_queries
 
     def commit(self, n_texts: int, n_images: int = 0) -> None:
         """Charge what was reserved, once its answers are part of the state to be saved.

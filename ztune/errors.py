@@ -36,3 +36,7 @@ class ConfigError(ZtuneError):
 
 class ServerError(ZtuneError):
     """A server that cannot be reached, refuses, or answers what it must not."""
+
+
+class AwayError(ServerError):
+    """No server has answered for as long as was agreed."""

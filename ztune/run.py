@@ -31,15 +31,17 @@ class SavePace:
     """When to save next: at least a second after the last time, and ten times as long as it took.
 
     Steps done again after a kill give the same numbers and cost nothing on a local model, while
-    flushing every one of them to the disk costs more than a small model does.
+    flushing every one of them to the disk costs more than a small model does. A server bills them:
+    there every step is saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, every_step: bool = False) -> None:
+        self._every_step = every_step
         self._next = time.monotonic() + 1.0
         self._began = 0.0
 
     def due(self) -> bool:
-        return time.monotonic() >= self._next
+        return self._every_step or time.monotonic() >= self._next
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
@@ -59,6 +61,7 @@ class RunFolder:
         self.state = path / "state.safetensors"
         self.history = path / "history.jsonl"
         self.prompt = path / "prompt.safetensors"
+        self.journal = path / "sent.jsonl"
         self.snapshots = path / "snapshots"
 
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:

@@ -14,6 +14,27 @@ _Z = 1.959964  # the normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
+class Share:
+    """How many of n pictures are right."""
+
+    n_right: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        """In 0…1."""
+        return self.n_right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson score interval of the accuracy."""
+        n, p = self.n, self.accuracy
+        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
 class Score:
     """How well a classifier does on n labelled pictures."""
 
@@ -34,10 +55,7 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson score interval of the accuracy."""
-        n, p = self.n, self.accuracy
-        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return Share(int((self.predictions == self.labels).sum()), self.n).interval
 
     def per_class(self) -> dict[str, Json]:
         """Return accuracy and n of every class that has pictures."""

@@ -185,12 +185,18 @@ def pass_gate(
     return document
 
 
-def unmeasured(precision: str, *, force: bool, output: Output) -> dict[str, Json]:
-    """Return what run.json keeps of a method that encodes pictures anew: it is not measured.
+ENCODED_ANEW = "the signal of pictures that are encoded anew cannot be measured"
+SERVED = (
+    "the signal of a server's model is measured against an fp32 bundle (--reference), and none is "
+    "named"
+)
+
+
+def unmeasured(reason: str, precision: str, *, force: bool, output: Output) -> dict[str, Json]:
+    """Return what run.json keeps of a signal that is not measured, and why.
 
     Raises: RefusedError below fp32, where rounding errors might steer, and nobody forces it.
     """
-    reason = "the signal of pictures that are encoded anew cannot be measured"
     document: dict[str, Json] = {"verdict": "not measured", "reason": reason, "forced": False}
     if precision == "fp32":
         return document

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.ort import OrtPromptEncoder
-from runtimes.scores import OrtScores
+from runtimes.runtime import TextEncoder
 from runtimes.visual import (
     BorderPrompts,
     DecoderPrompts,
@@ -17,7 +16,7 @@ from runtimes.visual import (
     TokenPrompts,
     VisualPrompts,
 )
-from ztune.access import LOGITS
+from ztune.access import LOGITS, TEXTS
 from ztune.answers import TopClasses
 from ztune.artifact import (
     Artifact,
@@ -35,10 +34,12 @@ from ztune.files import sha256
 from ztune.mixing import mixed_texts
 from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss
 from ztune.remembered import RememberingEncoder
+from ztune.statistics import Share
 from ztune.tune import HeldOut
 from ztune.types import (
     F32,
     F64,
+    I64,
     Batch,
     Mixing,
     Mixture,
@@ -58,7 +59,7 @@ class Parts:
     config: TunedConfig
     prompt_map: PromptMap
     optimizer: Optimizer
-    texts: OrtPromptEncoder | F32
+    texts: TextEncoder | F32
     """Encodes contexts; or the hand-written sentences' f32[C, e]."""
     remembered: RememberingEncoder | None
     """The encoder of a method whose result mixes the prompts that it has tried."""
@@ -68,7 +69,7 @@ class Parts:
     held_out: HeldOut | None
 
     @property
-    def encoder(self) -> OrtPromptEncoder | None:
+    def encoder(self) -> TextEncoder | None:
         return None if isinstance(self.texts, np.ndarray) else self.texts
 
     def prompts(self, point: F64) -> Prompts:
@@ -94,7 +95,7 @@ class Assembly:
         """Return the parts; `text_features` f32[C, e] are the hand-written sentences'."""
         config, pictures = self.config, self.pictures
         first = prompt_map(optimizer.ask().points[:1])
-        texts: OrtPromptEncoder | F32
+        texts: TextEncoder | F32
         if first.contexts is not None:
             n_context = first.contexts.shape[1]
             texts = self.bench.prompt_graph.encoder(
@@ -130,7 +131,7 @@ class Assembly:
             features = self._prompted(images, held_out)
         elif held_out and pictures.val_features is not None:
             features = pictures.val_features[None]
-        return FewShotObjective(self._scorer(texts, features), labels)
+        return FewShotObjective(self._scorer(texts, features, labels), labels)
 
     def _prompted(self, images: VisualPrompts, held_out: bool) -> PromptedImages:
         changeable = self.pictures.val_changeable if held_out else self.pictures.changeable
@@ -141,21 +142,17 @@ class Assembly:
             return DeployedPictures(images, pixels, extracted, self._tuned_on)
         return PromptedPictures(images, pixels, extracted)
 
-    def _scorer(self, texts: PromptEncoder | F32, features: F32 | PromptedImages) -> Scorer:
-        """Return what computes losses: the host, or the device where texts alone change there.
-
-        Logits that a method reads are the host's: a device keeps its own.
-        """
-        bundle, execution = self.bench.bundle, self.bench.execution
-        scale, bias = bundle.logit_scale, bundle.logit_bias
-        if (
-            execution.provider != "cpu"
-            and isinstance(features, np.ndarray)
-            and isinstance(texts, OrtPromptEncoder)
-            and LOGITS not in self.config.needs
-        ):
-            return OrtScores(texts, features, scale, bias, execution)
-        scorer = NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
+    def _scorer(
+        self, texts: PromptEncoder | F32, features: F32 | PromptedImages, labels: I64
+    ) -> Scorer:
+        """Return what computes losses: the host, or where the texts are if they alone change."""
+        bundle, scorer = self.bench.bundle, None
+        if isinstance(features, np.ndarray) and not isinstance(texts, np.ndarray):
+            logits = LOGITS in self.config.needs
+            scorer = self.bench.runtime.scorer(texts, features, labels, logits=logits)
+        if scorer is None:
+            scale, bias = bundle.logit_scale, bundle.logit_bias
+            scorer = NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
         k = self.config.top_classes
         return scorer if k is None else TopClasses(scorer, k)
 
@@ -198,15 +195,18 @@ class Assembly:
         bundle, classes, seen = self.bench.bundle, self.split.classes, fingerprints(self.split)
         prompts = parts.prompts(point)
         context = None if prompts.contexts is None else prompts.contexts[0]
+        texts: F32 | None = None
         if isinstance(parts.texts, np.ndarray):
             texts = parts.texts
-        else:
+        elif TEXTS not in self.bench.runtime.withheld:
             texts = parts.texts.encode(np.asarray(prompts.contexts))[0]
         scale, bias = bundle.logit_scale, bundle.logit_bias
         if prompts.visual is None:
             if context is None:
                 raise ZtuneError("the method tunes neither texts nor pictures")
             return ContextArtifact(classes, provenance, context, texts, scale, bias, seen)
+        if texts is None:
+            raise ZtuneError("a visual prompt stands beside text features, and there are none")
         statistics = None
         if isinstance(parts.images, DecoderPrompts):
             statistics = parts.images.statistics(prompts.visual[0], self._tuned_on)
@@ -237,6 +237,16 @@ class Assembly:
             images = images.fixed(artifact.statistics)
         visual = artifact.visual[None]
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
+
+    def val_share(self, parts: Parts) -> Share | None:
+        """Return how many validation pictures are right by the runtime's own count."""
+        if parts.held_out is None:
+            return None
+        held_out = parts.held_out
+        prompts = parts.prompts(parts.optimizer.recommend())
+        accuracy = held_out.oracle(prompts, held_out.batch).accuracies[0]
+        n = held_out.n_pictures
+        return Share(round(float(accuracy) * n), n)
 
     def train_loss(self, parts: Parts, result: Artifact) -> float:
         """Return the loss over all training pictures and views: a final report, free of charge."""

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from runtimes.ort import OrtImageEncoder
 from ztune.cli.request import Request
 from ztune.cli.workbench import Workbench
 from ztune.data.features import Features, read_view
@@ -158,7 +157,7 @@ class Album:
 
     def _pixels(self, items: Sequence[tuple[Path, str]], n_views: int) -> U8:
         """Return u8[V, N, S, S, 3] in a file that goes when the process does."""
-        encoder = OrtImageEncoder(self.bench.bundle, self.bench.execution)
+        encoder = self.bench.runtime.images()
         side = self.bench.bundle.image.size
         shape = (max(1, n_views), len(items), side, side, 3)
         with tempfile.TemporaryFile(dir=self.folder.path) as file:  # the mapping lives on

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ztune.cli.server import server_settings
 from ztune.config import configured, settings_from_words
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
@@ -57,6 +58,8 @@ class Request:
     """Bundle to measure the signal against; None: the bundle's own graph in higher precision."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """The method's settings that differ from its preset."""
+    server: Mapping[str, Json] = field(default_factory=dict)
+    """How a server is reached where `bundle` is its URL; see `ztune.cli.server`."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -153,7 +156,7 @@ def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) 
     }
     if "template" in values:
         values["templates"] = tuple(values.pop("template"))
-    request = Request(**values, settings=settings)
+    request = Request(**values, settings=settings, server=server_settings(arguments))
     method = find_method(request.method)
     if "augment" not in values and request.preset == "published":
         views = method.augment if isinstance(method, TunedMethod) else 0
@@ -166,9 +169,11 @@ def request_from_json(values: Mapping[str, Json], where: str) -> Request:
 
     Raises: ConfigError for fields that this version does not know.
     """
-    plain = {key: value for key, value in values.items() if key != "settings"}
-    settings = values.get("settings")
-    request = configured(Request, plain, where)
-    if not isinstance(settings, dict):
-        raise ConfigError(f'{where}: "settings" is {settings!r}, expected an object')
-    return Request(**{**request.__dict__, "settings": settings})
+    settings, server = values.get("settings"), values.get("server", {})
+    for name, value in (("settings", settings), ("server", server)):
+        if not isinstance(value, dict):
+            raise ConfigError(f'{where}: "{name}" is {value!r}, expected an object')
+    assert isinstance(settings, dict)
+    assert isinstance(server, dict)
+    plain = {key: value for key, value in values.items() if key not in ("settings", "server")}
+    return replace(configured(Request, plain, where), settings=settings, server=server)

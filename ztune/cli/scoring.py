@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.ort import OrtImageEncoder
 from ztune.artifact import Artifact, VisualArtifact
 from ztune.cli.parts import open_program
 from ztune.cli.workbench import Workbench
@@ -67,7 +66,7 @@ class Gallery:
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield u8[n, S, S, 3] and the place of its first picture."""
-        encoder = OrtImageEncoder(self.bench.bundle, self.bench.execution)
+        encoder = self.bench.runtime.images()
         kept = [item for item, keep in zip(self.items, self.plain.kept, strict=True) if keep]
         for first in range(0, len(kept), _AT_ONCE):
             paths = [path for path, _ in kept[first : first + _AT_ONCE]]

@@ -18,24 +18,33 @@ from ztune.cli.request import (
     request_from_json,
     snapshots_of_word,
 )
-from ztune.errors import ConfigError, FormatError
+from ztune.cli.server import (
+    add_server_arguments,
+    is_url,
+    open_served_workbench,
+    place,
+    require_no_server_options,
+)
+from ztune.errors import AwayError, ConfigError, FormatError, ServerError
 from ztune.fields import Fields
 from ztune.methods import METHODS, PRESETS
 from ztune.optim.mixture import PROMPTS
 from ztune.types import Json
 
 if TYPE_CHECKING:
+    from ztune.cli.workbench import Workbench
     from ztune.run import RunFolder
 
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
   ztune tune bundles/vit-b-32 --data photos --method gda --out runs/photos-gda
   ztune tune bundles/vit-b-32 --data photos --method zip --set step_size=0.02 --out runs/photos
+  ztune tune triton://host:8001/vit-b-32 --data photos --out runs/photos
   ztune tune --resume runs/photos"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder, or .csv/.jsonl list")
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
@@ -101,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="of the tuning's forward passes (default: 250, on a GPU 4000)",
     )
+    add_server_arguments(parser)
 
 
 # What the last bits of a result depend on.
@@ -122,6 +132,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 raise ConfigError(
                     f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
                 )
+        require_no_server_options(arguments)
         document = _resume(arguments.resume, arguments.bundle, output)
         path = arguments.resume
     else:
@@ -129,6 +140,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             if getattr(arguments, name) is None:
                 shown = "BUNDLE" if name == "bundle" else f"--{name}"
                 raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
+        if not is_url(arguments.bundle):
+            require_no_server_options(arguments)
         document = _start(request_from_arguments(arguments, _ASKED), arguments.out, output)
         path = arguments.out
     _judge(document, output)
@@ -136,39 +149,44 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
-    from ztune.cli.tuning import Work, opening, start_config, task_of
+    from ztune.cli.feasible import start_config
+    from ztune.cli.tuning import Work, opening, task_of
     from ztune.cli.workbench import open_workbench
     from ztune.run import RunFolder
 
     start_config(request)
     request.split_settings()  # wrong numbers are told before anything is opened
-    execution = settled(request.provider, request.threads, output, request.memory_limit)
-    bench = open_workbench(Path(request.bundle), execution, output)
-    dataset, split = task_of(request)
-    if request.preset == "published" and request.augment:
+    if is_url(request.bundle):
+        bench = _served(request, request.bundle, output)
+    else:
+        execution = settled(request.provider, request.threads, output, request.memory_limit)
+        bench = open_workbench(Path(request.bundle), execution, output)
+    with bench:
+        dataset, split = task_of(request)
+        if request.preset == "published" and request.augment:
+            output.remark(
+                "preset published: random crops anew each step are approximated by "
+                f"{request.augment} cached views per picture"
+            )
+        if dataset.ignored:
+            output.remark(f"files that are no pictures of a class, left alone: {dataset.ignored}")
+        for note in split.notes:
+            output.remark(note)
+        counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
         output.remark(
-            f"preset published: random crops anew each step are approximated by {request.augment} "
-            "cached views per picture"
+            f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
+            f"validation, {counts[2]} kept for testing"
         )
-    if dataset.ignored:
-        output.remark(f"files that are no pictures of a class, left alone: {dataset.ignored}")
-    for note in split.notes:
-        output.remark(note)
-    counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
-    output.remark(
-        f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
-        f"validation, {counts[2]} kept for testing"
-    )
-    folder = RunFolder(out)
-    work = Work(request, split, folder, bench)
-    work.check()
-    head = opening(request, bench, split)
-    folder.create(head, split.to_json())
-    with folder.locked(), _told_how_to_resume(out):
-        return work.carry_out(head)
+        folder = RunFolder(out)
+        work = Work(request, split, folder, bench)
+        work.check()
+        head = opening(request, bench, split)
+        folder.create(head, split.to_json())
+        with folder.locked(), _told_how_to_resume(out):
+            return work.carry_out(head)
 
 
-def _resume(path: Path, moved_bundle: Path | None, output: Output) -> dict[str, Json]:
+def _resume(path: Path, moved_bundle: Path | str | None, output: Output) -> dict[str, Json]:
     from ztune.run import RunFolder
 
     folder = RunFolder(path)
@@ -187,14 +205,28 @@ def _resume(path: Path, moved_bundle: Path | None, output: Output) -> dict[str, 
         return _go_on(folder, head, moved_bundle, output)
 
 
+def _served(request: Request, url: str, output: Output) -> Workbench:
+    """Return the server's bundle at work.
+
+    Raises: ConfigError for an option that is the server's own affair.
+    """
+    local = request.server.get("images") == "local"
+    for name in ("provider", "threads", "memory_limit"):
+        asked = getattr(request, name) != getattr(Request("", ""), name)
+        if asked and (name == "memory_limit" or not local):
+            raise ConfigError(
+                f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
+            )
+    return open_served_workbench(
+        url, request.server, output, provider=request.provider, threads=request.threads
+    )
+
+
 def _go_on(
-    folder: RunFolder, head: dict[str, Json], moved_bundle: Path | None, output: Output
+    folder: RunFolder, head: dict[str, Json], moved_bundle: Path | str | None, output: Output
 ) -> dict[str, Json]:
     """Finish a run as it was begun: its bundle, pictures, provider and settings."""
-    from runtimes.bundle import load_bundle
-    from runtimes.providers import Execution, resolve
     from ztune.cli.tuning import Work
-    from ztune.cli.workbench import Workbench
     from ztune.data.split import Split
     from ztune.files import read_json
     from ztune.system import machine, versions
@@ -204,18 +236,7 @@ def _go_on(
     request = request_from_json(fields.object("request").values, where)
     # The settings as they were then, should a default have changed since.
     request = replace(request, settings=fields.object("config").values)
-    bundle_path = moved_bundle or Path(request.bundle)
-    if not bundle_path.is_dir():
-        raise FormatError(
-            f'the run\'s bundle "{bundle_path}" is gone; put it back, or name where it is now: '
-            f"ztune tune BUNDLE --resume {shlex.quote(str(folder.path))}"
-        )
-    bundle = load_bundle(bundle_path)
-    if bundle.digest != fields.text("bundle_digest"):
-        raise FormatError(
-            f'bundle "{bundle.path}" is not the one that the run began with (put it back, or start '
-            "a new run)"
-        )
+    bench = _reopened(folder, fields, request, moved_bundle or request.bundle, output)
     then = {**fields.object("versions").values, **fields.object("machine").values}
     now = {**versions(), **machine()}
     changed = [
@@ -223,15 +244,49 @@ def _go_on(
     ]
     if changed:
         output.warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
-    provider, _ = resolve(fields.text("provider"))
-    split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
-    split.check_unchanged()
-    execution = Execution(provider, request.threads, request.memory_limit, remark=output.remark)
-    bench = Workbench(bundle, execution, output)
-    work = Work(request, split, folder, bench)
-    work.check()
-    with _told_how_to_resume(folder.path):
-        return work.carry_out(head)
+    with bench:
+        split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
+        split.check_unchanged()
+        work = Work(request, split, folder, bench)
+        work.check()
+        with _told_how_to_resume(folder.path):
+            return work.carry_out(head)
+
+
+def _reopened(
+    folder: RunFolder, fields: Fields, request: Request, bundle: Path | str, output: Output
+) -> Workbench:
+    """Return the bundle or server that a run began with, at work as it was.
+
+    Raises: FormatError when it is gone or another, ConfigError when it is of the other kind.
+    """
+    from runtimes.bundle import load_bundle
+    from runtimes.providers import Execution, resolve
+    from ztune.cli.workbench import Workbench
+
+    resumes = f"--resume {shlex.quote(str(folder.path))}"
+    if is_url(bundle) != is_url(request.bundle):
+        kind = "a server (URL)" if is_url(request.bundle) else "a bundle (folder)"
+        raise ConfigError(f'the run was tuned on {kind}, "{bundle}" is none')
+    if is_url(bundle):
+        bench = _served(request, str(bundle), output)
+        where = f"server {bundle} serves a bundle that"
+    else:
+        if not Path(bundle).is_dir():
+            raise FormatError(
+                f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
+                f"ztune tune BUNDLE {resumes}"
+            )
+        provider, _ = resolve(fields.text("provider"))
+        execution = Execution(provider, request.threads, request.memory_limit, remark=output.remark)
+        bench = Workbench(load_bundle(Path(bundle)), execution, output)
+        where = f'bundle "{bundle}"'
+    if bench.bundle.digest != fields.text("bundle_digest"):
+        bench.close()
+        raise FormatError(
+            f"{where} is not the one that the run began with (put it back, or start a new run)"
+        )
+    return bench
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
@@ -244,6 +299,11 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, AwayError):
+            raise ServerError(
+                f"{error}; what was answered is saved, go on with: "
+                f"ztune tune --resume {shlex.quote(str(self._path))}"
+            ) from None
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
                 f"go on with: ztune tune --resume {shlex.quote(str(self._path))}"
@@ -260,7 +320,7 @@ def _judge(document: dict[str, Json], output: Output) -> None:
     accuracy = {
         name: Fields(validation, "run").object(name).number("accuracy") for name in validation
     }
-    if accuracy["tuned"] <= accuracy["zero-shot"]:
+    if accuracy["tuned"] <= accuracy.get("zero-shot", 0.0):
         output.warn(
             f"on the validation pictures the result ({accuracy['tuned']:.1%}) does not beat the "
             f"hand-written prompt ({accuracy['zero-shot']:.1%})"
@@ -290,6 +350,13 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         lines.append(table(title, ("", "accuracy", "95 % interval"), rows))
     else:
         lines.append("no validation pictures, so nothing to compare with here (see: ztune eval)")
+    if "server" in document:
+        server = fields.object("server")
+        lines.append(
+            f"server {server.text('url')}: {server.integer('sent')} queries sent, of these "
+            f"{server.integer('possibly_billed_twice')} possibly billed twice; "
+            f"{server.integer('report_queries')} more for the report"
+        )
     lines.append(
         f"{fields.integer('queries')} queries, {fields.integer('text_forwards')} text forwards, "
         f"{fields.integer('image_forwards')} image forwards, {fields.number('seconds'):.1f} s, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.extractor import OrtExtractor
-from runtimes.ort import plan_for
-from runtimes.prompts import name_tokens, shared_starts, template_sentences
-from ztune.access import EVERYTHING, IMAGE_TOKENS, require_access
-from ztune.artifact import Artifact, HeadArtifact, Provenance, write_artifact
+from runtimes.served import Served
+from ztune.access import TEXTS
+from ztune.artifact import (
+    Artifact,
+    ContextArtifact,
+    HeadArtifact,
+    Provenance,
+    classifier_of_texts,
+    write_artifact,
+)
 from ztune.budget import Budget
+from ztune.cli.feasible import Feasibility, composed, start_config
 from ztune.cli.gate import (
+    ENCODED_ANEW,
+    SERVED,
     Gate,
     RefusedError,
     no_differences,
@@ -28,61 +37,31 @@ from ztune.cli.gate import (
 from ztune.cli.parts import Assembly, Parts
 from ztune.cli.pictures import Album, Pictures, fingerprints
 from ztune.cli.request import Request
+from ztune.cli.server import Wire
 from ztune.cli.workbench import Workbench
-from ztune.compositions.base import Composition, TunedConfig
+from ztune.compositions.base import TunedConfig
 from ztune.config import as_json
 from ztune.data.folders import Dataset, read_dataset
 from ztune.data.split import Split, digest_pictures, make_split
 from ztune.errors import ConfigError, NotFiniteError, ZtuneError
 from ztune.fields import Fields
 from ztune.heads.gda import GdaConfig, fit_gda
-from ztune.heads.shots import Fitted, Shots
+from ztune.heads.shots import Fitted
+from ztune.journal import Journal
 from ztune.logits import FeatureClassifier
 from ztune.methods import (
     HeadMethod,
     find_method,
-    method_config,
-    needs_of,
-    needs_of_all,
     tuned_config,
 )
 from ztune.objective import BatchSampler, cross_entropy
-from ztune.optim.validation import EarlyStop, Validated
 from ztune.report import draw_curve
 from ztune.run import RunFolder, SavePace
 from ztune.signal import Signal
-from ztune.statistics import Score, score
+from ztune.statistics import Score, Share, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.tune import Tuning, tune
-from ztune.types import F32, Evaluation, Json, Optimizer
-
-# Seconds of a method's own arithmetic that are announced.
-_WORTH_A_WORD = 120.0
-
-
-def start_config(request: Request) -> Any:
-    """Return the method's configuration, checked against the budget.
-
-    Raises: ConfigError, among others when the budget is less than one step.
-    """
-    method = find_method(request.method)
-    config = method_config(method, request.settings, request.preset)
-    tuned = tuned_config(method, config)
-    if tuned is None:
-        for name in ("keep", "patience", "snapshots", "extractor"):
-            if getattr(request, name) != getattr(Request("", ""), name):
-                raise ConfigError(f"{request.method} has no steps: leave out --{name}")
-        return config
-    least = tuned.step_queries()
-    if request.queries < least:
-        what = "one step" if least <= tuned.round_size else "its first step"
-        raise ConfigError(
-            f"--queries {request.queries} is less than {what} of {request.method}, which costs "
-            f"{least}"
-        )
-    if request.extractor is not None and tuned.program != "decoder":
-        raise ConfigError(f"{request.method} has no decoder: leave out --extractor")
-    return config
+from ztune.types import F32, Evaluation, Json
 
 
 @dataclass(frozen=True)
@@ -100,6 +79,17 @@ class Outcome:
     """When the steps had ended and the report began, by time.monotonic()."""
     cuda_graph: str | None = None
     """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
+    share: Share | None = None
+    """Of validation pictures right by the server's count, where it gives losses alone."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a result is compared with; nothing where texts' features are not given."""
+
+    compared: Mapping[str, FeatureClassifier]
+    gda_alpha: Json
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,7 @@ class Work:
         `head` holds what run.json says from the first moment on.
         """
         started = time.monotonic()
-        request, bundle, classes = self.request, self.bench.bundle, self.split.classes
+        request = self.request
         # One tower at a time: each session is closed before the next is opened.
         changeable = self.tuned is not None and self.tuned.program is not None
         album = Album(request, self.split, self.folder, self.bench)
@@ -145,26 +135,22 @@ class Work:
         budget = Budget(
             request.queries, image_forwards=Fields(head, "run.json").integer("image_forwards")
         )
-        texts = self.bench.sentences(request.templates, classes)
-        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        gda_began = time.monotonic()
-        gda = fit_gda(GdaConfig(), shots, request.seed)  # for the report
-        gda_seconds = time.monotonic() - gda_began
-        return_free_memory()  # what the image tower and the fit have left
-        if self.tuned is not None:
-            with one_blas_thread():
-                parts = self._assembled(self.tuned, pictures, texts)
-                head = self._planned(head, parts)
-                head = self._through_the_gate(head, parts, pictures, budget)
-                outcome = self._tuned(parts, pictures, budget, started)
-        else:
-            outcome = self._fitted(shots, pictures.val_features)
+        with self._journalled(budget) as wire:
+            texts = None
+            if TEXTS not in self.bench.runtime.withheld:
+                texts = self.bench.sentences(request.templates, self.split.classes)
+            beside = self._beside(texts, pictures)
+            return_free_memory()  # what the image tower and the fit have left
+            if self.tuned is not None:
+                with one_blas_thread():
+                    parts = self._assembled(self.tuned, pictures, texts)
+                    head = self._planned(head, parts)
+                    head = self._through_the_gate(head, parts, pictures, budget)
+                    outcome = self._tuned(parts, pictures, budget, started)
+            else:
+                outcome = self._fitted(pictures, texts)
         artifact = outcome.artifact
-        compared = {
-            "zero-shot": self.bench.zero_shot(request.templates, classes),
-            "gda": gda.classifier,
-        }
-        scores = self._validated(outcome, compared, pictures)
+        scores = self._validated(outcome, beside, pictures)
         write_artifact(self.folder.prompt, artifact)
         document: dict[str, Json] = {
             **head,
@@ -175,7 +161,7 @@ class Work:
             "text_forwards": budget.text_forwards,
             "image_forwards": budget.image_forwards,
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
-            "report_seconds": round(gda_seconds + time.monotonic() - outcome.ended, 3),
+            "report_seconds": round(beside.seconds + time.monotonic() - outcome.ended, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "result_bytes": self.folder.prompt.stat().st_size,
             "stop_reason": artifact.provenance.stop_reason,
@@ -187,96 +173,19 @@ class Work:
                 name: {"accuracy": s.accuracy, "interval": list(s.interval), "n": s.n}
                 for name, s in scores.items()
             },
-            "gda_alpha": gda.chosen["alpha"],
+            "gda_alpha": beside.gda_alpha,
         }
+        if wire is not None:
+            document["server"] = wire.to_json(budget)
         self.folder.write(document)
         if self.tuned is not None:
             _draw(request, self.folder, scores)
         return document
 
     def check(self) -> None:
-        """See that classes and settings fit the towers, before anything is written.
-
-        Raises: DataError naming the class that does not, or two that the model cannot tell apart;
-            ConfigError for a setting, or a method that needs what the bundle does not give.
-        """
-        bundle, tokenizer, classes = self.bench.bundle, self.bench.tokenizer, self.split.classes
-        execution, request, config = self.bench.execution, self.request, self.tuned
-        self._check_access()
-        for template in request.templates:
-            sentences = template_sentences(bundle, tokenizer, template, classes)
-            for _, start, rests in shared_starts(sentences):
-                plan_for(bundle, rests, len(start), 1, execution)
-        if config is not None:
-            n_extracted = bundle.embed_dim
-            if request.extractor is not None:
-                n_extracted = OrtExtractor(Path(request.extractor), bundle, execution).width()
-            prompt_map, optimizer = self._composed(config, n_extracted)
-            contexts = prompt_map(optimizer.ask().points[:1]).contexts
-            if contexts is not None:
-                n_context = contexts.shape[1]
-                names = name_tokens(bundle.text, tokenizer, classes, n_context)
-                plan_for(bundle, names, n_context, config.round_size, execution)
-            if config.program is not None and request.reference:
-                raise ConfigError(
-                    f"{request.method} encodes pictures anew, so there is no signal to measure: "
-                    "leave out --reference"
-                )
-            if config.program is None and config.finest and not self._gate_is_passed():
-                open_reference(request.reference, bundle)
-            if config.mixes and request.validates:
-                raise ConfigError(
-                    f"{request.method} has no single point to validate, and finds its weights by "
-                    "cross-validation: leave out --keep and --patience"
-                )
-            if config.finest is None and (request.reference or request.force):
-                raise ConfigError(
-                    f"{request.method} takes no differences of losses, so there is no signal to "
-                    "measure: leave out --reference and --force"
-                )
-            if config.keeps_batch and request.augment:
-                raise ConfigError(
-                    f"{request.method} sees the same pictures in all rounds, so one random view of "
-                    "each: leave out --augment"
-                )
-            if (request.validates or config.validates) and not self.split.entries_of("val"):
-                raise ConfigError("a run that validation steers needs validation pictures (--val)")
-            seconds = config.own_seconds(request.queries)
-            if seconds > _WORTH_A_WORD:
-                self.bench.output.warn(
-                    f"{request.method}'s own arithmetic, beside the forward passes, will take "
-                    f"about {seconds / 60:.0f} minutes (fewer values take less, and so does a "
-                    "separable covariance where there is one)"
-                )
-        elif request.reference or request.force:
-            raise ConfigError(
-                f"{request.method} has no steps, so no signal to measure: leave out "
-                "--reference and --force"
-            )
-        tokenizer.release()  # every text of the run has been seen
-        return_free_memory()
-
-    def _check_access(self) -> None:
-        """Refuse a method that needs more than the bundle gives."""
-        given, hint = EVERYTHING, ""
-        if self.bench.bundle.visual is None:
-            given = given - {IMAGE_TOKENS}
-            hint = "export a ViT with --image-tokens"
-        method = find_method(self.request.method)
-        needs = needs_of_all() | {method.name: needs_of(method, self.config)}
-        require_access(method.name, given, needs, hint)
-
-    def _composed(self, config: TunedConfig, n_extracted: int) -> Composition:
-        """Return the method's map and optimizer at their start, wrapped as asked for."""
-        request = self.request
-        towers = self.bench.towers(n_extracted)
-        prompt_map, optimizer = config.build(towers, request.queries, request.seed)
-        if not request.validates:
-            return prompt_map, optimizer
-        wrapped: Optimizer = Validated(optimizer, request.queries_between_validations, request.keep)
-        if request.patience is not None:
-            wrapped = EarlyStop(wrapped, request.patience)
-        return prompt_map, wrapped
+        """See that the run can be made, before anything is written; see `Feasibility.check`."""
+        measured = self._gate_is_passed()
+        Feasibility(self.request, self.split, self.bench, self.config, measured).check()
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
         """Measure the signal alone: what `ztune doctor` reports."""
@@ -330,13 +239,15 @@ class Work:
         Raises: RefusedError, and leaves a run that may be started anew.
         """
         force, output = self.request.force, self.bench.output
+        precision = self.bench.bundle.precision
         if "signal" not in head and not self.folder.state.exists():
             try:
                 if parts.config.finest is None:
                     signal = no_differences()
                 elif parts.images is not None:
-                    precision = self.bench.bundle.precision
-                    signal = unmeasured(precision, force=force, output=output)
+                    signal = unmeasured(ENCODED_ANEW, precision, force=force, output=output)
+                elif self.bench.served is not None and self.request.reference is None:
+                    signal = unmeasured(SERVED, precision, force=force, output=output)
                 else:
                     signal = pass_gate(
                         lambda: self._measured(parts, pictures),
@@ -355,6 +266,30 @@ class Work:
                 budget.probe(kept.integer("probe_queries"), len(self.split.classes))
         return head
 
+    @contextlib.contextmanager
+    def _journalled(self, budget: Budget) -> Iterator[Wire | None]:
+        """Write down whatever goes to a server as a query; None where there is no server."""
+        served = self.bench.served
+        if not isinstance(served, Served):
+            yield None
+            return
+        served.service.sending = Journal(self.folder.journal, budget)
+        try:
+            yield Wire(served)
+        finally:
+            served.service.sending = None
+
+    def _beside(self, texts: F32 | None, pictures: Pictures) -> Beside:
+        """Return what a result is compared with: hand-written prompts and GDA."""
+        bundle, began = self.bench.bundle, time.monotonic()
+        if texts is None:
+            return Beside({}, None, 0.0)
+        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
+        gda = fit_gda(GdaConfig(), shots, self.request.seed)
+        zero_shot = classifier_of_texts(texts, bundle.logit_scale, bundle.logit_bias)
+        compared = {"zero-shot": zero_shot, "gda": gda.classifier}
+        return Beside(compared, gda.chosen["alpha"], time.monotonic() - began)
+
     def _assembly(self, config: TunedConfig, pictures: Pictures) -> Assembly:
         request = self.request
         return Assembly(
@@ -368,7 +303,9 @@ class Work:
         """
         changeable = pictures.changeable
         n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
-        return self._assembly(config, pictures).parts(*self._composed(config, n_extracted), texts)
+        return self._assembly(config, pictures).parts(
+            *composed(self.request, config, self.bench, n_extracted), texts
+        )
 
     def _tuned(self, parts: Parts, pictures: Pictures, budget: Budget, started: float) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
@@ -401,7 +338,7 @@ class Work:
             return assembly.result(parts, provenance)
 
         marks = [m for m in request.snapshot_marks(spent) if m > tuning.budget.queries]
-        saving = SavePace()
+        saving = SavePace(every_step=self.bench.served is not None)
         with output.progress("tuning", spent) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
@@ -441,11 +378,16 @@ class Work:
             ) from None
         cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
         features = assembly.val_features(parts, result)
-        return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph)
+        share = None
+        if isinstance(result, ContextArtifact) and result.text_features is None:
+            share = assembly.val_share(parts)
+        return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph, share)
 
-    def _fitted(self, shots: Shots, val_features: F32 | None) -> Outcome:
-        method = find_method(self.request.method)
+    def _fitted(self, pictures: Pictures, texts: F32 | None) -> Outcome:
+        method, bundle = find_method(self.request.method), self.bench.bundle
         assert isinstance(method, HeadMethod)
+        assert texts is not None
+        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
         fitted: Fitted = method.fit(self.config, shots, self.request.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
@@ -458,20 +400,22 @@ class Work:
             classifier.kernel,
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
-        return Outcome(artifact, 0.0, float(losses.mean()), val_features, time.monotonic())
+        return Outcome(artifact, 0.0, float(losses.mean()), pictures.val_features, time.monotonic())
 
     def _validated(
-        self, outcome: Outcome, others: Mapping[str, FeatureClassifier], pictures: Pictures
-    ) -> dict[str, Score]:
+        self, outcome: Outcome, beside: Beside, pictures: Pictures
+    ) -> dict[str, Score | Share]:
         """Return the scores on the validation pictures by name; empty without such pictures."""
         features, labels, classes = pictures.val_features, pictures.val_labels, self.split.classes
+        if outcome.share is not None:
+            return {"tuned": outcome.share}
         if features is None or outcome.val_features is None:
             return {}
         tuned = outcome.artifact.classifier().logits(outcome.val_features)
         return {
-            "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
+            "zero-shot": score(beside.compared["zero-shot"].logits(features), labels, classes),
             "tuned": score(tuned, labels, classes),
-            "gda": score(others["gda"].logits(features), labels, classes),
+            "gda": score(beside.compared["gda"].logits(features), labels, classes),
         }
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
@@ -494,7 +438,7 @@ def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]
         "method": request.method,
         "seed": request.seed,
         "config": as_json(start_config(request)),
-        "provider": bench.execution.provider,
+        "provider": bench.runtime.provider,
         "precision": bench.bundle.precision,
         "model_id": bench.bundle.model_id,
         "bundle_digest": bench.bundle.digest,
@@ -517,7 +461,7 @@ def task_of(request: Request) -> tuple[Dataset, Split]:
     return dataset, make_split(dataset, digest_pictures(dataset), settings, test_data)
 
 
-def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score]) -> None:
+def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score | Share]) -> None:
     shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
     levels = {f"{shown[name]}, validation": s.accuracy for name, s in scores.items()}
     title = (

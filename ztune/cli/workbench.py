@@ -12,9 +12,9 @@ import numpy as np
 from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
-from runtimes.ort import OrtImageEncoder, OrtPromptGraph
 from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision
+from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
 from ztune.cli.output import Output
@@ -29,20 +29,38 @@ from ztune.types import F32, ImageEncoder
 
 @dataclass(frozen=True)
 class Workbench:
-    """A bundle, how it runs here, and where progress goes."""
+    """A bundle, what answers for it, and where progress goes."""
 
     bundle: Bundle
     execution: Execution
+    """How graphs run on this machine."""
     output: Output
+    served: Runtime | None = None
+    """The server that has the bundle's graphs; None: they run on this machine."""
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection to a server up."""
+        if self.served is not None:
+            self.served.close()
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return self.served or Local(self.bundle, self.execution)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.bundle)
 
     @cached_property
-    def prompt_graph(self) -> OrtPromptGraph:
+    def prompt_graph(self) -> PromptGraph:
         """The prompt graph, opened when first used: after the image tower is closed again."""
-        return OrtPromptGraph(self.bundle, self.tokenizer, self.execution)
+        return self.runtime.prompts(self.tokenizer)
 
     def features(
         self,
@@ -59,7 +77,7 @@ class Workbench:
 
         `extractor` is another tower's ONNX file that takes the same pixels.
         """
-        encoder: ImageEncoder = OrtImageEncoder(self.bundle, self.execution)
+        encoder: ImageEncoder = self.runtime.images()
         if extractor is not None:
             encoder = OrtExtractor(extractor, self.bundle, self.execution)
         with self.output.progress(what, len(items) * max(1, n_views)) as ticker:

@@ -1,0 +1,62 @@
+"""What was sent to a server, written down before it goes.
+
+A step whose answers never became part of the saved state is sent again. What is charged stays the
+same; that a server may have been paid for it twice is known from here, also after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from ztune.budget import Budget
+from ztune.errors import FormatError
+
+
+class Journal:
+    """Lines of a file, one for each request with queries in it; safe for several threads.
+
+    A line says how many queries were charged before its step, which of the step's requests it is,
+    and how many queries it carries. Outside a step it says no step, and counts as a report.
+    """
+
+    def __init__(self, path: Path, budget: Budget):
+        """Count what earlier processes have sent; a line cut short was never sent.
+
+        Raises: FormatError for a file that is no journal.
+        """
+        self._path, self._budget = path, budget
+        self._seen: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                step, part, n_queries = json.loads(line)
+                self._count(None if step is None else int(step), int(part), int(n_queries))
+            except (ValueError, TypeError):
+                raise FormatError(
+                    f"{path}, line {number} is none of a journal's (file damaged)"
+                ) from None
+
+    def __call__(self, part: int, n_queries: int) -> None:
+        """Write down that request `part` of the current step goes now."""
+        with self._lock:
+            step = self._budget.queries if self._budget.in_step else None
+            with self._path.open("ab") as file:
+                file.write(json.dumps([step, part, n_queries]).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._count(step, part, n_queries)
+
+    def _count(self, step: int | None, part: int, n_queries: int) -> None:
+        if step is None:
+            self._budget.report(n_queries)
+            return
+        again = (step, part) in self._seen
+        self._seen.add((step, part))
+        self._budget.send(n_queries, again=again)
