@@ -52,16 +52,13 @@ format: $(VENV)/.full
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# TRITON=REPOSITORY, where it was given; without, it is the server's own environment, see below.
-REPOSITORY = $(if $(filter command,$(firstword $(origin TRITON))),$(TRITON))
-
 export: $(VENV)/.full
 	@test -n "$(MODEL)" -a -n "$(OUT)" -a -z "$(BUNDLE)" || \
-		test -n "$(BUNDLE)" -a -n "$(REPOSITORY)" -a -z "$(MODEL)$(OUT)" || \
+		test -n "$(BUNDLE)" -a -n "$(TRITON)" -a -z "$(MODEL)$(OUT)" || \
 		{ echo "usage: make export MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER [TRITON=REPOSITORY]"; \
 		  echo "       make export BUNDLE=FOLDER TRITON=REPOSITORY"; exit 2; }
 	$(if $(MODEL),$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)')
-	$(if $(REPOSITORY),$(BIN)/ztune export-triton '$(if $(BUNDLE),$(BUNDLE),$(OUT))' --out '$(REPOSITORY)')
+	$(if $(TRITON),$(BIN)/ztune export-triton '$(if $(BUNDLE),$(BUNDLE),$(OUT))' --out '$(TRITON)')
 
 mini: $(VENV)/.full
 	rm -rf build/mini
