@@ -32,6 +32,10 @@ from ztune.types import F32, I64, U8, Batch, ImageEncoder, Json, PromptEncoder, 
 _PICTURES = 8
 # Bytes that one request may make a server take, and send over the wire: larger rounds are split.
 _SERVER_BYTES, _WIRE_BYTES = 1_000_000_000, 64_000_000
+# Bytes of a round's text features up to which losses are computed here: numbers of the same bits as
+# of a local run are worth them.
+_HERE_BYTES = 1_000_000
+LOSSES = ("auto", "here", "server")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class RequestPlan:
     n_candidates: int
     """Candidates in one request, at most; even unless it is 1, so that a ± pair is never parted."""
     n_servers: int
+    losses: str
+    """here: text features cross the wire; server: losses do."""
     pictures: str
     """Whether pictures' features are kept by the server or sent with every request."""
 
@@ -49,6 +55,7 @@ class RequestPlan:
         return {
             "candidates": self.n_candidates,
             "servers": self.n_servers,
+            "losses": self.losses,
             "pictures": self.pictures,
         }
 
@@ -58,10 +65,28 @@ class Served:
 
     provider = "server"
 
-    def __init__(self, service: Service, bundle: Bundle, images: ImageEncoder | None = None):
-        """Take a service that was started; `images` is an image tower of this machine's own."""
+    def __init__(
+        self,
+        service: Service,
+        bundle: Bundle,
+        images: ImageEncoder | None = None,
+        losses: str = "auto",
+    ):
+        """Take a service that was started.
+
+        `images` is an image tower of this machine's own; `losses` one of LOSSES: auto is here for
+        rounds of little text, where the server gives its features, and else the server.
+
+        Raises: ConfigError for losses where the server gives nothing to compute them from.
+        """
         self.service, self.bundle = service, bundle
-        self._images = images
+        self._images, self._losses = images, losses
+        if losses not in LOSSES:
+            raise ConfigError(f'--losses is "{losses}", expected {", ".join(LOSSES)}')
+        if losses == "here" and TEXTS not in self.access:
+            raise ConfigError("--losses here: the server gives no text features")
+        if losses == "server" and SCORE not in service.offers:
+            raise ConfigError(f'--losses server: there is no model "{service.model(SCORE)}"')
 
     def close(self) -> None:
         self.service.close()
@@ -102,7 +127,7 @@ class Served:
         return ServedImages(self.service, self.bundle)
 
     def prompts(self, tokenizer: Tokenizer) -> ServedPromptGraph:
-        return ServedPromptGraph(self.service, self.bundle, tokenizer)
+        return ServedPromptGraph(self.service, self.bundle, tokenizer, self._losses)
 
     def check_plan(self, names: Sequence[tuple[int, ...]], n_context: int, n: int) -> None:
         """Any round can be cut into requests."""
@@ -110,12 +135,10 @@ class Served:
     def scorer(
         self, encoder: PromptEncoder, features: F32, labels: I64, *, logits: bool
     ) -> ServedScores | None:
-        if SCORE not in self.service.offers or not isinstance(encoder, ServedPromptEncoder):
+        if not isinstance(encoder, ServedPromptEncoder) or encoder.plan.losses == "here":
             return None
-        if logits and LOGITS not in self.access:
-            raise ConfigError("the server gives no logits")
         if logits and "logits" not in self.service.offers[SCORE].outputs:
-            return None
+            return None  # what gives text features gives logits
         return ServedScores(encoder, features, labels, logits=logits)
 
 
@@ -160,8 +183,9 @@ class ServedImages:
 class ServedPromptGraph:
     """The text tower on a server (a PromptGraph)."""
 
-    def __init__(self, service: Service, bundle: Bundle, tokenizer: Tokenizer):
+    def __init__(self, service: Service, bundle: Bundle, tokenizer: Tokenizer, losses: str):
         self._service, self._bundle, self._tokenizer = service, bundle, tokenizer
+        self._losses = losses
 
     def encoder(
         self, classes: Sequence[str], n_context: int, n_candidates: int
@@ -171,7 +195,9 @@ class ServedPromptGraph:
         Raises: DataError when a name is too long for the tower or two names have the same tokens.
         """
         names = name_tokens(self._bundle.text, self._tokenizer, classes, n_context)
-        return ServedPromptEncoder(self._service, self._bundle, names, n_context, n_candidates)
+        return ServedPromptEncoder(
+            self._service, self._bundle, names, n_context, n_candidates, self._losses
+        )
 
     def sentences(self, template: str, classes: Sequence[str]) -> F32:
         """Return the unit features f32[C, e] of a hand-written template filled with the classes.
@@ -201,6 +227,7 @@ class ServedPromptEncoder:
         names: Sequence[tuple[int, ...]],
         n_context: int,
         n_candidates: int,
+        losses: str = "auto",
     ):
         self.service, self.bundle = service, bundle
         spec = bundle.text
@@ -215,9 +242,9 @@ class ServedPromptEncoder:
         self.places: I64 = np.argsort(order).astype(np.int64)
         """Where each class stands in a request."""
         self._lengths = lengths
-        self.plan = self._planned(n_candidates)
+        self.plan = self._planned(n_candidates, losses)
 
-    def _planned(self, n_candidates: int) -> RequestPlan:
+    def _planned(self, n_candidates: int, losses: str) -> RequestPlan:
         n_servers = self.service.n_servers
         each = _even(math.ceil(n_candidates / n_servers)) if n_servers > 1 else n_candidates
         features = 4 * len(self.tokens) * self.bundle.embed_dim
@@ -226,9 +253,14 @@ class ServedPromptEncoder:
             or each * features > _WIRE_BYTES
         ):
             each = _even(each // 2)
-        keeps = SCORE in self.service.offers and self.service.offers[SCORE].keeps
-        pictures = "kept by the server" if keeps else "sent with every request"
-        return RequestPlan(each, n_servers, pictures)
+        score = self.service.offers.get(SCORE)
+        if losses == "auto":
+            little = n_candidates * features <= _HERE_BYTES and PROMPT in self.service.offers
+            losses = "here" if little or score is None else "server"
+        pictures = "not sent"
+        if losses == "server" and score is not None:
+            pictures = "kept by the server" if score.keeps else "sent with every request"
+        return RequestPlan(each, n_servers, losses, pictures)
 
     def parts(self, contexts: F32) -> list[F32]:
         """Return contexts f32[P, m, d] as the plan cuts them into requests."""

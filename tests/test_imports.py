@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("ztune", "runtimes", "export")
-SEAMS = {"ztune.types", "ztune.access", "ztune.errors", "ztune.files", "ztune.fields", "ztune.tensors"}
+SEAMS = {
+    "ztune.types",
+    "ztune.access",
+    "ztune.errors",
+    "ztune.files",
+    "ztune.fields",
+    "ztune.tensors",
+}
 ALLOWED = {
     "ztune": {"ztune"},
     "runtimes": {"runtimes"} | SEAMS,

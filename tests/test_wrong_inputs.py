@@ -34,9 +34,9 @@ from ztune.access import (
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
+from ztune.cli.feasible import start_config
 from ztune.cli.output import Output, fail
 from ztune.cli.request import request_from_arguments
-from ztune.cli.feasible import start_config
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all

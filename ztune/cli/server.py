@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ztune.cli.output import Output
 from ztune.config import configured
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, ZtuneError
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 _FILES = ("client", "tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file")
 _OPTIONS = (
-    *_FILES, "endpoint", "images", "deadline", "give_up", "max_inflight", "shared_memory",
+    *_FILES, "endpoint", "images", "losses", "deadline", "give_up", "max_inflight", "shared_memory",
     "compression", "insecure",
 )  # fmt: skip
+_PLAIN = ("client", "images", "losses")
 
 
 def is_url(word: Path | str) -> bool:
@@ -50,6 +51,9 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--images", metavar="WHERE", help="server (default), or local: encode pictures here"
+    )
+    group.add_argument(
+        "--losses", metavar="WHERE", help="auto (default: here for little text), here or server"
     )
     group.add_argument("--deadline", type=float, metavar="S", help="of a request (default: 30)")
     group.add_argument(
@@ -94,6 +98,8 @@ class ServerSettings:
     """Folder of the client half; None: fetched from the server."""
     images: str = "server"
     """server, or local: by the image tower of the bundle that `client` names."""
+    losses: str = "auto"
+    """Where they are computed: here, server, or auto."""
     connection: Mapping[str, Json] = field(default_factory=dict)
     """Fields of a Connection that differ from its defaults."""
 
@@ -126,7 +132,7 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
     settings: dict[str, Json] = {}
     if "endpoint" in given:
         settings["endpoints"] = list(given.pop("endpoint"))
-    for name in ("client", "images"):
+    for name in _PLAIN:
         if name in given:
             settings[name] = given.pop(name)
     if given:
@@ -145,7 +151,7 @@ def settings_from(values: Mapping[str, Json]) -> ServerSettings:
     connection, endpoints = values.get("connection", {}), values.get("endpoints", [])
     if unknown or not isinstance(connection, dict) or not isinstance(endpoints, list | tuple):
         raise ConfigError(f"server settings {dict(values)!r} cannot be read")
-    plain: dict[str, Any] = {k: v for k, v in values.items() if k in ("client", "images")}
+    plain: dict[str, Any] = {k: v for k, v in values.items() if k in _PLAIN}
     return ServerSettings(
         **plain, endpoints=tuple(str(one) for one in endpoints), connection=connection
     )
@@ -212,7 +218,11 @@ def open_served_workbench(
         check_precision(bundle.precision, execution.provider)
         bundle.file("image.onnx")
         images = OrtImageEncoder(bundle, execution)
-    served = Served(connected.service, bundle, images)
+    try:
+        served = Served(connected.service, bundle, images, settings.losses)
+    except ZtuneError:
+        connected.service.close()
+        raise
     output.remark(described(served))
     return Workbench(bundle, execution, output, served)
 
