@@ -275,7 +275,9 @@ class ServedPromptEncoder:
             return self._encoded(contexts)
         if "logits" in self.service.offers[SCORE].outputs:
             return self._from_logits(contexts)
-        raise ServerError(f"{self.service.location} gives no text features, losses alone")
+        raise ServerError(
+            f"{self.service.location} gives no text features, losses alone (use the bundle itself)"
+        )
 
     def _encoded(self, contexts: F32) -> F32:
         C, e = len(self.tokens), self.bundle.embed_dim

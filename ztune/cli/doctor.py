@@ -12,12 +12,21 @@ import numpy as np
 from rich.table import Table
 
 from ztune.cli.output import Output, table
+from ztune.cli.server import (
+    add_server_arguments,
+    is_url,
+    place,
+    require_no_server_options,
+    server_settings,
+)
+from ztune.cli.server_check import check_server
 from ztune.errors import ConfigError, ZtuneError
 from ztune.types import Json
 
 EXAMPLE = """\
   ztune doctor
   ztune doctor models/mini
+  ztune doctor triton://host:8001/vit-b-32
   ztune doctor models/mini --data examples/digits --set perturbation=0.001"""
 
 # A graph does the same arithmetic everywhere apart from the order of its sums; where it differed
@@ -32,7 +41,7 @@ _EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="measure the signal that tuning on these has"
     )
@@ -48,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="fp32 bundle to measure an int8 or fp16 one's signal against (default: its own graph)",
     )
+    add_server_arguments(parser)
 
 
 # The method whose signal is looked at unless told: ztune's own default compares no two points.
@@ -58,6 +68,13 @@ _OF_THE_TASK = ("data", "names", "shots", "seed", "method", "set", "init", "refe
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.system import machine, versions
 
+    if not is_url(arguments.bundle):
+        require_no_server_options(arguments)
+    elif any(getattr(arguments, name) is not None for name in _OF_THE_TASK):
+        raise ConfigError(
+            "the signal is measured with a bundle on this machine: leave out --data and what goes "
+            "with it"
+        )
     for name in _OF_THE_TASK:
         if getattr(arguments, name) is not None and None in (arguments.bundle, arguments.data):
             raise ConfigError(
@@ -88,7 +105,12 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     ]
     working = [name for name in ("cuda", "cpu") if providers.get(name) is None]
     failures: list[str] = []
-    if arguments.bundle is not None and working:
+    if is_url(arguments.bundle):
+        document["server"], server_lines = check_server(
+            str(arguments.bundle), server_settings(arguments), output
+        )
+        lines += server_lines
+    elif arguments.bundle is not None and working:
         checked, bundle_lines, failures = _check_bundle(arguments.bundle, working, output)
         document["bundle"] = checked
         lines += bundle_lines
@@ -99,9 +121,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 measured, line = _signal(arguments, str(checked["provider"]), output)
                 document["signal"] = measured
                 lines += ["", line]
-    document["ok"] = bool(working) and not failures
+    # A server's client need not run anything here.
+    document["ok"] = bool(working or is_url(arguments.bundle)) and not failures
     output.result(document, lines)
-    if not working:
+    if not document["ok"] and not failures:
         raise ZtuneError("no provider works here: " + "; ".join(str(v) for v in providers.values()))
     if failures:
         raise ZtuneError("; ".join(failures))

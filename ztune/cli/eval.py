@@ -16,6 +16,15 @@ from rich.table import Table
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
+from ztune.cli.server import (
+    add_server_arguments,
+    is_url,
+    merged,
+    open_served_workbench,
+    place,
+    require_no_server_options,
+    server_settings,
+)
 from ztune.errors import ConfigError, DataError
 from ztune.fields import Fields
 from ztune.statistics import Score, score
@@ -23,20 +32,26 @@ from ztune.types import I64, Json
 
 if TYPE_CHECKING:
     from ztune.artifact import Artifact
+    from ztune.cli.request import Request
+    from ztune.cli.workbench import Workbench
+    from ztune.run import RunFolder
 
 EXAMPLE = """\
   ztune eval runs/photos
   ztune eval bundles/vit-b-32 --data photos --split all --template "a photo of a {}."
+  ztune eval triton://host:8001/vit-b-32 --data photos --split all
   ztune eval bundles/vit-b-32 --data other --split all --prompt runs/photos/prompt.safetensors
   ztune eval classifier.onnx --split-file runs/photos/split.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, metavar="RUN|BUNDLE|classifier.onnx")
+    parser.add_argument("target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="labelled pictures")
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="a run's bundle, where it moved")
+    parser.add_argument(
+        "--bundle", type=place, metavar="DIR|URL", help="a run's bundle or server, where it moved"
+    )
     parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
     parser.add_argument(
         "--template",
@@ -57,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
     add_execution_arguments(parser)
+    add_server_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -91,10 +107,12 @@ class Labelled:
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     target = arguments.target
-    if (target / "run.json").is_file():
+    if is_url(target) or (target.is_dir() and (target / "bundle.json").is_file()):
+        _check_bundle_options(arguments)
+        with _bench(arguments, target, output) as bench, ExitStack() as stack:
+            _eval_bundle(arguments, bench, stack, output)
+    elif (target / "run.json").is_file():
         _eval_run(arguments, output)
-    elif target.is_dir() and (target / "bundle.json").is_file():
-        _eval_bundle(arguments, output)
     elif target.is_file():
         _eval_classifier(arguments, output)
     else:
@@ -103,11 +121,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.artifact import read_artifact, require_same_model
     from ztune.cli.request import request_from_json
-    from ztune.cli.scoring import extractor_for, open_gallery
-    from ztune.cli.workbench import open_workbench
-    from ztune.report import draw_confusion
     from ztune.run import RunFolder
 
     for name in ("data", "split_file", "prompt", "classes", "names"):
@@ -131,13 +145,28 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         )
     request = request_from_json(Fields(head, where).object("request").values, where)
     pictures = _from_split_file(folder.split, arguments.split or "test")
-    bundle = arguments.bundle or Path(request.bundle)
-    if not bundle.is_dir():
+    place_now = arguments.bundle or request.bundle
+    if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
-            f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now with '
+            f'the run\'s bundle "{place_now}" is gone; put it back, or name where it is now with '
             "--bundle DIR"
         )
-    bench = open_workbench(bundle, settled(arguments.provider, arguments.threads, output), output)
+    with _bench(arguments, place_now, output, request.server) as bench:
+        _score_run(arguments, folder, request, pictures, bench, output)
+
+
+def _score_run(
+    arguments: argparse.Namespace,
+    folder: RunFolder,
+    request: Request,
+    pictures: Labelled,
+    bench: Workbench,
+    output: Output,
+) -> None:
+    from ztune.artifact import read_artifact, require_same_model
+    from ztune.cli.scoring import extractor_for, open_gallery
+    from ztune.report import draw_confusion
+
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
     labels = pictures.among(artifact.classes, "the run's classes")
@@ -184,25 +213,54 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     _finish(document, scores, output)
 
 
-def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.artifact import HeadArtifact, read_artifact, require_same_model
-    from ztune.cli.scoring import extractor_for, open_gallery
-    from ztune.cli.workbench import open_workbench
-    from ztune.data.manifests import read_class_list
+def _bench(
+    arguments: argparse.Namespace,
+    target: Path | str,
+    output: Output,
+    saved: Mapping[str, Json] | None = None,
+) -> Workbench:
+    """Return a bundle or a server's at work; `saved` is how a run reached its server.
 
+    Raises: ConfigError for an option that does not go with it.
+    """
+    from ztune.cli.workbench import open_workbench
+
+    given = server_settings(arguments)
+    if is_url(target):
+        if arguments.provider != "auto" or arguments.threads is not None:
+            raise ConfigError(
+                "how graphs run is the server's affair: leave out --provider and --threads"
+            )
+        return open_served_workbench(str(target), merged(saved or {}, given), output)
+    require_no_server_options(arguments)
+    execution = settled(arguments.provider, arguments.threads, output)
+    return open_workbench(Path(target), execution, output)
+
+
+def _check_bundle_options(arguments: argparse.Namespace) -> None:
+    """Refuse what does not go with a bundle.
+
+    Raises: ConfigError.
+    """
     if arguments.prompt is not None and arguments.template is not None:
         raise ConfigError("give --prompt or --template, not both")
     if arguments.bundle is not None:
         raise ConfigError("--bundle goes with a run; here the bundle is already named")
     if arguments.snapshots:
         raise ConfigError("--snapshots goes with a run")
+
+
+def _eval_bundle(
+    arguments: argparse.Namespace, bench: Workbench, stack: ExitStack, output: Output
+) -> None:
+    from ztune.artifact import HeadArtifact, read_artifact, require_same_model
+    from ztune.cli.scoring import extractor_for, open_gallery
+    from ztune.data.manifests import read_class_list
+
     pictures = _pictures(arguments)
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
-    bench = open_workbench(
-        arguments.target, settled(arguments.provider, arguments.threads, output), output
-    )
     fingerprints: Iterable[int] = ()
     artifact = None
     templates = tuple(arguments.template or ("a photo of a {}.",))
@@ -220,21 +278,20 @@ def _eval_bundle(arguments: argparse.Namespace, output: Output) -> None:
     extractor = extractor_for(artifact, arguments.extractor, None)
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
     labels = pictures.among(candidates, "the class names to choose among")
-    with ExitStack() as stack:
-        cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        gallery = open_gallery(
-            bench,
-            pictures.items,
-            cache,
-            what="pictures",
-            skip_broken=arguments.skip_broken,
-            extractor=extractor,
-        )
-        if artifact is not None:
-            logits = gallery.logits(artifact)
-        else:
-            classifier = bench.zero_shot(templates, candidates)
-            logits = classifier.logits(gallery.plain.values[0])
+    cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    gallery = open_gallery(
+        bench,
+        pictures.items,
+        cache,
+        what="pictures",
+        skip_broken=arguments.skip_broken,
+        extractor=extractor,
+    )
+    if artifact is not None:
+        logits = gallery.logits(artifact)
+    else:
+        classifier = bench.zero_shot(templates, candidates)
+        logits = classifier.logits(gallery.plain.values[0])
     kept = gallery.plain.kept
     result = score(logits, labels[kept], candidates)
     document = _document(result, pictures, kept, fingerprints)

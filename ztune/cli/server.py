@@ -141,6 +141,13 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
     return settings
 
 
+def merged(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a run's saved settings with what is asked for now in their place."""
+    connections = [values.get("connection", {}) for values in (saved, given)]
+    connection = {k: v for one in connections if isinstance(one, dict) for k, v in one.items()}
+    return {**saved, **given, **({"connection": connection} if connection else {})}
+
+
 def settings_from(values: Mapping[str, Json]) -> ServerSettings:
     """Return saved settings.
 
