@@ -225,13 +225,16 @@ def _bench(
     """
     from ztune.cli.workbench import open_workbench
 
-    given = server_settings(arguments)
     if is_url(target):
-        if arguments.provider != "auto" or arguments.threads is not None:
+        settings = merged(saved or {}, server_settings(arguments))
+        provider, threads = arguments.provider, arguments.threads
+        if settings.get("images") != "local" and (provider, threads) != ("auto", None):
             raise ConfigError(
                 "how graphs run is the server's affair: leave out --provider and --threads"
             )
-        return open_served_workbench(str(target), merged(saved or {}, given), output)
+        return open_served_workbench(
+            str(target), settings, output, provider=provider, threads=threads
+        )
     require_no_server_options(arguments)
     execution = settled(arguments.provider, arguments.threads, output)
     return open_workbench(Path(target), execution, output)
