@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import PARITY, Bundle
+from runtimes.bundle import PARITY, Bundle, TextSpec
 from runtimes.client_half import Progress, client_half
 from runtimes.contract import CLIENT, IMAGE, PROMPT, SCORE, TEXT, check_offer
 from runtimes.endpoint import Connection, parse_endpoint, parse_location
@@ -122,10 +122,7 @@ def _probe_prompts(
 ) -> dict[str, float]:
     """Ask for known sentences as contexts (the words they begin with) before names (the rest)."""
     spec, found = bundle.text, dict[str, float]()
-    texts = []
-    for row in sentences:
-        end = int(np.flatnonzero(row != spec.pad_id)[-1]) + 1
-        texts.append(tuple(row[len(spec.prefix_ids) : end - len(spec.suffix_ids)].tolist()))
+    texts = [_text_of(spec, row) for row in sentences]
     table, e = token_table(bundle), bundle.embed_dim
     for indices, start, rests in shared_starts([text for text in texts if len(text) > 1]):
         if not all(rests):  # one text is the beginning of another
@@ -156,6 +153,15 @@ def _probe_prompts(
             difference = abs(float(answer["losses"][0]) - float(losses.mean()))
             found[SCORE] = max(found.get(SCORE, 0.0), difference)
     return found
+
+
+def _text_of(spec: TextSpec, row: I64) -> tuple[int, ...]:
+    """Return a padded sequence's ids without what frames it; a closing id may be the padding's."""
+    n_closing = len(spec.suffix_ids)
+    end = int(np.flatnonzero(np.append(spec.pad_id - 1, row) != spec.pad_id)[-1])
+    while tuple(row[end - n_closing : end].tolist()) != spec.suffix_ids and end < len(row):
+        end += 1
+    return tuple(row[len(spec.prefix_ids) : end - n_closing].tolist())
 
 
 def _difference(got: F32, expected: F32) -> float:

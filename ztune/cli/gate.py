@@ -185,14 +185,20 @@ def pass_gate(
     return document
 
 
-ENCODED_ANEW = "the signal of pictures that are encoded anew cannot be measured"
+# Why a signal is not measured, and what to do about it.
+ENCODED_ANEW = (
+    "the signal of pictures that are encoded anew cannot be measured",
+    "use the fp32 bundle",
+)
 SERVED = (
-    "the signal of a server's model is measured against an fp32 bundle (--reference), and none is "
-    "named"
+    "the signal of a server's model cannot be measured without a bundle here",
+    "name the fp32 bundle with --reference",
 )
 
 
-def unmeasured(reason: str, precision: str, *, force: bool, output: Output) -> dict[str, Json]:
+def unmeasured(
+    reason: str, remedy: str, precision: str, *, force: bool, output: Output
+) -> dict[str, Json]:
     """Return what run.json keeps of a signal that is not measured, and why.
 
     Raises: RefusedError below fp32, where rounding errors might steer, and nobody forces it.
@@ -202,7 +208,7 @@ def unmeasured(reason: str, precision: str, *, force: bool, output: Output) -> d
         return document
     if not force:
         raise RefusedError(
-            f"{reason}, and the bundle is {precision} (use the fp32 bundle, or go on with --force)",
+            f"{reason}, and the bundle is {precision} ({remedy}, or go on with --force)",
             document,
         )
     output.warn(f"{reason}, and the bundle is {precision}")

@@ -245,9 +245,9 @@ class Work:
                 if parts.config.finest is None:
                     signal = no_differences()
                 elif parts.images is not None:
-                    signal = unmeasured(ENCODED_ANEW, precision, force=force, output=output)
+                    signal = unmeasured(*ENCODED_ANEW, precision, force=force, output=output)
                 elif self.bench.served is not None and self.request.reference is None:
-                    signal = unmeasured(SERVED, precision, force=force, output=output)
+                    signal = unmeasured(*SERVED, precision, force=force, output=output)
                 else:
                     signal = pass_gate(
                         lambda: self._measured(parts, pictures),
