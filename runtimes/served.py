@@ -50,6 +50,14 @@ class RequestPlan:
     pictures: str
     """Whether pictures' features are kept by the server or sent with every request."""
 
+    def described(self) -> str:
+        """Return the line that a person reads."""
+        where = "here" if self.losses == "here" else "by the server"
+        return (
+            f"requests of up to {self.n_candidates} candidates; losses computed {where}, pictures' "
+            f"features {self.pictures}"
+        )
+
     def to_json(self) -> dict[str, Json]:
         """Return what run.json keeps of it."""
         return {

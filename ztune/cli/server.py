@@ -186,14 +186,14 @@ def connect_to(url: str, values: Mapping[str, Json], output: Output) -> Connecte
 
     settings = settings_from(values)
     client = None if settings.client is None else Path(settings.client)
-    with output.progress("fetching the client half", 1) as ticker:
+    with output.progress("fetching the client half", 100) as ticker:
         return connect(
             url,
             settings.endpoints,
             settings.connected(),
             client,
             output.remark,
-            lambda done, total: ticker.update(done * 100 // max(1, total), "", " %"),
+            lambda done, total: ticker.update(done * 100 // max(1, total), unit=" %"),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.served import Served
+from runtimes.served import RequestPlan, Served
 from ztune.access import TEXTS
 from ztune.artifact import (
     Artifact,
@@ -224,6 +224,8 @@ class Work:
         if parts.encoder is None:
             return head
         calls = parts.encoder.plan.to_json()
+        if isinstance(parts.encoder.plan, RequestPlan):
+            self.bench.output.remark(parts.encoder.plan.described())
         if head.get("calls", calls) != calls:
             self.bench.output.warn(
                 f"a round is cut into other calls ({calls}) than when the run began "
