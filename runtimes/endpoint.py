@@ -16,6 +16,7 @@ from ztune.errors import ConfigError
 SCHEMES = {"triton": "grpc", "tritons": "grpc", "http": "http", "https": "http"}
 _SECURE = ("tritons", "https")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 # The environment's names of secrets, which no option takes.
 TOKEN, BASIC_AUTH = "ZTUNE_TOKEN", "ZTUNE_BASIC_AUTH"
 COMPRESSIONS = ("none", "gzip", "deflate")
@@ -82,7 +83,7 @@ def parse_location(url: str) -> Location:
             f'"{url}" names no model, expected scheme://host:port/NAME or .../NAME/VERSION'
         )
     version = parts[1] if len(parts) == 2 else ""
-    if version and not (version.isdecimal() and int(version)):
+    if version and not _VERSION.fullmatch(version):
         raise ConfigError(f'"{url}": the version "{version}" is no number from 1 on')
     return Location(endpoint, parts[0], version)
 
@@ -102,28 +103,29 @@ def parse_endpoint(url: str) -> Endpoint:
 
 
 def _parsed(url: str) -> tuple[Endpoint, str]:
-    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f'"{_without_secrets(url)}" is no address ({error})') from None
-    if parts.username is not None or parts.password is not None:
+    # Before anything else is looked at, and without the address: no error repeats a secret.
+    if "@" in url:
         raise ConfigError(
             f"an address holds no user or password: put them into {BASIC_AUTH} (user:password) or "
             "a file (--basic-auth-file)"
         )
-    if parts.scheme not in SCHEMES:
-        raise ConfigError(f'"{url}" begins with "{parts.scheme}://", expected one of {known}')
+    if "?" in url or "#" in url:
+        plain = re.split(r"[?#]", url)[0]
+        raise ConfigError(
+            f'"{plain}…" goes on with ? or #, expected scheme://host:port/NAME (a token belongs '
+            f"into {TOKEN} or a file, --token-file)"
+        )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f'"{url}" is no address ({error})') from None
+    if "://" not in url or parts.scheme not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ConfigError(f'"{url}" begins with none of {known}')
     if not parts.hostname or not port:
         raise ConfigError(f'"{url}" lacks host or port, expected {parts.scheme}://host:port/NAME')
-    if parts.query or parts.fragment:
-        raise ConfigError(f'"{url}" holds ? or #, expected {parts.scheme}://host:port/NAME')
     return Endpoint(parts.scheme, parts.hostname, port), parts.path
-
-
-def _without_secrets(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class Connection:
         try:
             context = ssl.create_default_context(cafile=self.tls_ca)
             if self.tls_cert is not None:
-                context.load_cert_chain(self.tls_cert, self.tls_key)
+                # Without a password OpenSSL asks a person, who may not be there.
+                context.load_cert_chain(self.tls_cert, self.tls_key, password="")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
                 f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
