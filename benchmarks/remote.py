@@ -1,0 +1,447 @@
+"""What a server costs: the same steps on this machine and over each transport, in turns.
+
+    make triton-env                                 # once: a real Triton
+    python -m benchmarks.remote BUNDLE              # C = 10, 100 and 1,000
+    python -m benchmarks.remote BUNDLE --quick      # within 40 s for a small model
+
+The bundle is exported as a Triton repository for the Python backend and served on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from benchmarks import remote_ways as ways
+from benchmarks.measure import document, interleaved, parser, say, show, timed
+from benchmarks.remote_ways import (
+    DOORS,
+    GRPC,
+    LOCAL,
+    TRANSPORTS,
+    WAYS,
+    Counted,
+    Door,
+    Task,
+    Way,
+    opened,
+)
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.connect import Connected
+from runtimes.ort import OrtImageEncoder
+from runtimes.providers import Execution
+from runtimes.served import Served
+from tests.servers.triton import TritonServer, triton_environment
+from ztune.budget import Budget
+from ztune.compositions.steps import ZipConfig
+from ztune.journal import Journal
+from ztune.run import RunFolder
+from ztune.system import one_blas_thread
+from ztune.tune import Tuning, tune
+from ztune.types import F32, Evaluation, ImageEncoder, Oracle
+
+# At most so many steps of one way follow each other, as they do in a run, before the next way's.
+_BURST = 5
+_PAUSE = 0.02
+_PICTURES_AT_ONCE = 8  # as the image pass of a run has them
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    classes: tuple[int, ...]
+    queries: int
+    """Of every way with 10 classes; fewer by as much as there are more classes."""
+    threads: int
+    servers_classes: int = 100
+    servers_queries: int = 600
+    least_steps: int = 7
+    bookkeeping_steps: int = 200
+    pictures: int = 128
+
+    def steps(self, n_classes: int, n_candidates: int) -> int:
+        """Return the steps of every way with so many classes."""
+        most = self.queries * 10 // (n_candidates * max(10, n_classes))
+        return max(self.least_steps, most)
+
+
+def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
+    """Measure everything and return the document."""
+    begun, spec = time.perf_counter(), bundle.text
+    with tempfile.TemporaryDirectory(prefix="remote-") as name, one_blas_thread():
+        folder = Path(name)
+        repository = ways.repository_of(bundle, folder / "repository", extent.threads)
+        with ways.started(repository) as server:
+            say(f"server ready after {server.start_s:.1f} s")
+            about = ways.told(server, "/v2")
+            rows = []
+            with contextlib.ExitStack() as stack:
+                doors = {
+                    door: stack.enter_context(
+                        opened(bundle, door, ways.address(door.transport, server))
+                    )
+                    for door in DOORS
+                }
+                for n_classes in extent.classes:
+                    rows += steps(bundle, doors, server, n_classes, extent)
+                kept = bookkeeping(bundle, doors[Door(GRPC)], folder, extent)
+                images = image_pass(bundle, doors, extent)
+            # Apart from what is timed: the proxy would take its share of a core.
+            wire = ways.wire_bytes(bundle, server, extent.classes, n_steps=1)
+        if extent.threads != 1:
+            repository = ways.repository_of(bundle, folder / "one-thread", 1)
+        two = two_servers(bundle, repository, extent)
+    for row in rows:
+        row |= wire.get((row["classes"], row.pop("way")), {})
+    return document(
+        begun,
+        model={
+            "width": spec.width,
+            "embed_dim": bundle.embed_dim,
+            "image_size": bundle.image.size,
+            "precision": bundle.precision,
+        },
+        server={"name": about["name"], "version": about["version"], "threads": extent.threads},
+        rows=rows,
+        bookkeeping=kept,
+        images=images,
+        two_servers=two,
+    )
+
+
+def steps(
+    bundle: Bundle,
+    doors: Mapping[Door, Connected],
+    server: TritonServer,
+    n_classes: int,
+    extent: Extent,
+) -> list[dict[str, Any]]:
+    """Return a row for each way to evaluate a round of so many classes."""
+    n_candidates = Task(bundle, n_classes, 1).n_candidates
+    n_steps = extent.steps(n_classes, n_candidates)
+    task = Task(bundle, n_classes, n_steps)
+    services = {way: way.served(doors[way.door]) for way in WAYS}
+    oracles: dict[object, Oracle] = {LOCAL: task.locally(extent.threads)}
+    for losses in ("here", "server"):
+        served = services[Way(Door(GRPC), losses)]
+        oracles[losses] = task.computed(served, server.repository, extent.threads)
+    oracles |= {way: task.remotely(services[way]) for way in WAYS}
+    taken, accounts = in_turns(task, oracles, n_steps, lambda: ways.counted(server))
+    plan = task.encoder(Way(Door(GRPC), "auto").served(doors[Door(GRPC)])).plan
+    rows: list[dict[str, Any]] = []
+    for key in (LOCAL, *WAYS):
+        seconds = statistics.median(taken[key])
+        row = {
+            "classes": n_classes,
+            "candidates": n_candidates,
+            "context_tokens": task.n_context,
+            "pictures": ways.PICTURES,
+            "steps": n_steps,
+            "way": key,
+            "transport": LOCAL,
+            "seconds_per_step": seconds,
+            "queries_per_s": n_candidates / seconds,
+        }
+        words = f"{n_classes} classes, {key}: {1e3 * seconds:.2f} ms a step"
+        if isinstance(key, Way):
+            row |= {
+                "transport": key.transport,
+                "losses": key.losses,
+                "kept_pictures": key.keeps if key.losses == "server" else None,
+                "auto": key.losses == plan.losses and key.keeps,
+                "requests_per_step": len(cut(task, services[key])),
+                "computing_seconds": statistics.median(taken[key.losses]),
+                **apart("overhead_ms", taken[key], taken[key.losses]),
+                **apart("over_local_ms", taken[key], taken[LOCAL]),
+                **accounts[key].figures(),
+            }
+            words += f", overhead {row['overhead_ms']:.2f} ms"
+        rows.append(row)
+        say(words)
+    return rows
+
+
+def in_turns(
+    task: Task, oracles: Mapping[object, Oracle], n_steps: int, account: Callable[[], Counted]
+) -> tuple[dict[object, list[float]], dict[object, Counted]]:
+    """Evaluate the same steps by every oracle; return seconds of each, and the server's account.
+
+    They take turns of a few steps, and each turn begins with another of them.
+    """
+    taken: dict[object, list[float]] = {key: [] for key in oracles}
+    accounts = dict.fromkeys(oracles, Counted())
+    for oracle in oracles.values():  # opens connections, and leaves pictures with the server
+        oracle(*task.step(0))
+    order, burst = list(oracles), burst_of(n_steps)
+    for first in range(0, n_steps, burst):
+        order.append(order.pop(0))
+        for key in order:
+            time.sleep(_PAUSE)
+            before = account()
+            for number in range(first, min(first + burst, n_steps)):
+                prompts, batch = task.step(number)
+                start = time.perf_counter()
+                oracles[key](prompts, batch)
+                taken[key].append(time.perf_counter() - start)
+            accounts[key] += account() - before
+    return taken, accounts
+
+
+def burst_of(n_steps: int) -> int:
+    """Return the steps of a turn: few where there are few, so that there are several turns."""
+    return max(1, min(_BURST, n_steps // 5))
+
+
+def apart(name: str, one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Return by how many milliseconds the same steps took longer: the median, and the quartiles."""
+    differences = [1e3 * (a - b) for a, b in zip(one, other, strict=True)]
+    low, middle, high = np.quantile(differences, (0.25, 0.5, 0.75))
+    return {name: float(middle), f"{name}_quartiles": [float(low), float(high)]}
+
+
+def bookkeeping(
+    bundle: Bundle, connected: Connected, folder: Path, extent: Extent
+) -> dict[str, Any]:
+    """Return what a run writes down at every step, apart and in whole steps of 10 classes."""
+    served = Way(Door(GRPC), "auto").served(connected)
+    task, n_steps = Task(bundle, 10, 1), extent.bookkeeping_steps
+    runs = {
+        "local": _Steps(task, task.locally(extent.threads)),
+        "remote": _Steps(task, task.remotely(served)),
+        "remote_kept": _Steps(task, task.remotely(served), folder / "run"),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(n_steps):
+        for name, run in runs.items():
+            served.service.sending = run.journal
+            taken[name].append(run.step())
+            served.service.sending = None
+    kept = runs["remote_kept"]
+    found: dict[str, Any] = {
+        "classes": 10,
+        "steps": n_steps,
+        "file_system": file_system(folder),
+        **{f"{name}_ms": statistics.median(times) for name, times in kept.written.items()},
+    }
+    found |= {f"{name}_step_ms": 1e3 * statistics.median(taken[name]) for name in runs}
+    found |= apart("keeping_ms", taken["remote_kept"], taken["remote"])
+    found |= apart("whole_over_local_ms", taken["remote_kept"], taken["local"])
+    say(f"journal {found['journal_ms']:.2f} ms, history {found['history_ms']:.2f} ms, state "
+        f"{found['state_ms']:.2f} ms a step on {found['file_system']}")  # fmt: skip
+    return found
+
+
+class _Steps:
+    """A ZIP run that is made step by step, and what it writes down."""
+
+    def __init__(self, task: Task, oracle: Oracle, folder: Path | None = None):
+        """Take what evaluates; with a folder, keep what a run on a server keeps."""
+        self._oracle, self._n_classes = oracle, len(task.classes)
+        self._map, optimizer = task.composition()
+        self._each = task.n_candidates
+        self._tuning = Tuning(optimizer, task.sampler(), Budget(0), time.monotonic())
+        self.written: dict[str, list[float]] = {"journal": [], "history": [], "state": []}
+        """Milliseconds of each, by step."""
+        self.journal: Callable[[int, int], None] | None = None
+        self._folder: RunFolder | None = None
+        if folder is not None:
+            folder.mkdir()
+            self._folder = RunFolder(folder)
+            journal = Journal(self._folder.journal, self._tuning.budget)
+            self.journal = lambda *words: self._write("journal", lambda: journal(*words))
+
+    def step(self) -> float:
+        """Make one step and return its seconds: ask, map, evaluate, tell, and what is kept."""
+        budget = self._tuning.budget
+        budget.limit += self._each
+        start = time.perf_counter()
+        tune(self._tuning, self._map, self._oracle, self._n_classes, self._observe)
+        return time.perf_counter() - start
+
+    def _observe(self, now: Tuning, evaluation: Evaluation) -> None:
+        folder = self._folder
+        if folder is not None:
+            self._write("history", lambda: folder.log(now, evaluation))
+            self._write("state", lambda: folder.save(now))
+
+    def _write(self, name: str, call: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        call()
+        self.written[name].append(1e3 * (time.perf_counter() - start))
+
+
+def file_system(folder: Path) -> str:
+    """Return the kind of the file system that a folder stands on."""
+    mounts = [
+        (len(one.mountpoint), one.fstype)
+        for one in psutil.disk_partitions(all=True)
+        if folder.resolve().is_relative_to(one.mountpoint)
+    ]
+    return max(mounts)[1] if mounts else "unknown"
+
+
+def image_pass(
+    bundle: Bundle, doors: Mapping[Door, Connected], extent: Extent
+) -> list[dict[str, Any]]:
+    """Return pictures a second of the image tower on this machine and over each transport."""
+    S, random = bundle.image.size, np.random.default_rng(0)
+    pixels = random.integers(0, 256, (extent.pictures, S, S, 3), dtype=np.uint8)
+    parts = np.array_split(pixels, max(1, len(pixels) // _PICTURES_AT_ONCE))
+    encoders: dict[str, ImageEncoder]
+    encoders = {LOCAL: OrtImageEncoder(bundle, Execution("cpu", extent.threads))}
+    encoders |= {
+        name: Way(Door(name), "auto").served(doors[Door(name)]).images() for name in TRANSPORTS
+    }
+
+    def whole(encoder: ImageEncoder) -> Callable[[], None]:
+        def encode() -> None:
+            for part in parts:
+                encoder.encode(part)
+
+        return encode
+
+    for encoder in encoders.values():
+        encoder.encode(parts[0])
+    loops = {name: timed(whole(encoder)) for name, encoder in encoders.items()}
+    found = interleaved(loops, 3)
+    for name, row in found.items():
+        say(f"{name}: {len(pixels) / row['seconds']:.1f} pictures/s")
+    return [
+        {"transport": name, "pictures": len(pixels), "pictures_per_s": len(pixels) / row["seconds"]}
+        for name, row in found.items()
+    ]
+
+
+def two_servers(bundle: Bundle, repository: Path, extent: Extent) -> list[dict[str, Any]]:
+    """Return how much faster two servers are than one, and who was busy; losses on the servers.
+
+    Rounds are ZIP's, and those of twice as many pairs, which are cut in halves.
+    """
+    rows = []
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(ways.started(repository)) for _ in range(2)]
+        places, door = [server.grpc for server in servers], Door(GRPC)
+        services = {
+            name: Way(door, "server").served(stack.enter_context(opened(bundle, door, *some)))
+            for name, some in {"one": places[:1], "two": places}.items()
+        }
+        for pairs in (5, 10):
+            n_steps = max(4, extent.servers_queries // (2 * pairs))
+            task = Task(bundle, extent.servers_classes, n_steps, ZipConfig(n_pairs=pairs))
+            rows.append(one_and_two(task, services, servers, n_steps))
+    return rows
+
+
+def one_and_two(
+    task: Task, services: Mapping[str, Served], servers: Sequence[TritonServer], n_steps: int
+) -> dict[str, Any]:
+    """Return the queries a second of the services, in turns, and their ratio."""
+    oracles = {name: task.remotely(served) for name, served in services.items()}
+    for oracle in oracles.values():
+        oracle(*task.step(0))
+    loops = {name: watched(task, oracle, servers) for name, oracle in oracles.items()}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
+    burst = burst_of(n_steps)
+    for first in range(0, n_steps, burst):
+        for name, loop in loops.items():
+            time.sleep(_PAUSE)
+            taken[name].append(loop(range(first, min(first + burst, n_steps))))
+    found: dict[str, Any] = {}
+    for name, bursts in taken.items():
+        middle = {key: statistics.median(one[key] for one in bursts) for key in bursts[0]}
+        found[f"{name}_queries_per_s"] = task.n_candidates / middle.pop("seconds")
+        found[f"{name}_busy_cores"] = middle
+    parts = [len(part) for part in cut(task, services["two"])]
+    share = max(sum(parts[i::2]) for i in range(2))
+    ratio = found["two_queries_per_s"] / found["one_queries_per_s"]
+    most = task.n_candidates / share
+    say(f"two servers, {task.n_candidates} candidates: {ratio:.2f} times one's queries/s, of "
+        f"{most:.2f} by how a round is cut")  # fmt: skip
+    return {
+        "classes": len(task.classes),
+        "candidates": task.n_candidates,
+        "requests": parts,
+        "steps": n_steps,
+        "cores": psutil.cpu_count(),
+        "ratio": ratio,
+        "most_by_the_cut": most,
+        **found,
+    }
+
+
+def cut(task: Task, served: Served) -> list[F32]:
+    """Return a round's contexts as they go out in requests."""
+    contexts = task.step(0)[0].contexts
+    assert contexts is not None
+    return task.encoder(served).parts(contexts)
+
+
+def watched(
+    task: Task, oracle: Oracle, servers: Sequence[TritonServer]
+) -> Callable[[Sequence[int]], dict[str, float]]:
+    """Return a loop over steps that reports seconds a step and how many cores were busy with what.
+
+    `elsewhere` is what neither client nor servers had of the machine's cores and was not idle.
+    """
+    groups = {"client": [psutil.Process()]}
+    for number, server in enumerate(servers, 1):
+        root = psutil.Process(server.pid)
+        groups[f"server_{number}"] = [root, *root.children(recursive=True)]
+
+    def used() -> dict[str, float]:
+        found = {name: sum(sum(p.cpu_times()[:2]) for p in group) for name, group in groups.items()}
+        machine = psutil.cpu_times()
+        return {**found, "idle": machine.idle + getattr(machine, "iowait", 0.0)}
+
+    def loop(numbers: Sequence[int]) -> dict[str, float]:
+        before, start = used(), time.perf_counter()
+        for number in numbers:
+            oracle(*task.step(number))
+        seconds = time.perf_counter() - start
+        busy = {name: (value - before[name]) / seconds for name, value in used().items()}
+        elsewhere = max(0.0, (psutil.cpu_count() or 1) - sum(busy.values()))
+        return {"seconds": seconds / len(numbers), **busy, "elsewhere": elsewhere}
+
+    return loop
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("bundle", type=Path)
+    arguments.add_argument("--classes", help="numbers of classes (default: 10,100,1000)")
+    arguments.add_argument(
+        "--queries", type=int, help="of every way, at 10 classes (default: 1000)"
+    )
+    arguments.add_argument("--threads", type=int, default=1, help="of server and of local graphs")
+    given = arguments.parse_args()
+    try:
+        triton_environment()
+    except (pytest.skip.Exception, pytest.fail.Exception) as missing:
+        sys.exit(str(missing))
+    classes = given.classes or ("10,100" if given.quick else "10,100,1000")
+    extent = Extent(
+        tuple(int(word) for word in classes.split(",")),
+        given.queries or (200 if given.quick else 1000),
+        given.threads,
+    )
+    if given.quick:
+        extent = replace(
+            extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, pictures=32
+        )
+    show(measure(load_bundle(given.bundle), extent))
+
+
+if __name__ == "__main__":
+    main()
