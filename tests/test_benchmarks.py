@@ -7,14 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import gpu, scaling, speed
+from benchmarks import gpu, remote, remote_ways, scaling, speed
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
+from benchmarks.remote_ways import DOORS, WAYS, Counted, Door, Task, Way
 from benchmarks.towers import Size, lean
+from runtimes.bundle import load_bundle
 from runtimes.providers import Execution
+from tests.conftest import MINI
+from tests.servers.triton import triton_environment
 from ztune.errors import ProviderError
+from ztune.types import Batch, Evaluation, Prompts
 
 TINY = Size("tiny", layers=2)
 
@@ -170,3 +176,102 @@ def test_loops_take_turns_and_report_medians() -> None:
     found = interleaved({"a": lambda: loop("a"), "b": lambda: loop("b")}, 3)
     assert turns == ["a", "b"] * 3
     assert found == {"a": {"seconds": 2.0}, "b": {"seconds": 0.0}}
+
+
+def test_every_way_evaluates_the_same_steps_in_turns() -> None:
+    task = Task(load_bundle(MINI), 3, 7)
+    contexts = task.step(0)[0].contexts
+    assert contexts is not None
+    assert contexts.shape == (10, 8, 64)
+    assert not np.array_equal(contexts, np.asarray(task.step(1)[0].contexts))
+    assert len(task.step(0)[1].pictures) == 128
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    order: list[str] = []
+
+    def oracle(name: str) -> Any:
+        def answer(prompts: Prompts, batch: Batch) -> Evaluation:
+            order.append(name)
+            seen[name].append(batch.number)
+            nothing = np.zeros(len(prompts))
+            return Evaluation(nothing, nothing, nothing.astype(np.int64), batch.number)
+
+        return answer
+
+    account = iter(Counted(n, n * 2_000_000, n * 1_000_000) for n in range(100))
+    oracles: dict[object, Any] = {name: oracle(name) for name in "ab"}
+    taken, accounts = remote.in_turns(task, oracles, 7, lambda: next(account))
+    # The first round of each opens what it needs, and is not timed.
+    assert seen["a"] == seen["b"] == [1, *range(1, 8)]
+    assert "".join(order) == "ab" + "baab" * 3 + "ba"
+    assert [len(times) for times in taken.values()] == [7, 7]
+    assert accounts["a"] == Counted(7, 14_000_000, 7_000_000)
+    assert accounts["a"].figures() == {"server_request_ms": 2.0, "server_model_ms": 1.0}
+
+
+def test_differences_are_of_the_same_step() -> None:
+    found = remote.apart("ms", [0.013, 0.102, 0.012], [0.011, 0.101, 0.009])
+    assert found["ms"] == pytest.approx(2)
+    assert found["ms_quartiles"] == pytest.approx([1.5, 2.5])
+    assert [remote.burst_of(n) for n in (1, 7, 20, 1000)] == [1, 1, 4, 5]
+    extent = remote.Extent((10,), queries=1000, threads=1)
+    assert [extent.steps(C, 10) for C in (3, 10, 100, 1000)] == [100, 100, 10, 7]
+
+
+def test_ways_to_ask() -> None:
+    assert len(DOORS) == 6
+    assert len(WAYS) == len(set(WAYS)) == 9
+    assert str(Way(Door("http", keeps=False), "server")) == "http, server, sent"
+
+
+def test_remote_document(tmp_path: Path) -> None:
+    triton_environment()  # skips without
+    bundle = load_bundle(MINI)
+    repository = remote_ways.repository_of(bundle, tmp_path / "repository", 1)
+    task = Task(bundle, 5, 2)
+    with remote_ways.started(repository) as server:
+        for way in (Way(Door("grpc"), "here"), Way(Door("http", keeps=False), "server")):
+            place = remote_ways.address(way.transport, server)
+            with remote_ways.opened(bundle, way.door, place) as connected:
+                served = way.served(connected)
+                expected = task.locally(1)(*task.step(1)).losses
+                for oracle in (task.remotely(served), task.computed(served, repository, 1)):
+                    assert oracle(*task.step(1)).losses == pytest.approx(expected, abs=1e-4)
+    extent = remote.Extent(
+        (3,),
+        queries=30,
+        threads=1,
+        servers_classes=5,
+        servers_queries=40,
+        least_steps=2,
+        bookkeeping_steps=3,
+        pictures=8,
+    )
+    document = remote.measure(bundle, extent)
+    json.dumps(document, allow_nan=False)
+    assert document["server"]["name"] == "triton"
+    rows = document["rows"]
+    assert len(rows) == 10
+    assert rows[0]["transport"] == "local"
+    assert [row["transport"] for row in rows if row.get("auto")] == list(remote_ways.TRANSPORTS)
+    for row in rows[1:]:
+        assert row["seconds_per_step"] > 0
+        assert row["requests_per_step"] == 1
+        assert 0 < row["server_model_ms"] < row["server_request_ms"]
+        # Of a candidate: 8 context tokens of 64 values go, 128 features of 3 classes come back.
+        assert row["payload_sent_bytes_per_query"] >= 4 * 8 * 64
+        assert (row["payload_received_bytes_per_query"] >= 4 * 3 * 128) == (row["losses"] == "here")
+        through_memory = row["transport"] == "shared memory"
+        for direction in ("sent", "received"):
+            wire, payload = (
+                row[f"{kind}_{direction}_bytes_per_query"] for kind in ("wire", "payload")
+            )
+            assert 0 < wire < 200 if through_memory else payload < wire < payload + 200
+        # All 128 pictures: their features and labels, and the name of the set.
+        kept = row.get("kept_once_bytes")
+        assert kept == (128 * (4 * 128 + 8) + 32 if row["kept_pictures"] else None)
+    kept = document["bookkeeping"]
+    for name in ("journal_ms", "history_ms", "state_ms", "remote_kept_step_ms"):
+        assert kept[name] > 0
+    assert [row["requests"] for row in document["two_servers"]] == [[6, 4], [10, 10]]
+    assert [row["most_by_the_cut"] for row in document["two_servers"]] == [10 / 6, 2]
+    assert len(document["images"]) == 4
