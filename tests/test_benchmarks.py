@@ -200,9 +200,9 @@ def test_every_way_evaluates_the_same_steps_in_turns() -> None:
     account = iter(Counted(n, n * 2_000_000, n * 1_000_000) for n in range(100))
     oracles: dict[object, Any] = {name: oracle(name) for name in "ab"}
     taken, accounts = remote.in_turns(task, oracles, 7, lambda: next(account))
-    # The first round of each opens what it needs, and is not timed.
-    assert seen["a"] == seen["b"] == [1, *range(1, 8)]
-    assert "".join(order) == "ab" + "baab" * 3 + "ba"
+    # Two rounds of each warm up, and are not timed.
+    assert seen["a"] == seen["b"] == [1, 1, *range(1, 8)]
+    assert "".join(order) == "aabb" + "baab" * 3 + "ba"
     assert [len(times) for times in taken.values()] == [7, 7]
     assert accounts["a"] == Counted(7, 14_000_000, 7_000_000)
     assert accounts["a"].figures() == {"server_request_ms": 2.0, "server_model_ms": 1.0}
