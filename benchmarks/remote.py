@@ -65,8 +65,9 @@ class Extent:
     queries: int
     """Of every way with 10 classes; fewer by as much as there are more classes."""
     threads: int
+    servers_queries: int
+    """Of one server and of two, with each size of rounds."""
     servers_classes: int = 100
-    servers_queries: int = 600
     least_steps: int = 7
     bookkeeping_steps: int = 200
     pictures: int = 128
@@ -434,11 +435,9 @@ def main() -> None:
     except (pytest.skip.Exception, pytest.fail.Exception) as missing:
         sys.exit(str(missing))
     classes = given.classes or ("10,100" if given.quick else "10,100,1000")
-    extent = Extent(
-        tuple(int(word) for word in classes.split(",")),
-        given.queries or (200 if given.quick else 1000),
-        given.threads,
-    )
+    queries = given.queries or (200 if given.quick else 1000)
+    numbers = tuple(int(word) for word in classes.split(","))
+    extent = Extent(numbers, queries, given.threads, servers_queries=max(80, queries * 6 // 10))
     if given.quick:
         extent = replace(
             extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, pictures=32

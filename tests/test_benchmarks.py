@@ -213,7 +213,7 @@ def test_differences_are_of_the_same_step() -> None:
     assert found["ms"] == pytest.approx(2)
     assert found["ms_quartiles"] == pytest.approx([1.5, 2.5])
     assert [remote.burst_of(n) for n in (1, 7, 20, 1000)] == [1, 1, 4, 5]
-    extent = remote.Extent((10,), queries=1000, threads=1)
+    extent = remote.Extent((10,), queries=1000, threads=1, servers_queries=0)
     assert [extent.steps(C, 10) for C in (3, 10, 100, 1000)] == [100, 100, 10, 7]
 
 
