@@ -1,7 +1,8 @@
 """Tensors through system shared memory instead of the wire, where client and server share a host.
 
 A request that got no answer may still be at work on the server, and write its answer later: after
-a failure its regions are never used again.
+a failure its region is never used again, and the server has it closed only when it has said itself
+that it is done with the request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ import numpy as np
 from runtimes.transport import Array, CallError, Region, Request, Transport
 
 _ALIGNMENT = 64
-_LEAST = 1 << 20
+_MEGABYTE = 1 << 20
+# Kinds of failures after which a server no longer reads or writes.
+_DONE = ("refused", "missing", "forgotten")
 _NUMPY: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
@@ -45,13 +49,15 @@ class Expected:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pair:
     """A thread's own region: inputs first, outputs behind them."""
 
     name: str
     handle: Any
     n_bytes: int
+    busy: bool = False
+    """Whether a thread is using it."""
 
 
 class SharedMemory:
@@ -63,12 +69,17 @@ class SharedMemory:
         self._transport = transport
         self._module = shared_memory
         self._own = threading.local()
+        self._lock = threading.Lock()
         self._open: list[_Pair] = []
+        self._closed = False
 
     def infer(
         self, request: Request, expected: Mapping[str, Expected], seconds: float
     ) -> dict[str, Array]:
         """Return all outputs, copied out of the region.
+
+        One that the server says is of another type or shape than expected is given as it says, as
+        zeros.
 
         Raises: CallError.
         """
@@ -95,53 +106,102 @@ class SharedMemory:
                 self._module.set_shared_memory_region(
                     pair.handle, [np.ascontiguousarray(array)], places[f"input {name}"]
                 )
-            self._transport.infer(shared, max(0.001, until - time.monotonic()))
-            return {
+            told = self._transport.infer(shared, max(0.001, until - time.monotonic()))
+            answer = {
                 name: np.array(
                     self._module.get_contents_as_numpy(
                         pair.handle, output.dtype, list(output.shape), places[f"output {name}"]
                     )
                 )
                 for name, output in expected.items()
+                # Of another type or shape than expected, what the server says is told, not this.
+                if (told[name].dtype, told[name].shape) == (output.dtype, output.shape)
             }
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, CallError) and error.kind in _DONE:
+                self._unshare(pair, 1.0)
             self._leave(pair)
             raise
+        with self._lock:
+            pair.busy = False
+            closed = self._closed
+        if closed:
+            self._leave(pair)
+        return {**told, **answer}
 
     def close(self) -> None:
-        """Give all regions back."""
-        for pair in list(self._open):
-            with contextlib.suppress(CallError):
-                self._transport.unshare(pair.name, 1.0)
+        """Give all regions back; one that is in use goes when its request ends."""
+        with self._lock:
+            self._closed = True
+            idle = [pair for pair in self._open if not pair.busy]
+        reachable = True
+        for pair in idle:
+            if reachable:
+                reachable = self._unshare(pair, 1.0)
             self._leave(pair)
 
     def _region(self, n_bytes: int, seconds: float) -> _Pair:
+        """Return this thread's region, of at least as many bytes, as one that is in use."""
         pair: _Pair | None = getattr(self._own, "pair", None)
-        if pair is not None and pair in self._open and pair.n_bytes >= n_bytes:
-            return pair
-        if pair is not None and pair in self._open:
-            with contextlib.suppress(CallError):
-                self._transport.unshare(pair.name, seconds)
+        with self._lock:
+            if self._closed:
+                raise CallError("shared memory was given up", "away")
+            if pair is not None and pair not in self._open:
+                pair = None
+            if pair is not None and pair.n_bytes >= n_bytes:
+                pair.busy = True
+                return pair
+        if pair is not None:
+            self._unshare(pair, seconds)
             self._leave(pair)
-        size = max(_LEAST, 1 << (n_bytes - 1).bit_length())
+        size = -(-n_bytes // _MEGABYTE) * _MEGABYTE
         name = f"ztune_{os.getpid()}_{uuid.uuid4().hex[:12]}"
         try:
             handle = self._module.create_shared_memory_region(name, f"/{name}", size)
         except Exception as error:  # tritonclient's own kind
             raise CallError(f"no shared memory of {size} bytes ({error})", "refused") from None
-        pair = _Pair(name, handle, size)
-        self._open.append(pair)
+        pair = _Pair(name, handle, size, busy=True)
+        with self._lock:
+            self._open.append(pair)
         self._own.pair = pair
         try:
+            _take(name, size)
             self._transport.share(name, f"/{name}", size, seconds)
         except BaseException:
             self._leave(pair)
             raise
         return pair
 
+    def _unshare(self, pair: _Pair, seconds: float) -> bool:
+        """Have the server close a region; return whether it could be told."""
+        try:
+            self._transport.unshare(pair.name, seconds)
+        except CallError as error:
+            return error.kind != "away"
+        return True
+
     def _leave(self, pair: _Pair) -> None:
         """Unlink a region; what the server still has open goes when it does."""
-        if pair in self._open:
+        with self._lock:
+            if pair not in self._open:
+                return
             self._open.remove(pair)
-            with contextlib.suppress(Exception):  # tritonclient's own kind: it is gone already
-                self._module.destroy_shared_memory_region(pair.handle)
+        with contextlib.suppress(Exception):  # tritonclient's own kind: it is gone already
+            self._module.destroy_shared_memory_region(pair.handle)
+
+
+def _take(name: str, size: int) -> None:
+    """Have the system find the memory now; writing to what is not there would kill the process.
+
+    Raises: CallError.
+    """
+    path = Path("/dev/shm") / name
+    if not (hasattr(os, "posix_fallocate") and path.exists()):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise CallError(
+                f"no shared memory of {size} bytes ({error.strerror})", "refused"
+            ) from None

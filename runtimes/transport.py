@@ -5,14 +5,19 @@ Whatever goes wrong is one CallError, for both.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import io
 import json
+import os
+import re
+import selectors
 import socket
 import ssl
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +30,7 @@ from ztune.types import Json
 LARGEST_ANSWER = 1_000_000_000
 """Bytes of an answer that are read at most."""
 _LARGEST_METADATA = 10_000_000
+_PIECE = 1 << 20
 DATATYPES: Mapping[str, str] = {
     "float32": "FP32",
     "float64": "FP64",
@@ -32,6 +38,23 @@ DATATYPES: Mapping[str, str] = {
     "uint8": "UINT8",
 }
 Array = np.ndarray[Any, Any]
+_BROKEN_OFF = "the server broke it off (does it want a certificate, or another one?)"
+# What gRPC's words on TLS begin with, and what is said instead of the rest.
+_TLS_WORDS = {
+    "CERTIFICATE_VERIFY_FAILED: ": "",
+    "Hostname Verification Check failed": "the certificate is another host's",
+    "WRONG_VERSION_NUMBER": "what answers there speaks no TLS",
+    "TSI_DATA_CORRUPTED": _BROKEN_OFF,
+    "Tls handshake failed": "",
+    "Ssl handshake failed": "",
+}
+_ALERTS = {
+    "WRONG_VERSION_NUMBER": _TLS_WORDS["WRONG_VERSION_NUMBER"],
+    "RECORD_LAYER_FAILURE": _TLS_WORDS["WRONG_VERSION_NUMBER"],
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server wants a certificate of this client",
+    "TLSV1_ALERT_UNKNOWN_CA": "the server does not know this client's authority",
+    "TLSV1_ALERT_BAD_CERTIFICATE": "the server does not take this client's certificate",
+}
 
 
 class CallError(Exception):
@@ -40,13 +63,14 @@ class CallError(Exception):
     def __init__(self, message: str, kind: str):
         super().__init__(message)
         self.kind = kind
-        """away: no answer; busy: the server says later; broken: it failed inside; missing: no such
-        model or set; denied: who we are; refused: the request itself."""
+        """away: no answer; busy: the server says later; broken: it failed inside, or what it says
+        cannot be read; forgotten: what was left with it is there no longer; missing: no such model;
+        denied: who we are; refused: the request itself."""
 
     @property
     def passing(self) -> bool:
         """Whether the same request may be answered later."""
-        return self.kind in ("away", "busy", "broken")
+        return self.kind in ("away", "busy", "broken", "forgotten")
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,9 @@ class Transport(Protocol):
         """
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
-        """Return the outputs that are not in shared memory, as the server sent them.
+        """Return the outputs as the server sent them.
+
+        Of one in shared memory, zeros of the type and shape that the server says it has there.
 
         Raises: CallError.
         """
@@ -107,7 +133,7 @@ class Transport(Protocol):
         """Have the server close a shared memory region."""
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Give the connection up; what is on its way ends at once, without an answer."""
 
 
 def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
@@ -131,12 +157,12 @@ class GrpcTransport:
     """KServe-v2 over gRPC."""
 
     def __init__(self, endpoint: Endpoint, connection: Connection):
-        import grpc
+        # Its own words on standard error say the same as the error that is raised, at length.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import tritonclient.grpc as client
 
         self.endpoint = endpoint
         self._client_module = client
-        self._codes = grpc.StatusCode
         self._headers = connection.headers(endpoint)
         self._compression = None if connection.compression == "none" else connection.compression
         if endpoint.secure and connection.insecure:
@@ -144,6 +170,8 @@ class GrpcTransport:
                 "gRPC checks certificates always: leave out --insecure (name the server's own "
                 "certificate with --tls-ca, or use https://)"
             )
+        if endpoint.secure:
+            connection.ssl_context()  # gRPC itself tells of unusable files only when it connects
         options = [
             # These replace all defaults of the client, its message sizes among them.
             ("grpc.max_send_message_length", -1),
@@ -181,7 +209,7 @@ class GrpcTransport:
     def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
         metadata = _object(self._call("get_model_metadata", seconds, name, version, as_json=True))
         if not self._call("is_model_ready", seconds, name, version):
-            raise CallError(f'model "{name}" is not ready', "missing")
+            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "missing")
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
@@ -196,7 +224,7 @@ class GrpcTransport:
             outputs,
             compression_algorithm=self._compression,
         )
-        return _arrays(result, request)
+        return _read(self.endpoint, result, request, _told_by_grpc)
 
     def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
         self._call("register_system_shared_memory", seconds, name, key, n_bytes)
@@ -216,8 +244,8 @@ class GrpcTransport:
             )
         except InferenceServerException as error:
             raise self._failure(error) from None
-        except (ValueError, TypeError, AttributeError) as error:  # an answer cut short
-            raise CallError(f"{self.endpoint}: unreadable answer ({error})", "away") from None
+        except ValueError as error:  # the channel is closed
+            raise CallError(f"{self.endpoint}: {_line(error)}", "away") from None
 
     def _failure(self, error: Any) -> CallError:
         code, text = str(error.status()), _line(error.message())
@@ -234,14 +262,17 @@ class GrpcTransport:
             "PERMISSION_DENIED": "denied",
         }
         kind = kinds.get(code.rpartition(".")[2], "refused")
-        if "Received message larger than max" in text or "unable to find" in text.lower():
+        if "Received message larger than max" in text:
             kind = "refused"
-        if kind == "refused" and "unknown model" in text:
-            kind = "missing"
+        kind = _kind_by_words(text, kind)
         if code.endswith("DEADLINE_EXCEEDED"):
             text = "no answer within the deadline"
         if code.endswith("UNIMPLEMENTED"):
             text = "it does not offer this (UNIMPLEMENTED)"
+        for mark, words in _TLS_WORDS.items():
+            if mark in str(error.message()):
+                text = f"TLS failed: {words or text.removesuffix(': OK')}"
+                break
         return CallError(f"{self.endpoint}: {text}", kind)
 
 
@@ -261,15 +292,18 @@ class HttpTransport:
         self._compression = connection.compression
         self._context = connection.ssl_context() if endpoint.secure else None
         self._own = threading.local()
+        self._lock = threading.Lock()
+        self._open: set[_Timed] = set()
+        self._closed = False
         self.binary = True
         """Whether tensors go as bytes; False for servers without the extension."""
 
     def ready(self, seconds: float) -> bool:
-        status, _, _ = self._exchange("GET", "/v2/health/live", seconds, failing=False)
+        status, content, _ = self._exchange("GET", "/v2/health/live", seconds, failing=False)
         if status == 200:
-            status, _, _ = self._exchange("GET", "/v2/health/ready", seconds, failing=False)
+            status, content, _ = self._exchange("GET", "/v2/health/ready", seconds, failing=False)
         if status in (401, 403):
-            raise _http_failure(self.endpoint, status, b"")
+            raise _http_failure(self.endpoint, status, content)
         return status == 200
 
     def server(self, seconds: float) -> dict[str, Json]:
@@ -303,17 +337,12 @@ class HttpTransport:
         _, content, answered = self._exchange("POST", f"{path}/infer", seconds, body, headers)
         length = answered.get("inference-header-content-length")
         try:
-            content = _decompressed(content, answered.get("content-encoding", ""))
             result = module.InferenceServerClient.parse_response_body(
                 content, header_length=None if length is None else int(length)
             )
-            return _arrays(result, request)
-        except CallError:
-            raise
-        except Exception as error:  # tritonclient raises many kinds for a body cut short
-            raise CallError(
-                f"{self.endpoint}: unreadable answer ({_line(error)})", "away"
-            ) from None
+        except Exception as error:  # tritonclient raises many kinds for a body that is none
+            raise _unreadable(self.endpoint, error) from None
+        return _read(self.endpoint, result, request, _told_by_http)
 
     def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
         body = json.dumps({"key": key, "offset": 0, "byte_size": n_bytes}).encode()
@@ -323,7 +352,16 @@ class HttpTransport:
         self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/unregister", seconds, b"")
 
     def close(self) -> None:
-        self._drop()
+        with self._lock:
+            self._closed = True
+            for connection in self._open:
+                if not connection.busy:
+                    connection.close()
+                elif connection.sock is not None:
+                    # Another thread is at it, wakes up and closes it. The plain socket's shutdown,
+                    # since TLS would have a say in its own.
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def _json(self, path: str, seconds: float) -> dict[str, Json]:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
@@ -341,34 +379,48 @@ class HttpTransport:
         headers: Mapping[str, str] | None = None,
         *,
         failing: bool = True,
-        largest: int = LARGEST_ANSWER,
+        largest: int | None = None,
     ) -> tuple[int, bytes, Mapping[str, str]]:
         """Return status, body and lower-case headers of the answer, read within the deadline.
 
         Raises: CallError, also for a status other than 200 where `failing`.
         """
         until = time.monotonic() + seconds
+        largest = LARGEST_ANSWER if largest is None else largest
         try:
             status, content, answered = self._exchanged(
                 method, path, until, body, {**self._headers, **(headers or {})}, largest
             )
-        except CallError:
-            self._drop()
+        except BaseException as error:
+            # Whatever is still to come on this connection must not be taken for another answer.
+            used = self._drop()
+            if isinstance(error, ConnectionError | ssl.SSLEOFError) and used is False:
+                # Since TLS 1.3 a client's certificate is refused after its first request is sent.
+                raise CallError(f"{self.endpoint}: TLS failed: {_BROKEN_OFF}", "away") from None
+            if isinstance(error, Exception):
+                raise self._failure(error) from None
             raise
-        except (TimeoutError, socket.timeout):  # noqa: UP041 - two types before Python 3.10
+        if not self._keeps():
             self._drop()
-            raise CallError(f"{self.endpoint}: no answer within the deadline", "away") from None
-        except ssl.SSLError as error:
-            self._drop()
-            reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            raise CallError(f"{self.endpoint}: TLS failed: {reason}", "away") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._drop()
-            text = _line(getattr(error, "strerror", None) or error) or type(error).__name__
-            raise CallError(f"{self.endpoint}: {text}", "away") from None
+        content = self._unpacked(content, answered.get("content-encoding", ""), largest)
         if failing and status != 200:
             raise _http_failure(self.endpoint, status, content)
         return status, content, answered
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, TimeoutError):
+            return CallError(f"{self.endpoint}: no answer within the deadline", "away")
+        if isinstance(error, ssl.SSLError):
+            reason = getattr(error, "verify_message", "") or error.reason or str(error)
+            reason = _ALERTS.get(reason, _line(reason))
+            return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
+        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
+            text = "what answers there speaks no HTTP (gRPC is spoken to with triton://)"
+            return CallError(f"{self.endpoint}: {text}", "away")
+        if isinstance(error, OSError | http.client.HTTPException | ValueError):
+            text = _line(getattr(error, "strerror", None) or error) or type(error).__name__
+            return CallError(f"{self.endpoint}: {text}", "away")
+        return error
 
     def _exchanged(
         self,
@@ -380,14 +432,13 @@ class HttpTransport:
         largest: int,
     ) -> tuple[int, bytes, Mapping[str, str]]:
         connection = self._connected(until)
+        connection.until = until
         connection.request(method, path, body, dict(headers))
-        _limit(connection, until)
         response = connection.getresponse()
         answered = {key.lower(): value for key, value in response.getheaders()}
         parts, n_bytes = [], 0
         while not response.isclosed():
-            _limit(connection, until)
-            part = response.read1(1 << 20)
+            part = response.read1(_PIECE)
             n_bytes += len(part)
             if n_bytes > largest:
                 raise CallError(
@@ -401,35 +452,126 @@ class HttpTransport:
         response.close()  # the connection stays, for the next request
         return response.status, b"".join(parts), answered
 
-    def _connected(self, until: float) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
-        seconds = max(0.001, until - time.monotonic())
+    def _connected(self, until: float) -> _Timed:
+        """Return this thread's connection: the one it has, where the server has not closed it."""
+        connection: _Timed | None = getattr(self._own, "connection", None)
+        if connection is not None and _is_stale(connection):
+            self._drop()
+            connection = None
         if connection is None:
+            seconds = max(0.001, until - time.monotonic())
             host, port = self.endpoint.host, self.endpoint.port
             if self._context is not None:
-                connection = http.client.HTTPSConnection(
-                    host, port, timeout=seconds, context=self._context
-                )
+                connection = _TimedSecure(host, port, timeout=seconds, context=self._context)
             else:
-                connection = http.client.HTTPConnection(host, port, timeout=seconds)
+                connection = _TimedPlain(host, port, timeout=seconds)
             connection.connect()
             self._own.connection = connection
-        _limit(connection, until)
+        with self._lock:
+            self._open.add(connection)
+            connection.busy = True
+            closed = self._closed
+        if closed:
+            raise http.client.NotConnected("the connection was given up")
         return connection
 
-    def _drop(self) -> None:
-        connection = getattr(self._own, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._own.connection = None
+    def _keeps(self) -> bool:
+        """Return whether this thread's connection stays for its next request."""
+        self._own.connection.answered = True
+        with self._lock:
+            self._own.connection.busy = False
+            return not self._closed
+
+    def _drop(self) -> bool | None:
+        """Close this thread's connection; return whether one with TLS had ever been answered."""
+        connection: _Timed | None = getattr(self._own, "connection", None)
+        if connection is None:
+            return None
+        self._own.connection = None
+        with self._lock:
+            self._open.discard(connection)
+        connection.close()
+        return connection.answered if isinstance(connection, _TimedSecure) else None
+
+    def _unpacked(self, content: bytes, kind: str, largest: int) -> bytes:
+        """Return a body without its compression, and never more of it than `largest` bytes."""
+        if kind in ("", "identity"):
+            return content
+        unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, told by its first bytes
+        try:
+            unpacked = unpacker.decompress(content, largest + 1)
+        except zlib.error as error:
+            raise _unreadable(self.endpoint, error) from None
+        if len(unpacked) > largest:
+            raise CallError(f"{self.endpoint}: an answer of more than {largest} bytes", "refused")
+        if not unpacker.eof:
+            raise _unreadable(self.endpoint, f"{kind} without its end")
+        return unpacked
 
 
-def _limit(connection: http.client.HTTPConnection, until: float) -> None:
+class _Deadline(io.RawIOBase):
+    """Reads a socket until a moment, however often something arrives before."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float):
+        self._raw, self._sock, self._until = raw, sock, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_left(self._until))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Timed(http.client.HTTPConnection):
+    """A connection whose next exchange must be over, sent and read, by `until`."""
+
+    until = 0.0
+    busy = False
+    """Whether a thread is using it."""
+    answered = False
+    """Whether a request had an answer by it."""
+
+    def send(self, data: Any) -> None:
+        if self.sock is not None:
+            self.sock.settimeout(_left(self.until))
+        super().send(data)
+
+    def response_class(  # type: ignore[override]
+        self, sock: socket.socket, *arguments: Any, **options: Any
+    ) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(sock, *arguments, **options)
+        raw = response.fp.detach()
+        response.fp = io.BufferedReader(_Deadline(raw, sock, self.until))
+        return response
+
+
+class _TimedPlain(_Timed):
+    pass
+
+
+class _TimedSecure(_Timed, http.client.HTTPSConnection):
+    pass
+
+
+def _left(until: float) -> float:
     seconds = until - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
-    if connection.sock is not None:
-        connection.sock.settimeout(seconds)
+    return seconds
+
+
+def _is_stale(connection: http.client.HTTPConnection) -> bool:
+    """Return whether the server has closed it, or said something that nobody asked for."""
+    if connection.sock is None:
+        return True
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
@@ -442,7 +584,7 @@ def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
     kind = "refused"
     if status in (401, 403):
         kind = "denied"
-    elif status == 404 or "unknown model" in text or "no pictures are kept" in text:
+    elif status == 404:
         kind = "missing"
     elif status == 429:
         kind = "busy"
@@ -450,7 +592,17 @@ def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
         kind = "away"
     elif status >= 500:
         kind = "broken"
-    return CallError(f"{endpoint}: {text}", kind)
+    return CallError(f"{endpoint}: {text}", _kind_by_words(text, kind))
+
+
+def _kind_by_words(text: str, kind: str) -> str:
+    """Return the kind of a failure whose code says less than its words; codes differ by server."""
+    if kind in ("refused", "missing", "broken"):
+        if "no pictures are kept" in text or "unable to find" in text.lower():
+            return "forgotten"
+        if "unknown model" in text:
+            return "missing"
+    return kind
 
 
 def _described(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:
@@ -479,32 +631,48 @@ def _described(module: Any, request: Request, **options: Any) -> tuple[list[Any]
     return inputs, outputs
 
 
-def _arrays(result: Any, request: Request) -> dict[str, Array]:
+def _read(
+    endpoint: Endpoint, result: Any, request: Request, told: Callable[[Any], tuple[Any, Any]]
+) -> dict[str, Array]:
+    """Return the outputs that were asked for; `told` gives datatype and shape of one.
+
+    Raises: CallError.
+    """
     arrays = {}
     for name in request.outputs:
-        if name in request.outputs_at:
-            continue
-        array = result.as_numpy(name)
+        try:
+            output = result.get_output(name)
+            array: Array | None = None
+            if output is not None and name in request.outputs_at:
+                datatype, shape = told(output)
+                dtype = {ours: numpy for numpy, ours in DATATYPES.items()}[datatype]
+                array = np.broadcast_to(np.zeros((), dtype), [int(size) for size in shape])
+            elif output is not None:
+                array = result.as_numpy(name)
+        except Exception as error:  # bytes that do not fill the shape, no shape, no known type
+            raise _unreadable(endpoint, error) from None
         if array is None:
-            raise CallError(f'{request.model}: the answer lacks "{name}"', "refused")
+            raise CallError(f'{endpoint}: {request.model}: the answer lacks "{name}"', "refused")
         arrays[name] = array
     return arrays
+
+
+def _told_by_grpc(output: Any) -> tuple[Any, Any]:
+    return output.datatype, output.shape
+
+
+def _told_by_http(output: Any) -> tuple[Any, Any]:
+    return output["datatype"], output["shape"]
+
+
+def _unreadable(endpoint: Endpoint, reason: object) -> CallError:
+    return CallError(f"{endpoint}: unreadable answer ({_line(reason)})", "broken")
 
 
 def _compressed(body: bytes, kind: str) -> bytes:
     bits = 31 if kind == "gzip" else 15
     packer = zlib.compressobj(wbits=bits)
     return packer.compress(body) + packer.flush()
-
-
-def _decompressed(content: bytes, kind: str) -> bytes:
-    if kind in ("", "identity"):
-        return content
-    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, told by its first bytes
-    unpacked = unpacker.decompress(content, LARGEST_ANSWER)
-    if unpacker.unconsumed_tail:
-        raise CallError(f"an answer of more than {LARGEST_ANSWER} bytes", "refused")
-    return unpacked
 
 
 def _object(value: Any) -> dict[str, Json]:
@@ -515,11 +683,13 @@ def _object(value: Any) -> dict[str, Json]:
 
 def _line(text: object) -> str:
     """Return an error's own words in one line: of gRPC's, what the last of its causes says."""
-    words = " ".join(str(text).split())
+    # What a server says may be anything: no control characters reach a terminal.
+    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    words = " ".join(printable.split())
     for mark in ("last error: ", "CERTIFICATE_VERIFY_FAILED: "):
         if mark in words:
             words = words.rpartition(mark)[2]
-    return words[:300]
+    return re.sub(r"^[A-Z]+: (ipv4|ipv6):\S+: ", "", words)[:300]
 
 
 def server_error(error: CallError) -> ServerError:
@@ -532,4 +702,6 @@ def server_error(error: CallError) -> ServerError:
         "ZTUNE_BASIC_AUTH or --basic-auth-file",
     }
     hint = hints.get(error.kind)
+    if "TLS failed" in str(error):
+        hint = "see --tls-ca, --tls-cert and --tls-key"
     return ServerError(f"{error} ({hint})" if hint else str(error))
