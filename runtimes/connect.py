@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from runtimes.contract import CLIENT, IMAGE, PROMPT, SCORE, TEXT, check_offer
 from runtimes.endpoint import Connection, parse_endpoint, parse_location
 from runtimes.ort import parity_inputs
 from runtimes.prompts import shared_starts, token_table
-from runtimes.service import Question, Service
+from runtimes.service import Ask, Question, Service
 from runtimes.shared_memory import Expected
 from runtimes.transport import Array
 from ztune.errors import ServerError
@@ -59,9 +60,9 @@ def connect(
         for part, offer in service.offers.items():
             check_offer(part, offer, bundle, f'{location}: model "{service.model(part)}"')
         service.digest = bytes.fromhex(bundle.digest)
-        parity = probe(service, bundle)
+        parity = probe(service, bundle, functools.partial(service.ask_server, 0))
         for number in range(1, service.n_servers):
-            probe(service, bundle, number)
+            probe(service, bundle, functools.partial(service.ask_server, number))
         silent = [service.model(p) for p, o in service.offers.items() if not o.tells_digest]
         if silent:
             remark(
@@ -69,8 +70,8 @@ def connect(
                 "client half prove it, at the start and when a server comes back"
             )
 
-            def again() -> None:
-                probe(service, bundle)
+            def again(ask: Ask) -> None:
+                probe(service, bundle, ask)
 
             service.returned = again
         _choose_memory(service, remark)
@@ -80,20 +81,20 @@ def connect(
     return Connected(service, bundle, parity)
 
 
-def probe(service: Service, bundle: Bundle, server: int = 0) -> dict[str, float]:
-    """Ask one server's models what torch's answers are known of; return the largest differences.
+def probe(service: Service, bundle: Bundle, ask: Ask) -> dict[str, float]:
+    """Ask models what torch's answers are known of; return the largest differences.
 
     Raises: ServerError when one is too far off.
     """
     found: dict[str, float] = {}
     given, expected = parity_inputs(bundle.file(PARITY), IMAGE)
     if IMAGE in service.offers:
-        found[IMAGE] = _each(service, server, IMAGE, "pixels", given["pixels"], expected)
+        found[IMAGE] = _each(ask, IMAGE, "pixels", given["pixels"], expected)
     given, expected = parity_inputs(bundle.file(PARITY), TEXT)
     sentences = given["tokens"]
     if TEXT in service.offers:
-        found[TEXT] = _each(service, server, TEXT, "tokens", sentences, expected)
-    found |= _probe_prompts(service, bundle, server, sentences, expected)
+        found[TEXT] = _each(ask, TEXT, "tokens", sentences, expected)
+    found |= _probe_prompts(service, bundle, ask, sentences, expected)
     for part, difference in found.items():
         at_export = bundle.parity["prompt" if part == SCORE else part]["max_abs"]
         limit = max(_TOLERANCE, _MORE * at_export)
@@ -107,18 +108,18 @@ def probe(service: Service, bundle: Bundle, server: int = 0) -> dict[str, float]
     return found
 
 
-def _each(service: Service, server: int, part: str, name: str, rows: Array, expected: F32) -> float:
+def _each(ask: Ask, part: str, name: str, rows: Array, expected: F32) -> float:
     """Return the largest difference from features f32[N, e], each row asked for by itself."""
     worst = 0.0
     for row, features in zip(rows, expected, strict=True):
         wanted = {"features": Expected("FP32", (1, len(features)))}
-        (answer,) = service.ask([Question(part, {name: row[None]}, wanted)], server)
+        answer = ask(Question(part, {name: row[None]}, wanted))
         worst = max(worst, _difference(answer["features"][0], features))
     return worst
 
 
 def _probe_prompts(
-    service: Service, bundle: Bundle, server: int, sentences: I64, expected: F32
+    service: Service, bundle: Bundle, ask: Ask, sentences: I64, expected: F32
 ) -> dict[str, float]:
     """Ask for known sentences as contexts (the words they begin with) before names (the rest)."""
     spec, found = bundle.text, dict[str, float]()
@@ -138,14 +139,14 @@ def _probe_prompts(
         known = expected[indices]
         if PROMPT in service.offers:
             wanted = {"features": Expected("FP32", (1, len(names), e))}
-            (answer,) = service.ask([Question(PROMPT, asked, wanted)], server)
+            answer = ask(Question(PROMPT, asked, wanted))
             difference = _difference(answer["features"][0], known)
             found[PROMPT] = max(found.get(PROMPT, 0.0), difference)
         if SCORE in service.offers and len(names) > 1:
             labels = np.arange(len(names), dtype=np.int64)
             wanted = {"losses": Expected("FP64", (1,)), "correct": Expected("INT64", (1,))}
             asked |= {"features": np.ascontiguousarray(known), "labels": labels}
-            (answer,) = service.ask([Question(SCORE, asked, wanted)], server)
+            answer = ask(Question(SCORE, asked, wanted))
             logits = bundle.logit_scale * known.astype(np.float64) @ known.T.astype(np.float64)
             logits += bundle.logit_bias
             losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))

@@ -11,8 +11,8 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,6 +28,10 @@ _HEALTH_SECONDS = 2.0
 _START_SECONDS = 10.0
 # Times that a server may fail at one request: each may be billed.
 _MOST_BROKEN = 4
+# Times that a server may forget one request's pictures before they are sent with it: behind one
+# address there may be several servers, and the one that has them is not the one that is asked.
+_MOST_FORGOTTEN = 2
+_CLOSING_SECONDS = 2.0
 Sending = Callable[[int, int], None]
 """Called before a request goes: its number in the round, and the queries in it."""
 
@@ -59,17 +63,47 @@ class Question:
     kept: KeptPictures | None = None
     """What `kept` among the inputs names."""
 
+    def in_full(self) -> Question:
+        """Return the same question with the pictures that it names."""
+        if self.kept is None:
+            return self
+        inputs, rows = dict(self.inputs), self.inputs["rows"]
+        del inputs["kept"], inputs["rows"]
+        inputs |= {"features": self.kept.features[rows], "labels": self.kept.labels[rows]}
+        return replace(self, inputs=inputs, kept=None)
+
+
+Ask = Callable[[Question], dict[str, Array]]
+"""Asks one server one question."""
+
 
 @dataclass
 class _Server:
     """One of the servers, and how it has fared."""
 
     transport: Transport
+    extensions: frozenset[str] = frozenset()
     shared: SharedMemory | None = None
     failures: int = 0
     """In a row; a server with any is asked only after it has said that it is ready."""
     retry_at: float = 0.0
     kept: set[bytes] = field(default_factory=set)
+    keeping: threading.Lock = field(default_factory=threading.Lock)
+    """Held while pictures are sent, so that they are sent once."""
+    not_kept: int = 0
+    """Times that sending them failed."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Where a question goes."""
+
+    number: int
+    """Of the server, and of the question in its round."""
+    alone: bool = False
+    """Whether no other server may answer it."""
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody waits for the round's answers any more."""
 
 
 class Service:
@@ -92,8 +126,9 @@ class Service:
         self.digest: bytes | None = None
         """SHA-256 of the bundle's manifest that every answer must come from."""
         self.sending: Sending | None = None
-        self.returned: Callable[[], None] | None = None
-        """Called when a server is back that does not tell whose answers it gives."""
+        self.returned: Callable[[Ask], None] | None = None
+        """Called when a server is back that does not tell whose answers it gives, with what asks
+        that server alone."""
         self.requests = 0
         self.payload_bytes = [0, 0]
         """Of tensors sent and received, without framing."""
@@ -105,10 +140,16 @@ class Service:
         # Waiting times need not be the same in two runs: nothing depends on them.
         self._jitter = np.random.default_rng()
         self._pool: ThreadPoolExecutor | None = None
+        self._running: set[Future[dict[str, Array]]] = set()
 
     @property
     def n_servers(self) -> int:
         return len(self._servers)
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """What every server can do besides the protocol's least."""
+        return frozenset.intersection(*(server.extensions for server in self._servers))
 
     def model(self, part: str) -> str:
         return f"{self.location.name}_{part}"
@@ -119,7 +160,7 @@ class Service:
         Raises: ServerError for one that is not, offers nothing, or another thing than the first.
         """
         for number, server in enumerate(self._servers):
-            offers = self._offers(server.transport)
+            offers = self._offers(server)
             if number == 0:
                 self.offers = offers
             elif offers != self.offers:
@@ -128,13 +169,14 @@ class Service:
                     f"{self._servers[0].transport.endpoint}"
                 )
 
-    def _offers(self, transport: Transport) -> dict[str, Offer]:
-        seconds = min(_START_SECONDS, self.connection.deadline)
+    def _offers(self, server: _Server) -> dict[str, Offer]:
+        transport, seconds = server.transport, min(_START_SECONDS, self.connection.deadline)
         where, offers = transport.endpoint, {}
         try:
             if not transport.ready(seconds):
                 raise ServerError(f"{where} is not ready (its models are loading, or have failed)")
-            self._extensions(transport, seconds)
+            told = transport.server(seconds).get("extensions")
+            server.extensions = frozenset(map(str, told if isinstance(told, list) else []))
             for part in PARTS:
                 try:
                     metadata = transport.model(self.model(part), self.location.version, seconds)
@@ -154,13 +196,6 @@ class Service:
             )
         return offers
 
-    def _extensions(self, transport: Transport, seconds: float) -> None:
-        """See what the first server can do besides the protocol's least."""
-        extensions = transport.server(seconds).get("extensions", [])
-        self.extensions = (
-            {str(one) for one in extensions} if isinstance(extensions, list) else set[str]()
-        )
-
     def share_memory(self) -> None:
         """From now on send tensors through shared memory.
 
@@ -168,10 +203,11 @@ class Service:
         """
         for server in self._servers:
             where = server.transport.endpoint
-            if "system_shared_memory" not in self.extensions:
+            if "system_shared_memory" not in server.extensions:
                 raise ServerError(f"{where} does not offer system_shared_memory")
             if not where.local:
                 raise ServerError(f"{where} is another host: it shares no memory with this one")
+        for server in self._servers:
             server.shared = SharedMemory(server.transport)
 
     def unshare_memory(self) -> None:
@@ -193,96 +229,127 @@ class Service:
             cannot be used.
         """
         if len(questions) == 1:
-            return [self._answer(first, questions[0])]
+            return [self._answer(_Turn(first), questions[0])]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.connection.max_inflight, "ztune-request")
+        abandoned = threading.Event()
         futures: list[Future[dict[str, Array]]] = [
-            self._pool.submit(self._answer, number, question)
+            self._pool.submit(self._answer, _Turn(number, abandoned=abandoned), question)
             for number, question in enumerate(questions, first)
         ]
+        self._running.update(futures)
         try:
             return [future.result() for future in futures]
-        except BaseException:
+        except CancelledError:  # by `close`
+            raise AwayError("stopped") from None
+        finally:
+            # After an error, or by the user's will, nothing more of this round is sent.
+            abandoned.set()
             for future in futures:
                 future.cancel()
-            raise
+            self._running = {future for future in self._running if not future.done()}
+
+    def ask_server(self, number: int, question: Question) -> dict[str, Array]:
+        """Return the answer of the server of this number, and of no other.
+
+        Raises: as `ask`.
+        """
+        return self._answer(_Turn(number, alone=True), question)
 
     def close(self) -> None:
         """Give all connections up; what is on its way ends at once."""
         self._stopped.set()
+        running = [f for f in self._running if not f.cancel() and not f.done()]
+        if not running:
+            self.unshare_memory()
         for server in self._servers:
-            if server.shared is not None:
-                server.shared.close()
             server.transport.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        if running:
+            # Their regions can only go when nobody reads or writes them here.
+            wait(running, _CLOSING_SECONDS)
+            self.unshare_memory()
 
-    def _answer(self, number: int, question: Question) -> dict[str, Array]:
+    def _answer(self, turn: _Turn, question: Question) -> dict[str, Array]:
         """Ask until there is an answer."""
-        failed_since: float | None = None
-        last, n_broken = "", 0
+        began = time.monotonic()
+        last, n_broken, n_forgotten = "", 0, 0
         while True:
-            server = self._available(number)
-            if server is not None:
+            if self._stopped.is_set() or turn.abandoned.is_set():
+                raise AwayError("stopped")
+            number = self._available(turn)
+            if number is not None:
+                server = self._servers[number]
                 try:
-                    answer = self._once(server, number, question)
+                    answer = self._once(server, turn.number, question)
                 except CallError as error:
                     n_broken += error.kind == "broken"
                     if not error.passing or n_broken > _MOST_BROKEN:
                         raise server_error(error) from None
+                    n_forgotten += error.kind == "forgotten"
+                    if n_forgotten > _MOST_FORGOTTEN:
+                        question = question.in_full()
                     last = str(error)
                     self._failed(server, last)
                 else:
                     self._succeeded(server)
                     return answer
-            now = time.monotonic()
-            failed_since = failed_since or now
-            if now - failed_since >= self.connection.give_up:
+            if time.monotonic() - began >= self.connection.give_up:
                 raise AwayError(
                     f"no answer for {self.connection.give_up:g} s ({last or 'no server is ready'})"
                 )
-            if self._stopped.wait(self._pause(failed_since)):
-                raise AwayError("stopped")
+            self._stopped.wait(self._pause(turn, began))
 
-    def _pause(self, failed_since: float) -> float:
+    def _pause(self, turn: _Turn, began: float) -> float:
         """Return seconds until the next server may be tried, inside the agreed time."""
         now = time.monotonic()
-        until = min(server.retry_at for server in self._servers)
-        left = failed_since + self.connection.give_up - now
+        until = min(self._servers[number].retry_at for number in self._places(turn))
+        left = began + self.connection.give_up - now
         return max(0.0, min(until - now, left))
 
-    def _available(self, number: int) -> _Server | None:
-        """Return the server whose turn it is, or the next one that answers; None for none."""
+    def _places(self, turn: _Turn) -> list[int]:
+        """Return the servers that may answer, in their order."""
         n = len(self._servers)
-        for turn in range(n):
-            server = self._servers[(number + turn) % n]
+        return [(turn.number + more) % n for more in range(1 if turn.alone else n)]
+
+    def _available(self, turn: _Turn) -> int | None:
+        """Return the server whose turn it is, or the next one that answers; None for none."""
+        for number in self._places(turn):
+            server = self._servers[number]
             if server.failures == 0:
-                return server
-            if time.monotonic() >= server.retry_at and self._is_back(server):
-                return server
+                return number
+            if time.monotonic() >= server.retry_at and self._is_back(server, turn):
+                return number
         return None
 
-    def _is_back(self, server: _Server) -> bool:
+    def _is_back(self, server: _Server, turn: _Turn) -> bool:
         """Ask a server that has failed whether it is ready: this is free of charge."""
         try:
             back = server.transport.ready(min(_HEALTH_SECONDS, self.connection.deadline))
+            reason = f"{server.transport.endpoint} is not ready"
+            if back and self.returned is not None and not self._tells_digest:
+                self.returned(lambda question: self._once(server, turn.number, question))
         except CallError as error:
             if not error.passing:
                 raise server_error(error) from None
-            back = False
+            back, reason = False, str(error)
         if not back:
-            self._failed(server, f"{server.transport.endpoint} is not ready")
-            return False
-        if self.returned is not None and not all(o.tells_digest for o in self.offers.values()):
-            self.returned()
-        return True
+            self._failed(server, reason)
+        return back
+
+    @property
+    def _tells_digest(self) -> bool:
+        return all(offer.tells_digest for offer in self.offers.values())
 
     def _failed(self, server: _Server, reason: str) -> None:
         with self._lock:
-            server.failures += 1
             server.kept.clear()  # it may be another process by then
-            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(server.failures, 20))
-            server.retry_at = time.monotonic() + wait * self._jitter.uniform(0.5, 1.0)
+            if server.failures and time.monotonic() < server.retry_at:
+                return  # others have met with the same failure
+            server.failures += 1
+            seconds = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(server.failures, 20))
+            server.retry_at = time.monotonic() + seconds * self._jitter.uniform(0.5, 1.0)
             if server.failures == 2:  # once is nothing to speak of
                 self._remark(f"{reason}; trying again for {self.connection.give_up:g} s")
 
@@ -298,27 +365,39 @@ class Service:
 
         Raises: CallError.
         """
-        if question.kept is not None and question.kept.name not in server.kept:
+        if question.kept is not None:
             self._keep(server, question.kept)
         if self.sending is not None and question.n_queries:
             self.sending(number, question.n_queries)
         try:
             return self._exchange(server, question)
         except CallError as error:
-            if error.kind == "missing" and question.kept is not None:
+            if error.kind in ("missing", "forgotten") and question.kept is not None:
                 # The server has begun anew, or others' pictures have taken the place of ours.
                 server.kept.discard(question.kept.name)
-                raise CallError(str(error), "busy") from None
+                raise CallError(str(error), "forgotten") from None
             raise
 
     def _keep(self, server: _Server, kept: KeptPictures) -> None:
-        inputs: dict[str, Array] = {
-            "features": kept.features,
-            "labels": kept.labels,
-            "kept": np.frombuffer(kept.name, dtype=np.uint8),
-        }
-        self._exchange(server, Question(SCORE, inputs, {}))
-        server.kept.add(kept.name)
+        """See that a server has pictures; of several requests that need them, one sends them."""
+        before = server.not_kept
+        with server.keeping:
+            if kept.name in server.kept:
+                return
+            if server.not_kept > before or self._stopped.is_set():
+                # Who was here before could not send them: one deadline is enough.
+                raise CallError(f"{server.transport.endpoint} did not take the pictures", "away")
+            inputs: dict[str, Array] = {
+                "features": kept.features,
+                "labels": kept.labels,
+                "kept": np.frombuffer(kept.name, dtype=np.uint8),
+            }
+            try:
+                self._exchange(server, Question(SCORE, inputs, {}))
+            except BaseException:
+                server.not_kept += 1
+                raise
+            server.kept.add(kept.name)
 
     def _exchange(self, server: _Server, question: Question) -> dict[str, Array]:
         expected = dict(question.outputs)
@@ -331,8 +410,9 @@ class Service:
             self.model(question.part), question.inputs, tuple(expected), self.location.version
         )
         seconds = self.connection.deadline
-        if server.shared is not None and not any(-1 in one.shape for one in expected.values()):
-            answer = server.shared.infer(request, expected, seconds)
+        shared = server.shared
+        if shared is not None and not any(-1 in one.shape for one in expected.values()):
+            answer = shared.infer(request, expected, seconds)
         else:
             answer = server.transport.infer(request, seconds)
         with self._lock:

@@ -207,8 +207,9 @@ def test_secrets_that_cannot_be_used(
 ) -> None:
     file = tmp_path / "secret"
     file.write_bytes(content)
+    named: dict[str, Any] = {option: str(file)}
     with pytest.raises(ConfigError, match=words) as caught:
-        Connection(**{option: str(file)}).headers(SECURE)
+        Connection(**named).headers(SECURE)
     text = str(caught.value)
     assert "\n" not in text
     assert not content.strip() or content.strip().decode(errors="replace") not in text
