@@ -1,0 +1,254 @@
+"""Splits as the papers share them: lists of pictures for train, val and test in one JSON file.
+
+    {"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": [...], "test": [...]}
+
+A path is relative to the data set's image folder, a label counts from 0. The order of a list is
+part of the split: which pictures a seed draws depends on it, so lists are kept as they are read.
+
+What CoOp (arXiv 2109.01134) does with a split is done here with a generator that is passed in or
+made from a seed, so that the same file and seed give the pictures that its published code draws:
+few-shot sets, base and new classes, and the division of a data set that comes without a split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztune.data.folders import Dataset
+from ztune.data.manifests import SplitName, is_inside, is_utf8, read_text
+from ztune.errors import ConfigError, DataError
+from ztune.files import write_bytes
+
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+MOST_VAL = 4
+"""Validation pictures per class of a few-shot set, or the shots where these are fewer."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a split."""
+
+    path: str
+    """Relative to the image folder, with forward slashes."""
+    label: int
+    """From 0, in the data set's own order of classes."""
+    name: str
+    """The class name as the file has it."""
+
+
+@dataclass(frozen=True)
+class CoopSplit:
+    """The three lists, in their order; a list may be empty."""
+
+    train: tuple[Item, ...] = ()
+    val: tuple[Item, ...] = ()
+    test: tuple[Item, ...] = ()
+
+    def of(self, role: SplitName) -> tuple[Item, ...]:
+        return {"train": self.train, "val": self.val, "test": self.test}[role]
+
+    def __iter__(self) -> Iterator[tuple[SplitName, Item]]:
+        for role in SPLITS:
+            for item in self.of(role):
+                yield role, item
+
+    @property
+    def counts(self) -> dict[SplitName, int]:
+        return {role: len(self.of(role)) for role in SPLITS}
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """The name of every label, by rising label."""
+        names = {item.label: item.name for _, item in self}
+        return {label: names[label] for label in sorted(names)}
+
+
+def read_split(path: Path, needs: Sequence[SplitName] = SPLITS) -> CoopSplit:
+    """Read a split file, without looking for its pictures.
+
+    A list that is not in `needs` may be absent; it is empty then.
+
+    Raises: DataError naming the entry that is wrong, a path that leaves the image folder, a label
+        with two names, or a file without pictures.
+    """
+    where = f'split "{path}"'
+    try:
+        values = json.loads(read_text(path, where))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no JSON ({error}; get the file again)") from None
+    if not isinstance(values, dict):
+        raise DataError(f'{where}: expected {{"train": [...], "val": [...], "test": [...]}}')
+    names: dict[int, str] = {}
+    lists: dict[str, tuple[Item, ...]] = {}
+    for role in SPLITS:
+        entries = values.get(role, None if role in needs else [])
+        if not isinstance(entries, list):
+            got = "nothing" if entries is None else type(entries).__name__
+            raise DataError(f'{where}: "{role}" is {got}, expected a list of [path, label, name]')
+        items = []
+        for place, entry in enumerate(entries):
+            item = _item(entry, f"{where}, {role} entry {place}")
+            known = names.setdefault(item.label, item.name)
+            if known != item.name:
+                raise DataError(
+                    f'{where}, {role} entry {place}: label {item.label} is "{item.name}", '
+                    f'and "{known}" before'
+                )
+            items.append(item)
+        lists[role] = tuple(items)
+    if not names:
+        raise DataError(f"{where}: holds no pictures")
+    return CoopSplit(lists["train"], lists["val"], lists["test"])
+
+
+def _item(entry: object, where: str) -> Item:
+    if not isinstance(entry, list) or len(entry) != 3:
+        raise DataError(f"{where}: expected [path, label, class name]")
+    path, label, name = entry
+    if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10:
+        label = int(label)
+    if (
+        not isinstance(path, str)
+        or not isinstance(name, str)
+        or not isinstance(label, int)
+        or isinstance(label, bool)
+        or label < 0
+        or not name.strip()
+    ):
+        raise DataError(f"{where}: expected [path, label from 0, class name]")
+    if not is_utf8(path + name):
+        raise DataError(f"{where}: path or name holds half a character")
+    if not is_inside(path):
+        raise DataError(f"{where}: path {path!r} leaves the image folder")
+    return Item(path, label, name)
+
+
+def write_split(path: Path, split: CoopSplit) -> None:
+    """Write a split in the same form, whole or not at all."""
+    lists = {role: [[i.path, i.label, i.name] for i in split.of(role)] for role in SPLITS}
+    write_bytes(path, (json.dumps(lists, indent=4, ensure_ascii=False) + "\n").encode())
+
+
+def few_shot(split: CoopSplit, shots: int, seed: int) -> CoopSplit:
+    """Draw a few-shot set: `shots` per class to train, min(shots, 4) to validate, all to test.
+
+    This is CoOp's choice for the same lists and seed: one generator, seeded once; the classes of
+    train in the order in which they first appear, a sample without replacement from each; then,
+    with the same generator, the classes of val. A class with fewer pictures gives all it has, as in
+    the copy of the sampler that BlackVIP ships (an older one drew with replacement there).
+
+    Raises: ConfigError when shots or seed is impossible.
+    """
+    if shots < 1:
+        raise ConfigError(f"{shots} shots, expected at least 1")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, expected 0 or more")
+    generator = random.Random(seed)
+    train = _sampled(split.train, shots, generator)
+    val = _sampled(split.val, min(shots, MOST_VAL), generator)
+    return CoopSplit(train, val, split.test)
+
+
+def _sampled(items: Iterable[Item], n: int, generator: random.Random) -> tuple[Item, ...]:
+    drawn: list[Item] = []
+    for group in by_label(items).values():
+        drawn += generator.sample(group, n) if len(group) >= n else group
+    return tuple(drawn)
+
+
+def by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
+    """Return the items of each label, labels in the order in which they first appear."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    return groups
+
+
+def base_and_new(split: CoopSplit) -> tuple[CoopSplit, CoopSplit]:
+    """Divide the classes by rising label: the first ceil(C / 2) are base, the others new.
+
+    C counts the classes that can be tuned on (of a data set for testing only: all of them). Labels
+    count from 0 again in both halves. CoOp draws the shots first and divides then:
+    `base_and_new(few_shot(split, shots, seed))`.
+
+    Raises: DataError when there is one class only.
+    """
+    labels = sorted({item.label for item in split.train or split.test})
+    if len(labels) < 2:
+        raise DataError("base and new classes: there is one class only (at least two are needed)")
+    n_base = math.ceil(len(labels) / 2)
+    return _only(split, labels[:n_base]), _only(split, labels[n_base:])
+
+
+def _only(split: CoopSplit, labels: Sequence[int]) -> CoopSplit:
+    place = {label: new for new, label in enumerate(labels)}
+    train, val, test = (
+        tuple(Item(i.path, place[i.label], i.name) for i in split.of(role) if i.label in place)
+        for role in SPLITS
+    )
+    return CoopSplit(train, val, test)
+
+
+def divide_classes(
+    classes: Mapping[str, Sequence[str]], generator: random.Random, where: str
+) -> CoopSplit:
+    """Cut every class into 50 % train, 20 % val and the rest test, after a shuffle.
+
+    `classes` are paths by class name; a class's label is its place. Fractions of a class are
+    rounded half to even.
+
+    Raises: DataError naming a class that has too few pictures to be in all three.
+    """
+    lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
+    for label, (name, paths) in enumerate(classes.items()):
+        items = [Item(path, label, name) for path in paths]
+        generator.shuffle(items)
+        n_train, n_val = round(len(items) * 0.5), round(len(items) * 0.2)
+        parts = (items[:n_train], items[n_train : n_train + n_val], items[n_train + n_val :])
+        if not all(parts):
+            raise DataError(
+                f'{where}: class "{name}" has {len(items)} pictures, too few for train, val '
+                "and test"
+            )
+        for role, part in zip(SPLITS, parts, strict=True):
+            lists[role] += part
+    return CoopSplit(*(tuple(lists[role]) for role in SPLITS))
+
+
+def hold_out_val(
+    items: Iterable[Item], fraction: float, generator: random.Random, where: str
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Take a fraction of every class from training pictures, shuffled, as validation: train, val.
+
+    Raises: DataError naming a class that would have no validation pictures.
+    """
+    train: list[Item] = []
+    val: list[Item] = []
+    for group in by_label(items).values():
+        n_val = round(len(group) * fraction)
+        if not 0 < n_val < len(group):
+            raise DataError(
+                f'{where}: class "{group[0].name}" has {len(group)} pictures, too few for train '
+                "and val"
+            )
+        generator.shuffle(group)
+        val += group[:n_val]
+        train += group[n_val:]
+    return tuple(train), tuple(val)
+
+
+def as_split(dataset: Dataset) -> CoopSplit:
+    """Return the lists of a data set that was read from folders or a manifest, in its order.
+
+    Pictures without a split are training pictures.
+    """
+    lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
+    for picture in dataset.pictures:
+        item = Item(picture.path, picture.label, dataset.classes[picture.label])
+        lists[picture.split or "train"].append(item)
+    return CoopSplit(*(tuple(lists[role]) for role in SPLITS))
