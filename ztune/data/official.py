@@ -1,0 +1,294 @@
+"""Splits made from what a data set's own archive holds, where no split file is there.
+
+Each function reads one layout and returns the lists as CoOp's or BlackVIP's published code makes
+them, class names and label order included. Two things differ, and are said in docs/data.md:
+pictures of a folder are taken in the order of their names (theirs is the file system's), and the
+generator starts from a seed of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from ztune.data.coop import CoopSplit, Item, divide_classes, hold_out_val
+from ztune.data.folders import pictures_below
+from ztune.data.manifests import is_inside, read_text
+from ztune.errors import DataError, FormatError
+from ztune.files import read_json
+
+Maker = Callable[[Path, Path, random.Random], CoopSplit]
+"""Called with the data set's folder, its image folder, and the generator to divide with."""
+VAL_FRACTION = 0.2
+"""Of the official training pictures, where a data set has no validation list."""
+SVHN_TRAIN = 0.7
+
+
+def class_folders(ignored: Collection[str] = ()) -> Maker:
+    """Return what divides `images/class/*` into 50 % train, 20 % val and 30 % test."""
+
+    def make(_folder: Path, images: Path, generator: random.Random) -> CoopSplit:
+        where = f'folder "{images}"'
+        classes = {name: _pictures(images, name) for name in folders_in(images, ignored)}
+        return divide_classes(classes, generator, where)
+
+    return make
+
+
+def oxford_pets(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
+    """Read annotations/{trainval,test}.txt: `Abyssinian_1 1 1 1` is picture, label from 1, ..."""
+
+    def listed(name: str) -> list[Item]:
+        items = []
+        for where, line in _lines(folder / "annotations" / name):
+            parts = line.split()
+            breed = parts[0].rpartition("_")[0].lower()
+            if len(parts) < 2 or not parts[1].isdecimal() or int(parts[1]) < 1 or not breed:
+                raise DataError(f'{where}: expected "Breed_12 1 1 1", got {line!r}')
+            items.append(_item(f"{parts[0]}.jpg", int(parts[1]) - 1, breed, where))
+        return items
+
+    return _held_out(listed("trainval.txt"), listed("test.txt"), generator, folder)
+
+
+def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSplit:
+    """Read images_variant_{train,val,test}.txt: `1025794 707-320`; labels as in variants.txt."""
+    label_of = {line: n for n, (_, line) in enumerate(_lines(folder / "variants.txt"))}
+
+    def listed(split: str) -> tuple[Item, ...]:
+        items = []
+        for where, line in _lines(folder / f"images_variant_{split}.txt"):
+            picture, _, variant = line.partition(" ")
+            if variant not in label_of:
+                raise DataError(f"{where}: {variant!r} is not in variants.txt")
+            items.append(_item(f"{picture}.jpg", label_of[variant], variant, where))
+        return tuple(items)
+
+    return CoopSplit(listed("train"), listed("val"), listed("test"))
+
+
+def sun397(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
+    """Read Training_01.txt and Testing_01.txt: `/a/abbey/sun_x.jpg`; labels as in ClassName.txt.
+
+    The parts of a class name are turned round: `/a/athletic_field/outdoor` is outdoor athletic
+    field.
+    """
+    label_of = {
+        line.removeprefix("/"): n for n, (_, line) in enumerate(_lines(folder / "ClassName.txt"))
+    }
+
+    def listed(name: str) -> list[Item]:
+        items = []
+        for where, line in _lines(folder / name):
+            path = line.removeprefix("/")
+            category = path.rpartition("/")[0]
+            if category not in label_of:
+                raise DataError(f"{where}: {category!r} is not in ClassName.txt")
+            words = " ".join(reversed(category.split("/")[1:]))
+            items.append(_item(path, label_of[category], words, where))
+        return items
+
+    return _held_out(listed("Training_01.txt"), listed("Testing_01.txt"), generator, folder)
+
+
+def ucf101(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
+    """Read ucfTrainTestlist: `ApplyEyeMakeup/v_x.avi 1` is Apply_Eye_Makeup/v_x.jpg.
+
+    The pictures are the middle frames of the videos, one each.
+    """
+    lists = folder / "ucfTrainTestlist"
+    label_of = {}
+    for where, line in _lines(lists / "classInd.txt"):
+        number, _, action = line.partition(" ")
+        if not number.isdecimal() or int(number) < 1 or not action:
+            raise DataError(f'{where}: expected "1 ApplyEyeMakeup", got {line!r}')
+        label_of[action] = int(number) - 1
+
+    def listed(name: str) -> list[Item]:
+        items = []
+        for where, line in _lines(lists / name):
+            action, _, video = line.split()[0].partition("/")
+            if action not in label_of:
+                raise DataError(f"{where}: {action!r} is not in classInd.txt")
+            words = "_".join(re.findall("[A-Z][^A-Z]*", action))
+            path = f"{words}/{video.removesuffix('.avi')}.jpg"
+            items.append(_item(path, label_of[action], words, where))
+        return items
+
+    return _held_out(listed("trainlist01.txt"), listed("testlist01.txt"), generator, folder)
+
+
+def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
+    """Count the objects of scenes/CLEVR_{train,val}_scenes.json; the official val is the test.
+
+    Classes are numbers sorted as text, so "10" comes first.
+    """
+
+    def counted(split: str) -> dict[str, list[str]]:
+        path = folder / "scenes" / f"CLEVR_{split}_scenes.json"
+        where = f'scenes "{path}"'
+        try:
+            scenes = read_json(path, "scenes").get("scenes")
+        except FormatError as error:
+            raise DataError(str(error)) from None
+        if not isinstance(scenes, list):
+            raise DataError(f'{where}: expected {{"scenes": [...]}}')
+        found: dict[str, list[str]] = {}
+        for place, scene in enumerate(scenes):
+            values = scene if isinstance(scene, dict) else {}
+            objects, picture = values.get("objects"), values.get("image_filename")
+            if not isinstance(objects, list) or not isinstance(picture, str):
+                raise DataError(f"{where}, scene {place}: has no objects or no image_filename")
+            found.setdefault(str(len(objects)), []).append(f"{values.get('split')}/{picture}")
+        return found
+
+    trained, tested = counted("train"), counted("val")
+    label_of = {number: label for label, number in enumerate(sorted(trained))}
+    if extra := sorted(set(tested) - set(trained)):
+        raise DataError(f'scenes "{folder}/scenes": val has {extra[0]} objects, train never')
+
+    def listed(found: dict[str, list[str]]) -> list[Item]:
+        return [
+            _item(path, label_of[number], number, f'scenes "{folder}/scenes"')
+            for number in sorted(found)
+            for path in found[number]
+        ]
+
+    return _held_out(listed(trained), listed(tested), generator, folder)
+
+
+def svhn(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
+    """Divide `train/0` ... `train/9` into 70 % train and 30 % val; `test/0` ... are the test."""
+    train: list[Item] = []
+    val: list[Item] = []
+    for label, name in enumerate(folders_in(folder / "train")):
+        paths = _pictures(folder, f"train/{name}")
+        generator.shuffle(paths)
+        n_train = round(len(paths) * SVHN_TRAIN)
+        items = [Item(path, label, name) for path in paths]
+        if not 0 < n_train < len(items):
+            raise DataError(f'folder "{folder / "train" / name}": too few for train and val')
+        train += items[:n_train]
+        val += items[n_train:]
+    return CoopSplit(tuple(train), tuple(val), _svhn_test(folder))
+
+
+def svhn_completed(folder: Path, split: CoopSplit) -> CoopSplit:
+    """Complete BlackVIP's split: its paths start below `train`, and its test list is the folder."""
+
+    def below(items: tuple[Item, ...], part: str) -> tuple[Item, ...]:
+        if not items or (folder / items[0].path).exists():
+            return items
+        return tuple(Item(f"{part}/{i.path}", i.label, i.name) for i in items)
+
+    test = below(split.test, "test") if split.test else _svhn_test(folder)
+    return CoopSplit(below(split.train, "train"), below(split.val, "train"), test)
+
+
+def _svhn_test(folder: Path) -> tuple[Item, ...]:
+    return tuple(
+        Item(path, label, name)
+        for label, name in enumerate(folders_in(folder / "test"))
+        for path in _pictures(folder, f"test/{name}")
+    )
+
+
+def imagenet(folder: Path, images: Path, _generator: random.Random) -> CoopSplit:
+    """Read images/{train,val}/n01440764/*: the official val is the test, and there is no val."""
+    names = _class_names(folder)
+    return CoopSplit(
+        train=_by_word_net(images, "train/", names),
+        test=_by_word_net(images, "val/", names),
+    )
+
+
+def imagenet_variant(folder: Path, images: Path, _generator: random.Random) -> CoopSplit:
+    """Read images/n01440764/*, all of them to test on."""
+    return CoopSplit(test=_by_word_net(images, "", _class_names(folder)))
+
+
+def imagenet_v2(folder: Path, images: Path, _generator: random.Random) -> CoopSplit:
+    """Read images/0/* ... images/999/*, all to test on; a number is a line of classnames.txt."""
+    names = list(_class_names(folder).values())
+    there = set(folders_in(images))
+    absent = [n for n in range(len(names)) if str(n) not in there]
+    if absent:
+        raise DataError(
+            f'folder "{images}": no folder "{absent[0]}" for the class of that number, '
+            f"{len(absent)} such class(es) in all"
+        )
+    return CoopSplit(
+        test=tuple(
+            Item(path, label, name)
+            for label, name in enumerate(names)
+            for path in _pictures(images, str(label))
+        )
+    )
+
+
+def _by_word_net(images: Path, below: str, names: dict[str, str]) -> tuple[Item, ...]:
+    items: list[Item] = []
+    for label, folder in enumerate(folders_in(images / below)):
+        if folder not in names:
+            raise DataError(f'folder "{images / below / folder}": not in classnames.txt')
+        items += [Item(path, label, names[folder]) for path in _pictures(images, below + folder)]
+    return tuple(items)
+
+
+def _class_names(folder: Path) -> dict[str, str]:
+    """Read `n01440764 tench` lines, in their order; the file of imagenet beside serves as well."""
+    path = folder / "classnames.txt"
+    beside = folder.parent / "imagenet" / "classnames.txt"
+    names: dict[str, str] = {}
+    for where, line in _lines(path if path.exists() or not beside.exists() else beside):
+        word_net, _, name = line.partition(" ")
+        if not name.strip() or word_net in names:
+            raise DataError(f'{where}: expected "n01440764 tench", once each, got {line!r}')
+        names[word_net] = name.strip()
+    return names
+
+
+def _held_out(
+    trainval: list[Item], test: list[Item], generator: random.Random, folder: Path
+) -> CoopSplit:
+    train, val = hold_out_val(trainval, VAL_FRACTION, generator, f'folder "{folder}"')
+    return CoopSplit(train, val, tuple(test))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield where each line stands and its text; empty lines and comments are left out."""
+    where = f'list "{path}"'
+    for number, line in enumerate(read_text(path, where).splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            yield f"{where}, line {number}", line.strip()
+
+
+def _item(path: str, label: int, name: str, where: str) -> Item:
+    if not is_inside(path):
+        raise DataError(f"{where}: path {path!r} leaves the image folder")
+    return Item(path, label, name)
+
+
+def folders_in(folder: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Return the names of the visible folders in one, sorted by code point."""
+    try:
+        return sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in ignored
+        )
+    except OSError as error:
+        raise DataError(f'folder "{folder}" cannot be read: {error.strerror}') from None
+
+
+def _pictures(root: Path, below: str) -> list[str]:
+    """Return the pictures in a class folder, relative to `root`, sorted.
+
+    Raises: DataError when there are none.
+    """
+    found, _ = pictures_below(root / below, f'folder "{root}"')
+    if not found:
+        raise DataError(f'folder "{root}": class folder "{below}" holds no pictures')
+    return [path.relative_to(root).as_posix() for path in found]

@@ -1,0 +1,197 @@
+"""Data sets in the parquet form of the Hugging Face hub, from local files.
+
+Pictures lie in a column of structs {bytes, path}, labels are integers in another, and the file's
+own metadata say which columns these are and what the classes are called. The pictures are extracted
+once, to a folder beside the files, which then serves like any other:
+
+    pictures/train/00000000.png ...
+    manifest.jsonl        as `--data` takes it
+    split.json            the same as lists with labels (coop.py), in the order of the rows
+    source.json           which files it was made from
+
+The name of a picture in the data is not used: a data set must not choose where this program writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
+from ztune.data.manifests import SPLIT_NAMES, SplitName
+from ztune.errors import DataError, FormatError
+from ztune.files import new_folder, read_json, write_bytes, write_json
+
+EXTRACTED = "parquet-pictures"
+MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
+_BATCH = 64  # rows held in memory at once
+_PART = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:-\d+-of-\d+.*)?")
+_KINDS = (
+    (b"\x89PNG", "png"),
+    (b"\xff\xd8\xff", "jpg"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns hold what, and the names of the classes."""
+
+    image: str
+    label: str
+    names: tuple[str, ...]
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the parquet files of a data set: in its folder or in `data/` below."""
+    for place in (folder, folder / "data"):
+        if found := sorted(path for path in place.glob("*.parquet") if path.is_file()):
+            return found
+    return []
+
+
+def extract(files: Sequence[Path], out: Path) -> Path:
+    """Write the pictures of these files to the folder `out`, all or nothing, and return it.
+
+    Where `out` was made from the same files (names and sizes) it is left as it is. Rows with the
+    label -1, which mark an unlabelled test set, are left out.
+
+    Raises: DataError when pyarrow is missing, `out` was made from other files, a file is no
+        parquet, or its metadata or rows are not those of labelled pictures.
+    """
+    source = {path.name: path.stat().st_size for path in files}
+    if out.exists():
+        if _source(out) != source:
+            raise DataError(
+                f'folder "{out}" was not made from {", ".join(source)} as they are now (remove it)'
+            )
+        return out
+    if not source:
+        raise DataError(f'parquet: no files to make "{out}" from')
+    parquet = _parquet()
+    lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
+    known: _Columns | None = None
+    divided = all(_role(path) for path in files)
+    with new_folder(out) as work:
+        for path in files:
+            where = f'parquet "{path}"'
+            opened = _opened(parquet, path, where)
+            columns = _columns(opened.schema_arrow, where)
+            if known is not None and columns != known:
+                raise DataError(f"{where}: other columns or classes than {files[0].name}")
+            known = columns
+            role = (_role(path) if divided else None) or "train"
+            for content, label in _rows(opened, columns, where):
+                name = f"pictures/{role}/{len(lists[role]):08d}.{_kind(content, where)}"
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                (work / name).write_bytes(content)
+                lists[role].append(Item(name, label, columns.names[label]))
+        split = CoopSplit(*(tuple(lists[role]) for role in SPLITS))
+        if not any(split.counts.values()):
+            raise DataError(f"parquet: {', '.join(source)} hold no labelled pictures")
+        rows = (
+            {"path": item.path, "label": item.name, **({"split": role} if divided else {})}
+            for role, item in split
+        )
+        write_bytes(work / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_split(work / SPLIT, split)
+        write_json(work / SOURCE, {"files": {**source}})
+    return out
+
+
+def read_extracted(folder: Path) -> CoopSplit:
+    """Return the lists of an extracted data set, in the order of the rows."""
+    return read_split(folder / SPLIT)
+
+
+def _source(folder: Path) -> object:
+    try:
+        return read_json(folder / SOURCE, "parquet").get("files")
+    except FormatError:
+        return None
+
+
+def _parquet() -> Any:
+    """Import what reads parquet; only those who have such files need it."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(
+            "parquet files need pyarrow, which is not installed (pip install pyarrow; or extract "
+            "the pictures on another machine and copy the folder)"
+        ) from None
+
+
+def _opened(parquet: Any, path: Path, where: str) -> Any:
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise DataError(f"{where}: is no parquet file ({error})") from None
+
+
+def _role(path: Path) -> SplitName | None:
+    """Return the part that a file name tells, as in train-00000-of-00002.parquet."""
+    match = _PART.fullmatch(path.name.removesuffix(".parquet"))
+    return SPLIT_NAMES[match[1]] if match else None
+
+
+def _columns(schema: Any, where: str) -> _Columns:
+    """Read the features that the Hugging Face library writes into a file's metadata."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
+        features = info["info"]["features"]
+        kinds = {name: feature.get("_type") for name, feature in features.items()}
+        image = next((name for name, kind in kinds.items() if kind == "Image"), None)
+        label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), None)
+        names = features[label]["names"] if label is not None else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(
+            f"{where}: its metadata do not tell the features as the Hugging Face library does"
+        ) from None
+    if image is None or label is None or not {image, label} <= set(schema.names):
+        raise DataError(f"{where}: expected a column of pictures and one of class labels")
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise DataError(f'{where}: its metadata do not name the classes of "{label}"')
+    return _Columns(image, label, tuple(names))
+
+
+def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, int]]:
+    try:
+        for place, row in enumerate(_read(opened, columns)):
+            image, label = row[columns.image], row[columns.label]
+            if label == -1:
+                continue
+            content = image.get("bytes") if isinstance(image, dict) else None
+            if not isinstance(content, bytes):
+                raise DataError(f"{where}, row {place}: holds no picture, or only a path to one")
+            if not isinstance(label, int) or not 0 <= label < len(columns.names):
+                raise DataError(
+                    f"{where}, row {place}: label is {label!r}, expected 0 to "
+                    f"{len(columns.names) - 1}"
+                )
+            yield content, label
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: is damaged ({error})") from None
+
+
+def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
+    for batch in opened.iter_batches(_BATCH, columns=[columns.image, columns.label]):
+        yield from batch.to_pylist()
+
+
+def _kind(content: bytes, where: str) -> str:
+    """Return the suffix for a picture, by its first bytes."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    for start, suffix in _KINDS:
+        if content.startswith(start):
+            return suffix
+    raise DataError(f"{where}: a picture is of no known kind (it begins {content[:8]!r})")
