@@ -1,7 +1,6 @@
 """Runs tuned on real servers: one Triton for the session, and the local runs they must equal."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -117,12 +116,25 @@ def history(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """Run `ztune` in a process of its own."""
-    command = [sys.executable, "-m", "ztune.cli.main", *(str(word) for word in words)]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Run `ztune` in a process of its own, which does not outlive the test."""
+    made: list[subprocess.Popen[str]] = []
+
+    def run(*words: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ztune.cli.main", *(str(word) for word in words)]
+        made.append(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+        return made[-1]
+
+    yield run
+    for process in made:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

@@ -1,0 +1,286 @@
+"""The drill: requests reset, held back and cut short, servers killed; the same bytes come out."""
+
+import http.client
+import itertools
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runtimes.bundle import load_bundle
+from tests.conftest import MINI, Command
+from tests.remote.conftest import (
+    DATA,
+    Runs,
+    Start,
+    artifact,
+    document,
+    export,
+    history,
+    journal,
+    one_error,
+    url,
+    url_of,
+    wait_for,
+)
+from tests.servers.proxy import FaultProxy
+from tests.servers.triton import TritonServer
+from ztune.cli.main import main
+
+# A request of two queries at a time, so that few queries are many requests.
+ZIP = ("--method", "zip", "--set", "n_pairs=1")
+QUERIES = 400
+RUN = (*ZIP, "--queries", QUERIES)
+# With its faults each request takes the longer.
+DRILL = 160
+DEADLINE = 0.4
+# What a client may wait between two attempts, whatever has failed before.
+LONGEST_WAIT = 5.0
+
+
+class Network(FaultProxy):
+    """Faults from when a run has its folder: at the start a server is to be well."""
+
+    def __init__(self, target: str, run: Path, **rates: float) -> None:
+        self.run = run
+        self.seen: list[float] = []
+        """When a request came, was answered, or could not be passed on."""
+        super().__init__(target, 1, **rates)
+
+    def draw(self) -> str:
+        self.seen.append(time.monotonic())
+        return super().draw() if self.run.exists() else "pass"
+
+    def count(self, kind: str) -> None:
+        self.seen.append(time.monotonic())
+        super().count(kind)
+
+    @property
+    def longest_silence(self) -> float:
+        times = sorted(self.seen)
+        return max(b - a for a, b in itertools.pairwise(times))
+
+
+def worked(server: TritonServer) -> int:
+    """Return how often a server has encoded prompts since its start, by its own count."""
+    host, _, port = server.http.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=5)
+    try:
+        connection.request("GET", "/v2/models/mini_prompt/stats")
+        told = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    (model,) = told["model_stats"]
+    return int(model["inference_stats"]["success"]["count"]) - 1  # it warms up by itself
+
+
+def n_reports(out: Path) -> int:
+    return sum(step is None for step, _, _ in journal(out))
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run without any fault."""
+
+    artifact: bytes
+    worked: int
+    """How often that had the server encode prompts."""
+    n_reports: int
+
+
+@pytest.fixture(scope="module")
+def undisturbed(triton: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    out, before = tmp_path_factory.mktemp("undisturbed") / "run", worked(triton)
+    words = ("tune", url_of(triton), *DATA, *ZIP, "--queries", DRILL, "--quiet", "--out", out)
+    assert main([str(word) for word in words]) == 0
+    assert billed(out, DRILL) == 0
+    return Undisturbed(artifact(out), worked(triton) - before, n_reports(out))
+
+
+def billed(out: Path, queries: int) -> int:
+    """Return the queries possibly billed twice, on which every count of the run agrees."""
+    told = document(out)
+    wire = told["server"]
+    assert told["queries"] == queries
+    assert wire["sent"] == queries + wire["possibly_billed_twice"]
+    lines = [line for line in journal(out) if line[0] is not None]
+    assert sum(n for _, _, n in lines) == wire["sent"]
+    once = {(step, part): n for step, part, n in lines}
+    assert sum(once.values()) == queries
+    return int(wire["possibly_billed_twice"])
+
+
+def address_of(server: TritonServer, protocol: str) -> str:
+    return server.grpc if protocol == "grpc" else server.http
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_drill(
+    protocol: str, start: Start, mortal: TritonServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    out, address, times = tmp_path / "run", address_of(mortal, protocol), 0
+    rates = {"resets": 0.05, "delays": 0.05, "truncations": 0.04, "delay_s": 1.5 * DEADLINE}
+    with Network(address, out, **rates) as network:
+        words = (*DATA, *ZIP, "--queries", DRILL, "--shared-memory", "off", "--out", out)
+        address = url(network.address, protocol)
+        process = start("tune", address, *words, "--deadline", DEADLINE)
+        for quarter in (1, 2, 3):
+            wait_for(lambda n=quarter * DRILL // 8: history(out) >= n, process)  # type: ignore[misc]
+            times += worked(mortal)
+            mortal.restart()
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, err
+        times += worked(mortal)
+        counts, silence = network.counts, network.longest_silence
+    for kind in ("reset_before", "reset_after", "delay", "truncate", "unreachable"):
+        assert counts[kind] > 0, counts
+    assert artifact(out) == undisturbed.artifact
+    # Where the server worked at a request again, the client says so; it may say more: not every
+    # request that got no answer was worked at.
+    again = times - undisturbed.worked - (n_reports(out) - undisturbed.n_reports)
+    assert billed(out, DRILL) >= 2 * again > 0
+    assert silence < DEADLINE + LONGEST_WAIT
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_connection_that_has_gone_silent(
+    protocol: str, start: Start, triton: TritonServer, local: Runs, tmp_path: Path
+) -> None:
+    # As behind a gateway that forgot the connection: what was open stays open and carries nothing
+    # more, while a new connection would be served.
+    out = tmp_path / "run"
+    with Silenced(address_of(triton, protocol), out) as network:
+        waits = ("--deadline", DEADLINE, "--give-up", 15)
+        words = (*DATA, *RUN, *waits, "--shared-memory", "off", "--out", out)
+        process = start("tune", url(network.address, protocol), *words)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, err
+    assert network.counts["delay"] == 1
+    assert artifact(out) == artifact(local(*RUN))
+    assert billed(out, QUERIES) == 2
+
+
+class Silenced(Network):
+    """One connection goes silent, in the middle of a run."""
+
+    def __init__(self, target: str, run: Path) -> None:
+        super().__init__(target, run, resets=0, delays=0, delay_s=60)
+
+    def draw(self) -> str:
+        super().draw()
+        first = "delay" not in self.counts and history(self.run) == QUERIES // 4
+        return "delay" if first else "pass"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_server_that_stays_away(
+    protocol: str, start: Start, mortal: TritonServer, local: Runs, ztune: Command, tmp_path: Path
+) -> None:
+    out, give_up = tmp_path / "run", 1.5
+    waits = ("--deadline", 1, "--give-up", give_up)
+    process = start("tune", url_of(mortal, protocol), *DATA, *RUN, *waits, "--quiet", "--out", out)
+    wait_for(lambda: history(out) >= 20, process)
+    mortal.kill()
+    began = time.monotonic()
+    err = process.communicate(timeout=30)[1]
+    assert give_up - 0.2 < time.monotonic() - began < give_up + 3
+    one_error(
+        process.returncode, err, f"no answer for {give_up:g} s", "what was answered is saved",
+        f"go on with: ztune tune --resume {out}",
+    )  # fmt: skip
+    assert document(out)["status"] == "running"
+
+    lost = ztune("tune", "--resume", out, "--quiet")
+    one_error(lost.code, lost.err, str(mortal.grpc if protocol == "grpc" else mortal.http))
+    mortal.start()
+    done = ztune("tune", "--resume", out, "--json")
+    assert done.code == 0, done.err
+    assert artifact(out) == artifact(local(*RUN))
+    assert billed(out, QUERIES) > 0
+
+
+def another(folder: Path) -> Path:
+    """Write a bundle that only its manifest tells from the embedded one."""
+    shutil.copytree(MINI, folder)
+    manifest = folder / "bundle.json"
+    changed = manifest.read_text().replace("local-dir:checkpoint", "local-dir:checkpoins", 1)
+    manifest.write_text(changed)
+    assert load_bundle(folder).digest != load_bundle(MINI).digest
+    return folder
+
+
+def test_a_server_that_comes_back_with_another_model(
+    start: Start, mortal: TritonServer, local: Runs, ztune: Command, tmp_path: Path
+) -> None:
+    out, former = tmp_path / "run", mortal.repository
+    process = start("tune", url_of(mortal), *DATA, *RUN, "--quiet", "--out", out)
+    wait_for(lambda: history(out) >= 20, process)
+    mortal.kill()
+    mortal.repository = export(another(tmp_path / "another"), tmp_path / "repository")
+    mortal.start()
+    err = process.communicate(timeout=30)[1]
+    one_error(
+        process.returncode, err, "answers with another model than the run began with",
+        "put the former one back",
+    )  # fmt: skip
+    done = history(out)
+    refused = ztune("tune", "--resume", out, "--quiet")
+    one_error(refused.code, refused.err, "is not the one that the run began with")
+    assert history(out) == done >= 20
+
+    mortal.kill()
+    mortal.repository = former
+    mortal.start()
+    resumed = ztune("tune", "--resume", out, "--json")
+    assert resumed.code == 0, resumed.err
+    assert artifact(out) == artifact(local(*RUN))
+    assert billed(out, QUERIES) >= 2
+
+
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_one_of_two_servers_dies_and_returns(
+    memory: str,
+    start: Start,
+    triton: TritonServer,
+    mortal: TritonServer,
+    local: Runs,
+    tmp_path: Path,
+) -> None:
+    queries = 1000
+    words = ("--method", "zip", "--set", "n_pairs=2", "--queries", queries)
+    out = tmp_path / "run"
+    # A slow first server, so that the second is back long before the end.
+    with FaultProxy(triton.grpc, resets=0, delays=1, delay_s=0.01) as slow:
+        others = ("--endpoint", f"triton://{mortal.grpc}", "--shared-memory", memory)
+        process = start("tune", url(slow.address), *DATA, *words, *others, "--out", out)
+        wait_for(lambda: history(out) >= 30, process)
+        before = worked(mortal)
+        mortal.restart()
+        wait_for(lambda: worked(mortal) > 0, process)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, err
+    assert before >= 30
+    assert artifact(out) == artifact(local(*words))
+    assert billed(out, queries) >= 2
+
+
+def test_pictures_kept_by_a_server_that_was_killed(
+    start: Start, triton: TritonServer, mortal: TritonServer, tmp_path: Path
+) -> None:
+    runs: list[Path] = []
+    for server in (triton, mortal):
+        runs.append(tmp_path / str(len(runs)))
+        words = (*DATA, *RUN, "--losses", "server", "--shared-memory", "on", "--out", runs[-1])
+        process = start("tune", url_of(server, "http"), *words)
+        if server is mortal:
+            wait_for(lambda: history(runs[1]) >= 20, process)
+            mortal.restart()
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, err
+        assert document(runs[-1])["calls"]["pictures"] == "kept by the server"
+    assert artifact(runs[0]) == artifact(runs[1])
+    assert billed(runs[0], QUERIES) == 0
+    assert billed(runs[1], QUERIES) >= 2
