@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from runtimes.bundle import CLIENT_FILES, MANIFEST, Bundle, load_bundle
 from runtimes.contract import CLIENT
 from runtimes.service import Question, Service
 from runtimes.shared_memory import Expected
-from ztune.errors import ServerError
+from ztune.errors import ConfigError, FormatError, ServerError
 from ztune.files import new_folder
 
 _SLICE = 4_000_000
@@ -64,29 +65,56 @@ def _fetched(service: Service, progress: Progress) -> Bundle:
     if digest is None:
         raise ServerError(f'{service.location}: model "{service.model(CLIENT)}" tells no digest')
     folder = cache_folder() / digest.hex()
-    if (folder / MANIFEST).is_file():
-        bundle = load_bundle(folder)
-        if bundle.digest == digest.hex():
-            return bundle
-        raise ServerError(f'"{folder}" is damaged (remove it, and it is fetched again)')
+    if folder.exists():
+        return _kept(folder, digest.hex())
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as work:
+            _fill(work, service, sizes, digest, progress)
+    except (OSError, ConfigError) as error:
+        if (folder / MANIFEST).exists():  # another process was faster
+            return _kept(folder, digest.hex())
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f'"{folder.parent}" cannot keep the client half ({reason}; set XDG_CACHE_HOME to a '
+            "folder that can be written)"
+        ) from None
+    return load_bundle(folder)
+
+
+def _fill(
+    work: Path, service: Service, sizes: list[int], digest: bytes, progress: Progress
+) -> None:
+    """Fetch the half's files into a folder and check them."""
     total, start = sum(sizes), 0
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as work:
-        for name, size in zip(CLIENT_FILES, sizes, strict=True):
-            with (work / name).open("wb") as file:
-                for first in range(start, start + size, _SLICE):
-                    length = min(_SLICE, start + size - first)
-                    file.write(_slice(service, first, length))
-                    progress(first + length, total)
-            start += size
-            if name == MANIFEST:
-                found = hashlib.sha256((work / name).read_bytes()).digest()
-                if found != digest:
-                    raise ServerError(f"{service.location}: the manifest's SHA-256 is another")
-        bundle = load_bundle(work)
+    for name, size in zip(CLIENT_FILES, sizes, strict=True):
+        with (work / name).open("wb") as file:
+            for first in range(start, start + size, _SLICE):
+                length = min(_SLICE, start + size - first)
+                file.write(_slice(service, first, length))
+                progress(first + length, total)
+        start += size
+        if name == MANIFEST:
+            found = hashlib.sha256((work / name).read_bytes()).digest()
+            if found != digest:
+                raise ServerError(f"{service.location}: the manifest's SHA-256 is another")
+    bundle = load_bundle(work)
+    for name in CLIENT_FILES[1:]:
+        bundle.file(name)
+
+
+def _kept(folder: Path, digest: str) -> Bundle:
+    """Return the half that was fetched before.
+
+    Raises: ServerError when it is no longer whole.
+    """
+    with contextlib.suppress(FormatError):
+        bundle = load_bundle(folder)
         for name in CLIENT_FILES[1:]:
             bundle.file(name)
-    return load_bundle(folder)
+        if bundle.digest == digest:
+            return bundle
+    raise ServerError(f'"{folder}" is damaged (remove it, and it is fetched again)')
 
 
 def _sizes(service: Service) -> tuple[list[int], bytes | None]:

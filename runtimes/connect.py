@@ -114,7 +114,7 @@ def _each(ask: Ask, part: str, name: str, rows: Array, expected: F32) -> float:
     for row, features in zip(rows, expected, strict=True):
         wanted = {"features": Expected("FP32", (1, len(features)))}
         answer = ask(Question(part, {name: row[None]}, wanted))
-        worst = max(worst, _difference(answer["features"][0], features))
+        worst = _larger(worst, _difference(answer["features"][0], features))
     return worst
 
 
@@ -141,7 +141,7 @@ def _probe_prompts(
             wanted = {"features": Expected("FP32", (1, len(names), e))}
             answer = ask(Question(PROMPT, asked, wanted))
             difference = _difference(answer["features"][0], known)
-            found[PROMPT] = max(found.get(PROMPT, 0.0), difference)
+            found[PROMPT] = _larger(found.get(PROMPT, 0.0), difference)
         if SCORE in service.offers and len(names) > 1:
             labels = np.arange(len(names), dtype=np.int64)
             wanted = {"losses": Expected("FP64", (1,)), "correct": Expected("INT64", (1,))}
@@ -152,7 +152,7 @@ def _probe_prompts(
             losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
             losses += logits.max(1) - np.diag(logits)
             difference = abs(float(answer["losses"][0]) - float(losses.mean()))
-            found[SCORE] = max(found.get(SCORE, 0.0), difference)
+            found[SCORE] = _larger(found.get(SCORE, 0.0), difference)
     return found
 
 
@@ -163,6 +163,11 @@ def _text_of(spec: TextSpec, row: I64) -> tuple[int, ...]:
     while tuple(row[end - n_closing : end].tolist()) != spec.suffix_ids and end < len(row):
         end += 1
     return tuple(row[len(spec.prefix_ids) : end - n_closing].tolist())
+
+
+def _larger(one: float, other: float) -> float:
+    """Return the larger one; what is no number stays, as `max` would not have it."""
+    return float(np.maximum(one, other))
 
 
 def _difference(got: F32, expected: F32) -> float:
