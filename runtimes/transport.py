@@ -6,6 +6,7 @@ Whatever goes wrong is one CallError, for both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -16,6 +17,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -184,15 +186,21 @@ class GrpcTransport:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
+        self._lock = threading.Lock()
+        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed = False
+        self._connect = functools.partial(
+            client.InferenceServerClient,
+            endpoint.address,
+            ssl=endpoint.secure,
+            root_certificates=connection.tls_ca,
+            private_key=connection.tls_key,
+            certificate_chain=connection.tls_cert,
+            channel_args=options,
+        )
         try:
-            self._client = client.InferenceServerClient(
-                endpoint.address,
-                ssl=endpoint.secure,
-                root_certificates=connection.tls_ca,
-                private_key=connection.tls_key,
-                certificate_chain=connection.tls_cert,
-                channel_args=options,
-            )
+            self._client = self._connect()
+            self._opened.add(self._client)
         except Exception as error:  # grpc raises its own kinds, for certificates and keys
             raise ConfigError(
                 f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
@@ -233,16 +241,32 @@ class GrpcTransport:
         self._call("unregister_system_shared_memory", seconds, name)
 
     def close(self) -> None:
-        self._client.close()
+        with self._lock:
+            self._closed = True
+            for client in list(self._opened):
+                client.close()
+
+    def _leave(self, client: Any) -> None:
+        """Ask over a new connection from now on: this one may be dead without a sign of it.
+
+        What others still await of it goes on; it closes with the last of them.
+        """
+        with self._lock:
+            if client is self._client and not self._closed:
+                self._client = self._connect()
+                self._opened.add(self._client)
 
     def _call(self, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
         from tritonclient.utils import InferenceServerException
 
+        client = self._client
         try:
-            return getattr(self._client, method)(
+            return getattr(client, method)(
                 *arguments, headers=self._headers, client_timeout=seconds, **options
             )
         except InferenceServerException as error:
+            if str(error.status()).endswith("DEADLINE_EXCEEDED"):
+                self._leave(client)
             raise self._failure(error) from None
         except ValueError as error:  # the channel is closed
             raise CallError(f"{self.endpoint}: {_line(error)}", "away") from None
