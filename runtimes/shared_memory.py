@@ -1,8 +1,8 @@
 """Tensors through system shared memory instead of the wire, where client and server share a host.
 
 A request that got no answer may still be at work on the server, and write its answer later: after
-a failure its region is never used again, and the server has it closed only when it has said itself
-that it is done with the request.
+a failure its region is never used again. The server is told to close it when it has said itself
+that it is done with the request, or else long after: what it holds open is memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _ALIGNMENT = 64
 _MEGABYTE = 1 << 20
 # Kinds of failures after which a server no longer reads or writes.
 _DONE = ("refused", "missing", "forgotten")
+# Seconds after which a server without an answer is taken to be done; a newer Triton refuses to
+# close what it still uses.
+_LATE = 60.0
 _NUMPY: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
@@ -71,6 +74,8 @@ class SharedMemory:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._open: list[_Pair] = []
+        self._left: list[tuple[float, _Pair]] = []
+        """Regions that the server may have open still, and since when they are not used."""
         self._closed = False
 
     def infer(
@@ -120,6 +125,9 @@ class SharedMemory:
         except BaseException as error:
             if isinstance(error, CallError) and error.kind in _DONE:
                 self._unshare(pair, 1.0)
+            else:
+                with self._lock:
+                    self._left.append((time.monotonic(), pair))
             self._leave(pair)
             raise
         with self._lock:
@@ -135,7 +143,7 @@ class SharedMemory:
             self._closed = True
             idle = [pair for pair in self._open if not pair.busy]
         reachable = True
-        for pair in idle:
+        for pair in [*self._late(), *idle]:
             if reachable:
                 reachable = self._unshare(pair, 1.0)
             self._leave(pair)
@@ -154,6 +162,8 @@ class SharedMemory:
         if pair is not None:
             self._unshare(pair, seconds)
             self._leave(pair)
+        for late in self._late():
+            self._unshare(late, 1.0)
         size = -(-n_bytes // _MEGABYTE) * _MEGABYTE
         name = f"ztune_{os.getpid()}_{uuid.uuid4().hex[:12]}"
         try:
@@ -171,6 +181,14 @@ class SharedMemory:
             self._leave(pair)
             raise
         return pair
+
+    def _late(self) -> list[_Pair]:
+        """Return, once, the regions that a server must be done with by now."""
+        with self._lock:
+            since = time.monotonic() - _LATE
+            late = [pair for left_at, pair in self._left if left_at <= since]
+            self._left = [one for one in self._left if one[0] > since]
+        return late
 
     def _unshare(self, pair: _Pair, seconds: float) -> bool:
         """Have the server close a region; return whether it could be told."""

@@ -750,6 +750,24 @@ def test_a_region_of_a_failed_request_is_never_used_again(
     assert shelf.asked[-1] != first
 
 
+def test_a_server_closes_what_it_did_not_answer_for_long_after(
+    shelf: Shelf, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Request) -> dict[str, Any]:
+        raise CallError("so it is", "away")
+
+    for _ in range(3):
+        shelf.act = fail
+        with pytest.raises(CallError, match="so it is"):
+            doubled(memory)
+        shelf.act = shelf.doubled
+        doubled(memory)
+    assert len(shelf.open) == 4
+    monkeypatch.setattr("runtimes.shared_memory._LATE", 0.0)
+    doubled(memory, 400_000)
+    assert list(shelf.open) == shelf.asked[-1:]
+
+
 def test_a_server_that_says_another_shape_is_believed(shelf: Shelf, memory: SharedMemory) -> None:
     doubled(memory)
     shelf.act = lambda request: {"y": np.zeros((2,), np.float32)}
