@@ -1,0 +1,440 @@
+"""Every data set known by name: read from its own layout, divided, sampled, counted."""
+
+import io
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.ztune.data_trees import TREES, imagenet, lines, put
+from ztune.data import parquet
+from ztune.data.checking import check
+from ztune.data.coop import Item, base_and_new, few_shot, read_split, write_split
+from ztune.data.folders import read_dataset
+from ztune.data.library import NamedData, read_named
+from ztune.data.named import NAMED, find_spec
+from ztune.errors import ConfigError, DataError
+
+
+def built(root: Path, name: str) -> Path:
+    """Build the tree of a data set below a root, with its split file where it needs one."""
+    tree, folder = TREES[name], root / NAMED[name].folder
+    tree.build(folder)
+    if tree.split is not None:
+        (folder / NAMED[name].splits[0]).write_text(json.dumps(tree.split))
+    return folder
+
+
+def counts_of(data: NamedData) -> tuple[int, ...]:
+    return tuple(data.split.counts.values())
+
+
+def test_every_known_data_set_is_tested() -> None:
+    assert list(TREES) == list(NAMED)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_data_set_is_read_from_its_own_files(tmp_path: Path, name: str) -> None:
+    folder, tree, spec = built(tmp_path, name), TREES[name], NAMED[name]
+    data = read_named(name, tmp_path)
+    assert data.classes == tree.classes
+    assert counts_of(data) == tree.counts
+    assert all((data.root / item.path).is_file() for _, item in data.split)
+    paths = [item.path for _, item in data.split]
+    assert len(set(paths)) == len(paths), "no picture serves twice"
+    # What was drawn is saved, and read the next time; what is fixed anyway is not.
+    saved = folder / spec.own_split
+    assert saved.exists() == (spec.drawn and tree.split is None)
+    again = read_named(name, tmp_path)
+    assert (again.split, again.root) == (data.split, data.root)
+    if saved.exists():
+        assert again.source == saved
+        assert read_split(saved) == data.split
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_it_fits_what_tuning_reads(tmp_path: Path, name: str) -> None:
+    built(tmp_path, name)
+    data = read_named(name, tmp_path)
+    dataset = data.dataset()
+    assert dataset.root == data.root
+    assert list(dataset.classes) == sorted(set(TREES[name].classes))
+    assert [p.path for p in dataset.pictures] == sorted(p.path for p in dataset.pictures)
+    listed = {(role, item.path, item.label) for role, item in data.split}
+    assert len(dataset.pictures) == len(listed)
+    for picture in dataset.pictures:
+        (label,) = [n for role, path, n in listed if (role, path) == (picture.split, picture.path)]
+        assert dataset.classes[picture.label] == data.classes[label]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if TREES[n].counts[0]])
+def test_few_shots_and_base_and_new_classes(tmp_path: Path, name: str) -> None:
+    built(tmp_path, name)
+    data = read_named(name, tmp_path)
+    n_classes = len(TREES[name].classes)
+    shots = few_shot(data.split, 1, 1)
+    assert shots.counts["train"] == n_classes
+    assert shots.counts["val"] == (n_classes if TREES[name].counts[1] else 0)
+    assert shots.test == data.split.test
+    base, new = base_and_new(shots)
+    n_base = (n_classes + 1) // 2
+    few = data.with_split(base)
+    assert few.classes == TREES[name].classes[:n_base]
+    assert data.with_split(new).classes == TREES[name].classes[n_base:]
+    if len(set(few.classes)) > 1:
+        assert len(few.dataset().classes) == len(set(few.classes))
+    else:
+        with pytest.raises(DataError, match="has one class only"):
+            few.dataset()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if NAMED[n].splits])
+def test_a_published_split_goes_before_all_else(tmp_path: Path, name: str) -> None:
+    folder, spec = built(tmp_path, name), NAMED[name]
+    made = read_named(name, tmp_path)
+    assert made.source is None or made.source.name in spec.splits
+    turned = type(made.split)(made.split.val, made.split.train, made.split.test)
+    write_split(folder / spec.splits[0], turned)
+    data = read_named(name, tmp_path)
+    assert data.source == folder / spec.splits[0]
+    assert data.split == turned
+
+
+@pytest.mark.parametrize("name", ["caltech101", "eurosat"])
+def test_folder_names_in_a_split_get_the_published_class_names(tmp_path: Path, name: str) -> None:
+    folder, spec = built(tmp_path, name), NAMED[name]
+    split = read_named(name, tmp_path).split
+    old = {new: old for old, new in spec.renamed.items()}
+    lists = {
+        role: [[i.path, i.label, old.get(i.name, i.name)] for i in split.of(role)]
+        for role in ("train", "val", "test")
+    }  # fmt: skip
+    (folder / spec.splits[0]).write_text(json.dumps(lists))
+    assert read_named(name, tmp_path).classes == TREES[name].classes
+
+
+def test_a_split_is_made_the_same_every_time(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        built(tmp_path / place, "dtd")
+    state = random.getstate()
+    splits = [read_named("dtd", tmp_path / place, save=False).split for place in ("a", "b")]
+    assert splits[0] == splits[1]
+    assert random.getstate() == state
+    assert not (tmp_path / "a" / "dtd" / NAMED["dtd"].own_split).exists()
+
+
+def test_classes_with_one_name_become_one(tmp_path: Path) -> None:
+    built(tmp_path, "imagenet")
+    data = read_named("imagenet", tmp_path)
+    assert data.split.classes == {0: "tench", 1: "crane", 2: "crane", 3: "sunglasses"}
+    assert data.dataset().classes == ("crane", "sunglasses", "tench")
+    found = check(NAMED["imagenet"], tmp_path)
+    assert "1 name(s) for more than one class, taken as one: crane" in found.warnings
+
+
+def test_class_names_of_imagenet_serve_its_variants(tmp_path: Path) -> None:
+    imagenet(tmp_path / "imagenet")
+    (built(tmp_path, "imageneta") / "classnames.txt").unlink()
+    assert read_named("imageneta", tmp_path).classes == ("tench", "sunglasses")
+    found = check(NAMED["imageneta"], tmp_path)
+    assert not found.problems
+
+
+@pytest.mark.parametrize("file", ["split_SVHN.json", "split_mlai_SVHN.json"])
+@pytest.mark.parametrize("below", ["", "train/"])
+def test_the_split_of_svhn_lacks_a_test_list(tmp_path: Path, file: str, below: str) -> None:
+    folder = built(tmp_path, "svhn")
+    lists = {
+        role: [[f"{below}{digit}/{n:05}.jpg", digit, str(digit)] for digit in range(10)]
+        for role, n in (("train", 3), ("val", 8))
+    }
+    (folder / file).write_text(json.dumps(lists))
+    data = read_named("svhn", tmp_path)
+    assert data.source == folder / file
+    assert counts_of(data) == (10, 10, 40)
+    assert data.split.train[2] == Item("train/2/00003.jpg", 2, "2")
+
+
+def test_names_are_found_however_they_are_written() -> None:
+    for written in ("dtd", "DTD", "DescribableTextures", "ImageNet-A", "oxford_flowers", "CLEVR"):
+        assert find_spec(written)
+    with pytest.raises(ConfigError, match=r'"cifar10" is unknown .known: caltech101, oxfordpets'):
+        find_spec("cifar10")
+    known = [n for s in NAMED.values() for n in {s.name, s.folder, *s.also}]
+    assert len(known) == len(set(known))
+
+
+def test_templates_take_a_class_name() -> None:
+    for spec in NAMED.values():
+        assert spec.template.count("{}") == 1
+        assert spec.template.endswith(".")
+
+
+# What cannot be read
+
+
+def test_wrong_roots(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist .give the folder that holds"):
+        read_named("dtd", tmp_path / "no")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is no folder"):
+        read_named("dtd", tmp_path / "file")
+    with pytest.raises(DataError, match=r"dtd.* does not exist .make it; from https"):
+        read_named("dtd", tmp_path)
+    with pytest.raises(DataError, match="looks like the data set itself"):
+        read_named("dtd", built(tmp_path, "dtd"))
+
+
+@pytest.mark.parametrize("name", ["flowers102", "stanfordcars"])
+def test_where_only_a_mat_file_tells_the_split_is_required(tmp_path: Path, name: str) -> None:
+    folder, spec = built(tmp_path, name), NAMED[name]
+    (folder / spec.splits[0]).unlink()
+    with pytest.raises(DataError, match=r"missing split_zhou_\w+.json .*\.mat"):
+        read_named(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMED if NAMED[n].make and NAMED[n].needs and n != "svhn"]
+)
+def test_missing_lists_are_named(tmp_path: Path, name: str) -> None:
+    folder, need = built(tmp_path, name), NAMED[name].needs[0]
+    (folder / need).rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=f"missing {need} .from https?://"):
+        read_named(name, tmp_path)
+
+
+def test_missing_pictures_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
+    folder = built(tmp_path, "dtd")
+    split = read_named("dtd", tmp_path).split
+    gone = [item.path for item in split.train[:7]]
+    for path in gone:
+        (folder / "images" / path).unlink()
+    with pytest.raises(DataError, match="7 of 20 pictures are missing") as caught:
+        read_named("dtd", tmp_path)
+    assert [path in str(caught.value) for path in gone] == [True] * 5 + [False] * 2
+
+
+def test_a_split_of_another_data_set(tmp_path: Path) -> None:
+    built(tmp_path, "dtd")
+    folder = built(tmp_path, "food101")
+    read_named("food101", tmp_path)
+    other = (folder / NAMED["food101"].own_split).read_text()
+    (tmp_path / "dtd" / NAMED["dtd"].splits[0]).write_text(other)
+    with pytest.raises(DataError, match=r"20 of 20 pictures are missing .* of another data set"):
+        read_named("dtd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("oxfordpets", "annotations/test.txt", "Abyssinian_1 x 1 1", 'line 1: expected "Breed_12'),
+        ("oxfordpets", "annotations/test.txt", "Abyssinian_1", "line 1: expected"),
+        ("oxfordpets", "annotations/test.txt", "../cat_1 1 1 1", "line 1: path .* leaves"),
+        ("fgvcaircraft", "images_variant_val.txt", "1 Concorde", "'Concorde' is not in variants"),
+        ("fgvcaircraft", "images_variant_val.txt", "../1 An-12", "leaves the image folder"),
+        ("sun397", "Testing_01.txt", "/z/zoo/1.jpg", "'z/zoo' is not in ClassName.txt"),
+        ("sun397", "Testing_01.txt", "/a/abbey/", "leaves the image folder"),
+        ("ucf101", "ucfTrainTestlist/classInd.txt", "Archery", 'line 1: expected "1 Apply'),
+        ("ucf101", "ucfTrainTestlist/testlist01.txt", "Diving/v.avi", "'Diving' is not in class"),
+        ("imagenet", "classnames.txt", "n01440764 tench", "n02012849.: not in classnames.txt"),
+        ("imagenet", "classnames.txt", "n01440764", 'expected "n01440764 tench", once each'),
+        ("imagenetv2", "classnames.txt", "\n".join(f"n{n} x" for n in range(13)), 'folder "11" '),
+        ("clevr", "scenes/CLEVR_val_scenes.json", "[", "cannot be read as JSON"),
+        ("clevr", "scenes/CLEVR_val_scenes.json", "{}", 'expected {"scenes"'),
+        ("clevr", "scenes/CLEVR_val_scenes.json", '{"scenes": [1]}', "scene 0: has no objects"),
+        (
+            "clevr",
+            "scenes/CLEVR_val_scenes.json",
+            '{"scenes": [{"objects": [], "image_filename": "x", "split": "val"}]}',
+            "val has 0 objects, train never",
+        ),
+        (
+            "clevr",
+            "scenes/CLEVR_train_scenes.json",
+            '{"scenes": [{"objects": [], "image_filename": "../../x", "split": "val"}]}',
+            "val has 10 objects|leaves",
+        ),
+    ],
+)
+def test_wrong_lists(tmp_path: Path, name: str, file: str, content: str, message: str) -> None:
+    folder = built(tmp_path, name)
+    lines(folder, file, content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_named(name, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_without_pictures(tmp_path: Path) -> None:
+    folder = built(tmp_path, "dtd")
+    (folder / "images" / "empty").mkdir()
+    with pytest.raises(DataError, match='class folder "empty" holds no pictures'):
+        read_named("dtd", tmp_path)
+    put(folder / "images", ["empty/1.jpg", "empty/2.jpg"])
+    with pytest.raises(DataError, match='class "empty" has 2 pictures, too few'):
+        read_named("dtd", tmp_path)
+    lists = {
+        "train": [["banded/000.jpg", 0, "banded"], ["zigzagged/000.jpg", 3, "zigzagged"]],
+        "val": [],
+        "test": [["empty/1.jpg", 4, "empty"]],
+    }
+    (folder / NAMED["dtd"].splits[0]).write_text(json.dumps(lists))
+    with pytest.raises(DataError, match=r"2 label\(s\) without pictures: 1, 2"):
+        read_named("dtd", tmp_path)
+    found = check(NAMED["dtd"], tmp_path)
+    assert 'class "empty" has no train pictures, 1 such' in found.problems[1]
+    assert "2 class(es) without test pictures: banded, ..." in found.warnings
+
+
+def test_pictures_that_are_tested_and_tuned_on(tmp_path: Path) -> None:
+    folder = built(tmp_path, "dtd")
+    split = read_named("dtd", tmp_path).split
+    twin, other = split.test[1].path, split.val[0].path
+    (folder / "images" / twin).write_bytes((folder / "images" / other).read_bytes())
+    both = type(split)((*split.train, split.test[0], split.train[0]), split.val, split.test)
+    write_split(folder / NAMED["dtd"].splits[0], both)
+    found = check(NAMED["dtd"], tmp_path)
+    assert not found.problems
+    assert found.copies is not None
+    assert found.copies.by_path == (split.test[0].path,)
+    assert found.copies.by_content == ((twin, other),)
+    text = " ".join(found.warnings)
+    assert f'1 test picture(s) also in train or val: "{split.test[0].path}"' in text
+    assert f'with the same content as one in train or val: "{twin} = {other}"' in text
+    assert f'1 picture(s) twice in train: "{split.train[0].path}"' in text
+    copies = check(NAMED["dtd"], tmp_path, contents=False).copies
+    assert copies is not None
+    assert copies.by_content is None
+
+
+# The real one
+
+
+def test_the_real_caltech101(bench_data: Path) -> None:
+    if not (bench_data / "caltech-101").is_dir():
+        pytest.skip("no caltech-101 there")
+    data = read_named("caltech101", bench_data, save=False)
+    assert counts_of(data) == (4128, 1649, 2465)
+    assert len(data.classes) == 100
+    assert data.classes[:4] == ("face", "leopard", "motorbike", "accordion")
+    drawn = few_shot(data.split, 16, 1)
+    assert drawn.counts == {"train": 1600, "val": 400, "test": 2465}
+    base, new = base_and_new(drawn)
+    assert (len(base.classes), len(new.classes)) == (50, 50)
+    assert base.classes[0] == "face"
+    assert len(data.with_split(drawn).dataset().pictures) == 4465
+
+
+# Parquet
+
+
+def png(colour: int) -> bytes:
+    image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    image.new("RGB", (2, 2), (colour, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+NAMES = ["banded", "zig_zagged"]
+
+
+def parquet_file(
+    path: Path,
+    rows: Sequence[tuple[bytes | None, int | None]],
+    names: object = NAMES,
+    metadata: bytes | None = None,
+) -> None:
+    """Write a file as the Hugging Face library does."""
+    arrow = pytest.importorskip("pyarrow")
+    writer = pytest.importorskip("pyarrow.parquet")
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = arrow.table(
+        {
+            "image": [{"bytes": content, "path": "../../evil.png"} for content, _ in rows],
+            "label": arrow.array([label for _, label in rows], arrow.int64()),
+        }
+    )
+    told = json.dumps({"info": {"features": features}}).encode() if metadata is None else metadata
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer.write_table(table.replace_schema_metadata({"huggingface": told}), path)
+
+
+def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
+    folder = tmp_path / "dtd"
+    rows = [(png(n), n % 2) for n in range(6)]
+    parquet_file(folder / "data" / "train-00000-of-00002.parquet", rows[3:])
+    parquet_file(folder / "data" / "train-00001-of-00002.parquet", [*rows[:3], (png(99), -1)])
+    parquet_file(folder / "data" / "test-00000-of-00001.parquet", [(png(n + 9), n) for n in (1, 0)])
+    with pytest.raises(DataError, match=r"3 parquet file.* not extracted yet"):
+        read_named("dtd", tmp_path, save=False)
+    data = read_named("dtd", tmp_path)
+    extracted = folder / parquet.EXTRACTED
+    assert data.root == extracted
+    assert data.classes == ("banded", "zig zagged")
+    assert counts_of(data) == (6, 0, 2)
+    # In the order of files and rows, the bytes as they are.
+    order = [rows[n] for n in (3, 4, 5, 0, 1, 2)]
+    assert [((extracted / i.path).read_bytes(), i.label) for i in data.split.train] == order
+    assert [item.label for item in data.split.test] == [1, 0]
+    assert not list(tmp_path.rglob("evil.png"))
+    # The folder is a data set of its own.
+    dataset = read_dataset(extracted / parquet.MANIFEST)
+    assert dataset.classes == ("banded", "zig zagged")
+    assert sum(picture.split == "test" for picture in dataset.pictures) == 2
+    # Not written again, and noticed when the files change.
+    stamp = (extracted / parquet.SPLIT).stat().st_mtime_ns
+    assert read_named("dtd", tmp_path).split == data.split
+    assert (extracted / parquet.SPLIT).stat().st_mtime_ns == stamp
+    parquet_file(folder / "data" / "test-00000-of-00001.parquet", rows)
+    with pytest.raises(DataError, match=r"was not made from .* as they are now .remove it"):
+        read_named("dtd", tmp_path)
+
+
+def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
+    parquet_file(tmp_path / "all.parquet", [(png(n), n % 2) for n in range(4)])
+    out = parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
+    assert {p.split for p in read_dataset(out / parquet.MANIFEST).pictures} == {None}
+    assert parquet.read_extracted(out).counts == {"train": 4, "val": 0, "test": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [(None, 0)]}, "row 0: holds no picture"),
+        ({"rows": [(b"\x89PNG", 0), (b"\x89PNG", 2)]}, "row 1: label is 2, expected 0 to 1"),
+        ({"rows": [(b"\x89PNG", None)]}, "row 0: label is None"),
+        ({"rows": [(b"<svg/>", 0)]}, "of no known kind"),
+        ({"rows": []}, "hold no labelled pictures"),
+        ({"names": None}, "do not name the classes"),
+        ({"names": [1]}, "do not name the classes"),
+        ({"metadata": b"{"}, "metadata do not tell the features"),
+        ({"metadata": b"null"}, "metadata do not tell the features"),
+        ({"metadata": b'{"info": {"features": {}}}'}, "expected a column of pictures"),
+    ],
+)
+def test_wrong_parquet(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    file = tmp_path / "train.parquet"
+    values: dict[str, object] = {"rows": [(b"\x89PNG", 0)], **change}
+    parquet_file(file, **values)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=message):
+        parquet.extract([file], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_parquet_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(DataError, match="is no parquet file"):
+        parquet.extract([tmp_path / "x.parquet"], tmp_path / "out")
+
+
+def test_without_pyarrow_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        parquet.extract([tmp_path / "train.parquet"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "train.parquet"]
