@@ -22,6 +22,7 @@ VERBS = {
     "predict": "classify pictures with a classifier.onnx",
     "quantize": "derive an int8 or fp16 bundle from an fp32 one",
     "compare": "run several methods on the same pictures and tabulate what they cost and give",
+    "data": "list the data sets known by name, or check one that is there",
     "methods": "list the methods, what they need and their settings",
     "doctor": "check this machine, and a bundle on it",
 }

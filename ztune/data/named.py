@@ -82,8 +82,9 @@ _CLASS_NAMES = "classnames.txt, CoOp's list of folders and class names"
 # Folders, split files, class names and templates: KaiyangZhou/CoOp (DATASETS.md, datasets/*.py,
 # trainers/zsclip.py); of SVHN, RESISC45 and CLEVR: changdaeoh/BlackVIP (datasets/*.py, README), the
 # templates with the full stop of LOG-postech/ZIP. Counts: the table of data sets in the appendix of
-# CoOp's paper, arXiv 2109.01134; ImageNet's training pictures: the page of ILSVRC 2012. Those of
-# SVHN and RESISC45 follow from the official totals and the fractions in BlackVIP's code.
+# CoOp's paper, arXiv 2109.01134, checked against official totals only (docs/data.md); ImageNet's
+# training pictures: ILSVRC 2012. Those of SVHN and RESISC45 follow from the official totals and the
+# fractions in BlackVIP's code.
 SPECS: tuple[Spec, ...] = (
     Spec(
         "Caltech101", "caltech-101", "101_ObjectCategories", 100, Counts(4128, 1649, 2465), _PHOTO,

@@ -1,0 +1,193 @@
+"""`ztune data`: which data sets are known by name, and whether one is there as it was published."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from rich.table import Table
+
+from ztune.cli.output import Output, Ticker, table
+from ztune.data.checking import Findings, check, published
+from ztune.data.coop import SPLITS
+from ztune.data.named import NAMED, Spec, find_spec
+from ztune.errors import ConfigError, DataError
+from ztune.types import Json
+
+EXAMPLE = """\
+  ztune data list
+  ztune data check caltech101 --root /data
+  ztune data check dtd --root /data --prepare"""
+
+_SHOWN = 5  # missing pictures that are named
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("list", "check"), help="list them all, or check one")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the data set to check")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the folder that holds all data sets, one each"
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="save what is missing and can be made: a split, the pictures of parquet files",
+    )
+    parser.add_argument(
+        "--skip-copies", action="store_true", help="do not compare the contents of pictures"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> None:
+    if arguments.what == "list":
+        if arguments.name is not None:
+            raise ConfigError(f"ztune data list takes no name (ztune data check {arguments.name})")
+        _list(arguments.root, output)
+        return
+    if arguments.name is None or arguments.root is None:
+        raise ConfigError("ztune data check needs a NAME and --root DIR (names: ztune data list)")
+    spec = find_spec(arguments.name)
+    with contextlib.ExitStack() as stack:
+        tickers: list[Ticker] = []
+
+        def progress(done: int, total: int) -> None:
+            if not tickers:  # how many there are to compare is known only now
+                tickers.append(stack.enter_context(output.progress("compare pictures", total)))
+            tickers[0].update(done)
+
+        found = check(spec, arguments.root, arguments.prepare, not arguments.skip_copies, progress)
+    for warning in found.warnings:
+        output.warn(warning)
+    output.result(_document(found), _lines(found))
+    if found.problems:
+        raise DataError("; ".join(found.problems))
+
+
+def _list(root: Path | None, output: Output) -> None:
+    if root is not None and not root.is_dir():
+        raise DataError(f'root "{root}" does not exist, or is no folder')
+    documents: list[Json] = []
+    rows = []
+    for spec in NAMED.values():
+        document = _described(spec)
+        counts = published(spec)
+        row = [
+            spec.name, spec.folder, f"{spec.n_classes:,}",
+            *(_shown(counts[role]) for role in SPLITS), spec.template,
+        ]  # fmt: skip
+        if root is not None:
+            there = (root / spec.folder).is_dir()
+            document["there"] = there
+            row.append("yes" if there else "no")
+        documents.append(document)
+        rows.append(row)
+    columns = ["data set", "folder", "classes", *SPLITS, "template"]
+    listing = table("", [*columns, "there"] if root is not None else columns, rows)
+    for column in (listing.columns[1], listing.columns[6]):
+        column.justify = "left"  # these are words
+    closing = "is one there, and whole? ztune data check NAME --root DIR"
+    output.result({"data": documents}, [listing, "", closing])
+
+
+def _described(spec: Spec) -> dict[str, Json]:
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "folder": spec.folder,
+        "images": spec.images,
+        "classes": spec.n_classes,
+        "counts": {role: published(spec)[role] for role in SPLITS},
+        "template": spec.template,
+        "page": spec.page,
+        "obtain": spec.obtain,
+        "split_files": [*spec.splits],
+        "needs_split_file": spec.make is None,
+    }
+
+
+def _document(found: Findings) -> dict[str, Json]:
+    data, counts, copies = found.data, published(found.spec), found.copies
+    number = data.split.counts if data else None
+    n_classes = len(data.split.classes) if data else None
+    document: dict[str, Json] = {
+        **_described(found.spec),
+        "path": None if found.folder is None else str(found.folder),
+        "classes": {"found": n_classes, "published": found.spec.n_classes},
+        "counts": {
+            role: {"found": number[role] if number else None, "published": counts[role]}
+            for role in SPLITS
+        },
+        "there": [*found.there],
+        "absent": [*found.absent],
+        "problems": [*found.problems],
+        "warnings": [*found.warnings],
+        "ok": not found.problems,
+    }
+    if data is None:
+        return document
+    return document | {
+        "split": None if data.source is None else str(data.source),
+        "saved": None if found.saved is None else str(found.saved),
+        "missing": {"n": len(found.missing), "first": [*found.missing[:_SHOWN]]},
+        "copies": None
+        if copies is None
+        else {
+            "by_path": len(copies.by_path),
+            "by_content": None if copies.by_content is None else len(copies.by_content),
+        },
+    }
+
+
+def _lines(found: Findings) -> list[str | Table]:
+    spec, data = found.spec, found.data
+    lines: list[str | Table] = [f"{spec.title}: {_where(found)}"]
+    if found.there:
+        lines.append(f"there: {', '.join(found.there)}")
+    if found.absent:
+        lines.append(f"missing: {', '.join(found.absent)}")
+    if data is None:
+        return [*lines, *_to_get(spec)]
+    number, counts = data.split.counts, published(spec)
+    rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
+    rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
+    lines += [f"split: {_split(found)}", "", table("", ("pictures", "found", "published"), rows)]
+    if found.missing:
+        lines += ["", f"missing pictures: {len(found.missing):,}", *found.missing[:_SHOWN]]
+        lines += _to_get(spec)
+    return [*lines, "", _copies(found), f"template: {spec.template}"]
+
+
+def _to_get(spec: Spec) -> list[str]:
+    lines = [f"to get it: {spec.page}", f"  {spec.obtain}"]
+    if spec.splits:
+        whose = "BlackVIP's README" if "mlai" in spec.splits[0] else "CoOp's DATASETS.md"
+        lines.append(f"  the published split is {spec.splits[0]}, from {whose}")
+    return lines
+
+
+def _where(found: Findings) -> str:
+    return f"no folder {found.spec.folder}" if found.folder is None else str(found.folder)
+
+
+def _split(found: Findings) -> str:
+    data = found.data
+    if data is not None and data.source is not None:
+        return data.source.name
+    if found.saved is not None:
+        return f"made now, saved as {found.saved.name}"
+    if found.spec.drawn:
+        return "made now from the data set's own files (--prepare saves it)"
+    return "the data set's own"
+
+
+def _copies(found: Findings) -> str:
+    copies = found.copies
+    if copies is None or copies.by_content is None:
+        return "test pictures also in train or val: contents not compared"
+    n = len(copies.by_path) + len(copies.by_content)
+    return f"test pictures also in train or val, by path or content: {n:,}"
+
+
+def _shown(n: int | None) -> str:
+    return "?" if n is None else f"{n:,}"
