@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
 from runtimes.client_half import cache_folder
-from runtimes.connect import Connected, connect
+from runtimes.connect import Connected, _text_of, connect
 from runtimes.endpoint import Connection
 from runtimes.served import Served
 from runtimes.tokenizer import Tokenizer
@@ -485,3 +486,21 @@ def test_a_swapped_bundle_during_the_start(
     )
     with pytest.raises(ServerError, match="answers with another model than the run began with"):
         reach(fake)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "pad", "row"),
+    [
+        ((1,), (2,), 0, [1, 7, 8, 2, 0, 0]),
+        ((1,), (2,), 0, [1, 7, 8, 9, 9, 2]),
+        ((), (3,), 3, [7, 8, 3, 3, 3, 3]),  # the closing id is the padding's
+        ((), (3,), 3, [7, 8, 9, 9, 9, 3]),
+        ((), (), 0, [7, 8, 0, 0, 0, 0]),
+    ],
+)
+def test_a_texts_own_ids_are_found_in_its_padded_sequence(
+    prefix: tuple[int, ...], suffix: tuple[int, ...], pad: int, row: list[int]
+) -> None:
+    spec = replace(load_bundle(MINI).text, prefix_ids=prefix, suffix_ids=suffix, pad_id=pad)
+    own = tuple(i for i in row if i not in {*prefix, *suffix, pad})
+    assert _text_of(spec, np.array(row)) == own

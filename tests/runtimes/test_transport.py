@@ -15,18 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import transport
+from runtimes import http_transport, transport
 from runtimes.endpoint import Connection, parse_endpoint
-from runtimes.transport import (
-    CallError,
-    GrpcTransport,
-    HttpTransport,
-    Region,
-    Request,
-    Transport,
-    open_transport,
-    server_error,
-)
+from runtimes.grpc_transport import GrpcTransport
+from runtimes.http_transport import HttpTransport
+from runtimes.transport import CallError, Region, Request, Transport, open_transport, server_error
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, Pair, TlsProxy, make_certificates
@@ -502,7 +495,7 @@ def test_an_http_answer_that_is_too_large(web: WebServer, monkeypatch: pytest.Mo
             assert (error.kind, "more than 1000 bytes" in str(error)) == ("refused", True)
         web.answer = serve
         assert len(asked.infer(ASK, SECONDS)["y"]) == 3
-        monkeypatch.setattr(transport, "_LARGEST_METADATA", 10)
+        monkeypatch.setattr(http_transport, "_LARGEST_METADATA", 10)
         assert failure(lambda: asked.server(SECONDS)).kind == "refused"
 
 
