@@ -1,5 +1,6 @@
 """Runs tuned on real servers: one Triton for the session, and the local runs they must equal."""
 
+import http.client
 import json
 import subprocess
 import sys
@@ -90,6 +91,19 @@ def url(address: str, protocol: str = "grpc", name: str = "mini") -> str:
 def url_of(server: TritonServer, protocol: str = "grpc") -> str:
     """Return the URL of a real server's models."""
     return url(server.grpc if protocol == "grpc" else server.http, protocol)
+
+
+def worked(server: TritonServer, part: str = "prompt") -> int:
+    """Return how often a model has worked since its server's start, by the server's own count."""
+    host, _, port = server.http.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=5)
+    try:
+        connection.request("GET", f"/v2/models/mini_{part}/stats")
+        told = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    (model,) = told["model_stats"]
+    return int(model["inference_stats"]["success"]["count"]) - 1  # it warms up by itself
 
 
 def document(run: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def bare(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
 
 
-@pytest.mark.parametrize("method", [("zip", "--queries", 200), ("gda",), ("ogn", "--queries", 100)])
+@pytest.mark.parametrize("method", [("ogn", "--queries", 100), ("gda",)])
 def test_a_device_without_onnx_runtime_tunes(
     method: tuple[object, ...], triton: TritonServer, local: Runs, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from tests.remote.conftest import (
     url,
     url_of,
     wait_for,
+    worked,
 )
 from tests.servers.mlserver import MlServer
 from tests.servers.proxy import FaultProxy
@@ -129,12 +130,20 @@ def test_two_servers_give_the_same_bytes(
 def test_pictures_encoded_here_give_the_same_bytes(
     triton: TritonServer, local: Runs, ztune: Command, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    words = (*ZIP, "--images", "local", "--client", MINI, "--threads", 1)
-    done = ztune("tune", url_of(triton), *DATA, *words, "--out", out, "--json")
-    assert done.code == 0, done.err
-    nothing_twice(out)
-    assert artifact(out) == artifact(local(*ZIP))
+    there, here = tmp_path / "there", tmp_path / "here"
+    encodings = []
+    for out, words in (
+        (there, ()),
+        (here, ("--images", "local", "--client", MINI, "--threads", 1)),
+    ):
+        before = worked(triton, "image")
+        done = ztune("tune", url_of(triton), *DATA, *ZIP, *words, "--out", out, "--json")
+        assert done.code == 0, done.err
+        nothing_twice(out)
+        encodings.append(worked(triton, "image") - before)
+        assert artifact(out) == artifact(local(*ZIP))
+    # Forty pictures to tune with and forty for validation, eight at a time; the others are probes.
+    assert encodings[0] - encodings[1] == 80 / 8
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
