@@ -60,6 +60,10 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Give up what connects to it."""
 
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches of pictures the image tower should get in a call."""
+
     def images(self) -> ImageEncoder:
         """Return the image tower."""
 
@@ -86,6 +90,7 @@ class Local:
 
     withheld: frozenset[str] = frozenset()
     hint = ""
+    batches_at_once = 1
 
     def __init__(self, bundle: Bundle, execution: Execution):
         self._bundle, self._execution = bundle, execution

@@ -124,6 +124,10 @@ class Served:
             return "visual prompts are tuned on a bundle of one's own"
         return "this is what the server offers"
 
+    @property
+    def batches_at_once(self) -> int:
+        return 1 if self._images is not None else self.service.connection.max_inflight
+
     def images(self) -> ImageEncoder:
         if self._images is not None:
             return self._images
@@ -371,6 +375,11 @@ class ServedScores:
         logits = None
         if self._logits:
             found = np.concatenate([answer["logits"] for answer in answers])
+            losses = np.concatenate([answer["losses"] for answer in answers])
+            if not np.isfinite(found[np.isfinite(losses)]).all():
+                raise ServerError(
+                    f"{encoder.service.location}: logits that are not finite beside losses that are"
+                )
             logits = np.ascontiguousarray(found[..., encoder.places])
         return Scores(np.concatenate([a["losses"] for a in answers]), correct / n, logits)
 

@@ -252,3 +252,18 @@ def test_the_data_room_needs_numpy_alone() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("n", [1, 8, 23, 24, 25, 50])
+def test_several_batches_a_call_give_the_same_features(tmp_path: Path, n: int) -> None:
+    items, one, several = make_items(tmp_path, n), FakeEncoder(), FakeEncoder()
+    alone = encode_pictures(one, items, FeatureCache(tmp_path / "one"))
+    together = encode_pictures(several, items, FeatureCache(tmp_path / "several"), at_once=3)
+    np.testing.assert_array_equal(together.values, alone.values)
+    assert together.n_encoded == alone.n_encoded == n
+    # Whole batches, three of them as long as there are as many.
+    sizes = [shape[0] for shape in several.shapes]
+    assert sizes == [24] * (n // 24) + [-(-(n % 24) // 8) * 8] * (n % 24 > 0)
+    # The cache knows no difference.
+    again = encode_pictures(several, items, FeatureCache(tmp_path / "one"), at_once=3)
+    assert again.n_encoded == 0

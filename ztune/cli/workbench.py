@@ -87,6 +87,7 @@ class Workbench:
                 FeatureCache(cache),
                 n_views=n_views,
                 seed=seed,
+                at_once=1 if extractor is not None else self.runtime.batches_at_once,
                 progress=lambda done, _total: ticker.update(done),
                 skip_broken=skip_broken,
             )

@@ -56,13 +56,15 @@ def encode_pictures(
     n_views: int = 0,
     seed: int = 0,
     batch_size: int = 8,
+    at_once: int = 1,
     progress: Progress | None = None,
     skip_broken: bool = False,
 ) -> Features:
     """Return the features of one or more pictures given as (file, SHA-256 of its content).
 
     With `n_views` of 0 the one view is the centre crop, else there are that many random views,
-    drawn with `seed`. `progress` counts views. `encoder.read` is called from several threads.
+    drawn with `seed`. The encoder gets `at_once` batches a call, for one that has several servers or
+    a long way to them; features do not depend on that. `progress` counts views. `encoder.read` is called from several threads.
 
     Raises: DataError naming a picture that cannot be read, unless `skip_broken` (then when none
         can), and when the encoder returns a value that is not finite.
@@ -88,7 +90,7 @@ def encode_pictures(
 
     def flush(batch: list[tuple[bytes, Path, U8]]) -> None:
         rows = [pixels for _, _, pixels in batch]
-        rows += rows[:1] * (batch_size - len(rows))
+        rows += rows[:1] * (-len(rows) % batch_size)
         features = encoder.encode(np.stack(rows))[: len(batch)]
         for (_, path, _), feature in zip(batch, features, strict=True):
             if not np.isfinite(feature).all():
@@ -109,9 +111,9 @@ def encode_pictures(
                 continue
             for key, picture in zip(job.keys, pixels, strict=True):
                 batch.append((key, job.path, picture))
-                if len(batch) == batch_size:
+                if len(batch) == batch_size * at_once:
                     flush(batch)
-                    n_encoded += batch_size
+                    n_encoded += len(batch)
                     batch = []
                     if progress:
                         progress(n_done + n_encoded, n_views_all)
