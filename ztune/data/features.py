@@ -63,8 +63,9 @@ def encode_pictures(
     """Return the features of one or more pictures given as (file, SHA-256 of its content).
 
     With `n_views` of 0 the one view is the centre crop, else there are that many random views,
-    drawn with `seed`. The encoder gets `at_once` batches a call, for one that has several servers or
-    a long way to them; features do not depend on that. `progress` counts views. `encoder.read` is called from several threads.
+    drawn with `seed`. The encoder gets `at_once` batches a call, for one that has several servers
+    or a long way to them; features do not depend on that. `progress` counts views. `encoder.read`
+    is called from several threads.
 
     Raises: DataError naming a picture that cannot be read, unless `skip_broken` (then when none
         can), and when the encoder returns a value that is not finite.
