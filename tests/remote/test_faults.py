@@ -39,20 +39,22 @@ DRILL = 160
 DEADLINE = 0.4
 # What a client may wait between two attempts, whatever has failed before.
 LONGEST_WAIT = 5.0
+SEED = 1
+FAULTS = ("reset_before", "reset_after", "delay", "truncate")
 
 
 class Network(FaultProxy):
-    """Faults from when a run has its folder: at the start a server is to be well."""
+    """Faults from when a run has written a file: at the start a server is to be well."""
 
-    def __init__(self, target: str, run: Path, **rates: float) -> None:
-        self.run = run
+    def __init__(self, target: str, begun: Path, **rates: float) -> None:
+        self.begun = begun
         self.seen: list[float] = []
         """When a request came, was answered, or could not be passed on."""
-        super().__init__(target, 1, **rates)
+        super().__init__(target, SEED, **rates)
 
     def draw(self) -> str:
         self.seen.append(time.monotonic())
-        return super().draw() if self.run.exists() else "pass"
+        return super().draw() if self.begun.exists() else "pass"
 
     def count(self, kind: str) -> None:
         self.seen.append(time.monotonic())
@@ -114,10 +116,10 @@ def test_the_drill(
     with contextlib.ExitStack() as stack:
         networks, processes = [], []
         for protocol, out in runs.items():
-            network = stack.enter_context(Network(address_of(mortal, protocol), out, **rates))
-            networks.append(network)
+            begun, target = out / "sent.jsonl", address_of(mortal, protocol)
+            networks.append(stack.enter_context(Network(target, begun, **rates)))
             words = (*DATA, *ZIP, "--queries", DRILL, "--shared-memory", "off", "--out", out)
-            address = url(network.address, protocol)
+            address = url(networks[-1].address, protocol)
             processes.append(start("tune", address, *words, "--deadline", DEADLINE))
         for steps in (10, 30, 50):
             for out, process in zip(runs.values(), processes, strict=True):
@@ -129,9 +131,10 @@ def test_the_drill(
             assert process.returncode == 0, err
         times += worked(mortal)
     for network in networks:
-        for kind in ("reset_before", "reset_after", "delay", "truncate", "unreachable"):
+        for kind in FAULTS:
             assert network.counts[kind] > 0, network.counts
         assert network.longest_silence < DEADLINE + LONGEST_WAIT
+    assert any("unreachable" in network.counts for network in networks)
     twice, again = 0, times
     for out in runs.values():
         assert artifact(out) == undisturbed.artifact
@@ -141,6 +144,26 @@ def test_the_drill(
     # Where the server worked at a request again, the client says so; it may say more: not every
     # request that got no answer was worked at.
     assert twice >= 2 * again > 0
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_faults_while_pictures_are_encoded(
+    protocol: str, start: Start, triton: TritonServer, local: Runs, tmp_path: Path
+) -> None:
+    # Of gRPC all requests on their way share one connection: what resets it fails all of them.
+    out = tmp_path / "run"
+    rates = {"resets": 0.08, "delays": 0.03, "truncations": 0.03, "delay_s": 1.5 * DEADLINE}
+    with Network(address_of(triton, protocol), out, **rates) as network:
+        words = ("--method", "gda", "--shared-memory", "off", "--max-inflight", 2, "--out", out)
+        address = url(network.address, protocol)
+        process = start("tune", address, *DATA, *words, "--deadline", DEADLINE)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, err
+    assert sum(network.counts.get(kind, 0) for kind in FAULTS) > 1
+    assert artifact(out) == artifact(local("--method", "gda"))
+    told = document(out)
+    assert told["image_forwards"] == 80
+    assert told["server"]["sent"] == 0
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -166,6 +189,7 @@ class Silenced(Network):
 
     def __init__(self, target: str, run: Path) -> None:
         super().__init__(target, run, resets=0, delays=0, delay_s=60)
+        self.run = run
 
     def draw(self) -> str:
         super().draw()
