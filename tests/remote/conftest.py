@@ -148,7 +148,9 @@ def start() -> Iterator[Start]:
     yield run
     for process in made:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

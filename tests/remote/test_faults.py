@@ -274,14 +274,15 @@ def test_one_of_two_servers_dies_and_returns(
     queries = 800
     words = ("--method", "zip", "--set", "n_pairs=2", "--queries", queries)
     out = tmp_path / "run"
-    # A slow first server, so that the second is back long before the end.
+    # A first server that becomes slow, so that the second is back long before the end.
     with FaultProxy(triton.grpc, resets=0, delays=1, delay_s=0.01) as slow:
         others = ("--endpoint", f"triton://{mortal.grpc}", "--shared-memory", memory)
         process = start("tune", url(slow.address), *DATA, *words, *others, "--out", out)
         wait_for(lambda: history(out) >= 30, process)
-        before = worked(mortal)
+        slow.delay_s, before = 0.1, worked(mortal)
         mortal.restart()
         wait_for(lambda: worked(mortal) > 0, process)
+        slow.delay_s = 0.0
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 0, err
     assert before >= 30
