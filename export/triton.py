@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto
 from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
 from export.weights import write_graph
 from runtimes.bundle import Bundle
+from runtimes.contract import BATCH
 from runtimes.providers import check_precision
 from ztune.errors import ConfigError, ProviderError
 from ztune.files import new_folder
@@ -45,9 +46,6 @@ class Serving:
     """Of each model; more than one keeps no pictures, since each would have its own."""
     threads: int | None = None
     """Of an instance on CPUs; None: as many as there are cores."""
-    max_batch: int = 8
-    """Pictures, and texts, of a call. ztune asks for eight at a time, so that no other client's
-    are put beside them."""
     access: str = "features"
 
     def __post_init__(self) -> None:
@@ -59,11 +57,10 @@ class Serving:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f'--{name} is "{value}", expected {", ".join(known)}')
-        for name in ("instances", "threads", "max_batch"):
+        for name in ("instances", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} is {value}, expected at least 1")
+                raise ConfigError(f"--{name} is {value}, expected at least 1")
         if self.backend == "python" and self.accelerator == "tensorrt":
             raise ConfigError(
                 "--accelerator tensorrt goes with --backend onnxruntime (the Python backend runs "
@@ -138,7 +135,7 @@ def _check_accelerator(bundle: Bundle, serving: Serving) -> None:
 
 
 def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
-    batch, S, e = _batch(bundle, serving), bundle.image.size, bundle.embed_dim
+    batch, S, e = _batch(bundle), bundle.image.size, bundle.embed_dim
     texts = {"contexts": [2, 4, bundle.text.width], "tokens": [2, 3]}
     yield _Model("image", image_graph, {"pixels": [batch, 3, S, S]}, batched=True, whole=True)
     if serving.access == "features":
@@ -153,9 +150,9 @@ def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
     yield _Model("client", client_graph, {"slice": [2]}, on_cpu=True)
 
 
-def _batch(bundle: Bundle, serving: Serving) -> int:
+def _batch(bundle: Bundle) -> int:
     # Dynamic int8 scales activations over a whole call: no picture has company.
-    return 1 if bundle.precision == "int8" else serving.max_batch
+    return 1 if bundle.precision == "int8" else BATCH
 
 
 def _write(bundle: Bundle, model: _Model, folder: Path, name: str, serving: Serving) -> None:
@@ -181,7 +178,7 @@ def _config(
         ]
         inputs = [{**given, "optional": True} for given in inputs]
     on_gpu = serving.accelerator != "none" and not model.on_cpu
-    batch = _batch(bundle, serving) if model.batched else 0
+    batch = _batch(bundle) if model.batched else 0
     group: dict[str, Value] = {
         "count": serving.instances,
         "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU"),
@@ -236,7 +233,7 @@ def _accelerators(bundle: Bundle, model: _Model, name: str, serving: Serving) ->
         # ONNX Runtime tells engines apart by the graph's structure, not by its weights.
         "trt_engine_cache_path": f"/tmp/ztune-{name}-{bundle.digest[:16]}",
     }
-    for which, n in (("min", 1), ("opt", serving.max_batch), ("max", serving.max_batch)):
+    for which, n in (("min", 1), ("opt", BATCH), ("max", BATCH)):
         shapes = [
             f"{name}:{'x'.join(str(size) for size in (n, *shape[1:]))}"
             for name, shape in model.largest.items()

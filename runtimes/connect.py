@@ -14,7 +14,7 @@ from runtimes.bundle import PARITY, Bundle, TextSpec
 from runtimes.client_half import Progress, client_half
 from runtimes.contract import CLIENT, IMAGE, PROMPT, SCORE, TEXT, check_offer
 from runtimes.endpoint import Connection, parse_endpoint, parse_location
-from runtimes.ort import parity_inputs
+from runtimes.ort import allowed_difference, parity_inputs
 from runtimes.prompts import shared_starts, token_table
 from runtimes.service import Ask, Question, Service
 from runtimes.shared_memory import Expected
@@ -23,9 +23,6 @@ from ztune.errors import ServerError
 from ztune.types import F32, I64
 
 Remark = Callable[[str], None]
-# As `ztune doctor` judges a bundle on this machine: sums in another order, and half as much again
-# as where the graph was made.
-_TOLERANCE, _MORE = 1e-4, 1.5
 # Bytes of an answer by which shared memory is compared with the wire, and rounds of it.
 _PROBE_BYTES, _PROBE_ROUNDS = 250_000, 7
 
@@ -60,20 +57,22 @@ def connect(
         for part, offer in service.offers.items():
             check_offer(part, offer, bundle, f'{location}: model "{service.model(part)}"')
         service.digest = bytes.fromhex(bundle.digest)
-        parity = probe(service, bundle, functools.partial(service.ask_server, 0))
-        for number in range(1, service.n_servers):
+        found = [
             probe(service, bundle, functools.partial(service.ask_server, number))
+            for number in service.checked_servers
+        ]
+        parity = {part: max(one[part] for one in found) for part in found[0]}
+
+        def prove(ask: Ask) -> None:
+            probe(service, bundle, ask)
+
+        service.prove = prove
         silent = [service.model(p) for p, o in service.offers.items() if not o.tells_digest]
         if silent:
             remark(
                 f"{', '.join(silent)} do not say which bundle answers: only figures kept in the "
                 "client half prove it, at the start and when a server comes back"
             )
-
-            def again(ask: Ask) -> None:
-                probe(service, bundle, ask)
-
-            service.returned = again
         _choose_memory(service, remark)
     except BaseException:
         service.close()
@@ -96,8 +95,7 @@ def probe(service: Service, bundle: Bundle, ask: Ask) -> dict[str, float]:
         found[TEXT] = _each(ask, TEXT, "tokens", sentences, expected)
     found |= _probe_prompts(service, bundle, ask, sentences, expected)
     for part, difference in found.items():
-        at_export = bundle.parity["prompt" if part == SCORE else part]["max_abs"]
-        limit = max(_TOLERANCE, _MORE * at_export)
+        limit = allowed_difference(bundle.parity["prompt" if part == SCORE else part]["max_abs"])
         limit *= bundle.logit_scale if part == SCORE else 1
         if not difference <= limit:
             raise ServerError(

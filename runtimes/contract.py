@@ -13,6 +13,9 @@ from ztune.errors import ServerError
 from ztune.types import Json
 
 IMAGE, TEXT, PROMPT, SCORE, CLIENT = "image", "text", "prompt", "score", "client"
+BATCH = 8
+"""Pictures, or texts, of a request. A server puts no more into a call than a client asks for at
+once, and so never others' beside them: sums of another shape may round differently."""
 PARTS = (IMAGE, TEXT, PROMPT, SCORE, CLIENT)
 
 

@@ -104,7 +104,7 @@ def parse_endpoint(url: str) -> Endpoint:
 
 def _parsed(url: str) -> tuple[Endpoint, str]:
     # Before anything else is looked at, and without the address: no error repeats a secret.
-    if "@" in url:
+    if "@" in url or "%40" in url:
         raise ConfigError(
             f"an address holds no user or password: put them into {BASIC_AUTH} (user:password) or "
             "a file (--basic-auth-file)"
@@ -230,7 +230,8 @@ def _secret(path: str | None, option: str, variable: str) -> str:
         if not value.strip():
             raise ConfigError(f'{option} "{path}" is empty')
     value = value.strip()
-    if not (value.isprintable() and value.isascii()):
+    # A token stands in the header as it is, user and password in base64.
+    if not value.isprintable() or (variable == TOKEN and not value.isascii()):
         raise ConfigError(f"{option if path else variable} holds characters that no header takes")
     return value
 

@@ -21,6 +21,7 @@ from runtimes.transport import (
     kind_by_words,
     one_line,
     read_arrays,
+    without_secrets,
 )
 from ztune.errors import ConfigError
 from ztune.types import Json
@@ -65,6 +66,8 @@ class GrpcTransport:
             ("grpc.max_reconnect_backoff_ms", 1000),
             # We send a request again ourselves, where it is counted.
             ("grpc.enable_retries", 0),
+            # Nobody but the server that was named: a proxy would see what is not encrypted.
+            ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
         self._lock = threading.Lock()
@@ -178,7 +181,7 @@ class GrpcTransport:
             if mark in str(error.message()):
                 text = f"TLS failed: {words or text.removesuffix(': OK')}"
                 break
-        return CallError(f"{self.endpoint}: {text}", kind)
+        return without_secrets(CallError(f"{self.endpoint}: {text}", kind), self._headers)
 
 
 def _told_by_grpc(output: Any) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from runtimes.transport import (
     one_line,
     read_arrays,
     unreadable,
+    without_secrets,
 )
 from ztune.types import Json
 
@@ -70,7 +71,7 @@ class HttpTransport:
         if status == 200:
             status, content, _ = self._exchange("GET", "/v2/health/ready", seconds, failing=False)
         if status in (401, 403):
-            raise _http_failure(self.endpoint, status, content)
+            raise without_secrets(_http_failure(self.endpoint, status, content), self._headers)
         return status == 200
 
     def server(self, seconds: float) -> dict[str, Json]:
@@ -134,7 +135,7 @@ class HttpTransport:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
         try:
             return as_object(json.loads(content))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CallError(f"{self.endpoint}{path}: the answer is no JSON", "refused") from None
 
     def _exchange(
@@ -171,7 +172,7 @@ class HttpTransport:
             self._drop()
         content = self._unpacked(content, answered.get("content-encoding", ""), largest)
         if failing and status != 200:
-            raise _http_failure(self.endpoint, status, content)
+            raise without_secrets(_http_failure(self.endpoint, status, content), self._headers)
         return status, content, answered
 
     def _failure(self, error: Exception) -> Exception:
@@ -345,7 +346,7 @@ def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
     try:
         told = json.loads(content)
         text = str(told.get("error") or told["detail"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = http.client.responses.get(status, "")
     text = f"{one_line(text)} (HTTP {status})"
     kind = "refused"

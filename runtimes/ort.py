@@ -271,6 +271,14 @@ def plan_for(
     return make_plan(lengths, sizes, n_candidates, execution.provider, execution.memory_limit)
 
 
+def allowed_difference(at_export: float) -> float:
+    """Return how far from torch a graph may be elsewhere, having been so far where it was made.
+
+    The same arithmetic differs in the order of its sums; half as much again may be a machine's.
+    """
+    return max(1e-4, 1.5 * at_export)
+
+
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
     """Return the inputs of one graph kept in a parity file, and torch's output for them.
 

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 
 from runtimes.bundle import Bundle
-from runtimes.contract import IMAGE, PROMPT, SCORE
+from runtimes.contract import BATCH, IMAGE, PROMPT, SCORE
 from runtimes.plan import Sizes, call_bytes
 from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
 from runtimes.prompts import (
@@ -29,12 +29,13 @@ from ztune.access import CONTEXTS, EVERYTHING, FEATURES, IMAGE_TOKENS, LOGITS, L
 from ztune.errors import ConfigError, ServerError
 from ztune.types import F32, I64, U8, Batch, ImageEncoder, Json, PromptEncoder, Prompts, Scores
 
-_PICTURES = 8
 # Bytes that one request may make a server take, and send over the wire: larger rounds are split.
 _SERVER_BYTES, _WIRE_BYTES = 1_000_000_000, 64_000_000
 # Bytes of a round's text features up to which losses are computed here: numbers of the same bits as
 # of a local run are worth them.
 _HERE_BYTES = 1_000_000
+# Batches of pictures that are held for requests on their way: each some 5 MB.
+_MOST_AT_ONCE = 16
 LOSSES = ("auto", "here", "server")
 
 
@@ -126,7 +127,11 @@ class Served:
 
     @property
     def batches_at_once(self) -> int:
-        return 1 if self._images is not None else self.service.connection.max_inflight
+        return 1 if self._images is not None else min(_MOST_AT_ONCE, self._inflight)
+
+    @property
+    def _inflight(self) -> int:
+        return self.service.connection.max_inflight
 
     def images(self) -> ImageEncoder:
         if self._images is not None:
@@ -160,7 +165,7 @@ class ServedImages:
     def __init__(self, service: Service, bundle: Bundle):
         self._service, self._bundle = service, bundle
         # Dynamic int8 scales activations over a whole call: a picture has no company.
-        self._at_once = 1 if bundle.precision == "int8" else _PICTURES
+        self._at_once = 1 if bundle.precision == "int8" else BATCH
 
     @property
     def identity(self) -> str:
@@ -224,6 +229,10 @@ class ServedPromptGraph:
             context = np.asarray(table[list(start)], dtype=np.float32)
             encoder = ServedPromptEncoder(self._service, bundle, rests, len(start), 1)
             features[indices] = encoder.encode(context[None])[0]
+        if not np.isfinite(features).all():
+            raise ServerError(
+                f"{self._service.location}: text features of a hand-written prompt are not finite"
+            )
         return features
 
 
@@ -372,16 +381,17 @@ class ServedScores:
         correct = np.concatenate([answer["correct"] for answer in answers])
         if ((correct < 0) | (correct > n)).any():
             raise ServerError(f"{encoder.service.location}: more pictures right than there are")
+        losses = np.concatenate([answer["losses"] for answer in answers])
         logits = None
         if self._logits:
             found = np.concatenate([answer["logits"] for answer in answers])
-            losses = np.concatenate([answer["losses"] for answer in answers])
-            if not np.isfinite(found[np.isfinite(losses)]).all():
+            sound = np.isfinite(found).all(axis=(1, 2))
+            if not sound[np.isfinite(losses)].all():
                 raise ServerError(
                     f"{encoder.service.location}: logits that are not finite beside losses that are"
                 )
             logits = np.ascontiguousarray(found[..., encoder.places])
-        return Scores(np.concatenate([a["losses"] for a in answers]), correct / n, logits)
+        return Scores(losses, correct / n, logits)
 
 
 def _even(n: int) -> int:

@@ -8,6 +8,7 @@ n-th of a round goes to the n-th server, and to another only while that one does
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ _MOST_BROKEN = 4
 # address there may be several servers, and the one that has them is not the one that is asked.
 _MOST_FORGOTTEN = 2
 _CLOSING_SECONDS = 2.0
+_LEAST_SECONDS = 0.05
 Sending = Callable[[int, int], None]
 """Called before a request goes: its number in the round, and the queries in it."""
 
@@ -88,6 +90,10 @@ class _Server:
     """In a row; a server with any is asked only after it has said that it is ready."""
     retry_at: float = 0.0
     kept: set[bytes] = field(default_factory=set)
+    keeps: bool = True
+    """False once it has refused to keep pictures."""
+    checked: bool = False
+    """Whether its models were looked at: one that was away at the start is, when it is back."""
     keeping: threading.Lock = field(default_factory=threading.Lock)
     """Held while pictures are sent, so that they are sent once."""
     not_kept: int = 0
@@ -126,9 +132,9 @@ class Service:
         self.digest: bytes | None = None
         """SHA-256 of the bundle's manifest that every answer must come from."""
         self.sending: Sending | None = None
-        self.returned: Callable[[Ask], None] | None = None
-        """Called when a server is back that does not tell whose answers it gives, with what asks
-        that server alone."""
+        self.prove: Callable[[Ask], None] | None = None
+        """Called with what asks one server alone, when it was away at the start or does not tell
+        whose answers it gives, before it is asked anything else."""
         self.requests = 0
         self.payload_bytes = [0, 0]
         """Of tensors sent and received, without framing."""
@@ -155,38 +161,56 @@ class Service:
         return f"{self.location.name}_{part}"
 
     def start(self) -> None:
-        """See that every server is ready, and what its models offer.
+        """See what the servers' models offer; of several, some may be away for now.
 
-        Raises: ServerError for one that is not, offers nothing, or another thing than the first.
+        Raises: ServerError where none is ready, or one offers nothing or another thing than others.
         """
-        for number, server in enumerate(self._servers):
-            offers = self._offers(server)
-            if number == 0:
-                self.offers = offers
-            elif offers != self.offers:
-                raise ServerError(
-                    f"{server.transport.endpoint} offers other models than "
-                    f"{self._servers[0].transport.endpoint}"
-                )
+        away: ServerError | None = None
+        for server in self._servers:
+            try:
+                self._look_at(server)
+            except CallError as error:
+                refusal = server_error(error)
+                if not error.passing:
+                    raise refusal from None
+                away = away or refusal
+                server.failures = 1
+                if self.n_servers > 1:
+                    self._remark(f"{error}; going on without it for now")
+        if away is not None and not self.checked_servers:
+            raise away
+
+    @property
+    def checked_servers(self) -> list[int]:
+        """Numbers of the servers whose models were looked at."""
+        return [number for number, server in enumerate(self._servers) if server.checked]
+
+    def _look_at(self, server: _Server) -> None:
+        """See that a server offers what the others do.
+
+        Raises: ServerError, CallError when it does not answer.
+        """
+        offers = self._offers(server)
+        if self.offers and offers != self.offers:
+            raise ServerError(f"{server.transport.endpoint} offers other models than the others")
+        self.offers, server.checked = offers, True
 
     def _offers(self, server: _Server) -> dict[str, Offer]:
         transport, seconds = server.transport, min(_START_SECONDS, self.connection.deadline)
         where, offers = transport.endpoint, {}
-        try:
-            if not transport.ready(seconds):
-                raise ServerError(f"{where} is not ready (its models are loading, or have failed)")
-            told = transport.server(seconds).get("extensions")
-            server.extensions = frozenset(map(str, told if isinstance(told, list) else []))
-            for part in PARTS:
-                try:
-                    metadata = transport.model(self.model(part), self.location.version, seconds)
-                except CallError as error:
-                    if error.kind == "missing":
-                        continue
-                    raise
-                offers[part] = offer_of(metadata, f'{where}: model "{self.model(part)}"')
-        except CallError as error:
-            raise server_error(error) from None
+        if not transport.ready(seconds):
+            text = f"{where} is not ready (its models are loading, or have failed)"
+            raise CallError(text, "broken")
+        told = transport.server(seconds).get("extensions")
+        server.extensions = frozenset(map(str, told if isinstance(told, list) else []))
+        for part in PARTS:
+            try:
+                metadata = transport.model(self.model(part), self.location.version, seconds)
+            except CallError as error:
+                if error.kind == "missing":
+                    continue
+                raise
+            offers[part] = offer_of(metadata, f'{where}: model "{self.model(part)}"')
         if not offers:
             version = self.location.version
             raise ServerError(
@@ -274,7 +298,7 @@ class Service:
     def _answer(self, turn: _Turn, question: Question) -> dict[str, Array]:
         """Ask until there is an answer."""
         began = time.monotonic()
-        last, n_broken, n_forgotten = "", 0, 0
+        last, n_broken, n_forgotten, tell = "", 0, 0, True
         while True:
             if self._stopped.is_set() or turn.abandoned.is_set():
                 raise AwayError("stopped")
@@ -282,7 +306,8 @@ class Service:
             if number is not None:
                 server = self._servers[number]
                 try:
-                    answer = self._once(server, turn.number, question)
+                    left = began + self.connection.give_up - time.monotonic()
+                    answer = self._once(server, turn, question, left, tell=tell)
                 except CallError as error:
                     n_broken += error.kind == "broken"
                     if not error.passing or n_broken > _MOST_BROKEN:
@@ -290,7 +315,10 @@ class Service:
                     n_forgotten += error.kind == "forgotten"
                     if n_forgotten > _MOST_FORGOTTEN:
                         question = question.in_full()
-                    last = str(error)
+                    last, tell = str(error), True
+                    if error.kind == "forgotten" and n_forgotten <= _MOST_FORGOTTEN + 1:
+                        tell = False  # it has said that it evaluated nothing
+                        continue
                     self._failed(server, last)
                 else:
                     self._succeeded(server)
@@ -328,8 +356,11 @@ class Service:
         try:
             back = server.transport.ready(min(_HEALTH_SECONDS, self.connection.deadline))
             reason = f"{server.transport.endpoint} is not ready"
-            if back and self.returned is not None and not self._tells_digest:
-                self.returned(lambda question: self._once(server, turn.number, question))
+            if back and not server.checked:
+                self._look_at(server)
+                self._prove(server, turn)
+            elif back and not self._tells_digest:
+                self._prove(server, turn)
         except CallError as error:
             if not error.passing:
                 raise server_error(error) from None
@@ -337,6 +368,10 @@ class Service:
         if not back:
             self._failed(server, reason)
         return back
+
+    def _prove(self, server: _Server, turn: _Turn) -> None:
+        if self.prove is not None:
+            self.prove(lambda question: self._once(server, turn, question))
 
     @property
     def _tells_digest(self) -> bool:
@@ -360,17 +395,32 @@ class Service:
                     self._remark(f"{server.transport.endpoint} answers again")
                 server.failures = 0
 
-    def _once(self, server: _Server, number: int, question: Question) -> dict[str, Array]:
-        """Send one request to one server and check its answer.
+    def _once(
+        self,
+        server: _Server,
+        turn: _Turn,
+        question: Question,
+        left: float = math.inf,
+        *,
+        tell: bool = True,
+    ) -> dict[str, Array]:
+        """Send one request to one server, which has `left` seconds, and check its answer.
+
+        `tell` says that queries in it are to be counted.
 
         Raises: CallError.
         """
-        if question.kept is not None:
-            self._keep(server, question.kept)
-        if self.sending is not None and question.n_queries:
-            self.sending(number, question.n_queries)
+        until = time.monotonic() + max(_LEAST_SECONDS, min(self.connection.deadline, left))
+        if question.kept is not None and not self._keep(server, question.kept):
+            question = question.in_full()
+        sending = self.sending
+        # Nothing is sent that nobody waits for, nor after those who write it down have gone.
+        if self._stopped.is_set() or turn.abandoned.is_set():
+            raise AwayError("stopped")
+        if tell and sending is not None and question.n_queries:
+            sending(turn.number, question.n_queries)
         try:
-            return self._exchange(server, question)
+            return self._exchange(server, question, until - time.monotonic())
         except CallError as error:
             if error.kind in ("missing", "forgotten") and question.kept is not None:
                 # The server has begun anew, or others' pictures have taken the place of ours.
@@ -378,12 +428,15 @@ class Service:
                 raise CallError(str(error), "forgotten") from None
             raise
 
-    def _keep(self, server: _Server, kept: KeptPictures) -> None:
-        """See that a server has pictures; of several requests that need them, one sends them."""
+    def _keep(self, server: _Server, kept: KeptPictures) -> bool:
+        """See that a server has pictures; of several requests that need them, one sends them.
+
+        Return False where the server does not keep them, so that they go with each request.
+        """
         before = server.not_kept
         with server.keeping:
-            if kept.name in server.kept:
-                return
+            if kept.name in server.kept or not server.keeps:
+                return server.keeps
             if server.not_kept > before or self._stopped.is_set():
                 # Who was here before could not send them: one deadline is enough.
                 raise CallError(f"{server.transport.endpoint} did not take the pictures", "away")
@@ -393,13 +446,21 @@ class Service:
                 "kept": np.frombuffer(kept.name, dtype=np.uint8),
             }
             try:
-                self._exchange(server, Question(SCORE, inputs, {}))
+                self._exchange(server, Question(SCORE, inputs, {}), self.connection.deadline)
+            except CallError as error:
+                if error.kind == "refused":
+                    server.keeps = False
+                    self._remark(f"{error}; pictures' features are sent with every request")
+                    return False
+                server.not_kept += 1
+                raise
             except BaseException:
                 server.not_kept += 1
                 raise
             server.kept.add(kept.name)
+            return True
 
-    def _exchange(self, server: _Server, question: Question) -> dict[str, Array]:
+    def _exchange(self, server: _Server, question: Question, seconds: float) -> dict[str, Array]:
         expected = dict(question.outputs)
         if self.offers[question.part].tells_digest:
             rows = question.outputs.get("features")
@@ -409,7 +470,7 @@ class Service:
         request = Request(
             self.model(question.part), question.inputs, tuple(expected), self.location.version
         )
-        seconds = self.connection.deadline
+        seconds = max(_LEAST_SECONDS, seconds)
         shared = server.shared
         if shared is not None and not any(-1 in one.shape for one in expected.values()):
             answer = shared.infer(request, expected, seconds)

@@ -195,6 +195,15 @@ def kind_by_words(text: str, kind: str) -> str:
     return kind
 
 
+def without_secrets(error: CallError, headers: Mapping[str, str]) -> CallError:
+    """Return an error that repeats nothing of what authorised the request, should a server do."""
+    text = str(error)
+    for value in headers.values():
+        for secret in (value, value.partition(" ")[2]):
+            text = text.replace(secret, "…") if secret else text
+    return CallError(text, error.kind)
+
+
 def as_object(value: Any) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise CallError("metadata is no object", "refused")

@@ -51,7 +51,7 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
     out = tmp_path / "repository"
     made = ztune(
         "export-triton", MINI, "--name", "eyes", "--backend", "python", "--accelerator", "cuda",
-        "--instances", 2, "--threads", 3, "--max-batch", 4, "--access", "losses", "--out", out,
+        "--instances", 2, "--threads", 3, "--access", "losses", "--out", out,
         "--json", "--quiet",
     )  # fmt: skip
     assert (made.code, made.err) == (0, "")
@@ -70,7 +70,7 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
         "keeps_pictures": False,
     }
     config = (out / "eyes_image" / "config.pbtxt").read_text()
-    for words in ('backend: "python"', "max_batch_size: 4", "count: 2", "KIND_GPU"):
+    for words in ('backend: "python"', "max_batch_size: 8", "count: 2", "KIND_GPU"):
         assert words in config
     config = (out / "eyes_client" / "config.pbtxt").read_text()
     assert "KIND_CPU" in config
@@ -95,7 +95,6 @@ def test_defaults_keep_no_pictures_and_python_does(ztune: Command, tmp_path: Pat
         (("--access", "all"), ('--access is "all"', "features, logits, losses")),
         (("--instances", 0), ("--instances is 0",)),
         (("--threads", 0), ("--threads is 0",)),
-        (("--max-batch", 0), ("--max-batch is 0",)),
         (("--name", "a/b"), ('"a/b" cannot name models', "--name NAME")),
         (("--name", ""), ('"" cannot name models',)),
         (("--backend", "python", "--accelerator", "tensorrt"), ("--backend onnxruntime",)),

@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes files private to the user; what we leave behind follows the umask.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,12 +57,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         work.rename(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename survive a power cut, where the system lets a folder be flushed."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

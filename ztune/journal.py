@@ -6,6 +6,7 @@ same; that a server may have been paid for it twice is known from here, also aft
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ztune.budget import Budget
 from ztune.errors import FormatError
+from ztune.files import flush_folder
 
 
 class Journal:
@@ -47,10 +49,19 @@ class Journal:
         """Write down that request `part` of the current step goes now."""
         with self._lock:
             step = self._budget.queries if self._budget.in_step else None
-            with self._path.open("ab") as file:
-                file.write(json.dumps([step, part, n_queries]).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            line = json.dumps([step, part, n_queries]).encode() + b"\n"
+            is_new = not self._path.exists()
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)  # half a line would spoil what another thread writes next
+                    raise
+            if is_new:
+                flush_folder(self._path.parent)
             self._count(step, part, n_queries)
 
     def _count(self, step: int | None, part: int, n_queries: int) -> None:

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -73,6 +73,7 @@ class RunFolder:
         """
         if self.run.exists():
             if self.read().get("status") == "refused":
+                self.journal.unlink(missing_ok=True)  # of what the refused one sent
                 write_json(self.split, dict(split))
                 self.write(document)
                 return
@@ -189,6 +190,12 @@ class RunFolder:
         """Return where the artifact after so many queries stands; its folder is made."""
         self.snapshots.mkdir(exist_ok=True)
         return self.snapshots / f"{queries:09d}.safetensors"
+
+    def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
+        """Return whether a mark that `queries` have reached has no snapshot at or behind it."""
+        reached = [mark for mark in marks if mark <= queries]
+        written = [int(file.stem) for file in self.snapshots.glob("*.safetensors")]
+        return bool(reached) and not any(n >= max(reached) for n in written)
 
     def read_history(self) -> list[dict[str, float]]:
         """Return the history's lines; an unfinished last one is left out."""

@@ -216,14 +216,14 @@ def test_tensorrt_builds_for_one_to_all_rows_and_one_bundle(
     for precision in ("fp32", "fp16"):
         bundle = bundles[precision]
         out = tmp_path / precision
-        export_triton(bundle, out, "m", Serving(accelerator="tensorrt", max_batch=4))
+        export_triton(bundle, out, "m", Serving(accelerator="tensorrt"))
         for part, one in (("image", "pixels:{}x3x24x24"), ("text", "tokens:{}x24")):
             config = parsed(out / f"m_{part}")
             settings = accelerators(config)["tensorrt"]
-            assert config.max_batch_size == 4
+            assert config.max_batch_size == 8
             assert settings["precision_mode"] == precision.upper()
             assert settings["trt_engine_cache_enable"] == "1"
-            for which, rows in (("min", 1), ("opt", 4), ("max", 4)):
+            for which, rows in (("min", 1), ("opt", 8), ("max", 8)):
                 assert settings[f"trt_profile_{which}_shapes"] == one.format(rows)
             paths.add(settings["trt_engine_cache_path"])
             # One folder deep: ONNX Runtime makes no more than that.
@@ -239,7 +239,6 @@ def test_tensorrt_builds_for_one_to_all_rows_and_one_bundle(
         ({"access": "loss"}, r'--access is "loss", expected features, logits, losses$'),
         ({"instances": 0}, r"--instances is 0, expected at least 1$"),
         ({"threads": -1}, r"--threads is -1, expected at least 1$"),
-        ({"max_batch": 0}, r"--max-batch is 0, expected at least 1$"),
         (
             {"backend": "python", "accelerator": "tensorrt"},
             r"--accelerator tensorrt goes with --backend onnxruntime",

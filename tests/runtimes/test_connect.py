@@ -454,7 +454,7 @@ def test_a_server_without_digests_is_looked_at_when_it_comes_back(
         fake.models[f"mini_{part}"] = silent(fake.models[f"mini_{part}"])
     service = reach(fake, client=half, give_up=30).service
     assert any("do not say which bundle answers" in remark for remark in reach.remarks)
-    assert service.returned is not None
+    assert service.prove is not None
 
     failures = [1]
 

@@ -348,7 +348,7 @@ def test_pictures_that_a_server_forgot_are_sent_again(fake: Fake) -> None:
         assert kept.name in fake.kept
         # Keep, ask; ask in vain, keep, ask.
         assert fake.calls["ModelInfer"] == 5
-        assert sent == [2, 2, 2]
+        assert sent == [2, 2]  # the server said that it had evaluated nothing
 
 
 def test_pictures_that_are_always_forgotten_are_sent_with_the_question(fake: Fake) -> None:
@@ -477,7 +477,7 @@ def test_a_server_that_tells_no_digest_is_looked_at_when_it_is_back() -> None:
         def look(ask: Ask) -> None:
             looked.extend(numbers([ask(question(50))]))
 
-        service.returned = look
+        service.prove = look
         service.ask([question(1), question(2)])
         assert looked == []
         second.hook = failing("UNAVAILABLE", 1)
@@ -501,7 +501,7 @@ def test_a_server_that_tells_no_digest_is_looked_at_when_it_is_back() -> None:
         def wrong(ask: Ask) -> None:
             raise ServerError("it is another model")
 
-        service.returned = wrong
+        service.prove = wrong
         second.hook = failing("UNAVAILABLE", 1)
         with pytest.raises(ServerError, match="it is another model"):
             while time.monotonic() < until:

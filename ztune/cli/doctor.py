@@ -29,9 +29,6 @@ EXAMPLE = """\
   ztune doctor triton://host:8001/vit-b-32
   ztune doctor models/mini --data examples/digits --set perturbation=0.001"""
 
-# A graph does the same arithmetic everywhere apart from the order of its sums; where it differed
-# from torch by more than that when it was made, a machine may come to half as much again.
-_TOLERANCE, _MORE = 1e-4, 1.5
 _EXTRAS = {
     "cpu or gpu": "onnxruntime",
     "export": "open_clip",
@@ -149,7 +146,7 @@ def _check_bundle(
 ) -> tuple[dict[str, Json], list[str | Table], list[str]]:
     """Check a bundle on the first of the working providers that can run its precision."""
     from runtimes.bundle import load_bundle
-    from runtimes.ort import parity_on_this_machine
+    from runtimes.ort import allowed_difference, parity_on_this_machine
     from runtimes.providers import Execution
 
     bundle = load_bundle(path)
@@ -184,7 +181,7 @@ def _check_bundle(
         here = parity_on_this_machine(bundle, graph, Execution(provider))
         parity[graph] = {"here": dict(here), "at_export": dict(stored)}
         rows.append((graph, f"{here['max_abs']:.1e}", f"{stored['max_abs']:.1e}"))
-        limit = max(_TOLERANCE, _MORE * stored["max_abs"])
+        limit = allowed_difference(stored["max_abs"])
         if not here["max_abs"] <= limit:
             failures.append(
                 f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more "

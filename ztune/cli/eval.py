@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
+from ztune.access import TEXTS
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
 from ztune.cli.server import (
@@ -232,9 +233,16 @@ def _bench(
             raise ConfigError(
                 "how graphs run is the server's affair: leave out --provider and --threads"
             )
-        return open_served_workbench(
+        bench = open_served_workbench(
             str(target), settings, output, provider=provider, threads=threads
         )
+        if TEXTS in bench.runtime.withheld:
+            bench.close()
+            raise ConfigError(
+                f"{target} gives losses alone, no text features to score pictures by (use the "
+                "bundle itself: ztune eval RUN --bundle DIR, or ztune eval BUNDLE --prompt FILE)"
+            )
+        return bench
     require_no_server_options(arguments)
     execution = settled(arguments.provider, arguments.threads, output)
     return open_workbench(Path(target), execution, output)

@@ -31,9 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="cores of an instance on CPUs")
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="pictures, and texts, of a call (8)"
-    )
-    parser.add_argument(
         "--access",
         default="features",
         help="what of the text side is told: features (default), logits or losses",
@@ -49,7 +46,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         accelerator=arguments.accelerator,
         instances=arguments.instances,
         threads=arguments.threads,
-        max_batch=arguments.max_batch,
         access=arguments.access,
     )
     bundle, out = load_bundle(arguments.bundle), arguments.out

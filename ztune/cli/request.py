@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ztune.cli.server import server_settings
+from ztune.cli.server import server_settings, to_save
 from ztune.config import configured, settings_from_words
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
@@ -59,7 +59,7 @@ class Request:
     settings: Mapping[str, Json] = field(default_factory=dict)
     """The method's settings that differ from its preset."""
     server: Mapping[str, Json] = field(default_factory=dict)
-    """How a server is reached where `bundle` is its URL; see `ztune.cli.server`."""
+    """How a server is reached where `bundle` is its URL, without secrets: see cli/server.py."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -156,7 +156,7 @@ def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) 
     }
     if "template" in values:
         values["templates"] = tuple(values.pop("template"))
-    request = Request(**values, settings=settings, server=server_settings(arguments))
+    request = Request(**values, settings=settings, server=to_save(server_settings(arguments)))
     method = find_method(request.method)
     if "augment" not in values and request.preset == "published":
         views = method.augment if isinstance(method, TunedMethod) else 0

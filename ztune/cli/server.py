@@ -26,6 +26,7 @@ _OPTIONS = (
     "compression", "insecure",
 )  # fmt: skip
 _PLAIN = ("client", "images", "losses")
+_NOT_SAVED = ("token_file", "basic_auth_file", "insecure")
 
 
 def is_url(word: Path | str) -> bool:
@@ -120,7 +121,7 @@ class ServerSettings:
 
 
 def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
-    """Return what the options ask for, as run.json keeps it; empty where there are none.
+    """Return what the options ask for; empty where there are none.
 
     Raises: ConfigError for a value that cannot be.
     """
@@ -139,6 +140,17 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
         settings["connection"] = given
     settings_from(settings).connected()
     return settings
+
+
+def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings that a run keeps.
+
+    Where secrets lie, and what is accepted unverified, is said anew each time, since a run's folder
+    may come from somebody else.
+    """
+    connection = settings.get("connection", {})
+    kept = connection.items() if isinstance(connection, dict) else ()
+    return {**settings, "connection": {k: v for k, v in kept if k not in _NOT_SAVED}}
 
 
 def merged(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:

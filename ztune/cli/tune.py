@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,11 @@ from ztune.cli.request import (
 from ztune.cli.server import (
     add_server_arguments,
     is_url,
+    merged,
     open_served_workbench,
     place,
     require_no_server_options,
+    server_settings,
 )
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError
 from ztune.fields import Fields
@@ -132,8 +135,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 raise ConfigError(
                     f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
                 )
-        require_no_server_options(arguments)
-        document = _resume(arguments.resume, arguments.bundle, output)
+        given = server_settings(arguments)
+        document = _resume(arguments.resume, arguments.bundle, given, output)
         path = arguments.resume
     else:
         for name in ("bundle", "data", "out"):
@@ -142,13 +145,18 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
-        document = _start(request_from_arguments(arguments, _ASKED), arguments.out, output)
+        request = request_from_arguments(arguments, _ASKED)
+        document = _start(request, server_settings(arguments), arguments.out, output)
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
 
 
-def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
+Settings = Mapping[str, Json]
+"""How a server is reached: what the options of this very command say of it."""
+
+
+def _start(request: Request, server: Settings, out: Path, output: Output) -> dict[str, Json]:
     from ztune.cli.feasible import start_config
     from ztune.cli.tuning import Work, opening, task_of
     from ztune.cli.workbench import open_workbench
@@ -157,7 +165,7 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
     start_config(request)
     request.split_settings()  # wrong numbers are told before anything is opened
     if is_url(request.bundle):
-        bench = _served(request, request.bundle, output)
+        bench = _served(request, request.bundle, server, output)
     else:
         execution = settled(request.provider, request.threads, output, request.memory_limit)
         bench = open_workbench(Path(request.bundle), execution, output)
@@ -186,7 +194,9 @@ def _start(request: Request, out: Path, output: Output) -> dict[str, Json]:
             return work.carry_out(head)
 
 
-def _resume(path: Path, moved_bundle: Path | str | None, output: Output) -> dict[str, Json]:
+def _resume(
+    path: Path, moved_bundle: Path | str | None, server: Settings, output: Output
+) -> dict[str, Json]:
     from ztune.run import RunFolder
 
     folder = RunFolder(path)
@@ -202,15 +212,16 @@ def _resume(path: Path, moved_bundle: Path | str | None, output: Output) -> dict
                 "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
                 f"{shlex.quote(str(path))}"
             )
-        return _go_on(folder, head, moved_bundle, output)
+        return _go_on(folder, head, moved_bundle, server, output)
 
 
-def _served(request: Request, url: str, output: Output) -> Workbench:
+def _served(request: Request, url: str, server: Settings, output: Output) -> Workbench:
     """Return the server's bundle at work.
 
     Raises: ConfigError for an option that is the server's own affair.
     """
-    local = request.server.get("images") == "local"
+    settings = merged(request.server, server)
+    local = settings.get("images") == "local"
     for name in ("provider", "threads", "memory_limit"):
         asked = getattr(request, name) != getattr(Request("", ""), name)
         if asked and (name == "memory_limit" or not local):
@@ -218,12 +229,16 @@ def _served(request: Request, url: str, output: Output) -> Workbench:
                 f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
             )
     return open_served_workbench(
-        url, request.server, output, provider=request.provider, threads=request.threads
+        url, settings, output, provider=request.provider, threads=request.threads
     )
 
 
 def _go_on(
-    folder: RunFolder, head: dict[str, Json], moved_bundle: Path | str | None, output: Output
+    folder: RunFolder,
+    head: dict[str, Json],
+    moved_bundle: Path | str | None,
+    server: Settings,
+    output: Output,
 ) -> dict[str, Json]:
     """Finish a run as it was begun: its bundle, pictures, provider and settings."""
     from ztune.cli.tuning import Work
@@ -236,7 +251,7 @@ def _go_on(
     request = request_from_json(fields.object("request").values, where)
     # The settings as they were then, should a default have changed since.
     request = replace(request, settings=fields.object("config").values)
-    bench = _reopened(folder, fields, request, moved_bundle or request.bundle, output)
+    bench = _reopened(folder, fields, request, moved_bundle or request.bundle, server, output)
     then = {**fields.object("versions").values, **fields.object("machine").values}
     now = {**versions(), **machine()}
     changed = [
@@ -254,7 +269,12 @@ def _go_on(
 
 
 def _reopened(
-    folder: RunFolder, fields: Fields, request: Request, bundle: Path | str, output: Output
+    folder: RunFolder,
+    fields: Fields,
+    request: Request,
+    bundle: Path | str,
+    server: Settings,
+    output: Output,
 ) -> Workbench:
     """Return the bundle or server that a run began with, at work as it was.
 
@@ -268,8 +288,10 @@ def _reopened(
     if is_url(bundle) != is_url(request.bundle):
         kind = "a server (URL)" if is_url(request.bundle) else "a bundle (folder)"
         raise ConfigError(f'the run was tuned on {kind}, "{bundle}" is none')
+    if server and not is_url(bundle):
+        raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
     if is_url(bundle):
-        bench = _served(request, str(bundle), output)
+        bench = _served(request, str(bundle), server, output)
         where = f"server {bundle} serves a bundle that"
     else:
         if not Path(bundle).is_dir():
@@ -299,10 +321,10 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, AwayError):
+        if isinstance(error, ServerError):
+            done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
             raise ServerError(
-                f"{error}; what was answered is saved, go on with: "
-                f"ztune tune --resume {shlex.quote(str(self._path))}"
+                f"{error}; {done}go on with: ztune tune --resume {shlex.quote(str(self._path))}"
             ) from None
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
@@ -365,5 +387,6 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
     if fields.text("stop_reason") == PROMPTS:
         asked = fields.object("request").integer("queries")
         lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
-    lines.append(f"{path / 'prompt.safetensors'} (measure it with: ztune eval {path})")
+    where = "" if "zero-shot" in validation.values or not rows else " --bundle DIR"
+    lines.append(f"{path / 'prompt.safetensors'} (measure it with: ztune eval {path}{where})")
     return lines

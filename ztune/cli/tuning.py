@@ -339,7 +339,11 @@ class Work:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
             return assembly.result(parts, provenance)
 
-        marks = [m for m in request.snapshot_marks(spent) if m > tuning.budget.queries]
+        marks = request.snapshot_marks(spent)
+        if tuning.step and self.folder.lacks_snapshot(marks, tuning.budget.queries):
+            # Saved, and stopped before it was written.
+            write_artifact(self.folder.snapshot(tuning.budget.queries), artifact("snapshot"))
+        marks = [m for m in marks if m > tuning.budget.queries]
         saving = SavePace(every_step=self.bench.served is not None)
         with output.progress("tuning", spent) as ticker:
 
@@ -348,11 +352,11 @@ class Work:
                 reached = bool(marks) and now.budget.queries >= marks[0]
                 while marks and now.budget.queries >= marks[0]:
                     marks.pop(0)
-                if reached:
-                    write_artifact(self.folder.snapshot(now.budget.queries), artifact("snapshot"))
                 if reached or saving.due():
                     with saving:
                         self.folder.save(now)
+                if reached:  # after it: a server may be away by now, and the step was answered
+                    write_artifact(self.folder.snapshot(now.budget.queries), artifact("snapshot"))
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
