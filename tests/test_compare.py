@@ -130,7 +130,7 @@ def test_the_table_is_sorted_and_says_what_failed(finished: Path) -> None:
     assert listed == ["method", "---", *(row["method"] for row in rows)]
     assert "| sharpzo | failed | 0 of 2 |" in text
     assert "- sharpzo failed with seeds 1, 2: " in text
-    assert "- gda needs image features." in text
+    assert "- gda needs text features, image features." in text
     assert f"`ztune compare {MINI}" in text
     for name in ("accuracy-queries.png", "accuracy-seconds.png"):
         assert (finished / name).stat().st_size > 10_000

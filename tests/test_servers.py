@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import os
 import ssl
 import time
 from collections.abc import Iterator
@@ -143,10 +142,10 @@ def test_triton_answers_is_killed_and_comes_back(triton: TritonServer) -> None:
     assert triton.pid is not None
     helpers = psutil.Process(triton.pid).children(recursive=True)
     assert helpers
-    assert list(SHARED_MEMORY.glob(f"ztune-{os.getpid()}-*"))
+    assert list(SHARED_MEMORY.glob(f"{triton.region}*"))
     triton.kill()
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in helpers)
-    assert not list(SHARED_MEMORY.glob(f"ztune-{os.getpid()}-*"))
+    assert not list(SHARED_MEMORY.glob(f"{triton.region}*"))
     assert triton.pid is None
     with pytest.raises(InferenceServerException):
         ask(tritonclient.grpc, triton.grpc)

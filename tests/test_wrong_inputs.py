@@ -478,7 +478,7 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
     for method in ("bar", "blackvip", "bptvlm", *HEADS):
         assert able(given, method) == TEXT_METHODS
     with pytest.raises(
-        ConfigError, match=r'"gda" needs image features, which .* \(ask for them\);'
+        ConfigError, match=r'"gda" needs text features, image features, which .* \(ask for them\);'
     ):
         require_access("gda", given, needs_of_all(), "ask for them")
     # Pictures may be changed, and yet no logits come back.
@@ -497,10 +497,10 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
 
 def test_access_of_other_runtimes() -> None:
     assert able(EVERYTHING - {IMAGE_TOKENS}, "bptvlm") == set(METHODS) - {"bptvlm"}
-    assert able(frozenset((FEATURES,)), "zip") == HEADS
+    assert able(frozenset((FEATURES, TEXTS)), "zip") == HEADS
     assert able(frozenset((PIXELS, LOGITS)), "zip") == {"bar"}
     # Pictures and their losses, and no text tower that takes embeddings.
-    given = frozenset((LOSS, PIXELS, FEATURES, IMAGE_TOKENS))
+    given = frozenset((LOSS, PIXELS, TEXTS, FEATURES, IMAGE_TOKENS))
     assert able(given, "zip", part="vision") == {"bptvlm", "blackvip"} | HEADS
     assert able(given, "zip") == {"blackvip"} | HEADS
     with pytest.raises(ConfigError, match="no method would work"):

@@ -210,8 +210,8 @@ def test_a_server_that_stays_away(
     err = process.communicate(timeout=30)[1]
     assert give_up - 0.2 < time.monotonic() - began < give_up + 3
     one_error(
-        process.returncode, err, f"no answer for {give_up:g} s", "what was answered is saved",
-        f"go on with: ztune tune --resume {out}",
+        process.returncode, err, f"no answer for {give_up:g} s",
+        "every step that was answered is saved", f"go on with: ztune tune --resume {out}",
     )  # fmt: skip
     assert document(out)["status"] == "running"
 

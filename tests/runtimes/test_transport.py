@@ -783,3 +783,52 @@ def test_files_that_are_no_certificates(
             opened(f"{scheme}://{address}", **given),
         ):
             pass
+
+
+def test_an_error_repeats_no_secret_that_a_server_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZTUNE_TOKEN", "s3cr3t")
+    reply = says({"error": "cannot read Bearer s3cr3t, nor s3cr3t"}, status=400)
+    with WebServer(always(reply)) as server, opened(f"http://{server.address}") as web:
+        text = str(failure(lambda: web.server(2)))
+        assert "cannot read …, nor …" in text
+        assert "s3cr3t" not in text
+    x = Tensor("x", "FP32", (-1,))
+    double = FakeModel([x], [x], lambda given: given)
+
+    def refuse(request: Any, honest: Any) -> Any:
+        raise FailedError(grpc.StatusCode.INVALID_ARGUMENT, "cannot read Bearer s3cr3t")
+
+    with FakeServer({"double": double}, hook=refuse) as fake:
+        with opened(f"triton://{fake.grpc}") as remote:
+            asked = Request("double", {"x": np.zeros(1, np.float32)}, ("x",))
+            text = str(failure(lambda: remote.infer(asked, 2)))
+            assert "cannot read …" in text
+            assert "s3cr3t" not in text
+
+
+def test_a_server_that_nests_without_end_is_refused_in_one_line() -> None:
+    bomb = Reply(200, b"[" * 200_000)
+    with WebServer(always(bomb)) as server, opened(f"http://{server.address}") as web:
+        assert failure(lambda: web.server(2)).kind == "refused"
+    with WebServer(always(Reply(400, b"[" * 200_000))) as server:
+        with opened(f"http://{server.address}") as web:
+            assert failure(lambda: web.server(2)).kind == "refused"
+
+
+def test_grpc_speaks_to_nobody_but_the_server_that_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[str] = []
+
+    def proxy(asked: Asked) -> Reply:
+        heard.append(asked.path)
+        return Reply(502)
+
+    with WebServer(proxy) as server, FakeServer({}) as fake:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://{server.address}")
+        with opened(f"triton://{fake.grpc}") as remote:
+            assert remote.ready(5)
+        with opened(f"http://{server.address}") as web:
+            assert not web.ready(5)
+    assert heard == ["/v2/health/live"]

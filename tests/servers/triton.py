@@ -25,7 +25,7 @@ class TritonServer(ServerProcess):
         self.repository = repository.absolute()
         self.args = tuple(args)
         super().__init__(wait_s=wait_s)
-        self._region = f"ztune-{os.getpid()}-{next(_number)}-"
+        self.region = f"ztune-{os.getpid()}-{next(_number)}-"
         asked = (
             "import sysconfig as s; print(s.get_path('purelib')); print(s.get_config_var('LIBDIR'))"
         )
@@ -52,7 +52,7 @@ class TritonServer(ServerProcess):
             "--pinned-memory-pool-byte-size=0",
             "--exit-timeout-secs=5",
             # Two servers must not share a region, and what a killed one leaves must be found.
-            f"--backend-config=python,shm-region-prefix-name={self._region}",
+            f"--backend-config=python,shm-region-prefix-name={self.region}",
             *self.args,
         ]
 
@@ -63,5 +63,5 @@ class TritonServer(ServerProcess):
         }
 
     def _clean(self) -> None:
-        for left in SHARED_MEMORY.glob(f"*{self._region}*"):
+        for left in SHARED_MEMORY.glob(f"*{self.region}*"):
             left.unlink(missing_ok=True)
