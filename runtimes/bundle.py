@@ -33,7 +33,7 @@ EXTERNAL_THRESHOLD = 16_000_000
 # Of a width or a length in the manifest: what is allocated by it stays small.
 _LARGEST = 65536
 # As a path, in which two slashes are one.
-_URL = re.compile(r"(^|/)(tritons?|https?):/")
+_URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -181,9 +181,9 @@ def reading(what: str) -> Iterator[None]:
 
 
 def _load(path: Path) -> Bundle:
-    if _URL.search(str(path)) and not path.exists():
+    if (url := _URL.search(str(path))) and not path.exists():
         raise FormatError(
-            f'"{path}" is a server, and this takes a bundle itself, a folder (servers go with: '
+            f'"{url[2]}://{url[3]}" is a server, and this takes a bundle itself, a folder (servers go with: '
             "ztune tune, eval, doctor)"
         )
     if not path.is_dir():
