@@ -183,8 +183,8 @@ def reading(what: str) -> Iterator[None]:
 def _load(path: Path) -> Bundle:
     if (url := _URL.search(str(path))) and not path.exists():
         raise FormatError(
-            f'"{url[2]}://{url[3]}" is a server, and this takes a bundle itself, a folder (servers go with: '
-            "ztune tune, eval, doctor)"
+            f'"{url[2]}://{url[3]}" is a server, and this takes a bundle itself, a folder (servers '
+            "go with: ztune tune, eval, doctor)"
         )
     if not path.is_dir():
         raise FormatError(f'bundle "{path}" is no folder (make one with: ztune export --help)')

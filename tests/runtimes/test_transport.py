@@ -812,7 +812,7 @@ def test_a_server_that_nests_without_end_is_refused_in_one_line() -> None:
     for status in (200, 400):
         bomb = Reply(status, b"[" * 200_000)
         with WebServer(always(bomb)) as server, opened(f"http://{server.address}") as web:
-            assert failure(lambda: web.server(2)).kind == "refused"  # noqa: B023 - called at once
+            assert failure(lambda: web.server(2)).kind == "refused"
 
 
 def test_grpc_speaks_to_nobody_but_the_server_that_was_named(
