@@ -33,6 +33,7 @@ _EXTRAS = {
     "cpu or gpu": "onnxruntime",
     "export": "open_clip",
     "triton": "tritonclient",
+    "parquet": "pyarrow",
     "dev": "pytest",
 }
 
