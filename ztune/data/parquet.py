@@ -125,8 +125,8 @@ def _parquet() -> Any:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(
-            "parquet files need pyarrow, which is not installed (pip install 'ztune[parquet]'; or extract "
-            "the pictures on another machine and copy the folder)"
+            "parquet files need pyarrow, which is not installed (pip install 'ztune[parquet]'; or "
+            "extract the pictures on another machine and copy the folder)"
         ) from None
 
 
