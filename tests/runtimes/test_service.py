@@ -363,12 +363,31 @@ def test_pictures_that_are_always_forgotten_are_sent_with_the_question(fake: Fak
         assert fake.calls["ModelInfer"] == 7
 
 
-def test_pictures_that_a_server_does_not_take(fake: Fake) -> None:
+def test_pictures_that_a_server_does_not_take_go_with_every_request(fake: Fake) -> None:
+    def full(request: Any, honest: Any) -> Any:
+        names = {given.name for given in request.inputs}
+        if {"kept", "features"} <= names:
+            raise FailedError(grpc.StatusCode.INVALID_ARGUMENT, "more than 512 bytes")
+        return honest
+
+    said: list[str] = []
+    with serving(fake.grpc, remark=said.append) as service:
+        fake.hook = full
+        asked = [scoring(pictures(1), 1, 3)] * 3
+        for _ in range(2):
+            assert losses(service.ask(asked)) == [8.0] * 3
+        assert fake.calls["ModelInfer"] == 1 + 2 * 3  # it was asked to keep them once
+    (line,) = said
+    assert "more than 512 bytes" in line
+    assert "sent with every request" in line
+
+
+def test_a_server_that_refuses_everything_is_not_asked_again(fake: Fake) -> None:
     with serving(fake.grpc) as service:
         fake.hook = failing("INVALID_ARGUMENT", words="more than 512 bytes")
         with pytest.raises(ServerError, match="more than 512 bytes"):
             service.ask([scoring(pictures(1), 1)] * 3)
-        assert fake.calls["ModelInfer"] <= 3
+        assert fake.calls["ModelInfer"] <= 1 + 3  # to keep the pictures, then each with its own
 
 
 def test_one_deadline_is_enough_where_pictures_cannot_be_sent(fake: Fake) -> None:
