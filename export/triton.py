@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto
 
@@ -246,11 +247,11 @@ def _pairs(settings: Mapping[str, str]) -> list[Value]:
     return [{"key": key, "value": value} for key, value in settings.items()]
 
 
-def _tensor(value: object, batched: bool) -> dict[str, Value]:
-    kind = value.type.tensor_type  # type: ignore[attr-defined]
+def _tensor(value: Any, batched: bool) -> dict[str, Value]:
+    kind = value.type.tensor_type
     dims = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
     return {
-        "name": value.name,  # type: ignore[attr-defined]
+        "name": value.name,
         "data_type": Word(_TYPES[kind.elem_type]),
         "dims": dims[1:] if batched else dims,
     }
@@ -274,8 +275,10 @@ def _warmup(model: _Model, graph: ModelProto) -> dict[str, Value]:
 def _lines(message: Mapping[str, Value], indent: str = "") -> Iterator[str]:
     """Yield a protobuf message in its text form: repeated fields as several of one name."""
     for key, value in message.items():
-        several = isinstance(value, Sequence) and not isinstance(value, str)
-        for one in value if several else [value]:  # type: ignore[union-attr]
+        several: Sequence[Value] = [value]
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            several = value
+        for one in several:
             if isinstance(one, Mapping):
                 yield f"{indent}{key} {{"
                 yield from _lines(one, f"{indent}  ")

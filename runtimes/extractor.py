@@ -9,7 +9,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle, check_external_data, reading
 from runtimes.ort import identity_of
-from runtimes.preprocess import crop, normalise, random_view, read_picture
+from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import ConfigError
 from ztune.files import sha256
@@ -67,8 +67,7 @@ class OrtExtractor:
         return int(outputs[0].shape[1])
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        image = read_picture(path)
-        return crop(image, self._spec) if view is None else random_view(image, self._spec, view)
+        return read_view(path, self._spec, view)
 
     def encode(self, pixels: U8) -> F32:
         self.width()

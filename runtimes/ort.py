@@ -14,13 +14,12 @@ from runtimes.binding import BoundCall
 from runtimes.bundle import PARITY, Bundle, ImageSpec
 from runtimes.capture import capture, dimensions, why_not
 from runtimes.plan import Plan, Sizes, make_plan
-from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
+from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import (
+    encoded_sentences,
     feeds,
     name_lengths,
     name_tokens,
-    shared_starts,
-    template_sentences,
     token_table,
 )
 from runtimes.providers import (
@@ -94,8 +93,7 @@ class OrtImageEncoder:
         return self._identity
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        image, spec = read_picture(path), self._bundle.image
-        return crop(image, spec) if view is None else random_view(image, spec, view)
+        return read_view(path, self._bundle.image, view)
 
     def encode(self, pixels: U8) -> F32:
         ready = normalise(pixels, self._bundle.image)
@@ -137,13 +135,13 @@ class OrtPromptGraph:
 
         Raises: ConfigError for the template, DataError for a name.
         """
-        features = np.empty((len(classes), self.bundle.embed_dim), dtype=np.float32)
-        sentences = template_sentences(self.bundle, self._tokenizer, template, classes)
-        table = token_table(self.bundle)
-        for indices, start, rests in shared_starts(sentences):
-            context = np.asarray(table[list(start)], dtype=np.float32)
-            features[indices] = self._encoder(rests, len(start), 1).encode(context[None])[0]
-        return features
+        return encoded_sentences(
+            self.bundle,
+            self._tokenizer,
+            template,
+            classes,
+            lambda names, n_context: self._encoder(names, n_context, 1),
+        )
 
     def _encoder(
         self, names: Sequence[tuple[int, ...]], n_context: int, n_candidates: int

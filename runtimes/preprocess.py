@@ -43,6 +43,12 @@ _LONGEST = 100
 _DECODING = threading.Lock()
 
 
+def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
+    """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip by `view`."""
+    image = read_picture(path)
+    return crop(image, spec) if view is None else random_view(image, spec, view)
+
+
 def read_picture(path: Path) -> Image.Image:
     """Return the picture upright and in 8-bit RGB; it is shared, so do not draw into it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from runtimes.bundle import Bundle, TextSpec
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ConfigError, DataError, FormatError
-from ztune.types import F32, I64
+from ztune.types import F32, I64, PromptEncoder
 
 
 def token_table(bundle: Bundle) -> F32:
@@ -169,6 +169,29 @@ def shared_starts(
         differing = (n for n, column in enumerate(columns) if len(set(column)) > 1)
         n_shared = next(differing, min(len(ids) for ids in given))
         yield indices, given[0][:n_shared], [ids[n_shared:] for ids in given]
+
+
+def encoded_sentences(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    template: str,
+    class_names: Sequence[str],
+    encoder_of: Callable[[Sequence[tuple[int, ...]], int], PromptEncoder],
+) -> F32:
+    """Return the unit features f32[C, e] of a hand-written template filled with the classes.
+
+    `encoder_of` makes the encoder of contexts of some tokens before names of these ids: what the
+    sentences begin with is encoded as a context.
+
+    Raises: ConfigError for the template, DataError for a name.
+    """
+    features = np.empty((len(class_names), bundle.embed_dim), dtype=np.float32)
+    sentences = template_sentences(bundle, tokenizer, template, class_names)
+    table = token_table(bundle)
+    for indices, start, rests in shared_starts(sentences):
+        context = np.asarray(table[list(start)], dtype=np.float32)
+        features[indices] = encoder_of(rests, len(start)).encode(context[None])[0]
+    return features
 
 
 def ids_of_words(tokenizer: Tokenizer, words: str) -> I64:

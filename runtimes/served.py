@@ -13,14 +13,8 @@ import PIL
 from runtimes.bundle import Bundle
 from runtimes.contract import BATCH, IMAGE, PROMPT, SCORE
 from runtimes.plan import Sizes, call_bytes
-from runtimes.preprocess import PREPROCESS_VERSION, crop, normalise, random_view, read_picture
-from runtimes.prompts import (
-    name_lengths,
-    name_tokens,
-    shared_starts,
-    template_sentences,
-    token_table,
-)
+from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
+from runtimes.prompts import encoded_sentences, name_lengths, name_tokens
 from runtimes.service import KeptPictures, Question, Service
 from runtimes.shared_memory import Expected
 from runtimes.tokenizer import Tokenizer
@@ -127,11 +121,9 @@ class Served:
 
     @property
     def batches_at_once(self) -> int:
-        return 1 if self._images is not None else min(_MOST_AT_ONCE, self._inflight)
-
-    @property
-    def _inflight(self) -> int:
-        return self.service.connection.max_inflight
+        if self._images is not None:
+            return 1
+        return min(_MOST_AT_ONCE, self.service.connection.max_inflight)
 
     def images(self) -> ImageEncoder:
         if self._images is not None:
@@ -181,8 +173,7 @@ class ServedImages:
         )
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        image, spec = read_picture(path), self._bundle.image
-        return crop(image, spec) if view is None else random_view(image, spec, view)
+        return read_view(path, self._bundle.image, view)
 
     def encode(self, pixels: U8) -> F32:
         ready = normalise(pixels, self._bundle.image)
@@ -221,14 +212,14 @@ class ServedPromptGraph:
 
         Raises: ConfigError for the template, DataError for a name.
         """
-        bundle = self._bundle
-        features = np.empty((len(classes), bundle.embed_dim), dtype=np.float32)
-        sentences = template_sentences(bundle, self._tokenizer, template, classes)
-        table = token_table(bundle)
-        for indices, start, rests in shared_starts(sentences):
-            context = np.asarray(table[list(start)], dtype=np.float32)
-            encoder = ServedPromptEncoder(self._service, bundle, rests, len(start), 1)
-            features[indices] = encoder.encode(context[None])[0]
+        service, bundle = self._service, self._bundle
+        features = encoded_sentences(
+            bundle,
+            self._tokenizer,
+            template,
+            classes,
+            lambda names, n: ServedPromptEncoder(service, bundle, names, n, 1),
+        )
         if not np.isfinite(features).all():
             raise ServerError(
                 f"{self._service.location}: text features of a hand-written prompt are not finite"

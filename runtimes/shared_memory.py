@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.transport import Array, CallError, Region, Request, Transport
+from runtimes.transport import NUMPY_TYPES, Array, CallError, Region, Request, Transport
 
 _ALIGNMENT = 64
 _MEGABYTE = 1 << 20
@@ -28,12 +28,6 @@ _DONE = ("refused", "missing", "forgotten")
 # Seconds after which a server without an answer is taken to be done; a newer Triton refuses to
 # close what it still uses.
 _LATE = 60.0
-_NUMPY: Mapping[str, Any] = {
-    "FP32": np.float32,
-    "FP64": np.float64,
-    "INT64": np.int64,
-    "UINT8": np.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Expected:
 
     @property
     def dtype(self) -> Any:
-        return np.dtype(_NUMPY[self.datatype])
+        return NUMPY_TYPES[self.datatype]
 
     @property
     def n_bytes(self) -> int:

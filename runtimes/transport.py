@@ -24,6 +24,7 @@ DATATYPES: Mapping[str, str] = {
     "int64": "INT64",
     "uint8": "UINT8",
 }
+NUMPY_TYPES = {ours: np.dtype(name) for name, ours in DATATYPES.items()}
 Array = np.ndarray[Any, Any]
 BROKEN_OFF = "the server broke it off (does it want a certificate, or another one?)"
 NO_TLS = "what answers there speaks no TLS"
@@ -169,8 +170,8 @@ def read_arrays(
             array: Array | None = None
             if output is not None and name in request.outputs_at:
                 datatype, shape = told(output)
-                dtype = {ours: numpy for numpy, ours in DATATYPES.items()}[datatype]
-                array = np.broadcast_to(np.zeros((), dtype), [int(size) for size in shape])
+                empty = np.zeros((), NUMPY_TYPES[datatype])
+                array = np.broadcast_to(empty, [int(size) for size in shape])
             elif output is not None:
                 array = result.as_numpy(name)
         except Exception as error:  # bytes that do not fill the shape, no shape, no known type

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 from ztune.cli.output import Output, table
@@ -149,6 +147,8 @@ def _check_bundle(
     from runtimes.bundle import load_bundle
     from runtimes.ort import allowed_difference, parity_on_this_machine
     from runtimes.providers import Execution
+    from ztune.cli.pace import seconds_per_query
+    from ztune.cli.workbench import Workbench
 
     bundle = load_bundle(path)
     failures: list[str] = []
@@ -188,7 +188,8 @@ def _check_bundle(
                 f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more "
                 f"than {limit:.1e}: results on this machine cannot be trusted"
             )
-    seconds, what = _seconds_per_query(path, provider, output)
+    bench = Workbench(bundle, Execution(provider), output)
+    seconds, what = seconds_per_query(bench.prompt_graph, bundle.text.width)
     document |= {"parity": parity, "seconds_per_query": seconds}
     lines += [
         "",
@@ -238,22 +239,3 @@ def _signal(
     if not signal.passed:
         line += f"; {advice(signal, document, work.published)}"
     return document, line
-
-
-def _seconds_per_query(path: Path, provider: str, output: Output) -> tuple[float, str]:
-    """Time ten classes, eight context tokens, ten candidates a call; the median of five calls."""
-    from runtimes.bundle import load_bundle
-    from runtimes.providers import Execution
-    from ztune.cli.workbench import Workbench
-
-    bundle = load_bundle(path)
-    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    encoder = Workbench(bundle, Execution(provider), output).prompt_graph.encoder(words, 8, 10)
-    contexts = np.zeros((10, 8, bundle.text.width), dtype=np.float32)
-    encoder.encode(contexts)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        encoder.encode(contexts)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times)) / len(contexts), "10 classes, 8 context tokens, text side"

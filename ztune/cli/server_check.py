@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
-import numpy as np
 from rich.table import Table
 
 from ztune.cli.output import Output, table
 from ztune.cli.server import connect_to, settings_from
 from ztune.types import Json
-
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_CONTEXT, _CANDIDATES = 8, 10
 
 
 def check_server(
@@ -25,23 +20,17 @@ def check_server(
     """
     from runtimes.served import Served
     from runtimes.tokenizer import Tokenizer
-    from ztune.access import described
+    from ztune.access import TEXTS, described
+    from ztune.cli.pace import seconds_per_query
 
     connected = connect_to(url, values, output)
     service, bundle = connected.service, connected.bundle
     try:
         served = Served(service, bundle, losses=settings_from(values).losses)
-        encoder = served.prompts(Tokenizer(bundle)).encoder(_WORDS, _CONTEXT, _CANDIDATES)
-        seconds = None
-        if "texts" in served.access:
-            contexts = np.zeros((_CANDIDATES, _CONTEXT, bundle.text.width), dtype=np.float32)
-            encoder.encode(contexts)
-            times = []
-            for _ in range(5):
-                began = time.perf_counter()
-                encoder.encode(contexts)
-                times.append(time.perf_counter() - began)
-            seconds = float(np.median(times)) / _CANDIDATES
+        seconds, what = None, ""
+        if TEXTS in served.access:
+            graph = served.prompts(Tokenizer(bundle))
+            seconds, what = seconds_per_query(graph, bundle.text.width)
         document: dict[str, Json] = {
             "url": str(service.location),
             "servers": service.n_servers,
@@ -75,6 +64,5 @@ def check_server(
         table("largest difference from torch", ("model", "over the wire"), parity),
     ]
     if seconds is not None:
-        what = f"{len(_WORDS)} classes, {_CONTEXT} context tokens, text side, with the wire"
-        lines += ["", f"{seconds:.5f} s per query ({what})"]
+        lines += ["", f"{seconds:.5f} s per query ({what}, with the wire)"]
     return document, lines
