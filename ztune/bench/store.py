@@ -1,0 +1,228 @@
+"""Results of a bench in one SQLite file, whole after any kill and open to several writers.
+
+    cells     a row per cell that was carried out: finished, or failed with its reason
+    wanted    the cells of the plan as it was last given, in its order; what a report shows
+    sessions  when, where and with which versions cells were carried out
+    passes    how long encoding pictures took, so that a cell can be charged for it
+
+A finished cell is never replaced: by a failure, nor by a second result of another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztune.bench.cells import Cell, Outcome, cell_from_json
+from ztune.config import as_json
+from ztune.errors import FormatError
+from ztune.fields import Fields
+from ztune.types import Json
+
+APPLICATION = 0x7A74756E
+"""SQLite's application_id of our files."""
+VERSION = 1
+_PATIENCE = 120.0
+"""Seconds to wait for another writer."""
+_TABLES = """
+CREATE TABLE cells (key TEXT PRIMARY KEY, cell TEXT NOT NULL, session INTEGER NOT NULL,
+                    outcome TEXT, reason TEXT, CHECK ((outcome IS NULL) <> (reason IS NULL)));
+CREATE TABLE wanted (place INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, cell TEXT NOT NULL);
+CREATE TABLE plan (document TEXT NOT NULL);
+CREATE TABLE sessions (id INTEGER PRIMARY KEY, document TEXT NOT NULL);
+CREATE TABLE passes (model TEXT NOT NULL, pictures INTEGER NOT NULL, seconds REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell and what came of it: an outcome, a reason why there is none, or neither yet."""
+
+    cell: Cell
+    outcome: Outcome | None = None
+    reason: str = ""
+    session: int | None = None
+
+
+class Store:
+    """The file of results; every method is one transaction."""
+
+    def __init__(self, path: Path):
+        """Take up the file, or make it.
+
+        Raises: FormatError when it is none of ours, or of a version that this program cannot read.
+        """
+        self.path = path
+        self._where = f'results "{path}"'
+        with self._changing() as database:
+            if self._is_new(database):
+                for statement in _TABLES.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA application_id = {APPLICATION}")
+                database.execute(f"PRAGMA user_version = {VERSION}")
+
+    @classmethod
+    def existing(cls, path: Path) -> Store:
+        """Take up a file that is there.
+
+        Raises: FormatError.
+        """
+        if not path.is_file():
+            raise FormatError(f'results "{path}": there is no such file')
+        return cls(path)
+
+    def _is_new(self, database: sqlite3.Connection) -> bool:
+        tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not tables:
+            return True
+        (application,) = database.execute("PRAGMA application_id").fetchone()
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION:
+            raise FormatError(f"{self._where}: this is no file of ztune bench")
+        if version != VERSION:
+            age, what = ("older", "keep it, and name another --out")
+            if version > VERSION:
+                age, what = ("newer", "upgrade ztune")
+            raise FormatError(
+                f"{self._where}: format version {version} is {age} than this ztune's {VERSION} "
+                f"({what})"
+            )
+        return False
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            try:
+                database.execute("PRAGMA synchronous = FULL")
+                yield database
+            finally:
+                database.close()
+        except sqlite3.Error as error:
+            raise FormatError(f"{self._where}: {error}") from None
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """Yield the file with nobody else writing to it; all that is done counts, or nothing."""
+        with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+            except BaseException:
+                database.execute("ROLLBACK")
+                raise
+            database.execute("COMMIT")
+
+    def begin(self, document: Mapping[str, Json]) -> int:
+        """Note the circumstances of cells to come; return what they refer to them by."""
+        with self._changing() as database:
+            done = database.execute("INSERT INTO sessions (document) VALUES (?)", [_text(document)])
+        return int(done.lastrowid or 0)
+
+    def want(self, plan: Mapping[str, Json], cells: Mapping[str, Cell]) -> None:
+        """Set which cells, by key and in order, a report is about."""
+        rows = [
+            (place, key, _text(as_json(cell))) for place, (key, cell) in enumerate(cells.items())
+        ]
+        with self._changing() as database:
+            database.execute("DELETE FROM wanted")
+            database.executemany("INSERT INTO wanted VALUES (?, ?, ?)", rows)
+            database.execute("DELETE FROM plan")
+            database.execute("INSERT INTO plan VALUES (?)", [_text(plan)])
+
+    def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
+        """Record what a cell measured, where nobody has."""
+        self._record(key, cell, session, _text(outcome.to_json()), None)
+
+    def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
+        """Record why a cell has no result, where it has none."""
+        self._record(key, cell, session, None, reason)
+
+    def _record(
+        self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
+    ) -> None:
+        with self._changing() as database:
+            database.execute(
+                "INSERT INTO cells (key, cell, session, outcome, reason) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET session = excluded.session, "
+                "outcome = excluded.outcome, reason = excluded.reason WHERE outcome IS NULL",
+                [key, _text(as_json(cell)), session, outcome, reason],
+            )
+
+    def add_pass(self, model: str, pictures: int, seconds: float) -> None:
+        """Note that encoding so many pictures took so many seconds of one worker."""
+        with self._changing() as database:
+            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [model, pictures, seconds])
+
+    def seconds_per_picture(self) -> dict[str, float]:
+        """Return what encoding a picture takes, by model; a model that encoded none is absent."""
+        query = "SELECT model, sum(seconds) / sum(pictures) FROM passes GROUP BY model"
+        with self._open() as database:
+            return {str(model): float(rate) for model, rate in database.execute(query)}
+
+    def finished(self) -> set[str]:
+        """Return the keys of all cells that have an outcome, those of earlier plans included."""
+        query = "SELECT key FROM cells WHERE outcome IS NOT NULL"
+        with self._open() as database:
+            return {str(key) for (key,) in database.execute(query)}
+
+    def results(self) -> list[Result]:
+        """Return the wanted cells in order, each with what came of it so far.
+
+        Raises: FormatError for a row that does not read.
+        """
+        query = (
+            "SELECT wanted.cell, outcome, reason, session FROM wanted "
+            "LEFT JOIN cells ON cells.key = wanted.key ORDER BY place"
+        )
+        with self._open() as database:
+            rows = database.execute(query).fetchall()
+        found = []
+        for cell, outcome, reason, session in rows:
+            read = cell_from_json(self._fields(cell))
+            done = None if outcome is None else Outcome.from_json(self._fields(outcome))
+            found.append(Result(read, done, reason or "", session))
+        return found
+
+    def n_unwanted(self) -> int:
+        """Return how many finished cells belong to earlier plans alone."""
+        query = (
+            "SELECT count(*) FROM cells WHERE outcome IS NOT NULL "
+            "AND key NOT IN (SELECT key FROM wanted)"
+        )
+        with self._open() as database:
+            return int(database.execute(query).fetchone()[0])
+
+    def plan(self) -> Fields:
+        """Return the plan as it was last given.
+
+        Raises: FormatError where there was none.
+        """
+        with self._open() as database:
+            row = database.execute("SELECT document FROM plan").fetchone()
+        if row is None:
+            raise FormatError(f"{self._where}: no plan was carried out yet")
+        return self._fields(row[0])
+
+    def sessions(self) -> dict[int, Fields]:
+        """Return the circumstances by their number."""
+        with self._open() as database:
+            rows = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
+        return {int(number): self._fields(document) for number, document in rows}
+
+    def _fields(self, text: str) -> Fields:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise FormatError(f"{self._where}: a row is no JSON object")
+        return Fields(value, self._where)
+
+
+def _text(document: Mapping[str, Json]) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False)
