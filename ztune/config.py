@@ -47,8 +47,10 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
             return value in (True, "true")
         if option is str and isinstance(value, str):
             return value
-        if option == tuple[str, ...] and _are_texts(value):
-            return typing.cast(Json, tuple(typing.cast(list[str], value)))
+        if (option == tuple[str, ...] and _are(value, str)) or (
+            option == tuple[int, ...] and _are(value, int)
+        ):
+            return typing.cast(Json, tuple(typing.cast(list[Any], value)))
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
@@ -62,8 +64,8 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
     raise ConfigError(f"{where} is {value!r}, expected {names}")
 
 
-def _are_texts(value: Json) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+def _are(value: Json, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(type(part) is kind for part in value)
 
 
 def settings_from_words(words: list[str]) -> dict[str, Json]:

@@ -1,0 +1,279 @@
+"""A plan: which models, data sets, protocols and methods make the cells of a bench; a TOML file.
+
+    title = "ZIP, few-shot"
+    seeds = [1, 2, 3]                       # of everything; so are the next three
+    queries = 5000
+    preset = "published"
+    curve = 12                              # points of accuracy on the way; 0: the result alone
+
+    [models]                                # name = bundle; --model takes their place
+    clip = "../bundles/vit-b-16"
+
+    [data]
+    caltech101 = {}                         # known by name, below --root
+    photos = { path = "../photos", template = "a photo of a {}." }
+
+    [methods]
+    zip = {}
+    sharpzo-long = { uses = "sharpzo", queries = 100000, settings = { warmup_steps = 50 } }
+
+    [[protocols]]
+    kind = "few-shot"                       # or base-to-new; cross-data-set and
+    shots = [1, 2, 4, 8, 16]                # out-of-distribution have source and targets
+
+Paths are relative to the plan's folder. Every key is checked; an unknown one is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ztune.config import as_json, configured
+from ztune.data.manifests import read_text
+from ztune.errors import ConfigError
+from ztune.methods import PRESETS, HeadMethod, TunedMethod, find_method, method_config
+from ztune.protocols import PROTOCOLS, TRANSFERS
+from ztune.toml import parsed_toml
+from ztune.types import Json
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A data set, by a known name or a path."""
+
+    path: str | None = None
+    """Folder or manifest; None: the entry's name is a known one, below the common root."""
+    template: str | None = None
+    """Hand-written prompt; None: the published one of a known name."""
+    names: str | None = None
+    """File with lines of folder<TAB>class name."""
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """A method with its settings."""
+
+    uses: str
+    """Its name in the table of methods."""
+    queries: int
+    preset: str
+    curve: int
+    augment: int | None = None
+    """Random views per picture; None: those of the preset."""
+    settings: Mapping[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        method = find_method(self.uses)
+        if self.preset not in PRESETS:
+            raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
+        for name, least in (("queries", 1), ("curve", 0), ("augment", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, expected at least {least}")
+        method_config(method, self.settings, self.preset)
+
+    @property
+    def views(self) -> int:
+        """Cached random views per training picture."""
+        method = find_method(self.uses)
+        if self.augment is not None or isinstance(method, HeadMethod):
+            return self.augment or 0
+        return method.augment if self.preset == "published" else 0
+
+    @property
+    def has_steps(self) -> bool:
+        return isinstance(find_method(self.uses), TunedMethod)
+
+
+@dataclass(frozen=True)
+class ProtocolPlan:
+    """A protocol on data sets of the plan."""
+
+    kind: str
+    shots: tuple[int, ...]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    """What is tuned on, and tested; of a transfer empty."""
+    source: str | None = None
+    """What a transfer tunes on."""
+    targets: tuple[str, ...] = ()
+    """What a transfer tests on."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROTOCOLS:
+            raise ConfigError(f'kind is "{self.kind}", expected {" or ".join(PROTOCOLS)}')
+        if self.kind in TRANSFERS:
+            if self.source is None or not self.targets or self.data:
+                raise ConfigError(f"{self.kind} takes source and targets, and no data")
+            if self.source in self.targets:
+                raise ConfigError(f'the source "{self.source}" is among the targets')
+        elif self.source is not None or self.targets:
+            raise ConfigError(f"{self.kind} takes data, and neither source nor targets")
+        for name in ("shots", "seeds", "methods", "data", "targets"):
+            values: Sequence[Any] = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} has an entry twice")
+        if not self.methods or not self.seeds or not self.shots or not (self.data or self.targets):
+            raise ConfigError("shots, seeds, methods and data must not be empty")
+        if min(self.shots) < 1 or min(self.seeds) < 0:
+            raise ConfigError("shots are at least 1 and seeds at least 0")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets that are tuned on."""
+        return self.data if self.source is None else (self.source,)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How cells run; a result's last bits depend on it."""
+
+    provider: str = "auto"
+    threads: int = 1
+    """Of one worker."""
+    memory_limit: int | None = None
+    force: bool = False
+    """Tune below the signal-to-noise limit."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a bench is to carry out."""
+
+    path: Path
+    title: str
+    models: Mapping[str, str]
+    """Bundles by name."""
+    data: Mapping[str, DataPlan]
+    methods: Mapping[str, MethodPlan]
+    protocols: tuple[ProtocolPlan, ...]
+    execution: Execution
+
+    def resolved(self, path: str) -> Path:
+        """Return what a path of the plan means."""
+        return (self.path.parent / Path(path).expanduser()).resolve()
+
+    def to_json(self) -> dict[str, Json]:
+        """Return what a report should know of it; folders of data and models are left out."""
+        return {
+            "plan": self.path.name,
+            "title": self.title,
+            "models": {name: {"bundle": Path(bundle).name} for name, bundle in self.models.items()},
+            "data": {name: {"template": one.template} for name, one in self.data.items()},
+            "methods": {name: as_json(one) for name, one in self.methods.items()},
+            "protocols": [as_json(one) for one in self.protocols],
+            "execution": as_json(self.execution),
+        }
+
+
+_COMMON = ("seeds", "queries", "preset", "curve")
+_TOP = ("title", *_COMMON, "execution", "models", "data", "methods", "protocols")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check a plan; bundles and pictures are not looked for yet.
+
+    Raises: ConfigError naming the key, method or setting that is wrong, and those there are.
+    """
+    where = f'plan "{path}"'
+    if not path.is_file():
+        state = "is no file" if path.exists() else "does not exist"
+        raise ConfigError(f"{where} {state}")
+    top = parsed_toml(read_text(path, where), where)
+    if unknown := [key for key in top if key not in _TOP]:
+        raise ConfigError(f'{where} has no key "{unknown[0]}"; it has: {", ".join(_TOP)}')
+    for key in ("methods", "protocols", "data"):
+        if not top.get(key):
+            raise ConfigError(f"{where} lacks {key}")
+    title = top.get("title", path.stem)
+    if not isinstance(title, str):
+        raise ConfigError(f"{where}: title is {title!r}, expected words")
+    data = {
+        name: configured(DataPlan, entry, _place(where, "data", name))
+        for name, entry in _tables(top, "data", where).items()
+    }
+    methods = {
+        label: _method(label, entry, top, _place(where, "methods", label))
+        for label, entry in _tables(top, "methods", where).items()
+    }
+    entries = top["protocols"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{where}: protocols are tables, [[protocols]]")
+    protocols = [
+        _protocol(entry, top, data, methods, f"{where}: protocols[{i}]")
+        for i, entry in enumerate(entries)
+    ]
+    models = top.get("models", {})
+    if not isinstance(models, dict) or not all(isinstance(one, str) for one in models.values()):
+        raise ConfigError(f'{where}: models are name = "bundle"')
+    execution = configured(Execution, _table(top, "execution", where), f"{where}: execution")
+    if execution.threads < 1:
+        raise ConfigError(
+            f"{where}: execution: threads is {execution.threads}, expected at least 1"
+        )
+    return Plan(path, title, models, data, methods, tuple(protocols), execution)
+
+
+def _place(where: str, key: str, name: str) -> str:
+    return f'{where}: {key} "{name}"'
+
+
+def _table(top: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = top.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {key} is {value!r}, expected a table")
+    return value
+
+
+def _tables(top: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str, Any]]:
+    found = _table(top, key, where)
+    for name, entry in found.items():
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{_place(where, key, name)} is {entry!r}, expected a table")
+    return found
+
+
+def _method(label: str, entry: Mapping[str, Any], top: Mapping[str, Any], where: str) -> MethodPlan:
+    given: dict[str, Any] = {"uses": label, "queries": 5000, "preset": "default", "curve": 0}
+    given |= {key: top[key] for key in ("queries", "preset", "curve") if key in top}
+    settings = entry.get("settings", {})
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: settings are {settings!r}, expected a table")
+    plain = {key: value for key, value in entry.items() if key != "settings"}
+    try:
+        return replace(configured(MethodPlan, {**given, **plain}, where), settings=settings)
+    except ConfigError as error:
+        raise ConfigError(_located(error, where)) from None
+
+
+def _protocol(
+    entry: Mapping[str, Any],
+    top: Mapping[str, Any],
+    data: Mapping[str, DataPlan],
+    methods: Mapping[str, MethodPlan],
+    where: str,
+) -> ProtocolPlan:
+    given: dict[str, Any] = {"seeds": top.get("seeds", [1, 2, 3]), "shots": [16]}
+    given["methods"] = list(methods)
+    if entry.get("kind") not in TRANSFERS:
+        given["data"] = list(data)
+    try:
+        protocol = configured(ProtocolPlan, {**given, **entry}, where)
+    except ConfigError as error:
+        raise ConfigError(_located(error, where)) from None
+    named = (*protocol.sources, *protocol.targets)
+    for kind, names, known in (("data", named, data), ("methods", protocol.methods, methods)):
+        for name in names:
+            if name not in known:
+                listed = ", ".join(known)
+                raise ConfigError(f'{where}: "{name}" is not among [{kind}] ({listed})')
+    return protocol
+
+
+def _located(error: ConfigError, where: str) -> str:
+    """Return an error's message with its place, once."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
