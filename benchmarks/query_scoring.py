@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ztune.artifact import Artifact, HeadArtifact, Provenance, read_artifact
 from ztune.cli.parts import Assembly
 from ztune.cli.pictures import Album
@@ -56,15 +54,9 @@ class Scale:
         return {
             "queries": queries,
             "accuracy": found.accuracy,
-            "class_accuracy": class_accuracy(found),
+            "class_accuracy": found.class_accuracy,
             "train_loss": self.train.loss(classifier),
         }
-
-
-def class_accuracy(found: Score) -> float:
-    """Return the mean over the classes of their accuracies."""
-    right = found.predictions == found.labels
-    return float(np.mean([right[found.labels == c].mean() for c in np.unique(found.labels)]))
 
 
 def scored(work: Work, run: Fields, new_data: Path | None) -> dict[str, Json]:

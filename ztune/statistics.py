@@ -57,6 +57,12 @@ class Score:
         """Return the 95 % Wilson score interval of the accuracy."""
         return Share(int((self.predictions == self.labels).sum()), self.n).interval
 
+    @property
+    def class_accuracy(self) -> float:
+        """The mean over the classes that have pictures of their accuracies, in 0…1."""
+        right = self.predictions == self.labels
+        return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
+
     def per_class(self) -> dict[str, Json]:
         """Return accuracy and n of every class that has pictures."""
         result: dict[str, Json] = {}

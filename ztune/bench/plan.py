@@ -129,7 +129,7 @@ class ProtocolPlan:
 
 
 @dataclass(frozen=True)
-class Execution:
+class ExecutionPlan:
     """How cells run; a result's last bits depend on it."""
 
     provider: str = "auto"
@@ -151,7 +151,7 @@ class Plan:
     data: Mapping[str, DataPlan]
     methods: Mapping[str, MethodPlan]
     protocols: tuple[ProtocolPlan, ...]
-    execution: Execution
+    execution: ExecutionPlan
 
     def resolved(self, path: str) -> Path:
         """Return what a path of the plan means."""
@@ -210,7 +210,7 @@ def read_plan(path: Path) -> Plan:
     models = top.get("models", {})
     if not isinstance(models, dict) or not all(isinstance(one, str) for one in models.values()):
         raise ConfigError(f'{where}: models are name = "bundle"')
-    execution = configured(Execution, _table(top, "execution", where), f"{where}: execution")
+    execution = configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
     if execution.threads < 1:
         raise ConfigError(
             f"{where}: execution: threads is {execution.threads}, expected at least 1"

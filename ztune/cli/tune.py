@@ -35,6 +35,7 @@ from ztune.optim.mixture import PROMPTS
 from ztune.types import Json
 
 if TYPE_CHECKING:
+    from ztune.cli.tuning import Work
     from ztune.cli.workbench import Workbench
     from ztune.run import RunFolder
 
@@ -191,7 +192,7 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
         head = opening(request, bench, split)
         folder.create(head, split.to_json())
         with folder.locked(), _told_how_to_resume(out):
-            return work.carry_out(head)
+            return _drawn(work, work.carry_out(head))
 
 
 def _resume(
@@ -265,7 +266,7 @@ def _go_on(
         work = Work(request, split, folder, bench)
         work.check()
         with _told_how_to_resume(folder.path):
-            return work.carry_out(head)
+            return _drawn(work, work.carry_out(head))
 
 
 def _reopened(
@@ -309,6 +310,25 @@ def _reopened(
             f"{where} is not the one that the run began with (put it back, or start a new run)"
         )
     return bench
+
+
+def _drawn(work: Work, document: dict[str, Json]) -> dict[str, Json]:
+    """Draw the curve of a finished run that has steps; return its document as it is."""
+    from ztune.report import draw_curve
+
+    if work.tuned is None:
+        return document
+    request, validation = work.request, Fields(document, "run.json").object("validation")
+    shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
+    levels = {
+        f"{shown[name]}, validation": validation.object(name).number("accuracy")
+        for name in validation.values
+    }
+    title = (
+        f"{request.method} on {Path(request.data).name}, {request.shots} shots, seed {request.seed}"
+    )
+    draw_curve(work.folder.read_history(), levels, title, work.folder.path / "curve.png")
+    return document
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`

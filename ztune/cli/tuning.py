@@ -41,7 +41,8 @@ from ztune.cli.server import Wire
 from ztune.cli.workbench import Workbench
 from ztune.compositions.base import TunedConfig
 from ztune.config import as_json
-from ztune.data.folders import Dataset, read_dataset
+from ztune.data.folders import Dataset
+from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures, make_split
 from ztune.errors import ConfigError, NotFiniteError, ZtuneError
 from ztune.fields import Fields
@@ -55,7 +56,6 @@ from ztune.methods import (
     tuned_config,
 )
 from ztune.objective import BatchSampler, cross_entropy
-from ztune.report import draw_curve
 from ztune.run import RunFolder, SavePace
 from ztune.signal import Signal
 from ztune.statistics import Score, Share, score
@@ -178,8 +178,6 @@ class Work:
         if wire is not None:
             document["server"] = wire.to_json(budget)
         self.folder.write(document)
-        if self.tuned is not None:
-            _draw(request, self.folder, scores)
         return document
 
     def check(self) -> None:
@@ -459,18 +457,11 @@ def task_of(request: Request) -> tuple[Dataset, Split]:
     """Return the pictures that a request names, and how they are divided."""
     settings = request.split_settings()
     names = Path(request.names) if request.names else None
-    dataset = read_dataset(Path(request.data), names)
+    root = Path(request.root) if request.root else None
+    dataset = read_source(request.data, root, names)
     test_data = None
     if request.test_data:
-        other = read_dataset(Path(request.test_data), names)
+        other = read_source(request.test_data, None, names, tuned=False)
         test_data = other, digest_pictures(other)
-    return dataset, make_split(dataset, digest_pictures(dataset), settings, test_data)
-
-
-def _draw(request: Request, folder: RunFolder, scores: Mapping[str, Score | Share]) -> None:
-    shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
-    levels = {f"{shown[name]}, validation": s.accuracy for name, s in scores.items()}
-    title = (
-        f"{request.method} on {Path(request.data).name}, {request.shots} shots, seed {request.seed}"
-    )
-    draw_curve(folder.read_history(), levels, title, folder.path / "curve.png")
+    digests = digest_pictures(dataset)
+    return dataset, make_split(dataset, digests, settings, test_data, published=root is not None)
