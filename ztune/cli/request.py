@@ -22,6 +22,7 @@ class Request:
 
     bundle: str
     data: str
+    """A path, or with `root` the name of a data set."""
     method: str = "ogn"
     shots: int = 16
     queries: int = 5000
@@ -60,6 +61,8 @@ class Request:
     """The method's settings that differ from its preset."""
     server: Mapping[str, Json] = field(default_factory=dict)
     """How a server is reached where `bundle` is its URL, without secrets: see cli/server.py."""
+    root: str | None = None
+    """The folder that holds the data set of that name."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:

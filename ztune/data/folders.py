@@ -57,10 +57,11 @@ class Dataset:
     """Files that are no pictures of any class: hidden, of another type, or outside of a class."""
 
 
-def read_dataset(path: Path, names: Path | None = None) -> Dataset:
+def read_dataset(path: Path, names: Path | None = None, tuned: bool = True) -> Dataset:
     """Find the pictures and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file.
+    Without `tuned`, all pictures may be test pictures.
 
     Raises: DataError when it is neither, empty, has one class only, a class without pictures, or
         two classes of the same name.
@@ -85,7 +86,8 @@ def read_dataset(path: Path, names: Path | None = None) -> Dataset:
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
         raise DataError(f'{where} has one class only, "{classes[0]}" (at least two are needed)')
-    if any(item.split for item in listed):
+    for_testing = not tuned and all(item.split == "test" for item in listed)
+    if any(item.split for item in listed) and not for_testing:
         _check_splits(listed, where)
     index = {name: label for label, name in enumerate(classes)}
     pictures = [Picture(item.path, index[name_of[item.label]], item.split) for item in listed]

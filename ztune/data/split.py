@@ -185,7 +185,10 @@ class Split:
             if not _SHA256.fullmatch(entry.sha256):
                 raise FormatError(f'{fields.where}: "sha256" is no SHA-256 in hexadecimal')
             entries.append(entry)
-        if len({entry.sha256 for entry in entries}) < len(entries):
+        # A published test set may hold a picture twice, even with two classes.
+        others = [entry.sha256 for entry in entries if entry.role != "test"]
+        tested = {entry.sha256 for entry in entries if entry.role == "test"}
+        if len(set(others)) < len(others) or not tested.isdisjoint(others):
             raise FormatError(f"{where}: the same picture is listed twice")
         if {entry.label for entry in entries if entry.role == "train"} != set(range(len(classes))):
             raise FormatError(f"{where}: a class has no train pictures")
@@ -229,13 +232,16 @@ def make_split(
     digests: Sequence[str],
     settings: SplitSettings,
     test_data: tuple[Dataset, Sequence[str]] | None = None,
+    published: bool = False,
 ) -> Split:
     """Choose shots, then validation pictures; test pictures come first where they are cut off.
 
-    `digests` are those of `digest_pictures`; `test_data` is another data set to test on.
+    `digests` are those of `digest_pictures`; `test_data` is another data set to test on. Of a
+    `published` data set, which nobody may edit, all test pictures stay, copies included, and what
+    equals one of them, or has two classes, neither tunes nor validates.
 
     Raises: DataError when a class has too few pictures, one picture would have two classes or two
-        roles, or `test_data` has other classes.
+        roles (and the data are not published), or `test_data` has other classes.
     """
     classes, notes = dataset.classes, []
     has_splits = dataset.pictures[0].split is not None
@@ -254,9 +260,13 @@ def make_split(
             notes.append(f"test pictures of the data itself not used: {n_before - len(pool)}")
         pool += _test_entries(dataset, *test_data)
         roots["test"] = test_data[0].root.absolute()
-    pool, n_copies = _without_copies(pool, classes, roots)
-    if n_copies:
-        notes.append(f"exact copies of another picture, left out: {n_copies}")
+    if published:
+        pool, left_out = _without_published_copies(pool)
+        notes += left_out
+    else:
+        pool, n_copies = _without_copies(pool, classes, roots)
+        if n_copies:
+            notes.append(f"exact copies of another picture, left out: {n_copies}")
 
     by_class: list[list[Entry]] = [[] for _ in classes]
     for entry in pool:
@@ -322,6 +332,34 @@ def _without_copies(
             "(remove one of each)"
         )
     return list(first.values()), n_copies
+
+
+def _without_published_copies(pool: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """Keep all test pictures, and of the others the first of equal files, train before val.
+
+    Neither is kept of those that equal a test picture or have two classes. Returned with the pool:
+    how many were left out and why, a line each.
+    """
+    tested = {entry.sha256 for entry in pool if entry.role == "test"}
+    labels: dict[str, set[int]] = {}
+    for entry in pool:
+        labels.setdefault(entry.sha256, set()).add(entry.label)
+    kept: list[Entry] = []
+    once: set[str] = set()
+    left_out = Counter[str]()
+    for entry in sorted(pool, key=lambda entry: ROLES.index(entry.role)):
+        if entry.role == "test":
+            kept.append(entry)
+        elif entry.sha256 in tested:
+            left_out["equal to a published test picture"] += 1
+        elif len(labels[entry.sha256]) > 1:
+            left_out["of two classes at once"] += 1
+        elif entry.sha256 in once:
+            left_out["exact copies of another"] += 1
+        else:
+            once.add(entry.sha256)
+            kept.append(entry)
+    return kept, [f"train and val pictures {why}, left out: {n}" for why, n in left_out.items()]
 
 
 def _drawn(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:

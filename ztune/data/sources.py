@@ -1,0 +1,191 @@
+"""Where pictures come from: a data set known by name below a root, or a path to one's own.
+
+    lists = source_lists("dtd", Path("/data"))      # the published lists
+    lists = source_lists("./photos", None)          # one's own, divided where they are not
+    dataset = read_source("dtd", Path("/data"))     # as tuning takes pictures
+
+One's own are class folders, folders train, val and test, a manifest (folders.py), or a folder with
+parquet files of the Hugging Face hub, whose pictures are extracted beside them once (parquet.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ztune.data import parquet
+from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val, write_split
+from ztune.data.folders import Dataset, read_dataset
+from ztune.data.library import SEED, NamedData, data_folder, read_named
+from ztune.data.named import NAMED, Spec, find_spec
+from ztune.errors import ConfigError, DataError
+
+TEMPLATE = "a photo of a {}."
+"""The hand-written prompt of data for which none was published."""
+_HELD_OUT = 0.2  # of every class, to validate on
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The pictures of a data set by what they are for."""
+
+    name: str
+    """The known name, or that of the folder or manifest."""
+    title: str
+    """As the papers write it, or the name."""
+    root: Path
+    """Absolute; what paths of the split are relative to."""
+    split: CoopSplit
+    template: str
+    """The published one, where there is one."""
+    remarks: tuple[str, ...]
+    """What the user should be told, one line each."""
+
+
+def source_lists(
+    place: str, root: Path | None, names: Path | None = None, save: Path | None = None
+) -> Lists:
+    """Return the lists of a data set by name, which lies below `root`, or by path.
+
+    One's own pictures are divided where no list says what they are for; the same pictures give the
+    same lists. `names` is a names file for one's own classes. The lists are written to the file
+    `save`, in the form of the published ones.
+
+    Raises: ConfigError when it is not clear what is meant; DataError when the data cannot be used.
+    """
+    spec = find_named(place, root)
+    if spec is None:
+        lists = _own_lists(Path(place), names)
+    else:
+        assert root is not None
+        lists = _published_lists(_read_named(spec, root, names))
+    if save is not None:
+        write_split(save, lists.split)
+    return lists
+
+
+def read_source(
+    place: str, root: Path | None, names: Path | None = None, tuned: bool = True
+) -> Dataset:
+    """Return the pictures of a data set by name, where there is a root, or by path.
+
+    With `tuned` every class must have pictures to tune with.
+
+    Raises: ConfigError for an unknown name; DataError when the data cannot be used.
+    """
+    if root is None:
+        return read_dataset(_listed(Path(place)), names, tuned)
+    data = _read_named(find_spec(place), root, names)
+    if tuned and not data.split.train:
+        raise DataError(
+            f'data set "{data.spec.name}" has no pictures to tune with, only to test on (tune on '
+            "another, and score on this one with ztune eval)"
+        )
+    return data.dataset()
+
+
+def find_named(place: str, root: Path | None) -> Spec | None:
+    """Return the data set that a bare word names, None for a path.
+
+    Raises: ConfigError for a name that is also a path here, or has no root; DataError for a word
+        that is neither.
+    """
+    if Path(place).name != place:  # "./dtd" is a path, whatever is called dtd
+        return None
+    exists = Path(place).exists()
+    try:
+        spec = find_spec(place)
+    except ConfigError:
+        if not exists:
+            _suggest(place, root)
+        return None
+    if exists and not (root and _is_same(Path(place), root / spec.folder)):
+        raise ConfigError(
+            f'"{place}" is the name of a data set and a path here (write "./{place}" for the '
+            f"path; to mean the data set of the name, start elsewhere and give --root DIR)"
+        )
+    if root is None:
+        raise ConfigError(
+            f'"{place}" is the name of a data set, and there is no path of that name (add --root '
+            f'DIR, the folder that holds "{spec.folder}")'
+        )
+    return spec
+
+
+def _suggest(place: str, root: Path | None) -> None:
+    """Raise DataError where a name was meant: one is close, or there is a root for it."""
+    close = difflib.get_close_matches(place.lower(), NAMED, n=1, cutoff=0.7)
+    if close or root:
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(NAMED)}"
+        raise DataError(f'data "{place}" does not exist and is no known data set ({hint})')
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # the other is not there
+        return False
+
+
+def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
+    """Read a data set by name, and keep what has to be made where its folder may be written."""
+    if names is not None:
+        raise ConfigError(f'data set "{spec.name}" brings its class names; leave out --names')
+    return read_named(spec.name, root, save=os.access(data_folder(spec, root), os.W_OK))
+
+
+def _published_lists(data: NamedData) -> Lists:
+    spec, remarks = data.spec, []
+    if spec.drawn and (data.source is None or data.source.name == spec.own_split):
+        remarks.append(
+            f"{spec.title} has no published split file here, so its train, val and test are drawn "
+            "by ztune"
+        )
+    root = data.root.resolve()
+    return Lists(spec.name, spec.title, root, data.split, spec.template, tuple(remarks))
+
+
+def _own_lists(path: Path, names: Path | None) -> Lists:
+    dataset = read_dataset(_listed(path), names, tuned=False)
+    split, remarks = _divided(dataset, f'data "{path}"')
+    if dataset.ignored:
+        remarks.append(f"files that are no pictures of a class, left alone: {dataset.ignored}")
+    place = path.resolve()
+    name = place.name if place.is_dir() else place.stem
+    return Lists(name, name, dataset.root.resolve(), split, TEMPLATE, tuple(remarks))
+
+
+def _listed(path: Path) -> Path:
+    """Return a path as `read_dataset` takes it: of parquet files, the manifest of their pictures.
+
+    Parquet files beside class folders are left alone, as all other files there.
+    """
+    if not path.is_dir() or not (files := parquet.parquet_files(path)):
+        return path
+    folders = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if folders - {"data", parquet.EXTRACTED}:
+        return path
+    return parquet.extract(files, path / parquet.EXTRACTED) / parquet.MANIFEST
+
+
+def _divided(dataset: Dataset, where: str) -> tuple[CoopSplit, list[str]]:
+    """Return lists for what a data set does not say itself, and what was done, in words."""
+    given = as_split(dataset)
+    if not given.test:
+        paths: dict[str, list[str]] = {name: [] for name in dataset.classes}
+        for picture in dataset.pictures:
+            paths[dataset.classes[picture.label]].append(picture.path)
+        together = " (its train and val together)" if given.val else ""
+        return divide_classes(paths, random.Random(SEED), where), [
+            f"{where} has no test pictures: every class{together} is divided into 50 % train, 20 % "
+            "val and the rest test"
+        ]
+    if given.train and not given.val:
+        train, val = hold_out_val(given.train, _HELD_OUT, random.Random(SEED), where)
+        return replace(given, train=train, val=val), [
+            f"{where} has no validation pictures: a fifth of every class's train pictures validates"
+        ]
+    return given, []
