@@ -67,6 +67,14 @@ def source_lists(
     return lists
 
 
+def named_lists(name: str, root: Path) -> Lists:
+    """Return the lists of a data set by name, whatever paths there are of that name.
+
+    Raises: ConfigError for an unknown name; DataError when the data cannot be used.
+    """
+    return _published_lists(_read_named(find_spec(name), root, None))
+
+
 def read_source(
     place: str, root: Path | None, names: Path | None = None, tuned: bool = True
 ) -> Dataset:
