@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from ztune.files import replacing
-from ztune.system import machine, versions
+from ztune.system import commit, machine, versions
 
 ROOT = Path(__file__).parent.parent
 # Between loops: the threads of the one before spin a few milliseconds before they sleep.
@@ -63,16 +63,6 @@ def document(started: float, **content: Any) -> dict[str, Any]:
 def show(content: Mapping[str, Any]) -> None:
     """Print the document: the only thing on standard output."""
     print(json.dumps(content, indent=2))
-
-
-def commit() -> str | None:
-    """Return the commit that is measured, marked where files differ from it; None without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import ROOT, commit
+from benchmarks.measure import ROOT
 from benchmarks.query_cells import SEEDS, Cell
 from benchmarks.query_course import Course
 from benchmarks.query_labels import EVERY, LABELS, STUDY_TASKS, VARIANTS
@@ -27,6 +27,7 @@ from benchmarks.query_tasks import TASKS
 from ztune.cli.output import fail
 from ztune.errors import ConfigError, ZtuneError
 from ztune.methods import find_method
+from ztune.system import commit
 
 
 def main(words: Sequence[str] | None = None) -> int:

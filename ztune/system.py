@@ -6,12 +6,15 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import psutil
 from threadpoolctl import threadpool_limits
 
+_ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
     "numpy", "pillow", "safetensors", "tokenizers", "onnx", "onnxruntime", "onnxruntime-gpu",
     "torch", "open_clip_torch", "transformers", "tritonclient",
@@ -56,6 +59,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that runs, marked where files differ from it.
+
+    None where ztune was installed from a package, or there is no git.
+    """
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
+    if not (_ROOT / ".git").exists():  # the git of a folder above says nothing about us
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def machine() -> dict[str, str | int | float]:

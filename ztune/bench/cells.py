@@ -30,8 +30,9 @@ class Cell:
     seed: int
 
     def __str__(self) -> str:
-        what = f"{self.protocol}, {self.data}, {self.method}, {self.shots} shots, seed {self.seed}"
-        return f"{what}, {self.model}"
+        shots = f"{self.shots} shot{'s' if self.shots > 1 else ''}"
+        where = f"{self.protocol}, {self.model}, {self.data}"
+        return f"{where}, {shots}, {self.method}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one finished cell measured. Nothing of it but the seconds differs from run to run."""
+    """What one finished cell measured.
+
+    Nothing of it but the seconds and what was found encoded differs from run to run.
+    """
 
     uses: str
     """The method's name in the table of methods."""
@@ -130,23 +134,27 @@ _COUNTS = (
 
 
 def _score(fields: Fields) -> PartScore:
-    def maybe(name: str) -> float | None:
-        return None if fields.values.get(name) is None else fields.number(name)
-
     return PartScore(
         part=fields.text("part"),
         n=fields.integer("n"),
         classes=fields.integer("classes"),
         zero_shot=fields.number("zero_shot"),
         zero_shot_class_accuracy=fields.number("zero_shot_class_accuracy"),
-        accuracy=maybe("accuracy"),
-        class_accuracy=maybe("class_accuracy"),
+        accuracy=_number_or_none(fields, "accuracy"),
+        class_accuracy=_number_or_none(fields, "class_accuracy"),
     )
 
 
 def _point(fields: Fields) -> Point:
-    seconds = None if fields.values.get("seconds") is None else fields.number("seconds")
+    seconds = _number_or_none(fields, "seconds")
     return Point(fields.integer("queries"), seconds, fields.number("accuracy"))
+
+
+def _number_or_none(fields: Fields, name: str) -> float | None:
+    """Return a number, or None where it says null; a field that is absent is none of ours."""
+    if name in fields.values and fields.values[name] is None:
+        return None
+    return fields.number(name)
 
 
 def cell_from_json(fields: Fields) -> Cell:

@@ -148,6 +148,7 @@ class Answer:
     """By the keys of cells."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why cells failed."""
+    warnings: tuple[str, ...] = ()
     busy: bool = False
     """Another process works on the run, so that nothing was done."""
     seconds: float = 0.0

@@ -82,6 +82,7 @@ class Worker:
     """One process's models and encoded parts."""
 
     settings: Settings
+    _warnings: list[str] = field(default_factory=list)
     _benches: dict[Path, Workbench] = field(default_factory=dict)
     _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
@@ -92,8 +93,10 @@ class Worker:
             return self._encode(task)
         self._encoders.clear()  # their memory is the runs' from here on
         started = time.monotonic()
+        self._warnings.clear()
         answer = self._carry_out(task)
-        return replace(answer, seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return replace(answer, seconds=seconds, warnings=tuple(self._warnings))
 
     def _bench(self, bundle: Path) -> Workbench:
         if bundle not in self._benches:
@@ -101,16 +104,21 @@ class Worker:
             execution = Execution(settings.provider, settings.threads, settings.memory_limit)
             loaded = load_bundle(bundle)
             check_precision(loaded.precision, execution.provider)
-            self._benches[bundle] = Workbench(loaded, execution, Output(quiet=True))
+            self._benches[bundle] = Workbench(
+                loaded, execution, Output(quiet=True, warnings=self._warnings)
+            )
         return self._benches[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:
-        if task.bundle not in self._encoders:
-            self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
         started = time.monotonic()
-        found = encode_pictures(
-            self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
-        )
+        try:
+            if task.bundle not in self._encoders:
+                self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
+            found = encode_pictures(
+                self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
+            )
+        except ZtuneError:  # every cell that needs these pictures fails with the same reason
+            return Encoded(task.model, 0, 0.0)
         return Encoded(task.model, found.n_encoded, time.monotonic() - started)
 
     def _carry_out(self, job: Job) -> Answer:

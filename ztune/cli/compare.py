@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output
-from ztune.cli.request import Request
+from ztune.cli.request import Request, add_root_argument, place_of, remarks_on
 from ztune.config import as_json, settings_from_words
 from ztune.errors import ConfigError, DataError, ZtuneError
 from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
@@ -31,8 +31,12 @@ EXAMPLE = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", required=True, help="folder, or .csv/.jsonl list"
+        "--data",
+        metavar="FOLDER|NAME",
+        required=True,
+        help="folder, .csv/.jsonl list, or name with --root",
     )
+    add_root_argument(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", required=True, help="new, or one to go on with"
     )
@@ -88,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 _COMMON = (
     "bundle", "data", "shots", "queries", "preset", "templates", "snapshots", "val",
     "test_fraction", "split_seed", "test_data", "names", "skip_broken", "force", "provider",
-    "threads", "memory_limit",
+    "threads", "memory_limit", "root",
 )  # fmt: skip
 
 
@@ -141,8 +145,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     asked = replace(asked, base=replace(base, provider=execution.provider))
     bench = open_workbench(Path(base.bundle), execution, output)
     split, pictures = _task(asked)
-    for note in split.notes:
-        output.remark(note)
+    for remark in (*remarks_on(base), *split.notes):
+        output.remark(remark)
     request = asked.to_json(bench.bundle.digest, pictures)
     folder = Folder.open(arguments.out, request, _counts(split), output)
     with folder.locked():
@@ -169,6 +173,7 @@ def _asked(arguments: argparse.Namespace) -> Asked:
         value = getattr(arguments, name)
         if value is not None:
             values[name] = str(value.resolve()) if isinstance(value, Path) else value
+    values["data"] = place_of(arguments.data, arguments.root)
     values["templates"] = tuple(values.get("templates", Request.templates))
     base = Request(**values)
     base.split_settings()

@@ -166,7 +166,7 @@ class Course:
 # Options of a run that are given as --name=value.
 _WORDS = (
     "data", "method", "shots", "queries", "seed", "preset", "snapshots", "val", "test_fraction",
-    "split_seed", "test_data", "names", "provider", "threads", "memory_limit",
+    "split_seed", "test_data", "names", "provider", "threads", "memory_limit", "root",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from ztune.access import TEXTS
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
+from ztune.cli.request import add_root_argument, place_of
 from ztune.cli.server import (
     add_server_arguments,
     is_url,
@@ -47,7 +48,10 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="labelled pictures")
+    parser.add_argument(
+        "--data", metavar="FOLDER|NAME", help="labelled pictures, or their name with --root"
+    )
+    add_root_argument(parser)
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
@@ -125,7 +129,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.cli.request import request_from_json
     from ztune.run import RunFolder
 
-    for name in ("data", "split_file", "prompt", "classes", "names"):
+    for name in ("data", "root", "split_file", "prompt", "classes", "names"):
         if getattr(arguments, name) is not None:
             raise ConfigError(
                 f"a run brings its own pictures and prompt; leave out --{name.replace('_', '-')} "
@@ -336,11 +340,14 @@ def _pictures(arguments: argparse.Namespace) -> Labelled:
     if arguments.split_file is not None:
         if arguments.names is not None:
             raise ConfigError("a split file brings its own class names; leave out --names")
+        if arguments.root is not None:
+            raise ConfigError("a split file knows where its pictures are; leave out --root")
         return _from_split_file(arguments.split_file, split)
-    from ztune.data.folders import read_dataset
+    from ztune.data.sources import read_source
     from ztune.data.split import digest_pictures
 
-    dataset = read_dataset(arguments.data, arguments.names)
+    place = place_of(arguments.data, arguments.root)
+    dataset = read_source(place, arguments.root, arguments.names, tuned=False)
     if split == "test":
         chosen = tuple(p for p in dataset.pictures if p.split == "test")
         if not chosen:

@@ -21,6 +21,7 @@ VERBS = {
     "pack": "fold a bundle's image tower and a result into one classifier.onnx",
     "predict": "classify pictures with a classifier.onnx",
     "quantize": "derive an int8 or fp16 bundle from an fp32 one",
+    "bench": "carry out a plan of methods, data sets, protocols and seeds, and tabulate it",
     "compare": "run several methods on the same pictures and tabulate what they cost and give",
     "data": "list the data sets known by name, or check one that is there",
     "methods": "list the methods, what they need and their settings",

@@ -17,11 +17,17 @@ from ztune.types import Json
 
 
 class Output:
-    """Where a verb writes; `quiet` drops progress and remarks, `as_json` the human result."""
+    """Where a verb writes; `quiet` drops progress and remarks, `as_json` the human result.
 
-    def __init__(self, quiet: bool = False, as_json: bool = False):
+    With `warnings` a list, what would be warned of is added to it and not printed.
+    """
+
+    def __init__(
+        self, quiet: bool = False, as_json: bool = False, warnings: list[str] | None = None
+    ):
         self.quiet = quiet
         self.as_json = as_json
+        self._warnings = warnings
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
@@ -37,7 +43,10 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Say what must be heard, also with --quiet."""
-        self._errors.print(f"warning: {text}")
+        if self._warnings is not None:
+            self._warnings.append(text)
+        else:
+            self._errors.print(f"warning: {text}")
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from ztune.cli.server import server_settings, to_save
 from ztune.config import configured, settings_from_words
+from ztune.data.named import find_spec
+from ztune.data.sources import find_named
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
 from ztune.methods import PRESETS, TunedMethod, find_method
@@ -143,6 +145,43 @@ def _counts(listed: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def add_root_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --root, which makes of --data the name of a data set."""
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="the folder that holds the data set which --data names (see: ztune data list)",
+    )
+
+
+def place_of(data: str, root: Path | None) -> str:
+    """Return what --data says as a run keeps it: a known name, else an absolute path.
+
+    Raises: ConfigError for a name without --root, or --root without a name; DataError for a word
+        that is neither name nor path.
+    """
+    if spec := find_named(data, root):
+        return spec.name
+    if root is not None:
+        raise ConfigError(
+            f'--root goes with the name of a data set, --data "{data}" is a path (leave out '
+            "--root, or see the names: ztune data list)"
+        )
+    return str(Path(data).resolve())
+
+
+def remarks_on(request: Request) -> list[str]:
+    """Return what the user should know of a request that is no error, one line each."""
+    if request.root is None:
+        return []
+    spec = find_spec(request.data)
+    if request.templates == (spec.template,):
+        return []
+    mine = ", ".join(f'"{template}"' for template in request.templates)
+    return [f'{spec.title}: the papers take --template "{spec.template}", this is with {mine}']
+
+
 def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) -> Request:
     """Return what was asked for; what was not keeps the request's own defaults.
 
@@ -157,6 +196,8 @@ def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) 
         for name, value in given.items()
         if value is not None and name not in ("out", "set", "init")
     }
+    if isinstance(given.get("data"), str):
+        values["data"] = place_of(given["data"], given.get("root"))
     if "template" in values:
         values["templates"] = tuple(values.pop("template"))
     request = Request(**values, settings=settings, server=to_save(server_settings(arguments)))

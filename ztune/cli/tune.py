@@ -15,6 +15,8 @@ from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
 from ztune.cli.request import (
     Request,
+    add_root_argument,
+    remarks_on,
     request_from_arguments,
     request_from_json,
     snapshots_of_word,
@@ -43,6 +45,7 @@ EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
   ztune tune bundles/vit-b-32 --data photos --method gda --out runs/photos-gda
   ztune tune bundles/vit-b-32 --data photos --method zip --set step_size=0.02 --out runs/photos
+  ztune tune bundles/vit-b-32 --data dtd --root /data --template "{} texture." --out runs/dtd
   ztune tune triton://host:8001/vit-b-32 --data photos --out runs/photos
   ztune tune --resume runs/photos"""
 
@@ -50,7 +53,10 @@ EXAMPLE = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder, or .csv/.jsonl list")
+    parser.add_argument(
+        "--data", metavar="FOLDER|NAME", help="folder, .csv/.jsonl list, or name with --root"
+    )
+    add_root_argument(parser)
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
     parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: ogn; see: ztune methods)")
@@ -125,7 +131,7 @@ _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
     "provider", "threads", "memory_limit", "force", "reference", "keep", "validate_every",
-    "patience", "snapshots", "extractor",
+    "patience", "snapshots", "extractor", "root",
 )  # fmt: skip
 
 
@@ -172,6 +178,8 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
         bench = open_workbench(Path(request.bundle), execution, output)
     with bench:
         dataset, split = task_of(request)
+        for remark in remarks_on(request):
+            output.remark(remark)
         if request.preset == "published" and request.augment:
             output.remark(
                 "preset published: random crops anew each step are approximated by "

@@ -1,0 +1,327 @@
+"""From a plan to jobs: data sets read, pictures drawn and digested, every cell given its key."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.providers import check_precision
+from ztune.bench.cells import Cell, key_of
+from ztune.bench.plan import DataPlan, MethodPlan, Plan, ProtocolPlan
+from ztune.cli.bench_jobs import CellJob, Encoding, Job, PictureList, ScoredPart
+from ztune.cli.feasible import start_config
+from ztune.cli.output import Output
+from ztune.cli.request import Request
+from ztune.config import as_json
+from ztune.data.coop import Item
+from ztune.data.library import shown
+from ztune.data.manifests import SplitName
+from ztune.data.sources import named_lists, source_lists
+from ztune.data.split import Split
+from ztune.errors import ConfigError, DataError
+from ztune.files import sha256
+from ztune.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
+from ztune.types import Json
+
+RECIPE = 1
+"""Part of every key: raised when the same plan would give other figures."""
+_ENCODED_AT_ONCE = 512
+"""Pictures of one task, at most; so that several workers have something to do."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """Which of a plan's cells are to be carried out now; None: all of them."""
+
+    methods: tuple[str, ...] | None = None
+    data: tuple[str, ...] | None = None
+    shots: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def takes(self, cell: Cell) -> bool:
+        return all(
+            wanted is None or value in wanted
+            for wanted, value in (
+                (self.methods, cell.method),
+                (self.data, cell.data),
+                (self.shots, cell.shots),
+                (self.seeds, cell.seed),
+            )
+        )
+
+
+@dataclass
+class Digests:
+    """SHA-256 of pictures, each file read once."""
+
+    known: dict[Path, str] = field(default_factory=dict)
+
+    def __call__(self, path: Path) -> str:
+        return self.known[path]
+
+    def read(self, paths: Iterable[Path], output: Output) -> None:
+        """Read files, several at once.
+
+        Raises: DataError naming one that cannot be read.
+        """
+        new = [path for path in dict.fromkeys(paths) if path not in self.known]
+        if not new:
+            return
+        with (
+            concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            output.progress("digest pictures", len(new)) as ticker,
+        ):
+            for n, (path, digest) in enumerate(zip(new, pool.map(_digest, new), strict=True), 1):
+                self.known[path] = digest
+                ticker.update(n)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise DataError(f'picture "{path}" cannot be read: {error.strerror}') from None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All cells of a plan, by key and in its order, and the jobs that carry them out."""
+
+    cells: Mapping[str, Cell]
+    jobs: tuple[Job, ...]
+
+
+@dataclass
+class Preparation:
+    """What is read once and serves many cells."""
+
+    plan: Plan
+    root: Path | None
+    out: Path
+    provider: str
+    output: Output
+    _sources: dict[str, Source] = field(default_factory=dict)
+    _digests: Digests = field(default_factory=Digests)
+    _parts: dict[tuple[str, str, tuple[Item, ...]], ScoredPart] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+    _copies: dict[str, list[int]] = field(default_factory=dict)
+
+    def prepare(self) -> Prepared:
+        """Read what the plan names and make its jobs, seed by seed, so that a bench that is stopped
+        has something of everything.
+
+        Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
+            used.
+        """
+        bundles = {name: self._bundle(path) for name, path in self.plan.models.items()}
+        tasks = [
+            (protocol, task)
+            for protocol in self.plan.protocols
+            for seed in protocol.seeds
+            for name in protocol.sources
+            for shots in protocol.shots
+            for task in [self._task(protocol, name, shots, seed)]
+        ]
+        for _, task in tasks:
+            for remark in remarks_on(task):
+                self._say(f"{task.source.name}, {task.shots} shots: {remark}")
+        self._digests.read(_files(task for _, task in tasks), self.output)
+        cells: dict[str, Cell] = {}
+        jobs: dict[str, Job] = {}
+        for protocol, task in tasks:
+            split = split_of(task, self._digests)
+            parts = [self._scored_part(part) for part in task.parts]
+            self._count_copies(task, split)
+            for model, bundle in bundles.items():
+                for label in protocol.methods:
+                    cell = Cell(
+                        protocol.kind, model, task.source.name, label, task.shots, task.seed
+                    )
+                    self._add(cell, task, split, parts, bundle, cells, jobs)
+        self._warn_of_copies()
+        return Prepared(cells, tuple(jobs.values()))
+
+    def _say(self, remark: str) -> None:
+        """Say something once: it may be true of many tasks."""
+        if remark not in self._said:
+            self._said.add(remark)
+            self.output.remark(remark)
+
+    def _bundle(self, path: str) -> Bundle:
+        bundle = load_bundle(self.plan.resolved(path))
+        check_precision(bundle.precision, self.provider)
+        return bundle
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            self._sources[name] = self._read_source(name, self.plan.data[name])
+        return self._sources[name]
+
+    def _read_source(self, name: str, entry: DataPlan) -> Source:
+        """Read a data set of the plan.
+
+        Raises: ConfigError where it is known by name and there is no root; DataError.
+        """
+        if entry.path is not None:
+            names = None if entry.names is None else self.plan.resolved(entry.names)
+            lists = source_lists(str(self.plan.resolved(entry.path)), None, names)
+        elif self.root is None:
+            raise ConfigError(
+                f'data "{name}" of the plan is known by name: add --root DIR, the folder that '
+                "holds it (or give its path in the plan)"
+            )
+        else:
+            lists = named_lists(name, self.root)
+        for remark in lists.remarks:
+            self._say(f"{name}: {remark}")
+        return Source(name, lists.root, lists.split, (entry.template or lists.template,))
+
+    def _task(self, protocol: ProtocolPlan, name: str, shots: int, seed: int) -> Task:
+        targets = [self._source(target) for target in protocol.targets]
+        return task_of(protocol.kind, self._source(name), targets, shots, seed)
+
+    def _count_copies(self, task: Task, split: Split) -> None:
+        """Count the pictures of every part that are also tuned on, byte by byte."""
+        tuned_on = {entry.sha256 for entry in split.entries}
+        for part in task.parts:
+            root = part.source.root
+            n = sum(self._digests(root / item.path) in tuned_on for item in part.items)
+            self._copies.setdefault(f"{task.source.name}, {part.name}", []).append(n)
+
+    def _warn_of_copies(self) -> None:
+        for where, counts in self._copies.items():
+            if most := max(counts):
+                how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
+                self.output.warn(
+                    f"{where}: {how_many} of the pictures to test on equal one that is tuned on, "
+                    "byte by byte (kept, as published; each result counts its own)"
+                )
+
+    def _scored_part(self, part: Part) -> ScoredPart:
+        place = part.name, part.source.name, part.items
+        if place not in self._parts:
+            classes = part.classes
+            label_of = {name: label for label, name in enumerate(classes)}
+            root = part.source.root
+            pictures = PictureList(
+                root,
+                classes,
+                tuple(item.path for item in part.items),
+                tuple(label_of[shown(item.name)] for item in part.items),
+                tuple(self._digests(root / item.path) for item in part.items),
+            )
+            folder = self.out / "pictures"
+            folder.mkdir(exist_ok=True)
+            cache = self.out / "cache" / part.source.name / "test"
+            file = pictures.save(folder)
+            self._parts[place] = ScoredPart(part.name, file, part.source.templates, cache)
+        return self._parts[place]
+
+    def _add(
+        self,
+        cell: Cell,
+        task: Task,
+        split: Split,
+        parts: Sequence[ScoredPart],
+        bundle: Bundle,
+        cells: dict[str, Cell],
+        jobs: dict[str, Job],
+    ) -> None:
+        """Give a cell its key, and put it to the run that it is scored from."""
+        own = cell.protocol not in TRANSFERS
+        request = self._request(cell, task, bundle, self.plan.methods[cell.method], own)
+        run = key_of(_tuned_with(request, bundle, split))
+        scored_on: list[Json] = [
+            {"part": p.name, "pictures": p.list_file.stem, "templates": list(p.templates)}
+            for p in parts
+        ]
+        key = key_of({"run": run, "cell": as_json(cell), "scored_on": scored_on})
+        if key in cells:  # two protocols of the plan name it
+            return
+        cells[key] = cell
+        earlier = jobs[run].cells if run in jobs else ()
+        scored = CellJob(key, cell, tuple(parts), curve=own)
+        jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
+
+    def _request(
+        self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan, own: bool
+    ) -> Request:
+        execution = self.plan.execution
+        tuned = method.has_steps
+        request = Request(
+            str(bundle.path),
+            str(task.source.root),
+            method=method.uses,
+            shots=task.shots,
+            queries=method.queries,
+            seed=task.seed,
+            templates=task.source.templates,
+            preset=method.preset,
+            provider=self.provider,
+            threads=execution.threads,
+            memory_limit=execution.memory_limit,
+            cache=str(self.out / "cache" / task.source.name / "tune"),
+            augment=method.views,
+            force=execution.force and tuned,
+            snapshots=method.curve if own and tuned else 0,
+            settings=method.settings,
+        )
+        start_config(request)  # a budget that is too small is told before anything starts
+        return request
+
+
+def _files(tasks: Iterable[Task]) -> Iterable[Path]:
+    for task in tasks:
+        for _, item in task.drawn:
+            yield task.source.root / item.path
+        for part in task.parts:
+            for item in part.items:
+                yield part.source.root / item.path
+
+
+# What of a request says where things lie, not what is done with them.
+_PLACES = ("bundle", "data", "cache", "preset", "settings")
+
+
+def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Json]:
+    """Return all that a run's result depends on."""
+    values = {k: v for k, v in as_json(request).items() if k not in _PLACES}
+    values["templates"] = list(request.templates)
+    entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
+    return {
+        **values,
+        "recipe": RECIPE,
+        "config": as_json(start_config(request)),
+        "bundle": bundle.digest,
+        "classes": list(split.classes),
+        "entries": entries,
+    }
+
+
+def encodings(jobs: Sequence[Job], models: Mapping[str, str]) -> list[Encoding]:
+    """Return the pictures that the jobs need encoded as they are, each once, in tasks.
+
+    `models` names bundles by their paths.
+    """
+    wanted: dict[tuple[str, Path], dict[str, Path]] = {}
+    lists = functools.cache(PictureList.read)
+    for job in jobs:
+        bundle, cache = job.request.bundle, Path(str(job.request.cache))
+        roles: tuple[SplitName, ...] = ("val",) if job.request.augment else ("train", "val")
+        items = [item for role in roles for item in job.split.items(role)]
+        wanted.setdefault((bundle, cache), {}).update((digest, path) for path, digest in items)
+        for part in {part for cell in job.cells for part in cell.parts}:
+            place = wanted.setdefault((bundle, part.cache), {})
+            place.update((digest, path) for path, digest in lists(part.list_file).items)
+    tasks = []
+    for (bundle, cache), pictures in wanted.items():
+        items = [(path, digest) for digest, path in pictures.items()]
+        for first in range(0, len(items), _ENCODED_AT_ONCE):
+            chunk = tuple(items[first : first + _ENCODED_AT_ONCE])
+            tasks.append(Encoding(models[bundle], Path(bundle), chunk, cache))
+    return tasks
