@@ -18,6 +18,8 @@ _COLOURS = (
 )  # fmt: skip
 _GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"
+N_LOOKS = len(_COLOURS)
+"""Places in the table that look different from each other."""
 _DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
 
 
@@ -79,19 +81,28 @@ def draw_against(
 
 
 def _draw_line(axes: Any, line: Line) -> Any:
-    colour, mark = _COLOURS[line.style % len(_COLOURS)], _MARKS[line.style % len(_MARKS)]
-    axes.fill_between(line.cost, line.low, line.high, color=colour, alpha=0.13, linewidth=0)
-    (drawn,) = axes.plot(
-        line.cost, line.mean, color=colour, marker=mark, markersize=4, linewidth=1.4
-    )
+    look = look_of(line.style)
+    axes.fill_between(line.cost, line.low, line.high, color=look["color"], alpha=0.13, linewidth=0)
+    (drawn,) = axes.plot(line.cost, line.mean, **look)
     return drawn
+
+
+def look_of(style: int) -> dict[str, Any]:
+    """Return matplotlib's settings of a method's line by its place in the table of methods."""
+    colour, mark = _COLOURS[style % len(_COLOURS)], _MARKS[style % len(_MARKS)]
+    return {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1.4}
+
+
+def look_of_prompts() -> dict[str, Any]:
+    """Return matplotlib's settings of the hand-written prompts' level."""
+    return {"color": _GREY, "linestyle": (0, (1, 1)), "linewidth": 1.2}
 
 
 def _draw_level(axes: Any, level: Level, edge: float) -> Any:
     """Draw a level from what it cost to the edge: it is there from then on."""
     from matplotlib.lines import Line2D
 
-    look: dict[str, Any] = {"color": _GREY, "linestyle": (0, (1, 1)), "linewidth": 1.2}
+    look = look_of_prompts()
     if level.style is not None:
         look["color"] = _COLOURS[level.style % len(_COLOURS)]
         look["linestyle"] = (0, _DASHES[level.style % len(_DASHES)])

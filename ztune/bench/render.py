@@ -1,0 +1,82 @@
+"""Tables as Markdown and LaTeX, rows as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from ztune.bench.tables import Table, Word
+from ztune.comparison import markdown_table
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
+    "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "[": "{[}", "*": "{*}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "±": r"$\pm$", "–": "--", "·": r"$\cdot$", "×": r"$\times$", "−": "$-$",
+}  # fmt: skip
+_MARKDOWN = "\\`*[<"
+
+
+def one_line(text: str) -> str:
+    """Return a text without line breaks or runs of spaces."""
+    return " ".join(text.split())
+
+
+def in_markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, in one line."""
+    return "".join(f"\\{sign}" if sign in _MARKDOWN else sign for sign in one_line(text))
+
+
+def as_markdown(table: Table, level: int) -> list[str]:
+    """Return a table's lines under a heading of some level, a blank line last."""
+    columns = [in_markdown(column) for column in table.columns]
+    rows = [[_marked(word) for word in row] for row in table.rows]
+    notes = [f"- {in_markdown(note)}" for note in table.notes]
+    return [
+        f"{'#' * level} {in_markdown(table.title)}",
+        "",
+        *markdown_table(columns, rows),
+        "",
+        *([*notes, ""] if notes else []),
+    ]
+
+
+def _marked(word: Word) -> str:
+    text = in_markdown(word.text)
+    return f"**{text}**" if word.bold else text
+
+
+def in_latex(text: str) -> str:
+    """Return a text that LaTeX prints as it is, in one line."""
+    return "".join(_LATEX.get(sign, sign) for sign in one_line(text))
+
+
+def as_latex(table: Table, heading: str) -> list[str]:
+    """Return a table as a `tabular` for the package booktabs, its title and notes as comments."""
+    rows = [" & ".join(_set(word) for word in row) + r" \\" for row in table.rows]
+    return [
+        *(f"% {one_line(text)}" for text in (f"{heading}: {table.title}", *table.notes)),
+        r"\begin{tabular}{l" + "r" * (len(table.columns) - 1) + "}",
+        r"\toprule",
+        " & ".join(map(in_latex, table.columns)) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        "",
+    ]
+
+
+def _set(word: Word) -> str:
+    text = in_latex(word.text)
+    return rf"\textbf{{{text}}}" if word.bold else text
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Return rows under their columns; a figure that there is none of is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
