@@ -284,14 +284,17 @@ def _files(tasks: Iterable[Task]) -> Iterable[Path]:
                 yield part.source.root / item.path
 
 
-# What of a request says where things lie, not what is done with them.
-_PLACES = ("bundle", "data", "cache", "preset", "settings")
+# What of a request changes a result, beside its configuration and pictures.
+_MATTERS = (
+    "method", "queries", "seed", "templates", "provider", "threads", "memory_limit", "augment",
+    "force", "snapshots",
+)  # fmt: skip
 
 
 def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Json]:
     """Return all that a run's result depends on."""
-    values = {k: v for k, v in as_json(request).items() if k not in _PLACES}
-    values["templates"] = list(request.templates)
+    asked = as_json(request)
+    values = {name: asked[name] for name in _MATTERS}
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
     return {
         **values,
