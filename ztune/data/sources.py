@@ -125,7 +125,7 @@ def find_named(place: str, root: Path | None) -> Spec | None:
 
 def _suggest(place: str, root: Path | None) -> None:
     """Raise DataError where a name was meant: one is close, or there is a root for it."""
-    close = difflib.get_close_matches(place.lower(), NAMED, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(place.lower(), NAMED, n=1, cutoff=0.65)
     if close or root:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(NAMED)}"
         raise DataError(f'data "{place}" does not exist and is no known data set ({hint})')

@@ -351,15 +351,15 @@ def _without_published_copies(pool: Sequence[Entry]) -> tuple[list[Entry], list[
         if entry.role == "test":
             kept.append(entry)
         elif entry.sha256 in tested:
-            left_out["equal to a published test picture"] += 1
+            left_out["equal to a test picture"] += 1
         elif len(labels[entry.sha256]) > 1:
             left_out["of two classes at once"] += 1
         elif entry.sha256 in once:
-            left_out["exact copies of another"] += 1
+            left_out["copies of another"] += 1
         else:
             once.add(entry.sha256)
             kept.append(entry)
-    return kept, [f"train and val pictures {why}, left out: {n}" for why, n in left_out.items()]
+    return kept, [f"left out of train and val, {why}: {n}" for why, n in left_out.items()]
 
 
 def _drawn(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:
