@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ztune.bench.published import AVERAGE, AVERAGED, Published
 from ztune.bench.summary import Measured, Names, Sheet, average, mean_of
-from ztune.bench.tables import DASH, HAND_WRITTEN, Table, Word, spread
+from ztune.bench.tables import DASH, HAND_WRITTEN, Table, Word, shown
 from ztune.data.named import NAMED, find_spec
 from ztune.errors import ConfigError
 
@@ -87,14 +87,14 @@ def beside_table(pairs: Sequence[Pair]) -> Table | None:
             for text in (
                 pair.label,
                 _shown(pair.theirs.data),
-                f"{pair.theirs.title}: {pair.theirs.paper}",
+                _source(pair.theirs),
                 f"{pair.theirs.accuracy:.1f}",
                 pair.theirs.model,
                 pair.theirs.budget or DASH,
-                spread(pair.ours),
+                shown(pair.label, pair.ours),
                 pair.model,
                 DASH if pair.queries is None else f"{pair.queries:,.0f}",
-                f"{pair.distance:+.1f}",
+                f"{pair.distance:+.1f}".replace("-", "−"),
             )
         )
         for pair in pairs
@@ -118,7 +118,7 @@ def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Tabl
         return None
     series: dict[tuple[str, str, str], dict[str, float]] = {}
     for figure in left:
-        key = (f"{figure.title}: {figure.paper}", figure.model, figure.budget or DASH)
+        key = (_source(figure), figure.model, figure.budget or DASH)
         series.setdefault(key, {})[figure.data] = figure.accuracy
     order = [AVERAGE, *NAMED]
     data = sorted({figure.data for figure in left}, key=order.index)
@@ -140,6 +140,13 @@ def origins(figures: Sequence[Published]) -> list[str]:
     for figure in figures:
         titles.setdefault(figure.origin, {})[figure.title] = None
     return [f"{'; '.join(named)}: {origin}." for origin, named in titles.items()]
+
+
+def _source(figure: Published) -> str:
+    """Return what the papers call a method and where it was published, a name once."""
+    if figure.paper.startswith(f"{figure.title},"):
+        return figure.paper
+    return f"{figure.title}: {figure.paper}"
 
 
 def _shown(data: str) -> str:

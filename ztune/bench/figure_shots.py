@@ -52,10 +52,10 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     axes.set_xlabel("shots per class (logarithmic)")
     axes.set_ylabel("accuracy on the test pictures")
     if small:
-        grid = areas[1].subplots(n_rows, min(_COLUMNS, len(small)), squeeze=False).flat
-        for panel, place in zip(small, grid, strict=False):
+        places = list(areas[1].subplots(n_rows, min(_COLUMNS, len(small)), squeeze=False).flat)
+        for panel, place in zip(small, places, strict=False):
             _draw(place, panel, size=0.7)
-        for place in list(grid)[len(small) :]:
+        for place in places[len(small) :]:
             place.set_axis_off()
     write_figure(figure, path)
 
@@ -77,7 +77,7 @@ def _draw(axes: Any, panel: Panel, size: float = 1.0) -> dict[str, Any]:
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [f"{k:.0f}" for k in shots])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(MaxNLocator(7 if size == 1 else 4))
+    axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     axes.set_title(panel.title, fontsize=10 * (size + 1) / 2, color=INK, parse_math=False)
     axes.tick_params(labelsize=10 if size == 1 else 7.5)
@@ -87,7 +87,7 @@ def _draw(axes: Any, panel: Panel, size: float = 1.0) -> dict[str, Any]:
 
 
 def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
-    """Name everything beside the panel, the most accurate at the most shots first."""
+    """Name everything beside the panel, the most accurate at its most shots first."""
     ends = {track.name: float(track.mean[-1]) for track in panel.tracks}
     if panel.hand_written is not None:
         ends[HAND_WRITTEN] = panel.hand_written
@@ -99,7 +99,7 @@ def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
         frameon=False,
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
-        title="at the most shots",
+        title="at its most shots",
         title_fontsize=8,
         alignment="left",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ztune.bench.cells import Outcome, PartScore
+from ztune.bench.cells import Outcome, PartScore, Point
 from ztune.bench.figure_shots import Panel, Track, draw_over_shots
 from ztune.bench.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.bench.tables import HAND_WRITTEN, over_data
@@ -172,8 +172,8 @@ def _curve(outcomes: Sequence[Outcome], part: str, per_picture: float) -> MeanCu
 def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
     """Return an outcome as `ztune compare` has it; memory is not measured here."""
     points = [
-        CurvePoint(p.queries, math.nan if p.seconds is None else p.seconds, p.accuracy)
-        for p in outcome.curve
+        CurvePoint(point.queries, _seconds_at(point, outcome), point.accuracy)
+        for point in outcome.curve
     ]
     figures = Figures(
         accuracy=math.nan if score.accuracy is None else score.accuracy,
@@ -191,6 +191,13 @@ def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
         curve=tuple(points),
     )
     return Cell(outcome.uses, seed, figures)
+
+
+def _seconds_at(point: Point, outcome: Outcome) -> float:
+    """Return when a point was reached; of the result itself that is known in any case."""
+    if point.seconds is not None:
+        return point.seconds
+    return outcome.seconds if point is outcome.curve[-1] else math.nan
 
 
 def _line(name: str, style: int, cost: str, curve: MeanCurve) -> Line | None:

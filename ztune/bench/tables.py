@@ -69,7 +69,13 @@ def figures_table(
     """Return figures of accuracy as a table, with what its marks mean."""
     best = [_best(column) for column in zip(*lines.values(), strict=True)]
     rows = [
-        (Word(label), *(_word(label, one, top) for one, top in zip(line, best, strict=True)))
+        (
+            Word(label),
+            *(
+                Word(shown(label, one), percent(one) == top)
+                for one, top in zip(line, best, strict=True)
+            ),
+        )
         for label, line in lines.items()
     ]
     found = [figure for line in lines.values() for figure in line if figure.n]
@@ -106,9 +112,10 @@ def _best(column: Sequence[Measured]) -> str | None:
     return percent(max(found, key=lambda figure: figure.mean or 0.0))
 
 
-def _word(label: str, figure: Measured, best: str | None) -> Word:
+def shown(label: str, figure: Measured) -> str:
+    """Return a row's figure; prompts that know no seeds are shown without a deviation."""
     fixed = label == HAND_WRITTEN and (figure.deviation or 0.0) < _NO_SPREAD
-    return Word(percent(figure) if fixed else spread(figure), percent(figure) == best)
+    return percent(figure) if fixed else spread(figure)
 
 
 def _lines(
@@ -184,7 +191,7 @@ def _base_to_new_tables(sheet: Sheet, names: Names) -> list[Table]:
         data = sheet.data_with(shots)
         groups = [(names.of_data(one), [one]) for one in data]
         if len(data) > 1:
-            groups.append((f"average of {len(data)} data sets", list(data)))
+            groups.append((f"Average of {len(data)} data sets", list(data)))
         tables += [_halves(sheet, title, group, shots) for title, group in groups]
     return tables
 
