@@ -145,9 +145,10 @@ def _draw_cost(
         levels.append(Level(HAND_WRITTEN, None, prompts))
     n_seeds = max(sheet.measured(line.name, data, part, shots).n for line in lines)
     over = f", mean of {n_seeds} seeds (band: lowest to highest)" if n_seeds > 1 else ""
-    what = f"{names.of_data(data)}{', base classes' if part == 'base' else ''}"
-    draw_against(cost, lines, levels, f"{what} on {sheet.model}, {shots} shots{over}", path)
-    return [Drawn(path, f"accuracy against {cost}, {what}, {sheet.model}")]
+    classes = ", base classes" if part == "base" else ""
+    what = f"{names.of_data(data)} on {sheet.model}{classes}"
+    draw_against(cost, lines, levels, f"{what}, {shots} shots{over}", path)
+    return [Drawn(path, f"accuracy against {cost}, {what}")]
 
 
 def _level_cost(cost: str, outcomes: Sequence[Outcome], per_picture: float) -> float | None:

@@ -1,0 +1,158 @@
+"""Figures of papers: the data file's form, and what is put beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ztune.bench_results import Row, store_of
+from ztune.bench.beside import beside_table, known_name, pairs_of, unmatched_table
+from ztune.bench.published import AVERAGE, AVERAGED, Published, published, published_in
+from ztune.bench.summary import Names, Sheet, sheets_of
+from ztune.data.named import NAMED
+from ztune.errors import ConfigError, FormatError
+from ztune.methods import METHODS
+
+NAMES = Names("a title", {"mine": "zip"}, {})
+GOOD = """
+protocol = "few-shot"
+model = "ViT-B/16"
+shots = 16
+[[series]]
+method = "zip"
+title = "ZIP"
+paper = "ZIP, ICLR 2025"
+arxiv = "2504.06838"
+origin = "a table"
+queries = 5000
+accuracy = { dtd = 47.8, "average of 11" = 60.0 }
+"""
+
+
+def test_every_figure_is_a_percentage_with_known_names_and_a_source() -> None:
+    figures = published()
+    assert len({(f.title, f.data) for f in figures}) == len(figures) > 0
+    for figure in figures:
+        assert 0 < figure.accuracy < 100
+        assert figure.method is None or figure.method in METHODS
+        assert figure.data == AVERAGE or figure.data in NAMED
+        assert figure.origin
+        assert "arXiv" in figure.paper
+        assert (figure.protocol, figure.model, figure.shots) == ("few-shot", "ViT-B/16", 16)
+
+
+def test_the_file_has_every_series_and_its_budget() -> None:
+    figures = published()
+    averages = {f.title for f in figures if f.data == AVERAGE}
+    assert len(averages) == 10
+    own = {f.data: f for f in figures if f.title == "ZIP"}
+    assert len(own) == 9
+    assert {f.budget for f in own.values()} == {"5,000 queries"}
+    steps = {f.data for f in figures if f.budget == "20,000 steps"}
+    assert steps == {*AVERAGED, AVERAGE}
+
+
+def test_an_average_agrees_with_the_figures_it_is_of() -> None:
+    own = {f.data: f.accuracy for f in published() if f.title == "SharpZO"}
+    mean = sum(own[name] for name in AVERAGED) / 11
+    assert mean == pytest.approx(own[AVERAGE], abs=0.1)
+
+
+def test_coops_data_sets_are_eleven_known_ones() -> None:
+    assert len(set(AVERAGED)) == 11
+    assert set(AVERAGED) <= set(NAMED)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("47.8", "147.8", r"147\.8, expected 0 to 100"),
+        ("dtd =", "dtdd =", '"dtdd" is unknown'),
+        ('method = "zip"', 'method = "zipp"', "zipp"),
+        ('arxiv = "2504.06838"', 'arxiv = "25"', 'arxiv is "25"'),
+        ("queries = 5000", "queries = 5000\nsteps = 2", "not both"),
+        ("queries = 5000", "query = 5000", 'no key "query"'),
+        ('origin = "a table"', "", "origin"),
+        ("shots = 16", "shots = 0", "shots"),
+    ],
+)
+def test_a_wrong_entry_is_named(old: str, new: str, says: str) -> None:
+    assert len(published_in(GOOD)) == 2
+    assert old in GOOD
+    with pytest.raises(FormatError, match=says):
+        published_in(GOOD.replace(old, new))
+
+
+def test_what_is_no_toml_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"published\.toml"):
+        published_in("[[series")
+
+
+def figure(data: str, accuracy: float, method: str | None = "zip") -> Published:
+    return Published(
+        method, "ZIP", "ZIP, 2025 (arXiv 1)", "a table", "few-shot", "B", 16, "5 queries",
+        data, accuracy,
+    )  # fmt: skip
+
+
+def sheets(folder: Path, *rows: Row) -> list[Sheet]:
+    return sheets_of(store_of(folder, rows).results())
+
+
+def test_ours_stands_beside_theirs_with_the_distance(tmp_path: Path) -> None:
+    found = sheets(
+        tmp_path,
+        Row("mine", "dtd", (0.40, 0.50)),
+        Row("mine", "eurosat", (0.9,), shots=8),
+        Row("mine", "ucf101", ("broke",)),
+        Row("other", "flowers102", (0.9,)),
+    )
+    names = Names("t", {"mine": "zip", "other": "spsa"}, {})
+    theirs = [figure("dtd", 47.8), figure("eurosat", 64.6), figure("ucf101", 69.8)]
+    theirs.append(figure("flowers102", 70.4))
+    (pair,) = pairs_of(theirs, found, names)
+    assert (pair.theirs.data, pair.label, pair.model, pair.queries) == ("dtd", "mine", "clip", 100)
+    assert pair.distance == pytest.approx(-2.8)
+    table = beside_table([pair])
+    assert table is not None
+    assert [word.text for word in table.rows[0]] == [
+        "mine", "DTD", "ZIP, 2025 (arXiv 1)", "47.8", "B", "5 queries", "45.0 ± 7.1", "clip",
+        "100", "−2.8",
+    ]  # fmt: skip
+    assert "models as much as the methods" in table.notes[0]
+    left = unmatched_table(theirs, [pair])
+    assert left is not None
+    assert left.columns == ("paper", "model", "budget", "Flowers102", "EuroSAT", "UCF101")
+    assert [word.text for word in left.rows[0][3:]] == ["70.4", "64.6", "69.8"]
+
+
+def test_an_average_is_compared_only_where_all_eleven_are_there(tmp_path: Path) -> None:
+    rows = [Row("mine", name, (0.1 * (k % 2),)) for k, name in enumerate(AVERAGED)]
+    theirs = [figure(AVERAGE, 40.0)]
+    (pair,) = pairs_of(theirs, sheets(tmp_path / "all", *rows), NAMES)
+    assert pair.ours.mean == pytest.approx(0.5 / 11)
+    assert pairs_of(theirs, sheets(tmp_path / "ten", *rows[1:]), NAMES) == []
+
+
+def test_prompts_stand_beside_the_papers_zero_shot_with_whatever_method(tmp_path: Path) -> None:
+    found = sheets(tmp_path, Row("mine", "dtd", (0.9, 0.8), zero_shot=0.44))
+    (pair,) = pairs_of([figure("dtd", 40.0, "zero-shot")], found, NAMES)
+    assert pair.distance == pytest.approx(4.0)
+    table = beside_table([pair])
+    assert table is not None
+    assert [word.text for word in table.rows[0][6:]] == ["44.0", "clip", "–", "+4.0"]
+
+
+def test_a_method_that_we_lack_is_listed_without_ours(tmp_path: Path) -> None:
+    found = sheets(tmp_path, Row("mine", "dtd", (0.9,)))
+    theirs = [figure("dtd", 79.0, None)]
+    assert pairs_of(theirs, found, NAMES) == []
+    assert beside_table([]) is None
+    assert unmatched_table([], []) is None
+    assert unmatched_table(theirs, []) is not None
+
+
+def test_a_data_set_is_known_by_its_name_or_by_what_is_shown_of_it() -> None:
+    names = Names("t", {}, {"mine": "Describable-Textures"})
+    assert known_name("Oxford_Pets", names) == "oxfordpets"
+    assert known_name("mine", names) == "dtd"
+    assert known_name("photos", names) == "photos"

@@ -1,0 +1,283 @@
+"""The report's files: whole for whatever is there, and what a program or LaTeX reads of them."""
+
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.ztune.bench_results import OUTCOME, Row, curve, store_of
+from ztune.bench import figures
+from ztune.bench.figures import styles_of
+from ztune.bench.render import as_latex, as_markdown
+from ztune.bench.report import write_report
+from ztune.bench.store import Store
+from ztune.bench.summary import Names
+from ztune.bench.tables import Table, Word
+from ztune.errors import FormatError
+from ztune.methods import METHODS
+from ztune.report_compare import N_LOOKS, Level, Line
+
+HALVES = {"base": 0.8, "new": 0.4}
+MIXED = (
+    Row("zip", "dtd", (0.4, 0.5, None)),
+    Row("gda", "dtd", (0.6, "ran | out of\nmemory", "ran | out of\nmemory")),
+    Row("zip", "dtd", (HALVES,), protocol="base-to-new"),
+    Row("gda", "dtd", ({"base": 0.9, "new": None},), protocol="base-to-new"),
+    Row("zip", "dtd", ({"x": 0.3, "y": 0.5},), protocol="out-of-distribution"),
+)
+
+
+def report(folder: Path, rows: Sequence[Row], **plan: Any) -> tuple[str, list[Path]]:
+    """Return report.md and all files."""
+    files = write_report(store_of(folder, rows, **plan), folder / "report")
+    assert files[0] == folder / "report" / "report.md"
+    assert all(path.is_file() for path in files)
+    return files[0].read_text(), files
+
+
+def table_rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "report" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
+    text, _ = report(tmp_path, MIXED)
+    assert "6 of 9 cells finished, 2 failed, 1 cell not carried out yet." in text
+    assert "| zip | 45.0 ± 7.1 (2 of 3) |" in text
+    assert "| gda | **60.0 (1 of 3)** |" in text
+    assert "few-shot, clip, dtd, gda, 16 shots (seeds 2, 3): ran | out of memory" in text
+    assert "\n- 1 cell not carried out yet.\n" in text
+    for heading in ("few-shot, clip", "base-to-new, clip", "out-of-distribution, clip"):
+        assert f"\n## {heading}\n" in text
+
+
+def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
+    store = store_of(tmp_path, MIXED)
+    first = store.sessions()[1].values
+    store.begin({**first, "began": "2026-02-04T00:00:00"})
+    store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
+    store.want({"title": "less"}, {"k": store.results()[0].cell})
+    text = write_report(store, tmp_path / "report")[0].read_text()
+    lines = text[text.index("## Circumstances") :].splitlines()
+    assert "- 6 results of earlier plans left out." in lines
+    (alike,) = [line for line in lines if "2026-02-03" in line]
+    assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (0 cells of this report)")
+    for words in (
+        "`ztune bench plan.toml --out out`", "2 workers (process)", "commit 0123abc",
+        "processor a processor, cores 4", "ztune 0.1.0, numpy 2.0",
+    ):  # fmt: skip
+        assert words in alike
+    assert any(line.endswith(": `` a `b` ``.") and "2026-02-05" in line for line in lines)
+
+
+def test_a_report_of_nothing_yet_is_a_report(tmp_path: Path) -> None:
+    text, files = report(tmp_path, [Row("zip", "dtd", (None, "broke"))])
+    assert "0 of 2 cells finished, 1 failed, 1 cell not carried out yet." in text
+    assert "No cell is finished." in text
+    assert {path.name for path in files} == {"report.md", "tables.csv", "cells.csv", "tables.tex"}
+    assert [row["status"] for row in table_rows(tmp_path, "cells.csv")] == ["missing", "failed"]
+    assert table_rows(tmp_path, "tables.csv") == []
+
+
+def test_without_a_plan_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no plan"):
+        write_report(Store(tmp_path / "results.sqlite"), tmp_path / "report")
+
+
+def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
+    text, _ = report(tmp_path, [Row("mine", "Textures", (0.5,))], uses={"mine": "zip"},
+                     data={"Textures": "DTD"})  # fmt: skip
+    beside = text[text.index("## Beside the papers") :]
+    ours = next(line for line in beside.splitlines() if line.startswith("| mine | DTD |"))
+    assert "| 47.8 | ViT-B/16 | 5,000 queries | 50.0 | clip | 100 | +2.2 |" in ours
+    assert "CoOp, with gradients" in beside
+
+
+def test_tables_csv_has_a_row_per_part(tmp_path: Path) -> None:
+    store = store_of(tmp_path, MIXED, uses={"zip": "zip", "gda": "gda"})
+    store.add_pass("clip", 100, 2.5)
+    write_report(store, tmp_path / "report")
+    rows = table_rows(tmp_path, "tables.csv")
+    assert [(row["protocol"], row["method"], row["part"]) for row in rows] == [
+        ("few-shot", "zip", "test"), ("few-shot", "gda", "test"),
+        ("base-to-new", "zip", "base"), ("base-to-new", "zip", "new"),
+        ("base-to-new", "zip", "harmonic mean"),
+        ("base-to-new", "gda", "base"), ("base-to-new", "gda", "new"),
+        ("base-to-new", "gda", "harmonic mean"),
+        ("out-of-distribution", "zip", "x"), ("out-of-distribution", "zip", "y"),
+    ]  # fmt: skip
+    first = rows[0]
+    assert (first["n_seeds"], first["n_seeds_wanted"], first["shots"]) == ("2", "3", "16")
+    assert float(first["accuracy_mean"]) == pytest.approx(0.45)
+    assert float(first["accuracy_sd"]) == pytest.approx(0.1 / 2**0.5)
+    assert float(first["class_accuracy_mean"]) == pytest.approx(0.35)
+    assert float(first["zero_shot_mean"]) == 0.5
+    assert float(first["queries_mean"]) == 100
+    assert float(first["seconds_mean"]) == pytest.approx(10 + 40 * 0.025)
+    assert float(rows[4]["accuracy_mean"]) == pytest.approx(0.64 / 1.2)
+    assert rows[6]["accuracy_mean"] == ""
+
+
+def test_cells_csv_has_a_row_per_cell(tmp_path: Path) -> None:
+    report(tmp_path, MIXED)
+    rows = table_rows(tmp_path, "cells.csv")
+    assert len(rows) == 9
+    assert [row["status"] for row in rows[:5]] == [
+        "finished", "finished", "missing", "finished", "failed",
+    ]  # fmt: skip
+    assert rows[4]["reason"] == "ran | out of\nmemory"
+    assert (rows[0]["test accuracy"], rows[0]["base accuracy"]) == ("0.4", "")
+    assert (rows[6]["base accuracy"], rows[6]["new accuracy"]) == ("0.8", "0.4")
+    assert rows[0]["config"] == '{"n_context": 8}'
+    assert rows[0]["text_forwards"] == "1200"
+
+
+NASTY = Table(
+    r"50% of $x$ & y_z #1 {a} \b ~c ^d",
+    ("method", "a_b & c%"),
+    ((Word(r"[x]*\_{}"), Word("62.0 ± 2.0", bold=True)), (Word("a|b`c"), Word("–"))),
+    ("a note\nof two lines",),
+)
+
+
+def test_latex_is_escaped_and_as_wide_as_it_says(tmp_path: Path) -> None:
+    lines = as_latex(NASTY, "head")
+    assert lines[:2] == [f"% head: {NASTY.title}", "% a note of two lines"]
+    assert lines[2] == r"\begin{tabular}{lr}"
+    assert lines[4] == r"method & a\_b \& c\% \\"
+    assert lines[6] == r"{[}x]{*}\textbackslash{}\_\{\} & \textbf{62.0 $\pm$ 2.0} \\"
+    assert lines[7] == r"a\textbar{}b`c & -- \\"
+    report(tmp_path, MIXED, title="50% & more")
+    text = (tmp_path / "report" / "tables.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == 7
+    for width, body in re.findall(r"\{tabular\}\{(\w+)\}(.*?)\\bottomrule", text, re.DOTALL):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(width) - 1}
+
+
+def test_markdown_shows_names_as_they_are() -> None:
+    lines = as_markdown(NASTY, 3)
+    assert lines[0] == r"### 50% of $x$ & y_z #1 {a} \\b ~c ^d"
+    assert lines[4] == r"| \[x]\*\\_{} | **62.0 ± 2.0** |"
+    assert lines[5] == r"| a\|b\`c | – |"
+    assert lines[7] == "- a note of two lines"
+
+
+def tracked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """Return what the plots are drawn of, by file name, in place of drawing them."""
+    drawn: dict[str, tuple[Any, ...]] = {}
+
+    def note(*arguments: Any) -> None:
+        *rest, path = arguments
+        drawn[path.name] = tuple(rest)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(figures, "draw_against", note)
+    monkeypatch.setattr(figures, "draw_over_shots", note)
+    return drawn
+
+
+def test_accuracy_is_drawn_against_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = tracked(monkeypatch)
+    steps = curve((0, 0.0, 0.1), (10, 2.0, 0.2), (100, None, 0.6))
+    store = store_of(
+        tmp_path,
+        [
+            Row("zip", "dtd", (0.1,), shots=1, outcome=steps),
+            Row("zip", "dtd", (0.6, 0.6), outcome=steps),
+            Row("gda", "dtd", (0.7,), outcome=replace(OUTCOME, queries=0)),
+        ],
+    )
+    store.add_pass("clip", 10, 1.0)
+    files = write_report(store, tmp_path / "report")
+    assert [path.name for path in files[4:]] == [
+        "accuracy-shots.png", "accuracy-queries.png", "accuracy-seconds.png",
+    ]  # fmt: skip
+    cost, lines, levels, title = drawn["accuracy-queries.png"]
+    (line,) = lines
+    assert isinstance(line, Line)
+    assert cost == "queries"
+    assert (line.cost.tolist(), line.mean.tolist()) == ([10, 100], [0.2, 0.6])
+    place = list(METHODS).index("gda")
+    assert levels == [Level("gda", place, 0.7), Level("hand-written prompts", None, 0.5)]
+    assert title == "dtd on clip, 16 shots, mean of 2 seeds (band: lowest to highest)"
+    _, (line,), levels, _ = drawn["accuracy-seconds.png"]
+    # 40 pictures found encoded at 0.1 s each; the result's own time is the cell's 10 s.
+    np.testing.assert_allclose(line.cost, [4, 6, 14])
+    assert levels[0] == Level("gda", place, 0.7, 14.0)
+
+
+def test_accuracy_over_shots_is_drawn_by_model_and_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = tracked(monkeypatch)
+    rows = [
+        Row("zip", data, (accuracy, accuracy + 0.2), shots=shots, model=model)
+        for model in ("a/b", "c") for data, shots, accuracy in
+        (("x", 1, 0.2), ("x", 2, 0.4), ("y", 1, 0.4), ("y", 2, 0.6))
+    ]  # fmt: skip
+    report(tmp_path, [*rows, Row("gda", "x", ("broke",), model="c")])
+    assert sorted(drawn) == ["accuracy-shots-a_b.png", "accuracy-shots-c.png"]
+    panels, _ = drawn["accuracy-shots-a_b.png"]
+    assert [panel.title for panel in panels] == ["average of 2 data sets", "x", "y"]
+    (track,) = panels[0].tracks
+    assert track.shots.tolist() == [1, 2]
+    np.testing.assert_allclose(track.mean, [0.4, 0.6])
+    np.testing.assert_allclose(track.deviation, [0.2 / 2**0.5] * 2)
+    assert panels[0].hand_written == 0.5
+
+
+def test_without_few_shot_base_classes_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = tracked(monkeypatch)
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
+    report(tmp_path, [Row("zip", "dtd", (HALVES,), protocol="base-to-new", outcome=steps)])
+    assert sorted(drawn) == ["accuracy-queries.png", "accuracy-seconds.png"]
+    _, (line,), levels, title = drawn["accuracy-queries.png"]
+    assert line.mean.tolist() == [0.2, 0.8]
+    assert levels == [Level("hand-written prompts", None, 0.5)]
+    assert title == "dtd on clip, base classes, 16 shots"
+
+
+def test_methods_look_by_their_place_and_labels_of_one_method_differ() -> None:
+    labels = ("again", "zip", "gda", "third")
+    names = Names("t", dict.fromkeys(("again", "zip", "third"), "zip"), {})
+    styles = styles_of(labels, names)
+    order = list(METHODS)
+    assert (styles["again"], styles["gda"]) == (order.index("zip"), order.index("gda"))
+    assert len({place % N_LOOKS for place in styles.values()}) == len(labels)
+
+
+def test_plots_are_pictures(tmp_path: Path) -> None:
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.6))
+    names = [f"data{i}" for i in range(6)]
+    rows = [Row("zip", one, (0.6, 0.5), shots=k, outcome=steps) for one in names for k in (1, 4)]
+    text, files = report(tmp_path, rows)
+    pictures = [path for path in files if path.suffix == ".png"]
+    assert len(pictures) == 1 + 2 * len(names)
+    for path in pictures:
+        assert f"](<{path.name}>)" in text
+        with Image.open(path) as picture:
+            assert min(picture.size) > 400
+
+
+def test_the_report_loads_numpy_and_nothing_to_draw_with() -> None:
+    program = """
+import sys, ztune.bench.report
+tops = {name.split(".")[0] for name in sys.modules}
+foreign = {"matplotlib", "PIL", "onnxruntime", "torch", "rich"} & tops
+sys.exit(f"it loads {sorted(foreign)}" if foreign else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
