@@ -58,6 +58,12 @@ class Store:
         """
         self.path = path
         self._where = f'results "{path}"'
+        # Looked at first without a lock: whoever only reads waits for no writer, and needs no
+        # permission to write.
+        with self._open() as database:
+            database.execute("BEGIN")  # to see one moment of a file that another makes right now
+            if not self._is_new(database):
+                return
         with self._changing() as database:
             if self._is_new(database):
                 for statement in _TABLES.split(";"):
@@ -77,10 +83,10 @@ class Store:
 
     def _is_new(self, database: sqlite3.Connection) -> bool:
         tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if not tables:
-            return True
         (application,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
+        if not (tables or application or version):
+            return True
         if application != APPLICATION:
             raise FormatError(f"{self._where}: this is no file of ztune bench")
         if version != VERSION:
@@ -113,7 +119,8 @@ class Store:
             try:
                 yield database
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # a full disk ends it by itself
+                    database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
 
@@ -140,7 +147,9 @@ class Store:
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
         """Record why a cell has no result, where it has none."""
-        self._record(key, cell, session, None, reason)
+        # Half a surrogate pair, from the name of a file, is no text to SQLite.
+        readable = reason.encode(errors="backslashreplace").decode()
+        self._record(key, cell, session, None, readable or "no reason was given")
 
     def _record(
         self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
@@ -160,7 +169,10 @@ class Store:
 
     def seconds_per_picture(self) -> dict[str, float]:
         """Return what encoding a picture takes, by model; a model that encoded none is absent."""
-        query = "SELECT model, sum(seconds) / sum(pictures) FROM passes GROUP BY model"
+        query = (
+            "SELECT model, sum(seconds) / sum(pictures) FROM passes "
+            "GROUP BY model HAVING sum(pictures) > 0"
+        )
         with self._open() as database:
             return {str(model): float(rate) for model, rate in database.execute(query)}
 
