@@ -118,6 +118,14 @@ def remarks_on(task: Task) -> list[str]:
         )
     if not task.drawn.val:
         remarks.append("no validation pictures: heads take their settings from the shots")
+    if task.protocol not in TRANSFERS:
+        first = task.parts[0]
+        if untested := sorted(set(task.classes) - set(first.classes)):
+            named = ", ".join(untested[:_SHOWN])
+            remarks.append(
+                f"{len(untested)} class(es) have no pictures to test {first.name} on, and are no "
+                f"answers there: {named}"
+            )
     if task.protocol == "out-of-distribution":
         for part in task.parts:
             if unknown := sorted(set(part.classes) - set(task.classes)):

@@ -16,10 +16,10 @@ else:
 def parsed_toml(text: str, where: str) -> dict[str, Any]:
     """Return what a TOML text holds.
 
-    Raises: ConfigError naming `where` and the line that is no TOML.
+    Raises: ConfigError naming `where` and what is no TOML.
     """
     try:
         document: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise ConfigError(f"{where}: no TOML ({error})") from None
     return document

@@ -26,13 +26,15 @@ Paths are relative to the plan's folder. Every key is checked; an unknown one is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ztune.config import as_json, configured
+from ztune.config import T, as_json, configured
 from ztune.data.manifests import read_text
+from ztune.data.named import find_spec
 from ztune.errors import ConfigError
 from ztune.methods import PRESETS, HeadMethod, TunedMethod, find_method, method_config
 from ztune.protocols import PROTOCOLS, TRANSFERS
@@ -50,6 +52,12 @@ class DataPlan:
     """Hand-written prompt; None: the published one of a known name."""
     names: str | None = None
     """File with lines of folder<TAB>class name."""
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ConfigError(f'template "{self.template}" must hold {{}} once')
+        if self.names is not None and self.path is None:
+            raise ConfigError("names go with a path: a known data set brings its class names")
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,12 @@ class ExecutionPlan:
     force: bool = False
     """Tune below the signal-to-noise limit."""
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -154,8 +168,14 @@ class Plan:
     execution: ExecutionPlan
 
     def resolved(self, path: str) -> Path:
-        """Return what a path of the plan means."""
-        return (self.path.parent / Path(path).expanduser()).resolve()
+        """Return what a path of the plan means.
+
+        Raises: ConfigError for what is no path here.
+        """
+        try:
+            return (self.path.parent / Path(path).expanduser()).resolve()
+        except (RuntimeError, ValueError) as error:  # a home of nobody; a character of no path
+            raise ConfigError(f'plan "{self.path}": {path!r} is no path ({error})') from None
 
     def to_json(self) -> dict[str, Json]:
         """Return what a report should know of it; folders of data and models are left out."""
@@ -177,7 +197,8 @@ _TOP = ("title", *_COMMON, "execution", "models", "data", "methods", "protocols"
 def read_plan(path: Path) -> Plan:
     """Read and check a plan; bundles and pictures are not looked for yet.
 
-    Raises: ConfigError naming the key, method or setting that is wrong, and those there are.
+    Raises: ConfigError naming the key, method or setting that is wrong, and those there are;
+        DataError for a file that is no text.
     """
     where = f'plan "{path}"'
     if not path.is_file():
@@ -193,7 +214,7 @@ def read_plan(path: Path) -> Plan:
     if not isinstance(title, str):
         raise ConfigError(f"{where}: title is {title!r}, expected words")
     data = {
-        name: configured(DataPlan, entry, _place(where, "data", name))
+        name: _data(name, entry, _place(where, "data", name))
         for name, entry in _tables(top, "data", where).items()
     }
     methods = {
@@ -207,14 +228,11 @@ def read_plan(path: Path) -> Plan:
         _protocol(entry, top, data, methods, f"{where}: protocols[{i}]")
         for i, entry in enumerate(entries)
     ]
+    _check_transfers(protocols, where)
     models = top.get("models", {})
     if not isinstance(models, dict) or not all(isinstance(one, str) for one in models.values()):
         raise ConfigError(f'{where}: models are name = "bundle"')
-    execution = configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
-    if execution.threads < 1:
-        raise ConfigError(
-            f"{where}: execution: threads is {execution.threads}, expected at least 1"
-        )
+    execution = _configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
     return Plan(path, title, models, data, methods, tuple(protocols), execution)
 
 
@@ -234,7 +252,23 @@ def _tables(top: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str,
     for name, entry in found.items():
         if not isinstance(entry, dict):
             raise ConfigError(f"{_place(where, key, name)} is {entry!r}, expected a table")
+        # It names a folder of OUT, or stands in a list like --methods zip,gda.
+        if name in ("", ".", "..") or name != name.strip() or set(name) & set("/\\,\0"):
+            raise ConfigError(
+                f"{_place(where, key, name)}: a name has no slash, comma or blank at its ends, and "
+                "is not empty"
+            )
     return found
+
+
+def _data(name: str, entry: Mapping[str, Any], where: str) -> DataPlan:
+    data = _configured(DataPlan, entry, where)
+    if data.path is None:
+        try:
+            find_spec(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}, and no path is given") from None
+    return data
 
 
 def _method(label: str, entry: Mapping[str, Any], top: Mapping[str, Any], where: str) -> MethodPlan:
@@ -244,10 +278,9 @@ def _method(label: str, entry: Mapping[str, Any], top: Mapping[str, Any], where:
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings are {settings!r}, expected a table")
     plain = {key: value for key, value in entry.items() if key != "settings"}
-    try:
-        return replace(configured(MethodPlan, {**given, **plain}, where), settings=settings)
-    except ConfigError as error:
-        raise ConfigError(_located(error, where)) from None
+    method = _configured(MethodPlan, {**given, **plain}, where)
+    with _located(where):
+        return replace(method, settings=settings)
 
 
 def _protocol(
@@ -261,10 +294,7 @@ def _protocol(
     given["methods"] = list(methods)
     if entry.get("kind") not in TRANSFERS:
         given["data"] = list(data)
-    try:
-        protocol = configured(ProtocolPlan, {**given, **entry}, where)
-    except ConfigError as error:
-        raise ConfigError(_located(error, where)) from None
+    protocol = _configured(ProtocolPlan, {**given, **entry}, where)
     named = (*protocol.sources, *protocol.targets)
     for kind, names, known in (("data", named, data), ("methods", protocol.methods, methods)):
         for name in names:
@@ -274,6 +304,35 @@ def _protocol(
     return protocol
 
 
-def _located(error: ConfigError, where: str) -> str:
-    """Return an error's message with its place, once."""
-    return str(error) if str(error).startswith(where) else f"{where}: {error}"
+def _check_transfers(protocols: Sequence[ProtocolPlan], where: str) -> None:
+    """Refuse transfers whose cells are called alike: in tables one would hide the other."""
+    for i, one in enumerate(protocols):
+        for j, other in enumerate(protocols[:i]):
+            if (
+                one.kind in TRANSFERS
+                and (one.kind, one.source) == (other.kind, other.source)
+                and one.targets != other.targets
+                and all(
+                    set(getattr(one, name)) & set(getattr(other, name))
+                    for name in ("shots", "seeds", "methods")
+                )
+            ):
+                raise ConfigError(
+                    f"{where}: protocols[{j}] and protocols[{i}] share cells of {one.kind} from "
+                    f'"{one.source}" and have other targets (name all targets in one of them)'
+                )
+
+
+def _configured(kind: type[T], entry: Mapping[str, Any], where: str) -> T:
+    with _located(where):
+        return configured(kind, entry, where)
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say with an error where in the plan it is, once."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None

@@ -25,6 +25,7 @@ from ztune.data.sources import named_lists, source_lists
 from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError
 from ztune.files import sha256
+from ztune.methods import find_method, method_config, tuned_config
 from ztune.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
 from ztune.types import Json
 
@@ -253,6 +254,10 @@ class Preparation:
     ) -> Request:
         execution = self.plan.execution
         tuned = method.has_steps
+        table = find_method(method.uses)
+        config = tuned_config(table, method_config(table, method.settings, method.preset))
+        # Where no losses are compared there is no limit to go below.
+        gated = config is not None and config.finest is not None
         request = Request(
             str(bundle.path),
             str(task.source.root),
@@ -267,11 +272,14 @@ class Preparation:
             memory_limit=execution.memory_limit,
             cache=str(self.out / "cache" / task.source.name / "tune"),
             augment=method.views,
-            force=execution.force and tuned,
+            force=execution.force and gated,
             snapshots=method.curve if own and tuned else 0,
             settings=method.settings,
         )
-        start_config(request)  # a budget that is too small is told before anything starts
+        try:
+            start_config(request)  # a budget that is too small is told before anything starts
+        except ConfigError as error:
+            raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
         return request
 
 
@@ -318,7 +326,7 @@ def encodings(jobs: Sequence[Job], models: Mapping[str, str]) -> list[Encoding]:
         roles: tuple[SplitName, ...] = ("val",) if job.request.augment else ("train", "val")
         items = [item for role in roles for item in job.split.items(role)]
         wanted.setdefault((bundle, cache), {}).update((digest, path) for path, digest in items)
-        for part in {part for cell in job.cells for part in cell.parts}:
+        for part in dict.fromkeys(part for cell in job.cells for part in cell.parts):
             place = wanted.setdefault((bundle, part.cache), {})
             place.update((digest, path) for path, digest in lists(part.list_file).items)
     tasks = []
