@@ -37,6 +37,7 @@ SESSION: dict[str, Json] = {
     "commit": "0123abc",
     "workers": 2,
     "executor": "process",
+    "provider": "cpu",
 }
 
 

@@ -96,8 +96,9 @@ def _setting(session: Fields) -> str:
         words.append(
             _counted(workers, "worker") + (f" ({in_markdown(executor)})" if executor else "")
         )
-    if values.get("commit"):
-        words.append(f"commit {in_markdown(_plain(values['commit']))}")
+    for key in ("provider", "commit"):
+        if values.get(key):
+            words.append(f"{key} {in_markdown(_plain(values[key]))}")
     for key in ("machine", "versions"):
         found = values.get(key)
         if isinstance(found, dict):
