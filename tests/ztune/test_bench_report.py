@@ -71,8 +71,8 @@ def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
     (alike,) = [line for line in lines if "2026-02-03" in line]
     assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (0 cells of this report)")
     for words in (
-        "`ztune bench plan.toml --out out`", "2 workers (process)", "provider cpu", "commit 0123abc",
-        "processor a processor, cores 4", "ztune 0.1.0, numpy 2.0",
+        "`ztune bench plan.toml --out out`", "2 workers (process)", "provider cpu",
+        "commit 0123abc", "processor a processor, cores 4", "ztune 0.1.0, numpy 2.0",
     ):  # fmt: skip
         assert words in alike
     assert any(line.endswith(": `` a `b` ``.") and "2026-02-05" in line for line in lines)
