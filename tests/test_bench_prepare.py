@@ -139,6 +139,7 @@ def divided(data: Path, path: Path) -> Path:
         {"template": "the digit {}"},
         {"curve": 3},
         {"threads": 2},
+        {"threads": "1\nmemory_limit = 500"},
         {"force": "true"},
         {"settings": "", "more": ', uses = "spsa"'},
     ],
@@ -160,6 +161,23 @@ def test_no_two_changes_give_one_key(data: Path, prepare: Prepare) -> None:
         {"more": ", augment = 3"}, {"preset": "published"}, {"queries": 43},
     ]  # fmt: skip
     assert len({key_of_one(prepare(few_shot(data, **way))) for way in ways}) == len(ways)
+
+
+def test_a_run_changes_with_a_seed_that_draws_the_same(data: Path, prepare: Prepare) -> None:
+    """Where all pictures are tuned on, a seed is still that of the method."""
+    (first,), (second,) = (prepare(few_shot(data, shots=9, seed=seed)).jobs for seed in (1, 2))
+    assert first.split.entries == second.split.entries
+    assert first.run != second.run
+
+
+def test_a_run_changes_with_the_method_of_equal_settings(data: Path, prepare: Prepare) -> None:
+    as_spsa = "step_decay = 0.602, perturbation_decay = 0.101, momentum = 0.0"
+    (first,), (second,) = (
+        prepare(few_shot(data, settings=as_spsa, more=f', uses = "{name}"')).jobs
+        for name in ("spsa", "spsa-gc")
+    )
+    assert first.request.settings == second.request.settings
+    assert first.run != second.run
 
 
 def test_a_key_changes_with_the_provider(data: Path, prepare: Prepare) -> None:
@@ -205,9 +223,14 @@ def test_a_key_changes_with_a_test_picture_and_the_run_does_not(
 
 
 def test_a_key_changes_with_a_class_name(data: Path, prepare: Prepare) -> None:
-    before = key_of_one(prepare(few_shot(data)))
-    (data / "one").rename(data / "eins")
-    assert key_of_one(prepare(few_shot(data))) != before
+    before = prepare(few_shot(data))
+    (data / "one").rename(data / "aone")  # the order of classes and the draw stay
+    after = prepare(few_shot(data))
+    assert [e.sha256 for e in after.jobs[0].split.entries] == [
+        e.sha256 for e in before.jobs[0].split.entries
+    ]
+    assert key_of_one(after) != key_of_one(before)
+    assert after.jobs[0].run != before.jobs[0].run
 
 
 def test_a_target_and_its_template_are_part_of_a_transfers_key(
@@ -618,17 +641,15 @@ def test_every_picture_is_encoded_once(
     assert all(sha256(path) == digest for task in tasks for path, digest in task.items)
 
 
-def test_both_halves_are_encoded_in_their_order(prepare: Prepare, tmp_path: Path) -> None:
-    """The order is that of the plan, not that of some hash."""
-    for name in ("one", "two", "three", "four"):
-        shutil.copytree(DIGITS / name, tmp_path / "digits" / name)
-    text = few_shot(tmp_path / "digits").replace("few-shot", "base-to-new")
-    prepared = prepare(text)
-    (base, new) = prepared.jobs[0].cells[0].parts
-    (task,) = [t for t in encodings(prepared.jobs, {str(MINI): "m"}) if t.cache.name == "test"]
-    assert list(task.items) == PictureList.read(base.list_file).items + PictureList.read(
-        new.list_file
-    ).items  # fmt: skip
+def test_targets_are_encoded_in_the_plans_order(data: Path, prepare: Prepare) -> None:
+    """Not in that of some hash, which differs from process to process."""
+    names = [f"target-{n}" for n in (4, 1, 5, 0, 3, 2, 7, 6)]
+    targets = "".join(f'{name} = {{ path = "{data}" }}\n' for name in sorted(names))
+    text = HEAD.format(**{**USUAL, "data": data}).replace("[methods]", targets + "[methods]")
+    listed = ", ".join(f'"{name}"' for name in names)
+    text += f'[[protocols]]\nkind = "cross-data-set"\nsource = "digits"\ntargets = [{listed}]\n'
+    tasks = encodings(prepare(text).jobs, {str(MINI): "mini"})
+    assert [task.cache.parent.name for task in tasks] == ["digits", *names]
 
 
 def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
