@@ -13,6 +13,10 @@ from ztune.errors import ConfigError
 from ztune.types import Json
 
 T = TypeVar("T")
+_LISTS: dict[Any, str] = {
+    tuple[str, ...]: "a list of words",
+    tuple[int, ...]: "a list of whole numbers",
+}
 
 
 def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
@@ -60,7 +64,11 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
                 raise ConfigError(f"{where} is {value!r}, expected a finite number")
             if isinstance(value, str) or number == value:
                 return typing.cast(Json, number)
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not types.NoneType)
+    names = " or ".join(
+        _LISTS.get(option, getattr(option, "__name__", str(option)))
+        for option in options
+        if option is not types.NoneType
+    )
     raise ConfigError(f"{where} is {value!r}, expected {names}")
 
 

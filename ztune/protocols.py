@@ -37,11 +37,6 @@ class Source:
     templates: tuple[str, ...]
     """Hand-written prompts of its classes."""
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The class names that are tested, sorted, each once."""
-        return classes_of(self.lists.test)
-
 
 @dataclass(frozen=True)
 class Part:

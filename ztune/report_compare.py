@@ -20,6 +20,8 @@ _GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"
 N_LOOKS = len(_COLOURS)
 """Places in the table that look different from each other."""
+_WIDE = 2000
+"""Highest cost over lowest from which on there is room for powers of ten alone."""
 _DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
 
 
@@ -67,7 +69,8 @@ def draw_against(
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel("accuracy on the test pictures")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE * low else (1,)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)

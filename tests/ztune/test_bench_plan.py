@@ -166,12 +166,6 @@ def test_views_are_those_of_the_preset_or_as_many_as_asked_for(
     assert method.views == views
 
 
-def test_heads_have_no_steps(tmp_path: Path) -> None:
-    methods = plan_of(tmp_path, LEAST).methods
-    assert methods["zip"].has_steps
-    assert not methods["gda"].has_steps
-
-
 def test_paths_are_relative_to_the_plans_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

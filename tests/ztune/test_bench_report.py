@@ -267,7 +267,7 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     pictures = [path for path in files if path.suffix == ".png"]
     assert len(pictures) == 1 + 2 * len(names)
     for path in pictures:
-        assert f"](<{path.name}>)" in text
+        assert f"]({path.name})" in text
         with Image.open(path) as picture:
             assert min(picture.size) > 400
 

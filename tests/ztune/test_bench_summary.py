@@ -80,18 +80,21 @@ def test_few_shot_tables(tmp_path: Path) -> None:
         Row("third", "a", (0.3,), shots=1),
         Row("first", "b", (0.70, 0.80, 0.90), zero_shot=0.85),
         Row("second", "b", ("broke", None, 0.4), zero_shot=0.85),
+        Row("fourth", "a", (0.2,)),
+        Row("broken", "a", ("broke", None), shots=1),
     )
     one_shot, table, over, of_classes = accuracy_tables(sheet, NAMES)
     assert one_shot.title == "1 shot: accuracy, %"
+    # A method that the plan does not ask for anything of a table has no row in it.
     assert texts(one_shot) == {
-        "hand-written prompts": ["*50.0*"], "first": ["–"], "second": ["–"], "third": ["30.0"],
+        "hand-written prompts": ["*50.0*"], "third": ["30.0"], "broken": ["–"],
     }  # fmt: skip
     assert table.columns == ("method", "a", "b", "average")
     assert texts(table) == {
         "hand-written prompts": ["50.0", "*85.0*", "67.5"],
         "first": ["*62.0 ± 2.0*", "80.0 ± 10.0", "*71.0 ± 6.0*"],
         "second": ["*62.0 ± 0.0*", "40.0 (1 of 3)", "51.0 (1 of 3)"],
-        "third": ["–", "–", "–"],
+        "fourth": ["20.0", "–", "–"],
     }
     assert any(note.startswith("–") for note in table.notes)
     assert any("(1 of 3)" in note for note in table.notes)

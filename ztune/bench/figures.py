@@ -143,12 +143,19 @@ def _draw_cost(
     prompts = sheet.hand_written(data, part, shots).mean
     if prompts is not None and not any(names.method_of(one.name) == "zero-shot" for one in levels):
         levels.append(Level(HAND_WRITTEN, None, prompts))
-    n_seeds = max(sheet.measured(line.name, data, part, shots).n for line in lines)
-    over = f", mean of {n_seeds} seeds (band: lowest to highest)" if n_seeds > 1 else ""
+    over = _over_seeds([sheet.measured(line.name, data, part, shots).n for line in lines])
     classes = ", base classes" if part == "base" else ""
     what = f"{names.of_data(data)} on {sheet.model}{classes}"
     draw_against(cost, lines, levels, f"{what}, {shots} shots{over}", path)
     return [Drawn(path, f"accuracy against {cost}, {what}")]
+
+
+def _over_seeds(counts: Sequence[int]) -> str:
+    """Return what a title says of the numbers of seeds behind the lines."""
+    if max(counts) == 1:
+        return ""
+    up_to = "" if min(counts) == max(counts) else "up to "
+    return f", mean of {up_to}{max(counts)} seeds (band: lowest to highest)"
 
 
 def _level_cost(cost: str, outcomes: Sequence[Outcome], per_picture: float) -> float | None:

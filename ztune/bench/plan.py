@@ -36,7 +36,7 @@ from ztune.config import T, as_json, configured
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
 from ztune.errors import ConfigError
-from ztune.methods import PRESETS, HeadMethod, TunedMethod, find_method, method_config
+from ztune.methods import PRESETS, HeadMethod, find_method, method_config
 from ztune.protocols import PROTOCOLS, TRANSFERS
 from ztune.toml import parsed_toml
 from ztune.types import Json
@@ -90,10 +90,6 @@ class MethodPlan:
         if self.augment is not None or isinstance(method, HeadMethod):
             return self.augment or 0
         return method.augment if self.preset == "published" else 0
-
-    @property
-    def has_steps(self) -> bool:
-        return isinstance(find_method(self.uses), TunedMethod)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _beside(sheets: Sequence[Sheet], names: Names) -> list[str]:
 def _plots(drawn: Sequence[Drawn]) -> list[str]:
     if not drawn:
         return []
-    pictures = [f"![{in_markdown(one.caption)}](<{one.path.name}>)" for one in drawn]
+    pictures = [f"![{in_markdown(one.caption)}]({one.path.name})" for one in drawn]
     return ["## Plots", "", *(line for picture in pictures for line in (picture, ""))]
 
 

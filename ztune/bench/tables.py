@@ -123,7 +123,10 @@ def _lines(
     of_method: Callable[[str], list[Measured]],
     hand_written: list[Measured],
 ) -> dict[str, list[Measured]]:
-    return {HAND_WRITTEN: hand_written, **{method: of_method(method) for method in sheet.methods}}
+    """Return the figures of every row; a method that the plan asks for none of them has no row."""
+    lines = {method: of_method(method) for method in sheet.methods}
+    asked = {name: line for name, line in lines.items() if any(one.n_wanted for one in line)}
+    return {HAND_WRITTEN: hand_written, **asked}
 
 
 def _with_average(lines: Lines, columns: Sequence[str]) -> tuple[Lines, list[str], list[str]]:

@@ -253,11 +253,10 @@ class Preparation:
         self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan, own: bool
     ) -> Request:
         execution = self.plan.execution
-        tuned = method.has_steps
         table = find_method(method.uses)
-        config = tuned_config(table, method_config(table, method.settings, method.preset))
+        tuned = tuned_config(table, method_config(table, method.settings, method.preset))
         # Where no losses are compared there is no limit to go below.
-        gated = config is not None and config.finest is not None
+        gated = tuned is not None and tuned.finest is not None
         request = Request(
             str(bundle.path),
             str(task.source.root),
@@ -273,7 +272,7 @@ class Preparation:
             cache=str(self.out / "cache" / task.source.name / "tune"),
             augment=method.views,
             force=execution.force and gated,
-            snapshots=method.curve if own and tuned else 0,
+            snapshots=method.curve if own and tuned is not None else 0,
             settings=method.settings,
         )
         try:

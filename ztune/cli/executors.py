@@ -7,6 +7,7 @@ is killed takes its task with it, which is then given to another: how often, wor
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,10 +60,8 @@ class Joblib:
 
         Raises: ConfigError where joblib is not installed.
         """
-        try:
-            import joblib  # noqa: F401
-        except ImportError:
-            raise ConfigError("--workers needs joblib: pip install 'ztune[joblib]'") from None
+        if importlib.util.find_spec("joblib") is None:
+            raise ConfigError("--workers needs joblib: pip install 'ztune[joblib]'")
         self.workers = workers
         self._settings = settings
 
