@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, remote, remote_ways, scaling, speed
+from benchmarks import gpu, harness, remote, remote_ways, scaling, speed
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.remote_ways import DOORS, WAYS, Counted, Door, Task, Way
@@ -275,3 +275,20 @@ def test_remote_document(tmp_path: Path) -> None:
     assert [row["requests"] for row in document["two_servers"]] == [[6, 4], [10, 10]]
     assert [row["most_by_the_cut"] for row in document["two_servers"]] == [10 / 6, 2]
     assert len(document["images"]) == 4
+
+
+def test_what_a_further_cell_of_a_bench_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 workers that take 10 s for 2 cells and 30 s for 42, a cell takes 1 s, 0.6 its own."""
+    question = harness.Question(MINI, "digits", None, shots=1, queries=1)
+    found = {2: {"seconds": 10.0, "own": 0.9}, 42: {"seconds": 30.0, "own": 0.6}}
+    monkeypatch.setattr(harness, "carried_out", lambda _question, _way, _method, n: found[n])
+    row = harness.measured(question, "joblib", "gda", 2, 42, repeats=1)
+    assert row["worker_seconds_per_cell"] == 1.0
+    assert row["overhead_seconds_per_cell"] == 0.4
+
+
+def test_the_harness_carries_out_real_plans() -> None:
+    question = harness.Question(MINI, str(ROOT / "examples" / "digits"), None, shots=1, queries=1)
+    row = harness.measured(question, "serial", "lp++", 1, 2, repeats=1)
+    assert row["cells"] == [1, 2]
+    assert 0 < row["own_seconds_per_cell"] < row["seconds_many"]
