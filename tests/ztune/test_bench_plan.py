@@ -438,7 +438,8 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     assert document["plan"] == "a-plan.toml"
     assert document["models"] == {"small": {"bundle": "mini"}, "large": {"bundle": "large"}}
     found: Any = json.loads(written)
-    assert found["data"]["photos"] == {"template": "a photo of {}."}
+    assert found["data"]["photos"] == {"title": "photos", "template": "a photo of {}."}
+    assert found["data"]["food101"] == {"title": "Food101", "template": "a dish of {}"}
     assert found["methods"]["again"] == {
         "uses": "zip", "queries": 50, "preset": "published", "curve": 5, "augment": 3,
         "settings": {"rank": 2},

@@ -179,7 +179,13 @@ class Plan:
             "plan": self.path.name,
             "title": self.title,
             "models": {name: {"bundle": Path(bundle).name} for name, bundle in self.models.items()},
-            "data": {name: {"template": one.template} for name, one in self.data.items()},
+            "data": {
+                name: {
+                    "title": find_spec(name).title if one.path is None else name,
+                    "template": one.template,
+                }
+                for name, one in self.data.items()
+            },
             "methods": {name: as_json(one) for name, one in self.methods.items()},
             "protocols": [as_json(one) for one in self.protocols],
             "execution": as_json(self.execution),
