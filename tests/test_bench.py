@@ -61,6 +61,7 @@ N_CELLS = 12 + 6 + 4 + 4
 """Few-shot, base-to-new and the two transfers."""
 N_RUNS = 12 + 6 + 4
 """Transfers from one source share runs, and heads', which have no curve, few-shot's."""
+WORKERS: list[tuple[object, ...]] = [("--workers", 2), ("--workers", 2, "--ray", "local")]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_resuming_a_finished_bench_does_nothing(copied: Path, plan: Path, ztune:
     assert ended(copied) == before
 
 
-@pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--ray", "local")])
+@pytest.mark.parametrize("more", WORKERS)
 def test_workers_give_the_same_bytes(
     serial: Path, plan: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
@@ -265,7 +266,7 @@ def test_workers_give_the_same_bytes(
     assert artifacts(tmp_path / "out") == artifacts(serial)
 
 
-@pytest.mark.parametrize("more", [(), ("--workers", 2), ("--workers", 2, "--ray", "local")])
+@pytest.mark.parametrize("more", [(), *WORKERS])
 def test_a_killed_driver_loses_nothing(
     serial: Path,
     plan: Path,
@@ -294,7 +295,7 @@ def test_a_killed_driver_loses_nothing(
             assert one == recorded[one.cell]
 
 
-@pytest.mark.parametrize("more", [("--workers", 2), ("--workers", 2, "--ray", "local")])
+@pytest.mark.parametrize("more", WORKERS)
 def test_a_killed_worker_is_replaced(
     serial: Path,
     plan: Path,
