@@ -9,11 +9,11 @@ import pytest
 from tests.ztune.data_trees import TREES, put
 from tests.ztune.test_data_named import built, parquet_file, png
 from ztune.data import parquet
-from ztune.data.coop import CoopSplit, read_split
+from ztune.data.coop import CoopSplit
 from ztune.data.folders import Dataset
 from ztune.data.library import read_named
 from ztune.data.named import NAMED
-from ztune.data.sources import Lists, find_named, named_lists, read_source, source_lists
+from ztune.data.sources import Lists, find_named, named_lists, own_lists, read_source
 from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
 from ztune.errors import ConfigError, DataError, FormatError
 
@@ -27,8 +27,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def own(path: Path) -> Lists:
-    return source_lists(str(path), None)
+def meant(place: str, root: Path | None) -> Lists:
+    """Return the lists of what a word means."""
+    spec = find_named(place, root)
+    if spec is None:
+        return own_lists(Path(place))
+    assert root is not None
+    return named_lists(spec.name, root)
 
 
 def paths_of(split: CoopSplit) -> tuple[set[str], ...]:
@@ -45,28 +50,26 @@ def classes_below(root: Path, n: int, *names: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_the_lists_of_a_name_are_the_published_ones(here: Path, name: str) -> None:
     built(here, name)
-    lists, data, spec = source_lists(name, here), read_named(name, here), NAMED[name]
-    assert (lists.name, lists.title, lists.template) == (name, spec.title, spec.template)
+    lists, data, spec = meant(name, here), read_named(name, here), NAMED[name]
+    assert lists.template == spec.template
     assert lists.split == data.split
     assert lists.root == data.root
     assert lists.root.is_absolute()
-    assert lists == named_lists(name, here)
     drawn = spec.drawn and TREES[name].split is None
     assert [spec.title in remark for remark in lists.remarks] == [True] * drawn
 
 
 def test_the_root_becomes_absolute(here: Path) -> None:
     built(here / "all", "dtd")
-    lists = source_lists("DTD", Path("all"))
+    lists = meant("DTD", Path("all"))
     assert lists.root == here / "all" / "dtd" / "images"
-    assert lists.name == "dtd"
 
 
 def test_a_published_split_file_goes_without_a_remark(here: Path) -> None:
     folder = built(here, "dtd")
     read_named("dtd", here)
     (folder / NAMED["dtd"].own_split).rename(folder / NAMED["dtd"].splits[0])
-    assert source_lists("dtd", here).remarks == ()
+    assert meant("dtd", here).remarks == ()
 
 
 def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
@@ -77,7 +80,7 @@ def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
 def test_a_name_for_testing_only_is_not_tuned_on(here: Path) -> None:
     built(here, "imagenetr")
     assert len(read_source("imagenetr", here, tuned=False).pictures) == 4
-    assert source_lists("imagenetr", here).split.counts == {"train": 0, "val": 0, "test": 4}
+    assert meant("imagenetr", here).split.counts == {"train": 0, "val": 0, "test": 4}
     with pytest.raises(DataError, match=r"imagenetr.* no pictures to tune with, only to test on"):
         read_source("imagenetr", here)
 
@@ -87,11 +90,11 @@ def test_a_folder_that_may_not_be_written_stays_as_it_is(
 ) -> None:
     folder = built(here, "dtd")
     monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (folder, os.W_OK))
-    first = source_lists("dtd", here)
+    first = meant("dtd", here)
     assert not (folder / NAMED["dtd"].own_split).exists()
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert source_lists("dtd", here) == first
+    assert meant("dtd", here) == first
     assert (folder / NAMED["dtd"].own_split).exists()
 
 
@@ -109,15 +112,14 @@ def test_a_name_that_is_also_a_path(here: Path) -> None:
     classes_below(here / "dtd", 10, "a", "b")
     for root in (None, here / "all", here / "none"):
         with pytest.raises(ConfigError, match=r'name of a data set and a path here .write "./dtd"'):
-            source_lists("dtd", root)
-    assert source_lists("./dtd", here / "all").name == "dtd"
-    assert source_lists("./dtd", here / "all").root == here / "dtd"
+            meant("dtd", root)
+    assert meant("./dtd", here / "all").root == here / "dtd"
     assert named_lists("dtd", here / "all").root == here / "all" / "dtd" / "images"
 
 
 def test_the_folder_of_the_name_itself_is_no_other_path(here: Path) -> None:
     built(here, "dtd")
-    assert source_lists("dtd", Path()).split == read_named("dtd", here).split
+    assert meant("dtd", Path()).split == read_named("dtd", here).split
 
 
 @pytest.mark.parametrize(
@@ -138,16 +140,16 @@ def test_words_that_mean_nothing(
     here: Path, place: str, root: str | None, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        source_lists(place, None if root is None else Path(root))
+        meant(place, None if root is None else Path(root))
 
 
 def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
     built(here, "dtd")
     (here / "names.tsv").write_text("a\tcat\nb\tdog\n")
     with pytest.raises(ConfigError, match="brings its class names; leave out --names"):
-        source_lists("dtd", here, Path("names.tsv"))
+        read_source("dtd", here, Path("names.tsv"))
     classes_below(here / "mine", 10, "a", "b")
-    lists = source_lists("mine", None, Path("names.tsv"))
+    lists = own_lists(Path("mine"), Path("names.tsv"))
     assert lists.split.classes == {0: "cat", 1: "dog"}
 
 
@@ -157,10 +159,10 @@ def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
 def test_class_folders_are_divided_as_coop_does(here: Path) -> None:
     classes_below(here / "mine", 10, "b", "a_c")
     (here / "mine" / "a_c" / "note.txt").touch()
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
     assert lists.split.classes == {0: "a c", 1: "b"}
-    assert (lists.name, lists.title, lists.template) == ("mine", "mine", "a photo of a {}.")
+    assert lists.template == "a photo of a {}."
     assert lists.root == here / "mine"
     assert "has no test pictures: every class is divided into 50 % train" in lists.remarks[0]
     assert lists.remarks[1] == "files that are no pictures of a class, left alone: 1"
@@ -170,13 +172,13 @@ def test_class_folders_are_divided_as_coop_does(here: Path) -> None:
     for name in ("b", "a_c"):
         for i in reversed(range(10)):
             put(here / "again", [f"{name}/{i:02}.jpg"])
-    assert own(here / "again").split == lists.split
+    assert own_lists(here / "again").split == lists.split
 
 
 def test_given_parts_stay(here: Path) -> None:
     for part in ("train", "val", "test"):
         classes_below(here / "mine" / part, 2, "a", "b")
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.remarks == ()
     assert [item.path for item in lists.split.val] == [
         "val/a/00.jpg", "val/a/01.jpg", "val/b/00.jpg", "val/b/01.jpg",
@@ -187,7 +189,7 @@ def test_given_parts_stay(here: Path) -> None:
 def test_a_fifth_validates_where_there_is_no_val(here: Path) -> None:
     classes_below(here / "mine" / "train", 10, "a", "b")
     classes_below(here / "mine" / "test", 3, "a", "b")
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.split.counts == {"train": 16, "val": 4, "test": 6}
     assert sorted(item.label for item in lists.split.val) == [0, 0, 1, 1]
     train, val, test = paths_of(lists.split)
@@ -195,20 +197,20 @@ def test_a_fifth_validates_where_there_is_no_val(here: Path) -> None:
     assert test == {f"test/{name}/{i:02}.jpg" for name in "ab" for i in range(3)}
     assert len(lists.remarks) == 1
     assert "a fifth of every class's train pictures validates" in lists.remarks[0]
-    assert own(here / "mine") == lists
+    assert own_lists(here / "mine") == lists
 
 
 def test_train_and_val_without_test_are_divided_together(here: Path) -> None:
     classes_below(here / "mine" / "train", 8, "a", "b")
     classes_below(here / "mine" / "val", 2, "a", "b")
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
     assert "every class (its train and val together) is divided" in lists.remarks[0]
 
 
 def test_a_test_list_alone_is_enough_to_score_on(here: Path) -> None:
     classes_below(here / "mine" / "test", 3, "a", "b")
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.split.counts == {"train": 0, "val": 0, "test": 6}
     assert lists.remarks == ()
     assert len(read_source("mine", None, tuned=False).pictures) == 6
@@ -216,7 +218,7 @@ def test_a_test_list_alone_is_enough_to_score_on(here: Path) -> None:
         read_source("mine", None)
     classes_below(here / "mine" / "val", 1, "a", "b")
     with pytest.raises(DataError, match="no train pictures"):
-        own(here / "mine")
+        own_lists(here / "mine")
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -224,28 +226,22 @@ def test_too_few_to_divide(here: Path, n: int) -> None:
     classes_below(here / "mine", 10, "a", "b")
     classes_below(here / "mine", n, "c")
     with pytest.raises(DataError, match=rf'mine": class "c" has {n} pictures, too few for train'):
-        own(here / "mine")
+        own_lists(here / "mine")
     classes_below(here / "other" / "train", n, "a", "b")
     classes_below(here / "other" / "test", n, "a", "b")
     with pytest.raises(DataError, match=rf'class "a" has {n} pictures, too few for train and val'):
-        own(here / "other")
+        own_lists(here / "other")
 
 
 def test_a_manifest(here: Path) -> None:
     classes_below(here / "p", 10, "a", "b")
     rows = [{"path": f"p/{name}/{i:02}.jpg", "label": name} for i in range(10) for name in "ba"]
     (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lists = own(here / "mine.jsonl")
-    assert (lists.name, lists.root) == ("mine", here)
+    lists = own_lists(here / "mine.jsonl")
+    assert lists.root == here
     assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
     (here / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    assert own(here / "other.jsonl").split == lists.split
-
-
-def test_lists_are_saved_in_the_published_form(here: Path) -> None:
-    classes_below(here / "mine", 10, "a", "b")
-    lists = source_lists("mine", None, save=here / "split.json")
-    assert read_split(here / "split.json") == lists.split
+    assert own_lists(here / "other.jsonl").split == lists.split
 
 
 # Parquet
@@ -262,14 +258,14 @@ def parquet_folder(folder: Path) -> list[tuple[bytes, int]]:
 def test_a_folder_of_parquet_files(here: Path) -> None:
     rows = parquet_folder(here / "mine")
     (here / "mine" / ".cache").mkdir()
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     extracted = here / "mine" / parquet.EXTRACTED
-    assert (lists.name, lists.root) == ("mine", extracted)
+    assert lists.root == extracted
     assert lists.split.counts == {"train": 8, "val": 2, "test": 4}
     assert lists.split.classes == {0: "banded", 1: "zig zagged"}
     tested = [((extracted / item.path).read_bytes(), item.label) for item in lists.split.test]
     assert tested == rows[10:]
-    assert own(here / "mine") == lists
+    assert own_lists(here / "mine") == lists
     dataset = read_source(str(here / "mine"), None)
     assert len(dataset.pictures) == 14
     assert dataset.root == extracted
@@ -278,7 +274,7 @@ def test_a_folder_of_parquet_files(here: Path) -> None:
 def test_parquet_files_beside_class_folders_are_left_alone(here: Path) -> None:
     classes_below(here / "mine", 10, "a", "b")
     put(here / "mine", ["features.parquet"])
-    lists = own(here / "mine")
+    lists = own_lists(here / "mine")
     assert lists.split.classes == {0: "a", 1: "b"}
     assert "left alone: 1" in lists.remarks[1]
     assert not (here / "mine" / parquet.EXTRACTED).exists()
@@ -357,7 +353,7 @@ def test_copies_in_ones_own_are_refused(published: tuple[Dataset, list[str]]) ->
         make_split(*published, SplitSettings(3, n_val=1))
 
 
-def test_a_published_set_without_copies_is_divided_as_ones_own(here: Path) -> None:
+def test_a_published_set_without_copies_is_divided_as_ones_own_lists(here: Path) -> None:
     for part in ("train", "val", "test"):
         classes_below(here / "mine" / part, 6, "a", "b")
     dataset = read_source("mine", None)

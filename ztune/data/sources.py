@@ -1,7 +1,7 @@
 """Where pictures come from: a data set known by name below a root, or a path to one's own.
 
-    lists = source_lists("dtd", Path("/data"))      # the published lists
-    lists = source_lists("./photos", None)          # one's own, divided where they are not
+    lists = named_lists("dtd", Path("/data"))       # the published lists
+    lists = own_lists(Path("photos"))               # one's own, divided where they are not
     dataset = read_source("dtd", Path("/data"))     # as tuning takes pictures
 
 One's own are class folders, folders train, val and test, a manifest (folders.py), or a folder with
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.data import parquet
-from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val, write_split
+from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val
 from ztune.data.folders import Dataset, read_dataset
 from ztune.data.library import SEED, NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
@@ -32,10 +32,6 @@ _HELD_OUT = 0.2  # of every class, to validate on
 class Lists:
     """The pictures of a data set by what they are for."""
 
-    name: str
-    """The known name, or that of the folder or manifest."""
-    title: str
-    """As the papers write it, or the name."""
     root: Path
     """Absolute; what paths of the split are relative to."""
     split: CoopSplit
@@ -45,34 +41,33 @@ class Lists:
     """What the user should be told, one line each."""
 
 
-def source_lists(
-    place: str, root: Path | None, names: Path | None = None, save: Path | None = None
-) -> Lists:
-    """Return the lists of a data set by name, which lies below `root`, or by path.
-
-    One's own pictures are divided where no list says what they are for; the same pictures give the
-    same lists. `names` is a names file for one's own classes. The lists are written to the file
-    `save`, in the form of the published ones.
-
-    Raises: ConfigError when it is not clear what is meant; DataError when the data cannot be used.
-    """
-    spec = find_named(place, root)
-    if spec is None:
-        lists = _own_lists(Path(place), names)
-    else:
-        assert root is not None
-        lists = _published_lists(_read_named(spec, root, names))
-    if save is not None:
-        write_split(save, lists.split)
-    return lists
-
-
 def named_lists(name: str, root: Path) -> Lists:
-    """Return the lists of a data set by name, whatever paths there are of that name.
+    """Return the published lists of a data set by name, which lies below `root`.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
-    return _published_lists(_read_named(find_spec(name), root, None))
+    data = _read_named(find_spec(name), root, None)
+    spec, remarks = data.spec, []
+    if spec.drawn and (data.source is None or data.source.name == spec.own_split):
+        remarks.append(
+            f"{spec.title} has no published split file here, so its train, val and test are drawn "
+            "by ztune"
+        )
+    return Lists(data.root.resolve(), data.split, spec.template, tuple(remarks))
+
+
+def own_lists(path: Path, names: Path | None = None) -> Lists:
+    """Return the lists of one's own pictures, divided where nothing says what they are for.
+
+    The same pictures give the same lists. `names` is a names file for their classes.
+
+    Raises: DataError when the data cannot be used.
+    """
+    dataset = read_dataset(_listed(path), names, tuned=False)
+    split, remarks = _divided(dataset, f'data "{path}"')
+    if dataset.ignored:
+        remarks.append(f"files that are no pictures of a class, left alone: {dataset.ignored}")
+    return Lists(dataset.root.resolve(), split, TEMPLATE, tuple(remarks))
 
 
 def read_source(
@@ -143,27 +138,6 @@ def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
     if names is not None:
         raise ConfigError(f'data set "{spec.name}" brings its class names; leave out --names')
     return read_named(spec.name, root, save=os.access(data_folder(spec, root), os.W_OK))
-
-
-def _published_lists(data: NamedData) -> Lists:
-    spec, remarks = data.spec, []
-    if spec.drawn and (data.source is None or data.source.name == spec.own_split):
-        remarks.append(
-            f"{spec.title} has no published split file here, so its train, val and test are drawn "
-            "by ztune"
-        )
-    root = data.root.resolve()
-    return Lists(spec.name, spec.title, root, data.split, spec.template, tuple(remarks))
-
-
-def _own_lists(path: Path, names: Path | None) -> Lists:
-    dataset = read_dataset(_listed(path), names, tuned=False)
-    split, remarks = _divided(dataset, f'data "{path}"')
-    if dataset.ignored:
-        remarks.append(f"files that are no pictures of a class, left alone: {dataset.ignored}")
-    place = path.resolve()
-    name = place.name if place.is_dir() else place.stem
-    return Lists(name, name, dataset.root.resolve(), split, TEMPLATE, tuple(remarks))
 
 
 def _listed(path: Path) -> Path:
