@@ -45,11 +45,17 @@ class Part:
     name: str
     """test, base or new; a data set's name where it is not the source."""
     source: Source
-    items: tuple[Item, ...]
+    lists: CoopSplit
+    """All that there is of its classes; only `test` is scored."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return self.lists.test
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return classes_of(self.items)
+        """The classes that a picture may be taken for, those without test pictures included."""
+        return classes_of([item for _, item in self.lists])
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,16 @@ def task_of(
     if protocol == "base-to-new":
         base, new = base_and_new(drawn)
         drawn = base
-        parts = [Part("base", source, base.test), Part("new", source, new.test)]
+        parts = [Part("base", source, base), Part("new", source, new)]
     elif protocol == "few-shot":
-        parts = [Part("test", source, drawn.test)]
+        parts = [Part("test", source, drawn)]
     else:
-        parts = [Part(target.name, target, target.lists.test) for target in targets]
+        parts = [Part(target.name, target, target.lists) for target in targets]
     for part in parts:
-        if len(part.classes) < 2:
+        if (n := len(classes_of(part.items))) < 2:
             raise DataError(
-                f'data set "{part.source.name}" has pictures of {len(part.classes)} class(es) to '
-                f"test {part.name} on, at least 2 are needed"
+                f'data set "{part.source.name}" has pictures of {n} class(es) to test {part.name} '
+                "on, at least 2 are needed"
             )
     return Task(protocol, source, shots, seed, CoopSplit(drawn.train, drawn.val), tuple(parts))
 
@@ -113,12 +119,11 @@ def remarks_on(task: Task) -> list[str]:
         )
     if not task.drawn.val:
         remarks.append("no validation pictures: heads take their settings from the shots")
-    if task.protocol not in TRANSFERS:
-        first = task.parts[0]
-        if untested := sorted(set(task.classes) - set(first.classes)):
+    for part in task.parts:
+        if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
             remarks.append(
-                f"{len(untested)} class(es) have no pictures to test {first.name} on, and are no "
+                f"{len(untested)} class(es) have no pictures to test {part.name} on, and are wrong "
                 f"answers there: {named}"
             )
     if task.protocol == "out-of-distribution":
