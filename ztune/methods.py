@@ -147,7 +147,7 @@ METHODS: dict[str, Method] = {
         HeadMethod(
             "tip-adapter",
             "a cache of the training features beside zero-shot, training-free",
-            "Zhang et al., ECCV 2022 (arXiv 2111.03930)",
+            "Zhang et al., ECCV 2022 (arXiv 2207.09519)",
             TipConfig,
             fit_tip,
         ),

@@ -1,7 +1,7 @@
 """Tip-Adapter without training: remembered pictures vote beside the zero-shot logits.
 
 Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
-ECCV 2022, arXiv 2111.03930.
+ECCV 2022, arXiv 2207.09519.
 """
 
 from __future__ import annotations
