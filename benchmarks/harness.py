@@ -63,7 +63,9 @@ def carried_out(question: Question, way: str, method: str, n_seeds: int) -> dict
         root = ["--root", question.root] if question.root else []
         command = [sys.executable, "-m", "ztune.cli.main", "bench", plan, "--out", out, "--quiet"]
         finished = run_alone([*command, *root, *WAYS[way][1]])
-        outcomes = [one.outcome for one in Store.existing(out / "results.sqlite").results()]
+        outcomes = [
+            one.outcome for one in Store.existing(out / "results.sqlite").view("plan").results
+        ]
     own = statistics.fmean(outcome.seconds for outcome in outcomes if outcome is not None)
     return {"seconds": finished.seconds, "own": own}
 

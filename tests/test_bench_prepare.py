@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI
 from tests.ztune.data_trees import lines
 from tests.ztune.test_data_named import built, png
 from ztune.bench.cells import Cell
 from ztune.bench.plan import read_plan
-from ztune.cli.bench_jobs import Job, PictureList
 from ztune.cli.bench_prepare import Only, Preparation, Prepared, encodings
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
@@ -81,9 +81,10 @@ def prepare(tmp_path: Path) -> Prepare:
         path = tmp_path / f"plan-{n}.toml"
         path.write_text(text)
         out = out or tmp_path / f"out-{n}"
-        out.mkdir(exist_ok=True)
         said = output or Output(quiet=True, warnings=[])
-        return Preparation(read_plan(path), root, out, provider, said).prepare()
+        prepared = Preparation(read_plan(path), root, out, provider, said).prepare()
+        assert not out.exists(), "whoever prepares writes nothing"
+        return prepared
 
     return call
 
@@ -94,21 +95,21 @@ def few_shot(data: Path, **changes: object) -> str:
 
 
 def key_of_one(prepared: Prepared) -> str:
-    (key,) = prepared.cells
+    (key,) = prepared.cells.values()
     (job,) = prepared.jobs
     assert [cell.key for cell in job.cells] == [key]
     return key
 
 
 def keys_by_name(prepared: Prepared) -> dict[str, str]:
-    return {str(cell): key for key, cell in prepared.cells.items()}
+    return {str(cell): key for cell, key in prepared.cells.items()}
 
 
 def file_of(prepared: Prepared, role: str) -> Path:
     """Return the first picture that a plan of one cell uses so."""
     (job,) = prepared.jobs
     if role == "test":
-        return PictureList.read(job.cells[0].parts[0].list_file).items[0][0]
+        return prepared.lists[job.cells[0].parts[0].list_file].items[0][0]
     return job.split.file(next(e for e in job.split.entries if e.role == role))
 
 
@@ -219,7 +220,7 @@ def test_a_key_changes_with_a_test_picture_and_the_run_does_not(
     after = prepare(few_shot(manifest))
     assert key_of_one(after) != key_of_one(before)
     assert after.jobs[0].run == before.jobs[0].run
-    assert len(PictureList.read(after.jobs[0].cells[0].parts[0].list_file).paths) == 16
+    assert len(after.lists[after.jobs[0].cells[0].parts[0].list_file].paths) == 16
 
 
 def test_a_key_changes_with_a_class_name(data: Path, prepare: Prepare) -> None:
@@ -241,7 +242,7 @@ def test_a_target_and_its_template_are_part_of_a_transfers_key(
         with picture.open("ab") as file:
             file.write(b" ")
     ways = [prepare(transfers(data, *way)) for way in ((data, "{}"), (data, "a {}"), (other, "{}"))]
-    assert len({key for way in ways for key in way.cells}) == 3 * 2
+    assert len({key for way in ways for key in way.cells.values()}) == 3 * 2
     assert len({job.run for way in ways for job in way.jobs}) == 1, "what is tuned is the same"
 
 
@@ -326,7 +327,7 @@ def test_a_key_does_not_change_with_other_cells_and_their_order(
     assert one.items() < keys_by_name(many).items()
     assert {job.run for job in many.jobs} == {job.run for job in turned.jobs}
     # In the plan's order: seed by seed, and in it shots by shots.
-    assert [(c.seed, c.shots, c.method) for c in many.cells.values()] == [
+    assert [(c.seed, c.shots, c.method) for c in many.cells] == [
         (seed, shots, method) for seed in (1, 2) for shots in (1, 2) for method in ("zip", "gda")
     ]
 
@@ -355,8 +356,7 @@ def test_transfers_of_one_source_share_a_run(data: Path, prepare: Prepare) -> No
     (job,) = prepared.jobs
     assert [cell.cell.protocol for cell in job.cells] == ["cross-data-set", "out-of-distribution"]
     assert len(prepared.cells) == 2
-    assert [cell.key for cell in job.cells] == list(prepared.cells)
-    assert job.request.snapshots == 0, "a curve on the source's test pictures is no transfer"
+    assert [cell.key for cell in job.cells] == list(prepared.cells.values())
     assert not any(cell.curve for cell in job.cells)
     for cell in job.cells:
         (part,) = cell.parts
@@ -367,9 +367,11 @@ def test_transfers_of_one_source_share_a_run(data: Path, prepare: Prepare) -> No
 def test_labels_of_one_configuration_share_a_run(data: Path, prepare: Prepare) -> None:
     text = few_shot(data).replace("[[", 'again = { uses = "zip", settings = { rank = 2 } }\n[[', 1)
     text = text.replace('methods = ["zip"]', 'methods = ["zip", "again"]')
-    (job,) = prepare(text).jobs
-    assert [cell.cell.method for cell in job.cells] == ["zip", "again"]
-    assert len({cell.key for cell in job.cells}) == 2
+    prepared = prepare(text)
+    (job,) = prepared.jobs
+    assert [cell.cell.method for cell in job.cells] == ["zip"]
+    assert set(prepared.cells.values()) == {job.cells[0].key}
+    assert [cell.method for cell in prepared.cells] == ["zip", "again"]
 
 
 def test_every_job_is_what_its_cells_are_called(data: Path, prepare: Prepare) -> None:
@@ -379,10 +381,10 @@ def test_every_job_is_what_its_cells_are_called(data: Path, prepare: Prepare) ->
     )  # fmt: skip
     prepared = prepare(text)
     assert len(prepared.jobs) == 8
-    found: dict[str, Cell] = {}
+    found: dict[Cell, str] = {}
     for job in prepared.jobs:
         for one in job.cells:
-            found[one.key] = one.cell
+            found[one.cell] = one.key
             request = job.request
             assert (one.cell.method, one.cell.shots, one.cell.seed) == (
                 request.method, request.shots, request.seed,
@@ -448,7 +450,7 @@ def test_copies_are_counted_and_kept(
     (warning,) = warnings
     assert warning.startswith("digits, test: 2 of the pictures to test on equal one that is tuned")
     (job,) = prepared.jobs
-    pictures = PictureList.read(job.cells[0].parts[0].list_file)
+    pictures = prepared.lists[job.cells[0].parts[0].list_file]
     assert len(pictures.paths) == 15, "they stay"
     assert len(job.split.entries) == len(plain.jobs[0].split.entries)
     tuned_on = {entry.sha256 for entry in job.split.entries}
@@ -511,7 +513,7 @@ def test_a_data_set_by_name_is_found_below_the_root(prepare: Prepare, tmp_path: 
     assert job.request.templates == ("{} texture.",), "the published one"
     own = prepare(text.replace("dtd = {}", 'dtd = { template = "a {}" }'), root=tmp_path / "all")
     assert own.jobs[0].request.templates == ("a {}",)
-    assert own.cells.keys() != prepared.cells.keys()
+    assert key_of_one(own) != key_of_one(prepared)
 
 
 def test_a_data_set_by_name_needs_a_root(
@@ -604,14 +606,14 @@ def test_a_part_of_one_class_stops_the_plan(data: Path, prepare: Prepare) -> Non
 # What is encoded
 
 
-def pictures_of(jobs: tuple[Job, ...]) -> tuple[set[str], set[str]]:
+def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
     """Return the digests that the jobs tune with as they are, and test on."""
     tuned, tested = set(), set()
-    for job in jobs:
+    for job in prepared.jobs:
         tuned |= {e.sha256 for e in job.split.entries if e.role == "val" or not job.request.augment}
         for cell in job.cells:
             for part in cell.parts:
-                tested |= set(PictureList.read(part.list_file).digests)
+                tested |= set(prepared.lists[part.list_file].digests)
     return tuned, tested
 
 
@@ -623,14 +625,14 @@ def test_every_picture_is_encoded_once(
         '[[protocols]]\nkind = "few-shot"\nmethods = ["zip"]\nshots = [3]\nseeds = [9]\n'
     )
     prepared = prepare(text, out=out)
-    monkeypatch.setattr("ztune.cli.bench_prepare._ENCODED_AT_ONCE", 7)
-    tasks = encodings(prepared.jobs, {str(MINI): "the small one"})
-    assert {task.model for task in tasks} == {"the small one"}
+    monkeypatch.setattr("ztune.cli.bench_prepare._LEAST_ENCODED", 7)
+    tasks = encodings(prepared.jobs, prepared.lists)
+    assert {task.bundle_digest for task in tasks} == {load_bundle(MINI).digest}
     assert {task.bundle for task in tasks} == {MINI}
     assert {task.cache for task in tasks} == {
         out / "cache" / "digits" / n for n in ("tune", "test")
     }
-    tuned, tested = pictures_of(prepared.jobs)
+    tuned, tested = pictures_of(prepared)
     for cache, wanted in (("tune", tuned), ("test", tested)):
         parts = [task.items for task in tasks if task.cache.name == cache]
         digests = [digest for items in parts for _, digest in items]
@@ -648,7 +650,8 @@ def test_targets_are_encoded_in_the_plans_order(data: Path, prepare: Prepare) ->
     text = HEAD.format(**{**USUAL, "data": data}).replace("[methods]", targets + "[methods]")
     listed = ", ".join(f'"{name}"' for name in names)
     text += f'[[protocols]]\nkind = "cross-data-set"\nsource = "digits"\ntargets = [{listed}]\n'
-    tasks = encodings(prepare(text).jobs, {str(MINI): "mini"})
+    prepared = prepare(text)
+    tasks = encodings(prepared.jobs, prepared.lists)
     assert [task.cache.parent.name for task in tasks] == ["digits", *names]
 
 
@@ -657,7 +660,7 @@ def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
     prepared = prepare(few_shot(data, preset="published"))
     digests = {
         digest
-        for task in encodings(prepared.jobs, {str(MINI): "mini"})
+        for task in encodings(prepared.jobs, prepared.lists)
         if task.cache.name == "tune"
         for _, digest in task.items
     }
@@ -665,7 +668,9 @@ def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
     assert digests == {entry.sha256 for entry in job.split.entries_of("val")}
 
 
-def test_tasks_are_of_512_pictures_at_most(prepare: Prepare, tmp_path: Path) -> None:
+def test_tasks_are_of_512_pictures_or_as_many_as_make_32_tasks(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "many"
     picture = png(5)
     for name in ("a", "b"):
@@ -678,17 +683,20 @@ def test_tasks_are_of_512_pictures_at_most(prepare: Prepare, tmp_path: Path) -> 
         for n in range(513):
             (root / "test" / name / f"{n}.png").write_bytes(picture + f"{name}{n}".encode())
     prepared = prepare(few_shot(root))
-    tasks = encodings(prepared.jobs, {str(MINI): "mini"})
+    tasks = encodings(prepared.jobs, prepared.lists)
     sizes: dict[str, list[int]] = {}
     for task in tasks:
         sizes.setdefault(task.cache.name, []).append(len(task.items))
     assert sizes == {"tune": [8], "test": [512, 512, 2]}
+    monkeypatch.setattr("ztune.cli.bench_prepare._MOST_ENCODINGS", 2)
+    few = [task for task in encodings(prepared.jobs, prepared.lists) if task.cache.name == "test"]
+    assert [len(task.items) for task in few] == [513, 513]
 
 
 def test_data_that_lie_twice_are_encoded_for_each_name(data: Path, prepare: Prepare) -> None:
     """Caches are by the name of the data set, so that one may be removed alone."""
     prepared = prepare(transfers(data, data))
-    tasks = encodings(prepared.jobs, {str(MINI): "mini"})
+    tasks = encodings(prepared.jobs, prepared.lists)
     caches: list[Any] = [task.cache.relative_to(task.cache.parents[1]).as_posix() for task in tasks]
     assert sorted(caches) == ["again/test", "digits/tune"]
     assert encodings((), {}) == []

@@ -9,6 +9,8 @@ from ztune.bench.store import Store
 from ztune.config import as_json
 from ztune.types import Json
 
+PLAN = "plan"
+"""What every store's plan is called."""
 OUTCOME = Outcome(
     uses="zip",
     config={"n_context": 8},
@@ -62,6 +64,11 @@ def score(part: str, accuracy: float | None, zero_shot: float) -> PartScore:
     return PartScore(part, 100, 10, zero_shot, zero_shot - 0.1, accuracy, of_classes)
 
 
+def digest_of(model: str) -> str:
+    """Return what stands for the digest of a model's bundle."""
+    return f"digest of {model}"
+
+
 def store_of(
     folder: Path,
     rows: Sequence[Row],
@@ -69,8 +76,12 @@ def store_of(
     title: str = "a title",
     uses: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
+    known_as: Mapping[str, str] | None = None,
 ) -> Store:
-    """Return a store of the rows' cells, wanted in their order."""
+    """Return a store of the rows' cells, wanted by PLAN in their order.
+
+    `data` is what is shown of data sets, `known_as` the known names that some of them are meant by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / "results.sqlite")
     session = store.begin(SESSION)
@@ -79,19 +90,24 @@ def store_of(
         for seed, found in enumerate(row.accuracy, start=1):
             cell = Cell(row.protocol, row.model, row.data, row.method, row.shots, seed)
             key = key_of(as_json(cell))
-            cells[key] = cell
+            cells[cell] = key
             if isinstance(found, str):
                 store.fail(key, cell, found, session)
             elif found is not None:
                 parts = found if isinstance(found, Mapping) else {"test": found}
                 scores = tuple(score(p, value, row.zero_shot) for p, value in parts.items())
                 store.finish(key, cell, replace(row.outcome, scores=scores), session)
-    plan: dict[str, Json] = {"title": title}
-    if uses is not None:
-        plan["methods"] = {label: {"uses": name} for label, name in uses.items()}
-    if data is not None:
-        plan["data"] = {name: {"title": shown} for name, shown in data.items()}
-    store.want(plan, cells)
+    shown, known = data or {}, known_as or {}
+    models, names = ({getattr(row, of): None for row in rows} for of in ("model", "data"))
+    document: dict[str, Json] = {
+        "title": title,
+        "models": {name: {"digest": digest_of(name)} for name in models},
+        "data": {
+            name: {"title": shown.get(name, name), "known_as": known.get(name)} for name in names
+        },
+        "methods": {label: {"uses": name} for label, name in (uses or {}).items()},
+    }
+    store.want(PLAN, document, cells)
     return store
 
 

@@ -431,15 +431,23 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     text = text.replace("bundles/large", f"{tmp_path}/bundles/large")
     plan = plan_of(tmp_path, text)
     assert str(tmp_path) in plan.models["large"]
-    document = plan.to_json()
+    digests = {"small": "12ab", "large": "34cd"}
+    document = plan.to_json(digests)
     written = json.dumps(document, allow_nan=False)
     assert str(tmp_path) not in written
     assert not re.search(r'"[^"]*/', written), "no path at all"
     assert document["plan"] == "a-plan.toml"
-    assert document["models"] == {"small": {"bundle": "mini"}, "large": {"bundle": "large"}}
+    assert document["models"] == {
+        "small": {"bundle": "mini", "digest": "12ab"},
+        "large": {"bundle": "large", "digest": "34cd"},
+    }
     found: Any = json.loads(written)
-    assert found["data"]["photos"] == {"title": "photos", "template": "a photo of {}."}
-    assert found["data"]["food101"] == {"title": "Food101", "template": "a dish of {}"}
+    assert found["data"]["photos"] == {
+        "title": "photos", "known_as": None, "template": "a photo of {}.",
+    }  # fmt: skip
+    assert found["data"]["food101"] == {
+        "title": "Food101", "known_as": "food101", "template": "a dish of {}",
+    }  # fmt: skip
     assert found["methods"]["again"] == {
         "uses": "zip", "queries": 50, "preset": "published", "curve": 5, "augment": 3,
         "settings": {"rank": 2},
@@ -450,12 +458,13 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     }  # fmt: skip
     # Where the plan lies does not matter to it.
     (tmp_path / "other").mkdir()
-    assert plan_of(tmp_path / "other", text).to_json() == document
+    assert plan_of(tmp_path / "other", text).to_json(digests) == document
 
 
 def test_models_may_take_the_places_of_its_own(tmp_path: Path) -> None:
     plan = replace(plan_of(tmp_path, FULL), models={"mine": str(tmp_path / "secret" / "mine")})
-    assert plan.to_json()["models"] == {"mine": {"bundle": "mine"}}
+    found = plan.to_json({"mine": "56ef"})["models"]
+    assert found == {"mine": {"bundle": "mine", "digest": "56ef"}}
 
 
 # The plans that are shipped

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ztune.bench_results import OUTCOME, Row, curve, store_of
+from tests.ztune.bench_results import OUTCOME, PLAN, Row, curve, digest_of, store_of
 from ztune.bench import figures
+from ztune.bench.cells import key_of
 from ztune.bench.figures import styles_of
-from ztune.bench.render import as_latex, as_markdown
+from ztune.bench.render import as_latex, as_markdown, in_markdown
 from ztune.bench.report import write_report
-from ztune.bench.store import Store
 from ztune.bench.summary import Names
 from ztune.bench.tables import Table, Word
-from ztune.errors import FormatError
+from ztune.config import as_json
 from ztune.methods import METHODS
 from ztune.report_compare import N_LOOKS, Level, Line
 
@@ -37,7 +37,7 @@ MIXED = (
 
 def report(folder: Path, rows: Sequence[Row], **plan: Any) -> tuple[str, list[Path]]:
     """Return report.md and all files."""
-    files = write_report(store_of(folder, rows, **plan), folder / "report")
+    files = write_report(store_of(folder, rows, **plan).view(PLAN), folder / "report")
     assert files[0] == folder / "report" / "report.md"
     assert all(path.is_file() for path in files)
     return files[0].read_text(), files
@@ -61,21 +61,27 @@ def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
 
 def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
     store = store_of(tmp_path, MIXED)
-    first = store.sessions()[1].values
-    store.begin({**first, "began": "2026-02-04T00:00:00"})
-    store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
-    store.want({"title": "less"}, {"k": store.results()[0].cell})
-    text = write_report(store, tmp_path / "report")[0].read_text()
+    view = store.view(PLAN)
+    first = view.sessions[1].values
+    alike_too = store.begin({**first, "began": "2026-02-04T00:00:00"})
+    other = store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
+    store.begin({**first, "began": "2026-02-06T00:00:00"})  # found nothing to do
+    cells = [result.cell for result in view.results[:3]]
+    store.want(PLAN, {"title": "less"}, dict(zip(cells, "klm", strict=True)))
+    for cell, key, session in zip(cells, "klm", (1, alike_too, other), strict=True):
+        store.finish(key, cell, OUTCOME, session)
+    text = write_report(store.view(PLAN), tmp_path / "report")[0].read_text()
     lines = text[text.index("## Circumstances") :].splitlines()
-    assert "- 6 results of earlier plans left out." in lines
+    assert "- Left out: 6 results that no plan has." in lines
     (alike,) = [line for line in lines if "2026-02-03" in line]
-    assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (0 cells of this report)")
+    assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (2 cells of this report)")
     for words in (
         "`ztune bench plan.toml --out out`", "2 workers (process)", "provider cpu",
         "commit 0123abc", "processor a processor, cores 4", "ztune 0.1.0, numpy 2.0",
     ):  # fmt: skip
         assert words in alike
     assert any(line.endswith(": `` a `b` ``.") and "2026-02-05" in line for line in lines)
+    assert not any("2026-02-06" in line for line in lines)
 
 
 def test_a_report_of_nothing_yet_is_a_report(tmp_path: Path) -> None:
@@ -87,14 +93,21 @@ def test_a_report_of_nothing_yet_is_a_report(tmp_path: Path) -> None:
     assert table_rows(tmp_path, "tables.csv") == []
 
 
-def test_without_a_plan_there_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no plan"):
-        write_report(Store(tmp_path / "results.sqlite"), tmp_path / "report")
+def test_a_report_is_of_one_plan(tmp_path: Path) -> None:
+    store = store_of(tmp_path, MIXED)
+    cell = store.view(PLAN).results[-1].cell
+    key = key_of(as_json(cell))
+    # Two cells may be the same but for what the plan calls them, and share a result.
+    store.want("other", {"title": "other"}, {cell: key, replace(cell, method="again"): key})
+    text = write_report(store.view("other"), tmp_path / "report")[0].read_text()
+    assert text.startswith("# other\n\n2 of 2 cells finished.\n")
+    assert "Left out" not in text
+    assert [row["method"] for row in table_rows(tmp_path, "cells.csv")] == ["zip", "again"]
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
     text, _ = report(tmp_path, [Row("mine", "Textures", (0.5,))], uses={"mine": "zip"},
-                     data={"Textures": "DTD"})  # fmt: skip
+                     known_as={"Textures": "dtd"})  # fmt: skip
     beside = text[text.index("## Beside the papers") :]
     ours = next(line for line in beside.splitlines() if line.startswith("| mine | DTD |"))
     assert "| 47.8 | ViT-B/16 | 5,000 queries | 50.0 | clip | 100 | +2.2 |" in ours
@@ -103,8 +116,8 @@ def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
 
 def test_tables_csv_has_a_row_per_part(tmp_path: Path) -> None:
     store = store_of(tmp_path, MIXED, uses={"zip": "zip", "gda": "gda"})
-    store.add_pass("clip", 100, 2.5)
-    write_report(store, tmp_path / "report")
+    store.add_pass(digest_of("clip"), 100, 2.5)
+    write_report(store.view(PLAN), tmp_path / "report")
     rows = table_rows(tmp_path, "tables.csv")
     assert [(row["protocol"], row["method"], row["part"]) for row in rows] == [
         ("few-shot", "zip", "test"), ("few-shot", "gda", "test"),
@@ -124,6 +137,15 @@ def test_tables_csv_has_a_row_per_part(tmp_path: Path) -> None:
     assert float(first["seconds_mean"]) == pytest.approx(10 + 40 * 0.025)
     assert float(rows[4]["accuracy_mean"]) == pytest.approx(0.64 / 1.2)
     assert rows[6]["accuracy_mean"] == ""
+
+
+def test_what_encoding_takes_is_found_by_the_bundle_of_a_model(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [Row("zip", "dtd", (0.5,), model=one) for one in ("clip", "other")])
+    store.add_pass(digest_of("clip"), 100, 2.5)
+    store.add_pass("other", 100, 2.5)  # a bundle of another plan, whatever it is called here
+    write_report(store.view(PLAN), tmp_path / "report")
+    seconds = {row["model"]: row["seconds_alone"] for row in table_rows(tmp_path, "cells.csv")}
+    assert seconds == {"clip": "11.0", "other": "10.0"}
 
 
 def test_cells_csv_has_a_row_per_cell(tmp_path: Path) -> None:
@@ -165,10 +187,23 @@ def test_latex_is_escaped_and_as_wide_as_it_says(tmp_path: Path) -> None:
 
 def test_markdown_shows_names_as_they_are() -> None:
     lines = as_markdown(NASTY, 3)
-    assert lines[0] == r"### 50% of $x$ & y_z #1 {a} \\b ~c ^d"
-    assert lines[4] == r"| \[x]\*\\_{} | **62.0 ± 2.0** |"
+    assert lines[0] == r"### 50% of \$x\$ \& y_z #1 {a} \\b \~c ^d"
+    assert lines[4] == r"| \[x]\*\\\_{} | **62.0 ± 2.0** |"
     assert lines[5] == r"| a\|b\`c | – |"
     assert lines[7] == "- a note of two lines"
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("_b_ and __b__", r"\_b\_ and \_\_b\_\_"),
+        ("sharpzo_long_é_1", "sharpzo_long_é_1"),
+        ("a_(b)_c", r"a\_(b)\_c"),
+        ("&amp; ~~x~~ $x$ <b>", r"\&amp; \~\~x\~\~ \$x\$ \<b>"),
+    ],
+)
+def test_markdown_of_a_text_shows_it(text: str, written: str) -> None:
+    assert in_markdown(text) == written
 
 
 def tracked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
@@ -198,8 +233,8 @@ def test_accuracy_is_drawn_against_what_it_cost(
             Row("gda", "dtd", (0.7,), outcome=replace(OUTCOME, queries=0)),
         ],
     )
-    store.add_pass("clip", 10, 1.0)
-    files = write_report(store, tmp_path / "report")
+    store.add_pass(digest_of("clip"), 10, 1.0)
+    files = write_report(store.view(PLAN), tmp_path / "report")
     assert [path.name for path in files[4:]] == [
         "accuracy-shots.png", "accuracy-queries.png", "accuracy-seconds.png",
     ]  # fmt: skip
@@ -237,6 +272,20 @@ def test_accuracy_over_shots_is_drawn_by_model_and_data_set(
     assert panels[0].hand_written == 0.5
 
 
+def test_no_plot_is_written_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = tracked(monkeypatch)
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
+    data = ("d_x", "d x", "D x", "d_x-2")
+    _, files = report(tmp_path, [Row("zip", one, (0.5,), outcome=steps) for one in data])
+    ends = ("d_x", "d_x-2", "D_x-3", "d_x-2-2")
+    assert sorted(drawn) == sorted(
+        f"accuracy-{cost}-{end}.png" for end in ends for cost in ("queries", "seconds")
+    )
+    assert len(set(files)) == len(files)
+    titles = [drawn[f"accuracy-queries-{end}.png"][3] for end in ends]
+    assert [title.split(" on ")[0] for title in titles] == list(data)
+
+
 def test_without_few_shot_base_classes_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +301,7 @@ def test_without_few_shot_base_classes_are_drawn(
 
 def test_methods_look_by_their_place_and_labels_of_one_method_differ() -> None:
     labels = ("again", "zip", "gda", "third")
-    names = Names("t", dict.fromkeys(("again", "zip", "third"), "zip"), {})
+    names = Names("t", dict.fromkeys(("again", "zip", "third"), "zip"), {}, {}, {})
     styles = styles_of(labels, names)
     order = list(METHODS)
     assert (styles["again"], styles["gda"]) == (order.index("zip"), order.index("gda"))

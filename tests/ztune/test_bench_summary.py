@@ -1,10 +1,11 @@
 """Figures over seeds, tables and standings: arithmetic checked by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.ztune.bench_results import Row, store_of
+from tests.ztune.bench_results import OUTCOME, PLAN, Row, store_of
 from ztune.bench.standing import Record, standing_of, units_of
 from ztune.bench.summary import (
     Measured,
@@ -24,12 +25,13 @@ from ztune.bench.tables import (
     standing_table,
 )
 from ztune.fields import Fields
+from ztune.types import Json
 
-NAMES = Names("a title", {}, {})
+NAMES = Names("a title", {}, {}, {}, {})
 
 
 def sheets(folder: Path, *rows: Row) -> list[Sheet]:
-    return sheets_of(store_of(folder, rows).results())
+    return sheets_of(store_of(folder, rows).view(PLAN).results)
 
 
 def texts(table: Table) -> dict[str, list[str]]:
@@ -70,6 +72,14 @@ def test_the_harmonic_mean_is_taken_seed_by_seed() -> None:
 def test_a_plan_may_say_nothing_but_its_title() -> None:
     names = names_of(Fields({"title": "t", "methods": {"a": {"preset": "x"}}, "data": []}, "plan"))
     assert (names.title, names.method_of("a"), names.of_data("d")) == ("t", "a", "d")
+    assert (names.known_as, names.digests) == ({}, {})
+
+
+def test_a_plan_says_what_its_data_and_models_are() -> None:
+    data: dict[str, Json] = {"d": {"title": "DTD", "known_as": "dtd"}, "photos": {"known_as": None}}
+    models: dict[str, Json] = {"clip": {"digest": "0a"}}
+    names = names_of(Fields({"title": "t", "data": data, "models": models}, "plan"))
+    assert (names.known_as, names.digests) == ({"d": "dtd"}, {"clip": "0a"})
 
 
 def test_few_shot_tables(tmp_path: Path) -> None:
@@ -162,7 +172,7 @@ def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
         tmp_path,
         Row("m", "source", ({"x": 0.4, "y": 0.8}, {"x": 0.6, "y": 0.8}), protocol="cross-data-set"),
     )
-    (table,) = accuracy_tables(sheet, Names("t", {}, {"source": "Source", "x": "X"}))
+    (table,) = accuracy_tables(sheet, Names("t", {}, {"source": "Source", "x": "X"}, {}, {}))
     assert table.title == "Tuned on Source, 16 shots: accuracy, %"
     assert table.columns == ("method", "X", "y", "average")
     assert texts(table)["m"] == ["*50.0 ± 14.1*", "*80.0 ± 0.0*", "*65.0 ± 7.1*"]
@@ -180,6 +190,23 @@ def test_costs_are_means_with_the_pictures_found_encoded_paid_for(tmp_path: Path
     assert free is not None
     assert texts(free)["m"][5] == "10.0"
     assert any("not recorded" in note for note in free.notes)
+
+
+def test_costs_are_of_the_most_shots_alone(tmp_path: Path) -> None:
+    dear = replace(OUTCOME, queries=900)
+    rows = (
+        Row("m", "a", (0.5,), shots=1), Row("m", "a", (0.5,), outcome=dear),
+        Row("one shot", "a", (0.5,), shots=1), Row("dear", "b", (0.5,), outcome=dear),
+    )  # fmt: skip
+    (sheet,) = sheets(tmp_path / "some", *rows)
+    table = costs_table(sheet, None)
+    assert table is not None
+    assert table.title == "Costs of a cell, 16 shots"
+    assert {method: line[:2] for method, line in texts(table).items()} == {
+        "m": ["1", "900"], "dear": ["1", "900"],
+    }  # fmt: skip
+    (sheet,) = sheets(tmp_path / "none", *rows[::2], Row("m", "a", (None,)))
+    assert costs_table(sheet, None) is None
 
 
 def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:

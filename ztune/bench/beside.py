@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from ztune.bench.published import AVERAGE, AVERAGED, Published
 from ztune.bench.summary import Measured, Names, Sheet, average, mean_of
 from ztune.bench.tables import DASH, HAND_WRITTEN, Table, Word, shown
-from ztune.data.named import NAMED, find_spec
-from ztune.errors import ConfigError
+from ztune.data.named import NAMED
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def _labels(figure: Published, sheet: Sheet, names: Names) -> list[str]:
 
 
 def _pair(figure: Published, sheet: Sheet, label: str, names: Names) -> Pair | None:
-    known = {known_name(one, names): one for one in sheet.data_with(figure.shots)}
+    known = {names.known_as.get(one): one for one in sheet.data_with(figure.shots)}
     wanted = AVERAGED if figure.data == AVERAGE else (figure.data,)
     if not all(one in known for one in wanted):
         return None
@@ -67,16 +66,6 @@ def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
     if label == HAND_WRITTEN:
         return sheet.hand_written(data, "test", shots)
     return sheet.measured(label, data, "test", shots)
-
-
-def known_name(data: str, names: Names) -> str:
-    """Return a data set's name in data/named.py, by its name in the plan or what is shown of it."""
-    for name in (data, names.of_data(data)):
-        try:
-            return find_spec(name).name
-        except ConfigError:
-            continue
-    return data
 
 
 def beside_table(pairs: Sequence[Pair]) -> Table | None:

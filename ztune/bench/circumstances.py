@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ztune.bench.render import in_markdown, one_line
-from ztune.bench.store import Result, Store
+from ztune.bench.store import Result, View
 from ztune.fields import Fields
 from ztune.types import Json
 
@@ -51,12 +51,12 @@ def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
     )
 
 
-def circumstances(store: Store) -> list[str]:
+def circumstances(view: View) -> list[str]:
     """Return lines of Markdown: what else the file holds, then when, where and with what it ran."""
-    results = store.results()
+    results = view.results
     lines = []
-    if (n_left := store.n_unwanted()) > 0:
-        lines.append(f"{_counted(n_left, 'result')} of earlier plans left out.")
+    if view.n_left_out:
+        lines.append(f"Left out: {_counted(view.n_left_out, 'result')} that no plan has.")
     if missing := sum(result.outcome is None and not result.reason for result in results):
         lines.append(f"{_counted(missing, 'cell')} not carried out yet.")
     copies = sum(result.outcome.copies > 0 for result in results if result.outcome is not None)
@@ -65,13 +65,19 @@ def circumstances(store: Store) -> list[str]:
             f"In {_counted(copies, 'cell')} a test picture equals one tuned or validated on, byte "
             "by byte (cells.csv, column copies)."
         )
-    return lines + _sessions(store.sessions(), results)
+    return lines + _sessions(view.sessions, results)
 
 
 def _sessions(sessions: Mapping[int, Fields], results: Sequence[Result]) -> list[str]:
-    """Return a line for all sessions that were alike, with what they have in common."""
+    """Return a line for all sessions that were alike, with what they have in common.
+
+    Sessions without a cell of this report are those of other plans, or found nothing to do.
+    """
+    at_work = {result.session for result in results}
     groups: dict[str, list[int]] = {}
     for number, session in sessions.items():
+        if number not in at_work:
+            continue
         groups.setdefault(_setting(session), []).append(number)
     return [
         f"{', '.join(in_markdown(_began(sessions[n])) for n in numbers)} "

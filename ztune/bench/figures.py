@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,13 +37,15 @@ def draw_all(
     few = [sheet for sheet in sheets if sheet.protocol == "few-shot"]
     halves = [sheet for sheet in sheets if sheet.protocol == "base-to-new"]
     drawn = []
+    taken: set[str] = set()
     for sheet in few:
-        drawn += _draw_shots(sheet, names, styles, folder / _named("accuracy-shots", few, sheet))
+        path = folder / _named("accuracy-shots", few, sheet, taken)
+        drawn += _draw_shots(sheet, names, styles, path)
     for sheet in few or halves:
         rate = per_picture.get(sheet.model, 0.0)
         for data in sheet.data:
             for cost in ("queries", "seconds"):
-                path = folder / _named(f"accuracy-{cost}", few or halves, sheet, data)
+                path = folder / _named(f"accuracy-{cost}", few or halves, sheet, taken, data)
                 drawn += _draw_cost(cost, sheet, data, names, styles, rate, path)
     return drawn
 
@@ -66,14 +69,24 @@ def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
     return styles | {label: free[i % len(free)] for i, label in enumerate(further)}
 
 
-def _named(stem: str, sheets: Sequence[Sheet], sheet: Sheet, data: str | None = None) -> str:
-    """Return a file's name: with the model's where there are several, and the data set's."""
+def _named(
+    stem: str, sheets: Sequence[Sheet], sheet: Sheet, taken: set[str], data: str | None = None
+) -> str:
+    """Return a file's name: with the model's where there are several, and the data set's.
+
+    A name that is taken gets a number; the one returned is added to them.
+    """
     parts = [stem]
     if len(sheets) > 1:
         parts.append(sheet.model)
     if data is not None and len(sheet.data) > 1:
         parts.append(data)
-    return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) + ".png"
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+    numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    # Some file systems take "DTD" and "dtd" for one.
+    free = next(one for one in numbered if one.casefold() not in taken)
+    taken.add(free.casefold())
+    return f"{free}.png"
 
 
 def _draw_shots(sheet: Sheet, names: Names, styles: Mapping[str, int], path: Path) -> list[Drawn]:

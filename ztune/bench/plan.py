@@ -173,15 +173,27 @@ class Plan:
         except (RuntimeError, ValueError) as error:  # a home of nobody; a character of no path
             raise ConfigError(f'plan "{self.path}": {path!r} is no path ({error})') from None
 
-    def to_json(self) -> dict[str, Json]:
-        """Return what a report should know of it; folders of data and models are left out."""
+    @property
+    def name(self) -> str:
+        """What its results and report go by: the file's name."""
+        return self.path.stem
+
+    def to_json(self, bundles: Mapping[str, str]) -> dict[str, Json]:
+        """Return what a report should know of it; folders of data and models are left out.
+
+        `bundles` are the digests of its models.
+        """
         return {
             "plan": self.path.name,
             "title": self.title,
-            "models": {name: {"bundle": Path(bundle).name} for name, bundle in self.models.items()},
+            "models": {
+                name: {"bundle": Path(path).name, "digest": bundles[name]}
+                for name, path in self.models.items()
+            },
             "data": {
                 name: {
                     "title": find_spec(name).title if one.path is None else name,
+                    "known_as": find_spec(name).name if one.path is None else None,
                     "template": one.template,
                 }
                 for name, one in self.data.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ztune.bench.tables import Table, Word
@@ -15,7 +16,8 @@ _LATEX = {
     "[": "{[}", "*": "{*}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "–": "--", "·": r"$\cdot$", "×": r"$\times$", "−": "$-$",
 }  # fmt: skip
-_MARKDOWN = "\\`*[<"
+# An underscore within a word emphasises nothing, and a name is easier to read without strokes.
+_MARKDOWN = re.compile(r"[\\`*\[<&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def one_line(text: str) -> str:
@@ -25,7 +27,7 @@ def one_line(text: str) -> str:
 
 def in_markdown(text: str) -> str:
     """Return a text that Markdown shows as it is, in one line."""
-    return "".join(f"\\{sign}" if sign in _MARKDOWN else sign for sign in one_line(text))
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
 def as_markdown(table: Table, level: int) -> list[str]:

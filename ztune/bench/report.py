@@ -12,7 +12,7 @@ from ztune.bench.listing import CELL_COLUMNS, TABLE_COLUMNS, cell_rows, part_col
 from ztune.bench.published import published
 from ztune.bench.render import as_csv, as_latex, as_markdown, in_markdown
 from ztune.bench.standing import standing_of, units_of
-from ztune.bench.store import Store
+from ztune.bench.store import View
 from ztune.bench.summary import Names, Sheet, names_of, sheets_of
 from ztune.bench.tables import Table, accuracy_tables, costs_table, standing_table
 from ztune.files import write_bytes
@@ -22,18 +22,21 @@ LATEX_HEAD = (
 )
 
 
-def write_report(store: Store, folder: Path) -> list[Path]:
+def write_report(view: View, folder: Path) -> list[Path]:
     """Write the report of what there is so far, and return its files, report.md first.
 
-    Raises: FormatError when the results do not read, or no plan was carried out yet.
+    Raises: FormatError for a plan's document without a title.
     """
-    names, results, rates = names_of(store.plan()), store.results(), store.seconds_per_picture()
+    names, results = names_of(view.document), view.results
+    rates = {
+        model: view.rates[digest] for model, digest in names.digests.items() if digest in view.rates
+    }
     sheets = sheets_of(results)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_all(sheets, names, rates, folder)
     columns = (*CELL_COLUMNS, *part_columns(results))
     texts = {
-        "report.md": "\n".join(_markdown(store, sheets, names, rates, drawn)),
+        "report.md": "\n".join(_markdown(view, sheets, names, rates, drawn)),
         "tables.csv": as_csv(TABLE_COLUMNS, table_rows(sheets, names, rates)),
         "cells.csv": as_csv(columns, cell_rows(results, names, rates)),
         "tables.tex": "\n".join(_latex(sheets, names, rates)),
@@ -44,13 +47,13 @@ def write_report(store: Store, folder: Path) -> list[Path]:
 
 
 def _markdown(
-    store: Store,
+    view: View,
     sheets: Sequence[Sheet],
     names: Names,
     rates: Mapping[str, float],
     drawn: Sequence[Drawn],
 ) -> list[str]:
-    results = store.results()
+    results = view.results
     lines = [f"# {in_markdown(names.title)}", "", in_markdown(state(results)), ""]
     for sheet in sheets:
         lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names, rates)]
@@ -58,7 +61,7 @@ def _markdown(
     lines += _beside(sheets, names)
     lines += _plots(drawn)
     lines += _listed("Failures", failures(results))
-    return lines + _listed("Circumstances", circumstances(store))
+    return lines + _listed("Circumstances", circumstances(view))
 
 
 def _heading(sheet: Sheet) -> str:

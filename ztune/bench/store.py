@@ -1,9 +1,10 @@
 """Results of a bench in one SQLite file, whole after any kill and open to several writers.
 
     cells     a row per cell that was carried out: finished, or failed with its reason
-    wanted    the cells of the plan as it was last given, in its order; what a report shows
+    plans     documents of plans by name, each as it was last given
+    wanted    the cells of every plan in its order, under its names; several may share one result
     sessions  when, where and with which versions cells were carried out
-    passes    how long encoding pictures took, so that a cell can be charged for it
+    passes    how long encoding pictures took with a bundle, so that a cell can be charged for it
 
 A finished cell is never replaced: by a failure, nor by a second result of another process.
 """
@@ -25,16 +26,28 @@ from ztune.types import Json
 
 APPLICATION = 0x7A74756E
 """SQLite's application_id of our files."""
-VERSION = 1
+VERSION = 2
 _PATIENCE = 120.0
 """Seconds to wait for another writer."""
 _TABLES = """
 CREATE TABLE cells (key TEXT PRIMARY KEY, cell TEXT NOT NULL, session INTEGER NOT NULL,
                     outcome TEXT, reason TEXT, CHECK ((outcome IS NULL) <> (reason IS NULL)));
-CREATE TABLE wanted (place INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, cell TEXT NOT NULL);
-CREATE TABLE plan (document TEXT NOT NULL);
+CREATE TABLE plans (name TEXT PRIMARY KEY, document TEXT NOT NULL);
+CREATE TABLE wanted (plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL,
+                     cell TEXT NOT NULL, PRIMARY KEY (plan, place));
 CREATE TABLE sessions (id INTEGER PRIMARY KEY, document TEXT NOT NULL);
-CREATE TABLE passes (model TEXT NOT NULL, pictures INTEGER NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE passes (bundle TEXT NOT NULL, pictures INTEGER NOT NULL, seconds REAL NOT NULL);
+"""
+_PLANS = "SELECT name FROM plans ORDER BY rowid"
+_RESULTS = """
+SELECT wanted.cell, outcome, reason, session
+FROM wanted LEFT JOIN cells ON cells.key = wanted.key WHERE plan = ? ORDER BY place
+"""
+_LEFT_OUT = """
+SELECT count(*) FROM cells WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted)
+"""
+_RATES = """
+SELECT bundle, sum(seconds) / sum(pictures) FROM passes GROUP BY bundle HAVING sum(pictures) > 0
 """
 
 
@@ -46,6 +59,23 @@ class Result:
     outcome: Outcome | None = None
     reason: str = ""
     session: int | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What a report of one plan is about, all of it of one moment."""
+
+    plan: str
+    document: Fields
+    """The plan, as it was last given."""
+    results: tuple[Result, ...]
+    """Its cells in its order, each with what came of it so far."""
+    n_left_out: int
+    """Finished cells that no plan has."""
+    sessions: Mapping[int, Fields]
+    """Circumstances by their number."""
+    rates: Mapping[str, float]
+    """Seconds that encoding a picture takes, by the bundle's digest; absent where none was."""
 
 
 class Store:
@@ -130,16 +160,20 @@ class Store:
             done = database.execute("INSERT INTO sessions (document) VALUES (?)", [_text(document)])
         return int(done.lastrowid or 0)
 
-    def want(self, plan: Mapping[str, Json], cells: Mapping[str, Cell]) -> None:
-        """Set which cells, by key and in order, a report is about."""
+    def want(self, plan: str, document: Mapping[str, Json], cells: Mapping[Cell, str]) -> None:
+        """Set the cells of a plan, with their keys and in order."""
         rows = [
-            (place, key, _text(as_json(cell))) for place, (key, cell) in enumerate(cells.items())
+            (plan, place, key, _text(as_json(cell)))
+            for place, (cell, key) in enumerate(cells.items())
         ]
         with self._changing() as database:
-            database.execute("DELETE FROM wanted")
-            database.executemany("INSERT INTO wanted VALUES (?, ?, ?)", rows)
-            database.execute("DELETE FROM plan")
-            database.execute("INSERT INTO plan VALUES (?)", [_text(plan)])
+            database.execute("DELETE FROM wanted WHERE plan = ?", [plan])
+            database.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", rows)
+            database.execute(
+                "INSERT INTO plans VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET document = excluded.document",
+                [plan, _text(document)],
+            )
 
     def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
         """Record what a cell measured, where nobody has."""
@@ -162,69 +196,57 @@ class Store:
                 [key, _text(as_json(cell)), session, outcome, reason],
             )
 
-    def add_pass(self, model: str, pictures: int, seconds: float) -> None:
+    def add_pass(self, bundle: str, pictures: int, seconds: float) -> None:
         """Note that encoding so many pictures took so many seconds of one worker."""
         with self._changing() as database:
-            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [model, pictures, seconds])
-
-    def seconds_per_picture(self) -> dict[str, float]:
-        """Return what encoding a picture takes, by model; a model that encoded none is absent."""
-        query = (
-            "SELECT model, sum(seconds) / sum(pictures) FROM passes "
-            "GROUP BY model HAVING sum(pictures) > 0"
-        )
-        with self._open() as database:
-            return {str(model): float(rate) for model, rate in database.execute(query)}
+            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [bundle, pictures, seconds])
 
     def finished(self) -> set[str]:
-        """Return the keys of all cells that have an outcome, those of earlier plans included."""
+        """Return the keys of all cells that have an outcome, whatever plan has them."""
         query = "SELECT key FROM cells WHERE outcome IS NOT NULL"
         with self._open() as database:
             return {str(key) for (key,) in database.execute(query)}
 
-    def results(self) -> list[Result]:
-        """Return the wanted cells in order, each with what came of it so far.
-
-        Raises: FormatError for a row that does not read.
-        """
-        query = (
-            "SELECT wanted.cell, outcome, reason, session FROM wanted "
-            "LEFT JOIN cells ON cells.key = wanted.key ORDER BY place"
-        )
-        with self._open() as database:
-            rows = database.execute(query).fetchall()
-        found = []
-        for cell, outcome, reason, session in rows:
-            read = cell_from_json(self._fields(cell))
-            done = None if outcome is None else Outcome.from_json(self._fields(outcome))
-            found.append(Result(read, done, reason or "", session))
-        return found
-
-    def n_unwanted(self) -> int:
-        """Return how many finished cells belong to earlier plans alone."""
-        query = (
-            "SELECT count(*) FROM cells WHERE outcome IS NOT NULL "
-            "AND key NOT IN (SELECT key FROM wanted)"
-        )
-        with self._open() as database:
-            return int(database.execute(query).fetchone()[0])
-
-    def plan(self) -> Fields:
-        """Return the plan as it was last given.
+    def plans(self) -> list[str]:
+        """Return the names of the plans that were given.
 
         Raises: FormatError where there was none.
         """
         with self._open() as database:
-            row = database.execute("SELECT document FROM plan").fetchone()
-        if row is None:
+            names = [str(name) for (name,) in database.execute(_PLANS)]
+        if not names:
             raise FormatError(f"{self._where}: no plan was carried out yet")
-        return self._fields(row[0])
+        return names
 
-    def sessions(self) -> dict[int, Fields]:
-        """Return the circumstances by their number."""
+    def view(self, plan: str) -> View:
+        """Return what there is of a plan.
+
+        Raises: FormatError for an unknown plan, or a row that does not read.
+        """
         with self._open() as database:
-            rows = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
-        return {int(number): self._fields(document) for number, document in rows}
+            database.execute("BEGIN")  # one moment
+            found = database.execute("SELECT document FROM plans WHERE name = ?", [plan]).fetchone()
+            cells = database.execute(_RESULTS, [plan]).fetchall()
+            (n_left_out,) = database.execute(_LEFT_OUT).fetchone()
+            sessions = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
+            rates = database.execute(_RATES).fetchall()
+        if found is None:
+            raise FormatError(f'{self._where}: there is no plan "{plan}"')
+        return View(
+            plan,
+            self._fields(found[0]),
+            tuple(self._result(*row) for row in cells),
+            int(n_left_out),
+            {int(number): self._fields(document) for number, document in sessions},
+            {str(bundle): float(rate) for bundle, rate in rates},
+        )
+
+    def _result(
+        self, cell: str, outcome: str | None, reason: str | None, session: int | None
+    ) -> Result:
+        read = cell_from_json(self._fields(cell))
+        done = None if outcome is None else Outcome.from_json(self._fields(outcome))
+        return Result(read, done, reason or "", session)
 
     def _fields(self, text: str) -> Fields:
         try:

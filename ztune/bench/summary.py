@@ -77,6 +77,10 @@ class Names:
     """Label of a method in the plan: name in the table of methods."""
     data: Mapping[str, str]
     """Name of a data set: what to show."""
+    known_as: Mapping[str, str]
+    """Name of a data set: its name in data/named.py, where it was meant by that."""
+    digests: Mapping[str, str]
+    """Name of a model: the digest of its bundle."""
 
     def of_data(self, name: str) -> str:
         return self.data.get(name, name)
@@ -90,7 +94,13 @@ def names_of(plan: Fields) -> Names:
 
     Raises: FormatError where it has no title.
     """
-    return Names(plan.text("title"), _said(plan, "methods", "uses"), _said(plan, "data", "title"))
+    return Names(
+        plan.text("title"),
+        uses=_said(plan, "methods", "uses"),
+        data=_said(plan, "data", "title"),
+        known_as=_said(plan, "data", "known_as"),
+        digests=_said(plan, "models", "digest"),
+    )
 
 
 def _said(plan: Fields, table: str, key: str) -> dict[str, str]:
@@ -237,7 +247,7 @@ def sheets_of(results: Sequence[Result]) -> list[Sheet]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a method's finished cells cost, means over them."""
+    """What a method's finished cells at some shots cost, means over them."""
 
     method: str
     n_cells: int
@@ -255,9 +265,9 @@ def seconds_alone(outcome: Outcome, per_picture: float) -> float:
     return outcome.seconds + outcome.image_forwards_cached * per_picture
 
 
-def costs_of(sheet: Sheet, method: str, per_picture: float) -> Costs | None:
-    """Return a method's costs, None where no cell of it finished."""
-    outcomes = sheet.outcomes(method)
+def costs_of(sheet: Sheet, method: str, shots: int, per_picture: float) -> Costs | None:
+    """Return a method's costs at some shots, None where no cell of it finished there."""
+    outcomes = sheet.outcomes(method, shots=shots)
     if not outcomes:
         return None
 

@@ -246,8 +246,13 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
 
 
 def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
-    """Return methods × costs, None where no cell finished; `per_picture` in seconds."""
-    found = [costs_of(sheet, method, per_picture or 0.0) for method in sheet.methods]
+    """Return methods × costs at the most shots, None where no cell finished there.
+
+    `per_picture` in seconds.
+    """
+    # At the most shots only: a mean over whatever shots each method has would compare unlike cells.
+    shots = sheet.shots[-1]
+    found = [costs_of(sheet, method, shots, per_picture or 0.0) for method in sheet.methods]
     rows = [
         tuple(
             Word(text)
@@ -277,7 +282,8 @@ def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
         else "what encoding pictures took was not recorded, so pictures found encoded are free."
     )
     notes = ("Means over the finished cells.", f"Seconds: {charged}")
-    return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
+    title = f"Costs of a cell, {_n_shots(shots)}"
+    return Table(title, columns, tuple(rows), notes) if rows else None
 
 
 def standing_table(standing: Standing) -> Table | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import shlex
 import sys
@@ -17,8 +18,8 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.bench.plan import Plan
-    from ztune.bench.store import Store
-    from ztune.cli.bench_prepare import Only
+    from ztune.bench.store import Result, Store
+    from ztune.cli.bench_prepare import Only, Prepared
     from ztune.cli.bench_worker import Settings
     from ztune.cli.executors import Executor
 
@@ -31,6 +32,11 @@ EXAMPLE = """\
   ztune bench report runs/zip"""
 
 _RESULTS = "results.sqlite"
+_REPORT = "report"
+_OPTIONS = (
+    "root", "model", "resume", "workers", "ray", "gpus", "provider", "methods", "data", "shots",
+    "seeds",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +88,18 @@ def _report(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.bench.report import write_report
     from ztune.bench.store import Store
 
-    if len(arguments.words) != 2:
-        raise ConfigError("bench report takes the folder of results: ztune bench report OUT")
+    others = [name for name in _OPTIONS if getattr(arguments, name)]
+    if len(arguments.words) != 2 or others:
+        raise ConfigError(
+            "bench report takes the folder of results, and where the report goes: ztune bench "
+            f"report OUT --out DIR{' (leave out --' + others[0] + ')' if others else ''}"
+        )
     results = Path(arguments.words[1])
     store = Store.existing(results / _RESULTS)
-    files = write_report(store, arguments.out or results / "report")
+    folder = arguments.out or results / _REPORT
+    files = [
+        file for name in store.plans() for file in write_report(store.view(name), folder / name)
+    ]
     output.result({"files": [str(file) for file in files]}, [str(file) for file in files])
 
 
@@ -95,13 +108,13 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.bench.report import write_report
     from ztune.cli.bench_course import Course
     from ztune.cli.bench_prepare import Preparation
-    from ztune.cli.bench_worker import Settings
+    from ztune.cli.bench_worker import Settings, forget_deaths
 
     plan = _plan(arguments)
     only = _only(arguments, plan)
     out = arguments.out.resolve()
     _check_workers(arguments)
-    store = _store(out, arguments.resume)
+    _check_out(out, arguments.resume)
     asked = arguments.provider or plan.execution.provider
     if arguments.ray is not None and asked == "auto":
         raise ConfigError(
@@ -112,25 +125,39 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
         provider, why = resolve(asked)
         output.remark(why)
     settings = Settings(out, provider, plan.execution.threads, plan.execution.memory_limit)
-    prepared = Preparation(plan, arguments.root, out, provider, output).prepare()
-    store.want(plan.to_json(), prepared.cells)
-    executor = _executor(arguments, settings)
     try:
-        session = store.begin(_circumstances(executor, provider))
-        failed = Course(prepared, only, store, session, executor, output).run()
+        with contextlib.closing(_executor(arguments, settings)) as executor:
+            prepared = Preparation(plan, arguments.root, out, provider, output).prepare()
+            store = _begun(out, plan, prepared)
+            session = store.begin(_circumstances(executor, provider))
+            lacking = Course(prepared, only, store, session, executor, output).run()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("go on with the same command and --resume") from None
-    finally:
-        executor.close()
-    files = write_report(store, out / "report")
-    _tell(store, arguments.out, files, output)
-    if failed:
-        raise ZtuneError(f"{failed} cell(s) have no result, see above; --resume tries them again")
+        forget_deaths(out)
+        begun = (out / _RESULTS).exists()
+        raise KeyboardInterrupt(
+            "go on with the same command and --resume" if begun else "nothing was begun"
+        ) from None
+    view = store.view(plan.name)
+    files = write_report(view, out / _REPORT / plan.name)
+    _tell(view.results, arguments.out, files, output)
+    if lacking:
+        raise ZtuneError(f"{lacking} cell(s) have no result, see above; --resume tries them again")
 
 
-def _tell(store: Store, out: Path, files: Sequence[Path], output: Output) -> None:
+def _begun(out: Path, plan: Plan, prepared: Prepared) -> Store:
+    """Write down what is to be done."""
+    from ztune.bench.store import Store
+
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    for file, pictures in prepared.lists.items():
+        pictures.save(file)
+    store = Store(out / _RESULTS)
+    store.want(plan.name, plan.to_json(prepared.digests), prepared.cells)
+    return store
+
+
+def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: Output) -> None:
     """Give the counts of the plan's cells, and where the report lies."""
-    results = store.results()
     counts = {
         "cells": len(results),
         "finished": sum(one.outcome is not None for one in results),
@@ -143,7 +170,7 @@ def _tell(store: Store, out: Path, files: Sequence[Path], output: Output) -> Non
     lines.append(
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
-    lines.append(f"{out / 'report' / 'report.md'} (make it anew with: ztune bench report {out})")
+    lines.append(f"{files[0]} (make it anew with: ztune bench report {out})")
     document: dict[str, Json] = {**counts, "failures": failed}
     output.result({**document, "report": [str(file) for file in files]}, lines)
 
@@ -210,10 +237,10 @@ def _check_workers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus is {arguments.gpus:g}, expected 0 or more")
 
 
-def _store(out: Path, resume: bool) -> Store:
-    """Take up the results, or begin them.
+def _check_out(out: Path, resume: bool) -> None:
+    """See that there are results to go on with, or none yet.
 
-    Raises: ConfigError where there are some and nobody said to go on, or none to go on with.
+    Raises: ConfigError, and FormatError for results that this program cannot go on with.
     """
     from ztune.bench.store import Store
 
@@ -221,15 +248,14 @@ def _store(out: Path, resume: bool) -> Store:
     if resume:
         if not results.is_file():
             raise ConfigError(f'--resume: "{out}" has no {_RESULTS} to go on with')
-        return Store.existing(results)
+        Store.existing(results)
+        return
     if results.exists():
         raise ConfigError(
             f'"{out}" has results already (add --resume to go on with them, or name another --out)'
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f'output "{out}" exists and is not empty (name another --out)')
-    out.mkdir(parents=True, exist_ok=True)
-    return Store(results)
 
 
 def _executor(arguments: argparse.Namespace, settings: Settings) -> Executor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from ztune.bench.cells import Cell, Outcome
+from ztune.bench.cells import Outcome
 from ztune.bench.store import Store
 from ztune.cli.bench_jobs import Answer, Encoded, Job
 from ztune.cli.bench_prepare import Only, Prepared, encodings
 from ztune.cli.executors import Executor
 from ztune.cli.output import Output
 from ztune.comparison import duration
+
+_PAUSES = (1.0, 2.0, 5.0, 15.0)
+"""Seconds before a run is asked for again that another process works on; the last for ever."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Course:
     def run(self) -> int:
         """Return how many of the cells that were asked for still have no result."""
         finished = self.store.finished()
-        asked = {key for key, cell in self.prepared.cells.items() if self.only.takes(cell)}
-        wanted = asked - finished
+        asked = [key for cell, key in self.prepared.cells.items() if self.only.takes(cell)]
+        n_finished = sum(key in finished for key in asked)
+        wanted = set(asked) - finished
         jobs = [
             replace(job, cells=cells)
             for job in self.prepared.jobs
@@ -39,21 +43,19 @@ class Course:
         say = self.output.remark
         say(
             f"{len(self.prepared.cells)} cells in the plan; of {len(asked)} asked for "
-            f"{len(asked & finished)} are finished, {len(wanted)} to do in {len(jobs)} run(s), "
+            f"{n_finished} are finished, {len(asked) - n_finished} to do in {len(jobs)} run(s), "
             f"{self.executor.workers} at once ({self.executor.name})"
         )
         if not jobs:
             return 0
         self._encode(jobs)
-        n_lacking = 0
-        for answer, job in self._answers(jobs):
-            n_lacking += self._record(job, answer)
-        return n_lacking
+        self._carry_out(jobs)
+        finished = self.store.finished()
+        return sum(key not in finished for key in asked)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         """Encode all pictures that the jobs share, for as many workers as there are."""
-        models = {job.request.bundle: job.cells[0].cell.model for job in jobs}
-        tasks = encodings(jobs, models)
+        tasks = encodings(jobs, self.prepared.lists)
         total = sum(len(task.items) for task in tasks)
         took: dict[str, tuple[int, float]] = {}
         done = 0
@@ -62,48 +64,82 @@ class Course:
                 assert isinstance(encoded, Encoded)
                 done += len(tasks[place].items)
                 ticker.update(done)
-                n, seconds = took.get(encoded.model, (0, 0.0))
+                n, seconds = took.get(encoded.bundle_digest, (0, 0.0))
                 if encoded.n:
-                    took[encoded.model] = n + encoded.n, seconds + encoded.seconds
-        for model, (n, seconds) in took.items():
-            self.store.add_pass(model, n, seconds)
+                    took[encoded.bundle_digest] = n + encoded.n, seconds + encoded.seconds
+        models = {digest: name for name, digest in self.prepared.digests.items()}
+        for digest, (n, seconds) in took.items():
+            self.store.add_pass(digest, n, seconds)
             each = 1000 * seconds / n
-            self.output.remark(f"encoded {n:,} pictures with {model}, {each:.2g} ms each")
+            self.output.remark(f"encoded {n:,} pictures with {models[digest]}, {each:.2g} ms each")
+
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
+        """Record what becomes of every job, and say it."""
+        teller, pauses = Teller(self.output, len(jobs)), iter(_PAUSES)
+        batches = [list(jobs)]
+        while batches:
+            busy = []
+            for answer, job in self._answers(batches.pop(0)):
+                if answer.busy:
+                    busy.append(job)
+                elif answer.alone:
+                    batches.append([replace(job, alone=True)])
+                else:
+                    self._record(job, answer)
+                    teller.tell(job, answer)
+            if busy and not batches:
+                teller.wait(len(busy))
+                time.sleep(next(pauses, _PAUSES[-1]))
+            if busy:
+                batches.append(busy)
 
     def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Answer, Job]]:
-        """Yield what became of every job, and say it."""
-        started, n_jobs = time.monotonic(), len(jobs)
-        heard: set[str] = set()
-        for n, (place, answer) in enumerate(self.executor.perform(jobs), 1):
+        for place, answer in self.executor.perform(jobs):
             assert isinstance(answer, Answer)
-            job = jobs[place]
-            yield answer, job
-            for warning in dict.fromkeys(answer.warnings):
-                if warning not in heard:
-                    heard.add(warning)
-                    self.output.warn(f"{job.cells[0].cell}: {warning}")
-            left = (time.monotonic() - started) / n * (n_jobs - n)
-            rest = f", about {duration(left)} left" if left else ""
-            for one in job.cells:
-                said = _said(one.key, one.cell, answer)
-                self.output.remark(f"[{n}/{n_jobs}] {said} ({duration(answer.seconds)}{rest})")
+            yield answer, jobs[place]
 
-    def _record(self, job: Job, answer: Answer) -> int:
-        """Write down what became of a job's cells; return how many have no result."""
+    def _record(self, job: Job, answer: Answer) -> None:
         for one in job.cells:
             if outcome := answer.outcomes.get(one.key):
                 self.store.finish(one.key, one.cell, outcome, self.session)
             elif reason := answer.reasons.get(one.key):
                 self.store.fail(one.key, one.cell, reason, self.session)
-        return len(job.cells) - len(answer.outcomes)
 
 
-def _said(key: str, cell: Cell, answer: Answer) -> str:
-    if answer.busy:
-        return f"{cell}: left alone, another process works on it"
-    if reason := answer.reasons.get(key):
-        return f"{cell}: failed: {reason}"
-    return f"{cell}: {_accuracies(answer.outcomes[key])}"
+@dataclass
+class Teller:
+    """Tells a user how far a bench is."""
+
+    output: Output
+    n_jobs: int
+    _n_done: int = 0
+    _heard: set[str] = field(default_factory=set)
+    _waits: bool = False
+    _started: float = field(default_factory=time.monotonic)
+
+    def tell(self, job: Job, answer: Answer) -> None:
+        """Say what became of a job, and each of its warnings once in a bench."""
+        self._n_done += 1
+        for warning in dict.fromkeys(answer.warnings):
+            if warning not in self._heard:
+                self._heard.add(warning)
+                self.output.warn(f"{job.cells[0].cell}: {warning}")
+        each = (time.monotonic() - self._started) / self._n_done
+        left = each * (self.n_jobs - self._n_done)
+        rest = f", about {duration(left)} left" if left else ""
+        for one in job.cells:
+            outcome = answer.outcomes.get(one.key)
+            said = _accuracies(outcome) if outcome else f"failed: {answer.reasons[one.key]}"
+            self.output.remark(
+                f"[{self._n_done}/{self.n_jobs}] {one.cell}: {said} "
+                f"({duration(answer.seconds)}{rest})"
+            )
+
+    def wait(self, n: int) -> None:
+        """Say once that nothing goes on here."""
+        if not self._waits:
+            self._waits = True
+            self.output.remark(f"another process works on {n} run(s): waiting for it")
 
 
 def _accuracies(outcome: Outcome) -> str:

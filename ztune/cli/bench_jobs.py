@@ -53,9 +53,12 @@ class PictureList:
             }
         )
 
-    def save(self, folder: Path) -> Path:
-        """Write the list to a file that is named by its key; return it."""
-        path = folder / f"{self.key}.json"
+    @property
+    def file_name(self) -> str:
+        return f"{self.key}.json"
+
+    def save(self, path: Path) -> None:
+        """Write the list."""
         document: dict[str, Json] = {
             "root": str(self.root),
             "classes": list(self.classes),
@@ -64,7 +67,6 @@ class PictureList:
             "digests": list(self.digests),
         }
         write_json(path, document)
-        return path
 
     @classmethod
     def read(cls, path: Path) -> PictureList:
@@ -118,14 +120,16 @@ class Job:
     bundle_digest: str
     split: Split
     cells: tuple[CellJob, ...]
+    alone: bool = False
+    """Whether no other task is under way, so that a lost process is this job's own doing."""
 
 
 @dataclass(frozen=True)
 class Encoding:
     """Pictures to encode before the first run, as (file, SHA-256)."""
 
-    model: str
     bundle: Path
+    bundle_digest: str
     items: tuple[tuple[Path, str], ...]
     cache: Path
 
@@ -134,7 +138,7 @@ class Encoding:
 class Encoded:
     """What encoding took."""
 
-    model: str
+    bundle_digest: str
     n: int
     """Pictures that were not found encoded."""
     seconds: float
@@ -151,6 +155,8 @@ class Answer:
     warnings: tuple[str, ...] = ()
     busy: bool = False
     """Another process works on the run, so that nothing was done."""
+    alone: bool = False
+    """Processes were lost with it before: nothing was done, it is to be asked for alone."""
     seconds: float = 0.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ztune.config import as_json
 from ztune.data.coop import Item
 from ztune.data.library import shown
 from ztune.data.manifests import SplitName
-from ztune.data.sources import named_lists, source_lists
+from ztune.data.sources import named_lists, own_lists
 from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError
 from ztune.files import sha256
@@ -29,10 +28,12 @@ from ztune.methods import find_method, method_config, tuned_config
 from ztune.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
 from ztune.types import Json
 
-RECIPE = 1
+RECIPE = 2
 """Part of every key: raised when the same plan would give other figures."""
-_ENCODED_AT_ONCE = 512
-"""Pictures of one task, at most; so that several workers have something to do."""
+_LEAST_ENCODED = 512
+"""Pictures of one task, where there are so many."""
+_MOST_ENCODINGS = 32
+"""Tasks of one data set: enough for several workers, and each reads what is encoded already."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,17 @@ def _digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All cells of a plan, by key and in its order, and the jobs that carry them out."""
+    """All cells of a plan in its order with their keys, and the jobs that carry them out.
 
-    cells: Mapping[str, Cell]
+    Two cells have one key where they are the same but for what the plan calls them.
+    """
+
+    cells: Mapping[Cell, str]
     jobs: tuple[Job, ...]
+    lists: Mapping[Path, PictureList]
+    """Pictures to score on, and the files for them; not yet written."""
+    digests: Mapping[str, str]
+    """Of the bundles, by the plan's names of models."""
 
 
 @dataclass
@@ -108,13 +116,16 @@ class Preparation:
     output: Output
     _sources: dict[str, Source] = field(default_factory=dict)
     _digests: Digests = field(default_factory=Digests)
-    _parts: dict[tuple[str, str, tuple[Item, ...]], ScoredPart] = field(default_factory=dict)
+    _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
+        default_factory=dict
+    )
+    _lists: dict[Path, PictureList] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _copies: dict[str, list[int]] = field(default_factory=dict)
 
     def prepare(self) -> Prepared:
         """Read what the plan names and make its jobs, seed by seed, so that a bench that is stopped
-        has something of everything.
+        has something of everything. Nothing is written.
 
         Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
             used.
@@ -132,7 +143,7 @@ class Preparation:
             for remark in remarks_on(task):
                 self._say(f"{task.source.name}, {task.shots} shots: {remark}")
         self._digests.read(_files(task for _, task in tasks), self.output)
-        cells: dict[str, Cell] = {}
+        cells: dict[Cell, str] = {}
         jobs: dict[str, Job] = {}
         for protocol, task in tasks:
             split = split_of(task, self._digests)
@@ -145,7 +156,12 @@ class Preparation:
                     )
                     self._add(cell, task, split, parts, bundle, cells, jobs)
         self._warn_of_copies()
-        return Prepared(cells, tuple(jobs.values()))
+        return Prepared(
+            cells,
+            tuple(jobs.values()),
+            self._lists,
+            {name: bundle.digest for name, bundle in bundles.items()},
+        )
 
     def _say(self, remark: str) -> None:
         """Say something once: it may be true of many tasks."""
@@ -170,7 +186,7 @@ class Preparation:
         """
         if entry.path is not None:
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            lists = source_lists(str(self.plan.resolved(entry.path)), None, names)
+            lists = own_lists(self.plan.resolved(entry.path), names)
         elif self.root is None:
             raise ConfigError(
                 f'data "{name}" of the plan is known by name: add --root DIR, the folder that '
@@ -204,9 +220,9 @@ class Preparation:
                 )
 
     def _scored_part(self, part: Part) -> ScoredPart:
-        place = part.name, part.source.name, part.items
+        classes = part.classes
+        place = part.name, part.source.name, part.items, classes
         if place not in self._parts:
-            classes = part.classes
             label_of = {name: label for label, name in enumerate(classes)}
             root = part.source.root
             pictures = PictureList(
@@ -216,10 +232,9 @@ class Preparation:
                 tuple(label_of[shown(item.name)] for item in part.items),
                 tuple(self._digests(root / item.path) for item in part.items),
             )
-            folder = self.out / "pictures"
-            folder.mkdir(exist_ok=True)
+            file = self.out / "pictures" / pictures.file_name
+            self._lists[file] = pictures
             cache = self.out / "cache" / part.source.name / "test"
-            file = pictures.save(folder)
             self._parts[place] = ScoredPart(part.name, file, part.source.templates, cache)
         return self._parts[place]
 
@@ -230,28 +245,26 @@ class Preparation:
         split: Split,
         parts: Sequence[ScoredPart],
         bundle: Bundle,
-        cells: dict[str, Cell],
+        cells: dict[Cell, str],
         jobs: dict[str, Job],
     ) -> None:
         """Give a cell its key, and put it to the run that it is scored from."""
-        own = cell.protocol not in TRANSFERS
-        request = self._request(cell, task, bundle, self.plan.methods[cell.method], own)
+        if cell in cells:  # two protocols of the plan name it
+            return
+        request = self._request(cell, task, bundle, self.plan.methods[cell.method])
         run = key_of(_tuned_with(request, bundle, split))
         scored_on: list[Json] = [
             {"part": p.name, "pictures": p.list_file.stem, "templates": list(p.templates)}
             for p in parts
         ]
-        key = key_of({"run": run, "cell": as_json(cell), "scored_on": scored_on})
-        if key in cells:  # two protocols of the plan name it
-            return
-        cells[key] = cell
+        key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
+        cells[cell] = key
         earlier = jobs[run].cells if run in jobs else ()
-        scored = CellJob(key, cell, tuple(parts), curve=own)
-        jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
+        if key not in {one.key for one in earlier}:
+            scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
+            jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
 
-    def _request(
-        self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan, own: bool
-    ) -> Request:
+    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> Request:
         execution = self.plan.execution
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
@@ -272,7 +285,7 @@ class Preparation:
             cache=str(self.out / "cache" / task.source.name / "tune"),
             augment=method.views,
             force=execution.force and gated,
-            snapshots=method.curve if own and tuned is not None else 0,
+            snapshots=0 if tuned is None else method.curve,
             settings=method.settings,
         )
         try:
@@ -313,25 +326,24 @@ def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Jso
     }
 
 
-def encodings(jobs: Sequence[Job], models: Mapping[str, str]) -> list[Encoding]:
-    """Return the pictures that the jobs need encoded as they are, each once, in tasks.
-
-    `models` names bundles by their paths.
-    """
-    wanted: dict[tuple[str, Path], dict[str, Path]] = {}
-    lists = functools.cache(PictureList.read)
+def encodings(jobs: Sequence[Job], lists: Mapping[Path, PictureList]) -> list[Encoding]:
+    """Return the pictures that the jobs need encoded as they are, each once, in tasks."""
+    wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
     for job in jobs:
-        bundle, cache = job.request.bundle, Path(str(job.request.cache))
+        bundle = Path(job.request.bundle), job.bundle_digest
+        cache = Path(str(job.request.cache))
         roles: tuple[SplitName, ...] = ("val",) if job.request.augment else ("train", "val")
         items = [item for role in roles for item in job.split.items(role)]
-        wanted.setdefault((bundle, cache), {}).update((digest, path) for path, digest in items)
+        wanted.setdefault((*bundle, cache), {}).update((digest, path) for path, digest in items)
         for part in dict.fromkeys(part for cell in job.cells for part in cell.parts):
-            place = wanted.setdefault((bundle, part.cache), {})
-            place.update((digest, path) for path, digest in lists(part.list_file).items)
+            place = wanted.setdefault((*bundle, part.cache), {})
+            place.update((digest, path) for path, digest in lists[part.list_file].items)
     tasks = []
-    for (bundle, cache), pictures in wanted.items():
-        items = [(path, digest) for digest, path in pictures.items()]
-        for first in range(0, len(items), _ENCODED_AT_ONCE):
-            chunk = tuple(items[first : first + _ENCODED_AT_ONCE])
-            tasks.append(Encoding(models[bundle], Path(bundle), chunk, cache))
+    for (path, digest, cache), pictures in wanted.items():
+        items = [(picture, name) for name, picture in pictures.items()]
+        size = max(_LEAST_ENCODED, -(-len(items) // _MOST_ENCODINGS))
+        tasks += [
+            Encoding(path, digest, tuple(items[first : first + size]), cache)
+            for first in range(0, len(items), size)
+        ]
     return tasks

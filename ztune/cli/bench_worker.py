@@ -2,7 +2,8 @@
 
     OUT/runs/KEY/run/         the run of `ztune tune`, gone on with where a kill left it
     OUT/runs/KEY/CELL.json    the outcome of a cell, until and after the driver has recorded it
-    OUT/runs/KEY/deaths       a line per attempt that did not come to an end of its own
+    OUT/runs/KEY/deaths       a line per attempt that did not come to an end of its own, while none
+                              gets further than the one before
 
 Models stay open from cell to cell; so do the encoded pictures and prompts of the last few parts.
 """
@@ -11,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,7 +53,9 @@ from ztune.types import F32, I64, ImageEncoder, Json
 
 MOST_DEATHS = 3
 """Attempts at a run that end a process before the run is given up."""
-_PARTS_KEPT = 4
+DEATHS = "deaths"
+_PARTS_BYTES = 512 << 20
+"""Of encoded parts that are kept, at least the last."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ class Worker:
                 self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
             )
         except ZtuneError:  # every cell that needs these pictures fails with the same reason
-            return Encoded(task.model, 0, 0.0)
-        return Encoded(task.model, found.n_encoded, time.monotonic() - started)
+            return Encoded(task.bundle_digest, 0, 0.0)
+        return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
 
     def _carry_out(self, job: Job) -> Answer:
         place = self.settings.out / "runs" / job.run
@@ -129,37 +131,53 @@ class Worker:
                 stack.enter_context(RunFolder(place).locked())
             except ConfigError:
                 return Answer(busy=True)
-            try:
-                with _counted_deaths(place / "deaths"), one_blas_thread():
-                    return self._outcomes(job, place)
-            except ZtuneError as error:
-                reason = str(error)
-            except Exception as error:  # a cell's failure is no failure of the others
-                (place / "traceback.txt").write_text(traceback.format_exc())
-                said = str(error).strip().splitlines()
-                reason = f"{type(error).__name__}: {said[0] if said else 'without a word'}"
-            return Answer(reasons={one.key: reason for one in job.cells})
+            return self._answer(job, place)
 
-    def _outcomes(self, job: Job, place: Path) -> Answer:
-        known = {one.key: outcome for one in job.cells if (outcome := _kept(place, one.key))}
-        if len(known) == len(job.cells):
-            return Answer(outcomes=known)
+    def _answer(self, job: Job, place: Path) -> Answer:
+        """Tune what is asked for and score it; a cell's failure is no failure of the others."""
+        outcomes: dict[str, Outcome] = {}
+        reasons: dict[str, str] = {}
+        try:
+            outcomes |= {one.key: kept for one in job.cells if (kept := _kept(place, one.key))}
+            missing = [one for one in job.cells if one.key not in outcomes]
+            if not missing:
+                return Answer(outcomes)
+            deaths = _deaths(place)
+            if len(deaths) == MOST_DEATHS - 1 and not job.alone:
+                return Answer(alone=True)
+            with _noted(place, deaths), one_blas_thread():
+                work, run = self._tuned(job, place)
+                for one in missing:
+                    found = self._scored_or_not(work, run, one, place)
+                    if isinstance(found, str):
+                        reasons[one.key] = found
+                    else:
+                        outcomes[one.key] = found
+        except Exception as error:
+            reason = _reason(error, place)
+            reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
+        return Answer(outcomes, reasons)
+
+    def _tuned(self, job: Job, place: Path) -> tuple[Work, Fields]:
+        """Return the run finished, and what run.json says."""
         bench = self._bench(Path(job.request.bundle))
         if bench.bundle.digest != job.bundle_digest:
             raise FormatError(
                 f'bundle "{bench.bundle.path}" is not the one that the bench began with'
             )
         work = Work(job.request, job.split, RunFolder(place / "run"), bench)
-        document = Fields(_finished(work), f'run "{work.folder.path}"')
-        outcomes = {}
-        for one in job.cells:
-            outcome = known.get(one.key) or self._scored(work, document, one, job.run)
-            write_json(place / f"{one.key}.json", outcome.to_json())
-            outcomes[one.key] = outcome
-        # What follows from the result, or is no more use with it.
-        shutil.rmtree(work.folder.snapshots, ignore_errors=True)
-        work.folder.state.unlink(missing_ok=True)
-        return Answer(outcomes=outcomes)
+        run = Fields(_finished(work), f'run "{work.folder.path}"')
+        work.folder.state.unlink(missing_ok=True)  # of no more use
+        return work, run
+
+    def _scored_or_not(self, work: Work, run: Fields, cell: CellJob, place: Path) -> Outcome | str:
+        """Score a cell and keep its outcome; return that, or why there is none."""
+        try:
+            outcome = self._scored(work, run, cell, place.name)
+            write_json(place / f"{cell.key}.json", outcome.to_json())
+        except Exception as error:
+            return _reason(error, place)
+        return outcome
 
     def _scored(self, work: Work, run: Fields, cell: CellJob, key: str) -> Outcome:
         """Score a finished run's result on the parts of a cell."""
@@ -218,10 +236,17 @@ class Worker:
             labels = pictures.label_array
             zero_shot = bench.zero_shot(part.templates, pictures.classes)
             before = score(zero_shot.logits(found.values[0]), labels, pictures.classes)
-            while len(self._parts) >= _PARTS_KEPT:
-                del self._parts[next(iter(self._parts))]
+            self._make_room(found.values.nbytes)
             self._parts[place] = EncodedPart(pictures, found.values[0], labels, before)
         return self._parts[place]
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Forget the oldest parts until another of so many bytes has room."""
+        while self._parts and n_bytes + self._bytes_kept() > _PARTS_BYTES:
+            del self._parts[next(iter(self._parts))]
+
+    def _bytes_kept(self) -> int:
+        return sum(part.features.nbytes for part in self._parts.values())
 
     def _part_score(
         self, bench: Workbench, result: Artifact, part: ScoredPart, encoded: EncodedPart
@@ -287,21 +312,50 @@ def _kept(place: Path, key: str) -> Outcome | None:
     return Outcome.from_json(Fields(read_json(path, where), where))
 
 
-@contextlib.contextmanager
-def _counted_deaths(path: Path) -> Iterator[None]:
-    """Note an attempt, and take the note back when it ends in whatever way but a kill.
+def _reason(error: Exception, place: Path) -> str:
+    """Return an error in one line; what a user cannot know of leaves its traceback."""
+    if isinstance(error, ZtuneError):
+        return str(error)
+    (place / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'without a word'}"
 
-    Raises: ZtuneError where too many attempts have left their note.
+
+def _deaths(place: Path) -> list[str]:
+    """Return the notes that attempts left which got no further than the one before.
+
+    Raises: ZtuneError where they are too many; asked for once more, it is tried again.
     """
+    path = place / DEATHS
     notes = path.read_text().splitlines() if path.exists() else []
+    notes = [note for note in notes if note.split()[:1] == [_reached(place)]]
     if len(notes) >= MOST_DEATHS:
-        path.unlink()  # asked for again, it is tried again
+        path.unlink()
         raise ZtuneError(
             f"its process ended {len(notes)} times without a word (killed, or out of memory?)"
         )
-    with path.open("a") as file:
-        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} process {os.getpid()}\n")
+    return notes
+
+
+def forget_deaths(out: Path) -> None:
+    """Take all notes back, since whoever stopped a bench ended its processes on purpose."""
+    for note in (out / "runs").glob(f"*/{DEATHS}"):
+        note.unlink(missing_ok=True)
+
+
+def _reached(place: Path) -> str:
+    """Return what differs as soon as a run has saved its state again."""
+    state = RunFolder(place / "run").state
+    return str(state.stat().st_mtime_ns if state.exists() else 0)
+
+
+@contextlib.contextmanager
+def _noted(place: Path, earlier: Sequence[str]) -> Iterator[None]:
+    """Note an attempt, and take the notes back when it ends in whatever way but a kill."""
+    path = place / DEATHS
+    note = f"{_reached(place)} {time.strftime('%Y-%m-%dT%H:%M:%S')} process {os.getpid()}"
+    path.write_text("\n".join([*earlier, note]) + "\n")
     try:
         yield
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)  # a driver that is stopped takes all notes back

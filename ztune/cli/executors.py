@@ -150,8 +150,9 @@ class Ray:
                 **sizes,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f'Ray at "{cluster.address}" cannot be reached: {said[0]}') from None
+            raise ConfigError(
+                f'Ray at "{cluster.address}" cannot be reached: {_first_line(error)}'
+            ) from None
         self._check_size()
 
     def _check_size(self) -> None:
@@ -184,12 +185,14 @@ class Ray:
             actor, place = under_way.pop(ready)
             try:
                 answer = self._ray.get(ready)
-            except self._ray.exceptions.RayActorError:
+            except self._ray.exceptions.RayTaskError:
+                raise  # what our own code raised
+            except self._ray.exceptions.RayError as error:  # killed, by Ray itself or another
                 losses += 1
                 if losses > _MOST_LOSSES * self.workers:
                     raise ZtuneError(
                         f"{losses} workers were lost without an answer (out of memory? take fewer "
-                        "--workers)"
+                        f"--workers): {_first_line(error)}"
                     ) from None
                 waiting.append((place, tasks[place]))
                 actor = self._actor()
@@ -211,3 +214,7 @@ class Ray:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

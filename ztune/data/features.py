@@ -107,7 +107,9 @@ def encode_pictures(
         for job, pixels in pictures:
             if isinstance(pixels, DataError):
                 if not skip_broken:
-                    raise DataError(f"{pixels} (repair or remove it, or use --skip-broken)")
+                    raise DataError(
+                        f"{pixels} (repair or remove it; tune, compare and eval take --skip-broken)"
+                    )
                 broken.add(job.sha256)
                 continue
             for key, picture in zip(job.keys, pixels, strict=True):
