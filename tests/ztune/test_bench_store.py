@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,9 +26,10 @@ import pytest
 from tests.ztune.test_bench_cells import CELL, CURVE, OUTCOME
 from ztune.bench import store as module
 from ztune.bench.cells import Cell, Outcome, Point, key_of
-from ztune.bench.store import APPLICATION, VERSION, Result, Store
+from ztune.bench.store import APPLICATION, VERSION, Result, Store, View
 from ztune.config import as_json
 from ztune.errors import FormatError
+from ztune.fields import Fields
 from ztune.types import Json
 
 
@@ -50,8 +51,33 @@ def reason(number: int) -> str:
     return f"cell {number} failed: " + "why " * 2000
 
 
-def cells(*numbers: int) -> dict[str, Cell]:
-    return {key(number): cell(number) for number in numbers}
+def cells(*numbers: int) -> dict[Cell, str]:
+    return {cell(number): key(number) for number in numbers}
+
+
+PLAN = "a plan"
+"""What is wanted and shown where nothing else is said."""
+
+
+def results(store: Store, plan: str = PLAN) -> list[Result]:
+    return list(store.view(plan).results)
+
+
+def document(store: Store, plan: str = PLAN) -> Mapping[str, Json]:
+    return store.view(plan).document.values
+
+
+def n_left_out(store: Store) -> int:
+    return store.view(PLAN).n_left_out
+
+
+def sessions(store: Store) -> dict[int, Fields]:
+    """Return the circumstances of all cells, whatever plan has them."""
+    return dict(store.view(PLAN).sessions)
+
+
+def rates(store: Store) -> dict[str, float]:
+    return dict(store.view(PLAN).rates)
 
 
 @pytest.fixture
@@ -75,12 +101,12 @@ def raw(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Store) -> None:
-    store.want({"title": "t"}, cells(3, 1, 2))
-    assert store.results() == [Result(cell(3)), Result(cell(1)), Result(cell(2))]
+    store.want(PLAN, {"title": "t"}, cells(3, 1, 2))
+    assert results(store) == [Result(cell(3)), Result(cell(1)), Result(cell(2))]
     first, second = store.begin({}), store.begin({})
     store.finish(key(2), cell(2), OUTCOME, second)
     store.fail(key(3), cell(3), "no pictures in “café”", first)
-    assert store.results() == [
+    assert results(store) == [
         Result(cell(3), None, "no pictures in “café”", first),
         Result(cell(1)),
         Result(cell(2), OUTCOME, "", second),
@@ -89,36 +115,37 @@ def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Sto
 
 
 def test_what_was_recorded_is_there_for_the_next_process(store: Store, path: Path) -> None:
-    store.want({"title": "é", "models": {"m": [1, None]}}, cells(1))
+    store.want(PLAN, {"title": "é", "models": {"m": [1, None]}}, cells(1))
     number = store.begin({"host": "ä", "versions": {"numpy": "2"}})
     store.finish(key(1), cell(1), OUTCOME, number)
     store.add_pass("m", 10, 5.0)
     for again in (Store(path), Store.existing(path)):
-        assert again.results() == [Result(cell(1), OUTCOME, "", number)]
-        assert again.plan().values == {"title": "é", "models": {"m": [1, None]}}
-        assert {n: one.values for n, one in again.sessions().items()} == {
+        assert again.plans() == [PLAN]
+        assert results(again) == [Result(cell(1), OUTCOME, "", number)]
+        assert document(again) == {"title": "é", "models": {"m": [1, None]}}
+        assert {n: one.values for n, one in sessions(again).items()} == {
             number: {"host": "ä", "versions": {"numpy": "2"}}
         }
-        assert again.seconds_per_picture() == {"m": 0.5}
+        assert rates(again) == {"m": 0.5}
         assert again.finished() == {key(1)}
 
 
 def test_a_finished_cell_is_never_replaced(store: Store) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
     store.fail(key(1), cell(1), "too late", 2)
     store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=9.0), 3)
-    assert store.results() == [Result(cell(1), OUTCOME, "", 1)]
+    assert results(store) == [Result(cell(1), OUTCOME, "", 1)]
 
 
 def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     store.fail(key(1), cell(1), "second", 2)
-    assert store.results() == [Result(cell(1), None, "second", 2)]
+    assert results(store) == [Result(cell(1), None, "second", 2)]
     assert store.finished() == set()
     store.finish(key(1), cell(1), OUTCOME, 3)
-    assert store.results() == [Result(cell(1), OUTCOME, "", 3)]
+    assert results(store) == [Result(cell(1), OUTCOME, "", 3)]
 
 
 @pytest.mark.parametrize(
@@ -134,93 +161,211 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
     ],
 )
 def test_any_reason_can_be_recorded(store: Store, given: str, kept: str) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     store.fail(key(1), cell(1), given, 1)
-    assert store.results() == [Result(cell(1), None, kept, 1)]
+    assert results(store) == [Result(cell(1), None, kept, 1)]
 
 
 def test_an_outcome_that_cannot_be_written_leaves_the_cell_as_it_was(store: Store) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=float("nan")), 2)
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.begin({"x": float("inf")})
-    assert store.results() == [Result(cell(1), None, "first", 1)]
-    assert store.sessions() == {}
+    assert results(store) == [Result(cell(1), None, "first", 1)]
+    assert sessions(store) == {}
 
 
-def test_a_plan_replaces_the_one_before_and_no_result(store: Store) -> None:
-    store.want({"title": "first"}, cells(1, 2, 3))
+def test_a_plan_given_anew_replaces_what_it_was_and_no_result(store: Store) -> None:
+    store.want(PLAN, {"title": "first"}, cells(1, 2, 3))
     for number in (1, 2):
         store.finish(key(number), cell(number), outcome(number), 1)
     store.fail(key(3), cell(3), "why", 1)
-    assert store.n_unwanted() == 0
-    store.want({"title": "second"}, cells(4, 2))
-    assert store.plan().values == {"title": "second"}
-    assert store.results() == [Result(cell(4)), Result(cell(2), outcome(2), "", 1)]
+    assert n_left_out(store) == 0
+    store.want(PLAN, {"title": "second"}, cells(4, 2))
+    assert document(store) == {"title": "second"}
+    assert results(store) == [Result(cell(4)), Result(cell(2), outcome(2), "", 1)]
     assert store.finished() == {key(1), key(2)}
-    assert store.n_unwanted() == 1  # the failure is no result that is left out
-    store.want({"title": "none"}, {})
-    assert store.results() == []
-    assert store.n_unwanted() == 2
-    store.want({"title": "first"}, cells(3, 1))
-    assert store.results() == [
+    assert n_left_out(store) == 1  # the failure is no result that is left out
+    store.want(PLAN, {"title": "none"}, {})
+    assert results(store) == []
+    assert n_left_out(store) == 2
+    store.want(PLAN, {"title": "first"}, cells(3, 1))
+    assert results(store) == [
         Result(cell(3), None, "why", 1),
         Result(cell(1), outcome(1), "", 1),
     ]
-    assert store.n_unwanted() == 1
+    assert n_left_out(store) == 1
 
 
-def test_a_plan_that_cannot_be_written_leaves_the_one_before(store: Store) -> None:
-    store.want({"title": "first"}, cells(1))
+def test_a_plan_that_cannot_be_written_leaves_what_it_was(store: Store) -> None:
+    store.want(PLAN, {"title": "first"}, cells(1))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.want({"x": float("nan")}, cells(2))
-    assert store.plan().values == {"title": "first"}
-    assert store.results() == [Result(cell(1))]
+        store.want(PLAN, {"x": float("nan")}, cells(2))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.want("another", {"x": float("nan")}, cells(2))
+    assert store.plans() == [PLAN]
+    assert document(store) == {"title": "first"}
+    assert results(store) == [Result(cell(1))]
 
 
 def test_a_cell_has_the_name_that_the_latest_plan_gives_it(store: Store) -> None:
     # Names are not part of what a figure depends on, so a renamed model keeps its results.
     renamed = dataclasses.replace(CELL, model="another name")
     store.finish("k", CELL, OUTCOME, 1)
-    store.want({}, {"k": renamed})
-    assert store.results() == [Result(renamed, OUTCOME, "", 1)]
+    store.want(PLAN, {}, {CELL: "k"})
+    store.want(PLAN, {}, {renamed: "k"})
+    assert results(store) == [Result(renamed, OUTCOME, "", 1)]
 
 
 def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
-    assert store.results() == []
-    assert store.sessions() == {}
-    assert store.n_unwanted() == 0
-    with pytest.raises(FormatError, match=f'^results "{path}": no plan was carried out yet'):
-        store.plan()
+    assert store.finished() == set()
+    for opened in (store, Store.existing(path)):
+        with pytest.raises(FormatError, match=f'^results "{path}": no plan was carried out yet$'):
+            opened.plans()
+        with pytest.raises(FormatError, match=f'^results "{path}": there is no plan "{PLAN}"$'):
+            opened.view(PLAN)
+    # What is there without a plan, the first one finds.
+    number = store.begin({"host": "h"})
+    store.finish(key(1), cell(1), OUTCOME, number)
+    store.want(PLAN, {}, {})
+    assert store.plans() == [PLAN]
+    assert results(store) == []
+    assert list(sessions(store)) == [number]
+    assert n_left_out(store) == 1
+
+
+def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
+    store.want("z", {"title": "last"}, cells(3, 1))
+    store.want("a", {"title": "first"}, cells(1, 2))
+    number = store.begin({"host": "h"})
+    store.finish(key(1), cell(1), outcome(1), number)
+    store.fail(key(2), cell(2), "why", number)
+    store.add_pass("m", 4, 1.0)
+    both, alone = Result(cell(1), outcome(1), "", number), Result(cell(2), None, "why", number)
+    host = Fields({"host": "h"}, f'results "{store.path}"')
+    view = partial(View, n_left_out=0, sessions={number: host}, rates={"m": 0.25})
+    last = view("z", Fields({"title": "last"}, host.where), (Result(cell(3)), both))
+    assert store.view("z") == last
+    assert store.view("a") == view("a", Fields({"title": "first"}, host.where), (both, alone))
+    store.want("a", {"title": "anew"}, cells(2))
+    assert store.view("z") == last
+    assert store.view("a") == view("a", Fields({"title": "anew"}, host.where), (alone,))
+    assert store.plans() == ["z", "a"]
+    store.want("z", {"title": "anew"}, {})
+    assert store.plans() == ["z", "a"]  # in the order that they were first given
+    assert results(store, "a") == [alone]
+    assert results(store, "z") == []
+
+
+@pytest.mark.parametrize("name", ["b", "A plan", "a", "a pla_", "%", ""])
+def test_a_plan_that_is_not_there_is_named(store: Store, name: str) -> None:
+    store.want(PLAN, {}, cells(1))
+    with pytest.raises(FormatError, match=f'^results "{store.path}": there is no plan "{name}"$'):
+        store.view(name)
+
+
+def test_cells_of_one_key_show_the_same_result(store: Store) -> None:
+    # A key has what a figure depends on: two names for one data set, or two methods alike in all.
+    alike = [dataclasses.replace(CELL, data=name) for name in ("café", "bistro")]
+    store.want(PLAN, {}, {alike[0]: "k", **cells(1), alike[1]: "k"})
+    assert results(store) == [Result(alike[0]), Result(cell(1)), Result(alike[1])]
+    store.fail("k", alike[0], "why", 1)
+    assert results(store) == [
+        Result(alike[0], None, "why", 1),
+        Result(cell(1)),
+        Result(alike[1], None, "why", 1),
+    ]
+    store.finish("k", alike[1], OUTCOME, 2)
+    assert results(store) == [
+        Result(alike[0], OUTCOME, "", 2),
+        Result(cell(1)),
+        Result(alike[1], OUTCOME, "", 2),
+    ]
+    assert store.finished() == {"k"}
+    store.want(PLAN, {}, {alike[1]: "k"})
+    assert n_left_out(store) == 0  # the other is the same result
+    store.want(PLAN, {}, {})
+    assert n_left_out(store) == 1
+
+
+def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
+    store.want(PLAN, {}, cells(1, 2))
+    store.want("another", {}, cells(2, 3))
+    for number in (1, 2, 3, 4):
+        store.finish(key(number), cell(number), OUTCOME, 1)
+    store.fail(key(5), cell(5), "why", 1)  # no result
+
+    def left_out() -> set[int]:
+        return {store.view(plan).n_left_out for plan in store.plans()}
+
+    assert left_out() == {1}
+    store.want(PLAN, {}, cells(1))
+    assert left_out() == {1}
+    store.want("another", {}, cells(3, 4))
+    assert left_out() == {1}
+    store.want("another", {}, {})
+    assert left_out() == {3}
+
+
+@pytest.mark.parametrize("statement", ["SELECT document", module._RESULTS, module._LEFT_OUT])
+def test_a_view_is_of_one_moment(
+    store: Store, statement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.want(PLAN, {"title": "before"}, cells(1, 2))
+    store.finish(key(1), cell(1), OUTCOME, 1)
+    before = store.view(PLAN)
+    writers = iter([Store(store.path)])
+
+    class Interrupted(sqlite3.Connection):
+        """One between whose statements another writes, where it may."""
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if sql.startswith(statement):
+                for other in writers:  # once
+                    with contextlib.suppress(FormatError):  # where it would have to wait
+                        other.want(PLAN, {"title": "after"}, cells(3))
+            return super().execute(sql, *values)
+
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
+        seen = store.view(PLAN)
+    assert next(writers, None) is None
+    store.want(PLAN, {"title": "after"}, cells(3))
+    after = store.view(PLAN)
+    assert before.n_left_out != after.n_left_out
+    assert seen in (before, after)
 
 
 def test_sessions_are_numbered_in_turn(store: Store) -> None:
+    store.want(PLAN, {}, {})
     numbers = [store.begin({"place": i}) for i in range(3)]
     assert len(set(numbers)) == 3
-    assert [one.values["place"] for one in store.sessions().values()] == [0, 1, 2]
-    assert list(store.sessions()) == numbers
+    assert [one.values["place"] for one in sessions(store).values()] == [0, 1, 2]
+    assert list(sessions(store)) == numbers
 
 
 def test_the_time_of_a_picture_is_a_mean_over_all_passes(store: Store) -> None:
-    assert store.seconds_per_picture() == {}
+    store.want(PLAN, {}, {})
+    assert rates(store) == {}
     store.add_pass("a", 30, 3.0)
     store.add_pass("a", 10, 3)  # whole seconds must not make it a whole division
     store.add_pass("b", 3, 1)
     store.add_pass("c", 0, 0.25)  # all pictures were found encoded
-    assert store.seconds_per_picture() == {"a": 0.15, "b": 1 / 3}
+    assert rates(store) == {"a": 0.15, "b": 1 / 3}
 
 
 def test_threads_may_share_one(store: Store) -> None:
-    store.want({}, cells(*range(20)))
+    store.want(PLAN, {}, cells(*range(20)))
 
     def record(number: int) -> None:
         store.finish(key(number), cell(number), outcome(number), 1)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(record, range(20)))
-    assert store.results() == [Result(cell(n), outcome(n), "", 1) for n in range(20)]
+    assert results(store) == [Result(cell(n), outcome(n), "", 1) for n in range(20)]
 
 
 # Files that are not as they should be.
@@ -265,6 +410,7 @@ def test_a_database_of_another_program_is_refused_and_kept(path: Path, statement
     ("version", "message"),
     [
         (0, f"format version 0 is older than this ztune's {VERSION} .keep it, and name another"),
+        (1, f"format version 1 is older than this ztune's {VERSION} .keep it, and name another"),
         (VERSION + 1, f"format version {VERSION + 1} is newer than .*'s {VERSION} .upgrade ztune"),
     ],
 )
@@ -286,10 +432,10 @@ def test_a_file_of_another_version_is_refused_and_kept(
 def test_an_empty_file_is_what_a_kill_leaves_of_a_new_one(path: Path, opened: type[Store]) -> None:
     path.write_bytes(b"")
     store = opened(path)
-    assert store.results() == []
-    store.want({}, cells(1))
+    assert store.finished() == set()
+    store.want(PLAN, {}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, store.begin({}))
-    assert Store.existing(path).results() == [Result(cell(1), OUTCOME, "", 1)]
+    assert results(Store.existing(path)) == [Result(cell(1), OUTCOME, "", 1)]
 
 
 def test_a_file_says_whose_and_which_version_it_is(store: Store) -> None:
@@ -326,31 +472,33 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_is_refused_by_the_name_of_the_file(store: Store, damage: str) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
-    assert store.results() == [Result(cell(1), OUTCOME, "", 1)]
+    assert results(store) == [Result(cell(1), OUTCOME, "", 1)]
     statement, message = DAMAGES[damage]
     with raw(store.path) as database:
         database.execute(statement)
     with pytest.raises(FormatError, match=f'^results "{store.path}": .*{message}'):
-        store.results()
+        results(store)
 
 
-def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(store: Store) -> None:
-    store.want({"title": "t"}, {})
+@pytest.mark.parametrize("table", ["plans", "sessions"])
+@pytest.mark.parametrize("text", ["{", "null"])
+def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(
+    store: Store, table: str, text: str
+) -> None:
+    store.want(PLAN, {"title": "t"}, {})
     store.begin({"host": "h"})
     with raw(store.path) as database:
-        database.execute("UPDATE plan SET document = '{'")
-        database.execute("UPDATE sessions SET document = 'null'")
-    for read in (store.plan, store.sessions):
-        with pytest.raises(FormatError, match=f'^results "{store.path}": {_NO_OBJECT}'):
-            read()
+        database.execute(f"UPDATE {table} SET document = ?", [text])
+    with pytest.raises(FormatError, match=f'^results "{store.path}": {_NO_OBJECT}'):
+        store.view(PLAN)
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_file_is_refused_by_its_name(store: Store, damage: str) -> None:
     numbers = range(8)
-    store.want({}, cells(*numbers))
+    store.want(PLAN, {}, cells(*numbers))
     for number in numbers:
         store.finish(key(number), cell(number), outcome(number), 1)
     content = store.path.read_bytes()
@@ -358,7 +506,7 @@ def test_a_damaged_file_is_refused_by_its_name(store: Store, damage: str) -> Non
     rest = b"" if damage == "cut" else b"\xaa" * (len(content) - half)
     store.path.write_bytes(content[:half] + rest)
     with pytest.raises(FormatError, match=f'^results "{store.path}": '):
-        store.results()
+        results(store)
 
 
 @contextlib.contextmanager
@@ -380,7 +528,7 @@ def closed_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())  # tmp_path lies in a folder that is the owner's alone
     try:
         store = Store(folder / "there.sqlite")
-        store.want({}, cells(1, 2))
+        store.want(PLAN, {}, cells(1, 2))
         store.finish(key(1), cell(1), OUTCOME, 1)
         store.path.chmod(0o444)
         folder.chmod(0o555)
@@ -409,20 +557,20 @@ def test_a_path_that_cannot_be_a_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_can_be_read(closed_folder: Path) -> None:
     # Reports are made of results on a shared disk, or of those somebody else has recorded.
     store = Store.existing(closed_folder / "there.sqlite")
-    assert store.results() == [Result(cell(1), OUTCOME, "", 1), Result(cell(2))]
+    assert results(store) == [Result(cell(1), OUTCOME, "", 1), Result(cell(2))]
     with pytest.raises(FormatError, match=f'^results "{store.path}": .*(readonly|unable)'):
         store.fail(key(2), cell(2), "why", 1)
 
 
 def test_a_reader_waits_for_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.want({}, cells(1))
+    store.want(PLAN, {}, cells(1))
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     with raw(store.path) as database:
         database.execute("BEGIN IMMEDIATE")
-        assert Store.existing(store.path).results() == [Result(cell(1))]
+        assert results(Store.existing(store.path)) == [Result(cell(1))]
         with pytest.raises(FormatError, match=f'^results "{store.path}": database is locked'):
             store.fail(key(1), cell(1), "why", 1)
-    assert store.results() == [Result(cell(1))]
+    assert results(store) == [Result(cell(1))]
 
 
 @contextlib.contextmanager
@@ -438,28 +586,30 @@ def full_disk(largest: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("moment", ["row", "commit"])
 def test_what_finds_no_room_says_so_and_leaves_all_as_it_was(store: Store, moment: str) -> None:
-    store.want({}, cells(1, 2))
+    store.want(PLAN, {}, cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
     # SQLite's journal grows with the row, the file itself at the end.
     room = 512 if moment == "row" else store.path.stat().st_size
     with full_disk(room):
         with pytest.raises(FormatError, match=f'^results "{store.path}": (disk|database or disk)'):
             store.fail(key(2), cell(2), reason(2) * 10, 1)
-        assert store.results() == [Result(cell(1), OUTCOME, "", 1), Result(cell(2))]
+        assert results(store) == [Result(cell(1), OUTCOME, "", 1), Result(cell(2))]
     store.fail(key(2), cell(2), "later", 1)
-    assert store.results()[1] == Result(cell(2), None, "later", 1)
+    assert results(store)[1] == Result(cell(2), None, "later", 1)
 
 
 def test_what_fails_midway_leaves_all_as_it_was(store: Store) -> None:
-    store.want({"title": "first"}, cells(1, 2))
+    store.want(PLAN, {"title": "first"}, cells(1, 2))
     with raw(store.path) as database:
         database.execute(
-            "CREATE TRIGGER no_plan BEFORE INSERT ON plan BEGIN SELECT RAISE(ABORT, 'no'); END"
+            "CREATE TRIGGER no_plan BEFORE INSERT ON plans BEGIN SELECT RAISE(ABORT, 'no'); END"
         )
-    with pytest.raises(FormatError, match=f'^results "{store.path}": no$'):
-        store.want({"title": "second"}, cells(3))
-    assert store.plan().values == {"title": "first"}
-    assert store.results() == [Result(cell(1)), Result(cell(2))]
+    for plan in (PLAN, "another"):
+        with pytest.raises(FormatError, match=f'^results "{store.path}": no$'):
+            store.want(plan, {"title": "second"}, cells(3))
+    assert store.plans() == [PLAN]
+    assert document(store) == {"title": "first"}
+    assert results(store) == [Result(cell(1)), Result(cell(2))]
 
 
 # Several processes. What follows with a `line` runs in one of its own, which a test can kill: it
@@ -512,7 +662,9 @@ def test_two_processes_may_make_the_same_file_at_once(tmp_path: Path) -> None:
                 one.line.send("go")
             # Two numbers of one file: neither has made it anew under the other.
             assert {one.line.recv() for one in both} == {1, 2}
-            assert list(Store.existing(tmp_path / str(number)).sessions()) == [1, 2]
+            store = Store.existing(tmp_path / str(number))
+            store.want(PLAN, {}, {})
+            assert list(sessions(store)) == [1, 2]
 
 
 @pytest.mark.parametrize("statement", ["PRAGMA application_id", "PRAGMA user_version"])
@@ -564,10 +716,10 @@ def test_four_writers_lose_nothing_of_each_other(path: Path) -> None:
             one.line.send("go")
         assert [one.line.recv() for one in four] == ["done"] * 4
     store = Store.existing(path)
-    store.want({}, cells(*numbers))
-    writers = {session: one.integer("writer") for session, one in store.sessions().items()}
+    store.want(PLAN, {}, cells(*numbers))
+    writers = {session: one.integer("writer") for session, one in sessions(store).items()}
     assert sorted(writers.values()) == [0, 1, 2, 3]
-    for number, result in zip(numbers, store.results(), strict=True):
+    for number, result in zip(numbers, results(store), strict=True):
         assert result.session is not None
         # Whole and of one writer: the outcome with the session of the process that measured it.
         writer = writers[result.session]
@@ -613,14 +765,14 @@ def check(path: Path) -> None:
 def test_after_a_kill_all_that_was_recorded_is_there_and_whole(path: Path) -> None:
     moments = random.Random(0)
     everything = range(N_KILLS * N_MOST)
-    Store(path).want({}, cells(*everything))
+    Store(path).want(PLAN, {}, cells(*everything))
     expected = [Result(cell(number)) for number in everything]
     for turn in range(N_KILLS):
         with working(carry_out, path, turn * N_MOST) as (worker,):
             said = killed(worker, moments)
         for result in said:
             expected[result.cell.seed] = result
-        found = Store.existing(path).results()
+        found = results(Store.existing(path))
         # It may have taken one step more that there was no time to tell of.
         last = said[-1].cell.seed
         if said[-1].outcome is None:

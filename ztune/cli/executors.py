@@ -96,7 +96,8 @@ class Joblib:
     def close(self) -> None:
         from joblib.externals.loky import get_reusable_executor
 
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        # As it is: made for other settings, loky would first wait for all that is under way.
+        get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 @functools.lru_cache(maxsize=1)
