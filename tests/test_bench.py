@@ -541,6 +541,22 @@ def test_only_some_cells(plan: Path, tmp_path: Path, ztune: Command) -> None:
     assert [(cell.method, cell.seed, cell.shots) for cell in done] == [("gda", 2, 1)]
 
 
+def test_a_plan_is_carried_out_in_parts(
+    serial: Path, plan: Path, tmp_path: Path, ztune: Command
+) -> None:
+    """What an earlier command asked for stays in the report of a later one that asks for less."""
+    out = tmp_path / "out"
+    only = ("--shots", "1", "--provider", "cpu")
+    assert ztune("bench", plan, "--out", out, "--methods", "gda", *only).code == 0
+    words = ("--methods", "zip", "--methods", "gda", "--seeds", "2")
+    done = ztune("bench", plan, "--out", out, "--resume", *words, *only)
+    assert "of 2 asked for 1 are finished, 1 to do" in done.err
+    found = {(one.cell.method, one.cell.seed) for one in results(out) if one.outcome}
+    assert found == {("gda", 1), ("gda", 2), ("zip", 2)}
+    assert f"3 of {N_CELLS} cells finished" in done.out
+    assert len(results(out)) == N_CELLS
+
+
 def test_json_is_one_document(copied: Path, plan: Path, ztune: Command) -> None:
     words = ("--out", copied, "--resume", "--provider", "cpu", "--json", "--quiet")
     document = ztune("bench", plan, *words).json
@@ -569,6 +585,12 @@ WRONG = [
     (("bench", "{plan}", "--out", "{empty}/x", "--ray", "local"), 1, "--provider"),
     (("bench", "{plan}", "--out", "{empty}/x", "--methods", "rgf"), 1, "it has: zip, gda"),
     (("bench", "{plan}", "--out", "{empty}/x", "--seeds", "7"), 1, "it has: 1, 2"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "nan", "--ray", "auto"), 1, "expected 0"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "1.5", "--ray", "auto"), 1, "whole"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--root", "{plan}"), 1, "is no folder"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--model", "={data}"), 1, "a name has no slash"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--model", "a/b={data}"), 1, "a name has no slash"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--model", "a="), 1, "names no bundle"),
     (("bench", "{plan}", "--out", "{data}"), 1, "not empty"),
     (("bench", "report"), 1, "bench report OUT"),
     (("bench", "report", "{empty}"), 1, "no such file"),

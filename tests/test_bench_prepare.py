@@ -61,6 +61,7 @@ def data(tmp_path: Path) -> Path:
 
 
 Prepare = Callable[..., Prepared]
+EVERYTHING = Only()
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def prepare(tmp_path: Path) -> Prepare:
         root: Path | None = None,
         output: Output | None = None,
         out: Path | None = None,
+        only: Only = EVERYTHING,
     ) -> Prepared:
         nonlocal n
         n += 1
@@ -82,7 +84,7 @@ def prepare(tmp_path: Path) -> Prepare:
         path.write_text(text)
         out = out or tmp_path / f"out-{n}"
         said = output or Output(quiet=True, warnings=[])
-        prepared = Preparation(read_plan(path), root, out, provider, said).prepare()
+        prepared = Preparation(read_plan(path), only, root, out, provider, said).prepare()
         assert not out.exists(), "whoever prepares writes nothing"
         return prepared
 
@@ -96,13 +98,14 @@ def few_shot(data: Path, **changes: object) -> str:
 
 def key_of_one(prepared: Prepared) -> str:
     (key,) = prepared.cells.values()
+    assert key is not None
     (job,) = prepared.jobs
     assert [cell.key for cell in job.cells] == [key]
     return key
 
 
 def keys_by_name(prepared: Prepared) -> dict[str, str]:
-    return {str(cell): key for cell, key in prepared.cells.items()}
+    return {str(cell): key for cell, key in prepared.cells.items() if key is not None}
 
 
 def file_of(prepared: Prepared, role: str) -> Path:
@@ -700,3 +703,45 @@ def test_data_that_lie_twice_are_encoded_for_each_name(data: Path, prepare: Prep
     caches: list[Any] = [task.cache.relative_to(task.cache.parents[1]).as_posix() for task in tasks]
     assert sorted(caches) == ["again/test", "digits/tune"]
     assert encodings((), {}) == []
+
+
+# Some cells of a plan
+
+
+def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None:
+    """A data set of the plan that is not there yet is no obstacle to the others."""
+    text = few_shot(data, seed="1, 2")
+    text = text.replace("[methods]", f'absent = {{ path = "{data}-absent" }}\n[methods]')
+    text += '[[protocols]]\nkind = "few-shot"\ndata = ["absent"]\nshots = [2]\nseeds = [1]\n'
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(text)
+    prepared = prepare(text, only=Only(data=("digits",), seeds=(2,)))
+    asked = {cell: key for cell, key in prepared.cells.items() if key is not None}
+    assert {(cell.data, cell.seed) for cell in asked} == {("digits", 2)}
+    assert {(c.data, c.seed) for c in prepared.cells} == {
+        ("digits", 1), ("digits", 2), ("absent", 1),
+    }  # fmt: skip
+    assert len(prepared.jobs) == 1
+    whole = prepare(few_shot(data, seed="1, 2"))
+    assert asked.items() <= whole.cells.items()
+
+
+def test_nothing_asked_for_is_an_error(data: Path, prepare: Prepare) -> None:
+    with pytest.raises(ConfigError, match="no cell of the plan has all that --methods, --data"):
+        prepare(few_shot(data), only=Only(seeds=(7,)))
+
+
+def test_queries_do_not_matter_to_a_head(data: Path, prepare: Prepare) -> None:
+    for method, settings, same in (("gda", "", True), ("zip", "rank = 2", False)):
+        texts = [
+            few_shot(data, queries=n, settings=settings).replace("zip", method) for n in (50, 60)
+        ]
+        keys = [key_of_one(prepare(text)) for text in texts]
+        assert (keys[0] == keys[1]) == same
+
+
+def test_remarks_are_collected(data: Path, prepare: Prepare) -> None:
+    prepared = prepare(few_shot(data, shots="1, 9"))
+    assert any("every class is divided into 50 % train" in one for one in prepared.remarks)
+    assert any(one.startswith("digits, 9 shots: 3 class(es) have") for one in prepared.remarks)
+    assert len(set(prepared.remarks)) == len(prepared.remarks)

@@ -1,9 +1,11 @@
 """Where a bench's tasks are performed: each is answered once, however many workers are lost."""
 
 import importlib.util
+import io
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -327,7 +329,8 @@ Connect = Callable[..., Ray]
 
 @pytest.fixture
 def connect(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Connect:
-    """Connect to a stub, with so many workers."""
+    """Connect to a stub, with so many workers; something listens at every address."""
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: io.BytesIO())
 
     def connected(
         stub: StubRay, workers: int, gpus: float = 0.0, address: str = "there:6379"
@@ -460,6 +463,24 @@ def test_ray_names_an_address_that_cannot_be_reached(
     message = f'^Ray at "there:6379" cannot be reached: {said or kind.__name__}$'
     with pytest.raises(ConfigError, match=message):
         connect(stub, 1)
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(settings: Settings) -> None:
+    """Ray itself tries for a quarter of an hour."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            message = f'^Ray at "{address}" cannot be reached: .*refused'
+            with pytest.raises(ConfigError, match=message):
+                Ray(settings, Cluster(address, 1))
+
+
+def test_no_cluster_on_this_machine_is_said_in_our_words(connect: Connect) -> None:
+    stub = StubRay()
+    stub.unreachable = ConnectionError("by setting the --address flag")
+    with pytest.raises(ConfigError, match=r"^no Ray cluster runs on this machine .*--ray local"):
+        connect(stub, 1, address="auto")
 
 
 def test_ray_says_how_to_install_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -461,6 +461,12 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     assert plan_of(tmp_path / "other", text).to_json(digests) == document
 
 
+@pytest.mark.parametrize("name", ["", "a/b", " a", "a,b"])
+def test_models_have_names_like_everything_else(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"models .*a name has no slash"):
+        plan_of(tmp_path, LEAST.replace("[data]", f'[models]\n"{name}" = "x"\n[data]'))
+
+
 def test_models_may_take_the_places_of_its_own(tmp_path: Path) -> None:
     plan = replace(plan_of(tmp_path, FULL), models={"mine": str(tmp_path / "secret" / "mine")})
     found = plan.to_json({"mine": "56ef"})["models"]

@@ -27,11 +27,13 @@ Paths are relative to the plan's folder. Every key is checked; an unknown one is
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ztune.bench.cells import Cell
 from ztune.config import T, as_json, configured
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
@@ -151,6 +153,16 @@ class ExecutionPlan:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Pictures of one data set, drawn for a protocol with a seed."""
+
+    protocol: ProtocolPlan
+    source: str
+    shots: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that a bench is to carry out."""
 
@@ -162,6 +174,24 @@ class Plan:
     methods: Mapping[str, MethodPlan]
     protocols: tuple[ProtocolPlan, ...]
     execution: ExecutionPlan
+    digest: str
+    """Of the file."""
+
+    def draws(self) -> Iterator[Draw]:
+        """Yield what pictures are drawn for, in order: seed by seed, so that a bench that is
+        stopped has something of everything.
+        """
+        for protocol in self.protocols:
+            for seed in protocol.seeds:
+                for source in protocol.sources:
+                    for shots in protocol.shots:
+                        yield Draw(protocol, source, shots, seed)
+
+    def cells_of(self, draw: Draw) -> Iterator[Cell]:
+        """Yield the cells of a draw: each model with each method."""
+        for model in self.models:
+            for method in draw.protocol.methods:
+                yield Cell(draw.protocol.kind, model, draw.source, method, draw.shots, draw.seed)
 
     def resolved(self, path: str) -> Path:
         """Return what a path of the plan means.
@@ -185,6 +215,7 @@ class Plan:
         """
         return {
             "plan": self.path.name,
+            "digest": self.digest,
             "title": self.title,
             "models": {
                 name: {"bundle": Path(path).name, "digest": bundles[name]}
@@ -218,7 +249,8 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(f"{where} {state}")
-    top = parsed_toml(read_text(path, where), where)
+    text = read_text(path, where)
+    top = parsed_toml(text, where)
     if unknown := [key for key in top if key not in _TOP]:
         raise ConfigError(f'{where} has no key "{unknown[0]}"; it has: {", ".join(_TOP)}')
     for key in ("methods", "protocols", "data"):
@@ -246,8 +278,11 @@ def read_plan(path: Path) -> Plan:
     models = top.get("models", {})
     if not isinstance(models, dict) or not all(isinstance(one, str) for one in models.values()):
         raise ConfigError(f'{where}: models are name = "bundle"')
+    for name in models:
+        check_name(name, _place(where, "models", name))
     execution = _configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
-    return Plan(path, title, models, data, methods, tuple(protocols), execution)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Plan(path, title, models, data, methods, tuple(protocols), execution, digest)
 
 
 def _place(where: str, key: str, name: str) -> str:
@@ -266,13 +301,19 @@ def _tables(top: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str,
     for name, entry in found.items():
         if not isinstance(entry, dict):
             raise ConfigError(f"{_place(where, key, name)} is {entry!r}, expected a table")
-        # It names a folder of OUT, or stands in a list like --methods zip,gda.
-        if name in ("", ".", "..") or name != name.strip() or set(name) & set("/\\,\0"):
-            raise ConfigError(
-                f"{_place(where, key, name)}: a name has no slash, comma or blank at its ends, and "
-                "is not empty"
-            )
+        check_name(name, _place(where, key, name))
     return found
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse what cannot name a folder of OUT, or stand in a list like --methods zip,gda.
+
+    Raises: ConfigError naming `where`.
+    """
+    if name in ("", ".", "..") or name != name.strip() or set(name) & set("/\\,\0"):
+        raise ConfigError(
+            f"{where}: a name has no slash, comma or blank at its ends, and is not empty"
+        )
 
 
 def _data(name: str, entry: Mapping[str, Any], where: str) -> DataPlan:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,18 +33,21 @@ _TABLES = """
 CREATE TABLE cells (key TEXT PRIMARY KEY, cell TEXT NOT NULL, session INTEGER NOT NULL,
                     outcome TEXT, reason TEXT, CHECK ((outcome IS NULL) <> (reason IS NULL)));
 CREATE TABLE plans (name TEXT PRIMARY KEY, document TEXT NOT NULL);
-CREATE TABLE wanted (plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL,
-                     cell TEXT NOT NULL, PRIMARY KEY (plan, place));
+CREATE TABLE wanted (plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT, cell TEXT NOT NULL,
+                     PRIMARY KEY (plan, place));
 CREATE TABLE sessions (id INTEGER PRIMARY KEY, document TEXT NOT NULL);
 CREATE TABLE passes (bundle TEXT NOT NULL, pictures INTEGER NOT NULL, seconds REAL NOT NULL);
 """
 _PLANS = "SELECT name FROM plans ORDER BY rowid"
+_DOCUMENT = "SELECT document FROM plans WHERE name = ?"
+_KEYS = "SELECT cell, key FROM wanted WHERE plan = ?"
 _RESULTS = """
 SELECT wanted.cell, outcome, reason, session
 FROM wanted LEFT JOIN cells ON cells.key = wanted.key WHERE plan = ? ORDER BY place
 """
 _LEFT_OUT = """
-SELECT count(*) FROM cells WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted)
+SELECT count(*) FROM cells
+WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted WHERE key IS NOT NULL)
 """
 _RATES = """
 SELECT bundle, sum(seconds) / sum(pictures) FROM passes GROUP BY bundle HAVING sum(pictures) > 0
@@ -160,19 +163,36 @@ class Store:
             done = database.execute("INSERT INTO sessions (document) VALUES (?)", [_text(document)])
         return int(done.lastrowid or 0)
 
-    def want(self, plan: str, document: Mapping[str, Json], cells: Mapping[Cell, str]) -> None:
-        """Set the cells of a plan, with their keys and in order."""
-        rows = [
-            (plan, place, key, _text(as_json(cell)))
-            for place, (cell, key) in enumerate(cells.items())
-        ]
+    def want(
+        self,
+        plan: str,
+        document: Mapping[str, Json],
+        cells: Mapping[Cell, str | None],
+        remarks: Sequence[str] = (),
+    ) -> None:
+        """Set the cells of a plan, with their keys and in order, and what was said of their data.
+
+        As long as the plan's digest and its models are the same, a cell without a key, because
+        nobody asked for it, keeps the one that it had, and remarks add up.
+        """
+        names = [(_text(as_json(cell)), key) for cell, key in cells.items()]
         with self._changing() as database:
+            found = database.execute(_DOCUMENT, [plan]).fetchone()
+            known: dict[str, str | None] = {}
+            said = [_readable(remark) for remark in remarks]
+            if found is not None and _is_same(earlier := self._fields(found[0]), document):
+                known = dict(database.execute(_KEYS, [plan]).fetchall())
+                said = list(dict.fromkeys([*earlier.texts("remarks"), *said]))
+            rows = [
+                (plan, place, known.get(cell) if key is None else key, cell)
+                for place, (cell, key) in enumerate(names)
+            ]
             database.execute("DELETE FROM wanted WHERE plan = ?", [plan])
             database.executemany("INSERT INTO wanted VALUES (?, ?, ?, ?)", rows)
             database.execute(
                 "INSERT INTO plans VALUES (?, ?) "
                 "ON CONFLICT (name) DO UPDATE SET document = excluded.document",
-                [plan, _text(document)],
+                [plan, _text({**document, "remarks": [*said]})],
             )
 
     def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
@@ -181,9 +201,7 @@ class Store:
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
         """Record why a cell has no result, where it has none."""
-        # Half a surrogate pair, from the name of a file, is no text to SQLite.
-        readable = reason.encode(errors="backslashreplace").decode()
-        self._record(key, cell, session, None, readable or "no reason was given")
+        self._record(key, cell, session, None, _readable(reason) or "no reason was given")
 
     def _record(
         self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
@@ -225,7 +243,7 @@ class Store:
         """
         with self._open() as database:
             database.execute("BEGIN")  # one moment
-            found = database.execute("SELECT document FROM plans WHERE name = ?", [plan]).fetchone()
+            found = database.execute(_DOCUMENT, [plan]).fetchone()
             cells = database.execute(_RESULTS, [plan]).fetchall()
             (n_left_out,) = database.execute(_LEFT_OUT).fetchone()
             sessions = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
@@ -256,6 +274,16 @@ class Store:
         if not isinstance(value, dict):
             raise FormatError(f"{self._where}: a row is no JSON object")
         return Fields(value, self._where)
+
+
+def _readable(text: str) -> str:
+    """Return a text that SQLite takes: half a surrogate pair, from the name of a file, is none."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _is_same(earlier: Fields, document: Mapping[str, Json]) -> bool:
+    """Whether two documents of a plan ask for the same."""
+    return all(earlier.values.get(name) == document.get(name) for name in ("digest", "models"))
 
 
 def _text(document: Mapping[str, Json]) -> str:

@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("methods", "methods"), ("data", "data sets"), ("shots", "shots"), ("seeds", "seeds"),
     ):  # fmt: skip
         parser.add_argument(
-            f"--{name}", metavar="LIST", help=f"only cells with these {what} of the plan, as in a,b"
+            f"--{name}",
+            metavar="LIST",
+            action="append",
+            help=f"only cells with these {what} of the plan, as in a,b",
         )
 
 
@@ -127,10 +130,11 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     settings = Settings(out, provider, plan.execution.threads, plan.execution.memory_limit)
     try:
         with contextlib.closing(_executor(arguments, settings)) as executor:
-            prepared = Preparation(plan, arguments.root, out, provider, output).prepare()
-            store = _begun(out, plan, prepared)
+            preparation = Preparation(plan, only, arguments.root, out, provider, output)
+            prepared = preparation.prepare()
+            store = _begun(out, plan, prepared, output)
             session = store.begin(_circumstances(executor, provider))
-            lacking = Course(prepared, only, store, session, executor, output).run()
+            lacking = Course(prepared, store, session, executor, output).run()
     except KeyboardInterrupt:
         forget_deaths(out)
         begun = (out / _RESULTS).exists()
@@ -144,7 +148,7 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
         raise ZtuneError(f"{lacking} cell(s) have no result, see above; --resume tries them again")
 
 
-def _begun(out: Path, plan: Plan, prepared: Prepared) -> Store:
+def _begun(out: Path, plan: Plan, prepared: Prepared, output: Output) -> Store:
     """Write down what is to be done."""
     from ztune.bench.store import Store
 
@@ -152,7 +156,12 @@ def _begun(out: Path, plan: Plan, prepared: Prepared) -> Store:
     for file, pictures in prepared.lists.items():
         pictures.save(file)
     store = Store(out / _RESULTS)
-    store.want(plan.name, plan.to_json(prepared.digests), prepared.cells)
+    store.want(plan.name, plan.to_json(prepared.digests), prepared.cells, prepared.remarks)
+    if n_left_out := store.view(plan.name).n_left_out:
+        output.remark(
+            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: pictures, "
+            "settings or the plan have changed since"
+        )
     return store
 
 
@@ -170,7 +179,8 @@ def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: O
     lines.append(
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
-    lines.append(f"{files[0]} (make it anew with: ztune bench report {out})")
+    again = shlex.join(["ztune", "bench", "report", str(out)])
+    lines.append(f"{files[0]} (make it anew with: {again})")
     document: dict[str, Json] = {**counts, "failures": failed}
     output.result({**document, "report": [str(file) for file in files]}, lines)
 
@@ -180,14 +190,19 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
     Raises: ConfigError.
     """
-    from ztune.bench.plan import read_plan
+    from ztune.bench.plan import check_name, read_plan
 
     plan = read_plan(Path(arguments.words[0]))
+    if arguments.root is not None and not arguments.root.is_dir():
+        raise ConfigError(f'--root "{arguments.root}" is no folder')
     named: dict[str, str] = {}
     for word in arguments.model or []:
         name, equals, bundle = word.partition("=")
         path = Path(bundle if equals else word).resolve()
         name = name if equals else path.name
+        check_name(name, f'--model "{word}"')
+        if not bundle and equals:
+            raise ConfigError(f'--model "{word}" names no bundle: --model NAME=BUNDLE')
         if name in named:
             raise ConfigError(f'--model names "{name}" twice (give names: --model NAME=BUNDLE)')
         named[name] = str(path)
@@ -214,7 +229,9 @@ def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
     chosen: dict[str, tuple[str, ...] | None] = {}
     for name, there in known.items():
         given = getattr(arguments, name)
-        words = None if given is None else tuple(word.strip() for word in given.split(","))
+        words = None
+        if given is not None:
+            words = tuple(word.strip() for part in given for word in part.split(","))
         for word in words or ():
             if word not in there:
                 raise ConfigError(f'--{name}: the plan has no "{word}"; it has: {", ".join(there)}')
@@ -233,8 +250,9 @@ def _check_workers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--workers is {arguments.workers}, expected at least 1")
     if arguments.gpus is not None and arguments.ray is None:
         raise ConfigError("--gpus goes with --ray")
-    if arguments.gpus is not None and arguments.gpus < 0:
-        raise ConfigError(f"--gpus is {arguments.gpus:g}, expected 0 or more")
+    share = arguments.gpus
+    if share is not None and not (0 <= share <= 1 or (share > 1 and share.is_integer())):
+        raise ConfigError(f"--gpus is {share:g}, expected 0 to 1, or a whole number")
 
 
 def _check_out(out: Path, resume: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ztune.bench.cells import Outcome
 from ztune.bench.store import Store
 from ztune.cli.bench_jobs import Answer, Encoded, Job
-from ztune.cli.bench_prepare import Only, Prepared, encodings
+from ztune.cli.bench_prepare import Prepared, encodings
 from ztune.cli.executors import Executor
 from ztune.cli.output import Output
 from ztune.comparison import duration
@@ -23,7 +23,6 @@ class Course:
     """Carries out the cells of a plan that have no result yet."""
 
     prepared: Prepared
-    only: Only
     store: Store
     session: int
     executor: Executor
@@ -32,7 +31,7 @@ class Course:
     def run(self) -> int:
         """Return how many of the cells that were asked for still have no result."""
         finished = self.store.finished()
-        asked = [key for cell, key in self.prepared.cells.items() if self.only.takes(cell)]
+        asked = [key for key in self.prepared.cells.values() if key is not None]
         n_finished = sum(key in finished for key in asked)
         wanted = set(asked) - finished
         jobs = [

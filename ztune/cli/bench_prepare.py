@@ -11,7 +11,7 @@ from pathlib import Path
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
 from ztune.bench.cells import Cell, key_of
-from ztune.bench.plan import DataPlan, MethodPlan, Plan, ProtocolPlan
+from ztune.bench.plan import DataPlan, Draw, MethodPlan, Plan
 from ztune.cli.bench_jobs import CellJob, Encoding, Job, PictureList, ScoredPart
 from ztune.cli.feasible import start_config
 from ztune.cli.output import Output
@@ -24,7 +24,7 @@ from ztune.data.sources import named_lists, own_lists
 from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError
 from ztune.files import sha256
-from ztune.methods import find_method, method_config, tuned_config
+from ztune.methods import HeadMethod, find_method, method_config, tuned_config
 from ztune.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
 from ztune.types import Json
 
@@ -97,12 +97,15 @@ class Prepared:
     Two cells have one key where they are the same but for what the plan calls them.
     """
 
-    cells: Mapping[Cell, str]
+    cells: Mapping[Cell, str | None]
+    """None: not asked for, so that nothing was read for it."""
     jobs: tuple[Job, ...]
     lists: Mapping[Path, PictureList]
     """Pictures to score on, and the files for them; not yet written."""
     digests: Mapping[str, str]
     """Of the bundles, by the plan's names of models."""
+    remarks: tuple[str, ...]
+    """What is unusual about the data, a line each."""
 
 
 @dataclass
@@ -110,6 +113,7 @@ class Preparation:
     """What is read once and serves many cells."""
 
     plan: Plan
+    only: Only
     root: Path | None
     out: Path
     provider: str
@@ -120,53 +124,54 @@ class Preparation:
         default_factory=dict
     )
     _lists: dict[Path, PictureList] = field(default_factory=dict)
-    _said: set[str] = field(default_factory=set)
+    _remarks: list[str] = field(default_factory=list)
     _copies: dict[str, list[int]] = field(default_factory=dict)
 
     def prepare(self) -> Prepared:
-        """Read what the plan names and make its jobs, seed by seed, so that a bench that is stopped
-        has something of everything. Nothing is written.
+        """Read what is asked for of the plan and make jobs of it. Nothing is written.
 
         Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
-            used.
+            used, or where nothing is asked for.
         """
         bundles = {name: self._bundle(path) for name, path in self.plan.models.items()}
+        cells: dict[Cell, str | None] = {
+            cell: None for draw in self.plan.draws() for cell in self.plan.cells_of(draw)
+        }
+        if not any(map(self.only.takes, cells)):
+            raise ConfigError(
+                "no cell of the plan has all that --methods, --data, --shots and --seeds ask for"
+            )
         tasks = [
-            (protocol, task)
-            for protocol in self.plan.protocols
-            for seed in protocol.seeds
-            for name in protocol.sources
-            for shots in protocol.shots
-            for task in [self._task(protocol, name, shots, seed)]
+            (draw, self._task(draw))
+            for draw in self.plan.draws()
+            if any(map(self.only.takes, self.plan.cells_of(draw)))
         ]
         for _, task in tasks:
             for remark in remarks_on(task):
-                self._say(f"{task.source.name}, {task.shots} shots: {remark}")
+                plural = "" if task.shots == 1 else "s"
+                self._say(f"{task.source.name}, {task.shots} shot{plural}: {remark}")
         self._digests.read(_files(task for _, task in tasks), self.output)
-        cells: dict[Cell, str] = {}
         jobs: dict[str, Job] = {}
-        for protocol, task in tasks:
+        for draw, task in tasks:
             split = split_of(task, self._digests)
             parts = [self._scored_part(part) for part in task.parts]
             self._count_copies(task, split)
-            for model, bundle in bundles.items():
-                for label in protocol.methods:
-                    cell = Cell(
-                        protocol.kind, model, task.source.name, label, task.shots, task.seed
-                    )
-                    self._add(cell, task, split, parts, bundle, cells, jobs)
+            for cell in filter(self.only.takes, self.plan.cells_of(draw)):
+                if cells[cell] is None:  # else another protocol of the plan names it too
+                    cells[cell] = self._add(cell, task, split, parts, bundles[cell.model], jobs)
         self._warn_of_copies()
         return Prepared(
             cells,
             tuple(jobs.values()),
             self._lists,
             {name: bundle.digest for name, bundle in bundles.items()},
+            tuple(self._remarks),
         )
 
     def _say(self, remark: str) -> None:
         """Say something once: it may be true of many tasks."""
-        if remark not in self._said:
-            self._said.add(remark)
+        if remark not in self._remarks:
+            self._remarks.append(remark)
             self.output.remark(remark)
 
     def _bundle(self, path: str) -> Bundle:
@@ -198,9 +203,10 @@ class Preparation:
             self._say(f"{name}: {remark}")
         return Source(name, lists.root, lists.split, (entry.template or lists.template,))
 
-    def _task(self, protocol: ProtocolPlan, name: str, shots: int, seed: int) -> Task:
+    def _task(self, draw: Draw) -> Task:
+        protocol = draw.protocol
         targets = [self._source(target) for target in protocol.targets]
-        return task_of(protocol.kind, self._source(name), targets, shots, seed)
+        return task_of(protocol.kind, self._source(draw.source), targets, draw.shots, draw.seed)
 
     def _count_copies(self, task: Task, split: Split) -> None:
         """Count the pictures of every part that are also tuned on, byte by byte."""
@@ -214,10 +220,12 @@ class Preparation:
         for where, counts in self._copies.items():
             if most := max(counts):
                 how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
-                self.output.warn(
+                remark = (
                     f"{where}: {how_many} of the pictures to test on equal one that is tuned on, "
-                    "byte by byte (kept, as published; each result counts its own)"
+                    "byte by byte (they stay; each result counts its own)"
                 )
+                self._remarks.append(remark)
+                self.output.warn(remark)
 
     def _scored_part(self, part: Part) -> ScoredPart:
         classes = part.classes
@@ -245,12 +253,9 @@ class Preparation:
         split: Split,
         parts: Sequence[ScoredPart],
         bundle: Bundle,
-        cells: dict[Cell, str],
         jobs: dict[str, Job],
-    ) -> None:
-        """Give a cell its key, and put it to the run that it is scored from."""
-        if cell in cells:  # two protocols of the plan name it
-            return
+    ) -> str:
+        """Put a cell to the run that it is scored from; return its key."""
         request = self._request(cell, task, bundle, self.plan.methods[cell.method])
         run = key_of(_tuned_with(request, bundle, split))
         scored_on: list[Json] = [
@@ -258,11 +263,11 @@ class Preparation:
             for p in parts
         ]
         key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
-        cells[cell] = key
         earlier = jobs[run].cells if run in jobs else ()
         if key not in {one.key for one in earlier}:
             scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
             jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
+        return key
 
     def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> Request:
         execution = self.plan.execution
@@ -315,6 +320,8 @@ def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Jso
     """Return all that a run's result depends on."""
     asked = as_json(request)
     values = {name: asked[name] for name in _MATTERS}
+    if isinstance(find_method(request.method), HeadMethod):
+        del values["queries"]  # it spends none
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
     return {
         **values,

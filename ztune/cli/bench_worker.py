@@ -315,7 +315,8 @@ def _kept(place: Path, key: str) -> Outcome | None:
 def _reason(error: Exception, place: Path) -> str:
     """Return an error in one line; what a user cannot know of leaves its traceback."""
     if isinstance(error, ZtuneError):
-        return str(error)
+        hint = f" (remove {place} to begin the run anew)" if str(place) in str(error) else ""
+        return f"{error}{hint}"
     (place / "traceback.txt").write_text("".join(traceback.format_exception(error)))
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else 'without a word'}"

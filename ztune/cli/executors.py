@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from ztune.cli.bench_jobs import Answer, Encoded, Task
 from ztune.cli.bench_worker import Settings, Worker
 from ztune.errors import ConfigError, ZtuneError
 
+_PATIENCE = 10.0
+"""Seconds for a connection to a cluster."""
 _MOST_LOSSES = 5
 """Times that all workers may be lost without a single answer in between."""
 
@@ -139,6 +142,7 @@ class Ray:
         self._ray: Any = ray
         self.workers = cluster.workers
         self._settings, self._cluster = settings, cluster
+        _check_address(cluster.address)
         local = cluster.address == "local"
         sizes = {"num_cpus": cluster.workers * settings.threads} if local else {}
         try:
@@ -151,6 +155,11 @@ class Ray:
                 **sizes,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if cluster.address == "auto" and isinstance(error, ConnectionError):
+                raise ConfigError(
+                    "no Ray cluster runs on this machine (start one with ray start --head, name an "
+                    "address, or use --ray local)"
+                ) from None
             raise ConfigError(
                 f'Ray at "{cluster.address}" cannot be reached: {_first_line(error)}'
             ) from None
@@ -215,6 +224,19 @@ class Ray:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """See whether anything listens: Ray itself tries for a quarter of an hour.
+
+    Raises: ConfigError.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f'Ray at "{address}" cannot be reached: {error}') from None
 
 
 def _first_line(error: Exception) -> str:
