@@ -1,12 +1,14 @@
 """`ztune data`: the list, and what a check says of a data set: there, lacking, doubtful."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Command
 from tests.ztune.data_trees import TREES
+from tests.ztune.test_data_named import parquet_file, png
 from ztune.data.named import NAMED
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +44,9 @@ def test_a_check_counts_what_is_there(ztune: Command, tmp_path: Path, name: str)
     assert result.code == 0, result.err
     document = result.json
     assert document["ok"]
-    assert document["classes"] == {"found": len(tree.classes), "published": spec.n_classes}
-    found = {role: count["found"] for role, count in document["counts"].items()}
-    assert found == dict(zip(("train", "val", "test"), tree.counts, strict=True))
+    assert document["classes"] == {"listed": len(tree.classes), "published": spec.n_classes}
+    listed = {role: count["listed"] for role, count in document["counts"].items()}
+    assert listed == dict(zip(("train", "val", "test"), tree.counts, strict=True))
     assert document["copies"] == {"by_path": 0, "by_content": 0}
     assert "published" in " ".join(document["warnings"]), "a few pictures are not the data set"
     assert not list(folder.glob("split_ztune_*")), "a check writes nothing unasked"
@@ -58,6 +60,7 @@ def test_a_check_for_people(ztune: Command, tmp_path: Path) -> None:
     assert [line.split() for line in result.out.splitlines() if line.startswith("train")] == [
         ["train", "10", "2,820"]
     ]
+    assert ["pictures", "listed", "published"] in [line.split() for line in result.out.splitlines()]
     assert "{} texture." in result.out
     assert "warning: 10 train pictures, published: 2,820" in result.err
     result = ztune("data", "check", "dtd", "--root", tmp_path, "--prepare")
@@ -98,6 +101,41 @@ def test_missing_pictures(ztune: Command, tmp_path: Path) -> None:
     assert document["missing"]["n"] == 7
     assert len(document["missing"]["first"]) == 5
     assert not document["ok"]
+
+
+@pytest.mark.parametrize(
+    ("empty", "problem"),
+    [
+        ("train", 'data set "dtd" has no train pictures, so none to tune with (get the whole'),
+        ("test", 'data set "dtd" has no test pictures, so none to score on (get the whole'),
+    ],
+)
+def test_lists_that_serve_nothing(ztune: Command, tmp_path: Path, empty: str, problem: str) -> None:
+    folder = build(tmp_path, "dtd")
+    ztune("data", "check", "dtd", "--root", tmp_path, "--prepare")
+    lists = json.loads((folder / "split_ztune_DTD.json").read_text()) | {empty: []}
+    (folder / NAMED["dtd"].splits[0]).write_text(json.dumps(lists))
+    result = ztune("data", "check", "dtd", "--root", tmp_path)
+    assert result.code == 1
+    assert f"error: {problem}" in result.err
+    assert result.err.count("error: ") == 1
+    assert not ztune("data", "check", "dtd", "--root", tmp_path, "--json").json["ok"]
+
+
+def test_parquet_files_before_and_after_they_are_extracted(ztune: Command, tmp_path: Path) -> None:
+    root = tmp_path / "all of them"
+    folder = root / NAMED["dtd"].folder
+    for n, part in enumerate(("train", "test")):
+        rows = [(png(4 * n + k), k % 2) for k in range(4)]
+        parquet_file(folder / "data" / f"{part}-00000-of-00001.parquet", rows)
+    result = ztune("data", "check", "dtd", "--root", root)
+    assert result.code == 1
+    command = f"ztune data check dtd --root {shlex.quote(str(root))} --prepare"
+    assert f"pictures not extracted yet ({command})" in result.err
+    assert result.out == f"DTD: {folder}\n", "nothing else has to be got"
+    result = ztune(*shlex.split(command)[1:])
+    assert result.code == 0, result.err
+    assert "split: parquet-pictures/split.json" in result.out
 
 
 def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:

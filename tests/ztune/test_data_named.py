@@ -132,7 +132,10 @@ def test_classes_with_one_name_become_one(tmp_path: Path) -> None:
     assert data.split.classes == {0: "tench", 1: "crane", 2: "crane", 3: "sunglasses"}
     assert data.dataset().classes == ("crane", "sunglasses", "tench")
     found = check(NAMED["imagenet"], tmp_path)
-    assert "1 name(s) for more than one class, taken as one: crane" in found.warnings
+    assert (
+        "1 name(s) for more than one class, taken as one, which leaves 3 of 4: crane"
+        in found.warnings
+    )
 
 
 def test_class_names_of_imagenet_serve_its_variants(tmp_path: Path) -> None:
@@ -285,7 +288,14 @@ def test_classes_without_pictures(tmp_path: Path) -> None:
         read_named("dtd", tmp_path)
     found = check(NAMED["dtd"], tmp_path)
     assert 'class "empty" has no train pictures, 1 such' in found.problems[1]
-    assert "2 class(es) without test pictures: banded, ..." in found.warnings
+    assert "2 class(es) without test pictures: banded, zigzagged" in found.warnings
+    nine = [[f"{n}/1.jpg", n, f"c_{n}"] for n in range(9)]
+    (folder / NAMED["dtd"].splits[0]).write_text(
+        json.dumps({"train": [*nine, nine[0]], "val": [], "test": nine[:3]})
+    )
+    warnings = check(NAMED["dtd"], tmp_path).warnings
+    assert "6 class(es) without test pictures: c 3, c 4, c 5, c 6, c 7, ..." in warnings
+    assert '1 picture(s) twice in train: "0/1.jpg"' in warnings
 
 
 def test_pictures_that_are_tested_and_tuned_on(tmp_path: Path) -> None:
@@ -367,8 +377,9 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
     parquet_file(folder / "data" / "train-00000-of-00002.parquet", rows[3:])
     parquet_file(folder / "data" / "train-00001-of-00002.parquet", [*rows[:3], (png(99), -1)])
     parquet_file(folder / "data" / "test-00000-of-00001.parquet", [(png(n + 9), n) for n in (1, 0)])
-    with pytest.raises(DataError, match=r"3 parquet file.* not extracted yet"):
+    with pytest.raises(DataError, match=r"3 parquet file.* not extracted yet") as caught:
         read_named("dtd", tmp_path, save=False)
+    assert f"(ztune data check dtd --root {tmp_path} --prepare)" in str(caught.value)
     data = read_named("dtd", tmp_path)
     extracted = folder / parquet.EXTRACTED
     assert data.root == extracted

@@ -2,17 +2,20 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ztune.data_trees import TREES, put
 from tests.ztune.test_data_named import built, parquet_file, png
-from ztune.data import parquet
-from ztune.data.coop import CoopSplit
+from ztune.data import named, parquet
+from ztune.data.checking import check
+from ztune.data.coop import CoopSplit, write_split
 from ztune.data.folders import Dataset
 from ztune.data.library import read_named
-from ztune.data.named import NAMED
+from ztune.data.named import NAMED, Counts
 from ztune.data.sources import Lists, find_named, named_lists, own_lists, read_source
 from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
 from ztune.errors import ConfigError, DataError, FormatError
@@ -55,21 +58,117 @@ def test_the_lists_of_a_name_are_the_published_ones(here: Path, name: str) -> No
     assert lists.split == data.split
     assert lists.root == data.root
     assert lists.root.is_absolute()
+    assert not lists.is_published, "a few pictures are not the data set"
     drawn = spec.drawn and TREES[name].split is None
-    assert [spec.title in remark for remark in lists.remarks] == [True] * drawn
+    assert sum("are drawn by ztune" in remark for remark in lists.remarks) == drawn
+    checked = check(spec, here, contents=False).warnings
+    assert lists.remarks[drawn:] == tuple(f"{spec.title} has {line}" for line in checked)
+    assert f"{spec.title} has {len(data.split.test):,} test pictures, published" in "".join(
+        lists.remarks
+    )
+
+
+def as_if_published(monkeypatch: pytest.MonkeyPatch, name: str, **other: Any) -> None:
+    """Let the numbers of a small tree be the published ones, but for others."""
+    tree = TREES[name]
+    counts = Counts(*tree.counts)
+    small = replace(NAMED[name], n_classes=len(tree.classes), counts=counts)
+    spec = replace(small, **other)
+    monkeypatch.setattr(named, "SPECS", [spec if s.name == name else s for s in named.SPECS])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "imagenet"])
+def test_lists_are_published_where_numbers_and_file_are(
+    here: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_if_published(monkeypatch, name)
+    folder, spec = built(here, name), NAMED[name]
+    first = meant(name, here)
+    drawn = spec.drawn and TREES[name].split is None
+    assert first.is_published != drawn
+    if drawn:
+        assert [spec.title in remark for remark in first.remarks] == [True]
+        (folder / spec.own_split).rename(folder / spec.splits[0])
+    lists = meant(name, here)
+    assert lists.is_published
+    assert lists.remarks == ()
+    assert lists.split == first.split
+
+
+@pytest.mark.parametrize(
+    ("other", "remark"),
+    [
+        ({"n_classes": 3}, "2 classes, published: 3"),
+        ({"counts": Counts(11, 4, 6)}, "10 train pictures, published: 11"),
+        ({"counts": Counts(10, 0, 6)}, "4 val pictures, published: 0"),
+        ({"counts": Counts(10, 4, 6000)}, "6 test pictures, published: 6,000"),
+        (
+            {"counts": Counts(None, None, 6, trainval=15)},
+            "14 train and val pictures together, published: 15",
+        ),
+    ],
+)
+def test_other_numbers_are_not_published(
+    here: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], remark: str
+) -> None:
+    folder = built(here, "dtd")
+    read_named("dtd", here)
+    (folder / NAMED["dtd"].own_split).rename(folder / NAMED["dtd"].splits[0])
+    as_if_published(monkeypatch, "dtd", **other)
+    lists = meant("dtd", here)
+    assert not lists.is_published
+    assert lists.remarks == (f"DTD has {remark}",)
+
+
+def test_a_name_for_two_classes_is_not_published(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = built(here, "dtd")
+    read_named("dtd", here)
+    own = folder / NAMED["dtd"].own_split
+    as_if_published(monkeypatch, "dtd")
+    text = own.read_text().replace('"zigzagged"', '"banded_"')
+    own.with_name(NAMED["dtd"].splits[0]).write_text(text)
+    lists = meant("dtd", here)
+    assert not lists.is_published
+    assert lists.remarks == (
+        "DTD has 1 name(s) for more than one class, taken as one, which leaves 1 of 2: banded",
+    )
+
+
+def test_imagenets_published_names_are_not_all_different(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(here, "imagenet")
+    as_if_published(monkeypatch, "imagenet")
+    lists = meant("imagenet", here)
+    assert lists.is_published
+    assert lists.remarks == (
+        "ImageNet has 1 name(s) for more than one class, taken as one, which leaves 3 of 4: crane",
+    )
+
+
+def test_what_is_strange_in_published_lists_is_said(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = built(here, "dtd")
+    split = read_named("dtd", here).split
+    tested = [item for item in split.test if item.label == 0]
+    odd = CoopSplit(split.train, split.val, (*tested, tested[0], split.train[0]))
+    write_split(folder / NAMED["dtd"].splits[0], odd)
+    as_if_published(monkeypatch, "dtd", counts=Counts(*odd.counts.values()))
+    lists = meant("dtd", here)
+    assert lists.is_published, "published lists may be strange"
+    assert f'DTD has 1 picture(s) twice in test: "{tested[0].path}"' in lists.remarks
+    assert "DTD has 1 class(es) without test pictures: zigzagged" in lists.remarks
+    both = f'DTD has 1 test picture(s) also in train or val: "{split.train[0].path}"'
+    assert both in lists.remarks
 
 
 def test_the_root_becomes_absolute(here: Path) -> None:
     built(here / "all", "dtd")
     lists = meant("DTD", Path("all"))
     assert lists.root == here / "all" / "dtd" / "images"
-
-
-def test_a_published_split_file_goes_without_a_remark(here: Path) -> None:
-    folder = built(here, "dtd")
-    read_named("dtd", here)
-    (folder / NAMED["dtd"].own_split).rename(folder / NAMED["dtd"].splits[0])
-    assert meant("dtd", here).remarks == ()
 
 
 def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
@@ -180,6 +279,7 @@ def test_given_parts_stay(here: Path) -> None:
         classes_below(here / "mine" / part, 2, "a", "b")
     lists = own_lists(here / "mine")
     assert lists.remarks == ()
+    assert not lists.is_published
     assert [item.path for item in lists.split.val] == [
         "val/a/00.jpg", "val/a/01.jpg", "val/b/00.jpg", "val/b/01.jpg",
     ]  # fmt: skip
@@ -269,6 +369,19 @@ def test_a_folder_of_parquet_files(here: Path) -> None:
     dataset = read_source(str(here / "mine"), None)
     assert len(dataset.pictures) == 14
     assert dataset.root == extracted
+
+
+def test_lists_of_parquet_files_are_not_the_published(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet_folder(here / "dtd")
+    as_if_published(monkeypatch, "dtd", counts=Counts(10, 0, 4))
+    lists = named_lists("dtd", here)
+    assert not lists.is_published
+    assert lists.remarks == (
+        "DTD has no published split file here, so its train, val and test are those of its "
+        "parquet files",
+    )
 
 
 def test_parquet_files_beside_class_folders_are_left_alone(here: Path) -> None:

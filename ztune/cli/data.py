@@ -113,9 +113,9 @@ def _document(found: Findings) -> dict[str, Json]:
     document: dict[str, Json] = {
         **_described(found.spec),
         "path": None if found.folder is None else str(found.folder),
-        "classes": {"found": n_classes, "published": found.spec.n_classes},
+        "classes": {"listed": n_classes, "published": found.spec.n_classes},
         "counts": {
-            role: {"found": number[role] if number else None, "published": counts[role]}
+            role: {"listed": number[role] if number else None, "published": counts[role]}
             for role in SPLITS
         },
         "there": [*found.there],
@@ -147,11 +147,11 @@ def _lines(found: Findings) -> list[str | Table]:
     if found.absent:
         lines.append(f"missing: {', '.join(found.absent)}")
     if data is None:
-        return [*lines, *_to_get(spec)]
+        return lines if found.in_parquet else [*lines, *_to_get(spec)]
     number, counts = data.split.counts, published(spec)
     rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
     rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
-    lines += [f"split: {_split(found)}", "", table("", ("pictures", "found", "published"), rows)]
+    lines += [f"split: {_split(found)}", "", table("", ("pictures", "listed", "published"), rows)]
     if found.missing:
         lines += ["", f"missing pictures: {len(found.missing):,}", *found.missing[:_SHOWN]]
         lines += _to_get(spec)
@@ -171,9 +171,9 @@ def _where(found: Findings) -> str:
 
 
 def _split(found: Findings) -> str:
-    data = found.data
-    if data is not None and data.source is not None:
-        return data.source.name
+    source = found.data.source if found.data else None
+    if source is not None and found.folder is not None:
+        return source.relative_to(found.folder).as_posix()
     if found.saved is not None:
         return f"made now, saved as {found.saved.name}"
     if found.spec.drawn:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ztune.data import parquet
-from ztune.data.coop import SPLITS, write_split
+from ztune.data.coop import SPLITS, CoopSplit, write_split
 from ztune.data.library import (
     NamedData,
     class_problems,
@@ -17,6 +17,7 @@ from ztune.data.library import (
     missing_files,
     missing_message,
     missing_pictures,
+    shown,
 )
 from ztune.data.manifests import SplitName
 from ztune.data.named import Spec
@@ -24,6 +25,8 @@ from ztune.errors import DataError
 from ztune.files import sha256
 
 Progress = Callable[[int, int], None]
+_SHOWN = 5  # names in a warning
+_NAMES_FILE = "classnames.txt"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Findings:
     there: list[str] = field(default_factory=list)
     """Files and folders of the layout that exist."""
     absent: list[str] = field(default_factory=list)
+    in_parquet: bool = False
+    """Its pictures are in parquet files; a problem with these says what to do."""
     missing: list[str] = field(default_factory=list)
     """Pictures that the split names and that are not there."""
     copies: Copies | None = None
@@ -80,8 +85,11 @@ def check(
     try:
         found.data = data = load_named(spec, root, prepare)
     except DataError as error:
-        found.absent = missing_files(spec, found.folder)
         found.problems.append(str(error))
+        found.in_parquet = bool(parquet.parquet_files(found.folder))
+        if found.in_parquet:
+            return found  # images are absent here, but nothing has to be got
+        found.absent = missing_files(spec, found.folder)
         others = sorted(path.name for path in found.folder.glob("split_*.json"))
         if found.absent and others:
             found.warnings.append(f"split file(s) of another name: {', '.join(others)}")
@@ -89,10 +97,15 @@ def check(
     found.missing = missing_pictures(data)
     if found.missing:
         found.problems.append(missing_message(data, found.missing))
-    found.problems += class_problems(data)
-    found.warnings += _count_warnings(data)
+    found.problems += class_problems(data) + _useless(data)
+    found.warnings += doubts(data)
     found.copies = _copies(data, set(found.missing), contents, progress)
-    found.warnings += _copy_warnings(found.copies)
+    if found.copies.by_content:
+        pairs = [f"{test} = {other}" for test, other in found.copies.by_content]
+        found.warnings.append(
+            f"{len(pairs)} test picture(s) with the same content as one in train or val: "
+            f"{_quoted(pairs)}"
+        )
     if prepare and data.source is None and spec.drawn and not found.problems:
         found.saved = found.folder / spec.own_split
         write_split(found.saved, data.split)
@@ -104,32 +117,76 @@ def published(spec: Spec) -> dict[SplitName, int | None]:
     return {"train": counts.train, "val": counts.val, "test": counts.test}
 
 
-def _count_warnings(data: NamedData) -> list[str]:
+def is_published(data: NamedData) -> bool:
+    """Return whether lists, numbers of pictures and classes are all as published."""
+    return data.has_published_lists and not _differences(data)
+
+
+def doubts(data: NamedData) -> list[str]:
+    """Return what the lists have that is not as published, or strange: a line each."""
+    return [*_differences(data), *_oddities(data)]
+
+
+def _differences(data: NamedData) -> list[str]:
     spec, counts = data.spec, data.split.counts
-    warnings = []
+    lines = []
     if len(data.split.classes) != spec.n_classes:
-        warnings.append(f"{len(data.split.classes)} classes, published: {spec.n_classes}")
+        lines.append(f"{len(data.split.classes):,} classes, published: {spec.n_classes:,}")
     for role, n in published(spec).items():
         if n is not None and counts[role] != n:
-            warnings.append(f"{counts[role]:,} {role} pictures, published: {n:,}")
+            lines.append(f"{counts[role]:,} {role} pictures, published: {n:,}")
     together = counts["train"] + counts["val"]
     if spec.counts.trainval is not None and together != spec.counts.trainval:
-        warnings.append(
+        lines.append(
             f"{together:,} train and val pictures together, published: {spec.counts.trainval:,}"
         )
+    # ImageNet's published names are not all different; those of the others are.
+    return lines if _NAMES_FILE in spec.needs else [*lines, *_shared_names(data)]
+
+
+def _shared_names(data: NamedData) -> list[str]:
     names = Counter(data.classes)
-    if shared := [name for name, n in names.items() if n > 1]:
-        warnings.append(
-            f"{len(shared)} name(s) for more than one class, taken as one: {', '.join(shared[:5])}"
-        )
-    tested = {item.label for item in data.split.test}
-    if untested := [name for n, name in data.split.classes.items() if n not in tested]:
-        warnings.append(f"{len(untested)} class(es) without test pictures: {untested[0]}, ...")
+    shared = [name for name, n in names.items() if n > 1]
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} name(s) for more than one class, taken as one, which leaves "
+        f"{len(names):,} of {len(data.classes):,}: {_some(shared)}"
+    ]
+
+
+def _oddities(data: NamedData) -> list[str]:
+    split = data.split
+    lines = _shared_names(data) if _NAMES_FILE in data.spec.needs else []
+    tested = {item.label for item in split.test}
+    untested = [shown(name) for label, name in split.classes.items() if label not in tested]
+    if tested and untested:
+        lines.append(f"{len(untested)} class(es) without test pictures: {_some(untested)}")
     for role in SPLITS:
-        paths = Counter(item.path for item in data.split.of(role))
+        paths = Counter(item.path for item in split.of(role))
         if twice := [path for path, n in paths.items() if n > 1]:
-            warnings.append(f'{len(twice)} picture(s) twice in {role}: "{twice[0]}", ...')
-    return warnings
+            lines.append(f"{len(twice)} picture(s) twice in {role}: {_quoted(twice)}")
+    if both := _in_both(split):
+        lines.append(f"{len(both)} test picture(s) also in train or val: {_quoted(both)}")
+    return lines
+
+
+def _useless(data: NamedData) -> list[str]:
+    """Return which lists are empty without which a data set serves nothing."""
+    counts, known, where = data.split.counts, published(data.spec), f'data set "{data.spec.name}"'
+    hint = "get the whole data set, or its split file"
+    problems = []
+    if not counts["train"] and known["train"] != 0:  # None: there are, how many is not known
+        problems.append(f"{where} has no train pictures, so none to tune with ({hint})")
+    if not counts["test"]:
+        problems.append(f"{where} has no test pictures, so none to score on ({hint})")
+    return problems
+
+
+def _in_both(split: CoopSplit) -> tuple[str, ...]:
+    """Return the test pictures that are listed to train or validate as well."""
+    tuned = {item.path for item in (*split.train, *split.val)}
+    return tuple(dict.fromkeys(item.path for item in split.test if item.path in tuned))
 
 
 def _copies(
@@ -138,7 +195,7 @@ def _copies(
     """Compare test pictures with the others; only files of equal size can have equal bytes."""
     tuned = dict.fromkeys(i.path for i in (*data.split.train, *data.split.val))
     tested = dict.fromkeys(item.path for item in data.split.test)
-    both = tuple(path for path in tested if path in tuned)
+    both = _in_both(data.split)
     if not contents:
         return Copies(both, None)
     sizes: dict[int, tuple[list[str], list[str]]] = {}
@@ -165,21 +222,10 @@ def _copies(
     return Copies(both, tuple((path, equal[path]) for path in tested if path in equal))
 
 
-def _copy_warnings(copies: Copies) -> list[str]:
-    warnings = []
-    if copies.by_path:
-        warnings.append(
-            f"{len(copies.by_path)} test picture(s) also in train or val: {_quoted(copies.by_path)}"
-        )
-    if copies.by_content:
-        pairs = [f"{test} = {other}" for test, other in copies.by_content]
-        warnings.append(
-            f"{len(pairs)} test picture(s) with the same content as one in train or val: "
-            f"{_quoted(pairs)}"
-        )
-    return warnings
-
-
 def _quoted(names: Sequence[str]) -> str:
-    listed = ", ".join(f'"{name}"' for name in names[:5])
-    return f"{listed}, ..." if len(names) > 5 else listed
+    return _some([f'"{name}"' for name in names])
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names, with dots only where there are more."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -11,6 +11,7 @@ A split file is read as it is; without one, the split is made from the data set'
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,13 @@ class NamedData:
     def classes(self) -> tuple[str, ...]:
         """The class names in the order of the labels, `_` as a space, as a template takes them."""
         return tuple(shown(name) for name in self.split.classes.values())
+
+    @property
+    def has_published_lists(self) -> bool:
+        """Whether they are of a published split file, or of own files in which nothing is drawn."""
+        if self.source is None:
+            return not self.spec.drawn
+        return self.source.name in self.spec.splits
 
     def with_split(self, split: CoopSplit) -> NamedData:
         """Return the same with a part of its pictures, as few_shot and base_and_new choose."""
@@ -107,7 +115,8 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
         if not extracted.exists() and not save:
             raise DataError(
                 f'data set "{spec.name}": {len(files)} parquet file(s) in "{files[0].parent}", '
-                f"pictures not extracted yet (ztune data check {spec.name} --root DIR --prepare)"
+                f"pictures not extracted yet (ztune data check {spec.name} --root "
+                f"{shlex.quote(str(root))} --prepare)"
             )
         parquet.extract(files, extracted)
         split = _renamed(spec, parquet.read_extracted(extracted))

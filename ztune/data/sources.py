@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.data import parquet
+from ztune.data.checking import doubts, is_published
 from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val
 from ztune.data.folders import Dataset, read_dataset
 from ztune.data.library import SEED, NamedData, data_folder, read_named
@@ -39,6 +40,10 @@ class Lists:
     """The published one, where there is one."""
     remarks: tuple[str, ...]
     """What the user should be told, one line each."""
+    is_published: bool
+    """Whether they are a published split file's, or those of the data set's own files where these
+    tell them all (ImageNet-A), with the published numbers of train, val and test pictures and of
+    classes, no two of one name. False for one's own."""
 
 
 def named_lists(name: str, root: Path) -> Lists:
@@ -47,13 +52,16 @@ def named_lists(name: str, root: Path) -> Lists:
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     data = _read_named(find_spec(name), root, None)
-    spec, remarks = data.spec, []
-    if spec.drawn and (data.source is None or data.source.name == spec.own_split):
+    title, remarks = data.spec.title, []
+    if not data.has_published_lists:
+        extracted = data.root.name == parquet.EXTRACTED
         remarks.append(
-            f"{spec.title} has no published split file here, so its train, val and test are drawn "
-            "by ztune"
+            f"{title} has no published split file here, so its train, val and test are "
+            f"{'those of its parquet files' if extracted else 'drawn by ztune'}"
         )
-    return Lists(data.root.resolve(), data.split, spec.template, tuple(remarks))
+    remarks += [f"{title} has {doubt}" for doubt in doubts(data)]
+    root, template = data.root.resolve(), data.spec.template
+    return Lists(root, data.split, template, tuple(remarks), is_published(data))
 
 
 def own_lists(path: Path, names: Path | None = None) -> Lists:
@@ -67,7 +75,7 @@ def own_lists(path: Path, names: Path | None = None) -> Lists:
     split, remarks = _divided(dataset, f'data "{path}"')
     if dataset.ignored:
         remarks.append(f"files that are no pictures of a class, left alone: {dataset.ignored}")
-    return Lists(dataset.root.resolve(), split, TEMPLATE, tuple(remarks))
+    return Lists(dataset.root.resolve(), split, TEMPLATE, tuple(remarks), is_published=False)
 
 
 def read_source(
