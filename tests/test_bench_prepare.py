@@ -602,7 +602,7 @@ def test_what_cannot_be_used_is_named(
 
 def test_a_part_of_one_class_stops_the_plan(data: Path, prepare: Prepare) -> None:
     text = few_shot(data).replace("few-shot", "base-to-new")
-    with pytest.raises(DataError, match=r"pictures of 1 class.es. to test new on"):
+    with pytest.raises(DataError, match=r"test pictures of 1 new class"):
         prepare(text)
 
 

@@ -36,6 +36,8 @@ class Source:
     lists: CoopSplit
     templates: tuple[str, ...]
     """Hand-written prompts of its classes."""
+    is_published: bool = False
+    """Whether the lists are those that papers use, whole."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,15 @@ def task_of(
     for part in parts:
         if (n := len(classes_of(part.items))) < 2:
             raise DataError(
-                f'data set "{part.source.name}" has pictures of {n} class(es) to test {part.name} '
-                "on, at least 2 are needed"
+                f'data set "{part.source.name}" has test pictures of {n} {_group(part)}class(es), '
+                "at least 2 are needed"
             )
     return Task(protocol, source, shots, seed, CoopSplit(drawn.train, drawn.val), tuple(parts))
+
+
+def _group(part: Part) -> str:
+    """Return which classes a message is about, with a space, where there are several groups."""
+    return "" if part.name == "test" else f"{part.name} "
 
 
 def remarks_on(task: Task) -> list[str]:
@@ -123,8 +130,8 @@ def remarks_on(task: Task) -> list[str]:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
             remarks.append(
-                f"{len(untested)} class(es) have no pictures to test {part.name} on, and are wrong "
-                f"answers there: {named}"
+                f"{len(untested)} {_group(part)}class(es) have no test pictures, and are wrong "
+                f"answers: {named}"
             )
     if task.protocol == "out-of-distribution":
         for part in task.parts:

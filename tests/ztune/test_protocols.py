@@ -119,8 +119,8 @@ def test_shots_are_drawn_of_all_classes_before_these_are_divided() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("dog", "cat"), 'data set "pets" has pictures of 1 class.es. to test base on'),
-        (("dog", "cat", "eel"), 'data set "pets" has pictures of 1 class.es. to test new on'),
+        (("dog", "cat"), 'data set "pets" has test pictures of 1 base class'),
+        (("dog", "cat", "eel"), 'data set "pets" has test pictures of 1 new class'),
         (("dog",), "there is one class only"),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_source_must_have_pictures_to_tune_with() -> None:
 def test_a_target_must_have_two_classes(names: tuple[str, ...]) -> None:
     farm = source(*names, name="farm")
     n = min(len(names), 1)
-    with pytest.raises(DataError, match=f'"farm" has pictures of {n} class.es. to test farm on'):
+    with pytest.raises(DataError, match=f'"farm" has test pictures of {n} farm class'):
         task_of("cross-data-set", source("dog", "cat"), (farm,), 1, 1)
 
 
@@ -257,12 +257,12 @@ def test_classes_without_test_pictures_are_told_of() -> None:
     pets = source("dog", "cat", "eel", "ape", "bee")
     tested = tuple(item for item in pets.lists.test if item.name != "cat")
     untested = dataclasses.replace(pets, lists=dataclasses.replace(pets.lists, test=tested))
-    for protocol, part in (("few-shot", "test"), ("base-to-new", "base")):
+    for protocol, part in (("few-shot", ""), ("base-to-new", "base ")):
         task = task_of(protocol, untested, (), 1, 1)
         assert "cat" in task.classes
         assert "cat" in task.parts[0].classes
         (remark,) = remarks_on(task)
-        assert remark.startswith(f"1 class(es) have no pictures to test {part} on")
+        assert remark.startswith(f"1 {part}class(es) have no test pictures, and are wrong")
         assert remark.endswith(": cat")
 
 

@@ -201,7 +201,8 @@ class Preparation:
             lists = named_lists(name, self.root)
         for remark in lists.remarks:
             self._say(f"{name}: {remark}")
-        return Source(name, lists.root, lists.split, (entry.template or lists.template,))
+        templates = (entry.template or lists.template,)
+        return Source(name, lists.root, lists.split, templates, lists.is_published)
 
     def _task(self, draw: Draw) -> Task:
         protocol = draw.protocol
@@ -265,7 +266,9 @@ class Preparation:
         key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
         earlier = jobs[run].cells if run in jobs else ()
         if key not in {one.key for one in earlier}:
-            scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
+            curve, sources = cell.protocol not in TRANSFERS, [part.source for part in task.parts]
+            published = all(one.is_published for one in (task.source, *sources))
+            scored = CellJob(key, cell, tuple(parts), curve, published)
             jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
         return key
 

@@ -203,6 +203,7 @@ class Worker:
             result_bytes=run.integer("result_bytes"),
             n_train=len(work.split.entries_of("train")),
             n_val=len(work.split.entries_of("val")),
+            published=cell.published,
             copies=sum(digest in tuned_on for part in parts for digest in part.pictures.digests),
             queries=queries,
             probe_queries=run.integer("probe_queries"),
