@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,19 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def wrapped(text: str, inches: float, size: float) -> str:
+    """Return a text in lines that fit a width, its letters of a size in points."""
+    # 0.78 of the size is more than capitals take on average.
+    return textwrap.fill(text, max(1, int(72 * inches / (0.78 * size))))
+
+
+def entitle(figure: Any, title: str) -> None:
+    """Write a title above a figure, which grows by every further line of it."""
+    lines = wrapped(title, figure.get_figwidth(), 11)
+    figure.set_figheight(figure.get_figheight() + 0.19 * lines.count("\n"))
+    figure.suptitle(lines, fontsize=11, color=INK, parse_math=False)
 
 
 def write_figure(figure: Any, path: Path) -> None:
@@ -54,7 +68,7 @@ def draw_curve(
     history = [line for line in history if "validation" not in line]
     queries = np.array([line["queries"] for line in history], dtype=float)
     figure = new_figure(9, 3.6)
-    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
+    entitle(figure, title)
     width = max(1, min(len(history), 2 * (len(history) // 50) + 1))
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(

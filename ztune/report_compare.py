@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ztune.report import INK, new_figure, write_figure
+from ztune.report import INK, entitle, new_figure, write_figure
 from ztune.types import F64
 
 # A method keeps its colour and mark whichever others are drawn beside it: they go by its place in
@@ -18,7 +18,8 @@ _COLOURS = (
 )  # fmt: skip
 _GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"
-N_LOOKS = len(_COLOURS)
+N_COLOURS = len(_COLOURS)
+N_LOOKS = N_COLOURS * len(_MARKS)
 """Places in the table that look different from each other."""
 _WIDE = 2000
 """Highest cost over lowest from which on there is room for powers of ten alone."""
@@ -59,7 +60,7 @@ def draw_against(
 
     n_entries = len(lines) + len(levels)
     figure = new_figure(9.6, max(4.8, 0.21 * (n_entries + 4) + 1.2))
-    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
+    entitle(figure, title)
     axes = figure.subplots()
     axes.set_xscale("log")
     handles = {line.name: _draw_line(axes, line) for line in lines}
@@ -68,6 +69,7 @@ def draw_against(
     handles |= {level.name: _draw_level(axes, level, edge) for level in levels}
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel("accuracy on the test pictures")
+    axes.margins(y=0.05)  # anew: a level within the lines' margin would lie on the edge
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE * low else (1,)))
@@ -92,8 +94,19 @@ def _draw_line(axes: Any, line: Line) -> Any:
 
 def look_of(style: int) -> dict[str, Any]:
     """Return matplotlib's settings of a method's line by its place in the table of methods."""
-    colour, mark = _COLOURS[style % len(_COLOURS)], _MARKS[style % len(_MARKS)]
-    return {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1.4}
+    mark = _MARKS[_turn(style) % len(_MARKS)]
+    return {"color": _COLOURS[style % N_COLOURS], "marker": mark, "markersize": 4, "linewidth": 1.4}
+
+
+def look_of_level(style: int) -> dict[str, Any]:
+    """Return matplotlib's settings of a method's level by its place in the table of methods."""
+    dashes = _DASHES[_turn(style) % len(_DASHES)]
+    return {"color": _COLOURS[style % N_COLOURS], "linestyle": (0, dashes), "linewidth": 1.2}
+
+
+def _turn(style: int) -> int:
+    """Return which mark or dashes a place takes: in every round of the colours another."""
+    return sum(divmod(style, N_COLOURS))
 
 
 def look_of_prompts() -> dict[str, Any]:
@@ -105,10 +118,7 @@ def _draw_level(axes: Any, level: Level, edge: float) -> Any:
     """Draw a level from what it cost to the edge: it is there from then on."""
     from matplotlib.lines import Line2D
 
-    look = look_of_prompts()
-    if level.style is not None:
-        look["color"] = _COLOURS[level.style % len(_COLOURS)]
-        look["linestyle"] = (0, _DASHES[level.style % len(_DASHES)])
+    look = look_of_prompts() if level.style is None else look_of_level(level.style)
     if level.cost is None:
         axes.axhline(level.accuracy, **look)
         return Line2D([], [], **look)

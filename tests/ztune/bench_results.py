@@ -19,6 +19,7 @@ OUTCOME = Outcome(
     result_bytes=1000,
     n_train=32,
     n_val=8,
+    published=True,
     copies=0,
     queries=100,
     probe_queries=20,
@@ -77,6 +78,7 @@ def store_of(
     uses: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
     known_as: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
 ) -> Store:
     """Return a store of the rows' cells, wanted by PLAN in their order.
 
@@ -107,7 +109,7 @@ def store_of(
         },
         "methods": {label: {"uses": name} for label, name in (uses or {}).items()},
     }
-    store.want(PLAN, document, cells)
+    store.want(PLAN, document, cells, remarks)
     return store
 
 

@@ -17,13 +17,14 @@ from tests.ztune.bench_results import OUTCOME, PLAN, Row, curve, digest_of, stor
 from ztune.bench import figures
 from ztune.bench.cells import key_of
 from ztune.bench.figures import styles_of
-from ztune.bench.render import as_latex, as_markdown, in_markdown
+from ztune.bench.render import as_latex, as_markdown, in_latex, in_markdown
 from ztune.bench.report import write_report
 from ztune.bench.summary import Names
 from ztune.bench.tables import Table, Word
 from ztune.config import as_json
+from ztune.fields import Fields
 from ztune.methods import METHODS
-from ztune.report_compare import N_LOOKS, Level, Line
+from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, look_of, look_of_level
 
 HALVES = {"base": 0.8, "new": 0.4}
 MIXED = (
@@ -57,6 +58,25 @@ def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
     assert "\n- 1 cell not carried out yet.\n" in text
     for heading in ("few-shot, clip", "base-to-new, clip", "out-of-distribution, clip"):
         assert f"\n## {heading}\n" in text
+
+
+def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
+    said = ("dtd: 2 test pictures\nequal <tuned> ones", "# x has *few* pictures", "> y", "- z")
+    store = store_of(tmp_path, MIXED, remarks=said)
+    view = store.view(PLAN)
+    text = write_report(view, tmp_path / "report")[0].read_text()
+    assert (
+        "not carried out yet.\n\n## Data\n\n"
+        "- dtd: 2 test pictures equal \\<tuned> ones\n"
+        "- \\# x has \\*few\\* pictures\n- \\> y\n- \\- z\n\n## few-shot, clip\n"
+    ) in text
+    # There may be copies among them.
+    assert "nothing was tuned on" not in text
+    without = {name: value for name, value in view.document.values.items() if name != "remarks"}
+    for values in ({**without, "remarks": []}, without):
+        document = Fields(values, "a plan")
+        text = write_report(replace(view, document=document), tmp_path / "report")[0].read_text()
+        assert "## Data" not in text
 
 
 def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
@@ -103,6 +123,17 @@ def test_a_report_is_of_one_plan(tmp_path: Path) -> None:
     assert text.startswith("# other\n\n2 of 2 cells finished.\n")
     assert "Left out" not in text
     assert [row["method"] for row in table_rows(tmp_path, "cells.csv")] == ["zip", "again"]
+
+
+def test_one_thing_is_no_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = tracked(monkeypatch)
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
+    rows = [Row(name, "dtd", (0.5,), shots=1, outcome=steps) for name in ("zip", "gda")]
+    text, _ = report(tmp_path, [*rows, Row("zip", "dtd", ("broke",), protocol="base-to-new")])
+    assert "mean over 1 combination of data set and shots that all of these" in text
+    said = text + (tmp_path / "report" / "tables.tex").read_text()
+    said += "".join(title for _, _, _, title in drawn.values())
+    assert not re.findall(r"(?<![\d.,–-])1 (?:shot|cell|seed|set|data set|combination)s\b", said)
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
@@ -185,6 +216,29 @@ def test_latex_is_escaped_and_as_wide_as_it_says(tmp_path: Path) -> None:
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(width) - 1}
 
 
+def test_the_head_of_the_latex_says_what_it_needs(tmp_path: Path) -> None:
+    report(tmp_path, MIXED)
+    text = (tmp_path / "report" / "tables.tex").read_text()
+    head, _, body = text.partition("\n\n")
+    assert all(line.startswith("% ") for line in head.splitlines())
+    assert r"\usepackage{booktabs}" in head
+    assert r"\input" not in head
+    assert body.startswith("% few-shot, clip: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("é ± ß ł –", r"é $\pm$ ß ł --"),
+        ("e\u0301 n\u0303", "é ñ"),  # as macOS has names of files
+        ("ẁ ḥ ấ", r"\`{w} \d{h} \'{â}"),
+        ("x_y{z}^~", r"x\_y\{z\}\textasciicircum{}\textasciitilde{}"),
+    ],
+)
+def test_latin_letters_are_what_latex_has(text: str, written: str) -> None:
+    assert in_latex(text) == written
+
+
 def test_markdown_shows_names_as_they_are() -> None:
     lines = as_markdown(NASTY, 3)
     assert lines[0] == r"### 50% of \$x\$ \& y_z #1 {a} \\b \~c ^d"
@@ -200,6 +254,8 @@ def test_markdown_shows_names_as_they_are() -> None:
         ("sharpzo_long_é_1", "sharpzo_long_é_1"),
         ("a_(b)_c", r"a\_(b)\_c"),
         ("&amp; ~~x~~ $x$ <b>", r"\&amp; \~\~x\~\~ \$x\$ \<b>"),
+        ("## a - b # c > d", r"\## a - b # c > d"),
+        ("-a +2.2", "-a +2.2"),
     ],
 )
 def test_markdown_of_a_text_shows_it(text: str, written: str) -> None:
@@ -286,6 +342,24 @@ def test_no_plot_is_written_over_another(tmp_path: Path, monkeypatch: pytest.Mon
     assert [title.split(" on ")[0] for title in titles] == list(data)
 
 
+def test_plots_of_an_earlier_report_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked(monkeypatch)
+    folder = tmp_path / "report"
+    folder.mkdir()
+    ours = ("accuracy-shots.png", "accuracy-queries-d_x.png", "accuracy-seconds-clip-a+b.c-2.png")
+    others = ("accuracy-shots.txt", "accuracy.png", "accuracy-queriesless.png", "my photo.png")
+    for name in (*ours, *others):
+        (folder / name).write_bytes(b"old")
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
+    _, files = report(tmp_path, [Row("zip", "d x", (0.5,), outcome=steps)])
+    there = {path.name for path in folder.iterdir()}
+    assert there == {path.name for path in files} | set(others)
+    assert "accuracy-queries.png" in there
+    assert (folder / "my photo.png").read_bytes() == b"old"
+
+
 def test_without_few_shot_base_classes_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +379,27 @@ def test_methods_look_by_their_place_and_labels_of_one_method_differ() -> None:
     styles = styles_of(labels, names)
     order = list(METHODS)
     assert (styles["again"], styles["gda"]) == (order.index("zip"), order.index("gda"))
-    assert len({place % N_LOOKS for place in styles.values()}) == len(labels)
+    assert len({place % N_COLOURS for place in styles.values()}) == len(labels)
+
+
+@pytest.mark.parametrize("labels", [("linear-probe", "ogn"), ("ogn",)])
+@pytest.mark.parametrize("n", [2, 13, 40, N_LOOKS + 2])
+def test_all_labels_of_a_method_look_different_while_they_can(
+    labels: tuple[str, ...], n: int
+) -> None:
+    more = [f"gda {i}" for i in range(n)]
+    styles = styles_of([*more, *labels], Names("t", dict.fromkeys(more, "gda"), {}, {}, {}))
+    assert [styles[one] for one in ("gda 0", *labels)] == [
+        list(METHODS).index(one) for one in ("gda", *labels)
+    ]
+    assert set(styles) == {*more, *labels}
+    looks = {tuple(look_of(style).items()) for style in styles.values()}
+    assert len(looks) == min(n + len(labels), N_LOOKS)
+    if len(styles) <= N_COLOURS - len(labels):
+        assert len({place % N_COLOURS for place in styles.values()}) >= len(styles) - 1
+    if n <= 40:
+        levels = {str(look_of_level(style)) for style in styles.values()}
+        assert len(levels) == len(styles)
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:

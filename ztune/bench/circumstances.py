@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ztune.bench.render import in_markdown, one_line
 from ztune.bench.store import Result, View
+from ztune.bench.tables import counted
 from ztune.fields import Fields
 from ztune.types import Json
 
@@ -15,16 +16,21 @@ def state(results: Sequence[Result]) -> str:
     finished = sum(result.outcome is not None for result in results)
     failed = sum(bool(result.reason) for result in results)
     missing = len(results) - finished - failed
-    words = [f"{finished:,} of {_counted(len(results), 'cell')} finished"]
+    words = [f"{finished:,} of {counted(len(results), 'cell')} finished"]
     if failed:
         words.append(f"{failed:,} failed")
     if missing:
-        words.append(f"{_counted(missing, 'cell')} not carried out yet")
+        words.append(f"{counted(missing, 'cell')} not carried out yet")
     return ", ".join(words) + "."
 
 
-def _counted(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def remarks(view: View) -> list[str]:
+    """Return a line of Markdown for all that the plan's document finds unusual about the data.
+
+    Raises: FormatError where its remarks are no strings.
+    """
+    said = view.document.texts("remarks") if "remarks" in view.document.values else ()
+    return [in_markdown(remark) for remark in said]
 
 
 def failures(results: Sequence[Result]) -> list[str]:
@@ -45,7 +51,7 @@ def failures(results: Sequence[Result]) -> list[str]:
 def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
     """Return which cells failed, as `16 shots (seeds 1, 2)`."""
     return ", ".join(
-        f"{_counted(shots, 'shot')} (seed{'s' if len(seeds) > 1 else ''} "
+        f"{counted(shots, 'shot')} (seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))})"
         for shots, seeds in group.items()
     )
@@ -56,13 +62,13 @@ def circumstances(view: View) -> list[str]:
     results = view.results
     lines = []
     if view.n_left_out:
-        lines.append(f"Left out: {_counted(view.n_left_out, 'result')} that no plan has.")
+        lines.append(f"Left out: {counted(view.n_left_out, 'result')} that no plan has.")
     if missing := sum(result.outcome is None and not result.reason for result in results):
-        lines.append(f"{_counted(missing, 'cell')} not carried out yet.")
+        lines.append(f"{counted(missing, 'cell')} not carried out yet.")
     copies = sum(result.outcome.copies > 0 for result in results if result.outcome is not None)
     if copies:
         lines.append(
-            f"In {_counted(copies, 'cell')} a test picture equals one tuned or validated on, byte "
+            f"In {counted(copies, 'cell')} a test picture equals one tuned or validated on, byte "
             "by byte (cells.csv, column copies)."
         )
     return lines + _sessions(view.sessions, results)
@@ -81,7 +87,7 @@ def _sessions(sessions: Mapping[int, Fields], results: Sequence[Result]) -> list
         groups.setdefault(_setting(session), []).append(number)
     return [
         f"{', '.join(in_markdown(_began(sessions[n])) for n in numbers)} "
-        f"({_counted(sum(result.session in numbers for result in results), 'cell')} of this "
+        f"({counted(sum(result.session in numbers for result in results), 'cell')} of this "
         f"report): {setting}"
         for setting, numbers in groups.items()
     ]
@@ -100,7 +106,7 @@ def _setting(session: Fields) -> str:
     if isinstance(workers, int):
         executor = _plain(values.get("executor"))
         words.append(
-            _counted(workers, "worker") + (f" ({in_markdown(executor)})" if executor else "")
+            counted(workers, "worker") + (f" ({in_markdown(executor)})" if executor else "")
         )
     for key in ("provider", "commit"):
         if values.get(key):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ztune.bench.tables import HAND_WRITTEN
-from ztune.report import INK, new_figure, write_figure
+from ztune.report import INK, entitle, new_figure, wrapped, write_figure
 from ztune.report_compare import look_of, look_of_prompts
 from ztune.types import F64
 
+_WIDTH = 9.6
+"""Of the figure, in inches."""
 _COLUMNS = 4
 """Small panels side by side."""
 
@@ -44,24 +46,25 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     n_rows = math.ceil(len(small) / _COLUMNS)
     main = max(4.8, 0.21 * (len(first.tracks) + 3) + 1.2)
     heights = [main, *([2.1 * n_rows] if small else [])]
-    figure = new_figure(9.6, sum(heights))
-    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
+    figure = new_figure(_WIDTH, sum(heights))
+    entitle(figure, title)
     areas = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = areas[0].subplots()
-    _add_legend(axes, first, _draw(axes, first))
+    _add_legend(axes, first, _draw(axes, first, inches=0.75 * _WIDTH))
     axes.set_xlabel("shots per class (logarithmic)")
     axes.set_ylabel("accuracy on the test pictures")
     if small:
-        places = list(areas[1].subplots(n_rows, min(_COLUMNS, len(small)), squeeze=False).flat)
+        n_columns = min(_COLUMNS, len(small))
+        places = list(areas[1].subplots(n_rows, n_columns, squeeze=False).flat)
         for panel, place in zip(small, places, strict=False):
-            _draw(place, panel, size=0.7)
+            _draw(place, panel, 0.9 * _WIDTH / n_columns, size=0.7)
         for place in places[len(small) :]:
             place.set_axis_off()
     write_figure(figure, path)
 
 
-def _draw(axes: Any, panel: Panel, size: float = 1.0) -> dict[str, Any]:
-    """Draw a panel; return what was drawn by name."""
+def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str, Any]:
+    """Draw a panel, its title no wider than so many inches; return what was drawn by name."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     handles = {}
@@ -77,9 +80,12 @@ def _draw(axes: Any, panel: Panel, size: float = 1.0) -> dict[str, Any]:
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [f"{k:.0f}" for k in shots])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(y=0.05)  # anew: a level within the tracks' margin would lie on the edge
     axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
-    axes.set_title(panel.title, fontsize=10 * (size + 1) / 2, color=INK, parse_math=False)
+    points = 10 * (size + 1) / 2
+    title = wrapped(panel.title, inches, points)
+    axes.set_title(title, fontsize=points, color=INK, parse_math=False)
     axes.tick_params(labelsize=10 if size == 1 else 7.5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

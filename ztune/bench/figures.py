@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 from ztune.bench.cells import Outcome, PartScore, Point
 from ztune.bench.figure_shots import Panel, Track, draw_over_shots
 from ztune.bench.summary import Measured, Names, Sheet, mean_of, seconds_alone
-from ztune.bench.tables import HAND_WRITTEN, over_data
+from ztune.bench.tables import HAND_WRITTEN, counted, over_data
 from ztune.comparison import Cell, CurvePoint, Figures, ImagePass, MeanCurve, mean_curve
 from ztune.methods import METHODS
-from ztune.report_compare import N_LOOKS, Level, Line, draw_against
+from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
 from ztune.types import F64
+
+_OURS = re.compile(r"accuracy-(shots|queries|seconds)(-[\w.+-]+)?\.png")
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,20 @@ def draw_all(
     return drawn
 
 
+def remove_others(drawn: Iterable[Drawn], folder: Path) -> None:
+    """Remove plots from a folder that an earlier report drew and this one did not."""
+    kept = [one.path for one in drawn]
+    for path in [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]:
+        # By file: where "DTD.png" and "dtd.png" are one, it keeps the name that it had first.
+        if path.is_file() and not any(path.samefile(one) for one in kept):
+            path.unlink()
+
+
 def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
     """Return what every method looks like: its place in the table of methods.
 
-    A further label of the same method gets a place that no other has, while there are any.
+    A further label of the same method gets a place that no other has, while there are any, in a
+    colour that as few others as possible have.
     """
     places = {name: place for place, name in enumerate(METHODS)}
     styles: dict[str, int] = {}
@@ -64,9 +77,14 @@ def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
             further.append(label)
         else:
             styles[label] = place
-    taken = {place % N_LOOKS for place in styles.values()}
-    free = [place for place in range(N_LOOKS) if place not in taken] or list(range(N_LOOKS))
-    return styles | {label: free[i % len(free)] for i, label in enumerate(further)}
+    looks = Counter(styles.values())
+    colours = Counter(place % N_COLOURS for place in styles.values())
+    for label in further:
+        place = min(range(N_LOOKS), key=lambda one: (looks[one], colours[one % N_COLOURS]))
+        looks[place] += 1
+        colours[place % N_COLOURS] += 1
+        styles[label] = place
+    return styles
 
 
 def _named(
@@ -159,7 +177,7 @@ def _draw_cost(
     over = _over_seeds([sheet.measured(line.name, data, part, shots).n for line in lines])
     classes = ", base classes" if part == "base" else ""
     what = f"{names.of_data(data)} on {sheet.model}{classes}"
-    draw_against(cost, lines, levels, f"{what}, {shots} shots{over}", path)
+    draw_against(cost, lines, levels, f"{what}, {counted(shots, 'shot')}{over}", path)
     return [Drawn(path, f"accuracy against {cost}, {what}")]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ztune.bench.beside import beside_table, pairs_of, unmatched_table
-from ztune.bench.circumstances import circumstances, failures, state
-from ztune.bench.figures import Drawn, draw_all
+from ztune.bench.circumstances import circumstances, failures, remarks, state
+from ztune.bench.figures import Drawn, draw_all, remove_others
 from ztune.bench.listing import CELL_COLUMNS, TABLE_COLUMNS, cell_rows, part_columns, table_rows
 from ztune.bench.published import published
 from ztune.bench.render import as_csv, as_latex, as_markdown, in_markdown
@@ -17,15 +17,16 @@ from ztune.bench.summary import Names, Sheet, names_of, sheets_of
 from ztune.bench.tables import Table, accuracy_tables, costs_table, standing_table
 from ztune.files import write_bytes
 
-LATEX_HEAD = (
-    r"% Tables of ztune bench; they need \usepackage{booktabs}. \input one at a time, or cut them."
-)
+LATEX_HEAD = r"""% Tables of ztune bench: copy those that you need. They need \usepackage{booktabs},
+% and \usepackage[T1]{fontenc} for names beyond ASCII; letters that T1 lacks need LuaLaTeX."""
 
 
 def write_report(view: View, folder: Path) -> list[Path]:
     """Write the report of what there is so far, and return its files, report.md first.
 
-    Raises: FormatError for a plan's document without a title.
+    Plots of ours that an earlier report left there and this one does not draw are removed.
+
+    Raises: FormatError for a plan's document without a title, or with remarks that are no strings.
     """
     names, results = names_of(view.document), view.results
     rates = {
@@ -43,6 +44,7 @@ def write_report(view: View, folder: Path) -> list[Path]:
     }
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
+    remove_others(drawn, folder)
     return [*(folder / name for name in texts), *(one.path for one in drawn)]
 
 
@@ -55,6 +57,7 @@ def _markdown(
 ) -> list[str]:
     results = view.results
     lines = [f"# {in_markdown(names.title)}", "", in_markdown(state(results)), ""]
+    lines += _listed("Data", remarks(view))
     for sheet in sheets:
         lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names, rates)]
     lines += _overall(sheets)
@@ -80,8 +83,8 @@ def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:
     if (standing := standing_table(standing_of(units_of([sheet])))) is not None:
         tables.append(standing)
     explained = (
-        "Accuracy: mean ± sample standard deviation over the seeds, in points, on pictures that "
-        "nothing was tuned on; the best mean of a column is bold, and whatever reads the same."
+        "Accuracy: mean ± sample standard deviation over the seeds, in points, on the test "
+        "pictures; the best mean of a column is bold, and whatever reads the same."
     )
     return [explained, "", *(line for table in tables for line in as_markdown(table, 3))]
 

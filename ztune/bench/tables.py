@@ -139,8 +139,13 @@ def _with_average(lines: Lines, columns: Sequence[str]) -> tuple[Lines, list[str
     return whole, [*columns, "average"], [note] if gaps else []
 
 
+def counted(n: int, what: str) -> str:
+    """Return a number of things in words, as `1 cell` and `2,000 cells`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def _n_shots(shots: int) -> str:
-    return f"{shots} shot{'s' if shots > 1 else ''}"
+    return counted(shots, "shot")
 
 
 def _few_shot_tables(sheet: Sheet, names: Names) -> list[Table]:
@@ -303,7 +308,8 @@ def standing_table(standing: Standing) -> Table | None:
         "Row against column: wins / ties / losses over data sets and shots that both have, by the "
         "mean over their common seeds (of H where there is base and new, of the targets' mean in "
         f"a transfer); a tie is within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, "
-        f"mean over the {standing.n_shared} data sets and shots that all of these methods share."
+        f"mean over {counted(standing.n_shared, 'combination')} of data set and shots that all of "
+        "these methods share."
     )
     columns = ("method", *methods, "mean rank")
     return Table("Wins / ties / losses", columns, tuple(rows), (note,))
