@@ -485,7 +485,7 @@ def test_what_is_unusual_is_said_once(
     short = [line for line in said if "have fewer than 9 pictures" in line]
     assert len(short) == 1
     assert short[0].startswith("digits, 9 shots: 3 class(es)")
-    assert len([line for line in said if "has no test pictures" in line]) == 1
+    assert len([line for line in said if "no test pictures: every" in line]) == 1
     assert not [line for line in said if "2 shots" in line]
 
 

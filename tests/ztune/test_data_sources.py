@@ -263,7 +263,7 @@ def test_class_folders_are_divided_as_coop_does(here: Path) -> None:
     assert lists.split.classes == {0: "a c", 1: "b"}
     assert lists.template == "a photo of a {}."
     assert lists.root == here / "mine"
-    assert "has no test pictures: every class is divided into 50 % train" in lists.remarks[0]
+    assert "no test pictures: every class is divided into 50 % train" in lists.remarks[0]
     assert lists.remarks[1] == "files that are no pictures of a class, left alone: 1"
     train, val, test = paths_of(lists.split)
     assert len(train | val | test) == 20

@@ -118,7 +118,7 @@ def _draw_shots(sheet: Sheet, names: Names, styles: Mapping[str, int], path: Pat
         panels.insert(0, _panel(sheet, data, title, styles))
     if not any(panel.tracks for panel in panels):
         return []
-    spread = ", band: ± sample standard deviation over the seeds"
+    spread = " (band: ± sample standard deviation over the seeds)"
     bands = any(np.any(track.deviation > 0) for panel in panels for track in panel.tracks)
     draw_over_shots(panels, f"{names.title}: {sheet.model}{spread if bands else ''}", path)
     return [Drawn(path, f"accuracy over shots, {sheet.model}")]

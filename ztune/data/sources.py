@@ -170,12 +170,12 @@ def _divided(dataset: Dataset, where: str) -> tuple[CoopSplit, list[str]]:
             paths[dataset.classes[picture.label]].append(picture.path)
         together = " (its train and val together)" if given.val else ""
         return divide_classes(paths, random.Random(SEED), where), [
-            f"{where} has no test pictures: every class{together} is divided into 50 % train, 20 % "
+            f"no test pictures: every class{together} is divided into 50 % train, 20 % "
             "val and the rest test"
         ]
     if given.train and not given.val:
         train, val = hold_out_val(given.train, _HELD_OUT, random.Random(SEED), where)
         return replace(given, train=train, val=val), [
-            f"{where} has no validation pictures: a fifth of every class's train pictures validates"
+            "no validation pictures: a fifth of every class's train pictures validates"
         ]
     return given, []
