@@ -1,5 +1,6 @@
 """`ztune bench`: plans carried out here, in processes and on Ray; killed, and gone on with."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from ztune.bench.store import Result, Store
 from ztune.cli.bench_worker import MOST_DEATHS, _deaths
 from ztune.cli.main import main
 from ztune.fields import Fields
+from ztune.run import RunFolder
 
 PLAN = """
 title = "Three digits"
@@ -351,6 +353,67 @@ def test_two_drivers_share_one_folder(
     assert artifacts(out) == artifacts(serial)
 
 
+def forget(out: Path) -> None:
+    """Leave the runs, as if a driver had been killed before it recorded anything."""
+    (out / "results.sqlite").unlink()
+    Store(out / "results.sqlite")
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(
+    plan: Path, begun: Callable[..., "subprocess.Popen[str]"], copied: Path
+) -> None:
+    victim = next(one for one in results(copied) if one.cell.method == "bar")
+    assert victim.outcome is not None
+    place = copied / "runs" / victim.outcome.run
+    shutil.rmtree(place)
+    place.mkdir()
+    forget(copied)
+    with RunFolder(place).locked():
+        child = begun(plan, copied, "--resume")
+        wait_for(lambda: n_finished(copied) == N_CELLS - 1)
+        time.sleep(1.5)
+        assert child.poll() is None, "it waits"
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, said
+    assert "another process works on 1 run(s): waiting for it" in said
+    assert all(one.outcome for one in results(copied))
+
+
+def test_a_folder_without_locks_is_said(
+    plan: Path, tmp_path: Path, ztune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_file: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ztune.run._lock", refuse)
+    only = ("--methods", "gda", "--seeds", "1", "--shots", "1", "--provider", "cpu")
+    done = ztune("bench", plan, "--out", tmp_path / "out", *only)
+    assert done.code == 1
+    assert "cannot be locked: No locks available" in done.out
+
+
+def test_an_outcome_that_does_not_read_is_scored_again(
+    copied: Path, plan: Path, ztune: Command, serial: Path
+) -> None:
+    for file in (copied / "runs").glob("*/*.json"):
+        file.write_text("{}")
+    forget(copied)
+    times = ended(copied)
+    assert ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu").code == 0
+    assert repeatable(copied) == repeatable(serial)
+    assert ended(copied) == times
+
+
+def test_a_plan_of_the_same_name_takes_the_place_of_another(
+    copied: Path, plan: Path, tmp_path: Path, ztune: Command
+) -> None:
+    other = tmp_path / "plan.toml"
+    other.write_text(plan.read_text().replace("Three digits", "Other words"))
+    done = ztune("bench", other, "--out", copied, "--resume", "--provider", "cpu")
+    assert done.code == 0
+    assert '"Other words" takes the place of "Three digits" in the report' in done.err
+
+
 def test_a_failed_cell_is_recorded_and_the_others_go_on(
     data: Path, plan: Path, tmp_path: Path, ztune: Command, serial: Path
 ) -> None:
@@ -481,8 +544,7 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     shutil.rmtree(place)
     place.mkdir()
     (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
-    (copied / "results.sqlite").unlink()
-    Store(copied / "results.sqlite")
+    forget(copied)
     words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     done = ztune(*words)
     assert done.code == 1
@@ -502,8 +564,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
     shutil.rmtree(place)
     place.mkdir()
     (place / "deaths").write_text("0 as if killed\n" * (MOST_DEATHS - 1))
-    (copied / "results.sqlite").unlink()
-    Store(copied / "results.sqlite")
+    forget(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
     assert repeatable(copied) == repeatable(serial)
@@ -555,6 +616,23 @@ def test_a_plan_is_carried_out_in_parts(
     assert found == {("gda", 1), ("gda", 2), ("zip", 2)}
     assert f"3 of {N_CELLS} cells finished" in done.out
     assert len(results(out)) == N_CELLS
+
+
+def test_a_report_mixes_no_results_of_other_pictures(
+    data: Path, plan: Path, tmp_path: Path, ztune: Command
+) -> None:
+    """Pictures change, and a command asks for some methods only: the others wait for theirs."""
+    own = Path(shutil.copytree(data, tmp_path / "digits"))
+    own_plan, out = tmp_path / "plan.toml", tmp_path / "out"
+    own_plan.write_text(plan.read_text().replace(str(data), str(own)))
+    words = ("bench", own_plan, "--out", out, "--provider", "cpu", "--shots", "1", "--seeds", "1")
+    assert ztune(*words, "--methods", "gda,zip").code == 0
+    picture = sorted(own.rglob("*.png"))[0]
+    picture.with_name("new.png").write_bytes(picture.read_bytes() + b" ")
+    done = ztune(*words, "--methods", "gda", "--resume")
+    assert done.code == 0
+    assert [one.cell.method for one in results(out) if one.outcome] == ["gda"]
+    assert "2 result(s) in results.sqlite are of no plan any more" in done.err
 
 
 def test_json_is_one_document(copied: Path, plan: Path, ztune: Command) -> None:

@@ -36,8 +36,6 @@ class Source:
     lists: CoopSplit
     templates: tuple[str, ...]
     """Hand-written prompts of its classes."""
-    is_published: bool = False
-    """Whether the lists are those that papers use, whole."""
 
 
 @dataclass(frozen=True)

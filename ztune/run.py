@@ -7,6 +7,7 @@ after the last saved step; `history.jsonl` has a line per step.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from ztune.errors import ConfigError, FormatError
+from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.fields import Fields
 from ztune.files import new_folder, read_json, write_json
 from ztune.tensors import read_tensors, write_tensors
@@ -89,12 +90,17 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from working on the same run.
 
-        Raises: ConfigError when one does.
+        Raises: ConfigError when one does; ZtuneError where the file system knows no locks.
         """
         with (self.path / ".lock").open("a") as file:
             try:
                 _lock(file)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise ZtuneError(
+                        f'run "{self.path}" cannot be locked: {error.strerror} (use a file system '
+                        "with locks)"
+                    ) from None
                 raise ConfigError(
                     f'run "{self.path}" is being worked on by another process (wait for it, or '
                     "stop it)"

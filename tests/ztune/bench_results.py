@@ -19,7 +19,6 @@ OUTCOME = Outcome(
     result_bytes=1000,
     n_train=32,
     n_val=8,
-    published=True,
     copies=0,
     queries=100,
     probe_queries=20,
@@ -78,7 +77,7 @@ def store_of(
     uses: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
     known_as: Mapping[str, str] | None = None,
-    remarks: Sequence[str] = (),
+    remarks: Mapping[str, Sequence[str]] | None = None,
 ) -> Store:
     """Return a store of the rows' cells, wanted by PLAN in their order.
 
@@ -99,17 +98,21 @@ def store_of(
                 parts = found if isinstance(found, Mapping) else {"test": found}
                 scores = tuple(score(p, value, row.zero_shot) for p, value in parts.items())
                 store.finish(key, cell, replace(row.outcome, scores=scores), session)
-    shown, known = data or {}, known_as or {}
+    shown, known, said = data or {}, known_as or {}, remarks or {}
     models, names = ({getattr(row, of): None for row in rows} for of in ("model", "data"))
     document: dict[str, Json] = {
         "title": title,
         "models": {name: {"digest": digest_of(name)} for name in models},
         "data": {
-            name: {"title": shown.get(name, name), "known_as": known.get(name)} for name in names
+            name: {
+                "title": shown.get(name, name),
+                "found": {"known_as": known.get(name), "remarks": [*said.get(name, ())]},
+            }
+            for name in names
         },
         "methods": {label: {"uses": name} for label, name in (uses or {}).items()},
     }
-    store.want(PLAN, document, cells, remarks)
+    store.want(PLAN, document, cells)
     return store
 
 

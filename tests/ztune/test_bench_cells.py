@@ -29,7 +29,6 @@ OUTCOME = Outcome(
     result_bytes=12345,
     n_train=96,
     n_val=24,
-    published=True,
     copies=1,
     queries=5000,
     probe_queries=20,
@@ -57,8 +56,6 @@ def changed(record: Any, name: str) -> Any:
         other: Any = value + "'"
     elif isinstance(value, tuple):
         other = value[:-1]
-    elif isinstance(value, bool):
-        other = not value
     elif isinstance(value, dict):
         other = {**value, "rank": 6}
     else:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from ztune.bench.plan import DataPlan, ExecutionPlan, MethodPlan, Plan, ProtocolPlan, read_plan
+from ztune.bench.plan import (
+    DataPlan,
+    ExecutionPlan,
+    Found,
+    MethodPlan,
+    Plan,
+    ProtocolPlan,
+    read_plan,
+)
 from ztune.data.named import NAMED, find_spec
 from ztune.errors import ConfigError, DataError
 from ztune.methods import find_method
@@ -432,7 +440,8 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, text)
     assert str(tmp_path) in plan.models["large"]
     digests = {"small": "12ab", "large": "34cd"}
-    document = plan.to_json(digests)
+    found_of_photos = Found(None, ["no test pictures"])
+    document = plan.to_json(digests, {"photos": found_of_photos})
     written = json.dumps(document, allow_nan=False)
     assert str(tmp_path) not in written
     assert not re.search(r'"[^"]*/', written), "no path at all"
@@ -442,12 +451,12 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
         "large": {"bundle": "large", "digest": "34cd"},
     }
     found: Any = json.loads(written)
-    assert found["data"]["photos"] == {
-        "title": "photos", "known_as": None, "template": "a photo of {}.",
-    }  # fmt: skip
-    assert found["data"]["food101"] == {
-        "title": "Food101", "known_as": "food101", "template": "a dish of {}",
-    }  # fmt: skip
+    photos, food = found["data"]["photos"], found["data"]["food101"]
+    assert (photos["title"], photos["template"]) == ("photos", "a photo of {}.")
+    assert photos["found"] == {"known_as": None, "remarks": ["no test pictures"]}
+    assert (food["title"], food["template"]) == ("Food101", "a dish of {}")
+    assert food["found"] is None
+    assert photos["place"] != food["place"]
     assert found["methods"]["again"] == {
         "uses": "zip", "queries": 50, "preset": "published", "curve": 5, "augment": 3,
         "settings": {"rank": 2},
@@ -458,7 +467,9 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     }  # fmt: skip
     # Where the plan lies does not matter to it.
     (tmp_path / "other").mkdir()
-    assert plan_of(tmp_path / "other", text).to_json(digests) == document
+    assert (
+        plan_of(tmp_path / "other", text).to_json(digests, {"photos": found_of_photos}) == document
+    )
 
 
 @pytest.mark.parametrize("name", ["", "a/b", " a", "a,b"])
@@ -469,7 +480,7 @@ def test_models_have_names_like_everything_else(tmp_path: Path, name: str) -> No
 
 def test_models_may_take_the_places_of_its_own(tmp_path: Path) -> None:
     plan = replace(plan_of(tmp_path, FULL), models={"mine": str(tmp_path / "secret" / "mine")})
-    found = plan.to_json({"mine": "56ef"})["models"]
+    found = plan.to_json({"mine": "56ef"}, {})["models"]
     assert found == {"mine": {"bundle": "mine", "digest": "56ef"}}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ztune.bench_results import OUTCOME, PLAN, Row, store_of
+from tests.ztune.bench_results import PLAN, Row, store_of
 from ztune.bench.beside import beside_table, pairs_of, unmatched_table
 from ztune.bench.published import AVERAGE, AVERAGED, Published, published, published_in
 from ztune.bench.summary import Names, Sheet, sheets_of
@@ -164,18 +164,6 @@ def test_prompts_stand_beside_the_papers_zero_shot_with_whatever_method(tmp_path
     table = beside_table([pair])
     assert table is not None
     assert [word.text for word in table.rows[0][6:]] == ["44.0", "clip", "–", "+4.0"]
-
-
-def test_other_pictures_than_the_papers_stand_beside_nothing(tmp_path: Path) -> None:
-    """A split that was drawn anew, or half of the data set."""
-    other = replace(OUTCOME, published=False)
-    for method in ("zip", "zero-shot"):
-        theirs = [figure("dtd", 47.8, method)]
-        for outcome, n in ((OUTCOME, 1), (other, 0)):
-            row = Row("mine", "dtd", (0.40, 0.50), outcome=outcome)
-            names = replace(NAMES, uses={"mine": "zip"})
-            found = sheets(tmp_path / f"{method}-{n}", row)
-            assert len(pairs_of(theirs, found, names)) == n
 
 
 def test_a_method_that_we_lack_is_listed_without_ours(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ztune.config import as_json
 from ztune.fields import Fields
 from ztune.methods import METHODS
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, look_of, look_of_level
+from ztune.types import Json
 
 HALVES = {"base": 0.8, "new": 0.4}
 MIXED = (
@@ -61,20 +62,20 @@ def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
-    said = ("dtd: 2 test pictures\nequal <tuned> ones", "# x has *few* pictures", "> y", "- z")
-    store = store_of(tmp_path, MIXED, remarks=said)
+    said = ("2 test pictures\nequal <tuned> ones", "# x has *few* pictures")
+    store = store_of(tmp_path, MIXED, remarks={"dtd": said})
     view = store.view(PLAN)
     text = write_report(view, tmp_path / "report")[0].read_text()
     assert (
         "not carried out yet.\n\n## Data\n\n"
         "- dtd: 2 test pictures equal \\<tuned> ones\n"
-        "- \\# x has \\*few\\* pictures\n- \\> y\n- \\- z\n\n## few-shot, clip\n"
+        "- dtd: # x has \\*few\\* pictures\n\n## few-shot, clip\n"
     ) in text
     # There may be copies among them.
     assert "nothing was tuned on" not in text
-    without = {name: value for name, value in view.document.values.items() if name != "remarks"}
-    for values in ({**without, "remarks": []}, without):
-        document = Fields(values, "a plan")
+    nothing: tuple[dict[str, Json], ...] = ({"dtd": {"title": "DTD", "found": None}}, {})
+    for data in nothing:
+        document = Fields({**view.document.values, "data": data}, "a plan")
         text = write_report(replace(view, document=document), tmp_path / "report")[0].read_text()
         assert "## Data" not in text
 

@@ -64,13 +64,7 @@ def results(store: Store, plan: str = PLAN) -> list[Result]:
 
 
 def document(store: Store, plan: str = PLAN) -> Mapping[str, Json]:
-    """Return a plan's document without the remarks that come with every one."""
-    values = store.view(plan).document.values
-    return {name: value for name, value in values.items() if name != "remarks"}
-
-
-def remarks(store: Store) -> list[str]:
-    return list(store.view(PLAN).document.texts("remarks"))
+    return store.view(plan).document.values
 
 
 def n_left_out(store: Store) -> int:
@@ -252,16 +246,12 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     both, alone = Result(cell(1), outcome(1), "", number), Result(cell(2), None, "why", number)
     host = Fields({"host": "h"}, f'results "{store.path}"')
     view = partial(View, n_left_out=0, sessions={number: host}, rates={"m": 0.25})
-    last = view("z", Fields({"title": "last", "remarks": []}, host.where), (Result(cell(3)), both))
+    last = view("z", Fields({"title": "last"}, host.where), (Result(cell(3)), both))
     assert store.view("z") == last
-    assert store.view("a") == view(
-        "a", Fields({"title": "first", "remarks": []}, host.where), (both, alone)
-    )
+    assert store.view("a") == view("a", Fields({"title": "first"}, host.where), (both, alone))
     store.want("a", {"title": "anew"}, cells(2))
     assert store.view("z") == last
-    assert store.view("a") == view(
-        "a", Fields({"title": "anew", "remarks": []}, host.where), (alone,)
-    )
+    assert store.view("a") == view("a", Fields({"title": "anew"}, host.where), (alone,))
     assert store.plans() == ["z", "a"]
     store.want("z", {"title": "anew"}, {})
     assert store.plans() == ["z", "a"]  # in the order that they were first given
@@ -269,30 +259,46 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     assert results(store, "z") == []
 
 
-def test_what_is_not_asked_for_stays_as_it_was(store: Store) -> None:
-    same: dict[str, Json] = {"digest": "a", "models": {"m": {"digest": "b"}}}
-    first = {cell(1): key(1), cell(2): None, cell(3): None}
-    store.want(PLAN, same, first, ["one", "two \ud800"])
+def asking(**data: Json) -> dict[str, Json]:
+    """Return a plan's document; `data` is what was found of its data sets, null where not read."""
+    entries: dict[str, Json] = {n: {"template": "{}", "found": one} for n, one in data.items()}
+    return {"title": "t", "provider": "cpu", "models": {"m": {"digest": "b"}}, "data": entries}
+
+
+def test_what_was_not_read_stays_as_it_was(store: Store) -> None:
+    store.want(PLAN, asking(a="of a", b=None), {cell(1): key(1), cell(2): None})
     store.finish(key(1), cell(1), OUTCOME, 1)
-    store.want(PLAN, {**same, "title": "x"}, {cell(3): key(3), cell(1): None}, ["three", "one"])
-    assert results(store) == [Result(cell(3)), Result(cell(1), OUTCOME, "", 1)]
-    assert remarks(store) == ["one", "two \\ud800", "three"]
+    both = {cell(2): key(2), cell(1): None}
+    store.want(PLAN, {**asking(a=None, b="of b"), "title": "x"}, both)
+    assert results(store) == [Result(cell(2)), Result(cell(1), OUTCOME, "", 1)]
+    assert document(store)["data"] == asking(a="of a", b="of b")["data"]
     assert n_left_out(store) == 0
-    store.want("other", same, {cell(1): None})
+    store.want(PLAN, asking(a="anew", b=None), {cell(2): None, cell(1): "other"})
+    assert results(store) == [Result(cell(2)), Result(cell(1))]
+    assert document(store)["data"] == asking(a="anew", b="of b")["data"]
+    store.want("other", asking(a=None), {cell(1): None})
     assert results(store, "other") == [Result(cell(1))], "a plan of its own"
 
 
-@pytest.mark.parametrize("changed", [{"digest": "c"}, {"models": {"m": {"digest": "c"}}}])
-def test_an_edited_plan_keeps_nothing_that_is_not_asked_for(
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"provider": "cuda"},
+        {"models": {"m": {"digest": "c"}}},
+        {"data": {"a": {"template": "a {}", "found": None}}},
+    ],
+)
+def test_an_edited_plan_keeps_nothing_that_was_not_read(
     store: Store, changed: dict[str, Json]
 ) -> None:
     """Its other cells may mean something else by the same names."""
-    same: dict[str, Json] = {"digest": "a", "models": {"m": {"digest": "b"}}}
-    store.want(PLAN, same, cells(1, 2), ["one"])
+    store.want(PLAN, asking(a="of a"), cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
-    store.want(PLAN, {**same, **changed}, {cell(1): None, cell(2): key(2)})
+    store.want(PLAN, {**asking(a=None), **changed}, {cell(1): None, cell(2): key(2)})
     assert results(store) == [Result(cell(1)), Result(cell(2))]
-    assert remarks(store) == []
+    (entry,) = Fields(dict(document(store)), "plan").object("data").values.values()
+    assert isinstance(entry, dict)
+    assert entry["found"] is None
     assert n_left_out(store) == 1
 
 

@@ -76,7 +76,11 @@ def test_a_plan_may_say_nothing_but_its_title() -> None:
 
 
 def test_a_plan_says_what_its_data_and_models_are() -> None:
-    data: dict[str, Json] = {"d": {"title": "DTD", "known_as": "dtd"}, "photos": {"known_as": None}}
+    data: dict[str, Json] = {
+        "d": {"title": "DTD", "found": {"known_as": "dtd", "remarks": []}},
+        "photos": {"found": {"known_as": None, "remarks": []}},
+        "not read": {"found": None},
+    }
     models: dict[str, Json] = {"clip": {"digest": "0a"}}
     names = names_of(Fields({"title": "t", "data": data, "models": models}, "plan"))
     assert (names.known_as, names.digests) == ({"d": "dtd"}, {"clip": "0a"})
@@ -184,15 +188,15 @@ def test_costs_are_means_with_the_pictures_found_encoded_paid_for(tmp_path: Path
     table = costs_table(sheet, 0.025)
     assert table is not None
     # 10 s of its own and 40 pictures of 25 ms.
-    assert texts(table) == {"m": ["2", "100", "20", "1,200", "50", "11.0", "1,000"]}
+    assert texts(table) == {"m": ["16", "2", "100", "20", "1,200", "50", "11.0", "1,000"]}
     assert any("25 ms" in note for note in table.notes)
     free = costs_table(sheet, None)
     assert free is not None
-    assert texts(free)["m"][5] == "10.0"
+    assert texts(free)["m"][6] == "10.0"
     assert any("not recorded" in note for note in free.notes)
 
 
-def test_costs_are_of_the_most_shots_alone(tmp_path: Path) -> None:
+def test_costs_are_of_a_methods_most_shots_alone(tmp_path: Path) -> None:
     dear = replace(OUTCOME, queries=900)
     rows = (
         Row("m", "a", (0.5,), shots=1), Row("m", "a", (0.5,), outcome=dear),
@@ -201,11 +205,17 @@ def test_costs_are_of_the_most_shots_alone(tmp_path: Path) -> None:
     (sheet,) = sheets(tmp_path / "some", *rows)
     table = costs_table(sheet, None)
     assert table is not None
-    assert table.title == "Costs of a cell, 16 shots"
-    assert {method: line[:2] for method, line in texts(table).items()} == {
-        "m": ["1", "900"], "dear": ["1", "900"],
+    assert table.columns[:4] == ("method", "shots", "cells", "queries")
+    assert {method: line[:3] for method, line in texts(table).items()} == {
+        "m": ["16", "1", "900"], "one shot": ["1", "1", "100"], "dear": ["16", "1", "900"],
     }  # fmt: skip
-    (sheet,) = sheets(tmp_path / "none", *rows[::2], Row("m", "a", (None,)))
+    (sheet,) = sheets(tmp_path / "partly", *rows[::2], Row("m", "a", (None,)))
+    table = costs_table(sheet, None)
+    assert table is not None
+    assert {method: line[:3] for method, line in texts(table).items()} == {
+        "m": ["1", "1", "100"], "one shot": ["1", "1", "100"],
+    }  # fmt: skip
+    (sheet,) = sheets(tmp_path / "none", Row("m", "a", (None,)))
     assert costs_table(sheet, None) is None
 
 

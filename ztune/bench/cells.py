@@ -78,8 +78,6 @@ class Outcome:
     result_bytes: int
     n_train: int
     n_val: int
-    published: bool
-    """Whether the pictures are those that papers use: their lists, whole."""
     copies: int
     """Pictures of the parts that equal one tuned on or validated on, byte by byte."""
     queries: int
@@ -113,7 +111,6 @@ class Outcome:
             config=fields.object("config").values,
             run=fields.text("run"),
             artifact=fields.text("artifact"),
-            published=fields.flag("published"),
             **{name: fields.integer(name) for name in _COUNTS},
             stop_reason=fields.text("stop_reason"),
             seconds=fields.number("seconds"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ztune.bench.render import in_markdown, one_line
 from ztune.bench.store import Result, View
+from ztune.bench.summary import found_of
 from ztune.bench.tables import counted
 from ztune.fields import Fields
 from ztune.types import Json
@@ -29,7 +30,8 @@ def remarks(view: View) -> list[str]:
 
     Raises: FormatError where its remarks are no strings.
     """
-    said = view.document.texts("remarks") if "remarks" in view.document.values else ()
+    found = found_of(view.document)
+    said = [f"{name}: {one}" for name, data in found.items() for one in data.texts("remarks")]
     return [in_markdown(remark) for remark in said]
 
 

@@ -26,14 +26,14 @@ TABLE_COLUMNS = (
 CELL_COLUMNS = (
     "protocol", "model", "data", "method", "uses", "shots", "seed", "status", "reason", "session",
     "run", "artifact", "config", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
-    "published", "copies", "queries", "probe_queries", "text_forwards", "image_forwards",
+    "copies", "queries", "probe_queries", "text_forwards", "image_forwards",
     "image_forwards_cached", "seconds", "seconds_alone",
 )  # fmt: skip
 HARMONIC = "harmonic mean"
 """Stands for a part in the rows of base-to-new's H."""
 _PLAIN = (
     "run", "artifact", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
-    "published", "copies",
+    "copies",
     "queries", "probe_queries", "text_forwards", "image_forwards", "image_forwards_cached",
     "seconds",
 )  # fmt: skip

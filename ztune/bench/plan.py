@@ -27,13 +27,12 @@ Paths are relative to the plan's folder. Every key is checked; an unknown one is
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ztune.bench.cells import Cell
+from ztune.bench.cells import Cell, key_of
 from ztune.config import T, as_json, configured
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
@@ -60,6 +59,16 @@ class DataPlan:
             raise ConfigError(f'template "{self.template}" must hold {{}} once')
         if self.names is not None and self.path is None:
             raise ConfigError("names go with a path: a known data set brings its class names")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a data set that was read."""
+
+    known_as: str | None
+    """Its name in data/named.py, where the pictures are those that papers use; else None."""
+    remarks: Sequence[str]
+    """What is unusual about it, a line each."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +183,6 @@ class Plan:
     methods: Mapping[str, MethodPlan]
     protocols: tuple[ProtocolPlan, ...]
     execution: ExecutionPlan
-    digest: str
-    """Of the file."""
 
     def draws(self) -> Iterator[Draw]:
         """Yield what pictures are drawn for, in order: seed by seed, so that a bench that is
@@ -208,14 +215,14 @@ class Plan:
         """What its results and report go by: the file's name."""
         return self.path.stem
 
-    def to_json(self, bundles: Mapping[str, str]) -> dict[str, Json]:
+    def to_json(self, bundles: Mapping[str, str], found: Mapping[str, Found]) -> dict[str, Json]:
         """Return what a report should know of it; folders of data and models are left out.
 
-        `bundles` are the digests of its models.
+        `bundles` are the digests of its models, `found` what is known of the data sets that were
+        read.
         """
         return {
             "plan": self.path.name,
-            "digest": self.digest,
             "title": self.title,
             "models": {
                 name: {"bundle": Path(path).name, "digest": bundles[name]}
@@ -224,8 +231,9 @@ class Plan:
             "data": {
                 name: {
                     "title": find_spec(name).title if one.path is None else name,
-                    "known_as": find_spec(name).name if one.path is None else None,
                     "template": one.template,
+                    "place": key_of({"path": one.path, "names": one.names}),
+                    "found": as_json(found[name]) if name in found else None,
                 }
                 for name, one in self.data.items()
             },
@@ -249,8 +257,7 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(f"{where} {state}")
-    text = read_text(path, where)
-    top = parsed_toml(text, where)
+    top = parsed_toml(read_text(path, where), where)
     if unknown := [key for key in top if key not in _TOP]:
         raise ConfigError(f'{where} has no key "{unknown[0]}"; it has: {", ".join(_TOP)}')
     for key in ("methods", "protocols", "data"):
@@ -281,8 +288,7 @@ def read_plan(path: Path) -> Plan:
     for name in models:
         check_name(name, _place(where, "models", name))
     execution = _configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Plan(path, title, models, data, methods, tuple(protocols), execution, digest)
+    return Plan(path, title, models, data, methods, tuple(protocols), execution)
 
 
 def _place(where: str, key: str, name: str) -> str:

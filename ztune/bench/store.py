@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,21 +168,21 @@ class Store:
         plan: str,
         document: Mapping[str, Json],
         cells: Mapping[Cell, str | None],
-        remarks: Sequence[str] = (),
     ) -> None:
-        """Set the cells of a plan, with their keys and in order, and what was said of their data.
+        """Set the cells of a plan, with their keys and in order.
 
-        As long as the plan's digest and its models are the same, a cell without a key, because
-        nobody asked for it, keeps the one that it had, and remarks add up.
+        As long as the plan asks for the same, what is null because its data were not read stays as
+        it was: keys of cells, and what was `found` of the document's data.
         """
         names = [(_text(as_json(cell)), key) for cell, key in cells.items()]
         with self._changing() as database:
             found = database.execute(_DOCUMENT, [plan]).fetchone()
             known: dict[str, str | None] = {}
-            said = [_readable(remark) for remark in remarks]
-            if found is not None and _is_same(earlier := self._fields(found[0]), document):
-                known = dict(database.execute(_KEYS, [plan]).fetchall())
-                said = list(dict.fromkeys([*earlier.texts("remarks"), *said]))
+            if found is not None:
+                earlier = self._fields(found[0]).values
+                if _asked(earlier) == _asked(document):
+                    known = dict(database.execute(_KEYS, [plan]).fetchall())
+                    document = _with_found(document, earlier)
             rows = [
                 (plan, place, known.get(cell) if key is None else key, cell)
                 for place, (cell, key) in enumerate(names)
@@ -192,7 +192,7 @@ class Store:
             database.execute(
                 "INSERT INTO plans VALUES (?, ?) "
                 "ON CONFLICT (name) DO UPDATE SET document = excluded.document",
-                [plan, _text({**document, "remarks": [*said]})],
+                [plan, _text(document)],
             )
 
     def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
@@ -201,7 +201,7 @@ class Store:
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
         """Record why a cell has no result, where it has none."""
-        self._record(key, cell, session, None, _readable(reason) or "no reason was given")
+        self._record(key, cell, session, None, readable(reason) or "no reason was given")
 
     def _record(
         self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
@@ -235,6 +235,12 @@ class Store:
         if not names:
             raise FormatError(f"{self._where}: no plan was carried out yet")
         return names
+
+    def title_of(self, plan: str) -> str | None:
+        """Return the title that a plan had when it was last given; None where it was not."""
+        with self._open() as database:
+            found = database.execute(_DOCUMENT, [plan]).fetchone()
+        return None if found is None else self._fields(found[0]).text("title")
 
     def view(self, plan: str) -> View:
         """Return what there is of a plan.
@@ -276,14 +282,37 @@ class Store:
         return Fields(value, self._where)
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
     """Return a text that SQLite takes: half a surrogate pair, from the name of a file, is none."""
     return text.encode(errors="backslashreplace").decode()
 
 
-def _is_same(earlier: Fields, document: Mapping[str, Json]) -> bool:
-    """Whether two documents of a plan ask for the same."""
-    return all(earlier.values.get(name) == document.get(name) for name in ("digest", "models"))
+def _data(document: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
+    entries = document.get("data")
+    named = entries.items() if isinstance(entries, dict) else ()
+    return {name: entry for name, entry in named if isinstance(entry, dict)}
+
+
+def _asked(document: Mapping[str, Json]) -> Json:
+    """Return what a plan's document asks for, without its title and what was found of its data."""
+    data: dict[str, Json] = {
+        name: {key: value for key, value in entry.items() if key != "found"}
+        for name, entry in _data(document).items()
+    }
+    plain: Json = json.loads(_text({**document, "title": "", "data": data}))
+    return plain
+
+
+def _with_found(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a document in which what was not found now is what was found earlier."""
+    before = _data(earlier)
+    data: dict[str, Json] = {
+        name: entry
+        if entry.get("found") is not None
+        else {**entry, "found": before.get(name, {}).get("found")}
+        for name, entry in _data(document).items()
+    }
+    return {**document, "data": data} if data else dict(document)
 
 
 def _text(document: Mapping[str, Json]) -> str:

@@ -94,13 +94,31 @@ def names_of(plan: Fields) -> Names:
 
     Raises: FormatError where it has no title.
     """
+    found = {name: one for name, one in found_of(plan).items() if one.values["known_as"]}
+    known_as = {name: one.text("known_as") for name, one in found.items()}
     return Names(
         plan.text("title"),
         uses=_said(plan, "methods", "uses"),
         data=_said(plan, "data", "title"),
-        known_as=_said(plan, "data", "known_as"),
+        known_as=known_as,
         digests=_said(plan, "models", "digest"),
     )
+
+
+def found_of(plan: Fields) -> dict[str, Fields]:
+    """Return what is known of the data sets that were read, by name.
+
+    Raises: FormatError.
+    """
+    if not isinstance(plan.values.get("data"), dict):
+        return {}
+    data = plan.object("data")
+    entries = {name: data.object(name) for name in data.values}
+    return {
+        name: entry.object("found")
+        for name, entry in entries.items()
+        if entry.values.get("found") is not None
+    }
 
 
 def _said(plan: Fields, table: str, key: str) -> dict[str, str]:
@@ -247,9 +265,10 @@ def sheets_of(results: Sequence[Result]) -> list[Sheet]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a method's finished cells at some shots cost, means over them."""
+    """What a method's finished cells with its most shots cost, means over them."""
 
     method: str
+    shots: int
     n_cells: int
     queries: float
     probe_queries: float
@@ -265,17 +284,20 @@ def seconds_alone(outcome: Outcome, per_picture: float) -> float:
     return outcome.seconds + outcome.image_forwards_cached * per_picture
 
 
-def costs_of(sheet: Sheet, method: str, shots: int, per_picture: float) -> Costs | None:
-    """Return a method's costs at some shots, None where no cell of it finished there."""
-    outcomes = sheet.outcomes(method, shots=shots)
-    if not outcomes:
+def costs_of(sheet: Sheet, method: str, per_picture: float) -> Costs | None:
+    """Return a method's costs at its most shots, None where no cell of it finished."""
+    finished = [result.cell.shots for result in sheet.of(method) if result.outcome is not None]
+    if not finished:
         return None
+    shots = max(finished)
+    outcomes = sheet.outcomes(method, shots=shots)
 
     def mean(figure: Callable[[Outcome], float]) -> float:
         return math.fsum(map(figure, outcomes)) / len(outcomes)
 
     return Costs(
         method,
+        shots,
         len(outcomes),
         queries=mean(lambda one: one.queries),
         probe_queries=mean(lambda one: one.probe_queries),

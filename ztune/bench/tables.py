@@ -251,18 +251,17 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
 
 
 def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
-    """Return methods × costs at the most shots, None where no cell finished there.
+    """Return methods × costs, None where no cell finished; `per_picture` in seconds.
 
-    `per_picture` in seconds.
+    Each method stands at its most shots: a mean over all would compare unlike cells.
     """
-    # At the most shots only: a mean over whatever shots each method has would compare unlike cells.
-    shots = sheet.shots[-1]
-    found = [costs_of(sheet, method, shots, per_picture or 0.0) for method in sheet.methods]
+    found = [costs_of(sheet, method, per_picture or 0.0) for method in sheet.methods]
     rows = [
         tuple(
             Word(text)
             for text in (
                 one.method,
+                f"{one.shots:,}",
                 f"{one.n_cells:,}",
                 f"{one.queries:,.0f}",
                 f"{one.probe_queries:,.0f}",
@@ -276,7 +275,7 @@ def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
         if one is not None
     ]
     columns = (
-        "method", "cells", "queries", "of them probes", "text forwards", "image forwards",
+        "method", "shots", "cells", "queries", "of them probes", "text forwards", "image forwards",
         "seconds", "bytes of result",
     )  # fmt: skip
     charged = (
@@ -286,9 +285,11 @@ def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
         if per_picture is not None
         else "what encoding pictures took was not recorded, so pictures found encoded are free."
     )
-    notes = ("Means over the finished cells.", f"Seconds: {charged}")
-    title = f"Costs of a cell, {_n_shots(shots)}"
-    return Table(title, columns, tuple(rows), notes) if rows else None
+    notes = (
+        "Means over the finished cells with the most shots that a method has.",
+        f"Seconds: {charged}",
+    )
+    return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
 
 
 def standing_table(standing: Standing) -> Table | None:

@@ -132,9 +132,9 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
         with contextlib.closing(_executor(arguments, settings)) as executor:
             preparation = Preparation(plan, only, arguments.root, out, provider, output)
             prepared = preparation.prepare()
-            store = _begun(out, plan, prepared, output)
+            store = _begun(out, plan, prepared, provider, output)
             session = store.begin(_circumstances(executor, provider))
-            lacking = Course(prepared, store, session, executor, output).run()
+            lacking = Course(prepared, only, store, session, executor, output).run()
     except KeyboardInterrupt:
         forget_deaths(out)
         begun = (out / _RESULTS).exists()
@@ -148,16 +148,25 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
         raise ZtuneError(f"{lacking} cell(s) have no result, see above; --resume tries them again")
 
 
-def _begun(out: Path, plan: Plan, prepared: Prepared, output: Output) -> Store:
+def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, output: Output) -> Store:
     """Write down what is to be done."""
     from ztune.bench.store import Store
+    from ztune.cli.bench_prepare import RECIPE
 
     (out / "pictures").mkdir(parents=True, exist_ok=True)
+    store = Store(out / _RESULTS)  # first: from here on it is a bench to go on with
     for file, pictures in prepared.lists.items():
         pictures.save(file)
-    store = Store(out / _RESULTS)
-    store.want(plan.name, plan.to_json(prepared.digests), prepared.cells, prepared.remarks)
-    if n_left_out := store.view(plan.name).n_left_out:
+    document = plan.to_json(prepared.digests, prepared.found)
+    earlier = store.title_of(plan.name)
+    if earlier not in (None, plan.title):
+        output.warn(
+            f'"{plan.title}" takes the place of "{earlier}" in the report: their files are both '
+            f"called {plan.name}"
+        )
+    store.want(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
+    n_left_out = store.view(plan.name).n_left_out
+    if n_left_out and all(prepared.cells.values()):
         output.remark(
             f"{n_left_out} result(s) in {store.path.name} are of no plan any more: pictures, "
             "settings or the plan have changed since"

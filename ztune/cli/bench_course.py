@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ztune.bench.cells import Outcome
 from ztune.bench.store import Store
 from ztune.cli.bench_jobs import Answer, Encoded, Job
-from ztune.cli.bench_prepare import Prepared, encodings
+from ztune.cli.bench_prepare import Only, Prepared, encodings
 from ztune.cli.executors import Executor
 from ztune.cli.output import Output
 from ztune.comparison import duration
@@ -23,6 +23,7 @@ class Course:
     """Carries out the cells of a plan that have no result yet."""
 
     prepared: Prepared
+    only: Only
     store: Store
     session: int
     executor: Executor
@@ -31,7 +32,7 @@ class Course:
     def run(self) -> int:
         """Return how many of the cells that were asked for still have no result."""
         finished = self.store.finished()
-        asked = [key for key in self.prepared.cells.values() if key is not None]
+        asked = [key for cell, key in self.prepared.cells.items() if key and self.only.takes(cell)]
         n_finished = sum(key in finished for key in asked)
         wanted = set(asked) - finished
         jobs = [
@@ -75,22 +76,24 @@ class Course:
     def _carry_out(self, jobs: Sequence[Job]) -> None:
         """Record what becomes of every job, and say it."""
         teller, pauses = Teller(self.output, len(jobs)), iter(_PAUSES)
-        batches = [list(jobs)]
-        while batches:
-            busy = []
-            for answer, job in self._answers(batches.pop(0)):
-                if answer.busy:
-                    busy.append(job)
-                elif answer.alone:
-                    batches.append([replace(job, alone=True)])
-                else:
-                    self._record(job, answer)
-                    teller.tell(job, answer)
-            if busy and not batches:
-                teller.wait(len(busy))
+        waiting = list(jobs)
+        while waiting:
+            left = [job for batch in _batches(waiting) for job in self._left_over(batch, teller)]
+            if {(job.run, job.alone) for job in left} == {(job.run, job.alone) for job in waiting}:
+                teller.wait(len(left))
                 time.sleep(next(pauses, _PAUSES[-1]))
-            if busy:
-                batches.append(busy)
+            waiting = left
+
+    def _left_over(self, batch: Sequence[Job], teller: Teller) -> Iterator[Job]:
+        """Carry jobs out; yield those that are to be asked for again."""
+        for answer, job in self._answers(batch):
+            if answer.busy:
+                yield job
+            elif answer.alone:
+                yield replace(job, alone=True)
+            else:
+                self._record(job, answer)
+                teller.tell(job, answer)
 
     def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Answer, Job]]:
         for place, answer in self.executor.perform(jobs):
@@ -103,6 +106,12 @@ class Course:
                 self.store.finish(one.key, one.cell, outcome, self.session)
             elif reason := answer.reasons.get(one.key):
                 self.store.fail(one.key, one.cell, reason, self.session)
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return what may be under way at once: what is to be alone is a batch of its own."""
+    together = [job for job in jobs if not job.alone]
+    return ([together] if together else []) + [[job] for job in jobs if job.alone]
 
 
 @dataclass

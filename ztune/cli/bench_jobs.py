@@ -108,8 +108,6 @@ class CellJob:
     parts: tuple[ScoredPart, ...]
     curve: bool
     """Whether the results on the way are scored too, on the first part."""
-    published: bool
-    """Whether its pictures are those that papers use."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
 from ztune.bench.cells import Cell, key_of
-from ztune.bench.plan import DataPlan, Draw, MethodPlan, Plan
+from ztune.bench.plan import DataPlan, Draw, Found, MethodPlan, Plan
+from ztune.bench.store import readable
 from ztune.cli.bench_jobs import CellJob, Encoding, Job, PictureList, ScoredPart
 from ztune.cli.feasible import start_config
 from ztune.cli.output import Output
@@ -20,6 +22,7 @@ from ztune.config import as_json
 from ztune.data.coop import Item
 from ztune.data.library import shown
 from ztune.data.manifests import SplitName
+from ztune.data.named import find_spec
 from ztune.data.sources import named_lists, own_lists
 from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError
@@ -98,14 +101,14 @@ class Prepared:
     """
 
     cells: Mapping[Cell, str | None]
-    """None: not asked for, so that nothing was read for it."""
+    """None: of a data set that nobody asked for, so that it was not read."""
     jobs: tuple[Job, ...]
     lists: Mapping[Path, PictureList]
     """Pictures to score on, and the files for them; not yet written."""
     digests: Mapping[str, str]
     """Of the bundles, by the plan's names of models."""
-    remarks: tuple[str, ...]
-    """What is unusual about the data, a line each."""
+    found: Mapping[str, Found]
+    """What is known of the data sets that were read."""
 
 
 @dataclass
@@ -124,8 +127,9 @@ class Preparation:
         default_factory=dict
     )
     _lists: dict[Path, PictureList] = field(default_factory=dict)
-    _remarks: list[str] = field(default_factory=list)
-    _copies: dict[str, list[int]] = field(default_factory=dict)
+    _known_as: dict[str, str | None] = field(default_factory=dict)
+    _remarks: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _copies: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def prepare(self) -> Prepared:
         """Read what is asked for of the plan and make jobs of it. Nothing is written.
@@ -141,22 +145,21 @@ class Preparation:
             raise ConfigError(
                 "no cell of the plan has all that --methods, --data, --shots and --seeds ask for"
             )
-        tasks = [
-            (draw, self._task(draw))
-            for draw in self.plan.draws()
-            if any(map(self.only.takes, self.plan.cells_of(draw)))
-        ]
+        # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
+        # them from before would take pictures for the same that may have changed since.
+        asked = {cell.data for cell in filter(self.only.takes, cells)}
+        tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in asked]
         for _, task in tasks:
             for remark in remarks_on(task):
-                plural = "" if task.shots == 1 else "s"
-                self._say(f"{task.source.name}, {task.shots} shot{plural}: {remark}")
+                shots = f"{task.shots} shot{'' if task.shots == 1 else 's'}"
+                self._say(task.source.name, f"{shots}: {remark}")
         self._digests.read(_files(task for _, task in tasks), self.output)
         jobs: dict[str, Job] = {}
         for draw, task in tasks:
             split = split_of(task, self._digests)
             parts = [self._scored_part(part) for part in task.parts]
             self._count_copies(task, split)
-            for cell in filter(self.only.takes, self.plan.cells_of(draw)):
+            for cell in self.plan.cells_of(draw):
                 if cells[cell] is None:  # else another protocol of the plan names it too
                     cells[cell] = self._add(cell, task, split, parts, bundles[cell.model], jobs)
         self._warn_of_copies()
@@ -165,14 +168,17 @@ class Preparation:
             tuple(jobs.values()),
             self._lists,
             {name: bundle.digest for name, bundle in bundles.items()},
-            tuple(self._remarks),
+            {
+                name: Found(self._known_as[name], [*map(readable, self._remarks[name])])
+                for name in self._sources
+            },
         )
 
-    def _say(self, remark: str) -> None:
-        """Say something once: it may be true of many tasks."""
-        if remark not in self._remarks:
-            self._remarks.append(remark)
-            self.output.remark(remark)
+    def _say(self, data: str, remark: str) -> None:
+        """Say something of a data set once: it may be true of many tasks."""
+        if remark not in self._remarks[data]:
+            self._remarks[data].append(remark)
+            self.output.remark(f"{data}: {remark}")
 
     def _bundle(self, path: str) -> Bundle:
         bundle = load_bundle(self.plan.resolved(path))
@@ -199,10 +205,11 @@ class Preparation:
             )
         else:
             lists = named_lists(name, self.root)
+        self._known_as[name] = find_spec(name).name if lists.is_published else None
         for remark in lists.remarks:
-            self._say(f"{name}: {remark}")
+            self._say(name, remark)
         templates = (entry.template or lists.template,)
-        return Source(name, lists.root, lists.split, templates, lists.is_published)
+        return Source(name, lists.root, lists.split, templates)
 
     def _task(self, draw: Draw) -> Task:
         protocol = draw.protocol
@@ -215,18 +222,18 @@ class Preparation:
         for part in task.parts:
             root = part.source.root
             n = sum(self._digests(root / item.path) in tuned_on for item in part.items)
-            self._copies.setdefault(f"{task.source.name}, {part.name}", []).append(n)
+            self._copies.setdefault((task.source.name, part.name), []).append(n)
 
     def _warn_of_copies(self) -> None:
-        for where, counts in self._copies.items():
+        for (data, part), counts in self._copies.items():
             if most := max(counts):
                 how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
                 remark = (
-                    f"{where}: {how_many} of the pictures to test on equal one that is tuned on, "
+                    f"{part}: {how_many} of the pictures to test on equal one that is tuned on, "
                     "byte by byte (they stay; each result counts its own)"
                 )
-                self._remarks.append(remark)
-                self.output.warn(remark)
+                self._remarks[data].append(remark)
+                self.output.warn(f"{data}: {remark}")
 
     def _scored_part(self, part: Part) -> ScoredPart:
         classes = part.classes
@@ -266,9 +273,7 @@ class Preparation:
         key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
         earlier = jobs[run].cells if run in jobs else ()
         if key not in {one.key for one in earlier}:
-            curve, sources = cell.protocol not in TRANSFERS, [part.source for part in task.parts]
-            published = all(one.is_published for one in (task.source, *sources))
-            scored = CellJob(key, cell, tuple(parts), curve, published)
+            scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
             jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
         return key
 

@@ -131,6 +131,8 @@ class Worker:
                 stack.enter_context(RunFolder(place).locked())
             except ConfigError:
                 return Answer(busy=True)
+            except ZtuneError as error:
+                return Answer(reasons={one.key: str(error) for one in job.cells})
             return self._answer(job, place)
 
     def _answer(self, job: Job, place: Path) -> Answer:
@@ -203,7 +205,6 @@ class Worker:
             result_bytes=run.integer("result_bytes"),
             n_train=len(work.split.entries_of("train")),
             n_val=len(work.split.entries_of("val")),
-            published=cell.published,
             copies=sum(digest in tuned_on for part in parts for digest in part.pictures.digests),
             queries=queries,
             probe_queries=run.integer("probe_queries"),
@@ -305,12 +306,18 @@ def _finished(work: Work) -> dict[str, Json]:
 
 
 def _kept(place: Path, key: str) -> Outcome | None:
-    """Return the outcome that an earlier process left, whose driver may not have recorded it."""
+    """Return the outcome that an earlier process left, whose driver may not have recorded it.
+
+    One that does not read is none: the run is scored again.
+    """
     path = place / f"{key}.json"
     if not path.is_file():
         return None
     where = f'outcome "{path}"'
-    return Outcome.from_json(Fields(read_json(path, where), where))
+    try:
+        return Outcome.from_json(Fields(read_json(path, where), where))
+    except FormatError:
+        return None
 
 
 def _reason(error: Exception, place: Path) -> str:
@@ -340,9 +347,13 @@ def _deaths(place: Path) -> list[str]:
 
 
 def forget_deaths(out: Path) -> None:
-    """Take all notes back, since whoever stopped a bench ended its processes on purpose."""
+    """Take notes back, since whoever stopped a bench ended its processes on purpose.
+
+    Those of runs that another process is at stay.
+    """
     for note in (out / "runs").glob(f"*/{DEATHS}"):
-        note.unlink(missing_ok=True)
+        with contextlib.suppress(ConfigError), RunFolder(note.parent).locked():
+            note.unlink(missing_ok=True)
 
 
 def _reached(place: Path) -> str:
