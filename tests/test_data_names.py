@@ -74,6 +74,18 @@ def test_a_run_takes_the_published_lists(run: Path, root: Path) -> None:
     assert 'DTD: the papers take --template "{} texture.", this is with "a photo of a {}."' in said
 
 
+def test_what_is_not_as_published_is_said(
+    ztune: Command, run: Path, root: Path, tmp_path: Path
+) -> None:
+    note = "DTD has 3 classes, published: 47"
+    assert note in (run / "said").read_text()
+    assert note in json.loads((run / "split.json").read_text())["notes"]
+    bundle = ("eval", MINI, "--data", "dtd", "--root", root, "--split", "test")
+    assert note in ztune(*bundle).err
+    words = ("--data", "dtd", "--root", root, "--methods", "gda", "--shots", 2, "--seeds", 1)
+    assert note in ztune("compare", MINI, *words, "--out", tmp_path / "compare").err
+
+
 def test_no_remark_where_the_template_is_the_papers(
     ztune: Command, root: Path, tmp_path: Path
 ) -> None:

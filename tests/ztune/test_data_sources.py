@@ -173,7 +173,10 @@ def test_the_root_becomes_absolute(here: Path) -> None:
 
 def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
     built(here, "dtd")
-    assert read_source("dtd", here) == read_named("dtd", here).dataset()
+    found = read_source("dtd", here)
+    assert replace(found, notes=()) == read_named("dtd", here).dataset()
+    assert found.notes == meant("dtd", here).remarks
+    assert "drawn by ztune" in found.notes[0]
 
 
 def test_a_name_for_testing_only_is_not_tuned_on(here: Path) -> None:

@@ -272,7 +272,7 @@ def _eval_bundle(
     from ztune.cli.scoring import extractor_for, open_gallery
     from ztune.data.manifests import read_class_list
 
-    pictures = _pictures(arguments)
+    pictures = _pictures(arguments, output)
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
@@ -323,7 +323,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     classifier = open_classifier(
         arguments.target, settled(arguments.provider, arguments.threads, output)
     )
-    pictures = _pictures(arguments)
+    pictures = _pictures(arguments, output)
     labels = pictures.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in pictures.items]
     logits, _, kept = classify(classifier, paths, output, arguments.skip_broken)
@@ -332,7 +332,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     _finish(document, {arguments.target.name: result}, output)
 
 
-def _pictures(arguments: argparse.Namespace) -> Labelled:
+def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
     """Return the pictures that --data or --split-file name."""
     if (arguments.data is None) == (arguments.split_file is None):
         raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
@@ -348,6 +348,8 @@ def _pictures(arguments: argparse.Namespace) -> Labelled:
 
     place = place_of(arguments.data, arguments.root)
     dataset = read_source(place, arguments.root, arguments.names, tuned=False)
+    for note in dataset.notes:
+        output.remark(note)
     if split == "test":
         chosen = tuple(p for p in dataset.pictures if p.split == "test")
         if not chosen:

@@ -55,6 +55,8 @@ class Dataset:
     pictures: tuple[Picture, ...]
     ignored: int
     """Files that are no pictures of any class: hidden, of another type, or outside of a class."""
+    notes: tuple[str, ...] = ()
+    """What else the user should be told, one line each."""
 
 
 def read_dataset(path: Path, names: Path | None = None, tuned: bool = True) -> Dataset:

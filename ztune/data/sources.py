@@ -52,16 +52,8 @@ def named_lists(name: str, root: Path) -> Lists:
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     data = _read_named(find_spec(name), root, None)
-    title, remarks = data.spec.title, []
-    if not data.has_published_lists:
-        extracted = data.root.name == parquet.EXTRACTED
-        remarks.append(
-            f"{title} has no published split file here, so its train, val and test are "
-            f"{'those of its parquet files' if extracted else 'drawn by ztune'}"
-        )
-    remarks += [f"{title} has {doubt}" for doubt in doubts(data)]
     root, template = data.root.resolve(), data.spec.template
-    return Lists(root, data.split, template, tuple(remarks), is_published(data))
+    return Lists(root, data.split, template, _remarks_on(data), is_published(data))
 
 
 def own_lists(path: Path, names: Path | None = None) -> Lists:
@@ -95,7 +87,7 @@ def read_source(
             f'data set "{data.spec.name}" has no pictures to tune with, only to test on (tune on '
             "another, and score on this one with ztune eval)"
         )
-    return data.dataset()
+    return replace(data.dataset(), notes=_remarks_on(data))
 
 
 def find_named(place: str, root: Path | None) -> Spec | None:
@@ -146,6 +138,18 @@ def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
     if names is not None:
         raise ConfigError(f'data set "{spec.name}" brings its class names; leave out --names')
     return read_named(spec.name, root, save=os.access(data_folder(spec, root), os.W_OK))
+
+
+def _remarks_on(data: NamedData) -> tuple[str, ...]:
+    """Return what of a data set by name is not as published, a line each."""
+    title, remarks = data.spec.title, []
+    if not data.has_published_lists:
+        extracted = data.root.name == parquet.EXTRACTED
+        remarks.append(
+            f"{title} has no published split file here, so its train, val and test are "
+            f"{'those of its parquet files' if extracted else 'drawn by ztune'}"
+        )
+    return (*remarks, *(f"{title} has {doubt}" for doubt in doubts(data)))
 
 
 def _listed(path: Path) -> Path:

@@ -243,7 +243,7 @@ def make_split(
     Raises: DataError when a class has too few pictures, one picture would have two classes or two
         roles (and the data are not published), or `test_data` has other classes.
     """
-    classes, notes = dataset.classes, []
+    classes, notes = dataset.classes, [*dataset.notes]
     has_splits = dataset.pictures[0].split is not None
     if settings.test_fraction != "auto" and (has_splits or test_data):
         source = "train and test folders of its own" if has_splits else "--test-data"
