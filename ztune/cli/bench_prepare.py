@@ -132,7 +132,7 @@ class Preparation:
     _copies: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def prepare(self) -> Prepared:
-        """Read what is asked for of the plan and make jobs of it. Nothing is written.
+        """Read what is asked for of the plan and make jobs of it. Nothing is written to OUT.
 
         Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
             used, or where nothing is asked for.
