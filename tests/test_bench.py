@@ -59,6 +59,7 @@ targets = ["again"]
 shots = [2]
 methods = ["zip", "gda"]
 """
+Begin = Callable[..., "subprocess.Popen[str]"]
 N_CELLS = 12 + 6 + 4 + 4
 """Few-shot, base-to-new and the two transfers."""
 N_RUNS = 12 + 6 + 2
@@ -128,7 +129,7 @@ def words_of(plan: Path, out: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture
-def begun() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def begun() -> Iterator[Begin]:
     """Start benches in processes of their own; what is left of them goes with the test."""
     children: list[subprocess.Popen[str]] = []
 
@@ -273,7 +274,7 @@ def test_a_killed_driver_loses_nothing(
     serial: Path,
     plan: Path,
     tmp_path: Path,
-    begun: Callable[..., "subprocess.Popen[str]"],
+    begun: Begin,
     more: tuple[object, ...],
 ) -> None:
     out = tmp_path / "out"
@@ -300,7 +301,7 @@ def test_a_killed_worker_is_replaced(
     serial: Path,
     plan: Path,
     tmp_path: Path,
-    begun: Callable[..., "subprocess.Popen[str]"],
+    begun: Begin,
     more: tuple[object, ...],
 ) -> None:
     out = tmp_path / "out"
@@ -316,7 +317,7 @@ def test_a_killed_worker_is_replaced(
 
 
 def test_a_run_that_was_killed_goes_on_from_its_state(
-    plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"], serial: Path
+    plan: Path, tmp_path: Path, begun: Begin, serial: Path
 ) -> None:
     """A long run is not begun anew: its history goes on, and its seconds are those of both."""
     out, longer = tmp_path / "out", tmp_path / "plan.toml"
@@ -341,7 +342,7 @@ def test_a_run_that_was_killed_goes_on_from_its_state(
 
 
 def test_two_drivers_share_one_folder(
-    serial: Path, plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"]
+    serial: Path, plan: Path, tmp_path: Path, begun: Begin
 ) -> None:
     """Each run is carried out by one of them; together they have all."""
     out = tmp_path / "out"
@@ -353,6 +354,21 @@ def test_two_drivers_share_one_folder(
     assert artifacts(out) == artifacts(serial)
 
 
+def place_of(out: Path, method: str) -> Path:
+    """Return the folder of the first run of a method."""
+    one = next(one for one in results(out) if one.cell.method == method)
+    assert one.outcome is not None
+    return out / "runs" / one.outcome.run
+
+
+def emptied(out: Path, method: str) -> Path:
+    """Empty the folder of the first run of a method; return it."""
+    place = place_of(out, method)
+    shutil.rmtree(place)
+    place.mkdir()
+    return place
+
+
 def forget(out: Path) -> None:
     """Leave the runs, as if a driver had been killed before it recorded anything."""
     (out / "results.sqlite").unlink()
@@ -360,13 +376,9 @@ def forget(out: Path) -> None:
 
 
 def test_a_run_that_another_process_is_at_is_waited_for(
-    plan: Path, begun: Callable[..., "subprocess.Popen[str]"], copied: Path
+    plan: Path, begun: Begin, copied: Path
 ) -> None:
-    victim = next(one for one in results(copied) if one.cell.method == "bar")
-    assert victim.outcome is not None
-    place = copied / "runs" / victim.outcome.run
-    shutil.rmtree(place)
-    place.mkdir()
+    place = emptied(copied, "bar")
     forget(copied)
     with RunFolder(place).locked():
         child = begun(plan, copied, "--resume")
@@ -526,7 +538,7 @@ def test_a_wrong_plan_leaves_nothing_behind(plan: Path, tmp_path: Path, ztune: C
 
 
 def test_the_smoke_plan_is_carried_out(tmp_path: Path, ztune: Command) -> None:
-    """Only its fastest methods: the whole takes most of a minute."""
+    """Only its fastest methods: the whole takes half a minute."""
     out = tmp_path / "out"
     done = ztune("bench", ROOT / "plans" / "smoke.toml", "--out", out, "--methods", "gda,lp++")
     assert done.code == 0, done.err
@@ -538,11 +550,7 @@ def test_the_smoke_plan_is_carried_out(tmp_path: Path, ztune: Command) -> None:
 def test_a_run_that_always_kills_its_process_is_given_up(
     copied: Path, plan: Path, ztune: Command
 ) -> None:
-    victim = next(one for one in results(copied) if one.cell.method == "zip")
-    assert victim.outcome is not None
-    place = copied / "runs" / victim.outcome.run
-    shutil.rmtree(place)
-    place.mkdir()
+    place = emptied(copied, "zip")
     (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
     forget(copied)
     words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
@@ -558,11 +566,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
     copied: Path, plan: Path, ztune: Command, serial: Path
 ) -> None:
     """It may have been another's doing: that of a worker beside it."""
-    victim = next(one for one in results(copied) if one.cell.method == "zip")
-    assert victim.outcome is not None
-    place = copied / "runs" / victim.outcome.run
-    shutil.rmtree(place)
-    place.mkdir()
+    place = emptied(copied, "zip")
     (place / "deaths").write_text("0 as if killed\n" * (MOST_DEATHS - 1))
     forget(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
@@ -571,9 +575,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 
 
 def test_attempts_that_get_further_are_not_counted(copied: Path, plan: Path) -> None:
-    victim = next(one for one in results(copied) if one.cell.method == "zip")
-    assert victim.outcome is not None
-    place = copied / "runs" / victim.outcome.run
+    place = place_of(copied, "zip")
     (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
     (place / "run" / "state.safetensors").write_bytes(b"saved since")
     assert _deaths(place) == []
@@ -706,7 +708,7 @@ def test_results_of_an_older_version_are_refused(copied: Path, plan: Path, ztune
 
 
 def test_an_interrupted_bench_says_how_to_go_on(
-    plan: Path, tmp_path: Path, begun: Callable[..., "subprocess.Popen[str]"], serial: Path
+    plan: Path, tmp_path: Path, begun: Begin, serial: Path
 ) -> None:
     out = tmp_path / "out"
     child = begun(plan, out, "--workers", 2)

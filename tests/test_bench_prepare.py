@@ -91,7 +91,7 @@ def prepare(tmp_path: Path) -> Prepare:
     return call
 
 
-def few_shot(data: Path, **changes: object) -> str:
+def few_shot(data: object, **changes: object) -> str:
     """Return a plan of one cell."""
     return (HEAD + FEW_SHOT).format(**{**USUAL, "data": data, **changes})
 
@@ -597,7 +597,7 @@ def test_what_cannot_be_used_is_named(
     data: Path, prepare: Prepare, changes: dict[str, object], error: type[ZtuneError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        prepare(few_shot(**{"data": data, **changes}))  # type: ignore[arg-type]
+        prepare(few_shot(**{"data": data, **changes}))
 
 
 def test_a_part_of_one_class_stops_the_plan(data: Path, prepare: Prepare) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ztune.bench.document import found_of
 from ztune.bench.render import in_markdown, one_line
 from ztune.bench.store import Result, View
-from ztune.bench.summary import found_of
 from ztune.bench.tables import counted
 from ztune.fields import Fields
 from ztune.types import Json

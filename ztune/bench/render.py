@@ -17,12 +17,6 @@ _LATEX = {
     "[": "{[}", "*": "{*}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "–": "--", "·": r"$\cdot$", "×": r"$\times$", "−": "$-$",
 }  # fmt: skip
-_ACCENTS = {
-    "0300": "`", "0301": "'", "0302": "^", "0303": "~", "0304": "=", "0306": "u", "0307": ".",
-    "0308": '"', "030A": "r", "030B": "H", "030C": "v", "0323": "d", "0327": "c", "0328": "k",
-    "0331": "b",
-}  # fmt: skip
-_LAST_OF_T1 = "\u017f"
 # An underscore within a word emphasises nothing, and a name is easier to read without strokes.
 _MARKDOWN = re.compile(
     r"[\\`*\[<&~$]|(?<![^\W_])_|_(?![^\W_])|^>|^(?:[-+]|#+)(?=\s|$)"  # last: what begins a block
@@ -61,15 +55,8 @@ def _marked(word: Word) -> str:
 def in_latex(text: str) -> str:
     """Return a text that LaTeX prints as it is, in one line."""
     # An accent that stands by itself, as some file systems have it, is no letter to LaTeX.
-    return "".join(map(_sign_in_latex, unicodedata.normalize("NFC", one_line(text))))
-
-
-def _sign_in_latex(sign: str) -> str:
-    """Return a sign for LaTeX; a letter that fonts in T1 lack is put together, if it can be."""
-    parts = unicodedata.decomposition(sign).split()
-    if sign > _LAST_OF_T1 and len(parts) == 2 and parts[1] in _ACCENTS:
-        return rf"\{_ACCENTS[parts[1]]}{{{_sign_in_latex(chr(int(parts[0], 16)))}}}"
-    return _LATEX.get(sign, sign)
+    signs = unicodedata.normalize("NFC", one_line(text))
+    return "".join(_LATEX.get(sign, sign) for sign in signs)
 
 
 def as_latex(table: Table, heading: str) -> list[str]:

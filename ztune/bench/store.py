@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.bench.cells import Cell, Outcome, cell_from_json
+from ztune.bench.document import asked, with_found
 from ztune.config import as_json
 from ztune.errors import FormatError
 from ztune.fields import Fields
@@ -180,9 +181,9 @@ class Store:
             known: dict[str, str | None] = {}
             if found is not None:
                 earlier = self._fields(found[0]).values
-                if _asked(earlier) == _asked(document):
+                if asked(earlier) == asked(document):
                     known = dict(database.execute(_KEYS, [plan]).fetchall())
-                    document = _with_found(document, earlier)
+                    document = with_found(document, earlier)
             rows = [
                 (plan, place, known.get(cell) if key is None else key, cell)
                 for place, (cell, key) in enumerate(names)
@@ -285,34 +286,6 @@ class Store:
 def readable(text: str) -> str:
     """Return a text that SQLite takes: half a surrogate pair, from the name of a file, is none."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def _data(document: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
-    entries = document.get("data")
-    named = entries.items() if isinstance(entries, dict) else ()
-    return {name: entry for name, entry in named if isinstance(entry, dict)}
-
-
-def _asked(document: Mapping[str, Json]) -> Json:
-    """Return what a plan's document asks for, without its title and what was found of its data."""
-    data: dict[str, Json] = {
-        name: {key: value for key, value in entry.items() if key != "found"}
-        for name, entry in _data(document).items()
-    }
-    plain: Json = json.loads(_text({**document, "title": "", "data": data}))
-    return plain
-
-
-def _with_found(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a document in which what was not found now is what was found earlier."""
-    before = _data(earlier)
-    data: dict[str, Json] = {
-        name: entry
-        if entry.get("found") is not None
-        else {**entry, "found": before.get(name, {}).get("found")}
-        for name, entry in _data(document).items()
-    }
-    return {**document, "data": data} if data else dict(document)
 
 
 def _text(document: Mapping[str, Json]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ztune.bench.cells import Outcome, PartScore
+from ztune.bench.document import found_of
 from ztune.bench.store import Result
 from ztune.comparison import deviation_of
 from ztune.fields import Fields
@@ -94,7 +95,7 @@ def names_of(plan: Fields) -> Names:
 
     Raises: FormatError where it has no title.
     """
-    found = {name: one for name, one in found_of(plan).items() if one.values["known_as"]}
+    found = {name: one for name, one in found_of(plan).items() if one.values.get("known_as")}
     known_as = {name: one.text("known_as") for name, one in found.items()}
     return Names(
         plan.text("title"),
@@ -103,22 +104,6 @@ def names_of(plan: Fields) -> Names:
         known_as=known_as,
         digests=_said(plan, "models", "digest"),
     )
-
-
-def found_of(plan: Fields) -> dict[str, Fields]:
-    """Return what is known of the data sets that were read, by name.
-
-    Raises: FormatError.
-    """
-    if not isinstance(plan.values.get("data"), dict):
-        return {}
-    data = plan.object("data")
-    entries = {name: data.object(name) for name in data.values}
-    return {
-        name: entry.object("found")
-        for name, entry in entries.items()
-        if entry.values.get("found") is not None
-    }
 
 
 def _said(plan: Fields, table: str, key: str) -> dict[str, str]:

@@ -352,7 +352,7 @@ def forget_deaths(out: Path) -> None:
     Those of runs that another process is at stay.
     """
     for note in (out / "runs").glob(f"*/{DEATHS}"):
-        with contextlib.suppress(ConfigError), RunFolder(note.parent).locked():
+        with contextlib.suppress(ZtuneError), RunFolder(note.parent).locked():
             note.unlink(missing_ok=True)
 
 
