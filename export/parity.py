@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from export.clip import LoadedClip
 from export.graphs import visual_tower
 from runtimes.bundle import TextSpec
 from runtimes.prompts import feeds, placeholder_id
+from runtimes.providers import onnxruntime
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ZtuneError
 from ztune.types import F32, I64
@@ -181,9 +181,10 @@ def prompt_reference(loaded: LoadedClip, contexts: Tensor, names: Sequence[tuple
 
 def session(graph: Path) -> Any:
     """Open a graph on the CPU."""
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> dict[str, float]:
@@ -200,14 +201,15 @@ def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> dict[str, fl
                 f"{graph.name} gives {features.shape}, torch {case.features.shape}: "
                 "the export specialised a dimension; the model cannot be exported as it is"
             )
-        lengths = np.linalg.norm(features, axis=-1) * np.linalg.norm(case.features, axis=-1)
-        cosines = (features * case.features).sum(-1) / lengths
+        got, wide = features.astype(np.float64), case.features.astype(np.float64)
+        lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
+        cosines = (got * wide).sum(-1) / lengths
         # max and min of numpy keep a NaN, so that it cannot pass the limit.
         worst["cosine"] = float(np.min([worst["cosine"], cosines.min()]))
         worst["max_abs"] = float(np.max([worst["max_abs"], np.abs(features - case.features).max()]))
     if not worst["max_abs"] <= LIMIT:
         raise ZtuneError(
-            f"{graph.name} differs from torch by {worst['max_abs']:.3g} "
-            f"(cosine {worst['cosine']:.6f}), at most {LIMIT:g} is allowed: no bundle written"
+            f"{graph.name} differs from torch by {worst['max_abs']:.3g} (1 - cosine "
+            f"{1 - worst['cosine']:.1e}), at most {LIMIT:g} is allowed: no bundle written"
         )
     return worst
