@@ -30,6 +30,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.plan import Sizes, make_plan
 from runtimes.prompts import feeds, name_lengths, token_table
 from runtimes.providers import Execution, onnxruntime, run_graph
+from ztune.children import python_command
 from ztune.errors import FormatError, ZtuneError
 from ztune.fields import Fields
 from ztune.tensors import read_tensors, write_tensors
@@ -43,11 +44,7 @@ _SINGLE_ONLY = {
     "PRelu", "Softplus", "Softsign",
 }  # fmt: skip
 _ASKED, _ANSWER = "asked.safetensors", "answer.safetensors"
-# The parent's own path, in place of one that begins with the working folder: whatever lies there.
-_PROGRAM = (
-    "import sys; folder, *sys.path = sys.argv[1:]; "
-    "from runtimes.reference import main; sys.exit(main(folder))"
-)
+_PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
 
 
 def reference_features(
@@ -81,8 +78,7 @@ def reference_features(
             "lengths": np.array([len(ids) for ids in names]),
         }
         write_tensors(Path(folder, _ASKED), arrays, asked)
-        command = [sys.executable, "-c", _PROGRAM, folder, *sys.path]
-        code, said = _waited_for(command)
+        code, said = _waited_for(python_command(_PROGRAM, folder))
         if code:
             lines = said.strip().splitlines()
             why = lines[-1] if lines and code > 0 else _ended(code)

@@ -1,6 +1,7 @@
 """Which way imports run, and what a device never loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ ROOMS = ("ztune", "runtimes", "export")
 SEAMS = {
     "ztune.types",
     "ztune.access",
+    "ztune.children",
     "ztune.errors",
     "ztune.files",
     "ztune.fields",
@@ -82,6 +84,28 @@ def test_pickle_and_eval_occur_nowhere() -> None:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             }
             assert not called & {"eval", "exec"}, path
+
+
+def test_onnx_runtime_is_loaded_without_its_telemetry() -> None:
+    """One function imports it; a Triton server, which has nothing else of ours, does the same."""
+    importing = {
+        str(path.relative_to(ROOT))
+        for room in (*ROOMS, "benchmarks")
+        for path in files_of(room)
+        if any(name.split(".")[0] == "onnxruntime" for name in imported(path))
+    }
+    own = {"runtimes/providers.py", "export/python_backend.py"}
+    assert importing == own | {"export/quantize.py"}  # a submodule, after that function
+    for name in own:
+        text = (ROOT / name).read_text()
+        assert re.search(
+            r"environ\.setdefault\((TELEMETRY|\"ORT_DISABLE_TELEMETRY\"), \"1\"\)", text
+        )
+        assert (
+            text.index("environ.setdefault(") < text.index("    import onnxruntime as ort")
+            if (name.startswith("runtimes"))
+            else text.index("environ.setdefault(") < text.index("\nimport onnxruntime")
+        )
 
 
 def test_the_core_loads_nothing_beyond_numpy_and_the_standard_library() -> None:

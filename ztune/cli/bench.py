@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ztune.children import empty_working_folder
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
 from ztune.types import Json
@@ -114,6 +115,9 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.cli.bench_worker import Settings, forget_deaths
 
     plan = _plan(arguments)
+    # Workers do not run in the working folder: from here on every path is absolute.
+    plan = replace(plan, path=plan.path.resolve())
+    root = None if arguments.root is None else arguments.root.resolve()
     only = _only(arguments, plan)
     out = arguments.out.resolve()
     _check_workers(arguments)
@@ -129,8 +133,8 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
         output.remark(why)
     settings = Settings(out, provider, plan.execution.threads, plan.execution.memory_limit)
     try:
-        with contextlib.closing(_executor(arguments, settings)) as executor:
-            preparation = Preparation(plan, only, arguments.root, out, provider, output)
+        with empty_working_folder(), contextlib.closing(_executor(arguments, settings)) as executor:
+            preparation = Preparation(plan, only, root, out, provider, output)
             prepared = preparation.prepare()
             store = _begun(out, plan, prepared, provider, output)
             session = store.begin(_circumstances(executor, provider))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ztune.children import python_command
 from ztune.comparison import Figures, figures_of
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.fields import Fields
@@ -19,6 +19,7 @@ from ztune.run import RunFolder
 
 # Seconds that a stopped process has to save its state.
 _GRACE = 20.0
+_PROGRAM = "from ztune.cli.main import main; sys.exit(main())"
 _KILLED = 9  # SIGKILL, which Windows' signal module lacks
 
 
@@ -76,7 +77,7 @@ def call(words: Sequence[str], log: Path) -> str:
         errors.flush()
         said_before = errors.tell()
         child = subprocess.Popen(
-            [sys.executable, "-m", "ztune.cli.main", *words],
+            python_command(_PROGRAM, *words),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
