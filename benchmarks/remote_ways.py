@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from benchmarks.names import classes_named
 from export.triton import Serving, export_triton
@@ -24,7 +23,7 @@ from runtimes.connect import Connected, connect
 from runtimes.contract import PROMPT, SCORE
 from runtimes.endpoint import Connection
 from runtimes.ort import OrtPromptGraph
-from runtimes.providers import Execution
+from runtimes.providers import Execution, onnxruntime
 from runtimes.served import Served, ServedPromptEncoder
 from runtimes.service import Service
 from runtimes.tokenizer import Tokenizer
@@ -176,12 +175,13 @@ class Task:
 
 def _session(repository: Path, part: str, threads: int) -> Any:
     """Open a served graph with the options of export/python_backend.py."""
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.use_deterministic_compute = True
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     path = repository / f"{NAME}_{part}" / "1" / "model.onnx"
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import open_clip
 import torch
 from torch import nn
@@ -46,6 +45,7 @@ from runtimes.bundle import (
     describe,
     load_bundle,
 )
+from runtimes.providers import onnxruntime
 from ztune.files import new_folder, sha256, write_json
 from ztune.tensors import write_tensors
 from ztune.types import Json
@@ -203,7 +203,7 @@ def _manifest(
         },
         "versions": {
             "ztune": metadata.version("ztune"),
-            **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime)},
+            **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime())},
             "onnx": metadata.version("onnx"),
         },
         "created_by": "ztune export",

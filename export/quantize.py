@@ -20,7 +20,7 @@ from runtimes.bundle import (
     load_bundle,
 )
 from runtimes.ort import parity_figures
-from runtimes.providers import Execution, Setup
+from runtimes.providers import Execution, Setup, onnxruntime
 from ztune.errors import ConfigError, ZtuneError
 from ztune.files import new_folder, sha256, write_json
 from ztune.types import Json
@@ -112,6 +112,7 @@ def _fill(
 
 def _to_int8(model: Any, target: Path) -> Any:
     """Return the graph with 8-bit weights; files beside `target` serve on the way."""
+    onnxruntime()  # as everywhere: without telemetry
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()

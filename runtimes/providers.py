@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,9 @@ NAMES = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""The variable by which ONNX Runtime's library keeps its telemetry off. As of 1.32 the Linux wheel
+otherwise looks up a host, and keeps a device id and events in the user's cache folder."""
 _MOST_THREADS = 1024  # each has a stack: a slip of the finger must not take all memory
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
 # Full precision, and the same convolution algorithm on every run.
@@ -80,8 +84,12 @@ class Setup:
 def onnxruntime() -> Any:
     """Import ONNX Runtime, whichever build is installed, with its CUDA libraries preloaded.
 
+    Nothing else imports it, since its telemetry is switched off before the library is loaded, here
+    and in processes that this one starts. An environment that sets the variable is respected.
+
     Raises: ProviderError when none is installed.
     """
+    os.environ.setdefault(TELEMETRY, "1")
     try:
         import onnxruntime as ort
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runtimes.providers import onnxruntime
 from ztune.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,9 @@ class Result:
         assert isinstance(value, dict)
         return value
 
+
+# Some tests import ONNX Runtime themselves; its telemetry is off before the first of them does.
+onnxruntime()
 
 Command = Callable[..., Result]
 

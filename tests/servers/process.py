@@ -47,6 +47,7 @@ def entered(environment: Path) -> dict[str, str]:
         "PATH": f"{environment / 'bin'}:{os.environ.get('PATH', os.defpath)}",
         "VIRTUAL_ENV": str(environment),
         "OMP_NUM_THREADS": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
     }
 
 
