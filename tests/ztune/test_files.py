@@ -173,10 +173,11 @@ def test_a_file_that_a_person_names_may_be_a_pipe(tmp_path: Path, in_time: None)
 
 
 def test_names_that_a_plan_names_are_a_regular_file(tmp_path: Path, in_time: None) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "1.png").touch()
-    names = piped(tmp_path / "names", "a\tcat\nb\tdog\n")
+    os.mkfifo(tmp_path / "names")
     with pytest.raises(DataError, match="not a regular file"):
-        own_lists(tmp_path / "data", names)
-    assert names.read_text()  # the pipe's writer may end
+        own_lists(tmp_path / "data", tmp_path / "names")
