@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from runtimes.preprocess import open_picture
 from ztune.data.folders import read_dataset
 from ztune.errors import DataError
 from ztune.files import new_folder, read_json
@@ -46,7 +47,7 @@ def _noise(picture: Image.Image, seed: int) -> Image.Image:
 def _jpeg(picture: Image.Image, _seed: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=_JPEG_QUALITY)
-    return Image.open(file).convert("RGB")
+    return Image.open(file, formats=["JPEG"]).convert("RGB")
 
 
 CHANGES: Mapping[str, Change] = {
@@ -115,7 +116,7 @@ def _written(out: Path, files: Iterable[tuple[Path, Path]], change: Change | Non
         with new_folder(out) as work:
             for source, target in files:
                 (work / target).parent.mkdir(parents=True, exist_ok=True)
-                with Image.open(source) as picture:
+                with open_picture(source) as picture:
                     plain = picture.convert("RGB")
                 if change is not None:
                     plain = change(plain, zlib.crc32(target.as_posix().encode()))

@@ -17,6 +17,7 @@ from export.weights import read_graph
 from runtimes.bundle import CLIENT_FILES, Bundle
 from runtimes.prompts import placeholder_id, token_table
 from runtimes.scores import scoring_nodes
+from ztune.files import read_bytes
 
 _FLOAT, _DOUBLE, _INT64, _UINT8 = (
     TensorProto.FLOAT,
@@ -95,8 +96,8 @@ def client_graph(bundle: Bundle) -> ModelProto:
     The half is its files behind each other, in the order of CLIENT_FILES; `sizes` i64[files] are
     theirs in bytes. A slice ends where the files do.
     """
-    parts = [(bundle.path / "bundle.json").read_bytes()]
-    parts += [bundle.file(name).read_bytes() for name in CLIENT_FILES[1:]]
+    parts = [read_bytes(bundle.path / "bundle.json")]
+    parts += [read_bytes(bundle.file(name)) for name in CLIENT_FILES[1:]]
     g = Nodes("client")
     content = g.constant(np.frombuffer(b"".join(parts), dtype=np.uint8), np.uint8)
     start = g.node("Gather", ["slice", g.constant([0], np.int64)], axis=0)

@@ -20,6 +20,7 @@ from open_clip.tokenizer import re as open_clip_regex
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from ztune.errors import ConfigError
+from ztune.files import read_bytes
 
 _START = ("<|startoftext|>", "<start_of_text>", "<|startofsequence|>", "<s>", "<bos>", "[CLS]")
 _END = ("<|endoftext|>", "<end_of_text>", "<|endofsequence|>", "</s>", "<eos>", "[SEP]")
@@ -204,7 +205,7 @@ def _any_case(word: str) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_bytes(file).decode()
         tokenizers.Tokenizer.from_str(content)
         raw: dict[str, Any] = json.loads(content)
     except Exception as error:  # tokenizers raises plain Exception

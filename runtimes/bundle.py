@@ -17,7 +17,7 @@ from typing import Any
 
 from ztune.errors import FormatError
 from ztune.fields import Fields
-from ztune.files import read_json, sha256
+from ztune.files import open_regular, read_json, sha256
 from ztune.types import Json
 
 FORMAT = "ztune-bundle"
@@ -295,7 +295,10 @@ def check_external_data(graph: Path, allowed: str | None) -> None:
         raise FormatError(f"{graph} is empty")
     # A tensor outside its file says so with the key "location". A file without this word has none,
     # and need not be parsed, which would take its whole size in memory.
-    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        open_regular(graph) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         if content.find(b"location") < 0:
             return
     for location in _external_locations(graph):

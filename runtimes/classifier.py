@@ -15,6 +15,7 @@ from runtimes.preprocess import crop, read_picture
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import FormatError, ProviderError
 from ztune.fields import Fields
+from ztune.files import open_regular
 from ztune.types import F32, U8
 
 FORMAT = "ztune-classifier"
@@ -60,7 +61,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         if not path.is_file():
             raise FormatError(f"{where} does not exist")
         weights = Path(f"{path}.data")
-        check_external_data(path, weights.name if weights.exists() else None)
+        check_external_data(path, weights.name if weights.is_file() else None)
         _check_precision(path, execution.provider)
     try:
         session = open_session(path, execution)
@@ -100,7 +101,10 @@ def _check_precision(path: Path, provider: str) -> None:
 
     The metadata are compact JSON and stand in the file as they are.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        open_regular(path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         for precision in ("fp16", "int8"):
             if content.find(f'"precision":"{precision}"'.encode()) >= 0:
                 check_precision(precision, provider)

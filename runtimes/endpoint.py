@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ztune.errors import ConfigError
+from ztune.files import read_bytes
 
 SCHEMES = {"triton": "grpc", "tritons": "grpc", "http": "http", "https": "http"}
 _SECURE = ("tritons", "https")
@@ -226,7 +227,7 @@ class Connection:
 def _secret(path: str | None, option: str, variable: str) -> str:
     value = os.environ.get(variable, "")
     if path is not None:
-        value = _read(Path(path), option).decode(errors="replace")
+        value = _read(Path(path), option, pipe=True).decode(errors="replace")
         if not value.strip():
             raise ConfigError(f'{option} "{path}" is empty')
     value = value.strip()
@@ -236,8 +237,8 @@ def _secret(path: str | None, option: str, variable: str) -> str:
     return value
 
 
-def _read(path: Path, option: str) -> bytes:
+def _read(path: Path, option: str, *, pipe: bool = False) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, pipe=pipe)
     except OSError as error:
         raise ConfigError(f'{option} "{path}" cannot be read ({error.strerror or error})') from None

@@ -12,6 +12,7 @@ import functools
 import math
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,24 @@ from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
 from ztune.errors import DataError
+from ztune.files import open_regular
 from ztune.types import F32, U8
 
 # Part of what features are cached under: raise it with every change here that moves a pixel.
 PREPROCESS_VERSION = 1
+# Which formats are read: Pillow's names, and ours. Its other decoders are never asked, since a file
+# from anywhere must not choose among all of them: that of EPS starts Ghostscript.
+FORMATS = {
+    "JPEG": "JPEG, MPO",
+    "PNG": "PNG",
+    "GIF": "GIF",
+    "BMP": "BMP",
+    "TIFF": "TIFF",
+    "WEBP": "WebP",
+    "AVIF": "AVIF",
+    "JPEG2000": "JPEG 2000",
+    "PPM": "PNM",
+}
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -49,6 +64,26 @@ def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> 
     return crop(image, spec) if view is None else random_view(image, spec, view)
 
 
+@contextlib.contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a regular file in one of FORMATS; its pixels are decoded when they are asked for.
+
+    Raises: DataError naming the file when it is in none of them; OSError.
+    """
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
+    with open_regular(path) as file:
+        try:
+            opened = Image.open(file, formats=known)
+        except UnidentifiedImageError:
+            raise DataError(
+                f'picture "{path}" cannot be read: it is in none of the formats that ztune reads '
+                f"({', '.join(FORMATS[name] for name in known)})"
+            ) from None
+        with opened:
+            yield opened
+
+
 def read_picture(path: Path) -> Image.Image:
     """Return the picture upright and in 8-bit RGB; it is shared, so do not draw into it.
 
@@ -61,10 +96,10 @@ def read_picture(path: Path) -> Image.Image:
         with _DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata; what matters is raised
             return _decode(path, stat.st_mtime_ns, stat.st_size)
+    except DataError:
+        raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is no picture in a known format"
         raise DataError(
             f'picture "{path}" cannot be read: {reason or type(error).__name__}'
         ) from None
@@ -72,7 +107,7 @@ def read_picture(path: Path) -> Image.Image:
 
 @functools.lru_cache(maxsize=2)
 def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
-    with Image.open(path) as opened:
+    with open_picture(path) as opened:
         if max(opened.size) > _LONGEST * min(opened.size):
             raise ValueError(f"{opened.width} x {opened.height} pixels is no picture's shape")
         opened.load()

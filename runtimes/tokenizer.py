@@ -6,6 +6,7 @@ import html
 import re
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ftfy
@@ -14,6 +15,7 @@ import tokenizers
 
 from runtimes.bundle import Bundle, TextSpec
 from ztune.errors import DataError, FormatError
+from ztune.files import read_bytes
 from ztune.types import I64
 
 _PLACEHOLDER = re.compile(r"\[unused\d+\]|<extra_id_\d+>|<unused\d+>|<0x[0-9A-F]{2}>")
@@ -36,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.file("tokenizer.json")
-        self._take(path.read_bytes, bundle.text, str(path))
+        self._take(partial(read_bytes, path), bundle.text, str(path))
 
     @classmethod
     def of(cls, content: str, spec: TextSpec) -> Tokenizer:

@@ -2,13 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from runtimes.preprocess import FORMATS
 from runtimes.providers import onnxruntime
 from ztune.cli.main import main
 
@@ -53,6 +57,46 @@ def ztune(capfd: pytest.CaptureFixture[str]) -> Command:
         return Result(code, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """Fail a test that waits for ever; a thread of its own or C code in a loop it cannot end."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this system has no timer that would end the test")
+
+    def late(_number: int, _frame: object) -> None:
+        pytest.fail("it waits for what never comes")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 30)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def listed_decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that asks a decoder of Pillow's beyond the list, or starts a program."""
+    Image.init()
+    asked: list[str] = []
+
+    def refuse(*_words: object, **_options: object) -> None:
+        asked.append("a program")
+        raise OSError("no program is started here")
+
+    def spy(name: str) -> tuple[Any, Any]:
+        def accept(_prefix: bytes) -> bool:
+            asked.append(name)
+            return False
+
+        return Image.OPEN[name][0], accept
+
+    spies = {name: spy(name) for name in Image.OPEN if name not in FORMATS}
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN, **spies})
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    yield
+    assert asked == []
 
 
 @pytest.fixture(scope="session")

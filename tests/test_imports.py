@@ -134,3 +134,11 @@ sys.exit(f"help loads {sorted(heavy)}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_pictures_are_opened_with_a_list_of_formats_everywhere() -> None:
+    for room in (*ROOMS, "benchmarks"):
+        for path in files_of(room):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                    assert "formats" in {word.arg for word in node.keywords}, path

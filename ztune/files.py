@@ -1,12 +1,15 @@
-"""Files written whole or not at all, and their digests."""
+"""Files written whole or not at all, read only where they are files, and their digests."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,13 +93,41 @@ def write_json(path: Path, value: Json) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: Path, what: str) -> dict[str, Json]:
-    """Read a JSON object.
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file, or a link to one, to read its bytes.
+
+    What a file or a folder names may be a pipe, which is waited for, or a device without an end.
+
+    Raises: OSError when it is neither.
+    """
+    # Looked at once it is open, so that nothing else can take its place in between.
+    file = io.FileIO(path, opener=_without_waiting)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.BufferedReader(file)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_bytes(path: Path, *, pipe: bool = False) -> bytes:
+    """Return the content of a regular file, or, with `pipe`, of whatever a person has named.
+
+    Raises: OSError.
+    """
+    with path.open("rb") if pipe else open_regular(path) as file:
+        return file.read()
+
+
+def read_json(path: Path, what: str, *, pipe: bool = False) -> dict[str, Json]:
+    """Read a JSON object; `pipe` as for `read_bytes`.
 
     Raises: FormatError naming `what` when the file is absent, no JSON, or no object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path, pipe=pipe))
     except FileNotFoundError:
         raise FormatError(f"{what}: {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -107,9 +138,12 @@ def read_json(path: Path, what: str) -> dict[str, Json]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
+    """Return the SHA-256 of a regular file's content in hexadecimal.
+
+    Raises: OSError.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ztune.budget import Budget
 from ztune.errors import FormatError
-from ztune.files import flush_folder
+from ztune.files import flush_folder, read_bytes
 
 
 class Journal:
@@ -32,7 +32,7 @@ class Journal:
         self._path, self._budget = path, budget
         self._seen: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        content = path.read_bytes() if path.exists() else b""
+        content = read_bytes(path) if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))

@@ -90,9 +90,12 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from working on the same run.
 
-        Raises: ConfigError when one does; ZtuneError where the file system knows no locks.
+        Raises: ConfigError when one does; ZtuneError where the file system knows no locks;
+            FormatError where the lock is not a file.
         """
-        with (self.path / ".lock").open("a") as file:
+        lock = self.path / ".lock"
+        _require_regular(lock, f'run "{self.path}"')
+        with lock.open("a") as file:
             try:
                 _lock(file)
             except OSError as error:
@@ -113,11 +116,14 @@ class RunFolder:
     def read(self) -> dict[str, Json]:
         """Return run.json's content.
 
-        Raises: FormatError when this is no run, or one of a newer format.
+        Raises: FormatError when this is no run, one of a newer format, or has something else than
+            a file under the name of one.
         """
         where = f'run "{self.path}"'
         if not self.run.is_file():
             raise FormatError(f"{where} has no run.json, so it is no run")
+        for file in (self.state, self.history, self.journal):
+            _require_regular(file, where)
         document = read_json(self.run, where)
         if document.get("format") != FORMAT:
             raise FormatError(f"{where}: run.json was not written by ztune")
@@ -209,6 +215,12 @@ class RunFolder:
             return []
         lines = self.history.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _require_regular(file: Path, where: str) -> None:
+    """Refuse a pipe or a device under a file's name: to open it could wait for ever."""
+    if file.exists() and not file.is_file():
+        raise FormatError(f"{where}: {file.name} is not a regular file (remove it)")
 
 
 if sys.platform == "win32":

@@ -1,7 +1,9 @@
 """Addresses of servers, and what is told to them: deadlines, certificates, tokens."""
 
 import base64
+import os
 import ssl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +302,17 @@ def test_a_key_behind_a_password_is_refused_and_not_asked_for(
     )
     with pytest.raises(ConfigError, match="cannot be used"):
         Connection(tls_cert=str(pair.cert), tls_key=str(locked)).ssl_context()
+
+
+def test_a_token_may_come_through_a_pipe_and_a_certificate_not(
+    tmp_path: Path, in_time: None
+) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        Connection(tls_ca=str(pipe)).check_files()
+    threading.Thread(target=pipe.write_text, args=(SECRET,), daemon=True).start()
+    headers = Connection(token_file=str(pipe)).headers(SECURE)
+    assert headers == {"authorization": f"Bearer {SECRET}"}

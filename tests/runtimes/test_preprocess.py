@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtimes.bundle import ImageSpec
-from runtimes.preprocess import _random_box, crop, normalise, random_view, read_picture
+from runtimes.preprocess import (
+    _random_box,
+    crop,
+    normalise,
+    open_picture,
+    random_view,
+    read_picture,
+)
+from tests.foreign import FOREIGN, NOT_REGULAR
 from ztune.errors import DataError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -69,7 +77,8 @@ def test_equals_open_clip_on_photographs() -> None:
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".png"))
     assert files
     for path in files[:: max(1, len(files) // 100)]:
-        image = Image.open(path).convert("RGB")
+        with open_picture(path) as opened:
+            image = opened.convert("RGB")
         spec = make_spec(224)
         np.testing.assert_array_equal(crop(read_picture(path), spec), crop(image, spec))
         np.testing.assert_array_equal(
@@ -176,8 +185,12 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "reason"),
     [
-        ("text.jpg", lambda p: p.write_text("no picture\n"), "no picture in a known format"),
-        ("empty.png", lambda p: p.touch(), "no picture in a known format"),
+        (
+            "text.jpg",
+            lambda p: p.write_text("no picture\n"),
+            "none of the formats that ztune reads (JPEG, MPO, ",
+        ),
+        ("empty.png", lambda p: p.touch(), "none of the formats"),
         ("cut.jpg", truncate, "truncated"),
         ("cut.png", truncate, ""),
         ("cut.bmp", truncate, ""),
@@ -247,3 +260,82 @@ def test_random_boxes_have_torchvisions_distribution() -> None:
     theirs = np.array([get(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
     np.testing.assert_allclose(ours.mean(0), theirs[:, [1, 0, 3, 2]].mean(0), atol=2)
     np.testing.assert_allclose(ours.std(0), theirs[:, [1, 0, 3, 2]].std(0), atol=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [
+        ("JPEG", "JPEG"),
+        ("MPO", "JPEG"),
+        ("PNG", "PNG"),
+        ("GIF", "GIF"),
+        ("BMP", "BMP"),
+        ("TIFF", "TIFF"),
+        ("WEBP", "WEBP"),
+        ("AVIF", "AVIF"),
+        ("JPEG2000", "JPEG2000"),
+        ("PPM", "PPM"),
+    ],
+)
+def test_every_format_of_the_list_is_read(tmp_path: Path, name: str, plugin: str) -> None:
+    Image.init()
+    if plugin not in Image.OPEN or name not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {name}")
+    path = tmp_path / "named.wrongly"
+    more = {"save_all": True, "append_images": [noise(16, 12, 1)]} if name == "MPO" else {}
+    noise(16, 12).save(path, name, **more)
+    with Image.open(path, formats=[plugin]) as opened:
+        assert opened.format == name
+        expected = np.asarray(opened.convert("RGB"))
+    np.testing.assert_array_equal(read_picture(path), expected)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"])
+def test_a_compressed_tiff_is_read(tmp_path: Path, compression: str) -> None:
+    noise(16, 12).save(tmp_path / "a.tif", compression=compression)
+    with Image.open(tmp_path / "a.tif", formats=["TIFF"]) as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.tif"), expected)
+
+
+def test_what_this_pillow_lacks_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "AVIF"})
+    noise(9, 7).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), noise(9, 7))
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(
+        DataError, match=r"\(JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, JPEG 2000, PNM\)"
+    ):
+        read_picture(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("kind", sorted(FOREIGN))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "eps"])
+def test_other_formats_are_refused_without_their_decoder(
+    tmp_path: Path, kind: str, suffix: str, listed_decoders: None
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(FOREIGN[kind])
+    with pytest.raises(
+        DataError, match=rf'"{path}" cannot be read: .*none of the formats'
+    ) as caught:
+        read_picture(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", NOT_REGULAR)
+def test_only_regular_files_are_pictures(
+    tmp_path: Path, make: Callable[[Path], None], in_time: None
+) -> None:
+    make(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png.*not a regular file"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_a_link_to_a_picture_is_read(tmp_path: Path) -> None:
+    noise(9, 7).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "b.png"), noise(9, 7))

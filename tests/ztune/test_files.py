@@ -1,16 +1,27 @@
 """Files and JSON: whole or not at all, and nothing that a hostile file holds gets through."""
 
 import json
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.foreign import NOT_REGULAR
+from ztune.bench.store import Store
+from ztune.budget import Budget
 from ztune.compositions.steps import ZipConfig
 from ztune.config import configured, settings_from_words
-from ztune.errors import ConfigError, FormatError
+from ztune.data.cache import FeatureLog
+from ztune.data.manifests import read_class_list, read_names, read_text
+from ztune.data.sources import own_lists
+from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.fields import Fields
-from ztune.files import new_folder, read_json, replacing, write_json
+from ztune.files import new_folder, open_regular, read_json, replacing, sha256, write_json
+from ztune.journal import Journal
 from ztune.run import RunFolder
+from ztune.tensors import read_tensors
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -99,3 +110,74 @@ def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
         pass
     with same.locked():
         pass
+
+
+READERS: list[Callable[[Path], object]] = [
+    open_regular,
+    sha256,
+    lambda path: read_json(path, "test"),
+    lambda path: read_text(path, "test"),
+    read_names,
+    lambda path: FeatureLog(path).read(),
+    lambda path: Journal(path, Budget(1)),
+    lambda path: read_tensors(path, "test"),
+    Store,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("make", NOT_REGULAR)
+def test_only_regular_files_are_read(
+    make: Callable[[Path], None], read: Callable[[Path], object], tmp_path: Path, in_time: None
+) -> None:
+    make(tmp_path / "a")
+    with pytest.raises((OSError, ZtuneError)):
+        read(tmp_path / "a")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").symlink_to("a.json")
+    assert read_json(tmp_path / "b.json", "test") == {}
+    assert sha256(tmp_path / "b.json") == sha256(tmp_path / "a.json")
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "history.jsonl", "sent.jsonl", ".lock"])
+@pytest.mark.parametrize("make", NOT_REGULAR)
+def test_a_run_of_pipes_and_devices_is_refused(
+    make: Callable[[Path], None], name: str, tmp_path: Path, in_time: None
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create({}, {})
+    make(folder.path / name)
+    with pytest.raises(FormatError, match=rf"{name} is not a regular file"), folder.locked():
+        folder.read()
+
+
+def piped(path: Path, text: str) -> Path:
+    """Make a pipe and write to it what its first reader gets."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(path)
+    threading.Thread(target=path.write_text, args=(text,), daemon=True).start()
+    return path
+
+
+def test_a_file_that_a_person_names_may_be_a_pipe(tmp_path: Path, in_time: None) -> None:
+    assert read_class_list(piped(tmp_path / "classes", "cat\ndog\n")) == ("cat", "dog")
+    assert read_names(piped(tmp_path / "names", "a\tcat\n"), pipe=True) == {"a": "cat"}
+    assert read_json(piped(tmp_path / "split.json", "{}"), "test", pipe=True) == {}
+
+
+def test_names_that_a_plan_names_are_a_regular_file(tmp_path: Path, in_time: None) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.png").touch()
+    os.mkfifo(tmp_path / "names")
+    with pytest.raises(DataError, match="not a regular file"):
+        own_lists(tmp_path / "data", tmp_path / "names")

@@ -92,6 +92,8 @@ class Store:
         """
         self.path = path
         self._where = f'results "{path}"'
+        if path.exists() and not (path.is_file() or path.is_dir()):  # SQLite itself names a folder
+            raise FormatError(f"{self._where}: not a regular file")
         # Looked at first without a lock: whoever only reads waits for no writer, and needs no
         # permission to write.
         with self._open() as database:

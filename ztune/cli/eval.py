@@ -342,7 +342,7 @@ def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
             raise ConfigError("a split file brings its own class names; leave out --names")
         if arguments.root is not None:
             raise ConfigError("a split file knows where its pictures are; leave out --root")
-        return _from_split_file(arguments.split_file, split)
+        return _from_split_file(arguments.split_file, split, pipe=True)
     from ztune.data.sources import read_source
     from ztune.data.split import digest_pictures
 
@@ -364,12 +364,12 @@ def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
     return Labelled(items, labels, dataset.classes, split)
 
 
-def _from_split_file(path: Path, split: str) -> Labelled:
+def _from_split_file(path: Path, split: str, *, pipe: bool = False) -> Labelled:
     from ztune.data.split import Split
     from ztune.files import read_json
 
     where = f'split file "{path}"'
-    whole = Split.from_json(read_json(path, where), where)
+    whole = Split.from_json(read_json(path, where, pipe=pipe), where)
     if split == "test":
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:

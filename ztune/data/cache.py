@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ztune.errors import DataError
+from ztune.files import read_bytes
 from ztune.types import F32
 
 _MARK = b"zft1"
@@ -57,7 +58,7 @@ class FeatureLog:
         Raises: DataError when the file is there and cannot be read.
         """
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path)
         except FileNotFoundError:
             return {}
         except OSError as error:

@@ -59,10 +59,13 @@ class Dataset:
     """What else the user should be told, one line each."""
 
 
-def read_dataset(path: Path, names: Path | None = None, tuned: bool = True) -> Dataset:
+def read_dataset(
+    path: Path, names: Path | None = None, tuned: bool = True, *, pipe: bool = False
+) -> Dataset:
     """Find the pictures and classes of a folder or manifest.
 
-    Class names come from folder names or labels (`_` becomes a space) or from the names file.
+    Class names come from folder names or labels (`_` becomes a space) or from the names file, which
+    may be a pipe with `pipe`.
     Without `tuned`, all pictures may be test pictures.
 
     Raises: DataError when it is neither, empty, has one class only, a class without pictures, or
@@ -84,7 +87,7 @@ def read_dataset(path: Path, names: Path | None = None, tuned: bool = True) -> D
         raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
     if not listed:
         raise DataError(f"{where} holds no pictures (expected {_LAYOUTS})")
-    name_of = _class_names({item.label for item in listed}, names, where)
+    name_of = _class_names({item.label for item in listed}, names, where, pipe)
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
         raise DataError(f'{where} has one class only, "{classes[0]}" (at least two are needed)')
@@ -180,13 +183,15 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _class_names(labels: Iterable[str], names: Path | None, where: str) -> dict[str, str]:
+def _class_names(
+    labels: Iterable[str], names: Path | None, where: str, pipe: bool
+) -> dict[str, str]:
     """Return the class name of every label."""
     labels = sorted(labels)
     if names is None:
         name_of = {label: class_name(label.replace("_", " ")) for label in labels}
     else:
-        given = read_names(names)
+        given = read_names(names, pipe=pipe)
         unknown, missing = sorted(given.keys() - set(labels)), sorted(set(labels) - given.keys())
         if unknown:
             raise DataError(f'names file "{names}": {where} has no class "{unknown[0]}"')

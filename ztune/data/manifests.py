@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ztune.errors import DataError
+from ztune.files import read_bytes
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: Mapping[str, SplitName] = {
@@ -80,14 +81,16 @@ def read_manifest(manifest: Path) -> list[Listed]:
     return list(listed.values())
 
 
-def read_names(path: Path) -> dict[str, str]:
+def read_names(path: Path, *, pipe: bool = False) -> dict[str, str]:
     """Read a names file: one `folder<TAB>class name` a line, empty lines ignored.
+
+    With `pipe` it may be one.
 
     Raises: DataError naming the line that is wrong.
     """
     where = f'names file "{path}"'
     names: dict[str, str] = {}
-    for line, text in enumerate(read_text(path, where).splitlines(), 1):
+    for line, text in enumerate(read_text(path, where, pipe=pipe).splitlines(), 1):
         if not text.strip():
             continue
         folder, tab, name = text.partition("\t")
@@ -102,10 +105,12 @@ def read_names(path: Path) -> dict[str, str]:
 def read_class_list(path: Path) -> tuple[str, ...]:
     """Read class names to choose among: one a line, or the second part of `folder<TAB>name`.
 
+    A person names the file, so it may be a pipe.
+
     Raises: DataError when there are fewer than two, or one stands there twice.
     """
     where = f'class names "{path}"'
-    lines = [line.strip() for line in read_text(path, where).splitlines()]
+    lines = [line.strip() for line in read_text(path, where, pipe=True).splitlines()]
     names: dict[str, None] = {}
     for name in (class_name(line.rpartition("\t")[2]) for line in lines if line):
         if name in names:
@@ -124,13 +129,18 @@ def class_name(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def read_text(path: Path, where: str) -> str:
+def read_text(path: Path, where: str, *, pipe: bool = False) -> str:
+    """Return the text of a file, its lines ended by newlines alone; `pipe` as for `read_bytes`.
+
+    Raises: DataError.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, pipe=pipe).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{where} is not UTF-8 text (save it as UTF-8)") from None
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_inside(path: str) -> bool:

@@ -59,7 +59,8 @@ def named_lists(name: str, root: Path) -> Lists:
 def own_lists(path: Path, names: Path | None = None) -> Lists:
     """Return the lists of one's own pictures, divided where nothing says what they are for.
 
-    The same pictures give the same lists. `names` is a names file for their classes.
+    The same pictures give the same lists. `names` is a names file for their classes, as a plan
+    names it: a regular file.
 
     Raises: DataError when the data cannot be used.
     """
@@ -75,12 +76,13 @@ def read_source(
 ) -> Dataset:
     """Return the pictures of a data set by name, where there is a root, or by path.
 
-    With `tuned` every class must have pictures to tune with.
+    With `tuned` every class must have pictures to tune with. `names` is a names file as a person
+    names it: it may be a pipe.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     if root is None:
-        return read_dataset(_listed(Path(place)), names, tuned)
+        return read_dataset(_listed(Path(place)), names, tuned, pipe=True)
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(
