@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from ztune.files import replacing
+from ztune.printing import printable
 from ztune.system import commit, machine, versions
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def parser(module_doc: str | None) -> argparse.ArgumentParser:
 
 def say(text: str) -> None:
     """Write a line of progress to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def document(started: float, **content: Any) -> dict[str, Any]:

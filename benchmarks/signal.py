@@ -37,6 +37,7 @@ from ztune.cli.request import Request
 from ztune.cli.tuning import Work, task_of
 from ztune.cli.workbench import Workbench
 from ztune.data.features import Features
+from ztune.printing import printable
 from ztune.run import RunFolder
 from ztune.signal import LIMIT
 from ztune.system import machine, versions
@@ -293,7 +294,7 @@ def _tidy(axes: Any) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

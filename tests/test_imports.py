@@ -108,6 +108,16 @@ def test_onnx_runtime_is_loaded_without_its_telemetry() -> None:
         )
 
 
+def test_what_is_printed_passes_one_place() -> None:
+    """There, and nowhere else, texts of others are made printable for a terminal."""
+    writing = {"print", "rich.console", "rich.progress", "sys.stderr.write", "sys.stdout.write"}
+    for path in files_of("ztune"):
+        if path != ROOT / "ztune" / "cli" / "output.py":
+            tree = ast.parse(path.read_text())
+            called = {ast.unparse(one.func) for one in ast.walk(tree) if isinstance(one, ast.Call)}
+            assert not writing & (called | imported(path)), path
+
+
 def test_the_core_loads_nothing_beyond_numpy_and_the_standard_library() -> None:
     program = """
 import sys

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ztune.files import replacing
+from ztune.printing import printable
 from ztune.statistics import Score
 from ztune.types import F64
 
@@ -29,7 +30,7 @@ def new_figure(width: float, height: float) -> Any:
 def wrapped(text: str, inches: float, size: float) -> str:
     """Return a text in lines that fit a width, its letters of a size in points."""
     # 0.78 of the size is more than capitals take on average.
-    return textwrap.fill(text, max(1, int(72 * inches / (0.78 * size))))
+    return textwrap.fill(printable(text), max(1, int(72 * inches / (0.78 * size))))
 
 
 def entitle(figure: Any, title: str) -> None:
@@ -101,7 +102,7 @@ def draw_curve(
         axes.spines[["top", "right"]].set_visible(False)
     for index, (name, level) in enumerate(levels.items()):
         colour = ("#c1440e", "#4c7a34", "#7a4c9e")[index % 3]
-        panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=name)
+        panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=printable(name))
     panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     # Beside the curve, never on it: it may lie anywhere between 0 and 1.
     legend = panels[1].legend(
@@ -114,7 +115,7 @@ def draw_curve(
 
 def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
     """Draw one confusion table per score, side by side; each row is a true class in per cent."""
-    classes = next(iter(scores.values())).classes
+    classes = [printable(name) for name in next(iter(scores.values())).classes]
     n = len(classes)
     side = min(12.0, max(3.4, 0.34 * n + 1.6))
     figure = new_figure(side * len(scores) + 0.8, side + 0.4)
@@ -124,7 +125,7 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
         table = score.confusion()
         share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
-        heading = f"{name}: {score.accuracy:.1%} of {score.n}"
+        heading = f"{printable(name)}: {score.accuracy:.1%} of {score.n}"
         axes.set_title(heading, fontsize=10, color=INK, parse_math=False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")

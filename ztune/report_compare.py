@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ztune.printing import printable
 from ztune.report import INK, entitle, new_figure, write_figure
 from ztune.types import F64
 
@@ -142,7 +143,7 @@ def _add_legend(
             words.append(heading)
         for name, accuracy in sorted(group.items(), key=lambda item: -item[1]):
             shown.append(handles[name])
-            words.append(f"{accuracy:.1%}  {name}")
+            words.append(f"{accuracy:.1%}  {printable(name)}")
     legend = axes.legend(
         shown, words, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
     )

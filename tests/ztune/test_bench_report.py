@@ -17,7 +17,14 @@ from tests.ztune.bench_results import OUTCOME, PLAN, Row, curve, digest_of, stor
 from ztune.bench import figures
 from ztune.bench.cells import key_of
 from ztune.bench.figures import styles_of
-from ztune.bench.render import as_latex, as_markdown, in_latex, in_markdown
+from ztune.bench.render import (
+    as_csv,
+    as_latex,
+    as_markdown,
+    code_in_markdown,
+    in_latex,
+    in_markdown,
+)
 from ztune.bench.report import write_report
 from ztune.bench.summary import Names
 from ztune.bench.tables import Table, Word
@@ -192,6 +199,64 @@ def test_cells_csv_has_a_row_per_cell(tmp_path: Path) -> None:
     assert (rows[6]["base accuracy"], rows[6]["new accuracy"]) == ("0.8", "0.4")
     assert rows[0]["config"] == '{"n_context": 8}'
     assert rows[0]["text_forwards"] == "1200"
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=1+1", "'=1+1"),
+        ('=HYPERLINK("http://x","y")', '\'=HYPERLINK("http://x","y")'),
+        ("+1+1", "'+1+1"),
+        ("-1+1", "'-1+1"),
+        ("-0.3 ± 0.1", "'-0.3 ± 0.1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("  =1", "'  =1"),
+        ("\u00a0=1", "'\u00a0=1"),
+        ("\t=1", r"'\t=1"),
+        ("\ra", r"'\ra"),
+        ("\n=1", "'\n=1"),
+        ("＝1+1", "'＝1+1"),
+        ("a=1", "a=1"),
+        ("a\nb", "a\nb"),
+        ("it's", "it's"),
+        ("-1.5", "-1.5"),
+        ("+1e-3", "+1e-3"),
+        (-1.5, "-1.5"),
+        (-2, "-2"),
+        (None, ""),
+        ("a\x1b[2J", r"a\x1b[2J"),
+        ("https://me:s3cr3t@host/x", "https://***@host/x"),
+    ],
+)
+def test_no_cell_of_a_csv_is_a_formula(cell: object, written: str) -> None:
+    text = as_csv(("name", "=head"), [{"name": cell}])
+    assert list(csv.reader(text.splitlines(keepends=True))) == [["name", "'=head"], [written, ""]]
+
+
+def test_names_in_a_report_have_no_effect(tmp_path: Path) -> None:
+    name = "\x1b[2J\u202e|`<script>\n# x"
+    report(tmp_path, [Row("=1+1", name, (0.5, "\x1b[31m"))], title=name, data={name: name})
+    texts = {path.name: path.read_text() for path in (tmp_path / "report").glob("*.[mtc]*")}
+    assert len(texts) == 4
+    for text in texts.values():
+        assert [sign for sign in text if not sign.isprintable() and sign != "\n"] == []
+    shown = r"\\x1b\[2J\\u202e|\`\<script> # x"
+    assert texts["report.md"].startswith(f"# {shown}\n")
+    assert "\n# x" not in texts["report.md"]
+    assert r"\textbackslash{}x1b{[}2J\textbackslash{}u202e\textbar{}" in texts["tables.tex"]
+    assert [row["method"] for row in table_rows(tmp_path, "cells.csv")] == ["'=1+1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("a b", "`a b`"),
+        ("a `b`", "`` a `b` ``"),
+        ("``\n<b>\x1b", r"``` `` <b>\x1b ```"),
+    ],
+)
+def test_code_in_markdown_is_one_span(text: str, code: str) -> None:
+    assert code_in_markdown(text) == code
 
 
 NASTY = Table(

@@ -4,9 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from PIL import Image
 
+from ztune.bench.figure_shots import Panel, Track, draw_over_shots
 from ztune.report import draw_confusion, draw_curve
+from ztune.report_compare import Level, Line, draw_against
 from ztune.statistics import Score
 
 
@@ -90,3 +93,23 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     for name in ("curve.png", "confusion.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+
+
+def test_names_on_a_plot_are_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def kept(figure: Any, path: Path) -> None:
+        figure.canvas.draw()
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+
+    for module in ("ztune.report", "ztune.report_compare", "ztune.bench.figure_shots"):
+        monkeypatch.setattr(f"{module}.write_figure", kept)
+    name, path = "\x1b[2J\u202e", tmp_path / "plot.png"
+    score = Score(np.array([0, 1]), np.array([0, 1]), (name, "b"))
+    draw_confusion({name: score}, path)
+    draw_curve([{"queries": 1.0, "loss": 1.0, "accuracy": 0.5}], {name: 0.4}, name, path)
+    two = np.array([1.0, 2.0])
+    draw_against("queries", [Line(name, 0, two, two, two, two)], [Level(name, 1, 0.5)], name, path)
+    draw_over_shots([Panel(name, (Track(name, 0, two, two, two),), 0.5)] * 2, name, path)
+    assert sum(r"\x1b[2J\u202e" in text for text in texts) >= 12
+    assert not [text for text in texts if set(text) & set("\x1b\u202e")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ztune.bench.document import found_of
-from ztune.bench.render import in_markdown, one_line
+from ztune.bench.render import code_in_markdown, in_markdown, one_line
 from ztune.bench.store import Result, View
 from ztune.bench.tables import counted
 from ztune.fields import Fields
@@ -103,7 +103,7 @@ def _setting(session: Fields) -> str:
     """Return everything of a session but when it began; what it does not say is left out."""
     values = session.values
     command = _plain(values.get("command"))
-    words = [_code(command)] if command else []
+    words = [code_in_markdown(command)] if command else []
     workers = values.get("workers")
     if isinstance(workers, int):
         executor = _plain(values.get("executor"))
@@ -124,12 +124,3 @@ def _setting(session: Fields) -> str:
 
 def _plain(value: Json) -> str:
     return "" if value is None else one_line(str(value))
-
-
-def _code(text: str) -> str:
-    """Return a text as code, whatever back ticks it has."""
-    fence = "`"
-    while fence in text:
-        fence += "`"
-    room = " " if "`" in (text[:1], text[-1:]) else ""
-    return f"{fence}{room}{text}{room}{fence}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ztune.bench.tables import HAND_WRITTEN
+from ztune.printing import printable
 from ztune.report import INK, entitle, new_figure, wrapped, write_figure
 from ztune.report_compare import look_of, look_of_prompts
 from ztune.types import F64
@@ -100,7 +101,7 @@ def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
     order = sorted(ends, key=lambda name: -ends[name])
     legend = axes.legend(
         [handles[name] for name in order],
-        [f"{100 * ends[name]:.1f}%  {name}" for name in order],
+        [f"{100 * ends[name]:.1f}%  {printable(name)}" for name in order],
         fontsize=8,
         frameon=False,
         loc="center left",

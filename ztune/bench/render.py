@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ztune.bench.tables import Table, Word
 from ztune.comparison import markdown_table
+from ztune.printing import printable, printable_lines
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
@@ -22,15 +23,28 @@ _MARKDOWN = re.compile(
     r"[\\`*\[<&~$]|(?<![^\W_])_|_(?![^\W_])|^>|^(?:[-+]|#+)(?=\s|$)"  # last: what begins a block
 )
 
+# Some spreadsheets take the wide forms of East Asian keyboards, too.
+_FORMULA = re.compile(r"[\t\r]|\s*[=+@\uff1d\uff0b\uff0d\uff20-]")
+
 
 def one_line(text: str) -> str:
-    """Return a text without line breaks or runs of spaces."""
-    return " ".join(text.split())
+    """Return a printable text without line breaks or runs of spaces."""
+    return printable(" ".join(text.split()))
 
 
 def in_markdown(text: str) -> str:
     """Return a text that Markdown shows as it is, in one line."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def code_in_markdown(text: str) -> str:
+    """Return a text as code in one line, whatever back ticks it has."""
+    text = one_line(text)
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    room = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{room}{text}{room}{fence}"
 
 
 def as_markdown(table: Table, level: int) -> list[str]:
@@ -81,9 +95,27 @@ def _set(word: Word) -> str:
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Return rows under their columns; a figure that there is none of is empty."""
+    """Return rows under their columns; a figure that there is none of is empty.
+
+    A text that a spreadsheet would run as a formula has an apostrophe before it.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_in_csv, columns))
+    writer.writerows([_in_csv(row.get(column, "")) for column in columns] for row in rows)
     return text.getvalue()
+
+
+def _in_csv(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    mark = "'" if _FORMULA.match(cell) and not _is_number(cell) else ""
+    return mark + printable_lines(cell)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

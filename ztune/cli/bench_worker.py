@@ -46,6 +46,7 @@ from ztune.data.features import encode_pictures
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.fields import Fields
 from ztune.files import read_json, sha256, write_json
+from ztune.printing import printable_lines
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
 from ztune.system import one_blas_thread
@@ -325,7 +326,9 @@ def _reason(error: Exception, place: Path) -> str:
     if isinstance(error, ZtuneError):
         hint = f" (remove {place} to begin the run anew)" if str(place) in str(error) else ""
         return f"{error}{hint}"
-    (place / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+    (place / "traceback.txt").write_text(
+        printable_lines("".join(traceback.format_exception(error)))
+    )
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else 'without a word'}"
 

@@ -15,6 +15,7 @@ from ztune.children import python_command
 from ztune.comparison import Figures, figures_of
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.fields import Fields
+from ztune.printing import printable
 from ztune.run import RunFolder
 
 # Seconds that a stopped process has to save its state.
@@ -73,7 +74,7 @@ def call(words: Sequence[str], log: Path) -> str:
     Raises: CellError.
     """
     with log.open("ab") as errors:
-        errors.write(f"$ ztune {shlex.join(words)}\n".encode())
+        errors.write(f"$ ztune {printable(shlex.join(words))}\n".encode())
         errors.flush()
         said_before = errors.tell()
         child = subprocess.Popen(

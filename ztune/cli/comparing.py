@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from ztune.access import described
+from ztune.bench.render import code_in_markdown, in_markdown
 from ztune.cli.cells import is_finished
 from ztune.cli.output import Output, table
 from ztune.comparison import (
@@ -287,20 +288,20 @@ def _markdown(folder: Folder) -> list[str]:
     there = {**fields.object("machine").values, **fields.object("versions").values}
     provider = fields.object("request").text("provider")
     return [
-        f"# {_title(folder)}",
+        f"# {in_markdown(_title(folder))}",
         "",
         *markdown_table(COLUMNS, _table_rows(folder)),
         "",
-        *_listed(_failures(folder)),
+        *_listed([in_markdown(line) for line in _failures(folder)]),
         *_listed(_footnotes(folder)),
         *_listed(_access_sentences(folder)),
         "![accuracy against queries](accuracy-queries.png)",
         "![accuracy against seconds](accuracy-seconds.png)",
         "",
-        f"Command: `{fields.text('command')}`",
+        f"Command: {code_in_markdown(fields.text('command'))}",
         "",
         f"Begun {fields.text('began')}, provider {provider}; "
-        + ", ".join(f"{name} {value}" for name, value in there.items())
+        + ", ".join(in_markdown(f"{name} {value}") for name, value in there.items())
         + ".",
     ]
 

@@ -7,11 +7,13 @@ import importlib
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
+from typing import NoReturn
 
-from ztune.cli.output import Output, fail
+from ztune.cli.output import Output, fail, show_traceback
+from ztune.cli.server import is_url
 from ztune.errors import ZtuneError
+from ztune.printing import holds_password, printable
 
 VERBS = {
     "export": "turn an open_clip model into a bundle of ONNX graphs (needs torch)",
@@ -29,9 +31,16 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors repeat an argument without its effect on a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="ztune",
         description="Adapt a vision-language model where only forward passes are possible.",
     )
@@ -59,7 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; return 0, 1 for an error (2 for wrong usage), 130 when interrupted."""
     # Without this, a warning of tokenizers' about forking reaches the user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = parser().parse_args(argv)
+    sys.excepthook = lambda _kind, error, _trace: show_traceback(error)
+    words = sys.argv[1:] if argv is None else argv
+    # None is named before this: whatever comes after may print an argument or keep it in a file.
+    if any(is_url(word) and holds_password(word) for word in words):
+        fail(
+            "an address on the command line holds no user or password: put a server's into "
+            "ZTUNE_BASIC_AUTH (user:password) or a file (--basic-auth-file)"
+        )
+        return 1
+    arguments = parser().parse_args(words)
     signal.signal(signal.SIGTERM, _terminate)
     hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
@@ -68,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments, Output(arguments.quiet, arguments.json))
     except ZtuneError as error:
         if arguments.debug:
-            traceback.print_exc()
+            show_traceback(error)
         fail(str(error))
         return 1
     except KeyboardInterrupt as stop:
@@ -80,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:  # a full disk, a folder that may not be written or read
         if arguments.debug:
-            traceback.print_exc()
+            show_traceback(error)
         where = f'"{error.filename}": ' if error.filename else ""
         fail(f"{where}{error.strerror or error}")
         return 1

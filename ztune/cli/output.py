@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from ztune.printing import printable, printable_lines
 from ztune.types import Json
 
 
@@ -31,22 +33,27 @@ class Output:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
-        self._errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        # A class may be called ":dog:" or "[red]".
+        self._errors = Console(
+            stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
         # What goes to a file or another program is never folded to some terminal's width.
         width = None if sys.stdout.isatty() else 400
-        self._results = Console(highlight=False, soft_wrap=True, markup=False, width=width)
+        self._results = Console(
+            width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
 
     def remark(self, text: str) -> None:
         """Say something on the way."""
         if not self.quiet:
-            self._errors.print(text)
+            self._errors.print(printable(text))
 
     def warn(self, text: str) -> None:
         """Say what must be heard, also with --quiet."""
         if self._warnings is not None:
             self._warnings.append(text)
         else:
-            self._errors.print(f"warning: {text}")
+            self._errors.print(printable(f"warning: {text}"))
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""
@@ -54,7 +61,7 @@ class Output:
             print(json.dumps(document, allow_nan=False), flush=True)  # noqa: T201
             return
         for line in lines:
-            self._results.print(line)
+            self._results.print(printable(line) if isinstance(line, str) else line)
 
     def progress(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
@@ -68,13 +75,13 @@ class Ticker:
 
     def __init__(self, console: Console, what: str, total: int, quiet: bool):
         self._console = console
-        self._what, self._total = what, max(total, 1)
+        self._what, self._total = printable(what), max(total, 1)
         self._quiet = quiet
         self._live = console.is_terminal and not quiet
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=console,
             transient=True,
         )
@@ -103,7 +110,7 @@ class Ticker:
         parts = [f"{done}/{self._total}{unit}", text]
         if rate > 0:
             parts += [f"{rate:.0f}{unit}/s", f"{left:.0f} s left"]
-        line = ", ".join(part for part in parts if part)
+        line = printable(", ".join(part for part in parts if part))
         if self._live:
             self._progress.update(self._task, completed=done, text=line)
         elif now - self._told >= self._PLAIN_INTERVAL:
@@ -115,17 +122,26 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Return a plain table, first column left-aligned, the others right; no header where empty."""
     named = any(columns)
     result = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, show_header=named
+        title=printable(title) or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        show_header=named,
     )
     for index, column in enumerate(columns):
         # Words read from the left, figures stand in line from the right.
         justify: Literal["left", "right"] = "right" if index and named else "left"
-        result.add_column(column, justify=justify, overflow="fold")
+        result.add_column(printable(column), justify=justify, overflow="fold")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(printable, row))
     return result
 
 
 def fail(message: str) -> None:
     """Write the one line that a person gets when a command cannot do what was asked."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
+
+
+def show_traceback(error: BaseException) -> None:
+    """Write where an error comes from."""
+    sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))

@@ -1,0 +1,34 @@
+"""What a terminal, a table or a plot shows of a text that anyone may have written."""
+
+from __future__ import annotations
+
+import re
+
+# What moves a cursor, ends a line or turns the direction of what follows: C0 and C1 controls, line
+# and paragraph separators, bidirectional overrides and isolates; and halves of characters.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# User and password of an address. A path has one slash left of two. What follows a colon and is no
+# port is a password, even with a slash in it; bounded, so that no text takes long.
+_PASSWORD = re.compile(
+    r"(?<=[A-Za-z0-9+.-]{2})(:/+)"
+    r"(?:[^\s/?#]*(?:@|%40)|[^\s/?#:@\[]*:(?!\d+(?:[/?#]|$))\S{0,256}(?:@|%40))"
+)
+
+
+def printable(text: str) -> str:
+    r"""Return a text as one line without effect on a terminal, and without passwords of addresses.
+
+    Controls are shown as their escapes, such as \x1b; all other characters stay as they are.
+    """
+    shown = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _PASSWORD.sub(r"\1***@", shown)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines with each of them printable."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def holds_password(address: str) -> bool:
+    """Return whether an address names a user or password."""
+    return _PASSWORD.search(address) is not None
