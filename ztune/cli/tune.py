@@ -25,6 +25,7 @@ from ztune.cli.server import (
     add_server_arguments,
     is_url,
     merged,
+    named_servers,
     open_served_workbench,
     place,
     require_no_server_options,
@@ -172,7 +173,7 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
     start_config(request)
     request.split_settings()  # wrong numbers are told before anything is opened
     if is_url(request.bundle):
-        bench = _served(request, request.bundle, server, output)
+        bench = _served(request, request.bundle, request.bundle, server, output)
     else:
         execution = settled(request.provider, request.threads, output, request.memory_limit)
         bench = open_workbench(Path(request.bundle), execution, output)
@@ -224,8 +225,10 @@ def _resume(
         return _go_on(folder, head, moved_bundle, server, output)
 
 
-def _served(request: Request, url: str, server: Settings, output: Output) -> Workbench:
-    """Return the server's bundle at work.
+def _served(
+    request: Request, url: str, named: Path | str | None, server: Settings, output: Output
+) -> Workbench:
+    """Return the server's bundle at work; `named` is the URL where the command itself gives it.
 
     Raises: ConfigError for an option that is the server's own affair.
     """
@@ -238,7 +241,12 @@ def _served(request: Request, url: str, server: Settings, output: Output) -> Wor
                 f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
             )
     return open_served_workbench(
-        url, settings, output, provider=request.provider, threads=request.threads
+        url,
+        settings,
+        named_servers(named, server),
+        output,
+        provider=request.provider,
+        threads=request.threads,
     )
 
 
@@ -260,7 +268,7 @@ def _go_on(
     request = request_from_json(fields.object("request").values, where)
     # The settings as they were then, should a default have changed since.
     request = replace(request, settings=fields.object("config").values)
-    bench = _reopened(folder, fields, request, moved_bundle or request.bundle, server, output)
+    bench = _reopened(folder, fields, request, moved_bundle, server, output)
     then = {**fields.object("versions").values, **fields.object("machine").values}
     now = {**versions(), **machine()}
     changed = [
@@ -281,7 +289,7 @@ def _reopened(
     folder: RunFolder,
     fields: Fields,
     request: Request,
-    bundle: Path | str,
+    moved_bundle: Path | str | None,
     server: Settings,
     output: Output,
 ) -> Workbench:
@@ -293,6 +301,7 @@ def _reopened(
     from runtimes.providers import Execution, resolve
     from ztune.cli.workbench import Workbench
 
+    bundle = moved_bundle or request.bundle
     resumes = f"--resume {shlex.quote(str(folder.path))}"
     if is_url(bundle) != is_url(request.bundle):
         kind = "a server (URL)" if is_url(request.bundle) else "a bundle (folder)"
@@ -300,7 +309,7 @@ def _reopened(
     if server and not is_url(bundle):
         raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
     if is_url(bundle):
-        bench = _served(request, str(bundle), server, output)
+        bench = _served(request, str(bundle), moved_bundle, server, output)
         where = f"server {bundle} serves a bundle that"
     else:
         if not Path(bundle).is_dir():
