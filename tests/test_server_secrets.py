@@ -186,6 +186,26 @@ def test_the_run_s_own_server_is_named_again(
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_the_command_to_go_on_with_has_the_url_that_was_named(
+    named: bool, taken: Taken, strange: FakeServer
+) -> None:
+    def refuse(request: Any, honest: Any) -> Any:
+        if request.model_name == "mini_prompt":
+            asked.append(request)
+            if len(asked) > 2:  # those of parity, at the start
+                raise FailedError(grpc.StatusCode.PERMISSION_DENIED, "no more")
+        return honest
+
+    asked: list[Any] = []
+    taken.move_to(strange)
+    strange.hook = refuse
+    url = url_of(strange) if named else None
+    # A file's URL is not put into a person's mouth.
+    words = f"{url} --resume" if named else "--resume"
+    refused(taken.resume(url=url), f"go on with: ztune tune {words} {taken.stopped}")
+
+
 @pytest.mark.parametrize("verb", ["tune", "eval"])
 @pytest.mark.parametrize("listed", ["{}", "127.0.0.1", "elsewhere.example, {}"])
 def test_the_environment_names_the_host(

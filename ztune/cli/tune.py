@@ -200,7 +200,7 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
         work.check()
         head = opening(request, bench, split)
         folder.create(head, split.to_json())
-        with folder.locked(), _told_how_to_resume(out):
+        with folder.locked(), _told_how_to_resume(out, request.bundle):
             return _drawn(work, work.carry_out(head))
 
 
@@ -281,7 +281,7 @@ def _go_on(
         split.check_unchanged()
         work = Work(request, split, folder, bench)
         work.check()
-        with _told_how_to_resume(folder.path):
+        with _told_how_to_resume(folder.path, moved_bundle):
             return _drawn(work, work.carry_out(head))
 
 
@@ -349,10 +349,14 @@ def _drawn(work: Work, document: dict[str, Json]) -> dict[str, Json]:
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
-    """Give an interruption the command that goes on."""
+    """Give an interruption the command that goes on.
 
-    def __init__(self, path: Path):
-        self._path = path
+    A URL that this command named is in it, since secrets go nowhere else.
+    """
+
+    def __init__(self, path: Path, named: Path | str | None):
+        url = [str(named)] if named and is_url(named) else []
+        self._command = shlex.join(["ztune", "tune", *url, "--resume", str(path)])
 
     def __enter__(self) -> None:
         return None
@@ -360,13 +364,9 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, ServerError):
             done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
-            raise ServerError(
-                f"{error}; {done}go on with: ztune tune --resume {shlex.quote(str(self._path))}"
-            ) from None
+            raise ServerError(f"{error}; {done}go on with: {self._command}") from None
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(
-                f"go on with: ztune tune --resume {shlex.quote(str(self._path))}"
-            ) from None
+            raise KeyboardInterrupt(f"go on with: {self._command}") from None
 
 
 def _judge(document: dict[str, Json], output: Output) -> None:
