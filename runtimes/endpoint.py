@@ -20,6 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 # The environment's names of secrets, which no option takes.
 TOKEN, BASIC_AUTH = "ZTUNE_TOKEN", "ZTUNE_BASIC_AUTH"
+# And of the hosts that may be told them, whoever names the server: HOST or HOST:PORT, by commas.
+TOKEN_HOST = "ZTUNE_TOKEN_HOST"
 COMPRESSIONS = ("none", "gzip", "deflate")
 
 
@@ -151,6 +153,8 @@ class Connection:
     basic_auth_file: str | None = None
     insecure: bool = False
     """Accept any certificate (https alone), and send tokens unencrypted."""
+    named: frozenset[Endpoint] = frozenset()
+    """The servers that this very command names, and not a run's file: they may be told secrets."""
 
     def __post_init__(self) -> None:
         for name in ("deadline", "give_up"):
@@ -174,13 +178,19 @@ class Connection:
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         """Return what authorises a request: a bearer token or basic auth, from file or environment.
 
-        Raises: ConfigError for two of them, an empty or unreadable file, or a secret that would
-            cross a network unencrypted.
+        Raises: ConfigError for two of them, an empty or unreadable file, a secret that would cross
+            a network unencrypted, and a secret or a client's key for a server that nobody named.
         """
         token = _secret(self.token_file, "--token-file", TOKEN)
         basic = _secret(self.basic_auth_file, "--basic-auth-file", BASIC_AUTH)
         if token and basic:
             raise ConfigError("both a token and basic auth are given, expected one of them")
+        if (token or basic or self.tls_key is not None) and not self._may_be_told(endpoint):
+            raise ConfigError(
+                f"{endpoint} is named by the run's file alone, and a secret goes only where the "
+                "command says: give the URL again (ztune tune URL --resume RUN, ztune eval RUN "
+                f"--bundle URL; others with --endpoint), or set {TOKEN_HOST}={endpoint.address}"
+            )
         if not token and not basic:
             return {}
         if not (endpoint.secure or endpoint.local or self.insecure):
@@ -193,6 +203,12 @@ class Connection:
         if ":" not in basic:
             raise ConfigError("basic auth is not of the form user:password")
         return {"authorization": f"Basic {base64.b64encode(basic.encode()).decode()}"}
+
+    def _may_be_told(self, endpoint: Endpoint) -> bool:
+        """Return whether the command or the environment names a server, so that it gets secrets."""
+        listed = os.environ.get(TOKEN_HOST, "").lower().split(",")
+        known = {endpoint.host, endpoint.address, endpoint.address.rpartition(":")[0]}
+        return endpoint in self.named or any(one.strip() in known for one in listed)
 
     def check_files(self) -> None:
         """See that the files of certificates can be read.

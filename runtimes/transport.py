@@ -233,5 +233,5 @@ def server_error(error: CallError) -> ServerError:
     }
     hint = hints.get(error.kind)
     if "TLS failed" in str(error):
-        hint = "see --tls-ca, --tls-cert and --tls-key"
+        hint = "see --tls-ca, --tls-cert and --tls-key, which no run keeps"
     return ServerError(f"{error} ({hint})" if hint else str(error))

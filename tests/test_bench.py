@@ -1,10 +1,12 @@
 """`ztune bench`: plans carried out here, in processes and on Ray; killed, and gone on with."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -526,6 +528,47 @@ def test_plans_in_one_folder_have_reports_of_their_own(
         text = (copied / "report" / name / "report.md").read_text()
         assert text.startswith(f"# {title}\n")
         assert str(copied / "report" / name / "report.md") in done.out
+
+
+@pytest.mark.parametrize("name", ["{}", "../../victim", "", ".", "a/b", "a\\b", "x" * 300])
+def test_a_plan_s_name_in_results_is_no_path(
+    name: str, copied: Path, tmp_path: Path, ztune: Command
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for file in ("report.md", "accuracy-shots.png"):
+        (victim / file).write_text("mine")
+    rename(copied, name.format(victim))
+    done = ztune("bench", "report", copied, "--out", tmp_path / "deep" / "er")
+    assert done.code == 1
+    assert done.err.startswith(f'error: report of "{copied}": ')
+    assert "names no file" in done.err
+    assert {file.read_text() for file in victim.iterdir()} == {"mine"}
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("link", ["report", "report/plan"])
+def test_a_report_follows_no_link_out_of_its_folder(
+    link: str, copied: Path, plan: Path, tmp_path: Path, ztune: Command
+) -> None:
+    victim = tmp_path / "victim"
+    (victim / "plan").mkdir(parents=True)
+    shutil.rmtree(copied / link)
+    (copied / link).symlink_to(victim)
+    again = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
+    for words in (("bench", "report", copied), again):
+        done = ztune(*words)
+        assert done.code == 1
+        assert "is a link that leaves its folder" in done.err
+    assert [path.name for path in victim.rglob("*")] == ["plan"]
+
+
+def rename(out: Path, plan: str) -> None:
+    """Give the one plan of a file of results another name."""
+    with contextlib.closing(sqlite3.connect(out / "results.sqlite")) as database:
+        database.execute("UPDATE plans SET name = ?", [plan])
+        database.execute("UPDATE wanted SET plan = ?", [plan])
+        database.commit()
 
 
 def test_a_wrong_plan_leaves_nothing_behind(plan: Path, tmp_path: Path, ztune: Command) -> None:

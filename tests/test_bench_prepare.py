@@ -14,6 +14,7 @@ from tests.ztune.data_trees import lines
 from tests.ztune.test_data_named import built, png
 from ztune.bench.cells import Cell
 from ztune.bench.plan import read_plan
+from ztune.cli.bench_jobs import PictureList
 from ztune.cli.bench_prepare import Only, Preparation, Prepared, encodings
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
@@ -750,3 +751,15 @@ def test_remarks_are_collected(data: Path, prepare: Prepare) -> None:
     assert "every class is divided into 50 % train" in divided
     assert short.startswith("9 shots: 3 class(es) have")
     assert prepared.found["digits"].known_as is None
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../up.png", "a/../../up.png", ""])
+def test_a_list_of_pictures_stays_below_its_root(tmp_path: Path, path: str) -> None:
+    file = tmp_path / "list.json"
+    for place, message in (("a/b.png", None), (path, "leaves its root")):
+        PictureList(tmp_path, ("a", "b"), (place,), (0,), ("ab" * 32,)).save(file)
+        if message is None:
+            assert PictureList.read(file).items == [(tmp_path / place, "ab" * 32)]
+            continue
+        with pytest.raises(FormatError, match=message):
+            PictureList.read(file)

@@ -196,6 +196,19 @@ def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, cop
     assert cells_of(copied)["gda", 1]["status"] == "finished"
 
 
+def test_a_method_that_compare_json_names_is_no_path(
+    ztune: Command, data: Path, copied: Path
+) -> None:
+    document = read(copied / "compare.json")
+    (first, *_) = document["cells"]
+    document["cells"] += [{**first, "method": name} for name in ("../../up", "/up", "..")]
+    (copied / "compare.json").write_text(json.dumps(document))
+    before = set(copied.parent.rglob("*"))
+    assert ztune(*words(data, copied, "--quiet")).code == 0
+    assert set(copied.parent.rglob("*")) == before
+    assert {method for method, _ in cells_of(copied)} <= {*METHODS}
+
+
 def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path) -> None:
     more = ("--methods", "zero-shot,gda", "--seeds", "2,3", "--quiet", "--json")
     result = ztune(*words(data, copied)[:-4], *more)

@@ -112,3 +112,11 @@ def test_links_inside_the_project_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_page_on_security_promises_has_its_test() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    for file, function in named:
+        assert f"def {function}" in (ROOT / file).read_text(), f"{file}::{function}"

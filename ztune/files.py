@@ -1,4 +1,4 @@
-"""Files written whole or not at all, read only where they are files, and their digests."""
+"""Files written whole or not at all, read where they are files, and names that stay inside."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ztune.errors import ConfigError, FormatError
 from ztune.types import Json
+
+_LONGEST_NAME = 255  # bytes, of most file systems
 
 
 @contextlib.contextmanager
@@ -135,6 +137,40 @@ def read_json(path: Path, what: str, *, pipe: bool = False) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise FormatError(f"{what}: {path} holds no JSON object")
     return value
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Return the path of `name` in `folder`: a name that a file gives leads nowhere else.
+
+    Raises: FormatError naming `where` for what is no plain name, on any system, or is a link that
+        leaves the folder.
+    """
+    if not is_plain_name(name):
+        raise FormatError(
+            f"{where}: {name[:80]!r} names no file, expected a name without slash or backslash, at "
+            f"most {_LONGEST_NAME} bytes long"
+        )
+    if not resolves_inside(folder.resolve(), name):
+        raise FormatError(f'{where}: "{folder / name}" is a link that leaves its folder')
+    return folder / name
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a text can name a file of a folder, and nothing outside of it."""
+    forbidden = "/\\\0:" if os.name == "nt" else "/\\\0"
+    try:
+        n_bytes = len(name.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return 0 < n_bytes <= _LONGEST_NAME and name not in (".", "..") and not {*forbidden} & {*name}
+
+
+def resolves_inside(root: Path, path: str) -> bool:
+    """Tell whether a path, links followed, stays below `root`, which is resolved already."""
+    try:
+        return (root / path).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def sha256(path: Path) -> str:

@@ -64,6 +64,7 @@ class RunFolder:
         self.prompt = path / "prompt.safetensors"
         self.journal = path / "sent.jsonl"
         self.snapshots = path / "snapshots"
+        self.lock = path / ".lock"
 
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Make the folder with run.json and split.json in it, all or nothing.
@@ -93,9 +94,8 @@ class RunFolder:
         Raises: ConfigError when one does; ZtuneError where the file system knows no locks;
             FormatError where the lock is not a file.
         """
-        lock = self.path / ".lock"
-        _require_regular(lock, f'run "{self.path}"')
-        with lock.open("a") as file:
+        _require_regular(self.lock, f'run "{self.path}"')
+        with self.lock.open("a") as file:
             try:
                 _lock(file)
             except OSError as error:
@@ -116,8 +116,9 @@ class RunFolder:
     def read(self) -> dict[str, Json]:
         """Return run.json's content.
 
-        Raises: FormatError when this is no run, one of a newer format, or has something else than
-            a file under the name of one.
+        Raises: FormatError when this is no run, one of a newer format, or one that has something
+            else than a file under the name of one, or a link where a run writes: it may come from
+            somebody else, and would lead to other files.
         """
         where = f'run "{self.path}"'
         if not self.run.is_file():
@@ -128,6 +129,12 @@ class RunFolder:
         if document.get("format") != FORMAT:
             raise FormatError(f"{where}: run.json was not written by ztune")
         Fields(document, where).version(VERSION)
+        for path in (self.lock, self.history, self.journal, self.snapshots):
+            if path.is_symlink():
+                raise FormatError(
+                    f'{where}: "{path.name}" is a link, and a run writes into its own folder (put '
+                    "what it leads to in its place)"
+                )
         return document
 
     def save(self, tuning: Tuning) -> None:

@@ -39,7 +39,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        for name in ("ZTUNE_TOKEN", "ZTUNE_BASIC_AUTH"):
+        for name in ("ZTUNE_TOKEN", "ZTUNE_BASIC_AUTH", "ZTUNE_TOKEN_HOST"):
             patch.delenv(name, raising=False)
         yield folder
 

@@ -239,7 +239,8 @@ def test_a_run_that_ends_with_a_request_on_its_way(
         assert 20 <= before < 200
         if how == signal.SIGINT:
             assert process.returncode == 130
-            assert err.splitlines()[-1] == f"error: stopped (go on with: ztune tune --resume {out})"
+            command = f"ztune tune {url(proxy.address, protocol)} --resume {out}"
+            assert err.splitlines()[-1] == f"error: stopped (go on with: {command})"
             # The deadline of the request on its way is 30 seconds.
             assert seconds < 5
         else:

@@ -134,6 +134,8 @@ def set_field(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (set_field("files", "..", value={"sha256": "0", "bytes": 1}), "not a plain name"),
         (set_field("files", "a\\b", value={"sha256": "0", "bytes": 1}), "not a plain name"),
         (set_field("files", "a\nb", value={"sha256": "0", "bytes": 1}), "not a plain name"),
+        (set_field("files", "", value={"sha256": "0", "bytes": 1}), "not a plain name"),
+        (set_field("files", "a\0b", value={"sha256": "0", "bytes": 1}), "not a plain name"),
         (set_field("files", ".hidden", value={"sha256": "0", "bytes": 1}), "not a plain name"),
     ],
 )
@@ -144,6 +146,15 @@ def test_wrong_manifests_are_named(
     with pytest.raises(FormatError, match=message) as error:
         load_bundle(copy)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_name_longer_than_any_is_no_file(copy: Path) -> None:
+    name = "x" * 300 + ".onnx"
+    rewrite(copy, set_field("files", name, value={"sha256": "0" * 64, "bytes": 1}))
+    (copy / "prompt.onnx").unlink()
+    for one in (name, "prompt.onnx"):
+        with pytest.raises(FormatError):
+            load_bundle(copy).file(one)
 
 
 def graph_with_location(location: str) -> bytes:

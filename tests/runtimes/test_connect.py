@@ -2,41 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
-from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
 from runtimes.client_half import cache_folder
 from runtimes.connect import Connected, _text_of, connect
-from runtimes.endpoint import Connection
+from runtimes.endpoint import Connection, parse_endpoint
 from runtimes.served import Served
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
-from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer, Tensor
+from tests.servers.bundles import GRAPHS, model_of, models_of
+from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer
 from ztune.errors import ConfigError, FormatError, ServerError
 
 grpc = pytest.importorskip("grpc")
-
-KINDS = {
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(int64)": "INT64",
-    "tensor(uint8)": "UINT8",
-}
-GRAPHS: dict[str, Callable[[Bundle], Any]] = {
-    "image": image_graph,
-    "text": text_graph,
-    "prompt": prompt_graph,
-    "score": lambda bundle: score_graph(bundle, logits=True),
-    "client": client_graph,
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +29,9 @@ def bundle() -> Bundle:
     return load_bundle(MINI)
 
 
-def model_of(graph: Any) -> FakeModel:
-    """Serve a graph by ONNX Runtime in this process."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    content = graph.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    outputs = [value.name for value in session.get_outputs()]
-
-    def run(given: Arrays) -> Arrays:
-        return dict(zip(outputs, session.run(outputs, given), strict=True))
-
-    def described(values: Any) -> list[Tensor]:
-        shapes = [[d if isinstance(d, int) else -1 for d in value.shape] for value in values]
-        names = [(value.name, KINDS[value.type]) for value in values]
-        return [Tensor(*name, shape) for name, shape in zip(names, shapes, strict=True)]
-
-    return FakeModel(described(session.get_inputs()), described(session.get_outputs()), run)
-
-
 @pytest.fixture(scope="module")
 def models(bundle: Bundle) -> dict[str, FakeModel]:
-    return {f"mini_{part}": model_of(graph(bundle)) for part, graph in GRAPHS.items()}
+    return models_of(bundle)
 
 
 @pytest.fixture
@@ -98,8 +63,10 @@ class Client:
         **settings: Any,
     ) -> Connected:
         chosen: dict[str, Any] = {"deadline": 10.0, "give_up": 2.0} | settings
+        address = f"triton://{server.grpc}"
+        chosen["named"] = frozenset({parse_endpoint(address)})
         made = connect(
-            f"triton://{server.grpc}/{path}",
+            f"{address}/{path}",
             others,
             Connection(**chosen),
             client,

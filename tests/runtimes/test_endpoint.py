@@ -23,6 +23,7 @@ SECURE = Endpoint("https", "example.org", 443)
 def _no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZTUNE_TOKEN", raising=False)
     monkeypatch.delenv("ZTUNE_BASIC_AUTH", raising=False)
+    monkeypatch.delenv("ZTUNE_TOKEN_HOST", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -157,21 +158,27 @@ def test_settings_that_make_no_sense(values: dict[str, Any], words: str) -> None
     Connection(deadline=0.001, give_up=86_400, max_inflight=256, compression="gzip")
 
 
+def told(endpoint: Endpoint, **settings: Any) -> dict[str, str]:
+    """Return what a server is told that the command names."""
+    return Connection(**settings, named=frozenset({endpoint})).headers(endpoint)
+
+
 def test_without_secrets_nothing_is_told() -> None:
-    assert Connection().headers(AWAY) == {}
+    assert told(AWAY) == {}
 
 
 def test_a_token_from_the_environment_or_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZTUNE_TOKEN", f" {SECRET}\n")
-    assert Connection().headers(SECURE) == {"authorization": f"Bearer {SECRET}"}
+    assert told(SECURE) == {"authorization": f"Bearer {SECRET}"}
     file = tmp_path / "token"
     file.write_text("other\n")
-    connection = Connection(token_file=str(file))
-    assert connection.headers(SECURE) == {"authorization": "Bearer other"}  # what is named counts
+    assert told(SECURE, token_file=str(file)) == {
+        "authorization": "Bearer other"
+    }  # what is named counts
     monkeypatch.setenv("ZTUNE_TOKEN", "")
-    assert Connection().headers(AWAY) == {}
+    assert told(AWAY) == {}
 
 
 def test_basic_auth_from_the_environment_or_a_file(
@@ -179,11 +186,10 @@ def test_basic_auth_from_the_environment_or_a_file(
 ) -> None:
     expected = {"authorization": "Basic " + base64.b64encode(b"me:a:b").decode()}
     monkeypatch.setenv("ZTUNE_BASIC_AUTH", "me:a:b")
-    assert Connection().headers(SECURE) == expected
+    assert told(SECURE) == expected
     monkeypatch.delenv("ZTUNE_BASIC_AUTH")
     (tmp_path / "basic").write_text("me:a:b\n")
-    connection = Connection(basic_auth_file=str(tmp_path / "basic"))
-    assert connection.headers(SECURE) == expected
+    assert told(SECURE, basic_auth_file=str(tmp_path / "basic")) == expected
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_secrets_that_cannot_be_used(
     file.write_bytes(content)
     named: dict[str, Any] = {option: str(file)}
     with pytest.raises(ConfigError, match=words) as caught:
-        Connection(**named).headers(SECURE)
+        told(SECURE, **named)
     text = str(caught.value)
     assert "\n" not in text
     assert not content.strip() or content.strip().decode(errors="replace") not in text
@@ -219,20 +225,20 @@ def test_secrets_that_cannot_be_used(
         return  # no environment holds the first; nothing in it is no secret
     monkeypatch.setenv(variable, content.decode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=words):
-        Connection().headers(SECURE)
+        told(SECURE)
 
 
 def test_two_secrets_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
     (tmp_path / "basic").write_text("a:b")
     with pytest.raises(ConfigError, match="both a token and basic auth are given"):
-        Connection(basic_auth_file=str(tmp_path / "basic")).headers(SECURE)
+        told(SECURE, basic_auth_file=str(tmp_path / "basic"))
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r'--token-file ".*nothing" cannot be read \(No such'):
-        Connection(token_file=missing).headers(SECURE)
+        told(SECURE, token_file=missing)
     with pytest.raises(ConfigError, match=r"--tls-ca .* cannot be read"):
         Connection(tls_ca=missing).check_files()
     with pytest.raises(ConfigError, match=r"--tls-key .* cannot be read"):
@@ -246,11 +252,64 @@ def test_a_secret_crosses_no_network_in_plain_text(
     monkeypatch.setenv(variable, f"me:{SECRET}")
     for endpoint in (AWAY, Endpoint("http", "10.0.0.1", 80), Endpoint("http", "::2", 80)):
         with pytest.raises(ConfigError, match="would cross the network unencrypted") as caught:
-            Connection().headers(endpoint)
+            told(endpoint)
         assert SECRET not in str(caught.value)
-        assert Connection(insecure=True).headers(endpoint)
+        assert told(endpoint, insecure=True)
     for endpoint in (HERE, SECURE, Endpoint("http", "::1", 80), Endpoint("tritons", "h", 1)):
-        assert Connection().headers(endpoint)
+        assert told(endpoint)
+
+
+@pytest.mark.parametrize("secret", ["token", "basic", "token file", "basic file", "key"])
+def test_a_secret_goes_only_where_somebody_says(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {}
+    (tmp_path / "file").write_text(f"me:{SECRET}")
+    path = str(tmp_path / "file")
+    if secret in ("token", "basic"):
+        monkeypatch.setenv({"token": "ZTUNE_TOKEN", "basic": "ZTUNE_BASIC_AUTH"}[secret], "a:b")
+    elif secret == "key":
+        settings = {"tls_cert": path, "tls_key": path}
+    else:
+        settings = {f"{secret.partition(' ')[0].replace('basic', 'basic_auth')}_file": path}
+    others = (Endpoint("https", "example.org", 444), Endpoint("tritons", "example.org", 443))
+    for named in ((), others):
+        with pytest.raises(ConfigError, match=r"https://example\.org:443 is named by") as caught:
+            Connection(**settings, named=frozenset(named)).headers(SECURE)
+        assert "ZTUNE_TOKEN_HOST=example.org:443" in str(caught.value)
+        assert SECRET not in str(caught.value)
+    assert bool(told(SECURE, **settings)) == (secret != "key")
+
+
+@pytest.mark.parametrize(
+    ("listed", "host", "goes"),
+    [
+        ("example.org", "example.org", True),
+        ("Example.ORG:443", "example.org", True),
+        ("other:1, example.org:443 ,", "example.org", True),
+        ("example.org:444", "example.org", False),
+        ("ample.org", "example.org", False),
+        ("example.org.evil.net", "example.org", False),
+        ("*", "example.org", False),
+        (" , ,", "example.org", False),
+        ("https://example.org:443", "example.org", False),
+        ("::1", "::1", True),
+        ("[::1]", "::1", True),
+        ("[::1]:443", "::1", True),
+        ("[::1]:444", "::1", False),
+    ],
+)
+def test_the_environment_names_hosts_for_secrets(
+    listed: str, host: str, goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
+    monkeypatch.setenv("ZTUNE_TOKEN_HOST", listed)
+    endpoint = Endpoint("https", host, 443)
+    if goes:
+        assert Connection().headers(endpoint) == {"authorization": f"Bearer {SECRET}"}
+        return
+    with pytest.raises(ConfigError, match="is named by the run's file alone"):
+        Connection().headers(endpoint)
 
 
 def test_what_is_shown_of_settings_holds_no_secret(

@@ -63,7 +63,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @contextlib.contextmanager
 def opened(url: str, **settings: Any) -> Iterator[Transport]:
-    made = open_transport(parse_endpoint(url), Connection(**settings))
+    endpoint = parse_endpoint(url)
+    made = open_transport(endpoint, Connection(**settings, named=frozenset({endpoint})))
     try:
         yield made
     finally:
@@ -722,7 +723,8 @@ def check_tls(asked: Transport, words: str) -> None:
     assert error.kind == "away"
     assert re.search(words, str(error)), str(error)
     assert len(str(server_error(error))) < 200
-    assert str(server_error(error)).endswith("(see --tls-ca, --tls-cert and --tls-key)")
+    hint = "(see --tls-ca, --tls-cert and --tls-key, which no run keeps)"
+    assert str(server_error(error)).endswith(hint)
 
 
 @pytest.mark.parametrize(

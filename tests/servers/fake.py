@@ -73,6 +73,8 @@ class FakeServer:
         self.version = version
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()
+        self.told: set[str] = set()
+        """What callers have borne as authorization."""
         self._pool = ThreadPoolExecutor(max_workers=4)
         self._server = grpc.server(
             self._pool,
@@ -130,6 +132,8 @@ class _Guard(grpc.ServerInterceptor):
         self._server.called(details.method.rpartition("/")[2])
         token = self._server.token
         given = dict(details.invocation_metadata).get("authorization")
+        if given is not None:
+            self._server.told.add(given)
         if token is None or given == f"Bearer {token}":
             return continuation(details)
 

@@ -307,6 +307,8 @@ def execution(line: str) -> str:
         (data('dtd = { template = "" }'), 'data "dtd": template "" must hold {} once'),
         (data('dtd = { names = "n.txt" }'), 'data "dtd": names go with a path'),
         (data('"../up" = { path = "x" }'), 'data "../up": a name has no slash'),
+        (data(f'"{"x" * 256}" = {{ path = "x" }}'), f'data "{"x" * 256}": a name has no slash'),
+        (data('"a\\\\b" = { path = "x" }'), 'data "a\\b": a name has no slash'),
         (data('"/tmp/x" = { path = "x" }'), 'data "/tmp/x": a name has no slash'),
         (data('".." = { path = "x" }'), 'data "..": a name'),
         (data('"" = { path = "x" }'), 'data "": a name'),

@@ -407,6 +407,23 @@ def test_no_plot_is_written_over_another(tmp_path: Path, monkeypatch: pytest.Mon
     assert [title.split(" on ")[0] for title in titles] == list(data)
 
 
+@pytest.mark.parametrize("name", ["../../up", "/tmp/x", "a\\b", "..", "x" * 300, "ü" * 300, "a\nb"])
+def test_names_in_results_make_no_paths(tmp_path: Path, name: str) -> None:
+    steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
+    rows = [
+        Row("zip", data, (0.5,), shots=shots, model=model, outcome=steps)
+        for data in (name, "dtd")
+        for model in (name, "clip")
+        for shots in (1, 2)
+    ]
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    _, files = report(tmp_path / "a" / "b", rows)
+    assert len(files) == 4 + 2 + 8
+    folder = tmp_path / "a" / "b" / "report"
+    assert {path for path in tmp_path.rglob("*.*") if path.suffix != ".sqlite"} == set(files)
+    assert {path.parent for path in files} == {folder}
+
+
 def test_plots_of_an_earlier_report_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

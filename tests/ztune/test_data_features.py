@@ -1,6 +1,8 @@
 """The feature cache under kills, damage and company, and features that depend on nothing else."""
 
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -234,13 +236,27 @@ def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:
         log.append({key_of("k"): np.ones(3, np.float32)})
 
 
-def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+def test_a_full_disk_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(file: int, block: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     log = FeatureCache(tmp_path).log("x")
-    log.path.symlink_to("/dev/full")
-    with pytest.raises(DataError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left"):
+        patch.setattr("ztune.data.cache.os.write", write)
         log.append({key_of("k"): np.ones(3, np.float32)})
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system follows every link")
+def test_a_cache_is_not_written_through_a_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    log = FeatureCache(tmp_path / "cache").log("x")
+    log.path.symlink_to(other)
+    with pytest.raises(DataError, match="cannot be written"):
+        log.append({key_of("k"): np.ones(3, np.float32)})
+    assert other.read_bytes() == b"mine"
 
 
 def test_the_data_room_needs_numpy_alone() -> None:

@@ -18,7 +18,7 @@ from ztune.data.manifests import read_class_list, read_names, read_text
 from ztune.data.sources import own_lists
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.fields import Fields
-from ztune.files import new_folder, open_regular, read_json, replacing, sha256, write_json
+from ztune.files import inside, new_folder, open_regular, read_json, replacing, sha256, write_json
 from ztune.journal import Journal
 from ztune.run import RunFolder
 from ztune.tensors import read_tensors
@@ -32,6 +32,36 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/", "/etc", "../up", "a/b", "a/../../b", "a\\b", "..\\up", "a\0b", "\ud800",
+     "x" * 256, "ü" * 128],
+)  # fmt: skip
+def test_a_name_of_a_file_makes_no_other_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FormatError, match=r"^somewhere: .* names no file, expected") as caught:
+        inside(tmp_path, name, "somewhere")
+    assert str(caught.value).isprintable()
+
+
+def test_a_plain_name_stays_in_its_folder(tmp_path: Path) -> None:
+    for name in ("a", "a.b", "..a", " a ", "ü" * 127, "x" * 255, "new"):
+        assert inside(tmp_path / "new", name, "") == tmp_path / "new" / name
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "out").symlink_to(other)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "round").symlink_to(folder / "round")
+    (folder / "own").symlink_to(folder / "a")
+    assert inside(folder, "own", "") == folder / "own"
+    for name in ("out", "up", "round"):
+        with pytest.raises(FormatError, match=f'somewhere: ".*{name}" is a link that leaves'):
+            inside(folder, name, "somewhere")
+    # The folder itself may be one.
+    (tmp_path / "linked").symlink_to(folder)
+    assert inside(tmp_path / "linked", "a", "") == tmp_path / "linked" / "a"
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ztune import run
 from ztune.budget import Budget
+from ztune.errors import FormatError
 from ztune.objective import BatchSampler
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 from ztune.optim.spsa import Spsa, SpsaConfig
@@ -113,3 +114,19 @@ def test_a_history_of_single_points_has_no_result_by_then(tmp_path: Path) -> Non
     with folder.history.open("a") as file:
         file.write(json.dumps(lines[0])[:-4])
     assert folder.read_history() == lines
+
+
+@pytest.mark.parametrize("name", [".lock", "history.jsonl", "sent.jsonl", "snapshots"])
+def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"status": "running"}, {})
+    assert folder.read()["status"] == "running"
+    other = tmp_path / "other"
+    for there in (True, False):  # a link that leads nowhere would make a file there
+        if there:
+            other.touch()
+        (folder.path / name).symlink_to(other)
+        with pytest.raises(FormatError, match=f'"{name}" is a link'):
+            folder.read()
+        (folder.path / name).unlink()
+        other.unlink(missing_ok=True)

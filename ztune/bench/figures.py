@@ -21,6 +21,7 @@ from ztune.methods import METHODS
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
 from ztune.types import F64
 
+_LONGEST = 200  # bytes of a plot's name, which file systems limit, without number and ending
 _OURS = re.compile(r"accuracy-(shots|queries|seconds)(-[\w.+-]+)?\.png")
 
 
@@ -100,6 +101,7 @@ def _named(
     if data is not None and len(sheet.data) > 1:
         parts.append(data)
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+    name = name.encode()[:_LONGEST].decode(errors="ignore")
     numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     # Some file systems take "DTD" and "dtd" for one.
     free = next(one for one in numbered if one.casefold() not in taken)

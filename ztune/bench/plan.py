@@ -37,6 +37,7 @@ from ztune.config import T, as_json, configured
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
 from ztune.errors import ConfigError
+from ztune.files import is_plain_name
 from ztune.methods import PRESETS, HeadMethod, find_method, method_config
 from ztune.protocols import PROTOCOLS, TRANSFERS
 from ztune.toml import parsed_toml
@@ -316,9 +317,10 @@ def check_name(name: str, where: str) -> None:
 
     Raises: ConfigError naming `where`.
     """
-    if name in ("", ".", "..") or name != name.strip() or set(name) & set("/\\,\0"):
+    if not is_plain_name(name) or name != name.strip() or "," in name:
         raise ConfigError(
-            f"{where}: a name has no slash, comma or blank at its ends, and is not empty"
+            f"{where}: a name has no slash, comma or blank at its ends, and is neither empty nor "
+            "longer than a file's name"
         )
 
 

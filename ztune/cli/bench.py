@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ztune.children import empty_working_folder
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
+from ztune.files import inside
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -100,11 +101,20 @@ def _report(arguments: argparse.Namespace, output: Output) -> None:
         )
     results = Path(arguments.words[1])
     store = Store.existing(results / _RESULTS)
-    folder = arguments.out or results / _REPORT
+    folders = {name: _report_folder(results, name, arguments.out) for name in store.plans()}
     files = [
-        file for name in store.plans() for file in write_report(store.view(name), folder / name)
+        file for name, folder in folders.items() for file in write_report(store.view(name), folder)
     ]
     output.result({"files": [str(file) for file in files]}, [str(file) for file in files])
+
+
+def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
+    """Return where a plan's report goes: into a folder of its name below what the user named.
+
+    Raises: FormatError for a plan whose name, from a file of results, is no folder's name there.
+    """
+    where = f'report of "{results}"'
+    return inside(named or inside(results, _REPORT, where), plan, where)
 
 
 def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
@@ -122,6 +132,7 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     out = arguments.out.resolve()
     _check_workers(arguments)
     _check_out(out, arguments.resume)
+    folder = _report_folder(out, plan.name)
     asked = arguments.provider or plan.execution.provider
     if arguments.ray is not None and asked == "auto":
         raise ConfigError(
@@ -146,7 +157,7 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
             "go on with the same command and --resume" if begun else "nothing was begun"
         ) from None
     view = store.view(plan.name)
-    files = write_report(view, out / _REPORT / plan.name)
+    files = write_report(view, folder)
     _tell(view.results, arguments.out, files, output)
     if lacking:
         raise ZtuneError(f"{lacking} cell(s) have no result, see above; --resume tries them again")

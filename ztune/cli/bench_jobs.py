@@ -14,6 +14,7 @@ import numpy as np
 
 from ztune.bench.cells import Cell, Outcome, key_of
 from ztune.cli.request import Request
+from ztune.data.manifests import is_inside
 from ztune.data.split import Split
 from ztune.errors import FormatError
 from ztune.fields import Fields
@@ -85,6 +86,8 @@ class PictureList:
         )
         if len({len(found.paths), len(found.labels), len(found.digests)}) > 1:
             raise FormatError(f"{where}: lists of different lengths")
+        if outside := [path for path in found.paths if not is_inside(path)]:
+            raise FormatError(f"{where}: path {outside[0]!r} leaves its root")
         return found
 
 

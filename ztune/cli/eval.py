@@ -22,6 +22,7 @@ from ztune.cli.server import (
     add_server_arguments,
     is_url,
     merged,
+    named_servers,
     open_served_workbench,
     place,
     require_no_server_options,
@@ -231,14 +232,16 @@ def _bench(
     from ztune.cli.workbench import open_workbench
 
     if is_url(target):
-        settings = merged(saved or {}, server_settings(arguments))
+        given = server_settings(arguments)
+        settings = merged(saved or {}, given)
+        named = named_servers(arguments.bundle or arguments.target, given)
         provider, threads = arguments.provider, arguments.threads
         if settings.get("images") != "local" and (provider, threads) != ("auto", None):
             raise ConfigError(
                 "how graphs run is the server's affair: leave out --provider and --threads"
             )
         bench = open_served_workbench(
-            str(target), settings, output, provider=provider, threads=threads
+            str(target), settings, named, output, provider=provider, threads=threads
         )
         if TEXTS in bench.runtime.withheld:
             bench.close()

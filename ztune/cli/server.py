@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,18 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from runtimes.connect import Connected
-    from runtimes.endpoint import Connection
+    from runtimes.endpoint import Connection, Endpoint
     from runtimes.served import Served
     from ztune.budget import Budget
     from ztune.cli.workbench import Workbench
 
-_FILES = ("client", "tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file")
 _OPTIONS = (
-    *_FILES, "endpoint", "images", "losses", "deadline", "give_up", "max_inflight", "shared_memory",
-    "compression", "insecure",
+    "client", "tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "endpoint",
+    "images", "losses", "deadline", "give_up", "max_inflight", "shared_memory", "compression",
+    "insecure",
 )  # fmt: skip
 _PLAIN = ("client", "images", "losses")
-_NOT_SAVED = ("token_file", "basic_auth_file", "insecure")
+_NOT_SAVED = ("tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "insecure")
 
 
 def is_url(word: Path | str) -> bool:
@@ -77,7 +77,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="bearer token (or ZTUNE_TOKEN in the environment)",
+        help="bearer token (or ZTUNE_TOKEN in the environment; it goes to servers that the command "
+        "or ZTUNE_TOKEN_HOST names, not to those that only a run names)",
     )
     group.add_argument(
         "--basic-auth-file", type=Path, metavar="FILE", help="user:password (or ZTUNE_BASIC_AUTH)"
@@ -143,10 +144,10 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
 
 
 def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that a run keeps.
+    """Return the settings that a run keeps, and that are taken from it.
 
-    Where secrets lie, and what is accepted unverified, is said anew each time, since a run's folder
-    may come from somebody else.
+    Where secrets lie, whose certificates are trusted, and what is accepted unverified is said with
+    each command, since a run's folder may come from somebody else.
     """
     connection = settings.get("connection", {})
     kept = connection.items() if isinstance(connection, dict) else ()
@@ -155,6 +156,7 @@ def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
 
 def merged(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
     """Return a run's saved settings with what is asked for now in their place."""
+    saved = to_save(saved)  # older versions kept more
     connections = [values.get("connection", {}) for values in (saved, given)]
     connection = {k: v for one in connections if isinstance(one, dict) for k, v in one.items()}
     return {**saved, **given, **({"connection": connection} if connection else {})}
@@ -189,8 +191,23 @@ def require_no_server_options(arguments: argparse.Namespace) -> None:
             )
 
 
-def connect_to(url: str, values: Mapping[str, Json], output: Output) -> Connected:
+def named_servers(target: Path | str | None, given: Mapping[str, Json]) -> frozenset[Endpoint]:
+    """Return the servers that a command names, by URL and --endpoint: they may be told secrets.
+
+    Raises: ConfigError for an address that is none.
+    """
+    from runtimes.endpoint import parse_endpoint, parse_location
+
+    first = {parse_location(str(target)).endpoint} if target and is_url(target) else set()
+    return frozenset(first | {parse_endpoint(one) for one in settings_from(given).endpoints})
+
+
+def connect_to(
+    url: str, values: Mapping[str, Json], named: frozenset[Endpoint], output: Output
+) -> Connected:
     """Reach a server, fetch the client half where it is not named, and check both.
+
+    `named` are the servers that may be told secrets.
 
     Raises: ServerError, ConfigError.
     """
@@ -202,7 +219,7 @@ def connect_to(url: str, values: Mapping[str, Json], output: Output) -> Connecte
         return connect(
             url,
             settings.endpoints,
-            settings.connected(),
+            replace(settings.connected(), named=named),
             client,
             output.remark,
             lambda done, total: ticker.update(done * 100 // max(1, total), unit=" %"),
@@ -212,6 +229,7 @@ def connect_to(url: str, values: Mapping[str, Json], output: Output) -> Connecte
 def open_served_workbench(
     url: str,
     values: Mapping[str, Json],
+    named: frozenset[Endpoint],
     output: Output,
     *,
     provider: str = "auto",
@@ -231,7 +249,7 @@ def open_served_workbench(
     execution = Execution("cpu", threads)
     if settings.images == "local":
         execution = settled(provider, threads, output)
-    connected = connect_to(url, values, output)
+    connected = connect_to(url, values, named, output)
     bundle = connected.bundle
     if settings.images == "local":
         check_precision(bundle.precision, execution.provider)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from ztune.cli.output import Output, table
-from ztune.cli.server import connect_to, settings_from
+from ztune.cli.server import connect_to, named_servers, settings_from
 from ztune.types import Json
 
 
@@ -23,7 +23,7 @@ def check_server(
     from ztune.access import TEXTS, described
     from ztune.cli.pace import seconds_per_query
 
-    connected = connect_to(url, values, output)
+    connected = connect_to(url, values, named_servers(url, values), output)
     service, bundle = connected.service, connected.bundle
     try:
         served = Served(service, bundle, losses=settings_from(values).losses)

@@ -25,6 +25,7 @@ from ztune.cli.server import (
     add_server_arguments,
     is_url,
     merged,
+    named_servers,
     open_served_workbench,
     place,
     require_no_server_options,
@@ -172,7 +173,7 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
     start_config(request)
     request.split_settings()  # wrong numbers are told before anything is opened
     if is_url(request.bundle):
-        bench = _served(request, request.bundle, server, output)
+        bench = _served(request, request.bundle, request.bundle, server, output)
     else:
         execution = settled(request.provider, request.threads, output, request.memory_limit)
         bench = open_workbench(Path(request.bundle), execution, output)
@@ -199,7 +200,7 @@ def _start(request: Request, server: Settings, out: Path, output: Output) -> dic
         work.check()
         head = opening(request, bench, split)
         folder.create(head, split.to_json())
-        with folder.locked(), _told_how_to_resume(out):
+        with folder.locked(), _told_how_to_resume(out, request.bundle):
             return _drawn(work, work.carry_out(head))
 
 
@@ -224,8 +225,10 @@ def _resume(
         return _go_on(folder, head, moved_bundle, server, output)
 
 
-def _served(request: Request, url: str, server: Settings, output: Output) -> Workbench:
-    """Return the server's bundle at work.
+def _served(
+    request: Request, url: str, named: Path | str | None, server: Settings, output: Output
+) -> Workbench:
+    """Return the server's bundle at work; `named` is the URL where the command itself gives it.
 
     Raises: ConfigError for an option that is the server's own affair.
     """
@@ -238,7 +241,12 @@ def _served(request: Request, url: str, server: Settings, output: Output) -> Wor
                 f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
             )
     return open_served_workbench(
-        url, settings, output, provider=request.provider, threads=request.threads
+        url,
+        settings,
+        named_servers(named, server),
+        output,
+        provider=request.provider,
+        threads=request.threads,
     )
 
 
@@ -260,7 +268,7 @@ def _go_on(
     request = request_from_json(fields.object("request").values, where)
     # The settings as they were then, should a default have changed since.
     request = replace(request, settings=fields.object("config").values)
-    bench = _reopened(folder, fields, request, moved_bundle or request.bundle, server, output)
+    bench = _reopened(folder, fields, request, moved_bundle, server, output)
     then = {**fields.object("versions").values, **fields.object("machine").values}
     now = {**versions(), **machine()}
     changed = [
@@ -273,7 +281,7 @@ def _go_on(
         split.check_unchanged()
         work = Work(request, split, folder, bench)
         work.check()
-        with _told_how_to_resume(folder.path):
+        with _told_how_to_resume(folder.path, moved_bundle):
             return _drawn(work, work.carry_out(head))
 
 
@@ -281,7 +289,7 @@ def _reopened(
     folder: RunFolder,
     fields: Fields,
     request: Request,
-    bundle: Path | str,
+    moved_bundle: Path | str | None,
     server: Settings,
     output: Output,
 ) -> Workbench:
@@ -293,6 +301,7 @@ def _reopened(
     from runtimes.providers import Execution, resolve
     from ztune.cli.workbench import Workbench
 
+    bundle = moved_bundle or request.bundle
     resumes = f"--resume {shlex.quote(str(folder.path))}"
     if is_url(bundle) != is_url(request.bundle):
         kind = "a server (URL)" if is_url(request.bundle) else "a bundle (folder)"
@@ -300,7 +309,7 @@ def _reopened(
     if server and not is_url(bundle):
         raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
     if is_url(bundle):
-        bench = _served(request, str(bundle), server, output)
+        bench = _served(request, str(bundle), moved_bundle, server, output)
         where = f"server {bundle} serves a bundle that"
     else:
         if not Path(bundle).is_dir():
@@ -340,10 +349,14 @@ def _drawn(work: Work, document: dict[str, Json]) -> dict[str, Json]:
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
-    """Give an interruption the command that goes on."""
+    """Give an interruption the command that goes on.
 
-    def __init__(self, path: Path):
-        self._path = path
+    A URL that this command named is in it, since secrets go nowhere else.
+    """
+
+    def __init__(self, path: Path, named: Path | str | None):
+        url = [str(named)] if named and is_url(named) else []
+        self._command = shlex.join(["ztune", "tune", *url, "--resume", str(path)])
 
     def __enter__(self) -> None:
         return None
@@ -351,13 +364,9 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, ServerError):
             done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
-            raise ServerError(
-                f"{error}; {done}go on with: ztune tune --resume {shlex.quote(str(self._path))}"
-            ) from None
+            raise ServerError(f"{error}; {done}go on with: {self._command}") from None
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(
-                f"go on with: ztune tune --resume {shlex.quote(str(self._path))}"
-            ) from None
+            raise KeyboardInterrupt(f"go on with: {self._command}") from None
 
 
 def _judge(document: dict[str, Json], output: Output) -> None:

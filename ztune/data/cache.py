@@ -83,6 +83,7 @@ class FeatureLog:
         """
         block = b"".join(_record(key, values) for key, values in records.items())
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0)  # a cache may come with somebody's run
         try:
             file = os.open(self.path, flags, 0o666)
             try:

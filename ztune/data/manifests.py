@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ztune.errors import DataError
-from ztune.files import read_bytes
+from ztune.files import read_bytes, resolves_inside
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: Mapping[str, SplitName] = {
@@ -64,7 +64,7 @@ def read_manifest(manifest: Path) -> list[Listed]:
                 f"{where}, line {line}: split is {split!r}, expected train, val or test"
             )
         path = path.replace("\\", "/")
-        if not is_inside(path) or not _resolves_inside(root, path):
+        if not is_inside(path) or not resolves_inside(root, path):
             raise DataError(
                 f'{where}, line {line}: path "{path}" leaves the folder of the manifest '
                 "(use relative paths, and put the manifest above its pictures)"
@@ -157,13 +157,6 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _resolves_inside(root: Path, path: str) -> bool:
-    try:
-        return (root / path).resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # links in a circle
-        return False
 
 
 def _is_file(path: Path) -> bool:
