@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, document, interleaved, parser, run_alone, say, show
-from ztune.bench.store import Store
+from ztune.experiments.store import Store
 
 WAYS: dict[str, tuple[int, list[str]]] = {
     "serial": (1, []),

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from ztune.files import replacing
+from ztune.io.files import replacing
 from ztune.printing import printable
 from ztune.system import commit, machine, versions
 

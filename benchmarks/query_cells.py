@@ -13,14 +13,14 @@ from pathlib import Path
 
 from benchmarks.query_labels import EVERY, GRID
 from benchmarks.query_tasks import TASKS
-from ztune.cli.request import Request
-from ztune.cli.tuning import Work, opening
-from ztune.cli.workbench import Workbench
 from ztune.data.split import Split
 from ztune.errors import ConfigError
-from ztune.fields import Fields
+from ztune.io.fields import Fields
 from ztune.methods import find_method, method_config, tuned_config
+from ztune.model import Workbench
 from ztune.run import RunFolder
+from ztune.run_config import Request
+from ztune.training import Work, opening
 
 SEEDS = (1, 2, 3, 4, 5)
 

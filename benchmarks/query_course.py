@@ -13,11 +13,11 @@ from benchmarks.query_scoring import scored
 from benchmarks.query_tasks import TASKS
 from runtimes.providers import Execution
 from ztune.cli.output import Output
-from ztune.cli.tuning import task_of
-from ztune.cli.workbench import Workbench, open_workbench
 from ztune.errors import ZtuneError
-from ztune.files import write_json
+from ztune.io.files import write_json
+from ztune.model import Workbench, open_workbench
 from ztune.system import machine, one_blas_thread, versions
+from ztune.training import task_of
 from ztune.types import Json
 
 

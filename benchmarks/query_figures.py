@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.query_cells import Cell
 from benchmarks.query_labels import GRID, LABELS, QUERIES
 from benchmarks.query_tasks import TASKS
-from ztune.fields import Fields
-from ztune.files import read_json
+from ztune.io.fields import Fields
+from ztune.io.files import read_json
 from ztune.types import F64
 
 ZIP = "zip-128"

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from runtimes.preprocess import open_picture
 from ztune.data.folders import read_dataset
 from ztune.errors import DataError
-from ztune.files import new_folder, read_json
+from ztune.io.files import new_folder, read_json
 
 _BLUR = 32
 """The radius of the blur is a picture's short side over this."""

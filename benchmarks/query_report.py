@@ -27,9 +27,9 @@ from benchmarks.query_labels import QUERIES
 from benchmarks.query_plots import draw_summary, draw_task
 from benchmarks.query_scoring import NEW_CLASSES_AT
 from benchmarks.query_tasks import TASKS
-from ztune.comparison import deviation_of, markdown_table
 from ztune.errors import DataError
-from ztune.files import write_bytes
+from ztune.experiments.comparison import deviation_of, markdown_table
+from ztune.io.files import write_bytes
 
 BUDGETS = (0, 100, 250, 500, 1000, 5000)
 MEASURES = {

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.artifact import Artifact, HeadArtifact, Provenance, read_artifact
-from ztune.cli.parts import Assembly
 from ztune.cli.pictures import Album
-from ztune.cli.request import Request
-from ztune.cli.tuning import Work, task_of
-from ztune.cli.workbench import Workbench
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
-from ztune.fields import Fields
+from ztune.io.fields import Fields
 from ztune.logits import FeatureClassifier
+from ztune.model import Workbench
 from ztune.objective import cross_entropy
+from ztune.run_config import Request
 from ztune.statistics import Score, score
+from ztune.task import Assembly
+from ztune.training import Work, task_of
 from ztune.types import F32, I64, Json
 
 NEW_CLASSES_AT = (500, 5000)

@@ -38,17 +38,17 @@ from benchmarks.remote_ways import (
     opened,
 )
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.connect import Connected
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import Execution
-from runtimes.served import Served
+from runtimes.remote.connect import Connected
+from runtimes.remote.served import Served
 from tests.servers.triton import TritonServer, triton_environment
 from ztune.budget import Budget
 from ztune.compositions.steps import ZipConfig
 from ztune.journal import Journal
+from ztune.loop import Tuning, tune
 from ztune.run import RunFolder
 from ztune.system import one_blas_thread
-from ztune.tune import Tuning, tune
 from ztune.types import F32, Evaluation, ImageEncoder, Oracle
 
 # At most so many steps of one way follow each other, as they do in a run, before the next way's.

@@ -19,20 +19,20 @@ import numpy as np
 from benchmarks.names import classes_named
 from export.triton import Serving, export_triton
 from runtimes.bundle import Bundle
-from runtimes.connect import Connected, connect
-from runtimes.contract import PROMPT, SCORE
-from runtimes.endpoint import Connection
 from runtimes.ort import OrtPromptGraph
 from runtimes.providers import Execution, onnxruntime
-from runtimes.served import Served, ServedPromptEncoder
-from runtimes.service import Service
+from runtimes.remote.connect import Connected, connect
+from runtimes.remote.contract import PROMPT, SCORE
+from runtimes.remote.endpoint import Connection
+from runtimes.remote.served import Served, ServedPromptEncoder
+from runtimes.remote.service import Service
 from runtimes.tokenizer import Tokenizer
 from tests.servers.proxy import Proxy
 from tests.servers.triton import TritonServer
 from ztune.cli.output import Output
-from ztune.cli.workbench import Workbench
 from ztune.compositions.base import Composition
 from ztune.compositions.steps import ZipConfig
+from ztune.model import Workbench
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.types import F32, I64, Batch, Oracle, PromptEncoder, Prompts, Scorer, Scores
 

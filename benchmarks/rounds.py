@@ -12,11 +12,11 @@ from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
 from runtimes.providers import Execution
 from ztune.budget import Budget
 from ztune.cli.output import Output
-from ztune.cli.workbench import Workbench
 from ztune.compositions.base import TunedConfig
+from ztune.loop import Observer, Tuning, tune
+from ztune.model import Workbench
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread
-from ztune.tune import Observer, Tuning, tune
 from ztune.types import F32, Mixing, PromptEncoder, Scorer
 
 SHOTS = 16

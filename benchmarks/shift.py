@@ -17,9 +17,9 @@ import numpy as np
 
 from runtimes.providers import Execution
 from ztune.cli.output import Output
-from ztune.cli.workbench import open_workbench
 from ztune.data.split import Split
-from ztune.files import read_json
+from ztune.io.files import read_json
+from ztune.model import open_workbench
 from ztune.statistics import score
 from ztune.types import F32, F64, I64
 

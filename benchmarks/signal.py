@@ -33,14 +33,14 @@ from runtimes.prompts import feeds, name_tokens, token_table
 from runtimes.providers import Execution, Setup, open_session, run_graph
 from runtimes.tokenizer import Tokenizer
 from ztune.cli.output import Output
-from ztune.cli.request import Request
-from ztune.cli.tuning import Work, task_of
-from ztune.cli.workbench import Workbench
 from ztune.data.features import Features
+from ztune.model import Workbench
 from ztune.printing import printable
 from ztune.run import RunFolder
+from ztune.run_config import Request
 from ztune.signal import LIMIT
 from ztune.system import machine, versions
+from ztune.training import Work, task_of
 from ztune.types import F32
 
 # Half decades where precisions part from each other, decades below.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import ROOT, say
 from runtimes.bundle import FORMAT, MANIFEST, VERSION, load_bundle
-from ztune.files import new_folder, sha256, write_json
+from ztune.io.files import new_folder, sha256, write_json
 from ztune.system import versions
 from ztune.types import Json
 

@@ -46,8 +46,8 @@ from runtimes.bundle import (
     load_bundle,
 )
 from runtimes.providers import onnxruntime
-from ztune.files import new_folder, sha256, write_json
-from ztune.tensors import write_tensors
+from ztune.io.files import new_folder, sha256, write_json
+from ztune.io.tensors import write_tensors
 from ztune.types import Json
 
 # Inputs in the order of forward, and the names of the dimensions that may differ.

@@ -20,7 +20,7 @@ from runtimes.bundle import IMAGE_PROMPTED, Bundle, describe
 from runtimes.classifier import FORMAT, VERSION
 from ztune.artifact import Artifact, VisualArtifact
 from ztune.errors import DataError, FormatError
-from ztune.files import replacing
+from ztune.io.files import replacing
 from ztune.logits import FeatureClassifier
 from ztune.types import Json
 

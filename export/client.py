@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from runtimes.bundle import CLIENT_FILES, MANIFEST, Bundle, load_bundle
-from ztune.files import new_folder
+from ztune.io.files import new_folder
 
 
 def export_client(bundle: Bundle, out: Path) -> Bundle:

@@ -29,8 +29,8 @@ from export.graphs import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec, image_spec
 from ztune.errors import ConfigError, ZtuneError
-from ztune.fields import Fields
-from ztune.files import read_json
+from ztune.io.fields import Fields
+from ztune.io.files import read_json
 from ztune.types import Json
 
 CONFIG = "open_clip_config.json"

@@ -16,7 +16,7 @@ from runtimes.decoder import N_STATISTICS, decoder_graph, n_values
 from runtimes.visual import inner_side, limits, normalised_border
 from ztune.artifact import VisualArtifact
 from ztune.errors import FormatError
-from ztune.files import sha256
+from ztune.io.files import sha256
 
 
 class Tower:

@@ -22,7 +22,7 @@ from runtimes.bundle import (
 from runtimes.ort import parity_figures
 from runtimes.providers import Execution, Setup, onnxruntime
 from ztune.errors import ConfigError, ZtuneError
-from ztune.files import new_folder, sha256, write_json
+from ztune.io.files import new_folder, sha256, write_json
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")

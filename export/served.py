@@ -17,7 +17,7 @@ from export.weights import read_graph
 from runtimes.bundle import CLIENT_FILES, Bundle
 from runtimes.prompts import placeholder_id, token_table
 from runtimes.scores import scoring_nodes
-from ztune.files import read_bytes
+from ztune.io.files import read_bytes
 
 _FLOAT, _DOUBLE, _INT64, _UINT8 = (
     TensorProto.FLOAT,

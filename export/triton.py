@@ -14,10 +14,10 @@ from onnx import ModelProto, TensorProto
 from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
 from export.weights import write_graph
 from runtimes.bundle import Bundle
-from runtimes.contract import BATCH
 from runtimes.providers import check_precision
+from runtimes.remote.contract import BATCH
 from ztune.errors import ConfigError, ProviderError
-from ztune.files import new_folder
+from ztune.io.files import new_folder
 
 BACKENDS = ("onnxruntime", "python")
 ACCELERATORS = {"none": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}

@@ -20,7 +20,7 @@ from open_clip.tokenizer import re as open_clip_regex
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from ztune.errors import ConfigError
-from ztune.files import read_bytes
+from ztune.io.files import read_bytes
 
 _START = ("<|startoftext|>", "<start_of_text>", "<|startofsequence|>", "<s>", "<bos>", "[CLS]")
 _END = ("<|endoftext|>", "<end_of_text>", "<|endofsequence|>", "</s>", "<eos>", "[SEP]")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ztune.errors import FormatError
-from ztune.fields import Fields
-from ztune.files import open_regular, read_json, sha256
+from ztune.io.fields import Fields
+from ztune.io.files import open_regular, read_json, sha256
 from ztune.types import Json
 
 FORMAT = "ztune-bundle"

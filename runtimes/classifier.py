@@ -14,8 +14,8 @@ from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
 from runtimes.preprocess import crop, read_picture
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import FormatError, ProviderError
-from ztune.fields import Fields
-from ztune.files import open_regular
+from ztune.io.fields import Fields
+from ztune.io.files import open_regular
 from ztune.types import F32, U8
 
 FORMAT = "ztune-classifier"

@@ -12,7 +12,7 @@ from runtimes.ort import identity_of
 from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import ConfigError
-from ztune.files import sha256
+from ztune.io.files import sha256
 from ztune.types import F32, U8
 
 

@@ -33,7 +33,7 @@ from runtimes.providers import (
 )
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import FormatError
-from ztune.tensors import read_tensors
+from ztune.io.tensors import read_tensors
 from ztune.types import F32, I64, U8
 
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
 from ztune.errors import DataError
-from ztune.files import open_regular
+from ztune.io.files import open_regular
 from ztune.types import F32, U8
 
 # Part of what features are cached under: raise it with every change here that moves a pixel.

@@ -30,10 +30,10 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.plan import Sizes, make_plan
 from runtimes.prompts import feeds, name_lengths, token_table
 from runtimes.providers import Execution, onnxruntime, run_graph
-from ztune.children import python_command
 from ztune.errors import FormatError, ZtuneError
-from ztune.fields import Fields
-from ztune.tensors import read_tensors, write_tensors
+from ztune.io.children import python_command
+from ztune.io.fields import Fields
+from ztune.io.tensors import read_tensors, write_tensors
 from ztune.types import F32, F64, Json
 
 FINER = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ztune.errors import FormatError, ProviderError
-from ztune.files import sha256
+from ztune.io.files import sha256
 
 Shapes = Mapping[str, tuple[int, ...]]
 

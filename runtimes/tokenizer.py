@@ -15,7 +15,7 @@ import tokenizers
 
 from runtimes.bundle import Bundle, TextSpec
 from ztune.errors import DataError, FormatError
-from ztune.files import read_bytes
+from ztune.io.files import read_bytes
 from ztune.types import I64
 
 _PLACEHOLDER = re.compile(r"\[unused\d+\]|<extra_id_\d+>|<unused\d+>|<0x[0-9A-F]{2}>")

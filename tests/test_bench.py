@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from tests.conftest import DIGITS, MINI, ROOT, Command
-from ztune.bench.store import Result, Store
-from ztune.cli.bench_worker import MOST_DEATHS, _deaths
 from ztune.cli.main import main
-from ztune.fields import Fields
+from ztune.experiments.store import Result, Store
+from ztune.experiments.worker import MOST_DEATHS, _deaths
+from ztune.io.fields import Fields
 from ztune.run import RunFolder
 
 PLAN = """

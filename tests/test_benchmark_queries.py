@@ -17,7 +17,7 @@ from benchmarks.query_labels import EVERY, GRID, LABELS, QUERIES
 from benchmarks.query_pictures import CHANGES, changed, of_coop_layout
 from benchmarks.query_tasks import TASKS
 from ztune.errors import DataError
-from ztune.files import write_json
+from ztune.io.files import write_json
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DIGITS, MINI, ROOT
-from ztune.children import empty_working_folder, python_command
+from ztune.io.children import empty_working_folder, python_command
 
 ZTUNE = Path(sys.executable).with_name("ztune")
 # Modules that the standard library, numpy's or ours import late, so that no verb gets by without.

@@ -19,10 +19,10 @@ from ztune.cli.cells import CellError, call, reason
 from ztune.cli.compare import Asked
 from ztune.cli.course import job_of
 from ztune.cli.main import main
-from ztune.cli.request import Request
-from ztune.comparison import Job
+from ztune.experiments.comparison import Job
 from ztune.methods import METHODS, HeadMethod, find_method, method_config, tuned_config
 from ztune.run import RunFolder
+from ztune.run_config import Request
 from ztune.types import Json
 
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]

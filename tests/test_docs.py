@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ztune.cli.main import VERBS, parser
-from ztune.config import as_json
+from ztune.io.config import as_json
 from ztune.methods import METHODS, TunedMethod
 from ztune.types import Json
 

@@ -16,7 +16,7 @@ from tests.conftest import DIGITS, MINI, Command, Result
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from ztune.cli.main import VERBS, main
 from ztune.cli.output import Output, table
-from ztune.tensors import write_tensors
+from ztune.io.tensors import write_tensors
 
 NAMES = ("\x1b]0;pwned\x07", "\x1b[2J", "two\nerror: three", "\u202eeno", "\x9b31m :dog: [red]")
 # A class's name is what a tokenizer reads: its white space is single spaces.
@@ -278,7 +278,7 @@ def test_a_stop_shows_names(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ztune.cli.tuning.Work.carry_out", stopped)
+    monkeypatch.setattr("ztune.training.Work.carry_out", stopped)
     told = ztune("tune", MINI, "--data", data, *SMALL, "--out", tmp_path / "\x1b[2J")
     assert told.code == 130
     harmless(told, r"\x1b[2J", "ztune tune --resume")

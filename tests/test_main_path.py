@@ -16,9 +16,9 @@ from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI, Command
 from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
 from ztune.cli.output import Output
-from ztune.cli.workbench import open_workbench
 from ztune.data.split import Split
-from ztune.files import read_json, sha256
+from ztune.io.files import read_json, sha256
+from ztune.model import open_workbench
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--quiet")
 

@@ -28,9 +28,9 @@ from ztune.artifact import (
     read_artifact,
 )
 from ztune.cli.output import Output
-from ztune.cli.workbench import Workbench, open_workbench
-from ztune.files import sha256
+from ztune.io.files import sha256
 from ztune.methods import METHODS, HeadMethod, TunedMethod
+from ztune.model import Workbench, open_workbench
 from ztune.types import F32
 
 CLASSES = ("one", "two", "three")

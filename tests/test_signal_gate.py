@@ -16,7 +16,7 @@ from export.quantize import quantize_bundle
 from runtimes import reference
 from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
-from ztune.cli import tuning
+from ztune import training as tuning
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--shots", 4, "--queries", 40)
 WEAK = ("--set", "perturbation=1e-9")

@@ -33,14 +33,14 @@ from ztune.access import (
     require_access,
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
+from ztune.checks import start_config
 from ztune.cli import tune
-from ztune.cli.feasible import start_config
 from ztune.cli.output import Output, fail
-from ztune.cli.request import request_from_arguments
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
 from ztune.objective import FewShotObjective
+from ztune.run_config import request_from_arguments
 from ztune.types import F32, I32, U8, Batch, Evaluation, Prompts
 
 SMALL = ("--shots", 2, "--queries", 10)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztune.errors import FormatError
-from ztune.fields import Fields
+from ztune.io.fields import Fields
+from ztune.io.tensors import read_tensors, write_tensors
 from ztune.logits import FeatureClassifier, Kernel
-from ztune.tensors import read_tensors, write_tensors
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"

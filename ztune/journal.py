@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ztune.budget import Budget
 from ztune.errors import FormatError
-from ztune.files import flush_folder, read_bytes
+from ztune.io.files import flush_folder, read_bytes
 
 
 class Journal:

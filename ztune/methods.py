@@ -12,7 +12,6 @@ from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
-from ztune.config import configured
 from ztune.errors import ConfigError
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.heads.linear_probe import LinearProbeConfig, fit_linear_probe
@@ -21,6 +20,7 @@ from ztune.heads.proker import ProkerConfig, fit_proker
 from ztune.heads.shots import Fitted, Shots
 from ztune.heads.tip import TipConfig, fit_tip
 from ztune.heads.zero_shot import ZeroShotConfig, fit_zero_shot
+from ztune.io.config import configured
 from ztune.types import Json
 
 PRESETS = ("default", "published", "tuned")

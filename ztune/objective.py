@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from ztune.errors import ConfigError, NotFiniteError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.types import (
     F32,
     F64,

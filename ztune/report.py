@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ztune.files import replacing
+from ztune.io.files import replacing
 from ztune.printing import printable
 from ztune.statistics import Score
 from ztune.types import F64

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.fields import Fields
-from ztune.files import new_folder, read_json, write_json
-from ztune.tensors import read_tensors, write_tensors
-from ztune.tune import Tuning
+from ztune.io.fields import Fields
+from ztune.io.files import new_folder, read_json, write_json
+from ztune.io.tensors import read_tensors, write_tensors
+from ztune.loop import Tuning
 from ztune.types import Evaluation, Json, Mixing, State
 
 FORMAT = "ztune-run"

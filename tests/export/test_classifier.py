@@ -21,7 +21,7 @@ from runtimes.providers import Execution
 from tests.conftest import Command
 from ztune.artifact import HeadArtifact, Provenance
 from ztune.errors import DataError, FormatError
-from ztune.files import sha256
+from ztune.io.files import sha256
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.types import Json
 

@@ -24,7 +24,7 @@ from tests.conftest import MINI
 from tests.export.small_models import small_config, write_model
 from ztune.artifact import Provenance, VisualArtifact
 from ztune.errors import FormatError
-from ztune.files import sha256
+from ztune.io.files import sha256
 from ztune.types import F32, U8
 
 CPU = Execution()

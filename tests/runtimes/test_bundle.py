@@ -16,8 +16,8 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import token_table
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
-from ztune import files
 from ztune.errors import FormatError
+from ztune.io import files
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from ztune.artifact import (
     write_artifact,
 )
 from ztune.errors import FormatError
+from ztune.io.tensors import read_tensors, write_tensors
 from ztune.logits import Kernel
-from ztune.tensors import read_tensors, write_tensors
 
 PROVENANCE = Provenance("sha256:aa", "bb", "zip", 1, 5000, "budget", {"rank": 5, "init": "random"})
 CONTEXT = ContextArtifact(
@@ -197,7 +197,7 @@ def test_a_mixtures_rows_of_any_length_are_its_classifier() -> None:
 def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     program = (
         "import sys, numpy as np; from pathlib import Path;"
-        "from ztune.tensors import write_tensors;"
+        "from ztune.io.tensors import write_tensors;"
         "write_tensors(Path(sys.argv[1]), {'b': np.ones(3), 'a': np.zeros(2)},"
         " {k: k for k in 'zyxwvutsrq'})"
     )

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
 
-from ztune.bench.figure_shots import Panel, Track, draw_over_shots
+from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.report import draw_confusion, draw_curve
 from ztune.report_compare import Level, Line, draw_against
 from ztune.statistics import Score
@@ -102,7 +102,7 @@ def test_names_on_a_plot_are_printable(tmp_path: Path, monkeypatch: pytest.Monke
         figure.canvas.draw()
         texts.extend(text.get_text() for text in figure.findobj(Text))
 
-    for module in ("ztune.report", "ztune.report_compare", "ztune.bench.figure_shots"):
+    for module in ("ztune.report", "ztune.report_compare", "ztune.experiments.figure_shots"):
         monkeypatch.setattr(f"{module}.write_figure", kept)
     name, path = "\x1b[2J\u202e", tmp_path / "plot.png"
     score = Score(np.array([0, 1]), np.array([0, 1]), (name, "b"))

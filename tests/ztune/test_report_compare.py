@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ztune import report, report_compare
-from ztune.bench import figure_shots
-from ztune.bench.figure_shots import Panel, Track, draw_over_shots
+from ztune.experiments import figure_shots
+from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.methods import METHODS
 from ztune.report import draw_curve
 from ztune.report_compare import (

@@ -10,11 +10,11 @@ import pytest
 from ztune import run
 from ztune.budget import Budget
 from ztune.errors import FormatError
+from ztune.loop import Tuning
 from ztune.objective import BatchSampler
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.run import RunFolder, SavePace
-from ztune.tune import Tuning
 from ztune.types import Evaluation, Optimizer
 
 

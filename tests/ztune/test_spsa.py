@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ztune.errors import ConfigError, FormatError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.optim.spsa import Spsa, SpsaConfig, clipped
 from ztune.types import F64, Evaluation, Json
 

@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztune.children import empty_working_folder
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
-from ztune.files import inside
+from ztune.io.children import empty_working_folder
+from ztune.io.files import inside
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.bench.plan import Plan
-    from ztune.bench.store import Result, Store
-    from ztune.cli.bench_prepare import Only, Prepared
-    from ztune.cli.bench_worker import Settings
-    from ztune.cli.executors import Executor
+    from ztune.experiments.executors import Executor
+    from ztune.experiments.plan import Plan
+    from ztune.experiments.prepare import Only, Prepared
+    from ztune.experiments.store import Result, Store
+    from ztune.experiments.worker import Settings
 
 EXAMPLE = """\
   ztune bench plans/smoke.toml --out runs/smoke
@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _report(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.bench.report import write_report
-    from ztune.bench.store import Store
+    from ztune.experiments.report import write_report
+    from ztune.experiments.store import Store
 
     others = [name for name in _OPTIONS if getattr(arguments, name)]
     if len(arguments.words) != 2 or others:
@@ -119,10 +119,10 @@ def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
 
 def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.providers import resolve
-    from ztune.bench.report import write_report
-    from ztune.cli.bench_course import Course
-    from ztune.cli.bench_prepare import Preparation
-    from ztune.cli.bench_worker import Settings, forget_deaths
+    from ztune.experiments.driver import Course
+    from ztune.experiments.prepare import Preparation
+    from ztune.experiments.report import write_report
+    from ztune.experiments.worker import Settings, forget_deaths
 
     plan = _plan(arguments)
     # Workers do not run in the working folder: from here on every path is absolute.
@@ -165,8 +165,8 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
 
 def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, output: Output) -> Store:
     """Write down what is to be done."""
-    from ztune.bench.store import Store
-    from ztune.cli.bench_prepare import RECIPE
+    from ztune.experiments.prepare import RECIPE
+    from ztune.experiments.store import Store
 
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     store = Store(out / _RESULTS)  # first: from here on it is a bench to go on with
@@ -214,7 +214,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
     Raises: ConfigError.
     """
-    from ztune.bench.plan import check_name, read_plan
+    from ztune.experiments.plan import check_name, read_plan
 
     plan = read_plan(Path(arguments.words[0]))
     if arguments.root is not None and not arguments.root.is_dir():
@@ -242,7 +242,7 @@ def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
 
     Raises: ConfigError for a word that the plan does not have.
     """
-    from ztune.cli.bench_prepare import Only
+    from ztune.experiments.prepare import Only
 
     known: dict[str, list[str]] = {
         "methods": [*plan.methods],
@@ -284,7 +284,7 @@ def _check_out(out: Path, resume: bool) -> None:
 
     Raises: ConfigError, and FormatError for results that this program cannot go on with.
     """
-    from ztune.bench.store import Store
+    from ztune.experiments.store import Store
 
     results = out / _RESULTS
     if resume:
@@ -301,7 +301,7 @@ def _check_out(out: Path, resume: bool) -> None:
 
 
 def _executor(arguments: argparse.Namespace, settings: Settings) -> Executor:
-    from ztune.cli.executors import Cluster, Joblib, Ray, Serial
+    from ztune.experiments.executors import Cluster, Joblib, Ray, Serial
 
     workers = arguments.workers or 1
     if arguments.ray is not None:

@@ -11,10 +11,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ztune.children import python_command
-from ztune.comparison import Figures, figures_of
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.fields import Fields
+from ztune.experiments.comparison import Figures, figures_of
+from ztune.io.children import python_command
+from ztune.io.fields import Fields
 from ztune.printing import printable
 from ztune.run import RunFolder
 

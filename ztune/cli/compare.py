@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output
-from ztune.cli.request import Request, add_root_argument, place_of, remarks_on
-from ztune.config import as_json, settings_from_words
 from ztune.errors import ConfigError, DataError, ZtuneError
+from ztune.io.config import as_json, settings_from_words
 from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
+from ztune.run_config import Request, add_root_argument, place_of, remarks_on
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Asked:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.cli.comparing import Folder, lines_of, write_results
     from ztune.cli.course import Course
-    from ztune.cli.workbench import open_workbench
+    from ztune.model import open_workbench
 
     asked = _asked(arguments)
     base = asked.base
@@ -229,8 +229,8 @@ def _task(asked: Asked) -> tuple[Split, str]:
 
     Raises: DataError when no pictures are kept for testing.
     """
-    from ztune.cli.tuning import task_of
     from ztune.data.split import digest_pictures
+    from ztune.training import task_of
 
     dataset, split = task_of(asked.request(asked.methods[0], asked.seeds[0]))
     test = split.entries_of("test")

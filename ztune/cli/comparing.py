@@ -17,10 +17,10 @@ from typing import Any
 from rich.table import Table
 
 from ztune.access import described
-from ztune.bench.render import code_in_markdown, in_markdown
 from ztune.cli.cells import is_finished
 from ztune.cli.output import Output, table
-from ztune.comparison import (
+from ztune.errors import ConfigError, FormatError
+from ztune.experiments.comparison import (
     COLUMNS,
     Cell,
     ImagePass,
@@ -35,10 +35,10 @@ from ztune.comparison import (
     summarise,
     table_row,
 )
-from ztune.config import as_json
-from ztune.errors import ConfigError, FormatError
-from ztune.fields import Fields
-from ztune.files import new_folder, read_json, write_bytes, write_json
+from ztune.experiments.render import code_in_markdown, in_markdown
+from ztune.io.config import as_json
+from ztune.io.fields import Fields
+from ztune.io.files import new_folder, read_json, write_bytes, write_json
 from ztune.methods import METHODS, HeadMethod, method_config, needs_of
 from ztune.report_compare import Level, Line, draw_against
 from ztune.run import RunFolder

@@ -16,18 +16,18 @@ from ztune.cli.cells import BusyError, CellError, carry_out
 from ztune.cli.compare import Asked
 from ztune.cli.comparing import Folder
 from ztune.cli.output import Output
-from ztune.cli.request import Request
-from ztune.cli.tuning import Work
-from ztune.cli.workbench import Workbench
-from ztune.comparison import Cell, Job, Rates, duration, estimated_seconds
 from ztune.compositions.base import TunedConfig
-from ztune.config import as_json
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
+from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
+from ztune.io.config import as_json
 from ztune.methods import find_method, method_config, tuned_config
+from ztune.model import Workbench
 from ztune.run import RunFolder
+from ztune.run_config import Request
+from ztune.training import Work
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def _check_bundle(
     from runtimes.bundle import load_bundle
     from runtimes.ort import allowed_difference, parity_on_this_machine
     from runtimes.providers import Execution
-    from ztune.cli.pace import seconds_per_query
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
+    from ztune.pace import seconds_per_query
 
     bundle = load_bundle(path)
     failures: list[str] = []
@@ -220,11 +220,11 @@ def _signal(
 ) -> tuple[dict[str, Json], str]:
     """Measure what the gate of `ztune tune` would, without a run."""
     from runtimes.providers import Execution
-    from ztune.cli.gate import advice, described
-    from ztune.cli.request import request_from_arguments
-    from ztune.cli.tuning import Work, task_of
-    from ztune.cli.workbench import open_workbench
+    from ztune.model import open_workbench
+    from ztune.precision import advice, described
     from ztune.run import RunFolder
+    from ztune.run_config import request_from_arguments
+    from ztune.training import Work, task_of
 
     if arguments.method is None:
         arguments.method = _METHOD

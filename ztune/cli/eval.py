@@ -17,7 +17,6 @@ from rich.table import Table
 from ztune.access import TEXTS
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
-from ztune.cli.request import add_root_argument, place_of
 from ztune.cli.server import (
     add_server_arguments,
     is_url,
@@ -29,15 +28,16 @@ from ztune.cli.server import (
     server_settings,
 )
 from ztune.errors import ConfigError, DataError
-from ztune.fields import Fields
+from ztune.io.fields import Fields
+from ztune.run_config import add_root_argument, place_of
 from ztune.statistics import Score, score
 from ztune.types import I64, Json
 
 if TYPE_CHECKING:
     from ztune.artifact import Artifact
-    from ztune.cli.request import Request
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
     from ztune.run import RunFolder
+    from ztune.run_config import Request
 
 EXAMPLE = """\
   ztune eval runs/photos
@@ -127,8 +127,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.cli.request import request_from_json
     from ztune.run import RunFolder
+    from ztune.run_config import request_from_json
 
     for name in ("data", "root", "split_file", "prompt", "classes", "names"):
         if getattr(arguments, name) is not None:
@@ -170,7 +170,7 @@ def _score_run(
     output: Output,
 ) -> None:
     from ztune.artifact import read_artifact, require_same_model
-    from ztune.cli.scoring import extractor_for, open_gallery
+    from ztune.evaluate import extractor_for, open_gallery
     from ztune.report import draw_confusion
 
     artifact = read_artifact(folder.prompt)
@@ -229,7 +229,7 @@ def _bench(
 
     Raises: ConfigError for an option that does not go with it.
     """
-    from ztune.cli.workbench import open_workbench
+    from ztune.model import open_workbench
 
     if is_url(target):
         given = server_settings(arguments)
@@ -272,8 +272,8 @@ def _eval_bundle(
     arguments: argparse.Namespace, bench: Workbench, stack: ExitStack, output: Output
 ) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
-    from ztune.cli.scoring import extractor_for, open_gallery
     from ztune.data.manifests import read_class_list
+    from ztune.evaluate import extractor_for, open_gallery
 
     pictures = _pictures(arguments, output)
     candidates, whose = pictures.classes, "the pictures' own"
@@ -369,7 +369,7 @@ def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
 
 def _from_split_file(path: Path, split: str, *, pipe: bool = False) -> Labelled:
     from ztune.data.split import Split
-    from ztune.files import read_json
+    from ztune.io.files import read_json
 
     where = f'split file "{path}"'
     whole = Split.from_json(read_json(path, where, pipe=pipe), where)

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         ) from None
     from export.quantize import PRECISIONS, quantize_bundle
     from runtimes.bundle import load_bundle
-    from ztune.files import new_folder
+    from ztune.io.files import new_folder
 
     precision, out = arguments.precision, arguments.out
     known = ("fp32", *PRECISIONS)

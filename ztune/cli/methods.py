@@ -8,8 +8,8 @@ from rich.table import Table
 
 from ztune.access import described
 from ztune.cli.output import Output, table
-from ztune.config import as_json
 from ztune.errors import ConfigError
+from ztune.io.config import as_json
 from ztune.methods import METHODS, Method, TunedMethod, find_method, method_config, needs_of
 from ztune.types import Json
 

@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
     from ztune.artifact import VisualArtifact, read_artifact, require_same_model
-    from ztune.cli.scoring import required_extractor
-    from ztune.cli.workbench import open_workbench
     from ztune.data.manifests import read_class_list
+    from ztune.evaluate import required_extractor
+    from ztune.model import open_workbench
 
     out: Path = arguments.out
     if out.exists() and not arguments.force:

@@ -12,14 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from ztune.cli.request import Request
-from ztune.cli.workbench import Workbench
 from ztune.data.features import Features, read_view
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split
 from ztune.errors import ConfigError, ZtuneError
 from ztune.heads.shots import Shots
+from ztune.model import Workbench
 from ztune.run import RunFolder
+from ztune.run_config import Request
 from ztune.types import F32, I64, U8, Json
 
 

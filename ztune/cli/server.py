@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ztune.cli.output import Output
-from ztune.config import configured
 from ztune.errors import ConfigError, ZtuneError
+from ztune.io.config import configured
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from runtimes.connect import Connected
-    from runtimes.endpoint import Connection, Endpoint
-    from runtimes.served import Served
+    from runtimes.remote.connect import Connected
+    from runtimes.remote.endpoint import Connection, Endpoint
+    from runtimes.remote.served import Served
     from ztune.budget import Budget
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
 
 _OPTIONS = (
     "client", "tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "endpoint",
@@ -116,7 +116,7 @@ class ServerSettings:
 
         Raises: ConfigError for a value that cannot be.
         """
-        from runtimes.endpoint import Connection
+        from runtimes.remote.endpoint import Connection
 
         return configured(Connection, dict(self.connection), "server settings")
 
@@ -196,7 +196,7 @@ def named_servers(target: Path | str | None, given: Mapping[str, Json]) -> froze
 
     Raises: ConfigError for an address that is none.
     """
-    from runtimes.endpoint import parse_endpoint, parse_location
+    from runtimes.remote.endpoint import parse_endpoint, parse_location
 
     first = {parse_location(str(target)).endpoint} if target and is_url(target) else set()
     return frozenset(first | {parse_endpoint(one) for one in settings_from(given).endpoints})
@@ -211,7 +211,7 @@ def connect_to(
 
     Raises: ServerError, ConfigError.
     """
-    from runtimes.connect import connect
+    from runtimes.remote.connect import connect
 
     settings = settings_from(values)
     client = None if settings.client is None else Path(settings.client)
@@ -241,9 +241,9 @@ def open_served_workbench(
     """
     from runtimes.ort import OrtImageEncoder
     from runtimes.providers import Execution, check_precision
-    from runtimes.served import Served
+    from runtimes.remote.served import Served
     from ztune.cli.execution import settled
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
 
     settings, images = settings_from(values), None
     execution = Execution("cpu", threads)

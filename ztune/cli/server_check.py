@@ -18,10 +18,10 @@ def check_server(
 
     Raises: ServerError for the first check that it does not pass, ConfigError for settings.
     """
-    from runtimes.served import Served
+    from runtimes.remote.served import Served
     from runtimes.tokenizer import Tokenizer
     from ztune.access import TEXTS, described
-    from ztune.cli.pace import seconds_per_query
+    from ztune.pace import seconds_per_query
 
     connected = connect_to(url, values, named_servers(url, values), output)
     service, bundle = connected.service, connected.bundle

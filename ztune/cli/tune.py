@@ -13,14 +13,6 @@ from rich.table import Table
 
 from ztune.cli.execution import add_execution_arguments, settled
 from ztune.cli.output import Output, table
-from ztune.cli.request import (
-    Request,
-    add_root_argument,
-    remarks_on,
-    request_from_arguments,
-    request_from_json,
-    snapshots_of_word,
-)
 from ztune.cli.server import (
     add_server_arguments,
     is_url,
@@ -32,15 +24,23 @@ from ztune.cli.server import (
     server_settings,
 )
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError
-from ztune.fields import Fields
+from ztune.io.fields import Fields
 from ztune.methods import METHODS, PRESETS
 from ztune.optim.mixture import PROMPTS
+from ztune.run_config import (
+    Request,
+    add_root_argument,
+    remarks_on,
+    request_from_arguments,
+    request_from_json,
+    snapshots_of_word,
+)
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.cli.tuning import Work
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
     from ztune.run import RunFolder
+    from ztune.training import Work
 
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
@@ -165,10 +165,10 @@ Settings = Mapping[str, Json]
 
 
 def _start(request: Request, server: Settings, out: Path, output: Output) -> dict[str, Json]:
-    from ztune.cli.feasible import start_config
-    from ztune.cli.tuning import Work, opening, task_of
-    from ztune.cli.workbench import open_workbench
+    from ztune.checks import start_config
+    from ztune.model import open_workbench
     from ztune.run import RunFolder
+    from ztune.training import Work, opening, task_of
 
     start_config(request)
     request.split_settings()  # wrong numbers are told before anything is opened
@@ -258,10 +258,10 @@ def _go_on(
     output: Output,
 ) -> dict[str, Json]:
     """Finish a run as it was begun: its bundle, pictures, provider and settings."""
-    from ztune.cli.tuning import Work
     from ztune.data.split import Split
-    from ztune.files import read_json
+    from ztune.io.files import read_json
     from ztune.system import machine, versions
+    from ztune.training import Work
 
     where = f'run "{folder.path}": run.json'
     fields = Fields(head, where)
@@ -299,7 +299,7 @@ def _reopened(
     """
     from runtimes.bundle import load_bundle
     from runtimes.providers import Execution, resolve
-    from ztune.cli.workbench import Workbench
+    from ztune.model import Workbench
 
     bundle = moved_bundle or request.bundle
     resumes = f"--resume {shlex.quote(str(folder.path))}"

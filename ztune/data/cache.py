@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ztune.errors import DataError
-from ztune.files import read_bytes
+from ztune.io.files import read_bytes
 from ztune.types import F32
 
 _MARK = b"zft1"

@@ -22,7 +22,7 @@ from ztune.data.library import (
 from ztune.data.manifests import SplitName
 from ztune.data.named import Spec
 from ztune.errors import DataError
-from ztune.files import sha256
+from ztune.io.files import sha256
 
 Progress = Callable[[int, int], None]
 _SHOWN = 5  # names in a warning

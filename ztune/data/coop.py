@@ -22,7 +22,7 @@ from pathlib import Path
 from ztune.data.folders import Dataset
 from ztune.data.manifests import SplitName, is_inside, is_utf8, read_text
 from ztune.errors import ConfigError, DataError
-from ztune.files import write_bytes
+from ztune.io.files import write_bytes
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 MOST_VAL = 4

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ztune.errors import DataError
-from ztune.files import read_bytes, resolves_inside
+from ztune.io.files import read_bytes, resolves_inside
 
 SplitName = Literal["train", "val", "test"]
 SPLIT_NAMES: Mapping[str, SplitName] = {

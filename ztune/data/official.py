@@ -17,7 +17,7 @@ from ztune.data.coop import CoopSplit, Item, divide_classes, hold_out_val
 from ztune.data.folders import pictures_below
 from ztune.data.manifests import is_inside, read_text
 from ztune.errors import DataError, FormatError
-from ztune.files import read_json
+from ztune.io.files import read_json
 
 Maker = Callable[[Path, Path, random.Random], CoopSplit]
 """Called with the data set's folder, its image folder, and the generator to divide with."""

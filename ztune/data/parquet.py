@@ -25,7 +25,7 @@ from typing import Any
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
 from ztune.data.manifests import SPLIT_NAMES, SplitName
 from ztune.errors import DataError, FormatError
-from ztune.files import new_folder, read_json, write_bytes, write_json
+from ztune.io.files import new_folder, read_json, write_bytes, write_json
 
 EXTRACTED = "parquet-pictures"
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"

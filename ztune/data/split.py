@@ -20,8 +20,8 @@ import numpy as np
 from ztune.data.folders import Dataset
 from ztune.data.manifests import SplitName, is_inside
 from ztune.errors import ConfigError, DataError, FormatError
-from ztune.fields import Fields
-from ztune.files import sha256
+from ztune.io.fields import Fields
+from ztune.io.files import sha256
 from ztune.types import I64, Json
 
 FORMAT = "ztune-split"

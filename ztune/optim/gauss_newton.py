@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.objective import required_logits
 from ztune.optim.convex import SoftmaxProblem, softmax
 from ztune.types import F32, F64, I64, Evaluation, Proposal, State

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztune.errors import ConfigError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.objective import cross_entropy, required_logits
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.logit_span import LogitSpan

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.optim.cma import Cma, CmaConfig
 from ztune.optim.nested import get_state, put_state
 from ztune.optim.validation import Patience

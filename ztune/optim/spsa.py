@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.types import F64, Evaluation, Proposal, State
 
 

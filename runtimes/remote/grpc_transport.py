@@ -1,0 +1,188 @@
+"""Requests over gRPC."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from typing import Any
+
+from runtimes.remote import transport
+from runtimes.remote.endpoint import Connection, Endpoint
+from runtimes.remote.transport import (
+    BROKEN_OFF,
+    NO_TLS,
+    Array,
+    CallError,
+    Request,
+    as_object,
+    described,
+    kind_by_words,
+    one_line,
+    read_arrays,
+    without_secrets,
+)
+from ztune.errors import ConfigError
+from ztune.types import Json
+
+# What gRPC's words on TLS begin with, and what is said instead of the rest.
+_TLS_WORDS = {
+    "CERTIFICATE_VERIFY_FAILED: ": "",
+    "Hostname Verification Check failed": "the certificate is another host's",
+    "WRONG_VERSION_NUMBER": NO_TLS,
+    "TSI_DATA_CORRUPTED": BROKEN_OFF,
+    "Tls handshake failed": "",
+    "Ssl handshake failed": "",
+}
+
+
+class GrpcTransport:
+    """KServe-v2 over gRPC."""
+
+    def __init__(self, endpoint: Endpoint, connection: Connection):
+        # Its own words on standard error say the same as the error that is raised, at length.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        import tritonclient.grpc as client
+
+        self.endpoint = endpoint
+        self._client_module = client
+        self._headers = connection.headers(endpoint)
+        self._compression = None if connection.compression == "none" else connection.compression
+        if endpoint.secure and connection.insecure:
+            raise ConfigError(
+                "gRPC checks certificates always: leave out --insecure (name the server's own "
+                "certificate with --tls-ca, or use https://)"
+            )
+        if endpoint.secure:
+            connection.ssl_context()  # gRPC itself tells of unusable files only when it connects
+        options = [
+            # These replace all defaults of the client, its message sizes among them.
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", transport.LARGEST_ANSWER),
+            # A server that comes back is found within a second; by default, within two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # We send a request again ourselves, where it is counted.
+            ("grpc.enable_retries", 0),
+            # Nobody but the server that was named: a proxy would see what is not encrypted.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._lock = threading.Lock()
+        self._opened: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed = False
+        self._connect = functools.partial(
+            client.InferenceServerClient,
+            endpoint.address,
+            ssl=endpoint.secure,
+            root_certificates=connection.tls_ca,
+            private_key=connection.tls_key,
+            certificate_chain=connection.tls_cert,
+            channel_args=options,
+        )
+        try:
+            self._client = self._connect()
+            self._opened.add(self._client)
+        except Exception as error:  # grpc raises its own kinds, for certificates and keys
+            raise ConfigError(
+                f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
+            ) from None
+
+    def ready(self, seconds: float) -> bool:
+        return bool(
+            self._call("is_server_live", seconds) and self._call("is_server_ready", seconds)
+        )
+
+    def server(self, seconds: float) -> dict[str, Json]:
+        return as_object(self._call("get_server_metadata", seconds, as_json=True))
+
+    def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
+        metadata = as_object(self._call("get_model_metadata", seconds, name, version, as_json=True))
+        if not self._call("is_model_ready", seconds, name, version):
+            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "missing")
+        return metadata
+
+    def infer(self, request: Request, seconds: float) -> dict[str, Array]:
+        module = self._client_module
+        inputs, outputs = described(module, request)
+        result = self._call(
+            "infer",
+            seconds,
+            request.model,
+            inputs,
+            request.version,
+            outputs,
+            compression_algorithm=self._compression,
+        )
+        return read_arrays(self.endpoint, result, request, _told_by_grpc)
+
+    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
+        self._call("register_system_shared_memory", seconds, name, key, n_bytes)
+
+    def unshare(self, name: str, seconds: float) -> None:
+        self._call("unregister_system_shared_memory", seconds, name)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for client in list(self._opened):
+                client.close()
+
+    def _leave(self, client: Any) -> None:
+        """Ask over a new connection from now on: this one may be dead without a sign of it.
+
+        What others still await of it goes on; it closes with the last of them.
+        """
+        with self._lock:
+            if client is self._client and not self._closed:
+                self._client = self._connect()
+                self._opened.add(self._client)
+
+    def _call(self, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        client = self._client
+        try:
+            return getattr(client, method)(
+                *arguments, headers=self._headers, client_timeout=seconds, **options
+            )
+        except InferenceServerException as error:
+            if str(error.status()).endswith("DEADLINE_EXCEEDED"):
+                self._leave(client)
+            raise self._failure(error) from None
+        except ValueError as error:  # the channel is closed
+            raise CallError(f"{self.endpoint}: {one_line(error)}", "away") from None
+
+    def _failure(self, error: Any) -> CallError:
+        code, text = str(error.status()), one_line(error.message())
+        kinds = {
+            "DEADLINE_EXCEEDED": "away",
+            "UNAVAILABLE": "away",
+            "CANCELLED": "away",
+            "UNKNOWN": "broken",
+            "INTERNAL": "broken",
+            "ABORTED": "away",
+            "RESOURCE_EXHAUSTED": "busy",
+            "NOT_FOUND": "missing",
+            "UNAUTHENTICATED": "denied",
+            "PERMISSION_DENIED": "denied",
+        }
+        kind = kinds.get(code.rpartition(".")[2], "refused")
+        if "Received message larger than max" in text:
+            kind = "refused"
+        kind = kind_by_words(text, kind)
+        if code.endswith("DEADLINE_EXCEEDED"):
+            text = "no answer within the deadline"
+        if code.endswith("UNIMPLEMENTED"):
+            text = "it does not offer this (UNIMPLEMENTED)"
+        for mark, words in _TLS_WORDS.items():
+            if mark in str(error.message()):
+                text = f"TLS failed: {words or text.removesuffix(': OK')}"
+                break
+        return without_secrets(CallError(f"{self.endpoint}: {text}", kind), self._headers)
+
+
+def _told_by_grpc(output: Any) -> tuple[Any, Any]:
+    return output.datatype, output.shape

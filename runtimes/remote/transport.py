@@ -1,0 +1,237 @@
+"""One request to one server and its answer: what the KServe-v2 protocol's two transports share.
+
+Whatever goes wrong is one CallError, for both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtimes.remote.endpoint import Connection, Endpoint
+from ztune.errors import ServerError, ZtuneError
+from ztune.types import Json
+
+LARGEST_ANSWER = 1_000_000_000
+"""Bytes of an answer that are read at most."""
+DATATYPES: Mapping[str, str] = {
+    "float32": "FP32",
+    "float64": "FP64",
+    "int64": "INT64",
+    "uint8": "UINT8",
+}
+NUMPY_TYPES = {ours: np.dtype(name) for name, ours in DATATYPES.items()}
+Array = np.ndarray[Any, Any]
+BROKEN_OFF = "the server broke it off (does it want a certificate, or another one?)"
+NO_TLS = "what answers there speaks no TLS"
+
+
+class CallError(Exception):
+    """A request without a usable answer."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+        """away: no answer; busy: the server says later; broken: it failed inside, or what it says
+        cannot be read; forgotten: what was left with it is there no longer; missing: no such model;
+        denied: who we are; refused: the request itself."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.kind in ("away", "busy", "broken", "forgotten")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a shared memory region of the server's host."""
+
+    name: str
+    n_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model."""
+
+    model: str
+    inputs: Mapping[str, Array]
+    outputs: Sequence[str]
+    version: str = ""
+    inputs_at: Mapping[str, Region] = field(default_factory=dict)
+    """Inputs that stand in shared memory; they are not sent."""
+    outputs_at: Mapping[str, Region] = field(default_factory=dict)
+    """Outputs that the server writes into shared memory; they are not in the answer."""
+
+
+class Transport(Protocol):
+    """A connection to one server; `infer` may be called from several threads."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the server is."""
+
+    def ready(self, seconds: float) -> bool:
+        """Return whether the server is live and ready.
+
+        Raises: CallError when it does not answer.
+        """
+
+    def server(self, seconds: float) -> dict[str, Json]:
+        """Return the server's metadata: name, version, extensions."""
+
+    def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
+        """Return a model's metadata: name, versions, platform, inputs, outputs.
+
+        Raises: CallError of kind missing when there is none, or it is not ready.
+        """
+
+    def infer(self, request: Request, seconds: float) -> dict[str, Array]:
+        """Return the outputs as the server sent them.
+
+        Of one in shared memory, zeros of the type and shape that the server says it has there.
+
+        Raises: CallError.
+        """
+
+    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
+        """Have the server open a shared memory region of its host."""
+
+    def unshare(self, name: str, seconds: float) -> None:
+        """Have the server close a shared memory region."""
+
+    def close(self) -> None:
+        """Give the connection up; what is on its way ends at once, without an answer."""
+
+
+def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
+    """Return a connection of the address's protocol; nothing is sent yet.
+
+    Raises: ConfigError for files or secrets that cannot be used, ZtuneError without tritonclient.
+    """
+    connection.check_files()
+    try:
+        if endpoint.protocol == "grpc":
+            from runtimes.remote.grpc_transport import GrpcTransport
+
+            return GrpcTransport(endpoint, connection)
+        from runtimes.remote.http_transport import HttpTransport
+
+        return HttpTransport(endpoint, connection)
+    except ImportError as error:
+        raise ZtuneError(
+            f"a server is spoken to with tritonclient ({error}); install it with: "
+            "pip install 'ztune[triton]'"
+        ) from None
+
+
+def described(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:
+    """Return a request's inputs and outputs as tritonclient wants them."""
+    inputs = []
+    for name, array in request.inputs.items():
+        given = module.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
+        region = request.inputs_at.get(name)
+        if region is not None:
+            given.set_shared_memory(region.name, region.n_bytes, region.offset)
+        elif "binary" in options:
+            given.set_data_from_numpy(np.ascontiguousarray(array), binary_data=options["binary"])
+        else:
+            given.set_data_from_numpy(np.ascontiguousarray(array))
+        inputs.append(given)
+    outputs = []
+    for name in request.outputs:
+        if "binary" in options:
+            wanted = module.InferRequestedOutput(name, binary_data=options["binary"])
+        else:
+            wanted = module.InferRequestedOutput(name)
+        region = request.outputs_at.get(name)
+        if region is not None:
+            wanted.set_shared_memory(region.name, region.n_bytes, region.offset)
+        outputs.append(wanted)
+    return inputs, outputs
+
+
+def read_arrays(
+    endpoint: Endpoint, result: Any, request: Request, told: Callable[[Any], tuple[Any, Any]]
+) -> dict[str, Array]:
+    """Return the outputs that were asked for; `told` gives datatype and shape of one.
+
+    Raises: CallError.
+    """
+    arrays = {}
+    for name in request.outputs:
+        try:
+            output = result.get_output(name)
+            array: Array | None = None
+            if output is not None and name in request.outputs_at:
+                datatype, shape = told(output)
+                empty = np.zeros((), NUMPY_TYPES[datatype])
+                array = np.broadcast_to(empty, [int(size) for size in shape])
+            elif output is not None:
+                array = result.as_numpy(name)
+        except Exception as error:  # bytes that do not fill the shape, no shape, no known type
+            raise unreadable(endpoint, error) from None
+        if array is None:
+            raise CallError(f'{endpoint}: {request.model}: the answer lacks "{name}"', "refused")
+        arrays[name] = array
+    return arrays
+
+
+def unreadable(endpoint: Endpoint, reason: object) -> CallError:
+    return CallError(f"{endpoint}: unreadable answer ({one_line(reason)})", "broken")
+
+
+def kind_by_words(text: str, kind: str) -> str:
+    """Return the kind of a failure whose code says less than its words; codes differ by server."""
+    if kind in ("refused", "missing", "broken"):
+        if "no pictures are kept" in text or "unable to find" in text.lower():
+            return "forgotten"
+        if "unknown model" in text:
+            return "missing"
+    return kind
+
+
+def without_secrets(error: CallError, headers: Mapping[str, str]) -> CallError:
+    """Return an error that repeats nothing of what authorised the request, should a server do."""
+    text = str(error)
+    for value in headers.values():
+        for secret in (value, value.partition(" ")[2]):
+            text = text.replace(secret, "…") if secret else text
+    return CallError(text, error.kind)
+
+
+def as_object(value: Any) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise CallError("metadata is no object", "refused")
+    return value
+
+
+def one_line(text: object) -> str:
+    """Return an error's own words in one line: of gRPC's, what the last of its causes says."""
+    # What a server says may be anything: no control characters reach a terminal.
+    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    words = " ".join(printable.split())
+    for mark in ("last error: ", "CERTIFICATE_VERIFY_FAILED: "):
+        if mark in words:
+            words = words.rpartition(mark)[2]
+    return re.sub(r"^[A-Z]+: (ipv4|ipv6):\S+: ", "", words)[:300]
+
+
+def server_error(error: CallError) -> ServerError:
+    """Return what a person reads of a CallError, and what to do about it."""
+    hints = {
+        "away": "is the address right, and the server up?",
+        "busy": "the server has too much to do",
+        "broken": "see the server's log",
+        "denied": "give a token with ZTUNE_TOKEN or --token-file, or basic auth with "
+        "ZTUNE_BASIC_AUTH or --basic-auth-file",
+    }
+    hint = hints.get(error.kind)
+    if "TLS failed" in str(error):
+        hint = "see --tls-ca, --tls-cert and --tls-key, which no run keeps"
+    return ServerError(f"{error} ({hint})" if hint else str(error))

@@ -1,0 +1,765 @@
+"""From a plan to jobs: what a key depends on and what not, shared runs, copies, what is encoded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtimes.bundle import load_bundle
+from tests.conftest import DIGITS, MINI
+from tests.ztune.data_trees import lines
+from tests.ztune.test_data_named import built, png
+from ztune.cli.output import Output
+from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
+from ztune.experiments.cells import Cell
+from ztune.experiments.jobs import PictureList
+from ztune.experiments.plan import read_plan
+from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
+from ztune.io.files import sha256
+
+HEAD = """
+title = "{title}"
+seeds = [{seed}]
+queries = {queries}
+preset = "{preset}"
+curve = {curve}
+[execution]
+threads = {threads}
+force = {force}
+[models]
+mini = "{bundle}"
+[data]
+digits = {{ path = "{data}", template = "{template}" }}
+[methods]
+zip = {{ settings = {{ {settings} }} {more} }}
+"""
+FEW_SHOT = """
+[[protocols]]
+kind = "few-shot"
+data = ["digits"]
+shots = [{shots}]
+methods = ["zip"]
+"""
+USUAL: dict[str, object] = {
+    "title": "Digits", "seed": 1, "queries": 40, "preset": "default", "curve": 0, "threads": 1,
+    "force": "false", "bundle": MINI, "template": "a photo of a {}.", "settings": "rank = 2",
+    "more": "", "shots": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return three classes of sixteen digits, 8 to tune with, 3 to validate and 5 to test on."""
+    root = tmp_path / "digits"
+    for name in ("one", "two", "three"):
+        (root / name).mkdir(parents=True)
+        for picture in sorted((DIGITS / name).iterdir())[:16]:
+            shutil.copy(picture, root / name)
+    return root
+
+
+Prepare = Callable[..., Prepared]
+EVERYTHING = Only()
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Prepare:
+    """Prepare the text of a plan; folders are of the test alone."""
+    n = 0
+
+    def call(
+        text: str,
+        *,
+        provider: str = "cpu",
+        root: Path | None = None,
+        output: Output | None = None,
+        out: Path | None = None,
+        only: Only = EVERYTHING,
+    ) -> Prepared:
+        nonlocal n
+        n += 1
+        path = tmp_path / f"plan-{n}.toml"
+        path.write_text(text)
+        out = out or tmp_path / f"out-{n}"
+        said = output or Output(quiet=True, warnings=[])
+        prepared = Preparation(read_plan(path), only, root, out, provider, said).prepare()
+        assert not out.exists(), "whoever prepares writes nothing"
+        return prepared
+
+    return call
+
+
+def few_shot(data: object, **changes: object) -> str:
+    """Return a plan of one cell."""
+    return (HEAD + FEW_SHOT).format(**{**USUAL, "data": data, **changes})
+
+
+def key_of_one(prepared: Prepared) -> str:
+    (key,) = prepared.cells.values()
+    assert key is not None
+    (job,) = prepared.jobs
+    assert [cell.key for cell in job.cells] == [key]
+    return key
+
+
+def keys_by_name(prepared: Prepared) -> dict[str, str]:
+    return {str(cell): key for cell, key in prepared.cells.items() if key is not None}
+
+
+def file_of(prepared: Prepared, role: str) -> Path:
+    """Return the first picture that a plan of one cell uses so."""
+    (job,) = prepared.jobs
+    if role == "test":
+        return prepared.lists[job.cells[0].parts[0].list_file].items[0][0]
+    return job.split.file(next(e for e in job.split.entries if e.role == role))
+
+
+def divided(data: Path, path: Path) -> Path:
+    """Write a manifest that says what each picture is for, so that others change no role."""
+    rows = ["path,label,split"]
+    for name in ("one", "two", "three"):
+        for n, picture in enumerate(sorted((data / name).iterdir())):
+            split = "train" if n < 8 else "val" if n < 11 else "test"
+            rows.append(f"{picture.relative_to(path.parent).as_posix()},{name},{split}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+# What a key depends on
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"queries": 41},
+        {"seed": 2},
+        {"shots": 3},
+        {"settings": "rank = 3"},
+        {"settings": "rank = 2, clip = false"},
+        {"preset": "published"},
+        {"more": ", augment = 2"},
+        {"template": "the digit {}"},
+        {"curve": 3},
+        {"threads": 2},
+        {"threads": "1\nmemory_limit = 500"},
+        {"force": "true"},
+        {"settings": "", "more": ', uses = "spsa"'},
+    ],
+    ids=str,
+)
+def test_a_key_changes_with_what_changes_the_figures(
+    data: Path, prepare: Prepare, changes: dict[str, object]
+) -> None:
+    before = key_of_one(prepare(few_shot(data)))
+    prepared = prepare(few_shot(data, **changes))
+    assert key_of_one(prepared) != before
+    assert prepared.jobs[0].run != prepare(few_shot(data)).jobs[0].run
+
+
+def test_no_two_changes_give_one_key(data: Path, prepare: Prepare) -> None:
+    """Values of different settings do not stand in for each other."""
+    ways: list[dict[str, object]] = [
+        {}, {"seed": 3}, {"shots": 3}, {"threads": 3}, {"curve": 3}, {"settings": "rank = 3"},
+        {"more": ", augment = 3"}, {"preset": "published"}, {"queries": 43},
+    ]  # fmt: skip
+    assert len({key_of_one(prepare(few_shot(data, **way))) for way in ways}) == len(ways)
+
+
+def test_a_run_changes_with_a_seed_that_draws_the_same(data: Path, prepare: Prepare) -> None:
+    """Where all pictures are tuned on, a seed is still that of the method."""
+    (first,), (second,) = (prepare(few_shot(data, shots=9, seed=seed)).jobs for seed in (1, 2))
+    assert first.split.entries == second.split.entries
+    assert first.run != second.run
+
+
+def test_a_run_changes_with_the_method_of_equal_settings(data: Path, prepare: Prepare) -> None:
+    as_spsa = "step_decay = 0.602, perturbation_decay = 0.101, momentum = 0.0"
+    (first,), (second,) = (
+        prepare(few_shot(data, settings=as_spsa, more=f', uses = "{name}"')).jobs
+        for name in ("spsa", "spsa-gc")
+    )
+    assert first.request.settings == second.request.settings
+    assert first.run != second.run
+
+
+def test_a_key_changes_with_the_provider(data: Path, prepare: Prepare) -> None:
+    keys = {key_of_one(prepare(few_shot(data), provider=name)) for name in ("cpu", "cuda")}
+    assert len(keys) == 2
+
+
+def test_a_key_changes_with_the_bundle_and_not_with_its_place(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    before = key_of_one(prepare(few_shot(data)))
+    copy = Path(shutil.copytree(MINI, tmp_path / "copy"))
+    assert key_of_one(prepare(few_shot(data, bundle=copy))) == before
+    described = json.loads((copy / "bundle.json").read_text())
+    described["source"]["model"] = "another"
+    (copy / "bundle.json").write_text(json.dumps(described))
+    assert key_of_one(prepare(few_shot(data, bundle=copy))) != before
+
+
+@pytest.mark.parametrize("role", ["train", "val", "test"])
+def test_a_key_changes_with_every_pictures_bytes(data: Path, prepare: Prepare, role: str) -> None:
+    prepared = prepare(few_shot(data))
+    with file_of(prepared, role).open("ab") as file:
+        file.write(b" ")
+    changed = prepare(few_shot(data))
+    assert key_of_one(changed) != key_of_one(prepared)
+    # The run is the same where only what it is scored on is another.
+    assert (changed.jobs[0].run == prepared.jobs[0].run) == (role == "test")
+
+
+def test_a_key_changes_with_a_test_picture_and_the_run_does_not(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    manifest = divided(data, tmp_path / "list.csv")
+    before = prepare(few_shot(manifest))
+    with manifest.open("a") as file:
+        file.write("more.png,one,test\n")
+    shutil.copy(sorted((DIGITS / "one").iterdir())[20], tmp_path / "more.png")
+    after = prepare(few_shot(manifest))
+    assert key_of_one(after) != key_of_one(before)
+    assert after.jobs[0].run == before.jobs[0].run
+    assert len(after.lists[after.jobs[0].cells[0].parts[0].list_file].paths) == 16
+
+
+def test_a_key_changes_with_a_class_name(data: Path, prepare: Prepare) -> None:
+    before = prepare(few_shot(data))
+    (data / "one").rename(data / "aone")  # the order of classes and the draw stay
+    after = prepare(few_shot(data))
+    assert [e.sha256 for e in after.jobs[0].split.entries] == [
+        e.sha256 for e in before.jobs[0].split.entries
+    ]
+    assert key_of_one(after) != key_of_one(before)
+    assert after.jobs[0].run != before.jobs[0].run
+
+
+def test_a_target_and_its_template_are_part_of_a_transfers_key(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    for picture in other.glob("*/*"):
+        with picture.open("ab") as file:
+            file.write(b" ")
+    ways = [prepare(transfers(data, *way)) for way in ((data, "{}"), (data, "a {}"), (other, "{}"))]
+    assert len({key for way in ways for key in way.cells.values()}) == 3 * 2
+    assert len({job.run for way in ways for job in way.jobs}) == 1, "what is tuned is the same"
+
+
+# What a key does not depend on
+
+
+@pytest.mark.parametrize(
+    "changes", [{"title": "Another"}, {"more": ", curve = 0"}, {"more": ', uses = "zip"'}], ids=str
+)
+def test_a_key_does_not_change_with_what_is_said(
+    data: Path, prepare: Prepare, changes: dict[str, object]
+) -> None:
+    assert prepare(few_shot(data, **changes)).cells == prepare(few_shot(data)).cells
+
+
+def test_settings_count_as_they_are_in_effect(data: Path, prepare: Prepare) -> None:
+    """A setting that is written out and equal to the default is the default."""
+    assert prepare(few_shot(data, settings="rank = 5")).cells == prepare(
+        few_shot(data, settings="")
+    ).cells  # fmt: skip
+    assert prepare(few_shot(data, settings="rank = 5, clip = true")).cells == prepare(
+        few_shot(data, settings="clip = true, rank = 5")
+    ).cells  # fmt: skip
+
+
+def test_a_key_does_not_change_with_folders(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+    before = prepare(few_shot(data))
+    moved = Path(shutil.copytree(data, tmp_path / "elsewhere" / "called-otherwise"))
+    shutil.rmtree(data)
+    after = prepare(few_shot(moved))  # another place, another plan file, another OUT
+    assert after.cells == before.cells
+    assert [job.run for job in after.jobs] == [job.run for job in before.jobs]
+    assert after.jobs[0].split.roots == {"data": moved.resolve()}
+    assert file_of(after, "train").is_file()
+    assert file_of(after, "test").is_file()
+
+
+def test_lists_of_an_earlier_place_are_replaced(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prepare(few_shot(data), out=out)
+    moved = data.rename(tmp_path / "moved")
+    again = prepare(few_shot(moved), out=out)
+    assert file_of(again, "test").is_file()
+    assert file_of(again, "test").is_relative_to(moved.resolve())
+
+
+MANY = """
+title = "Many"
+queries = 40
+{order}
+[models]
+mini = "{bundle}"
+[data]
+digits = {{ path = "{data}", template = "a photo of a {{}}." }}
+[methods]
+{methods}
+{protocols}
+"""
+
+
+def test_a_key_does_not_change_with_other_cells_and_their_order(
+    data: Path, prepare: Prepare
+) -> None:
+    def plan(seeds: str, shots: str, methods: list[str], kinds: list[str]) -> str:
+        protocols = "".join(
+            f'[[protocols]]\nkind = "{kind}"\nshots = [{shots}]\n' for kind in kinds
+        )
+        return MANY.format(
+            order=f"seeds = [{seeds}]", bundle=MINI, data=data, methods="\n".join(methods),
+            protocols=protocols,
+        )  # fmt: skip
+
+    kinds = ["few-shot"]
+    one = keys_by_name(prepare(plan("1", "2", ["gda = {}"], kinds)))
+    many = prepare(plan("1, 2", "1, 2", ["zip = {}", "gda = {}"], kinds))
+    turned = prepare(plan("2, 1", "2, 1", ["gda = {}", "zip = {}"], kinds))
+    assert len(many.cells) == 8
+    assert keys_by_name(many) == keys_by_name(turned)
+    assert list(many.cells) != list(turned.cells)
+    assert one.items() < keys_by_name(many).items()
+    assert {job.run for job in many.jobs} == {job.run for job in turned.jobs}
+    # In the plan's order: seed by seed, and in it shots by shots.
+    assert [(c.seed, c.shots, c.method) for c in many.cells] == [
+        (seed, shots, method) for seed in (1, 2) for shots in (1, 2) for method in ("zip", "gda")
+    ]
+
+
+def test_cells_that_are_named_twice_are_one(data: Path, prepare: Prepare) -> None:
+    text = few_shot(data) + FEW_SHOT.format(**USUAL)
+    assert prepare(text).cells == prepare(few_shot(data)).cells
+    assert len(prepare(text).jobs[0].cells) == 1
+
+
+# Runs that cells share
+
+
+def transfers(data: Path, target: Path, template: str = "the digit {}") -> str:
+    entry = f'again = {{ path = "{target}", template = "{template}" }}\n'
+    head = HEAD.format(**{**USUAL, "data": data, "curve": 4})
+    text = head.replace("[methods]", entry + "[methods]")
+    for kind in ("cross-data-set", "out-of-distribution"):
+        text += f'[[protocols]]\nkind = "{kind}"\nsource = "digits"\ntargets = ["again"]\n'
+        text += "shots = [2]\n"
+    return text
+
+
+def test_transfers_of_one_source_share_a_run(data: Path, prepare: Prepare) -> None:
+    prepared = prepare(transfers(data, data))
+    (job,) = prepared.jobs
+    assert [cell.cell.protocol for cell in job.cells] == ["cross-data-set", "out-of-distribution"]
+    assert len(prepared.cells) == 2
+    assert [cell.key for cell in job.cells] == list(prepared.cells.values())
+    assert not any(cell.curve for cell in job.cells)
+    for cell in job.cells:
+        (part,) = cell.parts
+        assert (part.name, part.templates) == ("again", ("the digit {}",))
+    assert job.request.templates == ("a photo of a {}.",)
+
+
+def test_labels_of_one_configuration_share_a_run(data: Path, prepare: Prepare) -> None:
+    text = few_shot(data).replace("[[", 'again = { uses = "zip", settings = { rank = 2 } }\n[[', 1)
+    text = text.replace('methods = ["zip"]', 'methods = ["zip", "again"]')
+    prepared = prepare(text)
+    (job,) = prepared.jobs
+    assert [cell.cell.method for cell in job.cells] == ["zip"]
+    assert set(prepared.cells.values()) == {job.cells[0].key}
+    assert [cell.method for cell in prepared.cells] == ["zip", "again"]
+
+
+def test_every_job_is_what_its_cells_are_called(data: Path, prepare: Prepare) -> None:
+    text = MANY.format(
+        order="seeds = [1, 2]", bundle=MINI, data=data, methods="zip = {}\ngda = {}",
+        protocols='[[protocols]]\nkind = "few-shot"\nshots = [1, 2]\n',
+    )  # fmt: skip
+    prepared = prepare(text)
+    assert len(prepared.jobs) == 8
+    found: dict[Cell, str] = {}
+    for job in prepared.jobs:
+        for one in job.cells:
+            found[one.cell] = one.key
+            request = job.request
+            assert (one.cell.method, one.cell.shots, one.cell.seed) == (
+                request.method, request.shots, request.seed,
+            )  # fmt: skip
+            assert len(job.split.entries_of("train")) == 3 * one.cell.shots
+            assert request.augment == 0
+            assert job.bundle_digest
+    assert found == prepared.cells
+
+
+def test_what_a_plan_wants_of_execution_reaches_the_requests(data: Path, prepare: Prepare) -> None:
+    text = few_shot(data, threads=3, force="true", curve=5, preset="published")
+    (job,) = prepare(text.replace("threads", "memory_limit = 500\nthreads")).jobs
+    request = job.request
+    assert (request.threads, request.memory_limit, request.force) == (3, 500, True)
+    assert (request.snapshots, request.augment, request.provider) == (5, 16, "cpu")
+    assert job.cells[0].curve
+
+
+def test_only_methods_with_a_limit_are_forced(data: Path, prepare: Prepare) -> None:
+    """Others refuse to be: a plan that forces zip must not make ogn and gda fail."""
+    text = few_shot(data, force="true").replace("[[", "ogn = {}\ngda = {}\n[[", 1)
+    prepared = prepare(text.replace('["zip"]', '["zip", "ogn", "gda"]'))
+    assert [(job.request.method, job.request.force) for job in prepared.jobs] == [
+        ("zip", True), ("ogn", False), ("gda", False),
+    ]  # fmt: skip
+
+
+# What is asked for now
+
+
+@pytest.mark.parametrize(
+    ("only", "takes"),
+    [
+        (Only(), True),
+        (Only(methods=("zip", "gda"), data=("digits",), shots=(4, 2), seeds=(1,)), True),
+        (Only(methods=("gda",)), False),
+        (Only(data=("other",)), False),
+        (Only(shots=(4,)), False),
+        (Only(methods=("zip",), seeds=(2,)), False),
+        (Only(seeds=()), False),
+    ],
+)
+def test_only_some_cells(only: Only, takes: bool) -> None:
+    assert only.takes(Cell("few-shot", "mini", "digits", "zip", 2, 1)) == takes
+
+
+# What is said
+
+
+def test_copies_are_counted_and_kept(
+    data: Path, prepare: Prepare, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = divided(data, tmp_path / "list.csv")
+    plain = prepare(few_shot(manifest))
+    assert not capfd.readouterr().err
+    train, val, test = (file_of(plain, role) for role in ("train", "val", "test"))
+    others = [path for path in data.glob("one/*") if path.name > test.name]
+    test.write_bytes(train.read_bytes())
+    others[0].write_bytes(val.read_bytes())
+    warnings: list[str] = []
+    prepared = prepare(few_shot(manifest), output=Output(quiet=True, warnings=warnings))
+    (warning,) = warnings
+    assert warning.startswith("digits: test: 2 of the pictures to test on equal one that is tuned")
+    (job,) = prepared.jobs
+    pictures = prepared.lists[job.cells[0].parts[0].list_file]
+    assert len(pictures.paths) == 15, "they stay"
+    assert len(job.split.entries) == len(plain.jobs[0].split.entries)
+    tuned_on = {entry.sha256 for entry in job.split.entries}
+    assert sum(digest in tuned_on for digest in pictures.digests) == 2
+
+
+def test_copies_are_counted_seed_by_seed(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+    """One copy of a picture that only some seeds draw."""
+    manifest = divided(data, tmp_path / "list.csv")
+    two_seeds = few_shot(manifest, shots="1", seed="1, 2, 3, 4, 5")
+    drawn: list[set[Path]] = [
+        {job.split.file(entry) for entry in job.split.entries_of("train")}
+        for job in prepare(two_seeds).jobs
+    ]
+    sometimes = sorted(drawn[0].union(*drawn) - drawn[0].intersection(*drawn))[0]
+    target = sorted((data / "two").iterdir())[-1]
+    target.write_bytes(sometimes.read_bytes())
+    warnings: list[str] = []
+    prepare(two_seeds, output=Output(quiet=True, warnings=warnings))
+    (warning,) = warnings
+    assert "digits: test: 0 to 1 of the pictures" in warning
+
+
+def test_what_is_unusual_is_said_once(
+    data: Path, prepare: Prepare, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepare(few_shot(data, seed="1, 2", shots="2, 9"), output=Output())
+    said = capfd.readouterr().err.splitlines()
+    short = [line for line in said if "have fewer than 9 pictures" in line]
+    assert len(short) == 1
+    assert short[0].startswith("digits: 9 shots: 3 class(es)")
+    assert len([line for line in said if "no test pictures: every" in line]) == 1
+    assert not [line for line in said if "2 shots" in line]
+
+
+# Data sets by name
+
+
+NAMED = """
+seeds = [1]
+queries = 40
+[models]
+mini = "{bundle}"
+[data]
+{data}
+[methods]
+gda = {{}}
+[[protocols]]
+kind = "few-shot"
+shots = [1]
+"""
+
+
+def test_a_data_set_by_name_is_found_below_the_root(prepare: Prepare, tmp_path: Path) -> None:
+    built(tmp_path / "all", "dtd")
+    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    prepared = prepare(text, root=tmp_path / "all")
+    (job,) = prepared.jobs
+    assert job.split.classes == ("banded", "zigzagged")
+    assert job.request.templates == ("{} texture.",), "the published one"
+    own = prepare(text.replace("dtd = {}", 'dtd = { template = "a {}" }'), root=tmp_path / "all")
+    assert own.jobs[0].request.templates == ("a {}",)
+    assert key_of_one(own) != key_of_one(prepared)
+
+
+def test_a_data_set_by_name_needs_a_root(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    with pytest.raises(ConfigError, match=r'data "dtd" of the plan is known by name: add --root'):
+        prepare(text)
+    with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
+        prepare(text, root=tmp_path / "nowhere")
+    # A folder of that name beside the plan is not what is meant.
+    built(tmp_path, "dtd")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="add --root"):
+        prepare(text)
+
+
+def test_a_path_wins_over_a_known_name(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+    built(tmp_path / "all", "dtd")
+    text = NAMED.format(bundle=MINI, data=f'dtd = {{ path = "{data}" }}')
+    for root in (None, tmp_path / "all"):
+        (job,) = prepare(text, root=root).jobs
+        assert job.split.classes == ("one", "three", "two")
+        assert job.request.templates == ("a photo of a {}.",)
+
+
+def test_class_names_of_a_file(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+    lines(tmp_path, "names.txt", "one\tthe first", "two\tthe second", "three\tthe third")
+    entry = f'digits = {{ path = "{data}", names = "names.txt" }}'
+    (job,) = prepare(NAMED.format(bundle=MINI, data=entry)).jobs
+    assert job.split.classes == ("the first", "the second", "the third")
+
+
+# What cannot be prepared
+
+
+def test_a_picture_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+    manifest = divided(data, tmp_path / "list.csv")
+    lost = file_of(prepare(few_shot(manifest)), "test")
+    lost.unlink()
+    with pytest.raises(DataError, match=r"list.csv.*is missing"):
+        prepare(few_shot(manifest))
+    # A folder of a known name lists its pictures; this one vanishes after the lists were read.
+    built(tmp_path, "dtd")
+    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    preparation = prepare(text, root=tmp_path)
+    picture = file_of(preparation, "test")
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(DataError, match=rf"{picture.parent.name}/{picture.name}"):
+        prepare(text, root=tmp_path)
+
+
+def test_a_picture_that_vanishes_is_named(
+    data: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = file_of(prepare(few_shot(data)), "val")
+
+    def vanished(path: Path) -> str:
+        if path == lost:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr("ztune.experiments.prepare.sha256", vanished)
+    with pytest.raises(DataError, match=rf'picture ".*{lost.name}" cannot be read: No such file'):
+        prepare(few_shot(data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"bundle": "nowhere"}, FormatError, "nowhere"),
+        ({"data": "nowhere"}, DataError, r'data ".*nowhere" does not exist'),
+        ({"shots": 2, "queries": 1}, ConfigError, r'method "zip" of the plan: .* is less than'),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    data: Path, prepare: Prepare, changes: dict[str, object], error: type[ZtuneError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prepare(few_shot(**{"data": data, **changes}))
+
+
+def test_a_part_of_one_class_stops_the_plan(data: Path, prepare: Prepare) -> None:
+    text = few_shot(data).replace("few-shot", "base-to-new")
+    with pytest.raises(DataError, match=r"test pictures of 1 new class"):
+        prepare(text)
+
+
+# What is encoded
+
+
+def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
+    """Return the digests that the jobs tune with as they are, and test on."""
+    tuned, tested = set(), set()
+    for job in prepared.jobs:
+        tuned |= {e.sha256 for e in job.split.entries if e.role == "val" or not job.request.augment}
+        for cell in job.cells:
+            for part in cell.parts:
+                tested |= set(prepared.lists[part.list_file].digests)
+    return tuned, tested
+
+
+def test_every_picture_is_encoded_once(
+    data: Path, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    text = few_shot(data, shots="1, 2, 4", seed="1, 2") + (
+        '[[protocols]]\nkind = "few-shot"\nmethods = ["zip"]\nshots = [3]\nseeds = [9]\n'
+    )
+    prepared = prepare(text, out=out)
+    monkeypatch.setattr("ztune.experiments.prepare._LEAST_ENCODED", 7)
+    tasks = encodings(prepared.jobs, prepared.lists)
+    assert {task.bundle_digest for task in tasks} == {load_bundle(MINI).digest}
+    assert {task.bundle for task in tasks} == {MINI}
+    assert {task.cache for task in tasks} == {
+        out / "cache" / "digits" / n for n in ("tune", "test")
+    }
+    tuned, tested = pictures_of(prepared)
+    for cache, wanted in (("tune", tuned), ("test", tested)):
+        parts = [task.items for task in tasks if task.cache.name == cache]
+        digests = [digest for items in parts for _, digest in items]
+        assert len(digests) == len(set(digests))
+        assert set(digests) == wanted
+        assert [len(items) for items in parts[:-1]] == [7] * (len(parts) - 1)
+        assert 0 < len(parts[-1]) <= 7
+    assert all(sha256(path) == digest for task in tasks for path, digest in task.items)
+
+
+def test_targets_are_encoded_in_the_plans_order(data: Path, prepare: Prepare) -> None:
+    """Not in that of some hash, which differs from process to process."""
+    names = [f"target-{n}" for n in (4, 1, 5, 0, 3, 2, 7, 6)]
+    targets = "".join(f'{name} = {{ path = "{data}" }}\n' for name in sorted(names))
+    text = HEAD.format(**{**USUAL, "data": data}).replace("[methods]", targets + "[methods]")
+    listed = ", ".join(f'"{name}"' for name in names)
+    text += f'[[protocols]]\nkind = "cross-data-set"\nsource = "digits"\ntargets = [{listed}]\n'
+    prepared = prepare(text)
+    tasks = encodings(prepared.jobs, prepared.lists)
+    assert [task.cache.parent.name for task in tasks] == ["digits", *names]
+
+
+def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
+    """Random views belong to a run's seed; only what is taken as it is can be shared."""
+    prepared = prepare(few_shot(data, preset="published"))
+    digests = {
+        digest
+        for task in encodings(prepared.jobs, prepared.lists)
+        if task.cache.name == "tune"
+        for _, digest in task.items
+    }
+    (job,) = prepared.jobs
+    assert digests == {entry.sha256 for entry in job.split.entries_of("val")}
+
+
+def test_tasks_are_of_512_pictures_or_as_many_as_make_32_tasks(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "many"
+    picture = png(5)
+    for name in ("a", "b"):
+        (root / "train" / name).mkdir(parents=True)
+        (root / "val" / name).mkdir(parents=True)
+        (root / "test" / name).mkdir(parents=True)
+        for n in range(2):
+            (root / "train" / name / f"{n}.png").write_bytes(picture + f"{name}t{n}".encode())
+            (root / "val" / name / f"{n}.png").write_bytes(picture + f"{name}v{n}".encode())
+        for n in range(513):
+            (root / "test" / name / f"{n}.png").write_bytes(picture + f"{name}{n}".encode())
+    prepared = prepare(few_shot(root))
+    tasks = encodings(prepared.jobs, prepared.lists)
+    sizes: dict[str, list[int]] = {}
+    for task in tasks:
+        sizes.setdefault(task.cache.name, []).append(len(task.items))
+    assert sizes == {"tune": [8], "test": [512, 512, 2]}
+    monkeypatch.setattr("ztune.experiments.prepare._MOST_ENCODINGS", 2)
+    few = [task for task in encodings(prepared.jobs, prepared.lists) if task.cache.name == "test"]
+    assert [len(task.items) for task in few] == [513, 513]
+
+
+def test_data_that_lie_twice_are_encoded_for_each_name(data: Path, prepare: Prepare) -> None:
+    """Caches are by the name of the data set, so that one may be removed alone."""
+    prepared = prepare(transfers(data, data))
+    tasks = encodings(prepared.jobs, prepared.lists)
+    caches: list[Any] = [task.cache.relative_to(task.cache.parents[1]).as_posix() for task in tasks]
+    assert sorted(caches) == ["again/test", "digits/tune"]
+    assert encodings((), {}) == []
+
+
+# Some cells of a plan
+
+
+def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None:
+    """A data set of the plan that is not there yet is no obstacle to the others.
+
+    What is read gets all of its keys: some of a table's from now and some from before might be of
+    different pictures.
+    """
+    text = few_shot(data, seed="1, 2")
+    text = text.replace("[methods]", f'absent = {{ path = "{data}-absent" }}\n[methods]')
+    text += '[[protocols]]\nkind = "few-shot"\ndata = ["absent"]\nshots = [2]\nseeds = [1]\n'
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(text)
+    prepared = prepare(text, only=Only(data=("digits",), seeds=(2,)))
+    keyed = {cell: key for cell, key in prepared.cells.items() if key is not None}
+    assert {(cell.data, cell.seed) for cell in keyed} == {("digits", 1), ("digits", 2)}
+    assert {(c.data, c.seed) for c in prepared.cells} == {
+        ("digits", 1), ("digits", 2), ("absent", 1),
+    }  # fmt: skip
+    assert len(prepared.jobs) == 2
+    assert prepared.found.keys() == {"digits"}
+    assert keyed == prepare(few_shot(data, seed="1, 2")).cells
+
+
+def test_nothing_asked_for_is_an_error(data: Path, prepare: Prepare) -> None:
+    with pytest.raises(ConfigError, match="no cell of the plan has all that --methods, --data"):
+        prepare(few_shot(data), only=Only(seeds=(7,)))
+
+
+def test_queries_do_not_matter_to_a_head(data: Path, prepare: Prepare) -> None:
+    for method, settings, same in (("gda", "", True), ("zip", "rank = 2", False)):
+        texts = [
+            few_shot(data, queries=n, settings=settings).replace("zip", method) for n in (50, 60)
+        ]
+        keys = [key_of_one(prepare(text)) for text in texts]
+        assert (keys[0] == keys[1]) == same
+
+
+def test_remarks_are_collected(data: Path, prepare: Prepare) -> None:
+    prepared = prepare(few_shot(data, shots="1, 9"))
+    divided, short = prepared.found["digits"].remarks
+    assert "every class is divided into 50 % train" in divided
+    assert short.startswith("9 shots: 3 class(es) have")
+    assert prepared.found["digits"].known_as is None
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../up.png", "a/../../up.png", ""])
+def test_a_list_of_pictures_stays_below_its_root(tmp_path: Path, path: str) -> None:
+    file = tmp_path / "list.json"
+    for place, message in (("a/b.png", None), (path, "leaves its root")):
+        PictureList(tmp_path, ("a", "b"), (place,), (0,), ("ab" * 32,)).save(file)
+        if message is None:
+            assert PictureList.read(file).items == [(tmp_path / place, "ab" * 32)]
+            continue
+        with pytest.raises(FormatError, match=message):
+            PictureList.read(file)

@@ -1,1 +1,0 @@
-"""Whole tables: plans of many cells, their results in one file, and the reports made of it."""

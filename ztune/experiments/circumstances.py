@@ -1,0 +1,126 @@
+"""What a report says besides figures: how far the bench is, what failed, and where it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ztune.experiments.document import found_of
+from ztune.experiments.render import code_in_markdown, in_markdown, one_line
+from ztune.experiments.store import Result, View
+from ztune.experiments.tables import counted
+from ztune.io.fields import Fields
+from ztune.types import Json
+
+
+def state(results: Sequence[Result]) -> str:
+    """Return in one sentence how many cells are finished, failed and missing."""
+    finished = sum(result.outcome is not None for result in results)
+    failed = sum(bool(result.reason) for result in results)
+    missing = len(results) - finished - failed
+    words = [f"{finished:,} of {counted(len(results), 'cell')} finished"]
+    if failed:
+        words.append(f"{failed:,} failed")
+    if missing:
+        words.append(f"{counted(missing, 'cell')} not carried out yet")
+    return ", ".join(words) + "."
+
+
+def remarks(view: View) -> list[str]:
+    """Return a line of Markdown for all that the plan's document finds unusual about the data.
+
+    Raises: FormatError where its remarks are no strings.
+    """
+    found = found_of(view.document)
+    said = [f"{name}: {one}" for name, data in found.items() for one in data.texts("remarks")]
+    return [in_markdown(remark) for remark in said]
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    """Return a line of Markdown per reason and what it befell, in plan order."""
+    groups: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for result in results:
+        if result.reason:
+            cell = result.cell
+            what = f"{cell.protocol}, {cell.model}, {cell.data}, {cell.method}"
+            group = groups.setdefault((what, result.reason), {})
+            group.setdefault(cell.shots, []).append(cell.seed)
+    return [
+        in_markdown(f"{what}, {_shots_and_seeds(group)}: {reason}")
+        for (what, reason), group in groups.items()
+    ]
+
+
+def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
+    """Return which cells failed, as `16 shots (seeds 1, 2)`."""
+    return ", ".join(
+        f"{counted(shots, 'shot')} (seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))})"
+        for shots, seeds in group.items()
+    )
+
+
+def circumstances(view: View) -> list[str]:
+    """Return lines of Markdown: what else the file holds, then when, where and with what it ran."""
+    results = view.results
+    lines = []
+    if view.n_left_out:
+        lines.append(f"Left out: {counted(view.n_left_out, 'result')} that no plan has.")
+    if missing := sum(result.outcome is None and not result.reason for result in results):
+        lines.append(f"{counted(missing, 'cell')} not carried out yet.")
+    copies = sum(result.outcome.copies > 0 for result in results if result.outcome is not None)
+    if copies:
+        lines.append(
+            f"In {counted(copies, 'cell')} a test picture equals one tuned or validated on, byte "
+            "by byte (cells.csv, column copies)."
+        )
+    return lines + _sessions(view.sessions, results)
+
+
+def _sessions(sessions: Mapping[int, Fields], results: Sequence[Result]) -> list[str]:
+    """Return a line for all sessions that were alike, with what they have in common.
+
+    Sessions without a cell of this report are those of other plans, or found nothing to do.
+    """
+    at_work = {result.session for result in results}
+    groups: dict[str, list[int]] = {}
+    for number, session in sessions.items():
+        if number not in at_work:
+            continue
+        groups.setdefault(_setting(session), []).append(number)
+    return [
+        f"{', '.join(in_markdown(_began(sessions[n])) for n in numbers)} "
+        f"({counted(sum(result.session in numbers for result in results), 'cell')} of this "
+        f"report): {setting}"
+        for setting, numbers in groups.items()
+    ]
+
+
+def _began(session: Fields) -> str:
+    return _plain(session.values.get("began"))
+
+
+def _setting(session: Fields) -> str:
+    """Return everything of a session but when it began; what it does not say is left out."""
+    values = session.values
+    command = _plain(values.get("command"))
+    words = [code_in_markdown(command)] if command else []
+    workers = values.get("workers")
+    if isinstance(workers, int):
+        executor = _plain(values.get("executor"))
+        words.append(
+            counted(workers, "worker") + (f" ({in_markdown(executor)})" if executor else "")
+        )
+    for key in ("provider", "commit"):
+        if values.get(key):
+            words.append(f"{key} {in_markdown(_plain(values[key]))}")
+    for key in ("machine", "versions"):
+        found = values.get(key)
+        if isinstance(found, dict):
+            words.append(
+                in_markdown(", ".join(f"{name} {_plain(value)}" for name, value in found.items()))
+            )
+    return "; ".join(words) + "."
+
+
+def _plain(value: Json) -> str:
+    return "" if value is None else one_line(str(value))

@@ -1,0 +1,372 @@
+"""Methods side by side: cells of a comparison, their summary, and what they will take.
+
+A cell is one method with one seed. Pictures are encoded once for all cells, so a cell's own figures
+leave out what it found encoded; a method is charged for it all the same, as if it ran alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.io.config import as_json
+from ztune.io.fields import Fields
+from ztune.types import F64, Json
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a method had reached midway, on the test pictures."""
+
+    queries: int
+    seconds: float
+    accuracy: float
+    """In 0…1."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one finished cell measured: its own process, with pictures found encoded left out."""
+
+    accuracy: float
+    n_test: int
+    zero_shot_accuracy: float
+    queries: int
+    probe_queries: int
+    text_forwards: int
+    image_forwards: int
+    """Pictures that this cell encoded, those that it encoded anew included."""
+    image_forwards_cached: int
+    """Pictures that it found encoded."""
+    own_seconds: float
+    """From start to result, without the report that follows."""
+    own_peak_memory_mb: float
+    result_bytes: int
+    stop_reason: str
+    curve: tuple[CurvePoint, ...] = ()
+    """In order of queries, the result itself last; empty for a method without steps."""
+
+    @property
+    def image_forwards_needed(self) -> int:
+        return self.image_forwards + self.image_forwards_cached
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    figures: Figures | None = None
+    """None where the cell failed."""
+    reason: str = ""
+    """Why it failed, in one line."""
+
+
+@dataclass(frozen=True)
+class ImagePass:
+    """What encoding the pictures took, measured in processes of their own."""
+
+    seconds_per_picture: float
+    peak_memory_mb: float
+
+    def seconds(self, figures: Figures) -> float:
+        """Return a cell's seconds as if it had encoded all of its pictures."""
+        return figures.own_seconds + self.unpaid(figures)
+
+    def unpaid(self, figures: Figures) -> float:
+        """Return the seconds that encoding would have taken where the cell found it done."""
+        return figures.image_forwards_cached * self.seconds_per_picture
+
+    def memory_mb(self, figures: Figures) -> float:
+        """Return a cell's peak memory as if it had encoded its pictures first."""
+        return max(figures.own_peak_memory_mb, self.peak_memory_mb)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over its seeds."""
+
+    method: str
+    seeds: tuple[int, ...]
+    """Those that finished; every figure is over these."""
+    accuracy: float | None
+    """Mean, None where no seed finished; so are the others."""
+    deviation: float | None
+    """Sample standard deviation; None for fewer than two seeds."""
+    queries: int | None
+    text_forwards: int | None
+    image_forwards: int | None
+    seconds: float | None
+    peak_memory_mb: float | None
+    """Largest."""
+    result_bytes: int | None
+    failures: tuple[tuple[int, str], ...]
+    """Seed and reason."""
+
+
+def deviation_of(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation (n - 1), None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def summarise(cells: Iterable[Cell], images: ImagePass) -> list[Row]:
+    """Return a row per method, the most accurate first, those without a result last."""
+    by_method: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_method.setdefault(cell.method, []).append(cell)
+    rows = [_row(method, own, images) for method, own in by_method.items()]
+    return sorted(rows, key=lambda row: (row.accuracy is None, -(row.accuracy or 0.0)))
+
+
+def _row(method: str, cells: Sequence[Cell], images: ImagePass) -> Row:
+    cells = sorted(cells, key=lambda cell: cell.seed)
+    failures = tuple((cell.seed, cell.reason) for cell in cells if cell.figures is None)
+    found = [(cell.seed, cell.figures) for cell in cells if cell.figures is not None]
+    figures = [f for _, f in found]
+    if not figures:
+        return Row(method, (), None, None, None, None, None, None, None, None, failures)
+    accuracies = [f.accuracy for f in figures]
+    return Row(
+        method,
+        tuple(seed for seed, _ in found),
+        _mean(accuracies),
+        deviation_of(accuracies),
+        round(_mean([f.queries for f in figures])),
+        round(_mean([f.text_forwards for f in figures])),
+        round(_mean([f.image_forwards_needed for f in figures])),
+        _mean([images.seconds(f) for f in figures]),
+        max(images.memory_mb(f) for f in figures),
+        round(_mean([f.result_bytes for f in figures])),
+        failures,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """Accuracy on the way, over the seeds of a method; all arrays f64[n]."""
+
+    queries: F64
+    seconds: F64
+    """Mean over the seeds at these queries."""
+    mean: F64
+    low: F64
+    high: F64
+
+
+def mean_curve(cells: Iterable[Cell], images: ImagePass) -> MeanCurve | None:
+    """Return one method's curve; None where no cell has one.
+
+    Seeds are brought to the same query counts by interpolation, over the range that all have.
+    """
+    curves = []
+    for cell in cells:
+        if cell.figures is not None and cell.figures.curve:
+            rows = [(p.queries, p.seconds, p.accuracy) for p in cell.figures.curve]
+            one = np.array(rows, dtype=np.float64)
+            one[:, 1] += images.unpaid(cell.figures)
+            curves.append(one)
+    if not curves:
+        return None
+    first = max(one[0, 0] for one in curves)
+    last = min(one[-1, 0] for one in curves)
+    grid = np.unique(np.concatenate([one[:, 0] for one in curves]))
+    grid = grid[(grid >= first) & (grid <= last)]
+    if not len(grid):  # one seed stopped before another's first point
+        return None
+    seconds = np.stack([np.interp(grid, one[:, 0], one[:, 1]) for one in curves])
+    accuracy = np.stack([np.interp(grid, one[:, 0], one[:, 2]) for one in curves])
+    return MeanCurve(
+        grid,
+        seconds.mean(axis=0),
+        accuracy.mean(axis=0),
+        accuracy.min(axis=0),
+        accuracy.max(axis=0),
+    )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine was measured to take, in seconds."""
+
+    text_query: float
+    """One candidate through the text tower, for all classes."""
+    picture: float
+    """One picture read and through the image tower."""
+    encoding: float
+    """One picture through the image tower alone, as where it is encoded anew with every query."""
+    opening: float
+    """Both towers opened."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cell sends, as far as it is known before it starts."""
+
+    queries: int = 0
+    changes_texts: bool = False
+    pictures_per_query: int = 0
+    """Encoded anew with every query; 0 where the method leaves pictures as they are."""
+    n_scored: int = 0
+    """Test pictures under a visual prompt, over the result and all snapshots."""
+    own_seconds: float = 0.0
+    """Of the optimizer's own arithmetic."""
+
+
+# Two interpreters, and what a finished run draws and writes.
+_PROCESS_SECONDS = 2.0
+
+
+def estimated_seconds(job: Job, rates: Rates) -> float:
+    """Return about how long a cell takes."""
+    texts = job.queries * rates.text_query * job.changes_texts
+    pictures = job.queries * job.pictures_per_query * rates.encoding + job.n_scored * rates.picture
+    return _PROCESS_SECONDS + 2 * rates.opening + texts + pictures + job.own_seconds
+
+
+def duration(seconds: float) -> str:
+    """Return a span for a person: two figures at most."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+COLUMNS = (
+    "method", "test accuracy", "seeds", "queries", "text forwards", "image forwards", "seconds",
+    "peak MB", "result bytes", "new classes",
+)  # fmt: skip
+
+
+def table_row(row: Row, *, new_classes: bool) -> tuple[str, ...]:
+    """Return a row's words under COLUMNS; a figure that there is none of is a dash."""
+    if row.accuracy is None:
+        return (row.method, "failed", f"0 of {len(row.failures)}", *"–" * 6, _yes(new_classes))
+    accuracy = f"{row.accuracy:.1%}"
+    if row.deviation is not None:
+        accuracy += f" ± {100 * row.deviation:.1f}"
+    n, n_failed = len(row.seeds), len(row.failures)
+    return (
+        row.method,
+        accuracy,
+        f"{n} of {n + n_failed}" if n_failed else str(n),
+        *(f"{value:,}" for value in (row.queries, row.text_forwards, row.image_forwards)),
+        f"{row.seconds:,.1f}",
+        f"{row.peak_memory_mb:,.0f}",
+        f"{row.result_bytes:,}",
+        _yes(new_classes),
+    )
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, first column to the left, the others to the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def cell_to_json(cell: Cell, images: ImagePass) -> dict[str, Json]:
+    """Return a cell as compare.json has it, with what it is charged beside what it measured."""
+    head: dict[str, Json] = {"method": cell.method, "seed": cell.seed}
+    figures = cell.figures
+    if figures is None:
+        return {**head, "status": "failed", "reason": cell.reason}
+    return {
+        **head,
+        "status": "finished",
+        **as_json(figures),
+        "curve": [as_json(point) for point in figures.curve],
+        "image_forwards_needed": figures.image_forwards_needed,
+        "seconds": round(images.seconds(figures), 3),
+        "peak_memory_mb": round(images.memory_mb(figures), 1),
+    }
+
+
+def cell_from_json(fields: Fields) -> Cell:
+    """Read a cell back.
+
+    Raises: FormatError naming the field.
+    """
+    method, seed = fields.text("method"), fields.integer("seed")
+    if fields.text("status", among=("finished", "failed")) == "failed":
+        return Cell(method, seed, reason=fields.text("reason"))
+    curve = tuple(
+        CurvePoint(point.integer("queries"), point.number("seconds"), point.number("accuracy"))
+        for point in fields.objects("curve")
+    )
+    figures = Figures(
+        accuracy=fields.number("accuracy"),
+        n_test=fields.integer("n_test"),
+        zero_shot_accuracy=fields.number("zero_shot_accuracy"),
+        **{name: fields.integer(name) for name in _COUNTS},
+        own_seconds=fields.number("own_seconds"),
+        own_peak_memory_mb=fields.number("own_peak_memory_mb"),
+        stop_reason=fields.text("stop_reason"),
+        curve=curve,
+    )
+    return Cell(method, seed, figures)
+
+
+_COUNTS = (
+    "queries", "probe_queries", "text_forwards", "image_forwards", "image_forwards_cached",
+    "result_bytes",
+)  # fmt: skip
+
+
+def figures_of(run: Fields, score: Fields) -> Figures:
+    """Return what a run's run.json and the evaluation of its test pictures say.
+
+    Raises: FormatError naming a field that is absent or of another kind.
+    """
+    seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
+    accuracy = score.number("accuracy")
+    queries = run.integer("queries")
+    curve = [
+        CurvePoint(p.integer("queries"), p.number("seconds"), p.number("accuracy"))
+        for p in (score.objects("curve") if "curve" in score.values else ())
+        if p.integer("queries") < queries
+    ]
+    if queries:
+        curve.append(CurvePoint(queries, seconds, accuracy))
+    return Figures(
+        accuracy=accuracy,
+        n_test=score.integer("n"),
+        zero_shot_accuracy=score.number("zero_shot_accuracy"),
+        **{name: run.integer(name) for name in _COUNTS},
+        own_seconds=seconds,
+        own_peak_memory_mb=run.number("peak_memory_mb"),
+        stop_reason=run.text("stop_reason"),
+        curve=tuple(curve),
+    )
+
+
+def row_to_json(row: Row) -> dict[str, Json]:
+    """Return a row as compare.json has it."""
+    document = as_json(row)
+    document["seeds"] = list(row.seeds)
+    document["failures"] = [{"seed": seed, "reason": reason} for seed, reason in row.failures]
+    return document
+
+
+def differences(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
+    """Return in words how two requests differ."""
+    keys = [*then, *(key for key in now if key not in then)]
+    return [
+        f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]

@@ -1,0 +1,56 @@
+"""A plan as the file of results holds it: what it asks for, and what was found of its data.
+
+`Plan.to_json` writes it. What was found of a data set is null until somebody asked for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ztune.io.fields import Fields
+from ztune.types import Json
+
+
+def found_of(plan: Fields) -> dict[str, Fields]:
+    """Return what is known of the data sets that were read, by name.
+
+    Raises: FormatError.
+    """
+    if not isinstance(plan.values.get("data"), dict):
+        return {}
+    data = plan.object("data")
+    entries = {name: data.object(name) for name in data.values}
+    return {
+        name: entry.object("found")
+        for name, entry in entries.items()
+        if entry.values.get("found") is not None
+    }
+
+
+def _data(document: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
+    entries = document.get("data")
+    named = entries.items() if isinstance(entries, dict) else ()
+    return {name: entry for name, entry in named if isinstance(entry, dict)}
+
+
+def asked(document: Mapping[str, Json]) -> Json:
+    """Return what a plan's document asks for, without its title and what was found of its data."""
+    data: dict[str, Json] = {
+        name: {key: value for key, value in entry.items() if key != "found"}
+        for name, entry in _data(document).items()
+    }
+    plain: Json = json.loads(json.dumps({**document, "title": "", "data": data}))
+    return plain
+
+
+def with_found(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a document in which what was not found now is what was found earlier."""
+    before = _data(earlier)
+    data: dict[str, Json] = {
+        name: entry
+        if entry.get("found") is not None
+        else {**entry, "found": before.get(name, {}).get("found")}
+        for name, entry in _data(document).items()
+    }
+    return {**document, "data": data} if data else dict(document)

@@ -1,0 +1,157 @@
+"""The course of a bench: pictures are encoded, then what is missing is carried out and recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ztune.cli.output import Output
+from ztune.experiments.cells import Outcome
+from ztune.experiments.comparison import duration
+from ztune.experiments.executors import Executor
+from ztune.experiments.jobs import Answer, Encoded, Job
+from ztune.experiments.prepare import Only, Prepared, encodings
+from ztune.experiments.store import Store
+
+_PAUSES = (1.0, 2.0, 5.0, 15.0)
+"""Seconds before a run is asked for again that another process works on; the last for ever."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Carries out the cells of a plan that have no result yet."""
+
+    prepared: Prepared
+    only: Only
+    store: Store
+    session: int
+    executor: Executor
+    output: Output
+
+    def run(self) -> int:
+        """Return how many of the cells that were asked for still have no result."""
+        finished = self.store.finished()
+        asked = [key for cell, key in self.prepared.cells.items() if key and self.only.takes(cell)]
+        n_finished = sum(key in finished for key in asked)
+        wanted = set(asked) - finished
+        jobs = [
+            replace(job, cells=cells)
+            for job in self.prepared.jobs
+            if (cells := tuple(cell for cell in job.cells if cell.key in wanted))
+        ]
+        say = self.output.remark
+        say(
+            f"{len(self.prepared.cells)} cells in the plan; of {len(asked)} asked for "
+            f"{n_finished} are finished, {len(asked) - n_finished} to do in {len(jobs)} run(s), "
+            f"{self.executor.workers} at once ({self.executor.name})"
+        )
+        if not jobs:
+            return 0
+        self._encode(jobs)
+        self._carry_out(jobs)
+        finished = self.store.finished()
+        return sum(key not in finished for key in asked)
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        """Encode all pictures that the jobs share, for as many workers as there are."""
+        tasks = encodings(jobs, self.prepared.lists)
+        total = sum(len(task.items) for task in tasks)
+        took: dict[str, tuple[int, float]] = {}
+        done = 0
+        with self.output.progress("encode pictures", total) as ticker:
+            for place, encoded in self.executor.perform(tasks):
+                assert isinstance(encoded, Encoded)
+                done += len(tasks[place].items)
+                ticker.update(done)
+                n, seconds = took.get(encoded.bundle_digest, (0, 0.0))
+                if encoded.n:
+                    took[encoded.bundle_digest] = n + encoded.n, seconds + encoded.seconds
+        models = {digest: name for name, digest in self.prepared.digests.items()}
+        for digest, (n, seconds) in took.items():
+            self.store.add_pass(digest, n, seconds)
+            each = 1000 * seconds / n
+            self.output.remark(f"encoded {n:,} pictures with {models[digest]}, {each:.2g} ms each")
+
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
+        """Record what becomes of every job, and say it."""
+        teller, pauses = Teller(self.output, len(jobs)), iter(_PAUSES)
+        waiting = list(jobs)
+        while waiting:
+            left = [job for batch in _batches(waiting) for job in self._left_over(batch, teller)]
+            if {(job.run, job.alone) for job in left} == {(job.run, job.alone) for job in waiting}:
+                teller.wait(len(left))
+                time.sleep(next(pauses, _PAUSES[-1]))
+            waiting = left
+
+    def _left_over(self, batch: Sequence[Job], teller: Teller) -> Iterator[Job]:
+        """Carry jobs out; yield those that are to be asked for again."""
+        for answer, job in self._answers(batch):
+            if answer.busy:
+                yield job
+            elif answer.alone:
+                yield replace(job, alone=True)
+            else:
+                self._record(job, answer)
+                teller.tell(job, answer)
+
+    def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Answer, Job]]:
+        for place, answer in self.executor.perform(jobs):
+            assert isinstance(answer, Answer)
+            yield answer, jobs[place]
+
+    def _record(self, job: Job, answer: Answer) -> None:
+        for one in job.cells:
+            if outcome := answer.outcomes.get(one.key):
+                self.store.finish(one.key, one.cell, outcome, self.session)
+            elif reason := answer.reasons.get(one.key):
+                self.store.fail(one.key, one.cell, reason, self.session)
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return what may be under way at once: what is to be alone is a batch of its own."""
+    together = [job for job in jobs if not job.alone]
+    return ([together] if together else []) + [[job] for job in jobs if job.alone]
+
+
+@dataclass
+class Teller:
+    """Tells a user how far a bench is."""
+
+    output: Output
+    n_jobs: int
+    _n_done: int = 0
+    _heard: set[str] = field(default_factory=set)
+    _waits: bool = False
+    _started: float = field(default_factory=time.monotonic)
+
+    def tell(self, job: Job, answer: Answer) -> None:
+        """Say what became of a job, and each of its warnings once in a bench."""
+        self._n_done += 1
+        for warning in dict.fromkeys(answer.warnings):
+            if warning not in self._heard:
+                self._heard.add(warning)
+                self.output.warn(f"{job.cells[0].cell}: {warning}")
+        each = (time.monotonic() - self._started) / self._n_done
+        left = each * (self.n_jobs - self._n_done)
+        rest = f", about {duration(left)} left" if left else ""
+        for one in job.cells:
+            outcome = answer.outcomes.get(one.key)
+            said = _accuracies(outcome) if outcome else f"failed: {answer.reasons[one.key]}"
+            self.output.remark(
+                f"[{self._n_done}/{self.n_jobs}] {one.cell}: {said} "
+                f"({duration(answer.seconds)}{rest})"
+            )
+
+    def wait(self, n: int) -> None:
+        """Say once that nothing goes on here."""
+        if not self._waits:
+            self._waits = True
+            self.output.remark(f"another process works on {n} run(s): waiting for it")
+
+
+def _accuracies(outcome: Outcome) -> str:
+    return ", ".join(
+        f"{one.part} {'–' if one.accuracy is None else f'{one.accuracy:.1%}'}"
+        for one in outcome.scores
+    )

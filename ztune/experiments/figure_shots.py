@@ -1,0 +1,114 @@
+"""The plot of accuracy over shots: the average large, every data set small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ztune.experiments.tables import HAND_WRITTEN
+from ztune.printing import printable
+from ztune.report import INK, entitle, new_figure, wrapped, write_figure
+from ztune.report_compare import look_of, look_of_prompts
+from ztune.types import F64
+
+_WIDTH = 9.6
+"""Of the figure, in inches."""
+_COLUMNS = 4
+"""Small panels side by side."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """A method over shots; arrays f64[n]."""
+
+    name: str
+    style: int
+    """Its place in the table of methods."""
+    shots: F64
+    mean: F64
+    deviation: F64
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one pair of axes shows; accuracies in 0…1."""
+
+    title: str
+    tracks: tuple[Track, ...]
+    hand_written: float | None
+
+
+def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
+    """Draw the first panel large with a legend, the others small below it."""
+    first, small = panels[0], panels[1:]
+    n_rows = math.ceil(len(small) / _COLUMNS)
+    main = max(4.8, 0.21 * (len(first.tracks) + 3) + 1.2)
+    heights = [main, *([2.1 * n_rows] if small else [])]
+    figure = new_figure(_WIDTH, sum(heights))
+    entitle(figure, title)
+    areas = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = areas[0].subplots()
+    _add_legend(axes, first, _draw(axes, first, inches=0.75 * _WIDTH))
+    axes.set_xlabel("shots per class (logarithmic)")
+    axes.set_ylabel("accuracy on the test pictures")
+    if small:
+        n_columns = min(_COLUMNS, len(small))
+        places = list(areas[1].subplots(n_rows, n_columns, squeeze=False).flat)
+        for panel, place in zip(small, places, strict=False):
+            _draw(place, panel, 0.9 * _WIDTH / n_columns, size=0.7)
+        for place in places[len(small) :]:
+            place.set_axis_off()
+    write_figure(figure, path)
+
+
+def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str, Any]:
+    """Draw a panel, its title no wider than so many inches; return what was drawn by name."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    handles = {}
+    for track in panel.tracks:
+        look = look_of(track.style)
+        low, high = track.mean - track.deviation, track.mean + track.deviation
+        axes.fill_between(track.shots, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        scaled = {"markersize": size * look["markersize"], "linewidth": size * look["linewidth"]}
+        (handles[track.name],) = axes.plot(track.shots, track.mean, **{**look, **scaled})
+    if panel.hand_written is not None:
+        handles[HAND_WRITTEN] = axes.axhline(panel.hand_written, **look_of_prompts())
+    shots = sorted({float(k) for track in panel.tracks for k in track.shots})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, [f"{k:.0f}" for k in shots])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(y=0.05)  # anew: a level within the tracks' margin would lie on the edge
+    axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    points = 10 * (size + 1) / 2
+    title = wrapped(panel.title, inches, points)
+    axes.set_title(title, fontsize=points, color=INK, parse_math=False)
+    axes.tick_params(labelsize=10 if size == 1 else 7.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
+    """Name everything beside the panel, the most accurate at its most shots first."""
+    ends = {track.name: float(track.mean[-1]) for track in panel.tracks}
+    if panel.hand_written is not None:
+        ends[HAND_WRITTEN] = panel.hand_written
+    order = sorted(ends, key=lambda name: -ends[name])
+    legend = axes.legend(
+        [handles[name] for name in order],
+        [f"{100 * ends[name]:.1f}%  {printable(name)}" for name in order],
+        fontsize=8,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        title="at its most shots",
+        title_fontsize=8,
+        alignment="left",
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -1,0 +1,250 @@
+"""The report's plots: accuracy over shots, and on the way against queries and seconds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ztune.experiments.cells import Outcome, PartScore, Point
+from ztune.experiments.comparison import Cell, CurvePoint, Figures, ImagePass, MeanCurve, mean_curve
+from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
+from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
+from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
+from ztune.methods import METHODS
+from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
+from ztune.types import F64
+
+_LONGEST = 200  # bytes of a plot's name, which file systems limit, without number and ending
+_OURS = re.compile(r"accuracy-(shots|queries|seconds)(-[\w.+-]+)?\.png")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A plot that was written."""
+
+    path: Path
+    caption: str
+
+
+def draw_all(
+    sheets: Sequence[Sheet], names: Names, per_picture: Mapping[str, float], folder: Path
+) -> list[Drawn]:
+    """Draw what there is something for, and return it; `per_picture` in seconds by model."""
+    styles = styles_of([method for sheet in sheets for method in sheet.methods], names)
+    few = [sheet for sheet in sheets if sheet.protocol == "few-shot"]
+    halves = [sheet for sheet in sheets if sheet.protocol == "base-to-new"]
+    drawn = []
+    taken: set[str] = set()
+    for sheet in few:
+        path = folder / _named("accuracy-shots", few, sheet, taken)
+        drawn += _draw_shots(sheet, names, styles, path)
+    for sheet in few or halves:
+        rate = per_picture.get(sheet.model, 0.0)
+        for data in sheet.data:
+            for cost in ("queries", "seconds"):
+                path = folder / _named(f"accuracy-{cost}", few or halves, sheet, taken, data)
+                drawn += _draw_cost(cost, sheet, data, names, styles, rate, path)
+    return drawn
+
+
+def remove_others(drawn: Iterable[Drawn], folder: Path) -> None:
+    """Remove plots from a folder that an earlier report drew and this one did not."""
+    kept = [one.path for one in drawn]
+    for path in [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]:
+        # By file: where "DTD.png" and "dtd.png" are one, it keeps the name that it had first.
+        if path.is_file() and not any(path.samefile(one) for one in kept):
+            path.unlink()
+
+
+def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
+    """Return what every method looks like: its place in the table of methods.
+
+    A further label of the same method gets a place that no other has, while there are any, in a
+    colour that as few others as possible have.
+    """
+    places = {name: place for place, name in enumerate(METHODS)}
+    styles: dict[str, int] = {}
+    further = []
+    for label in dict.fromkeys(labels):
+        place = places.get(names.method_of(label))
+        if place is None or place in styles.values():
+            further.append(label)
+        else:
+            styles[label] = place
+    looks = Counter(styles.values())
+    colours = Counter(place % N_COLOURS for place in styles.values())
+    for label in further:
+        place = min(range(N_LOOKS), key=lambda one: (looks[one], colours[one % N_COLOURS]))
+        looks[place] += 1
+        colours[place % N_COLOURS] += 1
+        styles[label] = place
+    return styles
+
+
+def _named(
+    stem: str, sheets: Sequence[Sheet], sheet: Sheet, taken: set[str], data: str | None = None
+) -> str:
+    """Return a file's name: with the model's where there are several, and the data set's.
+
+    A name that is taken gets a number; the one returned is added to them.
+    """
+    parts = [stem]
+    if len(sheets) > 1:
+        parts.append(sheet.model)
+    if data is not None and len(sheet.data) > 1:
+        parts.append(data)
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+    name = name.encode()[:_LONGEST].decode(errors="ignore")
+    numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    # Some file systems take "DTD" and "dtd" for one.
+    free = next(one for one in numbered if one.casefold() not in taken)
+    taken.add(free.casefold())
+    return f"{free}.png"
+
+
+def _draw_shots(sheet: Sheet, names: Names, styles: Mapping[str, int], path: Path) -> list[Drawn]:
+    """Draw accuracy over shots, averaged and by data set; nothing for one number of shots."""
+    data = [one for one in sheet.data if sheet.shots_with(one) == sheet.shots]
+    if len(sheet.shots) < 2 or not data:
+        return []
+    panels = [_panel(sheet, [one], names.of_data(one), styles) for one in data]
+    if len(data) > 1:
+        title = f"average of {len(data)} data sets"
+        panels.insert(0, _panel(sheet, data, title, styles))
+    if not any(panel.tracks for panel in panels):
+        return []
+    spread = " (band: ± sample standard deviation over the seeds)"
+    bands = any(np.any(track.deviation > 0) for panel in panels for track in panel.tracks)
+    draw_over_shots(panels, f"{names.title}: {sheet.model}{spread if bands else ''}", path)
+    return [Drawn(path, f"accuracy over shots, {sheet.model}")]
+
+
+def _panel(sheet: Sheet, data: Sequence[str], title: str, styles: Mapping[str, int]) -> Panel:
+    tracks = [
+        _track(method, styles[method], sheet.shots, figures)
+        for method in sheet.methods
+        for figures in [[over_data(sheet, method, data, shots) for shots in sheet.shots]]
+        if any(figure.n for figure in figures)
+    ]
+    prompts = [over_data(sheet, None, data, shots).mean for shots in sheet.shots]
+    return Panel(title, tuple(tracks), mean_of(one for one in prompts if one is not None))
+
+
+def _track(name: str, style: int, shots: Sequence[int], figures: Sequence[Measured]) -> Track:
+    found = [(k, one) for k, one in zip(shots, figures, strict=True) if one.n]
+    return Track(
+        name,
+        style,
+        np.array([k for k, _ in found], dtype=np.float64),
+        np.array([one.mean for _, one in found], dtype=np.float64),
+        np.array([one.deviation or 0.0 for _, one in found], dtype=np.float64),
+    )
+
+
+def _draw_cost(
+    cost: str,
+    sheet: Sheet,
+    data: str,
+    names: Names,
+    styles: Mapping[str, int],
+    per_picture: float,
+    path: Path,
+) -> list[Drawn]:
+    """Draw accuracy against a cost at the most shots; nothing without a method that has steps."""
+    shots = sheet.shots_with(data)[-1]
+    part = "base" if sheet.protocol == "base-to-new" else "test"
+    lines, levels = [], []
+    for method in sheet.methods:
+        found = sheet.measured(method, data, part, shots)
+        outcomes = sheet.outcomes(method, data, shots)
+        curve = _curve(outcomes, part, per_picture)
+        if curve is not None and (line := _line(method, styles[method], cost, curve)) is not None:
+            lines.append(line)
+        elif found.mean is not None and not any(one.curve for one in outcomes):
+            levels.append(
+                Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_picture))
+            )
+    if not lines:
+        return []
+    prompts = sheet.hand_written(data, part, shots).mean
+    if prompts is not None and not any(names.method_of(one.name) == "zero-shot" for one in levels):
+        levels.append(Level(HAND_WRITTEN, None, prompts))
+    over = _over_seeds([sheet.measured(line.name, data, part, shots).n for line in lines])
+    classes = ", base classes" if part == "base" else ""
+    what = f"{names.of_data(data)} on {sheet.model}{classes}"
+    draw_against(cost, lines, levels, f"{what}, {counted(shots, 'shot')}{over}", path)
+    return [Drawn(path, f"accuracy against {cost}, {what}")]
+
+
+def _over_seeds(counts: Sequence[int]) -> str:
+    """Return what a title says of the numbers of seeds behind the lines."""
+    if max(counts) == 1:
+        return ""
+    up_to = "" if min(counts) == max(counts) else "up to "
+    return f", mean of {up_to}{max(counts)} seeds (band: lowest to highest)"
+
+
+def _level_cost(cost: str, outcomes: Sequence[Outcome], per_picture: float) -> float | None:
+    """Return where a level begins; None where it costs nothing that the axis can show."""
+    if cost == "seconds":
+        return mean_of(seconds_alone(one, per_picture) for one in outcomes) or None
+    return mean_of(one.queries for one in outcomes) or None
+
+
+def _curve(outcomes: Sequence[Outcome], part: str, per_picture: float) -> MeanCurve | None:
+    """Return a method's mean curve, with the pictures that it found encoded charged to it."""
+    images = ImagePass(per_picture, math.nan)
+    cells = [
+        _as_compared(seed, outcome, score)
+        for seed, outcome in enumerate(outcomes)
+        for score in outcome.scores
+        if score.part == part
+    ]
+    return mean_curve(cells, images)
+
+
+def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
+    """Return an outcome as `ztune compare` has it; memory is not measured here."""
+    points = [
+        CurvePoint(point.queries, _seconds_at(point, outcome), point.accuracy)
+        for point in outcome.curve
+    ]
+    figures = Figures(
+        accuracy=math.nan if score.accuracy is None else score.accuracy,
+        n_test=score.n,
+        zero_shot_accuracy=score.zero_shot,
+        queries=outcome.queries,
+        probe_queries=outcome.probe_queries,
+        text_forwards=outcome.text_forwards,
+        image_forwards=outcome.image_forwards - outcome.image_forwards_cached,
+        image_forwards_cached=outcome.image_forwards_cached,
+        own_seconds=outcome.seconds,
+        own_peak_memory_mb=math.nan,
+        result_bytes=outcome.result_bytes,
+        stop_reason=outcome.stop_reason,
+        curve=tuple(points),
+    )
+    return Cell(outcome.uses, seed, figures)
+
+
+def _seconds_at(point: Point, outcome: Outcome) -> float:
+    """Return when a point was reached; of the result itself that is known in any case."""
+    if point.seconds is not None:
+        return point.seconds
+    return outcome.seconds if point is outcome.curve[-1] else math.nan
+
+
+def _line(name: str, style: int, cost: str, curve: MeanCurve) -> Line | None:
+    """Return a curve over a cost, without what a logarithmic axis cannot show."""
+    costs: F64 = curve.seconds if cost == "seconds" else curve.queries
+    shown = np.isfinite(costs) & (costs > 0)
+    if not shown.any():
+        return None
+    return Line(name, style, costs[shown], curve.mean[shown], curve.low[shown], curve.high[shown])

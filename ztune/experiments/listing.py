@@ -1,0 +1,147 @@
+"""Rows of the CSV files: accuracies in 0…1, means to seven digits, all else as measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from ztune.experiments.cells import Outcome
+from ztune.experiments.store import Result
+from ztune.experiments.summary import (
+    Measured,
+    Names,
+    Sheet,
+    class_accuracy_of,
+    combined,
+    harmonic_mean,
+    mean_of,
+    seconds_alone,
+)
+
+TABLE_COLUMNS = (
+    "protocol", "model", "data", "part", "method", "uses", "shots", "n_seeds", "n_seeds_wanted",
+    "accuracy_mean", "accuracy_sd", "class_accuracy_mean", "zero_shot_mean", "queries_mean",
+    "seconds_mean",
+)  # fmt: skip
+CELL_COLUMNS = (
+    "protocol", "model", "data", "method", "uses", "shots", "seed", "status", "reason", "session",
+    "run", "artifact", "config", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
+    "copies", "queries", "probe_queries", "text_forwards", "image_forwards",
+    "image_forwards_cached", "seconds", "seconds_alone",
+)  # fmt: skip
+HARMONIC = "harmonic mean"
+"""Stands for a part in the rows of base-to-new's H."""
+_PLAIN = (
+    "run", "artifact", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
+    "copies",
+    "queries", "probe_queries", "text_forwards", "image_forwards", "image_forwards_cached",
+    "seconds",
+)  # fmt: skip
+_OF_PART = (
+    "n", "classes", "accuracy", "class_accuracy", "zero_shot", "zero_shot_class_accuracy",
+)  # fmt: skip
+Row = dict[str, object]
+
+
+def table_rows(
+    sheets: Sequence[Sheet], names: Names, per_picture: Mapping[str, float]
+) -> Iterator[Row]:
+    """Yield a row per protocol, model, data set, shots, method and part."""
+    for sheet in sheets:
+        for data in sheet.data:
+            for shots in sheet.shots_with(data):
+                for method in sheet.methods:
+                    if sheet.of(method, data, shots):
+                        rate = per_picture.get(sheet.model, 0.0)
+                        yield from _unit_rows(sheet, names, data, shots, method, rate)
+
+
+def _unit_rows(
+    sheet: Sheet, names: Names, data: str, shots: int, method: str, per_picture: float
+) -> Iterator[Row]:
+    outcomes = sheet.outcomes(method, data, shots)
+    common: Row = {
+        "protocol": sheet.protocol,
+        "model": sheet.model,
+        "data": data,
+        "method": method,
+        "uses": names.method_of(method),
+        "shots": shots,
+        "queries_mean": _rounded(mean_of(one.queries for one in outcomes)),
+        "seconds_mean": _rounded(mean_of(seconds_alone(one, per_picture) for one in outcomes)),
+    }
+    for part in sheet.parts(data):
+        figure = sheet.measured(method, data, part, shots)
+        of_classes = sheet.measured(method, data, part, shots, class_accuracy_of)
+        prompts = sheet.hand_written(data, part, shots)
+        yield {
+            **common,
+            "part": part,
+            **_spread(figure),
+            "class_accuracy_mean": _rounded(of_classes.mean),
+            "zero_shot_mean": _rounded(prompts.mean),
+        }
+    if sheet.protocol == "base-to-new" and sheet.parts(data):
+        halves = [sheet.hand_written(data, part, shots) for part in ("base", "new")]
+        yield {
+            **common,
+            "part": HARMONIC,
+            **_spread(sheet.harmonic(method, data, shots)),
+            "zero_shot_mean": _rounded(combined(halves, harmonic_mean).mean),
+        }
+
+
+def _spread(figure: Measured) -> Row:
+    return {
+        "n_seeds": figure.n,
+        "n_seeds_wanted": figure.n_wanted,
+        "accuracy_mean": _rounded(figure.mean),
+        "accuracy_sd": _rounded(figure.deviation),
+    }
+
+
+def part_columns(results: Sequence[Result]) -> list[str]:
+    """Return the columns of all parts that any cell was scored on, as `test accuracy`."""
+    parts = dict.fromkeys(
+        score.part
+        for result in results
+        if result.outcome is not None
+        for score in result.outcome.scores
+    )
+    return [f"{part} {name}" for part in parts for name in _OF_PART]
+
+
+def cell_rows(
+    results: Sequence[Result], names: Names, per_picture: Mapping[str, float]
+) -> Iterator[Row]:
+    """Yield a row per cell of the plan, carried out or not."""
+    for result in results:
+        cell, outcome = result.cell, result.outcome
+        status = "finished" if outcome else "failed" if result.reason else "missing"
+        yield {
+            **{name: getattr(cell, name) for name in ("protocol", "model", "data", "method")},
+            "uses": names.method_of(cell.method),
+            "shots": cell.shots,
+            "seed": cell.seed,
+            "status": status,
+            "reason": result.reason,
+            "session": result.session,
+            **(_measured(outcome, per_picture.get(cell.model, 0.0)) if outcome else {}),
+        }
+
+
+def _measured(outcome: Outcome, per_picture: float) -> Row:
+    return {
+        **{name: getattr(outcome, name) for name in _PLAIN},
+        "config": json.dumps(dict(outcome.config), ensure_ascii=False, sort_keys=True),
+        "seconds_alone": _rounded(seconds_alone(outcome, per_picture)),
+        **{
+            f"{score.part} {name}": getattr(score, name)
+            for score in outcome.scores
+            for name in _OF_PART
+        },
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.7g}")

@@ -1,0 +1,142 @@
+"""Published figures beside what was measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ztune.data.named import NAMED
+from ztune.experiments.published import AVERAGE, AVERAGED, Published
+from ztune.experiments.summary import Measured, Names, Sheet, average, mean_of
+from ztune.experiments.tables import DASH, HAND_WRITTEN, Table, Word, shown
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A published figure and what was measured in its place."""
+
+    theirs: Published
+    label: str
+    """The plan's name of the method."""
+    model: str
+    ours: Measured
+    queries: float | None
+    """Mean over the cells; None where nothing was tuned."""
+
+    @property
+    def distance(self) -> float:
+        """How far ours is above theirs, in points."""
+        return 100 * (self.ours.mean or 0.0) - self.theirs.accuracy
+
+
+def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names) -> list[Pair]:
+    """Return every published figure with each of our measurements of it, in the figures' order."""
+    return [
+        pair
+        for figure in figures
+        for sheet in sheets
+        if sheet.protocol == figure.protocol
+        for label in _labels(figure, sheet, names)
+        if (pair := _pair(figure, sheet, label, names)) is not None
+    ]
+
+
+def _labels(figure: Published, sheet: Sheet, names: Names) -> list[str]:
+    """Return the plan's names of a figure's method; prompts are scored with every method."""
+    if figure.method is None:
+        return []
+    labels = [label for label in sheet.methods if names.method_of(label) == figure.method]
+    return labels or ([HAND_WRITTEN] if figure.method == "zero-shot" else [])
+
+
+def _pair(figure: Published, sheet: Sheet, label: str, names: Names) -> Pair | None:
+    known = {names.known_as.get(one): one for one in sheet.data_with(figure.shots)}
+    wanted = AVERAGED if figure.data == AVERAGE else (figure.data,)
+    if not all(one in known for one in wanted):
+        return None
+    data = [known[one] for one in wanted]
+    ours = average([_measured(sheet, label, one, figure.shots) for one in data])
+    if ours.mean is None:
+        return None
+    outcomes = [o for one in data for o in sheet.outcomes(label, one, figure.shots)]
+    return Pair(figure, label, sheet.model, ours, mean_of(o.queries for o in outcomes))
+
+
+def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
+    if label == HAND_WRITTEN:
+        return sheet.hand_written(data, "test", shots)
+    return sheet.measured(label, data, "test", shots)
+
+
+def beside_table(pairs: Sequence[Pair]) -> Table | None:
+    """Return the pairs as a table; None without any."""
+    rows = [
+        tuple(
+            Word(text)
+            for text in (
+                pair.label,
+                _shown(pair.theirs.data),
+                _source(pair.theirs),
+                f"{pair.theirs.accuracy:.1f}",
+                pair.theirs.model,
+                pair.theirs.budget or DASH,
+                shown(pair.label, pair.ours),
+                pair.model,
+                DASH if pair.queries is None else f"{pair.queries:,.0f}",
+                f"{pair.distance:+.1f}".replace("-", "−"),
+            )
+        )
+        for pair in pairs
+    ]
+    columns = (
+        "method", "data set", "paper", "theirs, %", "their model", "their budget", "ours, %",
+        "our model", "our queries", "ours − theirs, points",
+    )  # fmt: skip
+    notes = [
+        "With another model the distance compares the models as much as the methods.",
+        *origins([pair.theirs for pair in pairs]),
+    ]
+    return Table("Measured here as well", columns, tuple(rows), tuple(notes)) if rows else None
+
+
+def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Table | None:
+    """Return the published figures that nothing was measured for, a row per series."""
+    matched = [pair.theirs for pair in pairs]
+    left = [figure for figure in figures if figure not in matched]
+    if not left:
+        return None
+    series: dict[tuple[str, str, str], dict[str, float]] = {}
+    for figure in left:
+        key = (_source(figure), figure.model, figure.budget or DASH)
+        series.setdefault(key, {})[figure.data] = figure.accuracy
+    order = [AVERAGE, *NAMED]
+    data = sorted({figure.data for figure in left}, key=order.index)
+    rows = [
+        tuple(
+            Word(text)
+            for text in (*key, *(f"{own[one]:.1f}" if one in own else DASH for one in data))
+        )
+        for key, own in series.items()
+    ]
+    columns = ("paper", "model", "budget", *map(_shown, data))
+    notes = tuple(origins(left))
+    return Table("Not measured here: the papers' accuracy, %", columns, tuple(rows), notes)
+
+
+def origins(figures: Sequence[Published]) -> list[str]:
+    """Return where the figures stand, a line per origin."""
+    titles: dict[str, dict[str, None]] = {}
+    for figure in figures:
+        titles.setdefault(figure.origin, {})[figure.title] = None
+    return [f"{'; '.join(named)}: {origin}." for origin, named in titles.items()]
+
+
+def _source(figure: Published) -> str:
+    """Return what the papers call a method and where it was published, a name once."""
+    if figure.paper.startswith(f"{figure.title},"):
+        return figure.paper
+    return f"{figure.title}: {figure.paper}"
+
+
+def _shown(data: str) -> str:
+    return data if data == AVERAGE else NAMED[data].title

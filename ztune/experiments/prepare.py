@@ -1,0 +1,364 @@
+"""From a plan to jobs: data sets read, pictures drawn and digested, every cell given its key."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtimes.bundle import Bundle, load_bundle
+from runtimes.providers import check_precision
+from ztune.checks import start_config
+from ztune.cli.output import Output
+from ztune.data.coop import Item
+from ztune.data.library import shown
+from ztune.data.manifests import SplitName
+from ztune.data.named import find_spec
+from ztune.data.sources import named_lists, own_lists
+from ztune.data.split import Split
+from ztune.errors import ConfigError, DataError
+from ztune.experiments.cells import Cell, key_of
+from ztune.experiments.jobs import CellJob, Encoding, Job, PictureList, ScoredPart
+from ztune.experiments.plan import DataPlan, Draw, Found, MethodPlan, Plan
+from ztune.experiments.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
+from ztune.experiments.store import readable
+from ztune.io.config import as_json
+from ztune.io.files import sha256
+from ztune.methods import HeadMethod, find_method, method_config, tuned_config
+from ztune.run_config import Request
+from ztune.types import Json
+
+RECIPE = 2
+"""Part of every key: raised when the same plan would give other figures."""
+_LEAST_ENCODED = 512
+"""Pictures of one task, where there are so many."""
+_MOST_ENCODINGS = 32
+"""Tasks of one data set: enough for several workers, and each reads what is encoded already."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """Which of a plan's cells are to be carried out now; None: all of them."""
+
+    methods: tuple[str, ...] | None = None
+    data: tuple[str, ...] | None = None
+    shots: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def takes(self, cell: Cell) -> bool:
+        return all(
+            wanted is None or value in wanted
+            for wanted, value in (
+                (self.methods, cell.method),
+                (self.data, cell.data),
+                (self.shots, cell.shots),
+                (self.seeds, cell.seed),
+            )
+        )
+
+
+@dataclass
+class Digests:
+    """SHA-256 of pictures, each file read once."""
+
+    known: dict[Path, str] = field(default_factory=dict)
+
+    def __call__(self, path: Path) -> str:
+        return self.known[path]
+
+    def read(self, paths: Iterable[Path], output: Output) -> None:
+        """Read files, several at once.
+
+        Raises: DataError naming one that cannot be read.
+        """
+        new = [path for path in dict.fromkeys(paths) if path not in self.known]
+        if not new:
+            return
+        with (
+            concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            output.progress("digest pictures", len(new)) as ticker,
+        ):
+            for n, (path, digest) in enumerate(zip(new, pool.map(_digest, new), strict=True), 1):
+                self.known[path] = digest
+                ticker.update(n)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise DataError(f'picture "{path}" cannot be read: {error.strerror}') from None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All cells of a plan in its order with their keys, and the jobs that carry them out.
+
+    Two cells have one key where they are the same but for what the plan calls them.
+    """
+
+    cells: Mapping[Cell, str | None]
+    """None: of a data set that nobody asked for, so that it was not read."""
+    jobs: tuple[Job, ...]
+    lists: Mapping[Path, PictureList]
+    """Pictures to score on, and the files for them; not yet written."""
+    digests: Mapping[str, str]
+    """Of the bundles, by the plan's names of models."""
+    found: Mapping[str, Found]
+    """What is known of the data sets that were read."""
+
+
+@dataclass
+class Preparation:
+    """What is read once and serves many cells."""
+
+    plan: Plan
+    only: Only
+    root: Path | None
+    out: Path
+    provider: str
+    output: Output
+    _sources: dict[str, Source] = field(default_factory=dict)
+    _digests: Digests = field(default_factory=Digests)
+    _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
+        default_factory=dict
+    )
+    _lists: dict[Path, PictureList] = field(default_factory=dict)
+    _known_as: dict[str, str | None] = field(default_factory=dict)
+    _remarks: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _copies: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def prepare(self) -> Prepared:
+        """Read what is asked for of the plan and make jobs of it. Nothing is written to OUT.
+
+        Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
+            used, or where nothing is asked for.
+        """
+        bundles = {name: self._bundle(path) for name, path in self.plan.models.items()}
+        cells: dict[Cell, str | None] = {
+            cell: None for draw in self.plan.draws() for cell in self.plan.cells_of(draw)
+        }
+        if not any(map(self.only.takes, cells)):
+            raise ConfigError(
+                "no cell of the plan has all that --methods, --data, --shots and --seeds ask for"
+            )
+        # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
+        # them from before would take pictures for the same that may have changed since.
+        asked = {cell.data for cell in filter(self.only.takes, cells)}
+        tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in asked]
+        for _, task in tasks:
+            for remark in remarks_on(task):
+                shots = f"{task.shots} shot{'' if task.shots == 1 else 's'}"
+                self._say(task.source.name, f"{shots}: {remark}")
+        self._digests.read(_files(task for _, task in tasks), self.output)
+        jobs: dict[str, Job] = {}
+        for draw, task in tasks:
+            split = split_of(task, self._digests)
+            parts = [self._scored_part(part) for part in task.parts]
+            self._count_copies(task, split)
+            for cell in self.plan.cells_of(draw):
+                if cells[cell] is None:  # else another protocol of the plan names it too
+                    cells[cell] = self._add(cell, task, split, parts, bundles[cell.model], jobs)
+        self._warn_of_copies()
+        return Prepared(
+            cells,
+            tuple(jobs.values()),
+            self._lists,
+            {name: bundle.digest for name, bundle in bundles.items()},
+            {
+                name: Found(self._known_as[name], [*map(readable, self._remarks[name])])
+                for name in self._sources
+            },
+        )
+
+    def _say(self, data: str, remark: str) -> None:
+        """Say something of a data set once: it may be true of many tasks."""
+        if remark not in self._remarks[data]:
+            self._remarks[data].append(remark)
+            self.output.remark(f"{data}: {remark}")
+
+    def _bundle(self, path: str) -> Bundle:
+        bundle = load_bundle(self.plan.resolved(path))
+        check_precision(bundle.precision, self.provider)
+        return bundle
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            self._sources[name] = self._read_source(name, self.plan.data[name])
+        return self._sources[name]
+
+    def _read_source(self, name: str, entry: DataPlan) -> Source:
+        """Read a data set of the plan.
+
+        Raises: ConfigError where it is known by name and there is no root; DataError.
+        """
+        if entry.path is not None:
+            names = None if entry.names is None else self.plan.resolved(entry.names)
+            lists = own_lists(self.plan.resolved(entry.path), names)
+        elif self.root is None:
+            raise ConfigError(
+                f'data "{name}" of the plan is known by name: add --root DIR, the folder that '
+                "holds it (or give its path in the plan)"
+            )
+        else:
+            lists = named_lists(name, self.root)
+        self._known_as[name] = find_spec(name).name if lists.is_published else None
+        for remark in lists.remarks:
+            self._say(name, remark)
+        templates = (entry.template or lists.template,)
+        return Source(name, lists.root, lists.split, templates)
+
+    def _task(self, draw: Draw) -> Task:
+        protocol = draw.protocol
+        targets = [self._source(target) for target in protocol.targets]
+        return task_of(protocol.kind, self._source(draw.source), targets, draw.shots, draw.seed)
+
+    def _count_copies(self, task: Task, split: Split) -> None:
+        """Count the pictures of every part that are also tuned on, byte by byte."""
+        tuned_on = {entry.sha256 for entry in split.entries}
+        for part in task.parts:
+            root = part.source.root
+            n = sum(self._digests(root / item.path) in tuned_on for item in part.items)
+            self._copies.setdefault((task.source.name, part.name), []).append(n)
+
+    def _warn_of_copies(self) -> None:
+        for (data, part), counts in self._copies.items():
+            if most := max(counts):
+                how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
+                remark = (
+                    f"{part}: {how_many} of the pictures to test on equal one that is tuned on, "
+                    "byte by byte (they stay; each result counts its own)"
+                )
+                self._remarks[data].append(remark)
+                self.output.warn(f"{data}: {remark}")
+
+    def _scored_part(self, part: Part) -> ScoredPart:
+        classes = part.classes
+        place = part.name, part.source.name, part.items, classes
+        if place not in self._parts:
+            label_of = {name: label for label, name in enumerate(classes)}
+            root = part.source.root
+            pictures = PictureList(
+                root,
+                classes,
+                tuple(item.path for item in part.items),
+                tuple(label_of[shown(item.name)] for item in part.items),
+                tuple(self._digests(root / item.path) for item in part.items),
+            )
+            file = self.out / "pictures" / pictures.file_name
+            self._lists[file] = pictures
+            cache = self.out / "cache" / part.source.name / "test"
+            self._parts[place] = ScoredPart(part.name, file, part.source.templates, cache)
+        return self._parts[place]
+
+    def _add(
+        self,
+        cell: Cell,
+        task: Task,
+        split: Split,
+        parts: Sequence[ScoredPart],
+        bundle: Bundle,
+        jobs: dict[str, Job],
+    ) -> str:
+        """Put a cell to the run that it is scored from; return its key."""
+        request = self._request(cell, task, bundle, self.plan.methods[cell.method])
+        run = key_of(_tuned_with(request, bundle, split))
+        scored_on: list[Json] = [
+            {"part": p.name, "pictures": p.list_file.stem, "templates": list(p.templates)}
+            for p in parts
+        ]
+        key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
+        earlier = jobs[run].cells if run in jobs else ()
+        if key not in {one.key for one in earlier}:
+            scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
+            jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
+        return key
+
+    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> Request:
+        execution = self.plan.execution
+        table = find_method(method.uses)
+        tuned = tuned_config(table, method_config(table, method.settings, method.preset))
+        # Where no losses are compared there is no limit to go below.
+        gated = tuned is not None and tuned.finest is not None
+        request = Request(
+            str(bundle.path),
+            str(task.source.root),
+            method=method.uses,
+            shots=task.shots,
+            queries=method.queries,
+            seed=task.seed,
+            templates=task.source.templates,
+            preset=method.preset,
+            provider=self.provider,
+            threads=execution.threads,
+            memory_limit=execution.memory_limit,
+            cache=str(self.out / "cache" / task.source.name / "tune"),
+            augment=method.views,
+            force=execution.force and gated,
+            snapshots=0 if tuned is None else method.curve,
+            settings=method.settings,
+        )
+        try:
+            start_config(request)  # a budget that is too small is told before anything starts
+        except ConfigError as error:
+            raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
+        return request
+
+
+def _files(tasks: Iterable[Task]) -> Iterable[Path]:
+    for task in tasks:
+        for _, item in task.drawn:
+            yield task.source.root / item.path
+        for part in task.parts:
+            for item in part.items:
+                yield part.source.root / item.path
+
+
+# What of a request changes a result, beside its configuration and pictures.
+_MATTERS = (
+    "method", "queries", "seed", "templates", "provider", "threads", "memory_limit", "augment",
+    "force", "snapshots",
+)  # fmt: skip
+
+
+def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Json]:
+    """Return all that a run's result depends on."""
+    asked = as_json(request)
+    values = {name: asked[name] for name in _MATTERS}
+    if isinstance(find_method(request.method), HeadMethod):
+        del values["queries"]  # it spends none
+    entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
+    return {
+        **values,
+        "recipe": RECIPE,
+        "config": as_json(start_config(request)),
+        "bundle": bundle.digest,
+        "classes": list(split.classes),
+        "entries": entries,
+    }
+
+
+def encodings(jobs: Sequence[Job], lists: Mapping[Path, PictureList]) -> list[Encoding]:
+    """Return the pictures that the jobs need encoded as they are, each once, in tasks."""
+    wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
+    for job in jobs:
+        bundle = Path(job.request.bundle), job.bundle_digest
+        cache = Path(str(job.request.cache))
+        roles: tuple[SplitName, ...] = ("val",) if job.request.augment else ("train", "val")
+        items = [item for role in roles for item in job.split.items(role)]
+        wanted.setdefault((*bundle, cache), {}).update((digest, path) for path, digest in items)
+        for part in dict.fromkeys(part for cell in job.cells for part in cell.parts):
+            place = wanted.setdefault((*bundle, part.cache), {})
+            place.update((digest, path) for path, digest in lists[part.list_file].items)
+    tasks = []
+    for (path, digest, cache), pictures in wanted.items():
+        items = [(picture, name) for name, picture in pictures.items()]
+        size = max(_LEAST_ENCODED, -(-len(items) // _MOST_ENCODINGS))
+        tasks += [
+            Encoding(path, digest, tuple(items[first : first + size]), cache)
+            for first in range(0, len(items), size)
+        ]
+    return tasks

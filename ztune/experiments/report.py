@@ -1,0 +1,136 @@
+"""The report of a bench: report.md, tables.csv, cells.csv, tables.tex and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ztune.experiments.circumstances import circumstances, failures, remarks, state
+from ztune.experiments.figures import Drawn, draw_all, remove_others
+from ztune.experiments.listing import (
+    CELL_COLUMNS,
+    TABLE_COLUMNS,
+    cell_rows,
+    part_columns,
+    table_rows,
+)
+from ztune.experiments.literature import beside_table, pairs_of, unmatched_table
+from ztune.experiments.published import published
+from ztune.experiments.render import as_csv, as_latex, as_markdown, in_markdown
+from ztune.experiments.standing import standing_of, units_of
+from ztune.experiments.store import View
+from ztune.experiments.summary import Names, Sheet, names_of, sheets_of
+from ztune.experiments.tables import Table, accuracy_tables, costs_table, standing_table
+from ztune.io.files import write_bytes
+
+LATEX_HEAD = r"""% Tables of ztune bench: copy those that you need. They need \usepackage{booktabs},
+% and \usepackage[T1]{fontenc} for names beyond ASCII; letters that T1 lacks need LuaLaTeX."""
+
+
+def write_report(view: View, folder: Path) -> list[Path]:
+    """Write the report of what there is so far, and return its files, report.md first.
+
+    Plots of ours that an earlier report left there and this one does not draw are removed.
+
+    Raises: FormatError for a plan's document without a title, or with remarks that are no strings.
+    """
+    names, results = names_of(view.document), view.results
+    rates = {
+        model: view.rates[digest] for model, digest in names.digests.items() if digest in view.rates
+    }
+    sheets = sheets_of(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = draw_all(sheets, names, rates, folder)
+    columns = (*CELL_COLUMNS, *part_columns(results))
+    texts = {
+        "report.md": "\n".join(_markdown(view, sheets, names, rates, drawn)),
+        "tables.csv": as_csv(TABLE_COLUMNS, table_rows(sheets, names, rates)),
+        "cells.csv": as_csv(columns, cell_rows(results, names, rates)),
+        "tables.tex": "\n".join(_latex(sheets, names, rates)),
+    }
+    for name, text in texts.items():
+        write_bytes(folder / name, text.encode())
+    remove_others(drawn, folder)
+    return [*(folder / name for name in texts), *(one.path for one in drawn)]
+
+
+def _markdown(
+    view: View,
+    sheets: Sequence[Sheet],
+    names: Names,
+    rates: Mapping[str, float],
+    drawn: Sequence[Drawn],
+) -> list[str]:
+    results = view.results
+    lines = [f"# {in_markdown(names.title)}", "", in_markdown(state(results)), ""]
+    lines += _listed("Data", remarks(view))
+    for sheet in sheets:
+        lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names, rates)]
+    lines += _overall(sheets)
+    lines += _beside(sheets, names)
+    lines += _plots(drawn)
+    lines += _listed("Failures", failures(results))
+    return lines + _listed("Circumstances", circumstances(view))
+
+
+def _heading(sheet: Sheet) -> str:
+    return f"{sheet.protocol}, {sheet.model}"
+
+
+def _main_tables(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[Table]:
+    costs = costs_table(sheet, rates.get(sheet.model))
+    return [*accuracy_tables(sheet, names), *([costs] if costs is not None else [])]
+
+
+def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:
+    tables = _main_tables(sheet, names, rates)
+    if not tables:
+        return ["No cell is finished.", ""]
+    if (standing := standing_table(standing_of(units_of([sheet])))) is not None:
+        tables.append(standing)
+    explained = (
+        "Accuracy: mean ± sample standard deviation over the seeds, in points, on the test "
+        "pictures; the best mean of a column is bold, and whatever reads the same."
+    )
+    return [explained, "", *(line for table in tables for line in as_markdown(table, 3))]
+
+
+def _overall(sheets: Sequence[Sheet]) -> list[str]:
+    """Return wins, ties and losses over all protocols and models, where there are several."""
+    table = standing_table(standing_of(units_of(sheets))) if len(sheets) > 1 else None
+    if table is None:
+        return []
+    return ["## All protocols and models", "", *as_markdown(table, 3)]
+
+
+def _beside(sheets: Sequence[Sheet], names: Names) -> list[str]:
+    figures = published()
+    pairs = pairs_of(figures, sheets, names)
+    tables = (beside_table(pairs), unmatched_table(figures, pairs))
+    shown = [line for table in tables if table is not None for line in as_markdown(table, 3)]
+    figure = figures[0]
+    said = (
+        f"What papers print of {figure.protocol} with {figure.shots} shots per class and "
+        f"{figure.model}, over CoOp's 11 data sets where it is an average."
+    )
+    return ["## Beside the papers", "", said, "", *shown]
+
+
+def _plots(drawn: Sequence[Drawn]) -> list[str]:
+    if not drawn:
+        return []
+    pictures = [f"![{in_markdown(one.caption)}]({one.path.name})" for one in drawn]
+    return ["## Plots", "", *(line for picture in pictures for line in (picture, ""))]
+
+
+def _listed(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _latex(sheets: Sequence[Sheet], names: Names, rates: Mapping[str, float]) -> list[str]:
+    tables = [(sheet, table) for sheet in sheets for table in _main_tables(sheet, names, rates)]
+    return [
+        LATEX_HEAD,
+        "",
+        *(line for sheet, table in tables for line in as_latex(table, _heading(sheet))),
+    ]

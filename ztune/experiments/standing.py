@@ -1,0 +1,102 @@
+"""Methods against each other: wins, ties and losses over units, and ranks.
+
+A unit is one data set with some shots under one protocol with one model; methods are compared by
+Sheet.of_unit, over the seeds that both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ztune.experiments.summary import Measured, Sheet, mean_of
+
+TIE = 0.001
+"""Accuracies no further apart are a tie: 0.1 percentage points."""
+_ROUNDING = 1e-9
+
+Unit = Mapping[str, Measured]
+"""What every method has in one unit; empty figures included."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one method did against another."""
+
+    wins: int
+    ties: int
+    losses: int
+
+    def __str__(self) -> str:
+        return f"{self.wins} / {self.ties} / {self.losses}"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All methods that have a figure in any unit, against each other."""
+
+    methods: tuple[str, ...]
+    records: Mapping[tuple[str, str], Record]
+    """By method and opponent."""
+    n_shared: int
+    """Units in which every two methods can be compared."""
+    ranks: Mapping[str, float | None]
+    """Mean over the shared units, 1 is best; None where there is no such unit."""
+
+
+def units_of(sheets: Iterable[Sheet]) -> list[Unit]:
+    """Return every unit of the sheets, in plan order."""
+    return [
+        {method: sheet.of_unit(method, data, shots) for method in sheet.methods}
+        for sheet in sheets
+        for data in sheet.data
+        for shots in sheet.shots_with(data)
+    ]
+
+
+def standing_of(units: Sequence[Unit]) -> Standing:
+    """Return the records of all pairs, and the ranks over the units that all methods share."""
+    named = dict.fromkeys(method for unit in units for method in unit)
+    methods = tuple(m for m in named if any(m in unit and unit[m].n for unit in units))
+    records = {
+        (one, other): _record([lead(unit, one, other) for unit in units])
+        for one in methods
+        for other in methods
+        if one != other
+    }
+    ranks = [found for unit in units if (found := ranks_in(unit, methods)) is not None]
+    means = {method: mean_of(found[method] for found in ranks) for method in methods}
+    return Standing(methods, records, len(ranks), means)
+
+
+def lead(unit: Unit, one: str, other: str) -> float | None:
+    """Return by how much `one` is above `other`, 0 for a tie, None without a common seed."""
+    if one not in unit or other not in unit:
+        return None
+    mine, theirs = unit[one], unit[other]
+    common = [seed for seed in mine.by_seed if seed in theirs.by_seed]
+    difference = mean_of(mine.by_seed[seed] - theirs.by_seed[seed] for seed in common)
+    if difference is None:
+        return None
+    return 0.0 if abs(difference) <= TIE + _ROUNDING else difference
+
+
+def _record(leads: Sequence[float | None]) -> Record:
+    found = [one for one in leads if one is not None]
+    wins, losses = sum(one > 0 for one in found), sum(one < 0 for one in found)
+    return Record(wins, len(found) - wins - losses, losses)
+
+
+def ranks_in(unit: Unit, methods: Sequence[str]) -> dict[str, float] | None:
+    """Return each method's rank in a unit, None where two of them cannot be compared.
+
+    One more than how many are above it, a tie counting half.
+    """
+    ranks = {}
+    for method in methods:
+        leads = [lead(unit, method, other) for other in methods if other != method]
+        found = [one for one in leads if one is not None]
+        if len(found) < len(leads):
+            return None
+        ranks[method] = 1 + sum(one < 0 for one in found) + 0.5 * sum(one == 0 for one in found)
+    return ranks

@@ -1,0 +1,293 @@
+"""Figures over seeds: what a table, a plot or a comparison of methods is made of.
+
+A sheet is everything of one protocol and one model. Accuracies are in 0…1; a figure that a cell
+does not have (it failed, was not carried out, or its method does not serve the part) is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ztune.experiments.cells import Outcome, PartScore
+from ztune.experiments.comparison import deviation_of
+from ztune.experiments.document import found_of
+from ztune.experiments.protocols import TRANSFERS
+from ztune.experiments.store import Result
+from ztune.io.fields import Fields
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure, by seed."""
+
+    by_seed: Mapping[int, float]
+    n_wanted: int
+    """Seeds of the plan."""
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float | None:
+        return mean_of(self.by_seed.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation; None for fewer than two seeds."""
+        return deviation_of(list(self.by_seed.values()))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.n == self.n_wanted
+
+
+def mean_of(values: Iterable[float]) -> float | None:
+    """Return the mean, None of nothing."""
+    found = list(values)
+    return math.fsum(found) / len(found) if found else None
+
+
+def combined(parts: Sequence[Measured], by: Callable[..., float]) -> Measured:
+    """Return `by` of all parts' figures, seed by seed, for the seeds that every part has."""
+    if not parts:
+        return Measured({}, 0)
+    seeds = [seed for seed in parts[0].by_seed if all(seed in part.by_seed for part in parts)]
+    figures = {seed: by(*(part.by_seed[seed] for part in parts)) for seed in seeds}
+    return Measured(figures, max(part.n_wanted for part in parts))
+
+
+def average(parts: Sequence[Measured]) -> Measured:
+    """Return the mean of the parts, seed by seed; of a missing part there is none."""
+    return combined(parts, lambda *figures: math.fsum(figures) / len(figures))
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Return H = 2bn/(b + n), 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+@dataclass(frozen=True)
+class Names:
+    """How the plan calls things."""
+
+    title: str
+    uses: Mapping[str, str]
+    """Label of a method in the plan: name in the table of methods."""
+    data: Mapping[str, str]
+    """Name of a data set: what to show."""
+    known_as: Mapping[str, str]
+    """Name of a data set: its name in data/named.py, where it was meant by that."""
+    digests: Mapping[str, str]
+    """Name of a model: the digest of its bundle."""
+
+    def of_data(self, name: str) -> str:
+        return self.data.get(name, name)
+
+    def method_of(self, label: str) -> str:
+        return self.uses.get(label, label)
+
+
+def names_of(plan: Fields) -> Names:
+    """Return what the plan's document says of names; all but the title may be absent.
+
+    Raises: FormatError where it has no title.
+    """
+    found = {name: one for name, one in found_of(plan).items() if one.values.get("known_as")}
+    known_as = {name: one.text("known_as") for name, one in found.items()}
+    return Names(
+        plan.text("title"),
+        uses=_said(plan, "methods", "uses"),
+        data=_said(plan, "data", "title"),
+        known_as=known_as,
+        digests=_said(plan, "models", "digest"),
+    )
+
+
+def _said(plan: Fields, table: str, key: str) -> dict[str, str]:
+    if not isinstance(plan.values.get(table), dict):
+        return {}
+    entries = plan.object(table).values
+    return {
+        name: str(entry[key])
+        for name, entry in entries.items()
+        if isinstance(entry, dict) and isinstance(entry.get(key), str)
+    }
+
+
+Accessor = Callable[[PartScore], float | None]
+
+
+def accuracy_of(score: PartScore) -> float | None:
+    return score.accuracy
+
+
+def class_accuracy_of(score: PartScore) -> float | None:
+    return score.class_accuracy
+
+
+def zero_shot_of(score: PartScore) -> float | None:
+    return score.zero_shot
+
+
+def zero_shot_class_accuracy_of(score: PartScore) -> float | None:
+    return score.zero_shot_class_accuracy
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The results of one protocol and one model, in plan order."""
+
+    protocol: str
+    model: str
+    results: tuple[Result, ...]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(result.cell.method for result in self.results))
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(result.cell.data for result in self.results))
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """In ascending order."""
+        return tuple(sorted({result.cell.shots for result in self.results}))
+
+    def of(
+        self, method: str | None = None, data: str | None = None, shots: int | None = None
+    ) -> tuple[Result, ...]:
+        """Return the results of a method, data set and number of shots; None: of all."""
+        return tuple(
+            result
+            for result in self.results
+            if method in (None, result.cell.method)
+            and data in (None, result.cell.data)
+            and shots in (None, result.cell.shots)
+        )
+
+    def data_with(self, shots: int) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(result.cell.data for result in self.of(shots=shots)))
+
+    def shots_with(self, data: str) -> tuple[int, ...]:
+        return tuple(sorted({result.cell.shots for result in self.of(data=data)}))
+
+    def parts(self, data: str | None = None) -> tuple[str, ...]:
+        """Return the names of the parts that any finished cell has, in the protocol's order."""
+        return tuple(
+            dict.fromkeys(score.part for one in self.outcomes(data=data) for score in one.scores)
+        )
+
+    def outcomes(
+        self, method: str | None = None, data: str | None = None, shots: int | None = None
+    ) -> list[Outcome]:
+        found = (result.outcome for result in self.of(method, data, shots))
+        return [outcome for outcome in found if outcome is not None]
+
+    def measured(
+        self, method: str, data: str, part: str, shots: int, of: Accessor = accuracy_of
+    ) -> Measured:
+        """Return a method's figure on one part."""
+        results = self.of(method, data, shots)
+        found = {result.cell.seed: _on(result, part, of) for result in results}
+        return Measured(
+            {seed: figure for seed, figure in found.items() if figure is not None}, len(results)
+        )
+
+    def hand_written(
+        self, data: str, part: str, shots: int, of: Accessor = zero_shot_of
+    ) -> Measured:
+        """Return the hand-written prompts' figure, as any method's cell measured it.
+
+        A seed without a finished cell gets the mean of the others: the prompts have no seed, and
+        a part's pictures are the same for all where the protocol does not draw them.
+        """
+        found: dict[int, list[float]] = {}
+        results = self.of(data=data, shots=shots)
+        for result in results:
+            figure = _on(result, part, of)
+            if figure is not None:
+                found.setdefault(result.cell.seed, []).append(figure)
+        usual = mean_of(figure for figures in found.values() for figure in figures)
+        if usual is None:
+            return Measured({}, 0)
+        seeds = dict.fromkeys(result.cell.seed for result in results)
+        figures = {seed: mean_of(found.get(seed, [])) for seed in seeds}
+        filled = {seed: usual if one is None else one for seed, one in figures.items()}
+        return Measured(filled, len(filled))
+
+    def of_unit(self, method: str, data: str, shots: int) -> Measured:
+        """Return the one figure that methods are compared by on a data set with some shots.
+
+        few-shot: the accuracy; base-to-new: the harmonic mean; transfers: the targets' mean.
+        """
+        if self.protocol == "base-to-new":
+            return self.harmonic(method, data, shots)
+        parts = self.parts(data) if self.protocol in TRANSFERS else ("test",)
+        return average([self.measured(method, data, part, shots) for part in parts])
+
+    def harmonic(self, method: str, data: str, shots: int) -> Measured:
+        """Return the harmonic mean of base and new, seed by seed."""
+        halves = [self.measured(method, data, part, shots) for part in ("base", "new")]
+        return combined(halves, harmonic_mean)
+
+
+def _on(result: Result, part: str, of: Accessor) -> float | None:
+    scores = result.outcome.scores if result.outcome is not None else ()
+    return next((of(score) for score in scores if score.part == part), None)
+
+
+def sheets_of(results: Sequence[Result]) -> list[Sheet]:
+    """Return a sheet for every protocol and model there are cells of, in plan order."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.cell.protocol, result.cell.model), []).append(result)
+    return [Sheet(*names, tuple(group)) for names, group in groups.items()]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a method's finished cells with its most shots cost, means over them."""
+
+    method: str
+    shots: int
+    n_cells: int
+    queries: float
+    probe_queries: float
+    text_forwards: float
+    image_forwards: float
+    seconds: float
+    """As if each cell had encoded its own pictures."""
+    result_bytes: float
+
+
+def seconds_alone(outcome: Outcome, per_picture: float) -> float:
+    """Return a cell's seconds as if it had encoded its own pictures; `per_picture` in seconds."""
+    return outcome.seconds + outcome.image_forwards_cached * per_picture
+
+
+def costs_of(sheet: Sheet, method: str, per_picture: float) -> Costs | None:
+    """Return a method's costs at its most shots, None where no cell of it finished."""
+    finished = [result.cell.shots for result in sheet.of(method) if result.outcome is not None]
+    if not finished:
+        return None
+    shots = max(finished)
+    outcomes = sheet.outcomes(method, shots=shots)
+
+    def mean(figure: Callable[[Outcome], float]) -> float:
+        return math.fsum(map(figure, outcomes)) / len(outcomes)
+
+    return Costs(
+        method,
+        shots,
+        len(outcomes),
+        queries=mean(lambda one: one.queries),
+        probe_queries=mean(lambda one: one.probe_queries),
+        text_forwards=mean(lambda one: one.text_forwards),
+        image_forwards=mean(lambda one: one.image_forwards),
+        seconds=mean(lambda one: seconds_alone(one, per_picture)),
+        result_bytes=mean(lambda one: one.result_bytes),
+    )

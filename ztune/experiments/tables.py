@@ -1,0 +1,316 @@
+"""The report's tables as rows of words, whatever they are rendered as.
+
+Accuracies are per cent, mean ± sample standard deviation over the seeds; the best mean of a column
+is bold, and so is every one that reads the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ztune.experiments.standing import TIE, Standing
+from ztune.experiments.summary import (
+    Measured,
+    Names,
+    Sheet,
+    accuracy_of,
+    average,
+    class_accuracy_of,
+    combined,
+    costs_of,
+    harmonic_mean,
+    zero_shot_class_accuracy_of,
+    zero_shot_of,
+)
+
+HAND_WRITTEN = "hand-written prompts"
+DASH = "–"
+_NO_SPREAD = 1e-9  # of prompts that know no seeds, up to rounding
+
+
+@dataclass(frozen=True)
+class Word:
+    """What stands in one place of a table."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words in rows; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Word, ...], ...]
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the words."""
+
+
+Lines = Mapping[str, Sequence[Measured]]
+"""Figures of every row under the columns after the first."""
+
+
+def accuracy_tables(sheet: Sheet, names: Names) -> list[Table]:
+    """Return a sheet's tables of accuracies; none where no cell finished."""
+    if not sheet.outcomes():
+        return []
+    if sheet.protocol == "few-shot":
+        return _few_shot_tables(sheet, names)
+    if sheet.protocol == "base-to-new":
+        return _base_to_new_tables(sheet, names)
+    return _transfer_tables(sheet, names)
+
+
+def figures_table(
+    title: str, columns: Sequence[str], lines: Lines, notes: Sequence[str] = ()
+) -> Table:
+    """Return figures of accuracy as a table, with what its marks mean."""
+    best = [_best(column) for column in zip(*lines.values(), strict=True)]
+    rows = [
+        (
+            Word(label),
+            *(
+                Word(shown(label, one), percent(one) == top)
+                for one, top in zip(line, best, strict=True)
+            ),
+        )
+        for label, line in lines.items()
+    ]
+    found = [figure for line in lines.values() for figure in line if figure.n]
+    if partial := [figure for figure in found if not figure.is_whole]:
+        mark = _seeds(partial[0])
+        notes = [*notes, f"{mark}: over those of the plan's seeds that are finished."]
+    return Table(title, ("method", *columns), tuple(rows), tuple(notes))
+
+
+def percent(figure: Measured) -> str:
+    """Return a mean as tables show it; a dash where there is none."""
+    return DASH if figure.mean is None else f"{100 * figure.mean:.1f}"
+
+
+def spread(figure: Measured) -> str:
+    """Return mean ± deviation, and how many seeds where some are missing."""
+    words = [percent(figure)]
+    if figure.deviation is not None:
+        words.append(f"± {100 * figure.deviation:.1f}")
+    if figure.n and not figure.is_whole:
+        words.append(_seeds(figure))
+    return " ".join(words)
+
+
+def _seeds(figure: Measured) -> str:
+    return f"({figure.n} of {figure.n_wanted})"
+
+
+def _best(column: Sequence[Measured]) -> str | None:
+    """Return the highest mean of a column as it reads; None where nothing competes."""
+    found = [figure for figure in column if figure.mean is not None]
+    if len(found) < 2:
+        return None
+    return percent(max(found, key=lambda figure: figure.mean or 0.0))
+
+
+def shown(label: str, figure: Measured) -> str:
+    """Return a row's figure; prompts that know no seeds are shown without a deviation."""
+    fixed = label == HAND_WRITTEN and (figure.deviation or 0.0) < _NO_SPREAD
+    return percent(figure) if fixed else spread(figure)
+
+
+def _lines(
+    sheet: Sheet,
+    of_method: Callable[[str], list[Measured]],
+    hand_written: list[Measured],
+) -> dict[str, list[Measured]]:
+    """Return the figures of every row; a method that the plan asks for none of them has no row."""
+    lines = {method: of_method(method) for method in sheet.methods}
+    asked = {name: line for name, line in lines.items() if any(one.n_wanted for one in line)}
+    return {HAND_WRITTEN: hand_written, **asked}
+
+
+def _with_average(lines: Lines, columns: Sequence[str]) -> tuple[Lines, list[str], list[str]]:
+    """Return lines and columns with their average, and a note where a method has none."""
+    if len(columns) < 2:
+        return lines, list(columns), []
+    whole = {label: [*line, average(line)] for label, line in lines.items()}
+    gaps = any(line[-1].mean is None for line in whole.values())
+    note = f"{DASH} under average: no seed is finished for all columns."
+    return whole, [*columns, "average"], [note] if gaps else []
+
+
+def counted(n: int, what: str) -> str:
+    """Return a number of things in words, as `1 cell` and `2,000 cells`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _n_shots(shots: int) -> str:
+    return counted(shots, "shot")
+
+
+def _few_shot_tables(sheet: Sheet, names: Names) -> list[Table]:
+    tables = [_by_data(sheet, names, shots) for shots in sheet.shots]
+    if (over := _over_shots(sheet, names)) is not None:
+        tables.append(over)
+    return [*tables, _by_data(sheet, names, sheet.shots[-1], of_classes=True)]
+
+
+def _by_data(sheet: Sheet, names: Names, shots: int, *, of_classes: bool = False) -> Table:
+    """Return methods × data sets at some shots."""
+    ours = class_accuracy_of if of_classes else accuracy_of
+    theirs = zero_shot_class_accuracy_of if of_classes else zero_shot_of
+    data = sheet.data_with(shots)
+    lines = _lines(
+        sheet,
+        lambda method: [sheet.measured(method, one, "test", shots, ours) for one in data],
+        [sheet.hand_written(one, "test", shots, theirs) for one in data],
+    )
+    whole, columns, notes = _with_average(lines, [names.of_data(one) for one in data])
+    what = "mean of the classes' accuracies" if of_classes else "accuracy"
+    return figures_table(f"{_n_shots(shots)}: {what}, %", columns, whole, notes)
+
+
+def _over_shots(sheet: Sheet, names: Names) -> Table | None:
+    """Return methods × shots over the data sets that have them all; None for one number."""
+    data = [one for one in sheet.data if sheet.shots_with(one) == sheet.shots]
+    if len(sheet.shots) < 2 or not data:
+        return None
+    lines = _lines(
+        sheet,
+        lambda method: [over_data(sheet, method, data, shots) for shots in sheet.shots],
+        [over_data(sheet, None, data, shots) for shots in sheet.shots],
+    )
+    over = names.of_data(data[0]) if len(data) == 1 else f"average of {len(data)} data sets"
+    notes = [] if len(data) == len(sheet.data) else [f"Over {', '.join(map(names.of_data, data))}."]
+    title = f"Over shots: accuracy, %, {over}"
+    return figures_table(title, [_n_shots(shots) for shots in sheet.shots], lines, notes)
+
+
+def over_data(sheet: Sheet, method: str | None, data: Sequence[str], shots: int) -> Measured:
+    """Return few-shot accuracy averaged over data sets; None: of the hand-written prompts."""
+    if method is None:
+        return average([sheet.hand_written(one, "test", shots) for one in data])
+    return average([sheet.measured(method, one, "test", shots) for one in data])
+
+
+def _base_to_new_tables(sheet: Sheet, names: Names) -> list[Table]:
+    tables = []
+    for shots in sheet.shots:
+        data = sheet.data_with(shots)
+        groups = [(names.of_data(one), [one]) for one in data]
+        if len(data) > 1:
+            groups.append((f"Average of {len(data)} data sets", list(data)))
+        tables += [_halves(sheet, title, group, shots) for title, group in groups]
+    return tables
+
+
+def _halves(sheet: Sheet, title: str, data: Sequence[str], shots: int) -> Table:
+    """Return methods × base, new and their harmonic mean, averaged over data sets."""
+
+    def columns(of_part: Callable[[str, str], Measured]) -> list[Measured]:
+        halves = [average([of_part(one, part) for one in data]) for part in ("base", "new")]
+        return [*halves, combined(halves, harmonic_mean)]
+
+    lines = _lines(
+        sheet,
+        lambda method: columns(lambda one, part: sheet.measured(method, one, part, shots)),
+        columns(lambda one, part: sheet.hand_written(one, part, shots)),
+    )
+    notes = [f"{DASH}: not carried out, failed, or no use for classes that it was not tuned on."]
+    if len(data) > 1:
+        notes.append("H of an average: of the averages over the data sets, seed by seed.")
+    gaps = any(figure.mean is None for line in lines.values() for figure in line)
+    return figures_table(
+        f"{title}, {_n_shots(shots)}: accuracy, %",
+        ("base", "new", "H"),
+        lines,
+        notes if gaps else notes[1:],
+    )
+
+
+def _transfer_tables(sheet: Sheet, names: Names) -> list[Table]:
+    return [
+        _targets(sheet, names, source, shots)
+        for source in sheet.data
+        for shots in sheet.shots_with(source)
+        if sheet.outcomes(data=source, shots=shots)
+    ]
+
+
+def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
+    """Return methods × what they were tested on."""
+    parts = sheet.parts(source)
+    lines = _lines(
+        sheet,
+        lambda method: [sheet.measured(method, source, part, shots) for part in parts],
+        [sheet.hand_written(source, part, shots) for part in parts],
+    )
+    whole, columns, notes = _with_average(lines, [names.of_data(part) for part in parts])
+    title = f"Tuned on {names.of_data(source)}, {_n_shots(shots)}: accuracy, %"
+    return figures_table(title, columns, whole, notes)
+
+
+def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
+    """Return methods × costs, None where no cell finished; `per_picture` in seconds.
+
+    Each method stands at its most shots: a mean over all would compare unlike cells.
+    """
+    found = [costs_of(sheet, method, per_picture or 0.0) for method in sheet.methods]
+    rows = [
+        tuple(
+            Word(text)
+            for text in (
+                one.method,
+                f"{one.shots:,}",
+                f"{one.n_cells:,}",
+                f"{one.queries:,.0f}",
+                f"{one.probe_queries:,.0f}",
+                f"{one.text_forwards:,.0f}",
+                f"{one.image_forwards:,.0f}",
+                f"{one.seconds:,.1f}",
+                f"{one.result_bytes:,.0f}",
+            )
+        )
+        for one in found
+        if one is not None
+    ]
+    columns = (
+        "method", "shots", "cells", "queries", "of them probes", "text forwards", "image forwards",
+        "seconds", "bytes of result",
+    )  # fmt: skip
+    charged = (
+        "cells share encoded pictures, so each is charged "
+        f"{1000 * per_picture:.2g} ms for every picture that it found encoded, as if it had "
+        "encoded its own."
+        if per_picture is not None
+        else "what encoding pictures took was not recorded, so pictures found encoded are free."
+    )
+    notes = (
+        "Means over the finished cells with the most shots that a method has.",
+        f"Seconds: {charged}",
+    )
+    return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
+
+
+def standing_table(standing: Standing) -> Table | None:
+    """Return wins, ties and losses, row against column; None for fewer than two methods."""
+    methods = standing.methods
+    if len(methods) < 2:
+        return None
+    ranks = standing.ranks
+    best = min((rank for rank in ranks.values() if rank is not None), default=None)
+    rows = []
+    for one in methods:
+        against = [str(standing.records[one, o]) if o != one else "·" for o in methods]
+        rank = ranks[one]
+        last = Word(DASH) if rank is None else Word(f"{rank:.2f}", rank == best)
+        rows.append((Word(one), *map(Word, against), last))
+    note = (
+        "Row against column: wins / ties / losses over data sets and shots that both have, by the "
+        "mean over their common seeds (of H where there is base and new, of the targets' mean in "
+        f"a transfer); a tie is within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, "
+        f"mean over {counted(standing.n_shared, 'combination')} of data set and shots that all of "
+        "these methods share."
+    )
+    columns = ("method", *methods, "mean rank")
+    return Table("Wins / ties / losses", columns, tuple(rows), (note,))

@@ -1,0 +1,377 @@
+"""What one process of a bench does: encode pictures, carry out runs, score their results.
+
+    OUT/runs/KEY/run/         the run of `ztune tune`, gone on with where a kill left it
+    OUT/runs/KEY/CELL.json    the outcome of a cell, until and after the driver has recorded it
+    OUT/runs/KEY/deaths       a line per attempt that did not come to an end of its own, while none
+                              gets further than the one before
+
+Models stay open from cell to cell; so do the encoded pictures and prompts of the last few parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from runtimes.bundle import load_bundle
+from runtimes.providers import Execution, check_precision
+from ztune.artifact import (
+    Artifact,
+    HeadArtifact,
+    VisualArtifact,
+    read_artifact,
+)
+from ztune.cli.output import Output
+from ztune.data.cache import FeatureCache
+from ztune.data.features import encode_pictures
+from ztune.errors import ConfigError, FormatError, ZtuneError
+from ztune.evaluate import open_gallery
+from ztune.experiments.cells import Outcome, PartScore, Point
+from ztune.experiments.jobs import (
+    Answer,
+    CellJob,
+    Encoded,
+    Encoding,
+    Job,
+    PictureList,
+    ScoredPart,
+    Task,
+)
+from ztune.io.fields import Fields
+from ztune.io.files import read_json, sha256, write_json
+from ztune.model import Workbench
+from ztune.printing import printable_lines
+from ztune.run import RunFolder
+from ztune.statistics import Score, score
+from ztune.system import one_blas_thread
+from ztune.training import Work, opening
+from ztune.types import F32, I64, ImageEncoder, Json
+
+MOST_DEATHS = 3
+"""Attempts at a run that end a process before the run is given up."""
+DEATHS = "deaths"
+_PARTS_BYTES = 512 << 20
+"""Of encoded parts that are kept, at least the last."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all workers have alike."""
+
+    out: Path
+    provider: str
+    threads: int
+    memory_limit: int | None
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A part's pictures and hand-written prompts, encoded."""
+
+    pictures: PictureList
+    features: F32
+    """f32[n, e]"""
+    labels: I64
+    zero_shot: Score
+
+
+@dataclass
+class Worker:
+    """One process's models and encoded parts."""
+
+    settings: Settings
+    _warnings: list[str] = field(default_factory=list)
+    _benches: dict[Path, Workbench] = field(default_factory=dict)
+    _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
+    _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
+
+    def perform(self, task: Task) -> Encoded | Answer:
+        """Do what is asked; what goes wrong with a job is part of the answer."""
+        if isinstance(task, Encoding):
+            return self._encode(task)
+        self._encoders.clear()  # their memory is the runs' from here on
+        started = time.monotonic()
+        self._warnings.clear()
+        answer = self._carry_out(task)
+        seconds = time.monotonic() - started
+        return replace(answer, seconds=seconds, warnings=tuple(self._warnings))
+
+    def _bench(self, bundle: Path) -> Workbench:
+        if bundle not in self._benches:
+            settings = self.settings
+            execution = Execution(settings.provider, settings.threads, settings.memory_limit)
+            loaded = load_bundle(bundle)
+            check_precision(loaded.precision, execution.provider)
+            self._benches[bundle] = Workbench(
+                loaded, execution, Output(quiet=True, warnings=self._warnings)
+            )
+        return self._benches[bundle]
+
+    def _encode(self, task: Encoding) -> Encoded:
+        started = time.monotonic()
+        try:
+            if task.bundle not in self._encoders:
+                self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
+            found = encode_pictures(
+                self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
+            )
+        except ZtuneError:  # every cell that needs these pictures fails with the same reason
+            return Encoded(task.bundle_digest, 0, 0.0)
+        return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
+
+    def _carry_out(self, job: Job) -> Answer:
+        place = self.settings.out / "runs" / job.run
+        place.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(RunFolder(place).locked())
+            except ConfigError:
+                return Answer(busy=True)
+            except ZtuneError as error:
+                return Answer(reasons={one.key: str(error) for one in job.cells})
+            return self._answer(job, place)
+
+    def _answer(self, job: Job, place: Path) -> Answer:
+        """Tune what is asked for and score it; a cell's failure is no failure of the others."""
+        outcomes: dict[str, Outcome] = {}
+        reasons: dict[str, str] = {}
+        try:
+            outcomes |= {one.key: kept for one in job.cells if (kept := _kept(place, one.key))}
+            missing = [one for one in job.cells if one.key not in outcomes]
+            if not missing:
+                return Answer(outcomes)
+            deaths = _deaths(place)
+            if len(deaths) == MOST_DEATHS - 1 and not job.alone:
+                return Answer(alone=True)
+            with _noted(place, deaths), one_blas_thread():
+                work, run = self._tuned(job, place)
+                for one in missing:
+                    found = self._scored_or_not(work, run, one, place)
+                    if isinstance(found, str):
+                        reasons[one.key] = found
+                    else:
+                        outcomes[one.key] = found
+        except Exception as error:
+            reason = _reason(error, place)
+            reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
+        return Answer(outcomes, reasons)
+
+    def _tuned(self, job: Job, place: Path) -> tuple[Work, Fields]:
+        """Return the run finished, and what run.json says."""
+        bench = self._bench(Path(job.request.bundle))
+        if bench.bundle.digest != job.bundle_digest:
+            raise FormatError(
+                f'bundle "{bench.bundle.path}" is not the one that the bench began with'
+            )
+        work = Work(job.request, job.split, RunFolder(place / "run"), bench)
+        run = Fields(_finished(work), f'run "{work.folder.path}"')
+        work.folder.state.unlink(missing_ok=True)  # of no more use
+        return work, run
+
+    def _scored_or_not(self, work: Work, run: Fields, cell: CellJob, place: Path) -> Outcome | str:
+        """Score a cell and keep its outcome; return that, or why there is none."""
+        try:
+            outcome = self._scored(work, run, cell, place.name)
+            write_json(place / f"{cell.key}.json", outcome.to_json())
+        except Exception as error:
+            return _reason(error, place)
+        return outcome
+
+    def _scored(self, work: Work, run: Fields, cell: CellJob, key: str) -> Outcome:
+        """Score a finished run's result on the parts of a cell."""
+        result = read_artifact(work.folder.prompt)
+        parts = [self._part(work.bench, part) for part in cell.parts]
+        scores = [
+            self._part_score(work.bench, result, part, encoded)
+            for part, encoded in zip(cell.parts, parts, strict=True)
+        ]
+        seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
+        queries = run.integer("queries")
+        curve: list[Point] = []
+        if cell.curve and queries and scores[0].accuracy is not None:
+            curve = list(self._snapshots(work, cell.parts[0], parts[0], queries))
+            curve.append(Point(queries, seconds, scores[0].accuracy))
+        tuned_on = {entry.sha256 for entry in work.split.entries}
+        n_cached = run.integer("image_forwards_cached")
+        return Outcome(
+            uses=work.request.method,
+            config=run.object("config").values,
+            run=key,
+            artifact=sha256(work.folder.prompt),
+            result_bytes=run.integer("result_bytes"),
+            n_train=len(work.split.entries_of("train")),
+            n_val=len(work.split.entries_of("val")),
+            copies=sum(digest in tuned_on for part in parts for digest in part.pictures.digests),
+            queries=queries,
+            probe_queries=run.integer("probe_queries"),
+            text_forwards=run.integer("text_forwards"),
+            image_forwards=run.integer("image_forwards") + n_cached,
+            image_forwards_cached=n_cached,
+            seconds=seconds,
+            stop_reason=run.text("stop_reason"),
+            train_loss=run.number("train_loss"),
+            scores=tuple(scores),
+            curve=tuple(curve),
+        )
+
+    def _snapshots(
+        self, work: Work, part: ScoredPart, encoded: EncodedPart, queries: int
+    ) -> Iterator[Point]:
+        seconds = {int(line["queries"]): line["seconds"] for line in work.folder.read_history()}
+        for file in sorted(work.folder.snapshots.glob("*.safetensors")):
+            snapshot = read_artifact(file)
+            spent = snapshot.provenance.queries
+            found = self._score(work.bench, snapshot, part, encoded)
+            if found is not None and spent < queries:
+                yield Point(spent, seconds.get(spent), found.accuracy)
+
+    def _part(self, bench: Workbench, part: ScoredPart) -> EncodedPart:
+        """Return a part encoded; the last few are kept."""
+        place = bench.bundle.path, part
+        if place not in self._parts:
+            pictures = PictureList.read(part.list_file)
+            found = bench.features(pictures.items, part.cache, what=part.name)
+            labels = pictures.label_array
+            zero_shot = bench.zero_shot(part.templates, pictures.classes)
+            before = score(zero_shot.logits(found.values[0]), labels, pictures.classes)
+            self._make_room(found.values.nbytes)
+            self._parts[place] = EncodedPart(pictures, found.values[0], labels, before)
+        return self._parts[place]
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Forget the oldest parts until another of so many bytes has room."""
+        while self._parts and n_bytes + self._bytes_kept() > _PARTS_BYTES:
+            del self._parts[next(iter(self._parts))]
+
+    def _bytes_kept(self) -> int:
+        return sum(part.features.nbytes for part in self._parts.values())
+
+    def _part_score(
+        self, bench: Workbench, result: Artifact, part: ScoredPart, encoded: EncodedPart
+    ) -> PartScore:
+        found, before = self._score(bench, result, part, encoded), encoded.zero_shot
+        return PartScore(
+            part=part.name,
+            n=before.n,
+            classes=len(before.classes),
+            zero_shot=before.accuracy,
+            zero_shot_class_accuracy=before.class_accuracy,
+            accuracy=None if found is None else found.accuracy,
+            class_accuracy=None if found is None else found.class_accuracy,
+        )
+
+    def _score(
+        self, bench: Workbench, result: Artifact, part: ScoredPart, encoded: EncodedPart
+    ) -> Score | None:
+        """Score a result among a part's classes; None for a head that does not know them all."""
+        classes = encoded.pictures.classes
+        if isinstance(result, HeadArtifact):
+            if not set(classes) <= set(result.classes):
+                return None
+            columns = [result.classes.index(name) for name in classes]
+            logits = result.classifier().logits(encoded.features)[:, columns]
+            return score(logits, encoded.labels, classes)
+        if isinstance(result, VisualArtifact) and result.context is None:
+            # Its texts are hand-written ones: those of the part's own data set.
+            result = bench.refreshed(replace(result, templates=part.templates), classes)
+        elif result.classes != classes:
+            result = bench.refreshed(result, classes)
+        if not isinstance(result, VisualArtifact):
+            return score(result.classifier().logits(encoded.features), encoded.labels, classes)
+        gallery = open_gallery(
+            bench, encoded.pictures.items, part.cache, what=part.name, skip_broken=False
+        )
+        return score(gallery.logits(result), encoded.labels, classes)
+
+
+def _finished(work: Work) -> dict[str, Json]:
+    """Begin a run, go on with it, or find it done; return run.json's content."""
+    folder, head = work.folder, opening(work.request, work.bench, work.split)
+    status = None
+    if folder.run.is_file():
+        found = folder.read()
+        status = found.get("status")
+        if status == "finished":
+            return found
+        if status == "running":
+            head = {k: v for k, v in found.items() if k not in ("format", "version")}
+    work.check()
+    if status != "running":
+        folder.create(head, work.split.to_json())
+    return work.carry_out(head)
+
+
+def _kept(place: Path, key: str) -> Outcome | None:
+    """Return the outcome that an earlier process left, whose driver may not have recorded it.
+
+    One that does not read is none: the run is scored again.
+    """
+    path = place / f"{key}.json"
+    if not path.is_file():
+        return None
+    where = f'outcome "{path}"'
+    try:
+        return Outcome.from_json(Fields(read_json(path, where), where))
+    except FormatError:
+        return None
+
+
+def _reason(error: Exception, place: Path) -> str:
+    """Return an error in one line; what a user cannot know of leaves its traceback."""
+    if isinstance(error, ZtuneError):
+        hint = f" (remove {place} to begin the run anew)" if str(place) in str(error) else ""
+        return f"{error}{hint}"
+    (place / "traceback.txt").write_text(
+        printable_lines("".join(traceback.format_exception(error)))
+    )
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'without a word'}"
+
+
+def _deaths(place: Path) -> list[str]:
+    """Return the notes that attempts left which got no further than the one before.
+
+    Raises: ZtuneError where they are too many; asked for once more, it is tried again.
+    """
+    path = place / DEATHS
+    notes = path.read_text().splitlines() if path.exists() else []
+    notes = [note for note in notes if note.split()[:1] == [_reached(place)]]
+    if len(notes) >= MOST_DEATHS:
+        path.unlink()
+        raise ZtuneError(
+            f"its process ended {len(notes)} times without a word (killed, or out of memory?)"
+        )
+    return notes
+
+
+def forget_deaths(out: Path) -> None:
+    """Take notes back, since whoever stopped a bench ended its processes on purpose.
+
+    Those of runs that another process is at stay.
+    """
+    for note in (out / "runs").glob(f"*/{DEATHS}"):
+        with contextlib.suppress(ZtuneError), RunFolder(note.parent).locked():
+            note.unlink(missing_ok=True)
+
+
+def _reached(place: Path) -> str:
+    """Return what differs as soon as a run has saved its state again."""
+    state = RunFolder(place / "run").state
+    return str(state.stat().st_mtime_ns if state.exists() else 0)
+
+
+@contextlib.contextmanager
+def _noted(place: Path, earlier: Sequence[str]) -> Iterator[None]:
+    """Note an attempt, and take the notes back when it ends in whatever way but a kill."""
+    path = place / DEATHS
+    note = f"{_reached(place)} {time.strftime('%Y-%m-%dT%H:%M:%S')} process {os.getpid()}"
+    path.write_text("\n".join([*earlier, note]) + "\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # a driver that is stopped takes all notes back

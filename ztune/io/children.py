@@ -1,0 +1,46 @@
+"""Python processes that we start: none of them imports what lies in the working folder.
+
+`python -m` puts that folder on the path, and whoever unpacks somebody's data set there would run
+its `json.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_OURS = Path(__file__).resolve().parents[2]
+# Only what is built into the interpreter is imported before the path is set.
+_PRELUDE = "import sys; n = int(sys.argv[1]) + 2; sys.path[:] = sys.argv[2:n]; del sys.argv[1:n]; "
+
+
+def python_command(program: str, *words: str) -> list[str]:
+    """Return the command of a child that runs `program` with `words` as sys.argv[1:].
+
+    Its modules come from where this process has them, the working folder left out.
+    """
+    path = _path()
+    return [sys.executable, "-c", _PRELUDE + program, str(len(path)), *path, *words]
+
+
+def _path() -> list[str]:
+    """Return this process's path without the working folder, unless ztune itself lies there."""
+    here = os.path.realpath(Path.cwd())
+    path = [entry for entry in sys.path if entry and os.path.realpath(entry) != here]
+    return path if here != str(_OURS) else [*path, here]
+
+
+@contextlib.contextmanager
+def empty_working_folder() -> Iterator[None]:
+    """Work in an empty folder: joblib and Ray have the current one on their workers' path."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="ztune-workers-") as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)

@@ -1,0 +1,223 @@
+"""What a run was asked to do, as it stands in run.json and is taken up again on resume."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ztune.cli.server import server_settings, to_save
+from ztune.data.named import find_spec
+from ztune.data.sources import find_named
+from ztune.data.split import SplitSettings
+from ztune.errors import ConfigError
+from ztune.io.config import configured, settings_from_words
+from ztune.methods import PRESETS, TunedMethod, find_method
+from ztune.types import Json
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings of one run; paths are absolute, so that it resumes from any folder."""
+
+    bundle: str
+    data: str
+    """A path, or with `root` the name of a data set."""
+    method: str = "ogn"
+    shots: int = 16
+    queries: int = 5000
+    seed: int = 1
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """The hand-written prompts of zero-shot figures, heads and visual prompts; their features are
+    averaged."""
+    preset: str = "default"
+    provider: str = "auto"
+    threads: int | None = None
+    memory_limit: int | None = None
+    val: int | None = None
+    test_fraction: str = "auto"
+    split_seed: int = 0
+    test_data: str | None = None
+    names: str | None = None
+    cache: str | None = None
+    """None: the run's own folder."""
+    augment: int = 0
+    skip_broken: bool = False
+    force: bool = False
+    """Go on below the signal gate's limit."""
+    keep: str = "last"
+    """The last point, as published, or the best on validation."""
+    validate_every: int | None = None
+    """Queries between validation passes that steer; None: a fiftieth of the budget."""
+    patience: int | None = None
+    """Stop after so many validation passes without gain; None: never."""
+    snapshots: int | str = 0
+    """Artifacts written on the way: a number of points, or the query counts, as in `25,50,100`."""
+    extractor: str | None = None
+    """ONNX file whose features BlackVIP's decoder sees; None: the bundle's image tower."""
+    reference: str | None = None
+    """Bundle to measure the signal against; None: the bundle's own graph in higher precision."""
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    """The method's settings that differ from its preset."""
+    server: Mapping[str, Json] = field(default_factory=dict)
+    """How a server is reached where `bundle` is its URL, without secrets: runtimes/remote/."""
+    root: str | None = None
+    """The folder that holds the data set of that name."""
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ConfigError(f"--queries is {self.queries}, expected at least 1")
+        if self.preset not in PRESETS:
+            raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
+        if self.augment < 0:
+            raise ConfigError(f"--augment is {self.augment}, expected 0 or more views")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ConfigError(f'--template "{template}" must hold {{}} once')
+        if self.keep not in ("last", "best"):
+            raise ConfigError(f'--keep is "{self.keep}", expected last or best')
+        for name in ("validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.validate_every is not None and not self.validates:
+            raise ConfigError("--validate-every goes with --keep best or --patience")
+        if isinstance(self.snapshots, int) and self.snapshots < 0:
+            raise ConfigError(f"--snapshots is {self.snapshots}, expected 0 or more")
+        if isinstance(self.snapshots, str):
+            _counts(self.snapshots)
+        if self.validates and self.val == 0:
+            raise ConfigError("--keep best and --patience need validation pictures (--val)")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation passes steer the run, so that they are charged."""
+        return self.keep == "best" or self.patience is not None
+
+    @property
+    def queries_between_validations(self) -> int:
+        return self.validate_every or max(1, self.queries // 50)
+
+    def snapshot_marks(self, spent: int) -> list[int]:
+        """Query counts of the snapshots: those named, or some denser at first, of `spent`."""
+        n = self.snapshots
+        if isinstance(n, str):
+            return _counts(n)
+        return sorted({max(1, round(spent * (i / n) ** 2)) for i in range(1, n)})
+
+    def split_settings(self) -> SplitSettings:
+        """Return what the split is made by.
+
+        Raises: ConfigError for impossible numbers.
+        """
+        fraction = self.test_fraction
+        if fraction != "auto":
+            try:
+                share = float(fraction)
+            except ValueError:
+                raise ConfigError(
+                    f'--test-fraction is "{fraction}", expected auto or a number in [0, 1)'
+                ) from None
+            return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
+        return SplitSettings(self.shots, self.val, "auto", self.split_seed, self.seed)
+
+    def cache_folder(self, run: Path) -> Path:
+        return Path(self.cache) if self.cache else run / "cache"
+
+
+def snapshots_of_word(word: str) -> int | str:
+    """Return what the word behind --snapshots asks for; a request checks it."""
+    return int(word) if word.lstrip("-").isdecimal() else word
+
+
+def _counts(listed: str) -> list[int]:
+    """Return query counts of a list like `25,50`, in order and each once.
+
+    Raises: ConfigError.
+    """
+    parts = [part.strip() for part in listed.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(
+            f'--snapshots is "{listed}", expected a number, or query counts as in 25,50,100'
+        )
+    return sorted({int(part) for part in parts})
+
+
+def add_root_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --root, which makes of --data the name of a data set."""
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="the folder that holds the data set which --data names (see: ztune data list)",
+    )
+
+
+def place_of(data: str, root: Path | None) -> str:
+    """Return what --data says as a run keeps it: a known name, else an absolute path.
+
+    Raises: ConfigError for a name without --root, or --root without a name; DataError for a word
+        that is neither name nor path.
+    """
+    if spec := find_named(data, root):
+        return spec.name
+    if root is not None:
+        raise ConfigError(
+            f'--root goes with the name of a data set, --data "{data}" is a path (leave out '
+            "--root, or see the names: ztune data list)"
+        )
+    return str(Path(data).resolve())
+
+
+def remarks_on(request: Request) -> list[str]:
+    """Return what the user should know of a request that is no error, one line each."""
+    if request.root is None:
+        return []
+    spec = find_spec(request.data)
+    if request.templates == (spec.template,):
+        return []
+    mine = ", ".join(f'"{template}"' for template in request.templates)
+    return [f'{spec.title}: the papers take --template "{spec.template}", this is with {mine}']
+
+
+def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) -> Request:
+    """Return what was asked for; what was not keeps the request's own defaults.
+
+    `asked` names the options that are fields of a request; `set` and `init` are its settings.
+    """
+    settings = settings_from_words(arguments.set or [])
+    if arguments.init is not None:
+        settings["init"] = arguments.init
+    given = {name: getattr(arguments, name) for name in ("bundle", *asked)}
+    values: dict[str, Any] = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None and name not in ("out", "set", "init")
+    }
+    if isinstance(given.get("data"), str):
+        values["data"] = place_of(given["data"], given.get("root"))
+    if "template" in values:
+        values["templates"] = tuple(values.pop("template"))
+    request = Request(**values, settings=settings, server=to_save(server_settings(arguments)))
+    method = find_method(request.method)
+    if "augment" not in values and request.preset == "published":
+        views = method.augment if isinstance(method, TunedMethod) else 0
+        request = replace(request, augment=views)
+    return request
+
+
+def request_from_json(values: Mapping[str, Json], where: str) -> Request:
+    """Return a saved request.
+
+    Raises: ConfigError for fields that this version does not know.
+    """
+    settings, server = values.get("settings"), values.get("server", {})
+    for name, value in (("settings", settings), ("server", server)):
+        if not isinstance(value, dict):
+            raise ConfigError(f'{where}: "{name}" is {value!r}, expected an object')
+    assert isinstance(settings, dict)
+    assert isinstance(server, dict)
+    plain = {key: value for key, value in values.items() if key not in ("settings", "server")}
+    return replace(configured(Request, plain, where), settings=settings, server=server)
