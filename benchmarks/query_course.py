@@ -12,7 +12,6 @@ from benchmarks.query_cells import Cell, carried_out, claimed
 from benchmarks.query_scoring import scored
 from benchmarks.query_tasks import TASKS
 from runtimes.providers import Execution
-from ztune.cli.output import Output
 from ztune.errors import ZtuneError
 from ztune.io.files import write_json
 from ztune.model import Workbench, open_workbench
@@ -80,7 +79,7 @@ class Course:
         """Return an opened model, the one of an earlier cell where it is the same."""
         if bundle not in self.benches:
             execution = Execution("cpu", threads=1)
-            self.benches[bundle] = open_workbench(bundle, execution, Output(quiet=True))
+            self.benches[bundle] = open_workbench(bundle, execution)
         return self.benches[bundle]
 
     def _circumstances(self) -> dict[str, Json]:

@@ -29,7 +29,6 @@ from runtimes.remote.service import Service
 from runtimes.tokenizer import Tokenizer
 from tests.servers.proxy import Proxy
 from tests.servers.triton import TritonServer
-from ztune.cli.output import Output
 from ztune.compositions.base import Composition
 from ztune.compositions.steps import ZipConfig
 from ztune.model import Workbench
@@ -124,7 +123,7 @@ class Task:
     def composition(self) -> Composition:
         """Return ZIP's map and optimizer at their start."""
         bundle = self.bundle
-        towers = Workbench(bundle, Execution(), Output(quiet=True)).towers(bundle.embed_dim)
+        towers = Workbench(bundle, Execution()).towers(bundle.embed_dim)
         return self._config.build(towers, queries=5000, seed=0)
 
     def sampler(self) -> BatchSampler:

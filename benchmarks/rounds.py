@@ -11,7 +11,6 @@ import numpy as np
 from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
 from runtimes.providers import Execution
 from ztune.budget import Budget
-from ztune.cli.output import Output
 from ztune.compositions.base import TunedConfig
 from ztune.loop import Observer, Tuning, tune
 from ztune.model import Workbench
@@ -56,7 +55,7 @@ class Rounds:
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         self.n_candidates = config.step_queries()
-        towers = Workbench(bundle, Execution(), Output(quiet=True)).towers(bundle.embed_dim)
+        towers = Workbench(bundle, Execution()).towers(bundle.embed_dim)
         self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
         contexts = self._map(self._optimizer.ask().points[:1]).contexts
         assert contexts is not None

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.providers import Execution
-from ztune.cli.output import Output
 from ztune.data.split import Split
 from ztune.io.files import read_json
 from ztune.model import open_workbench
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="whose split.json is taken")
     parser.add_argument("--template", default="a photo of a {}.")
     arguments = parser.parse_args()
-    bench = open_workbench(arguments.bundle, Execution(), Output(quiet=True))
+    bench = open_workbench(arguments.bundle, Execution())
     path = arguments.run / "split.json"
     split = Split.from_json(read_json(path, str(path)), str(path))
     zero_shot = bench.zero_shot((arguments.template,), split.classes)

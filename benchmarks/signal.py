@@ -32,7 +32,6 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import feeds, name_tokens, token_table
 from runtimes.providers import Execution, Setup, open_session, run_graph
 from runtimes.tokenizer import Tokenizer
-from ztune.cli.output import Output
 from ztune.data.features import Features
 from ztune.model import Workbench
 from ztune.printing import printable
@@ -147,7 +146,7 @@ class _HalfBench(Workbench):
         return _HalfGraph(self.bundle, self.tokenizer)
 
     def features(self, *arguments: Any, **more: Any) -> Features:
-        return Workbench(self.full, self.execution, self.output).features(*arguments, **more)
+        return Workbench(self.full, self.execution).features(*arguments, **more)
 
 
 def signal(
@@ -171,9 +170,9 @@ def signal(
         settings={"perturbation": perturbation},
     )
     _, split = task_of(request)
-    bench = Workbench(load_bundle(bundle), Execution(), Output(quiet=True))
+    bench = Workbench(load_bundle(bundle), Execution())
     if bench.bundle.precision == "fp16":
-        bench = _HalfBench(bench.bundle, bench.execution, bench.output, full=full)
+        bench = _HalfBench(bench.bundle, bench.execution, full=full)
     return Work(request, split, RunFolder(folder / "no-run"), bench).signal()[1]
 
 

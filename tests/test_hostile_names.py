@@ -289,7 +289,7 @@ def test_progress_shows_names_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with Output().progress("[red]\x1b]0;pwned\x07", 2) as ticker:
+    with Output().activity("[red]\x1b]0;pwned\x07", 2) as ticker:
         ticker.update(1, "\x9b31m")
         ticker._progress.refresh()
     said = capfd.readouterr().err

@@ -15,7 +15,6 @@ import pytest
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI, Command
 from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
-from ztune.cli.output import Output
 from ztune.data.split import Split
 from ztune.io.files import read_json, sha256
 from ztune.model import open_workbench
@@ -101,7 +100,7 @@ def test_classifier_predicts_what_the_run_predicts(
         assert again[key] == measured[key]
     split = Split.from_json(read_json(out / "split.json", "split"), "split")
     pictures = [split.file(entry) for entry in split.entries_of("test")]
-    bench = open_workbench(MINI, Execution(), Output(quiet=True))
+    bench = open_workbench(MINI, Execution())
     classifier = bench.refreshed(read_artifact(prompt)).classifier()
     items = [(picture, sha256(picture)) for picture in pictures]
     features = bench.features(items, cache, what="pictures").values[0]

@@ -27,7 +27,6 @@ from ztune.artifact import (
     VisualArtifact,
     read_artifact,
 )
-from ztune.cli.output import Output
 from ztune.io.files import sha256
 from ztune.methods import METHODS, HeadMethod, TunedMethod
 from ztune.model import Workbench, open_workbench
@@ -147,7 +146,7 @@ def tensors(artifact: Artifact) -> list[np.ndarray]:
 
 @pytest.fixture
 def bench() -> Workbench:
-    return open_workbench(MINI, Execution(), Output(quiet=True))
+    return open_workbench(MINI, Execution())
 
 
 def test_every_method_is_tried_here() -> None:

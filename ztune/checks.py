@@ -17,6 +17,7 @@ from ztune.methods import find_method, method_config, needs_of, needs_of_all, tu
 from ztune.model import Workbench
 from ztune.optim.validation import EarlyStop, Validated
 from ztune.precision import open_reference
+from ztune.progress import warn
 from ztune.run_config import Request
 from ztune.system import return_free_memory
 from ztune.types import Optimizer
@@ -168,7 +169,7 @@ class Feasibility:
     def _announce(self, config: TunedConfig) -> None:
         seconds = config.own_seconds(self.request.queries)
         if seconds > _WORTH_A_WORD:
-            self.bench.output.warn(
+            warn(
                 f"{self.request.method}'s own arithmetic, beside the forward passes, will take "
                 f"about {seconds / 60:.0f} minutes (fewer values take less, and so does a "
                 "separable covariance where there is one)"

@@ -40,3 +40,7 @@ class ServerError(ZtuneError):
 
 class AwayError(ServerError):
     """No server has answered for as long as was agreed."""
+
+
+class ZtuneWarning(UserWarning):
+    """What a caller should know of a result, though there is one."""

@@ -45,7 +45,7 @@ class Gallery:
         width = extracted.shape[-1]
         images = open_program(self.bench, artifact.program, width, artifact.statistics)
         parts = []
-        with self.bench.output.progress(f"{self.what}, changed", len(extracted)) as ticker:
+        with self.bench.progress.activity(f"{self.what}, changed", len(extracted)) as ticker:
             for first, pixels in self._pixels():
                 seen = extracted[first : first + len(pixels)]
                 parts.append(images.encode(artifact.visual[None], pixels, seen)[0])

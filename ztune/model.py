@@ -17,13 +17,13 @@ from runtimes.providers import Execution, check_precision
 from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
-from ztune.cli.output import Output
 from ztune.compositions.base import Patches, Towers
 from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
 from ztune.errors import DataError
 from ztune.logits import FeatureClassifier
 from ztune.mixing import mixed_texts
+from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, ImageEncoder
 
 
@@ -34,7 +34,7 @@ class Workbench:
     bundle: Bundle
     execution: Execution
     """How graphs run on this machine."""
-    output: Output
+    progress: Progress = SILENCE
     served: Runtime | None = None
     """The server that has the bundle's graphs; None: they run on this machine."""
 
@@ -80,7 +80,7 @@ class Workbench:
         encoder: ImageEncoder = self.runtime.images()
         if extractor is not None:
             encoder = OrtExtractor(extractor, self.bundle, self.execution)
-        with self.output.progress(what, len(items) * max(1, n_views)) as ticker:
+        with self.progress.activity(what, len(items) * max(1, n_views)) as ticker:
             result = encode_pictures(
                 encoder,
                 items,
@@ -92,7 +92,7 @@ class Workbench:
                 skip_broken=skip_broken,
             )
         if not result.kept.all():
-            self.output.warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
+            warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
         return result
 
     def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
@@ -156,7 +156,7 @@ class Workbench:
             ):
                 return artifact  # encoding all prompts again would give the same
             if set(wanted) - set(artifact.classes):
-                self.output.warn(
+                warn(
                     "a mixture's weights were found for the classes it was tuned on; for other "
                     "class names one context does better (--method ogn-context)"
                 )
@@ -192,15 +192,15 @@ class Workbench:
                 f"{len(table) - 1} (use the bundle it was tuned on)"
             )
         encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
-        self.output.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
+        self.progress.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
         return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
 
 
-def open_workbench(path: Path, execution: Execution, output: Output) -> Workbench:
+def open_workbench(path: Path, execution: Execution, progress: Progress = SILENCE) -> Workbench:
     """Load a bundle; its graphs are opened when they are used.
 
     Raises: FormatError, ProviderError when the provider cannot run the bundle's precision.
     """
     bundle = load_bundle(path)
     check_precision(bundle.precision, execution.provider)
-    return Workbench(bundle, execution, output)
+    return Workbench(bundle, execution, progress)

@@ -16,10 +16,10 @@ import numpy as np
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
-from ztune.cli.output import Output
 from ztune.compositions.base import TunedConfig
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.model import Workbench
+from ztune.progress import Progress, warn
 from ztune.signal import Signal, exact_losses, measure, probe_batch
 from ztune.types import F32, F64, I64, Json, Optimizer, Oracle, PromptMap
 
@@ -63,7 +63,7 @@ class Gate:
             nonlocal n_candidates
             n_candidates = len(contexts)
             names = name_tokens(bundle.text, self.bench.tokenizer, self.classes, contexts.shape[1])
-            self.bench.output.remark("measuring the signal that tuning would live off")
+            self.bench.progress.remark("measuring the signal that tuning would live off")
             try:
                 texts = reference_features(
                     self.reference or bundle,
@@ -154,7 +154,7 @@ def pass_gate(
     *,
     published: float,
     force: bool,
-    output: Output,
+    progress: Progress,
 ) -> dict[str, Json]:
     """Return what run.json keeps of the signal that `measured` gives; see `Gate.measure`.
 
@@ -168,9 +168,9 @@ def pass_gate(
         document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:
             raise RefusedError(f"{error} (go on without it with --force)", document) from None
-        output.warn(f"signal-to-noise was not measured: {error}")
+        warn(f"signal-to-noise was not measured: {error}")
         return document
-    output.remark(described(signal, document))
+    progress.remark(described(signal, document))
     document["forced"] = force and not signal.passed
     if signal.passed:
         return document
@@ -181,7 +181,7 @@ def pass_gate(
     )
     if not force:
         raise RefusedError(f"{weak}, or go on with --force)", document)
-    output.warn(f"{weak})")
+    warn(f"{weak})")
     return document
 
 
@@ -196,9 +196,7 @@ SERVED = (
 )
 
 
-def unmeasured(
-    reason: str, remedy: str, precision: str, *, force: bool, output: Output
-) -> dict[str, Json]:
+def unmeasured(reason: str, remedy: str, precision: str, *, force: bool) -> dict[str, Json]:
     """Return what run.json keeps of a signal that is not measured, and why.
 
     Raises: RefusedError below fp32, where rounding errors might steer, and nobody forces it.
@@ -211,7 +209,7 @@ def unmeasured(
             f"{reason}, and the bundle is {precision} ({remedy}, or go on with --force)",
             document,
         )
-    output.warn(f"{reason}, and the bundle is {precision}")
+    warn(f"{reason}, and the bundle is {precision}")
     return {**document, "forced": True}
 
 

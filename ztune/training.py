@@ -55,6 +55,7 @@ from ztune.precision import (
     pass_gate,
     unmeasured,
 )
+from ztune.progress import warn
 from ztune.run import RunFolder, SavePace
 from ztune.run_config import Request
 from ztune.signal import Signal
@@ -223,9 +224,9 @@ class Work:
             return head
         calls = parts.encoder.plan.to_json()
         if isinstance(parts.encoder.plan, RequestPlan):
-            self.bench.output.remark(parts.encoder.plan.described())
+            self.bench.progress.remark(parts.encoder.plan.described())
         if head.get("calls", calls) != calls:
-            self.bench.output.warn(
+            warn(
                 f"a round is cut into other calls ({calls}) than when the run began "
                 f"({head['calls']}), so bytes may differ"
             )
@@ -238,22 +239,22 @@ class Work:
 
         Raises: RefusedError, and leaves a run that may be started anew.
         """
-        force, output = self.request.force, self.bench.output
+        force, progress = self.request.force, self.bench.progress
         precision = self.bench.bundle.precision
         if "signal" not in head and not self.folder.state.exists():
             try:
                 if parts.config.finest is None:
                     signal = no_differences()
                 elif parts.images is not None:
-                    signal = unmeasured(*ENCODED_ANEW, precision, force=force, output=output)
+                    signal = unmeasured(*ENCODED_ANEW, precision, force=force)
                 elif self.bench.served is not None and self.request.reference is None:
-                    signal = unmeasured(*SERVED, precision, force=force, output=output)
+                    signal = unmeasured(*SERVED, precision, force=force)
                 else:
                     signal = pass_gate(
                         lambda: self._measured(parts, pictures),
                         published=self.published,
                         force=force,
-                        output=output,
+                        progress=progress,
                     )
             except RefusedError as error:
                 self.folder.write({**head, "status": "refused", "signal": error.document})
@@ -314,7 +315,7 @@ class Work:
         size = config.pictures_of(n_pictures, len(self.split.classes))
         wanted = min(config.batch_size or n_pictures, n_pictures)
         if size < wanted:
-            self.bench.output.warn(
+            warn(
                 f"logits are kept of {size} pictures instead of {wanted}: more would take more "
                 "than memory_mb"
             )
@@ -326,11 +327,11 @@ class Work:
         )
         tuning = Tuning(parts.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
-        output, spent = self.bench.output, config.spends(request.queries)
+        progress, spent = self.bench.progress, config.spends(request.queries)
         if config.notice:
-            output.warn(config.notice)
+            warn(config.notice)
         if tuning.step:
-            output.remark(f"going on after {tuning.budget.queries} of {spent} queries")
+            progress.remark(f"going on after {tuning.budget.queries} of {spent} queries")
         assembly = self._assembly(config, pictures)
 
         def artifact(stop_reason: str) -> Artifact:
@@ -343,7 +344,7 @@ class Work:
             write_artifact(self.folder.snapshot(tuning.budget.queries), artifact("snapshot"))
         marks = [m for m in marks if m > tuning.budget.queries]
         saving = SavePace(every_step=self.bench.served is not None)
-        with output.progress("tuning", spent) as ticker:
+        with progress.activity("tuning", spent) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
                 self.folder.log(now, evaluation)

@@ -218,7 +218,7 @@ def _picture_times(
 
 def _text_times(bench: Workbench, classes: tuple[str, ...]) -> tuple[float, float]:
     """Return what a round of candidates takes first, and the median of some later ones."""
-    own = Workbench(bench.bundle, bench.execution, bench.output)  # its graph goes when it does
+    own = Workbench(bench.bundle, bench.execution)  # its graph goes when it does
     contexts = np.zeros((_CANDIDATES, _CONTEXT, bench.bundle.text.width), dtype=np.float32)
     started = time.monotonic()
     encoder = own.prompt_graph.encoder(classes, _CONTEXT, _CANDIDATES)

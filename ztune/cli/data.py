@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
         def progress(done: int, total: int) -> None:
             if not tickers:  # how many there are to compare is known only now
-                tickers.append(stack.enter_context(output.progress("compare pictures", total)))
+                tickers.append(stack.enter_context(output.activity("compare pictures", total)))
             tickers[0].update(done)
 
         found = check(spec, arguments.root, arguments.prepare, not arguments.skip_copies, progress)

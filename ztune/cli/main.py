@@ -14,6 +14,7 @@ from ztune.cli.output import Output, fail, show_traceback
 from ztune.cli.server import is_url
 from ztune.errors import ZtuneError
 from ztune.printing import holds_password, printable
+from ztune.progress import warnings_told
 
 VERBS = {
     "export": "turn an open_clip model into a bundle of ONNX graphs (needs torch)",
@@ -83,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(hangup, _terminate)
     try:
-        arguments.run(arguments, Output(arguments.quiet, arguments.json))
+        output = Output(arguments.quiet, arguments.json)
+        with warnings_told(output.warn):
+            arguments.run(arguments, output)
     except ZtuneError as error:
         if arguments.debug:
             show_traceback(error)

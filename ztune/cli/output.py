@@ -21,15 +21,12 @@ from ztune.types import Json
 class Output:
     """Where a verb writes; `quiet` drops progress and remarks, `as_json` the human result.
 
-    With `warnings` a list, what would be warned of is added to it and not printed.
+    It is the Progress that the library tells what is under way.
     """
 
-    def __init__(
-        self, quiet: bool = False, as_json: bool = False, warnings: list[str] | None = None
-    ):
+    def __init__(self, quiet: bool = False, as_json: bool = False):
         self.quiet = quiet
         self.as_json = as_json
-        self._warnings = warnings
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
@@ -50,10 +47,7 @@ class Output:
 
     def warn(self, text: str) -> None:
         """Say what must be heard, also with --quiet."""
-        if self._warnings is not None:
-            self._warnings.append(text)
-        else:
-            self._errors.print(printable(f"warning: {text}"))
+        self._errors.print(printable(f"warning: {text}"))
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""
@@ -63,7 +57,7 @@ class Output:
         for line in lines:
             self._results.print(printable(line) if isinstance(line, str) else line)
 
-    def progress(self, what: str, total: int) -> Ticker:
+    def activity(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
         return Ticker(self._errors, what, total, self.quiet)
 

@@ -87,7 +87,7 @@ def classify(
             results.append(classifier.classify(np.stack(waiting)))
             waiting.clear()
 
-    with output.progress("classifying", len(paths)) as ticker:
+    with output.activity("classifying", len(paths)) as ticker:
         for number, path in enumerate(paths):
             try:
                 waiting.append(classifier.read(path))

@@ -215,7 +215,7 @@ def connect_to(
 
     settings = settings_from(values)
     client = None if settings.client is None else Path(settings.client)
-    with output.progress("fetching the client half", 100) as ticker:
+    with output.activity("fetching the client half", 100) as ticker:
         return connect(
             url,
             settings.endpoints,

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ztune.cli.output import Output
 from ztune.experiments.cells import Outcome
 from ztune.experiments.comparison import duration
 from ztune.experiments.executors import Executor
 from ztune.experiments.jobs import Answer, Encoded, Job
 from ztune.experiments.prepare import Only, Prepared, encodings
 from ztune.experiments.store import Store
+from ztune.progress import Progress, warn
 
 _PAUSES = (1.0, 2.0, 5.0, 15.0)
 """Seconds before a run is asked for again that another process works on; the last for ever."""
@@ -27,7 +27,7 @@ class Course:
     store: Store
     session: int
     executor: Executor
-    output: Output
+    progress: Progress
 
     def run(self) -> int:
         """Return how many of the cells that were asked for still have no result."""
@@ -40,7 +40,7 @@ class Course:
             for job in self.prepared.jobs
             if (cells := tuple(cell for cell in job.cells if cell.key in wanted))
         ]
-        say = self.output.remark
+        say = self.progress.remark
         say(
             f"{len(self.prepared.cells)} cells in the plan; of {len(asked)} asked for "
             f"{n_finished} are finished, {len(asked) - n_finished} to do in {len(jobs)} run(s), "
@@ -59,7 +59,7 @@ class Course:
         total = sum(len(task.items) for task in tasks)
         took: dict[str, tuple[int, float]] = {}
         done = 0
-        with self.output.progress("encode pictures", total) as ticker:
+        with self.progress.activity("encode pictures", total) as ticker:
             for place, encoded in self.executor.perform(tasks):
                 assert isinstance(encoded, Encoded)
                 done += len(tasks[place].items)
@@ -71,11 +71,13 @@ class Course:
         for digest, (n, seconds) in took.items():
             self.store.add_pass(digest, n, seconds)
             each = 1000 * seconds / n
-            self.output.remark(f"encoded {n:,} pictures with {models[digest]}, {each:.2g} ms each")
+            self.progress.remark(
+                f"encoded {n:,} pictures with {models[digest]}, {each:.2g} ms each"
+            )
 
     def _carry_out(self, jobs: Sequence[Job]) -> None:
         """Record what becomes of every job, and say it."""
-        teller, pauses = Teller(self.output, len(jobs)), iter(_PAUSES)
+        teller, pauses = Teller(self.progress, len(jobs)), iter(_PAUSES)
         waiting = list(jobs)
         while waiting:
             left = [job for batch in _batches(waiting) for job in self._left_over(batch, teller)]
@@ -118,7 +120,7 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
 class Teller:
     """Tells a user how far a bench is."""
 
-    output: Output
+    progress: Progress
     n_jobs: int
     _n_done: int = 0
     _heard: set[str] = field(default_factory=set)
@@ -131,14 +133,14 @@ class Teller:
         for warning in dict.fromkeys(answer.warnings):
             if warning not in self._heard:
                 self._heard.add(warning)
-                self.output.warn(f"{job.cells[0].cell}: {warning}")
+                warn(f"{job.cells[0].cell}: {warning}")
         each = (time.monotonic() - self._started) / self._n_done
         left = each * (self.n_jobs - self._n_done)
         rest = f", about {duration(left)} left" if left else ""
         for one in job.cells:
             outcome = answer.outcomes.get(one.key)
             said = _accuracies(outcome) if outcome else f"failed: {answer.reasons[one.key]}"
-            self.output.remark(
+            self.progress.remark(
                 f"[{self._n_done}/{self.n_jobs}] {one.cell}: {said} "
                 f"({duration(answer.seconds)}{rest})"
             )
@@ -147,7 +149,7 @@ class Teller:
         """Say once that nothing goes on here."""
         if not self._waits:
             self._waits = True
-            self.output.remark(f"another process works on {n} run(s): waiting for it")
+            self.progress.remark(f"another process works on {n} run(s): waiting for it")
 
 
 def _accuracies(outcome: Outcome) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
 from ztune.checks import start_config
-from ztune.cli.output import Output
 from ztune.data.coop import Item
 from ztune.data.library import shown
 from ztune.data.manifests import SplitName
@@ -28,6 +27,7 @@ from ztune.experiments.store import readable
 from ztune.io.config import as_json
 from ztune.io.files import sha256
 from ztune.methods import HeadMethod, find_method, method_config, tuned_config
+from ztune.progress import Progress, warn
 from ztune.run_config import Request
 from ztune.types import Json
 
@@ -69,7 +69,7 @@ class Digests:
     def __call__(self, path: Path) -> str:
         return self.known[path]
 
-    def read(self, paths: Iterable[Path], output: Output) -> None:
+    def read(self, paths: Iterable[Path], progress: Progress) -> None:
         """Read files, several at once.
 
         Raises: DataError naming one that cannot be read.
@@ -79,7 +79,7 @@ class Digests:
             return
         with (
             concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            output.progress("digest pictures", len(new)) as ticker,
+            progress.activity("digest pictures", len(new)) as ticker,
         ):
             for n, (path, digest) in enumerate(zip(new, pool.map(_digest, new), strict=True), 1):
                 self.known[path] = digest
@@ -120,7 +120,7 @@ class Preparation:
     root: Path | None
     out: Path
     provider: str
-    output: Output
+    progress: Progress
     _sources: dict[str, Source] = field(default_factory=dict)
     _digests: Digests = field(default_factory=Digests)
     _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
@@ -153,7 +153,7 @@ class Preparation:
             for remark in remarks_on(task):
                 shots = f"{task.shots} shot{'' if task.shots == 1 else 's'}"
                 self._say(task.source.name, f"{shots}: {remark}")
-        self._digests.read(_files(task for _, task in tasks), self.output)
+        self._digests.read(_files(task for _, task in tasks), self.progress)
         jobs: dict[str, Job] = {}
         for draw, task in tasks:
             split = split_of(task, self._digests)
@@ -178,7 +178,7 @@ class Preparation:
         """Say something of a data set once: it may be true of many tasks."""
         if remark not in self._remarks[data]:
             self._remarks[data].append(remark)
-            self.output.remark(f"{data}: {remark}")
+            self.progress.remark(f"{data}: {remark}")
 
     def _bundle(self, path: str) -> Bundle:
         bundle = load_bundle(self.plan.resolved(path))
@@ -233,7 +233,7 @@ class Preparation:
                     "byte by byte (they stay; each result counts its own)"
                 )
                 self._remarks[data].append(remark)
-                self.output.warn(f"{data}: {remark}")
+                warn(f"{data}: {remark}")
 
     def _scored_part(self, part: Part) -> ScoredPart:
         classes = part.classes

@@ -26,7 +26,6 @@ from ztune.artifact import (
     VisualArtifact,
     read_artifact,
 )
-from ztune.cli.output import Output
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
 from ztune.errors import ConfigError, FormatError, ZtuneError
@@ -46,6 +45,7 @@ from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
 from ztune.model import Workbench
 from ztune.printing import printable_lines
+from ztune.progress import warnings_told
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
 from ztune.system import one_blas_thread
@@ -85,7 +85,6 @@ class Worker:
     """One process's models and encoded parts."""
 
     settings: Settings
-    _warnings: list[str] = field(default_factory=list)
     _benches: dict[Path, Workbench] = field(default_factory=dict)
     _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
@@ -96,10 +95,11 @@ class Worker:
             return self._encode(task)
         self._encoders.clear()  # their memory is the runs' from here on
         started = time.monotonic()
-        self._warnings.clear()
-        answer = self._carry_out(task)
+        warnings: list[str] = []
+        with warnings_told(warnings.append):
+            answer = self._carry_out(task)
         seconds = time.monotonic() - started
-        return replace(answer, seconds=seconds, warnings=tuple(self._warnings))
+        return replace(answer, seconds=seconds, warnings=tuple(warnings))
 
     def _bench(self, bundle: Path) -> Workbench:
         if bundle not in self._benches:
@@ -107,9 +107,7 @@ class Worker:
             execution = Execution(settings.provider, settings.threads, settings.memory_limit)
             loaded = load_bundle(bundle)
             check_precision(loaded.precision, execution.provider)
-            self._benches[bundle] = Workbench(
-                loaded, execution, Output(quiet=True, warnings=self._warnings)
-            )
+            self._benches[bundle] = Workbench(loaded, execution)
         return self._benches[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:

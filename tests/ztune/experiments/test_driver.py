@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.ztune.experiments.test_cells import CELL, OUTCOME
-from ztune.cli.output import Output
 from ztune.data.split import Split, SplitSettings
 from ztune.experiments.cells import Cell, Outcome
 from ztune.experiments.driver import Course
 from ztune.experiments.jobs import Answer, CellJob, Encoded, Job, Task
 from ztune.experiments.prepare import Only, Prepared
 from ztune.experiments.store import Store
+from ztune.progress import SILENCE
 from ztune.run_config import Request
 
 BUSY, ALONE = Answer(busy=True), Answer(alone=True)
@@ -72,7 +72,7 @@ def carried_out(folder: Path, stub: Stub, only: Only | None = None) -> tuple[int
     store = Store(folder / "results.sqlite")
     store.want("plan", {"title": "t"}, cells)
     session = store.begin({})
-    course = Course(prepared, only or Only(), store, session, stub, Output(quiet=True))
+    course = Course(prepared, only or Only(), store, session, stub, SILENCE)
     return course.run(), store
 
 

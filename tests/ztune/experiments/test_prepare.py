@@ -19,6 +19,7 @@ from ztune.experiments.jobs import PictureList
 from ztune.experiments.plan import read_plan
 from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
 from ztune.io.files import sha256
+from ztune.progress import SILENCE, Progress, warnings_told
 
 HEAD = """
 title = "{title}"
@@ -66,7 +67,13 @@ EVERYTHING = Only()
 
 
 @pytest.fixture
-def prepare(tmp_path: Path) -> Prepare:
+def warnings() -> list[str]:
+    """Return what plans that were prepared have warned of."""
+    return []
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, warnings: list[str]) -> Prepare:
     """Prepare the text of a plan; folders are of the test alone."""
     n = 0
 
@@ -75,7 +82,7 @@ def prepare(tmp_path: Path) -> Prepare:
         *,
         provider: str = "cpu",
         root: Path | None = None,
-        output: Output | None = None,
+        progress: Progress = SILENCE,
         out: Path | None = None,
         only: Only = EVERYTHING,
     ) -> Prepared:
@@ -84,8 +91,9 @@ def prepare(tmp_path: Path) -> Prepare:
         path = tmp_path / f"plan-{n}.toml"
         path.write_text(text)
         out = out or tmp_path / f"out-{n}"
-        said = output or Output(quiet=True, warnings=[])
-        prepared = Preparation(read_plan(path), only, root, out, provider, said).prepare()
+        preparation = Preparation(read_plan(path), only, root, out, provider, progress)
+        with warnings_told(warnings.append):
+            prepared = preparation.prepare()
         assert not out.exists(), "whoever prepares writes nothing"
         return prepared
 
@@ -440,7 +448,11 @@ def test_only_some_cells(only: Only, takes: bool) -> None:
 
 
 def test_copies_are_counted_and_kept(
-    data: Path, prepare: Prepare, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    data: Path,
+    prepare: Prepare,
+    tmp_path: Path,
+    warnings: list[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     manifest = divided(data, tmp_path / "list.csv")
     plain = prepare(few_shot(manifest))
@@ -449,8 +461,8 @@ def test_copies_are_counted_and_kept(
     others = [path for path in data.glob("one/*") if path.name > test.name]
     test.write_bytes(train.read_bytes())
     others[0].write_bytes(val.read_bytes())
-    warnings: list[str] = []
-    prepared = prepare(few_shot(manifest), output=Output(quiet=True, warnings=warnings))
+    warnings.clear()
+    prepared = prepare(few_shot(manifest))
     (warning,) = warnings
     assert warning.startswith("digits: test: 2 of the pictures to test on equal one that is tuned")
     (job,) = prepared.jobs
@@ -461,7 +473,9 @@ def test_copies_are_counted_and_kept(
     assert sum(digest in tuned_on for digest in pictures.digests) == 2
 
 
-def test_copies_are_counted_seed_by_seed(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+def test_copies_are_counted_seed_by_seed(
+    data: Path, prepare: Prepare, tmp_path: Path, warnings: list[str]
+) -> None:
     """One copy of a picture that only some seeds draw."""
     manifest = divided(data, tmp_path / "list.csv")
     two_seeds = few_shot(manifest, shots="1", seed="1, 2, 3, 4, 5")
@@ -472,8 +486,8 @@ def test_copies_are_counted_seed_by_seed(data: Path, prepare: Prepare, tmp_path:
     sometimes = sorted(drawn[0].union(*drawn) - drawn[0].intersection(*drawn))[0]
     target = sorted((data / "two").iterdir())[-1]
     target.write_bytes(sometimes.read_bytes())
-    warnings: list[str] = []
-    prepare(two_seeds, output=Output(quiet=True, warnings=warnings))
+    warnings.clear()
+    prepare(two_seeds)
     (warning,) = warnings
     assert "digits: test: 0 to 1 of the pictures" in warning
 
@@ -481,7 +495,7 @@ def test_copies_are_counted_seed_by_seed(data: Path, prepare: Prepare, tmp_path:
 def test_what_is_unusual_is_said_once(
     data: Path, prepare: Prepare, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(few_shot(data, seed="1, 2", shots="2, 9"), output=Output())
+    prepare(few_shot(data, seed="1, 2", shots="2, 9"), progress=Output())
     said = capfd.readouterr().err.splitlines()
     short = [line for line in said if "have fewer than 9 pictures" in line]
     assert len(short) == 1
