@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT
 from benchmarks.query_cells import SEEDS, Cell
-from benchmarks.query_course import Course
+from benchmarks.query_course import Driver
 from benchmarks.query_labels import EVERY, LABELS, STUDY_TASKS, VARIANTS
 from benchmarks.query_report import write_report
 from benchmarks.query_study import study_of, study_table
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     seeds = [int(word) for word in arguments.seeds.split(",")]
     for label in labels:
         find_method(EVERY[label].method)  # one that there is not is told at once
-    course = Course(arguments.out, arguments.work, arguments.pictures, arguments.bundle, commit())
+    course = Driver(arguments.out, arguments.work, arguments.pictures, arguments.bundle, commit())
     cells = [Cell(task, label, seed) for label in labels for task in tasks for seed in seeds]
     return 1 if course.run(cells) else 0
 

@@ -17,10 +17,10 @@ from ztune.data.split import Split
 from ztune.errors import ConfigError
 from ztune.io.fields import Fields
 from ztune.methods import find_method, method_config, tuned_config
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.run import RunFolder
-from ztune.run_config import Request
-from ztune.training import Work, opening
+from ztune.run_config import RunConfig
+from ztune.training import TrainingRun
 
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -46,7 +46,7 @@ class Cell:
         batch = EVERY[label.same_as].batch if label.same_as else None
         return label.same_as if batch is not None and n_train <= batch else ""
 
-    def request(self, bundle: Path, data: Path, cache: Path) -> Request:
+    def run_config(self, bundle: Path, data: Path, cache: Path) -> RunConfig:
         """Return what its run is asked for.
 
         Raises: ConfigError for a method or setting that there is none of.
@@ -54,7 +54,7 @@ class Cell:
         task, label = TASKS[self.task], EVERY[self.label]
         method = find_method(label.method)
         config = tuned_config(method, method_config(method, label.settings))
-        return Request(
+        return RunConfig(
             str(bundle.resolve()),
             str(data.resolve()),
             method=label.method,
@@ -101,13 +101,15 @@ def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def carried_out(request: Request, split: Split, bench: Workbench, run: Path) -> tuple[Work, Fields]:
+def carried_out(
+    run_config: RunConfig, split: Split, model: Model, run: Path
+) -> tuple[TrainingRun, Fields]:
     """Run a request from beginning to end; return the work and run.json.
 
     Raises: ZtuneError.
     """
-    work = Work(request, split, RunFolder(run), bench)
-    work.check()
-    head = opening(request, bench, split)
-    work.folder.create(head, split.to_json())
-    return work, Fields(work.carry_out(head), f'run "{run}"')
+    training = TrainingRun(run_config, split, RunFolder(run), model)
+    training.check()
+    head = training.head()
+    training.folder.create(head, split.to_json())
+    return training, Fields(training.carry_out(head), f'run "{run}"')

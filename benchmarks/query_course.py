@@ -14,14 +14,14 @@ from benchmarks.query_tasks import TASKS
 from runtimes.providers import Execution
 from ztune.errors import ZtuneError
 from ztune.io.files import write_json
-from ztune.model import Workbench, open_workbench
+from ztune.model import Model, open_model
 from ztune.system import machine, one_blas_thread, versions
-from ztune.training import task_of
+from ztune.training import read_split
 from ztune.types import Json
 
 
 @dataclass(frozen=True)
-class Course:
+class Driver:
     """Where cells are kept, what they are made of, and the models that are open."""
 
     out: Path
@@ -30,7 +30,7 @@ class Course:
     pictures: Path | None
     bundle: Path | None
     commit: str | None
-    benches: dict[Path, Workbench] = field(default_factory=dict)
+    benches: dict[Path, Model] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> int:
         """Carry out what is lacking; return how many cells failed."""
@@ -55,8 +55,8 @@ class Course:
         """
         task = TASKS[cell.task]
         data, bundle = task.data(self.pictures, self.work), task.bundle(self.bundle)
-        request = cell.request(bundle, data, self.out / "cache")
-        _, split = task_of(request)
+        run_config = cell.run_config(bundle, data, self.out / "cache")
+        _, split = read_split(run_config)
         twin = cell.twin(len(split.entries_of("train")))
         if twin:
             return f"the same as {twin}"
@@ -64,7 +64,7 @@ class Course:
         with claimed(cell, self.out) as run:
             if run is None or file.is_file():
                 return "another process has it"
-            finished = carried_out(request, split, self._bench(bundle), run)
+            finished = carried_out(run_config, split, self._bench(bundle), run)
             new = task.of_new_classes
             new_data = None if new is None else new.data(self.pictures, self.work)
             found = scored(*finished, new_data)
@@ -75,11 +75,11 @@ class Course:
         accuracy = last["accuracy"] if isinstance(last, dict) else None
         return f"{accuracy:.1%} on the test pictures" if isinstance(accuracy, float) else "done"
 
-    def _bench(self, bundle: Path) -> Workbench:
+    def _bench(self, bundle: Path) -> Model:
         """Return an opened model, the one of an earlier cell where it is the same."""
         if bundle not in self.benches:
             execution = Execution("cpu", threads=1)
-            self.benches[bundle] = open_workbench(bundle, execution)
+            self.benches[bundle] = open_model(bundle, execution)
         return self.benches[bundle]
 
     def _circumstances(self) -> dict[str, Json]:

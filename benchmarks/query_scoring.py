@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.artifact import Artifact, HeadArtifact, Provenance, read_artifact
-from ztune.cli.pictures import Album
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
+from ztune.encoded import SplitEncoder
 from ztune.io.fields import Fields
 from ztune.logits import FeatureClassifier
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.objective import cross_entropy
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 from ztune.statistics import Score, score
-from ztune.task import Assembly
-from ztune.training import Work, task_of
+from ztune.task import compose, open_task
+from ztune.training import TrainingRun, read_split
 from ztune.types import F32, I64, Json
 
 NEW_CLASSES_AT = (500, 5000)
@@ -59,21 +59,21 @@ class Scale:
         }
 
 
-def scored(work: Work, run: Fields, new_data: Path | None) -> dict[str, Json]:
+def scored(training: TrainingRun, run: Fields, new_data: Path | None) -> dict[str, Json]:
     """Return what is kept of a finished run; `new_data` has pictures of other classes."""
-    request, split, bench = work.request, work.split, work.bench
-    training, labels = Album(request, split, work.folder, bench).training()
-    scale = Scale(Labelled(training.values[0], labels, split.classes), _test(bench, split, request))
-    artifacts = dict(_artifacts(work))
+    run_config, split, model = training.run_config, training.split, training.model
+    found, labels = SplitEncoder(run_config, split, training.folder, model).training()
+    scale = Scale(Labelled(found.values[0], labels, split.classes), _test(model, split, run_config))
+    artifacts = dict(_artifacts(training))
     curve: list[Json] = [scale.point(at, one.classifier()) for at, one in artifacts.items()]
     document: dict[str, Json] = {
-        "method": request.method,
+        "method": run_config.method,
         "config": dict(run.object("config").values),
-        "shots": request.shots,
+        "shots": run_config.shots,
         "classes": len(split.classes),
         "n_train": len(scale.train.labels),
         "n_test": len(scale.test.labels),
-        "zero_shot": scale.point(0, bench.zero_shot(request.templates, split.classes)),
+        "zero_shot": scale.point(0, model.zero_shot(run_config.templates, split.classes)),
         "curve": curve,
         "queries": run.integer("queries"),
         "stop_reason": run.text("stop_reason"),
@@ -81,62 +81,63 @@ def scored(work: Work, run: Fields, new_data: Path | None) -> dict[str, Json]:
         "image_seconds": run.number("image_seconds"),
     }
     if new_data is not None:
-        _, other = task_of(replace(request, data=str(new_data.resolve())))
-        new = _test(bench, other, request)
-        document["new_classes"] = _on_new_classes(bench, new, artifacts, request.templates)
+        _, other = read_split(replace(run_config, data=str(new_data.resolve())))
+        new = _test(model, other, run_config)
+        document["new_classes"] = _on_new_classes(model, new, artifacts, run_config.templates)
     return document
 
 
-def _test(bench: Workbench, split: Split, request: Request) -> Labelled:
-    cache = Path(str(request.cache))
-    features = bench.features(split.items("test"), cache, what="test pictures").values[0]
+def _test(model: Model, split: Split, run_config: RunConfig) -> Labelled:
+    cache = Path(str(run_config.cache))
+    features = model.features(split.items("test"), cache, what="test pictures").values[0]
     return Labelled(features, split.labels("test"), split.classes)
 
 
-def _artifacts(work: Work) -> Iterator[tuple[int, Artifact]]:
+def _artifacts(training: TrainingRun) -> Iterator[tuple[int, Artifact]]:
     """Yield (queries, result): the start, those on the way, the last; a head's one result at 0."""
-    result = read_artifact(work.folder.prompt)
-    if work.tuned is not None:
-        yield 0, start_of(work, work.tuned)
-        for file in sorted(work.folder.snapshots.glob("*.safetensors")):
+    result = read_artifact(training.folder.prompt)
+    if training.tuned is not None:
+        yield 0, start_of(training, training.tuned)
+        for file in sorted(training.folder.snapshots.glob("*.safetensors")):
             snapshot = read_artifact(file)
             yield snapshot.provenance.queries, snapshot
     yield result.provenance.queries, result
 
 
-def start_of(work: Work, config: TunedConfig) -> Artifact:
+def start_of(training: TrainingRun, config: TunedConfig) -> Artifact:
     """Return what a method recommends before its first query."""
-    request, bench, classes = work.request, work.bench, work.split.classes
-    pictures = Album(request, work.split, work.folder, bench).pictures(changeable=False)
-    parts_of = Assembly(bench, work.split, pictures, config, request.templates, request.extractor)
-    towers = bench.towers(bench.bundle.embed_dim)
-    prompt_map, optimizer = config.build(towers, request.queries, request.seed)
-    parts = parts_of.parts(prompt_map, optimizer, bench.sentences(request.templates, classes))
+    run_config, model, classes = training.run_config, training.model, training.split.classes
+    encoded = SplitEncoder(run_config, training.split, training.folder, model).encode(
+        changeable=False
+    )
+    start = compose(replace(run_config, keep="last"), config, model, model.bundle.embed_dim)
+    texts = model.sentences(run_config.templates, classes)
+    task = open_task(run_config, training.split, encoded, model, config, start, texts)
     provenance = Provenance(
-        model_id=bench.bundle.model_id,
-        bundle_digest=bench.bundle.digest,
-        method=request.method,
-        seed=request.seed,
+        model_id=model.bundle.model_id,
+        bundle_digest=model.bundle.digest,
+        method=run_config.method,
+        seed=run_config.seed,
         queries=0,
         stop_reason="snapshot",
     )
-    return parts_of.result(parts, provenance)
+    return task.result(provenance)
 
 
 def _on_new_classes(
-    bench: Workbench, new: Labelled, artifacts: Mapping[int, Artifact], templates: tuple[str, ...]
+    model: Model, new: Labelled, artifacts: Mapping[int, Artifact], templates: tuple[str, ...]
 ) -> Json:
     """Return accuracies on classes that nothing was tuned on: zero-shot's, and the results'.
 
     A head serves none and has none.
     """
-    zero_shot = bench.zero_shot(templates, new.classes)
+    zero_shot = model.zero_shot(templates, new.classes)
     points: list[Json] = []
     for at in NEW_CLASSES_AT:
         spent = max(queries for queries in artifacts if queries <= at)
         artifact = artifacts[spent]
         if not isinstance(artifact, HeadArtifact):
-            classifier = bench.refreshed(artifact, new.classes).classifier()
+            classifier = model.refreshed(artifact, new.classes).classifier()
             points.append({"queries": spent, "accuracy": new.score(classifier).accuracy})
     return {
         "classes": len(new.classes),

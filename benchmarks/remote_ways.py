@@ -31,7 +31,7 @@ from tests.servers.proxy import Proxy
 from tests.servers.triton import TritonServer
 from ztune.compositions.base import Composition
 from ztune.compositions.steps import ZipConfig
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.types import F32, I64, Batch, Oracle, PromptEncoder, Prompts, Scorer, Scores
 
@@ -123,7 +123,7 @@ class Task:
     def composition(self) -> Composition:
         """Return ZIP's map and optimizer at their start."""
         bundle = self.bundle
-        towers = Workbench(bundle, Execution()).towers(bundle.embed_dim)
+        towers = Model(bundle, Execution()).spec(bundle.embed_dim)
         return self._config.build(towers, queries=5000, seed=0)
 
     def sampler(self) -> BatchSampler:

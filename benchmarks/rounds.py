@@ -13,7 +13,7 @@ from runtimes.providers import Execution
 from ztune.budget import Budget
 from ztune.compositions.base import TunedConfig
 from ztune.loop import Observer, Tuning, tune
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread
 from ztune.types import F32, Mixing, PromptEncoder, Scorer
@@ -55,7 +55,7 @@ class Rounds:
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         self.n_candidates = config.step_queries()
-        towers = Workbench(bundle, Execution()).towers(bundle.embed_dim)
+        towers = Model(bundle, Execution()).spec(bundle.embed_dim)
         self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
         contexts = self._map(self._optimizer.ask().points[:1]).contexts
         assert contexts is not None

@@ -29,7 +29,7 @@ RUNS = {
     "ogn": 200,
     "ogn-context": 400,
     "zip": 400,
-    "sharpzo": 400,
+    "sharpzo": 1200,
     "cma": 400,
     "gda": 0,
     "lp++": 0,
@@ -38,7 +38,7 @@ RUNS = {
     "blackvip": 24,
 }
 """Methods and their queries; 0 where they have no steps."""
-_FOUND = ("queries", "text_forwards", "image_forwards", "stop_reason", "train_loss", "validation")
+_FOUND = ("queries", "image_forwards", "stop_reason", "train_loss", "validation")
 _PROGRAM = "import sys; from ztune.cli.main import main; sys.exit(main())"
 
 

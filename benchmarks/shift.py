@@ -18,7 +18,7 @@ import numpy as np
 from runtimes.providers import Execution
 from ztune.data.split import Split
 from ztune.io.files import read_json
-from ztune.model import open_workbench
+from ztune.model import open_model
 from ztune.statistics import score
 from ztune.types import F32, F64, I64
 
@@ -39,13 +39,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="whose split.json is taken")
     parser.add_argument("--template", default="a photo of a {}.")
     arguments = parser.parse_args()
-    bench = open_workbench(arguments.bundle, Execution())
+    model = open_model(arguments.bundle, Execution())
     path = arguments.run / "split.json"
     split = Split.from_json(read_json(path, str(path)), str(path))
-    zero_shot = bench.zero_shot((arguments.template,), split.classes)
+    zero_shot = model.zero_shot((arguments.template,), split.classes)
     with tempfile.TemporaryDirectory() as cache:
         train, test = (
-            zero_shot.logits(bench.features(split.items(part), Path(cache), what=part).values[0])
+            zero_shot.logits(model.features(split.items(part), Path(cache), what=part).values[0])
             for part in ("train", "test")
         )
     labels, classes = split.labels("test"), split.classes

@@ -33,13 +33,13 @@ from runtimes.prompts import feeds, name_tokens, token_table
 from runtimes.providers import Execution, Setup, open_session, run_graph
 from runtimes.tokenizer import Tokenizer
 from ztune.data.features import Features
-from ztune.model import Workbench
+from ztune.model import Model
+from ztune.precision import LIMIT
 from ztune.printing import printable
 from ztune.run import RunFolder
-from ztune.run_config import Request
-from ztune.signal import LIMIT
+from ztune.run_config import RunConfig
 from ztune.system import machine, versions
-from ztune.training import Work, task_of
+from ztune.training import TrainingRun, read_split
 from ztune.types import F32
 
 # Half decades where precisions part from each other, decades below.
@@ -137,7 +137,7 @@ class _HalfGraph:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HalfBench(Workbench):
+class _HalfBench(Model):
     full: Bundle
     """Encodes the pictures."""
 
@@ -146,7 +146,7 @@ class _HalfBench(Workbench):
         return _HalfGraph(self.bundle, self.tokenizer)
 
     def features(self, *arguments: Any, **more: Any) -> Features:
-        return Workbench(self.full, self.execution).features(*arguments, **more)
+        return Model(self.full, self.execution).features(*arguments, **more)
 
 
 def signal(
@@ -160,7 +160,7 @@ def signal(
     reference: str | None = None,
 ) -> dict[str, Any]:
     """Return what the gate of `ztune tune` measures with these settings."""
-    request = Request(
+    run_config = RunConfig(
         str(bundle),
         str(data),
         shots=shots,
@@ -169,11 +169,11 @@ def signal(
         reference=reference,
         settings={"perturbation": perturbation},
     )
-    _, split = task_of(request)
-    bench = Workbench(load_bundle(bundle), Execution())
-    if bench.bundle.precision == "fp16":
-        bench = _HalfBench(bench.bundle, bench.execution, full=full)
-    return Work(request, split, RunFolder(folder / "no-run"), bench).signal()[1]
+    _, split = read_split(run_config)
+    model = Model(load_bundle(bundle), Execution())
+    if model.bundle.precision == "fp16":
+        model = _HalfBench(model.bundle, model.execution, full=full)
+    return TrainingRun(run_config, split, RunFolder(folder / "no-run"), model).signal()[1]
 
 
 def tuned(

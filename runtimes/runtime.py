@@ -46,6 +46,10 @@ class Runtime(Protocol):
     """A bundle's towers, wherever they run."""
 
     @property
+    def where(self) -> str:
+        """What errors call the bundle."""
+
+    @property
     def provider(self) -> str:
         """What run.json says of where they run."""
 
@@ -94,6 +98,10 @@ class Local:
 
     def __init__(self, bundle: Bundle, execution: Execution):
         self._bundle, self._execution = bundle, execution
+
+    @property
+    def where(self) -> str:
+        return f'bundle "{self._bundle.path}"'
 
     @property
     def provider(self) -> str:

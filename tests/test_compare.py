@@ -22,7 +22,7 @@ from ztune.cli.main import main
 from ztune.experiments.comparison import Job
 from ztune.methods import METHODS, HeadMethod, find_method, method_config, tuned_config
 from ztune.run import RunFolder
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 from ztune.types import Json
 
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]
@@ -310,8 +310,8 @@ def job(method: str, **settings: Json) -> Job:
     found = find_method(method)
     config = tuned_config(found, method_config(found, settings, "published"))
     assert config is not None
-    request = Request(str(MINI), "photos", method=method, queries=3000, snapshots=2)
-    return job_of(config, request, n_train=20, n_test=50)
+    run_config = RunConfig(str(MINI), "photos", method=method, queries=3000, snapshots=2)
+    return job_of(config, run_config, n_train=20, n_test=50)
 
 
 def test_a_cell_is_estimated_by_what_it_sends() -> None:
@@ -330,10 +330,10 @@ def test_a_cell_is_estimated_by_what_it_sends() -> None:
 
 
 def test_a_gate_is_forced_where_there_is_one() -> None:
-    base = Request(str(MINI), "photos", force=True)
+    base = RunConfig(str(MINI), "photos", force=True)
     asked = Asked(base, ("ogn", "zip", "gda"), (1,), 15, {})
     for method, force in (("ogn", False), ("gda", False), ("zip", True), ("ogn-context", True)):
-        assert asked.request(method, 1).force == force
+        assert asked.run_config(method, 1).force == force
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.conftest import DIGITS, MINI, Command
 from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
 from ztune.data.split import Split
 from ztune.io.files import read_json, sha256
-from ztune.model import open_workbench
+from ztune.model import open_model
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--quiet")
 
@@ -100,10 +100,10 @@ def test_classifier_predicts_what_the_run_predicts(
         assert again[key] == measured[key]
     split = Split.from_json(read_json(out / "split.json", "split"), "split")
     pictures = [split.file(entry) for entry in split.entries_of("test")]
-    bench = open_workbench(MINI, Execution())
-    classifier = bench.refreshed(read_artifact(prompt)).classifier()
+    model = open_model(MINI, Execution())
+    classifier = model.refreshed(read_artifact(prompt)).classifier()
     items = [(picture, sha256(picture)) for picture in pictures]
-    features = bench.features(items, cache, what="pictures").values[0]
+    features = model.features(items, cache, what="pictures").values[0]
     expected = [split.classes[c] for c in classifier.logits(features).argmax(axis=1)]
     predicted = ztune("predict", packed, *pictures, "--json").json["predictions"]
     assert [p["picture"] for p in predicted] == [str(picture) for picture in pictures]

@@ -29,7 +29,7 @@ from ztune.artifact import (
 )
 from ztune.io.files import sha256
 from ztune.methods import METHODS, HeadMethod, TunedMethod
-from ztune.model import Workbench, open_workbench
+from ztune.model import Model, open_model
 from ztune.types import F32
 
 CLASSES = ("one", "two", "three")
@@ -145,8 +145,8 @@ def tensors(artifact: Artifact) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def bench() -> Workbench:
-    return open_workbench(MINI, Execution())
+def model() -> Model:
+    return open_model(MINI, Execution())
 
 
 def test_every_method_is_tried_here() -> None:
@@ -408,7 +408,7 @@ def test_early_stop_says_so_and_leaves_the_rest_of_the_budget(tune: Tune, tmp_pa
     assert artifact.provenance.stop_reason == found["stop_reason"]
 
 
-def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, bench: Workbench) -> None:
+def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, model: Model) -> None:
     out = tmp_path / "run"
     found = tune(out, "ogn", "--queries", 9, "--set", "most_prompts=8")
     assert (found["stop_reason"], found["queries"]) == ("prompts", 8)
@@ -421,17 +421,17 @@ def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, bench:
     assert found["train_loss"] < min(line["loss"] for line in lines)
     artifact = read_artifact(out / "prompt.safetensors")
     assert isinstance(artifact, MixtureArtifact)
-    words = bench.tokenizer.encode("a photo of a")
+    words = model.tokenizer.encode("a photo of a")
     assert artifact.tokens[0].tolist() == list(words)
     assert artifact.tokens.shape == (8, len(words))
     assert artifact.at_once == 2
     assert artifact.weights.sum() == pytest.approx(1, abs=1e-5)
-    again = bench.mixed(artifact, artifact.classes)
+    again = model.mixed(artifact, artifact.classes)
     np.testing.assert_array_equal(artifact.text_features, again)
 
 
 def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
-    run: Callable[..., Path], bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path], model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = read_artifact(run("ogn") / "prompt.safetensors")
     assert isinstance(artifact, MixtureArtifact)
@@ -440,20 +440,20 @@ def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
     )
     classes, turned_classes = artifact.classes, artifact.classes[::-1]
     encoded: list[tuple[str, ...]] = []
-    mixed = Workbench.mixed
+    mixed = Model.mixed
 
-    def watched(bench: Workbench, given: MixtureArtifact, classes: tuple[str, ...]) -> F32:
+    def watched(model: Model, given: MixtureArtifact, classes: tuple[str, ...]) -> F32:
         encoded.append(classes)
-        return mixed(bench, given, classes)
+        return mixed(model, given, classes)
 
-    monkeypatch.setattr(Workbench, "mixed", watched)
-    assert bench.refreshed(artifact) is artifact
-    assert bench.refreshed(artifact, classes) is artifact
+    monkeypatch.setattr(Model, "mixed", watched)
+    assert model.refreshed(artifact) is artifact
+    assert model.refreshed(artifact, classes) is artifact
     assert encoded == []
-    again = bench.refreshed(elsewhere)
+    again = model.refreshed(elsewhere)
     assert isinstance(again, MixtureArtifact)
     np.testing.assert_array_equal(again.text_features, artifact.text_features)
-    turned = bench.refreshed(artifact, turned_classes)
+    turned = model.refreshed(artifact, turned_classes)
     assert isinstance(turned, MixtureArtifact)
     assert turned.classes == turned_classes
     np.testing.assert_allclose(turned.text_features, artifact.text_features[::-1], atol=1e-5)
@@ -537,7 +537,7 @@ def test_snapshots_at_named_queries(tune: Tune, ztune: Command, tmp_path: Path) 
     assert [point["queries"] for point in done.json["curve"]] == [20, 40]
 
 
-def test_several_templates_are_averaged(tune: Tune, tmp_path: Path, bench: Workbench) -> None:
+def test_several_templates_are_averaged(tune: Tune, tmp_path: Path, model: Model) -> None:
     templates = ("a photo of a {}.", "the digit {}, written by hand.")
     words = [word for template in templates for word in ("--template", template)]
     tune(tmp_path / "run", "zero-shot", *words)
@@ -549,16 +549,16 @@ def test_several_templates_are_averaged(tune: Tune, tmp_path: Path, bench: Workb
         tune(tmp_path / str(number), "zero-shot", "--template", template)
         alone = read_artifact(tmp_path / str(number) / "prompt.safetensors")
         assert isinstance(alone, HeadArtifact)
-        each.append(alone.weight.astype(np.float64) / bench.bundle.logit_scale)
+        each.append(alone.weight.astype(np.float64) / model.bundle.logit_scale)
     assert not np.allclose(each[0], each[1])
     np.testing.assert_allclose(np.linalg.norm(each[0], axis=1), 1, atol=1e-5)
     mean = each[0] + each[1]
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-    np.testing.assert_allclose(artifact.weight, bench.bundle.logit_scale * mean, atol=1e-4)
+    np.testing.assert_allclose(artifact.weight, model.bundle.logit_scale * mean, atol=1e-4)
 
 
 def test_templates_reach_visual_prompts_and_are_kept(
-    tune: Tune, ztune: Command, tmp_path: Path, bench: Workbench
+    tune: Tune, ztune: Command, tmp_path: Path, model: Model
 ) -> None:
     templates = ("a photo of a {}.", "the digit {}, written by hand.")
     words = [word for template in templates for word in ("--template", template)]
@@ -566,7 +566,7 @@ def test_templates_reach_visual_prompts_and_are_kept(
     artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
     assert isinstance(artifact, VisualArtifact)
     assert artifact.templates == templates
-    expected = bench.sentences(templates, artifact.classes)
+    expected = model.sentences(templates, artifact.classes)
     np.testing.assert_allclose(artifact.text_features, expected, atol=1e-6)
     done = ztune("eval", tmp_path / "run", "--quiet", "--json")
     assert done.json["templates"] == list(templates)

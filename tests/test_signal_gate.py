@@ -63,7 +63,7 @@ def test_the_gate_changes_no_byte_of_a_result(
 ) -> None:
     words = (*TUNE, "--set", "batch_size=16", "--augment", 2)  # batches and views are drawn
     assert ztune(*words, "--out", tmp_path / "with").code == 0
-    monkeypatch.setattr(tuning, "pass_gate", lambda *_, **__: {"verdict": "not measured"})
+    monkeypatch.setattr(tuning, "require_signal", lambda *_, **__: {"verdict": "not measured"})
     assert ztune(*words, "--out", tmp_path / "without").code == 0
     assert "ratio" in document(tmp_path / "with")["signal"]
     assert "ratio" not in document(tmp_path / "without")["signal"]

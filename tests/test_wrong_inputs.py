@@ -33,14 +33,13 @@ from ztune.access import (
     require_access,
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
-from ztune.checks import start_config
 from ztune.cli import tune
+from ztune.cli.options import run_config_from_arguments
 from ztune.cli.output import Output, fail
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
 from ztune.objective import FewShotObjective
-from ztune.run_config import request_from_arguments
 from ztune.types import F32, I32, U8, Batch, Evaluation, Prompts
 
 SMALL = ("--shots", 2, "--queries", 10)
@@ -328,7 +327,7 @@ def test_every_line_of_tunes_example_can_be_asked_for() -> None:
     for words in given:
         arguments = parser.parse_args(words)
         if arguments.resume is None:
-            start_config(request_from_arguments(arguments, tune._ASKED))
+            assert run_config_from_arguments(arguments, tune._ASKED).method_config
     assert any("--set" in words for words in given)
 
 

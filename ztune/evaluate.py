@@ -1,30 +1,181 @@
-"""Pictures to score: encoded once as they are, and anew under each visual prompt."""
+"""Results scored on labelled images: those of a run, of a bundle, of a packed classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ztune.artifact import Artifact, VisualArtifact
+from runtimes.classifier import Classifier
+from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.features import Features
-from ztune.errors import ConfigError
-from ztune.io.files import sha256
-from ztune.model import Workbench
+from ztune.data.sources import read_source
+from ztune.data.split import Split, digest_pictures
+from ztune.errors import ConfigError, DataError
+from ztune.io.files import read_json, sha256
+from ztune.model import Model
+from ztune.progress import SILENCE, Progress, warn
+from ztune.run import RunFolder
+from ztune.run_config import RunConfig
+from ztune.statistics import Score, score
 from ztune.task import open_program
-from ztune.types import F32
+from ztune.types import F32, I64, U8, Json
 
-# Pictures whose pixels are in memory at once.
-_AT_ONCE = 32
+# Images whose pixels are in memory at once, and those of one call of a classifier.
+_AT_ONCE, _BATCH = 32, 32
 
 
 @dataclass(frozen=True)
-class Gallery:
+class LabelledImages:
+    """Pictures to score: files with their SHA-256, class names, and what they are called."""
+
+    items: list[tuple[Path, str]]
+    labels: I64
+    classes: tuple[str, ...]
+    split: str
+
+    def among(self, candidates: tuple[str, ...], whose: str) -> I64:
+        """Return the labels as indices into other class names.
+
+        Raises: DataError naming a class that is not among them.
+        """
+        index = {name: i for i, name in enumerate(candidates)}
+        unknown = [name for name in self.classes if name not in index]
+        if unknown:
+            raise DataError(
+                f'class "{unknown[0]}" of the pictures is not among {whose} '
+                f"({', '.join(candidates[:5])}{', ...' if len(candidates) > 5 else ''}); "
+                f"{len(unknown)} such class(es) in all"
+            )
+        return np.array([index[self.classes[label]] for label in self.labels], dtype=np.int64)
+
+    def n_tuned_on(self, fingerprints: Iterable[int]) -> int:
+        """Return how many of the pictures served tuning or validation."""
+        known = {int(value) for value in fingerprints}
+        return sum(int(digest[:16], 16) in known for _, digest in self.items)
+
+
+def read_labelled(
+    place: str, root: Path | None, names: Path | None, split: str, progress: Progress = SILENCE
+) -> LabelledImages:
+    """Return the test images of a data set, or all of them with the split `all`.
+
+    `place` is a path, or with `root` the name of a data set.
+
+    Raises: DataError where there are none; ConfigError.
+    """
+    dataset = read_source(place, root, names, tuned=False)
+    for note in dataset.notes:
+        progress.remark(note)
+    if split == "test":
+        chosen = tuple(p for p in dataset.pictures if p.split == "test")
+        if not chosen:
+            raise DataError(
+                f'data "{place}" has no test pictures of its own (use --split all, or '
+                "--split-file RUN/split.json for those that a run kept)"
+            )
+        dataset = replace(dataset, pictures=chosen)
+    digests = digest_pictures(dataset)
+    items = [(dataset.root / p.path, d) for p, d in zip(dataset.pictures, digests, strict=True)]
+    labels = np.array([p.label for p in dataset.pictures], dtype=np.int64)
+    return LabelledImages(items, labels, dataset.classes, split)
+
+
+def labelled_of_split(path: Path, split: str, *, pipe: bool = False) -> LabelledImages:
+    """Return the test images of a split file, or all of them with the split `all`.
+
+    Raises: DataError where there are none, or one has changed; FormatError.
+    """
+    where = f'split file "{path}"'
+    whole = Split.from_json(read_json(path, where, pipe=pipe), where)
+    if split == "test":
+        whole = replace(whole, entries=whole.entries_of("test"))
+        if not whole.entries:
+            raise DataError(
+                f"{where} has no test pictures (tune with --test-data or more pictures, or "
+                "evaluate the bundle on other --data)"
+            )
+    whole.check_unchanged()
+    items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
+    labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
+    return LabelledImages(items, labels, whole.classes, split)
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """A finished run's result on labelled images, and what it is compared with."""
+
+    artifact: Artifact
+    zero_shot: Score
+    tuned: Score
+    kept: NDArray[np.bool_]
+    """Which of the images could be read."""
+    curve: list[Json] | None
+    """The accuracy of every snapshot, where they were asked for."""
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        return {"zero-shot": self.zero_shot, "tuned": self.tuned}
+
+
+def score_run(
+    folder: RunFolder,
+    run_config: RunConfig,
+    images: LabelledImages,
+    model: Model,
+    *,
+    templates: tuple[str, ...],
+    cache: Path | None = None,
+    extractor: Path | None = None,
+    skip_broken: bool = False,
+    snapshots: bool = False,
+) -> RunScores:
+    """Score a finished run on labelled images, with the model that it was tuned on.
+
+    `cache` stands for the run's own.
+
+    Raises: FormatError, DataError; ConfigError for an extractor that is not the run's.
+    """
+    artifact = read_artifact(folder.prompt)
+    require_same_model(artifact, model.bundle.model_id, folder.prompt, model.bundle.path)
+    labels = images.among(artifact.classes, "the run's classes")
+    features = encode_test(
+        model,
+        images.items,
+        cache or run_config.cache_folder(folder.path),
+        what="test pictures",
+        skip_broken=skip_broken or run_config.skip_broken,
+        extractor=extractor_for(artifact, extractor, run_config.extractor),
+    )
+    kept = features.plain.kept
+    labels = labels[kept]
+    zero_shot = model.zero_shot(templates, artifact.classes)
+
+    def scored(result: Artifact) -> Score:
+        return score(features.logits(model.refreshed(result)), labels, result.classes)
+
+    before = score(zero_shot.logits(features.plain.values[0]), labels, artifact.classes)
+    tuned = scored(artifact)
+    curve: list[Json] | None = None
+    if snapshots:
+        seconds = {int(line["queries"]): line["seconds"] for line in folder.read_history()}
+        curve = []
+        for file in sorted(folder.snapshots.glob("*.safetensors")):
+            snapshot = read_artifact(file)
+            n = snapshot.provenance.queries
+            accuracy = scored(snapshot).accuracy
+            curve.append({"queries": n, "seconds": seconds.get(n), "accuracy": accuracy})
+    return RunScores(artifact, before, tuned, kept, curve)
+
+
+@dataclass(frozen=True)
+class TestFeatures:
     """Pictures, as (file, SHA-256), and a bundle to score them with."""
 
-    bench: Workbench
+    model: Model
     items: Sequence[tuple[Path, str]]
     cache: Path
     what: str
@@ -43,9 +194,9 @@ class Gallery:
             return classifier.logits(self.plain.values[0])
         extracted = self._extracted(artifact)
         width = extracted.shape[-1]
-        images = open_program(self.bench, artifact.program, width, artifact.statistics)
+        images = open_program(self.model, artifact.program, width, artifact.statistics)
         parts = []
-        with self.bench.progress.activity(f"{self.what}, changed", len(extracted)) as ticker:
+        with self.model.progress.activity(f"{self.what}, changed", len(extracted)) as ticker:
             for first, pixels in self._pixels():
                 seen = extracted[first : first + len(pixels)]
                 parts.append(images.encode(artifact.visual[None], pixels, seen)[0])
@@ -56,7 +207,7 @@ class Gallery:
         if not artifact.extractor:
             return self.plain.values[0]
         extractor = required_extractor(artifact, self.extractor)
-        return self.bench.features(
+        return self.model.features(
             self.items,
             self.cache,
             what=f"{self.what} for the extractor",
@@ -66,25 +217,25 @@ class Gallery:
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield u8[n, S, S, 3] and the place of its first picture."""
-        encoder = self.bench.runtime.images()
+        encoder = self.model.runtime.images()
         kept = [item for item, keep in zip(self.items, self.plain.kept, strict=True) if keep]
         for first in range(0, len(kept), _AT_ONCE):
             paths = [path for path, _ in kept[first : first + _AT_ONCE]]
             yield first, np.stack([encoder.read(path, None) for path in paths])
 
 
-def open_gallery(
-    bench: Workbench,
+def encode_test(
+    model: Model,
     items: Sequence[tuple[Path, str]],
     cache: Path,
     *,
     what: str,
     skip_broken: bool,
     extractor: Path | None = None,
-) -> Gallery:
+) -> TestFeatures:
     """Encode the pictures as they are."""
-    plain = bench.features(items, cache, what=what, skip_broken=skip_broken)
-    return Gallery(bench, items, cache, what, skip_broken, plain, extractor)
+    plain = model.features(items, cache, what=what, skip_broken=skip_broken)
+    return TestFeatures(model, items, cache, what, skip_broken, plain, extractor)
 
 
 def extractor_for(artifact: Artifact | None, named: Path | None, known: str | None) -> Path | None:
@@ -122,3 +273,47 @@ def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
             f"(SHA-256 {artifact.extractor[:12]}… expected)"
         )
     return path
+
+
+def classify(
+    classifier: Classifier,
+    paths: Sequence[Path],
+    skip_broken: bool,
+    progress: Progress = SILENCE,
+) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
+
+    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
+    """
+    kept = np.ones(len(paths), dtype=np.bool_)
+    results: list[tuple[F32, F32]] = []
+    waiting: list[U8] = []
+    # A graph that resizes takes one picture at a time, since their sizes differ.
+    # Nor has a picture company in int8, where the activations' scale is taken over a whole call.
+    size = 1 if classifier.resize or classifier.precision == "int8" else _BATCH
+
+    def flush() -> None:
+        if waiting:
+            results.append(classifier.classify(np.stack(waiting)))
+            waiting.clear()
+
+    with progress.activity("classifying", len(paths)) as ticker:
+        for number, path in enumerate(paths):
+            try:
+                waiting.append(classifier.read(path))
+            except DataError as error:
+                if not skip_broken:
+                    raise DataError(
+                        f"{error} (repair or remove it, or use --skip-broken)"
+                    ) from None
+                kept[number] = False
+            if len(waiting) == size:
+                flush()
+            ticker.update(number + 1)
+        flush()
+    if not results:
+        raise DataError(f"none of {len(paths)} picture(s) can be read")
+    if not kept.all():
+        warn(f"{int((~kept).sum())} broken pictures left out")
+    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return logits, probabilities, kept

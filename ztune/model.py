@@ -1,34 +1,43 @@
-"""What several verbs compose from all three packages: a bundle at work on this machine."""
+"""A model: one bundle at work, on this machine or on a server that has its graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
+from runtimes.ort import OrtImageEncoder
 from runtimes.prompts import context_of_words, ids_of_words, token_table
-from runtimes.providers import Execution, check_precision
+from runtimes.providers import Execution, check_precision, resolve
+from runtimes.remote.settings import settings_from
 from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
+from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
-from ztune.compositions.base import Patches, Towers
+from ztune.compositions.base import ModelSpec, Patches
 from ztune.data.cache import FeatureCache
 from ztune.data.features import Features, encode_pictures
-from ztune.errors import DataError
+from ztune.errors import DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.mixing import mixed_texts
 from ztune.progress import SILENCE, Progress, warn
-from ztune.types import F32, ImageEncoder
+from ztune.types import F32, ImageEncoder, Json
+
+if TYPE_CHECKING:
+    from runtimes.remote.connect import Connected
+    from runtimes.remote.endpoint import Endpoint
+    from runtimes.remote.served import Served
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Model:
     """A bundle, what answers for it, and where progress goes."""
 
     bundle: Bundle
@@ -38,7 +47,7 @@ class Workbench:
     served: Runtime | None = None
     """The server that has the bundle's graphs; None: they run on this machine."""
 
-    def __enter__(self) -> Workbench:
+    def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,6 +57,11 @@ class Workbench:
         """Give the connection to a server up."""
         if self.served is not None:
             self.served.close()
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return self.runtime.where
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -107,7 +121,7 @@ class Workbench:
         texts = self.sentences(templates, classes)
         return classifier_of_texts(texts, self.bundle.logit_scale, self.bundle.logit_bias)
 
-    def towers(self, n_extracted: int) -> Towers:
+    def spec(self, n_extracted: int) -> ModelSpec:
         """Return what a method may know of the bundle before it asks anything.
 
         `n_extracted` is how many values of a picture a decoder sees.
@@ -118,7 +132,7 @@ class Workbench:
             patches = Patches(
                 visual.width, visual.patch_values, visual.patch_mean, visual.patch_std
             )
-        return Towers(
+        return ModelSpec(
             text_width=bundle.text.width,
             token_table=token_table(bundle),
             context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
@@ -196,11 +210,98 @@ class Workbench:
         return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
 
 
-def open_workbench(path: Path, execution: Execution, progress: Progress = SILENCE) -> Workbench:
+def open_model(path: Path, execution: Execution, progress: Progress = SILENCE) -> Model:
     """Load a bundle; its graphs are opened when they are used.
 
     Raises: FormatError, ProviderError when the provider cannot run the bundle's precision.
     """
     bundle = load_bundle(path)
     check_precision(bundle.precision, execution.provider)
-    return Workbench(bundle, execution, progress)
+    return Model(bundle, execution, progress)
+
+
+def resolve_execution(
+    provider: str,
+    threads: int | None,
+    progress: Progress = SILENCE,
+    memory_limit: int | None = None,
+) -> Execution:
+    """Return how to run, saying which provider and why.
+
+    Raises: ProviderError when the one asked for does not really run, ConfigError for the others.
+    """
+    asked = Execution(threads=threads, memory_limit=memory_limit, remark=progress.remark)
+    name, why = resolve(provider)
+    progress.remark(why)
+    return replace(asked, provider=name)
+
+
+def connect_server(
+    url: str,
+    values: Mapping[str, Json],
+    named: frozenset[Endpoint],
+    progress: Progress = SILENCE,
+) -> Connected:
+    """Reach a server, fetch the client half where it is not named, and check both.
+
+    `values` are server settings, `named` the servers that may be told secrets.
+
+    Raises: ServerError, ConfigError.
+    """
+    from runtimes.remote.connect import connect
+
+    settings = settings_from(values)
+    client = None if settings.client is None else Path(settings.client)
+    with progress.activity("fetching the client half", 100) as ticker:
+        return connect(
+            url,
+            settings.endpoints,
+            replace(settings.connected(), named=named),
+            client,
+            progress.remark,
+            lambda done, total: ticker.update(done * 100 // max(1, total), unit=" %"),
+        )
+
+
+def open_served_model(
+    url: str,
+    values: Mapping[str, Json],
+    named: frozenset[Endpoint],
+    progress: Progress = SILENCE,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+) -> Model:
+    """Return a bundle at work on a server; `provider` and `threads` are of a local image tower.
+
+    Raises: ServerError, ConfigError; ProviderError where images are encoded here and cannot be.
+    """
+    from runtimes.remote.served import Served
+
+    settings, images = settings_from(values), None
+    execution = Execution("cpu", threads)
+    if settings.images == "local":
+        execution = resolve_execution(provider, threads, progress)
+    connected = connect_server(url, values, named, progress)
+    bundle = connected.bundle
+    if settings.images == "local":
+        check_precision(bundle.precision, execution.provider)
+        bundle.file("image.onnx")
+        images = OrtImageEncoder(bundle, execution)
+    try:
+        served = Served(connected.service, bundle, images, settings.losses)
+    except ZtuneError:
+        connected.service.close()
+        raise
+    progress.remark(_described(served))
+    return Model(bundle, execution, progress, served)
+
+
+def _described(served: Served) -> str:
+    """Return the line that says what a server is and gives."""
+    service = served.service
+    others = f" and {service.n_servers - 1} more" if service.n_servers > 1 else ""
+    return (
+        f"server {service.location}{others}: bundle {served.bundle.digest[:12]}…, "
+        f"{served.bundle.precision}; gives {described(served.access)}"
+    )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ztune.cli.server import server_settings, to_save
+from ztune.compositions.base import TunedConfig
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
-from ztune.io.config import configured, settings_from_words
-from ztune.methods import PRESETS, TunedMethod, find_method
+from ztune.io.config import configured
+from ztune.methods import PRESETS, find_method, method_config, tuned_config
 from ztune.types import Json
 
 
 @dataclass(frozen=True)
-class Request:
+class RunConfig:
     """The settings of one run; paths are absolute, so that it resumes from any folder."""
 
     bundle: str
@@ -91,6 +91,36 @@ class Request:
         if self.validates and self.val == 0:
             raise ConfigError("--keep best and --patience need validation pictures (--val)")
 
+    @cached_property
+    def method_config(self) -> Any:
+        """The method's configuration: its preset with the settings over it.
+
+        Raises: ConfigError, among others when the budget is less than one step.
+        """
+        method = find_method(self.method)
+        config = method_config(method, self.settings, self.preset)
+        tuned = tuned_config(method, config)
+        if tuned is None:
+            for name in ("keep", "patience", "snapshots", "extractor"):
+                if getattr(self, name) != getattr(RunConfig, name):
+                    raise ConfigError(f"{self.method} has no steps: leave out --{name}")
+            return config
+        least = tuned.step_queries()
+        if self.queries < least:
+            what = "one step" if least <= tuned.round_size else "its first step"
+            raise ConfigError(
+                f"--queries {self.queries} is less than {what} of {self.method}, which costs "
+                f"{least}"
+            )
+        if self.extractor is not None and tuned.program != "decoder":
+            raise ConfigError(f"{self.method} has no decoder: leave out --extractor")
+        return config
+
+    @property
+    def tuned_config(self) -> TunedConfig | None:
+        """The configuration of a method that has steps; None of a closed form."""
+        return tuned_config(find_method(self.method), self.method_config)
+
     @property
     def validates(self) -> bool:
         """Whether validation passes steer the run, so that they are charged."""
@@ -127,11 +157,6 @@ class Request:
         return Path(self.cache) if self.cache else run / "cache"
 
 
-def snapshots_of_word(word: str) -> int | str:
-    """Return what the word behind --snapshots asks for; a request checks it."""
-    return int(word) if word.lstrip("-").isdecimal() else word
-
-
 def _counts(listed: str) -> list[int]:
     """Return query counts of a list like `25,50`, in order and each once.
 
@@ -143,16 +168,6 @@ def _counts(listed: str) -> list[int]:
             f'--snapshots is "{listed}", expected a number, or query counts as in 25,50,100'
         )
     return sorted({int(part) for part in parts})
-
-
-def add_root_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --root, which makes of --data the name of a data set."""
-    parser.add_argument(
-        "--root",
-        type=Path,
-        metavar="DIR",
-        help="the folder that holds the data set which --data names (see: ztune data list)",
-    )
 
 
 def place_of(data: str, root: Path | None) -> str:
@@ -171,44 +186,18 @@ def place_of(data: str, root: Path | None) -> str:
     return str(Path(data).resolve())
 
 
-def remarks_on(request: Request) -> list[str]:
+def remarks_on(run_config: RunConfig) -> list[str]:
     """Return what the user should know of a request that is no error, one line each."""
-    if request.root is None:
+    if run_config.root is None:
         return []
-    spec = find_spec(request.data)
-    if request.templates == (spec.template,):
+    spec = find_spec(run_config.data)
+    if run_config.templates == (spec.template,):
         return []
-    mine = ", ".join(f'"{template}"' for template in request.templates)
+    mine = ", ".join(f'"{template}"' for template in run_config.templates)
     return [f'{spec.title}: the papers take --template "{spec.template}", this is with {mine}']
 
 
-def request_from_arguments(arguments: argparse.Namespace, asked: Sequence[str]) -> Request:
-    """Return what was asked for; what was not keeps the request's own defaults.
-
-    `asked` names the options that are fields of a request; `set` and `init` are its settings.
-    """
-    settings = settings_from_words(arguments.set or [])
-    if arguments.init is not None:
-        settings["init"] = arguments.init
-    given = {name: getattr(arguments, name) for name in ("bundle", *asked)}
-    values: dict[str, Any] = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in given.items()
-        if value is not None and name not in ("out", "set", "init")
-    }
-    if isinstance(given.get("data"), str):
-        values["data"] = place_of(given["data"], given.get("root"))
-    if "template" in values:
-        values["templates"] = tuple(values.pop("template"))
-    request = Request(**values, settings=settings, server=to_save(server_settings(arguments)))
-    method = find_method(request.method)
-    if "augment" not in values and request.preset == "published":
-        views = method.augment if isinstance(method, TunedMethod) else 0
-        request = replace(request, augment=views)
-    return request
-
-
-def request_from_json(values: Mapping[str, Json], where: str) -> Request:
+def run_config_from_json(values: Mapping[str, Json], where: str) -> RunConfig:
     """Return a saved request.
 
     Raises: ConfigError for fields that this version does not know.
@@ -220,4 +209,4 @@ def request_from_json(values: Mapping[str, Json], where: str) -> Request:
     assert isinstance(settings, dict)
     assert isinstance(server, dict)
     plain = {key: value for key, value in values.items() if key not in ("settings", "server")}
-    return replace(configured(Request, plain, where), settings=settings, server=server)
+    return replace(configured(RunConfig, plain, where), settings=settings, server=server)

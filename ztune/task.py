@@ -1,4 +1,4 @@
-"""A tuned method at its start, and what answers it: text tower, image tower, or both."""
+"""A few-shot task at work: a method at its start, and what answers its prompts on a split."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from ztune.artifact import (
     Provenance,
     VisualArtifact,
 )
-from ztune.cli.pictures import Pictures, fingerprints
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
+from ztune.encoded import Changeable, EncodedSplit, fingerprints
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
 from ztune.mixing import mixed_texts
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss
+from ztune.optim.validation import EarlyStop, Validated
 from ztune.remembered import RememberingEncoder
+from ztune.run_config import RunConfig
 from ztune.statistics import Share
+from ztune.system import one_blas_thread
 from ztune.types import (
     F32,
     F64,
@@ -53,20 +56,65 @@ from ztune.types import (
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A tuned method at its start, and what answers it."""
+class MethodStart:
+    """A tuned method's map and optimizer before the first query: made once for a run."""
 
-    config: TunedConfig
     prompt_map: PromptMap
     optimizer: Optimizer
+    first: Prompts
+    """What the first point is sent as: it tells how many tokens a context has."""
+
+    @property
+    def n_context(self) -> int | None:
+        """Tokens of a context; None where no text is tuned."""
+        return None if self.first.contexts is None else int(self.first.contexts.shape[1])
+
+
+def compose(
+    run_config: RunConfig, config: TunedConfig, model: Model, n_extracted: int
+) -> MethodStart:
+    """Return a method's map and optimizer at their start, the optimizer wrapped as asked for.
+
+    `n_extracted` is how many values of an image a decoder sees.
+    """
+    with one_blas_thread():
+        spec = model.spec(n_extracted)
+        prompt_map, optimizer = config.build(spec, run_config.queries, run_config.seed)
+        if run_config.validates:
+            every = run_config.queries_between_validations
+            optimizer = Validated(optimizer, every, run_config.keep)
+            if run_config.patience is not None:
+                optimizer = EarlyStop(optimizer, run_config.patience)
+        return MethodStart(prompt_map, optimizer, prompt_map(optimizer.ask().points[:1]))
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """A tuned method at its start, and what answers it on the images of one split."""
+
+    model: Model
+    split: Split
+    encoded: EncodedSplit
+    config: TunedConfig
+    start: MethodStart
+    templates: tuple[str, ...]
+    extractor: str | None
     texts: TextEncoder | F32
-    """Encodes contexts; or the hand-written sentences' f32[C, e]."""
+    """Encodes contexts; or the hand-written prompts' f32[C, e]."""
     remembered: RememberingEncoder | None
     """The encoder of a method whose result mixes the prompts that it has tried."""
     images: VisualPrompts | None
-    """Encodes pictures under visual prompts."""
+    """Encodes images under visual prompts."""
     objective: FewShotObjective
     held_out: HeldOut | None
+
+    @property
+    def prompt_map(self) -> PromptMap:
+        return self.start.prompt_map
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.start.optimizer
 
     @property
     def encoder(self) -> TextEncoder | None:
@@ -77,104 +125,17 @@ class Parts:
         with np.errstate(over="ignore", invalid="ignore"):  # told in one line where it matters
             return self.prompt_map(point[None])
 
-
-@dataclass(frozen=True)
-class Assembly:
-    """Puts the parts of one run together."""
-
-    bench: Workbench
-    split: Split
-    pictures: Pictures
-    config: TunedConfig
-    templates: tuple[str, ...]
-    extractor: str | None
-
-    def parts(
-        self, prompt_map: PromptMap, optimizer: Optimizer, text_features: F32 | None
-    ) -> Parts:
-        """Return the parts; `text_features` f32[C, e] are the hand-written sentences'."""
-        config, pictures = self.config, self.pictures
-        first = prompt_map(optimizer.ask().points[:1])
-        texts: TextEncoder | F32
-        if first.contexts is not None:
-            n_context = first.contexts.shape[1]
-            texts = self.bench.prompt_graph.encoder(
-                self.split.classes, n_context, config.round_size
-            )
-        elif text_features is not None:
-            texts = text_features
-        else:
-            raise ZtuneError("the method tunes no texts, and there are no sentences")
-        images = None
-        if config.program is not None:
-            changeable = pictures.changeable
-            n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
-            images = open_program(self.bench, config.program, n_extracted)
-        remembered = None
-        if config.mixes and not isinstance(texts, np.ndarray):
-            remembered = RememberingEncoder(texts)
-        train = self._objective(remembered or texts, images, held_out=False)
-        held_out = None
-        if pictures.val_features is not None:
-            val = self._objective(texts, images, held_out=True)
-            held_out = HeldOut(val, len(pictures.val_labels))
-        return Parts(config, prompt_map, optimizer, texts, remembered, images, train, held_out)
-
-    def _objective(
-        self, texts: PromptEncoder | F32, images: VisualPrompts | None, *, held_out: bool
-    ) -> FewShotObjective:
-        """Return the loss of the training pictures, or of those held out for validation."""
-        pictures = self.pictures
-        labels = pictures.val_labels if held_out else pictures.labels
-        features: F32 | PromptedImages = pictures.features
-        if images is not None:
-            features = self._prompted(images, held_out)
-        elif held_out and pictures.val_features is not None:
-            features = pictures.val_features[None]
-        return FewShotObjective(self._scorer(texts, features, labels), labels)
-
-    def _prompted(self, images: VisualPrompts, held_out: bool) -> PromptedImages:
-        changeable = self.pictures.val_changeable if held_out else self.pictures.changeable
-        if changeable is None:
-            raise ZtuneError("the method changes pictures, and their pixels were not kept")
-        pixels, extracted = changeable.pixels, changeable.extracted
-        if held_out and isinstance(images, DecoderPrompts):
-            return DeployedPictures(images, pixels, extracted, self._tuned_on)
-        return PromptedPictures(images, pixels, extracted)
-
-    def _scorer(
-        self, texts: PromptEncoder | F32, features: F32 | PromptedImages, labels: I64
-    ) -> Scorer:
-        """Return what computes losses: the host, or where the texts are if they alone change."""
-        bundle, scorer = self.bench.bundle, None
-        if isinstance(features, np.ndarray) and not isinstance(texts, np.ndarray):
-            logits = LOGITS in self.config.needs
-            scorer = self.bench.runtime.scorer(texts, features, labels, logits=logits)
-        if scorer is None:
-            scale, bias = bundle.logit_scale, bundle.logit_bias
-            scorer = NumpyScores(texts, features, scale, bias, focal_loss(self.config.focal))
-        k = self.config.top_classes
-        return scorer if k is None else TopClasses(scorer, k)
-
-    @property
-    def _tuned_on(self) -> F32:
-        """What a decoder sees of all training pictures and views, f32[V * N, k]."""
-        if self.pictures.changeable is None:
-            raise ZtuneError("the method changes pictures, and their pixels were not kept")
-        extracted = self.pictures.changeable.extracted
-        return extracted.reshape(-1, extracted.shape[-1])
-
-    def result(self, parts: Parts, provenance: Provenance) -> Artifact:
+    def result(self, provenance: Provenance) -> Artifact:
         """Return what the method chooses by now."""
-        optimizer = parts.optimizer
+        optimizer = self.optimizer
         if isinstance(optimizer, Mixing):
-            return self._mixture(parts, optimizer.mixture(), provenance)
-        return self.artifact(parts, optimizer.recommend(), provenance)
+            return self._mixture(optimizer.mixture(), provenance)
+        return self._artifact(optimizer.recommend(), provenance)
 
-    def _mixture(self, parts: Parts, mixture: Mixture, provenance: Provenance) -> MixtureArtifact:
-        bundle = self.bench.bundle
-        encoder = parts.remembered
-        contexts = parts.prompt_map(mixture.points).contexts
+    def _mixture(self, mixture: Mixture, provenance: Provenance) -> MixtureArtifact:
+        bundle = self.model.bundle
+        encoder = self.remembered
+        contexts = self.prompt_map(mixture.points).contexts
         if encoder is None or contexts is None:
             raise ZtuneError("a mixture is of contexts, and there are none")
         weights = mixture.weights.astype(np.float32)
@@ -183,23 +144,23 @@ class Assembly:
             provenance,
             mixture.points.astype(np.int32),
             weights,
-            mixed_texts(encoder, contexts, weights, parts.config.round_size),
+            mixed_texts(encoder, contexts, weights, self.config.round_size),
             bundle.logit_scale,
             bundle.logit_bias,
-            parts.config.round_size,
+            self.config.round_size,
             fingerprints(self.split),
         )
 
-    def artifact(self, parts: Parts, point: F64, provenance: Provenance) -> Artifact:
+    def _artifact(self, point: F64, provenance: Provenance) -> Artifact:
         """Return what a point f64[dim] is worth keeping as."""
-        bundle, classes, seen = self.bench.bundle, self.split.classes, fingerprints(self.split)
-        prompts = parts.prompts(point)
+        bundle, classes, seen = self.model.bundle, self.split.classes, fingerprints(self.split)
+        prompts = self.prompts(point)
         context = None if prompts.contexts is None else prompts.contexts[0]
         texts: F32 | None = None
-        if isinstance(parts.texts, np.ndarray):
-            texts = parts.texts
-        elif TEXTS not in self.bench.runtime.withheld:
-            texts = parts.texts.encode(np.asarray(prompts.contexts))[0]
+        if isinstance(self.texts, np.ndarray):
+            texts = self.texts
+        elif TEXTS not in self.model.runtime.withheld:
+            texts = self.texts.encode(np.asarray(prompts.contexts))[0]
         scale, bias = bundle.logit_scale, bundle.logit_bias
         if prompts.visual is None:
             if context is None:
@@ -208,8 +169,8 @@ class Assembly:
         if texts is None:
             raise ZtuneError("a visual prompt stands beside text features, and there are none")
         statistics = None
-        if isinstance(parts.images, DecoderPrompts):
-            statistics = parts.images.statistics(prompts.visual[0], self._tuned_on)
+        if isinstance(self.images, DecoderPrompts):
+            statistics = self.images.statistics(prompts.visual[0], _tuned_on(self.encoded))
         return VisualArtifact(
             classes,
             provenance,
@@ -225,58 +186,166 @@ class Assembly:
             seen,
         )
 
-    def val_features(self, parts: Parts, artifact: Artifact) -> F32 | None:
+    def val_features(self, artifact: Artifact) -> F32 | None:
         """Return unit features f32[n, e] of the validation pictures as the artifact changes them.
 
         None without such pictures.
         """
-        changeable, images = self.pictures.val_changeable, parts.images
+        changeable, images = self.encoded.val_changeable, self.images
         if not isinstance(artifact, VisualArtifact) or changeable is None or images is None:
-            return self.pictures.val_features
+            return self.encoded.val_features
         if isinstance(images, DecoderPrompts) and artifact.statistics is not None:
             images = images.fixed(artifact.statistics)
         visual = artifact.visual[None]
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
 
-    def val_share(self, parts: Parts) -> Share | None:
+    def val_share(self) -> Share | None:
         """Return how many validation pictures are right by the runtime's own count."""
-        if parts.held_out is None:
+        if self.held_out is None:
             return None
-        held_out = parts.held_out
-        prompts = parts.prompts(parts.optimizer.recommend())
+        held_out = self.held_out
+        prompts = self.prompts(self.optimizer.recommend())
         accuracy = held_out.oracle(prompts, held_out.batch).accuracies[0]
         n = held_out.n_pictures
         return Share(round(float(accuracy) * n), n)
 
-    def train_loss(self, parts: Parts, result: Artifact) -> float:
+    def train_loss(self, result: Artifact) -> float:
         """Return the loss over all training pictures and views: a final report, free of charge."""
         if isinstance(result, MixtureArtifact):
             classifier = result.classifier()
-            views = [classifier.logits(view) for view in self.pictures.features]
-            labels = self.pictures.labels
+            views = [classifier.logits(view) for view in self.encoded.features]
+            labels = self.encoded.labels
             return float(np.mean([cross_entropy(view, labels) for view in views]))
-        return self._point_loss(parts, parts.optimizer.recommend())
+        return self._point_loss(self.optimizer.recommend())
 
-    def _point_loss(self, parts: Parts, point: F64) -> float:
-        n_views, n = self.pictures.features.shape[:2]
+    def _point_loss(self, point: F64) -> float:
+        n_views, n = self.encoded.features.shape[:2]
         every = np.arange(n, dtype=np.int64)
-        prompts = parts.prompts(point)
+        prompts = self.prompts(point)
         losses = [
-            parts.objective(prompts, Batch(every, np.full(n, view, dtype=np.int64), 0)).losses[0]
+            self.objective(prompts, Batch(every, np.full(n, view, dtype=np.int64), 0)).losses[0]
             for view in range(n_views)
         ]
         return float(np.mean(losses))
 
 
+def open_task(
+    run_config: RunConfig,
+    split: Split,
+    encoded: EncodedSplit,
+    model: Model,
+    config: TunedConfig,
+    start: MethodStart,
+    text_features: F32 | None,
+) -> FewShotTask:
+    """Open what answers a method on a split.
+
+    `text_features` f32[C, e] are those of the hand-written prompts.
+
+    Raises: ZtuneError for a method that tunes no text where there are no text features;
+        ProviderError, ServerError.
+    """
+    texts: TextEncoder | F32
+    if start.n_context is not None:
+        texts = model.prompt_graph.encoder(split.classes, start.n_context, config.round_size)
+    elif text_features is not None:
+        texts = text_features
+    else:
+        raise ZtuneError("the method tunes no texts, and there are no sentences")
+    images = None
+    if config.program is not None:
+        changeable = encoded.changeable
+        n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
+        images = open_program(model, config.program, n_extracted)
+    remembered = None
+    if config.mixes and not isinstance(texts, np.ndarray):
+        remembered = RememberingEncoder(texts)
+    objective = _objective(
+        model, config, remembered or texts, _seen(encoded, images), encoded.labels
+    )
+    held_out = None
+    if encoded.val_features is not None:
+        seen = _seen_held_out(encoded, encoded.val_features, images)
+        held_out = HeldOut(
+            _objective(model, config, texts, seen, encoded.val_labels), len(encoded.val_labels)
+        )
+    return FewShotTask(
+        model,
+        split,
+        encoded,
+        config,
+        start,
+        run_config.templates,
+        run_config.extractor,
+        texts,
+        remembered,
+        images,
+        objective,
+        held_out,
+    )
+
+
+def _seen(encoded: EncodedSplit, images: VisualPrompts | None) -> F32 | PromptedImages:
+    """Return what the loss of the training images is computed on."""
+    if images is None:
+        return encoded.features
+    changeable = _required(encoded.changeable)
+    return PromptedPictures(images, changeable.pixels, changeable.extracted)
+
+
+def _seen_held_out(
+    encoded: EncodedSplit, val_features: F32, images: VisualPrompts | None
+) -> F32 | PromptedImages:
+    """Return what the loss of the validation images is computed on."""
+    if images is None:
+        return val_features[None]
+    changeable = _required(encoded.val_changeable)
+    pixels, extracted = changeable.pixels, changeable.extracted
+    if isinstance(images, DecoderPrompts):
+        return DeployedPictures(images, pixels, extracted, _tuned_on(encoded))
+    return PromptedPictures(images, pixels, extracted)
+
+
+def _tuned_on(encoded: EncodedSplit) -> F32:
+    """Return what a decoder sees of all training images and views, f32[V * N, k]."""
+    extracted = _required(encoded.changeable).extracted
+    return extracted.reshape(-1, extracted.shape[-1])
+
+
+def _required(changeable: Changeable | None) -> Changeable:
+    if changeable is None:
+        raise ZtuneError("the method changes pictures, and their pixels were not kept")
+    return changeable
+
+
+def _objective(
+    model: Model,
+    config: TunedConfig,
+    texts: PromptEncoder | F32,
+    features: F32 | PromptedImages,
+    labels: I64,
+) -> FewShotObjective:
+    """Return what computes losses: the host, or where the texts are if they alone change."""
+    scorer: Scorer | None = None
+    if isinstance(features, np.ndarray) and not isinstance(texts, np.ndarray):
+        logits = LOGITS in config.needs
+        scorer = model.runtime.scorer(texts, features, labels, logits=logits)
+    if scorer is None:
+        scale, bias = model.bundle.logit_scale, model.bundle.logit_bias
+        scorer = NumpyScores(texts, features, scale, bias, focal_loss(config.focal))
+    k = config.top_classes
+    return FewShotObjective(scorer if k is None else TopClasses(scorer, k), labels)
+
+
 def open_program(
-    bench: Workbench, program: str, n_extracted: int, statistics: F32 | None = None
+    model: Model, program: str, n_extracted: int, statistics: F32 | None = None
 ) -> VisualPrompts:
     """Open the image tower under border, decoder or tokens.
 
     `n_extracted` is k of the features f32[N, k] that a decoder sees; `statistics` f32[2, n] fixes
     its normalisation.
     """
-    bundle, execution = bench.bundle, bench.execution
+    bundle, execution = model.bundle, model.execution
     if program == "border":
         return BorderPrompts(bundle, execution)
     if program == "decoder":

@@ -1,17 +1,17 @@
-"""A tuning run from split to artifact, started or taken up again; the verb `tune` calls it."""
+"""One run from a split to its artifact: started, saved on the way, taken up again, finished."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtimes.extractor import OrtExtractor
 from runtimes.remote.served import RequestPlan, Served
 from ztune.access import TEXTS
 from ztune.artifact import (
@@ -23,46 +23,172 @@ from ztune.artifact import (
     write_artifact,
 )
 from ztune.budget import Budget
-from ztune.checks import Feasibility, composed, start_config
-from ztune.cli.pictures import Album, Pictures, fingerprints
-from ztune.cli.server import Wire
+from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Dataset
 from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures, make_split
-from ztune.errors import ConfigError, NotFiniteError, ZtuneError
+from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
+from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.heads.shots import Fitted
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
+from ztune.io.files import read_json
 from ztune.journal import Journal
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
-from ztune.methods import (
-    HeadMethod,
-    find_method,
-    tuned_config,
-)
-from ztune.model import Workbench
+from ztune.methods import HeadMethod, find_method
+from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
     ENCODED_ANEW,
     SERVED,
-    Gate,
     RefusedError,
+    Signal,
+    SignalCheck,
     no_differences,
     open_reference,
-    pass_gate,
+    require_signal,
     unmeasured,
 )
 from ztune.progress import warn
+from ztune.report import draw_curve
 from ztune.run import RunFolder, SavePace
-from ztune.run_config import Request
-from ztune.signal import Signal
+from ztune.run_config import RunConfig, remarks_on, run_config_from_json
 from ztune.statistics import Score, Share, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
-from ztune.task import Assembly, Parts
+from ztune.task import FewShotTask, MethodStart, compose, open_task
 from ztune.types import F32, Evaluation, Json
+
+# What the last bits of a result depend on.
+_ARITHMETIC = (
+    "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
+)  # fmt: skip
+
+
+def start_run(run_config: RunConfig, model: Model, path: Path) -> dict[str, Json]:
+    """Start a run in a new folder and finish it; return run.json's content.
+
+    Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
+        RefusedError where the precision leaves no signal.
+    """
+    dataset, split = read_split(run_config)
+    for remark in _remarks_on_start(run_config, dataset, split):
+        model.progress.remark(remark)
+    folder = RunFolder(path)
+    run = TrainingRun(run_config, split, folder, model)
+    run.check()
+    head = run.head()
+    folder.create(head, split.to_json())
+    with folder.locked():
+        return run.finish(head)
+
+
+def _remarks_on_start(run_config: RunConfig, dataset: Dataset, split: Split) -> Iterator[str]:
+    yield from remarks_on(run_config)
+    if run_config.preset == "published" and run_config.augment:
+        yield (
+            "preset published: random crops anew each step are approximated by "
+            f"{run_config.augment} cached views per picture"
+        )
+    if dataset.ignored:
+        yield f"files that are no pictures of a class, left alone: {dataset.ignored}"
+    yield from split.notes
+    counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
+    yield (
+        f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
+        f"validation, {counts[2]} kept for testing"
+    )
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that was begun, as its folder has it."""
+
+    folder: RunFolder
+    head: Mapping[str, Json]
+    """What run.json says, less its format and version."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: Path) -> Iterator[SavedRun]:
+        """Yield the run of a folder while no other process may work on it.
+
+        Raises: FormatError for a folder without a run; ConfigError where a process works on it.
+        """
+        folder = RunFolder(path)
+        folder.read()
+        with folder.locked():
+            found = folder.read()
+            yield cls(folder, {k: v for k, v in found.items() if k not in ("format", "version")})
+
+    @property
+    def status(self) -> Json:
+        """running, finished, or refused."""
+        return self.head.get("status")
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.head, f'run "{self.folder.path}": run.json')
+
+    @cached_property
+    def run_config(self) -> RunConfig:
+        """What the run was asked for, with the method's settings as they were then.
+
+        Raises: ConfigError, FormatError.
+        """
+        fields = self.fields
+        asked = run_config_from_json(fields.object("request").values, fields.where)
+        return replace(asked, settings=fields.object("config").values)
+
+    def resume(self, model: Model) -> dict[str, Json]:
+        """Finish the run as it was begun; return run.json's content.
+
+        Raises: FormatError for another model than the run began with, or a damaged folder;
+            ZtuneError for images that have changed.
+        """
+        fields = self.fields
+        if model.bundle.digest != fields.text("bundle_digest"):
+            raise FormatError(
+                f"{model.where} is not the one that the run began with (put it back, or start a "
+                "new run)"
+            )
+        self._warn_of_changes()
+        split = Split.from_json(
+            read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
+        )
+        split.check_unchanged()
+        run = TrainingRun(self.run_config, split, self.folder, model)
+        run.check()
+        return run.finish(self.head)
+
+    def _warn_of_changes(self) -> None:
+        fields = self.fields
+        then = {**fields.object("versions").values, **fields.object("machine").values}
+        now = {**versions(), **machine()}
+        changed = [
+            f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
+        ]
+        if changed:
+            warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
+
+
+def read_split(run_config: RunConfig) -> tuple[Dataset, Split]:
+    """Return the images that a run names, and how they are divided.
+
+    Raises: ConfigError, DataError.
+    """
+    settings = run_config.split_settings()
+    names = Path(run_config.names) if run_config.names else None
+    root = Path(run_config.root) if run_config.root else None
+    dataset = read_source(run_config.data, root, names)
+    test_data = None
+    if run_config.test_data:
+        other = read_source(run_config.test_data, None, names, tuned=False)
+        test_data = other, digest_pictures(other)
+    digests = digest_pictures(dataset)
+    return dataset, make_split(dataset, digests, settings, test_data, published=root is not None)
 
 
 @dataclass(frozen=True)
@@ -85,31 +211,37 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Baselines:
     """What a result is compared with; nothing where texts' features are not given."""
 
-    compared: Mapping[str, FeatureClassifier]
+    classifiers: Mapping[str, FeatureClassifier]
     gda_alpha: Json
     seconds: float
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingRun:
     """One run in progress."""
 
-    request: Request
+    run_config: RunConfig
     split: Split
     folder: RunFolder
-    bench: Workbench
+    model: Model
 
-    @cached_property
-    def config(self) -> Any:
-        return start_config(self.request)
-
-    @cached_property
+    @property
     def tuned(self) -> TunedConfig | None:
         """The configuration of a method that has steps."""
-        return tuned_config(find_method(self.request.method), self.config)
+        return self.run_config.tuned_config
+
+    @cached_property
+    def start(self) -> MethodStart:
+        """The map and the optimizer of a method that has steps: those that the run will use."""
+        assert self.tuned is not None
+        n_extracted = self.model.bundle.embed_dim
+        if self.run_config.extractor is not None:
+            extractor = Path(self.run_config.extractor)
+            n_extracted = OrtExtractor(extractor, self.model.bundle, self.model.execution).width()
+        return compose(self.run_config, self.tuned, self.model, n_extracted)
 
     @property
     def published(self) -> float:
@@ -119,39 +251,81 @@ class Work:
         assert finest is not None
         return finest[1]
 
+    def head(self) -> dict[str, Json]:
+        """Return what run.json says from the first moment on."""
+        run_config, bundle = self.run_config, self.model.bundle
+        return {
+            "status": "running",
+            "method": run_config.method,
+            "seed": run_config.seed,
+            "config": as_json(run_config.method_config),
+            "provider": self.model.runtime.provider,
+            "precision": bundle.precision,
+            "model_id": bundle.model_id,
+            "bundle_digest": bundle.digest,
+            "classes": len(self.split.classes),
+            "versions": dict(versions()),
+            "machine": dict(machine()),
+            "request": as_json(run_config),
+        }
+
+    def check(self) -> None:
+        """See that the run can be made, before anything is written; see `RunChecks.check`."""
+        measured = self._signal_is_known()
+        RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
+
+    def finish(self, head: Mapping[str, Json]) -> dict[str, Json]:
+        """Run to the end from whatever is saved and draw the curve; return run.json's content."""
+        document = self.carry_out(head)
+        if self.tuned is not None:
+            self._draw_curve(Fields(document, "run.json").object("validation"))
+        return document
+
+    def _draw_curve(self, validation: Fields) -> None:
+        run_config = self.run_config
+        shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
+        levels = {
+            f"{shown[name]}, validation": validation.object(name).number("accuracy")
+            for name in validation.values
+        }
+        title = (
+            f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
+            f"seed {run_config.seed}"
+        )
+        draw_curve(self.folder.read_history(), levels, title, self.folder.path / "curve.png")
+
     def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
-        """Run to the end from whatever is saved, write all results, return run.json's content.
+        """Run to the end from whatever is saved, write all results; return run.json's content.
 
         `head` holds what run.json says from the first moment on.
         """
         started = time.monotonic()
-        request = self.request
+        run_config = self.run_config
         # One tower at a time: each session is closed before the next is opened.
         changeable = self.tuned is not None and self.tuned.program is not None
-        album = Album(request, self.split, self.folder, self.bench)
-        pictures = album.pictures(changeable=changeable)
-        own_cache = request.cache is None
-        head = {**pictures.costs(own_cache, time.monotonic() - started), **head}
+        encoded = self._encoder.encode(changeable=changeable)
+        own_cache = run_config.cache is None
+        head = {**encoded.costs(own_cache, time.monotonic() - started), **head}
         self.folder.write(head)
         budget = Budget(
-            request.queries, image_forwards=Fields(head, "run.json").integer("image_forwards")
+            run_config.queries, image_forwards=Fields(head, "run.json").integer("image_forwards")
         )
-        with self._journalled(budget) as wire:
+        with self._journalled(budget) as served:
             texts = None
-            if TEXTS not in self.bench.runtime.withheld:
-                texts = self.bench.sentences(request.templates, self.split.classes)
-            beside = self._beside(texts, pictures)
+            if TEXTS not in self.model.runtime.withheld:
+                texts = self.model.sentences(run_config.templates, self.split.classes)
+            baselines = self._baselines(texts, encoded)
             return_free_memory()  # what the image tower and the fit have left
             if self.tuned is not None:
                 with one_blas_thread():
-                    parts = self._assembled(self.tuned, pictures, texts)
-                    head = self._planned(head, parts)
-                    head = self._through_the_gate(head, parts, pictures, budget)
-                    outcome = self._tuned(parts, pictures, budget, started)
+                    task = self._task(self.tuned, encoded, texts)
+                    head = self._planned(head, task)
+                    head = self._with_signal(head, task, budget)
+                    outcome = self._tuned(task, budget, started)
             else:
-                outcome = self._fitted(pictures, texts)
+                outcome = self._fitted(encoded, texts)
         artifact = outcome.artifact
-        scores = self._validated(outcome, beside, pictures)
+        scores = self._validated(outcome, baselines, encoded)
         write_artifact(self.folder.prompt, artifact)
         document: dict[str, Json] = {
             **head,
@@ -162,7 +336,7 @@ class Work:
             "text_forwards": budget.text_forwards,
             "image_forwards": budget.image_forwards,
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
-            "report_seconds": round(beside.seconds + time.monotonic() - outcome.ended, 3),
+            "report_seconds": round(baselines.seconds + time.monotonic() - outcome.ended, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "result_bytes": self.folder.prompt.stat().st_size,
             "stop_reason": artifact.provenance.stop_reason,
@@ -174,17 +348,12 @@ class Work:
                 name: {"accuracy": s.accuracy, "interval": list(s.interval), "n": s.n}
                 for name, s in scores.items()
             },
-            "gda_alpha": beside.gda_alpha,
+            "gda_alpha": baselines.gda_alpha,
         }
-        if wire is not None:
-            document["server"] = wire.to_json(budget)
+        if served is not None:
+            document["server"] = _server_report(served, budget)
         self.folder.write(document)
         return document
-
-    def check(self) -> None:
-        """See that the run can be made, before anything is written; see `Feasibility.check`."""
-        measured = self._gate_is_passed()
-        Feasibility(self.request, self.split, self.bench, self.config, measured).check()
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
         """Measure the signal alone: what `ztune doctor` reports."""
@@ -193,38 +362,37 @@ class Work:
             what = "has no steps" if config is None else "encodes pictures anew"
             if config is not None and config.finest is None:
                 what = "takes no differences of losses"
-            raise ConfigError(f"{self.request.method} {what}, so there is no signal to measure")
-        train, labels = Album(self.request, self.split, self.folder, self.bench).training()
+            raise ConfigError(f"{self.run_config.method} {what}, so there is no signal to measure")
+        train, labels = self._encoder.training()
         none = np.zeros(0, dtype=np.int64)
-        pictures = Pictures(train.values, labels, None, none, 0, 0, 0)
-        parts = self._assembled(config, pictures, None)
-        return self._measured(parts, pictures)
+        encoded = EncodedSplit(train.values, labels, None, none, 0, 0, 0)
+        return self._measured(self._task(config, encoded, None))
 
-    def _gate_is_passed(self) -> bool:
+    def _signal_is_known(self) -> bool:
         """Return whether this run was begun and measured its signal before."""
         if not self.folder.run.exists():
             return False
         return "signal" in self.folder.read() or self.folder.state.exists()
 
-    def _measured(self, parts: Parts, pictures: Pictures) -> tuple[Signal, dict[str, Json]]:
-        reference = open_reference(self.request.reference, self.bench.bundle)
-        gate = Gate(self.bench, self.split.classes, self.request.seed, reference)
-        return gate.measure(
-            parts.config,
-            parts.optimizer,
-            parts.prompt_map,
-            parts.objective,
-            pictures.features,
-            pictures.labels,
+    def _measured(self, task: FewShotTask) -> tuple[Signal, dict[str, Json]]:
+        reference = open_reference(self.run_config.reference, self.model.bundle)
+        check = SignalCheck(self.model, self.split.classes, self.run_config.seed, reference)
+        return check.measure(
+            task.config,
+            task.optimizer,
+            task.prompt_map,
+            task.objective,
+            task.encoded.features,
+            task.encoded.labels,
         )
 
-    def _planned(self, head: Mapping[str, Json], parts: Parts) -> Mapping[str, Json]:
+    def _planned(self, head: Mapping[str, Json], task: FewShotTask) -> Mapping[str, Json]:
         """Return run.json's content with how a round is cut into calls, which a run keeps."""
-        if parts.encoder is None:
+        if task.encoder is None:
             return head
-        calls = parts.encoder.plan.to_json()
-        if isinstance(parts.encoder.plan, RequestPlan):
-            self.bench.progress.remark(parts.encoder.plan.described())
+        calls = task.encoder.plan.to_json()
+        if isinstance(task.encoder.plan, RequestPlan):
+            self.model.progress.remark(task.encoder.plan.described())
         if head.get("calls", calls) != calls:
             warn(
                 f"a round is cut into other calls ({calls}) than when the run began "
@@ -232,26 +400,26 @@ class Work:
             )
         return {**head, "calls": calls}
 
-    def _through_the_gate(
-        self, head: Mapping[str, Json], parts: Parts, pictures: Pictures, budget: Budget
+    def _with_signal(
+        self, head: Mapping[str, Json], task: FewShotTask, budget: Budget
     ) -> Mapping[str, Json]:
         """Return run.json's content with the signal, measured once, before the first step.
 
         Raises: RefusedError, and leaves a run that may be started anew.
         """
-        force, progress = self.request.force, self.bench.progress
-        precision = self.bench.bundle.precision
+        force, progress = self.run_config.force, self.model.progress
+        precision = self.model.bundle.precision
         if "signal" not in head and not self.folder.state.exists():
             try:
-                if parts.config.finest is None:
+                if task.config.finest is None:
                     signal = no_differences()
-                elif parts.images is not None:
+                elif task.images is not None:
                     signal = unmeasured(*ENCODED_ANEW, precision, force=force)
-                elif self.bench.served is not None and self.request.reference is None:
+                elif self.model.served is not None and self.run_config.reference is None:
                     signal = unmeasured(*SERVED, precision, force=force)
                 else:
-                    signal = pass_gate(
-                        lambda: self._measured(parts, pictures),
+                    signal = require_signal(
+                        lambda: self._measured(task),
                         published=self.published,
                         force=force,
                         progress=progress,
@@ -268,50 +436,46 @@ class Work:
         return head
 
     @contextlib.contextmanager
-    def _journalled(self, budget: Budget) -> Iterator[Wire | None]:
-        """Write down whatever goes to a server as a query; None where there is no server."""
-        served = self.bench.served
+    def _journalled(self, budget: Budget) -> Iterator[Served | None]:
+        """Write down whatever goes to a server as a query; yield None where there is no server."""
+        served = self.model.served
         if not isinstance(served, Served):
             yield None
             return
         served.service.sending = Journal(self.folder.journal, budget)
         try:
-            yield Wire(served)
+            yield served
         finally:
             served.service.sending = None
 
-    def _beside(self, texts: F32 | None, pictures: Pictures) -> Beside:
+    def _baselines(self, texts: F32 | None, encoded: EncodedSplit) -> Baselines:
         """Return what a result is compared with: hand-written prompts and GDA."""
-        bundle, began = self.bench.bundle, time.monotonic()
+        bundle, began = self.model.bundle, time.monotonic()
         if texts is None:
-            return Beside({}, None, 0.0)
-        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        gda = fit_gda(GdaConfig(), shots, self.request.seed)
+            return Baselines({}, None, 0.0)
+        shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
+        gda = fit_gda(GdaConfig(), shots, self.run_config.seed)
         zero_shot = classifier_of_texts(texts, bundle.logit_scale, bundle.logit_bias)
-        compared = {"zero-shot": zero_shot, "gda": gda.classifier}
-        return Beside(compared, gda.chosen["alpha"], time.monotonic() - began)
+        classifiers = {"zero-shot": zero_shot, "gda": gda.classifier}
+        return Baselines(classifiers, gda.chosen["alpha"], time.monotonic() - began)
 
-    def _assembly(self, config: TunedConfig, pictures: Pictures) -> Assembly:
-        request = self.request
-        return Assembly(
-            self.bench, self.split, pictures, config, request.templates, request.extractor
-        )
+    @property
+    def _encoder(self) -> SplitEncoder:
+        return SplitEncoder(self.run_config, self.split, self.folder, self.model)
 
-    def _assembled(self, config: TunedConfig, pictures: Pictures, texts: F32 | None) -> Parts:
+    def _task(self, config: TunedConfig, encoded: EncodedSplit, texts: F32 | None) -> FewShotTask:
         """Return the method at its start, and what evaluates it.
 
-        `texts` f32[C, e] are the hand-written sentences'.
+        `texts` f32[C, e] are the hand-written prompts'.
         """
-        changeable = pictures.changeable
-        n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
-        return self._assembly(config, pictures).parts(
-            *composed(self.request, config, self.bench, n_extracted), texts
+        return open_task(
+            self.run_config, self.split, encoded, self.model, config, self.start, texts
         )
 
-    def _tuned(self, parts: Parts, pictures: Pictures, budget: Budget, started: float) -> Outcome:
+    def _tuned(self, task: FewShotTask, budget: Budget, started: float) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
-        request, config = self.request, parts.config
-        n_views, n_pictures = pictures.features.shape[:2]
+        run_config, config = self.run_config, task.config
+        n_views, n_pictures = task.encoded.features.shape[:2]
         size = config.pictures_of(n_pictures, len(self.split.classes))
         wanted = min(config.batch_size or n_pictures, n_pictures)
         if size < wanted:
@@ -323,27 +487,26 @@ class Work:
             n_pictures,
             size,
             n_views,
-            np.random.default_rng([request.seed, 3]),
+            np.random.default_rng([run_config.seed, 3]),
         )
-        tuning = Tuning(parts.optimizer, sampler, budget, started)
+        tuning = Tuning(task.optimizer, sampler, budget, started)
         self.folder.restore(tuning)
-        progress, spent = self.bench.progress, config.spends(request.queries)
+        progress, spent = self.model.progress, config.spends(run_config.queries)
         if config.notice:
             warn(config.notice)
         if tuning.step:
             progress.remark(f"going on after {tuning.budget.queries} of {spent} queries")
-        assembly = self._assembly(config, pictures)
 
         def artifact(stop_reason: str) -> Artifact:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
-            return assembly.result(parts, provenance)
+            return task.result(provenance)
 
-        marks = request.snapshot_marks(spent)
+        marks = run_config.snapshot_marks(spent)
         if tuning.step and self.folder.lacks_snapshot(marks, tuning.budget.queries):
             # Saved, and stopped before it was written.
             write_artifact(self.folder.snapshot(tuning.budget.queries), artifact("snapshot"))
         marks = [m for m in marks if m > tuning.budget.queries]
-        saving = SavePace(every_step=self.bench.served is not None)
+        saving = SavePace(every_step=self.model.served is not None)
         with progress.activity("tuning", spent) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
@@ -363,7 +526,7 @@ class Work:
             n_classes = len(self.split.classes)
             try:
                 stop_reason = tune(
-                    tuning, parts.prompt_map, parts.objective, n_classes, observe, parts.held_out
+                    tuning, task.prompt_map, task.objective, n_classes, observe, task.held_out
                 )
             except NotFiniteError as error:
                 self.folder.save(tuning)
@@ -375,25 +538,25 @@ class Work:
         ended = time.monotonic()
         result = artifact(stop_reason)
         try:
-            loss = assembly.train_loss(parts, result)
+            loss = task.train_loss(result)
         except NotFiniteError:
             raise ZtuneError(
                 f"after query {budget.queries} the recommended point has no finite loss (start a "
                 f"new run with smaller steps; the state is saved in {self.folder.state})"
             ) from None
-        cuda_graph = parts.encoder.cuda_graph if parts.encoder is not None else None
-        features = assembly.val_features(parts, result)
+        cuda_graph = task.encoder.cuda_graph if task.encoder is not None else None
+        features = task.val_features(result)
         share = None
         if isinstance(result, ContextArtifact) and result.text_features is None:
-            share = assembly.val_share(parts)
+            share = task.val_share()
         return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph, share)
 
-    def _fitted(self, pictures: Pictures, texts: F32 | None) -> Outcome:
-        method, bundle = find_method(self.request.method), self.bench.bundle
+    def _fitted(self, encoded: EncodedSplit, texts: F32 | None) -> Outcome:
+        method, bundle = find_method(self.run_config.method), self.model.bundle
         assert isinstance(method, HeadMethod)
         assert texts is not None
-        shots = pictures.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        fitted: Fitted = method.fit(self.config, shots, self.request.seed)
+        shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
+        fitted: Fitted = method.fit(self.run_config.method_config, shots, self.run_config.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
         artifact = HeadArtifact(
@@ -405,64 +568,51 @@ class Work:
             classifier.kernel,
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
-        return Outcome(artifact, 0.0, float(losses.mean()), pictures.val_features, time.monotonic())
+        return Outcome(artifact, 0.0, float(losses.mean()), encoded.val_features, time.monotonic())
 
     def _validated(
-        self, outcome: Outcome, beside: Beside, pictures: Pictures
+        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
     ) -> dict[str, Score | Share]:
         """Return the scores on the validation pictures by name; empty without such pictures."""
-        features, labels, classes = pictures.val_features, pictures.val_labels, self.split.classes
+        features, labels, classes = encoded.val_features, encoded.val_labels, self.split.classes
         if outcome.share is not None:
             return {"tuned": outcome.share}
         if features is None or outcome.val_features is None:
             return {}
         tuned = outcome.artifact.classifier().logits(outcome.val_features)
+        others = baselines.classifiers
         return {
-            "zero-shot": score(beside.compared["zero-shot"].logits(features), labels, classes),
+            "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
             "tuned": score(tuned, labels, classes),
-            "gda": score(beside.compared["gda"].logits(features), labels, classes),
+            "gda": score(others["gda"].logits(features), labels, classes),
         }
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
-        bundle = self.bench.bundle
+        bundle = self.model.bundle
         return Provenance(
             model_id=bundle.model_id,
             bundle_digest=bundle.digest,
-            method=self.request.method,
-            seed=self.request.seed,
+            method=self.run_config.method,
+            seed=self.run_config.seed,
             queries=queries,
             stop_reason=stop_reason,
             config=config,
         )
 
 
-def opening(request: Request, bench: Workbench, split: Split) -> dict[str, Json]:
-    """Return what run.json says from the first moment on."""
+def _server_report(served: Served, budget: Budget) -> dict[str, Json]:
+    """Return what run.json says of a server; requests and bytes are of this process alone."""
+    service = served.service
+    sent, received = service.payload_bytes
     return {
-        "status": "running",
-        "method": request.method,
-        "seed": request.seed,
-        "config": as_json(start_config(request)),
-        "provider": bench.runtime.provider,
-        "precision": bench.bundle.precision,
-        "model_id": bench.bundle.model_id,
-        "bundle_digest": bench.bundle.digest,
-        "classes": len(split.classes),
-        "versions": dict(versions()),
-        "machine": dict(machine()),
-        "request": as_json(request),
+        "url": str(service.location),
+        "servers": service.n_servers,
+        "gives": list[Json](sorted(served.access)),
+        "sent": budget.sent,
+        "possibly_billed_twice": budget.possibly_billed_twice,
+        "report_queries": budget.report_queries,
+        "requests": service.requests,
+        "payload_mb_sent": round(sent / 1e6, 3),
+        "payload_mb_received": round(received / 1e6, 3),
+        "shared_memory": service.shares_memory,
     }
-
-
-def task_of(request: Request) -> tuple[Dataset, Split]:
-    """Return the pictures that a request names, and how they are divided."""
-    settings = request.split_settings()
-    names = Path(request.names) if request.names else None
-    root = Path(request.root) if request.root else None
-    dataset = read_source(request.data, root, names)
-    test_data = None
-    if request.test_data:
-        other = read_source(request.test_data, None, names, tuned=False)
-        test_data = other, digest_pictures(other)
-    digests = digest_pictures(dataset)
-    return dataset, make_split(dataset, digests, settings, test_data, published=root is not None)

@@ -74,6 +74,11 @@ class Location:
         return f"{self.endpoint}/{self.name}{'/' if self.version else ''}{self.version}"
 
 
+def is_url(word: Path | str) -> bool:
+    """Return whether a word means a server, not a folder."""
+    return isinstance(word, str) and "://" in word
+
+
 def parse_location(url: str) -> Location:
     """Return what `scheme://host:port/NAME` or `.../NAME/VERSION` means.
 

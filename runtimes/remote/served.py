@@ -68,6 +68,10 @@ class Served:
 
     provider = "server"
 
+    @property
+    def where(self) -> str:
+        return f"the bundle of server {self.service.location}"
+
     def __init__(
         self,
         service: Service,

@@ -9,7 +9,7 @@ import pytest
 
 from runtimes import decoder
 from ztune.access import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
-from ztune.compositions.base import Patches, Towers, TunedConfig
+from ztune.compositions.base import ModelSpec, Patches, TunedConfig
 from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
@@ -59,9 +59,9 @@ WORDS: I64 = np.delete(np.arange(100), [0, 90, 98, 99])
 LABELS = np.arange(60) % 3
 
 
-def towers(patches: Patches | None = PATCHES) -> Towers:
+def towers(patches: Patches | None = PATCHES) -> ModelSpec:
     table = np.random.default_rng(0).standard_normal((100, D)).astype(np.float32)
-    return Towers(
+    return ModelSpec(
         text_width=D,
         token_table=table,
         context_of_words=lambda words: table[: len(words.split())],
@@ -216,7 +216,7 @@ def test_sharpzo_costs_1064_queries_a_step_as_published() -> None:
 
 
 def test_dimensions_as_published() -> None:
-    def dim(config: TunedConfig, given: Towers | None = None) -> int:
+    def dim(config: TunedConfig, given: ModelSpec | None = None) -> int:
         return config.build(given or towers(), QUERIES, 1)[0].dim
 
     assert dim(ZipConfig()) == 417
@@ -231,7 +231,7 @@ def test_dimensions_as_published() -> None:
     assert dim(OgnConfig()) == N_WORDS
     assert dim(OgnContextConfig()) == 8 * D
     # A tower of 224 px and an extractor of 768 values, as in the papers.
-    published = Towers(
+    published = ModelSpec(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
         lambda rng: decoder.start(768, 224, rng), None,
         lambda _: np.zeros(1, np.int64), lambda: WORDS,

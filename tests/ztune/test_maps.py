@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ztune.compositions.base import Patches, Towers
+from ztune.compositions.base import ModelSpec, Patches
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.maps.context import DirectContext, LinearContext
 from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
@@ -28,9 +28,9 @@ def contexts(found: F32 | None) -> F32:
     return found
 
 
-def towers(table: F32, patches: Patches | None = None) -> Towers:
+def towers(table: F32, patches: Patches | None = None) -> ModelSpec:
     words = np.full((2, table.shape[1]), 0.5, dtype=np.float32)
-    return Towers(
+    return ModelSpec(
         table.shape[1],
         table,
         lambda _: words,

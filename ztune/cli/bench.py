@@ -119,7 +119,7 @@ def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
 
 def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.providers import resolve
-    from ztune.experiments.driver import Course
+    from ztune.experiments.driver import Driver
     from ztune.experiments.prepare import Preparation
     from ztune.experiments.report import write_report
     from ztune.experiments.worker import Settings, forget_deaths
@@ -149,7 +149,7 @@ def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
             prepared = preparation.prepare()
             store = _begun(out, plan, prepared, provider, output)
             session = store.begin(_circumstances(executor, provider))
-            lacking = Course(prepared, only, store, session, executor, output).run()
+            lacking = Driver(prepared, only, store, session, executor, output).run()
     except KeyboardInterrupt:
         forget_deaths(out)
         begun = (out / _RESULTS).exists()

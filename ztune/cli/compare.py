@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ztune.cli.execution import add_execution_arguments, settled
+from ztune.cli.options import add_execution_arguments, add_root_argument
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, DataError, ZtuneError
 from ztune.io.config import as_json, settings_from_words
 from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
-from ztune.run_config import Request, add_root_argument, place_of, remarks_on
+from ztune.run_config import RunConfig, place_of, remarks_on
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -100,24 +100,28 @@ _COMMON = (
 class Asked:
     """What is to be compared."""
 
-    base: Request
+    base: RunConfig
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     pixel_queries: int
     settings: Mapping[str, Mapping[str, Json]]
     """Of each method that has any."""
 
-    def request(self, method: str, seed: int) -> Request:
+    def run_config(self, method: str, seed: int) -> RunConfig:
         """Return what one cell's run is asked for."""
         settings = self.settings.get(method, {})
         found = find_method(method)
         config = tuned_config(found, method_config(found, settings, self.base.preset))
-        request = replace(self.base, method=method, seed=seed, settings=settings)
+        run_config = replace(self.base, method=method, seed=seed, settings=settings)
         if config is None:
-            return replace(request, snapshots=0, force=False)
+            return replace(run_config, snapshots=0, force=False)
         if config.finest is None:
-            request = replace(request, force=False)  # there is no gate to force
-        return request if config.program is None else replace(request, queries=self.pixel_queries)
+            run_config = replace(run_config, force=False)  # there is no gate to force
+        return (
+            run_config
+            if config.program is None
+            else replace(run_config, queries=self.pixel_queries)
+        )
 
     def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:
         """Return what must be the same for cells to stand in one table."""
@@ -137,21 +141,21 @@ class Asked:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.cli.comparing import Folder, lines_of, write_results
     from ztune.cli.course import Course
-    from ztune.model import open_workbench
+    from ztune.model import open_model, resolve_execution
 
     asked = _asked(arguments)
     base = asked.base
-    execution = settled(base.provider, base.threads, output, base.memory_limit)
+    execution = resolve_execution(base.provider, base.threads, output, base.memory_limit)
     asked = replace(asked, base=replace(base, provider=execution.provider))
-    bench = open_workbench(Path(base.bundle), execution, output)
+    model = open_model(Path(base.bundle), execution, output)
     split, pictures = _task(asked)
     for remark in (*remarks_on(base), *split.notes):
         output.remark(remark)
-    request = asked.to_json(bench.bundle.digest, pictures)
-    folder = Folder.open(arguments.out, request, _counts(split), output)
+    run_config = asked.to_json(model.bundle.digest, pictures)
+    folder = Folder.open(arguments.out, run_config, _counts(split), output)
     with folder.locked():
         try:
-            Course(asked, bench, split, folder, output).run()
+            Course(asked, model, split, folder, output).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("go on with the same command") from None
         document = write_results(folder, _command(arguments))
@@ -174,8 +178,8 @@ def _asked(arguments: argparse.Namespace) -> Asked:
         if value is not None:
             values[name] = str(value.resolve()) if isinstance(value, Path) else value
     values["data"] = place_of(arguments.data, arguments.root)
-    values["templates"] = tuple(values.get("templates", Request.templates))
-    base = Request(**values)
+    values["templates"] = tuple(values.get("templates", RunConfig.templates))
+    base = RunConfig(**values)
     base.split_settings()
     methods = tuple(METHODS)
     if arguments.methods != "all":
@@ -192,7 +196,7 @@ def _asked(arguments: argparse.Namespace) -> Asked:
         raise ConfigError(f"--pixel-queries is {pixel_queries}, expected at least 1")
     asked = Asked(base, methods, tuple(seeds), pixel_queries, _settings(arguments.set or []))
     for method in (*methods, *asked.settings):
-        asked.request(method, seeds[0])  # a wrong name or value is told before anything starts
+        asked.run_config(method, seeds[0])  # a wrong name or value is told before anything starts
     idle = [name for name in asked.settings if name not in methods]
     if idle:
         raise ConfigError(f"--set {idle[0]}.… is for a method that --methods leaves out")
@@ -230,9 +234,9 @@ def _task(asked: Asked) -> tuple[Split, str]:
     Raises: DataError when no pictures are kept for testing.
     """
     from ztune.data.split import digest_pictures
-    from ztune.training import task_of
+    from ztune.training import read_split
 
-    dataset, split = task_of(asked.request(asked.methods[0], asked.seeds[0]))
+    dataset, split = read_split(asked.run_config(asked.methods[0], asked.seeds[0]))
     test = split.entries_of("test")
     if not test:
         raise DataError(

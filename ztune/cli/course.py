@@ -24,10 +24,10 @@ from ztune.errors import ZtuneError
 from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
 from ztune.io.config import as_json
 from ztune.methods import find_method, method_config, tuned_config
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.run import RunFolder
-from ztune.run_config import Request
-from ztune.training import Work
+from ztune.run_config import RunConfig
+from ztune.training import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Course:
     """Carries out what a comparison still lacks, cell by cell."""
 
     asked: Asked
-    bench: Workbench
+    model: Model
     split: Split
     folder: Folder
     output: Output
@@ -52,7 +52,7 @@ class Course:
         ]
         if not todo:
             return
-        rates = self.folder.rates or measured_rates(self.bench, self.split, asked.base)
+        rates = self.folder.rates or measured_rates(self.model, self.split, asked.base)
         self.folder.note_rates(rates)
         times = {method: self._seconds(method, rates) for method in able}
         self._announce(todo, times, rates)
@@ -80,7 +80,7 @@ class Course:
         asked, seed = self.asked, self.asked.seeds[0]
         place = RunFolder(self.folder.run_of(method, seed))
         try:
-            Work(asked.request(method, seed), self.split, place, self.bench).check()
+            TrainingRun(asked.run_config(method, seed), self.split, place, self.model).check()
         except ZtuneError as error:
             for each in asked.seeds:
                 if not self.folder.has(method, each):
@@ -90,11 +90,11 @@ class Course:
 
     def _seconds(self, method: str, rates: Rates) -> float:
         """Return about how long a cell takes, its score on the test pictures included."""
-        request = self.asked.request(method, self.asked.seeds[0])
+        run_config = self.asked.run_config(method, self.asked.seeds[0])
         found = find_method(method)
-        config = tuned_config(found, method_config(found, request.settings, request.preset))
+        config = tuned_config(found, method_config(found, run_config.settings, run_config.preset))
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
-        job = Job() if config is None else job_of(config, request, n_train, n_test)
+        job = Job() if config is None else job_of(config, run_config, n_train, n_test)
         return estimated_seconds(job, rates)
 
     def _announce(
@@ -122,10 +122,10 @@ class Course:
             return
         self.output.remark(f"encoding the pictures of seed {seed}")
         run = self.folder.images_of(seed)
-        request = self.asked.request("zero-shot", seed)
+        run_config = self.asked.run_config("zero-shot", seed)
         log = self.folder.log("images", seed)
         try:
-            carry_out(run, self._tune_words(request), self._eval_words(), log)
+            carry_out(run, self._tune_words(run_config), self._eval_words(), log)
         except CellError as error:
             raise ZtuneError(f"the pictures cannot be encoded: {error}") from None
         self.folder.note_images(seed, RunFolder(run).read())
@@ -136,24 +136,24 @@ class Course:
         Raises: BusyError, and takes no note of the cell.
         """
         started = time.monotonic()
-        run, request = self.folder.run_of(method, seed), self.asked.request(method, seed)
-        words = self._eval_words() + ["--snapshots"] * bool(request.snapshots)
+        run, run_config = self.folder.run_of(method, seed), self.asked.run_config(method, seed)
+        words = self._eval_words() + ["--snapshots"] * bool(run_config.snapshots)
         log = self.folder.log(method, seed)
         try:
-            figures = carry_out(run, self._tune_words(request), words, log)
+            figures = carry_out(run, self._tune_words(run_config), words, log)
             cell = Cell(method, seed, figures)
         except CellError as error:
             cell = Cell(method, seed, reason=str(error))
         self.folder.add(cell)
         return cell, time.monotonic() - started
 
-    def _tune_words(self, request: Request) -> list[str]:
-        words = ["tune", request.bundle]
-        values = {k: v for k, v in as_json(request).items() if k in _WORDS and v is not None}
+    def _tune_words(self, run_config: RunConfig) -> list[str]:
+        words = ["tune", run_config.bundle]
+        values = {k: v for k, v in as_json(run_config).items() if k in _WORDS and v is not None}
         words += [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-        words += [f"--template={template}" for template in request.templates]
-        words += [f"--set={key}={value}" for key, value in request.settings.items()]
-        words += ["--skip-broken"] * request.skip_broken + ["--force"] * request.force
+        words += [f"--template={template}" for template in run_config.templates]
+        words += [f"--set={key}={value}" for key, value in run_config.settings.items()]
+        words += ["--skip-broken"] * run_config.skip_broken + ["--force"] * run_config.force
         return [*words, f"--cache={self.folder.cache}"]
 
     def _eval_words(self) -> list[str]:
@@ -170,17 +170,17 @@ _WORDS = (
 )  # fmt: skip
 
 
-def job_of(config: TunedConfig, request: Request, n_train: int, n_test: int) -> Job:
+def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Job:
     """Return what a tuned method will send."""
     anew = config.program is not None
-    spent = config.spends(request.queries)
-    n_snapshots = min(len(request.snapshot_marks(spent)), spent // config.round_size)
+    spent = config.spends(run_config.queries)
+    n_snapshots = min(len(run_config.snapshot_marks(spent)), spent // config.round_size)
     return Job(
         spent,
         changes_texts=CONTEXTS in config.needs,
         pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
         n_scored=n_test * (1 + n_snapshots) if anew else 0,
-        own_seconds=config.own_seconds(request.queries),
+        own_seconds=config.own_seconds(run_config.queries),
     )
 
 
@@ -189,37 +189,37 @@ def job_of(config: TunedConfig, request: Request, n_train: int, n_test: int) -> 
 _PICTURES, _CANDIDATES, _CONTEXT, _TEXT_SECONDS = 8, 10, 4, 0.5
 
 
-def measured_rates(bench: Workbench, split: Split, request: Request) -> Rates:
+def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
     """Time a few calls of both towers on this data; what a first call takes longer is opening.
 
     Raises: ZtuneError when a picture cannot be read, or a class name does not fit.
     """
     items = split.items("train")[:_PICTURES]
-    first_pictures, pictures, encoding = _picture_times(bench, items, request.skip_broken)
-    first_texts, texts = _text_times(bench, split.classes)
+    first_pictures, pictures, encoding = _picture_times(model, items, run_config.skip_broken)
+    first_texts, texts = _text_times(model, split.classes)
     opening = max(0.0, first_pictures - pictures) + max(0.0, first_texts - texts)
     return Rates(texts / _CANDIDATES, pictures / len(items), encoding / len(items), opening)
 
 
 def _picture_times(
-    bench: Workbench, items: Sequence[tuple[Path, str]], skip_broken: bool
+    model: Model, items: Sequence[tuple[Path, str]], skip_broken: bool
 ) -> tuple[float, float, float]:
     """Return what reading and encoding pictures takes first, then again, and encoding alone."""
-    encoder = OrtImageEncoder(bench.bundle, bench.execution)
+    encoder = OrtImageEncoder(model.bundle, model.execution)
 
     def encode() -> None:
         with tempfile.TemporaryDirectory() as cache:
             encode_pictures(encoder, items, FeatureCache(Path(cache)), skip_broken=skip_broken)
 
-    side = bench.bundle.image.size
+    side = model.bundle.image.size
     blank = np.zeros((len(items), side, side, 3), dtype=np.uint8)
     return _timed(encode), _timed(encode), _timed(lambda: encoder.encode(blank))
 
 
-def _text_times(bench: Workbench, classes: tuple[str, ...]) -> tuple[float, float]:
+def _text_times(model: Model, classes: tuple[str, ...]) -> tuple[float, float]:
     """Return what a round of candidates takes first, and the median of some later ones."""
-    own = Workbench(bench.bundle, bench.execution)  # its graph goes when it does
-    contexts = np.zeros((_CANDIDATES, _CONTEXT, bench.bundle.text.width), dtype=np.float32)
+    own = Model(model.bundle, model.execution)  # its graph goes when it does
+    contexts = np.zeros((_CANDIDATES, _CONTEXT, model.bundle.text.width), dtype=np.float32)
     started = time.monotonic()
     encoder = own.prompt_graph.encoder(classes, _CONTEXT, _CANDIDATES)
     encoder.encode(contexts)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from runtimes.remote.endpoint import is_url
+from ztune.access import described
 from ztune.cli.output import Output, table
 from ztune.cli.server import (
     add_server_arguments,
-    is_url,
     place,
     require_no_server_options,
     server_settings,
 )
-from ztune.cli.server_check import check_server
 from ztune.errors import ConfigError, ZtuneError
+from ztune.io.fields import Fields
 from ztune.types import Json
+
+if TYPE_CHECKING:
+    from ztune.doctor import BundleCheck
 
 EXAMPLE = """\
   ztune doctor
@@ -56,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
 
 
+_AT = ("here", "at_export")
 # The method whose signal is looked at unless told: ztune's own default compares no two points.
 _METHOD = "zip"
 _OF_THE_TASK = ("data", "names", "shots", "seed", "method", "set", "init", "reference")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.doctor import check_bundle, check_providers, check_server
     from ztune.system import machine, versions
 
     if not is_url(arguments.bundle):
@@ -76,7 +82,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             raise ConfigError(
                 f"--{name} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
             )
-    providers = _providers()
+    providers = check_providers()
     installed = {
         extra: importlib.util.find_spec(module) is not None for extra, module in _EXTRAS.items()
     }
@@ -102,19 +108,20 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     working = [name for name in ("cuda", "cpu") if providers.get(name) is None]
     failures: list[str] = []
     if is_url(arguments.bundle):
-        document["server"], server_lines = check_server(
-            str(arguments.bundle), server_settings(arguments), output
-        )
-        lines += server_lines
+        url = str(arguments.bundle)
+        server, timed = check_server(url, server_settings(arguments), output)
+        document["server"] = server
+        lines += _server_lines(Fields(server, url), timed)
     elif arguments.bundle is not None and working:
-        checked, bundle_lines, failures = _check_bundle(arguments.bundle, working, output)
-        document["bundle"] = checked
-        lines += bundle_lines
+        found = check_bundle(arguments.bundle, working)
+        failures = list(found.failures)
+        document["bundle"] = found.to_json(arguments.bundle)
+        lines += _bundle_lines(arguments.bundle, found)
         if arguments.data is not None:
             if failures:
                 lines += ["", "signal-to-noise: not measured, since the bundle is not sound here"]
             else:
-                measured, line = _signal(arguments, str(checked["provider"]), output)
+                measured, line = _signal(arguments, str(found.provider), output)
                 document["signal"] = measured
                 lines += ["", line]
     # A server's client need not run anything here.
@@ -126,116 +133,65 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         raise ZtuneError("; ".join(failures))
 
 
-def _providers() -> dict[str, str | None]:
-    """Return None for each provider that ran, else the reason why it did not."""
-    from runtimes.providers import NAMES, probe
+def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
+    lines: list[str | Table] = ["", table(f"bundle {path}", ("", ""), list(found.files.items()))]
+    if found.parity is None:
+        return lines
+    rows = [
+        (graph, *(f"{Fields(dict(both), graph).object(at).number('max_abs'):.1e}" for at in _AT))
+        for graph, both in found.parity.items()
+    ]
+    title = f"largest difference from torch on {found.provider}"
+    return [
+        *lines,
+        "",
+        table(title, ("graph", "here", "at export"), rows),
+        "",
+        f"{found.seconds_per_query:.5f} s per query ({found.timed})",
+    ]
 
-    result: dict[str, str | None] = {}
-    for name in NAMES:
-        try:
-            probe(name)
-            result[name] = None
-        except ZtuneError as error:
-            result[name] = str(error)
-    return result
 
-
-def _check_bundle(
-    path: Path, working: list[str], output: Output
-) -> tuple[dict[str, Json], list[str | Table], list[str]]:
-    """Check a bundle on the first of the working providers that can run its precision."""
-    from runtimes.bundle import load_bundle
-    from runtimes.ort import allowed_difference, parity_on_this_machine
-    from runtimes.providers import Execution
-    from ztune.model import Workbench
-    from ztune.pace import seconds_per_query
-
-    bundle = load_bundle(path)
-    failures: list[str] = []
-    files: dict[str, Json] = {}
-    for name in bundle.files:
-        try:
-            bundle.file(name)
-            files[name] = "sound"
-        except ZtuneError as error:
-            files[name] = str(error)
-            failures.append(str(error))
-    document: dict[str, Json] = {
-        "path": str(path),
-        "model_id": bundle.model_id,
-        "precision": bundle.precision,
-        "files": files,
-    }
+def _server_lines(found: Fields, timed: str) -> list[str | Table]:
+    said = "with every answer" if found.flag("tells_digest") else "not with every answer"
+    rows = [
+        ("models", ", ".join(found.texts("models"))),
+        ("gives", described(found.texts("gives"))),
+        ("bundle", f"{found.text('bundle_digest')[:12]}…, {found.text('precision')}, told {said}"),
+        ("pictures", "kept by the server" if found.flag("keeps_pictures") else "sent each time"),
+        ("shared memory", "used" if found.flag("shared_memory") else "not used"),
+    ]
+    parity = found.object("parity")
+    differences = [(part, f"{parity.number(part):.1e}") for part in parity.values]
     lines: list[str | Table] = [
         "",
-        table(f"bundle {path}", ("", ""), [(k, str(v)) for k, v in files.items()]),
-    ]
-    provider, reason = _able(bundle.precision, working)
-    document["provider"] = provider
-    if provider is None:
-        failures.append(reason)
-    if failures or provider is None:
-        return document, lines, failures
-    parity: dict[str, Json] = {}
-    rows = []
-    for graph, stored in bundle.parity.items():
-        here = parity_on_this_machine(bundle, graph, Execution(provider))
-        parity[graph] = {"here": dict(here), "at_export": dict(stored)}
-        rows.append((graph, f"{here['max_abs']:.1e}", f"{stored['max_abs']:.1e}"))
-        limit = allowed_difference(stored["max_abs"])
-        if not here["max_abs"] <= limit:
-            failures.append(
-                f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more "
-                f"than {limit:.1e}: results on this machine cannot be trusted"
-            )
-    bench = Workbench(bundle, Execution(provider), output)
-    seconds, what = seconds_per_query(bench.prompt_graph, bundle.text.width)
-    document |= {"parity": parity, "seconds_per_query": seconds}
-    lines += [
+        table(f"server {found.text('url')}", ("", ""), rows),
         "",
-        table(f"largest difference from torch on {provider}", ("graph", "here", "at export"), rows),
-        "",
-        f"{seconds:.5f} s per query ({what})",
+        table("largest difference from torch", ("model", "over the wire"), differences),
     ]
-    return document, lines, failures
-
-
-def _able(precision: str, working: list[str]) -> tuple[str | None, str]:
-    """Return the first working provider that runs a precision, or None and why none does."""
-    from runtimes.providers import check_precision
-
-    reason = ""
-    for provider in working:
-        try:
-            check_precision(precision, provider)
-        except ZtuneError as error:
-            reason = str(error)
-        else:
-            return provider, ""
-    return None, reason
+    if timed:
+        lines += [
+            "",
+            f"{found.number('seconds_per_query'):.5f} s per query ({timed}, with the wire)",
+        ]
+    return lines
 
 
 def _signal(
     arguments: argparse.Namespace, provider: str, output: Output
 ) -> tuple[dict[str, Json], str]:
-    """Measure what the gate of `ztune tune` would, without a run."""
+    """Measure what `ztune tune` would before its first step, without a run."""
     from runtimes.providers import Execution
-    from ztune.model import open_workbench
+    from ztune.cli.options import run_config_from_arguments
+    from ztune.doctor import measure_signal
+    from ztune.model import open_model
     from ztune.precision import advice, described
-    from ztune.run import RunFolder
-    from ztune.run_config import request_from_arguments
-    from ztune.training import Work, task_of
 
     if arguments.method is None:
         arguments.method = _METHOD
-    request = request_from_arguments(arguments, _OF_THE_TASK)
-    bench = open_workbench(arguments.bundle, Execution(provider), output)
-    _, split = task_of(request)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(request, split, RunFolder(Path(folder)), bench)
-        work.check()
-        signal, document = work.signal()
+    run_config = run_config_from_arguments(arguments, _OF_THE_TASK)
+    model = open_model(arguments.bundle, Execution(provider), output)
+    signal, document, published = measure_signal(run_config, model)
     line = f"{described(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"
     if not signal.passed:
-        line += f"; {advice(signal, document, work.published)}"
+        line += f"; {advice(signal, document, published)}"
     return document, line

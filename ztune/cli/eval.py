@@ -7,37 +7,32 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
+from runtimes.remote.endpoint import is_url
+from runtimes.remote.settings import merged, named_servers
 from ztune.access import TEXTS
-from ztune.cli.execution import add_execution_arguments, settled
+from ztune.cli.options import add_execution_arguments, add_root_argument
 from ztune.cli.output import Output, table
 from ztune.cli.server import (
     add_server_arguments,
-    is_url,
-    merged,
-    named_servers,
-    open_served_workbench,
     place,
     require_no_server_options,
     server_settings,
 )
-from ztune.errors import ConfigError, DataError
+from ztune.errors import ConfigError
 from ztune.io.fields import Fields
-from ztune.run_config import add_root_argument, place_of
+from ztune.run_config import place_of
 from ztune.statistics import Score, score
-from ztune.types import I64, Json
+from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.artifact import Artifact
-    from ztune.model import Workbench
-    from ztune.run import RunFolder
-    from ztune.run_config import Request
+    from ztune.evaluate import LabelledImages
+    from ztune.model import Model
 
 EXAMPLE = """\
   ztune eval runs/photos
@@ -81,42 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Pictures to score: files with their SHA-256, class names, and what they are called."""
-
-    items: list[tuple[Path, str]]
-    labels: I64
-    classes: tuple[str, ...]
-    split: str
-
-    def among(self, candidates: tuple[str, ...], whose: str) -> I64:
-        """Return the labels as indices into other class names.
-
-        Raises: DataError naming a class that is not among them.
-        """
-        index = {name: i for i, name in enumerate(candidates)}
-        unknown = [name for name in self.classes if name not in index]
-        if unknown:
-            raise DataError(
-                f'class "{unknown[0]}" of the pictures is not among {whose} '
-                f"({', '.join(candidates[:5])}{', ...' if len(candidates) > 5 else ''}); "
-                f"{len(unknown)} such class(es) in all"
-            )
-        return np.array([index[self.classes[label]] for label in self.labels], dtype=np.int64)
-
-    def n_tuned_on(self, fingerprints: Iterable[int]) -> int:
-        """Return how many of the pictures served tuning or validation."""
-        known = {int(value) for value in fingerprints}
-        return sum(int(digest[:16], 16) in known for _, digest in self.items)
-
-
 def run(arguments: argparse.Namespace, output: Output) -> None:
     target = arguments.target
     if is_url(target) or (target.is_dir() and (target / "bundle.json").is_file()):
         _check_bundle_options(arguments)
-        with _bench(arguments, target, output) as bench, ExitStack() as stack:
-            _eval_bundle(arguments, bench, stack, output)
+        with _model(arguments, target, output) as model, ExitStack() as stack:
+            _eval_bundle(arguments, model, stack, output)
     elif (target / "run.json").is_file():
         _eval_run(arguments, output)
     elif target.is_file():
@@ -127,8 +92,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.evaluate import labelled_of_split, score_run
+    from ztune.report import draw_confusion
     from ztune.run import RunFolder
-    from ztune.run_config import request_from_json
+    from ztune.run_config import run_config_from_json
 
     for name in ("data", "root", "split_file", "prompt", "classes", "names"):
         if getattr(arguments, name) is not None:
@@ -149,87 +116,55 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         raise ConfigError(
             f'run "{folder.path}" is not finished (go on with: ztune tune --resume {path})'
         )
-    request = request_from_json(Fields(head, where).object("request").values, where)
-    pictures = _from_split_file(folder.split, arguments.split or "test")
-    place_now = arguments.bundle or request.bundle
+    run_config = run_config_from_json(Fields(head, where).object("request").values, where)
+    images = labelled_of_split(folder.split, arguments.split or "test")
+    place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
             f'the run\'s bundle "{place_now}" is gone; put it back, or name where it is now with '
             "--bundle DIR"
         )
-    with _bench(arguments, place_now, output, request.server) as bench:
-        _score_run(arguments, folder, request, pictures, bench, output)
-
-
-def _score_run(
-    arguments: argparse.Namespace,
-    folder: RunFolder,
-    request: Request,
-    pictures: Labelled,
-    bench: Workbench,
-    output: Output,
-) -> None:
-    from ztune.artifact import read_artifact, require_same_model
-    from ztune.evaluate import extractor_for, open_gallery
-    from ztune.report import draw_confusion
-
-    artifact = read_artifact(folder.prompt)
-    require_same_model(artifact, bench.bundle.model_id, folder.prompt, bench.bundle.path)
-    labels = pictures.among(artifact.classes, "the run's classes")
-    extractor = extractor_for(artifact, arguments.extractor, request.extractor)
-    gallery = open_gallery(
-        bench,
-        pictures.items,
-        arguments.cache or request.cache_folder(folder.path),
-        what="test pictures",
-        skip_broken=arguments.skip_broken or request.skip_broken,
-        extractor=extractor,
-    )
-    kept = gallery.plain.kept
-    labels = labels[kept]
-    templates = tuple(arguments.template or request.templates)
-    zero_shot = bench.zero_shot(templates, artifact.classes)
-
-    def scored(result: Artifact) -> Score:
-        return score(gallery.logits(bench.refreshed(result)), labels, result.classes)
-
-    before = score(zero_shot.logits(gallery.plain.values[0]), labels, artifact.classes)
-    scores = {"zero-shot": before, "tuned": scored(artifact)}
+    templates = tuple(arguments.template or run_config.templates)
+    with _model(arguments, place_now, output, run_config.server) as model:
+        found = score_run(
+            folder,
+            run_config,
+            images,
+            model,
+            templates=templates,
+            cache=arguments.cache,
+            extractor=arguments.extractor,
+            skip_broken=arguments.skip_broken,
+            snapshots=arguments.snapshots,
+        )
     try:
-        draw_confusion(scores, folder.path / "confusion.png")
+        draw_confusion(found.scores, folder.path / "confusion.png")
     except OSError as error:
         output.warn(f"confusion.png is not drawn: {error.strerror}")
-    document = _document(scores["tuned"], pictures, kept, artifact.tuning_pictures)
-    if arguments.snapshots:
-        seconds = {int(line["queries"]): line["seconds"] for line in folder.read_history()}
-        curve: list[Json] = []
-        for file in sorted(folder.snapshots.glob("*.safetensors")):
-            snapshot = read_artifact(file)
-            n = snapshot.provenance.queries
-            accuracy = scored(snapshot).accuracy
-            curve.append({"queries": n, "seconds": seconds.get(n), "accuracy": accuracy})
-        document["curve"] = curve
+    document = _document(found.tuned, images, found.kept, found.artifact.tuning_pictures)
+    if found.curve is not None:
+        document["curve"] = found.curve
     document |= {
-        "zero_shot_accuracy": before.accuracy,
-        "zero_shot_interval": list(before.interval),
+        "zero_shot_accuracy": found.zero_shot.accuracy,
+        "zero_shot_interval": list(found.zero_shot.interval),
         "templates": list(templates),
-        "method": artifact.provenance.method,
+        "method": found.artifact.provenance.method,
         "run": str(folder.path),
     }
-    _finish(document, scores, output)
+    _finish(document, found.scores, output)
 
 
-def _bench(
+def _model(
     arguments: argparse.Namespace,
     target: Path | str,
     output: Output,
     saved: Mapping[str, Json] | None = None,
-) -> Workbench:
+) -> Model:
     """Return a bundle or a server's at work; `saved` is how a run reached its server.
 
     Raises: ConfigError for an option that does not go with it.
     """
-    from ztune.model import open_workbench
+    from ztune.model import open_model, open_served_model, resolve_execution
 
     if is_url(target):
         given = server_settings(arguments)
@@ -240,19 +175,19 @@ def _bench(
             raise ConfigError(
                 "how graphs run is the server's affair: leave out --provider and --threads"
             )
-        bench = open_served_workbench(
+        model = open_served_model(
             str(target), settings, named, output, provider=provider, threads=threads
         )
-        if TEXTS in bench.runtime.withheld:
-            bench.close()
+        if TEXTS in model.runtime.withheld:
+            model.close()
             raise ConfigError(
                 f"{target} gives losses alone, no text features to score pictures by (use the "
                 "bundle itself: ztune eval RUN --bundle DIR, or ztune eval BUNDLE --prompt FILE)"
             )
-        return bench
+        return model
     require_no_server_options(arguments)
-    execution = settled(arguments.provider, arguments.threads, output)
-    return open_workbench(Path(target), execution, output)
+    execution = resolve_execution(arguments.provider, arguments.threads, output)
+    return open_model(Path(target), execution, output)
 
 
 def _check_bundle_options(arguments: argparse.Namespace) -> None:
@@ -269,13 +204,13 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
 
 
 def _eval_bundle(
-    arguments: argparse.Namespace, bench: Workbench, stack: ExitStack, output: Output
+    arguments: argparse.Namespace, model: Model, stack: ExitStack, output: Output
 ) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
-    from ztune.evaluate import extractor_for, open_gallery
+    from ztune.evaluate import encode_test, extractor_for
 
-    pictures = _pictures(arguments, output)
+    pictures = _labelled(arguments, output)
     candidates, whose = pictures.classes, "the pictures' own"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
@@ -284,11 +219,11 @@ def _eval_bundle(
     templates = tuple(arguments.template or ("a photo of a {}.",))
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
-        require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
+        require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
         known = set(pictures.classes) <= set(artifact.classes)
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "those it was tuned on"
-        artifact = bench.refreshed(artifact, candidates)
+        artifact = model.refreshed(artifact, candidates)
         candidates, fingerprints = artifact.classes, artifact.tuning_pictures.tolist()
         name = f"prompt {arguments.prompt.name}"
     else:
@@ -297,8 +232,8 @@ def _eval_bundle(
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
     labels = pictures.among(candidates, "the class names to choose among")
     cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    gallery = open_gallery(
-        bench,
+    gallery = encode_test(
+        model,
         pictures.items,
         cache,
         what="pictures",
@@ -308,7 +243,7 @@ def _eval_bundle(
     if artifact is not None:
         logits = gallery.logits(artifact)
     else:
-        classifier = bench.zero_shot(templates, candidates)
+        classifier = model.zero_shot(templates, candidates)
         logits = classifier.logits(gallery.plain.values[0])
     kept = gallery.plain.kept
     result = score(logits, labels[kept], candidates)
@@ -318,25 +253,28 @@ def _eval_bundle(
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
-    from ztune.cli.predict import classify
+    from ztune.evaluate import classify
+    from ztune.model import resolve_execution
 
     for name in ("prompt", "template", "classes", "cache", "bundle", "extractor", "snapshots"):
         if getattr(arguments, name) not in (None, False):
             raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
     classifier = open_classifier(
-        arguments.target, settled(arguments.provider, arguments.threads, output)
+        arguments.target, resolve_execution(arguments.provider, arguments.threads, output)
     )
-    pictures = _pictures(arguments, output)
+    pictures = _labelled(arguments, output)
     labels = pictures.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in pictures.items]
-    logits, _, kept = classify(classifier, paths, output, arguments.skip_broken)
+    logits, _, kept = classify(classifier, paths, arguments.skip_broken, output)
     result = score(logits, labels[kept], classifier.classes)
     document = _document(result, pictures, kept, classifier.tuning_pictures)
     _finish(document, {arguments.target.name: result}, output)
 
 
-def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
-    """Return the pictures that --data or --split-file name."""
+def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
+    """Return the images that --data or --split-file name."""
+    from ztune.evaluate import labelled_of_split, read_labelled
+
     if (arguments.data is None) == (arguments.split_file is None):
         raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
     split = arguments.split or "test"
@@ -345,49 +283,13 @@ def _pictures(arguments: argparse.Namespace, output: Output) -> Labelled:
             raise ConfigError("a split file brings its own class names; leave out --names")
         if arguments.root is not None:
             raise ConfigError("a split file knows where its pictures are; leave out --root")
-        return _from_split_file(arguments.split_file, split, pipe=True)
-    from ztune.data.sources import read_source
-    from ztune.data.split import digest_pictures
-
+        return labelled_of_split(arguments.split_file, split, pipe=True)
     place = place_of(arguments.data, arguments.root)
-    dataset = read_source(place, arguments.root, arguments.names, tuned=False)
-    for note in dataset.notes:
-        output.remark(note)
-    if split == "test":
-        chosen = tuple(p for p in dataset.pictures if p.split == "test")
-        if not chosen:
-            raise DataError(
-                f'data "{arguments.data}" has no test pictures of its own (use --split all, or '
-                "--split-file RUN/split.json for those that a run kept)"
-            )
-        dataset = replace(dataset, pictures=chosen)
-    digests = digest_pictures(dataset)
-    items = [(dataset.root / p.path, d) for p, d in zip(dataset.pictures, digests, strict=True)]
-    labels = np.array([p.label for p in dataset.pictures], dtype=np.int64)
-    return Labelled(items, labels, dataset.classes, split)
-
-
-def _from_split_file(path: Path, split: str, *, pipe: bool = False) -> Labelled:
-    from ztune.data.split import Split
-    from ztune.io.files import read_json
-
-    where = f'split file "{path}"'
-    whole = Split.from_json(read_json(path, where, pipe=pipe), where)
-    if split == "test":
-        whole = replace(whole, entries=whole.entries_of("test"))
-        if not whole.entries:
-            raise DataError(
-                f"{where} has no test pictures (tune with --test-data or more pictures, or "
-                "evaluate the bundle on other --data)"
-            )
-    whole.check_unchanged()
-    items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
-    labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
-    return Labelled(items, labels, whole.classes, split)
+    return read_labelled(place, arguments.root, arguments.names, split, output)
 
 
 def _document(
-    result: Score, pictures: Labelled, kept: np.ndarray, fingerprints: Iterable[int]
+    result: Score, pictures: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
 ) -> dict[str, Json]:
     return {
         "accuracy": result.accuracy,

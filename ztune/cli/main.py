@@ -10,8 +10,8 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from runtimes.remote.endpoint import is_url
 from ztune.cli.output import Output, fail, show_traceback
-from ztune.cli.server import is_url
 from ztune.errors import ZtuneError
 from ztune.printing import holds_password, printable
 from ztune.progress import warnings_told

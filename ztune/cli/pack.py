@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ztune.cli.execution import add_execution_arguments, settled
+from ztune.cli.options import add_execution_arguments
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
 from ztune.types import Json
@@ -37,25 +37,25 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.artifact import VisualArtifact, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import required_extractor
-    from ztune.model import open_workbench
+    from ztune.model import open_model, resolve_execution
 
     out: Path = arguments.out
     if out.exists() and not arguments.force:
         raise ConfigError(f'"{out}" exists (use --force to replace it, or name another --out)')
-    bench = open_workbench(
-        arguments.bundle, settled(arguments.provider, arguments.threads, output), output
+    model = open_model(
+        arguments.bundle, resolve_execution(arguments.provider, arguments.threads, output), output
     )
     artifact = read_artifact(arguments.prompt)
-    require_same_model(artifact, bench.bundle.model_id, arguments.prompt, bench.bundle.path)
+    require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    artifact = bench.refreshed(artifact, classes)
+    artifact = model.refreshed(artifact, classes)
     extractor = None
     if isinstance(artifact, VisualArtifact) and artifact.extractor:
         extractor = required_extractor(artifact, arguments.extractor)
     elif arguments.extractor is not None:
         raise ConfigError("the result was tuned without an extractor; leave out --extractor")
-    pack(bench.bundle, artifact, out, resize=arguments.resize, extractor=extractor)
-    size = bench.bundle.image.size
+    pack(model.bundle, artifact, out, resize=arguments.resize, extractor=extractor)
+    size = model.bundle.image.size
     shape = "N, H, W, 3" if arguments.resize else f"N, {size}, {size}, 3"
     document: dict[str, Json] = {
         "classifier": str(out),

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ztune.cli.execution import add_execution_arguments, settled
+from ztune.cli.options import add_execution_arguments
 from ztune.cli.output import Output, table
 from ztune.errors import ConfigError, DataError
-from ztune.types import F32, U8, Json
+from ztune.types import Json
 
 if TYPE_CHECKING:
-    from runtimes.classifier import Classifier
+    pass
 
 EXAMPLE = """\
   ztune predict classifier.onnx photo.jpg
@@ -36,16 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import open_classifier
+    from ztune.evaluate import classify
+    from ztune.model import resolve_execution
 
     for name in ("top", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}, expected at least 1")
     classifier = open_classifier(
-        arguments.classifier, settled(arguments.provider, arguments.threads, output)
+        arguments.classifier, resolve_execution(arguments.provider, arguments.threads, output)
     )
     paths = _pictures(arguments.pictures)[: arguments.limit]
-    logits, probabilities, kept = classify(classifier, paths, output, arguments.skip_broken)
+    logits, probabilities, kept = classify(classifier, paths, arguments.skip_broken, output)
     predictions: list[Json] = []
     rows = []
     shown = [path for path, keep in zip(paths, kept, strict=True) if keep]
@@ -66,47 +67,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     n_shown = min(arguments.top, len(classifier.classes))
     columns = ("picture", *(f"{n + 1}." for n in range(n_shown)))
     output.result(document, [table("", columns, rows)])
-
-
-def classify(
-    classifier: Classifier, paths: Sequence[Path], output: Output, skip_broken: bool
-) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
-
-    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
-    """
-    kept = np.ones(len(paths), dtype=np.bool_)
-    results: list[tuple[F32, F32]] = []
-    waiting: list[U8] = []
-    # A graph that resizes takes one picture at a time, since their sizes differ.
-    # Nor has a picture company in int8, where the activations' scale is taken over a whole call.
-    size = 1 if classifier.resize or classifier.precision == "int8" else _BATCH
-
-    def flush() -> None:
-        if waiting:
-            results.append(classifier.classify(np.stack(waiting)))
-            waiting.clear()
-
-    with output.activity("classifying", len(paths)) as ticker:
-        for number, path in enumerate(paths):
-            try:
-                waiting.append(classifier.read(path))
-            except DataError as error:
-                if not skip_broken:
-                    raise DataError(
-                        f"{error} (repair or remove it, or use --skip-broken)"
-                    ) from None
-                kept[number] = False
-            if len(waiting) == size:
-                flush()
-            ticker.update(number + 1)
-        flush()
-    if not results:
-        raise DataError(f"none of {len(paths)} picture(s) can be read")
-    if not kept.all():
-        output.warn(f"{int((~kept).sum())} broken pictures left out")
-    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
-    return logits, probabilities, kept
 
 
 def _pictures(named: Sequence[Path]) -> list[Path]:

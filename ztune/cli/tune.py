@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ztune.cli.execution import add_execution_arguments, settled
+from runtimes.remote.endpoint import is_url
+from runtimes.remote.settings import merged, named_servers
+from ztune.cli.options import (
+    add_execution_arguments,
+    add_root_argument,
+    run_config_from_arguments,
+    snapshots_of_word,
+)
 from ztune.cli.output import Output, table
 from ztune.cli.server import (
     add_server_arguments,
-    is_url,
-    merged,
-    named_servers,
-    open_served_workbench,
     place,
     require_no_server_options,
     server_settings,
@@ -27,20 +29,12 @@ from ztune.errors import AwayError, ConfigError, FormatError, ServerError
 from ztune.io.fields import Fields
 from ztune.methods import METHODS, PRESETS
 from ztune.optim.mixture import PROMPTS
-from ztune.run_config import (
-    Request,
-    add_root_argument,
-    remarks_on,
-    request_from_arguments,
-    request_from_json,
-    snapshots_of_word,
-)
+from ztune.run_config import RunConfig
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.model import Workbench
-    from ztune.run import RunFolder
-    from ztune.training import Work
+    from ztune.model import Model
+    from ztune.training import SavedRun
 
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
@@ -124,10 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
 
 
-# What the last bits of a result depend on.
-_ARITHMETIC = (
-    "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
-)  # fmt: skip
 _ASKED = (
     "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
     "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
@@ -153,8 +143,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
-        request = request_from_arguments(arguments, _ASKED)
-        document = _start(request, server_settings(arguments), arguments.out, output)
+        run_config = run_config_from_arguments(arguments, _ASKED)
+        document = _start(run_config, server_settings(arguments), arguments.out, output)
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
@@ -164,204 +154,122 @@ Settings = Mapping[str, Json]
 """How a server is reached: what the options of this very command say of it."""
 
 
-def _start(request: Request, server: Settings, out: Path, output: Output) -> dict[str, Json]:
-    from ztune.checks import start_config
-    from ztune.model import open_workbench
-    from ztune.run import RunFolder
-    from ztune.training import Work, opening, task_of
+def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -> dict[str, Json]:
+    from ztune.model import open_model, resolve_execution
+    from ztune.training import start_run
 
-    start_config(request)
-    request.split_settings()  # wrong numbers are told before anything is opened
-    if is_url(request.bundle):
-        bench = _served(request, request.bundle, request.bundle, server, output)
+    # Wrong settings and numbers are told before anything is opened.
+    _ = run_config.method_config
+    run_config.split_settings()
+    if is_url(run_config.bundle):
+        model = _served(run_config, run_config.bundle, run_config.bundle, server, output)
     else:
-        execution = settled(request.provider, request.threads, output, request.memory_limit)
-        bench = open_workbench(Path(request.bundle), execution, output)
-    with bench:
-        dataset, split = task_of(request)
-        for remark in remarks_on(request):
-            output.remark(remark)
-        if request.preset == "published" and request.augment:
-            output.remark(
-                "preset published: random crops anew each step are approximated by "
-                f"{request.augment} cached views per picture"
-            )
-        if dataset.ignored:
-            output.remark(f"files that are no pictures of a class, left alone: {dataset.ignored}")
-        for note in split.notes:
-            output.remark(note)
-        counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
-        output.remark(
-            f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
-            f"validation, {counts[2]} kept for testing"
+        execution = resolve_execution(
+            run_config.provider, run_config.threads, output, run_config.memory_limit
         )
-        folder = RunFolder(out)
-        work = Work(request, split, folder, bench)
-        work.check()
-        head = opening(request, bench, split)
-        folder.create(head, split.to_json())
-        with folder.locked(), _told_how_to_resume(out, request.bundle):
-            return _drawn(work, work.carry_out(head))
+        model = open_model(Path(run_config.bundle), execution, output)
+    with model, _told_how_to_resume(out, run_config.bundle):
+        return start_run(run_config, model, out)
 
 
 def _resume(
     path: Path, moved_bundle: Path | str | None, server: Settings, output: Output
 ) -> dict[str, Json]:
-    from ztune.run import RunFolder
+    from ztune.training import SavedRun
 
-    folder = RunFolder(path)
-    folder.read()
-    with folder.locked():
-        head = {k: v for k, v in folder.read().items() if k not in ("format", "version")}
-        if head.get("status") == "finished":
+    with SavedRun.locked(path) as saved:
+        if saved.status == "finished":
             output.remark(f"{path} is finished; nothing to do")
-            return head
-        if head.get("status") == "refused":
+            return dict(saved.head)
+        if saved.status == "refused":
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
                 "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
                 f"{shlex.quote(str(path))}"
             )
-        return _go_on(folder, head, moved_bundle, server, output)
+        with (
+            _reopened(saved, moved_bundle, server, output) as model,
+            _told_how_to_resume(path, moved_bundle),
+        ):
+            return saved.resume(model)
 
 
 def _served(
-    request: Request, url: str, named: Path | str | None, server: Settings, output: Output
-) -> Workbench:
+    run_config: RunConfig, url: str, named: Path | str | None, server: Settings, output: Output
+) -> Model:
     """Return the server's bundle at work; `named` is the URL where the command itself gives it.
 
     Raises: ConfigError for an option that is the server's own affair.
     """
-    settings = merged(request.server, server)
+    from ztune.model import open_served_model
+
+    settings = merged(run_config.server, server)
     local = settings.get("images") == "local"
     for name in ("provider", "threads", "memory_limit"):
-        asked = getattr(request, name) != getattr(Request("", ""), name)
+        asked = getattr(run_config, name) != getattr(type(run_config), name)
         if asked and (name == "memory_limit" or not local):
             raise ConfigError(
                 f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
             )
-    return open_served_workbench(
+    return open_served_model(
         url,
         settings,
         named_servers(named, server),
         output,
-        provider=request.provider,
-        threads=request.threads,
+        provider=run_config.provider,
+        threads=run_config.threads,
     )
 
 
-def _go_on(
-    folder: RunFolder,
-    head: dict[str, Json],
-    moved_bundle: Path | str | None,
-    server: Settings,
-    output: Output,
-) -> dict[str, Json]:
-    """Finish a run as it was begun: its bundle, pictures, provider and settings."""
-    from ztune.data.split import Split
-    from ztune.io.files import read_json
-    from ztune.system import machine, versions
-    from ztune.training import Work
-
-    where = f'run "{folder.path}": run.json'
-    fields = Fields(head, where)
-    request = request_from_json(fields.object("request").values, where)
-    # The settings as they were then, should a default have changed since.
-    request = replace(request, settings=fields.object("config").values)
-    bench = _reopened(folder, fields, request, moved_bundle, server, output)
-    then = {**fields.object("versions").values, **fields.object("machine").values}
-    now = {**versions(), **machine()}
-    changed = [
-        f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
-    ]
-    if changed:
-        output.warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
-    with bench:
-        split = Split.from_json(read_json(folder.split, where), f'run "{folder.path}": split.json')
-        split.check_unchanged()
-        work = Work(request, split, folder, bench)
-        work.check()
-        with _told_how_to_resume(folder.path, moved_bundle):
-            return _drawn(work, work.carry_out(head))
-
-
 def _reopened(
-    folder: RunFolder,
-    fields: Fields,
-    request: Request,
-    moved_bundle: Path | str | None,
-    server: Settings,
-    output: Output,
-) -> Workbench:
-    """Return the bundle or server that a run began with, at work as it was.
+    saved: SavedRun, moved_bundle: Path | str | None, server: Settings, output: Output
+) -> Model:
+    """Return the bundle or server that a run began with, or has moved to, at work as it was.
 
-    Raises: FormatError when it is gone or another, ConfigError when it is of the other kind.
+    Raises: FormatError when it is gone, ConfigError when it is of the other kind.
     """
     from runtimes.bundle import load_bundle
     from runtimes.providers import Execution, resolve
-    from ztune.model import Workbench
+    from ztune.model import Model
 
-    bundle = moved_bundle or request.bundle
-    resumes = f"--resume {shlex.quote(str(folder.path))}"
-    if is_url(bundle) != is_url(request.bundle):
-        kind = "a server (URL)" if is_url(request.bundle) else "a bundle (folder)"
+    run_config = saved.run_config
+    bundle = moved_bundle or run_config.bundle
+    if is_url(bundle) != is_url(run_config.bundle):
+        kind = "a server (URL)" if is_url(run_config.bundle) else "a bundle (folder)"
         raise ConfigError(f'the run was tuned on {kind}, "{bundle}" is none')
     if server and not is_url(bundle):
         raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
     if is_url(bundle):
-        bench = _served(request, str(bundle), moved_bundle, server, output)
-        where = f"server {bundle} serves a bundle that"
-    else:
-        if not Path(bundle).is_dir():
-            raise FormatError(
-                f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
-                f"ztune tune BUNDLE {resumes}"
-            )
-        provider, _ = resolve(fields.text("provider"))
-        execution = Execution(provider, request.threads, request.memory_limit, remark=output.remark)
-        bench = Workbench(load_bundle(Path(bundle)), execution, output)
-        where = f'bundle "{bundle}"'
-    if bench.bundle.digest != fields.text("bundle_digest"):
-        bench.close()
+        return _served(run_config, str(bundle), moved_bundle, server, output)
+    if not Path(bundle).is_dir():
         raise FormatError(
-            f"{where} is not the one that the run began with (put it back, or start a new run)"
+            f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
+            f"ztune tune BUNDLE --resume {shlex.quote(str(saved.folder.path))}"
         )
-    return bench
-
-
-def _drawn(work: Work, document: dict[str, Json]) -> dict[str, Json]:
-    """Draw the curve of a finished run that has steps; return its document as it is."""
-    from ztune.report import draw_curve
-
-    if work.tuned is None:
-        return document
-    request, validation = work.request, Fields(document, "run.json").object("validation")
-    shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
-    levels = {
-        f"{shown[name]}, validation": validation.object(name).number("accuracy")
-        for name in validation.values
-    }
-    title = (
-        f"{request.method} on {Path(request.data).name}, {request.shots} shots, seed {request.seed}"
+    provider, _ = resolve(saved.fields.text("provider"))
+    execution = Execution(
+        provider, run_config.threads, run_config.memory_limit, remark=output.remark
     )
-    draw_curve(work.folder.read_history(), levels, title, work.folder.path / "curve.png")
-    return document
+    return Model(load_bundle(Path(bundle)), execution, output)
 
 
 class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
-    """Give an interruption the command that goes on.
+    """Give an interruption of a run that was begun the command that goes on.
 
     A URL that this command named is in it, since secrets go nowhere else.
     """
 
     def __init__(self, path: Path, named: Path | str | None):
         url = [str(named)] if named and is_url(named) else []
+        self._path = path
         self._command = shlex.join(["ztune", "tune", *url, "--resume", str(path)])
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not (self._path / "run.json").exists():
+            return
         if isinstance(error, ServerError):
             done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
             raise ServerError(f"{error}; {done}go on with: {self._command}") from None

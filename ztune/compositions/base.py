@@ -39,7 +39,7 @@ class Patches:
 
 
 @dataclass(frozen=True)
-class Towers:
+class ModelSpec:
     """What a method may know of a model before it asks anything."""
 
     text_width: int
@@ -130,7 +130,7 @@ class TunedConfig(Protocol):
     def own_seconds(self, queries: int) -> float:
         """Return roughly what the optimizer's own arithmetic takes, where that is worth a word."""
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         """Return map and optimizer at their start, for a budget of `queries`."""
 
 
@@ -211,7 +211,7 @@ class TextStart(Defaults):
         if not self.init_std >= 0:
             raise ConfigError(f"init_std is {self.init_std}, expected at least 0")
 
-    def initial(self, towers: Towers, seed: int) -> F32:
+    def initial(self, towers: ModelSpec, seed: int) -> F32:
         """Return the start f32[m, d], shared by all classes."""
         if self.init != "random":
             return towers.context_of_words(self.init)

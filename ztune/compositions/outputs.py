@@ -14,8 +14,8 @@ from ztune.compositions.base import (
     STEPS,
     Composition,
     Defaults,
+    ModelSpec,
     TextStart,
-    Towers,
     TunedConfig,
     part_of,
     require_at_least_one,
@@ -136,7 +136,7 @@ class OgnConfig(MixtureConfig, Answers):
             return queries
         return min(queries, self.n_prompts * math.ceil(self.most_prompts / self.n_prompts))
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         words = None if self.init == "random" else towers.ids_of_words(self.init)
         n_tokens = (self.n_context or _TOKENS) if words is None else len(words)
         rng = np.random.default_rng([seed, STEPS])
@@ -175,7 +175,7 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
     def step_queries(self) -> int:
         return self.n_directions + 1 + N_TRIALS
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
         rng = np.random.default_rng([seed, STEPS])
         optimizer = GaussNewton(part_of(GaussNewtonConfig, self), prompt_map.start(), rng)

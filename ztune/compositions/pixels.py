@@ -11,7 +11,7 @@ from ztune.compositions.base import (
     INITIAL,
     Composition,
     Defaults,
-    Towers,
+    ModelSpec,
     require_at_least_one,
 )
 from ztune.compositions.descent import PairedSteps, PivotedSteps
@@ -39,7 +39,7 @@ class BlackVipConfig(Defaults, PairedSteps):
     def program(self) -> str | None:
         return "decoder"
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         start = towers.decoder_start(np.random.default_rng([seed, INITIAL]))
         return Pixels(start.shape), self.spsa(start, seed)
 
@@ -69,7 +69,7 @@ class BarConfig(Defaults, PivotedSteps):
     def focal(self) -> float:
         return self.focal_gamma
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         shape = (3, towers.image_size, towers.image_size)
         prompt_map = Pixels(shape)
         start = np.random.default_rng([seed, INITIAL]).standard_normal(prompt_map.dim)

@@ -14,8 +14,8 @@ from ztune.compositions.base import (
     STEPS,
     Composition,
     Defaults,
+    ModelSpec,
     TextStart,
-    Towers,
     part_of,
     require_at_least_one,
 )
@@ -111,7 +111,7 @@ class TextCmaConfig(Generations, TextStart):
     def n_values(self) -> int:
         return self.intrinsic_dim
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         self.check_reach(queries)
         std = towers.token_std / np.sqrt(self.intrinsic_dim)
         rng = np.random.default_rng([seed, MAP])
@@ -157,7 +157,7 @@ class BptVlmConfig(Generations, Defaults):
         text = 0 if self.part == "vision" else self.text_dim
         return text + (0 if self.part == "text" else self.vision_dim)
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         self.check_reach(queries)
         text, image = np.random.default_rng([seed, MAP]).spawn(2)
         maps: list[PromptMap] = []
@@ -214,7 +214,7 @@ class SharpZoMethodConfig(TextStart, SharpZoConfig):
         n_generations = self._generations(queries)
         return _cma_seconds("full", self.intrinsic_dim, self.population, n_generations)
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         n_generations = self._generations(queries)
         _check_reach("full", self.intrinsic_dim, self.population, n_generations)
         rng = np.random.default_rng([seed, MAP])

@@ -9,8 +9,8 @@ import numpy as np
 from ztune.compositions.base import (
     MAP,
     Composition,
+    ModelSpec,
     TextStart,
-    Towers,
     require_at_least_one,
 )
 from ztune.compositions.descent import PairedSteps, PivotedSteps
@@ -43,7 +43,7 @@ class ZipConfig(_SpsaSteps):
         super().__post_init__()
         require_at_least_one(self, "rank", "intrinsic_dim")
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         rng = np.random.default_rng([seed, MAP])
         prompt_map = ZipMap(self.initial(towers, seed), self.intrinsic_dim, self.rank, rng)
         return prompt_map, self.spsa(prompt_map.start(), seed)
@@ -57,7 +57,7 @@ class DirectSpsaConfig(_SpsaSteps):
     perturbation_decay: float = 0.101
     clip: bool = False
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
         return prompt_map, self.spsa(prompt_map.start(), seed)
 
@@ -87,6 +87,6 @@ class DirectRgfConfig(TextStart, PivotedSteps):
         TextStart.__post_init__(self)
         PivotedSteps.__post_init__(self)
 
-    def build(self, towers: Towers, queries: int, seed: int) -> Composition:
+    def build(self, towers: ModelSpec, queries: int, seed: int) -> Composition:
         prompt_map = DirectContext(self.initial(towers, seed))
         return prompt_map, self.rgf(prompt_map.start(), queries, seed)

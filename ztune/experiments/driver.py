@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ztune.experiments.cells import Outcome
 from ztune.experiments.comparison import duration
 from ztune.experiments.executors import Executor
-from ztune.experiments.jobs import Answer, Encoded, Job
+from ztune.experiments.jobs import Encoded, Job, JobResult
 from ztune.experiments.prepare import Only, Prepared, encodings
 from ztune.experiments.store import Store
 from ztune.progress import Progress, warn
@@ -19,7 +19,7 @@ _PAUSES = (1.0, 2.0, 5.0, 15.0)
 
 
 @dataclass(frozen=True)
-class Course:
+class Driver:
     """Carries out the cells of a plan that have no result yet."""
 
     prepared: Prepared
@@ -97,12 +97,12 @@ class Course:
                 self._record(job, answer)
                 teller.tell(job, answer)
 
-    def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Answer, Job]]:
+    def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[JobResult, Job]]:
         for place, answer in self.executor.perform(jobs):
-            assert isinstance(answer, Answer)
+            assert isinstance(answer, JobResult)
             yield answer, jobs[place]
 
-    def _record(self, job: Job, answer: Answer) -> None:
+    def _record(self, job: Job, answer: JobResult) -> None:
         for one in job.cells:
             if outcome := answer.outcomes.get(one.key):
                 self.store.finish(one.key, one.cell, outcome, self.session)
@@ -127,7 +127,7 @@ class Teller:
     _waits: bool = False
     _started: float = field(default_factory=time.monotonic)
 
-    def tell(self, job: Job, answer: Answer) -> None:
+    def tell(self, job: Job, answer: JobResult) -> None:
         """Say what became of a job, and each of its warnings once in a bench."""
         self._n_done += 1
         for warning in dict.fromkeys(answer.warnings):

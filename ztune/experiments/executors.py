@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ztune.errors import ConfigError, ZtuneError
-from ztune.experiments.jobs import Answer, Encoded, Task
+from ztune.experiments.jobs import Encoded, JobResult, Task
 from ztune.experiments.worker import Settings, Worker
 
 _PATIENCE = 10.0
@@ -29,7 +29,7 @@ class Executor(Protocol):
     name: str
     workers: int
 
-    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | Answer]]:
+    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
         """Yield the place of a task and what came of it, as they end."""
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class Serial:
     def __init__(self, settings: Settings):
         self._worker = Worker(settings)
 
-    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | Answer]]:
+    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
         for place, task in enumerate(tasks):
             yield place, self._worker.perform(task)
 
@@ -68,7 +68,7 @@ class Joblib:
         self.workers = workers
         self._settings = settings
 
-    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | Answer]]:
+    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
         """Yield answers; where a worker was killed, all are started anew.
 
         Raises: ZtuneError where they are lost again and again before any answer.
@@ -109,7 +109,7 @@ def _worker(settings: Settings) -> Worker:
     return Worker(settings)
 
 
-def _performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | Answer]:
+def _performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | JobResult]:
     return place, _worker(settings).perform(task)
 
 
@@ -180,7 +180,7 @@ class Ray:
                     f"which has {there.get(kind, 0.0):g} (take fewer --workers, or a smaller share)"
                 )
 
-    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | Answer]]:
+    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
         """Yield answers; an actor that was lost is replaced, and its task given out again.
 
         Raises: ZtuneError where actors are lost again and again before any answer.

@@ -18,7 +18,7 @@ from ztune.errors import FormatError
 from ztune.experiments.cells import Cell, Outcome, key_of
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_json
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 from ztune.types import I64, Json
 
 
@@ -119,7 +119,7 @@ class Job:
 
     run: str
     """Its key, and the name of its folder."""
-    request: Request
+    run_config: RunConfig
     bundle_digest: str
     split: Split
     cells: tuple[CellJob, ...]
@@ -148,7 +148,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Answer:
+class JobResult:
     """What became of a job."""
 
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
-from ztune.checks import start_config
 from ztune.data.coop import Item
 from ztune.data.library import shown
 from ztune.data.manifests import SplitName
@@ -28,7 +27,7 @@ from ztune.io.config import as_json
 from ztune.io.files import sha256
 from ztune.methods import HeadMethod, find_method, method_config, tuned_config
 from ztune.progress import Progress, warn
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 from ztune.types import Json
 
 RECIPE = 2
@@ -264,8 +263,8 @@ class Preparation:
         jobs: dict[str, Job],
     ) -> str:
         """Put a cell to the run that it is scored from; return its key."""
-        request = self._request(cell, task, bundle, self.plan.methods[cell.method])
-        run = key_of(_tuned_with(request, bundle, split))
+        run_config = self._request(cell, task, bundle, self.plan.methods[cell.method])
+        run = key_of(_tuned_with(run_config, bundle, split))
         scored_on: list[Json] = [
             {"part": p.name, "pictures": p.list_file.stem, "templates": list(p.templates)}
             for p in parts
@@ -274,16 +273,16 @@ class Preparation:
         earlier = jobs[run].cells if run in jobs else ()
         if key not in {one.key for one in earlier}:
             scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
-            jobs[run] = Job(run, request, bundle.digest, split, (*earlier, scored))
+            jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored))
         return key
 
-    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> Request:
+    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> RunConfig:
         execution = self.plan.execution
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
         # Where no losses are compared there is no limit to go below.
         gated = tuned is not None and tuned.finest is not None
-        request = Request(
+        run_config = RunConfig(
             str(bundle.path),
             str(task.source.root),
             method=method.uses,
@@ -302,10 +301,12 @@ class Preparation:
             settings=method.settings,
         )
         try:
-            start_config(request)  # a budget that is too small is told before anything starts
+            _ = (
+                run_config.method_config
+            )  # a budget that is too small is told before anything starts
         except ConfigError as error:
             raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
-        return request
+        return run_config
 
 
 def _files(tasks: Iterable[Task]) -> Iterable[Path]:
@@ -324,17 +325,17 @@ _MATTERS = (
 )  # fmt: skip
 
 
-def _tuned_with(request: Request, bundle: Bundle, split: Split) -> dict[str, Json]:
+def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str, Json]:
     """Return all that a run's result depends on."""
-    asked = as_json(request)
+    asked = as_json(run_config)
     values = {name: asked[name] for name in _MATTERS}
-    if isinstance(find_method(request.method), HeadMethod):
+    if isinstance(find_method(run_config.method), HeadMethod):
         del values["queries"]  # it spends none
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
     return {
         **values,
         "recipe": RECIPE,
-        "config": as_json(start_config(request)),
+        "config": as_json(run_config.method_config),
         "bundle": bundle.digest,
         "classes": list(split.classes),
         "entries": entries,
@@ -345,9 +346,9 @@ def encodings(jobs: Sequence[Job], lists: Mapping[Path, PictureList]) -> list[En
     """Return the pictures that the jobs need encoded as they are, each once, in tasks."""
     wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
     for job in jobs:
-        bundle = Path(job.request.bundle), job.bundle_digest
-        cache = Path(str(job.request.cache))
-        roles: tuple[SplitName, ...] = ("val",) if job.request.augment else ("train", "val")
+        bundle = Path(job.run_config.bundle), job.bundle_digest
+        cache = Path(str(job.run_config.cache))
+        roles: tuple[SplitName, ...] = ("val",) if job.run_config.augment else ("train", "val")
         items = [item for role in roles for item in job.split.items(role)]
         wanted.setdefault((*bundle, cache), {}).update((digest, path) for path, digest in items)
         for part in dict.fromkeys(part for cell in job.cells for part in cell.parts):

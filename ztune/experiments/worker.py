@@ -29,27 +29,27 @@ from ztune.artifact import (
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.evaluate import open_gallery
+from ztune.evaluate import encode_test
 from ztune.experiments.cells import Outcome, PartScore, Point
 from ztune.experiments.jobs import (
-    Answer,
     CellJob,
     Encoded,
     Encoding,
     Job,
+    JobResult,
     PictureList,
     ScoredPart,
     Task,
 )
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.printing import printable_lines
 from ztune.progress import warnings_told
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
 from ztune.system import one_blas_thread
-from ztune.training import Work, opening
+from ztune.training import TrainingRun
 from ztune.types import F32, I64, ImageEncoder, Json
 
 MOST_DEATHS = 3
@@ -85,11 +85,11 @@ class Worker:
     """One process's models and encoded parts."""
 
     settings: Settings
-    _benches: dict[Path, Workbench] = field(default_factory=dict)
+    _benches: dict[Path, Model] = field(default_factory=dict)
     _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
 
-    def perform(self, task: Task) -> Encoded | Answer:
+    def perform(self, task: Task) -> Encoded | JobResult:
         """Do what is asked; what goes wrong with a job is part of the answer."""
         if isinstance(task, Encoding):
             return self._encode(task)
@@ -101,13 +101,13 @@ class Worker:
         seconds = time.monotonic() - started
         return replace(answer, seconds=seconds, warnings=tuple(warnings))
 
-    def _bench(self, bundle: Path) -> Workbench:
+    def _bench(self, bundle: Path) -> Model:
         if bundle not in self._benches:
             settings = self.settings
             execution = Execution(settings.provider, settings.threads, settings.memory_limit)
             loaded = load_bundle(bundle)
             check_precision(loaded.precision, execution.provider)
-            self._benches[bundle] = Workbench(loaded, execution)
+            self._benches[bundle] = Model(loaded, execution)
         return self._benches[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:
@@ -122,19 +122,19 @@ class Worker:
             return Encoded(task.bundle_digest, 0, 0.0)
         return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
 
-    def _carry_out(self, job: Job) -> Answer:
+    def _carry_out(self, job: Job) -> JobResult:
         place = self.settings.out / "runs" / job.run
         place.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(RunFolder(place).locked())
             except ConfigError:
-                return Answer(busy=True)
+                return JobResult(busy=True)
             except ZtuneError as error:
-                return Answer(reasons={one.key: str(error) for one in job.cells})
+                return JobResult(reasons={one.key: str(error) for one in job.cells})
             return self._answer(job, place)
 
-    def _answer(self, job: Job, place: Path) -> Answer:
+    def _answer(self, job: Job, place: Path) -> JobResult:
         """Tune what is asked for and score it; a cell's failure is no failure of the others."""
         outcomes: dict[str, Outcome] = {}
         reasons: dict[str, str] = {}
@@ -142,14 +142,14 @@ class Worker:
             outcomes |= {one.key: kept for one in job.cells if (kept := _kept(place, one.key))}
             missing = [one for one in job.cells if one.key not in outcomes]
             if not missing:
-                return Answer(outcomes)
+                return JobResult(outcomes)
             deaths = _deaths(place)
             if len(deaths) == MOST_DEATHS - 1 and not job.alone:
-                return Answer(alone=True)
+                return JobResult(alone=True)
             with _noted(place, deaths), one_blas_thread():
-                work, run = self._tuned(job, place)
+                training, run = self._tuned(job, place)
                 for one in missing:
-                    found = self._scored_or_not(work, run, one, place)
+                    found = self._scored_or_not(training, run, one, place)
                     if isinstance(found, str):
                         reasons[one.key] = found
                     else:
@@ -157,53 +157,55 @@ class Worker:
         except Exception as error:
             reason = _reason(error, place)
             reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
-        return Answer(outcomes, reasons)
+        return JobResult(outcomes, reasons)
 
-    def _tuned(self, job: Job, place: Path) -> tuple[Work, Fields]:
+    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun, Fields]:
         """Return the run finished, and what run.json says."""
-        bench = self._bench(Path(job.request.bundle))
-        if bench.bundle.digest != job.bundle_digest:
+        model = self._bench(Path(job.run_config.bundle))
+        if model.bundle.digest != job.bundle_digest:
             raise FormatError(
-                f'bundle "{bench.bundle.path}" is not the one that the bench began with'
+                f'bundle "{model.bundle.path}" is not the one that the bench began with'
             )
-        work = Work(job.request, job.split, RunFolder(place / "run"), bench)
-        run = Fields(_finished(work), f'run "{work.folder.path}"')
-        work.folder.state.unlink(missing_ok=True)  # of no more use
-        return work, run
+        training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
+        run = Fields(_finished(training), f'run "{training.folder.path}"')
+        training.folder.state.unlink(missing_ok=True)  # of no more use
+        return training, run
 
-    def _scored_or_not(self, work: Work, run: Fields, cell: CellJob, place: Path) -> Outcome | str:
+    def _scored_or_not(
+        self, training: TrainingRun, run: Fields, cell: CellJob, place: Path
+    ) -> Outcome | str:
         """Score a cell and keep its outcome; return that, or why there is none."""
         try:
-            outcome = self._scored(work, run, cell, place.name)
+            outcome = self._scored(training, run, cell, place.name)
             write_json(place / f"{cell.key}.json", outcome.to_json())
         except Exception as error:
             return _reason(error, place)
         return outcome
 
-    def _scored(self, work: Work, run: Fields, cell: CellJob, key: str) -> Outcome:
+    def _scored(self, training: TrainingRun, run: Fields, cell: CellJob, key: str) -> Outcome:
         """Score a finished run's result on the parts of a cell."""
-        result = read_artifact(work.folder.prompt)
-        parts = [self._part(work.bench, part) for part in cell.parts]
+        result = read_artifact(training.folder.prompt)
+        parts = [self._part(training.model, part) for part in cell.parts]
         scores = [
-            self._part_score(work.bench, result, part, encoded)
+            self._part_score(training.model, result, part, encoded)
             for part, encoded in zip(cell.parts, parts, strict=True)
         ]
         seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
         queries = run.integer("queries")
         curve: list[Point] = []
         if cell.curve and queries and scores[0].accuracy is not None:
-            curve = list(self._snapshots(work, cell.parts[0], parts[0], queries))
+            curve = list(self._snapshots(training, cell.parts[0], parts[0], queries))
             curve.append(Point(queries, seconds, scores[0].accuracy))
-        tuned_on = {entry.sha256 for entry in work.split.entries}
+        tuned_on = {entry.sha256 for entry in training.split.entries}
         n_cached = run.integer("image_forwards_cached")
         return Outcome(
-            uses=work.request.method,
+            uses=training.run_config.method,
             config=run.object("config").values,
             run=key,
-            artifact=sha256(work.folder.prompt),
+            artifact=sha256(training.folder.prompt),
             result_bytes=run.integer("result_bytes"),
-            n_train=len(work.split.entries_of("train")),
-            n_val=len(work.split.entries_of("val")),
+            n_train=len(training.split.entries_of("train")),
+            n_val=len(training.split.entries_of("val")),
             copies=sum(digest in tuned_on for part in parts for digest in part.pictures.digests),
             queries=queries,
             probe_queries=run.integer("probe_queries"),
@@ -218,24 +220,24 @@ class Worker:
         )
 
     def _snapshots(
-        self, work: Work, part: ScoredPart, encoded: EncodedPart, queries: int
+        self, training: TrainingRun, part: ScoredPart, encoded: EncodedPart, queries: int
     ) -> Iterator[Point]:
-        seconds = {int(line["queries"]): line["seconds"] for line in work.folder.read_history()}
-        for file in sorted(work.folder.snapshots.glob("*.safetensors")):
+        seconds = {int(line["queries"]): line["seconds"] for line in training.folder.read_history()}
+        for file in sorted(training.folder.snapshots.glob("*.safetensors")):
             snapshot = read_artifact(file)
             spent = snapshot.provenance.queries
-            found = self._score(work.bench, snapshot, part, encoded)
+            found = self._score(training.model, snapshot, part, encoded)
             if found is not None and spent < queries:
                 yield Point(spent, seconds.get(spent), found.accuracy)
 
-    def _part(self, bench: Workbench, part: ScoredPart) -> EncodedPart:
+    def _part(self, model: Model, part: ScoredPart) -> EncodedPart:
         """Return a part encoded; the last few are kept."""
-        place = bench.bundle.path, part
+        place = model.bundle.path, part
         if place not in self._parts:
             pictures = PictureList.read(part.list_file)
-            found = bench.features(pictures.items, part.cache, what=part.name)
+            found = model.features(pictures.items, part.cache, what=part.name)
             labels = pictures.label_array
-            zero_shot = bench.zero_shot(part.templates, pictures.classes)
+            zero_shot = model.zero_shot(part.templates, pictures.classes)
             before = score(zero_shot.logits(found.values[0]), labels, pictures.classes)
             self._make_room(found.values.nbytes)
             self._parts[place] = EncodedPart(pictures, found.values[0], labels, before)
@@ -250,9 +252,9 @@ class Worker:
         return sum(part.features.nbytes for part in self._parts.values())
 
     def _part_score(
-        self, bench: Workbench, result: Artifact, part: ScoredPart, encoded: EncodedPart
+        self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> PartScore:
-        found, before = self._score(bench, result, part, encoded), encoded.zero_shot
+        found, before = self._score(model, result, part, encoded), encoded.zero_shot
         return PartScore(
             part=part.name,
             n=before.n,
@@ -264,7 +266,7 @@ class Worker:
         )
 
     def _score(
-        self, bench: Workbench, result: Artifact, part: ScoredPart, encoded: EncodedPart
+        self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> Score | None:
         """Score a result among a part's classes; None for a head that does not know them all."""
         classes = encoded.pictures.classes
@@ -276,20 +278,20 @@ class Worker:
             return score(logits, encoded.labels, classes)
         if isinstance(result, VisualArtifact) and result.context is None:
             # Its texts are hand-written ones: those of the part's own data set.
-            result = bench.refreshed(replace(result, templates=part.templates), classes)
+            result = model.refreshed(replace(result, templates=part.templates), classes)
         elif result.classes != classes:
-            result = bench.refreshed(result, classes)
+            result = model.refreshed(result, classes)
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
-        gallery = open_gallery(
-            bench, encoded.pictures.items, part.cache, what=part.name, skip_broken=False
+        gallery = encode_test(
+            model, encoded.pictures.items, part.cache, what=part.name, skip_broken=False
         )
         return score(gallery.logits(result), encoded.labels, classes)
 
 
-def _finished(work: Work) -> dict[str, Json]:
+def _finished(training: TrainingRun) -> dict[str, Json]:
     """Begin a run, go on with it, or find it done; return run.json's content."""
-    folder, head = work.folder, opening(work.request, work.bench, work.split)
+    folder, head = training.folder, training.head()
     status = None
     if folder.run.is_file():
         found = folder.read()
@@ -298,10 +300,10 @@ def _finished(work: Work) -> dict[str, Json]:
             return found
         if status == "running":
             head = {k: v for k, v in found.items() if k not in ("format", "version")}
-    work.check()
+    training.check()
     if status != "running":
-        folder.create(head, work.split.to_json())
-    return work.carry_out(head)
+        folder.create(head, training.split.to_json())
+    return training.carry_out(head)
 
 
 def _kept(place: Path, key: str) -> Outcome | None:

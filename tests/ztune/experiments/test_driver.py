@@ -9,14 +9,14 @@ import pytest
 from tests.ztune.experiments.test_cells import CELL, OUTCOME
 from ztune.data.split import Split, SplitSettings
 from ztune.experiments.cells import Cell, Outcome
-from ztune.experiments.driver import Course
-from ztune.experiments.jobs import Answer, CellJob, Encoded, Job, Task
+from ztune.experiments.driver import Driver
+from ztune.experiments.jobs import CellJob, Encoded, Job, JobResult, Task
 from ztune.experiments.prepare import Only, Prepared
 from ztune.experiments.store import Store
 from ztune.progress import SILENCE
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 
-BUSY, ALONE = Answer(busy=True), Answer(alone=True)
+BUSY, ALONE = JobResult(busy=True), JobResult(alone=True)
 
 
 class Stub:
@@ -25,11 +25,11 @@ class Stub:
     name = "stub"
     workers = 2
 
-    def __init__(self, **answers: Sequence[Answer]):
+    def __init__(self, **answers: Sequence[JobResult]):
         self.answers = {run: list(found) for run, found in answers.items()}
         self.asked: list[list[str]] = []
 
-    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | Answer]]:
+    def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
         jobs = [task for task in tasks if isinstance(task, Job)]
         if jobs:
             self.asked.append([job.run + "!" * job.alone for job in jobs])
@@ -44,12 +44,12 @@ def cell_of(run: str) -> Cell:
     return replace(CELL, method=run)
 
 
-def done(run: str) -> Answer:
-    return Answer({f"key of {run}": OUTCOME})
+def done(run: str) -> JobResult:
+    return JobResult({f"key of {run}": OUTCOME})
 
 
-def failed(run: str) -> Answer:
-    return Answer(reasons={f"key of {run}": "a reason"})
+def failed(run: str) -> JobResult:
+    return JobResult(reasons={f"key of {run}": "a reason"})
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def carried_out(folder: Path, stub: Stub, only: Only | None = None) -> tuple[int, Store]:
     """Return how many cells are left, and the results."""
     split = Split({"data": folder}, ("a", "b"), (), SplitSettings(shots=1), ())
-    request = Request("bundle", "data", cache="cache")
+    run_config = RunConfig("bundle", "data", cache="cache")
     jobs = tuple(
-        Job(run, request, "digest", split, (CellJob(f"key of {run}", cell_of(run), (), False),))
+        Job(run, run_config, "digest", split, (CellJob(f"key of {run}", cell_of(run), (), False),))
         for run in stub.answers
     )
     cells: dict[Cell, str | None] = {cell_of(run): f"key of {run}" for run in stub.answers}
@@ -72,7 +72,7 @@ def carried_out(folder: Path, stub: Stub, only: Only | None = None) -> tuple[int
     store = Store(folder / "results.sqlite")
     store.want("plan", {"title": "t"}, cells)
     session = store.begin({})
-    course = Course(prepared, only or Only(), store, session, stub, SILENCE)
+    course = Driver(prepared, only or Only(), store, session, stub, SILENCE)
     return course.run(), store
 
 

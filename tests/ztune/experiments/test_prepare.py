@@ -189,7 +189,7 @@ def test_a_run_changes_with_the_method_of_equal_settings(data: Path, prepare: Pr
         prepare(few_shot(data, settings=as_spsa, more=f', uses = "{name}"')).jobs
         for name in ("spsa", "spsa-gc")
     )
-    assert first.request.settings == second.request.settings
+    assert first.run_config.settings == second.run_config.settings
     assert first.run != second.run
 
 
@@ -373,7 +373,7 @@ def test_transfers_of_one_source_share_a_run(data: Path, prepare: Prepare) -> No
     for cell in job.cells:
         (part,) = cell.parts
         assert (part.name, part.templates) == ("again", ("the digit {}",))
-    assert job.request.templates == ("a photo of a {}.",)
+    assert job.run_config.templates == ("a photo of a {}.",)
 
 
 def test_labels_of_one_configuration_share_a_run(data: Path, prepare: Prepare) -> None:
@@ -397,7 +397,7 @@ def test_every_job_is_what_its_cells_are_called(data: Path, prepare: Prepare) ->
     for job in prepared.jobs:
         for one in job.cells:
             found[one.cell] = one.key
-            request = job.request
+            request = job.run_config
             assert (one.cell.method, one.cell.shots, one.cell.seed) == (
                 request.method, request.shots, request.seed,
             )  # fmt: skip
@@ -410,7 +410,7 @@ def test_every_job_is_what_its_cells_are_called(data: Path, prepare: Prepare) ->
 def test_what_a_plan_wants_of_execution_reaches_the_requests(data: Path, prepare: Prepare) -> None:
     text = few_shot(data, threads=3, force="true", curve=5, preset="published")
     (job,) = prepare(text.replace("threads", "memory_limit = 500\nthreads")).jobs
-    request = job.request
+    request = job.run_config
     assert (request.threads, request.memory_limit, request.force) == (3, 500, True)
     assert (request.snapshots, request.augment, request.provider) == (5, 16, "cpu")
     assert job.cells[0].curve
@@ -420,7 +420,7 @@ def test_only_methods_with_a_limit_are_forced(data: Path, prepare: Prepare) -> N
     """Others refuse to be: a plan that forces zip must not make ogn and gda fail."""
     text = few_shot(data, force="true").replace("[[", "ogn = {}\ngda = {}\n[[", 1)
     prepared = prepare(text.replace('["zip"]', '["zip", "ogn", "gda"]'))
-    assert [(job.request.method, job.request.force) for job in prepared.jobs] == [
+    assert [(job.run_config.method, job.run_config.force) for job in prepared.jobs] == [
         ("zip", True), ("ogn", False), ("gda", False),
     ]  # fmt: skip
 
@@ -528,9 +528,9 @@ def test_a_data_set_by_name_is_found_below_the_root(prepare: Prepare, tmp_path: 
     prepared = prepare(text, root=tmp_path / "all")
     (job,) = prepared.jobs
     assert job.split.classes == ("banded", "zigzagged")
-    assert job.request.templates == ("{} texture.",), "the published one"
+    assert job.run_config.templates == ("{} texture.",), "the published one"
     own = prepare(text.replace("dtd = {}", 'dtd = { template = "a {}" }'), root=tmp_path / "all")
-    assert own.jobs[0].request.templates == ("a {}",)
+    assert own.jobs[0].run_config.templates == ("a {}",)
     assert key_of_one(own) != key_of_one(prepared)
 
 
@@ -555,7 +555,7 @@ def test_a_path_wins_over_a_known_name(data: Path, prepare: Prepare, tmp_path: P
     for root in (None, tmp_path / "all"):
         (job,) = prepare(text, root=root).jobs
         assert job.split.classes == ("one", "three", "two")
-        assert job.request.templates == ("a photo of a {}.",)
+        assert job.run_config.templates == ("a photo of a {}.",)
 
 
 def test_class_names_of_a_file(data: Path, prepare: Prepare, tmp_path: Path) -> None:
@@ -628,7 +628,9 @@ def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
     """Return the digests that the jobs tune with as they are, and test on."""
     tuned, tested = set(), set()
     for job in prepared.jobs:
-        tuned |= {e.sha256 for e in job.split.entries if e.role == "val" or not job.request.augment}
+        tuned |= {
+            e.sha256 for e in job.split.entries if e.role == "val" or not job.run_config.augment
+        }
         for cell in job.cells:
             for part in cell.parts:
                 tested |= set(prepared.lists[part.list_file].digests)

@@ -1,4 +1,4 @@
-"""The pictures that a run may see: encoded once, and their pixels where a method changes them."""
+"""The images that a run may see: encoded once, and their pixels where a method changes them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ztune.data.manifests import SplitName
 from ztune.data.split import Split
 from ztune.errors import ConfigError, ZtuneError
 from ztune.heads.shots import Shots
-from ztune.model import Workbench
+from ztune.model import Model
 from ztune.run import RunFolder
-from ztune.run_config import Request
+from ztune.run_config import RunConfig
 from ztune.types import F32, I64, U8, Json
 
 
@@ -34,7 +34,7 @@ class Changeable:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class EncodedSplit:
     """Training and validation pictures: never those kept for testing."""
 
     features: F32
@@ -76,20 +76,20 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Album:
-    """Encodes the pictures of one split for one run."""
+class SplitEncoder:
+    """Encodes the images of one split for one run."""
 
-    request: Request
+    run_config: RunConfig
     split: Split
     folder: RunFolder
-    bench: Workbench
+    model: Model
 
     def training(self) -> tuple[Features, I64]:
         """Return the training pictures' features, and the labels i64[N] of those readable.
 
         Raises: ZtuneError for a class without any.
         """
-        train = self._encoded("train", "training pictures", self.request.augment)
+        train = self._encoded("train", "training pictures", self.run_config.augment)
         labels = self.split.labels("train")[train.kept]
         missing = sorted(set(range(len(self.split.classes))) - set(labels.tolist()))
         if missing:
@@ -97,9 +97,9 @@ class Album:
             raise ZtuneError(f'class "{name}" has no picture that can be read')
         return train, labels
 
-    def pictures(self, *, changeable: bool) -> Pictures:
+    def encode(self, *, changeable: bool) -> EncodedSplit:
         """Encode what tuning may see; with `changeable` keep the pixels as well."""
-        n_views = self.request.augment
+        n_views = self.run_config.augment
         train, labels = self.training()
         n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
         n_broken = int((~train.kept).sum())
@@ -116,7 +116,7 @@ class Album:
             if val is not None:
                 parts[1], n_more = self._changeable("val", val, 0)
                 n_encoded, n_wanted = n_encoded + n_more[0], n_wanted + n_more[1]
-        return Pictures(
+        return EncodedSplit(
             train.values,
             labels,
             val.values[0] if val is not None else None,
@@ -130,13 +130,13 @@ class Album:
     def _encoded(
         self, role: SplitName, what: str, n_views: int, extractor: Path | None = None
     ) -> Features:
-        return self.bench.features(
+        return self.model.features(
             self.split.items(role),
-            self.request.cache_folder(self.folder.path),
+            self.run_config.cache_folder(self.folder.path),
             what=what,
             n_views=n_views,
-            seed=self.request.seed,
-            skip_broken=self.request.skip_broken,
+            seed=self.run_config.seed,
+            skip_broken=self.run_config.skip_broken,
             extractor=extractor,
         )
 
@@ -145,9 +145,9 @@ class Album:
     ) -> tuple[Changeable, tuple[int, int]]:
         """Return a role's pictures to change, and how many were encoded of how many wanted."""
         extracted, n_more = encoded.values, (0, 0)
-        if self.request.extractor is not None:
+        if self.run_config.extractor is not None:
             found = self._encoded(
-                role, "pictures for the extractor", n_views, Path(self.request.extractor)
+                role, "pictures for the extractor", n_views, Path(self.run_config.extractor)
             )
             extracted = found.values
             n_more = found.n_encoded, extracted.shape[0] * extracted.shape[1]
@@ -157,8 +157,8 @@ class Album:
 
     def _pixels(self, items: Sequence[tuple[Path, str]], n_views: int) -> U8:
         """Return u8[V, N, S, S, 3] in a file that goes when the process does."""
-        encoder = self.bench.runtime.images()
-        side = self.bench.bundle.image.size
+        encoder = self.model.runtime.images()
+        side = self.model.bundle.image.size
         shape = (max(1, n_views), len(items), side, side, 3)
         with tempfile.TemporaryFile(dir=self.folder.path) as file:  # the mapping lives on
             _reserve(file.fileno(), shape, self.folder.path)
@@ -166,7 +166,7 @@ class Album:
         for number, (path, digest) in enumerate(items):
             for view in range(shape[0]):
                 pixels[view, number] = read_view(
-                    encoder, path, digest, view, n_views, self.request.seed
+                    encoder, path, digest, view, n_views, self.run_config.seed
                 )
         return pixels
 

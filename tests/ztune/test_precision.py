@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ztune.optim.spsa import Spsa, SpsaConfig
-from ztune.signal import Signal, compared, exact_losses, measure, probe_batch
+from ztune.precision import Signal, compared, exact_losses, measure, probe_batch
 from ztune.types import F32, F64, Batch, Evaluation, Prompts
 
 

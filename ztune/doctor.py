@@ -1,0 +1,190 @@
+"""Whether this machine, a bundle on it, or a server is sound, and how fast it is."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtimes.bundle import load_bundle
+from runtimes.ort import allowed_difference, parity_on_this_machine
+from runtimes.providers import NAMES, Execution, check_precision, probe
+from runtimes.remote.settings import named_servers, settings_from
+from runtimes.runtime import PromptGraph
+from runtimes.tokenizer import Tokenizer
+from ztune.access import TEXTS
+from ztune.errors import ZtuneError
+from ztune.model import Model, connect_server
+from ztune.precision import Signal
+from ztune.progress import SILENCE, Progress
+from ztune.run import RunFolder
+from ztune.run_config import RunConfig
+from ztune.training import TrainingRun, read_split
+from ztune.types import Json
+
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_CONTEXT, _CANDIDATES, _CALLS = 8, 10, 5
+
+
+def check_providers() -> dict[str, str | None]:
+    """Return None for each provider that ran a small matrix product, else why it did not."""
+    result: dict[str, str | None] = {}
+    for name in NAMES:
+        try:
+            probe(name)
+            result[name] = None
+        except ZtuneError as error:
+            result[name] = str(error)
+    return result
+
+
+@dataclass(frozen=True)
+class BundleCheck:
+    """What is known of a bundle on this machine."""
+
+    files: Mapping[str, str]
+    """`sound` for each file, else what is wrong with it."""
+    failures: Sequence[str]
+    model_id: str
+    precision: str
+    provider: str | None
+    """The first of the working providers that runs the precision; None: none does."""
+    parity: Mapping[str, Mapping[str, Json]] | None = None
+    """Differences from torch by graph, `here` and `at_export`; None where it was not run."""
+    seconds_per_query: float | None = None
+    timed: str = ""
+    """What was timed."""
+
+    def to_json(self, path: Path) -> dict[str, Json]:
+        document: dict[str, Json] = {
+            "path": str(path),
+            "model_id": self.model_id,
+            "precision": self.precision,
+            "files": dict(self.files),
+            "provider": self.provider,
+        }
+        if self.parity is not None:
+            parity: dict[str, Json] = {graph: dict(both) for graph, both in self.parity.items()}
+            document |= {"parity": parity, "seconds_per_query": self.seconds_per_query}
+        return document
+
+
+def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
+    """Check a bundle on the first of the working providers that can run its precision.
+
+    Raises: FormatError where there is no bundle.
+    """
+    bundle = load_bundle(path)
+    failures: list[str] = []
+    files: dict[str, str] = {}
+    for name in bundle.files:
+        try:
+            bundle.file(name)
+            files[name] = "sound"
+        except ZtuneError as error:
+            files[name] = str(error)
+            failures.append(str(error))
+    provider, reason = _able(bundle.precision, working)
+    if provider is None:
+        failures.append(reason)
+    if failures or provider is None:
+        return BundleCheck(files, failures, bundle.model_id, bundle.precision, provider)
+    parity: dict[str, dict[str, Json]] = {}
+    for graph, stored in bundle.parity.items():
+        here = parity_on_this_machine(bundle, graph, Execution(provider))
+        parity[graph] = {"here": dict(here), "at_export": dict(stored)}
+        limit = allowed_difference(stored["max_abs"])
+        if not here["max_abs"] <= limit:
+            failures.append(
+                f"{graph}.onnx differs from torch by {here['max_abs']:.1e} on {provider}, more "
+                f"than {limit:.1e}: results on this machine cannot be trusted"
+            )
+    model = Model(bundle, Execution(provider))
+    seconds, timed = seconds_per_query(model.prompt_graph, bundle.text.width)
+    return BundleCheck(
+        files, failures, bundle.model_id, bundle.precision, provider, parity, seconds, timed
+    )
+
+
+def _able(precision: str, working: Sequence[str]) -> tuple[str | None, str]:
+    """Return the first working provider that runs a precision, or None and why none does."""
+    reason = ""
+    for provider in working:
+        try:
+            check_precision(precision, provider)
+        except ZtuneError as error:
+            reason = str(error)
+        else:
+            return provider, ""
+    return None, reason
+
+
+def check_server(
+    url: str, values: Mapping[str, Json], progress: Progress = SILENCE
+) -> tuple[dict[str, Json], str]:
+    """Return what is known of a server once it has passed all checks, and what was timed.
+
+    Raises: ServerError for the first check that it does not pass, ConfigError for settings.
+    """
+    from runtimes.remote.served import Served
+
+    connected = connect_server(url, values, named_servers(url, values), progress)
+    service, bundle = connected.service, connected.bundle
+    try:
+        served = Served(service, bundle, losses=settings_from(values).losses)
+        seconds, timed = None, ""
+        if TEXTS in served.access:
+            graph = served.prompts(Tokenizer(bundle))
+            seconds, timed = seconds_per_query(graph, bundle.text.width)
+        document: dict[str, Json] = {
+            "url": str(service.location),
+            "servers": service.n_servers,
+            "models": [service.model(part) for part in service.offers],
+            "gives": list[Json](sorted(served.access)),
+            "bundle_digest": bundle.digest,
+            "model_id": bundle.model_id,
+            "precision": bundle.precision,
+            "parity": dict(connected.parity),
+            "tells_digest": all(offer.tells_digest for offer in service.offers.values()),
+            "keeps_pictures": any(offer.keeps for offer in service.offers.values()),
+            "shared_memory": service.shares_memory,
+            "extensions": list[Json](sorted(service.extensions)),
+            "seconds_per_query": seconds,
+        }
+    finally:
+        service.close()
+    return document, timed
+
+
+def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[str, Json], float]:
+    """Measure what a run would before its first step, without a run.
+
+    Returns the signal, what run.json would keep of it, and the published value of the setting that
+    it depends on.
+
+    Raises: ConfigError for a method that has none; ZtuneError.
+    """
+    _, split = read_split(run_config)
+    with tempfile.TemporaryDirectory() as folder:
+        run = TrainingRun(run_config, split, RunFolder(Path(folder)), model)
+        run.check()
+        signal, document = run.signal()
+    return signal, document, run.published
+
+
+def seconds_per_query(graph: PromptGraph, width: int) -> tuple[float, str]:
+    """Return the median of some calls over their candidates, in seconds, and what was timed."""
+    encoder = graph.encoder(_WORDS, _CONTEXT, _CANDIDATES)
+    contexts = np.zeros((_CANDIDATES, _CONTEXT, width), dtype=np.float32)
+    encoder.encode(contexts)
+    times = []
+    for _ in range(_CALLS):
+        started = time.perf_counter()
+        encoder.encode(contexts)
+        times.append(time.perf_counter() - started)
+    what = f"{len(_WORDS)} classes, {_CONTEXT} context tokens, text side"
+    return float(np.median(times)) / _CANDIDATES, what
