@@ -62,7 +62,7 @@ export: $(VENV)/.full
 
 mini: $(VENV)/.full
 	rm -rf build/mini
-	$(BIN)/python -m export.mini --out build/mini/checkpoint
+	$(BIN)/python -m examples.mini_clip --out build/mini/checkpoint
 	$(BIN)/ztune export --model local-dir:build/mini/checkpoint --tokenizer build/mini/checkpoint/tokenizer.json --licence Apache-2.0 --image-tokens --out build/mini/bundle
 	cp build/mini/checkpoint/figures.json build/mini/bundle/training.json
 	rm -rf models/mini

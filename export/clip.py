@@ -37,7 +37,7 @@ CONFIG = "open_clip_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth")
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 _OFFLINE_HINT = (
-    "pass a local checkpoint instead: --pretrained FILE, or --model local-dir:FOLDER "
+    "pass a local checkpoint instead: `pretrained=FILE`, or `model` local-dir:FOLDER "
     f"with {CONFIG} and the weights"
 )
 
@@ -88,7 +88,7 @@ def load_clip(
     Raises: ConfigError for what cannot be loaded as asked, ZtuneError where the network is missing.
     """
     if pretrained is not None and random_weights is not None:
-        raise ConfigError("--pretrained and --random-weights exclude each other")
+        raise ConfigError("`pretrained` and `random_weights` exclude each other")
     with _quiet() as messages:
         weights = _resolve(model, pretrained, preprocess_from, random_weights)
         if weights.config["text_cfg"].get("hf_model_name"):
@@ -153,7 +153,7 @@ def _resolve(
     if schema is not None:
         if pretrained is not None:
             raise ConfigError(
-                f'model "{model}" brings its own weights: drop --pretrained "{pretrained}"'
+                f'model "{model}" brings its own weights: drop `pretrained` "{pretrained}"'
             )
         return _from_folder(model, schema, identifier, preprocess_from, random_weights)
     return _from_registry(identifier.replace("/", "-"), pretrained, preprocess_from, random_weights)
@@ -193,7 +193,7 @@ def _from_folder(
     elif not {"mean", "std"} <= preprocess.keys():
         raise ConfigError(
             f'model "{model}": its {CONFIG} has no "preprocess_cfg" with mean and std; add it, or '
-            "say how its pictures were prepared with --preprocess-from MODEL:TAG or a JSON file"
+            "say how its pictures were prepared with `preprocess_from=MODEL:TAG` or a JSON file"
         )
     return _Weights(config, preprocess, quick_gelu, None)
 
@@ -216,14 +216,14 @@ def _from_registry(
     if pretrained is None and random_weights is None:
         shown = f"tags of {name}: {', '.join(tags)}" if tags else f"{name} has no published tags"
         raise ConfigError(
-            f'model "{name}" needs --pretrained TAG or FILE ({shown}); '
-            "--random-weights SEED is for tests"
+            f'model "{name}" needs `pretrained` TAG or FILE ({shown}); '
+            "`random_weights=SEED` is for tests"
         )
     published = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     if pretrained is not None and not published and not Path(pretrained).is_file():
         close = difflib.get_close_matches(pretrained.lower(), tags, n=3) or tags
         raise ConfigError(
-            f'--pretrained "{pretrained}" is no file and no tag of {name}'
+            f'`pretrained` "{pretrained}" is no file and no tag of {name}'
             + (f"; tags: {', '.join(close)}" if close else "; it has no published tags")
         )
     if preprocess_from is not None:
@@ -255,7 +255,7 @@ def _agreed(name: str, tags: list[str], quick_gelu: bool, strict: bool) -> Mappi
     if strict and (len(ways) > 1 or bool(agreed[0].get("quick_gelu")) != quick_gelu):
         kinds = "; ".join(", ".join(like) for _, like in ways.values())
         raise ConfigError(
-            f"a checkpoint file of {name} needs --preprocess-from TAG or FILE.json: published "
+            f"a checkpoint file of {name} needs `preprocess_from` TAG or FILE.json: published "
             f"weights of {name} differ in mean, std, resizing or QuickGELU (alike are: {kinds})"
         )
     return agreed[0]
@@ -271,24 +271,24 @@ def _preprocess_from(model: str, source: str) -> tuple[Mapping[str, Any], bool |
     if not path.is_file():
         tags = open_clip.list_pretrained_tags_by_model(name or model)
         raise ConfigError(
-            f'--preprocess-from "{source}" is no file and no tag of {name or model}'
+            f'`preprocess_from` "{source}" is no file and no tag of {name or model}'
             + (
                 f" (tags: {', '.join(tags)})"
                 if tags
                 else " (MODEL:TAG names any published weights)"
             )
         )
-    values: Any = read_json(path, "--preprocess-from")
+    values: Any = read_json(path, "`preprocess_from`")
     values = values.get("preprocess_cfg", values)
     known = (*_PREPROCESS, "quick_gelu", "size", "mode")
     if not isinstance(values, dict) or not {"mean", "std"} <= values.keys() <= set(known):
         raise ConfigError(
-            f"--preprocess-from {source}: expected an object with mean, std and optionally "
+            f"`preprocess_from` {source}: expected an object with mean, std and optionally "
             f"{', '.join(known[2:])}"
         )
     quick_gelu = values.get("quick_gelu")
     if quick_gelu is not None and not isinstance(quick_gelu, bool):
-        raise ConfigError(f'--preprocess-from {source}: "quick_gelu" must be true or false')
+        raise ConfigError(f'`preprocess_from` {source}: "quick_gelu" must be true or false')
     return values, quick_gelu
 
 
@@ -336,7 +336,7 @@ def _tokenizer(
 ) -> Vocabulary:
     tower = text_tower(module)
     with _network(
-        f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: --tokenizer FILE"
+        f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
     ):
         return find_vocabulary(
             model,

@@ -149,7 +149,7 @@ def visual_tower(model: Any) -> towers.VisionTransformer:
         inner = getattr(tower, "trunk", tower)
         raise ConfigError(
             f"image tower {type(inner).__name__} takes no image tokens: visual tokens need "
-            "open_clip's own VisionTransformer (leave out --image-tokens)"
+            "open_clip's own VisionTransformer (leave out `image_tokens`)"
         )
     assert isinstance(tower, towers.VisionTransformer)
     return tower

@@ -57,14 +57,14 @@ class Serving:
         ):
             value = getattr(self, name)
             if value not in known:
-                raise ConfigError(f'--{name} is "{value}", expected {", ".join(known)}')
+                raise ConfigError(f'`{name}` is "{value}", expected {", ".join(known)}')
         for name in ("instances", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}, expected at least 1")
+                raise ConfigError(f"`{name}` is {value}, expected at least 1")
         if self.backend == "python" and self.accelerator == "tensorrt":
             raise ConfigError(
-                "--accelerator tensorrt goes with --backend onnxruntime (the Python backend runs "
+                "`accelerator=tensorrt` goes with `backend=onnxruntime` (the Python backend runs "
                 "graphs on cpu or cuda)"
             )
 
@@ -111,7 +111,7 @@ def export_triton(
     name = bundle.path.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f'"{name}" cannot name models, expected letters, digits, - and _ (use --name NAME)'
+            f'"{name}" cannot name models, expected letters, digits, - and _ (use `name=NAME`)'
         )
     _check_accelerator(bundle, serving)
     names = []
@@ -131,7 +131,7 @@ def _check_accelerator(bundle: Bundle, serving: Serving) -> None:
         reason, _, _ = str(error).partition(" (")
         other = "none" if bundle.precision == "int8" else "cuda"
         raise ConfigError(
-            f"{reason} (use --accelerator {other}, or serve the fp32 bundle)"
+            f"{reason} (use `accelerator` {other}, or serve the fp32 bundle)"
         ) from None
 
 

@@ -67,11 +67,11 @@ def find_vocabulary(
     default = "lower" if simple else "canonicalize" if siglip else "whitespace"
     cleaning = options.get("clean", default)
     if file is not None:
-        raw, found_pad, where = _read(file), _pad_of(file), f"--tokenizer {file}"
+        raw, found_pad, where = _read(file), _pad_of(file), f"`tokenizer` {file}"
     elif simple:
         if {"additional_special_tokens", "bpe_path", "reduction_mask"} & options.keys():
             raise ConfigError(
-                f'model "{model}": its tokenizer_kwargs are not supported; pass --tokenizer FILE'
+                f'model "{model}": its tokenizer_kwargs are not supported; pass `tokenizer=FILE`'
             )
         return _checked(simple_tokenizer(cleaning), pad_id, table_size, model)
     else:
@@ -80,7 +80,7 @@ def find_vocabulary(
         if backend is None:
             raise ConfigError(
                 f'model "{model}": its tokenizer {type(reference).__name__} cannot be had as '
-                "tokenizers JSON; pass --tokenizer FILE"
+                "tokenizers JSON; pass `tokenizer=FILE`"
             )
         raw, found_pad, where = json.loads(backend.to_str()), reference.pad_token_id, model
     if pad_id is None:
@@ -92,7 +92,7 @@ def find_vocabulary(
     if pad_id is None:
         raise ConfigError(
             f'{where} names no padding token, and the text tower of "{model}" sees the padding; '
-            "say which id it was trained with: --pad-id N"
+            "say which id it was trained with: `pad_id=N`"
         )
     prefix, suffix = _specials(raw, where)
     if options.get("strip_sep_token"):
@@ -117,7 +117,7 @@ def _checked(vocabulary: Vocabulary, pad_id: int | None, table_size: int, where:
         raise ConfigError(
             f"{where}: the tokenizer has ids up to {largest}, the model's token table has "
             f"{table_size} rows: it is not this model's tokenizer; pass the right one: "
-            "--tokenizer FILE"
+            "`tokenizer=FILE`"
         )
     return vocabulary
 
@@ -210,7 +210,7 @@ def _read(file: Path) -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(content)
     except Exception as error:  # tokenizers raises plain Exception
         raise ConfigError(
-            f"--tokenizer {file} cannot be read as a tokenizers JSON ({error})"
+            f"`tokenizer` {file} cannot be read as a tokenizers JSON ({error})"
         ) from None
     return raw
 

@@ -26,11 +26,11 @@ def why_not(plan: Plan, n_candidates: int, execution: Execution) -> str | None:
         return "switched off"
     n_groups = len(plan.groups)
     if n_groups > 1:
-        return f"the classes take {n_groups} calls of different shapes (raise --memory-limit)"
+        return f"the classes take {n_groups} calls of different shapes (raise `memory_limit`)"
     if n_candidates % plan.n_candidates:
         return (
             f"{n_candidates} candidates take calls of different shapes, at most "
-            f"{plan.n_candidates} each (raise --memory-limit)"
+            f"{plan.n_candidates} each (raise `memory_limit`)"
         )
     return None
 

@@ -97,7 +97,7 @@ def make_plan(
                 return found
     least = math.ceil((kept + call_bytes(tokens.max(keepdims=True), sizes, 1)) / _MB)
     raise ConfigError(
-        f"--memory-limit {limit} (MB) is too small for one class and one candidate at a time; the "
+        f"`memory_limit` {limit} (MB) is too small for one class and one candidate at a time; the "
         f"least that works for these {len(order)} classes is {least}"
     )
 

@@ -61,9 +61,9 @@ class Execution:
         for name in ("threads", "memory_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+                raise ConfigError(f"`{name}` is {value}, expected at least 1")
         if self.threads is not None and self.threads > _MOST_THREADS:
-            raise ConfigError(f"--threads is {self.threads}, expected at most {_MOST_THREADS}")
+            raise ConfigError(f"`threads` is {self.threads}, expected at most {_MOST_THREADS}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
         raise ProviderError(
             f"provider {provider} is not in this build of onnxruntime {ort.__version__} (it has "
             f"{', '.join(ort.get_available_providers())}); install 'ztune[gpu]' in place of "
-            "'ztune[cpu]', or use --provider cpu"
+            "'ztune[cpu]', or use `provider=cpu`"
         )
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -199,12 +199,12 @@ def check_precision(precision: str, provider: str) -> None:
     if precision == "int8" and provider != "cpu":
         raise ProviderError(
             f"an int8 bundle cannot run on {provider}: its dynamic quantization is made for CPUs "
-            "(use the fp32 bundle there, or --provider cpu)"
+            "(use the fp32 bundle there, or `provider=cpu`)"
         )
     if precision == "fp16" and provider == "cpu":
         raise ProviderError(
             "an fp16 bundle cannot run on cpu: ONNX Runtime is known to crash on such graphs there "
-            "(use the fp32 or int8 bundle, or --provider cuda)"
+            "(use the fp32 or int8 bundle, or `provider=cuda`)"
         )
 
 

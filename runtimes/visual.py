@@ -197,7 +197,7 @@ class TokenPrompts:
         if bundle.visual is None:
             raise FormatError(
                 f'bundle "{bundle.path}" has no {IMAGE_PROMPTED}: its image tower takes no tokens '
-                "(export the model again with --image-tokens)"
+                "(export the model again with `image_tokens`)"
             )
         self._spec, self._width = bundle.image, bundle.visual.width
         self._tower = _Tower(bundle, execution, "image_prompted")

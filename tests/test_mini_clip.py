@@ -10,13 +10,13 @@ pytest.importorskip("open_clip")
 
 from tokenizers import Tokenizer
 
-from export.mini import captions as c
-from export.mini import digits
-from export.mini.pictures import draw
-from export.mini.tokens import CONTEXT_LENGTH, END, START, build_tokenizer, encode
-from export.mini.train import Settings, evaluate, train
+from examples.mini_clip import captions as c
+from examples.mini_clip import digits
+from examples.mini_clip.pictures import draw
+from examples.mini_clip.tokens import CONTEXT_LENGTH, END, START, build_tokenizer, encode
+from examples.mini_clip.train import Settings, evaluate, train
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_checkpoint_opens_in_open_clip(tokenizer: Tokenizer, tmp_path: Path)
     import open_clip
     import torch
 
-    from export.mini.__main__ import save
+    from examples.mini_clip.__main__ import save
 
     model, _ = train(tokenizer, Settings(steps=1, batch=8, workers=0))
     save(tmp_path, model, tokenizer, {"loss": 1.0})

@@ -50,7 +50,7 @@ class RunChecks:
             if run_config.reference or run_config.force:
                 raise ConfigError(
                     f"{run_config.method} has no steps, so no signal to measure: leave out "
-                    "--reference and --force"
+                    "`reference` and `force`"
                 )
         else:
             self._check_contexts(tuned, start())
@@ -66,7 +66,7 @@ class RunChecks:
         given, hint = EVERYTHING - runtime.withheld, runtime.hint
         if self.model.served is None and self.model.bundle.visual is None:
             given = given - {IMAGE_TOKENS}
-            hint = "export a ViT with --image-tokens"
+            hint = "export a ViT with `image_tokens`"
         needs = needs_of_all() | {method.name: needs_of(method, self.run_config.method_config)}
         require_access(method.name, given, needs, hint)
 
@@ -85,14 +85,14 @@ class RunChecks:
         if config.program is not None and run_config.reference:
             raise ConfigError(
                 f"{run_config.method} encodes pictures anew, so there is no signal to measure: "
-                "leave out --reference"
+                "leave out `reference`"
             )
         if config.program is None and config.finest and not self.measured:
             open_reference(run_config.reference, self.model.bundle)
         if config.finest is None and (run_config.reference or run_config.force):
             raise ConfigError(
                 f"{run_config.method} takes no differences of losses, so there is no signal to "
-                "measure: leave out --reference and --force"
+                "measure: leave out `reference` and `force`"
             )
 
     def _check_pictures(self, config: TunedConfig) -> None:
@@ -101,15 +101,15 @@ class RunChecks:
         if config.mixes and run_config.validates:
             raise ConfigError(
                 f"{run_config.method} has no single point to validate, and finds its weights by "
-                "cross-validation: leave out --keep and --patience"
+                "cross-validation: leave out `keep` and `patience`"
             )
         if config.keeps_batch and run_config.augment:
             raise ConfigError(
                 f"{run_config.method} sees the same pictures in all rounds, so one random view of "
-                "each: leave out --augment"
+                "each: leave out `augment`"
             )
         if (run_config.validates or config.validates) and not self.split.entries_of("val"):
-            raise ConfigError("a run that validation steers needs validation pictures (--val)")
+            raise ConfigError("a run that validation steers needs validation pictures (`val`)")
 
     def _announce(self, config: TunedConfig) -> None:
         seconds = config.own_seconds(self.run_config.queries)

@@ -74,8 +74,8 @@ def read_labelled(
         chosen = tuple(p for p in dataset.pictures if p.split == "test")
         if not chosen:
             raise DataError(
-                f'data "{place}" has no test pictures of its own (use --split all, or '
-                "--split-file RUN/split.json for those that a run kept)"
+                f'data "{place}" has no test pictures of its own (use `split=all`, or '
+                "`split_file=RUN/split.json` for those that a run kept)"
             )
         dataset = replace(dataset, pictures=chosen)
     digests = digest_pictures(dataset)
@@ -95,8 +95,8 @@ def labelled_of_split(path: Path, split: str, *, pipe: bool = False) -> Labelled
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:
             raise DataError(
-                f"{where} has no test pictures (tune with --test-data or more pictures, or "
-                "evaluate the bundle on other --data)"
+                f"{where} has no test pictures (tune with `test_data` or more pictures, or "
+                "evaluate the bundle on other `data`)"
             )
     whole.check_unchanged()
     items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
@@ -239,7 +239,7 @@ def encode_test(
 
 
 def extractor_for(artifact: Artifact | None, named: Path | None, known: str | None) -> Path | None:
-    """Return the checked extractor that the artifact needs: as --extractor named it, else its run.
+    """Return the checked extractor that the artifact needs: as `extractor` names it, else its run.
 
     Raises: ConfigError, also when one was named and none is needed.
     """
@@ -247,7 +247,7 @@ def extractor_for(artifact: Artifact | None, named: Path | None, known: str | No
         return required_extractor(artifact, named or (Path(known) if known else None))
     if named is not None:
         what = "templates need no" if artifact is None else "the result was tuned without an"
-        raise ConfigError(f"{what} extractor; leave out --extractor")
+        raise ConfigError(f"{what} extractor; leave out `extractor`")
     return None
 
 
@@ -259,17 +259,17 @@ def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
     if path is None:
         raise ConfigError(
             "the visual prompt was tuned with a feature extractor of its own: name it with "
-            "--extractor FILE"
+            "`extractor=FILE`"
         )
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(
             f'the feature extractor "{path}" of the visual prompt {state}; put it back, or '
-            "name where it is now with --extractor FILE"
+            "name where it is now with `extractor=FILE`"
         )
     if sha256(path) != artifact.extractor:
         raise ConfigError(
-            f'--extractor "{path}" is not the one that the visual prompt was tuned with '
+            f'`extractor` "{path}" is not the one that the visual prompt was tuned with '
             f"(SHA-256 {artifact.extractor[:12]}… expected)"
         )
     return path
@@ -304,7 +304,7 @@ def classify(
             except DataError as error:
                 if not skip_broken:
                     raise DataError(
-                        f"{error} (repair or remove it, or use --skip-broken)"
+                        f"{error} (repair or remove it, or use `skip_broken`)"
                     ) from None
                 kept[number] = False
             if len(waiting) == size:

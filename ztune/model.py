@@ -172,7 +172,7 @@ class Model:
             if set(wanted) - set(artifact.classes):
                 warn(
                     "a mixture's weights were found for the classes it was tuned on; for other "
-                    "class names one context does better (--method ogn-context)"
+                    "class names one context does better (`method=ogn-context`)"
                 )
             texts = self.mixed(artifact, wanted)
         elif artifact.context is None:

@@ -243,15 +243,15 @@ def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
         reference = load_bundle(Path(path))
         reference.file("prompt.onnx")
     except FormatError as error:
-        raise ConfigError(f"--reference: {error}") from None
+        raise ConfigError(f"`reference`: {error}") from None
     if reference.model_id != bundle.model_id:
         raise ConfigError(
-            f'--reference "{path}" is of another model than "{bundle.path}" (name the fp32 bundle '
+            f'`reference` "{path}" is of another model than "{bundle.path}" (name the fp32 bundle '
             "that it was derived from, or leave it out)"
         )
     if reference.precision != "fp32" or bundle.precision == "fp32":
         raise ConfigError(
-            f'--reference "{path}" is {reference.precision} for a bundle in {bundle.precision}, '
+            f'`reference` "{path}" is {reference.precision} for a bundle in {bundle.precision}, '
             "expected fp32 for one in int8 or fp16 (leave it out to use the bundle's own graph)"
         )
     return reference
@@ -271,9 +271,9 @@ def advice(signal: Signal, document: Mapping[str, Any], published: float) -> str
     ways = []
     if signal.ratio <= _NO_SIGNAL and perturbation < published:
         # Losses that differ by rounding alone do not say how far they would have to be apart.
-        ways.append(f"the published {setting} (--set {setting}={published:g})")
+        ways.append(f"the published {setting} (`settings` {setting}={published:g})")
     elif enough := signal.perturbation_needed(perturbation):
-        ways.append(f"a larger {setting} (--set {setting}={enough:g})")
+        ways.append(f"a larger {setting} (`settings` {setting}={enough:g})")
     if document["precision"] != "fp32":
         ways.append("the fp32 bundle")
     return f"use {' or '.join(ways)}" if ways else "no perturbation is likely to be large enough"
@@ -297,7 +297,7 @@ def require_signal(
     except NoReferenceError as error:
         document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:
-            raise RefusedError(f"{error} (go on without it with --force)", document) from None
+            raise RefusedError(f"{error} (go on without it with `force`)", document) from None
         warn(f"signal-to-noise was not measured: {error}")
         return document
     progress.remark(described(signal, document))
@@ -310,7 +310,7 @@ def require_signal(
         f"({advice(signal, document, published)}"
     )
     if not force:
-        raise RefusedError(f"{weak}, or go on with --force)", document)
+        raise RefusedError(f"{weak}, or go on with `force`)", document)
     warn(f"{weak})")
     return document
 
@@ -322,7 +322,7 @@ ENCODED_ANEW = (
 )
 SERVED = (
     "the signal of a server's model cannot be measured without a bundle here",
-    "name the fp32 bundle with --reference",
+    "name the fp32 bundle with `reference`",
 )
 
 
@@ -336,7 +336,7 @@ def unmeasured(reason: str, remedy: str, precision: str, *, force: bool) -> dict
         return document
     if not force:
         raise RefusedError(
-            f"{reason}, and the bundle is {precision} ({remedy}, or go on with --force)",
+            f"{reason}, and the bundle is {precision} ({remedy}, or go on with `force`)",
             document,
         )
     warn(f"{reason}, and the bundle is {precision}")

@@ -68,28 +68,28 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.queries < 1:
-            raise ConfigError(f"--queries is {self.queries}, expected at least 1")
+            raise ConfigError(f"`queries` is {self.queries}, expected at least 1")
         if self.preset not in PRESETS:
             raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
         if self.augment < 0:
-            raise ConfigError(f"--augment is {self.augment}, expected 0 or more views")
+            raise ConfigError(f"`augment` is {self.augment}, expected 0 or more views")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ConfigError(f'--template "{template}" must hold {{}} once')
+                raise ConfigError(f'`templates` "{template}" must hold {{}} once')
         if self.keep not in ("last", "best"):
-            raise ConfigError(f'--keep is "{self.keep}", expected last or best')
+            raise ConfigError(f'`keep` is "{self.keep}", expected last or best')
         for name in ("validate_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+                raise ConfigError(f"`{name}` is {value}, expected at least 1")
         if self.validate_every is not None and not self.validates:
-            raise ConfigError("--validate-every goes with --keep best or --patience")
+            raise ConfigError("`validate_every` goes with `keep=best` or `patience`")
         if isinstance(self.snapshots, int) and self.snapshots < 0:
-            raise ConfigError(f"--snapshots is {self.snapshots}, expected 0 or more")
+            raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
         if self.validates and self.val == 0:
-            raise ConfigError("--keep best and --patience need validation pictures (--val)")
+            raise ConfigError("`keep=best` and `patience` need validation pictures (`val`)")
 
     @cached_property
     def method_config(self) -> Any:
@@ -103,17 +103,17 @@ class RunConfig:
         if tuned is None:
             for name in ("keep", "patience", "snapshots", "extractor"):
                 if getattr(self, name) != getattr(RunConfig, name):
-                    raise ConfigError(f"{self.method} has no steps: leave out --{name}")
+                    raise ConfigError(f"{self.method} has no steps: leave out `{name}`")
             return config
         least = tuned.step_queries()
         if self.queries < least:
             what = "one step" if least <= tuned.round_size else "its first step"
             raise ConfigError(
-                f"--queries {self.queries} is less than {what} of {self.method}, which costs "
+                f"`queries` {self.queries} is less than {what} of {self.method}, which costs "
                 f"{least}"
             )
         if self.extractor is not None and tuned.program != "decoder":
-            raise ConfigError(f"{self.method} has no decoder: leave out --extractor")
+            raise ConfigError(f"{self.method} has no decoder: leave out `extractor`")
         return config
 
     @property
@@ -148,7 +148,7 @@ class RunConfig:
                 share = float(fraction)
             except ValueError:
                 raise ConfigError(
-                    f'--test-fraction is "{fraction}", expected auto or a number in [0, 1)'
+                    f'`test_fraction` is "{fraction}", expected auto or a number in [0, 1)'
                 ) from None
             return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
         return SplitSettings(self.shots, self.val, "auto", self.split_seed, self.seed)
@@ -165,23 +165,23 @@ def _counts(listed: str) -> list[int]:
     parts = [part.strip() for part in listed.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise ConfigError(
-            f'--snapshots is "{listed}", expected a number, or query counts as in 25,50,100'
+            f'`snapshots` is "{listed}", expected a number, or query counts as in 25,50,100'
         )
     return sorted({int(part) for part in parts})
 
 
 def place_of(data: str, root: Path | None) -> str:
-    """Return what --data says as a run keeps it: a known name, else an absolute path.
+    """Return what `data` says as a run keeps it: a known name, else an absolute path.
 
-    Raises: ConfigError for a name without --root, or --root without a name; DataError for a word
+    Raises: ConfigError for a name without `root`, or `root` without a name; DataError for a word
         that is neither name nor path.
     """
     if spec := find_named(data, root):
         return spec.name
     if root is not None:
         raise ConfigError(
-            f'--root goes with the name of a data set, --data "{data}" is a path (leave out '
-            "--root, or see the names: ztune data list)"
+            f'`root` goes with the name of a data set, `data` "{data}" is a path (leave out '
+            "`root`, or see the names: ztune data list)"
         )
     return str(Path(data).resolve())
 
@@ -194,7 +194,7 @@ def remarks_on(run_config: RunConfig) -> list[str]:
     if run_config.templates == (spec.template,):
         return []
     mine = ", ".join(f'"{template}"' for template in run_config.templates)
-    return [f'{spec.title}: the papers take --template "{spec.template}", this is with {mine}']
+    return [f'{spec.title}: the papers take `templates` "{spec.template}", this is with {mine}']
 
 
 def run_config_from_json(values: Mapping[str, Json], where: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Train the embedded default model: ``python -m export.mini --out DIR``."""
+"""Train the embedded default model: ``python -m examples.mini_clip --out DIR``."""
 
 import argparse
 import json
@@ -14,16 +14,16 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from export.mini.pictures import SIZE
-from export.mini.tokens import build_tokenizer
-from export.mini.train import MEAN, STD, Settings, evaluate, model_config, train
+from examples.mini_clip.pictures import SIZE
+from examples.mini_clip.tokens import build_tokenizer
+from examples.mini_clip.train import MEAN, STD, Settings, evaluate, model_config, train
 
 _PACKAGES = ("torch", "open_clip_torch", "tokenizers", "numpy", "pillow", "matplotlib")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure on held-out pictures, write the checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m export.mini", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.mini_clip", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seed", type=int, default=Settings.seed)

@@ -3,7 +3,7 @@
 Placement, fixed before any accuracy was looked at: the digit, 8 x 8 with values 0 to 16, is scaled
 bicubically to 16 pixels, ink white, and centred on a black canvas of 24 pixels.
 
-Run: ``python -m export.mini.digits --out examples/digits``
+Run: ``python -m examples.mini_clip.digits --out examples/digits``
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.mini.captions import DIGITS
+from examples.mini_clip.captions import DIGITS
 
 CANVAS, DIGIT_SIDE = 24, 16  # pixels
 CREDIT: Final = (
@@ -45,7 +45,7 @@ def pictures() -> list[tuple[str, Image.Image]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the pictures and their credit."""
-    parser = argparse.ArgumentParser(prog="python -m export.mini.digits")
+    parser = argparse.ArgumentParser(prog="python -m examples.mini_clip.digits")
     parser.add_argument("--out", type=Path, required=True, help="folder for the class folders")
     out: Path = parser.parse_args(arguments).out
     for name, picture in pictures():

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from export.mini import captions as c
+from examples.mini_clip import captions as c
 
 SIDE: Final = 34  # pixels; glyphs and shapes fill 32 of them, so that the edge is empty
 _DRAWN: Final = 64  # pixels at which a glyph is drawn and thickened before it is shrunk to 32

@@ -5,8 +5,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from export.mini import captions as c
-from export.mini.glyphs import SIDE, Masters, masters
+from examples.mini_clip import captions as c
+from examples.mini_clip.glyphs import SIDE, Masters, masters
 
 SIZE: Final = 24  # pixels, both ways
 _FINE: Final = 2 * SIZE  # drawn at twice the size and averaged

@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from export.mini.captions import COLOUR_NAMES, COUNTS, describe
-from export.mini.pictures import draw
+from examples.mini_clip.captions import COLOUR_NAMES, COUNTS, describe
+from examples.mini_clip.pictures import draw
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH: Final = 24

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from export.mini.captions import NAMES, SUBJECT, Rows, compatible, describe
-from export.mini.pictures import SIZE, draw
-from export.mini.tokens import CONTEXT_LENGTH, encode
+from examples.mini_clip.captions import NAMES, SUBJECT, Rows, compatible, describe
+from examples.mini_clip.pictures import SIZE, draw
+from examples.mini_clip.tokens import CONTEXT_LENGTH, encode
 
 MEAN, STD = 0.5, 0.25  # of pixels in [0, 1], every channel
 _MAX_LOGIT_SCALE: Final = math.log(100)

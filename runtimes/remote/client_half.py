@@ -44,13 +44,13 @@ def client_half(service: Service, shipped: Path | None, progress: Progress) -> B
             _, digest = _sizes(service)
             if digest is not None and digest.hex() != bundle.digest:
                 raise ServerError(
-                    f'{service.location} serves another bundle than --client "{shipped}" '
+                    f'{service.location} serves another bundle than `client` "{shipped}" '
                     f"({digest.hex()[:12]}…, not {bundle.digest[:12]}…)"
                 )
     elif CLIENT not in service.offers:
         raise ServerError(
             f'{service.location} has no model "{service.model(CLIENT)}" to fetch tokenizer and '
-            "manifest from (name a folder with them: --client FOLDER, made with ztune export "
+            "manifest from (name a folder with them: `client=FOLDER`, made with ztune export "
             "--client)"
         )
     else:

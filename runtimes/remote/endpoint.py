@@ -104,7 +104,7 @@ def parse_endpoint(url: str) -> Endpoint:
     endpoint, path = _parsed(url)
     if path.strip("/"):
         raise ConfigError(
-            f'--endpoint "{url}" names a model; expected scheme://host:port (the models are those '
+            f'`endpoints` "{url}" names a model; expected scheme://host:port (the models are those '
             "of the first server)"
         )
     return endpoint
@@ -115,13 +115,13 @@ def _parsed(url: str) -> tuple[Endpoint, str]:
     if "@" in url or "%40" in url:
         raise ConfigError(
             f"an address holds no user or password: put them into {BASIC_AUTH} (user:password) or "
-            "a file (--basic-auth-file)"
+            "a file (`basic_auth_file`)"
         )
     if "?" in url or "#" in url:
         plain = re.split(r"[?#]", url)[0]
         raise ConfigError(
             f'"{plain}…" goes on with ? or #, expected scheme://host:port/NAME (a token belongs '
-            f"into {TOKEN} or a file, --token-file)"
+            f"into {TOKEN} or a file, `token_file`)"
         )
     try:
         parts = urlsplit(url)
@@ -165,20 +165,19 @@ class Connection:
         for name in ("deadline", "give_up"):
             value = getattr(self, name)
             if not 0 < value <= 86_400:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} is {value}, expected seconds, at most a day")
+                raise ConfigError(f"`{name}` is {value}, expected seconds, at most a day")
         if not 1 <= self.max_inflight <= 256:
-            raise ConfigError(f"--max-inflight is {self.max_inflight}, expected 1 to 256")
+            raise ConfigError(f"`max_inflight` is {self.max_inflight}, expected 1 to 256")
         if self.shared_memory not in ("auto", "on", "off"):
             raise ConfigError(
-                f'--shared-memory is "{self.shared_memory}", expected auto, on or off'
+                f'`shared_memory` is "{self.shared_memory}", expected auto, on or off'
             )
         if self.compression not in COMPRESSIONS:
             raise ConfigError(
-                f'--compression is "{self.compression}", expected {", ".join(COMPRESSIONS)}'
+                f'`compression` is "{self.compression}", expected {", ".join(COMPRESSIONS)}'
             )
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("--tls-cert and --tls-key belong together, one of them is missing")
+            raise ConfigError("`tls_cert` and `tls_key` belong together, one of them is missing")
 
     def headers(self, endpoint: Endpoint) -> dict[str, str]:
         """Return what authorises a request: a bearer token or basic auth, from file or environment.
@@ -186,22 +185,22 @@ class Connection:
         Raises: ConfigError for two of them, an empty or unreadable file, a secret that would cross
             a network unencrypted, and a secret or a client's key for a server that nobody named.
         """
-        token = _secret(self.token_file, "--token-file", TOKEN)
-        basic = _secret(self.basic_auth_file, "--basic-auth-file", BASIC_AUTH)
+        token = _secret(self.token_file, "`token_file`", TOKEN)
+        basic = _secret(self.basic_auth_file, "`basic_auth_file`", BASIC_AUTH)
         if token and basic:
             raise ConfigError("both a token and basic auth are given, expected one of them")
         if (token or basic or self.tls_key is not None) and not self._may_be_told(endpoint):
             raise ConfigError(
                 f"{endpoint} is named by the run's file alone, and a secret goes only where the "
                 "command says: give the URL again (ztune tune URL --resume RUN, ztune eval RUN "
-                f"--bundle URL; others with --endpoint), or set {TOKEN_HOST}={endpoint.address}"
+                f"--bundle URL; others with `endpoints`), or set {TOKEN_HOST}={endpoint.address}"
             )
         if not token and not basic:
             return {}
         if not (endpoint.secure or endpoint.local or self.insecure):
             raise ConfigError(
                 f"the token would cross the network unencrypted to {endpoint} (use tritons:// or "
-                "https://, or --insecure where the network itself is safe)"
+                "https://, or `insecure` where the network itself is safe)"
             )
         if token:
             return {"authorization": f"Bearer {token}"}
@@ -223,7 +222,7 @@ class Connection:
         for option in ("tls_ca", "tls_cert", "tls_key"):
             path = getattr(self, option)
             if path is not None:
-                _read(Path(path), f"--{option.replace('_', '-')}")
+                _read(Path(path), f"`{option}`")
 
     def ssl_context(self) -> ssl.SSLContext:
         """Return the context of an https connection.
@@ -237,7 +236,7 @@ class Connection:
                 context.load_cert_chain(self.tls_cert, self.tls_key, password="")
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
-                f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
+                f"the files of `tls_ca`, `tls_cert` and `tls_key` cannot be used ({error})"
             ) from None
         if self.insecure:
             context.check_hostname = False

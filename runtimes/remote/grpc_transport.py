@@ -51,8 +51,8 @@ class GrpcTransport:
         self._compression = None if connection.compression == "none" else connection.compression
         if endpoint.secure and connection.insecure:
             raise ConfigError(
-                "gRPC checks certificates always: leave out --insecure (name the server's own "
-                "certificate with --tls-ca, or use https://)"
+                "gRPC checks certificates always: leave out `insecure` (name the server's own "
+                "certificate with `tls_ca`, or use https://)"
             )
         if endpoint.secure:
             connection.ssl_context()  # gRPC itself tells of unusable files only when it connects
@@ -87,7 +87,7 @@ class GrpcTransport:
             self._opened.add(self._client)
         except Exception as error:  # grpc raises its own kinds, for certificates and keys
             raise ConfigError(
-                f"the files of --tls-ca, --tls-cert and --tls-key cannot be used ({error})"
+                f"the files of `tls_ca`, `tls_cert` and `tls_key` cannot be used ({error})"
             ) from None
 
     def ready(self, seconds: float) -> bool:

@@ -89,11 +89,11 @@ class Served:
         self.service, self.bundle = service, bundle
         self._images, self._losses = images, losses
         if losses not in LOSSES:
-            raise ConfigError(f'--losses is "{losses}", expected {", ".join(LOSSES)}')
+            raise ConfigError(f'`losses` is "{losses}", expected {", ".join(LOSSES)}')
         if losses == "here" and TEXTS not in self.access:
-            raise ConfigError("--losses here: the server gives no text features")
+            raise ConfigError("`losses=here`: the server gives no text features")
         if losses == "server" and SCORE not in service.offers:
-            raise ConfigError(f'--losses server: there is no model "{service.model(SCORE)}"')
+            raise ConfigError(f'`losses=server`: there is no model "{service.model(SCORE)}"')
 
     def close(self) -> None:
         self.service.close()
@@ -135,7 +135,7 @@ class Served:
         if IMAGE not in self.service.offers:
             raise ServerError(
                 f"{self.service.location} offers no image features (encode pictures here with "
-                "--images local and --client BUNDLE, a bundle with image.onnx)"
+                "`images=local` and `client=BUNDLE`, a bundle with image.onnx)"
             )
         return ServedImages(self.service, self.bundle)
 

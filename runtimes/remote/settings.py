@@ -38,9 +38,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if self.images not in ("server", "local"):
-            raise ConfigError(f'--images is "{self.images}", expected server or local')
+            raise ConfigError(f'`images` is "{self.images}", expected server or local')
         if self.images == "local" and self.client is None:
-            raise ConfigError("--images local needs --client BUNDLE, a bundle with image.onnx")
+            raise ConfigError("`images=local` needs `client=BUNDLE`, a bundle with image.onnx")
 
     def connected(self) -> Connection:
         """Return how the server is spoken to.
@@ -86,7 +86,7 @@ def settings_from(values: Mapping[str, Json]) -> ServerSettings:
 
 
 def named_servers(target: Path | str | None, given: Mapping[str, Json]) -> frozenset[Endpoint]:
-    """Return the servers that a command names, by URL and --endpoint: they may be told secrets.
+    """Return the servers that a command names, by URL and `endpoints`: they may be told secrets.
 
     Raises: ConfigError for an address that is none.
     """

@@ -228,10 +228,10 @@ def server_error(error: CallError) -> ServerError:
         "away": "is the address right, and the server up?",
         "busy": "the server has too much to do",
         "broken": "see the server's log",
-        "denied": "give a token with ZTUNE_TOKEN or --token-file, or basic auth with "
-        "ZTUNE_BASIC_AUTH or --basic-auth-file",
+        "denied": "give a token with ZTUNE_TOKEN or `token_file`, or basic auth with "
+        "ZTUNE_BASIC_AUTH or `basic_auth_file`",
     }
     hint = hints.get(error.kind)
     if "TLS failed" in str(error):
-        hint = "see --tls-ca, --tls-cert and --tls-key, which no run keeps"
+        hint = "see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps"
     return ServerError(f"{error} ({hint})" if hint else str(error))

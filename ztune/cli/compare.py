@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ztune.cli.options import add_execution_arguments, add_root_argument
+from ztune.cli.options import (
+    add_execution_arguments,
+    add_root_argument,
+    settings_from_words,
+)
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, DataError, ZtuneError
-from ztune.io.config import as_json, settings_from_words
+from ztune.io.config import as_json
 from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
 from ztune.run_config import RunConfig, place_of, remarks_on
 from ztune.types import Json

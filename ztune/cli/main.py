@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from runtimes.remote.endpoint import is_url
-from ztune.cli.output import Output, fail, show_traceback
+from ztune.cli.output import Output, fail, show_traceback, with_options
 from ztune.errors import ZtuneError
 from ztune.printing import holds_password, printable
 from ztune.progress import warnings_told
@@ -65,6 +65,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# Arguments of the library that options have other names for.
+_ALIASES = {"template": "templates", "endpoint": "endpoints", "set": "settings"}
+
+
+def options_of(top: argparse.ArgumentParser, verb: str) -> dict[str, str]:
+    """Return what stands on the command line for each argument of the library."""
+    (verbs,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    options: dict[str, str] = {}
+    for action in verbs.choices[verb]._actions:
+        shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
+        options |= {action.dest: shown, _ALIASES.get(action.dest, action.dest): shown}
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return 0, 1 for an error (2 for wrong usage), 130 when interrupted."""
     # Without this, a warning of tokenizers' about forking reaches the user.
@@ -78,19 +92,21 @@ def main(argv: list[str] | None = None) -> int:
             "ZTUNE_BASIC_AUTH (user:password) or a file (--basic-auth-file)"
         )
         return 1
-    arguments = parser().parse_args(words)
+    everything = parser()
+    arguments = everything.parse_args(words)
+    options = options_of(everything, arguments.verb)
     signal.signal(signal.SIGTERM, _terminate)
     hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(hangup, _terminate)
     try:
-        output = Output(arguments.quiet, arguments.json)
+        output = Output(arguments.quiet, arguments.json, options)
         with warnings_told(output.warn):
             arguments.run(arguments, output)
     except ZtuneError as error:
         if arguments.debug:
             show_traceback(error)
-        fail(str(error))
+        fail(with_options(str(error), options))
         return 1
     except KeyboardInterrupt as stop:
         fail(f"stopped{f' ({stop})' if str(stop) else ''}")

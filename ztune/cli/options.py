@@ -10,9 +10,10 @@ from typing import Any
 
 from runtimes.remote.settings import to_save
 from ztune.cli.server import server_settings
-from ztune.io.config import settings_from_words
+from ztune.errors import ConfigError
 from ztune.methods import TunedMethod, find_method
 from ztune.run_config import RunConfig, place_of
+from ztune.types import Json
 
 
 def add_execution_arguments(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
@@ -66,3 +67,17 @@ def run_config_from_arguments(arguments: argparse.Namespace, asked: Sequence[str
         views = method.augment if isinstance(method, TunedMethod) else 0
         run_config = replace(run_config, augment=views)
     return run_config
+
+
+def settings_from_words(words: list[str]) -> dict[str, Json]:
+    """Return {key: text} of words `key=value`.
+
+    Raises: ConfigError for a word without `=`.
+    """
+    settings: dict[str, Json] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f'--set takes key=value, got "{word}"')
+        settings[key.strip().replace("-", "_")] = value
+    return settings

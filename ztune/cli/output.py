@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 import traceback
@@ -24,9 +25,12 @@ class Output:
     It is the Progress that the library tells what is under way.
     """
 
-    def __init__(self, quiet: bool = False, as_json: bool = False):
+    def __init__(
+        self, quiet: bool = False, as_json: bool = False, options: Mapping[str, str] | None = None
+    ):
         self.quiet = quiet
         self.as_json = as_json
+        self._options = options or {}
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
@@ -43,11 +47,11 @@ class Output:
     def remark(self, text: str) -> None:
         """Say something on the way."""
         if not self.quiet:
-            self._errors.print(printable(text))
+            self._errors.print(printable(with_options(text, self._options)))
 
     def warn(self, text: str) -> None:
         """Say what must be heard, also with --quiet."""
-        self._errors.print(printable(f"warning: {text}"))
+        self._errors.print(printable(with_options(f"warning: {text}", self._options)))
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""
@@ -60,6 +64,24 @@ class Output:
     def activity(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
         return Ticker(self._errors, what, total, self.quiet)
+
+
+_ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+
+
+def with_options(text: str, options: Mapping[str, str]) -> str:
+    """Return what the library says of its arguments in the words of the command line.
+
+    It writes `name` or `name=value`; `options` has what stands for a name here. An argument that
+    the verb has no option for stays as it is.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        if found[1] not in options:
+            return found[0]
+        return options[found[1]] if found[2] is None else f"{options[found[1]]} {found[2]}"
+
+    return _ARGUMENT.sub(option, text)
 
 
 class Ticker:

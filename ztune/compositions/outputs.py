@@ -64,7 +64,7 @@ class Answers(Defaults):
             if changed:
                 raise ConfigError(
                     f"answers=loss leaves nothing to fit and takes ZIP's steps: leave out "
-                    f"{', '.join(changed)} (or tune with --method zip and its settings)"
+                    f"{', '.join(changed)} (or tune with `method=zip` and its settings)"
                 )
 
     @property

@@ -108,7 +108,7 @@ def encode_pictures(
             if isinstance(pixels, DataError):
                 if not skip_broken:
                     raise DataError(
-                        f"{pixels} (repair or remove it; tune, compare and eval take --skip-broken)"
+                        f"{pixels} (repair or remove it; tune, compare and eval take `skip_broken`)"
                     )
                 broken.add(job.sha256)
                 continue

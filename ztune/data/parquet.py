@@ -5,7 +5,7 @@ own metadata say which columns these are and what the classes are called. The pi
 once, to a folder beside the files, which then serves like any other:
 
     pictures/train/00000000.png ...
-    manifest.jsonl        as `--data` takes it
+    manifest.jsonl        as `data` takes it
     split.json            the same as lists with labels (coop.py), in the order of the rows
     source.json           which files it was made from
 

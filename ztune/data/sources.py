@@ -110,11 +110,11 @@ def find_named(place: str, root: Path | None) -> Spec | None:
     if exists and not (root and _is_same(Path(place), root / spec.folder)):
         raise ConfigError(
             f'"{place}" is the name of a data set and a path here (write "./{place}" for the '
-            f"path; to mean the data set of the name, start elsewhere and give --root DIR)"
+            f"path; to mean the data set of the name, start elsewhere and give `root=DIR`)"
         )
     if root is None:
         raise ConfigError(
-            f'"{place}" is the name of a data set, and there is no path of that name (add --root '
+            f'"{place}" is the name of a data set, and there is no path of that name (add `root` '
             f'DIR, the folder that holds "{spec.folder}")'
         )
     return spec
@@ -138,7 +138,7 @@ def _is_same(path: Path, other: Path) -> bool:
 def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
     """Read a data set by name, and keep what has to be made where its folder may be written."""
     if names is not None:
-        raise ConfigError(f'data set "{spec.name}" brings its class names; leave out --names')
+        raise ConfigError(f'data set "{spec.name}" brings its class names; leave out `names`')
     return read_named(spec.name, root, save=os.access(data_folder(spec, root), os.W_OK))
 
 

@@ -48,15 +48,15 @@ class SplitSettings:
 
     def __post_init__(self) -> None:
         if self.shots < 1:
-            raise ConfigError(f"--shots is {self.shots}, expected at least 1")
+            raise ConfigError(f"`shots` is {self.shots}, expected at least 1")
         if self.n_val is not None and self.n_val < 0:
-            raise ConfigError(f"--val is {self.n_val}, expected 0 or more")
+            raise ConfigError(f"`val` is {self.n_val}, expected 0 or more")
         if self.test_fraction != "auto" and not 0 <= self.test_fraction < 1:
             raise ConfigError(
-                f"--test-fraction is {self.test_fraction}, expected auto or a number in [0, 1)"
+                f"`test_fraction` is {self.test_fraction}, expected auto or a number in [0, 1)"
             )
         if min(self.seed, self.split_seed) < 0:
-            raise ConfigError("--seed and --split-seed are 0 or more")
+            raise ConfigError("`seed` and `split_seed` are 0 or more")
 
     @property
     def wanted_val(self) -> int:
@@ -68,7 +68,7 @@ class Entry:
     """One picture and what it is for."""
 
     root: str
-    """Which of the split's roots it lies under: data, or test (from --test-data)."""
+    """Which of the split's roots it lies under: data, or test (from `test_data`)."""
     path: str
     """Relative to that root, with forward slashes."""
     sha256: str
@@ -246,8 +246,8 @@ def make_split(
     classes, notes = dataset.classes, [*dataset.notes]
     has_splits = dataset.pictures[0].split is not None
     if settings.test_fraction != "auto" and (has_splits or test_data):
-        source = "train and test folders of its own" if has_splits else "--test-data"
-        raise DataError(f'data "{dataset.root}" has {source}: leave out --test-fraction')
+        source = "train and test folders of its own" if has_splits else "`test_data`"
+        raise DataError(f'data "{dataset.root}" has {source}: leave out `test_fraction`')
     pool = [
         Entry("data", picture.path, digest, picture.label, picture.split or "train")
         for picture, digest in zip(dataset.pictures, digests, strict=True)
@@ -275,7 +275,7 @@ def make_split(
         by_class, note = _cut_off_test(by_class, classes, settings)
         notes += note
     elif not any(entry.role == "test" for entry in pool):
-        notes.append("no test set: the data has none (supply one with --test-data)")
+        notes.append("no test set: the data has none (supply one with `test_data`)")
     by_class = [_choose(entries, settings) for entries in by_class]
     _check_shots(by_class, pool, classes, settings)
     notes += _check_val(by_class, classes, settings)
@@ -284,7 +284,7 @@ def make_split(
 
 
 def _test_entries(dataset: Dataset, other: Dataset, digests: Sequence[str]) -> list[Entry]:
-    """Return the test pictures of --test-data: its test folder, or all where it has no splits."""
+    """Return the test pictures of `test_data`: its test folder, or all where it has no splits."""
     missing = sorted(set(dataset.classes) - set(other.classes))
     extra = sorted(set(other.classes) - set(dataset.classes))
     if missing or extra:
@@ -293,14 +293,14 @@ def _test_entries(dataset: Dataset, other: Dataset, digests: Sequence[str]) -> l
             for what, names in (("missing", missing), ("not among the data's", extra))
             if names
         )
-        raise DataError(f'--test-data "{other.root}" has other classes than the data ({listed})')
+        raise DataError(f'`test_data` "{other.root}" has other classes than the data ({listed})')
     entries = [
         Entry("test", picture.path, digest, picture.label, "test")
         for picture, digest in zip(other.pictures, digests, strict=True)
         if picture.split in (None, "test")
     ]
     if not entries:
-        raise DataError(f'--test-data "{other.root}" has splits but no test pictures')
+        raise DataError(f'`test_data` "{other.root}" has splits but no test pictures')
     return entries
 
 
@@ -374,7 +374,7 @@ def _cut_off_test(
 ) -> tuple[list[list[Entry]], list[str]]:
     """Give the role test to a part of every class; half of an odd number is rounded down."""
     if settings.test_fraction == 0:
-        return by_class, ["no test set: --test-fraction is 0"]
+        return by_class, ["no test set: `test_fraction` is 0"]
     if settings.test_fraction == "auto":
         fewest = min(range(len(classes)), key=lambda label: len(by_class[label]))
         needed = 2 * (settings.shots + settings.wanted_val)
@@ -382,7 +382,7 @@ def _cut_off_test(
             return by_class, [
                 f'no test set: class "{classes[fewest]}" has {len(by_class[fewest])} pictures, and '
                 f"half is kept for testing from {needed} in every class (supply a test set with "
-                "--test-data, or use --test-fraction)"
+                "`test_data`, or use `test_fraction`)"
             ]
     result = []
     for entries in by_class:
@@ -425,7 +425,7 @@ def _check_shots(
     n_all = Counter(entry.label for entry in pool if entry.role == "train")[label]
     kept = f" ({n_all} less {n_test} kept for testing)" if n_all > n_train else ""
     raise DataError(
-        f'class "{classes[label]}" has {n_train} pictures to tune with{kept}, --shots '
+        f'class "{classes[label]}" has {n_train} pictures to tune with{kept}, `shots` '
         f"{settings.shots} needs {settings.shots}; {len(short)} such class(es) in all (add "
         "pictures or ask for fewer shots)"
     )
@@ -441,8 +441,8 @@ def _check_val(
     name = classes[counts.index(fewest)]
     if settings.n_val is not None:
         raise DataError(
-            f'class "{name}" has {fewest} pictures left for validation, --val {wanted} needs '
-            f"{wanted} (add pictures, or leave out --val to take what is left)"
+            f'class "{name}" has {fewest} pictures left for validation, `val` {wanted} needs '
+            f"{wanted} (add pictures, or leave out `val` to take what is left)"
         )
     if max(counts) == 0:
         return ["no validation pictures: the shots take them all"]

@@ -64,7 +64,7 @@ class Joblib:
         Raises: ConfigError where joblib is not installed.
         """
         if importlib.util.find_spec("joblib") is None:
-            raise ConfigError("--workers needs joblib: pip install 'ztune[joblib]'")
+            raise ConfigError("`workers` needs joblib: pip install 'ztune[joblib]'")
         self.workers = workers
         self._settings = settings
 
@@ -93,7 +93,7 @@ class Joblib:
                 if losses > _MOST_LOSSES:
                     raise ZtuneError(
                         f"the workers were lost {losses} times without an answer (out of memory? "
-                        "take fewer --workers)"
+                        "take fewer `workers`)"
                     ) from None
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise ConfigError("--ray needs ray: pip install 'ztune[ray]'") from None
+            raise ConfigError("`ray` needs ray: pip install 'ztune[ray]'") from None
         self._ray: Any = ray
         self.workers = cluster.workers
         self._settings, self._cluster = settings, cluster
@@ -158,7 +158,7 @@ class Ray:
             if cluster.address == "auto" and isinstance(error, ConnectionError):
                 raise ConfigError(
                     "no Ray cluster runs on this machine (start one with ray start --head, name an "
-                    "address, or use --ray local)"
+                    "address, or use `ray=local`)"
                 ) from None
             raise ConfigError(
                 f'Ray at "{cluster.address}" cannot be reached: {_first_line(error)}'
@@ -177,7 +177,7 @@ class Ray:
                 self.close()
                 raise ConfigError(
                     f"{self.workers} workers with {each:g} {kind} each do not fit the cluster, "
-                    f"which has {there.get(kind, 0.0):g} (take fewer --workers, or a smaller share)"
+                    f"which has {there.get(kind, 0.0):g} (take fewer `workers`, or a smaller share)"
                 )
 
     def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
@@ -202,7 +202,7 @@ class Ray:
                 if losses > _MOST_LOSSES * self.workers:
                     raise ZtuneError(
                         f"{losses} workers were lost without an answer (out of memory? take fewer "
-                        f"--workers): {_first_line(error)}"
+                        f"`workers`): {_first_line(error)}"
                     ) from None
                 waiting.append((place, tasks[place]))
                 actor = self._actor()

@@ -6,11 +6,11 @@
     preset = "published"
     curve = 12                              # points of accuracy on the way; 0: the result alone
 
-    [models]                                # name = bundle; --model takes their place
+    [models]                                # name = bundle; `models` given take their place
     clip = "../bundles/vit-b-16"
 
     [data]
-    caltech101 = {}                         # known by name, below --root
+    caltech101 = {}                         # known by name, below `root`
     photos = { path = "../photos", template = "a photo of a {}." }
 
     [methods]
@@ -313,7 +313,7 @@ def _tables(top: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str,
 
 
 def check_name(name: str, where: str) -> None:
-    """Refuse what cannot name a folder of OUT, or stand in a list like --methods zip,gda.
+    """Refuse what cannot name a folder of OUT, or stand in a list like `zip,gda`.
 
     Raises: ConfigError naming `where`.
     """

@@ -142,7 +142,7 @@ class Preparation:
         }
         if not any(map(self.only.takes, cells)):
             raise ConfigError(
-                "no cell of the plan has all that --methods, --data, --shots and --seeds ask for"
+                "no cell of the plan has all that `methods`, `data`, `shots` and `seeds` ask for"
             )
         # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
         # them from before would take pictures for the same that may have changed since.
@@ -199,7 +199,7 @@ class Preparation:
             lists = own_lists(self.plan.resolved(entry.path), names)
         elif self.root is None:
             raise ConfigError(
-                f'data "{name}" of the plan is known by name: add --root DIR, the folder that '
+                f'data "{name}" of the plan is known by name: add `root=DIR`, the folder that '
                 "holds it (or give its path in the plan)"
             )
         else:

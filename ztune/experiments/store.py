@@ -126,7 +126,7 @@ class Store:
         if application != APPLICATION:
             raise FormatError(f"{self._where}: this is no file of ztune bench")
         if version != VERSION:
-            age, what = ("older", "keep it, and name another --out")
+            age, what = ("older", "keep it, and name another `out`")
             if version > VERSION:
                 age, what = ("newer", "upgrade ztune")
             raise FormatError(

@@ -76,20 +76,6 @@ def _are(value: Json, kind: type) -> bool:
     return isinstance(value, list | tuple) and all(type(part) is kind for part in value)
 
 
-def settings_from_words(words: list[str]) -> dict[str, Json]:
-    """Return {key: text} of words `key=value`.
-
-    Raises: ConfigError for a word without `=`.
-    """
-    settings: dict[str, Json] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f'--set takes key=value, got "{word}"')
-        settings[key.strip().replace("-", "_")] = value
-    return settings
-
-
 def as_json(config: Any) -> dict[str, Json]:
     """Return a config's fields as a JSON object."""
     return dict(dataclasses.asdict(config))

@@ -49,7 +49,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(
-            f'output "{path}" exists and is not empty (remove it, or name another --out)'
+            f'output "{path}" exists and is not empty (remove it, or name another `out`)'
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,14 @@ import pytest
 
 from tests.foreign import NOT_REGULAR
 from ztune.budget import Budget
+from ztune.cli.options import settings_from_words
 from ztune.compositions.steps import ZipConfig
 from ztune.data.cache import FeatureLog
 from ztune.data.manifests import read_class_list, read_names, read_text
 from ztune.data.sources import own_lists
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.store import Store
-from ztune.io.config import configured, settings_from_words
+from ztune.io.config import configured
 from ztune.io.fields import Fields
 from ztune.io.files import (
     inside,
