@@ -43,11 +43,14 @@ from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
     ENCODED_ANEW,
+    FULL_PRECISION,
+    NO_DIFFERENCES,
     SERVED,
     RefusedError,
     Signal,
     SignalCheck,
-    no_differences,
+    leaves_enough,
+    not_needed,
     open_reference,
     require_signal,
     unmeasured,
@@ -412,7 +415,9 @@ class TrainingRun:
         if "signal" not in head and not self.folder.state.exists():
             try:
                 if task.config.finest is None:
-                    signal = no_differences()
+                    signal = not_needed(NO_DIFFERENCES)
+                elif leaves_enough(precision, task.config.finest[1], self.published):
+                    signal = not_needed(FULL_PRECISION)
                 elif task.images is not None:
                     signal = unmeasured(*ENCODED_ANEW, precision, force=force)
                 elif self.model.served is not None and self.run_config.reference is None:
