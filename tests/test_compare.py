@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import DIGITS, MINI, Command
+from ztune.cli.asked import Asked
 from ztune.cli.cells import CellError, call, reason
-from ztune.cli.compare import Asked
 from ztune.cli.course import job_of
 from ztune.cli.main import main
 from ztune.experiments.comparison import Job

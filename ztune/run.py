@@ -137,6 +137,13 @@ class RunFolder:
                 )
         return document
 
+    def is_finished(self) -> bool:
+        """Return whether there is a run that was finished."""
+        try:
+            return self.read().get("status") == "finished"
+        except FormatError:  # not there, or damaged
+            return False
+
     def save(self, tuning: Tuning) -> None:
         """Save the state after a step, whole or not at all, the history before it."""
         if self.history.exists():

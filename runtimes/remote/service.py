@@ -17,17 +17,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from runtimes.remote.clients import open_transport
 from runtimes.remote.contract import PARTS, SCORE, Offer, offer_of
 from runtimes.remote.endpoint import Connection, Endpoint, Location
 from runtimes.remote.shared_memory import Expected, SharedMemory
-from runtimes.remote.transport import (
-    Array,
-    CallError,
-    Request,
-    Transport,
-    open_transport,
-    server_error,
-)
+from runtimes.remote.transport import Array, CallError, Request, Transport, server_error
 from ztune.errors import AwayError, ServerError
 from ztune.types import F32, I64
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtimes.remote.endpoint import Connection, Endpoint
-from ztune.errors import ServerError, ZtuneError
+from runtimes.remote.endpoint import Endpoint
+from ztune.errors import ServerError
 from ztune.types import Json
 
 LARGEST_ANSWER = 1_000_000_000
@@ -107,27 +107,6 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Give the connection up; what is on its way ends at once, without an answer."""
-
-
-def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
-    """Return a connection of the address's protocol; nothing is sent yet.
-
-    Raises: ConfigError for files or secrets that cannot be used, ZtuneError without tritonclient.
-    """
-    connection.check_files()
-    try:
-        if endpoint.protocol == "grpc":
-            from runtimes.remote.grpc_transport import GrpcTransport
-
-            return GrpcTransport(endpoint, connection)
-        from runtimes.remote.http_transport import HttpTransport
-
-        return HttpTransport(endpoint, connection)
-    except ImportError as error:
-        raise ZtuneError(
-            f"a server is spoken to with tritonclient ({error}); install it with: "
-            "pip install 'ztune[triton]'"
-        ) from None
 
 
 def described(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:

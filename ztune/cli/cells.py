@@ -32,13 +32,6 @@ class BusyError(ZtuneError):
     """A cell whose run another process is working on: no failure of its method."""
 
 
-def is_finished(run: Path) -> bool:
-    try:
-        return RunFolder(run).read().get("status") == "finished"
-    except FormatError:  # not there, or damaged
-        return False
-
-
 def carry_out(
     run: Path, tune_words: Sequence[str], eval_words: Sequence[str], log: Path
 ) -> Figures:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ztune.cli.asked import Asked
 from ztune.cli.options import (
     add_execution_arguments,
     add_root_argument,
     settings_from_words,
 )
-from ztune.cli.output import Output
+from ztune.cli.output import Output, table
 from ztune.errors import ConfigError, DataError, ZtuneError
-from ztune.io.config import as_json
-from ztune.methods import METHODS, PRESETS, find_method, method_config, tuned_config
+from ztune.methods import METHODS, PRESETS, find_method
 from ztune.run_config import RunConfig, place_of, remarks_on
 from ztune.types import Json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ztune.data.split import Split
+    from ztune.experiments.comparing import Folder
 
 EXAMPLE = """\
   ztune compare models/mini --data examples/digits --methods zip,gda --seeds 1,2 --out runs/compare
@@ -100,51 +102,9 @@ _COMMON = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is to be compared."""
-
-    base: RunConfig
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    pixel_queries: int
-    settings: Mapping[str, Mapping[str, Json]]
-    """Of each method that has any."""
-
-    def run_config(self, method: str, seed: int) -> RunConfig:
-        """Return what one cell's run is asked for."""
-        settings = self.settings.get(method, {})
-        found = find_method(method)
-        config = tuned_config(found, method_config(found, settings, self.base.preset))
-        run_config = replace(self.base, method=method, seed=seed, settings=settings)
-        if config is None:
-            return replace(run_config, snapshots=0, force=False)
-        if config.finest is None:
-            run_config = replace(run_config, force=False)  # there is no gate to force
-        return (
-            run_config
-            if config.program is None
-            else replace(run_config, queries=self.pixel_queries)
-        )
-
-    def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:
-        """Return what must be the same for cells to stand in one table."""
-        own = ("method", "seed", "cache", "settings")
-        common = {k: v for k, v in as_json(self.base).items() if k not in own}
-        document: dict[str, Json] = json.loads(json.dumps(common))
-        settings: dict[str, Json] = {name: dict(own) for name, own in self.settings.items()}
-        return {
-            **document,
-            "pixel_queries": self.pixel_queries,
-            "settings": settings,
-            "bundle_digest": bundle_digest,
-            "pictures": pictures,
-        }
-
-
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.cli.comparing import Folder, lines_of, write_results
     from ztune.cli.course import Course
+    from ztune.experiments.comparing import Folder, write_results
     from ztune.model import open_model, resolve_execution
 
     asked = _asked(arguments)
@@ -156,14 +116,14 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     for remark in (*remarks_on(base), *split.notes):
         output.remark(remark)
     run_config = asked.to_json(model.bundle.digest, pictures)
-    folder = Folder.open(arguments.out, run_config, _counts(split), output)
+    folder = Folder.open(arguments.out, run_config, _counts(split))
     with folder.locked():
         try:
             Course(asked, model, split, folder, output).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("go on with the same command") from None
         document = write_results(folder, _command(arguments))
-    output.result(document, lines_of(folder))
+    output.result(document, _lines(folder))
     wanted = {(m, s) for m in asked.methods for s in asked.seeds}
     failed = [c for c in folder.cells if c.figures is None and (c.method, c.seed) in wanted]
     n_busy = len(wanted - {(c.method, c.seed) for c in folder.cells})
@@ -172,6 +132,29 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         lacking = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
         lacking += [busy] if n_busy else []
         raise ZtuneError(f"{'; '.join(lacking)}; the same command tries them again")
+
+
+def _lines(folder: Folder) -> list[str | Table]:
+    """Return what a person reads of a comparison."""
+    from ztune.experiments.comparing import (
+        access_sentences,
+        failures,
+        footnotes,
+        table_rows,
+        title,
+    )
+    from ztune.experiments.comparison import COLUMNS
+
+    return [
+        table(title(folder), COLUMNS, table_rows(folder)),
+        "",
+        *failures(folder),
+        *footnotes(folder),
+        "",
+        *access_sentences(folder),
+        "",
+        f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
+    ]
 
 
 def _asked(arguments: argparse.Namespace) -> Asked:

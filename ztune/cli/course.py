@@ -12,15 +12,15 @@ import numpy as np
 
 from runtimes.ort import OrtImageEncoder
 from ztune.access import CONTEXTS
+from ztune.cli.asked import Asked
 from ztune.cli.cells import BusyError, CellError, carry_out
-from ztune.cli.compare import Asked
-from ztune.cli.comparing import Folder
 from ztune.cli.output import Output
 from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
+from ztune.experiments.comparing import Folder
 from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
 from ztune.io.config import as_json
 from ztune.methods import find_method, method_config, tuned_config

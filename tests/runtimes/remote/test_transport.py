@@ -16,17 +16,11 @@ import numpy as np
 import pytest
 
 from runtimes.remote import http_transport, transport
+from runtimes.remote.clients import open_transport
 from runtimes.remote.endpoint import Connection, parse_endpoint
 from runtimes.remote.grpc_transport import GrpcTransport
 from runtimes.remote.http_transport import HttpTransport
-from runtimes.remote.transport import (
-    CallError,
-    Region,
-    Request,
-    Transport,
-    open_transport,
-    server_error,
-)
+from runtimes.remote.transport import CallError, Region, Request, Transport, server_error
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, Pair, TlsProxy, make_certificates

@@ -14,11 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ztune.access import described
-from ztune.cli.cells import is_finished
-from ztune.cli.output import Output, table
 from ztune.errors import ConfigError, FormatError
 from ztune.experiments.comparison import (
     COLUMNS,
@@ -40,6 +36,7 @@ from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
 from ztune.methods import METHODS, HeadMethod, method_config, needs_of
+from ztune.progress import warn
 from ztune.report_compare import Level, Line, draw_against
 from ztune.run import RunFolder
 from ztune.system import machine, versions
@@ -60,9 +57,7 @@ class Folder:
         self.cache = path / "cache"
 
     @classmethod
-    def open(
-        cls, path: Path, request: Mapping[str, Json], counts: Mapping[str, Json], output: Output
-    ) -> Folder:
+    def open(cls, path: Path, request: Mapping[str, Json], counts: Mapping[str, Json]) -> Folder:
         """Make the folder, or take up one that was made for the same request.
 
         Raises: ConfigError when it holds something else, naming what differs.
@@ -83,7 +78,7 @@ class Folder:
             return cls(path, head, [])
         found = cls.read(path)
         found._require_the_same(request)
-        found._tell_what_changed(output)
+        found._warn_of_changes()
         return found
 
     @classmethod
@@ -114,12 +109,12 @@ class Folder:
                 "(repeat it, or name another --out; methods and seeds may be added)"
             )
 
-    def _tell_what_changed(self, output: Output) -> None:
+    def _warn_of_changes(self) -> None:
         fields = self._fields
         then = {**fields.object("versions").values, **fields.object("machine").values}
         changed = differences(then, {**versions(), **machine()})
         if changed:
-            output.warn(f"not as when the comparison began: {'; '.join(changed)}")
+            warn(f"not as when the comparison began: {'; '.join(changed)}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -144,7 +139,8 @@ class Folder:
     def has(self, method: str, seed: int) -> bool:
         """Say whether a cell is finished and its run still there."""
         found = [c for c in self.cells if (c.method, c.seed) == (method, seed)]
-        return bool(found and found[0].figures) and is_finished(self.run_of(method, seed))
+        run = RunFolder(self.run_of(method, seed))
+        return bool(found and found[0].figures) and run.is_finished()
 
     def add(self, cell: Cell) -> None:
         """Take a cell in place of what was known of it, and save."""
@@ -215,33 +211,19 @@ def write_results(folder: Folder, command: str) -> dict[str, Json]:
     return folder.document()
 
 
-def lines_of(folder: Folder) -> list[str | Table]:
-    """Return what a person reads of a comparison."""
-    return [
-        table(_title(folder), COLUMNS, _table_rows(folder)),
-        "",
-        *_failures(folder),
-        *_footnotes(folder),
-        "",
-        *_access_sentences(folder),
-        "",
-        f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
-    ]
-
-
-def _title(folder: Folder) -> str:
+def title(folder: Folder) -> str:
     request = folder._fields.object("request")
     data, bundle = Path(request.text("data")).name, Path(request.text("bundle")).name
     return f"{data} on {bundle}, {request.integer('shots')} shots"
 
 
-def _table_rows(folder: Folder) -> list[tuple[str, ...]]:
+def table_rows(folder: Folder) -> list[tuple[str, ...]]:
     return [
         table_row(row, new_classes=METHODS[row.method].serves_new_classes()) for row in folder.rows
     ]
 
 
-def _failures(folder: Folder) -> list[str]:
+def failures(folder: Folder) -> list[str]:
     """Return a line per method and reason."""
     lines = []
     for row in folder.rows:
@@ -252,7 +234,7 @@ def _failures(folder: Folder) -> list[str]:
     return lines
 
 
-def _footnotes(folder: Folder) -> list[str]:
+def footnotes(folder: Folder) -> list[str]:
     counts = folder._fields.object("counts")
     n_test, n_classes = counts.integer("test"), counts.integer("classes")
     per_picture = 1000 * folder.images.seconds_per_picture
@@ -279,7 +261,7 @@ def _access(folder: Folder, name: str) -> str:
     return described(needs_of(method, method_config(method, own, request.text("preset"))))
 
 
-def _access_sentences(folder: Folder) -> list[str]:
+def access_sentences(folder: Folder) -> list[str]:
     return [f"{row.method} needs {_access(folder, row.method)}." for row in folder.rows]
 
 
@@ -288,13 +270,13 @@ def _markdown(folder: Folder) -> list[str]:
     there = {**fields.object("machine").values, **fields.object("versions").values}
     provider = fields.object("request").text("provider")
     return [
-        f"# {in_markdown(_title(folder))}",
+        f"# {in_markdown(title(folder))}",
         "",
-        *markdown_table(COLUMNS, _table_rows(folder)),
+        *markdown_table(COLUMNS, table_rows(folder)),
         "",
-        *_listed([in_markdown(line) for line in _failures(folder)]),
-        *_listed(_footnotes(folder)),
-        *_listed(_access_sentences(folder)),
+        *_listed([in_markdown(line) for line in failures(folder)]),
+        *_listed(footnotes(folder)),
+        *_listed(access_sentences(folder)),
         "![accuracy against queries](accuracy-queries.png)",
         "![accuracy against seconds](accuracy-seconds.png)",
         "",
@@ -337,7 +319,7 @@ def _draw(folder: Folder) -> None:
         ]
         levels += _hand_written(folder, levels)
         path = folder.path / f"accuracy-{cost}.png"
-        draw_against(cost, lines, levels, f"{_title(folder)}{over}", path)
+        draw_against(cost, lines, levels, f"{title(folder)}{over}", path)
 
 
 def _hand_written(folder: Folder, levels: list[Level]) -> list[Level]:
