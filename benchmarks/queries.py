@@ -17,14 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, say
 from benchmarks.query_cells import SEEDS, Cell
 from benchmarks.query_course import Driver
 from benchmarks.query_labels import EVERY, LABELS, STUDY_TASKS, VARIANTS
 from benchmarks.query_report import write_report
 from benchmarks.query_study import study_of, study_table
 from benchmarks.query_tasks import TASKS
-from ztune.cli.output import fail
 from ztune.errors import ConfigError, ZtuneError
 from ztune.methods import find_method
 from ztune.system import commit
@@ -60,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return {"run": _run, "report": _report, "study": _study}[arguments.verb](arguments)
     except ZtuneError as error:
-        fail(str(error))
+        say(f"error: {error}")
         return 1
 
 

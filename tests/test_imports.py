@@ -10,11 +10,30 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("ztune", "runtimes", "export")
-GROUND = {"ztune.types", "ztune.access", "ztune.errors", "ztune.printing", "ztune.io"}
+GROUND = {"types", "errors", "access", "printing", "progress", "io", "system"}
+"""What everything may import, and what imports nothing but itself."""
+LAYERS = (
+    {"cli"},
+    {"experiments", "doctor"},
+    {"training"},
+    {"checks", "evaluate"},
+    {"task"},
+    {"encoded"},
+    {"precision", "run_config"},
+    {"model"},
+    {"methods"},
+    {"run", "compositions"},
+    {"optim", "heads", "loop", "maps", "answers", "journal", "report_compare"},
+    {"objective", "artifact", "data", "report", "budget"},
+    {"logits", "mixing", "remembered", "statistics"},
+    GROUND,
+)
+"""Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""
+KNOWS_RUNTIMES = set().union(*LAYERS[: LAYERS.index({"model"}) + 1]) - {"run_config", "encoded"}
 ALLOWED = {
-    "ztune": {"ztune", "runtimes"},
-    "runtimes": {"runtimes"} | GROUND,
-    "export": {"export", "runtimes", "ztune.artifact", "ztune.logits"} | GROUND,
+    "runtimes": {"runtimes"} | {f"ztune.{room}" for room in GROUND},
+    "export": {"export", "runtimes", "ztune.artifact", "ztune.logits"}
+    | {f"ztune.{room}" for room in GROUND},
 }
 
 
@@ -26,7 +45,14 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def ours(path: Path) -> set[str]:
+    """Return which of our modules a file imports."""
+    found = {name for name in imported(path) if name.split(".")[0] in (*ROOMS, "benchmarks")}
+    return found - {"ztune", "runtimes", "export"}
 
 
 def files_of(room: str) -> list[Path]:
@@ -35,15 +61,111 @@ def files_of(room: str) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("room", ROOMS)
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "ztune").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("room", ["runtimes", "export"])
 def test_rooms_import_only_what_the_design_allows(room: str) -> None:
     for path in files_of(room):
-        if path.is_relative_to(ROOT / "ztune" / "cli"):
-            continue  # the only place that composes all three
-        ours = {name for name in imported(path) if name.split(".")[0] in ROOMS}
-        for name in ours:
+        for name in ours(path):
             fits = any(name == one or name.startswith(f"{one}.") for one in ALLOWED[room])
             assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_room_of_ztune_is_on_a_floor() -> None:
+    placed = [room for layer in LAYERS for room in layer]
+    assert len(placed) == len(set(placed))
+    assert {room_of(path) for path in files_of("ztune")} - {"__init__"} == set(placed)
+
+
+def test_arrows_run_down() -> None:
+    floor = {room: level for level, layer in enumerate(LAYERS) for room in layer}
+    for path in files_of("ztune"):
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        for name in ours(path):
+            first, _, rest = name.partition(".")
+            where = f"{path.relative_to(ROOT)} imports {name}"
+            if first == "ztune":
+                other = rest.split(".")[0]
+                lower = floor[other] > floor[room] or (room in GROUND and other in GROUND)
+                assert other == room or lower, where
+            elif first == "export":
+                assert room == "cli", where
+            else:
+                assert first == "runtimes", where
+                assert room in KNOWS_RUNTIMES, where
+
+
+def test_nothing_imports_the_command_line() -> None:
+    """Benchmarks call `ztune` as a process, where they do."""
+    for room in ("ztune", "runtimes", "export", "benchmarks", "examples/mini_clip"):
+        for path in files_of(room):
+            if path.is_relative_to(ROOT / "ztune" / "cli"):
+                continue
+            named = {name for name in imported(path) if name.startswith("ztune.cli")}
+            assert not named, f"{path.relative_to(ROOT)} imports {sorted(named)}"
+
+
+def test_no_files_import_each_other() -> None:
+    """Whatever is imported inside a function counts too."""
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for room in (*ROOMS, "benchmarks")
+        for path in files_of(room)
+    }
+    edges = {name: imported(path) & names.keys() - {name} for name, path in names.items()}
+    while leaves := {name for name, targets in edges.items() if not targets & edges.keys()}:
+        edges = {name: targets for name, targets in edges.items() if name not in leaves}
+    assert not edges, f"circles among {sorted(edges)}"
+
+
+def texts_in(tree: ast.AST) -> list[tuple[int, str]]:
+    """Return the strings of a file with their lines, one with values in it as a whole."""
+    whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in whole for part in ast.walk(node) if part is not node}
+    plain = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts
+    ]
+    found = [(node.lineno, str(node.value)) for node in plain]
+    return found + [(node.lineno, ast.unparse(node)) for node in whole]
+
+
+def test_no_flag_of_the_command_line_is_named_below_it() -> None:
+    """Errors name arguments, which the command line says as its options.
+
+    A whole command may be named, ours or Ray's, and what git and Triton are called with.
+    """
+    flag = re.compile(r"(?<![\w-])--[a-z]")
+    command = re.compile(r"(ztune [a-z-]+|ray start) |^--(always|abbrev=12|dirty)$")
+    for room in ROOMS:
+        for path in files_of(room):
+            if path.is_relative_to(ROOT / "ztune" / "cli") or path.name == "python_backend.py":
+                continue
+            for line, text in texts_in(ast.parse(path.read_text())):
+                assert not flag.search(text) or command.search(text), f"{path}:{line}: {text!r}"
+
+
+def test_importing_ztune_loads_nothing() -> None:
+    program = """
+import sys, ztune
+heavy = {"numpy", "torch", "onnx", "onnxruntime", "tritonclient", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+assert set(ztune.__all__) <= set(dir(ztune))
+for name in ztune.__all__:
+    assert getattr(ztune, name).__name__ == name
+assert not {"torch", "onnxruntime", "tritonclient", "ztune.cli"} & set(sys.modules)
+try:
+    ztune.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("room", ["ztune", "runtimes"])
@@ -106,21 +228,6 @@ def test_what_is_printed_passes_one_place() -> None:
             tree = ast.parse(path.read_text())
             called = {ast.unparse(one.func) for one in ast.walk(tree) if isinstance(one, ast.Call)}
             assert not writing & (called | imported(path)), path
-
-
-def test_the_core_loads_nothing_beyond_numpy_and_the_standard_library() -> None:
-    program = """
-import sys
-import numpy
-after_numpy = set(sys.modules)
-import ztune, ztune.loop, ztune.objective, ztune.maps.zip, ztune.optim.spsa, ztune.heads.gda
-import ztune.optim.mixture, ztune.optim.gauss_newton, ztune.maps.vocabulary
-new = {name.split(".")[0] for name in set(sys.modules) - after_numpy}
-foreign = {n for n in new if n not in sys.stdlib_module_names and n not in ("ztune", "numpy")}
-sys.exit(f"the core loads {sorted(foreign)}" if foreign else 0)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_help_is_quick_to_load() -> None:

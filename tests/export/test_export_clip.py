@@ -68,7 +68,7 @@ def quick(module: Any) -> bool:
 
 
 def test_no_weights_is_an_error_that_lists_the_tags() -> None:
-    with pytest.raises(ConfigError, match=r"needs --pretrained TAG or FILE .*laion2b_s34b_b79k"):
+    with pytest.raises(ConfigError, match=r"needs `pretrained` TAG or FILE .*laion2b_s34b_b79k"):
         load_clip("ViT-B-32")
     with pytest.raises(ConfigError, match="ViT-S-32 has no published tags"):
         load_clip("ViT-S-32")
@@ -100,7 +100,7 @@ def test_without_network_the_error_says_what_to_pass() -> None:
         ("ViT-B-32", "openai"),
         ("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", None),
     ):
-        with pytest.raises(ZtuneError, match=r"\(no network\).*--pretrained FILE.*local-dir:") as e:
+        with pytest.raises(ZtuneError, match=r"\(no network\).*`pretrained=FILE`.*local-dir:") as e:
             load_clip(model, tag)
         assert "\n" not in str(e.value)
 
@@ -109,7 +109,7 @@ def test_without_network_the_error_says_what_to_pass() -> None:
 def test_a_tokenizer_from_the_hub_can_be_passed_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     named = {**TINY, "text_cfg": {**TINY["text_cfg"], "hf_tokenizer_name": "some/where"}}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-named", named)
-    with pytest.raises(ZtuneError, match=r"tokenizer of .* \(no network\); .*--tokenizer FILE"):
+    with pytest.raises(ZtuneError, match=r"tokenizer of .* \(no network\); .*`tokenizer=FILE`"):
         load_clip("Tiny-named", random_weights=0)
 
 
@@ -119,7 +119,7 @@ def test_local_folders(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"open_clip_config\.json does not exist"):
         load_clip(f"local-dir:{tmp_path}")
     model = write_model(tmp_path / "model", TINY)
-    with pytest.raises(ConfigError, match='brings its own weights: drop --pretrained "openai"'):
+    with pytest.raises(ConfigError, match='brings its own weights: drop `pretrained` "openai"'):
         load_clip(model, "openai")
     loaded = load_clip(model)
     assert loaded.source == {
@@ -130,7 +130,7 @@ def test_local_folders(tmp_path: Path) -> None:
     config = tmp_path / "model" / "open_clip_config.json"
     described = json.loads(config.read_text())
     config.write_text(json.dumps({"model_cfg": described["model_cfg"]}))
-    with pytest.raises(ConfigError, match=r"preprocess_cfg.*--preprocess-from"):
+    with pytest.raises(ConfigError, match=r"preprocess_cfg.*`preprocess_from`"):
         load_clip(model)
     assert load_clip(model, preprocess_from="ViT-B-16-SigLIP:webli").image.resize_mode == "squash"
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
@@ -188,7 +188,7 @@ def test_a_bare_checkpoint_takes_what_published_weights_agree_on(
     # nothing published: open_clip's own training default
     assert load_clip("Tiny-new", str(checkpoint)).image.mean[0] == pytest.approx(0.48145466)
 
-    with pytest.raises(ConfigError, match=r"--preprocess-from .*alike are: openai; laion"):
+    with pytest.raises(ConfigError, match=r"`preprocess_from` .*alike are: openai; laion"):
         load_clip("Tiny", str(checkpoint))
     openai = load_clip("Tiny", str(checkpoint), preprocess_from="openai")
     assert quick(openai.model)

@@ -83,7 +83,7 @@ def test_padding_is_never_guessed(tmp_path: Path) -> None:
     tokenizer = t5_like_tokenizer()
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))
-    with pytest.raises(ConfigError, match=r"sees the padding; .*--pad-id N"):
+    with pytest.raises(ConfigError, match=r"sees the padding; .*`pad_id=N`"):
         find(file)
     assert find(file, pad_id=1).pad_id == 1
     assert find(file, {"pad_id": 2}).pad_id == 2

@@ -241,7 +241,7 @@ def test_tensorrt_builds_for_one_to_all_rows_and_one_bundle(
         ({"threads": -1}, r"--threads is -1, expected at least 1$"),
         (
             {"backend": "python", "accelerator": "tensorrt"},
-            r"--accelerator tensorrt goes with --backend onnxruntime",
+            r"`accelerator=tensorrt` goes with `backend=onnxruntime`",
         ),
     ],
 )
@@ -253,8 +253,8 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("precision", "accelerator", "message"),
     [
-        ("fp16", "none", r"fp16 bundle cannot run on cpu: .* \(use --accelerator cuda, or serve"),
-        ("int8", "cuda", r"int8 bundle cannot run on cuda: .* \(use --accelerator none, or serve"),
+        ("fp16", "none", r"fp16 bundle cannot run on cpu: .* \(use `accelerator` cuda, or serve"),
+        ("int8", "cuda", r"int8 bundle cannot run on cuda: .* \(use `accelerator` none, or serve"),
         ("int8", "tensorrt", r"int8 bundle cannot run on tensorrt: "),
     ],
 )

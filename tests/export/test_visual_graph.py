@@ -117,7 +117,7 @@ def test_other_towers_are_refused_before_anything_is_written(
     loaded = small_model(name, tmp_path / "model")
     with pytest.raises(
         ConfigError,
-        match=rf"image tower (timm's )?{tower} takes no image tokens.*leave out --image",
+        match=rf"image tower (timm's )?{tower} takes no image tokens.*leave out `image",
     ):
         export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
     assert not (tmp_path / "bundle").exists()

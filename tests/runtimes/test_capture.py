@@ -41,7 +41,7 @@ def test_only_rounds_of_equal_calls_on_cuda_are_captured() -> None:
     assert why_not(plan(10, 1), 10, cuda) is None
     assert why_not(plan(2, 1), 10, cuda) is None
     assert why_not(plan(10, 4), 10, cuda) == (
-        "the classes take 4 calls of different shapes (raise --memory-limit)"
+        "the classes take 4 calls of different shapes (raise `memory_limit`)"
     )
     assert "10 candidates take calls of different shapes" in str(why_not(plan(4, 1), 10, cuda))
     assert why_not(plan(10, 1), 10, Execution("cuda", cuda_graph=False)) == "switched off"

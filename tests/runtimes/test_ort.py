@@ -87,9 +87,9 @@ def test_threads_that_are_counted_do_not_spin(threads: int | None, spins: str | 
     assert options.intra_op_num_threads == (threads or 0)
     if spins:
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
-    with pytest.raises(ConfigError, match=r"--threads is 0, expected at least 1"):
+    with pytest.raises(ConfigError, match=r"`threads` is 0, expected at least 1"):
         Execution("cpu", threads=0)
-    with pytest.raises(ConfigError, match=r"--memory-limit is -5, expected at least 1"):
+    with pytest.raises(ConfigError, match=r"`memory_limit` is -5, expected at least 1"):
         Execution("cpu", memory_limit=-5)
 
 

@@ -205,7 +205,7 @@ def test_candidates_of_another_shape_are_refused(
 
 def test_a_bundle_without_the_graph_takes_no_tokens() -> None:
     without = dataclasses.replace(BUNDLE, visual=None)
-    with pytest.raises(FormatError, match=r"has no image_prompted\.onnx.*--image-tokens"):
+    with pytest.raises(FormatError, match=r"has no image_prompted\.onnx.*`image_tokens`"):
         TokenPrompts(without, CPU)
 
 

@@ -119,7 +119,7 @@ def test_progress_counts_views(tmp_path: Path) -> None:
 
 def test_broken_pictures_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     items = make_items(tmp_path, 9, broken=(0, 5))
-    with pytest.raises(DataError, match=r"000\.png.*--skip-broken"):
+    with pytest.raises(DataError, match=r"000\.png.*`skip_broken`"):
         run(FakeEncoder(), items, tmp_path / "c")
     features = run(FakeEncoder(), items, tmp_path / "c", n_views=2, skip_broken=True)
     assert features.kept.tolist() == [i not in (0, 5) for i in range(9)]

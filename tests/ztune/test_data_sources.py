@@ -227,7 +227,7 @@ def test_the_folder_of_the_name_itself_is_no_other_path(here: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "root", "kind", "message"),
     [
-        ("dtd", None, ConfigError, r'add --root DIR, the folder that holds "dtd"'),
+        ("dtd", None, ConfigError, r'add `root=DIR`, the folder that holds "dtd"'),
         ("oxford_flowers", None, ConfigError, r'folder that holds "oxford_flowers"'),
         ("caltech11", None, DataError, r"does not exist .*did you mean caltech101\?"),
         ("Caltech11", ".", DataError, r"did you mean caltech101\?"),
@@ -248,7 +248,7 @@ def test_words_that_mean_nothing(
 def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
     built(here, "dtd")
     (here / "names.tsv").write_text("a\tcat\nb\tdog\n")
-    with pytest.raises(ConfigError, match="brings its class names; leave out --names"):
+    with pytest.raises(ConfigError, match="brings its class names; leave out `names`"):
         read_source("dtd", here, Path("names.tsv"))
     classes_below(here / "mine", 10, "a", "b")
     lists = own_lists(Path("mine"), Path("names.tsv"))

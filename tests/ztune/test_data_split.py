@@ -124,14 +124,14 @@ def test_test_fraction() -> None:
     assert sizes(split, "test") == [6, 3]
     assert sizes(split_of({"a": 9, "b": 9}, shots=4, test_fraction=0.01), "test") == [1, 1]
     assert split_of({"a": 99, "b": 99}, shots=1, test_fraction=0).notes == (
-        "no test set: --test-fraction is 0",
+        "no test set: `test_fraction` is 0",
     )
 
 
 @pytest.mark.parametrize(
     ("counts", "settings", "message"),
     [
-        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 pictures to tune with, --shots 16'),
+        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 pictures to tune with, `shots` 16'),
         (
             {"a": 20, "b": 20},
             {"shots": 16, "test_fraction": 0.5},
@@ -156,11 +156,11 @@ def test_too_few_pictures(counts: Counts, settings: dict[str, Any], message: str
     ],
 )
 def test_impossible_settings(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--"):
+    with pytest.raises(ConfigError, match="`"):
         SplitSettings(**settings)
 
 
-# Splits of the data's own, and --test-data
+# Splits of the data's own, and `test_data`
 
 
 def test_given_splits_are_kept() -> None:
@@ -170,7 +170,7 @@ def test_given_splits_are_kept() -> None:
     assert [sizes(split, role) for role in ROLES] == [[16, 16], [3, 4], [20, 20]]
     for role in ROLES:
         assert all(path.startswith(role) for path in paths(split, role))
-    with pytest.raises(DataError, match="leave out --test-fraction"):
+    with pytest.raises(DataError, match="leave out `test_fraction`"):
         make_split(dataset, digests, SplitSettings(16, test_fraction=0.5))
 
 
@@ -178,7 +178,7 @@ def test_without_val_folder_validation_comes_from_train() -> None:
     counts = {"a": 20, "b": 20}
     split = make_split(*make(counts, {"train": counts}), SplitSettings(16))
     assert sizes(split, "val") == [4, 4]
-    assert split.notes == ("no test set: the data has none (supply one with --test-data)",)
+    assert split.notes == ("no test set: the data has none (supply one with `test_data`)",)
 
 
 def test_test_data() -> None:
@@ -320,7 +320,7 @@ def without_train(values: Any) -> None:
         (lambda v: v["entries"][3].update({"class": "c"}), '"class" is .c., expected a or b'),
         (lambda v: v["entries"][3].update(role="spy"), '"role" is .spy.'),
         (lambda v: v["settings"].update(shots=0), '"shots" is 0'),
-        (lambda v: v["settings"].update(test_fraction=2), "--test-fraction is 2"),
+        (lambda v: v["settings"].update(test_fraction=2), "`test_fraction` is 2"),
         (lambda v: v["settings"].update(test_fraction=None), '"test_fraction" is None'),
     ],
 )

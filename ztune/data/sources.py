@@ -114,8 +114,8 @@ def find_named(place: str, root: Path | None) -> Spec | None:
         )
     if root is None:
         raise ConfigError(
-            f'"{place}" is the name of a data set, and there is no path of that name (add `root` '
-            f'DIR, the folder that holds "{spec.folder}")'
+            f'"{place}" is the name of a data set, and there is no path of that name (add '
+            f'`root=DIR`, the folder that holds "{spec.folder}")'
         )
     return spec
 

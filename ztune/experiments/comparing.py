@@ -106,7 +106,7 @@ class Folder:
         if changed:
             raise ConfigError(
                 f'comparison "{self.path}" was begun with another request: {"; ".join(changed)} '
-                "(repeat it, or name another --out; methods and seeds may be added)"
+                "(repeat it, or name another `out`; methods and seeds may be added)"
             )
 
     def _warn_of_changes(self) -> None:

@@ -242,13 +242,13 @@ def test_a_half_shipped_by_hand(fake: FakeServer, reach: Client, half: Path, cac
     del fake.models["mini_client"]
     assert reach(fake, client=half).bundle.path == half
     assert not cache.exists()
-    with pytest.raises(ServerError, match=r"no model \"mini_client\" .*--client FOLDER"):
+    with pytest.raises(ServerError, match=r"no model \"mini_client\" .*`client=FOLDER`"):
         reach(fake)
 
 
 def test_a_half_of_another_bundle(fake: FakeServer, reach: Client, half: Path) -> None:
     other = other_half(half)
-    with pytest.raises(ServerError, match=r"serves another bundle than --client .*, not "):
+    with pytest.raises(ServerError, match=r"serves another bundle than `client` .*, not "):
         reach(fake, client=other)
     # Without the client model the first answer says it.
     del fake.models["mini_client"]
@@ -347,7 +347,7 @@ def test_a_server_that_is_not_ready_or_wants_a_token(
 ) -> None:
     monkeypatch.delenv("ZTUNE_TOKEN", raising=False)
     fake.token = "hunter2"
-    with pytest.raises(ServerError, match="give a token with ZTUNE_TOKEN or --token-file"):
+    with pytest.raises(ServerError, match="give a token with ZTUNE_TOKEN or `token_file`"):
         reach(fake)
     monkeypatch.setenv("ZTUNE_TOKEN", "hunter2")
     assert reach(fake).parity

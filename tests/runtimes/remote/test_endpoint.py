@@ -107,7 +107,7 @@ def test_what_is_no_address(url: str, words: str) -> None:
 
 
 def test_another_server_names_no_model_of_its_own() -> None:
-    with pytest.raises(ConfigError, match='--endpoint "http://h:1/m" names a model'):
+    with pytest.raises(ConfigError, match='`endpoints` "http://h:1/m" names a model'):
         parse_endpoint("http://h:1/m")
 
 
@@ -140,16 +140,16 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"deadline": 0}, "--deadline is 0, expected seconds"),
-        ({"deadline": float("nan")}, "--deadline is nan"),
-        ({"give_up": -1}, "--give-up is -1"),
+        ({"deadline": 0}, "`deadline` is 0, expected seconds"),
+        ({"deadline": float("nan")}, "`deadline` is nan"),
+        ({"give_up": -1}, "`give_up` is -1"),
         ({"give_up": 86_401}, "at most a day"),
-        ({"max_inflight": 0}, "--max-inflight is 0, expected 1 to 256"),
-        ({"max_inflight": 257}, "--max-inflight is 257"),
-        ({"shared_memory": "yes"}, '--shared-memory is "yes", expected auto, on or off'),
-        ({"compression": "br"}, '--compression is "br", expected none, gzip, deflate'),
-        ({"tls_cert": "a"}, "--tls-cert and --tls-key belong together"),
-        ({"tls_key": "a"}, "--tls-cert and --tls-key belong together"),
+        ({"max_inflight": 0}, "`max_inflight` is 0, expected 1 to 256"),
+        ({"max_inflight": 257}, "`max_inflight` is 257"),
+        ({"shared_memory": "yes"}, '`shared_memory` is "yes", expected auto, on or off'),
+        ({"compression": "br"}, '`compression` is "br", expected none, gzip, deflate'),
+        ({"tls_cert": "a"}, "`tls_cert` and `tls_key` belong together"),
+        ({"tls_key": "a"}, "`tls_cert` and `tls_key` belong together"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict[str, Any], words: str) -> None:
@@ -237,11 +237,11 @@ def test_two_secrets_are_one_too_many(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match=r'--token-file ".*nothing" cannot be read \(No such'):
+    with pytest.raises(ConfigError, match=r'`token_file` ".*nothing" cannot be read \(No such'):
         told(SECURE, token_file=missing)
-    with pytest.raises(ConfigError, match=r"--tls-ca .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"`tls_ca` .* cannot be read"):
         Connection(tls_ca=missing).check_files()
-    with pytest.raises(ConfigError, match=r"--tls-key .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"`tls_key` .* cannot be read"):
         Connection(tls_cert=__file__, tls_key=missing).check_files()
 
 
@@ -338,7 +338,7 @@ def test_a_client_shows_its_own_certificate(tmp_path: Path, certificates: Certif
     (tmp_path / "garbage").write_text("garbage")
     other = certificates.stranger
     for cert, key in ((pair.cert, other.key), (pair.cert, tmp_path / "garbage"), (pair.key,) * 2):
-        with pytest.raises(ConfigError, match="--tls-cert and --tls-key cannot be used") as caught:
+        with pytest.raises(ConfigError, match="`tls_cert` and `tls_key` cannot be used") as caught:
             Connection(tls_cert=str(cert), tls_key=str(key)).ssl_context()
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be used"):

@@ -254,7 +254,7 @@ def test_a_grpc_token_is_sent_and_asked_for(
         for call in (lambda: asked.ready(SECONDS), lambda: asked.infer(ASK, SECONDS)):
             error = failure(call)
             assert error.kind == "denied"
-            assert "ZTUNE_TOKEN or --token-file" in str(server_error(error))
+            assert "ZTUNE_TOKEN or `token_file`" in str(server_error(error))
     monkeypatch.setenv("ZTUNE_TOKEN", "wrong")
     with opened(f"triton://{fake.grpc}") as asked:
         error = failure(lambda: asked.infer(ASK, SECONDS))
@@ -724,7 +724,7 @@ def check_tls(asked: Transport, words: str) -> None:
     assert error.kind == "away"
     assert re.search(words, str(error)), str(error)
     assert len(str(server_error(error))) < 200
-    hint = "(see --tls-ca, --tls-cert and --tls-key, which no run keeps)"
+    hint = "(see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps)"
     assert str(server_error(error)).endswith(hint)
 
 
@@ -765,7 +765,7 @@ def test_insecure_is_for_https_alone(secure: tuple[str, str], certificates: Cert
                 check_tls(asked, "")
         else:
             with (
-                pytest.raises(ConfigError, match="leave out --insecure"),
+                pytest.raises(ConfigError, match="leave out `insecure`"),
                 opened(url, insecure=True),
             ):
                 pass

@@ -191,7 +191,7 @@ def test_joblib_gives_up_when_nothing_but_losses_comes(
 ) -> None:
     monkeypatch.setattr(executors, "_performed", deadly)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)
-    message = "^the workers were lost 2 times without an answer .*take fewer --workers"
+    message = "^the workers were lost 2 times without an answer .*take fewer `workers`"
     with pytest.raises(ZtuneError, match=message):
         answers(joblib, 1)
     assert n_attempts(settings, 0) == 2
@@ -213,7 +213,7 @@ def test_a_process_has_one_worker_for_all_its_tasks(
 def test_joblib_says_how_to_install_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", {"joblib": None}.__getitem__)
     with pytest.raises(
-        ConfigError, match=r"^--workers needs joblib: pip install 'ztune\[joblib\]'"
+        ConfigError, match=r"^`workers` needs joblib: pip install 'ztune\[joblib\]'"
     ):
         Joblib(settings, 2)
 
@@ -382,7 +382,7 @@ def test_ray_refuses_workers_that_would_wait_for_ever(
     connect: Connect, resources: dict[str, float], workers: int, gpus: float, message: str
 ) -> None:
     stub = StubRay(resources=resources)
-    with pytest.raises(ConfigError, match=f"^{message}.*take fewer --workers"):
+    with pytest.raises(ConfigError, match=f"^{message}.*take fewer `workers`"):
         connect(stub, workers, gpus)
     assert stub.n_shutdowns == 1
 
@@ -478,14 +478,14 @@ def test_an_address_where_nothing_listens_is_told_at_once(settings: Settings) ->
 def test_no_cluster_on_this_machine_is_said_in_our_words(connect: Connect) -> None:
     stub = StubRay()
     stub.unreachable = ConnectionError("by setting the --address flag")
-    with pytest.raises(ConfigError, match=r"^no Ray cluster runs on this machine .*--ray local"):
+    with pytest.raises(ConfigError, match=r"^no Ray cluster runs on this machine .*`ray=local`"):
         connect(stub, 1, address="auto")
 
 
 def test_ray_says_how_to_install_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     absent: Any = None
     monkeypatch.setitem(sys.modules, "ray", absent)
-    with pytest.raises(ConfigError, match=r"^--ray needs ray: pip install 'ztune\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"^`ray` needs ray: pip install 'ztune\[ray\]'"):
         Ray(settings, Cluster("local", 2))
 
 

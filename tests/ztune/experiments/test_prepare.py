@@ -538,14 +538,14 @@ def test_a_data_set_by_name_needs_a_root(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = NAMED.format(bundle=MINI, data="dtd = {}")
-    with pytest.raises(ConfigError, match=r'data "dtd" of the plan is known by name: add --root'):
+    with pytest.raises(ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'):
         prepare(text)
     with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
         prepare(text, root=tmp_path / "nowhere")
     # A folder of that name beside the plan is not what is meant.
     built(tmp_path, "dtd")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="add --root"):
+    with pytest.raises(ConfigError, match="add `root=DIR`"):
         prepare(text)
 
 
@@ -748,7 +748,7 @@ def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None
 
 
 def test_nothing_asked_for_is_an_error(data: Path, prepare: Prepare) -> None:
-    with pytest.raises(ConfigError, match="no cell of the plan has all that --methods, --data"):
+    with pytest.raises(ConfigError, match="no cell of the plan has all that `methods`, `data`"):
         prepare(few_shot(data), only=Only(seeds=(7,)))
 
 
