@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format export mini wheel servers triton-env mlserver-env clean
+.PHONY: help demo test kernels check format export mini wheel servers triton-env mlserver-env clean
 
 help:
 	@echo "make demo     tune the embedded model on real handwritten digits (no torch needed)"
 	@echo "make test     all tests, in the full environment"
+	@echo "make kernels  the numeric tests, computed as an old processor would"
 	@echo "make check    style and types, as continuous integration runs them"
 	@echo "make export   MODEL=ViT-B-32 PRETRAINED=laion2b_s34b_b79k OUT=bundles/vit-b-32"
 	@echo "make export   BUNDLE=models/mini TRITON=repository    a Triton model repository of a bundle"
-	@echo "make mini     train the embedded model anew and export it to models/mini"
+	@echo "make mini     train the embedded model and export it to models/mini"
 	@echo "make servers  triton-env and mlserver-env: inference servers for the tests that talk to them"
 
 $(VENV)/pyvenv.cfg:
@@ -42,6 +43,14 @@ demo: $(VENV)/.device
 
 test: $(VENV)/.full
 	$(BIN)/python -m pytest
+
+# No result may hang on the last bits of one processor: the same tests on the plainest kernels that torch,
+# OpenBLAS and numpy have, on one thread.
+DISPATCHED = import numpy._core._multiarray_umath as m; print(*m.__cpu_dispatch__)
+kernels: $(VENV)/.full
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1 \
+		OPENBLAS_NUM_THREADS=1 NPY_DISABLE_CPU_FEATURES="$$($(BIN)/python -c '$(DISPATCHED)')" \
+		$(BIN)/python -m pytest tests/ztune tests/runtimes --ignore=tests/ztune/experiments --ignore=tests/runtimes/remote
 
 check: $(VENV)/.full
 	$(BIN)/ruff format --check .

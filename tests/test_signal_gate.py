@@ -20,6 +20,8 @@ from ztune import training as tuning
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--shots", 4, "--queries", 40)
 WEAK = ("--set", "perturbation=1e-9")
+# Below a hundredth of the published value a run in fp32 measures its signal too.
+MEASURED = ("--set", "perturbation=5e-5")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,27 @@ def document(out: Path) -> dict[str, Any]:
     return value
 
 
+def test_a_run_in_fp32_measures_nothing(
+    ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_PROGRAM", "raise SystemExit('it was asked')")
+    done = ztune(*TUNE, "--cache", cache, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert "signal-to-noise" not in done.err
+    found = done.json["signal"]
+    assert (found["verdict"], found["forced"]) == ("not needed", False)
+    assert found["reason"].startswith("fp32 leaves a signal far above the limit")
+    assert (done.json["probe_queries"], done.json["text_forwards"]) == (0, 400)
+
+
 def test_a_run_says_its_signal_and_counts_its_cost(
     ztune: Command, tmp_path: Path, cache: Path
 ) -> None:
     out = tmp_path / "run"
-    done = ztune(*TUNE, "--cache", cache, "--out", out)
+    done = ztune(*TUNE, *MEASURED, "--cache", cache, "--out", out)
     assert done.code == 0, done.err
     (line,) = (line for line in done.err.splitlines() if "signal-to-noise" in line)
-    assert "in fp32 (10 directions, perturbation 0.01; limit" in line
+    assert "in fp32 (10 directions, perturbation 5e-05; limit" in line
     run = document(out)
     found = run["signal"]
     assert found["verdict"] == "passed"
@@ -61,7 +76,14 @@ def test_a_run_says_its_signal_and_counts_its_cost(
 def test_the_gate_changes_no_byte_of_a_result(
     ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (*TUNE, "--set", "batch_size=16", "--augment", 2)  # batches and views are drawn
+    words = (
+        *TUNE,
+        *MEASURED,
+        "--set",
+        "batch_size=16",
+        "--augment",
+        2,
+    )  # batches and views are drawn
     assert ztune(*words, "--out", tmp_path / "with").code == 0
     monkeypatch.setattr(tuning, "require_signal", lambda *_, **__: {"verdict": "not measured"})
     assert ztune(*words, "--out", tmp_path / "without").code == 0
@@ -91,7 +113,7 @@ def test_a_weak_signal_refuses_the_run_and_the_folder_may_be_used_again(
     advised = line.partition("--set ")[2].partition(")")[0]
     done = ztune(*TUNE, "--set", advised, "--shots", 5, "--out", out, "--json")
     assert done.code == 0, done.err
-    assert done.json["signal"]["verdict"] == "passed"
+    assert done.json["signal"]["verdict"] == "not needed"  # it is the published one
     assert done.json["status"] == "finished"
     split = json.loads((out / "split.json").read_text())
     assert sum(entry["role"] == "train" for entry in split["entries"]) == 50
@@ -114,7 +136,7 @@ def test_a_resumed_run_keeps_what_was_measured(
     ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    assert ztune(*TUNE, "--cache", cache, "--out", out).code == 0
+    assert ztune(*TUNE, *MEASURED, "--cache", cache, "--out", out).code == 0
     finished = document(out)
     started = {k: v for k, v in finished.items() if k not in ("queries", "text_forwards")}
     other = {**started["calls"], "candidates": 2}
@@ -140,7 +162,7 @@ def test_a_measurement_that_fails_stops_a_run_unless_forced(
 ) -> None:
     monkeypatch.setattr(reference, "_PROGRAM", "raise SystemExit('no memory left')")
     out = tmp_path / "run"
-    words = (*TUNE, "--cache", cache, "--out", out, "--quiet")
+    words = (*TUNE, *MEASURED, "--cache", cache, "--out", out, "--quiet")
     failed = ztune(*words)
     assert failed.code == 1
     (line,) = failed.err.splitlines()
@@ -200,7 +222,7 @@ def test_an_interruption_ends_the_measuring_process_too(tmp_path: Path, cache: P
         "import sys; from runtimes import reference; from ztune.cli.main import main; "
         f"reference._PROGRAM = {f'{child}; time.sleep(60)'!r}; sys.exit(main(sys.argv[1:]))"
     )
-    words = [*TUNE, "--cache", cache, "--out", out]
+    words = [*TUNE, *MEASURED, "--cache", cache, "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, text=True
     )
@@ -299,7 +321,7 @@ def test_the_doctor_says_why_no_provider_runs_a_precision(ztune: Command, tmp_pa
 
 def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
-    settings = ("--shots", 4, "--seed", 3, "--set", "perturbation=0.001")
+    settings = ("--shots", 4, "--seed", 3, *MEASURED)
     asked = ("--method", "zip", "--queries", 10, "--cache", cache)
     run = ("tune", MINI, "--data", DIGITS, *settings, *asked)
     assert ztune(*run, "--out", out).code == 0
@@ -342,7 +364,7 @@ def test_directions_in_the_space_of_logits_are_differences(
     ztune: Command, tmp_path: Path, cache: Path
 ) -> None:
     words = (*TUNE, "--method", "ogn-context", "--cache", cache, "--quiet")
-    done = ztune(*words, "--out", tmp_path / "run", "--json")
+    done = ztune(*words, *MEASURED, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     found = done.json["signal"]
     assert (found["verdict"], found["setting"]) == ("passed", "perturbation")
@@ -359,5 +381,5 @@ def test_losses_alone_are_gated_as_the_steps_that_are_taken(
     done = ztune(*words, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     assert "warning: losses alone leave no outputs to fit (answers=loss)" in done.err
-    assert done.json["signal"]["verdict"] == "passed"
-    assert done.json["signal"]["setting"] == "perturbation"
+    # It takes zip's steps, whose perturbation is the published one.
+    assert done.json["signal"]["reason"].startswith("fp32 leaves a signal")

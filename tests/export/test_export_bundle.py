@@ -136,6 +136,16 @@ def test_manifest_and_files_say_what_the_model_is(exported: Exported) -> None:
         np.testing.assert_allclose(here, features, atol=5e-6)
 
 
+def text_of(model: onnx.ModelProto) -> bytes:
+    """Return a graph's bytes without the values in it, among which any three letters may occur."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    attributes = [one for node in plain.graph.node for one in node.attribute]
+    for tensor in (*plain.graph.initializer, *(one.t for one in attributes if one.HasField("t"))):
+        tensor.ClearField("raw_data")
+    return bytes(plain.SerializeToString())
+
+
 def test_graphs_run_on_the_oldest_onnxruntime_and_carry_no_local_paths(exported: Exported) -> None:
     _, bundle = exported
     for graph in ("image", "text", "prompt"):
@@ -146,9 +156,9 @@ def test_graphs_run_on_the_oldest_onnxruntime_and_carry_no_local_paths(exported:
         assert model.ir_version <= 10
         assert [(part.domain, part.version <= 21) for part in model.opset_import] == [("", True)]
         assert not any(part.doc_string or part.metadata_props for part in model.graph.node)
-        content = path.read_bytes()
+        words = text_of(model)
         for trace in (b"site-packages", b".py", os.fsencode(Path.cwd()), os.fsencode(Path.home())):
-            assert trace not in content or trace == b"/"
+            assert trace not in words or trace == b"/"
         # no infinite masks
         for tensor in model.graph.initializer:
             values = onnx.numpy_helper.to_array(tensor)

@@ -70,12 +70,16 @@ _ALIASES = {"template": "templates", "endpoint": "endpoints", "set": "settings"}
 
 
 def options_of(top: argparse.ArgumentParser, verb: str) -> dict[str, str]:
-    """Return what stands on the command line for each argument of the library."""
+    """Return what stands on the command line for each argument of the library.
+
+    An error may advise what is an option of another verb.
+    """
     (verbs,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     options: dict[str, str] = {}
-    for action in verbs.choices[verb]._actions:
-        shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
-        options |= {action.dest: shown, _ALIASES.get(action.dest, action.dest): shown}
+    for one in (*verbs.choices.values(), verbs.choices[verb]):
+        for action in one._actions:
+            shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
+            options |= {action.dest: shown, _ALIASES.get(action.dest, action.dest): shown}
     return options
 
 

@@ -59,7 +59,8 @@ class Output:
             print(json.dumps(document, allow_nan=False), flush=True)  # noqa: T201
             return
         for line in lines:
-            self._results.print(printable(line) if isinstance(line, str) else line)
+            shown = printable(with_options(line, self._options)) if isinstance(line, str) else line
+            self._results.print(shown)
 
     def activity(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""

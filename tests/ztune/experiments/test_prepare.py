@@ -538,7 +538,9 @@ def test_a_data_set_by_name_needs_a_root(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = NAMED.format(bundle=MINI, data="dtd = {}")
-    with pytest.raises(ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'):
+    with pytest.raises(
+        ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'
+    ):
         prepare(text)
     with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
         prepare(text, root=tmp_path / "nowhere")
