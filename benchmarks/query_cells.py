@@ -103,7 +103,7 @@ def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
 
 def carried_out(
     run_config: RunConfig, split: Split, model: Model, run: Path
-) -> tuple[TrainingRun, Fields]:
+) -> tuple[TrainingRun[RunFolder], Fields]:
     """Run a request from beginning to end; return the work and run.json.
 
     Raises: ZtuneError.

@@ -14,6 +14,7 @@ from ztune.io.fields import Fields
 from ztune.logits import FeatureClassifier
 from ztune.model import Model
 from ztune.objective import cross_entropy
+from ztune.run import RunFolder
 from ztune.run_config import RunConfig
 from ztune.statistics import Score, score
 from ztune.task import compose, open_task
@@ -59,7 +60,7 @@ class Scale:
         }
 
 
-def scored(training: TrainingRun, run: Fields, new_data: Path | None) -> dict[str, Json]:
+def scored(training: TrainingRun[RunFolder], run: Fields, new_data: Path | None) -> dict[str, Json]:
     """Return what is kept of a finished run; `new_data` has pictures of other classes."""
     run_config, split, model = training.run_config, training.split, training.model
     found, labels = SplitEncoder(run_config, split, training.folder, model).training()
@@ -93,7 +94,7 @@ def _test(model: Model, split: Split, run_config: RunConfig) -> Labelled:
     return Labelled(features, split.labels("test"), split.classes)
 
 
-def _artifacts(training: TrainingRun) -> Iterator[tuple[int, Artifact]]:
+def _artifacts(training: TrainingRun[RunFolder]) -> Iterator[tuple[int, Artifact]]:
     """Yield (queries, result): the start, those on the way, the last; a head's one result at 0."""
     result = read_artifact(training.folder.prompt)
     if training.tuned is not None:
@@ -104,7 +105,7 @@ def _artifacts(training: TrainingRun) -> Iterator[tuple[int, Artifact]]:
     yield result.provenance.queries, result
 
 
-def start_of(training: TrainingRun, config: TunedConfig) -> Artifact:
+def start_of(training: TrainingRun[RunFolder], config: TunedConfig) -> Artifact:
     """Return what a method recommends before its first query."""
     run_config, model, classes = training.run_config, training.model, training.split.classes
     encoded = SplitEncoder(run_config, training.split, training.folder, model).encode(

@@ -105,16 +105,53 @@ def read_picture(path: Path) -> Image.Image:
         ) from None
 
 
+ImageLike = Path | str | Image.Image | U8
+"""A file, an image of Pillow's, or u8[H, W, 3]."""
+
+
+def held_picture(image: Image.Image | U8, name: str) -> Image.Image:
+    """Return an image that is in memory as `read_picture` returns one from a file.
+
+    `name` is what errors call it.
+
+    Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded.
+    """
+    if isinstance(image, Image.Image):
+        info = dict(image.info)  # what follows takes a palette's transparency out of it
+        try:
+            return _upright(image)
+        except Exception as error:  # decoders raise nearly anything on a damaged file
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"{name} cannot be read: {reason}") from None
+        finally:
+            image.info = info
+    if not isinstance(image, np.ndarray):
+        raise DataError(
+            f"{name} is {type(image).__name__}, expected a path, an image of Pillow's, or an array "
+            "u8[H, W, 3]"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise DataError(
+            f"{name} is {image.dtype}{list(image.shape)}, expected u8[H, W, 3] (RGB, 0 to 255)"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
 @functools.lru_cache(maxsize=2)
 def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
     with open_picture(path) as opened:
-        if max(opened.size) > _LONGEST * min(opened.size):
-            raise ValueError(f"{opened.width} x {opened.height} pixels is no picture's shape")
-        opened.load()
-        orientation = 1
-        with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
-            orientation = opened.getexif().get(_EXIF_ORIENTATION, 1)
-        image = _to_rgb(opened)
+        return _upright(opened)
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """Return an image as its EXIF data say, in 8-bit RGB."""
+    if max(opened.size) > _LONGEST * min(opened.size):
+        raise ValueError(f"{opened.width} x {opened.height} pixels is no picture's shape")
+    opened.load()
+    orientation = 1
+    with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
+        orientation = opened.getexif().get(_EXIF_ORIENTATION, 1)
+    image = _to_rgb(opened)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     return image

@@ -1,5 +1,11 @@
 """Adapt a vision-language model where only forward passes are possible.
 
+    import ztune
+    model = ztune.load("models/mini")
+    train, test = ztune.Dataset.from_folder("photos").split(shots=16, seed=1)
+    clf = ztune.FewShotClassifier(model, method="zip", queries=5000).fit(train)
+    clf.score(test)
+
 Nothing is loaded until a name is used, so that what lies below may import `ztune.types`.
 """
 
@@ -9,16 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ztune.model import Model, open_model
-    from ztune.run_config import RunConfig
-    from ztune.training import start_run
+    from ztune.dataset import Dataset
+    from ztune.estimator import FewShotClassifier
+    from ztune.model import Model, load
 
-__all__ = ["Model", "RunConfig", "open_model", "start_run"]
+__all__ = ["Dataset", "FewShotClassifier", "Model", "load"]
 _HOMES = {
+    "Dataset": "ztune.dataset",
+    "FewShotClassifier": "ztune.estimator",
     "Model": "ztune.model",
-    "RunConfig": "ztune.run_config",
-    "open_model": "ztune.model",
-    "start_run": "ztune.training",
+    "load": "ztune.model",
 }
 
 

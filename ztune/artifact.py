@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ztune.errors import FormatError
 from ztune.io.fields import Fields
-from ztune.io.tensors import read_tensors, write_tensors
+from ztune.io.files import write_bytes
+from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.types import F32, I32, Json
 
@@ -156,7 +157,15 @@ def classifier_of_texts(
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
-    """Write an artifact, whole or not at all; the same artifact gives the same bytes.
+    """Write an artifact, whole or not at all.
+
+    Raises: FormatError naming a tensor that no reader would take, as it is not finite.
+    """
+    write_bytes(path, artifact_bytes(artifact))
+
+
+def artifact_bytes(artifact: Artifact) -> bytes:
+    """Return an artifact's file; the same artifact gives the same bytes.
 
     Raises: FormatError naming a tensor that no reader would take, as it is not finite.
     """
@@ -200,10 +209,10 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FormatError(
-                f'artifact "{path}": tensor {name} holds values that are not finite, and is not '
-                "written (use other settings)"
+                f"artifact of {p.method}: tensor {name} holds values that are not finite, and is "
+                "not written (use other settings)"
             )
-    write_tensors(path, arrays, document)
+    return tensor_bytes(arrays, document)
 
 
 def _kind(artifact: Artifact) -> str:

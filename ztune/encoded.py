@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ztune.data.features import Features, read_view
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split
-from ztune.errors import ConfigError, ZtuneError
+from ztune.errors import ZtuneError
 from ztune.heads.shots import Shots
 from ztune.model import Model
-from ztune.run import RunFolder
+from ztune.run import RunStore
 from ztune.run_config import RunConfig
 from ztune.types import F32, I64, U8, Json
 
@@ -81,7 +78,7 @@ class SplitEncoder:
 
     run_config: RunConfig
     split: Split
-    folder: RunFolder
+    folder: RunStore
     model: Model
 
     def training(self) -> tuple[Features, I64]:
@@ -132,7 +129,7 @@ class SplitEncoder:
     ) -> Features:
         return self.model.features(
             self.split.items(role),
-            self.run_config.cache_folder(self.folder.path),
+            self.folder.cache(self.run_config.cache),
             what=what,
             n_views=n_views,
             seed=self.run_config.seed,
@@ -156,36 +153,17 @@ class SplitEncoder:
         return Changeable(self._pixels(kept, n_views), extracted), n_more
 
     def _pixels(self, items: Sequence[tuple[Path, str]], n_views: int) -> U8:
-        """Return u8[V, N, S, S, 3] in a file that goes when the process does."""
-        encoder = self.model.runtime.images()
+        """Return u8[V, N, S, S, 3]."""
+        encoder = self.model.images()
         side = self.model.bundle.image.size
         shape = (max(1, n_views), len(items), side, side, 3)
-        with tempfile.TemporaryFile(dir=self.folder.path) as file:  # the mapping lives on
-            _reserve(file.fileno(), shape, self.folder.path)
-            pixels = np.memmap(cast("Any", file), dtype=np.uint8, mode="w+", shape=shape)
+        pixels = self.folder.pixels(shape)
         for number, (path, digest) in enumerate(items):
             for view in range(shape[0]):
                 pixels[view, number] = read_view(
                     encoder, path, digest, view, n_views, self.run_config.seed
                 )
         return pixels
-
-
-def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
-    """Take the room of u8 `shape` on the disk: one that is full later ends a process wordlessly.
-
-    Raises: ConfigError where there is too little.
-    """
-    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
-        return
-    n_bytes = math.prod(shape)
-    try:
-        os.posix_fallocate(file, 0, n_bytes)
-    except OSError as error:
-        raise ConfigError(
-            f"the pixels of {shape[0] * shape[1]} pictures and views take {n_bytes / 1e9:.1f} GB "
-            f'in "{folder}": {error.strerror} (name another `out`, or take fewer `augment` views)'
-        ) from None
 
 
 def fingerprints(split: Split) -> Any:

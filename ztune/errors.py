@@ -42,5 +42,9 @@ class AwayError(ServerError):
     """No server has answered for as long as was agreed."""
 
 
+class NotFittedError(ZtuneError):
+    """A classifier that is asked before it was fitted."""
+
+
 class ZtuneWarning(UserWarning):
     """What a caller should know of a result, though there is one."""

@@ -217,7 +217,7 @@ class TestFeatures:
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield u8[n, S, S, 3] and the place of its first picture."""
-        encoder = self.model.runtime.images()
+        encoder = self.model.images()
         kept = [item for item, keep in zip(self.items, self.plain.kept, strict=True) if keep]
         for first in range(0, len(kept), _AT_ONCE):
             paths = [path for path, _ in kept[first : first + _AT_ONCE]]

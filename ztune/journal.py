@@ -17,7 +17,29 @@ from ztune.errors import FormatError
 from ztune.io.files import flush_folder, read_bytes
 
 
-class Journal:
+class Counted:
+    """Counts requests with queries before they go to a server; nothing is written."""
+
+    def __init__(self, budget: Budget):
+        self._budget = budget
+        self._seen: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, part: int, n_queries: int) -> None:
+        """Count request `part` of the current step."""
+        with self._lock:
+            self._count(self._budget.queries if self._budget.in_step else None, part, n_queries)
+
+    def _count(self, step: int | None, part: int, n_queries: int) -> None:
+        if step is None:
+            self._budget.report(n_queries)
+            return
+        again = (step, part) in self._seen
+        self._seen.add((step, part))
+        self._budget.send(n_queries, again=again)
+
+
+class Journal(Counted):
     """Lines of a file, one for each request with queries in it; safe for several threads.
 
     A line says how many queries were charged before its step, which of the step's requests it is,
@@ -29,9 +51,8 @@ class Journal:
 
         Raises: FormatError for a file that is no journal.
         """
-        self._path, self._budget = path, budget
-        self._seen: set[tuple[int, int]] = set()
-        self._lock = threading.Lock()
+        super().__init__(budget)
+        self._path = path
         content = read_bytes(path) if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -63,11 +84,3 @@ class Journal:
             if is_new:
                 flush_folder(self._path.parent)
             self._count(step, part, n_queries)
-
-    def _count(self, step: int | None, part: int, n_queries: int) -> None:
-        if step is None:
-            self._budget.report(n_queries)
-            return
-        again = (step, part) in self._seen
-        self._seen.add((step, part))
-        self._budget.send(n_queries, again=again)

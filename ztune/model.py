@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +13,21 @@ import numpy as np
 from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
+from runtimes.held import Held, HoldingEncoder
 from runtimes.ort import OrtImageEncoder
+from runtimes.preprocess import ImageLike, crop, held_picture, read_picture
 from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision, resolve
-from runtimes.remote.settings import settings_from
+from runtimes.remote.endpoint import is_url
+from runtimes.remote.settings import named_servers, settings_from
 from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
 from ztune.compositions.base import ModelSpec, Patches
-from ztune.data.cache import FeatureCache
+from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import Features, encode_pictures
-from ztune.errors import DataError, ZtuneError
+from ztune.errors import ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.mixing import mixed_texts
 from ztune.progress import SILENCE, Progress, warn
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from runtimes.remote.connect import Connected
     from runtimes.remote.endpoint import Endpoint
     from runtimes.remote.served import Served
+
+
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Model:
     progress: Progress = SILENCE
     served: Runtime | None = None
     """The server that has the bundle's graphs; None: they run on this machine."""
+    held: Held = field(default_factory=dict)
+    """Images that are in memory, by the paths that stand for them."""
 
     def __enter__(self) -> Model:
         return self
@@ -67,6 +75,11 @@ class Model:
     def runtime(self) -> Runtime:
         return self.served or Local(self.bundle, self.execution)
 
+    def images(self) -> ImageEncoder:
+        """Return the image tower, which is opened when it is first used."""
+        encoder = self.runtime.images()
+        return HoldingEncoder(encoder, self.bundle.image, self.held) if self.held else encoder
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.bundle)
@@ -79,7 +92,7 @@ class Model:
     def features(
         self,
         items: Sequence[tuple[Path, str]],
-        cache: Path,
+        cache: Path | FeatureStore,
         *,
         what: str,
         n_views: int = 0,
@@ -91,14 +104,14 @@ class Model:
 
         `extractor` is another tower's ONNX file that takes the same pixels.
         """
-        encoder: ImageEncoder = self.runtime.images()
+        encoder = self.images()
         if extractor is not None:
             encoder = OrtExtractor(extractor, self.bundle, self.execution)
         with self.progress.activity(what, len(items) * max(1, n_views)) as ticker:
             result = encode_pictures(
                 encoder,
                 items,
-                FeatureCache(cache),
+                FeatureCache(cache) if isinstance(cache, Path) else cache,
                 n_views=n_views,
                 seed=seed,
                 at_once=1 if extractor is not None else self.runtime.batches_at_once,
@@ -108,6 +121,36 @@ class Model:
         if not result.kept.all():
             warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
         return result
+
+    def encode_images(self, images: Sequence[ImageLike]) -> F32:
+        """Return unit features f32[N, e] of paths, images of Pillow's or arrays u8[H, W, 3].
+
+        The same bytes as a run's: batches always have the same size.
+
+        Raises: DataError naming an image that cannot be read.
+        """
+        encoder, parts = self.images(), []
+        for first in range(0, len(images), _BATCH):
+            batch = images[first : first + _BATCH]
+            pictures = [
+                read_picture(Path(image))
+                if isinstance(image, str | Path)
+                else held_picture(image, f"image {first + n}")
+                for n, image in enumerate(batch)
+            ]
+            pixels = [crop(picture, self.bundle.image) for picture in pictures]
+            pixels += pixels[:1] * (_BATCH - len(pixels))
+            parts.append(encoder.encode(np.stack(pixels))[: len(batch)])
+        if not parts:
+            raise DataError("`images` are empty, expected at least one")
+        return np.concatenate(parts)
+
+    def encode_texts(self, texts: Sequence[str]) -> F32:
+        """Return unit features f32[N, e] of texts.
+
+        Raises: DataError for a text that is too long for the tower.
+        """
+        return self.prompt_graph.sentences("{}", tuple(texts))
 
     def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
         """Return unit features f32[C, e] of hand-written templates, the mean of several."""
@@ -208,6 +251,50 @@ class Model:
         encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
         self.progress.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
         return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
+
+
+def load(
+    place: Path | str,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    progress: Progress = SILENCE,
+    **server: Json,
+) -> Model:
+    """Return a model at work: the bundle in a folder, or the one that a server's URL names.
+
+    `provider` is auto, cpu, cuda or tensorrt; `threads` is a number of threads, without
+    spin-waiting (None: all cores); `memory_limit` is MB of the tuning's forward passes above the
+    weights. With a URL (`triton://host:8001/NAME`, `http://…`) further arguments are settings of
+    the server: client, images, losses, deadline, give_up, tls_ca, token_file and so on
+    (docs/remote.md). A Model is a context manager; its graphs are opened when they are used.
+
+    Raises: FormatError for a folder that is no bundle; ProviderError for a provider that does not
+        run; ServerError; ConfigError.
+
+    >>> import ztune
+    >>> with ztune.load("models/mini", provider="cpu") as model:
+    ...     model.encode_texts(["a photo of the digit seven."]).shape
+    (1, 128)
+    """
+    if not is_url(place):
+        if server:
+            raise ConfigError(f"`{next(iter(server))}` goes with a server's URL; leave it out")
+        execution = resolve_execution(provider, threads, progress, memory_limit)
+        return open_model(Path(place), execution, progress)
+    own = ("client", "images", "losses", "endpoints")
+    values: dict[str, Json] = {name: server.pop(name) for name in own if name in server}
+    values["connection"] = dict(server)
+    named = named_servers(place, values)
+    return open_served_model(
+        str(place),
+        values,
+        named,
+        progress,
+        provider=provider,
+        threads=threads,
+    )
 
 
 def open_model(path: Path, execution: Execution, progress: Progress = SILENCE) -> Model:

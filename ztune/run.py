@@ -9,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
+import numpy as np
+
+from ztune.artifact import Artifact, artifact_bytes, write_artifact
+from ztune.budget import Budget
+from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_json
 from ztune.io.tensors import read_tensors, write_tensors
+from ztune.journal import Counted, Journal
 from ztune.loop import Tuning
-from ztune.types import Evaluation, Json, Mixing, State
+from ztune.report import draw_curve
+from ztune.types import U8, Evaluation, Json, Mixing, State
 
 FORMAT = "ztune-run"
 VERSION = 1
@@ -137,6 +146,48 @@ class RunFolder:
                 )
         return document
 
+    @property
+    def is_begun(self) -> bool:
+        return self.run.exists()
+
+    @property
+    def has_state(self) -> bool:
+        return self.state.exists()
+
+    @property
+    def where_saved(self) -> str:
+        return f"the state before it is saved in {self.state}"
+
+    def cache(self, named: str | None) -> FeatureStore:
+        """Return where features are kept: the folder that was named, else the run's own."""
+        return FeatureCache(Path(named) if named else self.path / "cache")
+
+    def pixels(self, shape: tuple[int, ...]) -> U8:
+        """Return u8 of that shape in a file that goes when the process does.
+
+        Raises: ConfigError where the disk has no room for it.
+        """
+        with tempfile.TemporaryFile(dir=self.path) as file:  # the mapping lives on
+            _reserve(file.fileno(), shape, self.path)
+            return np.memmap(cast("Any", file), dtype=np.uint8, mode="w+", shape=shape)
+
+    def sending(self, budget: Budget) -> Journal:
+        """Return what notes each request with queries before it goes to a server."""
+        return Journal(self.journal, budget)
+
+    def keep(self, artifact: Artifact) -> int:
+        """Write the run's result and return its size in bytes."""
+        write_artifact(self.prompt, artifact)
+        return self.prompt.stat().st_size
+
+    def keep_snapshot(self, artifact: Artifact, queries: int) -> None:
+        """Write what the run would result in after so many queries."""
+        self.snapshots.mkdir(exist_ok=True)
+        write_artifact(self.snapshots / f"{queries:09d}.safetensors", artifact)
+
+    def draw_curve(self, levels: Mapping[str, float], title: str) -> None:
+        draw_curve(self.read_history(), levels, title, self.path / "curve.png")
+
     def is_finished(self) -> bool:
         """Return whether there is a run that was finished."""
         try:
@@ -197,25 +248,8 @@ class RunFolder:
 
     def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
         """Append one line to the history."""
-        line = {
-            "step": tuning.step,
-            "queries": tuning.budget.queries,
-            "loss": round(float(evaluation.losses.mean()), 6),
-            "accuracy": round(float(evaluation.accuracies.mean()), 6),
-            "seconds": round(tuning.seconds, 3),
-        }
-        if evaluation.batch_number == 0:
-            line["validation"] = True
-        optimizer = tuning.optimizer
-        if isinstance(optimizer, Mixing) and (fitted := optimizer.fitted()) is not None:
-            line["result_loss"], line["result_accuracy"] = (round(one, 6) for one in fitted)
         with self.history.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def snapshot(self, queries: int) -> Path:
-        """Return where the artifact after so many queries stands; its folder is made."""
-        self.snapshots.mkdir(exist_ok=True)
-        return self.snapshots / f"{queries:09d}.safetensors"
+            file.write(json.dumps(history_line(tuning, evaluation)) + "\n")
 
     def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
         """Return whether a mark that `queries` have reached has no snapshot at or behind it."""
@@ -229,6 +263,103 @@ class RunFolder:
             return []
         lines = self.history.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def history_line(tuning: Tuning, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what the history keeps of a round."""
+    line: dict[str, Any] = {
+        "step": tuning.step,
+        "queries": tuning.budget.queries,
+        "loss": round(float(evaluation.losses.mean()), 6),
+        "accuracy": round(float(evaluation.accuracies.mean()), 6),
+        "seconds": round(tuning.seconds, 3),
+    }
+    if evaluation.batch_number == 0:
+        line["validation"] = True
+    optimizer = tuning.optimizer
+    if isinstance(optimizer, Mixing) and (fitted := optimizer.fitted()) is not None:
+        line["result_loss"], line["result_accuracy"] = (round(one, 6) for one in fitted)
+    return line
+
+
+class MemoryRun:
+    """A run that leaves nothing on the disk, and that cannot be resumed."""
+
+    where_saved = "nothing of it is saved"
+
+    def __init__(self) -> None:
+        self.document: dict[str, Json] = {}
+        self.artifact: Artifact | None = None
+        self._features, self._history = MemoryCache(), list[dict[str, Any]]()
+        self._snapshots: list[int] = []
+
+    @property
+    def is_begun(self) -> bool:
+        return bool(self.document)
+
+    @property
+    def has_state(self) -> bool:
+        return False
+
+    def read(self) -> dict[str, Json]:
+        return self.document
+
+    def write(self, document: Mapping[str, Json]) -> None:
+        self.document = dict(document)
+
+    def cache(self, named: str | None) -> FeatureStore:
+        return FeatureCache(Path(named)) if named else self._features
+
+    def pixels(self, shape: tuple[int, ...]) -> U8:
+        return np.empty(shape, dtype=np.uint8)
+
+    def sending(self, budget: Budget) -> Counted:
+        return Counted(budget)
+
+    def keep(self, artifact: Artifact) -> int:
+        self.artifact = artifact
+        return len(artifact_bytes(artifact))
+
+    def keep_snapshot(self, artifact: Artifact, queries: int) -> None:
+        self._snapshots.append(queries)
+
+    def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
+        return False
+
+    def save(self, tuning: Tuning) -> None:
+        pass
+
+    def restore(self, tuning: Tuning) -> None:
+        pass
+
+    def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
+        self._history.append(history_line(tuning, evaluation))
+
+    def read_history(self) -> list[dict[str, float]]:
+        return self._history
+
+    def draw_curve(self, levels: Mapping[str, float], title: str) -> None:
+        pass
+
+
+RunStore = RunFolder | MemoryRun
+
+
+def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
+    """Take the room of u8 `shape` on the disk: one that is full later ends a process wordlessly.
+
+    Raises: ConfigError where there is too little.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    n_bytes = math.prod(shape)
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except OSError as error:
+        raise ConfigError(
+            f"the pixels of {shape[0] * shape[1]} pictures and views take {n_bytes / 1e9:.1f} GB "
+            f'in "{folder}": {error.strerror} (name another `out`, or take fewer `augment` views)'
+        ) from None
 
 
 def _require_regular(file: Path, where: str) -> None:

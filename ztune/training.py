@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -20,12 +22,11 @@ from ztune.artifact import (
     HeadArtifact,
     Provenance,
     classifier_of_texts,
-    write_artifact,
 )
 from ztune.budget import Budget
 from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
-from ztune.data.folders import Dataset
+from ztune.data.folders import Listing
 from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
@@ -35,7 +36,6 @@ from ztune.heads.shots import Fitted
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import read_json
-from ztune.journal import Journal
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
 from ztune.methods import HeadMethod, find_method
@@ -56,14 +56,14 @@ from ztune.precision import (
     unmeasured,
 )
 from ztune.progress import warn
-from ztune.report import draw_curve
-from ztune.run import RunFolder, SavePace
+from ztune.run import MemoryRun, RunFolder, SavePace
 from ztune.run_config import RunConfig, remarks_on, run_config_from_json
 from ztune.statistics import Score, Share, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, compose, open_task
 from ztune.types import F32, Evaluation, Json
 
+Store = TypeVar("Store", RunFolder, MemoryRun)
 # What the last bits of a result depend on.
 _ARITHMETIC = (
     "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
@@ -79,8 +79,24 @@ def start_run(run_config: RunConfig, model: Model, path: Path) -> dict[str, Json
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         model.progress.remark(remark)
+    return start_run_on(run_config, split, model, path)
+
+
+def start_run_on(
+    run_config: RunConfig,
+    split: Split,
+    model: Model,
+    path: Path,
+    encoded: EncodedSplit | None = None,
+) -> dict[str, Json]:
+    """Start a run on a split in a new folder and finish it; return run.json's content.
+
+    `encoded` are the split's features, where they are known already.
+
+    Raises: as `start_run`.
+    """
     folder = RunFolder(path)
-    run = TrainingRun(run_config, split, folder, model)
+    run = TrainingRun(run_config, split, folder, model, encoded)
     run.check()
     head = run.head()
     folder.create(head, split.to_json())
@@ -88,7 +104,7 @@ def start_run(run_config: RunConfig, model: Model, path: Path) -> dict[str, Json
         return run.finish(head)
 
 
-def _remarks_on_start(run_config: RunConfig, dataset: Dataset, split: Split) -> Iterator[str]:
+def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> Iterator[str]:
     yield from remarks_on(run_config)
     if run_config.preset == "published" and run_config.augment:
         yield (
@@ -145,8 +161,35 @@ class SavedRun:
         asked = run_config_from_json(fields.object("request").values, fields.where)
         return replace(asked, settings=fields.object("config").values)
 
-    def resume(self, model: Model) -> dict[str, Json]:
+    def require_same(self, run_config: RunConfig, split: Split) -> None:
+        """See that a run was begun with the same method, settings and images.
+
+        Raises: ConfigError naming what differs.
+        """
+        own = ("method", "queries", "seed", "templates", "keep", "patience", "augment")
+        asked, then = as_json(run_config), self.fields.object("request").values
+        differ = [name for name in own if _plain(asked[name]) != _plain(then.get(name))]
+        if (
+            _plain(as_json(run_config.method_config)) != _plain(self.fields.object("config").values)
+            and self.status != "finished"
+        ):
+            differ.append("settings")
+        saved = read_json(self.folder.split, self.fields.where)
+        if saved.get("entries") != _plain(split.to_json()["entries"]):
+            differ.append("images")
+        if differ:
+            raise ConfigError(
+                f'run "{self.folder.path}" was begun with other {", ".join(differ)} (give the '
+                "same, or name another `run_dir`)"
+            )
+
+    def resume(
+        self, model: Model, encoded: EncodedSplit | None = None, *, files: bool = True
+    ) -> dict[str, Json]:
         """Finish the run as it was begun; return run.json's content.
+
+        `encoded` are the split's features, where they are known already; without `files` its images
+        are in memory.
 
         Raises: FormatError for another model than the run began with, or a damaged folder;
             ZtuneError for images that have changed.
@@ -161,8 +204,9 @@ class SavedRun:
         split = Split.from_json(
             read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
         )
-        split.check_unchanged()
-        run = TrainingRun(self.run_config, split, self.folder, model)
+        if files:
+            split.check_unchanged()
+        run = TrainingRun(self.run_config, split, self.folder, model, encoded)
         run.check()
         return run.finish(self.head)
 
@@ -177,7 +221,13 @@ class SavedRun:
             warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
 
 
-def read_split(run_config: RunConfig) -> tuple[Dataset, Split]:
+def _plain(value: object) -> Json:
+    """Return a value as JSON has it."""
+    plain: Json = json.loads(json.dumps(value))
+    return plain
+
+
+def read_split(run_config: RunConfig) -> tuple[Listing, Split]:
     """Return the images that a run names, and how they are divided.
 
     Raises: ConfigError, DataError.
@@ -223,13 +273,15 @@ class Baselines:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class TrainingRun(Generic[Store]):
     """One run in progress."""
 
     run_config: RunConfig
     split: Split
-    folder: RunFolder
+    folder: Store
     model: Model
+    encoded: EncodedSplit | None = None
+    """The split's features, where they are known before the run."""
 
     @property
     def tuned(self) -> TunedConfig | None:
@@ -295,7 +347,7 @@ class TrainingRun:
             f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
             f"seed {run_config.seed}"
         )
-        draw_curve(self.folder.read_history(), levels, title, self.folder.path / "curve.png")
+        self.folder.draw_curve(levels, title)
 
     def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
         """Run to the end from whatever is saved, write all results; return run.json's content.
@@ -306,7 +358,7 @@ class TrainingRun:
         run_config = self.run_config
         # One tower at a time: each session is closed before the next is opened.
         changeable = self.tuned is not None and self.tuned.program is not None
-        encoded = self._encoder.encode(changeable=changeable)
+        encoded = self.encoded or self._encoder.encode(changeable=changeable)
         own_cache = run_config.cache is None
         head = {**encoded.costs(own_cache, time.monotonic() - started), **head}
         self.folder.write(head)
@@ -329,7 +381,7 @@ class TrainingRun:
                 outcome = self._fitted(encoded, texts)
         artifact = outcome.artifact
         scores = self._validated(outcome, baselines, encoded)
-        write_artifact(self.folder.prompt, artifact)
+        n_bytes = self.folder.keep(artifact)
         document: dict[str, Json] = {
             **head,
             "status": "finished",
@@ -341,7 +393,7 @@ class TrainingRun:
             "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
             "report_seconds": round(baselines.seconds + time.monotonic() - outcome.ended, 3),
             "peak_memory_mb": round(peak_memory_mb(), 1),
-            "result_bytes": self.folder.prompt.stat().st_size,
+            "result_bytes": n_bytes,
             "stop_reason": artifact.provenance.stop_reason,
             "cuda_graph": outcome.cuda_graph,
             "loss": "cross-entropy" if self.tuned is None or not self.tuned.focal else "focal",
@@ -373,9 +425,9 @@ class TrainingRun:
 
     def _signal_is_known(self) -> bool:
         """Return whether this run was begun and measured its signal before."""
-        if not self.folder.run.exists():
+        if not self.folder.is_begun:
             return False
-        return "signal" in self.folder.read() or self.folder.state.exists()
+        return "signal" in self.folder.read() or self.folder.has_state
 
     def _measured(self, task: FewShotTask) -> tuple[Signal, dict[str, Json]]:
         reference = open_reference(self.run_config.reference, self.model.bundle)
@@ -412,7 +464,7 @@ class TrainingRun:
         """
         force, progress = self.run_config.force, self.model.progress
         precision = self.model.bundle.precision
-        if "signal" not in head and not self.folder.state.exists():
+        if "signal" not in head and not self.folder.has_state:
             try:
                 if task.config.finest is None:
                     signal = not_needed(NO_DIFFERENCES)
@@ -447,7 +499,7 @@ class TrainingRun:
         if not isinstance(served, Served):
             yield None
             return
-        served.service.sending = Journal(self.folder.journal, budget)
+        served.service.sending = self.folder.sending(budget)
         try:
             yield served
         finally:
@@ -509,7 +561,7 @@ class TrainingRun:
         marks = run_config.snapshot_marks(spent)
         if tuning.step and self.folder.lacks_snapshot(marks, tuning.budget.queries):
             # Saved, and stopped before it was written.
-            write_artifact(self.folder.snapshot(tuning.budget.queries), artifact("snapshot"))
+            self.folder.keep_snapshot(artifact("snapshot"), tuning.budget.queries)
         marks = [m for m in marks if m > tuning.budget.queries]
         saving = SavePace(every_step=self.model.served is not None)
         with progress.activity("tuning", spent) as ticker:
@@ -523,7 +575,7 @@ class TrainingRun:
                     with saving:
                         self.folder.save(now)
                 if reached:  # after it: a server may be away by now, and the step was answered
-                    write_artifact(self.folder.snapshot(now.budget.queries), artifact("snapshot"))
+                    self.folder.keep_snapshot(artifact("snapshot"), now.budget.queries)
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
@@ -536,8 +588,8 @@ class TrainingRun:
             except NotFiniteError as error:
                 self.folder.save(tuning)
                 raise ZtuneError(
-                    f"query {budget.queries + error.candidate + 1}, {error}; the state before it "
-                    f"is saved in {self.folder.state}"
+                    f"query {budget.queries + error.candidate + 1}, {error}; "
+                    f"{self.folder.where_saved}"
                 ) from None
         self.folder.save(tuning)  # what follows is a report, and may fail
         ended = time.monotonic()
@@ -547,7 +599,7 @@ class TrainingRun:
         except NotFiniteError:
             raise ZtuneError(
                 f"after query {budget.queries} the recommended point has no finite loss (start a "
-                f"new run with smaller steps; the state is saved in {self.folder.state})"
+                f"new run with smaller steps; {self.folder.where_saved})"
             ) from None
         cuda_graph = task.encoder.cuda_graph if task.encoder is not None else None
         features = task.val_features(result)

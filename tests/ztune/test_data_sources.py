@@ -13,7 +13,7 @@ from tests.ztune.test_data_named import built, parquet_file, png
 from ztune.data import named, parquet
 from ztune.data.checking import check
 from ztune.data.coop import CoopSplit, write_split
-from ztune.data.folders import Dataset
+from ztune.data.folders import Listing
 from ztune.data.library import read_named
 from ztune.data.named import NAMED, Counts
 from ztune.data.sources import Lists, find_named, named_lists, own_lists, read_source
@@ -405,7 +405,7 @@ def copy(folder: Path, source: str, *targets: str) -> None:
 
 
 @pytest.fixture
-def published(here: Path) -> tuple[Dataset, list[str]]:
+def published(here: Path) -> tuple[Listing, list[str]]:
     """Return two classes of 6 train, 2 val and 4 test pictures, with every kind of copy."""
     folder = here / "mine"
     for part, n in (("train", 6), ("val", 2), ("test", 4)):
@@ -418,7 +418,7 @@ def published(here: Path) -> tuple[Dataset, list[str]]:
     return dataset, digest_pictures(dataset)
 
 
-def test_copies_in_a_published_set_never_tune(published: tuple[Dataset, list[str]]) -> None:
+def test_copies_in_a_published_set_never_tune(published: tuple[Listing, list[str]]) -> None:
     split = make_split(*published, SplitSettings(3, n_val=1), published=True)
     assert len(split.entries_of("test")) == 8, "the published test set stays whole"
     assert [entry.path for entry in split.entries_of("test")] == sorted(
@@ -438,7 +438,7 @@ def test_copies_in_a_published_set_never_tune(published: tuple[Dataset, list[str
     assert [e.path for e in split.entries_of("val")] == ["val/a/00.jpg", "val/b/01.jpg"]
 
 
-def test_a_published_set_with_copies_is_read_back(published: tuple[Dataset, list[str]]) -> None:
+def test_a_published_set_with_copies_is_read_back(published: tuple[Listing, list[str]]) -> None:
     split = make_split(*published, SplitSettings(3, n_val=1), published=True)
     document = json.loads(json.dumps(split.to_json()))
     again = Split.from_json(document, "split.json")
@@ -448,7 +448,7 @@ def test_a_published_set_with_copies_is_read_back(published: tuple[Dataset, list
 
 @pytest.mark.parametrize("role", ["train", "test"])
 def test_a_split_file_with_a_copy_that_tunes_is_refused(
-    published: tuple[Dataset, list[str]], role: str
+    published: tuple[Listing, list[str]], role: str
 ) -> None:
     split = make_split(*published, SplitSettings(3, n_val=1), published=True)
     document = json.loads(json.dumps(split.to_json()))
@@ -459,12 +459,12 @@ def test_a_split_file_with_a_copy_that_tunes_is_refused(
         Split.from_json(document, "split.json")
 
 
-def test_too_few_are_left_of_a_published_set(published: tuple[Dataset, list[str]]) -> None:
+def test_too_few_are_left_of_a_published_set(published: tuple[Listing, list[str]]) -> None:
     with pytest.raises(DataError, match='class "a" has 3 pictures to tune with'):
         make_split(*published, SplitSettings(4), published=True)
 
 
-def test_copies_in_ones_own_are_refused(published: tuple[Dataset, list[str]]) -> None:
+def test_copies_in_ones_own_are_refused(published: tuple[Listing, list[str]]) -> None:
     with pytest.raises(DataError, match=r"the same picture has two .*\(remove one of each\)"):
         make_split(*published, SplitSettings(3, n_val=1))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztune.data.folders import Dataset, Picture, read_dataset
+from ztune.data.folders import Listing, Picture, read_dataset
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
 from ztune.errors import ConfigError, DataError, FormatError
@@ -19,7 +19,7 @@ ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Counts = dict[str, int]
 
 
-def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[Dataset, list[str]]:
+def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[Listing, list[str]]:
     """Return a data set that is nowhere on disk, with a digest for every picture."""
     classes = tuple(sorted(counts))
     pictures = []
@@ -30,7 +30,7 @@ def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[
             pictures += [Picture(path, classes.index(name), split) for path in paths]
     pictures.sort(key=lambda picture: picture.path)
     digests = [hashlib.sha256(picture.path.encode()).hexdigest() for picture in pictures]
-    return Dataset(Path("/data"), classes, tuple(pictures), 0), digests
+    return Listing(Path("/data"), classes, tuple(pictures), 0), digests
 
 
 def split_of(counts: Counts, **settings: Any) -> Split:
@@ -217,7 +217,7 @@ def test_wrong_test_data() -> None:
 # The same bytes twice
 
 
-def same(data: tuple[Dataset, list[str]], *paths: str) -> tuple[Dataset, list[str]]:
+def same(data: tuple[Listing, list[str]], *paths: str) -> tuple[Listing, list[str]]:
     dataset, digests = data
     return dataset, [
         "0" * 64 if picture.path in paths else digest

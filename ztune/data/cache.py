@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -94,6 +95,44 @@ class FeatureLog:
             raise DataError(f'cache "{self.path}" cannot be written: {error.strerror}') from None
         if written < len(block):
             raise DataError(f'cache "{self.path}" cannot be written: the disk is full')
+
+
+class FeatureStore(Protocol):
+    """Keeps features by what identifies them."""
+
+    def log(self, *identity: str) -> FeatureRecords:
+        """Return the records for everything that the given texts identify."""
+
+
+class FeatureRecords(Protocol):
+    """Features f32[e] by their 32-byte keys."""
+
+    def read(self) -> dict[bytes, F32]: ...
+
+    def append(self, records: Mapping[bytes, F32]) -> None: ...
+
+
+class MemoryRecords:
+    """Records in memory alone."""
+
+    def __init__(self) -> None:
+        self._records: dict[bytes, F32] = {}
+
+    def read(self) -> dict[bytes, F32]:
+        return dict(self._records)
+
+    def append(self, records: Mapping[bytes, F32]) -> None:
+        self._records.update(records)
+
+
+class MemoryCache:
+    """A FeatureStore in memory alone."""
+
+    def __init__(self) -> None:
+        self._logs: dict[bytes, MemoryRecords] = {}
+
+    def log(self, *identity: str) -> MemoryRecords:
+        return self._logs.setdefault(key_of(*identity), MemoryRecords())
 
 
 def key_of(*parts: str) -> bytes:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.folders import Dataset
+from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName, is_inside, is_utf8, read_text
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import write_bytes
@@ -242,7 +242,7 @@ def hold_out_val(
     return tuple(train), tuple(val)
 
 
-def as_split(dataset: Dataset) -> CoopSplit:
+def as_split(dataset: Listing) -> CoopSplit:
     """Return the lists of a data set that was read from folders or a manifest, in its order.
 
     Pictures without a split are training pictures.

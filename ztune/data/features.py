@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ztune.data.cache import FeatureCache, key_of
+from ztune.data.cache import FeatureStore, key_of
 from ztune.data.split import Progress
 from ztune.errors import DataError
 from ztune.types import F32, U8, ImageEncoder
@@ -52,7 +52,7 @@ class _Job:
 def encode_pictures(
     encoder: ImageEncoder,
     items: Sequence[tuple[Path, str]],
-    cache: FeatureCache,
+    cache: FeatureStore,
     n_views: int = 0,
     seed: int = 0,
     batch_size: int = 8,

@@ -46,7 +46,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Listing:
     """Classes by name, and pictures sorted by path."""
 
     root: Path
@@ -61,7 +61,7 @@ class Dataset:
 
 def read_dataset(
     path: Path, names: Path | None = None, tuned: bool = True, *, pipe: bool = False
-) -> Dataset:
+) -> Listing:
     """Find the pictures and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file, which
@@ -96,7 +96,7 @@ def read_dataset(
         _check_splits(listed, where)
     index = {name: label for label, name in enumerate(classes)}
     pictures = [Picture(item.path, index[name_of[item.label]], item.split) for item in listed]
-    return Dataset(root, classes, tuple(sorted(pictures, key=lambda p: p.path)), ignored)
+    return Listing(root, classes, tuple(sorted(pictures, key=lambda p: p.path)), ignored)
 
 
 def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ztune.data import parquet
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
-from ztune.data.folders import Dataset, Picture
+from ztune.data.folders import Listing, Picture
 from ztune.data.manifests import class_name
 from ztune.data.named import Spec, find_spec
 from ztune.errors import DataError
@@ -56,7 +56,7 @@ class NamedData:
         """Return the same with a part of its pictures, as few_shot and base_and_new choose."""
         return replace(self, split=split)
 
-    def dataset(self) -> Dataset:
+    def dataset(self) -> Listing:
         """Return it as folders and manifests are read: classes by name, pictures by path.
 
         Labels with the same name (ImageNet has a few) become one class, since classes are told
@@ -69,7 +69,7 @@ class NamedData:
             raise DataError(f'data set "{self.spec.name}" has one class only, "{classes[0]}"')
         index = {name: label for label, name in enumerate(classes)}
         pictures = [Picture(item.path, index[shown(item.name)], role) for role, item in self.split]
-        return Dataset(self.root, classes, tuple(sorted(pictures, key=lambda p: p.path)), 0)
+        return Listing(self.root, classes, tuple(sorted(pictures, key=lambda p: p.path)), 0)
 
 
 def shown(name: str) -> str:

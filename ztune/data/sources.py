@@ -19,7 +19,7 @@ from pathlib import Path
 from ztune.data import parquet
 from ztune.data.checking import doubts, is_published
 from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val
-from ztune.data.folders import Dataset, read_dataset
+from ztune.data.folders import Listing, read_dataset
 from ztune.data.library import SEED, NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def own_lists(path: Path, names: Path | None = None) -> Lists:
 
 def read_source(
     place: str, root: Path | None, names: Path | None = None, tuned: bool = True
-) -> Dataset:
+) -> Listing:
     """Return the pictures of a data set by name, where there is a root, or by path.
 
     With `tuned` every class must have pictures to tune with. `names` is a names file as a person
@@ -167,7 +167,7 @@ def _listed(path: Path) -> Path:
     return parquet.extract(files, path / parquet.EXTRACTED) / parquet.MANIFEST
 
 
-def _divided(dataset: Dataset, where: str) -> tuple[CoopSplit, list[str]]:
+def _divided(dataset: Listing, where: str) -> tuple[CoopSplit, list[str]]:
     """Return lists for what a data set does not say itself, and what was done, in words."""
     given = as_split(dataset)
     if not given.test:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from ztune.data.folders import Dataset
+from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName, is_inside
 from ztune.errors import ConfigError, DataError, FormatError
 from ztune.io.fields import Fields
@@ -210,7 +210,7 @@ def _settings(top: Fields) -> SplitSettings:
         raise FormatError(f"{fields.where}: {error}") from None
 
 
-def digest_pictures(dataset: Dataset, progress: Progress | None = None) -> list[str]:
+def digest_pictures(dataset: Listing, progress: Progress | None = None) -> list[str]:
     """Return the SHA-256 of every picture's file, in the order of `dataset.pictures`.
 
     Raises: DataError naming a file that cannot be read.
@@ -228,10 +228,10 @@ def digest_pictures(dataset: Dataset, progress: Progress | None = None) -> list[
 
 
 def make_split(
-    dataset: Dataset,
+    dataset: Listing,
     digests: Sequence[str],
     settings: SplitSettings,
-    test_data: tuple[Dataset, Sequence[str]] | None = None,
+    test_data: tuple[Listing, Sequence[str]] | None = None,
     published: bool = False,
 ) -> Split:
     """Choose shots, then validation pictures; test pictures come first where they are cut off.
@@ -283,7 +283,31 @@ def make_split(
     return Split(roots, classes, tuple(entries), settings, tuple(notes))
 
 
-def _test_entries(dataset: Dataset, other: Dataset, digests: Sequence[str]) -> list[Entry]:
+def whole_split(listing: Listing, digests: Sequence[str], seed: int | None) -> Split:
+    """Return a split in which every picture is there to tune with.
+
+    Those of a class are in the order drawn with `seed`, as those of a file are; None: as given.
+
+    Raises: DataError for one picture with two classes, or a class without any.
+    """
+    classes, roots = listing.classes, {"data": listing.root.absolute()}
+    pool = [
+        Entry("data", picture.path, digest, picture.label, "train")
+        for picture, digest in zip(listing.pictures, digests, strict=True)
+    ]
+    pool, n_copies = _without_copies(pool, classes, roots)
+    notes = [f"exact copies of another picture, left out: {n_copies}"] if n_copies else []
+    by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
+    if seed is not None:
+        by_class = [_drawn(entries, "tune", seed) for entries in by_class]
+    for name, entries in zip(classes, by_class, strict=True):
+        if not entries:
+            raise DataError(f'class "{name}" has no picture')
+    settings = SplitSettings(max(map(len, by_class)), 0, 0, 0, seed or 0)
+    return Split(roots, classes, tuple(e for part in by_class for e in part), settings, (*notes,))
+
+
+def _test_entries(dataset: Listing, other: Listing, digests: Sequence[str]) -> list[Entry]:
     """Return the test pictures of `test_data`: its test folder, or all where it has no splits."""
     missing = sorted(set(dataset.classes) - set(other.classes))
     extra = sorted(set(other.classes) - set(dataset.classes))

@@ -159,7 +159,7 @@ class Worker:
             reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
         return JobResult(outcomes, reasons)
 
-    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun, Fields]:
+    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], Fields]:
         """Return the run finished, and what run.json says."""
         model = self._bench(Path(job.run_config.bundle))
         if model.bundle.digest != job.bundle_digest:
@@ -172,7 +172,7 @@ class Worker:
         return training, run
 
     def _scored_or_not(
-        self, training: TrainingRun, run: Fields, cell: CellJob, place: Path
+        self, training: TrainingRun[RunFolder], run: Fields, cell: CellJob, place: Path
     ) -> Outcome | str:
         """Score a cell and keep its outcome; return that, or why there is none."""
         try:
@@ -182,7 +182,9 @@ class Worker:
             return _reason(error, place)
         return outcome
 
-    def _scored(self, training: TrainingRun, run: Fields, cell: CellJob, key: str) -> Outcome:
+    def _scored(
+        self, training: TrainingRun[RunFolder], run: Fields, cell: CellJob, key: str
+    ) -> Outcome:
         """Score a finished run's result on the parts of a cell."""
         result = read_artifact(training.folder.prompt)
         parts = [self._part(training.model, part) for part in cell.parts]
@@ -220,7 +222,7 @@ class Worker:
         )
 
     def _snapshots(
-        self, training: TrainingRun, part: ScoredPart, encoded: EncodedPart, queries: int
+        self, training: TrainingRun[RunFolder], part: ScoredPart, encoded: EncodedPart, queries: int
     ) -> Iterator[Point]:
         seconds = {int(line["queries"]): line["seconds"] for line in training.folder.read_history()}
         for file in sorted(training.folder.snapshots.glob("*.safetensors")):
@@ -289,7 +291,7 @@ class Worker:
         return score(gallery.logits(result), encoded.labels, classes)
 
 
-def _finished(training: TrainingRun) -> dict[str, Json]:
+def _finished(training: TrainingRun[RunFolder]) -> dict[str, Json]:
     """Begin a run, go on with it, or find it done; return run.json's content."""
     folder, head = training.folder, training.head()
     status = None

@@ -25,9 +25,14 @@ def write_tensors(
     path: Path, arrays: Mapping[str, NDArray[Any]], document: Mapping[str, Json]
 ) -> None:
     """Write arrays and a document to `path`, whole or not at all."""
+    write_bytes(path, tensor_bytes(arrays, document))
+
+
+def tensor_bytes(arrays: Mapping[str, NDArray[Any]], document: Mapping[str, Json]) -> bytes:
+    """Return what `write_tensors` writes."""
     text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_bytes(path, save(contiguous, metadata={_KEY: text}))
+    return bytes(save(contiguous, metadata={_KEY: text}))
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:

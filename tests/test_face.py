@@ -1,0 +1,289 @@
+"""The library as a caller has it: `import ztune`, from images to a classifier."""
+
+import json
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+import ztune
+from tests.conftest import DIGITS, MINI, Command
+from ztune.errors import ConfigError, DataError, NotFittedError, ZtuneError
+from ztune.model import Model
+
+TEMPLATE = "a photo of the digit {}."
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ogn": {"queries": 60},
+    "zip": {"queries": 60},
+    "gda": {},
+    "proker": {},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with ztune.load(MINI, provider="cpu", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def train() -> Any:
+    return ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)[0]
+
+
+@pytest.fixture(scope="module")
+def test() -> Any:
+    return ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)[1]
+
+
+def classifier(model: Model, method: str, **more: Any) -> ztune.FewShotClassifier:
+    given = {**SETTINGS[method], "templates": TEMPLATE, **more}
+    return ztune.FewShotClassifier(model, method=method, **given)
+
+
+def saved(fitted: ztune.FewShotClassifier, path: Path) -> bytes:
+    fitted.save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_fit_gives_the_bytes_of_the_command_line(
+    method: str, model: Model, train: Any, tmp_path: Path, ztune: Command
+) -> None:
+    words = ("--method", method, "--shots", 4, "--seed", 1, "--template", TEMPLATE, "--threads", 1)
+    spent = [w for k, v in SETTINGS[method].items() for w in (f"--{k}", v)]
+    out = tmp_path / "out"
+    done = ztune("tune", MINI, "--data", DIGITS, *words, *spent, "--provider", "cpu", "--out", out)
+    assert done.code == 0, done.err
+    expected = (out / "prompt.safetensors").read_bytes()
+    assert saved(classifier(model, method).fit(train), tmp_path / "memory") == expected
+    folder = tmp_path / "folder"
+    assert (
+        saved(classifier(model, method).fit(train, run_dir=folder), tmp_path / "disk") == expected
+    )
+    assert (folder / "prompt.safetensors").read_bytes() == expected
+    assert {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()}
+
+
+def tensors(fitted: ztune.FewShotClassifier, path: Path) -> dict[str, Any]:
+    """Return what was fitted, less the digests of the images that it was fitted on."""
+    fitted.save(path)
+    found: dict[str, Any] = load_file(path)
+    del found["tuning_pictures"]
+    return found
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_paths_images_arrays_and_features_give_the_same_tensors(
+    method: str, model: Model, tmp_path: Path
+) -> None:
+    train, _ = ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1, val=0)
+    expected = tensors(classifier(model, method).fit(train), tmp_path / "split")
+    paths = [path for path, _ in train.split.items("train")]
+    y = [train.classes[label] for label in train.split.labels("train")]
+    pictures = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    indices = train.split.labels("train")
+    given: dict[str, tuple[Any, Any, Any]] = {
+        "paths": (paths[::-1], y[::-1], None),  # files are drawn by what is in them
+        "words": ([str(path) for path in paths], y, None),
+        "pictures": (pictures, y, None),
+        "array": (arrays, indices, train.classes),
+        "arrays": ([*arrays], np.array(y), None),
+        "features": (model.encode_images(paths), y, None),
+    }
+    for name, (X, labels, names) in given.items():
+        fitted = classifier(model, method).fit(X, labels, class_names=names)
+        found = tensors(fitted, tmp_path / name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=f"{name}: {key}")
+
+
+def test_nothing_touches_the_disk(
+    model: Model, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    classifier(model, "zip").fit(train)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_agree_however_an_image_is_given(model: Model, train: Any, test: Any) -> None:
+    fitted = classifier(model, "gda").fit(train)
+    paths = [path for path, _ in test.items[:20]]
+    opened = [Image.open(path) for path in paths]
+    arrays = [np.asarray(one.convert("RGB")) for one in opened]
+    expected = fitted.predict(paths)
+    for images in (list(map(str, paths)), opened, arrays, np.stack(arrays)):
+        np.testing.assert_array_equal(fitted.predict(images), expected)
+    np.testing.assert_array_equal(fitted.predict(model.encode_images(paths)), expected)
+    probabilities = fitted.predict_proba(paths)
+    assert probabilities.shape == (20, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(fitted.classes_[probabilities.argmax(axis=1)], expected)
+    assert fitted.score(test) > 0.6
+    names = [test.classes[label] for label in test.labels[:20]]
+    assert fitted.score(paths, names) == np.mean(expected == np.array(names))
+    assert fitted.cost_["image_forwards"] == 80
+
+
+def test_several_threads_predict_at_once(model: Model, train: Any, test: Any) -> None:
+    fitted = classifier(model, "gda").fit(train)
+    paths = [path for path, _ in test.items[:16]]
+    expected = fitted.predict_proba(paths)
+    found: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(fitted.predict_proba(paths))) for _ in range(4)
+    ]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(found) == 4
+    for one in found:
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_a_run_goes_on_where_it_was_stopped(model: Model, train: Any, tmp_path: Path) -> None:
+    whole = classifier(model, "zip").fit(train, run_dir=tmp_path / "whole")
+    folder = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", folder)
+    (folder / "prompt.safetensors").unlink()
+    head = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**head, "status": "running"}))
+    again = classifier(model, "zip").fit(train, run_dir=folder)
+    assert saved(again, tmp_path / "a") == saved(whole, tmp_path / "b")
+    with pytest.raises(ConfigError, match="begun with other seed"):
+        classifier(model, "zip", seed=2).fit(train, run_dir=folder)
+    other, _ = ztune.Dataset.from_folder(DIGITS).split(shots=5, seed=1)
+    with pytest.raises(ConfigError, match="begun with other images"):
+        classifier(model, "zip").fit(other, run_dir=folder)
+
+
+def test_what_was_saved_predicts_elsewhere(
+    model: Model, train: Any, test: Any, tmp_path: Path, ztune: Command
+) -> None:
+    fitted = classifier(model, "ogn").fit(train)
+    fitted.save(tmp_path / "prompt.safetensors")
+    paths = [path for path, _ in test.items[:10]]
+    loaded = classifier(model, "ogn").load_artifact(tmp_path / "prompt.safetensors")
+    np.testing.assert_array_equal(loaded.predict_proba(paths), fitted.predict_proba(paths))
+    fitted.export_onnx(tmp_path / "classifier.onnx")
+    said = ztune("predict", tmp_path / "classifier.onnx", *paths, "--json", "--provider", "cpu")
+    assert said.code == 0, said.err
+    assert [one["class"] for one in said.json["predictions"]] == fitted.predict(paths).tolist()
+    with pytest.raises(TypeError, match=r"save\(\) the artifact"):
+        pickle.dumps(fitted)
+
+
+def test_scikit_learn_can_search_and_cross_validate(model: Model, train: Any) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    base = pytest.importorskip("sklearn.base")
+    items = train.split.items("train")
+    paths = np.array([str(path) for path, _ in items])
+    y = np.array([train.classes[label] for label in train.split.labels("train")])
+    scores = selection.cross_val_score(classifier(model, "gda"), paths, y, cv=2)
+    assert scores.shape == (2,)
+    assert scores.min() > 0.3
+    features = model.encode_images(paths.tolist())
+    grid = {"step_size": [0.001, 0.01]}
+    search = selection.GridSearchCV(classifier(model, "zip"), grid, cv=2).fit(features, y)
+    assert search.best_params_["step_size"] in grid["step_size"]
+    assert len(search.cv_results_["mean_test_score"]) == 2
+    one = classifier(model, "zip", step_size=0.01)
+    copy = base.clone(one)
+    assert copy.get_params() == one.get_params()
+    assert copy.model is model
+    assert copy.set_params(step_size=0.02, seed=3).get_params()["step_size"] == 0.02
+    assert one.get_params()["step_size"] == 0.01
+
+
+def test_a_method_that_changes_images_needs_images(model: Model, train: Any) -> None:
+    paths = [path for path, _ in train.split.items("train")]
+    y = [train.classes[label] for label in train.split.labels("train")]
+    given = ztune.FewShotClassifier(model, method="blackvip", queries=30, templates=TEMPLATE)
+    with pytest.raises(ConfigError, match="blackvip changes images, so `X` must be images"):
+        given.fit(model.encode_images(paths), y)
+    fitted = given.fit(paths, y)
+    assert fitted.predict(paths[:3]).shape == (3,)
+    with pytest.raises(DataError, match="features cannot be classified"):
+        fitted.predict(model.encode_images(paths[:3]))
+
+
+def test_a_model_encodes_images_and_texts(model: Model, test: Any) -> None:
+    paths = [path for path, _ in test.items[:9]]
+    images = model.encode_images(paths)
+    assert images.shape == (9, model.bundle.embed_dim)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    texts = model.encode_texts([TEMPLATE.format(name) for name in test.classes])
+    zero_shot = model.zero_shot((TEMPLATE,), test.classes)
+    guessed = (images @ texts.T).argmax(axis=1)
+    np.testing.assert_array_equal(guessed, zero_shot.logits(images).argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "more", "error", "message"),
+    [
+        ("images", [1.5] * 4, {}, DataError, "label 1.5 is float, expected class names or indices"),
+        ("images", [0, 0, 1, 1], {}, DataError, "name the classes with `class_names`"),
+        ("images", [0, 0, 1, 7], {"class_names": ["a", "b"]}, DataError, "label 7 is out of range"),
+        ("images", ["a", "b"], {}, DataError, "`images` are 4 and `labels` 2, expected as many"),
+        ("images", ["a"] * 4, {}, DataError, "expected at least two"),
+        ("images", None, {}, DataError, "`y` is missing"),
+        (
+            "floats",
+            ["a", "a", "b", "b"],
+            {},
+            DataError,
+            r"float64\[8, 8, 3\], expected u8\[H, W, 3\]",
+        ),
+        ("words", ["a", "a", "b", "b"], {}, DataError, "no-such-file"),
+        ("numbers", ["a", "a", "b", "b"], {}, DataError, "is int, expected a path"),
+        (
+            "narrow",
+            ["a", "a", "b", "b"],
+            {},
+            DataError,
+            "features of 3 values, the model's have 128",
+        ),
+        ("infinite", ["a", "a", "b", "b"], {}, DataError, "not finite"),
+    ],
+)
+def test_input_that_cannot_be_fitted(
+    model: Model, X: str, y: Any, more: dict[str, Any], error: type[ZtuneError], message: str
+) -> None:
+    random = np.random.default_rng(0)
+    given: Any = {
+        "images": [*random.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)],
+        "floats": [*random.random((4, 8, 8, 3))],
+        "words": ["no-such-file.png"] * 4,
+        "numbers": [1, 2, 3, 4],
+        "narrow": random.random((4, 3)),
+        "infinite": np.full((4, 128), np.nan),
+    }[X]
+    with pytest.raises(error, match=message):
+        classifier(model, "gda").fit(given, y, **more)
+
+
+def test_names_that_do_not_exist(model: Model, train: Any) -> None:
+    with pytest.raises(ConfigError, match='unknown method "zap"'):
+        ztune.FewShotClassifier(model, method="zap").fit(train)
+    with pytest.raises(ConfigError, match='no setting "step_sise"'):
+        classifier(model, "zip", step_sise=1).fit(train)
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        classifier(model, "zip").predict(["a.png"])
+    with pytest.raises(DataError, match="`shots`"):
+        ztune.Dataset.from_folder(DIGITS).split(shots=5000)
+    with pytest.raises(ZtuneError, match=r"does not exist|is no folder"):
+        ztune.load("no-such-bundle")
+    with pytest.raises(ConfigError, match="`token_file` goes with a server"):
+        ztune.load(MINI, token_file="x")

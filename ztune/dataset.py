@@ -1,0 +1,228 @@
+"""Labelled images as a caller has them: a folder, a list, a data set by name, or arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from runtimes.held import digest_of
+from runtimes.preprocess import ImageLike, held_picture
+from ztune.data.folders import Listing, Picture
+from ztune.data.named import find_spec
+from ztune.data.sources import TEMPLATE, read_source
+from ztune.data.split import Split, SplitSettings, digest_pictures, make_split, whole_split
+from ztune.errors import DataError
+from ztune.evaluate import LabelledImages
+from ztune.types import I64
+
+MEMORY = Path("/in-memory").absolute()
+"""Where images that are in memory are said to lie; no file is read there."""
+Labels = Sequence[str] | Sequence[int] | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a classifier is fitted on: training images, and validation images inside."""
+
+    split: Split
+    template: str = TEMPLATE
+    """The hand-written prompt that goes with the classes, with {} for a name."""
+    held: Mapping[Path, Image.Image] = field(default_factory=dict)
+    """Images that are in memory, by the paths that stand for them."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.split.classes
+
+    def __len__(self) -> int:
+        return len(self.split.entries_of("train"))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images; nothing is decoded before it is used.
+
+    >>> data = Dataset.from_folder("examples/digits")
+    >>> data.classes[:3], len(data)
+    (('eight', 'five', 'four'), 1797)
+    >>> train, test = data.split(shots=16, seed=1)
+    >>> len(train), len(test)
+    (160, 896)
+    """
+
+    listing: Listing
+    template: str = TEMPLATE
+    published: bool = False
+    """Whether it is a data set that papers use, whose test images stay as they are."""
+    held: Mapping[Path, Image.Image] = field(default_factory=dict)
+
+    @classmethod
+    def from_folder(cls, path: Path | str, *, names: Path | str | None = None) -> Dataset:
+        """Return the images of a folder with a folder for each class.
+
+        `root/class/*.jpg` or `root/{train,val,test}/class/*`; `names` is a file with lines of
+        folder, tab, class name.
+
+        Raises: DataError for a folder that is not of this kind.
+        """
+        return cls(read_source(str(Path(path)), None, None if names is None else Path(names)))
+
+    @classmethod
+    def from_manifest(cls, path: Path | str) -> Dataset:
+        """Return the images that a .csv or .jsonl list names, with path, label and perhaps split.
+
+        Raises: DataError naming the line that is wrong.
+        """
+        return cls.from_folder(path)
+
+    @classmethod
+    def from_parquet(cls, path: Path | str) -> Dataset:
+        """Return the images in a folder of parquet files, as the Hugging Face hub has them.
+
+        They are extracted once, below the folder.
+
+        Raises: DataError; ConfigError without pyarrow.
+        """
+        return cls.from_folder(path)
+
+    @classmethod
+    def named(cls, name: str, root: Path | str) -> Dataset:
+        """Return a data set by a name that `ztune data list` shows, from the folder of all of them.
+
+        Raises: ConfigError for an unknown name; DataError for data that cannot be used.
+        """
+        spec = find_spec(name)
+        return cls(read_source(spec.name, Path(root)), spec.template, published=True)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Sequence[ImageLike] | np.ndarray[Any, Any],
+        labels: Labels,
+        class_names: Sequence[str] | None = None,
+    ) -> Dataset:
+        """Return images that are in memory: u8[N, H, W, 3], a list of u8[H, W, 3], or Pillow's.
+
+        Paths may be among them. Labels are class names, or indices into `class_names`.
+
+        Raises: DataError for images or labels of another kind, or of different numbers.
+        """
+        names = labels_as_names(labels, class_names)
+        if len(images) != len(names):
+            raise DataError(
+                f"`images` are {len(images)} and `labels` {len(names)}, expected as many"
+            )
+        classes = tuple(sorted(set(class_names or names)))
+        if len(classes) < 2:
+            raise DataError(f"`labels` are of {len(classes)} class(es), expected at least two")
+        held: dict[Path, Image.Image] = {}
+        pictures = []
+        for number, (image, name) in enumerate(zip(images, names, strict=True)):
+            path = _path_of(image, number, held)
+            pictures.append(Picture(path, classes.index(name), None))
+        return cls(Listing(MEMORY, classes, tuple(pictures), 0), held=held)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, sorted."""
+        return self.listing.classes
+
+    def __len__(self) -> int:
+        return len(self.listing.pictures)
+
+    def split(
+        self,
+        shots: int = 16,
+        seed: int = 1,
+        *,
+        val: int | None = None,
+        test_fraction: float | Literal["auto"] = "auto",
+        split_seed: int = 0,
+    ) -> tuple[TrainingSet, LabelledImages]:
+        """Draw `shots` training images a class, validation images inside, and keep test images.
+
+        The images that `ztune tune` draws with the same numbers. `val` is the number of validation
+        images a class (None: min(shots, 4), or what is left); `test_fraction` of a class is kept
+        for testing (auto: half, where every class has at least 2 * (shots + val) images). Adding an
+        image never moves another one between training and test.
+
+        Raises: DataError for a class with too few images, or one image with two classes.
+        """
+        settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
+        split = make_split(self.listing, self._digests(), settings, published=self.published)
+        return TrainingSet(split, self.template, self.held), self._tested(split)
+
+    def whole(self, seed: int = 1) -> TrainingSet:
+        """Return all images as training images, none kept.
+
+        Files of a class are drawn in the order that `ztune tune` has with this seed; with images in
+        memory the order is that in which they were given.
+
+        Raises: DataError for one image with two classes, or a class without images.
+        """
+        order = None if self.held else seed
+        return TrainingSet(
+            whole_split(self.listing, self._digests(), order), self.template, self.held
+        )
+
+    def _tested(self, split: Split) -> LabelledImages:
+        return LabelledImages(split.items("test"), split.labels("test"), split.classes, "test")
+
+    def _digests(self) -> list[str]:
+        if not self.held:
+            return digest_pictures(self.listing)
+        files = replace(
+            self.listing,
+            pictures=tuple(p for p in self.listing.pictures if MEMORY / p.path not in self.held),
+        )
+        of_files = dict(zip((p.path for p in files.pictures), digest_pictures(files), strict=True))
+        return [
+            digest_of(self.held[MEMORY / p.path]) if p.path not in of_files else of_files[p.path]
+            for p in self.listing.pictures
+        ]
+
+
+def _path_of(image: ImageLike, number: int, held: dict[Path, Image.Image]) -> str:
+    """Return the path of an image below MEMORY; what is in memory goes into `held`."""
+    if isinstance(image, str | Path):
+        return str(Path(image).absolute())
+    path = f"{number:09d}"
+    held[MEMORY / path] = held_picture(image, f"image {number}")
+    return path
+
+
+def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
+    """Return the class name of every label.
+
+    Raises: DataError for labels that are neither names nor whole numbers, numbers without
+        `class_names`, or out of their range.
+    """
+    values: list[Any] = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+    if all(isinstance(value, str) for value in values):
+        if class_names is not None and (unknown := sorted({*values} - {*class_names})):
+            raise DataError(f"label {unknown[0]!r} is not among `class_names`")
+        return values
+    if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
+        odd = next(v for v in values if isinstance(v, bool) or not isinstance(v, int))
+        raise DataError(f"label {odd!r} is {type(odd).__name__}, expected class names or indices")
+    if class_names is None:
+        raise DataError("`labels` are indices: name the classes with `class_names`")
+    if wrong := [value for value in values if not 0 <= value < len(class_names)]:
+        raise DataError(f"label {wrong[0]} is out of range: there are {len(class_names)} names")
+    return [class_names[value] for value in values]
+
+
+def label_array(names: Sequence[str], classes: Sequence[str]) -> I64:
+    """Return i64[N], the place of each name among the classes.
+
+    Raises: DataError for one that is not among them.
+    """
+    index = {name: place for place, name in enumerate(classes)}
+    if unknown := sorted({*names} - {*index}):
+        raise DataError(f"label {unknown[0]!r} is not among the classes of the classifier")
+    return np.array([index[name] for name in names], dtype=np.int64)

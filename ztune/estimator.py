@@ -1,0 +1,384 @@
+"""One estimator for every method: fit, predict, score, save, as scikit-learn's have it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtimes.preprocess import ImageLike, crop, held_picture, read_picture
+from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
+from ztune.data.split import Entry, Split, SplitSettings
+from ztune.dataset import MEMORY, Dataset, Labels, TrainingSet, label_array, labels_as_names
+from ztune.encoded import EncodedSplit
+from ztune.errors import ConfigError, DataError, NotFittedError
+from ztune.evaluate import LabelledImages, required_extractor
+from ztune.methods import TunedMethod, find_method
+from ztune.model import Model
+from ztune.run import MemoryRun, RunFolder
+from ztune.run_config import RunConfig
+from ztune.task import open_program
+from ztune.training import SavedRun, TrainingRun, start_run_on
+from ztune.types import F32, ImageEncoder, Json
+
+_BATCH = 8
+Images = Sequence[ImageLike] | np.ndarray[Any, Any]
+"""Paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3], or features f32[N, e]."""
+_OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience", "augment")
+
+
+class FewShotClassifier:
+    """Fits a prompt or a head on a few labelled images, by forward passes alone.
+
+    `method` is one of those that `ztune methods` lists; keyword arguments beyond the named ones are
+    its settings, over the `preset`. `templates` are hand-written prompts with {} for a class name;
+    None: those of the data set, else "a photo of a {}.". `keep` is the last point, as published, or
+    the best on validation images; `patience` stops after so many validation passes without gain;
+    `augment` caches random views of each training image.
+
+    >>> import ztune
+    >>> model = ztune.load("models/mini")
+    >>> train, test = ztune.Dataset.from_folder("examples/digits").split(shots=4, seed=1)
+    >>> clf = ztune.FewShotClassifier(model, method="gda").fit(train)
+    >>> clf.predict(["examples/digits/seven/0.png"])
+    array(['seven'], dtype='<U5')
+    >>> clf.score(test) > 0.6
+    True
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str = "ogn",
+        *,
+        queries: int = 5000,
+        seed: int = 1,
+        preset: str = "default",
+        templates: Sequence[str] | str | None = None,
+        keep: str = "last",
+        patience: int | None = None,
+        augment: int | None = None,
+        **settings: Any,
+    ):
+        self.model, self.method = model, method
+        self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
+        self.keep, self.patience, self.augment = keep, patience, augment
+        self.settings = settings
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the arguments of the constructor, the method's settings included."""
+        return {**{name: getattr(self, name) for name in _OWN}, **self.settings}
+
+    def set_params(self, **params: Any) -> FewShotClassifier:
+        """Change arguments of the constructor; a name that is none of its own is a setting."""
+        for name, value in params.items():
+            if name in _OWN:
+                setattr(self, name, value)
+            else:
+                self.settings[name] = value
+        return self
+
+    def __sklearn_clone__(self) -> FewShotClassifier:
+        """Return an unfitted copy that shares the model."""
+        return FewShotClassifier(**self.get_params())
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(string=True, two_d_array=True),
+        )
+
+    def fit(
+        self,
+        X: TrainingSet | Dataset | Images,
+        y: Labels | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        run_dir: Path | str | None = None,
+    ) -> FewShotClassifier:
+        """Fit on a training set, on a whole Dataset, or on images or features with labels `y`.
+
+        Labels are class names, or indices into `class_names`. With `run_dir` the fit leaves what
+        `ztune tune` leaves there, and goes on from it where it was stopped; else nothing touches
+        the disk.
+
+        Raises: ZtuneError: DataError for images or labels that cannot be used, ConfigError for an
+            unknown method or setting, or a method that needs images where features are given.
+        """
+        training, features = self._training_set(X, y, class_names)
+        run_config = self._run_config(training, features is not None)
+        model = replace(self.model, held=training.held)
+        if features is not None:
+            self._check_features(features, run_config)
+        if run_dir is not None:
+            document = self._run_in(Path(run_dir), run_config, training, model, features)
+            artifact = read_artifact(Path(run_dir) / "prompt.safetensors")
+        else:
+            store = MemoryRun()
+            run = TrainingRun(run_config, training.split, store, model, features)
+            run.check()
+            document = run.finish(run.head())
+            assert store.artifact is not None
+            artifact = store.artifact
+            self.history_: list[dict[str, float]] = store.read_history()
+        self._take(artifact, document)
+        return self
+
+    def _run_in(
+        self,
+        folder: Path,
+        run_config: RunConfig,
+        training: TrainingSet,
+        model: Model,
+        features: EncodedSplit | None,
+    ) -> dict[str, Json]:
+        """Start a run in a folder, go on with it, or find it finished."""
+        if not RunFolder(folder).is_begun:
+            return start_run_on(run_config, training.split, model, folder, features)
+        with SavedRun.locked(folder) as saved:
+            saved.require_same(run_config, training.split)
+            if saved.status == "finished":
+                return dict(saved.head)
+            return saved.resume(model, features, files=not training.held and features is None)
+
+    def predict(self, X: Images | LabelledImages) -> np.ndarray[Any, Any]:
+        """Return the class name of each image, str[N].
+
+        Raises: NotFittedError; DataError for images or features that cannot be used.
+        """
+        classes = self.classes_
+        return np.asarray(classes[self.decision_function(X).argmax(axis=1)])
+
+    def predict_proba(self, X: Images | LabelledImages) -> F32:
+        """Return f32[N, C], the softmax of the logits, by the order of `classes_`.
+
+        Raises: NotFittedError; DataError for images or features that cannot be used.
+        """
+        logits = self.decision_function(X).astype(np.float64)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+
+    def decision_function(self, X: Images | LabelledImages) -> F32:
+        """Return logits f32[N, C]. Safe for several threads at once.
+
+        Raises: NotFittedError; DataError for images or features that cannot be used.
+        """
+        artifact = self._fitted()
+        if isinstance(X, LabelledImages):
+            X = [path for path, _ in X.items]
+        if _are_features(X):
+            self._require_width(X)
+            if isinstance(artifact, VisualArtifact):
+                raise DataError(f"{self.method} changes images, so features cannot be classified")
+            return self._classifier.logits(np.asarray(X, dtype=np.float32))
+        parts = [
+            self._logits_of(artifact, X[first : first + _BATCH], first)
+            for first in range(0, len(X), _BATCH)
+        ]
+        if not parts:
+            raise DataError("`X` is empty, expected at least one image")
+        return np.concatenate(parts)
+
+    def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
+        """Return the accuracy on labelled images: those of a split, or X with labels y.
+
+        Raises: NotFittedError; DataError.
+        """
+        classes = tuple(self.classes_.tolist())
+        if isinstance(X, LabelledImages):
+            labels = X.among(classes, "the classifier's classes")
+        elif y is None:
+            raise DataError("`y` is missing: labels go with images that are no split")
+        else:
+            names = self._class_names if self._class_names is not None else None
+            labels = label_array(labels_as_names(y, names), classes)
+        return float((self.decision_function(X).argmax(axis=1) == labels).mean())
+
+    @property
+    def classes_(self) -> np.ndarray[Any, Any]:
+        """Class names, sorted: str[C]."""
+        return np.array(self._fitted().classes)
+
+    def save(self, path: Path | str) -> None:
+        """Write the artifact, the file that `ztune tune` leaves as prompt.safetensors."""
+        from ztune.artifact import write_artifact
+
+        write_artifact(Path(path), self._fitted())
+
+    def load_artifact(self, path: Path | str) -> FewShotClassifier:
+        """Take an artifact that was tuned with this model, in place of fitting.
+
+        Raises: FormatError for a damaged one; ConfigError for one of another model.
+        """
+        artifact = read_artifact(Path(path))
+        require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
+        self.method = artifact.provenance.method
+        self._take(artifact, {})
+        return self
+
+    def export_onnx(self, path: Path | str) -> None:
+        """Write one classifier.onnx: images in, probabilities out.
+
+        Raises: ConfigError where the bundle has no image tower here.
+        """
+        from export.classifier import pack
+
+        pack(self.model.bundle, self._fitted(), Path(path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a FewShotClassifier holds open sessions: save() the artifact and load_artifact() it"
+        )
+
+    def _take(self, artifact: Artifact, document: Mapping[str, Json]) -> None:
+        self._artifact = self.model.refreshed(artifact)
+        self._classifier = self._artifact.classifier()
+        self._images: ImageEncoder | None = None
+        self._program: Any = None
+        self._opening = threading.Lock()
+        costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
+        self.cost_ = {name: document[name] for name in costs if name in document}
+
+    def _fitted(self) -> Artifact:
+        artifact: Artifact | None = getattr(self, "_artifact", None)
+        if artifact is None:
+            raise NotFittedError("this FewShotClassifier is not fitted yet: call fit first")
+        return artifact
+
+    def _training_set(
+        self,
+        X: TrainingSet | Dataset | Images,
+        y: Labels | None,
+        class_names: Sequence[str] | None,
+    ) -> tuple[TrainingSet, EncodedSplit | None]:
+        """Return what to fit on, and where features are given these."""
+        self._class_names = None if class_names is None else tuple(class_names)
+        if isinstance(X, TrainingSet | Dataset):
+            if y is not None:
+                raise DataError("`y` goes with images; a data set has its own labels")
+            return (X if isinstance(X, TrainingSet) else X.whole(self.seed)), None
+        if y is None:
+            raise DataError("`y` is missing: labels go with images and features")
+        if _are_features(X):
+            return _from_features(np.asarray(X), y, class_names)
+        return Dataset.from_arrays(X, y, class_names).whole(self.seed), None
+
+    def _run_config(self, training: TrainingSet, from_features: bool) -> RunConfig:
+        templates = self.templates or (training.template,)
+        method = find_method(self.method)
+        augment = self.augment
+        if augment is None:
+            is_published = self.preset == "published" and isinstance(method, TunedMethod)
+            augment = method.augment if is_published and isinstance(method, TunedMethod) else 0
+        execution = self.model.execution
+        settings = training.split.settings
+        served = self.model.served is not None
+        run_config = RunConfig(
+            str(self.model.bundle.path),
+            str(training.split.roots["data"]),
+            method=self.method,
+            shots=settings.shots,
+            queries=self.queries,
+            seed=self.seed,
+            templates=(templates,) if isinstance(templates, str) else tuple(templates),
+            preset=self.preset,
+            provider="auto" if served else execution.provider,
+            threads=None if served else execution.threads,
+            memory_limit=None if served else execution.memory_limit,
+            val=settings.n_val,
+            split_seed=settings.split_seed,
+            keep=self.keep,
+            patience=self.patience,
+            augment=0 if from_features else augment,
+            settings=self.settings,
+        )
+        _ = run_config.method_config  # an unknown setting is told before anything is opened
+        return run_config
+
+    def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:
+        self._require_width(encoded.features[0])
+        tuned = run_config.tuned_config
+        if tuned is not None and tuned.program is not None:
+            raise ConfigError(
+                f"{self.method} changes images, so `X` must be images (paths, images of Pillow's "
+                "or arrays u8), not features"
+            )
+
+    def _require_width(self, features: Any) -> None:
+        width, own = np.shape(features)[-1], self.model.bundle.embed_dim
+        if width != own:
+            raise DataError(f"`X` has features of {width} values, the model's have {own}")
+
+    def _logits_of(self, artifact: Artifact, images: Any, first: int) -> F32:
+        """Return logits f32[n, C] of one batch of images."""
+        encoder, program = self._opened(artifact)
+        spec = self.model.bundle.image
+        pixels = np.stack(
+            [crop(_picture(image, first + n), spec) for n, image in enumerate(images)]
+        )
+        features = encoder.encode(pixels)
+        if isinstance(artifact, VisualArtifact):
+            features = program.encode(artifact.visual[None], pixels, features)[0]
+        return self._classifier.logits(features)
+
+    def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
+        """Return the image tower, and what a visual prompt changes it by; opened once."""
+        with self._opening:
+            if self._images is None:
+                if isinstance(artifact, VisualArtifact):
+                    if artifact.extractor:
+                        required_extractor(artifact, None)
+                    width = self.model.bundle.embed_dim
+                    self._program = open_program(
+                        self.model, artifact.program, width, artifact.statistics
+                    )
+                self._images = self.model.images()
+            return self._images, self._program
+
+
+def _picture(image: ImageLike, number: int) -> Image.Image:
+    if isinstance(image, str | Path):
+        return read_picture(Path(image))
+    return held_picture(image, f"image {number}")
+
+
+def _are_features(X: Any) -> bool:
+    return isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind == "f"
+
+
+def _from_features(
+    features: np.ndarray[Any, Any], y: Labels, class_names: Sequence[str] | None
+) -> tuple[TrainingSet, EncodedSplit]:
+    """Return a training set of features f32[N, e]; those of a class stay in their order."""
+    import hashlib
+
+    names = labels_as_names(y, class_names)
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    if len(rows) != len(names):
+        raise DataError(f"`X` has {len(rows)} rows and `y` {len(names)} labels, expected as many")
+    if not np.isfinite(rows).all():
+        raise DataError("`X` has features that are not finite")
+    classes = tuple(sorted(set(class_names or names)))
+    labels = label_array(names, classes)
+    digests = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
+    order = np.argsort(labels, kind="stable").tolist()
+    if len(classes) < 2 or {*labels.tolist()} != {*range(len(classes))}:
+        raise DataError(f"`y` has labels of {len({*labels.tolist()})} class(es) of {len(classes)}")
+    entries = tuple(Entry("data", f"{n:09d}", digests[n], int(labels[n]), "train") for n in order)
+    shots = int(np.bincount(labels).max())
+    split = Split({"data": MEMORY}, classes, entries, SplitSettings(shots, 0, 0, 0, 0), ())
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.allclose(lengths, 1, atol=1e-5):  # else they are a model's own, and stay as they are
+        rows = rows / lengths
+    none = np.zeros(0, dtype=np.int64)
+    encoded = EncodedSplit(rows[None, order], labels[order], None, none, 0, 0, 0)
+    return TrainingSet(split), encoded
