@@ -189,11 +189,12 @@ class OrtPromptEncoder:
         self._precision = bundle.precision
         self._execution = execution
         self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
-        reason = why_not(plan, n_candidates, execution)
-        self._to_capture = reason is None
-        self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
-        if execution.provider == "cpu":
-            self.cuda_graph = None
+        self._to_capture = False
+        self.cuda_graph = None
+        if execution.provider != "cpu":
+            reason = why_not(plan, n_candidates, execution)
+            self._to_capture = reason is None
+            self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
 
     def encode(self, contexts: F32) -> F32:
         n_classes = sum(len(group) for group, _ in self._groups)

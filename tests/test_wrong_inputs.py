@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ztune.access import (
     LOSS,
     PIXELS,
     TEXTS,
-    require_access,
+    no_access,
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
@@ -444,11 +444,18 @@ def test_a_tower_without_tokens_is_said_before_the_first_query(
     assert tune("--set", "part=text").code == 0
 
 
+def require(
+    name: str, given: frozenset[str], needs: Mapping[str, frozenset[str]], hint: str = ""
+) -> None:
+    if needs[name] - given:
+        raise no_access(name, given, needs, hint)
+
+
 def able(given: frozenset[str], method: str, part: str = "both") -> set[str]:
     """Return the methods that are named instead of one that does not work."""
     needs = needs_of_all() | {"bptvlm": needs_of(METHODS["bptvlm"], BptVlmConfig(part=part))}
     with pytest.raises(ConfigError, match=re.escape(f'method "{method}" needs')) as caught:
-        require_access(method, given, needs)
+        require(method, given, needs)
     _, _, named = str(caught.value).partition("methods that would work: ")
     return set(named.split(", ")) - {""}
 
@@ -469,7 +476,7 @@ def test_access_of_a_text_endpoint() -> None:
     assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS
     assert able(given, "bar", part="text") == TEXT_METHODS | HEADS | {"bptvlm"}
     with pytest.raises(ConfigError, match="changed pictures in every query, which this runtime"):
-        require_access("blackvip", given, needs_of_all())
+        require("blackvip", given, needs_of_all())
 
 
 def test_access_of_an_oracle_that_gives_losses_alone() -> None:
@@ -479,19 +486,19 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
     with pytest.raises(
         ConfigError, match=r'"gda" needs text features, image features, which .* \(ask for them\);'
     ):
-        require_access("gda", given, needs_of_all(), "ask for them")
+        require("gda", given, needs_of_all(), "ask for them")
     # Pictures may be changed, and yet no logits come back.
     with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not give'):
-        require_access("bar", given | {PIXELS}, needs_of_all())
+        require("bar", given | {PIXELS}, needs_of_all())
     for method in LOGIT_METHODS:
         with pytest.raises(ConfigError, match=f'"{method}" needs logits, which this runtime does'):
-            require_access(method, given, needs_of_all())
+            require(method, given, needs_of_all())
         row = METHODS[method]
         assert isinstance(row, TunedMethod)
         needs = needs_of(row, row.config(answers="loss"))
-        require_access(method, given, {**needs_of_all(), method: needs})
+        require(method, given, {**needs_of_all(), method: needs})
     for method in TEXT_METHODS:
-        require_access(method, given, needs_of_all())
+        require(method, given, needs_of_all())
 
 
 def test_access_of_other_runtimes() -> None:
@@ -503,9 +510,9 @@ def test_access_of_other_runtimes() -> None:
     assert able(given, "zip", part="vision") == {"bptvlm", "blackvip"} | HEADS
     assert able(given, "zip") == {"blackvip"} | HEADS
     with pytest.raises(ConfigError, match="no method would work"):
-        require_access("zip", frozenset(), needs_of_all())
+        require("zip", frozenset(), needs_of_all())
     for method in METHODS:
-        require_access(method, EVERYTHING, needs_of_all())
+        require(method, EVERYTHING, needs_of_all())
 
 
 @pytest.mark.parametrize(

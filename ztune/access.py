@@ -38,21 +38,18 @@ def described(needs: Iterable[str]) -> str:
     return ", ".join(_SENTENCES[need] for need in _SENTENCES if need in set(needs))
 
 
-def require_access(
+def no_access(
     name: str, given: frozenset[str], needs: Mapping[str, frozenset[str]], hint: str = ""
-) -> None:
-    """Refuse a method that needs more than a runtime gives.
+) -> ConfigError:
+    """Return the error of a method that needs more than a runtime gives.
 
-    `needs` has every method of the table, as it would be configured.
-
-    Raises: ConfigError naming what is missing and the methods that would work.
+    `needs` is what every method of the table needs, this one as it is configured. The error names
+    what is missing and the methods that would work.
     """
     missing = needs[name] - given
-    if not missing:
-        return
     able = [other for other, wanted in needs.items() if wanted <= given]
     works = f"methods that would work: {', '.join(able)}" if able else "no method would work"
-    raise ConfigError(
+    return ConfigError(
         f'method "{name}" needs {described(missing)}, which this runtime does not give'
         f"{f' ({hint})' if hint else ''}; {works}"
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtimes.prompts import name_tokens, shared_starts, template_sentences
-from ztune.access import EVERYTHING, IMAGE_TOKENS, TEXTS, require_access
+from ztune.access import EVERYTHING, IMAGE_TOKENS, TEXTS, no_access
 from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.errors import ConfigError
@@ -67,8 +67,9 @@ class RunChecks:
         if self.model.served is None and self.model.bundle.visual is None:
             given = given - {IMAGE_TOKENS}
             hint = "export a ViT with `image_tokens`"
-        needs = needs_of_all() | {method.name: needs_of(method, self.run_config.method_config)}
-        require_access(method.name, given, needs, hint)
+        needed = needs_of(method, self.run_config.method_config)
+        if needed - given:
+            raise no_access(method.name, given, {**needs_of_all(), method.name: needed}, hint)
 
     def _check_contexts(self, config: TunedConfig, start: MethodStart) -> None:
         """See that the contexts fit before the class names, and a round into memory."""

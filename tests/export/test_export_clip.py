@@ -130,7 +130,7 @@ def test_local_folders(tmp_path: Path) -> None:
     config = tmp_path / "model" / "open_clip_config.json"
     described = json.loads(config.read_text())
     config.write_text(json.dumps({"model_cfg": described["model_cfg"]}))
-    with pytest.raises(ConfigError, match=r"preprocess_cfg.*`preprocess_from`"):
+    with pytest.raises(ConfigError, match=r"preprocess_cfg.*`preprocess_from"):
         load_clip(model)
     assert load_clip(model, preprocess_from="ViT-B-16-SigLIP:webli").image.resize_mode == "squash"
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()

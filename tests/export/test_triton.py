@@ -234,11 +234,11 @@ def test_tensorrt_builds_for_one_to_all_rows_and_one_bundle(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "torch"}, r'--backend is "torch", expected onnxruntime, python$'),
-        ({"accelerator": "gpu"}, r'--accelerator is "gpu", expected none, cuda, tensorrt$'),
-        ({"access": "loss"}, r'--access is "loss", expected features, logits, losses$'),
-        ({"instances": 0}, r"--instances is 0, expected at least 1$"),
-        ({"threads": -1}, r"--threads is -1, expected at least 1$"),
+        ({"backend": "torch"}, r'`backend` is "torch", expected onnxruntime, python$'),
+        ({"accelerator": "gpu"}, r'`accelerator` is "gpu", expected none, cuda, tensorrt$'),
+        ({"access": "loss"}, r'`access` is "loss", expected features, logits, losses$'),
+        ({"instances": 0}, r"`instances` is 0, expected at least 1$"),
+        ({"threads": -1}, r"`threads` is -1, expected at least 1$"),
         (
             {"backend": "python", "accelerator": "tensorrt"},
             r"`accelerator=tensorrt` goes with `backend=onnxruntime`",

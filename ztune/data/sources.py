@@ -159,10 +159,10 @@ def _listed(path: Path) -> Path:
 
     Parquet files beside class folders are left alone, as all other files there.
     """
-    if not path.is_dir() or not (files := parquet.parquet_files(path)):
+    if not path.is_dir():
         return path
     folders = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    if folders - {"data", parquet.EXTRACTED}:
+    if folders - {"data", parquet.EXTRACTED} or not (files := parquet.parquet_files(path)):
         return path
     return parquet.extract(files, path / parquet.EXTRACTED) / parquet.MANIFEST
 
