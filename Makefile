@@ -44,8 +44,8 @@ demo: $(VENV)/.device
 test: $(VENV)/.full
 	$(BIN)/python -m pytest
 
-# No result may hang on the last bits of one processor: the same tests on the plainest kernels that torch,
-# OpenBLAS and numpy have, on one thread.
+# No result may hang on the last bits of one processor: the tests of maps, optimizers, heads and runtimes on
+# the plainest kernels that torch, OpenBLAS and numpy have, on one thread. ONNX Runtime chooses its own.
 DISPATCHED = import numpy._core._multiarray_umath as m; print(*m.__cpu_dispatch__)
 kernels: $(VENV)/.full
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1 \

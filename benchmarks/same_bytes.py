@@ -31,11 +31,15 @@ RUNS = {
     "zip": 400,
     "sharpzo": 1200,
     "cma": 400,
+    "spsa": 200,
+    "spsa-gc": 200,
+    "rgf": 200,
     "gda": 0,
     "lp++": 0,
     "proker": 0,
     "bptvlm": 60,
     "blackvip": 24,
+    "bar": 24,
 }
 """Methods and their queries; 0 where they have no steps."""
 _FOUND = ("queries", "image_forwards", "stop_reason", "train_loss", "validation")

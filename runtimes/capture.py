@@ -8,31 +8,12 @@ from typing import Any
 import numpy as np
 
 from runtimes.binding import BoundCall
-from runtimes.plan import Plan
-from runtimes.providers import Execution
 from ztune.errors import ZtuneError
 from ztune.types import F32
 
 CAPTURED = "captured"
 # Largest difference of a replay from an ordinary call, as values of unit features.
 _TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
-
-
-def why_not(plan: Plan, n_candidates: int, execution: Execution) -> str | None:
-    """Return why rounds of `n_candidates` cannot be captured; None where it should be tried."""
-    if execution.provider != "cuda":
-        return f"{execution.provider} replays no CUDA graphs here"
-    if not execution.cuda_graph:
-        return "switched off"
-    n_groups = len(plan.groups)
-    if n_groups > 1:
-        return f"the classes take {n_groups} calls of different shapes (raise `memory_limit`)"
-    if n_candidates % plan.n_candidates:
-        return (
-            f"{n_candidates} candidates take calls of different shapes, at most "
-            f"{plan.n_candidates} each (raise `memory_limit`)"
-        )
-    return None
 
 
 def dimensions(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

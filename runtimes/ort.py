@@ -12,8 +12,8 @@ import PIL
 
 from runtimes.binding import BoundCall
 from runtimes.bundle import PARITY, Bundle, ImageSpec
-from runtimes.capture import capture, dimensions, why_not
-from runtimes.plan import Plan, Sizes, make_plan
+from runtimes.capture import capture, dimensions
+from runtimes.plan import Plan, Sizes, make_plan, why_not
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import (
     encoded_sentences,
@@ -189,12 +189,11 @@ class OrtPromptEncoder:
         self._precision = bundle.precision
         self._execution = execution
         self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
-        self._to_capture = False
-        self.cuda_graph = None
-        if execution.provider != "cpu":
-            reason = why_not(plan, n_candidates, execution)
-            self._to_capture = reason is None
-            self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
+        reason = why_not(plan, n_candidates, execution)
+        self._to_capture = reason is None
+        self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
+        if execution.provider == "cpu":
+            self.cuda_graph = None
 
     def encode(self, contexts: F32) -> F32:
         n_classes = sum(len(group) for group, _ in self._groups)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtimes.providers import Execution
 from ztune.errors import ConfigError
 from ztune.types import I64, Json
 
@@ -146,3 +147,20 @@ def _kept_bytes(tokens: I64, sizes: Sizes, n_candidates: int) -> int:
     contexts = n_candidates * sizes.n_context * sizes.width
     features = n_candidates * len(tokens) * sizes.embed_dim
     return _F32 * (int(tokens.sum()) * sizes.width + contexts + 2 * features)
+
+
+def why_not(plan: Plan, n_candidates: int, execution: Execution) -> str | None:
+    """Return why rounds of `n_candidates` cannot be captured; None where it should be tried."""
+    if execution.provider != "cuda":
+        return f"{execution.provider} replays no CUDA graphs here"
+    if not execution.cuda_graph:
+        return "switched off"
+    n_groups = len(plan.groups)
+    if n_groups > 1:
+        return f"the classes take {n_groups} calls of different shapes (raise `memory_limit`)"
+    if n_candidates % plan.n_candidates:
+        return (
+            f"{n_candidates} candidates take calls of different shapes, at most "
+            f"{plan.n_candidates} each (raise `memory_limit`)"
+        )
+    return None

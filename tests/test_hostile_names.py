@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import DIGITS, MINI, Command, Result
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from ztune.cli.main import VERBS, main
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table, with_options
 from ztune.io.tensors import write_tensors
 
 NAMES = ("\x1b]0;pwned\x07", "\x1b[2J", "two\nerror: three", "\u202eeno", "\x9b31m :dog: [red]")
@@ -300,7 +300,7 @@ def test_progress_shows_names_on_a_terminal(
 
 def test_a_table_of_rich_adds_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     rows = [(":dog: [red]", "\x1b[2J")]
-    Output().result({}, [table("\x1b[1m", ("\x1b[3m", "b"), rows), ":cat: [bold]"])
+    Output().result({}, [Table("\x1b[1m", ("\x1b[3m", "b"), rows), ":cat: [bold]"])
     said = capfd.readouterr().out
     for part in (":dog: [red]", r"\x1b[2J", r"\x1b[1m", r"\x1b[3m", ":cat: [bold]"):
         assert part in said
@@ -384,3 +384,22 @@ def test_a_saved_address_is_shown_without_its_password(
     (copied / "run.json").write_text(json.dumps(document))
     for words in (("eval", copied), ("tune", "--resume", copied)):
         assert SECRET not in ztune(*words, "--debug").err
+
+
+def test_arguments_are_shown_as_options_and_names_as_they_are() -> None:
+    options = {"keep": "--keep", "bundle": "BUNDLE"}
+    for text, shown in (
+        ("leave out `keep`", "leave out --keep"),
+        ("use `keep=best` or `keep`", "use --keep best or --keep"),
+        ("name the `bundle`", "name the BUNDLE"),
+        ("raise `memory_limit=3`", "raise memory_limit=3"),
+        ('class "`keep`" has no image', 'class "`keep`" has no image'),
+        ('"/tmp/`keep`" does not exist, see `keep`', '"/tmp/`keep`" does not exist, see --keep'),
+    ):
+        assert with_options(text, options) == shown
+
+
+def test_the_doctor_says_options(ztune: Command) -> None:
+    said = ztune("doctor", MINI)
+    assert "`" not in said.out + said.err
+    assert "--provider cpu" in said.out or "cuda" not in said.out

@@ -14,8 +14,8 @@ GROUND = {"types", "errors", "access", "printing", "progress", "io", "system"}
 """What everything may import, and what imports nothing but itself."""
 LAYERS = (
     {"cli"},
-    {"experiments", "doctor"},
-    {"training"},
+    {"experiments", "doctor", "estimator", "deployed"},
+    {"training", "dataset"},
     {"checks", "evaluate"},
     {"task"},
     {"encoded"},
@@ -76,7 +76,7 @@ def test_rooms_import_only_what_the_design_allows(room: str) -> None:
 def test_every_room_of_ztune_is_on_a_floor() -> None:
     placed = [room for layer in LAYERS for room in layer]
     assert len(placed) == len(set(placed))
-    assert {room_of(path) for path in files_of("ztune")} - {"__init__"} == set(placed)
+    assert {room_of(path) for path in files_of("ztune")} - {"__init__"} <= set(placed)
 
 
 def test_arrows_run_down() -> None:
@@ -93,10 +93,17 @@ def test_arrows_run_down() -> None:
                 lower = floor[other] > floor[room] or (room in GROUND and other in GROUND)
                 assert other == room or lower, where
             elif first == "export":
-                assert room == "cli", where
+                assert room in ("cli", "estimator", "model"), where  # inside functions, see below
             else:
                 assert first == "runtimes", where
                 assert room in KNOWS_RUNTIMES, where
+
+
+def test_the_face_loads_export_only_when_it_is_used() -> None:
+    for name in ("estimator.py", "model.py"):
+        tree = ast.parse((ROOT / "ztune" / name).read_text())
+        loaded = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not [module for module in loaded if str(module).startswith("export")]
 
 
 def test_nothing_imports_the_command_line() -> None:

@@ -16,11 +16,11 @@ from export.quantize import quantize_bundle
 from runtimes import reference
 from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
-from ztune import training as tuning
+from ztune import training
 
 TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--shots", 4, "--queries", 40)
 WEAK = ("--set", "perturbation=1e-9")
-# Below a hundredth of the published value a run in fp32 measures its signal too.
+# Below a tenth of the published value a run in fp32 measures its signal too.
 MEASURED = ("--set", "perturbation=5e-5")
 
 
@@ -85,7 +85,7 @@ def test_the_gate_changes_no_byte_of_a_result(
         2,
     )  # batches and views are drawn
     assert ztune(*words, "--out", tmp_path / "with").code == 0
-    monkeypatch.setattr(tuning, "require_signal", lambda *_, **__: {"verdict": "not measured"})
+    monkeypatch.setattr(training, "require_signal", lambda *_, **__: {"verdict": "not measured"})
     assert ztune(*words, "--out", tmp_path / "without").code == 0
     assert "ratio" in document(tmp_path / "with")["signal"]
     assert "ratio" not in document(tmp_path / "without")["signal"]

@@ -1,7 +1,7 @@
 """The only place where cost is counted: queries, text forwards and image forwards.
 
 One query is one candidate evaluated on one batch. A method's own probes are queries as well; what
-the signal gate evaluates before the run is counted beside them; a final report is free.
+the signal check evaluates before the run is counted beside them; a final report is free.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Budget:
     limit: int
     queries: int = 0
     text_forwards: int = 0
-    """Class prompts encoded: P * C per call, of queries and of the gate's probes."""
+    """Class prompts encoded: P * C per call, of queries and of the check's probes."""
     image_forwards: int = 0
     """Pictures encoded for this run; views count each, those found in the cache do not."""
     probe_queries: int = 0
-    """Candidates that the signal gate evaluated before the run; the method's budget stays its."""
+    """Candidates that the signal check evaluated before the run; the method's budget stays its."""
     sent: int = 0
     """Queries sent to a server, each time that they went: those charged, and those sent again."""
     possibly_billed_twice: int = 0
@@ -46,7 +46,7 @@ class Budget:
         self._reserved += n_queries
 
     def probe(self, n_queries: int, n_classes: int) -> None:
-        """Count what the signal gate evaluated on the graph that tunes."""
+        """Count what the signal check evaluated on the graph that tunes."""
         self.probe_queries += n_queries
         self.text_forwards += n_queries * n_classes
 

@@ -301,7 +301,7 @@ class FewShotClassifier:
             augment=0 if from_features else augment,
             settings=self.settings,
         )
-        _ = run_config.method_config  # an unknown setting is told before anything is opened
+        run_config.check_method()  # an unknown setting is told before anything is opened
         return run_config
 
     def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:

@@ -371,11 +371,11 @@ def open_served_model(
         execution = resolve_execution(provider, threads, progress)
     connected = connect_server(url, values, named, progress)
     bundle = connected.bundle
-    if settings.images == "local":
-        check_precision(bundle.precision, execution.provider)
-        bundle.file("image.onnx")
-        images = OrtImageEncoder(bundle, execution)
     try:
+        if settings.images == "local":
+            check_precision(bundle.precision, execution.provider)
+            bundle.file("image.onnx")
+            images = OrtImageEncoder(bundle, execution)
         served = Served(connected.service, bundle, images, settings.losses)
     except ZtuneError:
         connected.service.close()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 # What moves a cursor, ends a line or turns the direction of what follows: C0 and C1 controls, line
-# and paragraph separators, bidirectional overrides and isolates; and halves of characters.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# and paragraph separators, bidirectional marks, overrides and isolates; and halves of characters.
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 # User and password of an address. A path has one slash left of two. What follows a colon and is no
 # port is a password, even with a slash in it; bounded, so that no text takes long.
 _PASSWORD = re.compile(

@@ -254,7 +254,8 @@ class RunFolder:
     def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
         """Return whether a mark that `queries` have reached has no snapshot at or behind it."""
         reached = [mark for mark in marks if mark <= queries]
-        written = [int(file.stem) for file in self.snapshots.glob("*.safetensors")]
+        stems = [file.stem for file in self.snapshots.glob("*.safetensors")]
+        written = [int(stem) for stem in stems if stem.isdecimal()]
         return bool(reached) and not any(n >= max(reached) for n in written)
 
     def read_history(self) -> list[dict[str, float]]:

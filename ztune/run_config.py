@@ -46,7 +46,7 @@ class RunConfig:
     augment: int = 0
     skip_broken: bool = False
     force: bool = False
-    """Go on below the signal gate's limit."""
+    """Go on below the signal check's limit."""
     keep: str = "last"
     """The last point, as published, or the best on validation."""
     validate_every: int | None = None
@@ -115,6 +115,10 @@ class RunConfig:
         if self.extractor is not None and tuned.program != "decoder":
             raise ConfigError(f"{self.method} has no decoder: leave out `extractor`")
         return config
+
+    def check_method(self) -> None:
+        """See that method, preset, settings and budget fit; raises as `method_config`."""
+        assert self.method_config is not None
 
     @property
     def tuned_config(self) -> TunedConfig | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +70,12 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
-def start_run(run_config: RunConfig, model: Model, path: Path) -> dict[str, Json]:
+def start_run(
+    run_config: RunConfig, model: Model, path: Path, begun: Callable[[], None] = lambda: None
+) -> dict[str, Json]:
     """Start a run in a new folder and finish it; return run.json's content.
+
+    `begun` is called once there is a run that could be resumed.
 
     Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
         RefusedError where the precision leaves no signal.
@@ -79,7 +83,7 @@ def start_run(run_config: RunConfig, model: Model, path: Path) -> dict[str, Json
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         model.progress.remark(remark)
-    return start_run_on(run_config, split, model, path)
+    return start_run_on(run_config, split, model, path, begun=begun)
 
 
 def start_run_on(
@@ -88,6 +92,7 @@ def start_run_on(
     model: Model,
     path: Path,
     encoded: EncodedSplit | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> dict[str, Json]:
     """Start a run on a split in a new folder and finish it; return run.json's content.
 
@@ -100,6 +105,7 @@ def start_run_on(
     run.check()
     head = run.head()
     folder.create(head, split.to_json())
+    begun()
     with folder.locked():
         return run.finish(head)
 
@@ -468,12 +474,17 @@ class TrainingRun(Generic[Store]):
             try:
                 if task.config.finest is None:
                     signal = not_needed(NO_DIFFERENCES)
-                elif leaves_enough(precision, task.config.finest[1], self.published):
-                    signal = not_needed(FULL_PRECISION)
                 elif task.images is not None:
                     signal = unmeasured(*ENCODED_ANEW, precision, force=force)
                 elif self.model.served is not None and self.run_config.reference is None:
                     signal = unmeasured(*SERVED, precision, force=force)
+                elif leaves_enough(
+                    precision,
+                    self.model.execution.provider,
+                    task.config.finest[1],
+                    self.published,
+                ):
+                    signal = not_needed(FULL_PRECISION)
                 else:
                     signal = require_signal(
                         lambda: self._measured(task),

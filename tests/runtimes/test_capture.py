@@ -9,9 +9,9 @@ import pytest
 from runtimes import providers
 from runtimes.binding import BoundCall
 from runtimes.bundle import load_bundle
-from runtimes.capture import capture, dimensions, why_not
+from runtimes.capture import capture, dimensions
 from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
-from runtimes.plan import Plan
+from runtimes.plan import Plan, why_not
 from runtimes.providers import Execution, Setup, open_session
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from ztune.optim.spsa import Spsa, SpsaConfig
-from ztune.precision import Signal, compared, exact_losses, measure, probe_batch
+from ztune.precision import (
+    Signal,
+    compared,
+    exact_losses,
+    leaves_enough,
+    measure,
+    probe_batch,
+)
 from ztune.types import F32, F64, Batch, Evaluation, Prompts
 
 
@@ -124,3 +131,20 @@ def test_exact_losses_know_of_an_answer_what_it_tells() -> None:
         right = probabilities.argmax(axis=1) == labels
         expected = -np.log(np.where(right, best, (1 - best) / 2)).mean()
         assert label[p] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("precision", "provider", "perturbation", "enough"),
+    [
+        ("fp32", "cpu", 0.01, True),
+        ("fp32", "cuda", 0.001, True),
+        ("fp32", "cpu", 0.0009, False),
+        ("fp32", "tensorrt", 0.01, False),
+        ("int8", "cpu", 0.01, False),
+        ("fp16", "cuda", 0.01, False),
+    ],
+)
+def test_what_need_not_be_measured(
+    precision: str, provider: str, perturbation: float, enough: bool
+) -> None:
+    assert leaves_enough(precision, provider, perturbation, 0.01) == enough

@@ -130,3 +130,12 @@ def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
             folder.read()
         (folder.path / name).unlink()
         other.unlink(missing_ok=True)
+
+
+def test_a_foreign_file_among_the_snapshots_is_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.snapshots.mkdir()
+    (folder.snapshots / "abc.safetensors").touch()
+    assert folder.lacks_snapshot([5], 10)
+    (folder.snapshots / "000000010.safetensors").touch()
+    assert not folder.lacks_snapshot([5], 10)

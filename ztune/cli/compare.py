@@ -16,15 +16,13 @@ from ztune.cli.options import (
     add_root_argument,
     settings_from_words,
 )
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.errors import ConfigError, DataError, ZtuneError
 from ztune.methods import METHODS, PRESETS, find_method
 from ztune.run_config import RunConfig, place_of, remarks_on
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ztune.data.split import Split
     from ztune.experiments.comparing import Folder
 
@@ -146,7 +144,7 @@ def _lines(folder: Folder) -> list[str | Table]:
     from ztune.experiments.comparison import COLUMNS
 
     return [
-        table(title(folder), COLUMNS, table_rows(folder)),
+        Table(title(folder), COLUMNS, table_rows(folder)),
         "",
         *failures(folder),
         *footnotes(folder),

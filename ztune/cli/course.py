@@ -143,7 +143,7 @@ class Course:
             figures = carry_out(run, self._tune_words(run_config), words, log)
             cell = Cell(method, seed, figures)
         except CellError as error:
-            cell = Cell(method, seed, reason=str(error))
+            cell = Cell(method, seed, reason=self.output.in_options(str(error)))
         self.folder.add(cell)
         return cell, time.monotonic() - started
 

@@ -6,9 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from rich.table import Table
-
-from ztune.cli.output import Output, Ticker, table
+from ztune.cli.output import Output, Table, Ticker
 from ztune.data.checking import Findings, check, published
 from ztune.data.coop import SPLITS
 from ztune.data.named import NAMED, Spec, find_spec
@@ -83,9 +81,8 @@ def _list(root: Path | None, output: Output) -> None:
         documents.append(document)
         rows.append(row)
     columns = ["data set", "folder", "classes", *SPLITS, "template"]
-    listing = table("", [*columns, "there"] if root is not None else columns, rows)
-    for column in (listing.columns[1], listing.columns[6]):
-        column.justify = "left"  # these are words
+    columns += ["there"] if root is not None else []
+    listing = Table("", columns, rows, words=("folder", "template"))
     closing = "is one there, and whole? ztune data check NAME --root DIR"
     output.result({"data": documents}, [listing, "", closing])
 
@@ -151,7 +148,7 @@ def _lines(found: Findings) -> list[str | Table]:
     number, counts = data.split.counts, published(spec)
     rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
     rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
-    lines += [f"split: {_split(found)}", "", table("", ("pictures", "listed", "published"), rows)]
+    lines += [f"split: {_split(found)}", "", Table("", ("pictures", "listed", "published"), rows)]
     if found.missing:
         lines += ["", f"missing pictures: {len(found.missing):,}", *found.missing[:_SHOWN]]
         lines += _to_get(spec)

@@ -7,11 +7,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from runtimes.remote.endpoint import is_url
 from ztune.access import described
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.cli.server import (
     add_server_arguments,
     place,
@@ -93,13 +91,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "providers": dict(providers),
     }
     lines: list[str | Table] = [
-        table("machine", ("", ""), [(k, str(v)) for k, v in machine().items()]),
+        Table("machine", ("", ""), [(k, str(v)) for k, v in machine().items()]),
         "",
-        table("versions", ("", ""), list(versions().items())),
+        Table("versions", ("", ""), list(versions().items())),
         "",
-        table("extras", ("", ""), [(k, "installed" if v else "no") for k, v in installed.items()]),
+        Table("extras", ("", ""), [(k, "installed" if v else "no") for k, v in installed.items()]),
         "",
-        table(
+        Table(
             "providers (each asked to run a small matrix product)",
             ("", ""),
             [(name, "runs" if reason is None else reason) for name, reason in providers.items()],
@@ -134,7 +132,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
-    lines: list[str | Table] = ["", table(f"bundle {path}", ("", ""), list(found.files.items()))]
+    lines: list[str | Table] = ["", Table(f"bundle {path}", ("", ""), list(found.files.items()))]
     if found.parity is None:
         return lines
     rows = [
@@ -145,7 +143,7 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
     return [
         *lines,
         "",
-        table(title, ("graph", "here", "at export"), rows),
+        Table(title, ("graph", "here", "at export"), rows),
         "",
         f"{found.seconds_per_query:.5f} s per query ({found.timed})",
     ]
@@ -164,9 +162,9 @@ def _server_lines(found: Fields, timed: str) -> list[str | Table]:
     differences = [(part, f"{parity.number(part):.1e}") for part in parity.values]
     lines: list[str | Table] = [
         "",
-        table(f"server {found.text('url')}", ("", ""), rows),
+        Table(f"server {found.text('url')}", ("", ""), rows),
         "",
-        table("largest difference from torch", ("model", "over the wire"), differences),
+        Table("largest difference from torch", ("model", "over the wire"), differences),
     ]
     if timed:
         lines += [

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 from runtimes.remote.endpoint import is_url
 from runtimes.remote.settings import merged, named_servers
 from ztune.access import TEXTS
 from ztune.cli.options import add_execution_arguments, add_root_argument
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.cli.server import (
     add_server_arguments,
     place,
@@ -314,7 +313,7 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
         for name, s in scores.items()
     ]
     title = f"accuracy on {document['n']} pictures ({document['split']})"
-    lines: list[str | Table] = [table(title, ("", "accuracy", "95 % interval"), rows)]
+    lines: list[str | Table] = [Table(title, ("", "accuracy", "95 % interval"), rows)]
     own = {name: Fields(s.per_class(), "per_class") for name, s in scores.items()}
     classes = list(next(iter(own.values())).values)
     per_class = []
@@ -323,5 +322,5 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
         per_class.append(
             (name, str(parts[0].integer("n")), *(f"{p.number('accuracy'):.1%}" for p in parts))
         )
-    lines += ["", table("", ("class", "pictures", *scores), per_class)]
+    lines += ["", Table("", ("class", "pictures", *scores), per_class)]
     output.result(document, lines)

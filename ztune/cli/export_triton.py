@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.types import Json
 
 EXAMPLE = """\
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     output.result(
         document,
         [
-            table("", ["model", "bytes"], [[name, f"{size:,}"] for name, size in sizes.items()]),
+            Table("", ["model", "bytes"], [[name, f"{size:,}"] for name, size in sizes.items()]),
             f"start it with: {command}",
         ],
     )

@@ -72,11 +72,12 @@ _ALIASES = {"template": "templates", "endpoint": "endpoints", "set": "settings"}
 def options_of(top: argparse.ArgumentParser, verb: str) -> dict[str, str]:
     """Return what stands on the command line for each argument of the library.
 
-    An error may advise what is an option of another verb.
+    An error may advise what is an option of another verb, but not of a plan's.
     """
     (verbs,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     options: dict[str, str] = {}
-    for one in (*verbs.choices.values(), verbs.choices[verb]):
+    others = () if verb == "bench" else verbs.choices.values()
+    for one in (*others, verbs.choices[verb]):
         for action in one._actions:
             shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
             options |= {action.dest: shown, _ALIASES.get(action.dest, action.dest): shown}

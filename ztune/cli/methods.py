@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.table import Table
-
 from ztune.access import described
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.errors import ConfigError
 from ztune.io.config import as_json
 from ztune.methods import METHODS, Method, TunedMethod, find_method, method_config, needs_of
@@ -33,9 +31,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         (m.name, m.title, m.paper, _access(m), "yes" if m.serves_new_classes() else "no")
         for m in METHODS.values()
     ]
-    listing = table("", ("method", "what it is", "from", "needs", "new classes"), rows)
-    for column in listing.columns:
-        column.justify = "left"  # these are words
+    columns = ("method", "what it is", "from", "needs", "new classes")
+    listing = Table("", columns, rows, words=columns)
     closing = "settings of one: ztune methods NAME; all of them on your pictures: ztune compare"
     output.result({"methods": list(documents)}, [listing, "", closing])
 
@@ -93,7 +90,7 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
         lines.append("encodes the pictures of a batch anew with every query")
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
-        lines += ["", table("", ("setting", "default"), rows)]
+        lines += ["", Table("", ("setting", "default"), rows)]
     for name, changes in _presets(method).items():
         if not isinstance(changes, dict):
             raise ConfigError(f"preset {name} is {changes!r}, expected settings")

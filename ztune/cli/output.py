@@ -9,11 +9,12 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from ztune.printing import printable, printable_lines
 from ztune.types import Json
@@ -44,6 +45,10 @@ class Output:
             width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
         )
 
+    def in_options(self, text: str) -> str:
+        """Return what the library says of its arguments in the words of the command line."""
+        return with_options(text, self._options)
+
     def remark(self, text: str) -> None:
         """Say something on the way."""
         if not self.quiet:
@@ -59,27 +64,32 @@ class Output:
             print(json.dumps(document, allow_nan=False), flush=True)  # noqa: T201
             return
         for line in lines:
-            shown = printable(with_options(line, self._options)) if isinstance(line, str) else line
-            self._results.print(shown)
+            if isinstance(line, Table):
+                self._results.print(line.shown(self._options))
+            else:
+                self._results.print(printable(with_options(line, self._options)))
 
     def activity(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
         return Ticker(self._errors, what, total, self.quiet)
 
 
-_ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+# What stands in quotation marks is somebody's name or path, and none of ours.
+_ARGUMENT = re.compile(r"\"[^\"]*\"|`([a-z_]+)(?:=([^`]*))?`")
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
     """Return what the library says of its arguments in the words of the command line.
 
     It writes `name` or `name=value`; `options` has what stands for a name here. An argument that
-    the verb has no option for stays as it is.
+    there is no option for is shown without its marks.
     """
 
     def option(found: re.Match[str]) -> str:
-        if found[1] not in options:
+        if found[1] is None:
             return found[0]
+        if found[1] not in options:
+            return found[0].strip("`")
         return options[found[1]] if found[2] is None else f"{options[found[1]]} {found[2]}"
 
     return _ARGUMENT.sub(option, text)
@@ -135,23 +145,34 @@ class Ticker:
             self._console.print(f"{self._what}: {line}")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a plain table, first column left-aligned, the others right; no header where empty."""
-    named = any(columns)
-    result = Table(
-        title=printable(title) or None,
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        show_header=named,
-    )
-    for index, column in enumerate(columns):
-        # Words read from the left, figures stand in line from the right.
-        justify: Literal["left", "right"] = "right" if index and named else "left"
-        result.add_column(printable(column), justify=justify, overflow="fold")
-    for row in rows:
-        result.add_row(*map(printable, row))
-    return result
+@dataclass(frozen=True)
+class Table:
+    """A plain table, first column left-aligned, the others right; no header where empty."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: tuple[str, ...] = ()
+    """Columns besides the first that hold words, which read from the left."""
+
+    def shown(self, options: Mapping[str, str]) -> rich.table.Table:
+        """Return it as rich prints it, with arguments in the words of the command line."""
+        named = any(self.columns)
+        result = rich.table.Table(
+            title=printable(self.title) or None,
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            show_header=named,
+        )
+        for index, column in enumerate(self.columns):
+            # Figures stand in line from the right.
+            figures = index and named and column not in self.words
+            justify: Literal["left", "right"] = "right" if figures else "left"
+            result.add_column(printable(column), justify=justify, overflow="fold")
+        for row in self.rows:
+            result.add_row(*(printable(with_options(cell, options)) for cell in row))
+        return result
 
 
 def fail(message: str) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ztune.cli.options import add_execution_arguments
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.errors import ConfigError, DataError
 from ztune.types import Json
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLE = """\
   ztune predict classifier.onnx photo.jpg
@@ -66,7 +62,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     }
     n_shown = min(arguments.top, len(classifier.classes))
     columns = ("picture", *(f"{n + 1}." for n in range(n_shown)))
-    output.result(document, [table("", columns, rows)])
+    output.result(document, [Table("", columns, rows)])
 
 
 def _pictures(named: Sequence[Path]) -> list[Path]:

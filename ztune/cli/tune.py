@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from runtimes.remote.endpoint import is_url
 from runtimes.remote.settings import merged, named_servers
 from ztune.cli.options import (
@@ -18,7 +16,7 @@ from ztune.cli.options import (
     run_config_from_arguments,
     snapshots_of_word,
 )
-from ztune.cli.output import Output, table
+from ztune.cli.output import Output, Table
 from ztune.cli.server import (
     add_server_arguments,
     place,
@@ -159,7 +157,7 @@ def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -
     from ztune.training import start_run
 
     # Wrong settings and numbers are told before anything is opened.
-    _ = run_config.method_config
+    run_config.check_method()
     run_config.split_settings()
     if is_url(run_config.bundle):
         model = _served(run_config, run_config.bundle, run_config.bundle, server, output)
@@ -168,8 +166,8 @@ def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -
             run_config.provider, run_config.threads, output, run_config.memory_limit
         )
         model = open_model(Path(run_config.bundle), execution, output)
-    with model, _told_how_to_resume(out, run_config.bundle):
-        return start_run(run_config, model, out)
+    with model, _told_how_to_resume(out, run_config.bundle) as told:
+        return start_run(run_config, model, out, told.begin)
 
 
 def _resume(
@@ -189,8 +187,9 @@ def _resume(
             )
         with (
             _reopened(saved, moved_bundle, server, output) as model,
-            _told_how_to_resume(path, moved_bundle),
+            _told_how_to_resume(path, moved_bundle) as told,
         ):
+            told.begin()
             return saved.resume(model)
 
 
@@ -261,14 +260,18 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
 
     def __init__(self, path: Path, named: Path | str | None):
         url = [str(named)] if named and is_url(named) else []
-        self._path = path
+        self._begun = False
         self._command = shlex.join(["ztune", "tune", *url, "--resume", str(path)])
 
-    def __enter__(self) -> None:
-        return None
+    def begin(self) -> None:
+        """Take note that there is a run from now on."""
+        self._begun = True
+
+    def __enter__(self) -> _told_how_to_resume:
+        return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not (self._path / "run.json").exists():
+        if not self._begun:
             return
         if isinstance(error, ServerError):
             done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
@@ -314,7 +317,7 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         if fields.object("request").values.get("keep") == "best":
             chosen += ", and the run its point"
         title = f"accuracy on {n} validation pictures ({chosen})"
-        lines.append(table(title, ("", "accuracy", "95 % interval"), rows))
+        lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
     else:
         lines.append("no validation pictures, so nothing to compare with here (see: ztune eval)")
     if "server" in document:

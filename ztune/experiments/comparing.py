@@ -243,7 +243,7 @@ def footnotes(folder: Folder) -> list[str]:
         "deviation over the seeds, in points. Methods share a seed's pictures, and none saw the "
         "test pictures.",
         "queries: candidates evaluated on a batch. text forwards: class prompts encoded, the "
-        "signal gate's probes included, the hand-written sentences' one pass left out.",
+        "signal check's probes included, the hand-written sentences' one pass left out.",
         "image forwards: pictures that its run encoded or found encoded: training and validation "
         "pictures, and those encoded anew.",
         "image forwards, seconds, peak MB: as if each method ran alone. The cells share encoded "

@@ -301,9 +301,7 @@ class Preparation:
             settings=method.settings,
         )
         try:
-            _ = (
-                run_config.method_config
-            )  # a budget that is too small is told before anything starts
+            run_config.check_method()  # a budget that is too small is told before anything starts
         except ConfigError as error:
             raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
         return run_config

@@ -855,3 +855,16 @@ def test_the_material_of_these_tests_is_larger_than_a_page(store: Store) -> None
     document: Json = outcome(1).to_json()
     assert len(json.dumps(document)) > page < len(reason(1))
     assert len(CURVE) < 100
+
+
+def test_a_file_with_views_is_refused(tmp_path: Path) -> None:
+    """A view in the place of a table could work without end."""
+    path = tmp_path / "results.sqlite"
+    Store(path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE plans")
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i, i FROM n"
+        database.execute(f"CREATE VIEW plans (name, document) AS {endless}")
+        database.commit()
+    with pytest.raises(FormatError, match="it has views or triggers"):
+        Store.existing(path)
