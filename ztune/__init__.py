@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ztune.dataset import Dataset
     from ztune.estimator import FewShotClassifier
+    from ztune.exporting import export
     from ztune.model import Model, load
 
-__all__ = ["Dataset", "FewShotClassifier", "Model", "load"]
+__all__ = ["Dataset", "FewShotClassifier", "Model", "export", "load"]
 _HOMES = {
     "Dataset": "ztune.dataset",
     "FewShotClassifier": "ztune.estimator",
     "Model": "ztune.model",
+    "export": "ztune.exporting",
     "load": "ztune.model",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from ztune.cli.output import Output
@@ -65,49 +64,21 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         return
     if arguments.model is None:
         raise ConfigError("nothing to export: give --model NAME, or --client BUNDLE")
-    try:
-        from export.bundle import export_bundle
-        from export.clip import load_clip
-    except ImportError as error:
-        raise ConfigError(
-            f"export needs torch and open_clip ({error}); install them with: "
-            "pip install 'ztune[export]'"
-        ) from None
-    from export.quantize import PRECISIONS, quantize_bundle
-    from runtimes.bundle import load_bundle
-    from ztune.io.files import new_folder
+    from ztune.exporting import export
 
-    precision, out = arguments.precision, arguments.out
-    known = ("fp32", *PRECISIONS)
-    if precision not in known:
-        raise ConfigError(f'unknown --precision "{precision}", expected {", ".join(known)}')
-    if arguments.image_tokens and precision != "fp32":
-        raise ConfigError(
-            f"--image-tokens goes with --precision fp32, not {precision}: visual prompts are tuned "
-            "in 32 bits (leave one of the two out)"
-        )
-    loaded = load_clip(
+    bundle = export(
         arguments.model,
+        arguments.out,
         pretrained=arguments.pretrained,
-        tokenizer_file=arguments.tokenizer,
+        precision=arguments.precision,
+        image_tokens=arguments.image_tokens,
         preprocess_from=arguments.preprocess_from,
+        tokenizer=arguments.tokenizer,
         pad_id=arguments.pad_id,
         random_weights=arguments.random_weights,
         licence=arguments.licence,
+        progress=output,
     )
-    if precision == "fp32":
-        bundle = export_bundle(
-            loaded, out, image_tokens=arguments.image_tokens, progress=output.remark
-        )
-    else:
-        with new_folder(out) as work:
-            whole = export_bundle(loaded, work / "fp32", progress=output.remark)
-            result = quantize_bundle(whole, work / precision, precision, output.remark)
-            for file in list(result.path.iterdir()):
-                file.rename(work / file.name)
-            shutil.rmtree(whole.path)
-            result.path.rmdir()
-        bundle = load_bundle(out)
     size = sum(n_bytes for _, n_bytes in bundle.files.values())
     lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
     for graph, figures in bundle.parity.items():

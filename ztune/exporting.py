@@ -1,0 +1,78 @@
+"""From an open_clip model to a bundle of ONNX graphs; needs torch, on a workstation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from runtimes.bundle import Bundle, load_bundle
+from ztune.errors import ConfigError
+from ztune.io.files import new_folder
+from ztune.progress import SILENCE, Progress
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+def export(
+    model: str,
+    out: Path | str,
+    *,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    image_tokens: bool = False,
+    preprocess_from: str | None = None,
+    tokenizer: Path | str | None = None,
+    pad_id: int | None = None,
+    random_weights: int | None = None,
+    licence: str = "unknown",
+    progress: Progress = SILENCE,
+) -> Bundle:
+    """Turn an open_clip model into a bundle in the new folder `out`, and return it.
+
+    `model` is a name of open_clip's registry, `local-dir:PATH` or `hf-hub:ID`; `pretrained` a
+    published tag or a checkpoint file; `preprocess_from` a tag or JSON file that says how images
+    were prepared, where a checkpoint does not; `precision` fp32, fp16 (for GPUs) or int8 (for
+    CPUs); `image_tokens` adds the graph that visual tokens need, in fp32 alone; `random_weights` is
+    a seed, for tests. Each graph is compared with torch, and a difference above 1e-4 refuses the
+    bundle.
+
+    Raises: ConfigError for a model, weights or settings that cannot be, and without torch;
+        ZtuneError for a graph that differs from torch.
+    """
+    try:
+        from export.bundle import export_bundle
+        from export.clip import load_clip
+    except ImportError as error:
+        raise ConfigError(
+            f"export needs torch and open_clip ({error}); install them with: "
+            "pip install 'ztune[export]'"
+        ) from None
+    from export.quantize import quantize_bundle
+
+    if precision not in PRECISIONS:
+        raise ConfigError(f'unknown `precision` "{precision}", expected {", ".join(PRECISIONS)}')
+    if image_tokens and precision != "fp32":
+        raise ConfigError(
+            f"`image_tokens` goes with `precision=fp32`, not {precision}: visual prompts are tuned "
+            "in 32 bits (leave one of the two out)"
+        )
+    out = Path(out)
+    loaded = load_clip(
+        model,
+        pretrained=pretrained,
+        tokenizer_file=None if tokenizer is None else Path(tokenizer),
+        preprocess_from=preprocess_from,
+        pad_id=pad_id,
+        random_weights=random_weights,
+        licence=licence,
+    )
+    if precision == "fp32":
+        return export_bundle(loaded, out, image_tokens=image_tokens, progress=progress.remark)
+    with new_folder(out) as work:
+        whole = export_bundle(loaded, work / "fp32", progress=progress.remark)
+        result = quantize_bundle(whole, work / precision, precision, progress.remark)
+        for file in list(result.path.iterdir()):
+            file.rename(work / file.name)
+        shutil.rmtree(whole.path)
+        result.path.rmdir()
+    return load_bundle(out)
