@@ -287,3 +287,30 @@ def test_names_that_do_not_exist(model: Model, train: Any) -> None:
         ztune.load("no-such-bundle")
     with pytest.raises(ConfigError, match="`token_file` goes with a server"):
         ztune.load(MINI, token_file="x")
+
+
+def test_what_was_loaded_scores_and_remembers_nothing(
+    model: Model, train: Any, test: Any, tmp_path: Path
+) -> None:
+    classifier(model, "zip").fit(train).save(tmp_path / "prompt.safetensors")
+    loaded = classifier(model, "zip").load_artifact(tmp_path / "prompt.safetensors")
+    paths = [path for path, _ in test.items[:20]]
+    names = [test.classes[label] for label in test.labels[:20]]
+    assert 0 <= loaded.score(paths, names) <= 1
+    assert (loaded.history_, loaded.cost_) == ([], {})
+    with pytest.raises(DataError, match="`X` is one image, expected several"):
+        loaded.predict(paths[0])
+
+
+def test_the_length_of_features_does_not_matter(model: Model, train: Any) -> None:
+    paths = [path for path, _ in train.split.items("train")]
+    y = [train.classes[label] for label in train.split.labels("train")]
+    features = model.encode_images(paths)
+    fitted = classifier(model, "gda").fit(features, y)
+    np.testing.assert_allclose(fitted.predict_proba(3 * features), fitted.predict_proba(features))
+
+
+def test_a_resumable_fit_has_its_history(model: Model, train: Any, tmp_path: Path) -> None:
+    fitted = classifier(model, "zip").fit(train, run_dir=tmp_path / "run")
+    assert fitted.history_[-1]["queries"] == 60
+    assert fitted.cost_["queries"] == 60

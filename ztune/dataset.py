@@ -27,7 +27,12 @@ Labels = Sequence[str] | Sequence[int] | np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a classifier is fitted on: training images, and validation images inside."""
+    """What a classifier is fitted on: training images, and validation images inside.
+
+    >>> train = Dataset.from_folder("examples/digits").whole()
+    >>> len(train), len(train.classes), train.template
+    (1797, 10, 'a photo of a {}.')
+    """
 
     split: Split
     template: str = TEMPLATE
@@ -37,15 +42,17 @@ class TrainingSet:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Class names, sorted."""
         return self.split.classes
 
     def __len__(self) -> int:
+        """Return the number of training images, those for validation left out."""
         return len(self.split.entries_of("train"))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images; nothing is decoded before it is used.
+    """Labelled images; a file is not decoded before it is used.
 
     >>> data = Dataset.from_folder("examples/digits")
     >>> data.classes[:3], len(data)
@@ -133,6 +140,7 @@ class Dataset:
         return self.listing.classes
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.listing.pictures)
 
     def split(

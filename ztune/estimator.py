@@ -35,17 +35,27 @@ _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "pa
 class FewShotClassifier:
     """Fits a prompt or a head on a few labelled images, by forward passes alone.
 
-    `method` is one of those that `ztune methods` lists; keyword arguments beyond the named ones are
-    its settings, over the `preset`. `templates` are hand-written prompts with {} for a class name;
-    None: those of the data set, else "a photo of a {}.". `keep` is the last point, as published, or
-    the best on validation images; `patience` stops after so many validation passes without gain;
-    `augment` caches random views of each training image.
+    `method` is one of those that `ztune methods` lists, each with the paper it is from
+    (docs/methods.md); keyword arguments beyond the named ones are its settings, over the `preset`:
+    default, published or tuned. `queries` is the budget of a method that is tuned: candidates, each
+    evaluated on one batch; closed forms (`gda` and its like) spend none. `seed` is that of the
+    method. `templates` are hand-written prompts with {} for a class name; None: those of the data
+    set, else "a photo of a {}.". `keep` is "last", the last point, as published, or "best", that on
+    validation images; `patience` stops after so many validation passes without gain; `augment` is
+    the number of random views of each training image that are encoded once (None: the preset's).
+
+    After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
+    image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
+    has a dict for each step: step, queries, loss (nats), accuracy (0…1) and seconds; a closed form
+    leaves it empty.
+
+    Unknown methods and settings are refused by `fit`.
 
     >>> import ztune
-    >>> model = ztune.load("models/mini")
+    >>> model = ztune.load("models/mini", provider="cpu")
     >>> train, test = ztune.Dataset.from_folder("examples/digits").split(shots=4, seed=1)
     >>> clf = ztune.FewShotClassifier(model, method="gda").fit(train)
-    >>> clf.predict(["examples/digits/seven/0.png"])
+    >>> clf.predict(["examples/digits/seven/0007.png"])
     array(['seven'], dtype='<U5')
     >>> clf.score(test) > 0.6
     True
@@ -69,13 +79,17 @@ class FewShotClassifier:
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment = keep, patience, augment
         self.settings = settings
+        self._class_names: tuple[str, ...] | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments of the constructor, the method's settings included."""
         return {**{name: getattr(self, name) for name in _OWN}, **self.settings}
 
     def set_params(self, **params: Any) -> FewShotClassifier:
-        """Change arguments of the constructor; a name that is none of its own is a setting."""
+        """Change arguments of the constructor; a name that is none of its own is a setting.
+
+        They hold from the next `fit` on, which raises ConfigError for an unknown setting.
+        """
         for name, value in params.items():
             if name in _OWN:
                 setattr(self, name, value)
@@ -107,12 +121,15 @@ class FewShotClassifier:
     ) -> FewShotClassifier:
         """Fit on a training set, on a whole Dataset, or on images or features with labels `y`.
 
-        Labels are class names, or indices into `class_names`. With `run_dir` the fit leaves what
+        `X` is a list of paths, of images of Pillow's or of arrays u8[H, W, 3], an array
+        u8[N, H, W, 3], or unit features f32[N, e] as `Model.encode_images` gives them. `y` are N
+        labels: class names, or indices into `class_names`. With `run_dir` the fit leaves what
         `ztune tune` leaves there, and goes on from it where it was stopped; else nothing touches
         the disk.
 
-        Raises: ZtuneError: DataError for images or labels that cannot be used, ConfigError for an
-            unknown method or setting, or a method that needs images where features are given.
+        Raises: DataError for images or labels that cannot be used; ConfigError for an unknown
+            method or setting, too few queries, a method that needs images where features are given,
+            or a `run_dir` with another run; ServerError.
         """
         training, features = self._training_set(X, y, class_names)
         run_config = self._run_config(training, features is not None)
@@ -122,6 +139,7 @@ class FewShotClassifier:
         if run_dir is not None:
             document = self._run_in(Path(run_dir), run_config, training, model, features)
             artifact = read_artifact(Path(run_dir) / "prompt.safetensors")
+            history = RunFolder(Path(run_dir)).read_history()
         else:
             store = MemoryRun()
             run = TrainingRun(run_config, training.split, store, model, features)
@@ -129,8 +147,8 @@ class FewShotClassifier:
             document = run.finish(run.head())
             assert store.artifact is not None
             artifact = store.artifact
-            self.history_: list[dict[str, float]] = store.read_history()
-        self._take(artifact, document)
+            history = store.read_history()
+        self._take(artifact, document, history)
         return self
 
     def _run_in(
@@ -151,7 +169,7 @@ class FewShotClassifier:
             return saved.resume(model, features, files=not training.held and features is None)
 
     def predict(self, X: Images | LabelledImages) -> np.ndarray[Any, Any]:
-        """Return the class name of each image, str[N].
+        """Return the class name of each image or of each row of features, str[N].
 
         Raises: NotFittedError; DataError for images or features that cannot be used.
         """
@@ -159,7 +177,7 @@ class FewShotClassifier:
         return np.asarray(classes[self.decision_function(X).argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
-        """Return f32[N, C], the softmax of the logits, by the order of `classes_`.
+        """Return probabilities f32[N, C], the softmax of the logits, in the order of `classes_`.
 
         Raises: NotFittedError; DataError for images or features that cannot be used.
         """
@@ -168,18 +186,23 @@ class FewShotClassifier:
         return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
-        """Return logits f32[N, C]. Safe for several threads at once.
+        """Return logits f32[N, C], in the order of `classes_`; safe for several threads at once.
+
+        `X` is what `fit` takes, less the labels, or the test images of a split.
 
         Raises: NotFittedError; DataError for images or features that cannot be used.
         """
         artifact = self._fitted()
+        if isinstance(X, str | Path | Image.Image):
+            raise DataError("`X` is one image, expected several: put it into a list")
         if isinstance(X, LabelledImages):
             X = [path for path, _ in X.items]
         if _are_features(X):
             self._require_width(X)
+            X = unit_rows(np.asarray(X, dtype=np.float32))
             if isinstance(artifact, VisualArtifact):
                 raise DataError(f"{self.method} changes images, so features cannot be classified")
-            return self._classifier.logits(np.asarray(X, dtype=np.float32))
+            return self._classifier.logits(X)
         parts = [
             self._logits_of(artifact, X[first : first + _BATCH], first)
             for first in range(0, len(X), _BATCH)
@@ -189,9 +212,10 @@ class FewShotClassifier:
         return np.concatenate(parts)
 
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
-        """Return the accuracy on labelled images: those of a split, or X with labels y.
+        """Return the accuracy, 0…1, on labelled images: those of a split, or X with labels y.
 
-        Raises: NotFittedError; DataError.
+        Raises: NotFittedError; DataError for images that cannot be used, or labels that are not
+            among the classes.
         """
         classes = tuple(self.classes_.tolist())
         if isinstance(X, LabelledImages):
@@ -199,17 +223,22 @@ class FewShotClassifier:
         elif y is None:
             raise DataError("`y` is missing: labels go with images that are no split")
         else:
-            names = self._class_names if self._class_names is not None else None
-            labels = label_array(labels_as_names(y, names), classes)
+            labels = label_array(labels_as_names(y, self._class_names), classes)
         return float((self.decision_function(X).argmax(axis=1) == labels).mean())
 
     @property
     def classes_(self) -> np.ndarray[Any, Any]:
-        """Class names, sorted: str[C]."""
+        """Class names, sorted: str[C].
+
+        Raises: NotFittedError.
+        """
         return np.array(self._fitted().classes)
 
     def save(self, path: Path | str) -> None:
-        """Write the artifact, the file that `ztune tune` leaves as prompt.safetensors."""
+        """Write the artifact, the file that `ztune tune` leaves as prompt.safetensors.
+
+        Raises: NotFittedError.
+        """
         from ztune.artifact import write_artifact
 
         write_artifact(Path(path), self._fitted())
@@ -222,13 +251,13 @@ class FewShotClassifier:
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
         self.method = artifact.provenance.method
-        self._take(artifact, {})
+        self._take(artifact, {}, [])
         return self
 
     def export_onnx(self, path: Path | str) -> None:
         """Write one classifier.onnx: images in, probabilities out.
 
-        Raises: ConfigError where the bundle has no image tower here.
+        Raises: NotFittedError; ConfigError where the bundle has no image tower here.
         """
         from export.classifier import pack
 
@@ -239,13 +268,16 @@ class FewShotClassifier:
             "a FewShotClassifier holds open sessions: save() the artifact and load_artifact() it"
         )
 
-    def _take(self, artifact: Artifact, document: Mapping[str, Json]) -> None:
+    def _take(
+        self, artifact: Artifact, document: Mapping[str, Json], history: list[dict[str, float]]
+    ) -> None:
         self._artifact = self.model.refreshed(artifact)
         self._classifier = self._artifact.classifier()
         self._images: ImageEncoder | None = None
         self._program: Any = None
         self._opening = threading.Lock()
         costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
+        self.history_ = history
         self.cost_ = {name: document[name] for name in costs if name in document}
 
     def _fitted(self) -> Artifact:
@@ -351,6 +383,14 @@ def _picture(image: ImageLike, number: int) -> Image.Image:
     return held_picture(image, f"image {number}")
 
 
+def unit_rows(features: F32) -> F32:
+    """Return features f32[N, e] with unit rows; a model's own have them and stay as they are."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    if np.allclose(lengths, 1, atol=1e-5):
+        return features
+    return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
 def _are_features(X: Any) -> bool:
     return isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind == "f"
 
@@ -376,9 +416,7 @@ def _from_features(
     entries = tuple(Entry("data", f"{n:09d}", digests[n], int(labels[n]), "train") for n in order)
     shots = int(np.bincount(labels).max())
     split = Split({"data": MEMORY}, classes, entries, SplitSettings(shots, 0, 0, 0, 0), ())
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.allclose(lengths, 1, atol=1e-5):  # else they are a model's own, and stay as they are
-        rows = rows / lengths
+    rows = unit_rows(rows)
     none = np.zeros(0, dtype=np.int64)
     encoded = EncodedSplit(rows[None, order], labels[order], None, none, 0, 0, 0)
     return TrainingSet(split), encoded

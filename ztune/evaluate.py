@@ -37,6 +37,9 @@ class LabelledImages:
     classes: tuple[str, ...]
     split: str
 
+    def __len__(self) -> int:
+        return len(self.items)
+
     def among(self, candidates: tuple[str, ...], whose: str) -> I64:
         """Return the labels as indices into other class names.
 

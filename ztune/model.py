@@ -44,7 +44,15 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle, what answers for it, and where progress goes."""
+    """A bundle, what answers for it, and where progress goes: what `load` returns.
+
+    >>> import ztune
+    >>> with ztune.load("models/mini", provider="cpu") as model:
+    ...     images = model.encode_images(["examples/digits/seven/0007.png"])
+    ...     texts = model.encode_texts(["a photo of the digit seven."])
+    >>> images.shape, (images @ texts.T).shape
+    ((1, 128), (1, 1))
+    """
 
     bundle: Bundle
     execution: Execution
@@ -62,7 +70,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Give the connection to a server up."""
+        """Give the connection to a server up; a bundle on this machine has none."""
         if self.served is not None:
             self.served.close()
 
@@ -127,7 +135,7 @@ class Model:
 
         The same bytes as a run's: batches always have the same size.
 
-        Raises: DataError naming an image that cannot be read.
+        Raises: DataError naming an image that cannot be read; ProviderError; ServerError.
         """
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
@@ -148,12 +156,17 @@ class Model:
     def encode_texts(self, texts: Sequence[str]) -> F32:
         """Return unit features f32[N, e] of texts.
 
-        Raises: DataError for a text that is too long for the tower.
+        Raises: DataError for a text that is too long for the tower; ServerError.
         """
         return self.prompt_graph.sentences("{}", tuple(texts))
 
     def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
-        """Return unit features f32[C, e] of hand-written templates, the mean of several."""
+        """Return unit features f32[C, e] of hand-written templates, the mean of several.
+
+        A template has {} where the name of a class goes.
+
+        Raises: DataError for a text that is too long for the tower; ServerError.
+        """
         each = [self.prompt_graph.sentences(template, classes) for template in templates]
         if len(each) == 1:
             return each[0]
@@ -161,6 +174,10 @@ class Model:
         return np.asarray(mean / np.linalg.norm(mean, axis=-1, keepdims=True), dtype=np.float32)
 
     def zero_shot(self, templates: Sequence[str], classes: tuple[str, ...]) -> FeatureClassifier:
+        """Return the classifier of hand-written templates: features f32[N, e] to f32[N, C].
+
+        Raises: DataError for a text that is too long for the tower; ServerError.
+        """
         texts = self.sentences(templates, classes)
         return classifier_of_texts(texts, self.bundle.logit_scale, self.bundle.logit_bias)
 
@@ -266,9 +283,10 @@ def load(
 
     `provider` is auto, cpu, cuda or tensorrt; `threads` is a number of threads, without
     spin-waiting (None: all cores); `memory_limit` is MB of the tuning's forward passes above the
-    weights. With a URL (`triton://host:8001/NAME`, `http://…`) further arguments are settings of
-    the server: client, images, losses, deadline, give_up, tls_ca, token_file and so on
-    (docs/remote.md). A Model is a context manager; its graphs are opened when they are used.
+    weights. `progress` is told what is under way (ztune.progress.Progress). With a URL
+    (`triton://host:8001/NAME`, `http://…`) further arguments are settings of the server: client,
+    images, losses, deadline (s), give_up (s), tls_ca, token_file and so on (docs/remote.md). A
+    Model is a context manager; its graphs are opened when they are used.
 
     Raises: FormatError for a folder that is no bundle; ProviderError for a provider that does not
         run; ServerError; ConfigError.
