@@ -307,7 +307,8 @@ def test_the_length_of_features_does_not_matter(model: Model, train: Any) -> Non
     y = [train.classes[label] for label in train.split.labels("train")]
     features = model.encode_images(paths)
     fitted = classifier(model, "gda").fit(features, y)
-    np.testing.assert_allclose(fitted.predict_proba(3 * features), fitted.predict_proba(features))
+    scaled, plain = fitted.predict_proba(3 * features), fitted.predict_proba(features)
+    np.testing.assert_allclose(scaled, plain, atol=1e-4)
 
 
 def test_a_resumable_fit_has_its_history(model: Model, train: Any, tmp_path: Path) -> None:
