@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
-from runtimes.preprocess import crop, read_picture
+from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import FormatError, ProviderError
 from ztune.io.fields import Fields
@@ -37,10 +37,24 @@ class Classifier:
     """First 8 bytes of the SHA-256 of every picture that tuning has seen."""
     session: Any
 
-    def read(self, path: Path) -> U8:
-        """Return a picture as the graph takes it: u8[S, S, 3], or u8[H, W, 3] with `resize`."""
-        image = read_picture(path)
-        return np.asarray(image, dtype=np.uint8) if self.resize else crop(image, self.image)
+    @property
+    def takes_batches(self) -> bool:
+        """Whether several images may share a call.
+
+        A graph that resizes takes one at a time, since their sizes differ; so does int8, where the
+        activations' scale is taken over a whole call.
+        """
+        return not self.resize and self.precision != "int8"
+
+    def read(self, image: ImageLike, name: str = "image") -> U8:
+        """Return an image as the graph takes it: u8[S, S, 3], or u8[H, W, 3] with `resize`.
+
+        `name` is what errors call one in memory.
+
+        Raises: DataError for an image that cannot be read.
+        """
+        picture = read_image(image, name)
+        return np.asarray(picture, dtype=np.uint8) if self.resize else crop(picture, self.image)
 
     def classify(self, pixels: U8) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""

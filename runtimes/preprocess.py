@@ -137,6 +137,18 @@ def held_picture(image: Image.Image | U8, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
+def read_image(image: ImageLike, name: str) -> Image.Image:
+    """Return an image, of a file or in memory, upright and in 8-bit RGB.
+
+    `name` is what errors call one in memory.
+
+    Raises: DataError for what is neither, or cannot be decoded.
+    """
+    if isinstance(image, str | Path):
+        return read_picture(Path(image))
+    return held_picture(image, name)
+
+
 @functools.lru_cache(maxsize=2)
 def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
     with open_picture(path) as opened:

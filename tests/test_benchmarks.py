@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, harness, remote, remote_ways, scaling, speed
+import ztune
+from benchmarks import gpu, harness, predict, remote, remote_ways, scaling, speed
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.remote_ways import DOORS, WAYS, Counted, Door, Task, Way
 from benchmarks.towers import Size, lean
 from runtimes.bundle import load_bundle
 from runtimes.providers import Execution
-from tests.conftest import MINI
+from tests.conftest import DIGITS, MINI
 from tests.servers.triton import triton_environment
+from ztune.artifact import read_artifact
 from ztune.errors import ProviderError
 from ztune.types import Batch, Evaluation, Prompts
 
@@ -215,6 +217,24 @@ def test_differences_are_of_the_same_step() -> None:
     assert [remote.burst_of(n) for n in (1, 7, 20, 1000)] == [1, 1, 4, 5]
     extent = remote.Extent((10,), queries=1000, threads=1, servers_queries=0)
     assert [extent.steps(C, 10) for C in (3, 10, 100, 1000)] == [100, 100, 10, 7]
+
+
+def test_single_predictions_are_compared_with_the_same_work(tmp_path: Path) -> None:
+    train, test = ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)
+    cpu, packed, saved = Execution("cpu", 1), tmp_path / "c.onnx", tmp_path / "artifact"
+    with ztune.load(MINI, provider="cpu", threads=1) as model:
+        fitted = ztune.FewShotClassifier(model, method="gda").fit(train)
+        fitted.export_onnx(packed)
+        fitted.save(saved)
+        artifact = read_artifact(saved)
+        tower = predict.bare_tower(model.bundle, artifact, cpu)
+        classifier = predict.bare_classifier(model.bundle, packed, artifact, cpu)
+        for path, _ in test.items[:10]:
+            assert tower(path) == classifier(path) == fitted.predict([path])
+    document = predict.measure(MINI, 100, 1)
+    json.dumps(document, allow_nan=False)
+    assert all(row["images_per_s"] > 0 for row in document["rows"].values())
+    assert document["resident_mb"].keys() == {"after 50", "after 100"}
 
 
 def test_ways_to_ask() -> None:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 
 import ztune
 from tests.conftest import DIGITS, MINI, Command
-from ztune.errors import ConfigError, DataError, NotFittedError, ZtuneError
+from ztune.errors import ClosedError, ConfigError, DataError, NotFittedError, ZtuneError
 from ztune.model import Model
 
 TEMPLATE = "a photo of the digit {}."
@@ -230,6 +231,47 @@ def test_a_model_encodes_images_and_texts(model: Model, test: Any) -> None:
     np.testing.assert_array_equal(guessed, zero_shot.logits(images).argmax(axis=1))
 
 
+def test_a_closed_model_says_so(train: Any, test: Any, tmp_path: Path) -> None:
+    paths = [path for path, _ in test.items[:3]]
+    with ztune.load(MINI, provider="cpu", threads=1) as model:
+        features = model.encode_images(paths)
+        model.encode_texts(["a digit"])  # its graph is open
+        fitted = classifier(model, "gda").fit(train, run_dir=tmp_path / "run")
+        used = classifier(model, "gda").fit(train)
+        expected = used.predict(paths)  # its tower is open
+        copy = replace(model, held={})
+    asked: dict[str, Any] = {
+        "images": lambda: model.encode_images(paths),
+        "texts": lambda: model.encode_texts(["a digit"]),
+        "fit": lambda: classifier(model, "gda").fit(train),
+        "fit that is finished": lambda: fitted.fit(train, run_dir=tmp_path / "run"),
+        "predict first": lambda: fitted.predict(paths),
+        "predict": lambda: used.predict(paths),
+        "score": lambda: used.score(test),
+        "copy": lambda: copy.encode_texts(["a digit"]),
+    }
+    for ask in asked.values():
+        with pytest.raises(ClosedError, match=r'bundle ".*mini" is closed: load it again with ztu'):
+            ask()
+    np.testing.assert_array_equal(used.predict(features), expected)  # no forward pass
+    model.close()
+
+
+def test_labels_to_score_by_are_checked(
+    model: Model, train: Any, test: Any, tmp_path: Path
+) -> None:
+    fitted = classifier(model, "gda").fit(train)
+    paths = [path for path, _ in test.items[:2]]
+    with pytest.raises(DataError, match="`X` has 2 images and `y` 1 labels"):
+        fitted.score(paths, ["seven"])
+    with pytest.raises(DataError, match="`X` is one image"):
+        fitted.predict(str(paths[0]))
+    fitted.save(tmp_path / "artifact")
+    loaded = classifier(model, "gda").load_artifact(tmp_path / "artifact")
+    names = [test.classes[label] for label in test.labels[:2]]
+    assert loaded.score(paths, names) == fitted.score(paths, names)
+
+
 @pytest.mark.parametrize(
     ("X", "y", "more", "error", "message"),
     [
@@ -298,7 +340,7 @@ def test_what_was_loaded_scores_and_remembers_nothing(
     names = [test.classes[label] for label in test.labels[:20]]
     assert 0 <= loaded.score(paths, names) <= 1
     assert (loaded.history_, loaded.cost_) == ([], {})
-    with pytest.raises(DataError, match="`X` is one image, expected several"):
+    with pytest.raises(DataError, match="`X` is one image, expected a list"):
         loaded.predict(paths[0])
 
 

@@ -15,7 +15,8 @@ GROUND = {"types", "errors", "access", "printing", "progress", "io", "system"}
 LAYERS = (
     {"cli"},
     {"experiments", "doctor", "estimator", "deployed", "exporting"},
-    {"training", "dataset"},
+    {"dataset"},
+    {"training"},
     {"checks", "evaluate"},
     {"task"},
     {"encoded"},
@@ -93,9 +94,7 @@ def test_arrows_run_down() -> None:
                 lower = floor[other] > floor[room] or (room in GROUND and other in GROUND)
                 assert other == room or lower, where
             elif first == "export":
-                assert room in ("cli", "estimator", "exporting"), (
-                    where
-                )  # inside functions, see below
+                assert room in ("cli", "estimator", "exporting"), where
             else:
                 assert first == "runtimes", where
                 assert room in KNOWS_RUNTIMES, where

@@ -16,17 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ztune.dataset import Dataset
+    from ztune.deployed import DeployedClassifier, load_classifier
     from ztune.estimator import FewShotClassifier
     from ztune.exporting import export
     from ztune.model import Model, load
 
-__all__ = ["Dataset", "FewShotClassifier", "Model", "export", "load"]
+__all__ = [
+    "Dataset",
+    "DeployedClassifier",
+    "FewShotClassifier",
+    "Model",
+    "export",
+    "load",
+    "load_classifier",
+]
 _HOMES = {
     "Dataset": "ztune.dataset",
+    "DeployedClassifier": "ztune.deployed",
     "FewShotClassifier": "ztune.estimator",
     "Model": "ztune.model",
     "export": "ztune.exporting",
     "load": "ztune.model",
+    "load_classifier": "ztune.deployed",
 }
 
 

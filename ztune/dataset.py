@@ -23,6 +23,8 @@ from ztune.types import I64
 MEMORY = Path("/in-memory").absolute()
 """Where images that are in memory are said to lie; no file is read there."""
 Labels = Sequence[str] | Sequence[int] | np.ndarray[Any, Any]
+Images = Sequence[ImageLike] | np.ndarray[Any, Any]
+"""Paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3], or features f32[N, e]."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Dataset:
     @classmethod
     def from_arrays(
         cls,
-        images: Sequence[ImageLike] | np.ndarray[Any, Any],
+        images: Images,
         labels: Labels,
         class_names: Sequence[str] | None = None,
     ) -> Dataset:
@@ -179,7 +181,8 @@ class Dataset:
         )
 
     def _tested(self, split: Split) -> LabelledImages:
-        return LabelledImages(split.items("test"), split.labels("test"), split.classes, "test")
+        items, labels = split.items("test"), split.labels("test")
+        return LabelledImages(items, labels, split.classes, "test", self.held)
 
     def _digests(self) -> list[str]:
         if not self.held:
@@ -219,10 +222,48 @@ def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[s
         odd = next(v for v in values if isinstance(v, bool) or not isinstance(v, int))
         raise DataError(f"label {odd!r} is {type(odd).__name__}, expected class names or indices")
     if class_names is None:
-        raise DataError("`labels` are indices: name the classes with `class_names`")
+        raise DataError(
+            "`labels` are indices: give class names, or name the classes with `class_names`"
+        )
     if wrong := [value for value in values if not 0 <= value < len(class_names)]:
         raise DataError(f"label {wrong[0]} is out of range: there are {len(class_names)} names")
     return [class_names[value] for value in values]
+
+
+def listed_images(X: Images | LabelledImages) -> Sequence[ImageLike] | np.ndarray[Any, Any]:
+    """Return the images to classify, or features, at least one.
+
+    Raises: DataError for none, or one image that is not in a list.
+    """
+    images = X.images if isinstance(X, LabelledImages) else X
+    if isinstance(images, str | Path | Image.Image):
+        raise DataError("`X` is one image, expected a list of images (put it into one)")
+    if not len(images):
+        raise DataError("`X` is empty, expected at least one image")
+    return images
+
+
+def true_labels(
+    X: Images | LabelledImages,
+    y: Labels | None,
+    classes: tuple[str, ...],
+    class_names: Sequence[str] | None = None,
+) -> I64:
+    """Return i64[N], the labels to score by as indices into a classifier's classes.
+
+    Those of a split, or `y`: class names, or indices into `class_names`.
+
+    Raises: DataError for labels that are missing, or cannot be used.
+    """
+    if isinstance(X, LabelledImages):
+        if y is not None:
+            raise DataError("`y` goes with images; a split has its own labels")
+        return X.among(classes, "the classifier's classes")
+    if y is None:
+        raise DataError("`y` is missing: labels go with images that are no split")
+    if len(X) != len(y):
+        raise DataError(f"`X` has {len(X)} images and `y` {len(y)} labels, expected as many")
+    return label_array(labels_as_names(y, class_names), classes)
 
 
 def label_array(names: Sequence[str], classes: Sequence[str]) -> I64:

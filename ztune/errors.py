@@ -46,5 +46,9 @@ class NotFittedError(ZtuneError):
     """A classifier that is asked before it was fitted."""
 
 
+class ClosedError(ZtuneError):
+    """A model or a classifier that is asked after it was closed."""
+
+
 class ZtuneWarning(UserWarning):
     """What a caller should know of a result, though there is one."""

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from runtimes.preprocess import ImageLike, crop, held_picture, read_picture
+from runtimes.preprocess import crop, read_image
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.split import Entry, Split, SplitSettings
-from ztune.dataset import MEMORY, Dataset, Labels, TrainingSet, label_array, labels_as_names
+from ztune.dataset import (
+    MEMORY,
+    Dataset,
+    Images,
+    Labels,
+    TrainingSet,
+    label_array,
+    labels_as_names,
+    listed_images,
+    true_labels,
+)
 from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, required_extractor
@@ -27,8 +36,6 @@ from ztune.training import SavedRun, TrainingRun, start_run_on
 from ztune.types import F32, ImageEncoder, Json
 
 _BATCH = 8
-Images = Sequence[ImageLike] | np.ndarray[Any, Any]
-"""Paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3], or features f32[N, e]."""
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience", "augment")
 
 
@@ -79,7 +86,7 @@ class FewShotClassifier:
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment = keep, patience, augment
         self.settings = settings
-        self._class_names: tuple[str, ...] | None = None
+        self._class_names: Sequence[str] | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments of the constructor, the method's settings included."""
@@ -129,8 +136,9 @@ class FewShotClassifier:
 
         Raises: DataError for images or labels that cannot be used; ConfigError for an unknown
             method or setting, too few queries, a method that needs images where features are given,
-            or a `run_dir` with another run; ServerError.
+            or a `run_dir` with another run; ServerError; ClosedError for a closed model.
         """
+        self.model.require_open()
         training, features = self._training_set(X, y, class_names)
         run_config = self._run_config(training, features is not None)
         model = replace(self.model, held=training.held)
@@ -190,25 +198,19 @@ class FewShotClassifier:
 
         `X` is what `fit` takes, less the labels, or the test images of a split.
 
-        Raises: NotFittedError; DataError for images or features that cannot be used.
+        Raises: NotFittedError; DataError for images or features that cannot be used; ClosedError
+            for images once the model is closed.
         """
-        artifact = self._fitted()
-        if isinstance(X, str | Path | Image.Image):
-            raise DataError("`X` is one image, expected several: put it into a list")
-        if isinstance(X, LabelledImages):
-            X = [path for path, _ in X.items]
-        if _are_features(X):
-            self._require_width(X)
-            X = unit_rows(np.asarray(X, dtype=np.float32))
+        artifact, images = self._fitted(), listed_images(X)
+        if _are_features(images):
+            self._require_width(images)
             if isinstance(artifact, VisualArtifact):
                 raise DataError(f"{self.method} changes images, so features cannot be classified")
-            return self._classifier.logits(X)
+            return self._classifier.logits(unit_rows(np.asarray(images, dtype=np.float32)))
         parts = [
-            self._logits_of(artifact, X[first : first + _BATCH], first)
-            for first in range(0, len(X), _BATCH)
+            self._logits_of(artifact, images[first : first + _BATCH], first)
+            for first in range(0, len(images), _BATCH)
         ]
-        if not parts:
-            raise DataError("`X` is empty, expected at least one image")
         return np.concatenate(parts)
 
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
@@ -217,13 +219,7 @@ class FewShotClassifier:
         Raises: NotFittedError; DataError for images that cannot be used, or labels that are not
             among the classes.
         """
-        classes = tuple(self.classes_.tolist())
-        if isinstance(X, LabelledImages):
-            labels = X.among(classes, "the classifier's classes")
-        elif y is None:
-            raise DataError("`y` is missing: labels go with images that are no split")
-        else:
-            labels = label_array(labels_as_names(y, self._class_names), classes)
+        labels = true_labels(X, y, self._fitted().classes, self._class_names)
         return float((self.decision_function(X).argmax(axis=1) == labels).mean())
 
     @property
@@ -251,6 +247,7 @@ class FewShotClassifier:
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
         self.method = artifact.provenance.method
+        self._class_names = None
         self._take(artifact, {}, [])
         return self
 
@@ -293,7 +290,7 @@ class FewShotClassifier:
         class_names: Sequence[str] | None,
     ) -> tuple[TrainingSet, EncodedSplit | None]:
         """Return what to fit on, and where features are given these."""
-        self._class_names = None if class_names is None else tuple(class_names)
+        self._class_names = class_names
         if isinstance(X, TrainingSet | Dataset):
             if y is not None:
                 raise DataError("`y` goes with images; a data set has its own labels")
@@ -355,7 +352,7 @@ class FewShotClassifier:
         encoder, program = self._opened(artifact)
         spec = self.model.bundle.image
         pixels = np.stack(
-            [crop(_picture(image, first + n), spec) for n, image in enumerate(images)]
+            [crop(read_image(image, f"image {first + n}"), spec) for n, image in enumerate(images)]
         )
         features = encoder.encode(pixels)
         if isinstance(artifact, VisualArtifact):
@@ -364,6 +361,7 @@ class FewShotClassifier:
 
     def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
         """Return the image tower, and what a visual prompt changes it by; opened once."""
+        self.model.require_open()
         with self._opening:
             if self._images is None:
                 if isinstance(artifact, VisualArtifact):
@@ -375,12 +373,6 @@ class FewShotClassifier:
                     )
                 self._images = self.model.images()
             return self._images, self._program
-
-
-def _picture(image: ImageLike, number: int) -> Image.Image:
-    if isinstance(image, str | Path):
-        return read_picture(Path(image))
-    return held_picture(image, f"image {number}")
 
 
 def unit_rows(features: F32) -> F32:

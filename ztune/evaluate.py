@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.classifier import Classifier
+from runtimes.held import Held
+from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.features import Features
 from ztune.data.sources import read_source
@@ -36,6 +39,13 @@ class LabelledImages:
     labels: I64
     classes: tuple[str, ...]
     split: str
+    held: Held = field(default_factory=dict)
+    """Images that are in memory, by the paths that stand for them."""
+
+    @property
+    def images(self) -> list[ImageLike]:
+        """What to read: files, and images that are in memory."""
+        return [self.held.get(path, path) for path, _ in self.items]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -289,34 +299,36 @@ def classify(
     Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
     """
     kept = np.ones(len(paths), dtype=np.bool_)
-    results: list[tuple[F32, F32]] = []
-    waiting: list[U8] = []
-    # A graph that resizes takes one picture at a time, since their sizes differ.
-    # Nor has a picture company in int8, where the activations' scale is taken over a whole call.
-    size = 1 if classifier.resize or classifier.precision == "int8" else _BATCH
 
-    def flush() -> None:
-        if waiting:
-            results.append(classifier.classify(np.stack(waiting)))
-            waiting.clear()
-
-    with progress.activity("classifying", len(paths)) as ticker:
+    def readable() -> Iterator[U8]:
         for number, path in enumerate(paths):
+            ticker.update(number + 1)
             try:
-                waiting.append(classifier.read(path))
+                pixels = classifier.read(path)
             except DataError as error:
                 if not skip_broken:
                     raise DataError(
                         f"{error} (repair or remove it, or use `skip_broken`)"
                     ) from None
                 kept[number] = False
-            if len(waiting) == size:
-                flush()
-            ticker.update(number + 1)
-        flush()
-    if not results:
+            else:
+                yield pixels
+
+    with progress.activity("classifying", len(paths)) as ticker:
+        logits, probabilities = classify_pixels(classifier, readable())
+    if not kept.any():
         raise DataError(f"none of {len(paths)} picture(s) can be read")
     if not kept.all():
         warn(f"{int((~kept).sum())} broken pictures left out")
-    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
     return logits, probabilities, kept
+
+
+def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> tuple[F32, F32]:
+    """Return logits and probabilities f32[n, C] of images as `Classifier.read` gives them."""
+    waiting, size = iter(pixels), _BATCH if classifier.takes_batches else 1
+    nothing: F32 = np.zeros((0, len(classifier.classes)), dtype=np.float32)
+    results = [(nothing, nothing)]
+    while batch := list(itertools.islice(waiting, size)):
+        results.append(classifier.classify(np.stack(batch)))
+    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return logits, probabilities

@@ -15,7 +15,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
 from runtimes.held import Held, HoldingEncoder
 from runtimes.ort import OrtImageEncoder
-from runtimes.preprocess import ImageLike, crop, held_picture, read_picture
+from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision, resolve
 from runtimes.remote.endpoint import is_url
@@ -27,7 +27,7 @@ from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_o
 from ztune.compositions.base import ModelSpec, Patches
 from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import Features, encode_pictures
-from ztune.errors import ConfigError, DataError, ZtuneError
+from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.mixing import mixed_texts
 from ztune.progress import SILENCE, Progress, warn
@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 
 
 _BATCH = 8
+
+
+@dataclass
+class Life:
+    """Whether a model was closed: one for it and all copies that `replace` makes."""
+
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Model:
     """The server that has the bundle's graphs; None: they run on this machine."""
     held: Held = field(default_factory=dict)
     """Images that are in memory, by the paths that stand for them."""
+    life: Life = field(default_factory=Life, repr=False)
 
     def __enter__(self) -> Model:
         return self
@@ -70,17 +78,35 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Give the connection to a server up; a bundle on this machine has none."""
+        """Give the connection to a server up, and whatever needs forward passes."""
+        self.life.closed = True
         if self.served is not None:
             self.served.close()
+
+    def require_open(self) -> None:
+        """See that the model was not closed.
+
+        Raises: ClosedError.
+        """
+        if self.life.closed:
+            raise ClosedError(f"{self.where} is closed: load it again with ztune.load")
 
     @property
     def where(self) -> str:
         """What errors call it."""
-        return self.runtime.where
+        return self._runtime.where
+
+    @property
+    def runtime(self) -> Runtime:
+        """What answers forward passes.
+
+        Raises: ClosedError.
+        """
+        self.require_open()
+        return self._runtime
 
     @cached_property
-    def runtime(self) -> Runtime:
+    def _runtime(self) -> Runtime:
         return self.served or Local(self.bundle, self.execution)
 
     def images(self) -> ImageEncoder:
@@ -92,9 +118,17 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.bundle)
 
-    @cached_property
+    @property
     def prompt_graph(self) -> PromptGraph:
-        """The prompt graph, opened when first used: after the image tower is closed again."""
+        """The prompt graph, opened when first used: after the image tower is closed again.
+
+        Raises: ClosedError.
+        """
+        self.require_open()
+        return self._prompt_graph
+
+    @cached_property
+    def _prompt_graph(self) -> PromptGraph:
         return self.runtime.prompts(self.tokenizer)
 
     def features(
@@ -135,17 +169,13 @@ class Model:
 
         The same bytes as a run's: batches always have the same size.
 
-        Raises: DataError naming an image that cannot be read; ProviderError; ServerError.
+        Raises: DataError naming an image that cannot be read; ProviderError; ServerError;
+            ClosedError.
         """
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
-            pictures = [
-                read_picture(Path(image))
-                if isinstance(image, str | Path)
-                else held_picture(image, f"image {first + n}")
-                for n, image in enumerate(batch)
-            ]
+            pictures = [read_image(image, f"image {first + n}") for n, image in enumerate(batch)]
             pixels = [crop(picture, self.bundle.image) for picture in pictures]
             pixels += pixels[:1] * (_BATCH - len(pixels))
             parts.append(encoder.encode(np.stack(pixels))[: len(batch)])
@@ -156,7 +186,7 @@ class Model:
     def encode_texts(self, texts: Sequence[str]) -> F32:
         """Return unit features f32[N, e] of texts.
 
-        Raises: DataError for a text that is too long for the tower; ServerError.
+        Raises: DataError for a text that is too long for the tower; ServerError; ClosedError.
         """
         return self.prompt_graph.sentences("{}", tuple(texts))
 
