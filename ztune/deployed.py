@@ -25,6 +25,17 @@ def load_classifier(
 
     Raises: FormatError for a file that is absent, damaged or not packed by ztune; ProviderError for
         a provider that does not run it.
+
+    >>> import tempfile, ztune
+    >>> from pathlib import Path
+    >>> model = ztune.load("models/mini", provider="cpu")
+    >>> train, test = ztune.Dataset.from_folder("examples/digits").split(shots=4, seed=1)
+    >>> clf = ztune.FewShotClassifier(model, method="gda").fit(train)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     clf.export_onnx(Path(folder) / "classifier.onnx")
+    ...     with ztune.load_classifier(Path(folder) / "classifier.onnx", provider="cpu") as packed:
+    ...         packed.predict(["examples/digits/seven/0007.png"])
+    array(['seven'], dtype='<U5')
     """
     return DeployedClassifier(open_classifier(Path(path), resolve_execution(provider, threads)))
 
@@ -34,6 +45,10 @@ class DeployedClassifier:
 
     Images are paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3] of any sizes, or the
     test part of a `Dataset`'s split. They are read as `ztune predict` reads them.
+
+    >>> import ztune
+    >>> sorted(name for name in vars(ztune.DeployedClassifier) if name.startswith("predict"))
+    ['predict', 'predict_proba']
     """
 
     def __init__(self, classifier: Classifier):

@@ -38,6 +38,11 @@ def export(
 
     Raises: ConfigError for a model, weights or settings that cannot be, and without torch;
         ZtuneError for a graph that differs from torch.
+
+    >>> import ztune
+    >>> bundle = ztune.export(  # doctest: +SKIP
+    ...     "ViT-B-32", "bundles/vit-b-32", pretrained="laion2b_s34b_b79k"
+    ... )
     """
     try:
         from export.bundle import export_bundle

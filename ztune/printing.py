@@ -17,6 +17,14 @@ _PASSWORD = re.compile(
 )
 
 
+_ARGUMENT = re.compile(r"`([a-z_]+(?:=[^`]*)?)`")
+
+
+def without_marks(text: str) -> str:
+    """Return an error's text with its arguments as plain words, for where there are no options."""
+    return _ARGUMENT.sub(r"\1", text)
+
+
 def printable(text: str) -> str:
     r"""Return a text as one line without effect on a terminal, and without passwords of addresses.
 

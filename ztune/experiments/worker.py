@@ -44,7 +44,7 @@ from ztune.experiments.jobs import (
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
 from ztune.model import Model
-from ztune.printing import printable_lines
+from ztune.printing import printable_lines, without_marks
 from ztune.progress import warnings_told
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
@@ -327,7 +327,7 @@ def _reason(error: Exception, place: Path) -> str:
     """Return an error in one line; what a user cannot know of leaves its traceback."""
     if isinstance(error, ZtuneError):
         hint = f" (remove {place} to begin the run anew)" if str(place) in str(error) else ""
-        return f"{error}{hint}"
+        return without_marks(f"{error}{hint}")
     (place / "traceback.txt").write_text(
         printable_lines("".join(traceback.format_exception(error)))
     )
