@@ -15,7 +15,7 @@ from ztune import errors
 
 PAGE = ROOT / "docs" / "python.md"
 NOTEBOOK = ROOT / "examples" / "few_shot.ipynb"
-FACE = ("ztune.model", "ztune.dataset", "ztune.estimator")
+FACE = ("ztune.model", "ztune.dataset", "ztune.estimator", "ztune.deployed")
 
 
 @pytest.fixture
