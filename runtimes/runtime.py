@@ -50,6 +50,10 @@ class Runtime(Protocol):
         """What errors call the bundle."""
 
     @property
+    def place(self) -> str:
+        """What a run keeps of where the bundle is: its folder, or a server's URL."""
+
+    @property
     def provider(self) -> str:
         """What run.json says of where they run."""
 
@@ -102,6 +106,10 @@ class Local:
     @property
     def where(self) -> str:
         return f'bundle "{self._bundle.path}"'
+
+    @property
+    def place(self) -> str:
+        return str(self._bundle.path.resolve())
 
     @property
     def provider(self) -> str:

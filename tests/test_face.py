@@ -317,9 +317,9 @@ def test_input_that_cannot_be_fitted(
 
 
 def test_names_that_do_not_exist(model: Model, train: Any) -> None:
-    with pytest.raises(ConfigError, match='unknown method "zap"'):
+    with pytest.raises(ConfigError, match=r'unknown method "zap" \(did you mean zip\?\)'):
         ztune.FewShotClassifier(model, method="zap").fit(train)
-    with pytest.raises(ConfigError, match='no setting "step_sise"'):
+    with pytest.raises(ConfigError, match=r'no setting "step_sise" \(did you mean step_size\?\)'):
         classifier(model, "zip", step_sise=1).fit(train)
     with pytest.raises(NotFittedError, match="not fitted yet"):
         classifier(model, "zip").predict(["a.png"])

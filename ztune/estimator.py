@@ -312,7 +312,7 @@ class FewShotClassifier:
         settings = training.split.settings
         served = self.model.served is not None
         run_config = RunConfig(
-            str(self.model.bundle.path),
+            self.model.runtime.place,
             str(training.split.roots["data"]),
             method=self.method,
             shots=settings.shots,

@@ -20,7 +20,7 @@ from ztune.heads.proker import ProkerConfig, fit_proker
 from ztune.heads.shots import Fitted, Shots
 from ztune.heads.tip import TipConfig, fit_tip
 from ztune.heads.zero_shot import ZeroShotConfig, fit_zero_shot
-from ztune.io.config import configured
+from ztune.io.config import configured, nearest
 from ztune.types import Json
 
 PRESETS = ("default", "published", "tuned")
@@ -189,7 +189,9 @@ def find_method(name: str) -> Method:
     Raises: ConfigError listing the known names.
     """
     if name not in METHODS:
-        raise ConfigError(f'unknown method "{name}"; known: {", ".join(METHODS)}')
+        raise ConfigError(
+            f'unknown method "{name}"{nearest(name, METHODS)}; known: {", ".join(METHODS)}'
+        )
     return METHODS[name]
 
 

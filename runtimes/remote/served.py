@@ -72,6 +72,10 @@ class Served:
     def where(self) -> str:
         return f"the bundle of server {self.service.location}"
 
+    @property
+    def place(self) -> str:
+        return str(self.service.location)
+
     def __init__(
         self,
         service: Service,

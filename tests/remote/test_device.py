@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MINI
+from tests.conftest import DIGITS, MINI
 from tests.remote.conftest import DATA, Runs, artifact, one_error, url_of
 from tests.servers.triton import TritonServer
 
@@ -44,3 +44,33 @@ def test_pictures_encoded_here_need_onnx_runtime(triton: TritonServer, tmp_path:
     done = bare("tune", url_of(triton), *DATA, *words)
     one_error(done.returncode, done.stderr, "onnxruntime cannot be imported", "pip install")
     assert not out.exists()
+
+
+FACE = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import ztune
+url, digits, out, method, *settings = sys.argv[2:]
+model = ztune.load(url)
+train, test = ztune.Dataset.from_folder(digits).split(shots=4, seed=1)
+given = {word.split("=")[0]: int(word.split("=")[1]) for word in settings}
+clf = ztune.FewShotClassifier(model, method=method, **given).fit(train)
+clf.save(out)
+assert clf.score(test) > 0.3
+assert clf.predict([path for path, _ in test.items[:3]]).shape == (3,)
+model.close()
+"""
+
+
+@pytest.mark.parametrize("method", [("ogn", "--queries", 100), ("gda",)])
+def test_the_face_needs_no_onnx_runtime_either(
+    method: tuple[str, ...], triton: TritonServer, local: Runs, tmp_path: Path
+) -> None:
+    settings = [f"queries={method[2]}"] if len(method) > 1 else []
+    out = tmp_path / "prompt.safetensors"
+    words = (url_of(triton), DIGITS, out, method[0], *settings)
+    command = [sys.executable, "-c", FACE, ",".join(ABSENT), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == artifact(local("--method", *method))

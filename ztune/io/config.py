@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ztune.errors import ConfigError
@@ -29,7 +30,9 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(f'{where} has no setting "{key}"; it has: {", ".join(known)}')
+            raise ConfigError(
+                f'{where} has no setting "{key}"{nearest(key, known)}; it has: {", ".join(known)}'
+            )
         values[key] = _converted(value, hints[key], f"{where}: {key}")
     required = [
         f.name
@@ -40,6 +43,12 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
     if missing:
         raise ConfigError(f'{where} lacks "{missing[0]}"')
     return kind(**values)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question behind a word that is not known; empty where no known one is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _converted(value: Json, hint: Any, where: str) -> Json:

@@ -315,8 +315,14 @@ def execution(line: str) -> str:
         # of methods
         (f"methods = [1]\n{DATA}{FEW_SHOT}", "methods is [1], expected a table"),
         (method("zip = 1"), 'methods "zip" is 1, expected a table'),
-        (method("zop = {}"), 'methods "zop": unknown method "zop"; known: ogn, '),
-        (method('zip = { uses = "zop" }'), 'methods "zip": unknown method "zop"; known: ogn, '),
+        (
+            method("zop = {}"),
+            'methods "zop": unknown method "zop" (did you mean zip?);',
+        ),
+        (
+            method('zip = { uses = "zop" }'),
+            'methods "zip": unknown method "zop" (did you mean zip?);',
+        ),
         (method("zip = { uses = 1 }"), 'methods "zip": uses is 1, expected str'),
         (method("zip = { queries = 0 }"), 'methods "zip": queries is 0, expected at least 1'),
         (method("zip = { curve = -1 }"), 'methods "zip": curve is -1, expected at least 0'),
