@@ -295,6 +295,8 @@ class FewShotClassifier:
             if y is not None:
                 raise DataError("`y` goes with images; a data set has its own labels")
             return (X if isinstance(X, TrainingSet) else X.whole(self.seed)), None
+        if isinstance(X, str | Path):
+            raise DataError("`X` is one path: read a folder or list with Dataset.from_folder")
         if y is None:
             raise DataError("`y` is missing: labels go with images and features")
         if _are_features(X):
