@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,35 @@ def test_what_the_page_on_security_promises_has_its_test() -> None:
     assert len(named) > 15
     for file, function in named:
         assert f"def {function}" in (ROOT / file).read_text(), f"{file}::{function}"
+
+
+# Which of our files have a function that a run of ZIP calls, in the order of the first call.
+ENTERED = """
+import sys, threading, ztune
+from pathlib import Path
+root, found = Path(sys.argv[1]), []
+def note(frame, event, _):
+    code = frame.f_code
+    if event != "call" or code.co_name == "<module>" or not code.co_flags & 1:  # no class bodies
+        return
+    path = Path(code.co_filename)
+    ours = path.is_relative_to(root) and path.relative_to(root).parts[0] in ("ztune", "runtimes")
+    if ours and path not in found:
+        found.append(path)
+ztune.Model, ztune.Dataset, ztune.FewShotClassifier  # loaded before anything is noted
+sys.setprofile(note)
+threading.setprofile(note)
+model = ztune.load(root / "models" / "mini", provider="cpu")
+train, _ = ztune.Dataset.from_folder(root / "examples" / "digits").split(shots=4, seed=1)
+ztune.FewShotClassifier(model, method="zip", queries=40).fit(train)
+sys.setprofile(None)
+print(*(path.relative_to(root).as_posix() for path in found), sep="\\n")
+"""
+
+
+def test_the_files_that_a_run_enters_are_listed() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = re.findall(r"`((?:ztune|runtimes)/[\w/]+\.py)`", text.partition("A run of ZIP")[2])
+    said = subprocess.check_output([sys.executable, "-c", ENTERED, str(ROOT)], text=True)
+    assert said.split() == listed
+    assert len(listed) <= 50
