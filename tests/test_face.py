@@ -359,3 +359,13 @@ def test_a_resumable_fit_has_its_history(model: Model, train: Any, tmp_path: Pat
     fitted = classifier(model, "zip").fit(train, run_dir=tmp_path / "run")
     assert fitted.history_[-1]["queries"] == 60
     assert fitted.cost_["queries"] == 60
+
+
+def test_what_is_not_fitted_says_so_to_scikit_learn_too(model: Model) -> None:
+    fresh = classifier(model, "gda")
+    assert not hasattr(fresh, "classes_")
+    exceptions = pytest.importorskip("sklearn.exceptions")
+    with pytest.raises(exceptions.NotFittedError, match="not fitted yet"):
+        fresh.predict(["a.png"])
+    with pytest.raises(NotFittedError):
+        fresh.score(["a.png"], ["a"])

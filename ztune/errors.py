@@ -42,8 +42,8 @@ class AwayError(ServerError):
     """No server has answered for as long as was agreed."""
 
 
-class NotFittedError(ZtuneError):
-    """A classifier that is asked before it was fitted."""
+class NotFittedError(ZtuneError, ValueError, AttributeError):
+    """A classifier that is asked before it was fitted; scikit-learn's own where that is loaded."""
 
 
 class ClosedError(ZtuneError):

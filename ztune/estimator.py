@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -280,7 +281,7 @@ class FewShotClassifier:
     def _fitted(self) -> Artifact:
         artifact: Artifact | None = getattr(self, "_artifact", None)
         if artifact is None:
-            raise NotFittedError("this FewShotClassifier is not fitted yet: call fit first")
+            raise _not_fitted("this FewShotClassifier is not fitted yet: call fit first")
         return artifact
 
     def _training_set(
@@ -375,6 +376,17 @@ class FewShotClassifier:
                     )
                 self._images = self.model.images()
             return self._images, self._program
+
+
+def _not_fitted(message: str) -> NotFittedError:
+    """Return an error that `except sklearn.exceptions.NotFittedError` catches too, where loaded."""
+    theirs = sys.modules.get("sklearn.exceptions")
+    if theirs is None:
+        return NotFittedError(message)
+    both: type[NotFittedError] = type(
+        "NotFittedError", (NotFittedError, theirs.NotFittedError), {"__module__": "ztune.errors"}
+    )
+    return both(message)
 
 
 def unit_rows(features: F32) -> F32:
