@@ -14,6 +14,7 @@ from runtimes.classifier import Classifier
 from runtimes.held import Held
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
+from ztune.data.cache import FeatureStore, MemoryCache
 from ztune.data.features import Features
 from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures
@@ -184,13 +185,49 @@ def score_run(
     return RunScores(artifact, before, tuned, kept, curve)
 
 
+def score_bundle(
+    model: Model,
+    images: LabelledImages,
+    candidates: tuple[str, ...],
+    *,
+    artifact: Artifact | None = None,
+    templates: tuple[str, ...] = (),
+    cache: Path | None = None,
+    extractor: Path | None = None,
+    skip_broken: bool = False,
+) -> tuple[Score, NDArray[np.bool_]]:
+    """Score an artifact, or hand-written templates, on images; return which could be read too.
+
+    `candidates` are the class names to choose among, of which the artifact has the text features.
+    Features are kept in the folder `cache`; None: in memory.
+
+    Raises: DataError; ConfigError for an extractor that is not the artifact's.
+    """
+    needed = extractor_for(artifact, extractor, None)
+    labels = images.among(candidates, "the class names to choose among")
+    features = encode_test(
+        model,
+        images.items,
+        MemoryCache() if cache is None else cache,
+        what="pictures",
+        skip_broken=skip_broken,
+        extractor=needed,
+    )
+    if artifact is not None:
+        logits = features.logits(artifact)
+    else:
+        logits = model.zero_shot(templates, candidates).logits(features.plain.values[0])
+    kept = features.plain.kept
+    return score(logits, labels[kept], candidates), kept
+
+
 @dataclass(frozen=True)
 class TestFeatures:
     """Pictures, as (file, SHA-256), and a bundle to score them with."""
 
     model: Model
     items: Sequence[tuple[Path, str]]
-    cache: Path
+    cache: Path | FeatureStore
     what: str
     skip_broken: bool
     plain: Features
@@ -240,7 +277,7 @@ class TestFeatures:
 def encode_test(
     model: Model,
     items: Sequence[tuple[Path, str]],
-    cache: Path,
+    cache: Path | FeatureStore,
     *,
     what: str,
     skip_broken: bool,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +77,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     target = arguments.target
     if is_url(target) or (target.is_dir() and (target / "bundle.json").is_file()):
         _check_bundle_options(arguments)
-        with _model(arguments, target, output) as model, ExitStack() as stack:
-            _eval_bundle(arguments, model, stack, output)
+        with _model(arguments, target, output) as model:
+            _eval_bundle(arguments, model, output)
     elif (target / "run.json").is_file():
         _eval_run(arguments, output)
     elif target.is_file():
@@ -202,12 +200,10 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
         raise ConfigError("--snapshots goes with a run")
 
 
-def _eval_bundle(
-    arguments: argparse.Namespace, model: Model, stack: ExitStack, output: Output
-) -> None:
+def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
-    from ztune.evaluate import encode_test, extractor_for
+    from ztune.evaluate import score_bundle
 
     pictures = _labelled(arguments, output)
     candidates, whose = pictures.classes, "the pictures' own"
@@ -227,25 +223,17 @@ def _eval_bundle(
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
-    extractor = extractor_for(artifact, arguments.extractor, None)
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
-    labels = pictures.among(candidates, "the class names to choose among")
-    cache = arguments.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    gallery = encode_test(
+    result, kept = score_bundle(
         model,
-        pictures.items,
-        cache,
-        what="pictures",
+        pictures,
+        candidates,
+        artifact=artifact,
+        templates=templates,
+        cache=arguments.cache,
+        extractor=arguments.extractor,
         skip_broken=arguments.skip_broken,
-        extractor=extractor,
     )
-    if artifact is not None:
-        logits = gallery.logits(artifact)
-    else:
-        classifier = model.zero_shot(templates, candidates)
-        logits = classifier.logits(gallery.plain.values[0])
-    kept = gallery.plain.kept
-    result = score(logits, labels[kept], candidates)
     document = _document(result, pictures, kept, fingerprints)
     _finish(document, {name: result}, output)
 
