@@ -1,13 +1,15 @@
 """The library as a caller has it: `import ztune`, from images to a classifier."""
 
+import copy
 import json
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +17,17 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import ztune
+from export.quantize import quantize_bundle
+from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
-from ztune.errors import ClosedError, ConfigError, DataError, NotFittedError, ZtuneError
+from ztune.errors import (
+    ClosedError,
+    ConfigError,
+    DataError,
+    NotFittedError,
+    ZtuneError,
+    ZtuneWarning,
+)
 from ztune.model import Model
 
 TEMPLATE = "a photo of the digit {}."
@@ -369,3 +380,151 @@ def test_what_is_not_fitted_says_so_to_scikit_learn_too(model: Model) -> None:
         fresh.predict(["a.png"])
     with pytest.raises(NotFittedError):
         fresh.score(["a.png"], ["a"])
+
+
+def test_a_finished_run_is_read_back_for_the_same_alone(
+    model: Model, train: Any, tmp_path: Path
+) -> None:
+    classifier(model, "zip").fit(train, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        classifier(model, "zip", step_size=0.5).fit(train, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="begun with other method"):
+        classifier(model, "gda").fit(train, run_dir=tmp_path)
+    head = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**head, "bundle_digest": "0" * 64}))
+    with pytest.raises(ConfigError, match="begun with other model"):
+        classifier(model, "zip").fit(train, run_dir=tmp_path)
+
+
+def test_a_refused_run_is_not_gone_on_with(train: Any, tmp_path: Path) -> None:
+    int8 = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8").path
+    with ztune.load(int8, provider="cpu", threads=1) as model:
+        weak = classifier(model, "zip", perturbation=1e-5)
+        for _ in range(2):
+            with pytest.raises(ZtuneError, match="below the limit"):
+                weak.fit(train, run_dir=tmp_path / "run")
+        weak.set_params(force=True)
+        with pytest.warns(ZtuneWarning, match="below the limit"):
+            weak.fit(train, run_dir=tmp_path / "run")
+        assert weak.predict([*DIGITS.glob("one/*")][:2]).shape == (2,)
+
+
+@pytest.mark.parametrize("kind", ["paths", "arrays", "features"])
+def test_what_is_no_folder_goes_on_too(kind: str, model: Model, train: Any, tmp_path: Path) -> None:
+    paths = [path for path, _ in train.split.items("train")]
+    y = [train.classes[label] for label in train.split.labels("train")]
+    X: Any = paths
+    if kind == "arrays":
+        X = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    if kind == "features":
+        X = model.encode_images(paths)
+        X, y = np.concatenate([X, X[:1]]), [*y, y[0]]  # one of them twice
+
+    class StopAt:
+        """Listens, and stops after some steps."""
+
+        def remark(self, text: str) -> None:
+            pass
+
+        def activity(self, what: str, total: int) -> Any:
+            self.what = what
+            return self
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, done: int, text: str = "", unit: str = "") -> None:
+            if self.what == "tuning" and done >= 30:
+                raise KeyboardInterrupt
+
+    whole = classifier(model, "zip").fit(X, y, run_dir=tmp_path / "whole")
+    stopping = replace(model, progress=StopAt())
+    with pytest.raises(KeyboardInterrupt):
+        classifier(stopping, "zip").fit(X, y, run_dir=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    again = classifier(model, "zip").fit(X, y, run_dir=tmp_path / "run")
+    assert saved(again, tmp_path / "a") == saved(whole, tmp_path / "b")
+
+
+def test_a_failed_fit_leaves_the_old_one(model: Model, train: Any) -> None:
+    paths = [path for path, _ in train.split.items("train")]
+    labels = train.split.labels("train")
+    fitted = classifier(model, "gda").fit(paths, labels, class_names=train.classes)
+    before = fitted.score(paths, labels)
+    with pytest.raises(ZtuneError):
+        fitted.fit(["gone.png"] * 2, [0, 1], class_names=["b", "a"])
+    assert fitted.score(paths, labels) == before
+    fitted.set_params(model=None, method="zip")  # from the next fit on
+    assert fitted.score(paths, labels) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"queries": "60"}, "`queries` is '60', expected a whole number"),
+        ({"seed": -1}, "`seed` is -1, expected a whole number"),
+        ({"seed": 1.5}, "`seed` is 1.5"),
+        ({"step_size": object()}, "`step_size` is object"),
+        ({"augment": 2}, "`augment` makes views of images"),
+    ],
+)
+def test_values_that_are_none(
+    given: dict[str, Any], message: str, model: Model, train: Any
+) -> None:
+    features = model.encode_images([path for path, _ in train.split.items("train")])
+    y = [train.classes[label] for label in train.split.labels("train")]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        classifier(model, "zip", **given).fit(features, y)
+    plain = classifier(model, "zip", seed=np.int64(1), queries=np.int64(20)).fit(features, y)
+    assert plain.cost_["queries"] == 20
+
+
+def test_labels_of_all_kinds(model: Model, train: Any) -> None:
+    paths = [path for path, _ in train.split.items("train")]
+    features, labels = model.encode_images(paths), train.split.labels("train")
+    expected = classifier(model, "gda").fit(features, labels, class_names=train.classes)
+    names = np.array(train.classes)
+    given: tuple[tuple[Any, Any], ...] = (
+        (list(labels), names),
+        ([int(label) for label in labels], list(train.classes)),
+        (names[labels], None),
+        (names[labels].astype(object), None),
+        (tuple(names[labels].tolist()), names),
+    )
+    for y, class_names in given:
+        fitted = classifier(model, "gda").fit(features, y, class_names=class_names)
+        np.testing.assert_array_equal(
+            fitted.predict_proba(features), expected.predict_proba(features)
+        )
+    wrong: tuple[tuple[Any, str], ...] = (
+        (["a", "a"], "has a name twice"),
+        ([1, 2], "are not strings"),
+        ("ab", "str is not a list"),
+    )
+    for class_names, message in wrong:
+        with pytest.raises(DataError, match=message):
+            classifier(model, "gda").fit(features, labels % 2, class_names=class_names)
+    with pytest.raises(DataError, match="same features in two classes"):
+        classifier(model, "gda").fit(features[[0, 0, 1, 1]], ["a", "b", "a", "b"])
+    with pytest.raises(DataError, match="not finite, or all zero"):
+        expected.predict(np.zeros((2, 128), np.float32))
+    with pytest.raises(DataError, match="generator is not a list"):
+        expected.predict(cast("Any", (path for path in paths)))
+    with pytest.raises(DataError, match="is to be fitted on"):
+        expected.predict(train)
+
+
+def test_a_model_is_shared_and_not_pickled(model: Model) -> None:
+    assert copy.deepcopy(model) is model
+    with pytest.raises(TypeError, match="open sessions"):
+        pickle.dumps(model)
+    assert model.encode_texts(["a", "a"]).shape == (2, 128)
+    wrong: tuple[Any, ...] = ("a", [])
+    for texts in wrong:
+        with pytest.raises(DataError, match="`texts`"):
+            model.encode_texts(texts)
+    with pytest.raises(DataError, match="`images` are one path"):
+        model.encode_images("a.png")

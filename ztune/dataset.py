@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import Split, SplitSettings, digest_pictures, make_split, whole_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
+from ztune.progress import warn
 from ztune.types import I64
 
 MEMORY = Path("/in-memory").absolute()
@@ -121,20 +124,31 @@ class Dataset:
 
         Raises: DataError for images or labels of another kind, or of different numbers.
         """
-        names = labels_as_names(labels, class_names)
+        given = class_names_of(class_names)
+        names = labels_as_names(labels, given)
+        images = as_rows(images)
         if len(images) != len(names):
             raise DataError(
                 f"`images` are {len(images)} and `labels` {len(names)}, expected as many"
             )
-        classes = tuple(sorted(set(class_names or names)))
+        classes = tuple(sorted(set(names if given is None else given)))
         if len(classes) < 2:
             raise DataError(f"`labels` are of {len(classes)} class(es), expected at least two")
+        paths = [Path(image).absolute() for image in images if isinstance(image, str | Path)]
+        try:
+            root = Path(os.path.commonpath([path.parent for path in paths])) if paths else MEMORY
+        except ValueError:  # of several drives
+            raise DataError("`images` lie on several drives, expected one") from None
         held: dict[Path, Image.Image] = {}
         pictures = []
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
-            path = _path_of(image, number, held)
+            if isinstance(image, str | Path):
+                path = Path(image).absolute().relative_to(root).as_posix()
+            else:
+                path = f"{MEMORY.name}-{number:09d}"
+                held[root / path] = held_picture(image, f"image {number}")
             pictures.append(Picture(path, classes.index(name), None))
-        return cls(Listing(MEMORY, classes, tuple(pictures), 0), held=held)
+        return cls(Listing(root, classes, tuple(pictures), 0), held=held)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -158,13 +172,14 @@ class Dataset:
 
         The images that `ztune tune` draws with the same numbers. `val` is the number of validation
         images a class (None: min(shots, 4), or what is left); `test_fraction` of a class is kept
-        for testing (auto: half, where every class has at least 2 * (shots + val) images). Adding an
-        image never moves another one between training and test.
+        for testing (auto: half, where every class has at least 2 * (shots + val) images).
 
         Raises: DataError for a class with too few images, or one image with two classes.
         """
         settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
         split = make_split(self.listing, self._digests(), settings, published=self.published)
+        if not split.entries_of("test"):
+            warn("; ".join(split.notes))
         return TrainingSet(split, self.template, self.held), self._tested(split)
 
     def whole(self, seed: int = 1) -> TrainingSet:
@@ -173,8 +188,11 @@ class Dataset:
         Files of a class are drawn in the order that `ztune tune` has with this seed; with images in
         memory the order is that in which they were given.
 
-        Raises: DataError for one image with two classes, or a class without images.
+        Raises: DataError for data with test images of its own, one image with two classes, or a
+            class without images.
         """
+        if any(picture.split not in (None, "train") for picture in self.listing.pictures):
+            raise DataError("the data have validation or test images of their own: use split()")
         order = None if self.held else seed
         return TrainingSet(
             whole_split(self.listing, self._digests(), order), self.template, self.held
@@ -187,24 +205,38 @@ class Dataset:
     def _digests(self) -> list[str]:
         if not self.held:
             return digest_pictures(self.listing)
-        files = replace(
-            self.listing,
-            pictures=tuple(p for p in self.listing.pictures if MEMORY / p.path not in self.held),
-        )
-        of_files = dict(zip((p.path for p in files.pictures), digest_pictures(files), strict=True))
-        return [
-            digest_of(self.held[MEMORY / p.path]) if p.path not in of_files else of_files[p.path]
-            for p in self.listing.pictures
-        ]
+        root, pictures = self.listing.root, self.listing.pictures
+        files = [p for p in pictures if root / p.path not in self.held]
+        of_files = digest_pictures(replace(self.listing, pictures=tuple(files)))
+        known = {picture.path: digest for picture, digest in zip(files, of_files, strict=True)}
+        return [known.get(p.path) or digest_of(self.held[root / p.path]) for p in pictures]
 
 
-def _path_of(image: ImageLike, number: int, held: dict[Path, Image.Image]) -> str:
-    """Return the path of an image below MEMORY; what is in memory goes into `held`."""
-    if isinstance(image, str | Path):
-        return str(Path(image).absolute())
-    path = f"{number:09d}"
-    held[MEMORY / path] = held_picture(image, f"image {number}")
-    return path
+def as_rows(values: Any) -> Any:
+    """Return a sequence or array of images, features or labels.
+
+    Raises: DataError for what cannot be indexed, such as a generator or a set.
+    """
+    if hasattr(values, "to_numpy"):  # of pandas
+        return values.to_numpy()
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise DataError(f"{type(values).__name__} is not a list or an array")
+    return values
+
+
+def class_names_of(names: Any) -> list[str] | None:
+    """Return class names as a caller gives them, None where there are none.
+
+    Raises: DataError for names that are no strings, or not different.
+    """
+    if names is None:
+        return None
+    found = [str(name) if isinstance(name, np.str_) else name for name in as_rows(names)]
+    if not found or not all(isinstance(name, str) for name in found):
+        raise DataError("`class_names` are not strings, expected one for each class")
+    if len(set(found)) < len(found):
+        raise DataError("`class_names` has a name twice, expected one for each class")
+    return found
 
 
 def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
@@ -213,21 +245,24 @@ def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[s
     Raises: DataError for labels that are neither names nor whole numbers, numbers without
         `class_names`, or out of their range.
     """
-    values: list[Any] = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+    values = as_rows(labels)
+    values = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    names = class_names_of(class_names)
     if all(isinstance(value, str) for value in values):
-        if class_names is not None and (unknown := sorted({*values} - {*class_names})):
+        if names is not None and (unknown := sorted({*values} - {*names})):
             raise DataError(f"label {unknown[0]!r} is not among `class_names`")
-        return values
-    if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
-        odd = next(v for v in values if isinstance(v, bool) or not isinstance(v, int))
-        raise DataError(f"label {odd!r} is {type(odd).__name__}, expected class names or indices")
-    if class_names is None:
+        return [str(value) for value in values]
+    odd = [v for v in values if isinstance(v, bool | np.bool_) or not isinstance(v, Integral)]
+    if odd:
+        kind = type(odd[0]).__name__
+        raise DataError(f"label {odd[0]!r} is {kind}, expected class names or indices")
+    if names is None:
         raise DataError(
             "`labels` are indices: give class names, or name the classes with `class_names`"
         )
-    if wrong := [value for value in values if not 0 <= value < len(class_names)]:
-        raise DataError(f"label {wrong[0]} is out of range: there are {len(class_names)} names")
-    return [class_names[value] for value in values]
+    if wrong := [value for value in values if not 0 <= value < len(names)]:
+        raise DataError(f"label {wrong[0]} is out of range: there are {len(names)} names")
+    return [names[int(value)] for value in values]
 
 
 def listed_images(X: Images | LabelledImages) -> Sequence[ImageLike] | np.ndarray[Any, Any]:
@@ -235,12 +270,15 @@ def listed_images(X: Images | LabelledImages) -> Sequence[ImageLike] | np.ndarra
 
     Raises: DataError for none, or one image that is not in a list.
     """
+    if isinstance(X, TrainingSet | Dataset):
+        raise DataError("`X` is to be fitted on: classify the test images of split(), or a list")
     images = X.images if isinstance(X, LabelledImages) else X
     if isinstance(images, str | Path | Image.Image):
         raise DataError("`X` is one image, expected a list of images (put it into one)")
-    if not len(images):
+    rows: Sequence[ImageLike] | np.ndarray[Any, Any] = as_rows(images)
+    if not len(rows):
         raise DataError("`X` is empty, expected at least one image")
-    return images
+    return rows
 
 
 def true_labels(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from ztune.dataset import (
     Images,
     Labels,
     TrainingSet,
+    class_names_of,
     label_array,
     labels_as_names,
     listed_images,
@@ -28,6 +31,7 @@ from ztune.dataset import (
 from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, required_extractor
+from ztune.logits import FeatureClassifier
 from ztune.methods import TunedMethod, find_method
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
@@ -37,7 +41,9 @@ from ztune.training import SavedRun, TrainingRun, start_run_on
 from ztune.types import F32, ImageEncoder, Json
 
 _BATCH = 8
-_OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience", "augment")
+_OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
+    "augment", "skip_broken", "force", "reference",
+)  # fmt: skip
 
 
 class FewShotClassifier:
@@ -81,11 +87,15 @@ class FewShotClassifier:
         keep: str = "last",
         patience: int | None = None,
         augment: int | None = None,
+        skip_broken: bool = False,
+        force: bool = False,
+        reference: Path | str | None = None,
         **settings: Any,
     ):
         self.model, self.method = model, method
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment = keep, patience, augment
+        self.skip_broken, self.force, self.reference = skip_broken, force, reference
         self.settings = settings
         self._class_names: Sequence[str] | None = None
 
@@ -107,7 +117,7 @@ class FewShotClassifier:
 
     def __sklearn_clone__(self) -> FewShotClassifier:
         """Return an unfitted copy that shares the model."""
-        return FewShotClassifier(**self.get_params())
+        return type(self)(**self.get_params())
 
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
@@ -157,7 +167,7 @@ class FewShotClassifier:
             assert store.artifact is not None
             artifact = store.artifact
             history = store.read_history()
-        self._take(artifact, document, history)
+        self._take(artifact, document, history, class_names)
         return self
 
     def _run_in(
@@ -169,10 +179,12 @@ class FewShotClassifier:
         features: EncodedSplit | None,
     ) -> dict[str, Json]:
         """Start a run in a folder, go on with it, or find it finished."""
-        if not RunFolder(folder).is_begun:
+        store = RunFolder(folder)
+        # One that was refused before its first step is replaced.
+        if not store.is_begun or store.read().get("status") == "refused":
             return start_run_on(run_config, training.split, model, folder, features)
         with SavedRun.locked(folder) as saved:
-            saved.require_same(run_config, training.split)
+            saved.require_same(run_config, training.split, model)
             if saved.status == "finished":
                 return dict(saved.head)
             return saved.resume(model, features, files=not training.held and features is None)
@@ -204,10 +216,11 @@ class FewShotClassifier:
         """
         artifact, images = self._fitted(), listed_images(X)
         if _are_features(images):
-            self._require_width(images)
+            _require_width(images, self._model)
             if isinstance(artifact, VisualArtifact):
-                raise DataError(f"{self.method} changes images, so features cannot be classified")
-            return self._classifier.logits(unit_rows(np.asarray(images, dtype=np.float32)))
+                method = artifact.provenance.method
+                raise DataError(f"{method} changes images, so features cannot be classified")
+            return self._classifier.logits(unit_rows(finite(images)))
         parts = [
             self._logits_of(artifact, images[first : first + _BATCH], first)
             for first in range(0, len(images), _BATCH)
@@ -247,9 +260,7 @@ class FewShotClassifier:
         """
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
-        self.method = artifact.provenance.method
-        self._class_names = None
-        self._take(artifact, {}, [])
+        self._take(self.model.refreshed(artifact), {}, [], None)
         return self
 
     def export_onnx(self, path: Path | str) -> None:
@@ -259,7 +270,8 @@ class FewShotClassifier:
         """
         from export.classifier import pack
 
-        pack(self.model.bundle, self._fitted(), Path(path))
+        artifact = self._fitted()
+        pack(self._model.bundle, artifact, Path(path))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -267,16 +279,24 @@ class FewShotClassifier:
         )
 
     def _take(
-        self, artifact: Artifact, document: Mapping[str, Json], history: list[dict[str, float]]
+        self,
+        artifact: Artifact,
+        document: Mapping[str, Json],
+        history: list[dict[str, float]],
+        class_names: Sequence[str] | None,
     ) -> None:
-        self._artifact = self.model.refreshed(artifact)
-        self._classifier = self._artifact.classifier()
+        self._artifact, self._model = artifact, self.model
+        self._class_names = class_names_of(class_names)
         self._images: ImageEncoder | None = None
         self._program: Any = None
         self._opening = threading.Lock()
         costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
         self.history_ = history
         self.cost_ = {name: document[name] for name in costs if name in document}
+
+    @property
+    def _classifier(self) -> FeatureClassifier:
+        return self._fitted().classifier()
 
     def _fitted(self) -> Artifact:
         artifact: Artifact | None = getattr(self, "_artifact", None)
@@ -291,7 +311,6 @@ class FewShotClassifier:
         class_names: Sequence[str] | None,
     ) -> tuple[TrainingSet, EncodedSplit | None]:
         """Return what to fit on, and where features are given these."""
-        self._class_names = class_names
         if isinstance(X, TrainingSet | Dataset):
             if y is not None:
                 raise DataError("`y` goes with images; a data set has its own labels")
@@ -311,6 +330,8 @@ class FewShotClassifier:
         if augment is None:
             is_published = self.preset == "published" and isinstance(method, TunedMethod)
             augment = method.augment if is_published and isinstance(method, TunedMethod) else 0
+        if from_features and augment:
+            raise ConfigError("`augment` makes views of images, and `X` are features")
         execution = self.model.execution
         settings = training.split.settings
         served = self.model.served is not None
@@ -319,8 +340,8 @@ class FewShotClassifier:
             str(training.split.roots["data"]),
             method=self.method,
             shots=settings.shots,
-            queries=self.queries,
-            seed=self.seed,
+            queries=_whole("queries", self.queries),
+            seed=_whole("seed", self.seed),
             templates=(templates,) if isinstance(templates, str) else tuple(templates),
             preset=self.preset,
             provider="auto" if served else execution.provider,
@@ -331,13 +352,16 @@ class FewShotClassifier:
             keep=self.keep,
             patience=self.patience,
             augment=0 if from_features else augment,
-            settings=self.settings,
+            skip_broken=self.skip_broken,
+            force=self.force,
+            reference=None if self.reference is None else str(Path(self.reference).resolve()),
+            settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # an unknown setting is told before anything is opened
         return run_config
 
     def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:
-        self._require_width(encoded.features[0])
+        _require_width(encoded.features[0], self.model)
         tuned = run_config.tuned_config
         if tuned is not None and tuned.program is not None:
             raise ConfigError(
@@ -345,15 +369,10 @@ class FewShotClassifier:
                 "or arrays u8), not features"
             )
 
-    def _require_width(self, features: Any) -> None:
-        width, own = np.shape(features)[-1], self.model.bundle.embed_dim
-        if width != own:
-            raise DataError(f"`X` has features of {width} values, the model's have {own}")
-
     def _logits_of(self, artifact: Artifact, images: Any, first: int) -> F32:
         """Return logits f32[n, C] of one batch of images."""
         encoder, program = self._opened(artifact)
-        spec = self.model.bundle.image
+        spec = self._model.bundle.image
         pixels = np.stack(
             [crop(read_image(image, f"image {first + n}"), spec) for n, image in enumerate(images)]
         )
@@ -364,17 +383,17 @@ class FewShotClassifier:
 
     def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
         """Return the image tower, and what a visual prompt changes it by; opened once."""
-        self.model.require_open()
+        self._model.require_open()
         with self._opening:
             if self._images is None:
                 if isinstance(artifact, VisualArtifact):
                     if artifact.extractor:
                         required_extractor(artifact, None)
-                    width = self.model.bundle.embed_dim
+                    width = self._model.bundle.embed_dim
                     self._program = open_program(
-                        self.model, artifact.program, width, artifact.statistics
+                        self._model, artifact.program, width, artifact.statistics
                     )
-                self._images = self.model.images()
+                self._images = self._model.images()
             return self._images, self._program
 
 
@@ -383,18 +402,54 @@ def _not_fitted(message: str) -> NotFittedError:
     theirs = sys.modules.get("sklearn.exceptions")
     if theirs is None:
         return NotFittedError(message)
-    both: type[NotFittedError] = type(
-        "NotFittedError", (NotFittedError, theirs.NotFittedError), {"__module__": "ztune.errors"}
-    )
-    return both(message)
+    return _joined(theirs.NotFittedError)(message)
+
+
+@functools.cache
+def _joined(theirs: type[Exception]) -> type[NotFittedError]:
+    return type("NotFittedError", (NotFittedError, theirs), {"__module__": "ztune.errors"})
 
 
 def unit_rows(features: F32) -> F32:
     """Return features f32[N, e] with unit rows; a model's own have them and stay as they are."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    if np.allclose(lengths, 1, atol=1e-5):
-        return features
-    return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+    return np.where(np.abs(lengths - 1) < 1e-5, features, features / lengths).astype(np.float32)
+
+
+def _require_width(features: Any, model: Model) -> None:
+    width, own = np.shape(features)[-1], model.bundle.embed_dim
+    if width != own:
+        raise DataError(f"`X` has features of {width} values, the model's have {own}")
+
+
+def finite(features: Any) -> F32:
+    """Return features as f32[N, e].
+
+    Raises: DataError for values that are not finite, or a row of zeros.
+    """
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    if not np.isfinite(rows).all() or not rows.any(axis=1).all():
+        raise DataError("`X` has features that are not finite, or all zero")
+    return rows
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value of numpy's as Python's.
+
+    Raises: ConfigError for what is no setting.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is not None and not isinstance(value, str | int | float | tuple | list):
+        raise ConfigError(f"`{name}` is {type(value).__name__}, expected a number, word or None")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    value = _plain(name, value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"`{name}` is {value!r}, expected a whole number of at least 0")
+    return value
 
 
 def _are_features(X: Any) -> bool:
@@ -408,14 +463,20 @@ def _from_features(
     import hashlib
 
     names = labels_as_names(y, class_names)
-    rows = np.ascontiguousarray(features, dtype=np.float32)
+    rows = finite(features)
+    given = class_names_of(class_names)
     if len(rows) != len(names):
         raise DataError(f"`X` has {len(rows)} rows and `y` {len(names)} labels, expected as many")
-    if not np.isfinite(rows).all():
-        raise DataError("`X` has features that are not finite")
-    classes = tuple(sorted(set(class_names or names)))
+    classes = tuple(sorted(set(names if given is None else given)))
     labels = label_array(names, classes)
-    digests = [hashlib.sha256(row.tobytes()).hexdigest() for row in rows]
+    seen: Counter[tuple[bytes, int]] = Counter()
+    digests = []
+    for row, label in zip(rows, labels.tolist(), strict=True):
+        content = row.tobytes()
+        if any((content, other) in seen for other in range(len(classes)) if other != label):
+            raise DataError("`X` has the same features in two classes")
+        digests.append(hashlib.sha256(content + b"%d" % seen[content, label]).hexdigest())
+        seen[content, label] += 1
     order = np.argsort(labels, kind="stable").tolist()
     if len(classes) < 2 or {*labels.tolist()} != {*range(len(classes))}:
         raise DataError(f"`y` has labels of {len({*labels.tolist()})} class(es) of {len(classes)}")

@@ -91,6 +91,13 @@ class Model:
         if self.life.closed:
             raise ClosedError(f"{self.where} is closed: load it again with ztune.load")
 
+    def __deepcopy__(self, _memo: object) -> Model:
+        """Return the model itself: what copies a classifier's parameters shares it."""
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError("a Model holds open sessions: load it in each process with ztune.load")
+
     @property
     def where(self) -> str:
         """What errors call it."""
@@ -172,6 +179,8 @@ class Model:
         Raises: DataError naming an image that cannot be read; ProviderError; ServerError;
             ClosedError.
         """
+        if isinstance(images, str | Path):
+            raise DataError("`images` are one path, expected a list of images")
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
@@ -188,7 +197,10 @@ class Model:
 
         Raises: DataError for a text that is too long for the tower; ServerError; ClosedError.
         """
-        return self.prompt_graph.sentences("{}", tuple(texts))
+        if isinstance(texts, str) or not len(texts):
+            raise DataError("`texts` are one text or none, expected a list of texts")
+        # One by one: two that are alike are no fault here, as two classes would be.
+        return np.concatenate([self.prompt_graph.sentences("{}", (text,)) for text in texts])
 
     def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
         """Return unit features f32[C, e] of hand-written templates, the mean of several.

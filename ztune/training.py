@@ -167,21 +167,24 @@ class SavedRun:
         asked = run_config_from_json(fields.object("request").values, fields.where)
         return replace(asked, settings=fields.object("config").values)
 
-    def require_same(self, run_config: RunConfig, split: Split) -> None:
-        """See that a run was begun with the same method, settings and images.
+    def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
+        """See that a run was begun with the same model, method, settings and images.
 
         Raises: ConfigError naming what differs.
         """
-        own = ("method", "queries", "seed", "templates", "keep", "patience", "augment")
-        asked, then = as_json(run_config), self.fields.object("request").values
-        differ = [name for name in own if _plain(asked[name]) != _plain(then.get(name))]
-        if (
-            _plain(as_json(run_config.method_config)) != _plain(self.fields.object("config").values)
-            and self.status != "finished"
+        where = self.fields.where
+        then = run_config_from_json(self.fields.object("request").values, where)
+        own = ("method", "queries", "seed", "templates", "keep", "patience", "augment", "force")
+        differ = [
+            name for name in own if _plain(getattr(run_config, name)) != _plain(getattr(then, name))
+        ]
+        if not differ and _plain(as_json(run_config.method_config)) != _plain(
+            as_json(then.method_config)
         ):
             differ.append("settings")
-        saved = read_json(self.folder.split, self.fields.where)
-        if saved.get("entries") != _plain(split.to_json()["entries"]):
+        if model.bundle.digest != self.fields.text("bundle_digest"):
+            differ.append("model")
+        if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
             differ.append("images")
         if differ:
             raise ConfigError(
