@@ -528,3 +528,21 @@ def test_a_model_is_shared_and_not_pickled(model: Model) -> None:
             model.encode_texts(texts)
     with pytest.raises(DataError, match="`images` are one path"):
         model.encode_images("a.png")
+
+
+def test_scikit_learn_scores_two_classes_and_encoded_labels(model: Model, train: Any) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    items, labels = train.split.items("train"), train.split.labels("train")
+    paths = [path for (path, _), label in zip(items, labels, strict=True) if label < 2]
+    two, names = labels[labels < 2], train.classes[:2]
+    features = model.encode_images(paths)
+    gda = classifier(model, "gda", class_names=names)
+    scores = selection.cross_val_score(
+        gda, features, np.array(names)[two], cv=2, scoring="roc_auc", error_score="raise"
+    )
+    assert scores.min() > 0.5
+    found = selection.cross_val_predict(gda, features, two, cv=2, method="predict_proba")
+    assert found.shape == (len(two), 2)
+    margin = gda.fit(features, two).decision_function(features)
+    assert margin.shape == (len(two),)
+    np.testing.assert_array_equal(gda.predict(features), np.array(names)[(margin > 0).astype(int)])

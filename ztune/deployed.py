@@ -75,7 +75,7 @@ class DeployedClassifier:
 
         Raises: DataError for images that cannot be used; ClosedError.
         """
-        return np.asarray(self.classes_[self.decision_function(X).argmax(axis=1)])
+        return np.asarray(self.classes_[self._classified(X)[0].argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
         """Return probabilities f32[N, C].
@@ -85,11 +85,12 @@ class DeployedClassifier:
         return self._classified(X)[1]
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
-        """Return logits f32[N, C].
+        """Return logits f32[N, C]; of two classes f32[N], the second one's less the first's.
 
         Raises: DataError for images that cannot be used; ClosedError.
         """
-        return self._classified(X)[0]
+        logits = self._classified(X)[0]
+        return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
 
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
         """Return the accuracy on labelled images: those of a split, or X with class names y.
@@ -97,7 +98,7 @@ class DeployedClassifier:
         Raises: DataError for images or labels that cannot be used; ClosedError.
         """
         labels = true_labels(X, y, self._classes)
-        return float((self.decision_function(X).argmax(axis=1) == labels).mean())
+        return float((self._classified(X)[0].argmax(axis=1) == labels).mean())
 
     def _classified(self, X: Images | LabelledImages) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C]."""

@@ -42,7 +42,7 @@ from ztune.types import F32, ImageEncoder, Json
 
 _BATCH = 8
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
-    "augment", "skip_broken", "force", "reference",
+    "augment", "skip_broken", "force", "reference", "class_names",
 )  # fmt: skip
 
 
@@ -90,12 +90,14 @@ class FewShotClassifier:
         skip_broken: bool = False,
         force: bool = False,
         reference: Path | str | None = None,
+        class_names: Sequence[str] | None = None,
         **settings: Any,
     ):
         self.model, self.method = model, method
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment = keep, patience, augment
         self.skip_broken, self.force, self.reference = skip_broken, force, reference
+        self.class_names = class_names
         self.settings = settings
         self._class_names: Sequence[str] | None = None
 
@@ -150,9 +152,11 @@ class FewShotClassifier:
             or a `run_dir` with another run; ServerError; ClosedError for a closed model.
         """
         self.model.require_open()
+        class_names = self.class_names if class_names is None else class_names
         training, features = self._training_set(X, y, class_names)
         run_config = self._run_config(training, features is not None)
-        model = replace(self.model, held=training.held)
+        # A copy would open the model's sessions again.
+        model = replace(self.model, held=training.held) if training.held else self.model
         if features is not None:
             self._check_features(features, run_config)
         if run_dir is not None:
@@ -195,25 +199,31 @@ class FewShotClassifier:
         Raises: NotFittedError; DataError for images or features that cannot be used.
         """
         classes = self.classes_
-        return np.asarray(classes[self.decision_function(X).argmax(axis=1)])
+        return np.asarray(classes[self._logits(X).argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
         """Return probabilities f32[N, C], the softmax of the logits, in the order of `classes_`.
 
         Raises: NotFittedError; DataError for images or features that cannot be used.
         """
-        logits = self.decision_function(X).astype(np.float64)
+        logits = self._logits(X).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
         """Return logits f32[N, C], in the order of `classes_`; safe for several threads at once.
 
-        `X` is what `fit` takes, less the labels, or the test images of a split.
+        Of two classes it is f32[N], the second one's less the first's, as scikit-learn has it. `X`
+        is what `fit` takes, less the labels, or the test images of a split.
 
         Raises: NotFittedError; DataError for images or features that cannot be used; ClosedError
             for images once the model is closed.
         """
+        logits = self._logits(X)
+        return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
+
+    def _logits(self, X: Images | LabelledImages) -> F32:
+        """Return logits f32[N, C] for whatever can be classified."""
         artifact, images = self._fitted(), listed_images(X)
         if _are_features(images):
             _require_width(images, self._model)
@@ -234,7 +244,7 @@ class FewShotClassifier:
             among the classes.
         """
         labels = true_labels(X, y, self._fitted().classes, self._class_names)
-        return float((self.decision_function(X).argmax(axis=1) == labels).mean())
+        return float((self._logits(X).argmax(axis=1) == labels).mean())
 
     @property
     def classes_(self) -> np.ndarray[Any, Any]:
@@ -355,6 +365,7 @@ class FewShotClassifier:
             skip_broken=self.skip_broken,
             force=self.force,
             reference=None if self.reference is None else str(Path(self.reference).resolve()),
+            server=self.model.server,
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # an unknown setting is told before anything is opened

@@ -19,7 +19,7 @@ from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision, resolve
 from runtimes.remote.endpoint import is_url
-from runtimes.remote.settings import named_servers, settings_from
+from runtimes.remote.settings import named_servers, settings_from, to_save
 from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.access import described
@@ -69,6 +69,8 @@ class Model:
     """The server that has the bundle's graphs; None: they run on this machine."""
     held: Held = field(default_factory=dict)
     """Images that are in memory, by the paths that stand for them."""
+    server: Mapping[str, Json] = field(default_factory=dict)
+    """How a server was reached, as a run keeps it: without secrets."""
     life: Life = field(default_factory=Life, repr=False)
 
     def __enter__(self) -> Model:
@@ -80,6 +82,7 @@ class Model:
     def close(self) -> None:
         """Give the connection to a server up, and whatever needs forward passes."""
         self.life.closed = True
+        self.__dict__.pop("_prompt_graph", None)  # its session and memory
         if self.served is not None:
             self.served.close()
 
@@ -346,6 +349,12 @@ def load(
     own = ("client", "images", "losses", "endpoints")
     values: dict[str, Json] = {name: server.pop(name) for name in own if name in server}
     values["connection"] = dict(server)
+    here = (provider, threads, memory_limit)
+    if here[2] is not None or (values.get("images") != "local" and here != ("auto", None, None)):
+        raise ConfigError(
+            "how graphs run is the server's affair: leave out `provider`, `threads` and "
+            "`memory_limit`"
+        )
     named = named_servers(place, values)
     return open_served_model(
         str(place),
@@ -441,7 +450,7 @@ def open_served_model(
         connected.service.close()
         raise
     progress.remark(_described(served))
-    return Model(bundle, execution, progress, served)
+    return Model(bundle, execution, progress, served, server=to_save(values))
 
 
 def _described(served: Served) -> str:
