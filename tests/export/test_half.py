@@ -181,4 +181,4 @@ def test_export_in_another_precision_leaves_only_that(ztune: Command, tmp_path: 
         bundle.file(name)
     refused = ztune(*words, "--precision", "fp8")
     assert refused.code == 1
-    assert 'unknown --precision "fp8", expected fp32, int8, fp16' in refused.err
+    assert 'unknown --precision "fp8", expected fp32, fp16, int8' in refused.err
