@@ -1,25 +1,30 @@
-"""A packed `classifier.onnx`: read what it says of itself, and run it."""
+"""A packed `classifier.onnx`: read what it says of itself, and run it on images."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
-from ztune.errors import FormatError, ProviderError
+from ztune.errors import DataError, FormatError, ProviderError
 from ztune.io.fields import Fields
 from ztune.io.files import open_regular
+from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8
 
 FORMAT = "ztune-classifier"
 VERSION = 1
+_BATCH = 32  # images of one call
 
 
 @dataclass(frozen=True)
@@ -136,3 +141,49 @@ def _check_graph(session: Any, classes: tuple[str, ...], where: str) -> None:
             f"{where}: its graph does not take pixels u8 and give logits and probabilities of "
             f"{n} classes, as its metadata say (changed since it was packed; pack again)"
         )
+
+
+def classify(
+    classifier: Classifier,
+    paths: Sequence[Path],
+    skip_broken: bool,
+    progress: Progress = SILENCE,
+) -> tuple[F32, F32, NDArray[np.bool_]]:
+    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
+
+    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
+    """
+    kept = np.ones(len(paths), dtype=np.bool_)
+
+    def readable() -> Iterator[U8]:
+        for number, path in enumerate(paths):
+            ticker.update(number + 1)
+            try:
+                pixels = classifier.read(path)
+            except DataError as error:
+                if not skip_broken:
+                    raise DataError(
+                        f"{error} (repair or remove it, or use `skip_broken`)"
+                    ) from None
+                kept[number] = False
+            else:
+                yield pixels
+
+    with progress.activity("classifying", len(paths)) as ticker:
+        logits, probabilities = classify_pixels(classifier, readable())
+    if not kept.any():
+        raise DataError(f"none of {len(paths)} picture(s) can be read")
+    if not kept.all():
+        warn(f"{int((~kept).sum())} broken pictures left out")
+    return logits, probabilities, kept
+
+
+def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> tuple[F32, F32]:
+    """Return logits and probabilities f32[n, C] of images as `Classifier.read` gives them."""
+    waiting, size = iter(pixels), _BATCH if classifier.takes_batches else 1
+    nothing: F32 = np.zeros((0, len(classifier.classes)), dtype=np.float32)
+    results = [(nothing, nothing)]
+    while batch := list(itertools.islice(waiting, size)):
+        results.append(classifier.classify(np.stack(batch)))
+    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return logits, probabilities

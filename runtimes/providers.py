@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from runtimes import tensorrt
 from ztune.errors import ConfigError, ProviderError, ZtuneError
+from ztune.progress import SILENCE, Progress
 
 NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -271,6 +272,22 @@ def resolve(provider: str) -> tuple[str, str]:
     except ProviderError as error:
         return "cpu", f"provider cpu (cuda did not run: {error})"
     return "cuda", "provider cuda (the best that works here)"
+
+
+def resolve_execution(
+    provider: str,
+    threads: int | None,
+    progress: Progress = SILENCE,
+    memory_limit: int | None = None,
+) -> Execution:
+    """Return how to run, saying which provider and why.
+
+    Raises: ProviderError when the one asked for does not really run, ConfigError for the others.
+    """
+    asked = Execution(threads=threads, memory_limit=memory_limit, remark=progress.remark)
+    name, why = resolve(provider)
+    progress.remark(why)
+    return replace(asked, provider=name)
 
 
 def _small_graph() -> bytes:

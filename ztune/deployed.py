@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.classifier import Classifier, open_classifier
+from runtimes.classifier import Classifier, classify_pixels, open_classifier
+from runtimes.providers import resolve_execution
 from ztune.dataset import Images, Labels, listed_images, true_labels
 from ztune.errors import ClosedError
-from ztune.evaluate import LabelledImages, classify_pixels
-from ztune.model import resolve_execution
+from ztune.evaluate import LabelledImages
 from ztune.types import F32
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.classifier import Classifier
 from runtimes.held import Held
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
@@ -21,15 +19,14 @@ from ztune.data.split import Split, digest_pictures
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.model import Model
-from ztune.progress import SILENCE, Progress, warn
+from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
 from ztune.statistics import Score, score
 from ztune.task import open_program
-from ztune.types import F32, I64, U8, Json
+from ztune.types import F32, I64, Json
 
-# Images whose pixels are in memory at once, and those of one call of a classifier.
-_AT_ONCE, _BATCH = 32, 32
+_AT_ONCE = 32  # images whose pixels are in memory
 
 
 @dataclass(frozen=True)
@@ -323,49 +320,3 @@ def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
             f"(SHA-256 {artifact.extractor[:12]}… expected)"
         )
     return path
-
-
-def classify(
-    classifier: Classifier,
-    paths: Sequence[Path],
-    skip_broken: bool,
-    progress: Progress = SILENCE,
-) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
-
-    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
-    """
-    kept = np.ones(len(paths), dtype=np.bool_)
-
-    def readable() -> Iterator[U8]:
-        for number, path in enumerate(paths):
-            ticker.update(number + 1)
-            try:
-                pixels = classifier.read(path)
-            except DataError as error:
-                if not skip_broken:
-                    raise DataError(
-                        f"{error} (repair or remove it, or use `skip_broken`)"
-                    ) from None
-                kept[number] = False
-            else:
-                yield pixels
-
-    with progress.activity("classifying", len(paths)) as ticker:
-        logits, probabilities = classify_pixels(classifier, readable())
-    if not kept.any():
-        raise DataError(f"none of {len(paths)} picture(s) can be read")
-    if not kept.all():
-        warn(f"{int((~kept).sum())} broken pictures left out")
-    return logits, probabilities, kept
-
-
-def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> tuple[F32, F32]:
-    """Return logits and probabilities f32[n, C] of images as `Classifier.read` gives them."""
-    waiting, size = iter(pixels), _BATCH if classifier.takes_batches else 1
-    nothing: F32 = np.zeros((0, len(classifier.classes)), dtype=np.float32)
-    results = [(nothing, nothing)]
-    while batch := list(itertools.islice(waiting, size)):
-        results.append(classifier.classify(np.stack(batch)))
-    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
-    return logits, probabilities

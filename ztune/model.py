@@ -17,7 +17,7 @@ from runtimes.held import Held, HoldingEncoder
 from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.prompts import context_of_words, ids_of_words, token_table
-from runtimes.providers import Execution, check_precision, resolve
+from runtimes.providers import Execution, check_precision, resolve_execution
 from runtimes.remote.endpoint import is_url
 from runtimes.remote.settings import named_servers, settings_from, to_save
 from runtimes.runtime import Local, PromptGraph, Runtime
@@ -374,22 +374,6 @@ def open_model(path: Path, execution: Execution, progress: Progress = SILENCE) -
     bundle = load_bundle(path)
     check_precision(bundle.precision, execution.provider)
     return Model(bundle, execution, progress)
-
-
-def resolve_execution(
-    provider: str,
-    threads: int | None,
-    progress: Progress = SILENCE,
-    memory_limit: int | None = None,
-) -> Execution:
-    """Return how to run, saying which provider and why.
-
-    Raises: ProviderError when the one asked for does not really run, ConfigError for the others.
-    """
-    asked = Execution(threads=threads, memory_limit=memory_limit, remark=progress.remark)
-    name, why = resolve(provider)
-    progress.remark(why)
-    return replace(asked, provider=name)
 
 
 def connect_server(

@@ -36,6 +36,7 @@ from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
 from ztune.methods import METHODS, HeadMethod, method_config, needs_of
+from ztune.printing import without_marks
 from ztune.progress import warn
 from ztune.report_compare import Level, Line, draw_against
 from ztune.run import RunFolder
@@ -274,7 +275,7 @@ def _markdown(folder: Folder) -> list[str]:
         "",
         *markdown_table(COLUMNS, table_rows(folder)),
         "",
-        *_listed([in_markdown(line) for line in failures(folder)]),
+        *_listed([in_markdown(without_marks(line)) for line in failures(folder)]),
         *_listed(footnotes(folder)),
         *_listed(access_sentences(folder)),
         "![accuracy against queries](accuracy-queries.png)",

@@ -6,22 +6,38 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ztune.errors import ConfigError
 from ztune.io.config import as_json
-from ztune.methods import find_method, method_config, tuned_config
+from ztune.methods import find_method, method_config, tuned_config, views_of
 from ztune.run_config import RunConfig
 from ztune.types import Json
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be compared."""
+class CompareConfig:
+    """The methods and seeds to compare, and what all of their runs have alike."""
 
     base: RunConfig
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     pixel_queries: int
+    """The budget of methods that encode images with every query."""
     settings: Mapping[str, Mapping[str, Json]]
     """Of each method that has any."""
+
+    def check(self) -> None:
+        """See that names and values fit, before anything is opened.
+
+        Raises: ConfigError.
+        """
+        if self.pixel_queries < 1:
+            raise ConfigError(f"`pixel_queries` is {self.pixel_queries}, expected at least 1")
+        self.base.split_settings()
+        for method in (*self.methods, *self.settings):
+            self.run_config(method, self.seeds[0])
+        idle = [name for name in self.settings if name not in self.methods]
+        if idle:
+            raise ConfigError(f"`settings` {idle[0]}.… is for a method that `methods` leaves out")
 
     def run_config(self, method: str, seed: int) -> RunConfig:
         """Return what one cell's run is asked for."""
@@ -31,12 +47,11 @@ class Asked:
         run_config = replace(self.base, method=method, seed=seed, settings=settings)
         if config is None:
             return replace(run_config, snapshots=0, force=False)
-        if config.finest is None:
-            run_config = replace(run_config, force=False)  # there is no gate to force
-        return (
-            run_config
-            if config.program is None
-            else replace(run_config, queries=self.pixel_queries)
+        return replace(
+            run_config,
+            force=run_config.force and config.finest is not None,  # else there is no gate to force
+            queries=run_config.queries if config.program is None else self.pixel_queries,
+            augment=views_of(method, run_config.preset),
         )
 
     def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:

@@ -1,58 +1,105 @@
-"""The course of a comparison: what it will take, then cell by cell what is still lacking."""
+"""A comparison under way: what it will take, then cell by cell what is still missing."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from runtimes.ort import OrtImageEncoder
+from runtimes.providers import resolve_execution
 from ztune.access import CONTEXTS
-from ztune.cli.asked import Asked
-from ztune.cli.cells import BusyError, CellError, carry_out
-from ztune.cli.output import Output
 from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
-from ztune.data.split import Split
-from ztune.errors import ZtuneError
-from ztune.experiments.comparing import Folder
+from ztune.data.split import ROLES, Split, digest_pictures
+from ztune.errors import DataError, ZtuneError
+from ztune.experiments.cell_process import BusyError, CellError, run_cell
+from ztune.experiments.compare_config import CompareConfig
+from ztune.experiments.comparing import Folder, write_results
 from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
-from ztune.io.config import as_json
 from ztune.methods import find_method, method_config, tuned_config
-from ztune.model import Model
+from ztune.model import Model, open_model
+from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
-from ztune.run_config import RunConfig
-from ztune.training import TrainingRun
+from ztune.run_config import RunConfig, remarks_on
+from ztune.training import TrainingRun, read_split
+from ztune.types import Json
+
+
+def run_comparison(
+    config: CompareConfig, out: Path, command: str, progress: Progress = SILENCE
+) -> Folder:
+    """Run what a comparison in the folder `out` is still missing; return the folder.
+
+    `command` is what its report says that it was made with.
+
+    Raises: ConfigError where `out` has something else in it; DataError without test images;
+        ZtuneError.
+    """
+    base = config.base
+    execution = resolve_execution(base.provider, base.threads, progress, base.memory_limit)
+    config = replace(config, base=replace(base, provider=execution.provider))
+    model = open_model(Path(base.bundle), execution, progress)
+    split, images = _first_split(config)
+    for remark in (*remarks_on(base), *split.notes):
+        progress.remark(remark)
+    counts: dict[str, Json] = {role: len(split.entries_of(role)) for role in ROLES}
+    counts = {"classes": len(split.classes), **counts}
+    folder = Folder.open(out, config.to_json(model.bundle.digest, images), counts)
+    with folder.locked():
+        CellRunner(config, model, split, folder, progress).run()
+        write_results(folder, command)
+    return folder
+
+
+def _first_split(config: CompareConfig) -> tuple[Split, str]:
+    """Return the first seed's split, and a digest of all images that there are.
+
+    Raises: DataError when no images are kept for testing.
+    """
+    dataset, split = read_split(config.run_config(config.methods[0], config.seeds[0]))
+    test = split.entries_of("test")
+    if not test:
+        raise DataError(
+            f'data "{config.base.data}" leaves no pictures to test on (use more pictures, fewer '
+            "`shots`, `test_fraction` or `test_data`)"
+        )
+    names = [dataset.classes[picture.label] for picture in dataset.pictures]
+    digests = digest_pictures(dataset)
+    seen = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
+    seen += [f"test {split.classes[entry.label]} {entry.sha256}" for entry in test]
+    return split, hashlib.sha256("\n".join(seen).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Course:
-    """Carries out what a comparison still lacks, cell by cell."""
+class CellRunner:
+    """Runs what a comparison is still missing, cell by cell."""
 
-    asked: Asked
+    config: CompareConfig
     model: Model
     split: Split
     folder: Folder
-    output: Output
+    progress: Progress
 
     def run(self) -> None:
-        asked = self.asked
-        able = [method for method in asked.methods if self._is_able(method)]
+        config = self.config
+        able = [method for method in config.methods if self._is_able(method)]
         # Seed by seed, so that an interrupted comparison has something of every method.
         todo = [
             (method, seed)
-            for seed in asked.seeds
+            for seed in config.seeds
             for method in able
             if not self.folder.has(method, seed)
         ]
         if not todo:
             return
-        rates = self.folder.rates or measured_rates(self.model, self.split, asked.base)
+        rates = self.folder.rates or measured_rates(self.model, self.split, config.base)
         self.folder.note_rates(rates)
         times = {method: self._seconds(method, rates) for method in able}
         self._announce(todo, times, rates)
@@ -61,11 +108,11 @@ class Course:
         total, expected, took = len(todo), 0.0, 0.0
         for number, (method, seed) in enumerate(todo, 1):
             head = f"[{number}/{total}] {method}, seed {seed}"
-            self.output.remark(f"{head}: about {duration(times[method])}")
+            self.progress.remark(f"{head}: about {duration(times[method])}")
             try:
                 cell, seconds = self._cell(method, seed)
             except BusyError as error:
-                self.output.remark(f"{head}: left alone, {error}")
+                self.progress.remark(f"{head}: left alone, {error}")
                 continue
             expected, took = expected + times[method], took + seconds
             left = sum(times[m] for m, _ in todo[number:]) * took / expected
@@ -73,16 +120,17 @@ class Course:
             if cell.figures is not None:
                 result = f"{cell.figures.accuracy:.1%} on the test pictures"
             rest = f"; about {duration(left)} left" if left else ""
-            self.output.remark(f"{head}: {result}, {duration(seconds)}{rest}")
+            self.progress.remark(f"{head}: {result}, {duration(seconds)}{rest}")
 
     def _is_able(self, method: str) -> bool:
         """Say whether a method can run at all; where not, its cells have failed."""
-        asked, seed = self.asked, self.asked.seeds[0]
+        seed = self.config.seeds[0]
         place = RunFolder(self.folder.run_of(method, seed))
         try:
-            TrainingRun(asked.run_config(method, seed), self.split, place, self.model).check()
+            run_config = self.config.run_config(method, seed)
+            TrainingRun(run_config, self.split, place, self.model).check()
         except ZtuneError as error:
-            for each in asked.seeds:
+            for each in self.config.seeds:
                 if not self.folder.has(method, each):
                     self.folder.add(Cell(method, each, reason=str(error)))
             return False
@@ -90,7 +138,7 @@ class Course:
 
     def _seconds(self, method: str, rates: Rates) -> float:
         """Return about how long a cell takes, its score on the test pictures included."""
-        run_config = self.asked.run_config(method, self.asked.seeds[0])
+        run_config = self.config.run_config(method, self.config.seeds[0])
         found = find_method(method)
         config = tuned_config(found, method_config(found, run_config.settings, run_config.preset))
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
@@ -101,7 +149,7 @@ class Course:
         self, todo: Sequence[tuple[str, int]], times: Mapping[str, float], rates: Rates
     ) -> None:
         """Say how long it will take before it starts."""
-        say, n_classes = self.output.remark, len(self.split.classes)
+        say, n_classes = self.progress.remark, len(self.split.classes)
         encoded = len({seed for _, seed in todo}) * len(self.split.entries) * rates.picture
         total = encoded + sum(times[method] for method, _ in todo)
         say(
@@ -120,54 +168,31 @@ class Course:
         """
         if self.folder.has_images(seed):
             return
-        self.output.remark(f"encoding the pictures of seed {seed}")
+        self.progress.remark(f"encoding the pictures of seed {seed}")
         run = self.folder.images_of(seed)
-        run_config = self.asked.run_config("zero-shot", seed)
-        log = self.folder.log("images", seed)
         try:
-            carry_out(run, self._tune_words(run_config), self._eval_words(), log)
+            run_cell(run, self._run_config("zero-shot", seed), self.folder.log("images", seed))
         except CellError as error:
             raise ZtuneError(f"the pictures cannot be encoded: {error}") from None
         self.folder.note_images(seed, RunFolder(run).read())
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
-        """Carry a cell out; return it with the seconds that it took, its scoring included.
+        """Run a cell; return it with the seconds that it took, its scoring included.
 
         Raises: BusyError, and takes no note of the cell.
         """
         started = time.monotonic()
-        run, run_config = self.folder.run_of(method, seed), self.asked.run_config(method, seed)
-        words = self._eval_words() + ["--snapshots"] * bool(run_config.snapshots)
-        log = self.folder.log(method, seed)
+        run, log = self.folder.run_of(method, seed), self.folder.log(method, seed)
         try:
-            figures = carry_out(run, self._tune_words(run_config), words, log)
-            cell = Cell(method, seed, figures)
+            cell = Cell(method, seed, run_cell(run, self._run_config(method, seed), log))
         except CellError as error:
-            cell = Cell(method, seed, reason=self.output.in_options(str(error)))
+            cell = Cell(method, seed, reason=str(error))
         self.folder.add(cell)
         return cell, time.monotonic() - started
 
-    def _tune_words(self, run_config: RunConfig) -> list[str]:
-        words = ["tune", run_config.bundle]
-        values = {k: v for k, v in as_json(run_config).items() if k in _WORDS and v is not None}
-        words += [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-        words += [f"--template={template}" for template in run_config.templates]
-        words += [f"--set={key}={value}" for key, value in run_config.settings.items()]
-        words += ["--skip-broken"] * run_config.skip_broken + ["--force"] * run_config.force
-        return [*words, f"--cache={self.folder.cache}"]
-
-    def _eval_words(self) -> list[str]:
-        base = self.asked.base
-        words = [f"--provider={base.provider}"]
-        words += [f"--threads={base.threads}"] * (base.threads is not None)
-        return words + ["--skip-broken"] * base.skip_broken
-
-
-# Options of a run that are given as --name=value.
-_WORDS = (
-    "data", "method", "shots", "queries", "seed", "preset", "snapshots", "val", "test_fraction",
-    "split_seed", "test_data", "names", "provider", "threads", "memory_limit", "root",
-)  # fmt: skip
+    def _run_config(self, method: str, seed: int) -> RunConfig:
+        """Return what a cell's run is asked for; all share one cache."""
+        return replace(self.config.run_config(method, seed), cache=str(self.folder.cache.resolve()))
 
 
 def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Job:

@@ -1,0 +1,199 @@
+"""One cell of a comparison: a run, started or resumed, and its score on the test images.
+
+In a process of its own, so that peak memory and failures are the cell's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from runtimes.providers import resolve_execution
+from ztune.errors import ConfigError, FormatError, ZtuneError
+from ztune.evaluate import labelled_of_split, score_run
+from ztune.experiments.comparison import Figures, figures_of
+from ztune.io.children import python_command
+from ztune.io.config import as_json
+from ztune.io.fields import Fields
+from ztune.model import open_model
+from ztune.printing import printable, printable_lines
+from ztune.progress import Silence, warnings_told
+from ztune.report import draw_confusion
+from ztune.run import RunFolder
+from ztune.run_config import RunConfig, run_config_from_json
+from ztune.training import SavedRun, start_run
+from ztune.types import Json
+
+# Seconds that a stopped process has to save its state.
+_GRACE = 20.0
+_PROGRAM = "from ztune.experiments.cell_process import main; sys.exit(main())"
+_KILLED = 9  # SIGKILL, which Windows' signal module lacks
+_INTERRUPTED = 130
+
+
+class CellError(ZtuneError):
+    """A cell's process that did not succeed; the message is its reason in one line."""
+
+
+class BusyError(ZtuneError):
+    """A cell whose run another process is working on: no failure of its method."""
+
+
+def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
+    """Start or resume a run in a process of its own, score it, return its figures.
+
+    Raises: CellError; BusyError where another process works on the run.
+    """
+    folder = RunFolder(run)
+    if run.is_dir():
+        try:
+            with folder.locked():  # and at once free for the process that follows
+                pass
+        except ConfigError as error:
+            raise BusyError(str(error)) from None
+    scored = _answer_of_child(run, run_config, log)
+    if "error" in scored:
+        raise CellError(str(scored["error"]))
+    try:
+        where = f'run "{run}"'
+        return figures_of(Fields(folder.read(), where), Fields(scored, where))
+    except FormatError as error:
+        raise CellError(str(error)) from None
+
+
+def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> dict[str, Json]:
+    """Return what `main` answers; where this process is interrupted, so is the other.
+
+    Raises: CellError where it ends without an answer.
+    """
+    said_before = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as errors:
+        child = subprocess.Popen(
+            python_command(_PROGRAM, str(run), str(log)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            # Ctrl-C reaches this process alone, which then stops the other once.
+            start_new_session=True,
+        )
+        try:
+            out, _ = child.communicate(json.dumps(as_json(run_config)).encode())
+        except BaseException:
+            _stop(child)
+            raise
+    if child.returncode:
+        with log.open("rb") as said:
+            said.seek(said_before)
+            raise CellError(reason(child.returncode, said.read().decode(errors="replace")))
+    answer: dict[str, Json] = json.loads(out)
+    return answer
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.communicate(timeout=_GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+
+
+def reason(code: int, said: str) -> str:
+    """Return why a process ended without an answer, in one line."""
+    if code < 0:
+        hint = " (out of memory?)" if -code == _KILLED else ""
+        return f"killed by signal {-code}{hint}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {code}"
+
+
+class Log(Silence):
+    """A cell's log: a line for each remark, and now and then one of an activity."""
+
+    _INTERVAL = 5.0  # seconds between lines of an activity
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+
+    def remark(self, text: str) -> None:
+        self._file.write(f"{printable(text)}\n")
+        self._file.flush()
+
+    def activity(self, what: str, total: int) -> Log:
+        self._what, self._total, self._told = what, total, time.monotonic()
+        return self
+
+    def update(self, done: int, text: str = "", unit: str = "") -> None:
+        if time.monotonic() - self._told >= self._INTERVAL:
+            self._told = time.monotonic()
+            self.remark(f"{self._what}: {done}/{self._total}{unit} {text}")
+
+
+def main() -> int:
+    """Answer what a cell's process is asked: argv says where, standard input has the RunConfig."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    run, log = map(Path, sys.argv[1:])
+    with log.open("a") as file:
+        progress = Log(file)
+        try:
+            with warnings_told(progress.remark):
+                run_config = run_config_from_json(json.load(sys.stdin), "cell")
+                answer = _scored(run, run_config, progress)
+        except (ZtuneError, OSError) as error:
+            progress.remark(f"error: {error}")
+            answer = {"error": str(error)}
+        except KeyboardInterrupt:
+            progress.remark("stopped")
+            return _INTERRUPTED
+        except Exception:
+            file.write(printable_lines(traceback.format_exc()))
+            return 1
+    json.dump(answer, sys.stdout)
+    return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _scored(run: Path, run_config: RunConfig, progress: Log) -> dict[str, Json]:
+    """Start or resume a run, or find it finished; return its score on the test images."""
+    folder = RunFolder(run)
+    status = folder.read().get("status") if folder.run.is_file() else None
+    execution = resolve_execution(
+        run_config.provider, run_config.threads, progress, run_config.memory_limit
+    )
+    with open_model(Path(run_config.bundle), execution, progress) as model:
+        if status == "running":
+            progress.remark(f"resume {run}")
+            with SavedRun.locked(run) as saved:
+                saved.resume(model)
+        elif status != "finished":  # not begun, or refused before its first step
+            progress.remark(f"start {run}: {json.dumps(as_json(run_config))}")
+            start_run(run_config, model, run)
+        progress.remark(f"score {run}")
+        images = labelled_of_split(folder.split, "test")
+        found = score_run(
+            folder,
+            run_config,
+            images,
+            model,
+            templates=run_config.templates,
+            snapshots=bool(run_config.snapshots),
+        )
+    with contextlib.suppress(OSError):
+        draw_confusion(found.scores, run / "confusion.png")
+    return {
+        "accuracy": found.tuned.accuracy,
+        "n": found.tuned.n,
+        "zero_shot_accuracy": found.zero_shot.accuracy,
+        "curve": found.curve or [],
+    }
