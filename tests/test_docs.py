@@ -1,6 +1,5 @@
 """Documents that must follow the code."""
 
-import argparse
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ztune.cli.main import VERBS, parser
+from ztune.cli.parser import VERBS, parser_of
 from ztune.io.config import as_json
 from ztune.methods import METHODS, TunedMethod
 from ztune.types import Json
@@ -22,12 +21,12 @@ def test_the_reference_names_every_option_and_no_other(verb: str) -> None:
     general, _, rest = text.partition("## ztune export")
     section = re.split(r"^## ", f"## ztune export{rest}", flags=re.MULTILINE)
     own = general + next(part for part in section if part.startswith(f"ztune {verb}"))
-    (verbs,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    for action in verbs.choices[verb]._actions:
+    parser = parser_of(verb)
+    for action in parser._actions:
         for option in action.option_strings:
             if option not in ("-h", "--help"):
                 assert option in own, f"docs/commands.md, {verb}: {option}"
-    known = verbs.choices[verb]._option_string_actions.keys()
+    known = parser._option_string_actions.keys()
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", own):
         assert option in known | {"--provider", "--threads"}, (
             f"docs/commands.md, {verb} has no {option}"

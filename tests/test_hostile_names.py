@@ -14,8 +14,9 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command, Result
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
-from ztune.cli.main import VERBS, main
+from ztune.cli.main import main
 from ztune.cli.output import Output, Table, with_options
+from ztune.cli.parser import VERBS
 from ztune.io.tensors import write_tensors
 
 NAMES = ("\x1b]0;pwned\x07", "\x1b[2J", "two\nerror: three", "\u202eeno", "\x9b31m :dog: [red]")
@@ -396,7 +397,7 @@ def test_arguments_are_shown_as_options_and_names_as_they_are() -> None:
         ('class "`keep`" has no image', 'class "`keep`" has no image'),
         ('"/tmp/`keep`" does not exist, see `keep`', '"/tmp/`keep`" does not exist, see --keep'),
     ):
-        assert with_options(text, options) == shown
+        assert with_options(text, options.get) == shown
 
 
 def test_the_doctor_says_options(ztune: Command) -> None:

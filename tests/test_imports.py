@@ -242,13 +242,48 @@ def test_help_is_quick_to_load() -> None:
     """Asking for help loads neither ONNX Runtime nor torch nor matplotlib."""
     program = """
 import contextlib, io, sys
-from ztune.cli.main import parser
-parser().format_help()
+from ztune.cli.parser import VERBS, parser_of
+for verb in VERBS:
+    parser_of(verb).format_help()
 heavy = {"onnxruntime", "onnx", "torch", "matplotlib", "PIL", "tokenizers"} & set(sys.modules)
 sys.exit(f"help loads {sorted(heavy)}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def loaded_by(*words: str) -> tuple[int, set[str]]:
+    """Return the exit code of `ztune` with these words, and the modules that it has loaded."""
+    program = """
+import atexit, sys
+atexit.register(lambda: print("\\nloaded", *sys.modules))
+from ztune.cli.main import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, set(done.stdout.rpartition("\nloaded ")[2].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [((), 2), (("--help",), 0), (("--version",), 0), (("tnue",), 2), (("--shots", "4"), 2)],
+)
+def test_the_list_of_verbs_loads_none_of_them(words: tuple[str, ...], code: int) -> None:
+    returned, loaded = loaded_by(*words)
+    assert returned == code
+    assert {name for name in loaded if name.startswith("ztune.cli.")} == {
+        "ztune.cli.main", "ztune.cli.output", "ztune.cli.parser",
+    }  # fmt: skip
+    assert not {"numpy", "rich"} & loaded
+
+
+def test_predict_loads_only_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "classifier.onnx").write_bytes(b"none")
+    code, loaded = loaded_by("predict", str(tmp_path / "classifier.onnx"), str(tmp_path))
+    assert code == 1
+    assert "onnxruntime" in loaded
+    assert not {"matplotlib", "onnx", "tokenizers", "ftfy", "rich.progress", "ssl"} & loaded
 
 
 def test_pictures_are_opened_with_a_list_of_formats_everywhere() -> None:

@@ -1,6 +1,5 @@
 """What a person types wrong: exit code 1 and one line that says what to do."""
 
-import argparse
 import io
 import json
 import os
@@ -34,8 +33,9 @@ from ztune.access import (
 )
 from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
-from ztune.cli.options import run_config_from_arguments
 from ztune.cli.output import Output, fail
+from ztune.cli.parser import parser_of
+from ztune.cli.request import run_config_of, settings_of
 from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
 from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
@@ -321,13 +321,11 @@ def test_every_verb_has_help_with_an_example(verb: str, ztune: Command) -> None:
 
 
 def test_every_line_of_tunes_example_can_be_asked_for() -> None:
-    parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
     given = [shlex.split(line)[2:] for line in tune.EXAMPLE.splitlines()]
     for words in given:
-        arguments = parser.parse_args(words)
+        arguments = parser_of("tune").read(words)
         if arguments.resume is None:
-            assert run_config_from_arguments(arguments, tune._ASKED).method_config
+            assert run_config_of(arguments, settings_of(arguments)).method_config
     assert any("--set" in words for words in given)
 
 

@@ -195,6 +195,12 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def views_of(name: str, preset: str) -> int:
+    """Return how many cached views of each image a preset asks for."""
+    method = find_method(name)
+    return method.augment if preset == "published" and isinstance(method, TunedMethod) else 0
+
+
 def method_config(method: Method, settings: Mapping[str, Json], preset: str = "default") -> Any:
     """Return the method's configuration: `settings` over its preset.
 

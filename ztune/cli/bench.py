@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ztune.cli.options import add
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
 from ztune.io.children import empty_working_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ztune.experiments.store import Result, Store
     from ztune.experiments.worker import Settings
 
+USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
 EXAMPLE = """\
   ztune bench plans/smoke.toml --out runs/smoke
   ztune bench plans/zip-fewshot.toml --model bundles/vit-b-16 --root /data --out runs/zip \\
@@ -35,18 +37,14 @@ EXAMPLE = """\
 
 _RESULTS = "results.sqlite"
 _REPORT = "report"
-_OPTIONS = (
-    "root", "model", "resume", "workers", "ray", "gpus", "provider", "methods", "data", "shots",
-    "seeds",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="+", metavar="PLAN.toml|report OUT", help="carry a plan out, or report on it"
+        "words", nargs="+", metavar="PLAN.toml|report OUT", help="run a plan, or report on one"
     )
     parser.add_argument("--out", type=Path, metavar="OUT", help="folder for results")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="holds data sets known by name")
+    add(parser, "--root")
     parser.add_argument(
         "--model",
         action="append",
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle in place of the plan's; several with names",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on: what is missing or failed, and nothing else"
+        "--resume", action="store_true", help="run what is missing or failed, and nothing else"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1)")
     parser.add_argument(
@@ -63,12 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=float, metavar="SHARE", help="of a Ray worker, as in 0.25 (default: 0)"
     )
-    parser.add_argument("--provider", help="auto, cpu, cuda or tensorrt (default: the plan's)")
-    for name, what in (
-        ("methods", "methods"), ("data", "data sets"), ("shots", "shots"), ("seeds", "seeds"),
+    add(
+        parser,
+        "--provider",
+        default=None,
+        help="auto, cpu, cuda or tensorrt (default: the plan's)",
+    )
+    for option, what in (
+        ("--methods", "methods"), ("--data", "data sets"), ("--shots", "shots"),
+        ("--seeds", "seeds"),
     ):  # fmt: skip
         parser.add_argument(
-            f"--{name}",
+            option,
             metavar="LIST",
             action="append",
             help=f"only cells with these {what} of the plan, as in a,b",
@@ -93,11 +97,11 @@ def _report(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.experiments.report import write_report
     from ztune.experiments.store import Store
 
-    others = [name for name in _OPTIONS if getattr(arguments, name)]
+    others = [option for name, option in arguments.given.items() if name != "out"]
     if len(arguments.words) != 2 or others:
         raise ConfigError(
             "bench report takes the folder of results, and where the report goes: ztune bench "
-            f"report OUT --out DIR{' (leave out --' + others[0] + ')' if others else ''}"
+            f"report OUT --out DIR{f' (leave out {others[0]})' if others else ''}"
         )
     results = Path(arguments.words[1])
     store = Store.existing(results / _RESULTS)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ztune.cli.options import add
 from ztune.cli.output import Output, Table, Ticker
 from ztune.data.checking import Findings, check, published
 from ztune.data.coop import SPLITS
@@ -13,6 +14,7 @@ from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
 from ztune.types import Json
 
+USAGE = ("list [--root DIR]", "check NAME --root DIR [options]")
 EXAMPLE = """\
   ztune data list
   ztune data check caltech101 --root /data
@@ -24,9 +26,7 @@ _SHOWN = 5  # missing pictures that are named
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("list", "check"), help="list them all, or check one")
     parser.add_argument("name", nargs="?", metavar="NAME", help="the data set to check")
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="the folder that holds all data sets, one each"
-    )
+    add(parser, "--root", help="folder that holds all data sets, one each")
     parser.add_argument(
         "--prepare",
         action="store_true",

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from runtimes.remote.endpoint import is_url
 from ztune.access import described
+from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.server import (
+    SERVER,
     add_server_arguments,
     place,
     require_no_server_options,
@@ -23,6 +25,7 @@ from ztune.types import Json
 if TYPE_CHECKING:
     from ztune.doctor import BundleCheck
 
+USAGE = ("[BUNDLE|URL] [options]",)
 EXAMPLE = """\
   ztune doctor
   ztune doctor models/mini
@@ -39,47 +42,37 @@ _EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="measure the signal that tuning on these has"
+        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="to check on this machine"
     )
-    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
-    parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
-    parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
-    parser.add_argument("--method", metavar="NAME", help=f"whose signal (default: {_METHOD})")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
-    parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="BUNDLE",
-        help="fp32 bundle to measure an int8 or fp16 one's signal against (default: its own graph)",
-    )
+    signal = parser.add_argument_group("the signal that tuning would have")
+    add(signal, "--data", type=Path, metavar="FOLDER", help="measure the signal on these images")
+    add(signal, "--names", "--shots", "--seed", "--set", "--init", "--reference")
+    add(signal, "--method", help=f"whose signal (default: {_METHOD})")
     add_server_arguments(parser)
 
 
 _AT = ("here", "at_export")
 # The method whose signal is looked at unless told: ztune's own default compares no two points.
 _METHOD = "zip"
-_OF_THE_TASK = ("data", "names", "shots", "seed", "method", "set", "init", "reference")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.doctor import check_bundle, check_providers, check_server
     from ztune.system import machine, versions
 
+    of_signal = [option for name, option in arguments.given.items() if name not in SERVER]
     if not is_url(arguments.bundle):
         require_no_server_options(arguments)
-    elif any(getattr(arguments, name) is not None for name in _OF_THE_TASK):
+    elif of_signal:
         raise ConfigError(
             "the signal is measured with a bundle on this machine: leave out --data and what goes "
             "with it"
         )
-    for name in _OF_THE_TASK:
-        if getattr(arguments, name) is not None and None in (arguments.bundle, arguments.data):
-            raise ConfigError(
-                f"--{name} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
-            )
+    if of_signal and None in (arguments.bundle, arguments.data):
+        raise ConfigError(
+            f"{of_signal[0]} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
+        )
     providers = check_providers()
     installed = {
         extra: importlib.util.find_spec(module) is not None for extra, module in _EXTRAS.items()
@@ -179,14 +172,14 @@ def _signal(
 ) -> tuple[dict[str, Json], str]:
     """Measure what `ztune tune` would before its first step, without a run."""
     from runtimes.providers import Execution
-    from ztune.cli.options import run_config_from_arguments
+    from ztune.cli.request import run_config_of, settings_of
     from ztune.doctor import measure_signal
     from ztune.model import open_model
     from ztune.precision import advice, described
 
     if arguments.method is None:
         arguments.method = _METHOD
-    run_config = run_config_from_arguments(arguments, _OF_THE_TASK)
+    run_config = run_config_of(arguments, settings_of(arguments))
     model = open_model(arguments.bundle, Execution(provider), output)
     signal, document, published = measure_signal(run_config, model)
     line = f"{described(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"

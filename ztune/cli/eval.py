@@ -1,4 +1,4 @@
-"""`ztune eval`: accuracy of a run, a bundle or a packed classifier on labelled pictures."""
+"""`ztune eval`: accuracy of a run, a bundle or a packed classifier on labelled images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from runtimes.remote.endpoint import is_url
 from runtimes.remote.settings import merged, named_servers
 from ztune.access import TEXTS
-from ztune.cli.options import add_execution_arguments, add_root_argument
+from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.server import (
     add_server_arguments,
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from ztune.evaluate import LabelledImages
     from ztune.model import Model
 
+USAGE = (
+    "RUN [options]",
+    "BUNDLE|URL --data FOLDER|NAME [options]",
+    "classifier.onnx --data FOLDER|NAME [options]",
+)
 EXAMPLE = """\
   ztune eval runs/photos
   ztune eval bundles/vit-b-32 --data photos --split all --template "a photo of a {}."
@@ -40,36 +45,24 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx")
     parser.add_argument(
-        "--data", metavar="FOLDER|NAME", help="labelled pictures, or their name with --root"
+        "target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx", help="what to evaluate"
     )
-    add_root_argument(parser)
+    add(parser, "--data", "--root")
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
         "--bundle", type=place, metavar="DIR|URL", help="a run's bundle or server, where it moved"
     )
     parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
+    add(parser, "--template", "--extractor")
     parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help='hand-written prompt, several are averaged (default: "a photo of a {}.")',
-    )
-    parser.add_argument(
-        "--extractor", type=Path, metavar="FILE", help="ONNX file that a decoder was tuned with"
-    )
-    parser.add_argument(
-        "--snapshots", action="store_true", help="also score the artifacts that a run left midway"
+        "--snapshots", action="store_true", help="also evaluate a run's intermediate snapshots"
     )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names to choose among, one a line"
     )
-    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here")
-    parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
-    add_execution_arguments(parser)
+    add(parser, "--names", "--cache", "--skip-broken", "--provider", "--threads")
     add_server_arguments(parser)
 
 
@@ -95,9 +88,9 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.run_config import run_config_from_json
 
     for name in ("data", "root", "split_file", "prompt", "classes", "names"):
-        if getattr(arguments, name) is not None:
+        if name in arguments.given:
             raise ConfigError(
-                f"a run brings its own pictures and prompt; leave out --{name.replace('_', '-')} "
+                f"a run brings its own pictures and prompt; leave out {arguments.given[name]} "
                 "(or evaluate its bundle)"
             )
     folder = RunFolder(arguments.target)
@@ -121,7 +114,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f'the run\'s bundle "{place_now}" is gone; put it back, or name where it is now with '
             "--bundle DIR"
         )
-    templates = tuple(arguments.template or run_config.templates)
+    templates = tuple(arguments.templates or run_config.templates)
     with _model(arguments, place_now, output, run_config.server) as model:
         found = score_run(
             folder,
@@ -161,7 +154,8 @@ def _model(
 
     Raises: ConfigError for an option that does not go with it.
     """
-    from ztune.model import open_model, open_served_model, resolve_execution
+    from runtimes.providers import resolve_execution
+    from ztune.model import open_model, open_served_model
 
     if is_url(target):
         given = server_settings(arguments)
@@ -192,7 +186,7 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
 
     Raises: ConfigError.
     """
-    if arguments.prompt is not None and arguments.template is not None:
+    if arguments.prompt is not None and arguments.templates is not None:
         raise ConfigError("give --prompt or --template, not both")
     if arguments.bundle is not None:
         raise ConfigError("--bundle goes with a run; here the bundle is already named")
@@ -211,7 +205,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
     fingerprints: Iterable[int] = ()
     artifact = None
-    templates = tuple(arguments.template or ("a photo of a {}.",))
+    templates = tuple(arguments.templates or ("a photo of a {}.",))
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
         require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
@@ -239,13 +233,13 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
 
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
-    from runtimes.classifier import open_classifier
-    from ztune.evaluate import classify
-    from ztune.model import resolve_execution
+    from runtimes.classifier import classify, open_classifier
+    from runtimes.providers import resolve_execution
 
-    for name in ("prompt", "template", "classes", "cache", "bundle", "extractor", "snapshots"):
-        if getattr(arguments, name) not in (None, False):
-            raise ConfigError(f"a classifier is complete in itself; leave out --{name}")
+    for name in ("prompt", "templates", "classes", "cache", "bundle", "extractor", "snapshots"):
+        if name in arguments.given:
+            option = arguments.given[name]
+            raise ConfigError(f"a classifier is complete in itself; leave out {option}")
     classifier = open_classifier(
         arguments.target, resolve_execution(arguments.provider, arguments.threads, output)
     )

@@ -8,23 +8,12 @@ from pathlib import Path
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
 
+USAGE = ("--model NAME --out BUNDLE [options]", "--client BUNDLE --out BUNDLE")
 EXAMPLE = """\
   ztune export --model ViT-B-32 --pretrained laion2b_s34b_b79k --out bundles/vit-b-32
   ztune export --model ViT-B-32 --pretrained ./my.pt --preprocess-from openai --out bundles/mine
   ztune export --model local-dir:./checkpoint --tokenizer ./tokenizer.json --out bundles/own
   ztune export --client bundles/vit-b-32 --out vit-b-32-client"""
-# What says how a model becomes a bundle, and nothing about a bundle that there is.
-_OF_A_MODEL = {
-    "model": None,
-    "pretrained": None,
-    "tokenizer": None,
-    "pad_id": None,
-    "preprocess_from": None,
-    "random_weights": None,
-    "licence": "unknown",
-    "precision": "fp32",
-    "image_tokens": False,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="instead of --model: the half of this bundle that a server's client needs",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
+    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="a new folder")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
@@ -93,10 +82,10 @@ def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:
     from export.client import export_client
     from runtimes.bundle import CLIENT_FILES, load_bundle
 
-    given = [name for name, left in _OF_A_MODEL.items() if getattr(arguments, name) != left]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"--client copies a bundle that there is: leave out {options}")
+    kept = ("client", "out")
+    of_model = [option for name, option in arguments.given.items() if name not in kept]
+    if of_model:
+        raise ConfigError(f"--client copies an existing bundle: leave out {', '.join(of_model)}")
     half = export_client(load_bundle(arguments.client), arguments.out)
     size = sum((half.path / name).stat().st_size for name in CLIENT_FILES)
     lines = [

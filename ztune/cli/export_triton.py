@@ -9,6 +9,7 @@ from pathlib import Path
 from ztune.cli.output import Output, Table
 from ztune.types import Json
 
+USAGE = ("BUNDLE --out REPO [options]",)
 EXAMPLE = """\
   ztune export-triton bundles/vit-b-32 --out repository
   ztune export-triton bundles/vit-b-32 --backend python --access losses --out repository"""

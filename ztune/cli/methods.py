@@ -11,6 +11,7 @@ from ztune.io.config import as_json
 from ztune.methods import METHODS, Method, TunedMethod, find_method, method_config, needs_of
 from ztune.types import Json
 
+USAGE = ("[NAME]",)
 EXAMPLE = """\
   ztune methods
   ztune methods sharpzo"""

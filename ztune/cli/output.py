@@ -8,16 +8,24 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import rich.table
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from typing import TYPE_CHECKING, Any, Literal
 
 from ztune.printing import printable, printable_lines
-from ztune.types import Json
+
+if TYPE_CHECKING:  # rich is loaded where something is shown: help and wrong usage do without
+    import rich.table
+    from rich.console import Console
+
+    from ztune.types import Json
+
+OptionOf = Callable[[str], str | None]
+"""Returns what stands on the command line for an argument of the library, if anything does."""
+
+
+def _none(_argument: str) -> None:
+    return None
 
 
 class Output:
@@ -26,12 +34,12 @@ class Output:
     It is the Progress that the library tells what is under way.
     """
 
-    def __init__(
-        self, quiet: bool = False, as_json: bool = False, options: Mapping[str, str] | None = None
-    ):
+    def __init__(self, quiet: bool = False, as_json: bool = False, option_of: OptionOf = _none):
+        from rich.console import Console
+
         self.quiet = quiet
         self.as_json = as_json
-        self._options = options or {}
+        self._option_of = option_of
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
                 stream.reconfigure(errors="backslashreplace")
@@ -45,18 +53,14 @@ class Output:
             width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
         )
 
-    def in_options(self, text: str) -> str:
-        """Return what the library says of its arguments in the words of the command line."""
-        return with_options(text, self._options)
-
     def remark(self, text: str) -> None:
         """Say something on the way."""
         if not self.quiet:
-            self._errors.print(printable(with_options(text, self._options)))
+            self._errors.print(printable(with_options(text, self._option_of)))
 
     def warn(self, text: str) -> None:
         """Say what must be heard, also with --quiet."""
-        self._errors.print(printable(with_options(f"warning: {text}", self._options)))
+        self._errors.print(printable(with_options(f"warning: {text}", self._option_of)))
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
         """Give the verb's result: one JSON document, or lines and tables for people."""
@@ -65,9 +69,9 @@ class Output:
             return
         for line in lines:
             if isinstance(line, Table):
-                self._results.print(line.shown(self._options))
+                self._results.print(line.shown(self._option_of))
             else:
-                self._results.print(printable(with_options(line, self._options)))
+                self._results.print(printable(with_options(line, self._option_of)))
 
     def activity(self, what: str, total: int) -> Ticker:
         """Return a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
@@ -78,19 +82,20 @@ class Output:
 _ARGUMENT = re.compile(r"\"[^\"]*\"|`([a-z_]+)(?:=([^`]*))?`")
 
 
-def with_options(text: str, options: Mapping[str, str]) -> str:
+def with_options(text: str, option_of: OptionOf) -> str:
     """Return what the library says of its arguments in the words of the command line.
 
-    It writes `name` or `name=value`; `options` has what stands for a name here. An argument that
-    there is no option for is shown without its marks.
+    It writes `name` or `name=value`. An argument that there is no option for is shown without its
+    marks.
     """
 
     def option(found: re.Match[str]) -> str:
         if found[1] is None:
             return found[0]
-        if found[1] not in options:
+        shown = option_of(found[1])
+        if shown is None:
             return found[0].strip("`")
-        return options[found[1]] if found[2] is None else f"{options[found[1]]} {found[2]}"
+        return shown if found[2] is None else f"{shown} {found[2]}"
 
     return _ARGUMENT.sub(option, text)
 
@@ -105,6 +110,10 @@ class Ticker:
         self._what, self._total = printable(what), max(total, 1)
         self._quiet = quiet
         self._live = console.is_terminal and not quiet
+        if not self._live:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -155,8 +164,10 @@ class Table:
     words: tuple[str, ...] = ()
     """Columns besides the first that hold words, which read from the left."""
 
-    def shown(self, options: Mapping[str, str]) -> rich.table.Table:
+    def shown(self, option_of: OptionOf) -> rich.table.Table:
         """Return it as rich prints it, with arguments in the words of the command line."""
+        import rich.table
+
         named = any(self.columns)
         result = rich.table.Table(
             title=printable(self.title) or None,
@@ -171,7 +182,7 @@ class Table:
             justify: Literal["left", "right"] = "right" if figures else "left"
             result.add_column(printable(column), justify=justify, overflow="fold")
         for row in self.rows:
-            result.add_row(*(printable(with_options(cell, options)) for cell in row))
+            result.add_row(*(printable(with_options(cell, option_of)) for cell in row))
         return result
 
 

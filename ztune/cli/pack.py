@@ -5,39 +5,42 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ztune.cli.options import add_execution_arguments
+from ztune.cli.options import add
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
 from ztune.types import Json
 
+USAGE = ("BUNDLE --prompt FILE --out FILE [options]",)
 EXAMPLE = """\
   ztune pack models/mini --prompt runs/digits/prompt.safetensors --out classifier.onnx
   ztune pack bundles/vit-b-32 --prompt photos.safetensors --resize --out classifier.onnx"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--prompt", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="that the result is of")
     parser.add_argument(
-        "--resize", action="store_true", help="take pictures of any size and resize in the graph"
+        "--prompt", required=True, type=Path, metavar="FILE", help="a result of ztune tune"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="classifier.onnx")
+    parser.add_argument(
+        "--resize", action="store_true", help="take images of any size and resize in the graph"
     )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="other class names, one a line"
     )
-    parser.add_argument(
-        "--extractor", type=Path, metavar="FILE", help="ONNX file that a decoder was tuned with"
-    )
+    add(parser, "--extractor")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    add_execution_arguments(parser, "cpu")
+    add(parser, "--provider", default="cpu", help="auto, cpu (default), cuda or tensorrt")
+    add(parser, "--threads")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
+    from runtimes.providers import resolve_execution
     from ztune.artifact import VisualArtifact, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import required_extractor
-    from ztune.model import open_model, resolve_execution
+    from ztune.model import open_model
 
     out: Path = arguments.out
     if out.exists() and not arguments.force:

@@ -1,4 +1,4 @@
-"""`ztune predict`: class and probability of pictures, with nothing but a classifier.onnx."""
+"""`ztune predict`: class and probability of images, with nothing but a classifier.onnx."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ztune.cli.options import add_execution_arguments
+from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.errors import ConfigError, DataError
 from ztune.types import Json
 
+USAGE = ("classifier.onnx IMAGE|FOLDER ... [options]",)
 EXAMPLE = """\
   ztune predict classifier.onnx photo.jpg
   ztune predict classifier.onnx folder --top 1 --json"""
@@ -21,18 +22,18 @@ _BATCH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("classifier", type=Path, metavar="classifier.onnx")
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE|FOLDER")
+    parser.add_argument("classifier", type=Path, metavar="classifier.onnx", help="from ztune pack")
+    parser.add_argument(
+        "pictures", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="what to classify"
+    )
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
-    parser.add_argument("--skip-broken", action="store_true", help="leave broken pictures out")
-    add_execution_arguments(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    add(parser, "--skip-broken", "--provider", "--threads")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from runtimes.classifier import open_classifier
-    from ztune.evaluate import classify
-    from ztune.model import resolve_execution
+    from runtimes.classifier import classify, open_classifier
+    from runtimes.providers import resolve_execution
 
     for name in ("top", "limit"):
         value = getattr(arguments, name)

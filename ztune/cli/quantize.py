@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ztune.cli.output import Output
 
+USAGE = ("BUNDLE --out BUNDLE [options]",)
 EXAMPLE = """\
   ztune quantize bundles/vit-b-32 --precision int8 --out bundles/vit-b-32-int8
   ztune quantize bundles/vit-b-32 --precision fp16 --out bundles/vit-b-32-fp16"""
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="int8", help="int8 (default, for CPUs) or fp16 (for GPUs)"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE")
+    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="a new folder")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:

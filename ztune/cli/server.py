@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from runtimes.remote.endpoint import is_url
-from runtimes.remote.settings import settings_from
+from runtimes.remote.endpoint import Connection, is_url
+from runtimes.remote.settings import ServerSettings, settings_from
 from ztune.errors import ConfigError
 from ztune.types import Json
 
-_OPTIONS = (
-    "client", "tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "endpoint",
-    "images", "losses", "deadline", "give_up", "max_inflight", "shared_memory", "compression",
-    "insecure",
-)  # fmt: skip
-_PLAIN = ("client", "images", "losses")
+_CONNECTION = tuple(one.name for one in fields(Connection) if one.name != "named")
+_SETTINGS = tuple(one.name for one in fields(ServerSettings) if one.name != "connection")
+SERVER = (*_SETTINGS, *_CONNECTION)
+"""What of the arguments says how a server is reached: each is an option below."""
 
 
 def place(word: str) -> Path | str:
@@ -33,10 +31,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--client", type=Path, metavar="FOLDER", help="bundle or its client half (default: fetched)"
     )
     group.add_argument(
-        "--endpoint", action="append", metavar="URL", help="one more server with the same models"
+        "--endpoint",
+        action="append",
+        dest="endpoints",
+        metavar="URL",
+        help="one more server with the same models",
     )
     group.add_argument(
-        "--images", metavar="WHERE", help="server (default), or local: encode pictures here"
+        "--images", metavar="WHERE", help="server (default), or local: encode images here"
     )
     group.add_argument(
         "--losses", metavar="WHERE", help="auto (default: here for little text), here or server"
@@ -49,7 +51,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after so long without answer (default: 300)",
     )
     group.add_argument(
-        "--max-inflight", type=int, metavar="N", help="requests on their way (default: 4)"
+        "--max-inflight", type=int, metavar="N", help="maximum concurrent requests (default: 4)"
     )
     group.add_argument(
         "--shared-memory", metavar="WHEN", help="auto (default: where measured faster), on or off"
@@ -71,7 +73,6 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--insecure",
         action="store_true",
-        default=None,
         help="accept any certificate (https), and send a token unencrypted",
     )
 
@@ -81,19 +82,15 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
 
     Raises: ConfigError for a value that cannot be.
     """
-    given: dict[str, Any] = {}
-    for name in _OPTIONS:
-        value = getattr(arguments, name, None)
-        if value is not None:
+    given: dict[str, Json] = {}
+    for name in SERVER:
+        if name in arguments.given:
+            value = getattr(arguments, name)
             given[name] = str(value.resolve()) if isinstance(value, Path) else value
-    settings: dict[str, Json] = {}
-    if "endpoint" in given:
-        settings["endpoints"] = list(given.pop("endpoint"))
-    for name in _PLAIN:
-        if name in given:
-            settings[name] = given.pop(name)
-    if given:
-        settings["connection"] = given
+    settings = {name: value for name, value in given.items() if name in _SETTINGS}
+    connection = {name: value for name, value in given.items() if name in _CONNECTION}
+    if connection:
+        settings["connection"] = connection
     settings_from(settings).connected()
     return settings
 
@@ -103,9 +100,8 @@ def require_no_server_options(arguments: argparse.Namespace) -> None:
 
     Raises: ConfigError naming the first.
     """
-    for name in _OPTIONS:
-        if getattr(arguments, name, None) is not None:
+    for name, option in arguments.given.items():
+        if name in SERVER:
             raise ConfigError(
-                f"--{name.replace('_', '-')} goes with a server's URL in the bundle's place; leave "
-                "it out"
+                f"{option} goes with a server's URL in the bundle's place; leave it out"
             )

@@ -1,23 +1,21 @@
-"""`ztune tune`: from a bundle and a folder of pictures to a prompt."""
+"""`ztune tune`: from a bundle and a folder of images to a prompt."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtimes.remote.endpoint import is_url
-from runtimes.remote.settings import merged, named_servers
-from ztune.cli.options import (
-    add_execution_arguments,
-    add_root_argument,
-    run_config_from_arguments,
-    snapshots_of_word,
-)
+from runtimes.remote.settings import merged, named_servers, to_save
+from ztune.cli.options import add
 from ztune.cli.output import Output, Table
+from ztune.cli.request import run_config_of, settings_of
 from ztune.cli.server import (
+    SERVER,
     add_server_arguments,
     place,
     require_no_server_options,
@@ -25,7 +23,7 @@ from ztune.cli.server import (
 )
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError
 from ztune.io.fields import Fields
-from ztune.methods import METHODS, PRESETS
+from ztune.methods import views_of
 from ztune.optim.mixture import PROMPTS
 from ztune.run_config import RunConfig
 from ztune.types import Json
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from ztune.model import Model
     from ztune.training import SavedRun
 
+USAGE = ("BUNDLE|URL --data FOLDER|NAME --out RUN [options]", "--resume RUN")
 EXAMPLE = """\
   ztune tune models/mini --data examples/digits --shots 16 --out runs/digits
   ztune tune bundles/vit-b-32 --data photos --method gda --out runs/photos-gda
@@ -44,105 +43,68 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run")
     parser.add_argument(
-        "--data", metavar="FOLDER|NAME", help="folder, .csv/.jsonl list, or name with --root"
+        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="from ztune export, or served"
     )
-    add_root_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
-    parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
-    parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: ogn; see: ztune methods)")
-    parser.add_argument("--queries", type=int, metavar="N", help="default: 5000")
-    parser.add_argument("--seed", type=int, metavar="N", help="default: 1")
-    parser.add_argument("--preset", help=f"{' or '.join(PRESETS)}")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a method's setting")
-    parser.add_argument("--init", metavar="WORDS", help='start from words, say "a photo of a"')
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="hand-written prompt of zero-shot, heads and visual prompts; several are averaged "
-        '(default: "a photo of a {}.")',
+    first = parser.add_argument_group("most needed")
+    add(first, "--data", "--root")
+    first.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
+    add(first, "--method", "--shots", "--queries", "--seed", "--template", "--provider")
+    first.add_argument("--resume", type=Path, metavar="RUN", help="resume a stopped run")
+    data = parser.add_argument_group("data")
+    add(data, "--names", "--val", "--test-fraction", "--test-data", "--split-seed")
+    data.add_argument(
+        "--augment", type=int, metavar="K", help="cached random views per training image"
     )
-    parser.add_argument(
-        "--keep", metavar="WHICH", help="last point, as published, or best on validation"
+    add(data, "--cache", help="where features are kept (default: inside RUN)")
+    add(data, "--skip-broken")
+    method = parser.add_argument_group("method")
+    add(method, "--preset", "--set", "--init")
+    method.add_argument(
+        "--keep", metavar="WHICH", help="last point (default), or best on validation"
     )
-    parser.add_argument(
+    method.add_argument(
         "--validate-every", type=int, metavar="N", help="queries between such validations"
     )
-    parser.add_argument(
+    method.add_argument(
         "--patience", type=int, metavar="N", help="stop after N validations without gain"
     )
-    parser.add_argument(
+    method.add_argument(
         "--snapshots",
-        type=snapshots_of_word,
+        type=_number_or_list,
         metavar="N|N,N",
-        help="points of a curve: N - 1 artifacts on the way, or those after so many queries each",
+        help="points of a curve: N - 1 intermediate artifacts, or those after so many queries each",
     )
-    parser.add_argument(
-        "--extractor", type=Path, metavar="FILE", help="ONNX file whose features a decoder sees"
-    )
-    parser.add_argument(
-        "--val", type=int, metavar="N", help="validation pictures a class (default: min(shots, 4))"
-    )
-    parser.add_argument("--test-fraction", metavar="X", help="kept for testing (default: auto)")
-    parser.add_argument("--split-seed", type=int, metavar="N", help="default: 0")
-    parser.add_argument("--test-data", type=Path, metavar="FOLDER", help="test pictures elsewhere")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="lines of folder<TAB>name")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="default: inside RUN")
-    parser.add_argument(
-        "--augment", type=int, metavar="K", help="cached random views per training picture"
-    )
-    parser.add_argument(
-        "--skip-broken", action="store_true", default=None, help="leave broken pictures out"
-    )
-    parser.add_argument(
-        "--force", action="store_true", default=None, help="tune below the signal-to-noise limit"
-    )
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="BUNDLE",
-        help="fp32 bundle to measure an int8 or fp16 one's signal against (default: its own graph)",
-    )
-    add_execution_arguments(parser, default=None)
-    parser.add_argument(
-        "--memory-limit",
-        type=int,
-        metavar="MB",
-        help="of the tuning's forward passes (default: 250, on a GPU 4000)",
-    )
+    add(method, "--extractor")
+    machine = parser.add_argument_group("machine")
+    add(machine, "--threads", "--memory-limit", "--reference", "--force")
     add_server_arguments(parser)
 
 
-_ASKED = (
-    "data", "out", "shots", "method", "queries", "seed", "preset", "set", "init", "template", "val",
-    "test_fraction", "split_seed", "test_data", "names", "cache", "augment", "skip_broken",
-    "provider", "threads", "memory_limit", "force", "reference", "keep", "validate_every",
-    "patience", "snapshots", "extractor", "root",
-)  # fmt: skip
+def _number_or_list(word: str) -> int | str:
+    """Return what the word behind --snapshots asks for; a RunConfig checks it."""
+    return int(word) if word.lstrip("-").isdecimal() else word
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
-        for name in _ASKED:
-            if getattr(arguments, name) is not None:
-                raise ConfigError(
-                    f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
-                )
-        given = server_settings(arguments)
-        document = _resume(arguments.resume, arguments.bundle, given, output)
+        for name, option in arguments.given.items():
+            if name != "resume" and name not in SERVER:
+                raise ConfigError(f"--resume takes everything from the run; leave out {option}")
+        server = server_settings(arguments)
+        document = _resume(arguments.resume, arguments.bundle, server, output)
         path = arguments.resume
     else:
-        for name in ("bundle", "data", "out"):
+        for name, shown in (("bundle", "BUNDLE"), ("data", "--data"), ("out", "--out")):
             if getattr(arguments, name) is None:
-                shown = "BUNDLE" if name == "bundle" else f"--{name}"
                 raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
-        run_config = run_config_from_arguments(arguments, _ASKED)
-        document = _start(run_config, server_settings(arguments), arguments.out, output)
+        server = server_settings(arguments)
+        run_config = run_config_of(arguments, settings_of(arguments), to_save(server))
+        if arguments.augment is None:
+            run_config = replace(run_config, augment=views_of(run_config.method, run_config.preset))
+        document = _start(run_config, server, arguments.out, output)
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
@@ -153,7 +115,8 @@ Settings = Mapping[str, Json]
 
 
 def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -> dict[str, Json]:
-    from ztune.model import open_model, resolve_execution
+    from runtimes.providers import resolve_execution
+    from ztune.model import open_model
     from ztune.training import start_run
 
     # Wrong settings and numbers are told before anything is opened.

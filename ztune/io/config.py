@@ -8,10 +8,12 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ztune.errors import ConfigError
-from ztune.types import Json
+
+if TYPE_CHECKING:  # numpy is loaded with it
+    from ztune.types import Json
 
 T = TypeVar("T")
 _LISTS: dict[Any, str] = {
@@ -63,7 +65,7 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
         if (option == tuple[str, ...] and _are(value, str)) or (
             option == tuple[int, ...] and _are(value, int)
         ):
-            return typing.cast(Json, tuple(typing.cast(list[Any], value)))
+            return typing.cast("Json", tuple(typing.cast(list[Any], value)))
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
@@ -72,7 +74,7 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
             if not math.isfinite(number):
                 raise ConfigError(f"{where} is {value!r}, expected a finite number")
             if isinstance(value, str) or number == value:
-                return typing.cast(Json, number)
+                return typing.cast("Json", number)
     names = " or ".join(
         _LISTS.get(option, getattr(option, "__name__", str(option)))
         for option in options
