@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,19 @@ from ztune.types import Json
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _CONTEXT, _CANDIDATES, _CALLS = 8, 10, 5
+_EXTRAS = {
+    "cpu or gpu": "onnxruntime",
+    "export": "open_clip",
+    "triton": "tritonclient",
+    "parquet": "pyarrow",
+    "dev": "pytest",
+}
+"""A module that each extra installs."""
+
+
+def check_extras() -> dict[str, bool]:
+    """Return which extras of the distribution are installed."""
+    return {extra: find_spec(module) is not None for extra, module in _EXTRAS.items()}
 
 
 def check_providers() -> dict[str, str | None]:

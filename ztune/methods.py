@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ztune.access import FEATURES, TEXTS
+from ztune.access import FEATURES, TEXTS, described
 from ztune.compositions.base import TunedConfig
 from ztune.compositions.outputs import Answers, OgnConfig, OgnContextConfig
 from ztune.compositions.pixels import BarConfig, BlackVipConfig
@@ -20,7 +20,7 @@ from ztune.heads.proker import ProkerConfig, fit_proker
 from ztune.heads.shots import Fitted, Shots
 from ztune.heads.tip import TipConfig, fit_tip
 from ztune.heads.zero_shot import ZeroShotConfig, fit_zero_shot
-from ztune.io.config import configured, nearest
+from ztune.io.config import as_json, configured, nearest
 from ztune.types import Json
 
 PRESETS = ("default", "published", "tuned")
@@ -229,3 +229,33 @@ def needs_of(method: Method, config: Any) -> frozenset[str]:
 def needs_of_all() -> dict[str, frozenset[str]]:
     """Return what every method of the table needs with its defaults."""
     return {name: needs_of(method, method.config()) for name, method in METHODS.items()}
+
+
+def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
+    """Return what each preset changes; a preset that changes nothing is left out."""
+    default, tuned = (as_json(method_config(method, {}, name)) for name in ("default", "tuned"))
+    changes: dict[str, dict[str, Json]] = {
+        "published": {"augment": views} if (views := views_of(method.name, "published")) else {},
+        "tuned": {key: value for key, value in tuned.items() if value != default[key]},
+    }
+    return {name: changed for name, changed in changes.items() if changed}
+
+
+def method_to_json(method: Method) -> dict[str, Json]:
+    """Return what there is to know of a method, with its default settings."""
+    config = method.config()
+    needs = needs_of(method, config)
+    document: dict[str, Json] = {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "needs": [*sorted(needs)],
+        "access": described(needs),
+        "serves_new_classes": method.serves_new_classes(),
+        "settings": as_json(config),
+        "presets": {name: dict(changes) for name, changes in preset_changes(method).items()},
+    }
+    if isinstance(method, TunedMethod):
+        document["first_step_queries"] = config.step_queries()
+        document["encodes_pictures_anew"] = config.program is not None
+    return document

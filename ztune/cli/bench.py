@@ -1,12 +1,9 @@
-"""`ztune bench`: a plan of many cells carried out, on one machine or many, and the report."""
+"""`ztune bench`: a plan of many cells run, on one machine or many, and the report."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +12,12 @@ from typing import TYPE_CHECKING
 from ztune.cli.options import add
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.children import empty_working_folder
-from ztune.io.files import inside
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.experiments.executors import Executor
     from ztune.experiments.plan import Plan
-    from ztune.experiments.prepare import Only, Prepared
-    from ztune.experiments.store import Result, Store
-    from ztune.experiments.worker import Settings
+    from ztune.experiments.prepare import Only
+    from ztune.experiments.store import Result
 
 USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
 EXAMPLE = """\
@@ -34,9 +27,6 @@ EXAMPLE = """\
   ztune bench plans/zip-fewshot.toml --model bundles/vit-b-16 --root /data --out runs/zip \\
       --resume
   ztune bench report runs/zip"""
-
-_RESULTS = "results.sqlite"
-_REPORT = "report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +80,11 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         )
     if arguments.out is None:
         raise ConfigError("bench needs --out OUT, the folder for results")
-    _carry_out(arguments, output)
+    _run_plan(arguments, output)
 
 
 def _report(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.experiments.report import write_report
-    from ztune.experiments.store import Store
+    from ztune.experiments.bench import write_reports
 
     others = [option for name, option in arguments.given.items() if name != "out"]
     if len(arguments.words) != 2 or others:
@@ -103,94 +92,40 @@ def _report(arguments: argparse.Namespace, output: Output) -> None:
             "bench report takes the folder of results, and where the report goes: ztune bench "
             f"report OUT --out DIR{f' (leave out {others[0]})' if others else ''}"
         )
-    results = Path(arguments.words[1])
-    store = Store.existing(results / _RESULTS)
-    folders = {name: _report_folder(results, name, arguments.out) for name in store.plans()}
-    files = [
-        file for name, folder in folders.items() for file in write_report(store.view(name), folder)
-    ]
-    output.result({"files": [str(file) for file in files]}, [str(file) for file in files])
+    files = [str(file) for file in write_reports(Path(arguments.words[1]), arguments.out)]
+    output.result({"files": list(files)}, files)
 
 
-def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
-    """Return where a plan's report goes: into a folder of its name below what the user named.
-
-    Raises: FormatError for a plan whose name, from a file of results, is no folder's name there.
-    """
-    where = f'report of "{results}"'
-    return inside(named or inside(results, _REPORT, where), plan, where)
-
-
-def _carry_out(arguments: argparse.Namespace, output: Output) -> None:
-    from runtimes.providers import resolve
-    from ztune.experiments.driver import Driver
-    from ztune.experiments.prepare import Preparation
-    from ztune.experiments.report import write_report
-    from ztune.experiments.worker import Settings, forget_deaths
+def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.experiments.bench import RESULTS, Workers, run_plan
 
     plan = _plan(arguments)
-    # Workers do not run in the working folder: from here on every path is absolute.
-    plan = replace(plan, path=plan.path.resolve())
-    root = None if arguments.root is None else arguments.root.resolve()
     only = _only(arguments, plan)
+    n_workers = 1 if arguments.workers is None else arguments.workers
+    workers = Workers(n_workers, arguments.ray, arguments.gpus)
     out = arguments.out.resolve()
-    _check_workers(arguments)
-    _check_out(out, arguments.resume)
-    folder = _report_folder(out, plan.name)
-    asked = arguments.provider or plan.execution.provider
-    if arguments.ray is not None and asked == "auto":
-        raise ConfigError(
-            "Ray's workers may have other devices than this machine: name --provider cpu or cuda"
-        )
-    provider = asked
-    if arguments.ray is None:
-        provider, why = resolve(asked)
-        output.remark(why)
-    settings = Settings(out, provider, plan.execution.threads, plan.execution.memory_limit)
     try:
-        with empty_working_folder(), contextlib.closing(_executor(arguments, settings)) as executor:
-            preparation = Preparation(plan, only, root, out, provider, output)
-            prepared = preparation.prepare()
-            store = _begun(out, plan, prepared, provider, output)
-            session = store.begin(_circumstances(executor, provider))
-            lacking = Driver(prepared, only, store, session, executor, output).run()
+        results = run_plan(
+            plan,
+            out,
+            only=only,
+            workers=workers,
+            root=arguments.root,
+            provider=arguments.provider,
+            resume=arguments.resume,
+            command=arguments.command,
+            progress=output,
+        )
     except KeyboardInterrupt:
-        forget_deaths(out)
-        begun = (out / _RESULTS).exists()
+        begun = (out / RESULTS).exists()
         raise KeyboardInterrupt(
-            "go on with the same command and --resume" if begun else "nothing was begun"
+            "go on with the same command and --resume" if begun else "no run was started"
         ) from None
-    view = store.view(plan.name)
-    files = write_report(view, folder)
-    _tell(view.results, arguments.out, files, output)
-    if lacking:
-        raise ZtuneError(f"{lacking} cell(s) have no result, see above; --resume tries them again")
-
-
-def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, output: Output) -> Store:
-    """Write down what is to be done."""
-    from ztune.experiments.prepare import RECIPE
-    from ztune.experiments.store import Store
-
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    store = Store(out / _RESULTS)  # first: from here on it is a bench to go on with
-    for file, pictures in prepared.lists.items():
-        pictures.save(file)
-    document = plan.to_json(prepared.digests, prepared.found)
-    earlier = store.title_of(plan.name)
-    if earlier not in (None, plan.title):
-        output.warn(
-            f'"{plan.title}" takes the place of "{earlier}" in the report: their files are both '
-            f"called {plan.name}"
+    _tell(results.cells, arguments.out, results.report, output)
+    if results.n_missing:
+        raise ZtuneError(
+            f"{results.n_missing} cell(s) have no result, see above; --resume tries them again"
         )
-    store.want(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
-    n_left_out = store.view(plan.name).n_left_out
-    if n_left_out and all(prepared.cells.values()):
-        output.remark(
-            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: pictures, "
-            "settings or the plan have changed since"
-        )
-    return store
 
 
 def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: Output) -> None:
@@ -208,7 +143,7 @@ def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: O
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
     again = shlex.join(["ztune", "bench", "report", str(out)])
-    lines.append(f"{files[0]} (make it anew with: {again})")
+    lines.append(f"{files[0]} (write it again with: {again})")
     document: dict[str, Json] = {**counts, "failures": failed}
     output.result({**document, "report": [str(file) for file in files]}, lines)
 
@@ -271,58 +206,3 @@ def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
 
 def _numbers(words: Sequence[str] | None) -> tuple[int, ...] | None:
     return None if words is None else tuple(int(word) for word in words)
-
-
-def _check_workers(arguments: argparse.Namespace) -> None:
-    if arguments.workers is not None and arguments.workers < 1:
-        raise ConfigError(f"--workers is {arguments.workers}, expected at least 1")
-    if arguments.gpus is not None and arguments.ray is None:
-        raise ConfigError("--gpus goes with --ray")
-    share = arguments.gpus
-    if share is not None and not (0 <= share <= 1 or (share > 1 and share.is_integer())):
-        raise ConfigError(f"--gpus is {share:g}, expected 0 to 1, or a whole number")
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    """See that there are results to go on with, or none yet.
-
-    Raises: ConfigError, and FormatError for results that this program cannot go on with.
-    """
-    from ztune.experiments.store import Store
-
-    results = out / _RESULTS
-    if resume:
-        if not results.is_file():
-            raise ConfigError(f'--resume: "{out}" has no {_RESULTS} to go on with')
-        Store.existing(results)
-        return
-    if results.exists():
-        raise ConfigError(
-            f'"{out}" has results already (add --resume to go on with them, or name another --out)'
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f'output "{out}" exists and is not empty (name another --out)')
-
-
-def _executor(arguments: argparse.Namespace, settings: Settings) -> Executor:
-    from ztune.experiments.executors import Cluster, Joblib, Ray, Serial
-
-    workers = arguments.workers or 1
-    if arguments.ray is not None:
-        return Ray(settings, Cluster(arguments.ray, workers, arguments.gpus or 0.0))
-    return Serial(settings) if workers == 1 else Joblib(settings, workers)
-
-
-def _circumstances(executor: Executor, provider: str) -> dict[str, Json]:
-    from ztune.system import commit, machine, versions
-
-    return {
-        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["ztune", *sys.argv[1:]]),
-        "commit": commit(),
-        "executor": executor.name,
-        "workers": executor.workers,
-        "provider": provider,
-        "versions": dict(versions()),
-        "machine": dict(machine()),
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,9 +64,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.experiments.compare_run import run_comparison
 
     config = _config(arguments)
-    command = shlex.join(["ztune", *arguments.words])
     try:
-        folder = run_comparison(config, arguments.out, command, output)
+        folder = run_comparison(config, arguments.out, arguments.command, output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on with the same command") from None
     output.result(folder.document(), _lines(folder))
@@ -83,22 +81,16 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _lines(folder: Folder) -> list[str | Table]:
     """Return what a person reads of a comparison."""
-    from ztune.experiments.comparing import (
-        access_sentences,
-        failures,
-        footnotes,
-        table_rows,
-        title,
-    )
+    from ztune.experiments import comparing
     from ztune.experiments.comparison import COLUMNS
 
     return [
-        Table(title(folder), COLUMNS, table_rows(folder)),
+        Table(comparing.title(folder), COLUMNS, comparing.table_rows(folder)),
         "",
-        *failures(folder),
-        *footnotes(folder),
+        *comparing.failures(folder),
+        *comparing.footnotes(folder),
         "",
-        *access_sentences(folder),
+        *comparing.access_sentences(folder),
         "",
         f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
     ]

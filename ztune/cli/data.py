@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table, Ticker
-from ztune.data.checking import Findings, check, published
+from ztune.data.checking import Findings, check, published, spec_to_json
 from ztune.data.coop import SPLITS
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         found = check(spec, arguments.root, arguments.prepare, not arguments.skip_copies, progress)
     for warning in found.warnings:
         output.warn(warning)
-    output.result(_document(found), _lines(found))
+    output.result(found.to_json(), _lines(found))
     if found.problems:
         raise DataError("; ".join(found.problems))
 
@@ -68,7 +68,7 @@ def _list(root: Path | None, output: Output) -> None:
     documents: list[Json] = []
     rows = []
     for spec in NAMED.values():
-        document = _described(spec)
+        document = spec_to_json(spec)
         counts = published(spec)
         row = [
             spec.name, spec.folder, f"{spec.n_classes:,}",
@@ -85,55 +85,6 @@ def _list(root: Path | None, output: Output) -> None:
     listing = Table("", columns, rows, words=("folder", "template"))
     closing = "is one there, and whole? ztune data check NAME --root DIR"
     output.result({"data": documents}, [listing, "", closing])
-
-
-def _described(spec: Spec) -> dict[str, Json]:
-    return {
-        "name": spec.name,
-        "title": spec.title,
-        "folder": spec.folder,
-        "images": spec.images,
-        "classes": spec.n_classes,
-        "counts": {role: published(spec)[role] for role in SPLITS},
-        "template": spec.template,
-        "page": spec.page,
-        "obtain": spec.obtain,
-        "split_files": [*spec.splits],
-        "needs_split_file": spec.make is None,
-    }
-
-
-def _document(found: Findings) -> dict[str, Json]:
-    data, counts, copies = found.data, published(found.spec), found.copies
-    number = data.split.counts if data else None
-    n_classes = len(data.split.classes) if data else None
-    document: dict[str, Json] = {
-        **_described(found.spec),
-        "path": None if found.folder is None else str(found.folder),
-        "classes": {"listed": n_classes, "published": found.spec.n_classes},
-        "counts": {
-            role: {"listed": number[role] if number else None, "published": counts[role]}
-            for role in SPLITS
-        },
-        "there": [*found.there],
-        "absent": [*found.absent],
-        "problems": [*found.problems],
-        "warnings": [*found.warnings],
-        "ok": not found.problems,
-    }
-    if data is None:
-        return document
-    return document | {
-        "split": None if data.source is None else str(data.source),
-        "saved": None if found.saved is None else str(found.saved),
-        "missing": {"n": len(found.missing), "first": [*found.missing[:_SHOWN]]},
-        "copies": None
-        if copies is None
-        else {
-            "by_path": len(copies.by_path),
-            "by_content": None if copies.by_content is None else len(copies.by_content),
-        },
-    }
 
 
 def _lines(found: Findings) -> list[str | Table]:

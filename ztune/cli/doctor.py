@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +31,6 @@ EXAMPLE = """\
   ztune doctor triton://host:8001/vit-b-32
   ztune doctor models/mini --data examples/digits --set perturbation=0.001"""
 
-_EXTRAS = {
-    "cpu or gpu": "onnxruntime",
-    "export": "open_clip",
-    "triton": "tritonclient",
-    "parquet": "pyarrow",
-    "dev": "pytest",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -58,7 +49,7 @@ _METHOD = "zip"
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.doctor import check_bundle, check_providers, check_server
+    from ztune.doctor import check_bundle, check_extras, check_providers, check_server
     from ztune.system import machine, versions
 
     of_signal = [option for name, option in arguments.given.items() if name not in SERVER]
@@ -73,10 +64,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         raise ConfigError(
             f"{of_signal[0]} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
         )
-    providers = check_providers()
-    installed = {
-        extra: importlib.util.find_spec(module) is not None for extra, module in _EXTRAS.items()
-    }
+    providers, installed = check_providers(), check_extras()
     document: dict[str, Json] = {
         "machine": dict(machine()),
         "versions": dict(versions()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     verb = words[0]
     parser = parser_of(verb)
     arguments = parser.read(words[1:])
-    arguments.words = words
+    arguments.command = shlex.join(["ztune", *words])
     signal.signal(signal.SIGTERM, _terminate)
     hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it

@@ -23,9 +23,10 @@ from ztune.data.manifests import SplitName
 from ztune.data.named import Spec
 from ztune.errors import DataError
 from ztune.io.files import sha256
+from ztune.types import Json
 
 Progress = Callable[[int, int], None]
-_SHOWN = 5  # names in a warning
+_SHOWN = 5  # names in a warning or document
 _NAMES_FILE = "classnames.txt"
 
 
@@ -60,6 +61,56 @@ class Findings:
     """It cannot be used as it is."""
     warnings: list[str] = field(default_factory=list)
     """It can, but is not what was published, or figures on it would mean less."""
+
+    def to_json(self) -> dict[str, Json]:
+        data, counts, copies = self.data, published(self.spec), self.copies
+        number = data.split.counts if data else None
+        n_classes = len(data.split.classes) if data else None
+        document: dict[str, Json] = {
+            **spec_to_json(self.spec),
+            "path": None if self.folder is None else str(self.folder),
+            "classes": {"listed": n_classes, "published": self.spec.n_classes},
+            "counts": {
+                role: {"listed": number[role] if number else None, "published": counts[role]}
+                for role in SPLITS
+            },
+            "there": [*self.there],
+            "absent": [*self.absent],
+            "problems": [*self.problems],
+            "warnings": [*self.warnings],
+            "ok": not self.problems,
+        }
+        if data is None:
+            return document
+        by_content = None if copies is None else copies.by_content
+        return document | {
+            "split": None if data.source is None else str(data.source),
+            "saved": None if self.saved is None else str(self.saved),
+            "missing": {"n": len(self.missing), "first": [*self.missing[:_SHOWN]]},
+            "copies": None
+            if copies is None
+            else {
+                "by_path": len(copies.by_path),
+                "by_content": None if by_content is None else len(by_content),
+            },
+        }
+
+
+def spec_to_json(spec: Spec) -> dict[str, Json]:
+    """Return what is published of a data set."""
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "folder": spec.folder,
+        "images": spec.images,
+        "classes": spec.n_classes,
+        "counts": {role: published(spec)[role] for role in SPLITS},
+        "template": spec.template,
+        "page": spec.page,
+        "obtain": spec.obtain,
+        "split_files": [*spec.splits],
+        "needs_split_file": spec.make is None,
+    }
 
 
 def check(

@@ -1,0 +1,191 @@
+"""A plan run on one machine or many, into a folder of results and a report.
+
+OUT/results.sqlite   what was asked for and every result      OUT/report/PLAN/   tables and plots
+OUT/pictures/        lists of the images of each part         OUT/runs/          see worker.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtimes.providers import resolve
+from ztune.errors import ConfigError
+from ztune.experiments.driver import Driver
+from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
+from ztune.experiments.plan import Plan
+from ztune.experiments.prepare import RECIPE, Only, Preparation, Prepared
+from ztune.experiments.report import write_report
+from ztune.experiments.store import Result, Store
+from ztune.experiments.worker import Settings, forget_deaths
+from ztune.io.children import empty_working_folder
+from ztune.io.files import inside
+from ztune.progress import SILENCE, Progress, warn
+from ztune.system import commit, machine, versions
+from ztune.types import Json
+
+RESULTS = "results.sqlite"
+_REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where a plan's runs are made: here, in processes of this machine, or on a Ray cluster."""
+
+    n: int = 1
+    ray: str | None = None
+    """As ray.init takes an address; None: this machine."""
+    gpus: float | None = None
+    """Of each of Ray's workers."""
+
+    def __post_init__(self) -> None:
+        share = self.gpus
+        if self.n < 1:
+            raise ConfigError(f"`workers` is {self.n}, expected at least 1")
+        if share is not None and self.ray is None:
+            raise ConfigError("`gpus` goes with `ray`")
+        if share is not None and not (0 <= share <= 1 or (share > 1 and share.is_integer())):
+            raise ConfigError(f"`gpus` is {share:g}, expected 0 to 1, or a whole number")
+
+    def executor(self, settings: Settings) -> Executor:
+        """Start them.
+
+        Raises: ConfigError for a package that is not installed, or a cluster that is not reached.
+        """
+        if self.ray is not None:
+            return Ray(settings, Cluster(self.ray, self.n, self.gpus or 0.0))
+        return Serial(settings) if self.n == 1 else Joblib(settings, self.n)
+
+
+@dataclass(frozen=True)
+class PlanResults:
+    """What there is of a plan after a bench."""
+
+    cells: Sequence[Result]
+    report: Sequence[Path]
+    n_missing: int
+    """Cells that were asked for and have no result."""
+
+
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    only: Only,
+    workers: Workers,
+    root: Path | None = None,
+    provider: str | None = None,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = SILENCE,
+) -> PlanResults:
+    """Run what is asked for of a plan, into the folder `out`, and report on it.
+
+    `root` holds the data sets known by name, `provider` stands for the plan's, `command` is what
+    the results say that they were made with.
+
+    Raises: ConfigError, DataError, FormatError for what cannot be; ZtuneError where all workers are
+        lost.
+    """
+    # Workers do not run in the working folder: from here on every path is absolute.
+    plan, out = replace(plan, path=plan.path.resolve()), out.resolve()
+    root = None if root is None else root.resolve()
+    _check_out(out, resume)
+    report = _report_folder(out, plan.name)
+    asked = provider or plan.execution.provider
+    if workers.ray is not None and asked == "auto":
+        raise ConfigError(
+            "Ray's workers may have other devices than this machine: name `provider=cpu` or cuda"
+        )
+    found, why = (asked, "") if workers.ray is not None else resolve(asked)
+    if why:
+        progress.remark(why)
+    settings = Settings(out, found, plan.execution.threads, plan.execution.memory_limit)
+    try:
+        with empty_working_folder(), contextlib.closing(workers.executor(settings)) as executor:
+            prepared = Preparation(plan, only, root, out, found, progress).prepare()
+            store = _begun(out, plan, prepared, found, progress)
+            session = store.begin(_circumstances(executor, found, command))
+            n_missing = Driver(prepared, only, store, session, executor, progress).run()
+    except KeyboardInterrupt:
+        forget_deaths(out)
+        raise
+    view = store.view(plan.name)
+    return PlanResults(view.results, write_report(view, report), n_missing)
+
+
+def write_reports(results: Path, folder: Path | None = None) -> list[Path]:
+    """Report on every plan of a folder of results, into `folder` or below the results.
+
+    Raises: FormatError.
+    """
+    store = Store.existing(results / RESULTS)
+    folders = {name: _report_folder(results, name, folder) for name in store.plans()}
+    return [file for name, own in folders.items() for file in write_report(store.view(name), own)]
+
+
+def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
+    """Return where a plan's report goes: into a folder of its name below what the user named.
+
+    Raises: FormatError for a plan whose name, from a file of results, is no folder's name there.
+    """
+    where = f'report of "{results}"'
+    return inside(named or inside(results, _REPORT, where), plan, where)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """See that there are results to resume, or none yet.
+
+    Raises: ConfigError, and FormatError for results that this program cannot resume.
+    """
+    results = out / RESULTS
+    if resume:
+        if not results.is_file():
+            raise ConfigError(f'`resume`: "{out}" has no {RESULTS} to go on with')
+        Store.existing(results)
+        return
+    if results.exists():
+        raise ConfigError(
+            f'"{out}" has results already (add `resume` to go on with them, or name another `out`)'
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f'output "{out}" exists and is not empty (name another `out`)')
+
+
+def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress) -> Store:
+    """Write down what is to be done."""
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    store = Store(out / RESULTS)  # first: from here on it is a bench to resume
+    for file, pictures in prepared.lists.items():
+        pictures.save(file)
+    document = plan.to_json(prepared.digests, prepared.found)
+    earlier = store.title_of(plan.name)
+    if earlier not in (None, plan.title):
+        warn(
+            f'"{plan.title}" takes the place of "{earlier}" in the report: their files are both '
+            f"called {plan.name}"
+        )
+    store.want(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
+    n_left_out = store.view(plan.name).n_left_out
+    if n_left_out and all(prepared.cells.values()):
+        progress.remark(
+            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: pictures, "
+            "settings or the plan have changed since"
+        )
+    return store
+
+
+def _circumstances(executor: Executor, provider: str, command: str) -> dict[str, Json]:
+    return {
+        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(),
+        "executor": executor.name,
+        "workers": executor.workers,
+        "provider": provider,
+        "versions": dict(versions()),
+        "machine": dict(machine()),
+    }
