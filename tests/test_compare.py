@@ -336,6 +336,14 @@ def test_a_gate_is_forced_where_there_is_one() -> None:
         assert config.run_config(method, 1).force == force
 
 
+def test_a_preset_has_its_views() -> None:
+    config = CompareConfig(
+        RunConfig(str(MINI), "photos", preset="published"), ("zip", "gda"), (1,), 15, {}
+    )
+    assert config.run_config("zip", 1).augment == 16
+    assert config.run_config("gda", 1).augment == 0
+
+
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

@@ -283,6 +283,10 @@ def test_predict_loads_only_what_it_needs(tmp_path: Path) -> None:
     code, loaded = loaded_by("predict", str(tmp_path / "classifier.onnx"), str(tmp_path))
     assert code == 1
     assert "onnxruntime" in loaded
+    assert {name for name in loaded if name.startswith("ztune.cli.")} == {
+        "ztune.cli.main", "ztune.cli.options", "ztune.cli.output", "ztune.cli.parser",
+        "ztune.cli.predict",
+    }  # fmt: skip
     assert not {"matplotlib", "onnx", "tokenizers", "ftfy", "rich.progress", "ssl"} & loaded
 
 

@@ -16,7 +16,7 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="that the server will have")
     parser.add_argument("--out", required=True, type=Path, metavar="REPO", help="a new folder")
     parser.add_argument("--name", help="of the models, before _image, _score … (the folder's)")
     parser.add_argument(

@@ -147,7 +147,6 @@ def refuse(words: Sequence[str]) -> NoReturn:
         top.error("a verb is missing")
     if words[0].startswith("-"):
         top.read(words[:1])
-        top.error(f'expected a verb, got "{words[0]}"')
     top.error(f'unknown verb "{words[0]}"{nearest(words[0], VERBS)}')
 
 
