@@ -344,6 +344,7 @@ class FewShotClassifier:
             raise ConfigError("`augment` makes views of images, and `X` are features")
         execution = self.model.execution
         settings = training.split.settings
+        assert settings is not None
         served = self.model.served is not None
         run_config = RunConfig(
             self.model.runtime.place,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
 from ztune.io.children import empty_working_folder
-from ztune.io.files import inside
+from ztune.io.files import inside, write_json
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -168,10 +168,10 @@ def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, output: Out
     from ztune.experiments.prepare import RECIPE
     from ztune.experiments.store import Store
 
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    (out / "splits").mkdir(parents=True, exist_ok=True)
     store = Store(out / _RESULTS)  # first: from here on it is a bench to go on with
-    for file, pictures in prepared.lists.items():
-        pictures.save(file)
+    for file, split in prepared.tested.items():
+        write_json(file, split.to_json())
     document = plan.to_json(prepared.digests, prepared.found)
     earlier = store.title_of(plan.name)
     if earlier not in (None, plan.title):

@@ -218,7 +218,7 @@ def _task(asked: Asked) -> tuple[Split, str]:
 
     Raises: DataError when no pictures are kept for testing.
     """
-    from ztune.data.split import digest_pictures
+    from ztune.data.splitter import digest_pictures
     from ztune.training import read_split
 
     dataset, split = read_split(asked.run_config(asked.methods[0], asked.seeds[0]))
