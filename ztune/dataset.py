@@ -65,7 +65,7 @@ class Dataset:
     (('eight', 'five', 'four'), 1797)
     >>> train, test = data.split(shots=16, seed=1)
     >>> len(train), len(test)
-    (160, 896)
+    (160, 901)
     """
 
     listing: Listing

@@ -28,7 +28,7 @@ from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
 from ztune.data.sources import read_source
-from ztune.data.split import Split
+from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
@@ -124,7 +124,7 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
         f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
-        f"validation, {counts[2]} kept for testing"
+        f"validation, {counts[2]} kept for testing; {HOW_DRAWN[split.sampler]}"
     )
 
 

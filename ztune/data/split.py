@@ -24,6 +24,11 @@ VERSION = 1
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Sampler = Literal["hash", "coop"]
 SAMPLERS: tuple[Sampler, ...] = ("hash", "coop")
+HOW_DRAWN: dict[Sampler, str] = {
+    "hash": "drawn by hash, as one's own images are",
+    "coop": "drawn by coop, as published",
+}
+"""What a run says of its images."""
 Progress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -15,7 +15,7 @@ from ztune.data.coop import Item
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
-from ztune.data.split import Split
+from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
@@ -219,7 +219,9 @@ class Preparation:
         for remark in listing.notes:
             self._say(name, remark)
         listing = replace(listing, root=listing.root.resolve())
-        return Source(name, listing, (entry.template or template,), self._digests)
+        source = Source(name, listing, (entry.template or template,), self._digests)
+        self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
+        return source
 
     def _task(self, draw: Draw) -> Task:
         protocol = draw.protocol
