@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, ROOT, Command
 from ztune.cli.main import main
+from ztune.dataset import Dataset
 from ztune.experiments.store import Result, Store
 from ztune.experiments.worker import MOST_DEATHS, _deaths
 from ztune.io.fields import Fields
@@ -200,6 +201,7 @@ def test_every_cell_of_every_protocol_has_its_figures(serial: Path, plan: Path) 
     found = results(serial)
     assert len(found) == N_CELLS
     assert len(artifacts(serial)) == N_RUNS
+    n_tested = len(Dataset.from_folder(plan.parent / "digits").split(shots=1)[1])
     for one in found:
         outcome = one.outcome
         assert outcome is not None
@@ -214,7 +216,7 @@ def test_every_cell_of_every_protocol_has_its_figures(serial: Path, plan: Path) 
             assert parts == (["test"] if one.cell.protocol == "few-shot" else ["again"])
         if one.cell.protocol == "few-shot":
             assert outcome.n_train == 4 * one.cell.shots
-            assert outcome.scores[0].n == 16  # of 12 pictures 6 tune, 2 validate, the rest test
+            assert outcome.scores[0].n == n_tested
             steps = one.cell.method != "gda"
             assert len(outcome.curve) == (3 if steps else 0)
             assert outcome.queries == (60 if steps else 0)
@@ -232,24 +234,15 @@ def test_a_cell_is_what_tune_and_eval_say(serial: Path, ztune: Command) -> None:
         run = serial / "runs" / outcome.run / "run"
         split = json.loads((run / "split.json").read_text())
         assert {entry["role"] for entry in split["entries"]} == {"train", "val"}
-        tested = [json.loads(path.read_text()) for path in (serial / "pictures").glob("*.json")]
-        pictures = next(each for each in tested if len(each["classes"]) == 4)
-        listed = serial / "listed.jsonl"
-        listed.unlink(missing_ok=True)
-        root = Path(pictures["root"])
-        lines = [
-            json.dumps({"path": path, "label": pictures["classes"][label]})
-            for path, label in zip(pictures["paths"], pictures["labels"], strict=True)
-        ]
-        manifest = root / "listed.jsonl"
-        manifest.write_text("\n".join(lines) + "\n")
-        try:
-            said = ztune(
-                "eval", MINI, "--data", manifest, "--split", "all",
-                "--prompt", run / "prompt.safetensors", "--provider", "cpu", "--json", "--quiet",
-            ).json  # fmt: skip
-        finally:
-            manifest.unlink()
+        (tested,) = (
+            path
+            for path in (serial / "splits").glob("*.json")
+            if len(json.loads(path.read_text())["classes"]) == 4
+        )
+        said = ztune(
+            "eval", MINI, "--split-file", tested, "--split", "all",
+            "--prompt", run / "prompt.safetensors", "--provider", "cpu", "--json", "--quiet",
+        ).json  # fmt: skip
         assert said["accuracy"] == outcome.scores[0].accuracy
         assert said["n"] == outcome.scores[0].n
 

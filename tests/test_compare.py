@@ -294,7 +294,7 @@ def test_an_interrupted_cell_is_taken_up_again(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(compare.pid, getattr(signal, name))
-    _, said = compare.communicate(timeout=60)
+    _, said = compare.communicate(timeout=120)
     assert compare.returncode == 130
     assert said.splitlines()[-1] == "error: stopped (go on with the same command)"
     assert read(out / "runs" / "zip-1" / "run.json")["status"] == "running"

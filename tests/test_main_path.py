@@ -275,7 +275,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     while not (out / "history.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(kind)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.decode().splitlines()[-1] == (
         f"error: stopped (go on with: ztune tune --resume {out})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from runtimes.preprocess import ImageLike, held_picture
 from ztune.data.folders import Listing, Picture
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
-from ztune.data.split import Split, SplitSettings, digest_pictures, make_split, whole_split
+from ztune.data.split import Split, SplitSettings
+from ztune.data.splitter import digest_file, make_split, whole_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
 from ztune.progress import warn
@@ -64,13 +65,11 @@ class Dataset:
     (('eight', 'five', 'four'), 1797)
     >>> train, test = data.split(shots=16, seed=1)
     >>> len(train), len(test)
-    (160, 896)
+    (160, 901)
     """
 
     listing: Listing
     template: str = TEMPLATE
-    published: bool = False
-    """Whether it is a data set that papers use, whose test images stay as they are."""
     held: Mapping[Path, Image.Image] = field(default_factory=dict)
 
     @classmethod
@@ -109,7 +108,7 @@ class Dataset:
         Raises: ConfigError for an unknown name; DataError for data that cannot be used.
         """
         spec = find_spec(name)
-        return cls(read_source(spec.name, Path(root)), spec.template, published=True)
+        return cls(read_source(spec.name, Path(root)), spec.template)
 
     @classmethod
     def from_arrays(
@@ -177,7 +176,7 @@ class Dataset:
         Raises: DataError for a class with too few images, or one image with two classes.
         """
         settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
-        split = make_split(self.listing, self._digests(), settings, published=self.published)
+        split = make_split(self.listing, settings, digest=self._digest)
         if not split.entries_of("test"):
             warn("; ".join(split.notes))
         return TrainingSet(split, self.template, self.held), self._tested(split)
@@ -194,22 +193,15 @@ class Dataset:
         if any(picture.split not in (None, "train") for picture in self.listing.pictures):
             raise DataError("the data have validation or test images of their own: use split()")
         order = None if self.held else seed
-        return TrainingSet(
-            whole_split(self.listing, self._digests(), order), self.template, self.held
-        )
+        return TrainingSet(whole_split(self.listing, self._digest, order), self.template, self.held)
 
     def _tested(self, split: Split) -> LabelledImages:
         items, labels = split.items("test"), split.labels("test")
         return LabelledImages(items, labels, split.classes, "test", self.held)
 
-    def _digests(self) -> list[str]:
-        if not self.held:
-            return digest_pictures(self.listing)
-        root, pictures = self.listing.root, self.listing.pictures
-        files = [p for p in pictures if root / p.path not in self.held]
-        of_files = digest_pictures(replace(self.listing, pictures=tuple(files)))
-        known = {picture.path: digest for picture, digest in zip(files, of_files, strict=True)}
-        return [known.get(p.path) or digest_of(self.held[root / p.path]) for p in pictures]
+    def _digest(self, path: Path) -> str:
+        held = self.held.get(path)
+        return digest_file(path) if held is None else digest_of(held)
 
 
 def as_rows(values: Any) -> Any:

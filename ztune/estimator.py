@@ -32,7 +32,7 @@ from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, required_extractor
 from ztune.logits import FeatureClassifier
-from ztune.methods import TunedMethod, find_method
+from ztune.methods import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
 from ztune.run_config import RunConfig
@@ -335,15 +335,14 @@ class FewShotClassifier:
 
     def _run_config(self, training: TrainingSet, from_features: bool) -> RunConfig:
         templates = self.templates or (training.template,)
-        method = find_method(self.method)
         augment = self.augment
         if augment is None:
-            is_published = self.preset == "published" and isinstance(method, TunedMethod)
-            augment = method.augment if is_published and isinstance(method, TunedMethod) else 0
+            augment = views_of(self.method, self.preset)
         if from_features and augment:
             raise ConfigError("`augment` makes views of images, and `X` are features")
         execution = self.model.execution
         settings = training.split.settings
+        assert settings is not None
         served = self.model.served is not None
         run_config = RunConfig(
             self.model.runtime.place,

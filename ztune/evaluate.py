@@ -15,7 +15,8 @@ from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same
 from ztune.data.cache import FeatureStore, MemoryCache
 from ztune.data.features import Features
 from ztune.data.sources import read_source
-from ztune.data.split import Split, digest_pictures
+from ztune.data.split import Split
+from ztune.data.splitter import digest_pictures
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.model import Model

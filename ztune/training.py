@@ -28,7 +28,8 @@ from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
 from ztune.data.sources import read_source
-from ztune.data.split import Split, digest_pictures, make_split
+from ztune.data.split import HOW_DRAWN, Split
+from ztune.data.splitter import make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.heads.gda import GdaConfig, fit_gda
@@ -123,7 +124,7 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
         f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
-        f"validation, {counts[2]} kept for testing"
+        f"validation, {counts[2]} kept for testing; {HOW_DRAWN[split.sampler]}"
     )
 
 
@@ -247,10 +248,8 @@ def read_split(run_config: RunConfig) -> tuple[Listing, Split]:
     dataset = read_source(run_config.data, root, names)
     test_data = None
     if run_config.test_data:
-        other = read_source(run_config.test_data, None, names, tuned=False)
-        test_data = other, digest_pictures(other)
-    digests = digest_pictures(dataset)
-    return dataset, make_split(dataset, digests, settings, test_data, published=root is not None)
+        test_data = read_source(run_config.test_data, None, names, tuned=False)
+    return dataset, make_split(dataset, settings, test_data)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def test_a_run_goes_on_by_another_server_and_other_options(
         process = start("tune", url(proxy.address), *DATA, *ZIP, "--give-up", 60, "--out", out)
         wait_for(lambda: history(out) >= 3, process)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
         assert document(out)["status"] == "running"
         address = proxy.address
     # The first server is gone for good; what the run knows of it stays.
@@ -58,7 +58,7 @@ def test_a_server_that_is_away_at_the_start_is_taken_in(
         wait_for(lambda: history(out) >= 3, process)
         assert "requests" not in second.counts
         second.refuse(False)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
         assert process.returncode == 0, err
         assert "going on without it for now" in err
         assert second.counts["requests"] > 10  # it was looked at, proved, and took its share
@@ -86,7 +86,7 @@ def test_a_snapshot_that_was_not_written_is_made_up_for(
         process = start("tune", url(proxy.address), *DATA, *words, "--out", out)
         wait_for(lambda: history(out) >= 5, process)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
         queries = history(out) * 10
         for left in (out / "snapshots").glob("*"):
             left.unlink()

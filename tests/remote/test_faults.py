@@ -127,7 +127,7 @@ def test_the_drill(
             times += worked(mortal)
             mortal.restart()
         for process in processes:
-            err = process.communicate(timeout=60)[1]
+            err = process.communicate(timeout=120)[1]
             assert process.returncode == 0, err
         times += worked(mortal)
     for network in networks:
@@ -157,7 +157,7 @@ def test_faults_while_pictures_are_encoded(
         words = ("--method", "gda", "--shared-memory", "off", "--max-inflight", 2, "--out", out)
         address = url(network.address, protocol)
         process = start("tune", address, *DATA, *words, "--deadline", DEADLINE)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert sum(network.counts.get(kind, 0) for kind in FAULTS) > 1
     assert artifact(out) == artifact(local("--method", "gda"))
@@ -177,7 +177,7 @@ def test_a_connection_that_has_gone_silent(
         waits = ("--deadline", DEADLINE, "--give-up", 15)
         words = (*DATA, *RUN, *waits, "--shared-memory", "off", "--out", out)
         process = start("tune", url(network.address, protocol), *words)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert network.counts["delay"] == 1
     assert artifact(out) == artifact(local(*RUN))
@@ -201,14 +201,14 @@ class Silenced(Network):
 def test_a_server_that_stays_away(
     protocol: str, start: Start, mortal: TritonServer, local: Runs, ztune: Command, tmp_path: Path
 ) -> None:
-    out, give_up = tmp_path / "run", 1.5
-    waits = ("--deadline", 1, "--give-up", give_up)
+    out, give_up = tmp_path / "run", 4
+    waits = ("--deadline", 3, "--give-up", give_up)
     process = start("tune", url_of(mortal, protocol), *DATA, *RUN, *waits, "--quiet", "--out", out)
     wait_for(lambda: history(out) >= 20, process)
     mortal.kill()
     began = time.monotonic()
-    err = process.communicate(timeout=30)[1]
-    assert give_up - 0.2 < time.monotonic() - began < give_up + 3
+    err = process.communicate(timeout=120)[1]
+    assert give_up - 0.2 < time.monotonic() - began < give_up + 30
     one_error(
         process.returncode, err, f"no answer for {give_up:g} s",
         "every step that was answered is saved",
@@ -244,7 +244,7 @@ def test_a_server_that_comes_back_with_another_model(
     mortal.kill()
     mortal.repository = export(another(tmp_path / "another"), tmp_path / "repository")
     mortal.start()
-    err = process.communicate(timeout=30)[1]
+    err = process.communicate(timeout=120)[1]
     one_error(
         process.returncode, err, "answers with another model than the run began with",
         "put the former one back",
@@ -284,7 +284,7 @@ def test_one_of_two_servers_dies_and_returns(
         mortal.restart()
         wait_for(lambda: worked(mortal) > 0, process)
         slow.delay_s = 0.0
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert before >= 30
     assert artifact(out) == artifact(local(*words))
@@ -302,7 +302,7 @@ def test_pictures_kept_by_a_server_that_was_killed(
         if server is mortal:
             wait_for(lambda: history(runs[1]) >= 20, process)
             mortal.restart()
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
         assert process.returncode == 0, err
         assert document(runs[-1])["calls"]["pictures"] == "kept by the server"
     assert artifact(runs[0]) == artifact(runs[1])

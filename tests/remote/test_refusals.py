@@ -283,13 +283,13 @@ def test_certificates(
         with TlsProxy(target, pair.cert, pair.key) as proxy:
             where = f"{scheme}://{proxy.address}/mini"
             process = start("tune", where, *DATA, *ZIP, *words, "--quiet", "--out", out)
-            err = process.communicate(timeout=30)[1]
+            err = process.communicate(timeout=120)[1]
             one_error(process.returncode, err, says, "--tls-ca")
     assert not out.exists()
     with TlsProxy(target, certificates.valid.cert, certificates.valid.key) as proxy:
         where = f"{scheme}://{proxy.address}/mini"
         process = start("tune", where, *DATA, *ZIP, *trusted, "--out", out)
-        err = process.communicate(timeout=30)[1]
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
 
 

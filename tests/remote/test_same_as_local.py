@@ -231,7 +231,7 @@ def test_a_run_that_ends_with_a_request_on_its_way(
         wait_for(lambda: stuck(out), process)
         began = time.monotonic()
         process.send_signal(how)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
         seconds = time.monotonic() - began
         proxy.drop()
         proxy.resume()

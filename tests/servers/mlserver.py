@@ -26,7 +26,7 @@ class MlServer(ServerProcess):
         models: Path,
         *,
         settings: Mapping[str, object] | None = None,
-        wait_s: float = 60.0,
+        wait_s: float = 180.0,
     ) -> None:
         self.environment = mlserver_environment()
         super().__init__(wait_s=wait_s)

@@ -20,7 +20,9 @@ def triton_environment() -> Path:
 class TritonServer(ServerProcess):
     """Triton with every model of a repository; started, and ready, when the constructor returns."""
 
-    def __init__(self, repository: Path, *, args: Sequence[str] = (), wait_s: float = 60.0) -> None:
+    def __init__(
+        self, repository: Path, *, args: Sequence[str] = (), wait_s: float = 180.0
+    ) -> None:
         self.environment = triton_environment()
         self.repository = repository.absolute()
         self.args = tuple(args)

@@ -18,7 +18,8 @@ from ztune.data.coop import (
     write_split,
 )
 from ztune.data.folders import read_dataset
-from ztune.data.split import SplitSettings, digest_pictures, make_split
+from ztune.data.split import SplitSettings
+from ztune.data.splitter import make_split
 from ztune.errors import ConfigError, DataError
 
 
@@ -224,6 +225,6 @@ def test_pictures_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
     drawn = few_shot(split, 2, 1)
     pictures = tuple(p for p in dataset.pictures if p.path in {i.path for _, i in drawn})
     few = type(dataset)(dataset.root, dataset.classes, pictures, 0)
-    made = make_split(few, digest_pictures(few), SplitSettings(shots=2))
+    made = make_split(few, SplitSettings(shots=2))
     assert {e.path for e in made.entries_of("train")} == {i.path for i in drawn.train}
     assert {e.path for e in made.entries_of("val")} == {i.path for i in drawn.val}

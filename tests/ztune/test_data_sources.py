@@ -1,4 +1,4 @@
-"""Lists and pictures by name or path: what a word means, how one's own are divided, copies."""
+"""Lists and pictures by name or path: what a word means, what published lists give, copies."""
 
 import json
 import os
@@ -11,13 +11,14 @@ import pytest
 from tests.ztune.data_trees import TREES, put
 from tests.ztune.test_data_named import built, parquet_file, png
 from ztune.data import named, parquet
-from ztune.data.checking import check
-from ztune.data.coop import CoopSplit, write_split
+from ztune.data.checking import check, doubts, is_published
+from ztune.data.coop import CoopSplit, as_split, few_shot, write_split
 from ztune.data.folders import Listing
 from ztune.data.library import read_named
 from ztune.data.named import NAMED, Counts
-from ztune.data.sources import Lists, find_named, named_lists, own_lists, read_source
-from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
+from ztune.data.sources import find_named, read_source
+from ztune.data.split import Split, SplitSettings
+from ztune.data.splitter import digest_file, make_split
 from ztune.errors import ConfigError, DataError, FormatError
 
 
@@ -30,17 +31,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def meant(place: str, root: Path | None) -> Lists:
-    """Return the lists of what a word means."""
+def meant(place: str, root: Path | None) -> Listing:
+    """Return the images of what a word means."""
     spec = find_named(place, root)
     if spec is None:
-        return own_lists(Path(place))
-    assert root is not None
-    return named_lists(spec.name, root)
-
-
-def paths_of(split: CoopSplit) -> tuple[set[str], ...]:
-    return tuple({item.path for item in part} for part in (split.train, split.val, split.test))
+        return read_source(place, None, tuned=False)
+    return read_source(spec.name, root, tuned=False)
 
 
 def classes_below(root: Path, n: int, *names: str) -> None:
@@ -54,17 +50,16 @@ def classes_below(root: Path, n: int, *names: str) -> None:
 def test_the_lists_of_a_name_are_the_published_ones(here: Path, name: str) -> None:
     built(here, name)
     lists, data, spec = meant(name, here), read_named(name, here), NAMED[name]
-    assert lists.template == spec.template
-    assert lists.split == data.split
+    assert lists.lists == data.split
     assert lists.root == data.root
     assert lists.root.is_absolute()
     assert not lists.is_published, "a few pictures are not the data set"
     drawn = spec.drawn and TREES[name].split is None
-    assert sum("are drawn by ztune" in remark for remark in lists.remarks) == drawn
+    assert sum("are drawn by ztune" in remark for remark in lists.notes) == drawn
     checked = check(spec, here, contents=False).warnings
-    assert lists.remarks[drawn:] == tuple(f"{spec.title} has {line}" for line in checked)
+    assert lists.notes[drawn:] == tuple(f"{spec.title} has {line}" for line in checked)
     assert f"{spec.title} has {len(data.split.test):,} test pictures, published" in "".join(
-        lists.remarks
+        lists.notes
     )
 
 
@@ -87,12 +82,12 @@ def test_lists_are_published_where_numbers_and_file_are(
     drawn = spec.drawn and TREES[name].split is None
     assert first.is_published != drawn
     if drawn:
-        assert [spec.title in remark for remark in first.remarks] == [True]
+        assert [spec.title in remark for remark in first.notes] == [True]
         (folder / spec.own_split).rename(folder / spec.splits[0])
     lists = meant(name, here)
     assert lists.is_published
-    assert lists.remarks == ()
-    assert lists.split == first.split
+    assert lists.notes == ()
+    assert lists.lists == first.lists
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,7 @@ def test_other_numbers_are_not_published(
     as_if_published(monkeypatch, "dtd", **other)
     lists = meant("dtd", here)
     assert not lists.is_published
-    assert lists.remarks == (f"DTD has {remark}",)
+    assert lists.notes == (f"DTD has {remark}",)
 
 
 def test_a_name_for_two_classes_is_not_published(
@@ -129,11 +124,13 @@ def test_a_name_for_two_classes_is_not_published(
     as_if_published(monkeypatch, "dtd")
     text = own.read_text().replace('"zigzagged"', '"banded_"')
     own.with_name(NAMED["dtd"].splits[0]).write_text(text)
-    lists = meant("dtd", here)
-    assert not lists.is_published
-    assert lists.remarks == (
-        "DTD has 1 name(s) for more than one class, taken as one, which leaves 1 of 2: banded",
-    )
+    data = read_named("dtd", here)
+    assert not is_published(data)
+    assert doubts(data) == [
+        "1 name(s) for more than one class, taken as one, which leaves 1 of 2: banded"
+    ]
+    with pytest.raises(DataError, match='has one class only, "banded"'):
+        meant("dtd", here)
 
 
 def test_imagenets_published_names_are_not_all_different(
@@ -143,7 +140,7 @@ def test_imagenets_published_names_are_not_all_different(
     as_if_published(monkeypatch, "imagenet")
     lists = meant("imagenet", here)
     assert lists.is_published
-    assert lists.remarks == (
+    assert lists.notes == (
         "ImageNet has 1 name(s) for more than one class, taken as one, which leaves 3 of 4: crane",
     )
 
@@ -159,30 +156,23 @@ def test_what_is_strange_in_published_lists_is_said(
     as_if_published(monkeypatch, "dtd", counts=Counts(*odd.counts.values()))
     lists = meant("dtd", here)
     assert lists.is_published, "published lists may be strange"
-    assert f'DTD has 1 picture(s) twice in test: "{tested[0].path}"' in lists.remarks
-    assert "DTD has 1 class(es) without test pictures: zigzagged" in lists.remarks
+    assert f'DTD has 1 picture(s) twice in test: "{tested[0].path}"' in lists.notes
+    assert "DTD has 1 class(es) without test pictures: zigzagged" in lists.notes
     both = f'DTD has 1 test picture(s) also in train or val: "{split.train[0].path}"'
-    assert both in lists.remarks
-
-
-def test_the_root_becomes_absolute(here: Path) -> None:
-    built(here / "all", "dtd")
-    lists = meant("DTD", Path("all"))
-    assert lists.root == here / "all" / "dtd" / "images"
+    assert both in lists.notes
 
 
 def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
     built(here, "dtd")
     found = read_source("dtd", here)
     assert replace(found, notes=()) == read_named("dtd", here).dataset()
-    assert found.notes == meant("dtd", here).remarks
     assert "drawn by ztune" in found.notes[0]
 
 
 def test_a_name_for_testing_only_is_not_tuned_on(here: Path) -> None:
     built(here, "imagenetr")
     assert len(read_source("imagenetr", here, tuned=False).pictures) == 4
-    assert meant("imagenetr", here).split.counts == {"train": 0, "val": 0, "test": 4}
+    assert {p.split for p in meant("imagenetr", here).pictures} == {"test"}
     with pytest.raises(DataError, match=r"imagenetr.* no pictures to tune with, only to test on"):
         read_source("imagenetr", here)
 
@@ -215,13 +205,13 @@ def test_a_name_that_is_also_a_path(here: Path) -> None:
     for root in (None, here / "all", here / "none"):
         with pytest.raises(ConfigError, match=r'name of a data set and a path here .write "./dtd"'):
             meant("dtd", root)
-    assert meant("./dtd", here / "all").root == here / "dtd"
-    assert named_lists("dtd", here / "all").root == here / "all" / "dtd" / "images"
+    assert meant("./dtd", here / "all").root == Path("dtd")
+    assert read_source("dtd", here / "all").root == here / "all" / "dtd" / "images"
 
 
 def test_the_folder_of_the_name_itself_is_no_other_path(here: Path) -> None:
     built(here, "dtd")
-    assert meant("dtd", Path()).split == read_named("dtd", here).split
+    assert meant("dtd", Path()).lists == read_named("dtd", here).split
 
 
 @pytest.mark.parametrize(
@@ -251,100 +241,27 @@ def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
     with pytest.raises(ConfigError, match="brings its class names; leave out `names`"):
         read_source("dtd", here, Path("names.tsv"))
     classes_below(here / "mine", 10, "a", "b")
-    lists = own_lists(Path("mine"), Path("names.tsv"))
-    assert lists.split.classes == {0: "cat", 1: "dog"}
+    assert read_source("mine", None, Path("names.tsv")).classes == ("cat", "dog")
 
 
 # One's own
 
 
-def test_class_folders_are_divided_as_coop_does(here: Path) -> None:
-    classes_below(here / "mine", 10, "b", "a_c")
-    (here / "mine" / "a_c" / "note.txt").touch()
-    lists = own_lists(here / "mine")
-    assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
-    assert lists.split.classes == {0: "a c", 1: "b"}
-    assert lists.template == "a photo of a {}."
-    assert lists.root == here / "mine"
-    assert "no test pictures: every class is divided into 50 % train" in lists.remarks[0]
-    assert lists.remarks[1] == "files that are no pictures of a class, left alone: 1"
-    train, val, test = paths_of(lists.split)
-    assert len(train | val | test) == 20
-    # The order in which a file system lists them does not matter.
-    for name in ("b", "a_c"):
-        for i in reversed(range(10)):
-            put(here / "again", [f"{name}/{i:02}.jpg"])
-    assert own_lists(here / "again").split == lists.split
-
-
-def test_given_parts_stay(here: Path) -> None:
-    for part in ("train", "val", "test"):
-        classes_below(here / "mine" / part, 2, "a", "b")
-    lists = own_lists(here / "mine")
-    assert lists.remarks == ()
-    assert not lists.is_published
-    assert [item.path for item in lists.split.val] == [
-        "val/a/00.jpg", "val/a/01.jpg", "val/b/00.jpg", "val/b/01.jpg",
-    ]  # fmt: skip
-    assert lists.split.counts == {"train": 4, "val": 4, "test": 4}
-
-
-def test_a_fifth_validates_where_there_is_no_val(here: Path) -> None:
-    classes_below(here / "mine" / "train", 10, "a", "b")
-    classes_below(here / "mine" / "test", 3, "a", "b")
-    lists = own_lists(here / "mine")
-    assert lists.split.counts == {"train": 16, "val": 4, "test": 6}
-    assert sorted(item.label for item in lists.split.val) == [0, 0, 1, 1]
-    train, val, test = paths_of(lists.split)
-    assert all(path.startswith("train/") for path in train | val)
-    assert test == {f"test/{name}/{i:02}.jpg" for name in "ab" for i in range(3)}
-    assert len(lists.remarks) == 1
-    assert "a fifth of every class's train pictures validates" in lists.remarks[0]
-    assert own_lists(here / "mine") == lists
-
-
-def test_train_and_val_without_test_are_divided_together(here: Path) -> None:
-    classes_below(here / "mine" / "train", 8, "a", "b")
-    classes_below(here / "mine" / "val", 2, "a", "b")
-    lists = own_lists(here / "mine")
-    assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
-    assert "every class (its train and val together) is divided" in lists.remarks[0]
-
-
 def test_a_test_list_alone_is_enough_to_score_on(here: Path) -> None:
     classes_below(here / "mine" / "test", 3, "a", "b")
-    lists = own_lists(here / "mine")
-    assert lists.split.counts == {"train": 0, "val": 0, "test": 6}
-    assert lists.remarks == ()
     assert len(read_source("mine", None, tuned=False).pictures) == 6
     with pytest.raises(DataError, match="no train pictures"):
         read_source("mine", None)
     classes_below(here / "mine" / "val", 1, "a", "b")
     with pytest.raises(DataError, match="no train pictures"):
-        own_lists(here / "mine")
+        read_source("mine", None, tuned=False)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_too_few_to_divide(here: Path, n: int) -> None:
-    classes_below(here / "mine", 10, "a", "b")
-    classes_below(here / "mine", n, "c")
-    with pytest.raises(DataError, match=rf'mine": class "c" has {n} pictures, too few for train'):
-        own_lists(here / "mine")
-    classes_below(here / "other" / "train", n, "a", "b")
-    classes_below(here / "other" / "test", n, "a", "b")
-    with pytest.raises(DataError, match=rf'class "a" has {n} pictures, too few for train and val'):
-        own_lists(here / "other")
-
-
-def test_a_manifest(here: Path) -> None:
-    classes_below(here / "p", 10, "a", "b")
-    rows = [{"path": f"p/{name}/{i:02}.jpg", "label": name} for i in range(10) for name in "ba"]
-    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lists = own_lists(here / "mine.jsonl")
-    assert lists.root == here
-    assert lists.split.counts == {"train": 10, "val": 4, "test": 6}
-    (here / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    assert own_lists(here / "other.jsonl").split == lists.split
+def test_ones_own_have_no_published_lists(here: Path) -> None:
+    for part in ("train", "val", "test"):
+        classes_below(here / "mine" / part, 2, "a", "b")
+    listing = read_source("mine", None)
+    assert (listing.lists, listing.is_published, listing.notes) == (None, False, ())
 
 
 # Parquet
@@ -361,17 +278,18 @@ def parquet_folder(folder: Path) -> list[tuple[bytes, int]]:
 def test_a_folder_of_parquet_files(here: Path) -> None:
     rows = parquet_folder(here / "mine")
     (here / "mine" / ".cache").mkdir()
-    lists = own_lists(here / "mine")
-    extracted = here / "mine" / parquet.EXTRACTED
-    assert lists.root == extracted
-    assert lists.split.counts == {"train": 8, "val": 2, "test": 4}
-    assert lists.split.classes == {0: "banded", 1: "zig zagged"}
-    tested = [((extracted / item.path).read_bytes(), item.label) for item in lists.split.test]
-    assert tested == rows[10:]
-    assert own_lists(here / "mine") == lists
     dataset = read_source(str(here / "mine"), None)
-    assert len(dataset.pictures) == 14
+    assert read_source(str(here / "mine"), None) == dataset
+    extracted = here / "mine" / parquet.EXTRACTED
     assert dataset.root == extracted
+    assert dataset.classes == ("banded", "zig zagged")
+    assert len(dataset.pictures) == 14
+    tested = [
+        ((extracted / picture.path).read_bytes(), picture.label)
+        for picture in dataset.pictures
+        if picture.split == "test"
+    ]
+    assert tested == rows[10:]
 
 
 def test_lists_of_parquet_files_are_not_the_published(
@@ -379,9 +297,9 @@ def test_lists_of_parquet_files_are_not_the_published(
 ) -> None:
     parquet_folder(here / "dtd")
     as_if_published(monkeypatch, "dtd", counts=Counts(10, 0, 4))
-    lists = named_lists("dtd", here)
+    lists = meant("dtd", here)
     assert not lists.is_published
-    assert lists.remarks == (
+    assert lists.notes == (
         "DTD has no published split file here, so its train, val and test are those of its "
         "parquet files",
     )
@@ -390,13 +308,12 @@ def test_lists_of_parquet_files_are_not_the_published(
 def test_parquet_files_beside_class_folders_are_left_alone(here: Path) -> None:
     classes_below(here / "mine", 10, "a", "b")
     put(here / "mine", ["features.parquet"])
-    lists = own_lists(here / "mine")
-    assert lists.split.classes == {0: "a", 1: "b"}
-    assert "left alone: 1" in lists.remarks[1]
+    listing = read_source("mine", None)
+    assert (listing.classes, listing.ignored) == (("a", "b"), 1)
     assert not (here / "mine" / parquet.EXTRACTED).exists()
 
 
-# Copies in a published data set
+# Published lists, copies included
 
 
 def copy(folder: Path, source: str, *targets: str) -> None:
@@ -405,8 +322,8 @@ def copy(folder: Path, source: str, *targets: str) -> None:
 
 
 @pytest.fixture
-def published(here: Path) -> tuple[Listing, list[str]]:
-    """Return two classes of 6 train, 2 val and 4 test pictures, with every kind of copy."""
+def published(here: Path) -> Listing:
+    """Return two classes of 6 train, 2 val and 4 test images, with every kind of copy."""
     folder = here / "mine"
     for part, n in (("train", 6), ("val", 2), ("test", 4)):
         classes_below(folder / part, n, "a", "b")
@@ -414,66 +331,64 @@ def published(here: Path) -> tuple[Listing, list[str]]:
     copy(folder, "test/a/01.jpg", "test/a/02.jpg", "test/b/00.jpg")  # among the tested alone
     copy(folder, "train/a/01.jpg", "train/b/01.jpg")  # two classes
     copy(folder, "train/a/02.jpg", "train/a/03.jpg", "val/a/01.jpg")  # the same class
-    dataset = read_source("mine", None)
-    return dataset, digest_pictures(dataset)
+    listing = read_source("mine", None)
+    return replace(listing, lists=as_split(listing))
 
 
-def test_copies_in_a_published_set_never_tune(published: tuple[Listing, list[str]]) -> None:
-    split = make_split(*published, SplitSettings(3, n_val=1), published=True)
-    assert len(split.entries_of("test")) == 8, "the published test set stays whole"
-    assert [entry.path for entry in split.entries_of("test")] == sorted(
-        f"test/{name}/{i:02}.jpg" for name in "ab" for i in range(4)
+def test_published_lists_are_drawn_as_coop_draws_them(published: Listing) -> None:
+    assert published.lists is not None
+    for shots, seed, n_val in ((3, 1, 1), (2, 5, None), (6, 2, 2)):
+        split = make_split(published, SplitSettings(shots, n_val, seed=seed))
+        drawn = few_shot(published.lists, shots, seed, n_val)
+        for role in ("train", "val"):
+            for label in (0, 1):
+                paths = [item.path for item in drawn.of(role) if item.label == label]
+                entries = [e for e in split.entries_of(role) if e.label == label]
+                assert [entry.path for entry in entries] == paths
+        assert len(split.entries_of("test")) == 8, "the published test set stays whole"
+        assert split.sampler == "coop"
+
+
+def test_copies_in_published_lists_stay_and_are_counted(published: Listing) -> None:
+    split = make_split(published, SplitSettings(6, n_val=2))
+    assert split.notes == (
+        "test pictures that equal one that is tuned on, byte by byte: 1 (they stay, as published)",
     )
-    assert set(split.notes) == {
-        "left out of train and val, equal to a test picture: 2",
-        "left out of train and val, of two classes at once: 2",
-        "left out of train and val, copies of another: 2",
-    }
-    tested = {entry.sha256 for entry in split.entries_of("test")}
-    tuned = [entry for entry in split.entries if entry.role != "test"]
-    assert tested.isdisjoint(entry.sha256 for entry in tuned)
-    left = {f"train/a/{i:02}.jpg" for i in (2, 4, 5)}
-    assert {e.path for e in split.entries_of("train") if e.label == 0} == left
-    # Of equal files, that of train stays.
-    assert [e.path for e in split.entries_of("val")] == ["val/a/00.jpg", "val/b/01.jpg"]
-
-
-def test_a_published_set_with_copies_is_read_back(published: tuple[Listing, list[str]]) -> None:
-    split = make_split(*published, SplitSettings(3, n_val=1), published=True)
     document = json.loads(json.dumps(split.to_json()))
     again = Split.from_json(document, "split.json")
     assert again == split
     again.check_unchanged()
-
-
-@pytest.mark.parametrize("role", ["train", "test"])
-def test_a_split_file_with_a_copy_that_tunes_is_refused(
-    published: tuple[Listing, list[str]], role: str
-) -> None:
-    split = make_split(*published, SplitSettings(3, n_val=1), published=True)
-    document = json.loads(json.dumps(split.to_json()))
-    entries = document["entries"]
-    (first,) = [e for e in entries if e["path"] == "train/a/02.jpg"]
-    entries.append({**first, "path": f"{role}/a/99.jpg", "role": role})
     with pytest.raises(FormatError, match="the same picture is listed twice"):
-        Split.from_json(document, "split.json")
+        Split.from_json({**document, "sampler": "hash"}, "split.json")
 
 
-def test_too_few_are_left_of_a_published_set(published: tuple[Listing, list[str]]) -> None:
-    with pytest.raises(DataError, match='class "a" has 3 pictures to tune with'):
-        make_split(*published, SplitSettings(4), published=True)
+def test_only_what_is_drawn_is_read(published: Listing) -> None:
+    read: list[Path] = []
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return digest_file(path)
+
+    split = make_split(published, SplitSettings(1, n_val=0), digest=digest)
+    assert len(split.entries) == len(read) == 2 + 8
 
 
-def test_copies_in_ones_own_are_refused(published: tuple[Listing, list[str]]) -> None:
+def test_classes_with_fewer_images_than_shots_give_all_they_have(published: Listing) -> None:
+    split = make_split(published, SplitSettings(16))
+    assert len(split.entries_of("train")) == 12
+    assert "2 class(es) have fewer than 16 pictures to tune with" in split.notes[0]
+
+
+def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) -> None:
+    classes_below(here / "more", 2, "a", "b")
+    split = make_split(published, SplitSettings(2), read_source("more", None))
+    assert {entry.root for entry in split.entries_of("test")} == {"test"}
+    assert len(split.entries_of("test")) == 4
+    assert split.notes[0] == "test pictures of the data itself not used: 8"
+    with pytest.raises(DataError, match="leave out `test_fraction`"):
+        make_split(published, SplitSettings(2, test_fraction=0.5))
+
+
+def test_copies_in_ones_own_are_refused(published: Listing) -> None:
     with pytest.raises(DataError, match=r"the same picture has two .*\(remove one of each\)"):
-        make_split(*published, SplitSettings(3, n_val=1))
-
-
-def test_a_published_set_without_copies_is_divided_as_ones_own_lists(here: Path) -> None:
-    for part in ("train", "val", "test"):
-        classes_below(here / "mine" / part, 6, "a", "b")
-    dataset = read_source("mine", None)
-    digests, settings = digest_pictures(dataset), SplitSettings(3)
-    assert make_split(dataset, digests, settings, published=True) == make_split(
-        dataset, digests, settings
-    )
+        make_split(replace(published, lists=None), SplitSettings(3, n_val=1))

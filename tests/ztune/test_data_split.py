@@ -1,4 +1,4 @@
-"""Roles never overlap, shots are nested and filled first, and the test half is always the same."""
+"""Roles never overlap, shots are nested and filled first, and no image ever changes sides."""
 
 import hashlib
 import json
@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import DIGITS
 from ztune.data.folders import Listing, Picture, read_dataset
 from ztune.data.manifests import SplitName
-from ztune.data.split import Split, SplitSettings, digest_pictures, make_split
+from ztune.data.split import Split, SplitSettings
+from ztune.data.splitter import digest_pictures, make_split
 from ztune.errors import ConfigError, DataError, FormatError
 
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Counts = dict[str, int]
 
 
-def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[Listing, list[str]]:
-    """Return a data set that is nowhere on disk, with a digest for every picture."""
+def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> Listing:
+    """Return a data set that is nowhere on disk."""
     classes = tuple(sorted(counts))
     pictures = []
     both: list[tuple[SplitName | None, Counts]] = [*parts.items()] if parts else [(None, counts)]
@@ -29,12 +31,20 @@ def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> tuple[
             paths = [f"{split}/{name}/{i}.png" for i in range(n)]
             pictures += [Picture(path, classes.index(name), split) for path in paths]
     pictures.sort(key=lambda picture: picture.path)
-    digests = [hashlib.sha256(picture.path.encode()).hexdigest() for picture in pictures]
-    return Listing(Path("/data"), classes, tuple(pictures), 0), digests
+    return Listing(Path("/data"), classes, tuple(pictures), 0)
+
+
+def digest(path: Path) -> str:
+    """Return a digest for an image that is nowhere on disk."""
+    return hashlib.sha256("/".join(path.parts[2:]).encode()).hexdigest()
 
 
 def split_of(counts: Counts, **settings: Any) -> Split:
-    return make_split(*make(counts), SplitSettings(**settings))
+    return made(make(counts), SplitSettings(**settings))
+
+
+def made(listing: Listing, settings: SplitSettings, test_data: Listing | None = None) -> Split:
+    return make_split(listing, settings, test_data, digest)
 
 
 def paths(split: Split, role: SplitName, name: str | None = None) -> list[str]:
@@ -58,12 +68,65 @@ def test_roles_never_overlap(
     assert len({entry.path for entry in split.entries}) == len(split.entries)
     assert sizes(split, "train") == [shots] * len(counts)
     wanted = min(shots, 4) if n_val is None else n_val
-    if min(counts.values()) >= 2 * (shots + wanted):
-        assert sizes(split, "test") == [counts[name] // 2 for name in split.classes]
-        assert sizes(split, "val") == [wanted] * len(counts)
+    left = [n - t for n, t in zip(counts_of(counts), sizes(split, "test"), strict=True)]
+    assert all(n <= wanted for n in sizes(split, "val"))
+    assert sizes(split, "val") == [min(wanted, n - shots) for n in left]
+    if split.entries_of("test"):
+        assert min(counts.values()) >= 2 * (shots + wanted)
+        assert min(sizes(split, "test")) > 0
     else:
-        assert not split.entries_of("test")
         assert any(note.startswith("no test set") for note in split.notes)
+
+
+def counts_of(counts: Counts) -> list[int]:
+    return [counts[name] for name in sorted(counts)]
+
+
+def by_role(split: Split) -> tuple[set[str], set[str]]:
+    """Return the digests of the images that tune, and of those that test."""
+    test = {entry.sha256 for entry in split.entries_of("test")}
+    return {entry.sha256 for entry in split.entries} - test, test
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.integers(30, 60), min_size=2),
+    st.integers(1, 8),
+    st.integers(0, 5),
+    st.sampled_from(["auto", 0.2, 0.7]),
+    st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 10**6)), min_size=1, max_size=40),
+)
+def test_more_images_move_none_between_training_and_test(
+    counts: Counts, shots: int, seed: int, share: Any, more: list[tuple[str, int]]
+) -> None:
+    settings = SplitSettings(shots, 0, share, seed=seed)
+    listing = make(counts)
+    classes = tuple(sorted({*listing.classes, *(name for name, _ in more)}))
+    shifted = [replace(p, label=classes.index(listing.classes[p.label])) for p in listing.pictures]
+    added = [Picture(f"new/{name}/{n}.png", classes.index(name), None) for name, n in {*more}]
+    pictures = tuple(sorted([*shifted, *added], key=lambda picture: picture.path))
+    try:
+        before = made(listing, settings)
+        after = made(replace(listing, classes=classes, pictures=pictures), settings)
+    except DataError:  # a class has too few images, and says so
+        return
+    if before.entries_of("test") and after.entries_of("test"):
+        (tuned, tested), (tuned_after, tested_after) = by_role(before), by_role(after)
+        assert tested <= tested_after
+        assert tuned.isdisjoint(tested_after)
+        assert tested.isdisjoint(tuned_after)
+
+
+def test_one_more_image_never_moves_another_of_the_digits() -> None:
+    listing = read_dataset(DIGITS)
+    pictures = listing.pictures
+    whole = make_split(listing, SplitSettings(16))
+    for left_out in (0, len(pictures) // 2, len(pictures) - 1):
+        fewer = replace(listing, pictures=pictures[:left_out] + pictures[left_out + 1 :])
+        before = make_split(fewer, SplitSettings(16))
+        assert by_role(before)[1] <= by_role(whole)[1]
+        assert by_role(before)[0].isdisjoint(by_role(whole)[1])
+        assert by_role(before)[1].isdisjoint(by_role(whole)[0])
+    assert not whole.notes
 
 
 @given(many, st.integers(0, 5))
@@ -83,9 +146,9 @@ def test_another_class_changes_nothing_for_the_others(counts: Counts, seed: int)
 
 
 def test_the_test_half_is_the_same_for_every_seed_and_shot_count() -> None:
-    counts = {"a": 41, "b": 40}
+    counts = {"a": 61, "b": 60}
     base = paths(split_of(counts, shots=1), "test")
-    assert len(base) == 40
+    assert 45 < len(base) < 75
     for shots, seed in ((1, 2), (4, 1), (16, 7)):
         assert paths(split_of(counts, shots=shots, seed=seed), "test") == base
     assert paths(split_of(counts, shots=1, split_seed=1), "test") != base
@@ -94,10 +157,15 @@ def test_the_test_half_is_the_same_for_every_seed_and_shot_count() -> None:
 
 
 def test_a_pictures_turn_depends_on_its_content_alone() -> None:
-    dataset, digests = make({"a": 30, "b": 30})
-    renamed = [replace(p, path=f"{29 - i % 30:02}{p.path}") for i, p in enumerate(dataset.pictures)]
-    other = make_split(replace(dataset, pictures=tuple(renamed)), digests, SplitSettings(4))
-    same = make_split(dataset, digests, SplitSettings(4))
+    dataset = make({"a": 30, "b": 30})
+    renamed = {f"{29 - i % 30:02}{p.path}": p for i, p in enumerate(dataset.pictures)}
+    pictures = tuple(replace(picture, path=path) for path, picture in renamed.items())
+    contents = {Path("/data", path): digest(Path("/data", p.path)) for path, p in renamed.items()}
+    other = make_split(
+        replace(dataset, pictures=pictures), SplitSettings(4), digest=contents.__getitem__
+    )
+    same = made(dataset, SplitSettings(4))
+    assert same.entries_of("test")
     for role in ROLES:
         of = [sorted(entry.sha256 for entry in split.entries_of(role)) for split in (same, other)]
         assert of[0] == of[1]
@@ -116,13 +184,46 @@ def test_validation_takes_what_is_left() -> None:
     split = split_of({"a": 18, "b": 19}, shots=16)
     assert sizes(split, "val") == [2, 3]
     assert "2 to 3 pictures per class instead of 4" in split.notes[1]
-    assert not split_of({"a": 40, "b": 41}, shots=16).notes
+    assert not split_of({"a": 70, "b": 71}, shots=16).notes
+
+
+def test_auto_keeps_none_where_the_hash_leaves_too_few_to_tune_with() -> None:
+    counts = {f"{n:02}": 40 for n in range(60)}
+    split = split_of(counts, shots=16)
+    left = [
+        sum(not is_tested(f"None/{name}/{i}.png") for i in range(40)) for name in sorted(counts)
+    ]
+    assert min(left) < 16, "the case that this test is about"
+    name = sorted(counts)[next(i for i, n in enumerate(left) if n < 16)]
+    n = left[sorted(counts).index(name)]
+    assert split.notes[0] == (
+        f'no test set: of the 40 images of class "{name}" {40 - n} would be kept for testing and '
+        f"{n} left to tune with, at least 1 and 16 are needed (add a test folder, or use "
+        "`test_data`)"
+    )
+    assert sizes(split, "train") == [16] * 60
+    # With validation images asked for, these must be left as well.
+    asked = {"a": 60, "b": 60}
+    assert split_of(asked, shots=16, n_val=4).entries_of("test")
+    assert not split_of(asked, shots=16, n_val=14).entries_of("test")
+
+
+def is_tested(path: str) -> bool:
+    """Say whether an image is kept where half are: docs/data.md states the rule."""
+    content = digest(Path("/data", path))
+    turn = hashlib.sha256(f"test:0:{content}".encode()).hexdigest()
+    return int(turn[:16], 16) < 2**63
 
 
 def test_test_fraction() -> None:
-    split = split_of({"a": 20, "b": 10}, shots=4, test_fraction=0.3)
-    assert sizes(split, "test") == [6, 3]
-    assert sizes(split_of({"a": 9, "b": 9}, shots=4, test_fraction=0.01), "test") == [1, 1]
+    split = split_of({"a": 400, "b": 200}, shots=4, test_fraction=0.3)
+    for n, expected, spread in zip(sizes(split, "test"), (120, 60), (37, 26), strict=True):
+        assert abs(n - expected) < spread  # four standard deviations of a draw
+    tested = {f"None/{name}/{i}.png" for name in "ab" for i in range(200)}
+    half = split_of({"a": 200, "b": 200}, shots=4, test_fraction=0.5)
+    assert {*paths(half, "test")} == {path for path in tested if is_tested(path)}
+    few = split_of({"a": 9, "b": 9}, shots=4, test_fraction=1e-9)
+    assert few.notes == ('2 class(es) have no test images: "a"',)
     assert split_of({"a": 99, "b": 99}, shots=1, test_fraction=0).notes == (
         "no test set: `test_fraction` is 0",
     )
@@ -135,7 +236,7 @@ def test_test_fraction() -> None:
         (
             {"a": 20, "b": 20},
             {"shots": 16, "test_fraction": 0.5},
-            r'"a" has 10 pictures to tune with \(20 less 10 kept for testing\).*needs 16; 2 such',
+            r'"a" has \d+ pictures to tune with \(20 less \d+ kept for testing\).*needs 16; 2 such',
         ),
         ({"a": 17, "b": 20}, {"shots": 16, "n_val": 4}, '"a" has 1 pictures left for validation'),
     ],
@@ -165,27 +266,28 @@ def test_impossible_settings(settings: dict[str, Any]) -> None:
 
 def test_given_splits_are_kept() -> None:
     counts = {"a": 20, "b": 20}
-    dataset, digests = make(counts, {"train": counts, "val": {"a": 3, "b": 9}, "test": counts})
-    split = make_split(dataset, digests, SplitSettings(16))
+    dataset = make(counts, {"train": counts, "val": {"a": 3, "b": 9}, "test": counts})
+    split = made(dataset, SplitSettings(16))
     assert [sizes(split, role) for role in ROLES] == [[16, 16], [3, 4], [20, 20]]
     for role in ROLES:
         assert all(path.startswith(role) for path in paths(split, role))
     with pytest.raises(DataError, match="leave out `test_fraction`"):
-        make_split(dataset, digests, SplitSettings(16, test_fraction=0.5))
+        made(dataset, SplitSettings(16, test_fraction=0.5))
 
 
 def test_without_val_folder_validation_comes_from_train() -> None:
     counts = {"a": 20, "b": 20}
-    split = make_split(*make(counts, {"train": counts}), SplitSettings(16))
+    split = made(make(counts, {"train": counts}), SplitSettings(16))
     assert sizes(split, "val") == [4, 4]
-    assert split.notes == ("no test set: the data has none (supply one with `test_data`)",)
+    assert split.notes == (
+        "no test set: the data has none (add a test folder, or use `test_data`)",
+    )
 
 
 def test_test_data() -> None:
-    dataset, digests = make({"a": 40, "b": 40})
-    other, other_digests = make({"a": 3, "b": 2}, {"test": {"a": 3, "b": 2}})
-    other = replace(other, root=Path("/other"))
-    split = make_split(dataset, digests, SplitSettings(16), (other, other_digests))
+    dataset = make({"a": 40, "b": 40})
+    other = replace(make({"a": 3, "b": 2}, {"test": {"a": 3, "b": 2}}), root=Path("/other"))
+    split = made(dataset, SplitSettings(16), other)
     assert sizes(split, "test") == [3, 2]
     assert {entry.root for entry in split.entries_of("test")} == {"test"}
     assert split.items("test")[0][0] == Path("/other/test/a/0.png")
@@ -196,9 +298,9 @@ def test_test_data() -> None:
 
 def test_test_data_replaces_test_folders() -> None:
     counts = {"a": 20, "b": 20}
-    dataset, digests = make(counts, {"train": counts, "test": counts})
+    dataset = make(counts, {"train": counts, "test": counts})
     other = make({"a": 3, "b": 2})
-    split = make_split(dataset, digests, SplitSettings(16), other)
+    split = made(dataset, SplitSettings(16), other)
     assert sizes(split, "test") == [3, 2]
     assert split.notes == ("test pictures of the data itself not used: 40",)
 
@@ -207,45 +309,43 @@ def test_wrong_test_data() -> None:
     data = make({"a": 9, "b": 9})
     settings = SplitSettings(4)
     with pytest.raises(DataError, match=r"missing: b; not among the data's: c, d"):
-        make_split(*data, settings, make({"a": 1, "c": 1, "d": 1}))
+        made(data, settings, make({"a": 1, "c": 1, "d": 1}))
     with pytest.raises(DataError, match="splits but no test pictures"):
-        make_split(*data, settings, make({"a": 1, "b": 1}, {"train": {"a": 1, "b": 1}}))
+        made(data, settings, make({"a": 1, "b": 1}, {"train": {"a": 1, "b": 1}}))
     with pytest.raises(DataError, match=r"two roles.*18 such pair"):
-        make_split(*data, settings, data)
+        made(data, settings, data)
 
 
 # The same bytes twice
 
 
-def same(data: tuple[Listing, list[str]], *paths: str) -> tuple[Listing, list[str]]:
-    dataset, digests = data
-    return dataset, [
-        "0" * 64 if picture.path in paths else digest
-        for picture, digest in zip(dataset.pictures, digests, strict=True)
-    ]
+def with_copies(listing: Listing, settings: SplitSettings, *paths: str) -> Split:
+    """Split it with these images equal."""
+    equal = {listing.root / path for path in paths}
+    return make_split(
+        listing, settings, digest=lambda path: "0" * 64 if path in equal else digest(path)
+    )
 
 
 def test_copies_in_one_class_count_once() -> None:
-    data = same(make({"a": 17, "b": 16}), "None/a/3.png", "None/a/7.png")
-    split = make_split(*data, SplitSettings(16))
+    copies = ("None/a/3.png", "None/a/7.png")
+    split = with_copies(make({"a": 17, "b": 16}), SplitSettings(16), *copies)
     assert "None/a/7.png" not in paths(split, "train")
     assert split.notes[0] == "exact copies of another picture, left out: 1"
-    data = same(make({"a": 16, "b": 16}), "None/a/3.png", "None/a/7.png")
     with pytest.raises(DataError, match='"a" has 15 pictures'):
-        make_split(*data, SplitSettings(16))
+        with_copies(make({"a": 16, "b": 16}), SplitSettings(16), *copies)
 
 
 def test_one_picture_in_two_classes_or_roles() -> None:
-    data = same(make({"a": 16, "b": 16}), "None/a/3.png", "None/b/3.png")
     with pytest.raises(
         DataError, match=r'two classes: "/data/None/a/3.png" \(train, class "a"\) and'
     ):
-        make_split(*data, SplitSettings(1))
+        with_copies(make({"a": 16, "b": 16}), SplitSettings(1), "None/a/3.png", "None/b/3.png")
     counts = {"a": 16, "b": 16}
     data = make(counts, {"train": counts, "test": counts})
-    data = same(data, "train/a/3.png", "train/a/4.png", "test/a/5.png")
+    equal = ("train/a/3.png", "train/a/4.png", "test/a/5.png")
     with pytest.raises(DataError, match=r"two roles: .*/test/a/5.png.*; 2 such pair") as caught:
-        make_split(*data, SplitSettings(1))
+        with_copies(data, SplitSettings(1), *equal)
     assert "train/a/3.png" in str(caught.value)
 
 
@@ -259,9 +359,9 @@ def on_disk(root: Path) -> Split:
             (root / name / f"{i}.png").write_text(f"{name}{i}")
     dataset = read_dataset(root)
     calls: list[tuple[int, int]] = []
-    digests = digest_pictures(dataset, lambda done, total: calls.append((done, total)))
+    digest_pictures(dataset, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (40, 40)
-    return make_split(dataset, digests, SplitSettings(4, n_val=2))
+    return make_split(dataset, SplitSettings(4, n_val=2))
 
 
 def test_split_file_round_trip(tmp_path: Path) -> None:
@@ -280,7 +380,9 @@ def test_changed_pictures_are_named(tmp_path: Path) -> None:
     split.check_unchanged()
     first.write_text("other")
     second.unlink()
-    with pytest.raises(DataError, match="has changed since the split was made, 2 of 32") as caught:
+    with pytest.raises(
+        DataError, match=r"has changed since the split was made, 2 of \d+"
+    ) as caught:
         split.check_unchanged()
     assert str(first) in str(caught.value)
     first.unlink()
@@ -311,7 +413,7 @@ def without_train(values: Any) -> None:
         (lambda v: v.update(classes=["b", "a"]), "sorted and different"),
         (lambda v: v.update(classes=["a"]), "at least two"),
         (lambda v: v.update(entries={}), "a list of objects"),
-        (lambda v: v.update(entries=[]), "no train pictures"),
+        (lambda v: v.update(sampler="dice"), '"sampler" is .dice.*expected hash or coop'),
         (without_train, "a class has no train pictures"),
         (lambda v: v["entries"].append(v["entries"][0]), "listed twice"),
         (lambda v: v["entries"][3].update(path="../x"), r"entries\[3\]: path '../x' leaves"),

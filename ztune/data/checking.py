@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ztune.data import parquet
-from ztune.data.coop import SPLITS, CoopSplit, write_split
+from ztune.data.coop import SPLITS, CoopSplit, shown, write_split
 from ztune.data.library import (
     NamedData,
     class_problems,
@@ -17,7 +17,6 @@ from ztune.data.library import (
     missing_files,
     missing_message,
     missing_pictures,
-    shown,
 )
 from ztune.data.manifests import SplitName
 from ztune.data.named import Spec

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.data.folders import Listing
-from ztune.data.manifests import SplitName, is_inside, is_utf8, read_text
+from ztune.data.manifests import SplitName, class_name, is_inside, is_utf8, read_text
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import write_bytes
 
@@ -134,8 +134,15 @@ def write_split(path: Path, split: CoopSplit) -> None:
     write_bytes(path, (json.dumps(lists, indent=4, ensure_ascii=False) + "\n").encode())
 
 
-def few_shot(split: CoopSplit, shots: int, seed: int) -> CoopSplit:
-    """Draw a few-shot set: `shots` per class to train, min(shots, 4) to validate, all to test.
+def shown(name: str) -> str:
+    """Return a class name as a template takes it."""
+    return class_name(name.replace("_", " "))
+
+
+def few_shot(split: CoopSplit, shots: int, seed: int, n_val: int | None = None) -> CoopSplit:
+    """Draw a few-shot set: `shots` per class to train, `n_val` to validate, all to test.
+
+    `n_val` of None is the published number, min(shots, 4).
 
     This is CoOp's choice for the same lists and seed: one generator, seeded once; the classes of
     train in the order in which they first appear, a sample without replacement from each; then,
@@ -150,7 +157,7 @@ def few_shot(split: CoopSplit, shots: int, seed: int) -> CoopSplit:
         raise ConfigError(f"seed is {seed}, expected 0 or more")
     generator = random.Random(seed)
     train = _sampled(split.train, shots, generator)
-    val = _sampled(split.val, min(shots, MOST_VAL), generator)
+    val = _sampled(split.val, min(shots, MOST_VAL) if n_val is None else n_val, generator)
     return CoopSplit(train, val, split.test)
 
 

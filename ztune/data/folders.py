@@ -2,7 +2,7 @@
 
 Three layouts, told apart by looking:
 
-    root/class/*                      no splits: ztune divides it (split.py)
+    root/class/*                      no splits: ztune divides it (splitter.py)
     root/{train,val,test}/class/*     val (or valid, validation) and test may be absent
     list.csv, list.jsonl              a manifest (manifests.py)
 
@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ztune.data.manifests import (
     SPLIT_NAMES,
@@ -29,6 +30,9 @@ from ztune.data.manifests import (
     read_names,
 )
 from ztune.errors import DataError
+
+if TYPE_CHECKING:
+    from ztune.data.coop import CoopSplit
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"
@@ -57,6 +61,17 @@ class Listing:
     """Files that are no pictures of any class: hidden, of another type, or outside of a class."""
     notes: tuple[str, ...] = ()
     """What else the user should be told, one line each."""
+    lists: CoopSplit | None = None
+    """Published lists in their own order, from which images are drawn as published: coop.py."""
+    is_published: bool = False
+    """Whether the lists are a published split file's, or those of the data set's own files where
+    these tell them all (ImageNet-A), with the published numbers of train, val and test images and
+    of classes, no two of one name."""
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether the data say which images are for training and which for testing."""
+        return self.pictures[0].split is not None
 
 
 def read_dataset(

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.data import parquet
-from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
+from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, shown, write_split
 from ztune.data.folders import Listing, Picture
-from ztune.data.manifests import class_name
 from ztune.data.named import Spec, find_spec
 from ztune.errors import DataError
 
@@ -69,12 +68,8 @@ class NamedData:
             raise DataError(f'data set "{self.spec.name}" has one class only, "{classes[0]}"')
         index = {name: label for label, name in enumerate(classes)}
         pictures = [Picture(item.path, index[shown(item.name)], role) for role, item in self.split]
-        return Listing(self.root, classes, tuple(sorted(pictures, key=lambda p: p.path)), 0)
-
-
-def shown(name: str) -> str:
-    """Return a class name as a template takes it."""
-    return class_name(name.replace("_", " "))
+        pictures.sort(key=lambda picture: picture.path)
+        return Listing(self.root, classes, tuple(pictures), 0, lists=self.split)
 
 
 def read_named(name: str, root: Path, save: bool = True) -> NamedData:

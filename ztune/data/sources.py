@@ -1,8 +1,7 @@
 """Where pictures come from: a data set known by name below a root, or a path to one's own.
 
-    lists = named_lists("dtd", Path("/data"))       # the published lists
-    lists = own_lists(Path("photos"))               # one's own, divided where they are not
-    dataset = read_source("dtd", Path("/data"))     # as tuning takes pictures
+    read_source("dtd", Path("/data"))     # the published lists
+    read_source("photos", None)           # one's own
 
 One's own are class folders, folders train, val and test, a manifest (folders.py), or a folder with
 parquet files of the Hugging Face hub, whose pictures are extracted beside them once (parquet.py).
@@ -12,84 +11,44 @@ from __future__ import annotations
 
 import difflib
 import os
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ztune.data import parquet
 from ztune.data.checking import doubts, is_published
-from ztune.data.coop import CoopSplit, as_split, divide_classes, hold_out_val
 from ztune.data.folders import Listing, read_dataset
-from ztune.data.library import SEED, NamedData, data_folder, read_named
+from ztune.data.library import NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
 
 TEMPLATE = "a photo of a {}."
 """The hand-written prompt of data for which none was published."""
-_HELD_OUT = 0.2  # of every class, to validate on
-
-
-@dataclass(frozen=True)
-class Lists:
-    """The pictures of a data set by what they are for."""
-
-    root: Path
-    """Absolute; what paths of the split are relative to."""
-    split: CoopSplit
-    template: str
-    """The published one, where there is one."""
-    remarks: tuple[str, ...]
-    """What the user should be told, one line each."""
-    is_published: bool
-    """Whether they are a published split file's, or those of the data set's own files where these
-    tell them all (ImageNet-A), with the published numbers of train, val and test pictures and of
-    classes, no two of one name. False for one's own."""
-
-
-def named_lists(name: str, root: Path) -> Lists:
-    """Return the published lists of a data set by name, which lies below `root`.
-
-    Raises: ConfigError for an unknown name; DataError when the data cannot be used.
-    """
-    data = _read_named(find_spec(name), root, None)
-    root, template = data.root.resolve(), data.spec.template
-    return Lists(root, data.split, template, _remarks_on(data), is_published(data))
-
-
-def own_lists(path: Path, names: Path | None = None) -> Lists:
-    """Return the lists of one's own pictures, divided where nothing says what they are for.
-
-    The same pictures give the same lists. `names` is a names file for their classes, as a plan
-    names it: a regular file.
-
-    Raises: DataError when the data cannot be used.
-    """
-    dataset = read_dataset(_listed(path), names, tuned=False)
-    split, remarks = _divided(dataset, f'data "{path}"')
-    if dataset.ignored:
-        remarks.append(f"files that are no pictures of a class, left alone: {dataset.ignored}")
-    return Lists(dataset.root.resolve(), split, TEMPLATE, tuple(remarks), is_published=False)
 
 
 def read_source(
-    place: str, root: Path | None, names: Path | None = None, tuned: bool = True
+    place: str,
+    root: Path | None,
+    names: Path | None = None,
+    tuned: bool = True,
+    *,
+    pipe: bool = True,
 ) -> Listing:
     """Return the pictures of a data set by name, where there is a root, or by path.
 
     With `tuned` every class must have pictures to tune with. `names` is a names file as a person
-    names it: it may be a pipe.
+    names it: it may be a pipe, unless a plan names it.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     if root is None:
-        return read_dataset(_listed(Path(place)), names, tuned, pipe=True)
+        return read_dataset(_listed(Path(place)), names, tuned, pipe=pipe)
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(
             f'data set "{data.spec.name}" has no pictures to tune with, only to test on (tune on '
             "another, and score on this one with ztune eval)"
         )
-    return replace(data.dataset(), notes=_remarks_on(data))
+    return replace(data.dataset(), notes=_remarks_on(data), is_published=is_published(data))
 
 
 def find_named(place: str, root: Path | None) -> Spec | None:
@@ -165,23 +124,3 @@ def _listed(path: Path) -> Path:
     if folders - {"data", parquet.EXTRACTED} or not (files := parquet.parquet_files(path)):
         return path
     return parquet.extract(files, path / parquet.EXTRACTED) / parquet.MANIFEST
-
-
-def _divided(dataset: Listing, where: str) -> tuple[CoopSplit, list[str]]:
-    """Return lists for what a data set does not say itself, and what was done, in words."""
-    given = as_split(dataset)
-    if not given.test:
-        paths: dict[str, list[str]] = {name: [] for name in dataset.classes}
-        for picture in dataset.pictures:
-            paths[dataset.classes[picture.label]].append(picture.path)
-        together = " (its train and val together)" if given.val else ""
-        return divide_classes(paths, random.Random(SEED), where), [
-            f"no test pictures: every class{together} is divided into 50 % train, 20 % "
-            "val and the rest test"
-        ]
-    if given.train and not given.val:
-        train, val = hold_out_val(given.train, _HELD_OUT, random.Random(SEED), where)
-        return replace(given, train=train, val=val), [
-            "no validation pictures: a fifth of every class's train pictures validates"
-        ]
-    return given, []

@@ -1,7 +1,7 @@
 """A plan run on one machine or many, into a folder of results and a report.
 
 OUT/results.sqlite   what was asked for and every result      OUT/report/PLAN/   tables and plots
-OUT/pictures/        lists of the images of each part         OUT/runs/          see worker.py
+OUT/splits/          the images of each part that is tested   OUT/runs/          see worker.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ztune.experiments.report import write_report
 from ztune.experiments.store import Result, Store
 from ztune.experiments.worker import Settings, forget_deaths
 from ztune.io.children import empty_working_folder
-from ztune.io.files import inside
+from ztune.io.files import inside, write_json
 from ztune.progress import SILENCE, Progress, warn
 from ztune.system import commit, machine, versions
 from ztune.types import Json
@@ -157,10 +157,10 @@ def _check_out(out: Path, resume: bool) -> None:
 
 def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress) -> Store:
     """Write down what is to be done."""
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    (out / "splits").mkdir(parents=True, exist_ok=True)
     store = Store(out / RESULTS)  # first: from here on it is a bench to resume
-    for file, pictures in prepared.lists.items():
-        pictures.save(file)
+    for file, split in prepared.tested.items():
+        write_json(file, split.to_json())
     document = plan.to_json(prepared.digests, prepared.found)
     earlier = store.title_of(plan.name)
     if earlier not in (None, plan.title):

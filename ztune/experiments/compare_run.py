@@ -17,7 +17,8 @@ from ztune.access import CONTEXTS
 from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
-from ztune.data.split import ROLES, Split, digest_pictures
+from ztune.data.split import ROLES, Split
+from ztune.data.splitter import digest_pictures
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.cell_process import BusyError, CellError, run_cell
 from ztune.experiments.compare_config import CompareConfig

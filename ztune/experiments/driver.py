@@ -55,7 +55,7 @@ class Driver:
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         """Encode all pictures that the jobs share, for as many workers as there are."""
-        tasks = encodings(jobs, self.prepared.lists)
+        tasks = encodings(jobs, self.prepared.tested)
         total = sum(len(task.items) for task in tasks)
         took: dict[str, tuple[int, float]] = {}
         done = 0

@@ -10,85 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from ztune.data.manifests import is_inside
 from ztune.data.split import Split
-from ztune.errors import FormatError
 from ztune.experiments.cells import Cell, Outcome, key_of
-from ztune.io.fields import Fields
-from ztune.io.files import read_json, write_json
 from ztune.run_config import RunConfig
-from ztune.types import I64, Json
 
 
-@dataclass(frozen=True)
-class PictureList:
-    """Labelled pictures to score on."""
-
-    root: Path
-    classes: tuple[str, ...]
-    """Sorted."""
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    digests: tuple[str, ...]
-    """SHA-256 of the files."""
-
-    @property
-    def items(self) -> list[tuple[Path, str]]:
-        """The files and their digests, as `encode_pictures` takes them."""
-        return [(self.root / p, d) for p, d in zip(self.paths, self.digests, strict=True)]
-
-    @property
-    def label_array(self) -> I64:
-        return np.array(self.labels, dtype=np.int64)
-
-    @property
-    def key(self) -> str:
-        """What its figures depend on: contents, classes and order, and not where it lies."""
-        return key_of(
-            {
-                "classes": list(self.classes),
-                "labels": list(self.labels),
-                "digests": list(self.digests),
-            }
-        )
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.key}.json"
-
-    def save(self, path: Path) -> None:
-        """Write the list."""
-        document: dict[str, Json] = {
-            "root": str(self.root),
-            "classes": list(self.classes),
-            "paths": list(self.paths),
-            "labels": list(self.labels),
-            "digests": list(self.digests),
+def key_of_tested(split: Split) -> str:
+    """Return what figures on test images depend on: contents, classes and order, not the place."""
+    return key_of(
+        {
+            "classes": list(split.classes),
+            "labels": [entry.label for entry in split.entries],
+            "digests": [entry.sha256 for entry in split.entries],
         }
-        write_json(path, document)
-
-    @classmethod
-    def read(cls, path: Path) -> PictureList:
-        """Read a list back.
-
-        Raises: FormatError.
-        """
-        where = f'pictures "{path}"'
-        fields = Fields(read_json(path, where), where)
-        found = cls(
-            Path(fields.text("root")),
-            fields.texts("classes"),
-            fields.texts("paths"),
-            fields.integers("labels"),
-            fields.texts("digests"),
-        )
-        if len({len(found.paths), len(found.labels), len(found.digests)}) > 1:
-            raise FormatError(f"{where}: lists of different lengths")
-        if outside := [path for path in found.paths if not is_inside(path)]:
-            raise FormatError(f"{where}: path {outside[0]!r} leaves its root")
-        return found
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +31,8 @@ class ScoredPart:
     """A part of a task, as a worker scores it."""
 
     name: str
-    list_file: Path
+    split_file: Path
+    """Its test images."""
     templates: tuple[str, ...]
     """Hand-written prompts of its own data set."""
     cache: Path

@@ -40,7 +40,7 @@ from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
 from ztune.io.config import T, as_json, configured
 from ztune.io.files import is_plain_name
 from ztune.io.toml import parsed_toml
-from ztune.methods import PRESETS, HeadMethod, find_method, method_config
+from ztune.methods import PRESETS, find_method, method_config, views_of
 from ztune.types import Json
 
 
@@ -98,10 +98,7 @@ class MethodPlan:
     @property
     def views(self) -> int:
         """Cached random views per training picture."""
-        method = find_method(self.uses)
-        if self.augment is not None or isinstance(method, HeadMethod):
-            return self.augment or 0
-        return method.augment if self.preset == "published" else 0
+        return views_of(self.uses, self.preset) if self.augment is None else self.augment
 
 
 @dataclass(frozen=True)

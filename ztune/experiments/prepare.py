@@ -6,25 +6,33 @@ import concurrent.futures
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
-from ztune.data.library import shown
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
-from ztune.data.sources import named_lists, own_lists
-from ztune.data.split import Split
-from ztune.errors import ConfigError, DataError
+from ztune.data.sources import TEMPLATE, read_source
+from ztune.data.split import HOW_DRAWN, Split
+from ztune.data.splitter import digest_file
+from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
-from ztune.experiments.jobs import CellJob, Encoding, Job, PictureList, ScoredPart
+from ztune.experiments.jobs import CellJob, Encoding, Job, ScoredPart, key_of_tested
 from ztune.experiments.plan import DataPlan, Draw, Found, MethodPlan, Plan
-from ztune.experiments.protocols import TRANSFERS, Part, Source, Task, remarks_on, split_of, task_of
+from ztune.experiments.protocols import (
+    TRANSFERS,
+    Part,
+    Source,
+    Task,
+    remarks_on,
+    split_of,
+    task_of,
+    test_split,
+)
 from ztune.experiments.store import readable
 from ztune.io.config import as_json
-from ztune.io.files import sha256
 from ztune.methods import HeadMethod, find_method, method_config, tuned_config
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig
@@ -80,16 +88,11 @@ class Digests:
             concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             progress.activity("digest pictures", len(new)) as ticker,
         ):
-            for n, (path, digest) in enumerate(zip(new, pool.map(_digest, new), strict=True), 1):
+            for n, (path, digest) in enumerate(
+                zip(new, pool.map(digest_file, new), strict=True), 1
+            ):
                 self.known[path] = digest
                 ticker.update(n)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise DataError(f'picture "{path}" cannot be read: {error.strerror}') from None
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class Prepared:
     cells: Mapping[Cell, str | None]
     """None: of a data set that nobody asked for, so that it was not read."""
     jobs: tuple[Job, ...]
-    lists: Mapping[Path, PictureList]
-    """Pictures to score on, and the files for them; not yet written."""
+    tested: Mapping[Path, Split]
+    """Images to score on, and the files for them; not yet written."""
     digests: Mapping[str, str]
     """Of the bundles, by the plan's names of models."""
     found: Mapping[str, Found]
@@ -125,7 +128,7 @@ class Preparation:
     _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
         default_factory=dict
     )
-    _lists: dict[Path, PictureList] = field(default_factory=dict)
+    _tested: dict[Path, Split] = field(default_factory=dict)
     _known_as: dict[str, str | None] = field(default_factory=dict)
     _remarks: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     _copies: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -165,7 +168,7 @@ class Preparation:
         return Prepared(
             cells,
             tuple(jobs.values()),
-            self._lists,
+            self._tested,
             {name: bundle.digest for name, bundle in bundles.items()},
             {
                 name: Found(self._known_as[name], [*map(readable, self._remarks[name])])
@@ -194,21 +197,31 @@ class Preparation:
 
         Raises: ConfigError where it is known by name and there is no root; DataError.
         """
+        template = TEMPLATE
         if entry.path is not None:
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            lists = own_lists(self.plan.resolved(entry.path), names)
+            listing = read_source(
+                str(self.plan.resolved(entry.path)), None, names, tuned=False, pipe=False
+            )
+            if listing.ignored:
+                self._say(name, f"files left alone, not images of a class: {listing.ignored}")
+            files = (listing.root.resolve() / picture.path for picture in listing.pictures)
+            self._digests.read(files, self.progress)
         elif self.root is None:
             raise ConfigError(
                 f'data "{name}" of the plan is known by name: add `root=DIR`, the folder that '
                 "holds it (or give its path in the plan)"
             )
         else:
-            lists = named_lists(name, self.root)
-        self._known_as[name] = find_spec(name).name if lists.is_published else None
-        for remark in lists.remarks:
+            spec = find_spec(name)
+            listing, template = read_source(spec.name, self.root, tuned=False), spec.template
+        self._known_as[name] = find_spec(name).name if listing.is_published else None
+        for remark in listing.notes:
             self._say(name, remark)
-        templates = (entry.template or lists.template,)
-        return Source(name, lists.root, lists.split, templates)
+        listing = replace(listing, root=listing.root.resolve())
+        source = Source(name, listing, (entry.template or template,), self._digests)
+        self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
+        return source
 
     def _task(self, draw: Draw) -> Task:
         protocol = draw.protocol
@@ -235,20 +248,11 @@ class Preparation:
                 warn(f"{data}: {remark}")
 
     def _scored_part(self, part: Part) -> ScoredPart:
-        classes = part.classes
-        place = part.name, part.source.name, part.items, classes
+        place = part.name, part.source.name, part.items, part.classes
         if place not in self._parts:
-            label_of = {name: label for label, name in enumerate(classes)}
-            root = part.source.root
-            pictures = PictureList(
-                root,
-                classes,
-                tuple(item.path for item in part.items),
-                tuple(label_of[shown(item.name)] for item in part.items),
-                tuple(self._digests(root / item.path) for item in part.items),
-            )
-            file = self.out / "pictures" / pictures.file_name
-            self._lists[file] = pictures
+            split = test_split(part, self._digests)
+            file = self.out / "splits" / f"{key_of_tested(split)}.json"
+            self._tested[file] = split
             cache = self.out / "cache" / part.source.name / "test"
             self._parts[place] = ScoredPart(part.name, file, part.source.templates, cache)
         return self._parts[place]
@@ -266,7 +270,7 @@ class Preparation:
         run_config = self._request(cell, task, bundle, self.plan.methods[cell.method])
         run = key_of(_tuned_with(run_config, bundle, split))
         scored_on: list[Json] = [
-            {"part": p.name, "pictures": p.list_file.stem, "templates": list(p.templates)}
+            {"part": p.name, "pictures": p.split_file.stem, "templates": list(p.templates)}
             for p in parts
         ]
         key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})
@@ -340,7 +344,7 @@ def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str
     }
 
 
-def encodings(jobs: Sequence[Job], lists: Mapping[Path, PictureList]) -> list[Encoding]:
+def encodings(jobs: Sequence[Job], tested: Mapping[Path, Split]) -> list[Encoding]:
     """Return the pictures that the jobs need encoded as they are, each once, in tasks."""
     wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
     for job in jobs:
@@ -351,7 +355,8 @@ def encodings(jobs: Sequence[Job], lists: Mapping[Path, PictureList]) -> list[En
         wanted.setdefault((*bundle, cache), {}).update((digest, path) for path, digest in items)
         for part in dict.fromkeys(part for cell in job.cells for part in cell.parts):
             place = wanted.setdefault((*bundle, part.cache), {})
-            place.update((digest, path) for path, digest in lists[part.list_file].items)
+            items = tested[part.split_file].items("test")
+            place.update((digest, path) for path, digest in items)
     tasks = []
     for (path, digest, cache), pictures in wanted.items():
         items = [(picture, name) for name, picture in pictures.items()]

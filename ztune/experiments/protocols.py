@@ -5,19 +5,28 @@ base-to-new           tuned on the first half of the classes; their test picture
 cross-data-set        tuned on all classes of a source; the test pictures of other data sets
 out-of-distribution   the same with variants of the source: its classes, or some of them
 
-Shots are drawn and classes divided as CoOp (arXiv 2109.01134) and CoCoOp (arXiv 2203.05557) do it,
-see data/coop.py. A task is complete in itself: what is tuned never sees the pictures of its parts.
+Shots are drawn as in every other place (data/splitter.py): of published lists as CoOp does it
+(arXiv 2109.01134). Classes are divided as CoCoOp does it (arXiv 2203.05557), see data/coop.py. A
+task is complete in itself: what is tuned never sees the images of its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.coop import CoopSplit, Item, base_and_new, by_label, few_shot
-from ztune.data.library import shown
-from ztune.data.split import Entry, Split, SplitSettings
+from ztune.data.coop import CoopSplit, Item, as_split, base_and_new, few_shot, shown
+from ztune.data.folders import Listing
+from ztune.data.split import ROLES, Sampler, Split, SplitSettings
+from ztune.data.splitter import (
+    Digest,
+    digest_file,
+    entries_of_lists,
+    in_order,
+    make_split,
+    remarks_on_drawn,
+)
 from ztune.errors import DataError
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-data-set", "out-of-distribution")
@@ -31,11 +40,48 @@ class Source:
     """A data set."""
 
     name: str
-    root: Path
-    """What the lists' paths are relative to; absolute."""
-    lists: CoopSplit
+    listing: Listing
     templates: tuple[str, ...]
     """Hand-written prompts of its classes."""
+    digest: Digest = digest_file
+
+    @property
+    def root(self) -> Path:
+        """What the lists' paths are relative to; absolute."""
+        return self.listing.root.resolve()
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws its shots."""
+        return "hash" if self.listing.lists is None else "coop"
+
+    def draw(self, shots: int, seed: int) -> CoopSplit:
+        """Draw shots and validation images, with all test images: those of `ztune tune`.
+
+        Raises: DataError where there are too few, or none to test on.
+        """
+        if self.listing.lists is not None:
+            return few_shot(self.listing.lists, shots, seed)
+        split = make_split(self.listing, SplitSettings(shots, seed=seed), digest=self.digest)
+        if not split.entries_of("test"):
+            raise DataError(f'data set "{self.name}": {"; ".join(split.notes)}')
+        return lists_of(split)
+
+    def to_test(self) -> CoopSplit:
+        """Return lists with all classes and the test images, to test on what another gave."""
+        listing = self.listing
+        if listing.lists is not None:
+            return listing.lists
+        return as_split(listing) if listing.has_splits else self.draw(1, 0)
+
+
+def lists_of(split: Split) -> CoopSplit:
+    """Return the images of a split by role, in its order."""
+    train, val, test = (
+        tuple(Item(e.path, e.label, split.classes[e.label]) for e in split.entries_of(role))
+        for role in ROLES
+    )
+    return CoopSplit(train, val, test)
 
 
 @dataclass(frozen=True)
@@ -87,9 +133,9 @@ def task_of(
 
     Raises: DataError where the source cannot be tuned on, or a part has nothing to test on.
     """
-    if not source.lists.train:
+    if not any(picture.split in (None, "train") for picture in source.listing.pictures):
         raise DataError(f'data set "{source.name}" has no pictures to tune with, only to test on')
-    drawn = few_shot(source.lists, shots, seed)
+    drawn = source.draw(shots, seed)
     if protocol == "base-to-new":
         base, new = base_and_new(drawn)
         drawn = base
@@ -97,7 +143,7 @@ def task_of(
     elif protocol == "few-shot":
         parts = [Part("test", source, drawn)]
     else:
-        parts = [Part(target.name, target, target.lists) for target in targets]
+        parts = [Part(target.name, target, target.to_test()) for target in targets]
     for part in parts:
         if (n := len(classes_of(part.items))) < 2:
             raise DataError(
@@ -114,16 +160,7 @@ def _group(part: Part) -> str:
 
 def remarks_on(task: Task) -> list[str]:
     """Return what is unusual about a task, a line each."""
-    remarks = []
-    groups = by_label(task.drawn.train)
-    if short := [group for group in groups.values() if len(group) < task.shots]:
-        fewest = min(short, key=len)
-        remarks.append(
-            f"{len(short)} class(es) have fewer than {task.shots} pictures to tune with and give "
-            f'all they have, "{fewest[0].name}" {len(fewest)}'
-        )
-    if not task.drawn.val:
-        remarks.append("no validation pictures: heads take their settings from the shots")
+    remarks = remarks_on_drawn(task.drawn, task.shots)
     for part in task.parts:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
@@ -142,17 +179,20 @@ def remarks_on(task: Task) -> list[str]:
     return remarks
 
 
-def split_of(task: Task, digest: Callable[[Path], str]) -> Split:
-    """Return the pictures to tune with as a run takes them; `digest` is a file's SHA-256.
+def split_of(task: Task, digest: Digest) -> Split:
+    """Return the images to tune with as a run takes them.
 
-    A picture that the protocol lists twice, or under two roles, stays so.
+    One that published lists have twice, or under two roles, stays so.
     """
-    label_of = {name: label for label, name in enumerate(task.classes)}
     root = task.source.root
-    entries = [
-        Entry("data", item.path, digest(root / item.path), label_of[shown(item.name)], role)
-        for role, item in task.drawn
-    ]
-    entries.sort(key=lambda entry: (entry.role, entry.label))  # train before val; shots as drawn
+    entries = entries_of_lists(task.drawn, root, task.classes, digest)
     settings = SplitSettings(task.shots, test_fraction=0.0, seed=task.seed)
-    return Split({"data": root}, task.classes, tuple(entries), settings, ())
+    return Split({"data": root}, task.classes, in_order(entries), settings, (), task.source.sampler)
+
+
+def test_split(part: Part, digest: Digest) -> Split:
+    """Return the images that a part is scored on, in their order."""
+    root = part.source.root
+    tested = CoopSplit(test=part.items)
+    entries = entries_of_lists(tested, root, part.classes, digest)
+    return Split({"data": root}, part.classes, tuple(entries), None, (), part.source.sampler)

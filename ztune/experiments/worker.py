@@ -28,6 +28,7 @@ from ztune.artifact import (
 )
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
+from ztune.data.split import Split
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.evaluate import encode_test
 from ztune.experiments.cells import Outcome, PartScore, Point
@@ -37,7 +38,6 @@ from ztune.experiments.jobs import (
     Encoding,
     Job,
     JobResult,
-    PictureList,
     ScoredPart,
     Task,
 )
@@ -71,9 +71,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """A part's pictures and hand-written prompts, encoded."""
+    """A part's test images and hand-written prompts, encoded."""
 
-    pictures: PictureList
+    split: Split
     features: F32
     """f32[n, e]"""
     labels: I64
@@ -208,7 +208,9 @@ class Worker:
             result_bytes=run.integer("result_bytes"),
             n_train=len(training.split.entries_of("train")),
             n_val=len(training.split.entries_of("val")),
-            copies=sum(digest in tuned_on for part in parts for digest in part.pictures.digests),
+            copies=sum(
+                digest in tuned_on for part in parts for _, digest in part.split.items("test")
+            ),
             queries=queries,
             probe_queries=run.integer("probe_queries"),
             text_forwards=run.integer("text_forwards"),
@@ -236,13 +238,14 @@ class Worker:
         """Return a part encoded; the last few are kept."""
         place = model.bundle.path, part
         if place not in self._parts:
-            pictures = PictureList.read(part.list_file)
-            found = model.features(pictures.items, part.cache, what=part.name)
-            labels = pictures.label_array
-            zero_shot = model.zero_shot(part.templates, pictures.classes)
-            before = score(zero_shot.logits(found.values[0]), labels, pictures.classes)
+            where = f'split "{part.split_file}"'
+            split = Split.from_json(read_json(part.split_file, where), where)
+            found = model.features(split.items("test"), part.cache, what=part.name)
+            labels = split.labels("test")
+            zero_shot = model.zero_shot(part.templates, split.classes)
+            before = score(zero_shot.logits(found.values[0]), labels, split.classes)
             self._make_room(found.values.nbytes)
-            self._parts[place] = EncodedPart(pictures, found.values[0], labels, before)
+            self._parts[place] = EncodedPart(split, found.values[0], labels, before)
         return self._parts[place]
 
     def _make_room(self, n_bytes: int) -> None:
@@ -271,7 +274,7 @@ class Worker:
         self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> Score | None:
         """Score a result among a part's classes; None for a head that does not know them all."""
-        classes = encoded.pictures.classes
+        classes = encoded.split.classes
         if isinstance(result, HeadArtifact):
             if not set(classes) <= set(result.classes):
                 return None
@@ -286,7 +289,7 @@ class Worker:
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
         gallery = encode_test(
-            model, encoded.pictures.items, part.cache, what=part.name, skip_broken=False
+            model, encoded.split.items("test"), part.cache, what=part.name, skip_broken=False
         )
         return score(gallery.logits(result), encoded.labels, classes)
 

@@ -450,10 +450,10 @@ def test_closing_while_regions_are_in_use(
 
     thread = threading.Thread(target=ask)
     thread.start()
-    assert begun.wait(5)
+    assert begun.wait(30)
     time.sleep(0.05)
     served.service.close()
-    thread.join(5)
+    thread.join(30)
     assert [type(error) for error in errors] == [AwayError]
     assert regions() == before
 

@@ -297,7 +297,7 @@ def ended_by_closing(url: str, entered: threading.Event) -> tuple[str, float]:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        assert entered.wait(5)
+        assert entered.wait(30)
         began = time.monotonic()
         asked.close()
         thread.join(8)

@@ -13,9 +13,9 @@ from tests.conftest import DIGITS, MINI
 from tests.ztune.data_trees import lines
 from tests.ztune.test_data_named import built, png
 from ztune.cli.output import Output
+from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.cells import Cell
-from ztune.experiments.jobs import PictureList
 from ztune.experiments.plan import read_plan
 from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
 from ztune.io.files import sha256
@@ -53,7 +53,7 @@ USUAL: dict[str, object] = {
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Return three classes of sixteen digits, 8 to tune with, 3 to validate and 5 to test on."""
+    """Return three classes of sixteen digits, of which about half are kept for testing."""
     root = tmp_path / "digits"
     for name in ("one", "two", "three"):
         (root / name).mkdir(parents=True)
@@ -117,11 +117,16 @@ def keys_by_name(prepared: Prepared) -> dict[str, str]:
     return {str(cell): key for cell, key in prepared.cells.items() if key is not None}
 
 
+def scored_on(prepared: Prepared) -> list[Split]:
+    """Return the images that every part of a plan of one run is scored on."""
+    return [prepared.tested[p.split_file] for cell in prepared.jobs[0].cells for p in cell.parts]
+
+
 def file_of(prepared: Prepared, role: str) -> Path:
     """Return the first picture that a plan of one cell uses so."""
     (job,) = prepared.jobs
     if role == "test":
-        return prepared.lists[job.cells[0].parts[0].list_file].items[0][0]
+        return scored_on(prepared)[0].items("test")[0][0]
     return job.split.file(next(e for e in job.split.entries if e.role == role))
 
 
@@ -176,9 +181,12 @@ def test_no_two_changes_give_one_key(data: Path, prepare: Prepare) -> None:
     assert len({key_of_one(prepare(few_shot(data, **way))) for way in ways}) == len(ways)
 
 
-def test_a_run_changes_with_a_seed_that_draws_the_same(data: Path, prepare: Prepare) -> None:
-    """Where all pictures are tuned on, a seed is still that of the method."""
-    (first,), (second,) = (prepare(few_shot(data, shots=9, seed=seed)).jobs for seed in (1, 2))
+def test_a_run_changes_with_a_seed_that_draws_the_same(prepare: Prepare, tmp_path: Path) -> None:
+    """Where all images are tuned on, a seed is still that of the method."""
+    built(tmp_path, "dtd")
+    (first,), (second,) = (
+        prepare(known(seeds=seed, shots=9), root=tmp_path).jobs for seed in (1, 2)
+    )
     assert first.split.entries == second.split.entries
     assert first.run != second.run
 
@@ -232,7 +240,7 @@ def test_a_key_changes_with_a_test_picture_and_the_run_does_not(
     after = prepare(few_shot(manifest))
     assert key_of_one(after) != key_of_one(before)
     assert after.jobs[0].run == before.jobs[0].run
-    assert len(after.lists[after.jobs[0].cells[0].parts[0].list_file].paths) == 16
+    assert len(scored_on(after)[0].entries) == 16
 
 
 def test_a_key_changes_with_a_class_name(data: Path, prepare: Prepare) -> None:
@@ -447,60 +455,66 @@ def test_only_some_cells(only: Only, takes: bool) -> None:
 # What is said
 
 
-def test_copies_are_counted_and_kept(
-    data: Path,
-    prepare: Prepare,
-    tmp_path: Path,
-    warnings: list[str],
-    capfd: pytest.CaptureFixture[str],
+def test_copies_in_published_lists_are_counted_and_kept(
+    prepare: Prepare, tmp_path: Path, warnings: list[str]
 ) -> None:
-    manifest = divided(data, tmp_path / "list.csv")
-    plain = prepare(few_shot(manifest))
-    assert not capfd.readouterr().err
-    train, val, test = (file_of(plain, role) for role in ("train", "val", "test"))
-    others = [path for path in data.glob("one/*") if path.name > test.name]
-    test.write_bytes(train.read_bytes())
-    others[0].write_bytes(val.read_bytes())
-    warnings.clear()
-    prepared = prepare(few_shot(manifest))
+    built(tmp_path, "dtd")
+    plain = prepare(known(), root=tmp_path)
+    assert not warnings
+    train, val = (file_of(plain, role) for role in ("train", "val"))
+    (before,) = scored_on(plain)
+    for copy, source in zip(before.items("test"), (train, val), strict=False):
+        copy[0].write_bytes(source.read_bytes())
+    prepared = prepare(known(), root=tmp_path)
     (warning,) = warnings
-    assert warning.startswith("digits: test: 2 of the pictures to test on equal one that is tuned")
+    assert warning.startswith("dtd: test: 2 of the pictures to test on equal one that is tuned")
     (job,) = prepared.jobs
-    pictures = prepared.lists[job.cells[0].parts[0].list_file]
-    assert len(pictures.paths) == 15, "they stay"
+    (split,) = scored_on(prepared)
+    assert len(split.entries) == len(before.entries), "they stay"
     assert len(job.split.entries) == len(plain.jobs[0].split.entries)
     tuned_on = {entry.sha256 for entry in job.split.entries}
-    assert sum(digest in tuned_on for digest in pictures.digests) == 2
+    assert sum(entry.sha256 in tuned_on for entry in split.entries) == 2
 
 
 def test_copies_are_counted_seed_by_seed(
-    data: Path, prepare: Prepare, tmp_path: Path, warnings: list[str]
+    prepare: Prepare, tmp_path: Path, warnings: list[str]
 ) -> None:
-    """One copy of a picture that only some seeds draw."""
-    manifest = divided(data, tmp_path / "list.csv")
-    two_seeds = few_shot(manifest, shots="1", seed="1, 2, 3, 4, 5")
+    """One copy of an image that only some seeds draw."""
+    built(tmp_path, "dtd")
+    plan = known(seeds="1, 2, 3, 4, 5")
+    prepared = prepare(plan, root=tmp_path)
     drawn: list[set[Path]] = [
-        {job.split.file(entry) for entry in job.split.entries_of("train")}
-        for job in prepare(two_seeds).jobs
+        {job.split.file(entry) for entry in job.split.entries_of("train")} for job in prepared.jobs
     ]
     sometimes = sorted(drawn[0].union(*drawn) - drawn[0].intersection(*drawn))[0]
-    target = sorted((data / "two").iterdir())[-1]
-    target.write_bytes(sometimes.read_bytes())
-    warnings.clear()
-    prepare(two_seeds)
+    file_of_test = scored_on(prepared)[0].items("test")[-1][0]
+    file_of_test.write_bytes(sometimes.read_bytes())
+    prepare(plan, root=tmp_path)
     (warning,) = warnings
-    assert "digits: test: 0 to 1 of the pictures" in warning
+    assert "dtd: test: 0 to 1 of the pictures" in warning
+
+
+def test_copies_in_ones_own_images_are_refused(data: Path, prepare: Prepare) -> None:
+    first, second = (file_of(prepare(few_shot(data)), role) for role in ("train", "test"))
+    second.write_bytes(first.read_bytes())
+    if first.parent == second.parent:  # one class, and the copy is left out
+        assert prepare(few_shot(data)).cells
+    other = next((data / "two").iterdir())
+    other.write_bytes(first.read_bytes())
+    with pytest.raises(DataError, match="the same picture has two classes"):
+        prepare(few_shot(data))
 
 
 def test_what_is_unusual_is_said_once(
-    data: Path, prepare: Prepare, capfd: pytest.CaptureFixture[str]
+    prepare: Prepare, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(few_shot(data, seed="1, 2", shots="2, 9"), progress=Output())
+    built(tmp_path, "dtd")
+    prepare(known(seeds="1, 2", shots="2, 9"), root=tmp_path, progress=Output())
     said = capfd.readouterr().err.splitlines()
     short = [line for line in said if "have fewer than 9 pictures" in line]
     assert len(short) == 1
-    assert short[0].startswith("digits: 9 shots: 3 class(es)")
-    assert len([line for line in said if "no test pictures: every" in line]) == 1
+    assert short[0].startswith("dtd: 9 shots: 2 class(es)")
+    assert len([line for line in said if "drawn by ztune" in line]) == 1
     assert not [line for line in said if "2 shots" in line]
 
 
@@ -508,7 +522,7 @@ def test_what_is_unusual_is_said_once(
 
 
 NAMED = """
-seeds = [1]
+seeds = [{seeds}]
 queries = 40
 [models]
 mini = "{bundle}"
@@ -518,13 +532,18 @@ mini = "{bundle}"
 gda = {{}}
 [[protocols]]
 kind = "few-shot"
-shots = [1]
+shots = [{shots}]
 """
+
+
+def known(data: str = "dtd = {}", seeds: object = 1, shots: object = 1) -> str:
+    """Return a plan on a data set by name."""
+    return NAMED.format(bundle=MINI, data=data, seeds=seeds, shots=shots)
 
 
 def test_a_data_set_by_name_is_found_below_the_root(prepare: Prepare, tmp_path: Path) -> None:
     built(tmp_path / "all", "dtd")
-    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    text = known()
     prepared = prepare(text, root=tmp_path / "all")
     (job,) = prepared.jobs
     assert job.split.classes == ("banded", "zigzagged")
@@ -537,7 +556,7 @@ def test_a_data_set_by_name_is_found_below_the_root(prepare: Prepare, tmp_path: 
 def test_a_data_set_by_name_needs_a_root(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    text = known()
     with pytest.raises(
         ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'
     ):
@@ -553,7 +572,7 @@ def test_a_data_set_by_name_needs_a_root(
 
 def test_a_path_wins_over_a_known_name(data: Path, prepare: Prepare, tmp_path: Path) -> None:
     built(tmp_path / "all", "dtd")
-    text = NAMED.format(bundle=MINI, data=f'dtd = {{ path = "{data}" }}')
+    text = known(f'dtd = {{ path = "{data}" }}')
     for root in (None, tmp_path / "all"):
         (job,) = prepare(text, root=root).jobs
         assert job.split.classes == ("one", "three", "two")
@@ -563,7 +582,7 @@ def test_a_path_wins_over_a_known_name(data: Path, prepare: Prepare, tmp_path: P
 def test_class_names_of_a_file(data: Path, prepare: Prepare, tmp_path: Path) -> None:
     lines(tmp_path, "names.txt", "one\tthe first", "two\tthe second", "three\tthe third")
     entry = f'digits = {{ path = "{data}", names = "names.txt" }}'
-    (job,) = prepare(NAMED.format(bundle=MINI, data=entry)).jobs
+    (job,) = prepare(known(entry)).jobs
     assert job.split.classes == ("the first", "the second", "the third")
 
 
@@ -578,7 +597,7 @@ def test_a_picture_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: P
         prepare(few_shot(manifest))
     # A folder of a known name lists its pictures; this one vanishes after the lists were read.
     built(tmp_path, "dtd")
-    text = NAMED.format(bundle=MINI, data="dtd = {}")
+    text = known()
     preparation = prepare(text, root=tmp_path)
     picture = file_of(preparation, "test")
     picture.unlink()
@@ -597,7 +616,7 @@ def test_a_picture_that_vanishes_is_named(
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return sha256(path)
 
-    monkeypatch.setattr("ztune.experiments.prepare.sha256", vanished)
+    monkeypatch.setattr("ztune.data.splitter.sha256", vanished)
     with pytest.raises(DataError, match=rf'picture ".*{lost.name}" cannot be read: No such file'):
         prepare(few_shot(data))
 
@@ -635,7 +654,7 @@ def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
         }
         for cell in job.cells:
             for part in cell.parts:
-                tested |= set(prepared.lists[part.list_file].digests)
+                tested |= {e.sha256 for e in prepared.tested[part.split_file].entries}
     return tuned, tested
 
 
@@ -648,7 +667,7 @@ def test_every_picture_is_encoded_once(
     )
     prepared = prepare(text, out=out)
     monkeypatch.setattr("ztune.experiments.prepare._LEAST_ENCODED", 7)
-    tasks = encodings(prepared.jobs, prepared.lists)
+    tasks = encodings(prepared.jobs, prepared.tested)
     assert {task.bundle_digest for task in tasks} == {load_bundle(MINI).digest}
     assert {task.bundle for task in tasks} == {MINI}
     assert {task.cache for task in tasks} == {
@@ -672,8 +691,9 @@ def test_targets_are_encoded_in_the_plans_order(data: Path, prepare: Prepare) ->
     text = HEAD.format(**{**USUAL, "data": data}).replace("[methods]", targets + "[methods]")
     listed = ", ".join(f'"{name}"' for name in names)
     text += f'[[protocols]]\nkind = "cross-data-set"\nsource = "digits"\ntargets = [{listed}]\n'
+    text += "shots = [2]\n"
     prepared = prepare(text)
-    tasks = encodings(prepared.jobs, prepared.lists)
+    tasks = encodings(prepared.jobs, prepared.tested)
     assert [task.cache.parent.name for task in tasks] == ["digits", *names]
 
 
@@ -682,7 +702,7 @@ def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
     prepared = prepare(few_shot(data, preset="published"))
     digests = {
         digest
-        for task in encodings(prepared.jobs, prepared.lists)
+        for task in encodings(prepared.jobs, prepared.tested)
         if task.cache.name == "tune"
         for _, digest in task.items
     }
@@ -705,20 +725,20 @@ def test_tasks_are_of_512_pictures_or_as_many_as_make_32_tasks(
         for n in range(513):
             (root / "test" / name / f"{n}.png").write_bytes(picture + f"{name}{n}".encode())
     prepared = prepare(few_shot(root))
-    tasks = encodings(prepared.jobs, prepared.lists)
+    tasks = encodings(prepared.jobs, prepared.tested)
     sizes: dict[str, list[int]] = {}
     for task in tasks:
         sizes.setdefault(task.cache.name, []).append(len(task.items))
     assert sizes == {"tune": [8], "test": [512, 512, 2]}
     monkeypatch.setattr("ztune.experiments.prepare._MOST_ENCODINGS", 2)
-    few = [task for task in encodings(prepared.jobs, prepared.lists) if task.cache.name == "test"]
+    few = [task for task in encodings(prepared.jobs, prepared.tested) if task.cache.name == "test"]
     assert [len(task.items) for task in few] == [513, 513]
 
 
 def test_data_that_lie_twice_are_encoded_for_each_name(data: Path, prepare: Prepare) -> None:
     """Caches are by the name of the data set, so that one may be removed alone."""
     prepared = prepare(transfers(data, data))
-    tasks = encodings(prepared.jobs, prepared.lists)
+    tasks = encodings(prepared.jobs, prepared.tested)
     caches: list[Any] = [task.cache.relative_to(task.cache.parents[1]).as_posix() for task in tasks]
     assert sorted(caches) == ["again/test", "digits/tune"]
     assert encodings((), {}) == []
@@ -763,21 +783,10 @@ def test_queries_do_not_matter_to_a_head(data: Path, prepare: Prepare) -> None:
         assert (keys[0] == keys[1]) == same
 
 
-def test_remarks_are_collected(data: Path, prepare: Prepare) -> None:
-    prepared = prepare(few_shot(data, shots="1, 9"))
-    divided, short = prepared.found["digits"].remarks
-    assert "every class is divided into 50 % train" in divided
-    assert short.startswith("9 shots: 3 class(es) have")
-    assert prepared.found["digits"].known_as is None
-
-
-@pytest.mark.parametrize("path", ["/etc/passwd", "../up.png", "a/../../up.png", ""])
-def test_a_list_of_pictures_stays_below_its_root(tmp_path: Path, path: str) -> None:
-    file = tmp_path / "list.json"
-    for place, message in (("a/b.png", None), (path, "leaves its root")):
-        PictureList(tmp_path, ("a", "b"), (place,), (0,), ("ab" * 32,)).save(file)
-        if message is None:
-            assert PictureList.read(file).items == [(tmp_path / place, "ab" * 32)]
-            continue
-        with pytest.raises(FormatError, match=message):
-            PictureList.read(file)
+def test_remarks_are_collected(prepare: Prepare, tmp_path: Path) -> None:
+    built(tmp_path, "dtd")
+    prepared = prepare(known(shots="1, 9"), root=tmp_path)
+    remarks = prepared.found["dtd"].remarks
+    assert "drawn by ztune" in remarks[0]
+    assert remarks[-1].startswith("9 shots: 2 class(es) have")
+    assert prepared.found["dtd"].known_as is None

@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import DIGITS
 from tests.ztune.data_trees import TREES
 from tests.ztune.test_data_named import built
-from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot
+from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot, shown
+from ztune.data.folders import Listing, Picture, read_dataset
 from ztune.data.named import NAMED
-from ztune.data.sources import named_lists
+from ztune.data.sources import read_source
+from ztune.data.split import SplitSettings
+from ztune.data.splitter import make_split
 from ztune.errors import ConfigError, DataError
 from ztune.experiments.protocols import (
     PROTOCOLS,
@@ -39,14 +43,26 @@ def source(*names: str, name: str = "pets", train: int = 6, val: int = 5, test: 
     lists = CoopSplit(
         items("a", *names, n=train), items("v", *names, n=val), items("e", *names, n=test)
     )
-    return Source(name, ROOT / name, lists, ("a photo of a {}.",))
+    return published(name, lists)
+
+
+def published(name: str, lists: CoopSplit) -> Source:
+    """Return a data set with published lists."""
+    classes = tuple(sorted({shown(item.name) for _, item in lists}))
+    pictures = tuple(Picture(i.path, classes.index(shown(i.name)), role) for role, i in lists)
+    listing = Listing(ROOT / name, classes, pictures, 0, lists=lists)
+    return Source(name, listing, ("a photo of a {}.",))
+
+
+def lists_of(source: Source) -> CoopSplit:
+    assert source.listing.lists is not None
+    return source.listing.lists
 
 
 def known(root: Path, name: str) -> Source:
     """Return a data set known by name, built small."""
     built(root, name)
-    lists = named_lists(name, root)
-    return Source(name, lists.root, lists.split, (lists.template,))
+    return Source(name, read_source(name, root, tuned=False), (NAMED[name].template,))
 
 
 def digest(path: Path) -> str:
@@ -61,11 +77,11 @@ def digest(path: Path) -> str:
 def test_few_shots_are_the_published_draw_and_all_test_pictures_stay(shots: int, seed: int) -> None:
     pets = source("dog", "cat", "eel")
     task = task_of("few-shot", pets, (), shots, seed)
-    drawn = few_shot(pets.lists, shots, seed)
+    drawn = few_shot(lists_of(pets), shots, seed)
     assert task.drawn == CoopSplit(drawn.train, drawn.val)
     assert (task.protocol, task.source, task.shots, task.seed) == ("few-shot", pets, shots, seed)
     (part,) = task.parts
-    assert (part.name, part.source, part.items) == ("test", pets, pets.lists.test)
+    assert (part.name, part.source, part.items) == ("test", pets, lists_of(pets).test)
     assert task.classes == part.classes == ("cat", "dog", "eel")
 
 
@@ -79,6 +95,30 @@ def test_every_known_data_set_that_can_be_tuned_on(tmp_path: Path, name: str) ->
     assert len(split.entries_of("train")) == per_class * len(TREES[name].classes)
     assert split.roots == {"data": data.root}
     assert all((data.root / entry.path).is_file() for entry in split.entries)
+
+
+def test_shots_of_ones_own_images_are_those_of_tune() -> None:
+    listing = read_dataset(DIGITS)
+    split = make_split(listing, SplitSettings(4, seed=3))
+    task = task_of("few-shot", Source("digits", listing, ("{}",)), (), 4, 3)
+    for role in ("train", "val"):
+        drawn = [item.path for item in task.drawn.of(role)]
+        assert drawn == [entry.path for entry in split.entries_of(role)]
+    (part,) = task.parts
+    assert [item.path for item in part.items] == [e.path for e in split.entries_of("test")]
+    assert split_of(task, digest).sampler == "hash"
+    # A transfer tests on the same images, whatever is tuned on.
+    other = Source("digits", listing, ("{}",))
+    transfer = task_of("cross-data-set", source("hen", "cow"), (other,), 1, 1)
+    assert {i.path for i in transfer.parts[0].items} == {i.path for i in part.items}
+    assert transfer.parts[0].classes == listing.classes
+
+
+def test_ones_own_images_must_suffice_for_a_test_set() -> None:
+    listing = read_dataset(DIGITS)
+    few = dataclasses.replace(listing, pictures=listing.pictures[::20])
+    with pytest.raises(DataError, match='data set "digits": no test set: class'):
+        task_of("few-shot", Source("digits", few, ("{}",)), (), 4, 1)
 
 
 # Base to new
@@ -102,13 +142,13 @@ def test_the_first_labels_are_base_whatever_their_names(
     assert first.classes == task.classes == tuple(sorted(base))
     assert second.classes == tuple(sorted(new))
     for part in task.parts:
-        wanted = [item.path for item in pets.lists.test if item.name in part.classes]
+        wanted = [item.path for item in lists_of(pets).test if item.name in part.classes]
         assert [item.path for item in part.items] == wanted
 
 
 def test_shots_are_drawn_of_all_classes_before_these_are_divided() -> None:
     pets = source("dog", "cat", "eel", "ape")
-    base, new = base_and_new(few_shot(pets.lists, 2, 3))
+    base, new = base_and_new(few_shot(lists_of(pets), 2, 3))
     task = task_of("base-to-new", pets, (), 2, 3)
     assert task.drawn == CoopSplit(base.train, base.val)
     assert [part.items for part in task.parts] == [base.test, new.test]
@@ -138,9 +178,11 @@ def test_transfers_tune_on_the_source_and_test_on_all_of_the_targets(protocol: s
         "ape", "dog", name="zoo", train=0, val=0
     )  # fmt: skip
     task = task_of(protocol, pets, (zoo, farm), 1, 1)
-    assert task.drawn == CoopSplit(*(few_shot(pets.lists, 1, 1).of(r) for r in ("train", "val")))
+    assert task.drawn == CoopSplit(
+        *(few_shot(lists_of(pets), 1, 1).of(r) for r in ("train", "val"))
+    )
     assert [part.name for part in task.parts] == ["zoo", "farm"]
-    assert [part.items for part in task.parts] == [zoo.lists.test, farm.lists.test]
+    assert [part.items for part in task.parts] == [lists_of(zoo).test, lists_of(farm).test]
     assert [part.classes for part in task.parts] == [("ape", "dog"), ("cow", "hen")]
     assert [part.source for part in task.parts] == [zoo, farm]
 
@@ -221,9 +263,9 @@ def test_nothing_is_said_about_what_is_usual() -> None:
 
 def test_classes_with_fewer_pictures_than_shots_are_told_of() -> None:
     pets = source("dog", "cat", "eel", "ape")
-    rare = [item for item in pets.lists.train if item.name != "cat" or item.path == "1/a0.png"]
+    rare = [item for item in lists_of(pets).train if item.name != "cat" or item.path == "1/a0.png"]
     rare = [item for item in rare if item.name != "eel" or item.path in ("2/a1.png", "2/a2.png")]
-    few = dataclasses.replace(pets, lists=dataclasses.replace(pets.lists, train=tuple(rare)))
+    few = published("pets", dataclasses.replace(lists_of(pets), train=tuple(rare)))
     task = task_of("few-shot", few, (), 4, 1)
     assert [item.name for item in task.drawn.train].count("cat") == 1
     (remark,) = remarks_on(task)
@@ -255,8 +297,8 @@ def test_classes_of_a_variant_that_the_source_lacks_are_told_of() -> None:
 def test_classes_without_test_pictures_are_told_of() -> None:
     """They stay answers, wrong ones: without them figures would look better than they are."""
     pets = source("dog", "cat", "eel", "ape", "bee")
-    tested = tuple(item for item in pets.lists.test if item.name != "cat")
-    untested = dataclasses.replace(pets, lists=dataclasses.replace(pets.lists, test=tested))
+    tested = tuple(item for item in lists_of(pets).test if item.name != "cat")
+    untested = published("pets", dataclasses.replace(lists_of(pets), test=tested))
     for protocol, part in (("few-shot", ""), ("base-to-new", "base ")):
         task = task_of(protocol, untested, (), 1, 1)
         assert "cat" in task.classes
@@ -275,7 +317,9 @@ def test_a_runs_split_is_the_draw_by_role_and_class() -> None:
     split = split_of(task, digest)
     assert split.classes == ("ape", "cat", "dog")
     assert split.roots == {"data": pets.root}
+    assert split.settings is not None
     assert (split.settings.shots, split.settings.seed) == (2, 5)
+    assert split.sampler == "coop"
     assert [(e.role, e.label) for e in split.entries] == [
         (role, label) for role in ("train", "val") for label in (0, 0, 1, 1, 2, 2)
     ]
@@ -296,7 +340,7 @@ def test_what_a_protocol_lists_twice_stays_twice() -> None:
         (Item("0/v.png", 0, "dog"), twice),
         items("e", "dog", "cat"),
     )
-    pets = Source("pets", ROOT, lists, ("a {}",))
+    pets = published("pets", lists)
     split = split_of(task_of("few-shot", pets, (), 2, 1), digest)
     same = [(e.role, e.label) for e in split.entries if e.path == "1/same.png"]
     assert same == [("train", 0), ("train", 0), ("val", 0)]
@@ -320,7 +364,7 @@ def sources(draw: st.DrawFn) -> Source:
         for _ in range(3)
     ]
     name = draw(st.sampled_from(("first", "second")))
-    return Source(name, ROOT / name, CoopSplit(*lists), ("{}",))
+    return published(name, CoopSplit(*lists))
 
 
 @settings(max_examples=300, deadline=None)
@@ -334,19 +378,19 @@ def test_no_test_picture_is_drawn_unless_the_lists_say_so(
     except DataError:
         return
     assert not task.drawn.test
-    listed = {tuned.root / item.path for item in (*tuned.lists.train, *tuned.lists.val)}
+    listed = {tuned.root / item.path for item in (*lists_of(tuned).train, *lists_of(tuned).val)}
     drawn = {tuned.root / item.path for _, item in task.drawn}
     assert drawn <= listed
     for part in task.parts:
-        named = {part.source.root / item.path for item in part.source.lists.test}
+        named = {part.source.root / item.path for item in lists_of(part.source).test}
         tested = {part.source.root / item.path for item in part.items}
         assert tested <= named
         assert drawn & tested <= listed & named
         assert len(part.classes) >= 2
     remarks_on(task)
     # What is drawn depends on no test picture: with others in their place it is the same.
-    moved = tuple(Item(f"moved/{i.path}", i.label, i.name) for i in tuned.lists.test)
-    elsewhere = dataclasses.replace(tuned, lists=dataclasses.replace(tuned.lists, test=moved))
+    moved = tuple(Item(f"moved/{i.path}", i.label, i.name) for i in lists_of(tuned).test)
+    elsewhere = published(tuned.name, dataclasses.replace(lists_of(tuned), test=moved))
     again = task_of(protocol, elsewhere, targets, shots, seed)
     assert again.drawn == task.drawn
     if other.root != tuned.root or protocol not in TRANSFERS:

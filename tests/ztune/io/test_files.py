@@ -14,7 +14,7 @@ from ztune.cli.request import settings_from_words
 from ztune.compositions.steps import ZipConfig
 from ztune.data.cache import FeatureLog
 from ztune.data.manifests import read_class_list, read_names, read_text
-from ztune.data.sources import own_lists
+from ztune.data.sources import read_source
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.store import Store
 from ztune.io.config import configured
@@ -219,4 +219,4 @@ def test_names_that_a_plan_names_are_a_regular_file(tmp_path: Path, in_time: Non
         (tmp_path / "data" / name / "1.png").touch()
     os.mkfifo(tmp_path / "names")
     with pytest.raises(DataError, match="not a regular file"):
-        own_lists(tmp_path / "data", tmp_path / "names")
+        read_source(str(tmp_path / "data"), None, tmp_path / "names", pipe=False)

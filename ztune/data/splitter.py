@@ -1,0 +1,361 @@
+"""Which images train, validate and test: drawn once, recorded by content, checked on resume.
+
+There are two samplers, and the data decide which one draws, the same for every verb:
+
+`hash`, for one's own images. Whether an image is kept for testing is a function of its content and
+`split_seed` alone, so that adding images never moves another one between training and test. Shots
+are drawn from the others in the order of SHA-256("tune:seed:digest of the image"): neither file
+names, other classes nor the NumPy version change that order, and the 4-shot set is a part of the
+16-shot set of the same seed.
+
+`coop`, for published lists (`Listing.lists`). Draws what CoOp's published code draws for the same
+lists and seed: coop.py. Test images are those of the lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ztune.data.coop import CoopSplit, by_label, few_shot, shown
+from ztune.data.folders import Listing
+from ztune.data.manifests import SplitName
+from ztune.data.split import ROLES, Entry, Progress, Split, SplitSettings
+from ztune.errors import DataError
+from ztune.io.files import sha256
+
+Digest = Callable[[Path], str]
+"""Gives the SHA-256 of an image's file."""
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises: DataError where it cannot be read.
+    """
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise DataError(f'picture "{path}" cannot be read: {error.strerror}') from None
+
+
+def digest_pictures(dataset: Listing, progress: Progress | None = None) -> list[str]:
+    """Return the SHA-256 of every picture's file, in the order of `dataset.pictures`.
+
+    Raises: DataError naming a file that cannot be read.
+    """
+    digests = []
+    for done, picture in enumerate(dataset.pictures, 1):
+        digests.append(digest_file(dataset.root / picture.path))
+        if progress:
+            progress(done, len(dataset.pictures))
+    return digests
+
+
+def make_split(
+    dataset: Listing,
+    settings: SplitSettings,
+    test_data: Listing | None = None,
+    digest: Digest = digest_file,
+) -> Split:
+    """Draw the images that train, validate and test: `hash` for one's own, `coop` for published.
+
+    `digest` gives a file's SHA-256; of published lists only what is drawn is digested. `test_data`
+    is another data set to test on.
+
+    Raises: DataError when a class has too few images, one of one's own images would have two
+        classes or two roles, or `test_data` has other classes.
+    """
+    if settings.test_fraction != "auto" and (dataset.has_splits or test_data):
+        source = "train and test folders of its own" if dataset.has_splits else "`test_data`"
+        raise DataError(f'data "{dataset.root}" has {source}: leave out `test_fraction`')
+    sample = _hash_split if dataset.lists is None else _coop_split
+    return sample(dataset, settings, test_data, digest)
+
+
+def _hash_split(
+    dataset: Listing, settings: SplitSettings, test_data: Listing | None, digest: Digest
+) -> Split:
+    """Cut off test images by hash where the data have none; draw shots, then validation images."""
+    classes, notes, roots = dataset.classes, [*dataset.notes], {"data": dataset.root.absolute()}
+    pool = entries_of(dataset, digest)
+    if test_data:
+        tested, note = _tested_elsewhere(dataset, test_data, digest)
+        pool = [entry for entry in pool if entry.role != "test"] + tested
+        notes += note
+        roots["test"] = test_data.root.absolute()
+    pool, n_copies = _without_copies(pool, classes, roots)
+    if n_copies:
+        notes.append(f"exact copies of another picture, left out: {n_copies}")
+    by_class: list[list[Entry]] = [[] for _ in classes]
+    for entry in pool:
+        by_class[entry.label].append(entry)
+    if not dataset.has_splits and not test_data:
+        by_class, note = _cut_off_test(by_class, classes, settings)
+        notes += note
+    elif not any(entry.role == "test" for entry in pool):
+        notes.append("no test set: the data has none (add a test folder, or use `test_data`)")
+    by_class = [_choose(entries, settings) for entries in by_class]
+    _check_shots(by_class, pool, classes, settings)
+    notes += _check_val(by_class, classes, settings)
+    entries = [entry for part in by_class for entry in part]
+    return Split(roots, classes, in_order(entries), settings, tuple(notes), "hash")
+
+
+def _coop_split(
+    dataset: Listing, settings: SplitSettings, test_data: Listing | None, digest: Digest
+) -> Split:
+    """Draw what CoOp's published code draws of the same lists with the same seed (coop.py).
+
+    Test images stay as published, copies included; what equals one of them may be drawn as well.
+    """
+    assert dataset.lists is not None
+    notes, roots = [*dataset.notes], {"data": dataset.root.absolute()}
+    drawn = few_shot(dataset.lists, settings.shots, settings.seed, settings.n_val)
+    tested: list[Entry] = []
+    if test_data:
+        drawn = replace(drawn, test=())
+        tested, note = _tested_elsewhere(dataset, test_data, digest)
+        notes += note
+        roots["test"] = test_data.root.absolute()
+    entries = entries_of_lists(drawn, dataset.root, dataset.classes, digest) + tested
+    notes += remarks_on_drawn(drawn, settings.shots)
+    tuned_on = {entry.sha256 for entry in entries if entry.role != "test"}
+    copies = sum(entry.role == "test" and entry.sha256 in tuned_on for entry in entries)
+    if copies:
+        notes.append(
+            f"test pictures that equal one that is tuned on, byte by byte: {copies} (they stay, as "
+            "published)"
+        )
+    return Split(roots, dataset.classes, in_order(entries), settings, tuple(notes), "coop")
+
+
+def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:
+    """Return the images of a listing in its order; those without a role are training images."""
+    return [
+        Entry("data", picture.path, digest(dataset.root / picture.path), picture.label, role)
+        for picture in dataset.pictures
+        for role in (picture.split or "train",)
+    ]
+
+
+def entries_of_lists(
+    lists: CoopSplit, root: Path, classes: Sequence[str], digest: Digest
+) -> list[Entry]:
+    """Return the images of published lists; labels of one class name are one class."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    return [
+        Entry("data", item.path, digest(root / item.path), label_of[shown(item.name)], role)
+        for role, item in lists
+    ]
+
+
+def in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Return entries by role, then class, within a class as they are."""
+    return tuple(sorted(entries, key=lambda entry: (ROLES.index(entry.role), entry.label)))
+
+
+def remarks_on_drawn(drawn: CoopSplit, shots: int) -> list[str]:
+    """Return what published lists do not have for so many shots, a line each."""
+    remarks = []
+    if short := [group for group in by_label(drawn.train).values() if len(group) < shots]:
+        fewest = min(short, key=len)
+        remarks.append(
+            f"{len(short)} class(es) have fewer than {shots} pictures to tune with and give "
+            f'all they have, "{fewest[0].name}" {len(fewest)}'
+        )
+    if not drawn.val:
+        remarks.append("no validation pictures: heads take their settings from the shots")
+    return remarks
+
+
+def whole_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
+    """Return a split in which every picture is there to tune with.
+
+    Those of a class are in the order drawn with `seed`, as those of a file are; None: as given.
+
+    Raises: DataError for one picture with two classes, or a class without any.
+    """
+    classes, roots = listing.classes, {"data": listing.root.absolute()}
+    pool, n_copies = _without_copies(entries_of(listing, digest), classes, roots)
+    notes = [f"exact copies of another picture, left out: {n_copies}"] if n_copies else []
+    by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
+    if seed is not None:
+        by_class = [_drawn(entries, "tune", seed) for entries in by_class]
+    for name, entries in zip(classes, by_class, strict=True):
+        if not entries:
+            raise DataError(f'class "{name}" has no picture')
+    settings = SplitSettings(max(map(len, by_class)), 0, 0, 0, seed or 0)
+    drawn = tuple(entry for part in by_class for entry in part)
+    return Split(roots, classes, drawn, settings, (*notes,), "hash")
+
+
+def _tested_elsewhere(
+    dataset: Listing, other: Listing, digest: Digest
+) -> tuple[list[Entry], list[str]]:
+    """Return the test images of `test_data`, its test folder or all where it has no splits.
+
+    With them: what to tell of the data's own, which are not used.
+
+    Raises: DataError where it has other classes, or no test images.
+    """
+    missing = sorted(set(dataset.classes) - set(other.classes))
+    extra = sorted(set(other.classes) - set(dataset.classes))
+    if missing or extra:
+        listed = "; ".join(
+            f"{what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("not among the data's", extra))
+            if names
+        )
+        raise DataError(f'`test_data` "{other.root}" has other classes than the data ({listed})')
+    tested = tuple(picture for picture in other.pictures if picture.split in (None, "test"))
+    if not tested:
+        raise DataError(f'`test_data` "{other.root}" has splits but no test pictures')
+    unused = sum(picture.split == "test" for picture in dataset.pictures)
+    note = [f"test pictures of the data itself not used: {unused}"] if unused else []
+    entries = entries_of(replace(other, pictures=tested), digest)
+    return [replace(entry, root="test", role="test") for entry in entries], note
+
+
+def _without_copies(
+    pool: Iterable[Entry], classes: Sequence[str], roots: Mapping[str, Path]
+) -> tuple[list[Entry], int]:
+    """Keep the first of equal files, and return how many others there were.
+
+    Raises: DataError where equal files have different classes or roles.
+    """
+    first: dict[str, Entry] = {}
+    conflicts = []
+    n_copies = 0
+    for entry in pool:
+        known = first.setdefault(entry.sha256, entry)
+        if known is entry:
+            continue
+        n_copies += 1
+        if (known.label, known.role) != (entry.label, entry.role):
+            conflicts.append((known, entry))
+    if conflicts:
+        shown = " and ".join(
+            f'"{roots[entry.root] / entry.path}" ({entry.role}, class "{classes[entry.label]}")'
+            for entry in conflicts[0]
+        )
+        what = "classes" if conflicts[0][0].label != conflicts[0][1].label else "roles"
+        raise DataError(
+            f"the same picture has two {what}: {shown}; {len(conflicts)} such pair(s) in all "
+            "(remove one of each)"
+        )
+    return list(first.values()), n_copies
+
+
+def _drawn(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:
+    def turn(entry: Entry) -> bytes:
+        return hashlib.sha256(f"{purpose}:{seed}:{entry.sha256}".encode()).digest()
+
+    return sorted(entries, key=turn)
+
+
+def _cut_off_test(
+    by_class: list[list[Entry]], classes: Sequence[str], settings: SplitSettings
+) -> tuple[list[list[Entry]], list[str]]:
+    """Give the role test to every image whose hash says so, whatever other images there are."""
+    if settings.test_fraction == 0:
+        return by_class, ["no test set: `test_fraction` is 0"]
+    share = 0.5 if settings.test_fraction == "auto" else settings.test_fraction
+    cut = [
+        [
+            replace(entry, role="test") if _is_tested(entry, share, settings.split_seed) else entry
+            for entry in entries
+        ]
+        for entries in by_class
+    ]
+    tested, left = _count(cut, "test"), _count(cut, "train")
+    if settings.test_fraction == "auto":
+        if why := _too_few(tested, left, classes, settings):
+            return by_class, [f"no test set: {why} (add a test folder, or use `test_data`)"]
+    elif 0 in tested:
+        none = [name for name, n in zip(classes, tested, strict=True) if n == 0]
+        return cut, [f'{len(none)} class(es) have no test images: "{none[0]}"']
+    return cut, []
+
+
+def _is_tested(entry: Entry, share: float, seed: int) -> bool:
+    turn = hashlib.sha256(f"test:{seed}:{entry.sha256}".encode()).digest()
+    return int.from_bytes(turn[:8], "big") < share * 2**64
+
+
+def _too_few(
+    tested: Sequence[int], left: Sequence[int], classes: Sequence[str], settings: SplitSettings
+) -> str | None:
+    """Return why `auto` keeps no test images, None where it does."""
+    needed = 2 * (settings.shots + settings.wanted_val)
+    least = settings.shots + (settings.n_val or 0)
+    for name, n_test, n_left in zip(classes, tested, left, strict=True):
+        if (n := n_test + n_left) < needed:
+            return (
+                f'class "{name}" has {n} pictures, and half is kept for testing from {needed} in '
+                "every class"
+            )
+        if n_test == 0 or n_left < least:
+            return (
+                f'of the {n} images of class "{name}" {n_test} would be kept for testing and '
+                f"{n_left} left to tune with, at least 1 and {least} are needed"
+            )
+    return None
+
+
+def _choose(entries: list[Entry], settings: SplitSettings) -> list[Entry]:
+    """Fill the shots, then validation, from one class; pictures left over have no role."""
+    drawn = _drawn((entry for entry in entries if entry.role == "train"), "tune", settings.seed)
+    given = [entry for entry in entries if entry.role == "val"]
+    val = _drawn(given, "tune", settings.seed) if given else drawn[settings.shots :]
+    return [
+        *drawn[: settings.shots],
+        *(replace(entry, role="val") for entry in val[: settings.wanted_val]),
+        *sorted((e for e in entries if e.role == "test"), key=lambda entry: entry.path),
+    ]
+
+
+def _count(by_class: list[list[Entry]], role: SplitName) -> list[int]:
+    return [sum(entry.role == role for entry in entries) for entries in by_class]
+
+
+def _check_shots(
+    by_class: list[list[Entry]],
+    pool: Iterable[Entry],
+    classes: Sequence[str],
+    settings: SplitSettings,
+) -> None:
+    short = [label for label, n in enumerate(_count(by_class, "train")) if n < settings.shots]
+    if not short:
+        return
+    label = short[0]
+    n_train, n_test = _count(by_class, "train")[label], _count(by_class, "test")[label]
+    n_all = Counter(entry.label for entry in pool if entry.role == "train")[label]
+    kept = f" ({n_all} less {n_test} kept for testing)" if n_all > n_train else ""
+    raise DataError(
+        f'class "{classes[label]}" has {n_train} pictures to tune with{kept}, `shots` '
+        f"{settings.shots} needs {settings.shots}; {len(short)} such class(es) in all (add "
+        "pictures or ask for fewer shots)"
+    )
+
+
+def _check_val(
+    by_class: list[list[Entry]], classes: Sequence[str], settings: SplitSettings
+) -> list[str]:
+    counts = _count(by_class, "val")
+    fewest, wanted = min(counts), settings.wanted_val
+    if fewest == wanted:
+        return []
+    name = classes[counts.index(fewest)]
+    if settings.n_val is not None:
+        raise DataError(
+            f'class "{name}" has {fewest} pictures left for validation, `val` {wanted} needs '
+            f"{wanted} (add pictures, or leave out `val` to take what is left)"
+        )
+    if max(counts) == 0:
+        return ["no validation pictures: the shots take them all"]
+    each = str(fewest) if fewest == max(counts) else f"{fewest} to {max(counts)}"
+    return [f"validation: {each} pictures per class instead of {wanted}: shots are filled first"]
