@@ -103,6 +103,7 @@ def test_compare(ztune: Command, data: Words, kind: str, tmp_path: Path) -> None
     words = ("--methods", "zero-shot", "--shots", SHOTS, "--seeds", SEED, "--out", tmp_path / "out")
     done = ztune("compare", MINI, *data, *words)
     assert done.code == 0, done.err
+    assert f"drawn by {TABLE[kind][0]}" in done.err
     for file in (tmp_path / "out").rglob("split.json"):
         assert row(read(file), read(file)) == TABLE[kind]
     assert [*(tmp_path / "out").rglob("split.json")]

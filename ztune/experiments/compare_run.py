@@ -17,7 +17,7 @@ from ztune.access import CONTEXTS
 from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
-from ztune.data.split import ROLES, Split
+from ztune.data.split import HOW_DRAWN, ROLES, Split
 from ztune.data.splitter import digest_pictures
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.cell_process import BusyError, CellError, run_cell
@@ -48,7 +48,7 @@ def run_comparison(
     config = replace(config, base=replace(base, provider=execution.provider))
     model = open_model(Path(base.bundle), execution, progress)
     split, images = _first_split(config)
-    for remark in (*remarks_on(base), *split.notes):
+    for remark in (*remarks_on(base), *split.notes, f"images: {HOW_DRAWN[split.sampler]}"):
         progress.remark(remark)
     counts: dict[str, Json] = {role: len(split.entries_of(role)) for role in ROLES}
     counts = {"classes": len(split.classes), **counts}
@@ -60,7 +60,7 @@ def run_comparison(
 
 
 def _first_split(config: CompareConfig) -> tuple[Split, str]:
-    """Return the first seed's split, and a digest of all images that there are.
+    """Return the first seed's split, and a digest of what any seed is drawn from and tested on.
 
     Raises: DataError when no images are kept for testing.
     """
@@ -71,9 +71,12 @@ def _first_split(config: CompareConfig) -> tuple[Split, str]:
             f'data "{config.base.data}" leaves no pictures to test on (use more pictures, fewer '
             "`shots`, `test_fraction` or `test_data`)"
         )
-    names = [dataset.classes[picture.label] for picture in dataset.pictures]
-    digests = digest_pictures(dataset)
-    seen = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
+    if dataset.lists is not None:  # published lists may name a million images
+        seen = [f"{role} {item.name} {item.path}" for role, item in dataset.lists]
+    else:
+        names = [dataset.classes[picture.label] for picture in dataset.pictures]
+        digests = digest_pictures(dataset)
+        seen = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
     seen += [f"test {split.classes[entry.label]} {entry.sha256}" for entry in test]
     return split, hashlib.sha256("\n".join(seen).encode()).hexdigest()
 
