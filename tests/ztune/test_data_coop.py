@@ -9,7 +9,6 @@ import pytest
 from ztune.data.coop import (
     CoopSplit,
     Item,
-    as_split,
     base_and_new,
     divide_classes,
     few_shot,
@@ -19,7 +18,7 @@ from ztune.data.coop import (
 )
 from ztune.data.folders import read_dataset
 from ztune.data.split import SplitSettings
-from ztune.data.splitter import make_split
+from ztune.data.splitter import as_split, make_split
 from ztune.errors import ConfigError, DataError
 
 

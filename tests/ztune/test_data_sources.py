@@ -12,13 +12,13 @@ from tests.ztune.data_trees import TREES, put
 from tests.ztune.test_data_named import built, parquet_file, png
 from ztune.data import named, parquet
 from ztune.data.checking import check, doubts, is_published
-from ztune.data.coop import CoopSplit, as_split, few_shot, write_split
+from ztune.data.coop import CoopSplit, few_shot, write_split
 from ztune.data.folders import Listing
 from ztune.data.library import read_named
 from ztune.data.named import NAMED, Counts
 from ztune.data.sources import find_named, read_source
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import digest_file, make_split
+from ztune.data.splitter import as_split, digest_file, make_split
 from ztune.errors import ConfigError, DataError, FormatError
 
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName, class_name, is_inside, is_utf8, read_text
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import write_bytes
@@ -247,15 +246,3 @@ def hold_out_val(
         val += group[:n_val]
         train += group[n_val:]
     return tuple(train), tuple(val)
-
-
-def as_split(dataset: Listing) -> CoopSplit:
-    """Return the lists of a data set that was read from folders or a manifest, in its order.
-
-    Pictures without a split are training pictures.
-    """
-    lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
-    for picture in dataset.pictures:
-        item = Item(picture.path, picture.label, dataset.classes[picture.label])
-        lists[picture.split or "train"].append(item)
-    return CoopSplit(*(tuple(lists[role]) for role in SPLITS))

@@ -17,8 +17,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ztune.data.coop import CoopSplit
 from ztune.data.manifests import (
     SPLIT_NAMES,
     SUFFIXES,
@@ -30,9 +30,6 @@ from ztune.data.manifests import (
     read_names,
 )
 from ztune.errors import DataError
-
-if TYPE_CHECKING:
-    from ztune.data.coop import CoopSplit
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"

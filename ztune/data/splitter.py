@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ztune.data.coop import CoopSplit, by_label, few_shot, shown
+from ztune.data.coop import CoopSplit, Item, by_label, few_shot, shown
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.split import ROLES, Entry, Progress, Split, SplitSettings
@@ -131,6 +131,18 @@ def _coop_split(
             "published)"
         )
     return Split(roots, dataset.classes, in_order(entries), settings, tuple(notes), "coop")
+
+
+def as_split(dataset: Listing) -> CoopSplit:
+    """Return the lists of a data set that was read from folders or a manifest, in its order.
+
+    Images without a split are training images.
+    """
+    lists: dict[SplitName, list[Item]] = {role: [] for role in ROLES}
+    for picture in dataset.pictures:
+        item = Item(picture.path, picture.label, dataset.classes[picture.label])
+        lists[picture.split or "train"].append(item)
+    return CoopSplit(*(tuple(lists[role]) for role in ROLES))
 
 
 def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.coop import CoopSplit, Item, as_split, base_and_new, few_shot, shown
+from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot, shown
 from ztune.data.folders import Listing
 from ztune.data.split import ROLES, Sampler, Split, SplitSettings
 from ztune.data.splitter import (
     Digest,
+    as_split,
     digest_file,
     entries_of_lists,
     in_order,
