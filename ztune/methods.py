@@ -13,11 +13,11 @@ from ztune.compositions.pixels import BarConfig, BlackVipConfig
 from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
 from ztune.compositions.steps import DirectRgfConfig, DirectSpsaConfig, SpsaGcConfig, ZipConfig
 from ztune.errors import ConfigError
+from ztune.heads.base import Fitted, Shots
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.heads.linear_probe import LinearProbeConfig, fit_linear_probe
 from ztune.heads.lp_plus import LpPlusConfig, fit_lp_plus
 from ztune.heads.proker import ProkerConfig, fit_proker
-from ztune.heads.shots import Fitted, Shots
 from ztune.heads.tip import TipConfig, fit_tip
 from ztune.heads.zero_shot import ZeroShotConfig, fit_zero_shot
 from ztune.io.config import as_json, configured, nearest

@@ -32,8 +32,8 @@ from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
+from ztune.heads.base import Fitted
 from ztune.heads.gda import GdaConfig, fit_gda
-from ztune.heads.shots import Fitted
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import read_json

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ztune.errors import ConfigError
+from ztune.heads.base import Shots
 from ztune.heads.gda import ALPHAS, GdaConfig, fit_gda, gaussian_classifier
-from ztune.heads.shots import Shots
 
 
 def blobs(n_per_class: int, seed: int, spread: float = 0.3) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,11 @@ import pytest
 
 from ztune.errors import ConfigError, ZtuneError
 from ztune.heads import gda, linear_probe, lp_plus, proker, tip
+from ztune.heads.base import Fitted, Predict, Shots, choose, stratified_folds
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.heads.linear_probe import LinearProbeConfig, fit_linear_probe, logistic_regression
 from ztune.heads.lp_plus import LpPlusConfig, fit_lp_plus
 from ztune.heads.proker import ProkerConfig, fit_proker
-from ztune.heads.selection import Predict, choose, stratified_folds
-from ztune.heads.shots import Fitted, Shots
 from ztune.heads.tip import TipConfig, fit_tip
 from ztune.heads.zero_shot import ZeroShotConfig, fit_zero_shot
 

@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.selection import Predict, choose, options, require_positive, solvable
-from ztune.heads.shots import Fitted, Shots, classifier_of
+from ztune.heads.base import (
+    Fitted,
+    Predict,
+    Shots,
+    choose,
+    classifier_of,
+    options,
+    require_positive,
+    solvable,
+)
 from ztune.types import F32, F64, I64
 
 ALPHAS = tuple(float(a) for a in np.logspace(-4, 2, 7))

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.heads.selection import solvable
-from ztune.heads.shots import Fitted, Shots, classifier_of
+from ztune.heads.base import Fitted, Shots, classifier_of, solvable
 from ztune.types import F64, I64
 
 _ROWS = 16_384  # pictures at a time: 130 MB of probabilities for 1,000 classes

@@ -25,8 +25,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.selection import Predict, choose, options, require_positive, solvable
-from ztune.heads.shots import Fitted, Shots, classifier_of
+from ztune.heads.base import (
+    Fitted,
+    Predict,
+    Shots,
+    choose,
+    classifier_of,
+    options,
+    require_positive,
+    solvable,
+)
 from ztune.logits import Kernel
 from ztune.types import F64, I64
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.heads.shots import Fitted, Shots, classifier_of
+from ztune.heads.base import Fitted, Shots, classifier_of
 
 
 @dataclass(frozen=True)
