@@ -28,7 +28,7 @@ def test_the_reference_names_every_option_and_no_other(verb: str) -> None:
                 assert option in own, f"docs/commands.md, {verb}: {option}"
     known = parser._option_string_actions.keys()
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", own):
-        assert option in known | {"--provider", "--threads"}, (
+        assert option in known | {"--provider", "--threads", "--version"}, (
             f"docs/commands.md, {verb} has no {option}"
         )
 
