@@ -52,3 +52,8 @@ class ClosedError(ZtuneError):
 
 class ZtuneWarning(UserWarning):
     """What a caller should know of a result, though there is one."""
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs an extra of pyproject.toml, as README gives it."""
+    return f"pip install '.[{extra}]' in a checkout of ztune"
