@@ -16,6 +16,7 @@ from runtimes.providers import Execution, check_precision, open_session, run_gra
 from ztune.errors import FormatError, ProviderError
 from ztune.io.fields import Fields
 from ztune.io.files import open_regular
+from ztune.io.kinds import kind_of, wrong_kind
 from ztune.types import F32, U8
 
 FORMAT = "ztune-classifier"
@@ -72,8 +73,8 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
     """
     where = f'classifier "{path}"'
     with reading(where):
-        if not path.is_file():
-            raise FormatError(f"{where} does not exist")
+        if not path.is_file() or kind_of(path) == "artifact":
+            raise wrong_kind(path, "classifier")
         weights = Path(f"{path}.data")
         check_external_data(path, weights.name if weights.is_file() else None)
         _check_precision(path, execution.provider)

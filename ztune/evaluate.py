@@ -20,6 +20,7 @@ from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
+from ztune.io.kinds import kind_of
 from ztune.model import Model
 from ztune.progress import SILENCE, Progress, warn
 from ztune.run import RunFolder
@@ -99,10 +100,11 @@ def read_labelled(
 
 
 def labelled_of_split(path: Path, split: str, *, pipe: bool = False) -> LabelledImages:
-    """Return the test images of a split file, or all of them with the split `all`.
+    """Return the test images of a run or its split file, or all of them with the split `all`.
 
     Raises: DataError where there are none, or one has changed; FormatError.
     """
+    path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
     whole = Split.from_json(read_json(path, where, pipe=pipe), where)
     if split == "test":

@@ -27,6 +27,7 @@ from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_json
+from ztune.io.kinds import wrong_kind
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Counted, Journal
 from ztune.loop import Tuning
@@ -131,7 +132,7 @@ class RunFolder:
         """
         where = f'run "{self.path}"'
         if not self.run.is_file():
-            raise FormatError(f"{where} has no run.json, so it is no run")
+            raise wrong_kind(self.path, "run")
         for file in (self.state, self.history, self.journal):
             _require_regular(file, where)
         document = read_json(self.run, where)

@@ -23,6 +23,7 @@ from ztune.cli.server import (
 )
 from ztune.errors import ConfigError
 from ztune.io.fields import Fields
+from ztune.io.kinds import kind_of, wrong_kind
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
 from ztune.types import Json
@@ -81,11 +82,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             _eval_bundle(arguments, model, output)
     elif (target / "run.json").is_file():
         _eval_run(arguments, output)
-    elif target.is_file():
+    elif target.is_file() and kind_of(target) != "artifact":
         _eval_classifier(arguments, output)
     else:
-        state = "is no run (no run.json) and no bundle" if target.is_dir() else "does not exist"
-        raise ConfigError(f'"{target}" {state}; eval takes a run, a bundle or a classifier.onnx')
+        raise wrong_kind(target, "scored")
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:

@@ -33,6 +33,9 @@ from ztune.errors import DataError
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"
 
+# Folders of ztune's own, told by their files: their sub-folders are no classes.
+_FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -73,6 +76,9 @@ def read_dataset(
     """
     if not is_utf8(str(path.absolute())):
         raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
+    for kind, marks in _FOREIGN.items():
+        if all((path / name).is_file() for name in marks):
+            raise DataError(f'data "{path}" is a {kind}, expected {_LAYOUTS}')
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         where, root, ignored = f'manifest "{path}"', path.parent, 0
         listed = read_manifest(path)
