@@ -231,7 +231,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     assert (occupied / "mine.txt").exists()
     run = tmp_path / "run"
     assert tune(run).code == 0
-    refused(tune(run), "is not empty", f"ztune tune --resume {run}")
+    refused(tune(run), "is a run that is finished", "--overwrite")
     packed = tmp_path / "c.onnx"
     pack = ("pack", MINI, "--prompt", run / "prompt.safetensors", "--out")
     assert ztune(*pack, packed).code == 0

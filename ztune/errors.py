@@ -9,6 +9,10 @@ class DataError(ZtuneError):
     """Pictures, folders, manifests or splits that cannot be used as they are."""
 
 
+class StorageError(DataError):
+    """A file that cannot be written, on a full disk for instance."""
+
+
 class FormatError(ZtuneError):
     """A file of ours (bundle, artifact, run) that is damaged, foreign or too new."""
 

@@ -71,19 +71,26 @@ _ARITHMETIC = (
 
 
 def start_run(
-    run_config: RunConfig, model: Model, path: Path, begun: Callable[[], None] = lambda: None
+    run_config: RunConfig,
+    model: Model,
+    path: Path,
+    begun: Callable[[], None] = lambda: None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Json]:
     """Start a run in a new folder and finish it; return run.json's content.
 
-    `begun` is called once there is a run that could be resumed.
+    `begun` is called once there is a run that could be resumed. With `overwrite` a run that is
+    there already is replaced, once the new one is checked.
 
     Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
         RefusedError where the precision leaves no signal.
     """
+    RunFolder(path).require_free(overwrite=overwrite)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         model.progress.remark(remark)
-    return start_run_on(run_config, split, model, path, begun=begun)
+    return start_run_on(run_config, split, model, path, begun=begun, overwrite=overwrite)
 
 
 def start_run_on(
@@ -93,10 +100,13 @@ def start_run_on(
     path: Path,
     encoded: EncodedSplit | None = None,
     begun: Callable[[], None] = lambda: None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Json]:
     """Start a run on a split in a new folder and finish it; return run.json's content.
 
-    `encoded` are the split's features, where they are known already.
+    `encoded` are the split's features, where they are known already; `overwrite` is as for
+    `start_run`.
 
     Raises: as `start_run`.
     """
@@ -104,9 +114,8 @@ def start_run_on(
     run = TrainingRun(run_config, split, folder, model, encoded)
     run.check()
     head = run.head()
-    folder.create(head, split.to_json())
-    begun()
-    with folder.locked():
+    with folder.started(head, split.to_json(), overwrite=overwrite):
+        begun()
         return run.finish(head)
 
 
@@ -189,7 +198,7 @@ class SavedRun:
         if differ:
             raise ConfigError(
                 f'run "{self.folder.path}" was begun with other {", ".join(differ)} (give the '
-                "same, or name another `run_dir`)"
+                "same, name another `run_dir`, or remove that folder)"
             )
 
     def resume(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from ztune.cli.server import (
 from ztune.errors import ConfigError
 from ztune.io.fields import Fields
 from ztune.io.kinds import kind_of, wrong_kind
+from ztune.printing import quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
 from ztune.types import Json
@@ -109,9 +109,9 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             "(start it anew with other settings)"
         )
     if head.get("status") != "finished":
-        path = shlex.quote(str(folder.path))
         raise ConfigError(
-            f'run "{folder.path}" is not finished (go on with: ztune tune --resume {path})'
+            f'run "{folder.path}" is not finished (go on with: ztune tune --resume '
+            f"{quoted(folder.path)})"
         )
     run_config = run_config_from_json(Fields(head, where).object("request").values, where)
     images = labelled_of_split(folder.split, arguments.split or "test")

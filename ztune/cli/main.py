@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -65,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+# How a command goes on after a full disk.
+_AGAIN = {
+    "bench": "and go on with the same command and --resume",
+    "compare": "and go on with the same command",
+}
 # Arguments of the library that options have other names for.
 _ALIASES = {"template": "templates", "endpoint": "endpoints", "set": "settings"}
 
@@ -124,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             show_traceback(error)
         where = f'"{error.filename}": ' if error.filename else ""
-        fail(f"{where}{error.strerror or error}")
+        again = _AGAIN.get(arguments.verb, "and try again")
+        full = f" (free some space, {again})" if error.errno == errno.ENOSPC else ""
+        fail(f"{where}{error.strerror or error}{full}")
         return 1
     return 0
 

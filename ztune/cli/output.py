@@ -177,7 +177,8 @@ class Table:
 
 def fail(message: str) -> None:
     """Write the one line that a person gets when a command cannot do what was asked."""
-    sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
+    one_line = re.sub(r"\s*\n\s*", " ", message.strip())  # two spaces may be part of a path
+    sys.stderr.write(f"error: {printable(one_line)}\n")
 
 
 def show_traceback(error: BaseException) -> None:

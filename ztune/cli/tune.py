@@ -23,10 +23,11 @@ from ztune.cli.server import (
     require_no_server_options,
     server_settings,
 )
-from ztune.errors import AwayError, ConfigError, FormatError, ServerError
+from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.fields import Fields
 from ztune.methods import METHODS, PRESETS
 from ztune.optim.mixture import PROMPTS
+from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.types import Json
 
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_root_argument(parser)
     parser.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
+    parser.add_argument(
+        "--overwrite", action="store_true", default=None, help="replace the run that --out has"
+    )
     parser.add_argument("--shots", type=int, metavar="N", help="pictures per class (default: 16)")
     parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: ogn; see: ztune methods)")
     parser.add_argument("--queries", type=int, metavar="N", help="default: 5000")
@@ -126,7 +130,7 @@ _ASKED = (
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
-        for name in _ASKED:
+        for name in (*_ASKED, "overwrite"):
             if getattr(arguments, name) is not None:
                 raise ConfigError(
                     f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
@@ -142,7 +146,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
         run_config = run_config_from_arguments(arguments, _ASKED)
-        document = _start(run_config, server_settings(arguments), arguments.out, output)
+        document = _start(
+            run_config,
+            server_settings(arguments),
+            arguments.out,
+            output,
+            overwrite=bool(arguments.overwrite),
+        )
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
@@ -152,7 +162,9 @@ Settings = Mapping[str, Json]
 """How a server is reached: what the options of this very command say of it."""
 
 
-def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -> dict[str, Json]:
+def _start(
+    run_config: RunConfig, server: Settings, out: Path, output: Output, *, overwrite: bool
+) -> dict[str, Json]:
     from ztune.model import open_model, resolve_execution
     from ztune.training import start_run
 
@@ -167,7 +179,7 @@ def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -
         )
         model = open_model(Path(run_config.bundle), execution, output)
     with model, _told_how_to_resume(out, run_config.bundle) as told:
-        return start_run(run_config, model, out, told.begin)
+        return start_run(run_config, model, out, told.begin, overwrite=overwrite)
 
 
 def _resume(
@@ -183,7 +195,7 @@ def _resume(
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
                 "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
-                f"{shlex.quote(str(path))}"
+                f"{quoted(path)}"
             )
         with (
             _reopened(saved, moved_bundle, server, output) as model,
@@ -243,7 +255,7 @@ def _reopened(
     if not Path(bundle).is_dir():
         raise FormatError(
             f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
-            f"ztune tune BUNDLE --resume {shlex.quote(str(saved.folder.path))}"
+            f"ztune tune BUNDLE --resume {quoted(saved.folder.path)}"
         )
     provider, _ = resolve(saved.fields.text("provider"))
     execution = Execution(
@@ -278,6 +290,13 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
             raise ServerError(f"{error}; {done}go on with: {self._command}") from None
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"go on with: {self._command}") from None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            where = f'"{error.filename}": ' if error.filename else ""
+            error = StorageError(f"{where}{error.strerror or error}")
+        if isinstance(error, StorageError):
+            raise StorageError(
+                f"{error} (make room or mend the folder, then go on with: {self._command})"
+            ) from None
 
 
 def _judge(document: dict[str, Json], output: Output) -> None:
@@ -336,5 +355,7 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         asked = fields.object("request").integer("queries")
         lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
     where = "" if "zero-shot" in validation.values or not rows else " --bundle DIR"
-    lines.append(f"{path / 'prompt.safetensors'} (measure it with: ztune eval {path}{where})")
+    lines.append(
+        f"{path / 'prompt.safetensors'} (measure it with: ztune eval {quoted(path)}{where})"
+    )
     return lines
