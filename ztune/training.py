@@ -27,6 +27,7 @@ from ztune.budget import Budget
 from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
+from ztune.data.moved import relocated
 from ztune.data.sources import read_source
 from ztune.data.split import Split, digest_pictures, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
@@ -35,7 +36,7 @@ from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.heads.shots import Fitted
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
-from ztune.io.files import read_json
+from ztune.io.files import read_json, write_json
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
 from ztune.methods import HeadMethod, find_method
@@ -202,12 +203,18 @@ class SavedRun:
             )
 
     def resume(
-        self, model: Model, encoded: EncodedSplit | None = None, *, files: bool = True
+        self,
+        model: Model,
+        encoded: EncodedSplit | None = None,
+        *,
+        files: bool = True,
+        roots: Mapping[str, Path] | None = None,
     ) -> dict[str, Json]:
         """Finish the run as it was begun; return run.json's content.
 
         `encoded` are the split's features, where they are known already; without `files` its images
-        are in memory.
+        are in memory. `roots` are folders that they have moved to (`new_roots`), which the run
+        keeps.
 
         Raises: FormatError for another model than the run began with, or a damaged folder;
             ZtuneError for images that have changed.
@@ -222,8 +229,12 @@ class SavedRun:
         split = Split.from_json(
             read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
         )
+        if roots:
+            split = relocated(split, roots)
         if files:
             split.check_unchanged()
+        if roots:
+            write_json(self.folder.split, split.to_json())
         run = TrainingRun(self.run_config, split, self.folder, model, encoded)
         run.check()
         return run.finish(self.head)

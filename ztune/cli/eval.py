@@ -43,9 +43,14 @@ EXAMPLE = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx")
     parser.add_argument(
-        "--data", metavar="FOLDER|NAME", help="labelled pictures, or their name with --root"
+        "--data",
+        metavar="FOLDER|NAME",
+        help="labelled pictures, or their name with --root; of a run, where its own moved",
     )
     add_root_argument(parser)
+    parser.add_argument(
+        "--test-data", type=Path, metavar="FOLDER", help="a run's test pictures, where they moved"
+    )
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
@@ -94,7 +99,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.run import RunFolder
     from ztune.run_config import run_config_from_json
 
-    for name in ("data", "root", "split_file", "prompt", "classes", "names"):
+    for name in ("root", "split_file", "prompt", "classes", "names"):
         if getattr(arguments, name) is not None:
             raise ConfigError(
                 f"a run brings its own pictures and prompt; leave out --{name.replace('_', '-')} "
@@ -114,7 +119,12 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f"{quoted(folder.path)})"
         )
     run_config = run_config_from_json(Fields(head, where).object("request").values, where)
-    images = labelled_of_split(folder.split, arguments.split or "test")
+    images = labelled_of_split(
+        folder.split,
+        arguments.split or "test",
+        data=arguments.data,
+        test_data=arguments.test_data,
+    )
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
@@ -262,15 +272,23 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     """Return the images that --data or --split-file name."""
     from ztune.evaluate import labelled_of_split, read_labelled
 
-    if (arguments.data is None) == (arguments.split_file is None):
+    if arguments.data is None and arguments.split_file is None:
         raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
+    if arguments.test_data is not None and arguments.split_file is None:
+        raise ConfigError("--test-data goes with a run or --split-file; leave it out")
     split = arguments.split or "test"
     if arguments.split_file is not None:
         if arguments.names is not None:
             raise ConfigError("a split file brings its own class names; leave out --names")
         if arguments.root is not None:
             raise ConfigError("a split file knows where its pictures are; leave out --root")
-        return labelled_of_split(arguments.split_file, split, pipe=True)
+        return labelled_of_split(
+            arguments.split_file,
+            split,
+            data=arguments.data,
+            test_data=arguments.test_data,
+            pipe=True,
+        )
     place = place_of(arguments.data, arguments.root)
     return read_labelled(place, arguments.root, arguments.names, split, output)
 

@@ -23,6 +23,7 @@ from ztune.cli.server import (
     require_no_server_options,
     server_settings,
 )
+from ztune.data.moved import new_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.fields import Fields
 from ztune.methods import METHODS, PRESETS
@@ -131,12 +132,13 @@ _ASKED = (
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
         for name in (*_ASKED, "overwrite"):
-            if getattr(arguments, name) is not None:
+            if getattr(arguments, name) is not None and name not in ("data", "test_data"):
                 raise ConfigError(
                     f"--resume takes everything from the run; leave out --{name.replace('_', '-')}"
                 )
         given = server_settings(arguments)
-        document = _resume(arguments.resume, arguments.bundle, given, output)
+        roots = new_roots(arguments.data, arguments.test_data)
+        document = _resume(arguments.resume, arguments.bundle, given, roots, output)
         path = arguments.resume
     else:
         for name in ("bundle", "data", "out"):
@@ -183,7 +185,11 @@ def _start(
 
 
 def _resume(
-    path: Path, moved_bundle: Path | str | None, server: Settings, output: Output
+    path: Path,
+    moved_bundle: Path | str | None,
+    server: Settings,
+    roots: Mapping[str, Path],
+    output: Output,
 ) -> dict[str, Json]:
     from ztune.training import SavedRun
 
@@ -202,7 +208,7 @@ def _resume(
             _told_how_to_resume(path, moved_bundle) as told,
         ):
             told.begin()
-            return saved.resume(model)
+            return saved.resume(model, roots=roots)
 
 
 def _served(
