@@ -28,8 +28,9 @@ def without_marks(text: str) -> str:
 
 
 def quoted(path: Path | str) -> str:
-    """Return a path as a shell takes it, for the commands that messages suggest."""
-    return shlex.quote(str(path))
+    """Return a path as a shell and our options take it, for the commands that messages suggest."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def printable(text: str) -> str:

@@ -74,8 +74,9 @@ class Output:
         return Ticker(self._errors, what, total, self.quiet)
 
 
-# What stands in quotation marks is somebody's name or path, and none of ours.
-_ARGUMENT = re.compile(r"\"[^\"]*\"|`([a-z_]+)(?:=([^`]*))?`")
+# What stands in quotation marks is somebody's name or path, and none of ours; in a command that is
+# suggested, these are a shell's.
+_ARGUMENT = re.compile(r"\"[^\"]*\"|(?<= )'[^']*'|`([a-z_]+)(?:=([^`]*))?`")
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
