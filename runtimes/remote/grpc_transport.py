@@ -201,10 +201,9 @@ class GrpcTransport:
     def _speaks_http(self) -> bool:
         """Whether the port answers a plain HTTP/1.1 request, which has no secret in it."""
         host, port = self.endpoint.host, self.endpoint.port
+        asked = http.client.HTTPConnection(host, port, timeout=1)
         if self.endpoint.secure:
             asked = http.client.HTTPSConnection(host, port, timeout=1, context=self._context)
-        else:
-            asked = http.client.HTTPConnection(host, port, timeout=1)
         with contextlib.closing(asked):
             try:
                 asked.request("GET", "/v2/health/live")

@@ -191,7 +191,8 @@ class HttpTransport:
             return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
             text = "what answers there does not speak HTTP"
-            if error.line[:2] == "\0\0" and error.line[3:4] == _SETTINGS:
+            line = str(error.args[0])
+            if line[:2] == "\0\0" and line[3:4] == _SETTINGS:
                 scheme = "tritons" if self.endpoint.secure else "triton"
                 text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
             return CallError(f"{self.endpoint}: {text}", "foreign")
