@@ -268,6 +268,8 @@ class FewShotClassifier:
     def load_artifact(self, path: Path | str) -> FewShotClassifier:
         """Take an artifact that was tuned with this model, in place of fitting.
 
+        `path` is its file, or the folder of a finished run.
+
         Raises: FormatError for a damaged one; ConfigError for one of another model.
         """
         artifact = read_artifact(Path(path))

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bundle", type=place, metavar="DIR|URL", help="a run's bundle or server, where it moved"
     )
-    parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
+    parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="a result of ztune tune")
     parser.add_argument(
         "--template",
         action="append",

@@ -17,7 +17,7 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--prompt", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--prompt", required=True, type=Path, metavar="RUN|FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE")
     parser.add_argument(
         "--resize", action="store_true", help="take pictures of any size and resize in the graph"

@@ -96,7 +96,8 @@ def _move_to(work: Path, path: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise ConfigError(
-            f'output "{path}" has just been made by another process (name another `out`)'
+            f'output "{path}" has just been made by another process (try again, or name another '
+            "`out`)"
         ) from None
 
 
