@@ -162,9 +162,9 @@ class RunFolder:
             for file, kept in moved:
                 if kept.exists():
                     kept.replace(file)
+            aside.rmdir()  # empty, or an error that leaves what could not be put back
             raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
