@@ -18,6 +18,7 @@ from typing import Any
 from ztune.errors import FormatError
 from ztune.io.fields import Fields
 from ztune.io.files import open_regular, read_json, sha256
+from ztune.io.kinds import wrong_kind
 from ztune.types import Json
 
 FORMAT = "ztune-bundle"
@@ -183,14 +184,12 @@ def reading(what: str) -> Iterator[None]:
 def _load(path: Path) -> Bundle:
     if (url := _URL.search(str(path))) and not path.exists():
         raise FormatError(
-            f'"{url[2]}://{url[3]}" is a server, and this takes a bundle itself, a folder (servers '
-            "go with: ztune tune, eval, doctor)"
+            f'"{url[2]}://{url[3]}" is a server, expected the folder of a bundle (ztune tune, eval '
+            "and doctor take servers)"
         )
-    if not path.is_dir():
-        raise FormatError(f'bundle "{path}" is no folder (make one with: ztune export --help)')
-    where = f'bundle "{path}": {MANIFEST}'
     if not (path / MANIFEST).is_file():
-        raise FormatError(f'bundle "{path}" has no {MANIFEST}, so it is no bundle')
+        raise wrong_kind(path, "bundle")
+    where = f'bundle "{path}": {MANIFEST}'
     raw = read_json(path / MANIFEST, where)
     top = Fields(raw, where)
     if raw.get("format") != FORMAT:

@@ -19,6 +19,7 @@ from runtimes.providers import Execution, check_precision, open_session, run_gra
 from ztune.errors import DataError, FormatError, ProviderError
 from ztune.io.fields import Fields
 from ztune.io.files import open_regular
+from ztune.io.kinds import kind_of, wrong_kind
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8
 
@@ -77,8 +78,8 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
     """
     where = f'classifier "{path}"'
     with reading(where):
-        if not path.is_file():
-            raise FormatError(f"{where} does not exist")
+        if not path.is_file() or kind_of(path) == "artifact":
+            raise wrong_kind(path, "classifier")
         weights = Path(f"{path}.data")
         check_external_data(path, weights.name if weights.is_file() else None)
         _check_precision(path, execution.provider)

@@ -99,10 +99,13 @@ def read_picture(path: Path) -> Image.Image:
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise DataError(
-            f'picture "{path}" cannot be read: {reason or type(error).__name__}'
-        ) from None
+        raise _unreadable(f'picture "{path}"', error) from None
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    """Return what is said of an image that a decoder, or the system, does not read."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return DataError(f"{name} cannot be read: {reason or type(error).__name__}")
 
 
 ImageLike = Path | str | Image.Image | U8
@@ -121,8 +124,7 @@ def held_picture(image: Image.Image | U8, name: str) -> Image.Image:
         try:
             return _upright(image)
         except Exception as error:  # decoders raise nearly anything on a damaged file
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"{name} cannot be read: {reason}") from None
+            raise _unreadable(name, error) from None
         finally:
             image.info = info
     if not isinstance(image, np.ndarray):

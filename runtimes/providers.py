@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import tensorrt
-from ztune.errors import ConfigError, ProviderError, ZtuneError
+from ztune.errors import ConfigError, ProviderError, ZtuneError, how_to_install
 from ztune.progress import SILENCE, Progress
 
 NAMES = {
@@ -95,8 +95,8 @@ def onnxruntime() -> Any:
         import onnxruntime as ort
     except ImportError as error:
         raise ProviderError(
-            f"onnxruntime cannot be imported ({error}); install it with: pip install 'ztune[cpu]' "
-            "(or 'ztune[gpu]', or on a Jetson NVIDIA's own wheel)"
+            f"onnxruntime cannot be imported ({error}); install it with: {how_to_install('cpu')} "
+            "(for a GPU: '.[gpu]'; on a Jetson: NVIDIA's own wheel)"
         ) from None
     ort.set_default_logger_severity(4)  # a provider that fails is reported by us, in one line
     if "CUDAExecutionProvider" in ort.get_available_providers() and hasattr(ort, "preload_dlls"):
@@ -119,8 +119,8 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
     if wanted not in ort.get_available_providers():
         raise ProviderError(
             f"provider {provider} is not in this build of onnxruntime {ort.__version__} (it has "
-            f"{', '.join(ort.get_available_providers())}); install 'ztune[gpu]' in place of "
-            "'ztune[cpu]', or use `provider=cpu`"
+            f"{', '.join(ort.get_available_providers())}); uninstall onnxruntime and install the "
+            f"build for GPUs ({how_to_install('gpu')}), or use `provider=cpu`"
         )
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ztune.cli.parser import VERBS, parser_of
+from ztune.errors import how_to_install
 from ztune.io.config import as_json
 from ztune.methods import METHODS, TunedMethod
 from ztune.types import Json
@@ -153,3 +154,16 @@ def test_the_files_that_a_run_enters_are_listed() -> None:
     said = subprocess.check_output([sys.executable, "-c", ENTERED, str(ROOT)], text=True)
     assert said.split() == listed
     assert len(listed) <= 50
+
+
+def test_extras_are_installed_from_a_checkout_and_exist() -> None:
+    """No package index has ztune."""
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for room in ("ztune", "runtimes", "export", "docs"):
+        for path in (ROOT / room).rglob("*.[pm][yd]"):
+            text = path.read_text()
+            assert "ztune[" not in text, path
+            for extra in re.findall(r"how_to_install\(['\"](\w+)['\"]\)", text):
+                assert extra in extras, path
+    assert how_to_install("export").startswith("pip install '.[export]' ")
+    assert "pip install '.[export]'" in (ROOT / "README.md").read_text()

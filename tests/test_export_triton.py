@@ -110,8 +110,8 @@ def test_wrong_settings(
 def test_wrong_folders(ztune: Command, tmp_path: Path, half: Path) -> None:
     out = tmp_path / "out"
     for bundle, words in (
-        (tmp_path / "none", "is no folder"),
-        (DIGITS, "has no bundle.json, so it is no bundle"),
+        (tmp_path / "none", "does not exist, expected a bundle"),
+        (DIGITS, "is a folder without bundle.json"),
         (half, "this is the client half of a bundle"),
     ):
         refused(ztune("export-triton", bundle, "--out", out, "--quiet"), words)
@@ -167,7 +167,7 @@ def test_a_client_half_that_is_asked_for_graphs(half: Path, tmp_path: Path) -> N
 def test_the_client_half_of_nothing(ztune: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(ztune("export", "--out", out), "give --model NAME, or --client BUNDLE")
-    refused(ztune("export", "--client", tmp_path / "none", "--out", out), "is no folder")
+    refused(ztune("export", "--client", tmp_path / "none", "--out", out), "does not exist")
     for words, named in (
         (("--model", "ViT-B-32"), "leave out --model"),
         (("--model", "x", "--precision", "int8"), "leave out --model, --precision"),

@@ -396,6 +396,8 @@ def test_arguments_are_shown_as_options_and_names_as_they_are() -> None:
         ("raise `memory_limit=3`", "raise memory_limit=3"),
         ('class "`keep`" has no image', 'class "`keep`" has no image'),
         ('"/tmp/`keep`" does not exist, see `keep`', '"/tmp/`keep`" does not exist, see --keep'),
+        ("ztune eval 'a `keep`' (or `keep`)", "ztune eval 'a `keep`' (or --keep)"),
+        ("the run's `keep` isn't `keep=best`", "the run's --keep isn't --keep best"),
     ):
         assert with_options(text, options.get) == shown
 

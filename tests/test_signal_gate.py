@@ -204,7 +204,7 @@ def test_a_reference_must_be_finer_and_of_the_same_model(
         (int8, other, "is of another model"),
         (int8, int8, "is int8 for a bundle in int8, expected fp32"),
         (MINI, MINI, "is fp32 for a bundle in fp32"),
-        (int8, tmp_path / "gone", "is no folder"),
+        (int8, tmp_path / "gone", "does not exist, expected a bundle"),
     ):
         out = tmp_path / "run"
         refused = ztune("tune", bundle, *TUNE[2:], "--reference", named, "--out", out, "--quiet")

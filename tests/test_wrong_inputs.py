@@ -90,8 +90,8 @@ def test_bundle_problems(ztune: Command, data: Path, bundle: Path, tmp_path: Pat
         shutil.rmtree(out, ignore_errors=True)
         return ztune("tune", which, "--data", data, *SMALL, "--out", out)
 
-    refused(tune(tmp_path / "nowhere"), "nowhere", "is no folder", "ztune export")
-    refused(tune(data), "has no bundle.json")
+    refused(tune(tmp_path / "nowhere"), "nowhere", "does not exist", "ztune export")
+    refused(tune(data), "is a folder without bundle.json")
     prompt = bundle / "prompt.onnx"
     whole = prompt.read_bytes()
     prompt.write_bytes(whole[: len(whole) // 2])
@@ -231,7 +231,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     assert (occupied / "mine.txt").exists()
     run = tmp_path / "run"
     assert tune(run).code == 0
-    refused(tune(run), "is not empty", f"ztune tune --resume {run}")
+    refused(tune(run), "is a run that is finished", "--overwrite")
     packed = tmp_path / "c.onnx"
     pack = ("pack", MINI, "--prompt", run / "prompt.safetensors", "--out")
     assert ztune(*pack, packed).code == 0
@@ -282,9 +282,9 @@ def test_wrong_settings(
 
 def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
     refused(ztune("tune", MINI, "--out", tmp_path / "x"), "tune needs --data")
-    refused(ztune("tune", "--resume", tmp_path), "no run.json")
+    refused(ztune("tune", "--resume", tmp_path), "is a folder without run.json")
     refused(ztune("eval", tmp_path / "x"), "does not exist")
-    refused(ztune("eval", data), "is no run", "no bundle")
+    refused(ztune("eval", data), "is a folder without run.json and bundle.json")
     refused(ztune("eval", MINI), "--data FOLDER or --split-file")
     refused(ztune("eval", MINI, "--data", data), "has no test pictures", "--split all")
     names, split = tmp_path / "names.txt", tmp_path / "split.json"

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from ztune.errors import FormatError
 from ztune.io.fields import Fields
-from ztune.io.files import write_bytes
+from ztune.io.files import read_json, write_bytes
+from ztune.io.kinds import kind_of, wrong_kind
 from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
+from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
@@ -224,10 +226,11 @@ def _kind(artifact: Artifact) -> str:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Read and check an artifact completely.
+    """Read and check an artifact completely; `path` is its file, or a run that is finished.
 
     Raises: FormatError when it is damaged, foreign, too new, or its parts do not fit together.
     """
+    path = _file_of(path)
     where = f'artifact "{path}"'
     arrays, document = read_tensors(path, where)
     top = Fields(document, where)
@@ -373,6 +376,30 @@ def read_artifact(path: Path) -> Artifact:
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
     return artifact
+
+
+def _file_of(path: Path) -> Path:
+    """Return the artifact's file: of a run, its result.
+
+    Raises: FormatError for a run without one, or another thing than a run or an artifact.
+    """
+    kind = kind_of(path)
+    if kind not in ("artifact", "file", "run"):
+        raise wrong_kind(path, "artifact")
+    if kind != "run":
+        return path
+    status = read_json(path / "run.json", f'run "{path}"').get("status")
+    if status == "refused":
+        raise FormatError(
+            f'run "{path}" was refused before its first step and has no prompt.safetensors (see '
+            '"signal" in its run.json, and start a run with other settings)'
+        )
+    if status != "finished":
+        raise FormatError(
+            f'run "{path}" is not finished and has no prompt.safetensors yet (go on with: ztune '
+            f"tune --resume {quoted(path)})"
+        )
+    return path / "prompt.safetensors"
 
 
 def require_same_model(artifact: Artifact, model_id: str, path: Path, bundle: Path) -> None:

@@ -9,6 +9,10 @@ class DataError(ZtuneError):
     """Pictures, folders, manifests or splits that cannot be used as they are."""
 
 
+class StorageError(DataError):
+    """A file that cannot be written, on a full disk for instance."""
+
+
 class FormatError(ZtuneError):
     """A file of ours (bundle, artifact, run) that is damaged, foreign or too new."""
 
@@ -52,3 +56,8 @@ class ClosedError(ZtuneError):
 
 class ZtuneWarning(UserWarning):
     """What a caller should know of a result, though there is one."""
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs an extra of pyproject.toml, as README gives it."""
+    return f"pip install '.[{extra}]' in a checkout of ztune"

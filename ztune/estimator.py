@@ -191,7 +191,9 @@ class FewShotClassifier:
             saved.require_same(run_config, training.split, model)
             if saved.status == "finished":
                 return dict(saved.head)
-            return saved.resume(model, features, files=not training.held and features is None)
+            files = not training.held and features is None
+            roots = training.split.roots if files else None
+            return saved.resume(model, features, files=files, roots=roots)
 
     def predict(self, X: Images | LabelledImages) -> np.ndarray[Any, Any]:
         """Return the class name of each image or of each row of features, str[N].
@@ -265,6 +267,8 @@ class FewShotClassifier:
 
     def load_artifact(self, path: Path | str) -> FewShotClassifier:
         """Take an artifact that was tuned with this model, in place of fitting.
+
+        `path` is its file, or the folder of a finished run.
 
         Raises: FormatError for a damaged one; ConfigError for one of another model.
         """

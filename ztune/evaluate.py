@@ -14,11 +14,13 @@ from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.cache import FeatureStore, MemoryCache
 from ztune.data.features import Features
+from ztune.data.moved import new_roots, relocated
 from ztune.data.sources import read_source
 from ztune.data.split import Split
 from ztune.data.splitter import digest_pictures
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
+from ztune.io.kinds import kind_of
 from ztune.model import Model
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
@@ -96,13 +98,24 @@ def read_labelled(
     return LabelledImages(items, labels, dataset.classes, split)
 
 
-def labelled_of_split(path: Path, split: str, *, pipe: bool = False) -> LabelledImages:
-    """Return the test images of a split file, or all of them with the split `all`.
+def labelled_of_split(
+    path: Path,
+    split: str,
+    *,
+    data: Path | str | None = None,
+    test_data: Path | str | None = None,
+    pipe: bool = False,
+) -> LabelledImages:
+    """Return the test images of a run or its split file, or all of them with the split `all`.
+
+    `data` is where they are now, where they have moved; `test_data` those of a test set of its own.
 
     Raises: DataError where there are none, or one has changed; FormatError.
     """
+    path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
     whole = Split.from_json(read_json(path, where, pipe=pipe), where)
+    whole = relocated(whole, new_roots(data, test_data))
     if split == "test":
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:
@@ -110,7 +123,14 @@ def labelled_of_split(path: Path, split: str, *, pipe: bool = False) -> Labelled
                 f"{where} has no test pictures (tune with `test_data` or more pictures, or "
                 "evaluate the bundle on other `data`)"
             )
-    whole.check_unchanged()
+    try:
+        whole.check_unchanged()
+    except DataError as error:
+        if data is None:
+            raise
+        raise DataError(
+            f"{error}; other images are scored with: ztune eval BUNDLE --data FOLDER --prompt RUN"
+        ) from None
     items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
     labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
     return LabelledImages(items, labels, whole.classes, split)

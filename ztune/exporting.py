@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, how_to_install
 from ztune.io.files import new_folder
 from ztune.progress import SILENCE, Progress
 
@@ -50,7 +50,7 @@ def export(
     except ImportError as error:
         raise ConfigError(
             f"export needs torch and open_clip ({error}); install them with: "
-            "pip install 'ztune[export]'"
+            f"{how_to_install('export')}"
         ) from None
     from export.quantize import quantize_bundle
 

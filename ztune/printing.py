@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 # What moves a cursor, ends a line or turns the direction of what follows: C0 and C1 controls, line
 # and paragraph separators, bidirectional marks, overrides and isolates; and halves of characters.
@@ -23,6 +25,12 @@ _ARGUMENT = re.compile(r"`([a-z_]+(?:=[^`]*)?)`")
 def without_marks(text: str) -> str:
     """Return an error's text with its arguments as plain words, for where there are no options."""
     return _ARGUMENT.sub(r"\1", text)
+
+
+def quoted(path: Path | str) -> str:
+    """Return a path as a shell and our options take it, for the commands that messages suggest."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def printable(text: str) -> str:

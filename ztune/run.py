@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -26,15 +26,20 @@ from ztune.budget import Budget
 from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.fields import Fields
-from ztune.io.files import new_folder, read_json, write_json
+from ztune.io.files import naming, new_folder, read_json, write_json
+from ztune.io.kinds import wrong_kind
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Counted, Journal
 from ztune.loop import Tuning
+from ztune.printing import quoted
 from ztune.report import draw_curve
 from ztune.types import U8, Evaluation, Json, Mixing, State
 
 FORMAT = "ztune-run"
 VERSION = 1
+
+
+_PLOTS = ("curve.png", "confusion.png")
 
 
 class SavePace:
@@ -75,6 +80,52 @@ class RunFolder:
         self.snapshots = path / "snapshots"
         self.lock = path / ".lock"
 
+    def require_free(self, *, overwrite: bool = False) -> None:
+        """See that a run can begin here: there is none, or one that may be replaced.
+
+        Raises: ConfigError saying what is there and what to do; FormatError for a run.json that
+            ztune did not write.
+        """
+        if not self.run.exists():
+            if overwrite and self.path.exists() and not _is_empty(self.path):
+                raise ConfigError(
+                    f'output "{self.path}" is no run, and `overwrite` replaces runs alone (name '
+                    "another `out`)"
+                )
+            return
+        status = self.read().get("status")
+        if overwrite or status == "refused":
+            return
+        if status == "finished":
+            raise ConfigError(
+                f'output "{self.path}" is a run that is finished (name another `out`, or replace '
+                "it with `overwrite`)"
+            )
+        with self.locked():  # else another process is at work on it
+            raise ConfigError(
+                f'output "{self.path}" is a run that is not finished (go on with: ztune tune '
+                f"--resume {quoted(self.path)}; or name another `out`, or replace it with "
+                "`overwrite`)"
+            )
+
+    @contextlib.contextmanager
+    def started(
+        self, document: Mapping[str, Json], split: Mapping[str, Json], *, overwrite: bool = False
+    ) -> Iterator[None]:
+        """Create a run as `create` does, and keep other processes from it meanwhile.
+
+        Raises: as `require_free` and `locked`.
+        """
+        if self.run.exists():
+            self.require_free(overwrite=overwrite)
+            with self.locked():
+                self._replace(document, split)
+                yield
+        else:
+            self.create(document, split)
+            with self.locked():
+                yield
+
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Make the folder with run.json and split.json in it, all or nothing.
 
@@ -83,18 +134,37 @@ class RunFolder:
         Raises: ConfigError when it exists with something else in it, or cannot be made.
         """
         if self.run.exists():
-            if self.read().get("status") == "refused":
-                self.journal.unlink(missing_ok=True)  # of what the refused one sent
-                write_json(self.split, dict(split))
-                self.write(document)
-                return
-            raise ConfigError(
-                f'output folder "{self.path}" is not empty (go on with: '
-                f"ztune tune --resume {shlex.quote(str(self.path))})"
-            )
+            self.require_free()
+            self._replace(document, split)
+            return
         with new_folder(self.path) as work:
             RunFolder(work).write(document)
             write_json(work / self.split.name, dict(split))
+
+    def _replace(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
+        """Put a new run in the place of one; its cache stays, and so does what no run writes.
+
+        An error leaves the former run as it was.
+        """
+        former = [self.state, self.history, self.prompt, self.journal, self.split]
+        former += [self.path / name for name in _PLOTS]
+        former += self.snapshots.glob("*.safetensors")
+        aside = Path(tempfile.mkdtemp(prefix=".replaced.", dir=self.path))
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for number, file in enumerate(former):
+                if file.is_file() or file.is_symlink():
+                    moved.append((file, aside / str(number)))
+                    file.rename(moved[-1][1])
+            write_json(self.split, dict(split))
+            self.write(document)
+        except BaseException:
+            for file, kept in moved:
+                if kept.exists():
+                    kept.replace(file)
+            aside.rmdir()  # empty, or an error that leaves what could not be put back
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -104,7 +174,14 @@ class RunFolder:
             FormatError where the lock is not a file.
         """
         _require_regular(self.lock, f'run "{self.path}"')
-        with self.lock.open("a") as file:
+        try:
+            opened = self.lock.open("a")
+        except OSError as error:
+            raise ZtuneError(
+                f'run "{self.path}" cannot be written: {error.strerror} (change its permissions, '
+                "or copy it to a folder that may be written)"
+            ) from None
+        with opened as file:
             try:
                 _lock(file)
             except OSError as error:
@@ -131,7 +208,7 @@ class RunFolder:
         """
         where = f'run "{self.path}"'
         if not self.run.is_file():
-            raise FormatError(f"{where} has no run.json, so it is no run")
+            raise wrong_kind(self.path, "run")
         for file in (self.state, self.history, self.journal):
             _require_regular(file, where)
         document = read_json(self.run, where)
@@ -248,7 +325,7 @@ class RunFolder:
 
     def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
         """Append one line to the history."""
-        with self.history.open("a") as file:
+        with naming(self.history), self.history.open("a") as file:
             file.write(json.dumps(history_line(tuning, evaluation)) + "\n")
 
     def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
@@ -361,6 +438,10 @@ def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
             f"the pixels of {shape[0] * shape[1]} pictures and views take {n_bytes / 1e9:.1f} GB "
             f'in "{folder}": {error.strerror} (name another `out`, or take fewer `augment` views)'
         ) from None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _require_regular(file: Path, where: str) -> None:

@@ -27,6 +27,7 @@ from ztune.budget import Budget
 from ztune.checks import RunChecks
 from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
+from ztune.data.moved import relocated
 from ztune.data.sources import read_source
 from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import make_split
@@ -36,7 +37,7 @@ from ztune.heads.base import Fitted
 from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
-from ztune.io.files import read_json
+from ztune.io.files import read_json, write_json
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
 from ztune.methods import HeadMethod, find_method
@@ -72,19 +73,26 @@ _ARITHMETIC = (
 
 
 def start_run(
-    run_config: RunConfig, model: Model, path: Path, begun: Callable[[], None] = lambda: None
+    run_config: RunConfig,
+    model: Model,
+    path: Path,
+    begun: Callable[[], None] = lambda: None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Json]:
     """Start a run in a new folder and finish it; return run.json's content.
 
-    `begun` is called once there is a run that could be resumed.
+    `begun` is called once there is a run that could be resumed. With `overwrite` a run that is
+    there already is replaced, once the new one is checked.
 
     Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
         RefusedError where the precision leaves no signal.
     """
+    RunFolder(path).require_free(overwrite=overwrite)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         model.progress.remark(remark)
-    return start_run_on(run_config, split, model, path, begun=begun)
+    return start_run_on(run_config, split, model, path, begun=begun, overwrite=overwrite)
 
 
 def start_run_on(
@@ -94,10 +102,13 @@ def start_run_on(
     path: Path,
     encoded: EncodedSplit | None = None,
     begun: Callable[[], None] = lambda: None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Json]:
     """Start a run on a split in a new folder and finish it; return run.json's content.
 
-    `encoded` are the split's features, where they are known already.
+    `encoded` are the split's features, where they are known already; `overwrite` is as for
+    `start_run`.
 
     Raises: as `start_run`.
     """
@@ -105,9 +116,8 @@ def start_run_on(
     run = TrainingRun(run_config, split, folder, model, encoded)
     run.check()
     head = run.head()
-    folder.create(head, split.to_json())
-    begun()
-    with folder.locked():
+    with folder.started(head, split.to_json(), overwrite=overwrite):
+        begun()
         return run.finish(head)
 
 
@@ -190,16 +200,22 @@ class SavedRun:
         if differ:
             raise ConfigError(
                 f'run "{self.folder.path}" was begun with other {", ".join(differ)} (give the '
-                "same, or name another `run_dir`)"
+                "same, name another `run_dir`, or remove that folder)"
             )
 
     def resume(
-        self, model: Model, encoded: EncodedSplit | None = None, *, files: bool = True
+        self,
+        model: Model,
+        encoded: EncodedSplit | None = None,
+        *,
+        files: bool = True,
+        roots: Mapping[str, Path] | None = None,
     ) -> dict[str, Json]:
         """Finish the run as it was begun; return run.json's content.
 
         `encoded` are the split's features, where they are known already; without `files` its images
-        are in memory.
+        are in memory. `roots` are folders that they have moved to (`new_roots`), which the run
+        keeps.
 
         Raises: FormatError for another model than the run began with, or a damaged folder;
             ZtuneError for images that have changed.
@@ -214,8 +230,12 @@ class SavedRun:
         split = Split.from_json(
             read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
         )
+        if roots:
+            split = relocated(split, roots)
         if files:
             split.check_unchanged()
+        if roots:
+            write_json(self.folder.split, split.to_json())
         run = TrainingRun(self.run_config, split, self.folder, model, encoded)
         run.check()
         return run.finish(self.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtimes.remote.endpoint import Connection, Endpoint
 from runtimes.remote.transport import Transport
-from ztune.errors import ZtuneError
+from ztune.errors import ZtuneError, how_to_install
 
 
 def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
@@ -23,6 +23,6 @@ def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
         return HttpTransport(endpoint, connection)
     except ImportError as error:
         raise ZtuneError(
-            f"a server is spoken to with tritonclient ({error}); install it with: "
-            "pip install 'ztune[triton]'"
+            f"a server is reached through tritonclient ({error}); install it with: "
+            f"{how_to_install('triton')}"
         ) from None

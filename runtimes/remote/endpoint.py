@@ -15,6 +15,7 @@ from ztune.errors import ConfigError
 from ztune.io.files import read_bytes
 
 SCHEMES = {"triton": "grpc", "tritons": "grpc", "http": "http", "https": "http"}
+_BEGINNINGS = tuple(f"{scheme}:" for scheme in SCHEMES)
 _SECURE = ("tritons", "https")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -75,8 +76,8 @@ class Location:
 
 
 def is_url(word: Path | str) -> bool:
-    """Return whether a word means a server, not a folder."""
-    return isinstance(word, str) and "://" in word
+    """Return whether a word means a server, not a folder; the rest of it may be wrong."""
+    return isinstance(word, str) and ("://" in word or word.startswith(_BEGINNINGS))
 
 
 def parse_location(url: str) -> Location:

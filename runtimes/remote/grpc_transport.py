@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import http.client
 import os
+import ssl
 import threading
 import weakref
 from typing import Any
@@ -47,6 +50,7 @@ class GrpcTransport:
 
         self.endpoint = endpoint
         self._client_module = client
+        self._context: ssl.SSLContext | None = None
         self._headers = connection.headers(endpoint)
         self._compression = None if connection.compression == "none" else connection.compression
         if endpoint.secure and connection.insecure:
@@ -55,7 +59,8 @@ class GrpcTransport:
                 "certificate with `tls_ca`, or use https://)"
             )
         if endpoint.secure:
-            connection.ssl_context()  # gRPC itself tells of unusable files only when it connects
+            # gRPC itself tells of unusable files only when it connects.
+            self._context = connection.ssl_context()
         options = [
             # These replace all defaults of the client, its message sizes among them.
             ("grpc.max_send_message_length", -1),
@@ -91,9 +96,13 @@ class GrpcTransport:
             ) from None
 
     def ready(self, seconds: float) -> bool:
-        return bool(
-            self._call("is_server_live", seconds) and self._call("is_server_ready", seconds)
-        )
+        try:
+            return bool(
+                self._call("is_server_live", seconds) and self._call("is_server_ready", seconds)
+            )
+        except CallError as error:
+            kind = "foreign" if "UNIMPLEMENTED" in str(error) else error.kind
+            raise CallError(str(error), kind) from None
 
     def server(self, seconds: float) -> dict[str, Json]:
         return as_object(self._call("get_server_metadata", seconds, as_json=True))
@@ -101,7 +110,7 @@ class GrpcTransport:
     def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
         metadata = as_object(self._call("get_model_metadata", seconds, name, version, as_json=True))
         if not self._call("is_model_ready", seconds, name, version):
-            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "missing")
+            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "loading")
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
@@ -177,11 +186,31 @@ class GrpcTransport:
             text = "no answer within the deadline"
         if code.endswith("UNIMPLEMENTED"):
             text = "it does not offer this (UNIMPLEMENTED)"
+        if "SETTINGS frame" in text:
+            kind, text = "foreign", "what listens there does not answer as a gRPC server"
+            if self._speaks_http:
+                scheme = "https" if self.endpoint.secure else "http"
+                text = f"the port speaks HTTP, not gRPC (use {scheme}://{self.endpoint.address})"
         for mark, words in _TLS_WORDS.items():
             if mark in str(error.message()):
                 text = f"TLS failed: {words or text.removesuffix(': OK')}"
                 break
         return without_secrets(CallError(f"{self.endpoint}: {text}", kind), self._headers)
+
+    @functools.cached_property
+    def _speaks_http(self) -> bool:
+        """Whether the port answers a plain HTTP/1.1 request, which has no secret in it."""
+        host, port = self.endpoint.host, self.endpoint.port
+        asked = http.client.HTTPConnection(host, port, timeout=1)
+        if self.endpoint.secure:
+            asked = http.client.HTTPSConnection(host, port, timeout=1, context=self._context)
+        with contextlib.closing(asked):
+            try:
+                asked.request("GET", "/v2/health/live")
+                asked.getresponse()
+            except (OSError, http.client.HTTPException, ValueError):
+                return False
+        return True
 
 
 def _told_by_grpc(output: Any) -> tuple[Any, Any]:

@@ -35,6 +35,10 @@ from ztune.types import Json
 
 _LARGEST_METADATA = 10_000_000
 _PIECE = 1 << 20
+# What is asked for a server's health, and the statuses of one that is not ready yet: Triton's is
+# 400 to the second, a proxy's 503. Any other says what is wrong, or that no such server answers.
+_HEALTH = {"/v2/health/live": (503,), "/v2/health/ready": (400, 503)}
+_SETTINGS = "\x04"  # the type of the frame that begins HTTP/2, after three bytes of its length
 _ALERTS = {
     "WRONG_VERSION_NUMBER": NO_TLS,
     "RECORD_LAYER_FAILURE": NO_TLS,
@@ -67,12 +71,15 @@ class HttpTransport:
         """Whether tensors go as bytes; False for servers without the extension."""
 
     def ready(self, seconds: float) -> bool:
-        status, content, _ = self._exchange("GET", "/v2/health/live", seconds, failing=False)
-        if status == 200:
-            status, content, _ = self._exchange("GET", "/v2/health/ready", seconds, failing=False)
-        if status in (401, 403):
-            raise without_secrets(_http_failure(self.endpoint, status, content), self._headers)
-        return status == 200
+        for path, not_yet in _HEALTH.items():
+            status, content, _ = self._exchange("GET", path, seconds, failing=False)
+            if status in not_yet:
+                return False
+            if status != 200:
+                error = _http_failure(f"{self.endpoint}{path}", status, content)
+                kind = error.kind if error.passing or error.kind == "denied" else "foreign"
+                raise without_secrets(CallError(str(error), kind), self._headers)
+        return True
 
     def server(self, seconds: float) -> dict[str, Json]:
         metadata = self._json("/v2", seconds)
@@ -85,7 +92,7 @@ class HttpTransport:
         metadata = self._json(path, seconds)
         status, _, _ = self._exchange("GET", f"{path}/ready", seconds, failing=False)
         if status != 200:
-            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "missing")
+            raise CallError(f'{self.endpoint}: model "{name}" is not ready', "loading")
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
@@ -183,8 +190,12 @@ class HttpTransport:
             reason = _ALERTS.get(reason, one_line(reason))
             return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
-            text = "what answers there speaks no HTTP (gRPC is spoken to with triton://)"
-            return CallError(f"{self.endpoint}: {text}", "away")
+            text = "what answers there does not speak HTTP"
+            line = str(error.args[0])
+            if line[:2] == "\0\0" and line[3:4] == _SETTINGS:
+                scheme = "tritons" if self.endpoint.secure else "triton"
+                text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
+            return CallError(f"{self.endpoint}: {text}", "foreign")
         if isinstance(error, OSError | http.client.HTTPException | ValueError):
             text = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
             return CallError(f"{self.endpoint}: {text}", "away")
@@ -342,7 +353,7 @@ def _is_stale(connection: http.client.HTTPConnection) -> bool:
         return bool(selector.select(0))
 
 
-def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
+def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallError:
     try:
         told = json.loads(content)
         text = str(told.get("error") or told["detail"])
@@ -360,7 +371,7 @@ def _http_failure(endpoint: Endpoint, status: int, content: bytes) -> CallError:
         kind = "away"
     elif status >= 500:
         kind = "broken"
-    return CallError(f"{endpoint}: {text}", kind_by_words(text, kind))
+    return CallError(f"{where}: {text}", kind_by_words(text, kind))
 
 
 def _told_by_http(output: Any) -> tuple[Any, Any]:

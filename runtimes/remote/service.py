@@ -204,14 +204,21 @@ class Service:
             raise CallError(text, "broken")
         told = transport.server(seconds).get("extensions")
         server.extensions = frozenset(map(str, told if isinstance(told, list) else []))
+        loading = []
         for part in PARTS:
             try:
                 metadata = transport.model(self.model(part), self.location.version, seconds)
             except CallError as error:
-                if error.kind == "missing":
-                    continue
-                raise
+                if error.kind not in ("missing", "loading"):
+                    raise
+                loading += [self.model(part)] * (error.kind == "loading")
+                continue
             offers[part] = offer_of(metadata, f'{where}: model "{self.model(part)}"')
+        if not offers and loading:
+            raise ServerError(
+                f"{where} has {', '.join(loading)}, but none is ready (wait until they are loaded; "
+                "if they failed to load, see the server's log)"
+            )
         if not offers:
             version = self.location.version
             raise ServerError(

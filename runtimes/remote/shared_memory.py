@@ -189,7 +189,7 @@ class SharedMemory:
         try:
             self._transport.unshare(pair.name, seconds)
         except CallError as error:
-            return error.kind != "away"
+            return error.kind not in ("away", "foreign")
         return True
 
     def _leave(self, pair: _Pair) -> None:

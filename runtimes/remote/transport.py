@@ -37,13 +37,14 @@ class CallError(Exception):
         super().__init__(message)
         self.kind = kind
         """away: no answer; busy: the server says later; broken: it failed inside, or what it says
-        cannot be read; forgotten: what was left with it is there no longer; missing: no such model;
+        cannot be read; forgotten: what was left with it is there no longer; foreign: what answers
+        is not a KServe-v2 server; missing: no such model; loading: a model that is not ready;
         denied: who we are; refused: the request itself."""
 
     @property
     def passing(self) -> bool:
         """Whether the same request may be answered later."""
-        return self.kind in ("away", "busy", "broken", "forgotten")
+        return self.kind in ("away", "busy", "broken", "forgotten", "foreign")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Transport(Protocol):
     def ready(self, seconds: float) -> bool:
         """Return whether the server is live and ready.
 
-        Raises: CallError when it does not answer.
+        Raises: CallError when it does not answer, or not as a KServe-v2 server.
         """
 
     def server(self, seconds: float) -> dict[str, Json]:
@@ -88,7 +89,7 @@ class Transport(Protocol):
     def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
         """Return a model's metadata: name, versions, platform, inputs, outputs.
 
-        Raises: CallError of kind missing when there is none, or it is not ready.
+        Raises: CallError of kind missing when there is none, loading when it is not ready.
         """
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
@@ -207,10 +208,15 @@ def server_error(error: CallError) -> ServerError:
         "away": "is the address right, and the server up?",
         "busy": "the server has too much to do",
         "broken": "see the server's log",
+        "foreign": "is this a KServe-v2 server, and the address right?",
         "denied": "give a token with ZTUNE_TOKEN or `token_file`, or basic auth with "
         "ZTUNE_BASIC_AUTH or `basic_auth_file`",
     }
     hint = hints.get(error.kind)
     if "TLS failed" in str(error):
         hint = "see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps"
+    if NO_TLS in str(error):
+        hint = "use triton:// or http:// for a server without TLS"
+    if "(use " in str(error):
+        hint = None
     return ServerError(f"{error} ({hint})" if hint else str(error))

@@ -278,7 +278,7 @@ export_bundle(load_clip("local-dir:{model}"), Path({str(tmp_path / "bundle")!r})
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "bundle").exists()
-    with pytest.raises(FormatError, match="is no folder"):
+    with pytest.raises(FormatError, match="does not exist, expected a bundle"):
         load_bundle(tmp_path / "bundle")
 
 

@@ -147,7 +147,7 @@ def test_addresses(address: str, says: tuple[str, ...], triton: TritonServer, tu
         (("--compression", "zip"), ("--compression", "none, gzip, deflate")),
         (("--tls-cert", "x.pem"), ("--tls-cert and --tls-key belong together",)),
         (("--token-file", "/nowhere/token"), ("--token-file", "cannot be read")),
-        (("--client", "/nowhere/bundle"), ("/nowhere/bundle", "is no folder")),
+        (("--client", "/nowhere/bundle"), ("/nowhere/bundle", "does not exist, expected a bundle")),
         (("--endpoint", "triton://127.0.0.1:1/mini"), ("--endpoint", "names a model")),
         (("--endpoint", "http://me:s3cr3t-t0k3n@127.0.0.1:1"), ("no user or password",)),
         (("--provider", "cpu"), ("the server's affair", "leave out --provider")),

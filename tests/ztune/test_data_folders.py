@@ -1,14 +1,20 @@
 """Which pictures and classes are found, and what is said where they cannot be used."""
 
+import csv
+import io
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ztune.data.folders import read_dataset
-from ztune.data.manifests import is_inside, read_class_list
+from ztune.data.manifests import is_inside, read_class_list, read_manifest
 from ztune.errors import DataError
 
 
@@ -205,11 +211,24 @@ def test_manifest(
     ("content", "message"),
     [
         ("", "first line is nothing, expected path,label"),
-        ("file,label\nx,y\n", "first line is file, label, expected path,label"),
+        ("where,label\nx,y\n", "first line is where,label, expected path,label"),
+        ("path;label,split\nx,y\n", "first line is path;label,split, expected path,label"),
+        ("path,label;path;label,x\n", "first line is path,label;path;label,x, expected"),
+        ("file,Image,label\nx,y,z\n", 'columns "file" and "Image" could both be the path'),
+        ("path,label,class\nx,y,z\n", 'columns "label" and "class" could both be the label'),
+        ("path,label,split,set\nx,y,z,w\n", 'columns "split" and "set" could both be the split'),
+        ("path,label,label\nx,y,z\n", 'columns "label" and "label" could both'),
+        ("path,label,set\na.png,a,A\n", "line 2: split is 'A', expected .*rename the column"),
+        ("path,label\na.png;a\n", "line 2: 1 .* commas, expected 2 .*it has semicolons: use one"),
+        ("path;label\na.png,a\n", "line 2: 1 .* semicolons, expected 2 .*it has commas: use"),
+        ("path\tlabel\na.png a\n", "line 2: 1 .* tabs, expected 2 as in the first line"),
+        ("path,label\n\na.png,a,b\n", "line 3: 3 column.* expected 2 .*into quotation marks"),
+        ("path,label,split\na.png,a\n", "line 2: 2 column.* expected 3 .*needs its separator"),
         ("path,label\n", "holds no pictures"),
-        ("path,label\na.png\n", "line 2: expected a path and a label"),
+        ("path,label\na.png\n", "line 2: 1 column.* separated by commas, expected 2"),
+        ("path,label\na.png, \n", "line 2: expected a path and a label"),
         ("path,label\na.png,a\na.png,b\n", 'line 3: path "a.png" is listed twice'),
-        ("path,label\na.png,a\nno.png,b\nneither.png,b\n", '"no.png" is missing, 2 picture'),
+        ("path,label\na.png,a\nno.png,b\nneither.png,b\n", '"no.png" is missing, 2 image'),
         ("path,label\na.png,a\n", "one class only"),
         ("path,label\n../a.png,a\n", 'line 2: path "../a.png" leaves'),
         ("path,label\n/etc/passwd,a\n", "leaves the folder"),
@@ -218,7 +237,7 @@ def test_manifest(
         ("path,label\n..\\a.png,a\n", "leaves the folder"),
         ("path,label\n" + "x" * 9000 + ",a\n", "is missing|leaves the folder"),
         ("path,label,split\na.png,a,learn\n", "split is 'learn', expected train"),
-        ("path,label,split\na.png,a,train\nb.png,b,\n", "some pictures have a split"),
+        ("path,label,split\na.png,a,train\nb.png,b,\n", "some images have a split"),
         ("path,label,split\na.png,a,test\nb.png,b,test\n", "no train pictures"),
         ('path,label\n"a.png,a\n', "unexpected end"),
         (b"path,label\n\xff.png,a\n", "not UTF-8"),
@@ -242,7 +261,7 @@ def test_wrong_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
         ('{"path": "a.png", "label": 3}', "line 1: expected a path and a label, both as text"),
         ('\n{"path": "a.png"}', "line 2: expected a path and a label"),
         ('{"path": "a\\u0000.png", "label": "a"}', "leaves the folder"),
-        ('{"path": "a\\ud800.png", "label": "a"}', "half a character"),
+        ('{"path": "a\\ud800.png", "label": "a"}', "unpaired surrogate"),
         ('{"path": "a.png", "label": "a", "split": []}', r"split is \[\]"),
         ("[" * 100000, "line 1: no JSON"),
     ],
@@ -252,6 +271,93 @@ def test_wrong_jsonl(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "list.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         read_dataset(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("path", "label", "split"),
+        (" Path ", " LABEL", "Split "),
+        ("filename", "class", "set"),
+        ("File Name", "Class-Name", "SUBSET"),
+        ("image_path", "category", "split"),
+        ("img", "category_name", "id"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "TSV"])
+def test_tables_as_other_programs_write_them(
+    tmp_path: Path, separator: str, header: tuple[str, str, str], suffix: str
+) -> None:
+    odd = f"b{separator if separator != chr(9) else ','}c.png"
+    put(tmp_path, "x/a.png", odd)
+    has_split = header[2] != "id"
+    rows = [("x/a.png", "one, two; three", "Train"), (odd, ' say "four" ', " TRAIN ")]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator, lineterminator="\r\n")
+    writer.writerows([header, rows[0], ("", "", ""), rows[1]])
+    manifest = tmp_path / f"list.{suffix}"
+    manifest.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode() + b"\r\n")
+    split = "train" if has_split else None
+    expected = [(odd, 'say "four"', split), ("x/a.png", "one, two; three", split)]
+    assert found(manifest) == sorted(expected)
+
+
+CELL = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=12)
+
+
+@given(
+    labels=st.lists(CELL.filter(lambda label: label.strip()), min_size=2, max_size=6),
+    separator=st.sampled_from(",;\t"),
+    order=st.permutations(["Path ", " label", "other"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_cell_survives_a_table(
+    labels: list[str], separator: str, order: list[str], quoting: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{number}.png" for number in range(len(labels))]
+        put(Path(folder), *paths)
+        cells = {"Path ": paths, " label": labels, "other": labels[::-1]}
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter=separator, quoting=quoting)
+        writer.writerows([order, *zip(*(cells[name] for name in order), strict=True)])
+        manifest = Path(folder) / "list.csv"
+        manifest.write_text(text.getvalue(), newline="")
+        read = [(one.path, one.label) for one in read_manifest(manifest)]
+        assert read == [(p, label.strip()) for p, label in zip(paths, labels, strict=True)]
+
+
+def test_keys_of_jsonl_have_other_names_too(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    manifest = tmp_path / "metadata.jsonl"
+    rows = [{"file_name": "a.png", "Label": "a"}, {"image": "b.png", "class": "b", "split": None}]
+    manifest.write_text(rows_jsonl(rows))  # type: ignore[arg-type]
+    assert found(manifest) == [("a.png", "a", None), ("b.png", "b", None)]
+    manifest.write_text('\n{"file_name": "a.png", "image": "a.png", "label": "a"}')
+    with pytest.raises(DataError, match=r'line 2: the columns "file_name" and "image" could both'):
+        found(manifest)
+
+
+def test_absolute_paths_below_the_manifest_are_relative_ones(tmp_path: Path) -> None:
+    root = tmp_path / "real"
+    put(root, "x/a.png", "b.png")
+    (tmp_path / "link").symlink_to(root)
+    outside = put(tmp_path, "c.png") / "c.png"
+    expected = [("b.png", "b", None), ("x/a.png", "a", None)]
+    for folder in (root, tmp_path / "link"):
+        for named in (root, folder):
+            lines = ["path,label", f"{named}/x/a.png,a", "./b.png,b"]
+            (folder / "list.csv").write_text("\n".join(lines))
+            assert found(folder / "list.csv") == expected
+        for path in (outside, root / ".." / "c.png", root):
+            (folder / "list.csv").write_text(f"path,label\n{path},a")
+            with pytest.raises(DataError, match="leaves the folder of the manifest"):
+                found(folder / "list.csv")
+    (root / "list.csv").write_text(f"path,label\n{root}/b.png,b\nb.png,b")
+    with pytest.raises(DataError, match=r'line 3: path "b.png" is listed twice'):
+        found(root / "list.csv")
 
 
 @pytest.mark.parametrize("path", ["", ".", "..", "a/..", "/a", "a//b", "a/", "a\0", "./a"])

@@ -446,6 +446,6 @@ def test_without_pyarrow_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "train.parquet").touch()
-    with pytest.raises(DataError, match=r"pip install 'ztune\[parquet\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[parquet\]' in a checkout"):
         parquet.extract([tmp_path / "train.parquet"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "train.parquet"]

@@ -1,12 +1,14 @@
 """What is printed of a text that anyone may have written."""
 
+import shlex
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztune.printing import holds_password, printable, printable_lines
+from ztune.printing import holds_password, printable, printable_lines, quoted
 
 ANY = st.text(st.characters(exclude_categories=()))
 """Lone surrogates and controls, too."""
@@ -91,3 +93,25 @@ def test_an_address_is_shown_without_user_and_password(text: str, shown: str) ->
 @pytest.mark.parametrize("text", ["a://b:c" * 100_000, "aa:/" * 200_000 + "@", "a" * 1_000_000])
 def test_a_long_text_is_no_trouble(text: str) -> None:
     assert len(printable(text)) == len(text) or "***" in printable(text)
+
+
+@given(CLEAN.filter(bool))
+def test_a_suggested_command_has_a_path_as_one_word(path: str) -> None:
+    words = shlex.split(f"ztune eval {quoted(path)} --json")
+    assert words[2].removeprefix("./") == path.removeprefix("./")
+    assert not words[2].startswith("-")
+    assert [*words[:2], *words[3:]] == ["ztune", "eval", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("runs/photos", "runs/photos"),
+        ("my run's", "'my run'\"'\"'s'"),
+        ("two  spaces", "'two  spaces'"),
+        ("$(rm -r x)", "'$(rm -r x)'"),
+        ("-x", "./-x"),
+    ],
+)
+def test_paths_that_a_shell_would_take_apart(path: str, shown: str) -> None:
+    assert quoted(Path(path)) == shown

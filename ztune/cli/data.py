@@ -12,6 +12,7 @@ from ztune.data.checking import Findings, check, published, spec_to_json
 from ztune.data.coop import SPLITS
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
+from ztune.printing import quoted
 from ztune.types import Json
 
 USAGE = ("list [--root DIR]", "check NAME --root DIR [options]")
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.what == "list":
         if arguments.name is not None:
-            raise ConfigError(f"ztune data list takes no name (ztune data check {arguments.name})")
+            raise ConfigError(
+                f"ztune data list takes no name (ztune data check {quoted(arguments.name)})"
+            )
         _list(arguments.root, output)
         return
     if arguments.name is None or arguments.root is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,8 @@ from ztune.cli.server import (
 )
 from ztune.errors import ConfigError
 from ztune.io.fields import Fields
+from ztune.io.kinds import kind_of, wrong_kind
+from ztune.printing import quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
 from ztune.types import Json
@@ -48,13 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", type=place, metavar="RUN|BUNDLE|URL|classifier.onnx", help="what to evaluate"
     )
-    add(parser, "--data", "--root")
+    add(
+        parser,
+        "--data",
+        help="labelled images, or their name with --root; of a run, where its own have moved",
+    )
+    add(parser, "--root")
+    add(parser, "--test-data", help="a run's test images, where they have moved")
     parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
         "--bundle", type=place, metavar="DIR|URL", help="a run's bundle or server, where it moved"
     )
-    parser.add_argument("--prompt", type=Path, metavar="FILE", help="a result of ztune tune")
+    parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="a result of ztune tune")
     add(parser, "--template", "--extractor")
     parser.add_argument(
         "--snapshots", action="store_true", help="also evaluate a run's intermediate snapshots"
@@ -74,11 +81,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             _eval_bundle(arguments, model, output)
     elif (target / "run.json").is_file():
         _eval_run(arguments, output)
-    elif target.is_file():
+    elif target.is_file() and kind_of(target) != "artifact":
         _eval_classifier(arguments, output)
     else:
-        state = "is no run (no run.json) and no bundle" if target.is_dir() else "does not exist"
-        raise ConfigError(f'"{target}" {state}; eval takes a run, a bundle or a classifier.onnx')
+        raise wrong_kind(target, "scored")
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
@@ -87,7 +93,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.run import RunFolder
     from ztune.run_config import run_config_from_json
 
-    for name in ("data", "root", "split_file", "prompt", "classes", "names"):
+    for name in ("root", "split_file", "prompt", "classes", "names"):
         if name in arguments.given:
             raise ConfigError(
                 f"a run brings its own pictures and prompt; leave out {arguments.given[name]} "
@@ -102,12 +108,17 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             "(start it anew with other settings)"
         )
     if head.get("status") != "finished":
-        path = shlex.quote(str(folder.path))
         raise ConfigError(
-            f'run "{folder.path}" is not finished (go on with: ztune tune --resume {path})'
+            f'run "{folder.path}" is not finished (go on with: ztune tune --resume '
+            f"{quoted(folder.path)})"
         )
     run_config = run_config_from_json(Fields(head, where).object("request").values, where)
-    images = labelled_of_split(folder.split, arguments.split or "test")
+    images = labelled_of_split(
+        folder.split,
+        arguments.split or "test",
+        data=arguments.data,
+        test_data=arguments.test_data,
+    )
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
@@ -256,15 +267,23 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     """Return the images that --data or --split-file name."""
     from ztune.evaluate import labelled_of_split, read_labelled
 
-    if (arguments.data is None) == (arguments.split_file is None):
+    if arguments.data is None and arguments.split_file is None:
         raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
+    if arguments.test_data is not None and arguments.split_file is None:
+        raise ConfigError("--test-data goes with a run or --split-file; leave it out")
     split = arguments.split or "test"
     if arguments.split_file is not None:
         if arguments.names is not None:
             raise ConfigError("a split file brings its own class names; leave out --names")
         if arguments.root is not None:
             raise ConfigError("a split file knows where its pictures are; leave out --root")
-        return labelled_of_split(arguments.split_file, split, pipe=True)
+        return labelled_of_split(
+            arguments.split_file,
+            split,
+            data=arguments.data,
+            test_data=arguments.test_data,
+            pipe=True,
+        )
     place = place_of(arguments.data, arguments.root)
     return read_labelled(place, arguments.root, arguments.names, split, output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -14,6 +15,12 @@ from ztune.cli.parser import VERBS, module_of, option_finder, parser_of, refuse
 from ztune.errors import ZtuneError
 from ztune.printing import holds_password
 from ztune.progress import warnings_told
+
+# How a command goes on after a full disk.
+_AGAIN = {
+    "bench": "and go on with the same command and --resume",
+    "compare": "and go on with the same command",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +70,9 @@ def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
         if arguments.debug:
             show_traceback(error)
         where = f'"{error.filename}": ' if error.filename else ""
-        fail(f"{where}{error.strerror or error}")
+        again = _AGAIN.get(verb, "and try again")
+        full = f" (free some space, {again})" if error.errno == errno.ENOSPC else ""
+        fail(f"{where}{error.strerror or error}{full}")
         return 1
     return 0
 

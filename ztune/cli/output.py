@@ -78,8 +78,9 @@ class Output:
         return Ticker(self._errors, what, total, self.quiet)
 
 
-# What stands in quotation marks is somebody's name or path, and none of ours.
-_ARGUMENT = re.compile(r"\"[^\"]*\"|`([a-z_]+)(?:=([^`]*))?`")
+# What stands in quotation marks is somebody's name or path, and none of ours; in a command that is
+# suggested, these are a shell's.
+_ARGUMENT = re.compile(r"\"[^\"]*\"|(?<= )'[^']*'|`([a-z_]+)(?:=([^`]*))?`")
 
 
 def with_options(text: str, option_of: OptionOf) -> str:
@@ -188,7 +189,8 @@ class Table:
 
 def fail(message: str) -> None:
     """Write the one line that a person gets when a command cannot do what was asked."""
-    sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
+    one_line = re.sub(r"\s*\n\s*", " ", message.strip())  # two spaces may be part of a path
+    sys.stderr.write(f"error: {printable(one_line)}\n")
 
 
 def show_traceback(error: BaseException) -> None:

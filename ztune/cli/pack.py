@@ -19,7 +19,7 @@ EXAMPLE = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="that the result is of")
     parser.add_argument(
-        "--prompt", required=True, type=Path, metavar="FILE", help="a result of ztune tune"
+        "--prompt", required=True, type=Path, metavar="RUN|FILE", help="a result of ztune tune"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="classifier.onnx")
     parser.add_argument(

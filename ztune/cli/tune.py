@@ -21,10 +21,12 @@ from ztune.cli.server import (
     require_no_server_options,
     server_settings,
 )
-from ztune.errors import AwayError, ConfigError, FormatError, ServerError
+from ztune.data.moved import new_roots
+from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.fields import Fields
 from ztune.methods import views_of
 from ztune.optim.mixture import PROMPTS
+from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.types import Json
 
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     first = parser.add_argument_group("most needed")
     add(first, "--data", "--root")
     first.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
+    first.add_argument("--overwrite", action="store_true", help="replace the run that --out has")
     add(first, "--method", "--shots", "--queries", "--seed", "--template", "--provider")
     first.add_argument("--resume", type=Path, metavar="RUN", help="resume a stopped run")
     data = parser.add_argument_group("data")
@@ -89,10 +92,11 @@ def _number_or_list(word: str) -> int | str:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
         for name, option in arguments.given.items():
-            if name != "resume" and name not in SERVER:
+            if name not in ("resume", "data", "test_data", *SERVER):
                 raise ConfigError(f"--resume takes everything from the run; leave out {option}")
         server = server_settings(arguments)
-        document = _resume(arguments.resume, arguments.bundle, server, output)
+        roots = new_roots(arguments.data, arguments.test_data)
+        document = _resume(arguments.resume, arguments.bundle, server, roots, output)
         path = arguments.resume
     else:
         for name, shown in (("bundle", "BUNDLE"), ("data", "--data"), ("out", "--out")):
@@ -104,7 +108,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         run_config = run_config_of(arguments, settings_of(arguments), to_save(server))
         if arguments.augment is None:
             run_config = replace(run_config, augment=views_of(run_config.method, run_config.preset))
-        document = _start(run_config, server, arguments.out, output)
+        overwrite = arguments.overwrite
+        document = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
     _judge(document, output)
     output.result(document, _lines(document, path))
@@ -114,7 +119,9 @@ Settings = Mapping[str, Json]
 """How a server is reached: what the options of this very command say of it."""
 
 
-def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -> dict[str, Json]:
+def _start(
+    run_config: RunConfig, server: Settings, out: Path, output: Output, *, overwrite: bool
+) -> dict[str, Json]:
     from runtimes.providers import resolve_execution
     from ztune.model import open_model
     from ztune.training import start_run
@@ -130,11 +137,15 @@ def _start(run_config: RunConfig, server: Settings, out: Path, output: Output) -
         )
         model = open_model(Path(run_config.bundle), execution, output)
     with model, _told_how_to_resume(out, run_config.bundle) as told:
-        return start_run(run_config, model, out, told.begin)
+        return start_run(run_config, model, out, told.begin, overwrite=overwrite)
 
 
 def _resume(
-    path: Path, moved_bundle: Path | str | None, server: Settings, output: Output
+    path: Path,
+    moved_bundle: Path | str | None,
+    server: Settings,
+    roots: Mapping[str, Path],
+    output: Output,
 ) -> dict[str, Json]:
     from ztune.training import SavedRun
 
@@ -146,14 +157,14 @@ def _resume(
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
                 "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
-                f"{shlex.quote(str(path))}"
+                f"{quoted(path)}"
             )
         with (
             _reopened(saved, moved_bundle, server, output) as model,
             _told_how_to_resume(path, moved_bundle) as told,
         ):
             told.begin()
-            return saved.resume(model)
+            return saved.resume(model, roots=roots)
 
 
 def _served(
@@ -206,7 +217,7 @@ def _reopened(
     if not Path(bundle).is_dir():
         raise FormatError(
             f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
-            f"ztune tune BUNDLE --resume {shlex.quote(str(saved.folder.path))}"
+            f"ztune tune BUNDLE --resume {quoted(saved.folder.path)}"
         )
     provider, _ = resolve(saved.fields.text("provider"))
     execution = Execution(
@@ -241,6 +252,13 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
             raise ServerError(f"{error}; {done}go on with: {self._command}") from None
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"go on with: {self._command}") from None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            where = f'"{error.filename}": ' if error.filename else ""
+            error = StorageError(f"{where}{error.strerror or error}")
+        if isinstance(error, StorageError):
+            raise StorageError(
+                f"{error} (make room or mend the folder, then go on with: {self._command})"
+            ) from None
 
 
 def _judge(document: dict[str, Json], output: Output) -> None:
@@ -299,5 +317,7 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         asked = fields.object("request").integer("queries")
         lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
     where = "" if "zero-shot" in validation.values or not rows else " --bundle DIR"
-    lines.append(f"{path / 'prompt.safetensors'} (measure it with: ztune eval {path}{where})")
+    lines.append(
+        f"{path / 'prompt.safetensors'} (measure it with: ztune eval {quoted(path)}{where})"
+    )
     return lines

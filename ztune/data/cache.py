@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ztune.errors import DataError
+from ztune.errors import DataError, StorageError
 from ztune.io.files import read_bytes
 from ztune.types import F32
 
@@ -80,7 +80,7 @@ class FeatureLog:
         The file is not flushed to the disk: a kill loses nothing, and what a power cut loses is
         found by its CRC and encoded again.
 
-        Raises: DataError when the file cannot be written, a full disk included.
+        Raises: StorageError when the file cannot be written, a full disk included.
         """
         block = b"".join(_record(key, values) for key, values in records.items())
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
@@ -92,9 +92,9 @@ class FeatureLog:
             finally:
                 os.close(file)
         except OSError as error:
-            raise DataError(f'cache "{self.path}" cannot be written: {error.strerror}') from None
+            raise StorageError(f'cache "{self.path}" cannot be written: {error.strerror}') from None
         if written < len(block):
-            raise DataError(f'cache "{self.path}" cannot be written: the disk is full')
+            raise StorageError(f'cache "{self.path}" cannot be written: the disk is full')
 
 
 class FeatureStore(Protocol):

@@ -4,7 +4,7 @@ Three layouts, told apart by looking:
 
     root/class/*                      no splits: ztune divides it (splitter.py)
     root/{train,val,test}/class/*     val (or valid, validation) and test may be absent
-    list.csv, list.jsonl              a manifest (manifests.py)
+    list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
 Class folders may be links and may hold sub-folders (which belong to the class; links below a class
 folder are not entered). Everything else is counted and left alone: hidden files, other file types,
@@ -32,7 +32,10 @@ from ztune.data.manifests import (
 from ztune.errors import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv or .jsonl manifest"
+_LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
+
+# Folders of ztune's own, told by their files: their sub-folders are no classes.
+_FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,9 @@ def read_dataset(
     """
     if not is_utf8(str(path.absolute())):
         raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
+    for kind, marks in _FOREIGN.items():
+        if all((path / name).is_file() for name in marks):
+            raise DataError(f'data "{path}" is a {kind}, expected {_LAYOUTS}')
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         where, root, ignored = f'manifest "{path}"', path.parent, 0
         listed = read_manifest(path)

@@ -11,7 +11,6 @@ A split file is read as it is; without one, the split is made from the data set'
 from __future__ import annotations
 
 import random
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, shown, write_sp
 from ztune.data.folders import Listing, Picture
 from ztune.data.named import Spec, find_spec
 from ztune.errors import DataError
+from ztune.printing import quoted
 
 SEED = 1
 """Divides a data set that comes without a split; a split is made once and then saved."""
@@ -111,7 +111,7 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
             raise DataError(
                 f'data set "{spec.name}": {len(files)} parquet file(s) in "{files[0].parent}", '
                 f"pictures not extracted yet (ztune data check {spec.name} --root "
-                f"{shlex.quote(str(root))} --prepare)"
+                f"{quoted(root)} --prepare)"
             )
         parquet.extract(files, extracted)
         split = _renamed(spec, parquet.read_extracted(extracted))

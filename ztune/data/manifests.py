@@ -1,18 +1,20 @@
-"""Small text files that name pictures or classes: CSV and JSONL manifests, and names files.
+"""Small text files that name images or classes: CSV and JSONL manifests, and names files.
 
-A manifest has the columns path, label and, for all of its pictures or none, split. Paths are
-relative to the manifest's own folder and, links followed, never leave it: a manifest may come from
-elsewhere, and must not make this program read other files.
+A manifest has the columns path, label and, for all of its images or none, split, each under one of
+several names. Paths are relative to the manifest's own folder, or absolute below it, and, links
+followed, never leave it: a manifest may come from elsewhere, and must not make this program read
+other files. docs/data.md specifies it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +30,20 @@ SPLIT_NAMES: Mapping[str, SplitName] = {
     "validation": "val",
     "test": "test",
 }
-SUFFIXES = (".csv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+# Names of each column, as `_plain` gives them.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "path": (
+        "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_name",
+        "image_file", "image_path", "img", "img_path",
+    ),
+    "label": (
+        "label", "label_name", "class", "classname", "class_name", "category", "category_name"
+    ),
+    "split": ("split", "set", "subset"),
+}  # fmt: skip
+_ROLES = {name: role for role, names in _NAMES.items() for name in names}
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 @dataclass(frozen=True)
@@ -43,41 +58,44 @@ class Listed:
 
 
 def read_manifest(manifest: Path) -> list[Listed]:
-    """Read the pictures of a .csv or .jsonl file, in its order.
+    """Read the images of a .csv, .tsv or .jsonl file, in its order.
 
-    Raises: DataError naming the line that is wrong, or the first picture that is missing.
+    Raises: DataError naming the line that is wrong, or the first image that is missing.
     """
     where = f'manifest "{manifest}"'
     text = read_text(manifest, where)
-    rows = _csv_rows(text, where) if manifest.suffix.lower() == ".csv" else _jsonl_rows(text, where)
+    is_jsonl = manifest.suffix.lower() == ".jsonl"
+    rows = _jsonl_rows(text, where) if is_jsonl else _csv_rows(text, where)
     root = manifest.parent.resolve()
     listed: dict[str, Listed] = {}
     missing = []
     for line, row in rows:
-        path, label, split = (row.get(key) for key in ("path", "label", "split"))
+        path, label, split = (row.get(role) for role in _NAMES)
         if not isinstance(path, str) or not isinstance(label, str) or not path or not label.strip():
             raise DataError(f"{where}, line {line}: expected a path and a label, both as text")
         if not is_utf8(path + label):
-            raise DataError(f"{where}, line {line}: path or label holds half a character")
-        if split not in (None, "", *SPLIT_NAMES):
+            raise DataError(f"{where}, line {line}: path or label contains an unpaired surrogate")
+        part = split.strip().lower() if isinstance(split, str) else split
+        if part not in (None, "", *SPLIT_NAMES):
             raise DataError(
-                f"{where}, line {line}: split is {split!r}, expected train, val or test"
+                f"{where}, line {line}: split is {split!r}, expected train, val or test (rename "
+                "the column if it is not the split)"
             )
-        path = path.replace("\\", "/")
+        path = _relative(path.replace("\\", "/"), manifest.parent)
         if not is_inside(path) or not resolves_inside(root, path):
             raise DataError(
                 f'{where}, line {line}: path "{path}" leaves the folder of the manifest '
-                "(use relative paths, and put the manifest above its pictures)"
+                "(put the manifest into the folder that holds all of its images)"
             )
         if path in listed:
             raise DataError(f'{where}, line {line}: path "{path}" is listed twice')
         if not _is_file(root / path):
             missing.append(path)
-        listed[path] = Listed(path, label, SPLIT_NAMES[str(split)] if split else None)
+        listed[path] = Listed(path, label, SPLIT_NAMES[str(part)] if part else None)
     if missing:
-        raise DataError(f'{where}: "{missing[0]}" is missing, {len(missing)} picture(s) in all')
+        raise DataError(f'{where}: "{missing[0]}" is missing, {len(missing)} image(s) in all')
     if len({item.split is None for item in listed.values()}) == 2:
-        raise DataError(f"{where}: some pictures have a split and some have none (all or none)")
+        raise DataError(f"{where}: some images have a split and some have none (all or none)")
     return list(listed.values())
 
 
@@ -166,18 +184,97 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _relative(path: str, folder: Path) -> str:
+    """Return an absolute path below the manifest's folder as a relative one, others as they are."""
+    if not Path(path).is_absolute():
+        return path.removeprefix("./")
+    named = Path(path)
+    for root in (folder.absolute(), folder.resolve()):
+        if named.is_relative_to(root):
+            return named.relative_to(root).as_posix()
+    return path
+
+
+def _plain(name: object) -> str:
+    """Return a column's name as `_NAMES` has it."""
+    return "_".join(str(name).lower().replace("-", " ").replace("_", " ").split())
+
+
+def _roles(names: Iterable[str], where: str) -> dict[str, str]:
+    """Return the name of the column for path, label and split, as far as there is one.
+
+    Raises: DataError for two columns that could be the same.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        role = _ROLES.get(_plain(name))
+        if role in found:
+            raise DataError(
+                f'{where}: the columns "{found[role]}" and "{name}" could both be the {role} '
+                "(rename or remove one)"
+            )
+        if role is not None:
+            found[role] = name
+    return found
+
+
+def _is_blank(row: list[str]) -> bool:
+    return not any(cell.strip() for cell in row)
+
+
+def _header(text: str, where: str) -> tuple[str, list[str]]:
+    """Return the separator of a table and its columns' names: those of its first line.
+
+    Raises: DataError where no separator gives a path and a label, or more than one does.
+    """
+    found = []
+    for separator in _SEPARATORS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        with contextlib.suppress(csv.Error):
+            names = next((row for row in reader if not _is_blank(row)), [])
+            if {"path", "label"} <= {_ROLES.get(_plain(name)) for name in names}:
+                found.append((separator, [name.strip() for name in names]))
+    if len(found) == 1:
+        return found[0]
+    first = text.lstrip("\n").partition("\n")[0][:80].strip() or "nothing"
+    if found:
+        raise DataError(f"{where}: the first line mixes separators, it is {first}")
+    raise DataError(
+        f"{where}: the first line is {first}, expected path,label or path,label,split, separated "
+        "by commas, semicolons or tabs (docs/data.md has other names that a column may have)"
+    )
+
+
 def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    separator, names = _header(text, where)
+    indices = {role: names.index(name) for role, name in _roles(names, where).items()}
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    started = False
     try:
-        header = reader.fieldnames or []
-        if not {"path", "label"} <= set(header):
-            found = ", ".join(header)[:80] or "nothing"
-            raise DataError(f"{where}: the first line is {found}, expected path,label or "
-                            "path,label,split")  # fmt: skip
         for row in reader:
-            yield reader.line_num, row
+            if _is_blank(row):
+                continue
+            if started and len(row) != len(names):
+                raise _wrong_width(row, names, separator, f"{where}, line {reader.line_num}")
+            if started:
+                yield reader.line_num, {r: row[index].strip() for r, index in indices.items()}
+            started = True
     except csv.Error as error:
         raise DataError(f"{where}, line {reader.line_num}: {error}") from None
+
+
+def _wrong_width(row: list[str], names: list[str], separator: str, where: str) -> DataError:
+    """Return what is wrong with a row that has more or fewer cells than the first line."""
+    others = [word for mark, word in _SEPARATORS.items() if mark != separator and mark in row[0]]
+    advice = f"put a cell that has {_SEPARATORS[separator]} in it into quotation marks"
+    if len(row) < len(names):
+        advice = "an empty cell needs its separator, too"
+    if len(row) == 1 and others:
+        advice = f"it has {others[0]}: use one separator throughout"
+    return DataError(
+        f"{where}: {len(row)} column(s) separated by {_SEPARATORS[separator]}, expected "
+        f"{len(names)} as in the first line ({advice})"
+    )
 
 
 def _jsonl_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -190,4 +287,5 @@ def _jsonl_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, objec
             raise DataError(f"{where}, line {line}: no JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f'{where}, line {line}: expected {{"path": ..., "label": ...}}')
-        yield line, row
+        roles = _roles(row, f"{where}, line {line}")
+        yield line, {role: row[name] for role, name in roles.items()}

@@ -24,7 +24,7 @@ from typing import Any
 
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
 from ztune.data.manifests import SPLIT_NAMES, SplitName
-from ztune.errors import DataError, FormatError
+from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
 
 EXTRACTED = "parquet-pictures"
@@ -125,8 +125,9 @@ def _parquet() -> Any:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(
-            "parquet files need pyarrow, which is not installed (pip install 'ztune[parquet]'; or "
-            "extract the pictures on another machine and copy the folder)"
+            "parquet files need pyarrow, which is not installed (install it with: "
+            f"{how_to_install('parquet')}; or extract the images on another machine and copy the "
+            "folder)"
         ) from None
 
 

@@ -128,7 +128,8 @@ class Split:
         if wrong:
             raise DataError(
                 f"{wrong[0]} since the split was made, {len(wrong)} of {len(self.entries)} "
-                "picture(s) in all (put them back, or start a new run)"
+                "image(s) in all (put them back, name the folder where they are now with `data` or "
+                "`test_data`, or start a new run)"
             )
 
     def to_json(self) -> dict[str, Json]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ztune.errors import ConfigError, ZtuneError
+from ztune.errors import ConfigError, ZtuneError, how_to_install
 from ztune.experiments.jobs import Encoded, JobResult, Task
 from ztune.experiments.worker import Settings, Worker
 
@@ -64,7 +64,7 @@ class Joblib:
         Raises: ConfigError where joblib is not installed.
         """
         if importlib.util.find_spec("joblib") is None:
-            raise ConfigError("`workers` needs joblib: pip install 'ztune[joblib]'")
+            raise ConfigError(f"`workers` needs joblib: {how_to_install('joblib')}")
         self.workers = workers
         self._settings = settings
 
@@ -138,7 +138,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise ConfigError("`ray` needs ray: pip install 'ztune[ray]'") from None
+            raise ConfigError(f"`ray` needs ray: {how_to_install('ray')}") from None
         self._ray: Any = ray
         self.workers = cluster.workers
         self._settings, self._cluster = settings, cluster

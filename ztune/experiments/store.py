@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.errors import FormatError
+from ztune.errors import FormatError, StorageError
 from ztune.experiments.cells import Cell, Outcome, cell_from_json
 from ztune.experiments.document import asked, with_found
 from ztune.io.config import as_json
@@ -150,6 +150,11 @@ class Store:
             finally:
                 database.close()
         except sqlite3.Error as error:
+            if "full" in str(error):
+                raise StorageError(
+                    f"{self._where}: {error} (free some space, and go on with the same command and "
+                    "`resume`)"
+                ) from None
             raise FormatError(f"{self._where}: {error}") from None
 
     @contextlib.contextmanager

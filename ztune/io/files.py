@@ -21,22 +21,39 @@ _LONGEST_NAME = 255  # bytes, of most file systems
 
 
 @contextlib.contextmanager
+def naming(path: Path, others: Path | None = None) -> Iterator[None]:
+    """Have the system's errors name `path`: those of a write name no file, or the one `others`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or (others and str(error.filename) == str(others)):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success flush it and rename it to `path`.
 
     Whoever reads `path` sees the old file or the whole new one, also after a kill or a power cut.
+
+    Raises: OSError naming `path`.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary = Path(name)
     try:
-        os.close(handle)
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files private to the user; what we leave behind follows the umask.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        flush_folder(path.parent)
+        with naming(path, temporary):
+            os.close(handle)
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            # mkstemp makes files private to the user; what we leave behind follows the umask.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,7 +62,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` on success, all or nothing.
 
-    Raises: ConfigError when `path` exists and is not an empty folder, or cannot be made.
+    Raises: ConfigError when `path` exists and is not an empty folder, cannot be made, or is made by
+        another process meanwhile.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(
@@ -59,12 +77,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rmdir()
-        work.rename(path)
+        _move_to(work, path)
         flush_folder(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _move_to(work: Path, path: Path) -> None:
+    """Rename a folder to `path`, where there is nothing or an empty folder.
+
+    Raises: ConfigError when another process has put something there.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
+        work.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ConfigError(
+            f'output "{path}" has just been made by another process (try again, or name another '
+            "`out`)"
+        ) from None
 
 
 def flush_folder(folder: Path) -> None:

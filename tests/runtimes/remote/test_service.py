@@ -217,6 +217,21 @@ def test_a_server_that_is_not_ready_is_sent_nothing(fake: Fake) -> None:
         assert fake.calls["ModelInfer"] == 2
 
 
+def test_models_that_are_not_ready_are_not_said_to_be_absent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loading(self: Any, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=False)
+
+    monkeypatch.setattr(fakes._Service, "ModelReady", loading)
+    with (
+        Fake() as fake,
+        pytest.raises(ServerError, match=r"has m_prompt, m_score, but none is ready \(wait"),
+        serving(fake.grpc),
+    ):
+        pass
+
+
 def test_a_server_that_never_is_ready_again(fake: Fake) -> None:
     with serving(fake.grpc, give_up=0.5) as service:
         fake.hook = failing("UNAVAILABLE")

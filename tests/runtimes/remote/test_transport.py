@@ -4,10 +4,12 @@ import contextlib
 import gzip
 import json
 import re
+import socket
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,8 +386,9 @@ def test_a_server_that_is_not_ready_and_one_that_wants_a_token(
     web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(f"http://{web.address}") as asked:
-        for status in (400, 404, 500, 503):
-            web.answer = always(Reply(status))
+        for live, ready in ((503, 503), (200, 400), (200, 503)):
+            statuses = {"/v2/health/live": live, "/v2/health/ready": ready}
+            web.answer = lambda one, told=statuses: Reply(told[one.path])  # type: ignore[misc]
             assert not asked.ready(SECONDS)
         web.answer = always(says({"error": "who is it?"}, 401))
         error = failure(lambda: asked.ready(SECONDS))
@@ -393,7 +396,7 @@ def test_a_server_that_is_not_ready_and_one_that_wants_a_token(
         assert "ZTUNE_TOKEN" in str(server_error(error))
         assert "authorization" not in web.asked[-1].headers
         web.answer = lambda one: Reply(200 if one.path == "/v2/models/double" else 400, b"{}")
-        assert failure(lambda: asked.model("double", "", SECONDS)).kind == "missing"
+        assert failure(lambda: asked.model("double", "", SECONDS)).kind == "loading"
     monkeypatch.setenv("ZTUNE_TOKEN", "hunter2")
     with opened(f"http://{web.address}") as asked:
         web.answer = serve
@@ -536,11 +539,95 @@ def test_metadata_that_is_none(web: WebServer) -> None:
             assert failure(lambda: asked.server(SECONDS)).kind == "refused"
 
 
-def test_what_speaks_no_http(fake: FakeServer) -> None:
-    with opened(f"http://{fake.grpc}") as asked:
+@pytest.mark.parametrize(
+    ("live", "ready", "kind", "said"),
+    [
+        (404, 404, "foreign", "/v2/health/live: Not Found (HTTP 404) (is this a KServe-v2 server"),
+        (400, 400, "foreign", "/v2/health/live: Bad Request (HTTP 400) (is this a KServe-v2 ser"),
+        (302, 200, "foreign", "/v2/health/live: Found (HTTP 302) (is this a KServe-v2 server"),
+        (200, 404, "foreign", "/v2/health/ready: Not Found (HTTP 404) (is this a KServe-v2"),
+        (401, 401, "denied", "Unauthorized (HTTP 401) (give a token with ZTUNE_TOKEN"),
+        (200, 403, "denied", "Forbidden (HTTP 403) (give a token with ZTUNE_TOKEN"),
+        (500, 500, "broken", "Internal Server Error (HTTP 500) (see the server's log)"),
+        (502, 502, "away", "Bad Gateway (HTTP 502) (is the address right, and the server up?)"),
+        (429, 429, "busy", "Too Many Requests (HTTP 429) (the server has too much to do)"),
+    ],
+)
+def test_a_status_of_the_health_says_what_is_wrong(
+    live: int, ready: int, kind: str, said: str, web: WebServer
+) -> None:
+    statuses = {"/v2/health/live": live, "/v2/health/ready": ready}
+    web.answer = lambda asked: Reply(statuses[asked.path], b"<html></html>")
+    with opened(f"http://{web.address}") as asked:
         error = failure(lambda: asked.ready(SECONDS))
-        assert error.kind == "away"
-        assert "speaks no HTTP (gRPC is spoken to with triton://)" in str(error)
+        assert error.kind == kind
+        assert said in str(server_error(error))
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_one_protocol_at_the_port_of_the_other(
+    secured: bool, web: WebServer, fake: FakeServer, certificates: Certificates
+) -> None:
+    given = settings(certificates) if secured else {}
+    pair = certificates.valid
+    http_, grpc_, s = web.address, fake.grpc, "s" if secured else ""
+    with contextlib.ExitStack() as stack:
+        if secured:
+            http_, grpc_ = (
+                stack.enter_context(TlsProxy(one, pair.cert, pair.key)).address
+                for one in (http_, grpc_)
+            )
+        for address, scheme, other, words in (
+            (http_, f"triton{s}", f"http{s}", "HTTP, not gRPC"),
+            (grpc_, f"http{s}", f"triton{s}", "gRPC, not HTTP"),
+        ):
+            with opened(f"{scheme}://{address}", **given) as asked:
+                error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
+            assert (error.kind, error.passing) == ("foreign", True)
+            expected = f"{scheme}://{address}: the port speaks {words} (use {other}://{address})"
+            assert str(server_error(error)) == expected
+    assert all("authorization" not in one.headers for one in web.asked)
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.7\r\n", b"* OK IMAP4 ready\r\n"])
+def test_a_port_of_neither(greeting: bytes) -> None:
+    def greet() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(greeting)
+                connection.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=greet)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            for scheme, said in (("triton", "gRPC server"), ("http", "does not speak HTTP")):
+                with opened(f"{scheme}://{address}") as asked:
+                    error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
+                assert error.kind == "foreign"
+                assert said in str(error)
+                assert "is this a KServe-v2 server" in str(server_error(error))
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_a_grpc_server_of_something_else() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with opened(f"triton://127.0.0.1:{port}") as asked:
+            error = failure(lambda: asked.ready(SECONDS))
+        assert error.kind == "foreign"
+        assert "UNIMPLEMENTED) (is this a KServe-v2 server" in str(server_error(error))
+    finally:
+        server.stop(None).wait()
 
 
 def test_one_connection_does_for_many_requests_of_a_thread(web: WebServer) -> None:
@@ -725,6 +812,8 @@ def check_tls(asked: Transport, words: str) -> None:
     assert re.search(words, str(error)), str(error)
     assert len(str(server_error(error))) < 200
     hint = "(see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps)"
+    if "speaks no TLS" in words:
+        hint = "(use triton:// or http:// for a server without TLS)"
     assert str(server_error(error)).endswith(hint)
 
 
@@ -833,5 +922,5 @@ def test_grpc_speaks_to_nobody_but_the_server_that_was_named(
         with opened(f"triton://{fake.grpc}") as remote:
             assert remote.ready(5)
         with opened(f"http://{server.address}") as web:
-            assert not web.ready(5)
+            assert failure(lambda: web.ready(5)).kind == "away"
     assert heard == ["/v2/health/live"]

@@ -212,9 +212,7 @@ def test_a_process_has_one_worker_for_all_its_tasks(
 
 def test_joblib_says_how_to_install_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", {"joblib": None}.__getitem__)
-    with pytest.raises(
-        ConfigError, match=r"^`workers` needs joblib: pip install 'ztune\[joblib\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"^`workers` needs joblib: pip install '\.\[joblib\]'"):
         Joblib(settings, 2)
 
 
@@ -485,7 +483,7 @@ def test_no_cluster_on_this_machine_is_said_in_our_words(connect: Connect) -> No
 def test_ray_says_how_to_install_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     absent: Any = None
     monkeypatch.setitem(sys.modules, "ray", absent)
-    with pytest.raises(ConfigError, match=r"^`ray` needs ray: pip install 'ztune\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"^`ray` needs ray: pip install '\.\[ray\]'"):
         Ray(settings, Cluster("local", 2))
 
 
