@@ -29,6 +29,8 @@ from runtimes.remote.transport import (
 from ztune.errors import ConfigError
 from ztune.types import Json
 
+# What gRPC says of a port that is connected to and does not speak it, and of a server that dies.
+_NO_GRPC = ("SETTINGS frame", "Socket closed", "Connection reset")
 # What gRPC's words on TLS begin with, and what is said instead of the rest.
 _TLS_WORDS = {
     "CERTIFICATE_VERIFY_FAILED: ": "",
@@ -186,11 +188,12 @@ class GrpcTransport:
             text = "no answer within the deadline"
         if code.endswith("UNIMPLEMENTED"):
             text = "it does not offer this (UNIMPLEMENTED)"
-        if "SETTINGS frame" in text:
+        if any(words in text for words in _NO_GRPC) and self._speaks_http:
+            scheme = "https" if self.endpoint.secure else "http"
+            text = f"the port speaks HTTP, not gRPC (use {scheme}://{self.endpoint.address})"
+            kind = "foreign"
+        elif "SETTINGS frame" in text:
             kind, text = "foreign", "what listens there does not answer as a gRPC server"
-            if self._speaks_http:
-                scheme = "https" if self.endpoint.secure else "http"
-                text = f"the port speaks HTTP, not gRPC (use {scheme}://{self.endpoint.address})"
         for mark, words in _TLS_WORDS.items():
             if mark in str(error.message()):
                 text = f"TLS failed: {words or text.removesuffix(': OK')}"

@@ -108,7 +108,9 @@ def test_nobody_there(scheme: str, tune: Tune) -> None:
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_another_protocol_s_port(protocol: str, triton: TritonServer, tune: Tune) -> None:
     address = triton.http if protocol == "grpc" else triton.grpc
-    tune(url(address, protocol), "--deadline", 3, says=(address, "is the address right"))
+    right = url(address, "http" if protocol == "grpc" else "grpc").rpartition("/")[0]
+    says = (address, f"the port speaks {'HTTP' if protocol == 'grpc' else 'gRPC'}", f"use {right}")
+    tune(url(address, protocol), "--deadline", 3, says=says)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -589,32 +589,54 @@ def test_one_protocol_at_the_port_of_the_other(
     assert all("authorization" not in one.headers for one in web.asked)
 
 
-@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.7\r\n", b"* OK IMAP4 ready\r\n"])
-def test_a_port_of_neither(greeting: bytes) -> None:
-    def greet() -> None:
+@contextlib.contextmanager
+def listening(speak: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Yield the address of a port where `speak` is called with each connection."""
+
+    def serve() -> None:
         while True:
             try:
                 connection, _ = listener.accept()
             except OSError:
                 return
             with connection, contextlib.suppress(OSError):
-                connection.sendall(greeting)
-                connection.recv(1 << 16)
+                speak(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=greet)
+        thread = threading.Thread(target=serve)
         thread.start()
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
         try:
-            for scheme, said in (("triton", "gRPC server"), ("http", "does not speak HTTP")):
-                with opened(f"{scheme}://{address}") as asked:
-                    error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
-                assert error.kind == "foreign"
-                assert said in str(error)
-                assert "is this a KServe-v2 server" in str(server_error(error))
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.7\r\n", b"* OK IMAP4 ready\r\n"])
+def test_a_port_of_neither(greeting: bytes) -> None:
+    def greet(connection: socket.socket) -> None:
+        connection.sendall(greeting)
+        connection.recv(1 << 16)
+
+    with listening(greet) as address:
+        for scheme, said in (("triton", "gRPC server"), ("http", "does not speak HTTP")):
+            with opened(f"{scheme}://{address}") as asked:
+                error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
+            assert error.kind == "foreign"
+            assert said in str(error)
+            assert "is this a KServe-v2 server" in str(server_error(error))
+
+
+def test_an_http_server_that_closes_what_is_no_http() -> None:
+    """Triton's is one."""
+
+    def speak(connection: socket.socket) -> None:
+        if not connection.recv(1 << 16).startswith(b"PRI * HTTP/2.0"):
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    with listening(speak) as address, opened(f"triton://{address}") as asked:
+        error = failure(lambda: asked.ready(SECONDS))
+        assert f"the port speaks HTTP, not gRPC (use http://{address})" in str(error)
 
 
 def test_a_grpc_server_of_something_else() -> None:
