@@ -41,8 +41,10 @@ demo: $(VENV)/.device
 	$(BIN)/ztune predict runs/demo/classifier.onnx examples/digits/seven --limit 5
 	@echo "Look at runs/demo/curve.png and runs/demo/confusion.png."
 
+# A file's tests share fixtures and run in one process; several files at once.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 test: $(VENV)/.full
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # No result may hang on the last bits of one processor: the tests of maps, optimizers, heads and runtimes on
 # the plainest kernels that torch, OpenBLAS and numpy have, on one thread. ONNX Runtime chooses its own.
@@ -50,7 +52,7 @@ DISPATCHED = import numpy._core._multiarray_umath as m; print(*m.__cpu_dispatch_
 kernels: $(VENV)/.full
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1 \
 		OPENBLAS_NUM_THREADS=1 NPY_DISABLE_CPU_FEATURES="$$($(BIN)/python -c '$(DISPATCHED)')" \
-		$(BIN)/python -m pytest tests/ztune tests/runtimes --ignore=tests/ztune/experiments --ignore=tests/runtimes/remote
+		$(PYTEST) tests/ztune tests/runtimes --ignore=tests/ztune/experiments --ignore=tests/runtimes/remote
 
 check: $(VENV)/.full
 	$(BIN)/ruff format --check .

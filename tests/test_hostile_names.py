@@ -36,7 +36,7 @@ def harmless(result: Result, *shown: str) -> None:
         assert part in said
 
 
-def pictures(root: Path, names: tuple[str, ...] = NAMES, n: int = 8) -> Path:
+def pictures(root: Path, names: tuple[str, ...] = NAMES, n: int = 16) -> Path:
     """Return a folder of classes of digits."""
     for name, digit in zip(names, ("one", "two", "three", "four", "five"), strict=True):
         (root / name).mkdir(parents=True)
@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run on classes with such names."""
     out = tmp_path_factory.mktemp("run") / "\x1b[31mrun"
-    words = ("tune", MINI, "--data", data, *SMALL, "--test-fraction", 0.3, "--out", out)
+    words = ("tune", MINI, "--data", data, *SMALL, "--test-fraction", 0.5, "--out", out)
     assert main([str(word) for word in (*words, "--quiet")]) == 0
     return out
 

@@ -355,7 +355,7 @@ def test_doctor_finds_a_damaged_bundle(ztune: Command, bundle: Path) -> None:
 
 def test_names_are_for_data_only(ztune: Command, data: Path, tmp_path: Path) -> None:
     out, packed, names = tmp_path / "run", tmp_path / "c.onnx", tmp_path / "names.txt"
-    tuned = ztune("tune", MINI, "--data", data, "--shots", 2, "--val", 2, "--queries", 10,
+    tuned = ztune("tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--queries", 10,
                   "--test-fraction", 0.5, "--out", out)  # fmt: skip
     assert tuned.code == 0, tuned.err
     assert ztune("pack", MINI, "--prompt", out / "prompt.safetensors", "--out", packed).code == 0

@@ -51,16 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     first = parser.add_argument_group("most needed")
     add(first, "--data", "--root")
     first.add_argument("--out", type=Path, metavar="RUN", help="new folder for the results")
-    first.add_argument("--overwrite", action="store_true", help="replace the run that --out has")
     add(first, "--method", "--shots", "--queries", "--seed", "--template", "--provider")
     first.add_argument("--resume", type=Path, metavar="RUN", help="resume a stopped run")
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("data and files")
     add(data, "--names", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument(
         "--augment", type=int, metavar="K", help="cached random views per training image"
     )
     add(data, "--cache", help="where features are kept (default: inside RUN)")
     add(data, "--skip-broken")
+    data.add_argument("--overwrite", action="store_true", help="replace the run that --out has")
     method = parser.add_argument_group("method")
     add(method, "--preset", "--set", "--init")
     method.add_argument(
