@@ -408,11 +408,11 @@ def test_a_process_reports_its_own_error_alone(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("error: of an earlier process\n")
     run_config = RunConfig(str(tmp_path / "nowhere"), str(DIGITS), provider="cpu")
-    with pytest.raises(CellError, match=r"^bundle .*nowhere"):
+    with pytest.raises(CellError, match=r"^\".*nowhere\" does not exist, expected a bundle"):
         run_cell(tmp_path / "run", run_config, log)
     first, *_, last = log.read_text().splitlines()
     assert first == "error: of an earlier process"
-    assert last.startswith("error: bundle ")
+    assert last.startswith('error: "')
 
 
 def test_a_process_that_ends_without_an_answer_is_a_failure(

@@ -127,7 +127,7 @@ def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> Non
     refused(ztune(*again, "--methods", "gda", "--seeds", 1, "--quiet"), "root was")
 
 
-def test_a_published_set_with_copies_tunes_without_them(
+def test_copies_in_a_published_set_stay_and_are_counted(
     ztune: Command, root: Path, tmp_path: Path
 ) -> None:
     images = root / SPEC.folder / SPEC.images
@@ -136,16 +136,17 @@ def test_a_published_set_with_copies_tunes_without_them(
     inside = sorted(listed(root, "test"))[1]
     for path in (*copied, inside):
         shutil.copy(images / twin, images / path)
-    out, words = tmp_path / "run", ("--shots", 5, "--val", 1, "--method", "gda")
+    out, words = tmp_path / "run", ("--shots", 16, "--method", "gda")
     done = ztune("tune", MINI, "--data", "dtd", "--root", root, *words, "--out", out)
     assert done.code == 0, done.err
-    assert "left out of train and val, equal to a test picture: 2" in done.err
-    assert not entries_of(out, "train") & set(copied)
+    assert "equal one that is tuned on, byte by byte: 2 (they stay, as published)" in done.err
+    assert set(copied) <= entries_of(out, "train") | entries_of(out, "val")
     assert entries_of(out, "test") == listed(root, "test")
     scored = ztune("eval", out, "--json")
     assert scored.code == 0, scored.err
     assert scored.json["n"] == 12
-    assert scored.json["tuning_pictures"] == 0
+    assert scored.json["tuning_pictures"] == 2
+    assert "served tuning or validation" in scored.err
 
     # The same pictures as one's own are refused: there one of each can be removed.
     own = tmp_path / "own"
@@ -153,6 +154,7 @@ def test_a_published_set_with_copies_tunes_without_them(
         for path in listed(root, role):
             (own / role / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(images / path, own / role / path)
+    words = ("--shots", 5, "--val", 1, "--method", "gda")
     refused(
         ztune("tune", MINI, "--data", own, *words, "--out", tmp_path / "x", "--quiet"),
         "the same picture has two",

@@ -33,7 +33,7 @@ from ztune.model import Model, open_model
 from ztune.types import F32
 
 CLASSES = ("one", "two", "three")
-N_TRAIN, N_VAL, N_TEST = 6, 3, 18
+N_TRAIN, N_VAL, N_TEST = 6, 3, 17
 # Settings that keep a step small, and what two steps of them cost.
 SMALL: dict[str, tuple[tuple[str, ...], int]] = {
     "ogn": (("n_prompts=2",), 4),
@@ -73,7 +73,7 @@ def settings(*words: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return three classes of twelve digits, half of which are kept for testing."""
+    """Return three classes of twelve digits, about half of which are kept for testing."""
     root = tmp_path_factory.mktemp("data")
     for name in CLASSES:
         (root / name).mkdir()

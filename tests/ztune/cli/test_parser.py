@@ -112,11 +112,20 @@ def test_the_usage_names_what_there_is(verb: str) -> None:
         assert len(f"usage: ztune {verb} {form}") < 80
 
 
+DATA = {"tune": "data and files", "compare": "data"}
+
+
 def test_tune_and_compare_begin_with_what_is_most_needed(ztune: Command) -> None:
     for verb in ("tune", "compare"):
         shown = ztune(verb, "--help").out
         titles = re.findall(r"^(\w.*):$", shown, re.MULTILINE)
-        assert titles[:5] == ["positional arguments", "most needed", "data", "method", "machine"]
+        assert titles[:5] == [
+            "positional arguments",
+            "most needed",
+            DATA[verb],
+            "method",
+            "machine",
+        ]
         first = shown.partition("most needed:\n")[2].partition("\n\n")[0]
         assert len(re.findall(r"^  --", first, re.MULTILINE)) == 10
 
@@ -124,7 +133,7 @@ def test_tune_and_compare_begin_with_what_is_most_needed(ztune: Command) -> None
 def test_a_run_takes_its_fields_and_no_list_beside_them() -> None:
     taken = {field.name for field in fields(RunConfig)} - {"server"}
     own = {action.dest for action in parser_of("tune").own} - {*server.SERVER}
-    assert own == taken | {"out", "resume", "init"}
+    assert own == taken | {"out", "overwrite", "resume", "init"}
     for verb in ("compare", "doctor"):
         own = {action.dest for action in parser_of(verb).own} - {*server.SERVER}
         assert own - taken <= {"out", "init", "methods", "seeds", "pixel_queries"}
