@@ -154,9 +154,9 @@ def test_copies_in_a_published_set_stay_and_are_counted(
         for path in listed(root, role):
             (own / role / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(images / path, own / role / path)
-    words = ("--shots", 5, "--val", 1, "--method", "gda")
+    few = ("--shots", 5, "--val", 1, "--method", "gda")
     refused(
-        ztune("tune", MINI, "--data", own, *words, "--out", tmp_path / "x", "--quiet"),
+        ztune("tune", MINI, "--data", own, *few, "--out", tmp_path / "x", "--quiet"),
         "the same picture has two",
         "remove one of each",
     )

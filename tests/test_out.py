@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_a_run_that_another_process_is_at_is_left_alone(ztune: Command, run: Pat
     assert contents(run) == before
 
 
-def test_a_failure_while_replacing_leaves_the_former_run(
+def test_a_disk_that_is_full_from_the_first_leaves_the_former_run(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(run)
@@ -143,7 +144,34 @@ def test_a_failure_while_replacing_leaves_the_former_run(
     with pytest.raises(OSError, match="No space"), RunFolder(run).started({}, {}, overwrite=True):
         pass
     assert contents(run) == before
-    assert not list(run.glob(".replaced*"))
+
+
+def test_a_stop_while_replacing_is_told(
+    ztune: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("ztune.run.write_json", stopped_at("split.json"))
+        assert ztune(*TUNE, "--seed", 2, "--out", run, "--overwrite").code == 130
+    told(ztune("tune", "--resume", run), "was being replaced when it was stopped", "same command")
+    assert ztune("eval", run).code == 1
+    assert ztune(*TUNE, "--seed", 2, "--out", run).code == 0
+
+
+def stopped_at(name: str) -> Callable[[Path, dict[str, Any]], None]:
+    """Return what writes JSON files until one of that name, where Ctrl-C comes in between."""
+
+    def write(path: Path, document: dict[str, Any]) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        files.write_json(path, document)
+
+    return write
+
+
+def test_a_new_run_does_not_take_the_signal_of_the_one_before(ztune: Command, run: Path) -> None:
+    words = ("--method", "zip", "--queries", 100, "--reference", run / "nowhere")
+    assert ztune(*TUNE, *words, "--out", run, "--overwrite").code == 1
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
 def test_two_that_begin_at_once(tmp_path: Path, ztune: Command) -> None:
@@ -255,7 +283,7 @@ def test_a_full_disk_in_other_verbs(
     words: tuple[object, ...], again: str, ztune: Command, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    module = {"bench": "bench._carry_out", "compare": "compare._asked"}.get(str(words[0]))
+    module = {"bench": "bench._run_plan", "compare": "compare._config"}.get(str(words[0]))
     target = f"ztune.cli.{module}" if module else "export.quantize.quantize_bundle"
 
     def full(*_: object) -> None:

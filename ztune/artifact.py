@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ztune.errors import FormatError
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_bytes
-from ztune.io.kinds import kind_of, wrong_kind
+from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
 from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.printing import quoted
@@ -388,7 +388,10 @@ def _file_of(path: Path) -> Path:
         raise wrong_kind(path, "artifact")
     if kind != "run":
         return path
-    status = read_json(path / "run.json", f'run "{path}"').get("status")
+    head = read_json(path / "run.json", f'run "{path}"')
+    if head.get("format") != RUN_FORMAT:
+        raise FormatError(f'run "{path}": run.json was not written by ztune')
+    status = head.get("status")
     if status == "refused":
         raise FormatError(
             f'run "{path}" was refused before its first step and has no prompt.safetensors (see '

@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.fields import Fields
 from ztune.io.files import naming, new_folder, read_json, write_json
-from ztune.io.kinds import wrong_kind
+from ztune.io.kinds import RUN_FORMAT, wrong_kind
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Counted, Journal
 from ztune.loop import Tuning
@@ -35,10 +34,12 @@ from ztune.printing import quoted
 from ztune.report import draw_curve
 from ztune.types import U8, Evaluation, Json, Mixing, State
 
-FORMAT = "ztune-run"
+FORMAT = RUN_FORMAT
 VERSION = 1
 
 
+REPLACED = "replaced"
+"""The status of a run whose place another was to take when that was stopped."""
 _PLOTS = ("curve.png", "confusion.png")
 
 
@@ -94,7 +95,7 @@ class RunFolder:
                 )
             return
         status = self.read().get("status")
-        if overwrite or status == "refused":
+        if overwrite or status in ("refused", REPLACED):
             return
         if status == "finished":
             raise ConfigError(
@@ -144,27 +145,16 @@ class RunFolder:
     def _replace(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
         """Put a new run in the place of one; its cache stays, and so does what no run writes.
 
-        An error leaves the former run as it was.
+        Whenever it is stopped, what is left is the former run, the new one, or neither: a run that
+        says that it was being replaced.
         """
+        self.write({**self.read(), "status": REPLACED})
         former = [self.state, self.history, self.prompt, self.journal, self.split]
         former += [self.path / name for name in _PLOTS]
-        former += self.snapshots.glob("*.safetensors")
-        aside = Path(tempfile.mkdtemp(prefix=".replaced.", dir=self.path))
-        moved: list[tuple[Path, Path]] = []
-        try:
-            for number, file in enumerate(former):
-                if file.is_file() or file.is_symlink():
-                    moved.append((file, aside / str(number)))
-                    file.rename(moved[-1][1])
-            write_json(self.split, dict(split))
-            self.write(document)
-        except BaseException:
-            for file, kept in moved:
-                if kept.exists():
-                    kept.replace(file)
-            aside.rmdir()  # empty, or an error that leaves what could not be put back
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        for file in (*former, *self.snapshots.glob("*.safetensors")):
+            file.unlink(missing_ok=True)
+        write_json(self.split, dict(split))
+        self.write(document)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

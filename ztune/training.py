@@ -83,7 +83,7 @@ def start_run(
     """Start a run in a new folder and finish it; return run.json's content.
 
     `begun` is called once there is a run that could be resumed. With `overwrite` a run that is
-    there already is replaced, once the new one is checked.
+    there already is removed, once what can be known before the first image is read is checked.
 
     Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
         RefusedError where the precision leaves no signal.
@@ -114,7 +114,7 @@ def start_run_on(
     """
     folder = RunFolder(path)
     run = TrainingRun(run_config, split, folder, model, encoded)
-    run.check()
+    run.check(new=True)
     head = run.head()
     with folder.started(head, split.to_json(), overwrite=overwrite):
         begun()
@@ -196,7 +196,7 @@ class SavedRun:
         if model.bundle.digest != self.fields.text("bundle_digest"):
             differ.append("model")
         if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
-            differ.append("images")
+            differ.append("images (or by a ztune that divided them in another way)")
         if differ:
             raise ConfigError(
                 f'run "{self.folder.path}" was begun with other {", ".join(differ)} (give the '
@@ -352,9 +352,12 @@ class TrainingRun(Generic[Store]):
             "request": as_json(run_config),
         }
 
-    def check(self) -> None:
-        """See that the run can be made, before anything is written; see `RunChecks.check`."""
-        measured = self._signal_is_known()
+    def check(self, *, new: bool = False) -> None:
+        """See that the run can be made, before anything is written; see `RunChecks.check`.
+
+        A `new` run may take the place of another, whose signal is not its own.
+        """
+        measured = not new and self._signal_is_known()
         RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
 
     def finish(self, head: Mapping[str, Json]) -> dict[str, Json]:

@@ -204,9 +204,9 @@ class GrpcTransport:
     def _speaks_http(self) -> bool:
         """Whether the port answers a plain HTTP/1.1 request, which has no secret in it."""
         host, port = self.endpoint.host, self.endpoint.port
-        asked = http.client.HTTPConnection(host, port, timeout=1)
+        asked = http.client.HTTPConnection(host, port, timeout=5)
         if self.endpoint.secure:
-            asked = http.client.HTTPSConnection(host, port, timeout=1, context=self._context)
+            asked = http.client.HTTPSConnection(host, port, timeout=5, context=self._context)
         with contextlib.closing(asked):
             try:
                 asked.request("GET", "/v2/health/live")

@@ -215,8 +215,7 @@ def test_manifest(
         ("path;label,split\nx,y\n", "first line is path;label,split, expected path,label"),
         ("path,label;path;label,x\n", "first line is path,label;path;label,x, expected"),
         ("file,Image,label\nx,y,z\n", 'columns "file" and "Image" could both be the path'),
-        ("path,label,class\nx,y,z\n", 'columns "label" and "class" could both be the label'),
-        ("path,label,split,set\nx,y,z,w\n", 'columns "split" and "set" could both be the split'),
+        ("path,class,category\nx,y,z\n", 'columns "class" and "category" could both be the label'),
         ("path,label,label\nx,y,z\n", 'columns "label" and "label" could both'),
         ("path,label,set\na.png,a,A\n", "line 2: split is 'A', expected .*rename the column"),
         ("path,label\na.png;a\n", "line 2: 1 .* commas, expected 2 .*it has semicolons: use one"),
@@ -226,7 +225,7 @@ def test_manifest(
         ("path,label,split\na.png,a\n", "line 2: 2 column.* expected 3 .*needs its separator"),
         ("path,label\n", "holds no pictures"),
         ("path,label\na.png\n", "line 2: 1 column.* separated by commas, expected 2"),
-        ("path,label\na.png, \n", "line 2: expected a path and a label"),
+        ("path,label\na.png, \n", "line 2: path is 'a.png', label None, expected text"),
         ("path,label\na.png,a\na.png,b\n", 'line 3: path "a.png" is listed twice'),
         ("path,label\na.png,a\nno.png,b\nneither.png,b\n", '"no.png" is missing, 2 image'),
         ("path,label\na.png,a\n", "one class only"),
@@ -258,9 +257,12 @@ def test_wrong_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
     [
         ("{", "line 1: no JSON"),
         ("[1]", "line 1: expected"),
-        ('{"path": "a.png", "label": 3}', "line 1: expected a path and a label, both as text"),
-        ('\n{"path": "a.png"}', "line 2: expected a path and a label"),
-        ('{"path": "a\\u0000.png", "label": "a"}', "leaves the folder"),
+        (
+            '{"path": "a.png", "label": 3}',
+            "line 1: path is 'a.png', label 3, expected text for both",
+        ),
+        ('\n{"path": "a.png"}', "line 2: path is 'a.png', label None, expected text"),
+        ('{"path": "a\\u0000.png", "label": "a"}', "contains a NUL character"),
         ('{"path": "a\\ud800.png", "label": "a"}', "unpaired surrogate"),
         ('{"path": "a.png", "label": "a", "split": []}', r"split is \[\]"),
         ("[" * 100000, "line 1: no JSON"),
@@ -279,8 +281,8 @@ def test_wrong_jsonl(tmp_path: Path, content: str, message: str) -> None:
     [
         ("path", "label", "split"),
         (" Path ", " LABEL", "Split "),
-        ("filename", "class", "set"),
-        ("File Name", "Class-Name", "SUBSET"),
+        ("filename", "class", "split"),
+        ("File Name", "Class-Name", "SPLIT"),
         ("image_path", "category", "split"),
         ("img", "category_name", "id"),
     ],
@@ -364,3 +366,13 @@ def test_absolute_paths_below_the_manifest_are_relative_ones(tmp_path: Path) -> 
 def test_paths_that_leave(path: str) -> None:
     assert not is_inside(path)
     assert is_inside("a/..b/c d.png")
+
+
+@pytest.mark.parametrize("other", ["class", "category", "set"])
+def test_a_column_of_the_very_name_goes_before_others(tmp_path: Path, other: str) -> None:
+    put(tmp_path, "x/a.png", "b.png")
+    table = f"{other},path,label\n7,.//x/./a.png,one\n8,b.png,two\n"
+    (tmp_path / "list.csv").write_text(table)
+    found = read_dataset(tmp_path / "list.csv")
+    assert found.classes == ("one", "two")
+    assert [picture.path for picture in found.pictures] == ["b.png", "x/a.png"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from ztune.cli.options import add
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
+from ztune.printing import quoted
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: O
     lines.append(
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
-    again = shlex.join(["ztune", "bench", "report", str(out)])
+    again = f"ztune bench report {quoted(out)}"
     lines.append(f"{files[0]} (write it again with: {again})")
     document: dict[str, Json] = {**counts, "failures": failed}
     output.result({**document, "report": [str(file) for file in files]}, lines)

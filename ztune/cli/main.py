@@ -39,13 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] not in VERBS:
         refuse(words)
     verb = words[0]
-    parser = parser_of(verb)
-    arguments = parser.read(words[1:])
-    arguments.command = shlex.join(["ztune", *words])
     signal.signal(signal.SIGTERM, _terminate)
     hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(hangup, _terminate)
+    try:
+        parser = parser_of(verb)
+        arguments = parser.read(words[1:])
+    except ImportError as error:
+        fail(f"{error} (the installation is damaged: install ztune again, see README)")
+        return 1
+    except KeyboardInterrupt:
+        fail("stopped")
+        return 130
+    arguments.command = shlex.join(["ztune", *words])
     return _run(verb, arguments, option_finder(parser, verb))
 
 

@@ -48,6 +48,8 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and not self.has(name):
                 self.error(f"unknown option {name}{self._hint(name)}")
+        if "" in words:
+            self.error("an argument is empty (is a variable of the shell unset?)")
         arguments, others = self.parse_known_args(words)
         if others:
             self.error(f'unexpected "{others[0]}"')

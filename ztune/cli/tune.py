@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -147,12 +146,18 @@ def _resume(
     roots: Mapping[str, Path],
     output: Output,
 ) -> dict[str, Json]:
+    from ztune.run import REPLACED
     from ztune.training import SavedRun
 
     with SavedRun.locked(path) as saved:
         if saved.status == "finished":
             output.remark(f"{path} is finished; nothing to do")
             return dict(saved.head)
+        if saved.status == REPLACED:
+            raise ConfigError(
+                f'run "{path}" was being replaced when it was stopped, and neither run is left; '
+                "start it again with the same command"
+            )
         if saved.status == "refused":
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
@@ -233,9 +238,9 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
     """
 
     def __init__(self, path: Path, named: Path | str | None):
-        url = [str(named)] if named and is_url(named) else []
+        url = f"{quoted(str(named))} " if named and is_url(named) else ""
         self._begun = False
-        self._command = shlex.join(["ztune", "tune", *url, "--resume", str(path)])
+        self._command = f"ztune tune {url}--resume {quoted(path)}"
 
     def begin(self) -> None:
         """Take note that there is a run from now on."""

@@ -40,7 +40,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "label": (
         "label", "label_name", "class", "classname", "class_name", "category", "category_name"
     ),
-    "split": ("split", "set", "subset"),
+    "split": ("split",),
 }  # fmt: skip
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -72,7 +72,11 @@ def read_manifest(manifest: Path) -> list[Listed]:
     for line, row in rows:
         path, label, split = (row.get(role) for role in _NAMES)
         if not isinstance(path, str) or not isinstance(label, str) or not path or not label.strip():
-            raise DataError(f"{where}, line {line}: expected a path and a label, both as text")
+            raise DataError(
+                f"{where}, line {line}: path is {path!r}, label {label!r}, expected text for both"
+            )
+        if "\0" in path:
+            raise DataError(f"{where}, line {line}: path {path!r} contains a NUL character")
         if not is_utf8(path + label):
             raise DataError(f"{where}, line {line}: path or label contains an unpaired surrogate")
         part = split.strip().lower() if isinstance(split, str) else split
@@ -187,7 +191,7 @@ def _is_file(path: Path) -> bool:
 def _relative(path: str, folder: Path) -> str:
     """Return an absolute path below the manifest's folder as a relative one, others as they are."""
     if not Path(path).is_absolute():
-        return path.removeprefix("./")
+        return "/".join(part for part in path.split("/") if part not in ("", "."))
     named = Path(path)
     for root in (folder.absolute(), folder.resolve()):
         if named.is_relative_to(root):
@@ -203,18 +207,21 @@ def _plain(name: object) -> str:
 def _roles(names: Iterable[str], where: str) -> dict[str, str]:
     """Return the name of the column for path, label and split, as far as there is one.
 
+    One of the very name goes before those of other names.
+
     Raises: DataError for two columns that could be the same.
     """
     found: dict[str, str] = {}
     for name in names:
         role = _ROLES.get(_plain(name))
-        if role in found:
+        if role is None or (role in found and _plain(found[role]) == role != _plain(name)):
+            continue
+        if role in found and (_plain(found[role]) == role) == (_plain(name) == role):
             raise DataError(
                 f'{where}: the columns "{found[role]}" and "{name}" could both be the {role} '
                 "(rename or remove one)"
             )
-        if role is not None:
-            found[role] = name
+        found[role] = name
     return found
 
 

@@ -39,4 +39,16 @@ def relocated(split: Split, roots: Mapping[str, Path]) -> Split:
             "the run has no test images from a folder of their own: leave out `test_data` (`data` "
             "is for all of its images)"
         )
-    return replace(split, roots={**split.roots, **roots})
+    first = {entry.root: entry.path for entry in reversed(split.entries)}
+    found = {
+        name: _holding(root, split.roots[name], first[name])
+        for name, root in roots.items()
+        if name in first
+    }
+    return replace(split, roots={**split.roots, **found})
+
+
+def _holding(root: Path, former: Path, image: str) -> Path:
+    """Return the new folder, or the one inside that was the root: images/ of a named data set."""
+    inside = (root.joinpath(*former.parts[-depth:]) for depth in (1, 2))
+    return next((folder for folder in (root, *inside) if (folder / image).is_file()), root)

@@ -58,8 +58,9 @@ class SplitSettings:
             raise ConfigError(
                 f"`test_fraction` is {self.test_fraction}, expected auto or a number in [0, 1)"
             )
-        if min(self.seed, self.split_seed) < 0:
-            raise ConfigError("`seed` and `split_seed` are 0 or more")
+        for name in ("seed", "split_seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}, expected 0 or more")
 
     @property
     def wanted_val(self) -> int:

@@ -69,9 +69,11 @@ def make_split(
     Raises: DataError when a class has too few images, one of one's own images would have two
         classes or two roles, or `test_data` has other classes.
     """
-    if settings.test_fraction != "auto" and (dataset.has_splits or test_data):
-        source = "train and test folders of its own" if dataset.has_splits else "`test_data`"
-        raise DataError(f'data "{dataset.root}" has {source}: leave out `test_fraction`')
+    if dataset.has_splits or test_data:
+        source = "train and test images of its own" if dataset.has_splits else "`test_data`"
+        asked = "split_seed" if settings.split_seed else "test_fraction"
+        if settings.split_seed or settings.test_fraction != "auto":
+            raise DataError(f'data "{dataset.root}" has {source}: leave out `{asked}`')
     sample = _hash_split if dataset.lists is None else _coop_split
     return sample(dataset, settings, test_data, digest)
 
@@ -122,7 +124,7 @@ def _coop_split(
         notes += note
         roots["test"] = test_data.root.absolute()
     entries = entries_of_lists(drawn, dataset.root, dataset.classes, digest) + tested
-    notes += remarks_on_drawn(drawn, settings.shots)
+    notes += remarks_on_drawn(drawn, settings.shots, settings.n_val)
     tuned_on = {entry.sha256 for entry in entries if entry.role != "test"}
     copies = sum(entry.role == "test" and entry.sha256 in tuned_on for entry in entries)
     if copies:
@@ -170,7 +172,7 @@ def in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=lambda entry: (ROLES.index(entry.role), entry.label)))
 
 
-def remarks_on_drawn(drawn: CoopSplit, shots: int) -> list[str]:
+def remarks_on_drawn(drawn: CoopSplit, shots: int, n_val: int | None = None) -> list[str]:
     """Return what published lists do not have for so many shots, a line each."""
     remarks = []
     if short := [group for group in by_label(drawn.train).values() if len(group) < shots]:
@@ -179,7 +181,16 @@ def remarks_on_drawn(drawn: CoopSplit, shots: int) -> list[str]:
             f"{len(short)} class(es) have fewer than {shots} pictures to tune with and give "
             f'all they have, "{fewest[0].name}" {len(fewest)}'
         )
-    if not drawn.val:
+    if n_val is not None:
+        counts = Counter(item.label for item in drawn.val)
+        few = [label for label in by_label(drawn.train) if counts[label] < n_val]
+        if few:
+            least = min(counts[label] for label in few)
+            remarks.append(
+                f"{len(few)} class(es) have fewer than {n_val} images to validate on and give all "
+                f"they have, one has {least}"
+            )
+    if not drawn.val and n_val != 0:
         remarks.append("no validation pictures: heads take their settings from the shots")
     return remarks
 

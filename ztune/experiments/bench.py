@@ -172,8 +172,8 @@ def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: P
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
-            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: pictures, "
-            "settings or the plan have changed since"
+            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: images, "
+            "settings, the plan, or how ztune divides images have changed since"
         )
     return store
 

@@ -104,6 +104,11 @@ class Folder:
 
     def _require_the_same(self, request: Mapping[str, Json]) -> None:
         changed = differences(self._fields.object("request").values, request)
+        if any(line.startswith("pictures was ") for line in changed):
+            raise ConfigError(
+                f'comparison "{self.path}" was begun with other images, or by a ztune that divided '
+                "them in another way (name another `out`)"
+            )
         if changed:
             raise ConfigError(
                 f'comparison "{self.path}" was begun with another request: {"; ".join(changed)} '

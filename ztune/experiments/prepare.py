@@ -29,7 +29,7 @@ from ztune.experiments.protocols import (
     remarks_on,
     split_of,
     task_of,
-    test_split,
+    tested_split,
 )
 from ztune.experiments.store import readable
 from ztune.io.config import as_json
@@ -250,7 +250,7 @@ class Preparation:
     def _scored_part(self, part: Part) -> ScoredPart:
         place = part.name, part.source.name, part.items, part.classes
         if place not in self._parts:
-            split = test_split(part, self._digests)
+            split = tested_split(part, self._digests)
             file = self.out / "splits" / f"{key_of_tested(split)}.json"
             self._tested[file] = split
             cache = self.out / "cache" / part.source.name / "test"

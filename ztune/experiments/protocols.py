@@ -191,7 +191,7 @@ def split_of(task: Task, digest: Digest) -> Split:
     return Split({"data": root}, task.classes, in_order(entries), settings, (), task.source.sampler)
 
 
-def test_split(part: Part, digest: Digest) -> Split:
+def tested_split(part: Part, digest: Digest) -> Split:
     """Return the images that a part is scored on, in their order."""
     root = part.source.root
     tested = CoopSplit(test=part.items)

@@ -14,6 +14,8 @@ Kind = Literal[
     "nothing", "bundle", "run", "bench", "comparison", "folder", "artifact", "onnx", "file"
 ]
 
+RUN_FORMAT = "ztune-run"
+"""What the run.json of a run calls itself."""
 _MARKS: dict[str, Kind] = {
     "bundle.json": "bundle",
     "run.json": "run",

@@ -608,7 +608,9 @@ def listening(speak: Callable[[socket.socket], None]) -> Iterator[str]:
         try:
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # macOS has nothing to shut down here
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
             thread.join()
 
 
