@@ -392,3 +392,18 @@ def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) ->
 def test_copies_in_ones_own_are_refused(published: Listing) -> None:
     with pytest.raises(DataError, match=r"the same picture has two .*\(remove one of each\)"):
         make_split(replace(published, lists=None), SplitSettings(3, n_val=1))
+
+
+def test_validation_images_that_published_lists_lack_are_told(published: Listing) -> None:
+    split = make_split(published, SplitSettings(2, n_val=3))
+    assert len(split.entries_of("val")) == 4
+    assert split.notes[0] == (
+        "2 class(es) have fewer than 3 images to validate on and give all they have, one has 2"
+    )
+    assert not any("validat" in note for note in make_split(published, SplitSettings(2, 0)).notes)
+
+
+def test_a_split_seed_goes_with_ones_own_images_only(published: Listing) -> None:
+    for listing in (published, replace(published, lists=None)):
+        with pytest.raises(DataError, match="of its own: leave out `split_seed`"):
+            make_split(listing, SplitSettings(2, split_seed=1))
