@@ -39,14 +39,13 @@ class Result:
 
 # Some tests import ONNX Runtime themselves; its telemetry is off before the first of them does.
 _ort = onnxruntime()
+SESSION_OPTIONS = _ort.SessionOptions
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several files run at once: sessions that take every core, with threads that spin while they
     # wait, would spend most of their time on each other. What a run asks for itself still counts.
-    _options = _ort.SessionOptions
-
     def _one_thread() -> Any:
-        options = _options()
+        options = SESSION_OPTIONS()
         options.intra_op_num_threads = 1
         return options
 

@@ -242,7 +242,7 @@ def test_another_request_is_refused(
     content = picture.read_bytes()
     try:
         shutil.copy(next(iter((DIGITS / "nine").iterdir())), picture)
-        assert "pictures was " in refused()
+        assert "was begun with other images" in refused()
     finally:
         picture.write_bytes(content)
 

@@ -119,7 +119,7 @@ def test_a_weak_signal_refuses_the_run_and_the_folder_may_be_used_again(
     assert sum(entry["role"] == "train" for entry in split["entries"]) == 50
     again = ztune(*TUNE, "--out", out)
     assert again.code == 1
-    assert "is not empty" in again.err
+    assert "is a run that is finished" in again.err
 
 
 def test_force_goes_on_and_is_recorded(ztune: Command, tmp_path: Path, cache: Path) -> None:

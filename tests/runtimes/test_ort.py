@@ -12,7 +12,7 @@ from runtimes.ort import OrtImageEncoder, OrtPromptGraph, parity_on_this_machine
 from runtimes.prompts import context_of_words
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
-from tests.conftest import MINI
+from tests.conftest import MINI, SESSION_OPTIONS
 from ztune.errors import ConfigError, ProviderError, ZtuneError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -81,7 +81,10 @@ def test_features_handed_out_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("threads", "spins"), [(None, None), (1, "0")])
-def test_threads_that_are_counted_do_not_spin(threads: int | None, spins: str | None) -> None:
+def test_threads_that_are_counted_do_not_spin(
+    threads: int | None, spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers.onnxruntime(), "SessionOptions", SESSION_OPTIONS)
     graph = load_bundle(MINI).file("prompt.onnx")
     options = providers.open_session(graph, Execution("cpu", threads)).get_session_options()
     assert options.intra_op_num_threads == (threads or 0)
