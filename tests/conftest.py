@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from PIL import Image
 
@@ -36,6 +37,10 @@ class Result:
         assert isinstance(value, dict)
         return value
 
+
+# No test hangs on how fast a machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Some tests import ONNX Runtime themselves; its telemetry is off before the first of them does.
 _ort = onnxruntime()

@@ -432,3 +432,21 @@ def test_wrong_split_files(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message) as caught:
         Split.from_json(values, "run/split.json")
     assert str(caught.value).startswith("run/split.json")
+
+
+def test_images_to_score_on_need_no_settings(tmp_path: Path) -> None:
+    split = on_disk(tmp_path)
+    tested = replace(split, entries=split.entries_of("test"), settings=None)
+    values = json.loads(json.dumps(tested.to_json()))
+    assert values["settings"] is None
+    assert Split.from_json(values, "tested.json") == tested
+    values["entries"][0]["path"] = "../x"
+    with pytest.raises(FormatError, match="leaves its root"):
+        Split.from_json(values, "tested.json")
+
+
+def test_a_split_file_of_before_the_samplers_is_read(tmp_path: Path) -> None:
+    split = on_disk(tmp_path)
+    values = json.loads(json.dumps(split.to_json()))
+    del values["sampler"]
+    assert Split.from_json(values, "split.json") == split
