@@ -41,8 +41,8 @@ demo: $(VENV)/.device
 	$(BIN)/ztune predict runs/demo/classifier.onnx examples/digits/seven --limit 5
 	@echo "Look at runs/demo/curve.png and runs/demo/confusion.png."
 
-# A file's tests share fixtures and run in one process; several files at once.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A file's tests share fixtures and run in one process; several files at once, the slow ones of export first.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.full
 	$(PYTEST)
 

@@ -96,7 +96,6 @@ def test_defaults_keep_no_pictures_and_python_does(ztune: Command, tmp_path: Pat
         (("--instances", 0), ("--instances is 0",)),
         (("--threads", 0), ("--threads is 0",)),
         (("--name", "a/b"), ('"a/b" cannot name models', "--name NAME")),
-        (("--name", ""), ('"" cannot name models',)),
         (("--backend", "python", "--accelerator", "tensorrt"), ("--backend onnxruntime",)),
     ],
 )

@@ -172,3 +172,10 @@ def test_an_argument_of_the_library_is_shown_as_an_option() -> None:
     assert find("templates") == "--template"
     assert find("nothing") is None
     assert parser.option_finder(parser_of("bench"), "bench")("templates") is None
+
+
+def test_an_empty_word_is_refused(ztune: Command) -> None:
+    for words in (("tune", ""), ("predict", "c.onnx", ""), ("export-triton", "x", "--name", "")):
+        done = ztune(*words)
+        assert done.code == 2
+        assert "an argument is empty" in done.err
