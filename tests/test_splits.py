@@ -80,8 +80,10 @@ def row(tuned: Split, tested: Split) -> tuple[str, str, str]:
     kept = sorted(
         (tested.classes[entry.label], entry.sha256) for entry in tested.entries_of("test")
     )
-    parts = (hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for part in (drawn, kept))
-    return (tuned.sampler, *parts)  # type: ignore[return-value]
+    of_drawn, of_kept = (
+        hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for part in (drawn, kept)
+    )
+    return tuned.sampler, of_drawn, of_kept
 
 
 def read(path: Path) -> Split:

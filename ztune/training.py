@@ -30,7 +30,7 @@ from ztune.data.folders import Listing
 from ztune.data.moved import relocated
 from ztune.data.sources import read_source
 from ztune.data.split import HOW_DRAWN, Split
-from ztune.data.splitter import make_split
+from ztune.data.splitter import Digest, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.heads.base import Fitted
@@ -257,7 +257,7 @@ def _plain(value: object) -> Json:
     return plain
 
 
-def read_split(run_config: RunConfig) -> tuple[Listing, Split]:
+def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Listing, Split]:
     """Return the images that a run names, and how they are divided.
 
     Raises: ConfigError, DataError.
@@ -269,7 +269,7 @@ def read_split(run_config: RunConfig) -> tuple[Listing, Split]:
     test_data = None
     if run_config.test_data:
         test_data = read_source(run_config.test_data, None, names, tuned=False)
-    return dataset, make_split(dataset, settings, test_data)
+    return dataset, make_split(dataset, settings, test_data, digest)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 There are two samplers, and the data decide which one draws, the same for every verb:
 
 `hash`, for one's own images. Whether an image is kept for testing is a function of its content and
-`split_seed` alone, so that adding images never moves another one between training and test. Shots
-are drawn from the others in the order of SHA-256("tune:seed:digest of the image"): neither file
-names, other classes nor the NumPy version change that order, and the 4-shot set is a part of the
-16-shot set of the same seed.
+`split_seed` alone, so that, while there is a test set, adding images moves no other one between
+training and test. Whether there is one is counted (`SplitSettings.test_fraction`). Shots are drawn
+from the others in the order of SHA-256("tune:seed:digest of the image"): neither file names, other
+classes nor the NumPy version change that order, and the 4-shot set is a part of the 16-shot set of
+the same seed.
 
 `coop`, for published lists (`Listing.lists`). Draws what CoOp's published code draws for the same
 lists and seed: coop.py. Test images are those of the lists.
@@ -150,9 +151,8 @@ def as_split(dataset: Listing) -> CoopSplit:
 def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:
     """Return the images of a listing in its order; those without a role are training images."""
     return [
-        Entry("data", picture.path, digest(dataset.root / picture.path), picture.label, role)
-        for picture in dataset.pictures
-        for role in (picture.split or "train",)
+        Entry("data", p.path, digest(dataset.root / p.path), p.label, p.split or "train")
+        for p in dataset.pictures
     ]
 
 

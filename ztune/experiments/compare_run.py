@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 import time
@@ -18,7 +19,7 @@ from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_pictures
 from ztune.data.split import HOW_DRAWN, ROLES, Split
-from ztune.data.splitter import digest_pictures
+from ztune.data.splitter import digest_file
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.cell_process import BusyError, CellError, run_cell
 from ztune.experiments.compare_config import CompareConfig
@@ -64,7 +65,8 @@ def _first_split(config: CompareConfig) -> tuple[Split, str]:
 
     Raises: DataError when no images are kept for testing.
     """
-    dataset, split = read_split(config.run_config(config.methods[0], config.seeds[0]))
+    digest = functools.cache(digest_file)
+    dataset, split = read_split(config.run_config(config.methods[0], config.seeds[0]), digest)
     test = split.entries_of("test")
     if not test:
         raise DataError(
@@ -74,9 +76,9 @@ def _first_split(config: CompareConfig) -> tuple[Split, str]:
     if dataset.lists is not None:  # published lists may name a million images
         seen = [f"{role} {item.name} {item.path}" for role, item in dataset.lists]
     else:
-        names = [dataset.classes[picture.label] for picture in dataset.pictures]
-        digests = digest_pictures(dataset)
-        seen = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
+        seen = [
+            f"{dataset.classes[p.label]} {digest(dataset.root / p.path)}" for p in dataset.pictures
+        ]
     seen += [f"test {split.classes[entry.label]} {entry.sha256}" for entry in test]
     return split, hashlib.sha256("\n".join(seen).encode()).hexdigest()
 

@@ -103,16 +103,18 @@ class Folder:
         return cls(path, {k: v for k, v in document.items() if k not in derived}, cells)
 
     def _require_the_same(self, request: Mapping[str, Json]) -> None:
-        changed = differences(self._fields.object("request").values, request)
-        if any(line.startswith("pictures was ") for line in changed):
-            raise ConfigError(
-                f'comparison "{self.path}" was begun with other images, or by a ztune that divided '
-                "them in another way (name another `out`)"
-            )
+        then, now = dict(self._fields.object("request").values), dict(request)
+        same_images = then.pop("pictures", None) == now.pop("pictures")
+        changed = differences(then, now)
         if changed:
             raise ConfigError(
                 f'comparison "{self.path}" was begun with another request: {"; ".join(changed)} '
                 "(repeat it, or name another `out`; methods and seeds may be added)"
+            )
+        if not same_images:
+            raise ConfigError(
+                f'comparison "{self.path}" was begun with other images, or by a ztune that divided '
+                "them in another way (name another `out`)"
             )
 
     def _warn_of_changes(self) -> None:
