@@ -1,5 +1,6 @@
 """A bundle on real servers against the same bundle here: encoders, losses, pictures, regions."""
 
+import os
 import shutil
 import threading
 import time
@@ -109,7 +110,7 @@ def connected(bundle: Bundle, cache: Path) -> Iterator[Any]:
 
 
 def regions() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("ztune_*")}
+    return {path.name for path in SHARED_MEMORY.glob(f"ztune_{os.getpid()}_*")}
 
 
 def contexts(bundle: Bundle, n: int = N_CANDIDATES, m: int = N_CONTEXT, seed: int = 0) -> F32:

@@ -1,6 +1,7 @@
 """Questions to servers that fail, forget, lie, go away and come back."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -867,7 +868,7 @@ def test_a_region_that_cannot_be_had(
     def full(file: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    before = set(N_LEFT.glob("ztune_*"))
+    before = set(N_LEFT.glob(f"ztune_{os.getpid()}_*"))
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(CallError, match=r"no shared memory of \d+ bytes \(No space left") as caught:
         doubled(memory)
@@ -876,4 +877,4 @@ def test_a_region_that_cannot_be_had(
     monkeypatch.undo()
     with pytest.raises(CallError, match="nobody"):
         doubled(memory)
-    assert set(N_LEFT.glob("ztune_*")) <= before
+    assert set(N_LEFT.glob(f"ztune_{os.getpid()}_*")) <= before
