@@ -1,4 +1,4 @@
-"""Accuracy on test pictures: zero-shot, ZIP over several seeds, and GDA; one JSON document.
+"""Accuracy on test images: zero-shot, ZIP over several seeds, and GDA; one JSON document.
 
     python -m benchmarks.accuracy models/mini --data examples/digits --templates digits
     python -m benchmarks.accuracy bundles/vit-b-32 --data photos --seeds 1,2,3

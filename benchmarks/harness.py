@@ -45,7 +45,7 @@ class Question:
 
     def plan(self, method: str, n_seeds: int) -> str:
         """Return a plan of so many cells that differ in their seed."""
-        own = f"pictures = {{ path = {json.dumps(str(Path(self.data).resolve()))} }}"
+        own = f"images = {{ path = {json.dumps(str(Path(self.data).resolve()))} }}"
         return (
             f"seeds = {list(range(1, n_seeds + 1))}\nqueries = {self.queries}\n"
             f"[models]\nmodel = {json.dumps(str(self.bundle.resolve()))}\n"

@@ -26,7 +26,7 @@ SHOTS = 16
 LOOPS = {
     "backprop": "backpropagation in torch (SGD on the context), image features given",
     "forward": "forward passes in torch, one candidate at a time, image features given",
-    "published": "the same with both towers, 128 pictures a candidate",
+    "published": "the same with both towers, 128 images a candidate",
 }
 
 
@@ -71,7 +71,7 @@ def _tune(
                 ),
                 *("--shots", SHOTS, "--val", 0, "--test-fraction", 0, "--queries", n_queries),
                 *("--provider", "cpu", "--cache", cache, "--out", out, "--quiet", "--json"),
-                # Random weights and pictures have no signal; it is measured all the same.
+                # Random weights and images have no signal; it is measured all the same.
                 "--force",
             ],
             watch=True,
@@ -81,7 +81,7 @@ def _tune(
         found[f"{name}_peak_mb"] = round(done.peak_mb, 1)
         found[f"{name}_tree_peak_mb"] = round(done.tree_peak_mb, 1)
         found[f"{name}_seconds"] = round(done.seconds, 1)
-        found[f"{name}_pictures"] = run["image_forwards"]
+        found[f"{name}_images"] = run["image_forwards"]
     return {"loop": "ztune", "classes": n_classes, "precision": precision, **found}
 
 
@@ -103,7 +103,7 @@ def _torch(size: Size, loop: str, n_classes: int) -> dict[str, Any]:
 
 
 def draw(n_classes: int, folder: Path) -> None:
-    """Write 16 small pictures a class: coloured noise."""
+    """Write 16 small images a class: coloured noise."""
     import numpy as np
     from PIL import Image
 
@@ -118,7 +118,7 @@ def draw(n_classes: int, folder: Path) -> None:
 def main() -> None:
     given = parser(__doc__)
     given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
-    given.add_argument("--draw", nargs=2, metavar=("CLASSES", "FOLDER"), help="pictures only")
+    given.add_argument("--draw", nargs=2, metavar=("CLASSES", "FOLDER"), help="images only")
     arguments = given.parse_args()
     if arguments.draw:
         draw(int(arguments.draw[0]), Path(arguments.draw[1]))

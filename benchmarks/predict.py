@@ -21,7 +21,7 @@ import psutil
 import ztune
 from benchmarks.measure import ROOT, document, interleaved, parser, say, show, timed
 from runtimes.bundle import Bundle
-from runtimes.preprocess import crop, normalise, read_picture
+from runtimes.preprocess import crop, normalise, read_image_file
 from runtimes.providers import Execution, open_session
 from ztune.artifact import Artifact, read_artifact
 
@@ -96,7 +96,7 @@ def bare_tower(bundle: Bundle, artifact: Artifact, execution: Execution) -> Pred
     head, classes = artifact.classifier(), np.array(artifact.classes)
 
     def predict(path: Path) -> object:
-        pixels = normalise(crop(read_picture(path), bundle.image)[None], bundle.image)
+        pixels = normalise(crop(read_image_file(path), bundle.image)[None], bundle.image)
         (features,) = session.run(["features"], {"pixels": pixels})
         return classes[(features @ head.weight.T + head.bias).argmax(axis=1)]
 
@@ -110,7 +110,7 @@ def bare_classifier(
     session, classes = open_session(packed, execution), np.array(artifact.classes)
 
     def predict(path: Path) -> object:
-        pixels = crop(read_picture(path), bundle.image)
+        pixels = crop(read_image_file(path), bundle.image)
         (logits,) = session.run(["logits"], {"pixels": pixels[None]})
         return classes[logits.argmax(axis=1)]
 

@@ -1,8 +1,8 @@
 """How many queries each method needs to get where ZIP is after 5,000.
 
-    python -m benchmarks.queries run BUNDLE --pictures FOLDER --out OUT
+    python -m benchmarks.queries run BUNDLE --images FOLDER --out OUT
     python -m benchmarks.queries report OUT --docs docs/results/queries
-    python -m benchmarks.queries run BUNDLE --pictures FOLDER --out OUT --labels study
+    python -m benchmarks.queries run BUNDLE --images FOLDER --out OUT --labels study
     python -m benchmarks.queries study OUT
 
 `run` carries out what OUT still lacks, label by label and task by task. It may be stopped and begun
@@ -36,14 +36,14 @@ def main(words: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="carry out cells")
     run.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="for all but digits")
-    run.add_argument("--pictures", type=Path, metavar="DIR", help="folder of the picture sets")
+    run.add_argument("--images", type=Path, metavar="DIR", help="folder of the image sets")
     run.add_argument("--out", type=Path, required=True, metavar="OUT")
     run.add_argument(
         "--work",
         type=Path,
         metavar="DIR",
-        default=ROOT / ".cache" / "benchmarks" / "pictures",
-        help="folder of derived picture sets, which are written once",
+        default=ROOT / ".cache" / "benchmarks" / "images",
+        help="folder of derived image sets, which are written once",
     )
     run.add_argument("--tasks", help=f"of {', '.join(TASKS)}")
     run.add_argument(
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     seeds = [int(word) for word in arguments.seeds.split(",")]
     for label in labels:
         find_method(EVERY[label].method)  # one that there is not is told at once
-    course = Driver(arguments.out, arguments.work, arguments.pictures, arguments.bundle, commit())
+    course = Driver(arguments.out, arguments.work, arguments.images, arguments.bundle, commit())
     cells = [Cell(task, label, seed) for label in labels for task in tasks for seed in seeds]
     return 1 if course.run(cells) else 0
 

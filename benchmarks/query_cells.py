@@ -41,7 +41,7 @@ class Cell:
         return out / "cells" / self.task / f"{self.label}-{self.seed}.json"
 
     def twin(self, n_train: int) -> str:
-        """Return the label whose cell has the same result with so many pictures, else nothing."""
+        """Return the label whose cell has the same result with so many images, else nothing."""
         label = EVERY[self.label]
         batch = EVERY[label.same_as].batch if label.same_as else None
         return label.same_as if batch is not None and n_train <= batch else ""

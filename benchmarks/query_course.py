@@ -26,8 +26,8 @@ class Driver:
 
     out: Path
     work: Path
-    """Derived picture sets are written here."""
-    pictures: Path | None
+    """Derived image sets are written here."""
+    images: Path | None
     bundle: Path | None
     commit: str | None
     benches: dict[Path, Model] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Driver:
         Raises: ZtuneError.
         """
         task = TASKS[cell.task]
-        data, bundle = task.data(self.pictures, self.work), task.bundle(self.bundle)
+        data, bundle = task.data(self.images, self.work), task.bundle(self.bundle)
         run_config = cell.run_config(bundle, data, self.out / "cache")
         _, split = read_split(run_config)
         twin = cell.twin(len(split.entries_of("train")))
@@ -66,14 +66,14 @@ class Driver:
                 return "another process has it"
             finished = carried_out(run_config, split, self._bench(bundle), run)
             new = task.of_new_classes
-            new_data = None if new is None else new.data(self.pictures, self.work)
+            new_data = None if new is None else new.data(self.images, self.work)
             found = scored(*finished, new_data)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**_heading(cell), **found, **self._circumstances()})
         curve = found["curve"]
         last = curve[-1] if isinstance(curve, list) else None
         accuracy = last["accuracy"] if isinstance(last, dict) else None
-        return f"{accuracy:.1%} on the test pictures" if isinstance(accuracy, float) else "done"
+        return f"{accuracy:.1%} on the test images" if isinstance(accuracy, float) else "done"
 
     def _bench(self, bundle: Path) -> Model:
         """Return an opened model, the one of an earlier cell where it is the same."""

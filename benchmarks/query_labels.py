@@ -24,11 +24,11 @@ class Label:
     settings: Mapping[str, Json] = field(default_factory=dict)
     queries: int = QUERIES
     same_as: str = ""
-    """The label that it equals where all training pictures fit that one's batch."""
+    """The label that it equals where all training images fit that one's batch."""
 
     @property
     def batch(self) -> int | None:
-        """Pictures of a step; None for all, and for a head."""
+        """Images of a step; None for all, and for a head."""
         method = find_method(self.method)
         config = tuned_config(method, method_config(method, self.settings))
         return None if config is None else config.batch_size

@@ -46,17 +46,17 @@ class Panel:
 
 
 def draw_task(task: TaskFigures, title: str, path: Path) -> None:
-    """Draw a task: accuracy on the test pictures, and the loss on the training pictures."""
+    """Draw a task: accuracy on the test images, and the loss on the training images."""
     tuned = {name: one for name, one in task.tuned.items() if one.results[0].label == name}
     heads = {name: one for name, one in task.series.items() if not one.is_tuned}
     accuracy = Panel(
-        "accuracy on the test pictures",
+        "accuracy on the test images",
         {name: one.means("accuracy") for name, one in tuned.items()},
         {name: one.spread("accuracy") for name, one in tuned.items()},
         {name: one.mean("accuracy") for name, one in heads.items()},
     )
     loss = Panel(
-        "loss on the training pictures, nats",
+        "loss on the training images, nats",
         {name: one.means("train_loss") for name, one in tuned.items()},
         {name: one.spread("train_loss") for name, one in tuned.items()},
         {name: one.mean("train_loss") for name, one in heads.items() if name == "zero-shot"},
@@ -69,8 +69,8 @@ def draw_summary(tasks: Sequence[TaskFigures], title: str, path: Path) -> None:
     """Draw the mean over tasks that all have the same labels."""
     panels = []
     for measure, what in (
-        ("accuracy", "accuracy on the test pictures"),
-        ("train_loss", "loss on the training pictures, nats"),
+        ("accuracy", "accuracy on the test images"),
+        ("train_loss", "loss on the training images, nats"),
     ):
         means = {name: _mean(tasks, name, measure) for name in tasks[0].tuned}
         none = {name: np.zeros(len(GRID)) for name in means}

@@ -79,7 +79,7 @@ def summary_lines(tasks: Sequence[TaskFigures], results: Sequence[Result]) -> li
 
 
 def _ratio_lines(tasks: Sequence[TaskFigures], measure: str, name: str) -> list[str]:
-    """Return a section: ratios to ZIP's end, with batches and with all pictures in every step."""
+    """Return a section: ratios to ZIP's end, with batches and with all images in every step."""
     lines = [f"## {name[0].upper()}{name[1:]}", "", *_rule(measure), ""]
     for mark in (ZIP, "zip-full"):
         found = ratios_of(tasks, measure, mark)
@@ -134,7 +134,7 @@ def task_lines(tasks: Sequence[TaskFigures]) -> list[str]:
         "",
         "Test accuracy in %, mean ± standard deviation over the seeds, after so many queries; a "
         "head has none. *Class mean*: the mean of the classes' accuracies at the end. *Loss*: in "
-        "nats over all training pictures, at the end. *To ZIP's*: queries from which on the mean "
+        "nats over all training images, at the end. *To ZIP's*: queries from which on the mean "
         f"stays at {ZIP}'s end, and {QUERIES:,} over them.",
         "",
     ]
@@ -166,9 +166,7 @@ def _task_section(task: TaskFigures) -> list[str]:
 
 
 def _size(result: Result) -> str:
-    return (
-        f"{result.classes} classes, {result.n_train} training and {result.n_test:,} test pictures"
-    )
+    return f"{result.classes} classes, {result.n_train} training and {result.n_test:,} test images"
 
 
 def _task_row(task: TaskFigures, label: str, series: Series) -> list[str]:

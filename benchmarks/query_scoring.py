@@ -1,4 +1,4 @@
-"""What a finished run is worth on the way: its curve on the test pictures and the training loss."""
+"""What a finished run is worth on the way: its curve on the test images and the training loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEW_CLASSES_AT = (500, 5000)
 
 @dataclass(frozen=True)
 class Labelled:
-    """Encoded pictures."""
+    """Encoded images."""
 
     features: F32
     """f32[n, e]"""
@@ -61,7 +61,7 @@ class Scale:
 
 
 def scored(training: TrainingRun[RunFolder], run: Fields, new_data: Path | None) -> dict[str, Json]:
-    """Return what is kept of a finished run; `new_data` has pictures of other classes."""
+    """Return what is kept of a finished run; `new_data` has images of other classes."""
     run_config, split, model = training.run_config, training.split, training.model
     found, labels = SplitEncoder(run_config, split, training.folder, model).training()
     scale = Scale(Labelled(found.values[0], labels, split.classes), _test(model, split, run_config))
@@ -90,7 +90,7 @@ def scored(training: TrainingRun[RunFolder], run: Fields, new_data: Path | None)
 
 def _test(model: Model, split: Split, run_config: RunConfig) -> Labelled:
     cache = Path(str(run_config.cache))
-    features = model.features(split.items("test"), cache, what="test pictures").values[0]
+    features = model.features(split.items("test"), cache, what="test images").values[0]
     return Labelled(features, split.labels("test"), split.classes)
 
 

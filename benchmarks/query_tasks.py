@@ -1,4 +1,4 @@
-"""The tasks on which queries are counted: which pictures, which classes, how many shots.
+"""The tasks on which queries are counted: which images, which classes, how many shots.
 
 `cifar10`, `cifar10-negative`, `pacs-photo`, `pacs-sketch` are folders of class folders, and
 `caltech-101` one in CoOp's layout, below a folder that the command names; the digits are ours.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import ROOT
-from benchmarks.query_pictures import changed, of_coop_layout
+from benchmarks.query_images import changed, of_coop_layout
 from ztune.errors import ConfigError
 
 _CALTECH = "caltech-101"
@@ -24,7 +24,7 @@ class Task:
 
     name: str
     source: str
-    """Folder of the pictures, below the one that is named."""
+    """Folder of the images, below the one that is named."""
     change: str | None = None
     """One of CHANGES."""
     shots: int = 16
@@ -33,19 +33,19 @@ class Task:
     new_classes: slice | None = None
     """What else its prompts are tried on."""
     shipped: bool = False
-    """Pictures and model come with the repository."""
+    """Images and model come with the repository."""
     template: str = "a photo of a {}."
 
-    def data(self, pictures: Path | None, work: Path) -> Path:
-        """Return the folder of its pictures, written below `work` where it is a derived one.
+    def data(self, images: Path | None, work: Path) -> Path:
+        """Return the folder of its images, written below `work` where it is a derived one.
 
-        Raises: DataError; ConfigError where pictures are needed and were not named.
+        Raises: DataError; ConfigError where images are needed and were not named.
         """
         if self.shipped:
             return ROOT / self.source
-        if pictures is None:
-            raise ConfigError(f"task {self.name} needs --pictures DIR")
-        found, name = pictures / self.source, self.source
+        if images is None:
+            raise ConfigError(f"task {self.name} needs --images DIR")
+        found, name = images / self.source, self.source
         if self.classes is not None:
             name = f"{name}-{self.classes.start}-{self.classes.stop}"
             found = of_coop_layout(found, self.classes, work / name)

@@ -54,7 +54,7 @@ from ztune.types import F32, Evaluation, ImageEncoder, Oracle
 # At most so many steps of one way follow each other, as they do in a run, before the next way's.
 _BURST = 5
 _PAUSE = 0.02
-_PICTURES_AT_ONCE = 8  # as the image pass of a run has them
+_IMAGES_AT_ONCE = 8  # as the image pass of a run has them
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Extent:
     servers_classes: int = 100
     least_steps: int = 7
     bookkeeping_steps: int = 200
-    pictures: int = 128
+    n_images: int = 128
 
     def steps(self, n_classes: int, n_candidates: int) -> int:
         """Return the steps of every way with so many classes."""
@@ -148,7 +148,7 @@ def steps(
             "classes": n_classes,
             "candidates": n_candidates,
             "context_tokens": task.n_context,
-            "pictures": ways.PICTURES,
+            "images_a_batch": ways.IMAGES,
             "steps": n_steps,
             "way": key,
             "transport": LOCAL,
@@ -160,7 +160,7 @@ def steps(
             row |= {
                 "transport": key.transport,
                 "losses": key.losses,
-                "kept_pictures": key.keeps if key.losses == "server" else None,
+                "kept_images": key.keeps if key.losses == "server" else None,
                 "auto": key.losses == plan.losses and key.keeps,
                 "requests_per_step": len(cut(task, services[key])),
                 "computing_seconds": statistics.median(taken[key.losses]),
@@ -184,7 +184,7 @@ def in_turns(
     taken: dict[object, list[float]] = {key: [] for key in oracles}
     accounts = dict.fromkeys(oracles, Counted())
     for oracle in oracles.values():
-        # The first opens connections, leaves pictures with the server, and shows ONNX Runtime how
+        # The first opens connections, leaves images with the server, and shows ONNX Runtime how
         # much memory such a call needs, which the second takes.
         oracle(*task.step(0))
         oracle(*task.step(0))
@@ -299,10 +299,10 @@ def file_system(folder: Path) -> str:
 def image_pass(
     bundle: Bundle, doors: Mapping[Door, Connected], extent: Extent
 ) -> list[dict[str, Any]]:
-    """Return pictures a second of the image tower on this machine and over each transport."""
+    """Return images a second of the image tower on this machine and over each transport."""
     S, random = bundle.image.size, np.random.default_rng(0)
-    pixels = random.integers(0, 256, (extent.pictures, S, S, 3), dtype=np.uint8)
-    parts = np.array_split(pixels, max(1, len(pixels) // _PICTURES_AT_ONCE))
+    pixels = random.integers(0, 256, (extent.n_images, S, S, 3), dtype=np.uint8)
+    parts = np.array_split(pixels, max(1, len(pixels) // _IMAGES_AT_ONCE))
     encoders: dict[str, ImageEncoder]
     encoders = {LOCAL: OrtImageEncoder(bundle, Execution("cpu", extent.threads))}
     encoders |= {
@@ -321,9 +321,9 @@ def image_pass(
     loops = {name: timed(whole(encoder)) for name, encoder in encoders.items()}
     found = interleaved(loops, 3)
     for name, row in found.items():
-        say(f"{name}: {len(pixels) / row['seconds']:.1f} pictures/s")
+        say(f"{name}: {len(pixels) / row['seconds']:.1f} images/s")
     return [
-        {"transport": name, "pictures": len(pixels), "pictures_per_s": len(pixels) / row["seconds"]}
+        {"transport": name, "images": len(pixels), "images_per_s": len(pixels) / row["seconds"]}
         for name, row in found.items()
     ]
 
@@ -439,9 +439,7 @@ def main() -> None:
     numbers = tuple(int(word) for word in classes.split(","))
     extent = Extent(numbers, queries, given.threads, servers_queries=max(80, queries * 6 // 10))
     if given.quick:
-        extent = replace(
-            extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, pictures=32
-        )
+        extent = replace(extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32)
     show(measure(load_bundle(given.bundle), extent))
 
 

@@ -1,6 +1,6 @@
 """The ways to evaluate a round: on this machine, or on a server by each transport, and their costs.
 
-What is compared sees the same prompts and the same pictures, step by step.
+What is compared sees the same prompts and the same images, step by step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ztune.types import F32, I64, Batch, Oracle, PromptEncoder, Prompts, Scorer,
 
 NAME = "bench"
 ZIP = ZipConfig()
-PICTURES, SHOTS = 128, 16
+IMAGES, SHOTS = 128, 16
 LOCAL = "local"
 GRPC, HTTP, MEMORY = TRANSPORTS = ("grpc", "http", "shared memory")
 # Only what is in the repository is served, as its configurations say.
@@ -56,7 +56,7 @@ class Door:
 
     transport: str
     keeps: bool = True
-    """Whether pictures are sent once, or with every request."""
+    """Whether images are sent once, or with every request."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Way:
     """here: text features cross the wire; server: losses do."""
 
     def __str__(self) -> str:
-        pictures = "" if self.losses == "here" else ", kept" if self.keeps else ", sent"
-        return f"{self.transport}, {self.losses}{pictures}"
+        images = "" if self.losses == "here" else ", kept" if self.keeps else ", sent"
+        return f"{self.transport}, {self.losses}{images}"
 
     @property
     def transport(self) -> str:
@@ -93,18 +93,18 @@ WAYS = tuple(
 
 
 class Task:
-    """Rounds of ZIP's candidates on texts, and pictures with random unit features."""
+    """Rounds of ZIP's candidates on texts, and images with random unit features."""
 
     def __init__(self, bundle: Bundle, n_classes: int, n_steps: int, config: ZipConfig = ZIP):
-        """Draw the prompts and the pictures of some steps, which all ways go through in turn."""
+        """Draw the prompts and the images of some steps, which all ways go through in turn."""
         random = np.random.default_rng(0)
         self._config = config
         self.bundle, self.classes = bundle, classes_named(n_classes)
-        n_pictures = max(PICTURES, SHOTS * n_classes)
-        shape = (1, n_pictures, bundle.embed_dim)
+        n_images = max(IMAGES, SHOTS * n_classes)
+        shape = (1, n_images, bundle.embed_dim)
         self.features: F32 = random.standard_normal(shape, dtype=np.float32)
         self.features /= np.linalg.norm(self.features, axis=-1, keepdims=True)
-        self.labels: I64 = np.arange(n_pictures, dtype=np.int64) % n_classes
+        self.labels: I64 = np.arange(n_images, dtype=np.int64) % n_classes
         prompt_map, optimizer = self.composition()
         start = optimizer.ask().points
         self.n_candidates = len(start)
@@ -127,8 +127,8 @@ class Task:
         return self._config.build(towers, queries=5000, seed=0)
 
     def sampler(self) -> BatchSampler:
-        """Return what draws batches of the pictures."""
-        return BatchSampler(self.features.shape[1], PICTURES, 1, np.random.default_rng(0))
+        """Return what draws batches of the images."""
+        return BatchSampler(self.features.shape[1], IMAGES, 1, np.random.default_rng(0))
 
     def step(self, number: int) -> tuple[Prompts, Batch]:
         """Return what a step evaluates."""
@@ -213,7 +213,7 @@ class _Losses:
         assert contexts is not None
         given = {
             "tokens": encoder.tokens,
-            "features": self.features[batch.pictures],
+            "features": self.features[batch.images],
             "labels": encoder.places[labels],
         }
         asked = ["losses", "correct", "digest"]
@@ -254,7 +254,7 @@ def opened(bundle: Bundle, door: Door, *addresses: str) -> Iterator[Connected]:
     connected = connect(f"{first}/{NAME}", others, connection, bundle.path, nothing, nothing)
     service = connected.service
     try:
-        if not door.keeps:  # as a server looks that keeps no pictures
+        if not door.keeps:  # as a server looks that keeps no images
             score = service.offers[SCORE]
             inputs = {k: v for k, v in score.inputs.items() if k not in ("kept", "rows")}
             service.offers = {**service.offers, SCORE: replace(score, inputs=inputs)}
@@ -268,7 +268,7 @@ def wire_bytes(
 ) -> dict[tuple[int, Way], dict[str, float]]:
     """Return bytes of a query as they pass a proxy, and of its tensors alone.
 
-    `kept_once_bytes` are those of the pictures' features that the server keeps.
+    `kept_once_bytes` are those of the images' features that the server keeps.
     """
     found: dict[tuple[int, Way], dict[str, float]] = {}
     for door in DOORS:

@@ -44,14 +44,14 @@ class Rounds:
         graph: OrtPromptGraph,
         classes: Sequence[str],
         config: TunedConfig,
-        n_pictures: int | None = None,
+        n_images: int | None = None,
         score_with: Callable[[OrtPromptEncoder, F32], Scorer] | None = None,
     ):
-        """Take an open graph; 16 pictures a class unless told, scored by numpy unless told."""
+        """Take an open graph; 16 images a class unless told, scored by numpy unless told."""
         bundle = graph.bundle
         random = np.random.default_rng(0)
-        n_pictures = n_pictures or SHOTS * len(classes)
-        shape = (1, n_pictures, bundle.embed_dim)
+        n_images = n_images or SHOTS * len(classes)
+        shape = (1, n_images, bundle.embed_dim)
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         self.n_candidates = config.step_queries()
@@ -64,9 +64,9 @@ class Rounds:
         scorer: Scorer = NumpyScores(self._timed, features, _SCALE)
         if score_with is not None:
             scorer = score_with(self.encoder, features)
-        self._oracle = FewShotObjective(scorer, np.arange(n_pictures) % len(classes))
-        batch_size = config.pictures_of(n_pictures, len(classes))
-        self._sampler = BatchSampler(n_pictures, batch_size, 1, random)
+        self._oracle = FewShotObjective(scorer, np.arange(n_images) % len(classes))
+        batch_size = config.images_of(n_images, len(classes))
+        self._sampler = BatchSampler(n_images, batch_size, 1, random)
         self._n_classes = len(classes)
         self.plan = self.encoder.plan
 

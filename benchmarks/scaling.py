@@ -1,4 +1,4 @@
-"""Seconds and memory against classes C, candidates P, pictures N and context tokens m.
+"""Seconds and memory against classes C, candidates P, images N and context tokens m.
 
     python -m benchmarks.scaling --plot scaling.png
     python -m benchmarks.scaling --quick             # a tiny model and fewer points
@@ -27,7 +27,7 @@ FULL = {
     "m": (4, 8, 16, 32),
 }
 QUICK = {"C": (10, 100), "P": (2, 10), "N": (16, 128), "m": (4, 8)}
-NAMES = {"C": "classes", "P": "candidates a round", "N": "pictures", "m": "context tokens"}
+NAMES = {"C": "classes", "P": "candidates a round", "N": "images", "m": "context tokens"}
 PRECISIONS = ("fp32", "int8")
 
 
@@ -69,9 +69,9 @@ def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
     bundle = load_bundle(bundle_path)
     tokenizer = Tokenizer(bundle)
     graph = OrtPromptGraph(bundle, tokenizer, Execution())
-    # All pictures in every batch: the objective's own cost.
+    # All images in every batch: the objective's own cost.
     config = ZipConfig(n_context=point["m"], n_pairs=point["P"] // 2, batch_size=point["N"])
-    rounds = Rounds(graph, classes_named(point["C"]), config, n_pictures=point["N"])
+    rounds = Rounds(graph, classes_named(point["C"]), config, n_images=point["N"])
     tokenizer.release()  # as a run does
     rounds.steps(1)
     found = rounds.steps(max(1, min(10, 1000 // (point["C"] * point["P"]))))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.share BUNDLE --classes 10,100 --queries 500
 
-Pictures' features are random, 16 a class; only time is measured. One JSON document.
+Images' features are random, 16 a class; only time is measured. One JSON document.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What zero-shot gets wrong in common for all pictures of a run's task; one JSON document.
+"""What zero-shot gets wrong in common for all images of a run's task; one JSON document.
 
     python -m benchmarks.shift BUNDLE --run runs/compare/runs/zero-shot-1
 
-One bias per class, fitted to the training pictures, or each class's mean logit taken away: how much
+One bias per class, fitted to the training images, or each class's mean logit taken away: how much
 of the distance to a tuned prompt is a shift that needs no prompt at all.
 """
 

@@ -9,7 +9,7 @@ accuracy and training loss then stand beside the ratio that the gate gave. --wit
 earlier documents to the plot.
 
 fp16 is measured on the CPU, where ztune refuses to tune with it: with ONNX Runtime's basic
-optimisations alone, products accumulated in 32 bit, and the picture features of the fp32 bundle.
+optimisations alone, products accumulated in 32 bit, and the image features of the fp32 bundle.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class _HalfGraph:
 @dataclass(frozen=True, kw_only=True)
 class _HalfBench(Model):
     full: Bundle
-    """Encodes the pictures."""
+    """Encodes the images."""
 
     @cached_property
     def prompt_graph(self) -> Any:
@@ -179,7 +179,7 @@ def signal(
 def tuned(
     arguments: argparse.Namespace, bundle: Path, seed: int, perturbation: float, folder: Path
 ) -> dict[str, Any]:
-    """Return what one forced run comes to on its test pictures."""
+    """Return what one forced run comes to on its test images."""
     out = folder / f"{bundle.name}-{perturbation:g}-{seed}"
     run = ztune(
         "tune", bundle, "--data", arguments.data, "--shots", arguments.shots, "--seed", seed,

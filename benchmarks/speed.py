@@ -48,9 +48,9 @@ class Extent:
     classes: Mapping[int, int]
     """Numbers of classes, and how often the loops take turns at each."""
     contexts: tuple[int, ...]
-    published_pictures: int
+    published_images: int
     published_classes: int
-    """What the published loop is timed on, at most; scaled to 128 pictures and all classes."""
+    """What the published loop is timed on, at most; scaled to 128 images and all classes."""
     run_queries: int
     """Of whole runs; 0: none."""
 
@@ -230,11 +230,11 @@ class Cell:
 
 
 class Published:
-    """The published loop in torch: timed in parts, on fewer classes and pictures, and scaled."""
+    """The published loop in torch: timed in parts, on fewer classes and images, and scaled."""
 
     def __init__(self, extent: Extent, loaded: LoadedClip):
         self._extent = extent
-        self._loop = PublishedLoop(loaded, extent.published_pictures)
+        self._loop = PublishedLoop(loaded, extent.published_images)
         self._loop.image_seconds()  # the first pass allocates
         self._images = [self._loop.image_seconds() for _ in range(2)]
         self._texts: dict[int, list[float]] = {}
@@ -253,7 +253,7 @@ class Published:
         return {
             "scaled": True,
             "images": BATCH,
-            "images_timed": self._extent.published_pictures,
+            "images_timed": self._extent.published_images,
             "classes_timed_at_most": self._extent.published_classes,
             "image_seconds": round(_median(self._images), 3),
             "text_seconds": {str(n): round(_median(taken), 3) for n, taken in self._texts.items()},

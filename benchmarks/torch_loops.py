@@ -26,7 +26,7 @@ from runtimes.prompts import placeholder_id
 from runtimes.tokenizer import Tokenizer
 
 BATCH = 128
-"""Pictures in a batch, as published."""
+"""Images in a batch, as published."""
 
 
 class TorchPrompts:
@@ -67,13 +67,13 @@ class TorchPrompts:
 class PublishedLoop:
     """One query as the published code makes it: both towers, nothing kept between queries."""
 
-    def __init__(self, loaded: LoadedClip, n_pictures: int = BATCH):
+    def __init__(self, loaded: LoadedClip, n_images: int = BATCH):
         self._loaded = loaded
         size = loaded.image.size
-        self._pixels = torch.randn(n_pictures, 3, size, size)
+        self._pixels = torch.randn(n_images, 3, size, size)
 
     def image_seconds(self) -> float:
-        """Return the seconds of one query's image tower, scaled to 128 pictures."""
+        """Return the seconds of one query's image tower, scaled to 128 images."""
         model: Any = self._loaded.model
         with torch.no_grad():
             taken = seconds(lambda: model.encode_image(self._pixels, normalize=True))
@@ -107,7 +107,7 @@ def main() -> None:
         images = functional.normalize(torch.randn(BATCH, prompts(context).shape[1]), dim=-1)
     labels = torch.randint(arguments.classes, (BATCH,))
     model: Any = loaded.model
-    # A query with pictures takes so long, and peaks like any other, that one is enough.
+    # A query with images takes so long, and peaks like any other, that one is enough.
     n_candidates = 1 if arguments.loop != "forward" else 10
 
     def loss(candidate: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle of a model to the new folder `out`, whole or not at all.
 
-    With `image_tokens` it also has the image tower that takes tokens beside the picture's own.
+    With `image_tokens` it also has the image tower that takes tokens beside the image's own.
 
     Raises: ConfigError when `out` holds something, or the image tower takes no tokens; ZtuneError
         when a graph does not match torch.

@@ -1,4 +1,4 @@
-"""Pack a bundle's image tower and an artifact into one `classifier.onnx`: picture in, logits out.
+"""Pack a bundle's image tower and an artifact into one `classifier.onnx`: image in, logits out.
 
 Needs the `onnx` package and no torch, so that a device can pack what it has tuned.
 """
@@ -59,7 +59,7 @@ def pack(
     graph = model.graph
     S = bundle.image.size
     shape = ["N", "H", "W", 3] if resize else ["N", S, S, 3]
-    g = Nodes("picture")
+    g = Nodes("image")
     tower = Tower(graph, "image.")
     grey = grey_levels(g, bundle.image, resize=resize)
     if visual is None:
@@ -114,7 +114,7 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
         "config": dict(p.config),
         "seed": p.seed,
         "queries": p.queries,
-        "tuning_pictures": [f"{int(value):016x}" for value in artifact.tuning_pictures],
+        "tuning_pictures": [f"{int(value):016x}" for value in artifact.tuning_images],
     }
     return {
         "ztune": describe(document),

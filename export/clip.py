@@ -1,6 +1,6 @@
 """Load an open_clip model honestly: what open_clip only logs about and gets wrong is an error.
 
-It would initialise a model without weights at random, prepare pictures for a bare checkpoint as
+It would initialise a model without weights at random, prepare images for a bare checkpoint as
 OpenAI's models want them, and build a model trained with QuickGELU without it.
 """
 
@@ -193,7 +193,7 @@ def _from_folder(
     elif not {"mean", "std"} <= preprocess.keys():
         raise ConfigError(
             f'model "{model}": its {CONFIG} has no "preprocess_cfg" with mean and std; add it, or '
-            "say how its pictures were prepared with `preprocess_from=MODEL:TAG` or a JSON file"
+            "say how its images were prepared with `preprocess_from=MODEL:TAG` or a JSON file"
         )
     return _Weights(config, preprocess, quick_gelu, None)
 
@@ -353,7 +353,7 @@ def _image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> Image
     sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if sides[0] != sides[1]:
         raise ConfigError(
-            f'model "{model}" takes pictures of {sides[0]} x {sides[1]}; only square ones work here'
+            f'model "{model}" takes images of {sides[0]} x {sides[1]}; only square ones work here'
         )
     values = {key: preprocess[key] for key in _PREPROCESS if preprocess.get(key) is not None}
     # What is not said is open_clip's default.

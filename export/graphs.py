@@ -170,13 +170,13 @@ class PromptedImageGraph(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         visual: Any = self.visual
         own = visual._embeds(pixels)  # [N, 1 + patches, w]
-        n_pictures, n_own, width = own.shape
+        n_images, n_own, width = own.shape
         n_candidates, n_added, _ = tokens.shape
         added = visual.ln_pre(tokens).unsqueeze(1)
         rows = torch.cat(
             [
                 own.unsqueeze(0).expand(n_candidates, -1, -1, -1),
-                added.expand(-1, n_pictures, -1, -1),
+                added.expand(-1, n_images, -1, -1),
             ],
             2,
         )
@@ -184,7 +184,7 @@ class PromptedImageGraph(nn.Module):
         features, _ = visual._pool(states[:, :n_own])
         if visual.proj is not None:
             features = features @ visual.proj
-        return functional.normalize(features, dim=-1).reshape(n_candidates, n_pictures, -1)
+        return functional.normalize(features, dim=-1).reshape(n_candidates, n_images, -1)
 
 
 class TextGraph(nn.Module):

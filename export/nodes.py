@@ -1,4 +1,4 @@
-"""Nodes of a classifier, and those that make of any picture what the image tower takes."""
+"""Nodes of a classifier, and those that make of any image what the image tower takes."""
 
 from __future__ import annotations
 

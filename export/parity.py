@@ -40,7 +40,7 @@ class Case:
 
 
 def image_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
-    """Yield random pictures, one batch size at a time."""
+    """Yield random images, one batch size at a time."""
     random = torch.Generator().manual_seed(0)
     size = loaded.image.size
     for batch in batches:
@@ -51,12 +51,12 @@ def image_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterato
 def image_prompted_cases(
     loaded: LoadedClip, shapes: Sequence[tuple[int, int, int]] = ((1, 1, 1), (2, 3, 7), (3, 2, 4))
 ) -> Iterator[Case]:
-    """Yield random pictures and tokens, one shape (candidates, pictures, tokens) at a time."""
+    """Yield random images and tokens, one shape (candidates, images, tokens) at a time."""
     random = torch.Generator().manual_seed(2)
     tower = visual_tower(loaded.model)
     size, width = loaded.image.size, int(tower.positional_embedding.shape[1])
-    for n_candidates, n_pictures, n_tokens in shapes:
-        pixels = torch.randn(n_pictures, 3, size, size, generator=random)
+    for n_candidates, n_images, n_tokens in shapes:
+        pixels = torch.randn(n_images, 3, size, size, generator=random)
         tokens = torch.randn(n_candidates, n_tokens, width, generator=random)
         features = image_prompted_reference(loaded, pixels, tokens)
         yield Case({"pixels": pixels.numpy(), "tokens": tokens.numpy()}, features)

@@ -1,4 +1,4 @@
-"""Visual prompts as part of a classifier: what runtimes/visual.py does to pictures, as nodes."""
+"""Visual prompts as part of a classifier: what runtimes/visual.py does to images, as nodes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tower:
 
 
 def has_tokens(artifact: VisualArtifact | None) -> bool:
-    """Return whether a picture goes through the image graph that takes tokens."""
+    """Return whether an image goes through the image graph that takes tokens."""
     return artifact is not None and artifact.program == "tokens"
 
 

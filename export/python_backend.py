@@ -26,7 +26,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class TritonPythonModel:
-    """One instance of a model: its graph, and the pictures that clients have left here."""
+    """One instance of a model: its graph, and the images that clients have left here."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the graph where the configuration says."""
@@ -63,7 +63,7 @@ class TritonPythonModel:
         wanted = list(request.requested_output_names())
         try:
             if self._kept is not None and self._kept.takes(feeds):
-                # Nothing is computed; the digest says that the pictures are there.
+                # Nothing is computed; the digest says that the images are there.
                 return backend.InferenceResponse([backend.Tensor("digest", self._digest)])
             if self._kept is not None:
                 feeds = self._kept.completed(feeds)
@@ -83,7 +83,7 @@ class TritonPythonModel:
 
 
 class Kept:
-    """Pictures' features and labels that are sent once and then named by their SHA-256."""
+    """Images' features and labels that are sent once and then named by their SHA-256."""
 
     INPUTS = ("kept", "rows")
 
@@ -98,7 +98,7 @@ class Kept:
         if "kept" not in feeds or not given:
             return False
         if len(given) == 1 or len(feeds["features"]) != len(feeds["labels"]):
-            raise _RefusedError("pictures are kept with as many features as labels")
+            raise _RefusedError("images are kept with as many features as labels")
         name = feeds["kept"].tobytes()
         features, labels = np.array(feeds["features"]), np.array(feeds["labels"])
         if hashlib.sha256(features.tobytes() + labels.tobytes()).digest() != name:
@@ -120,9 +120,7 @@ class Kept:
         feeds = dict(feeds)
         name, rows = feeds.pop("kept").tobytes(), feeds.pop("rows", None)
         if name not in self._sets:
-            raise _RefusedError(
-                "no pictures are kept under this name", backend.TritonError.NOT_FOUND
-            )
+            raise _RefusedError("no images are kept under this name", backend.TritonError.NOT_FOUND)
         self._sets.move_to_end(name)
         features, labels = self._sets[name]
         if rows is None or rows.ndim != 1 or rows.size == 0:

@@ -63,18 +63,18 @@ def prompt_graph(bundle: Bundle) -> ModelProto:
 
 
 def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
-    """Return contexts and class tokens before pictures' features and labels to losses.
+    """Return contexts and class tokens before images' features and labels to losses.
 
     Inputs as of `prompt_graph`, `features` f32[N, e] and `labels` i64[N]; outputs `losses` f64[P]
-    in nats, `correct` i64[P] pictures, `digest`, and `logits` f32[P, N, C] where they are offered.
+    in nats, `correct` i64[P] images, `digest`, and `logits` f32[P, N, C] where they are offered.
     """
     g, model, texts = _texts(bundle)
     scoring, constants = scoring_nodes(bundle.logit_scale, bundle.logit_bias)
     g.node("Identity", [texts], "texts")
-    # As many pictures as labels, or it is an error: one label would do for all otherwise.
+    # As many images as labels, or it is an error: one label would do for all otherwise.
     size = g.constant([bundle.embed_dim], np.int64)
     shape = g.node("Concat", [g.node("Shape", ["labels"]), size], axis=0)
-    g.node("Reshape", ["features", shape], "pictures", allowzero=1)
+    g.node("Reshape", ["features", shape], "images", allowzero=1)
     g.nodes.extend(scoring)
     g.constants.extend(constants)
     hits = g.node("Cast", ["right"], to=_INT64)

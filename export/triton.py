@@ -44,7 +44,7 @@ class Serving:
     """onnxruntime, or python: the same graphs inside Triton's Python backend."""
     accelerator: str = "none"
     instances: int = 1
-    """Of each model; more than one keeps no pictures, since each would have its own."""
+    """Of each model; more than one keeps no images, since each would have its own."""
     threads: int | None = None
     """Of an instance on CPUs; None: as many as there are cores."""
     access: str = "features"
@@ -70,7 +70,7 @@ class Serving:
 
     @property
     def keeps(self) -> bool:
-        """Whether pictures sent once are kept for later requests."""
+        """Whether images sent once are kept for later requests."""
         return self.backend == "python" and self.instances == 1
 
 
@@ -152,7 +152,7 @@ def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
 
 
 def _batch(bundle: Bundle) -> int:
-    # Dynamic int8 scales activations over a whole call: no picture has company.
+    # Dynamic int8 scales activations over a whole call: no image has company.
     return 1 if bundle.precision == "int8" else BATCH
 
 
@@ -185,7 +185,7 @@ def _config(
         "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU"),
     }
     if keeps and on_gpu:
-        group["gpus"] = [0]  # one on each GPU otherwise, and the pictures with one of them
+        group["gpus"] = [0]  # one on each GPU otherwise, and the images with one of them
     config: dict[str, Value] = {
         "name": name,
         "backend": serving.backend,

@@ -40,7 +40,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How a picture becomes the image tower's input: open_clip's evaluation transform."""
+    """How an image becomes the image tower's input: open_clip's evaluation transform."""
 
     size: int
     """Side of the square input in pixels."""
@@ -84,7 +84,7 @@ class VisualSpec:
     width: int
     """Size w of a token."""
     patch_values: int
-    """How many values of a picture make a patch."""
+    """How many values of an image make a patch."""
     patch_mean: float
     """Of the weights from a patch to its token."""
     patch_std: float

@@ -36,11 +36,11 @@ class Classifier:
     classes: tuple[str, ...]
     image: ImageSpec
     resize: bool
-    """Whether the graph resizes pictures itself."""
+    """Whether the graph resizes images itself."""
     method: str
     precision: str
-    tuning_pictures: tuple[int, ...]
-    """First 8 bytes of the SHA-256 of every picture that tuning has seen."""
+    tuning_images: tuple[int, ...]
+    """First 8 bytes of the SHA-256 of every image that tuning has seen."""
     session: Any
 
     @property
@@ -59,8 +59,8 @@ class Classifier:
 
         Raises: DataError for an image that cannot be read.
         """
-        picture = read_image(image, name)
-        return np.asarray(picture, dtype=np.uint8) if self.resize else crop(picture, self.image)
+        decoded = read_image(image, name)
+        return np.asarray(decoded, dtype=np.uint8) if self.resize else crop(decoded, self.image)
 
     def classify(self, pixels: U8) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""
@@ -111,7 +111,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         resize=top.flag("resize"),
         method=top.text("method"),
         precision=top.text("precision", among=("fp32", "fp16", "int8")),
-        tuning_pictures=seen,
+        tuning_images=seen,
         session=session,
     )
 
@@ -150,9 +150,9 @@ def classify(
     skip_broken: bool,
     progress: Progress = SILENCE,
 ) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """Return logits and probabilities f32[n, C] of the pictures that can be read, and which.
+    """Return logits and probabilities f32[n, C] of the images that can be read, and which.
 
-    Raises: DataError naming a broken picture, unless `skip_broken` (then when all are).
+    Raises: DataError naming a broken image, unless `skip_broken` (then when all are).
     """
     kept = np.ones(len(paths), dtype=np.bool_)
 
@@ -173,9 +173,9 @@ def classify(
     with progress.activity("classifying", len(paths)) as ticker:
         logits, probabilities = classify_pixels(classifier, readable())
     if not kept.any():
-        raise DataError(f"none of {len(paths)} picture(s) can be read")
+        raise DataError(f"none of {len(paths)} image(s) can be read")
     if not kept.all():
-        warn(f"{int((~kept).sum())} broken pictures left out")
+        warn(f"{int((~kept).sum())} broken images left out")
     return logits, probabilities, kept
 
 

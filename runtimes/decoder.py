@@ -1,9 +1,9 @@
-"""BlackVIP's decoder: from a picture's feature to what is added to the picture.
+"""BlackVIP's decoder: from an image's feature to what is added to the image.
 
 Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", CVPR 2023.
 The feature and a tuned trigger are one latent f32[32, g, g]. Four blocks double its sides, each a
 depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
-GELU; a last transposed convolution makes the picture. Where the image is so small that fewer
+GELU; a last transposed convolution makes the image. Where the image is so small that fewer
 doublings do, as it never was in the paper, the first of them have kernel and stride 1. All weights
 are one vector, in the order of `parts`: they are an input of the graph, so that no candidate costs
 a session.
@@ -27,7 +27,7 @@ _COLOURS = 3
 _STAGES = len(_BLOCKS) + 1
 _EPSILON = 1e-5
 N_STATISTICS = sum(n_out for _, _, n_out in _BLOCKS)
-# Of all pictures in a call, as the decoder makes them: 32 of 224 px, which took 160 MB on a CPU.
+# Of all images in a call, as the decoder makes them: 32 of 224 px, which took 160 MB on a CPU.
 _PIXELS = 32 * 224 * 224
 _BY_BATCH = "batch"
 _NONE = np.zeros((2, N_STATISTICS), dtype=np.float32)
@@ -36,7 +36,7 @@ _NONE = np.zeros((2, N_STATISTICS), dtype=np.float32)
 def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
     """Return g and the kernel of each of the five stages: 7 and all 2 as published.
 
-    The latent has a trigger, and the picture, g times the kernels, covers the side `size`.
+    The latent has a trigger, and the image, g times the kernels, covers the side `size`.
     """
     g = math.isqrt(extractor_dim // _BLOCKS[0][0]) + 1
     doublings = 0
@@ -47,7 +47,7 @@ def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
 
 
 def side(extractor_dim: int, size: int) -> int:
-    """Return the side of the decoder's picture, of which the middle is taken."""
+    """Return the side of the decoder's image, of which the middle is taken."""
     g, kernels = layout(extractor_dim, size)
     return g * math.prod(kernels)
 
@@ -66,7 +66,7 @@ def parts(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
             (f"gain_{number}", (n_out,)),
             (f"shift_{number}", (n_out,)),
         ]
-    return [*shapes, ("picture", (_BLOCKS[-1][2], _COLOURS, kernels[-1], kernels[-1]))]
+    return [*shapes, ("image", (_BLOCKS[-1][2], _COLOURS, kernels[-1], kernels[-1]))]
 
 
 def n_values(extractor_dim: int, size: int) -> int:
@@ -91,7 +91,7 @@ def start(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
 
 
 class Decoder:
-    """The decoder: values f32[n] and features f32[N, k] to what is added to N pictures."""
+    """The decoder: values f32[n] and features f32[N, k] to what is added to N images."""
 
     def __init__(self, extractor_dim: int, size: int, execution: Execution):
         """Take features of k = `extractor_dim` and images of side S = `size`."""
@@ -104,7 +104,7 @@ class Decoder:
         self._sessions: dict[int | str | None, Any] = {}
 
     def __call__(self, values: F32, features: F32, statistics: F32) -> F32:
-        """Return the pictures f32[N, 3, S, S] of N features, normalised by statistics f32[2, 144].
+        """Return the images f32[N, 3, S, S] of N features, normalised by statistics f32[2, 144].
 
         Raises: ConfigError when values, features or statistics have another size.
         """
@@ -112,22 +112,22 @@ class Decoder:
             [self._run(values, part, statistics) for part in self._calls(features)]
         )
 
-    def at_once(self, n_pictures: int) -> bool:
-        """Return whether so many pictures fit one call."""
-        return n_pictures <= self._chunk
+    def at_once(self, n_images: int) -> bool:
+        """Return whether so many images fit one call."""
+        return n_images <= self._chunk
 
     def by_batch(self, values: F32, features: F32) -> F32:
-        """Return the pictures f32[N, 3, S, S] of N features, normalised by their own statistics.
+        """Return the images f32[N, 3, S, S] of N features, normalised by their own statistics.
 
-        One call, where `statistics` takes four before the pictures are made.
+        One call, where `statistics` takes four before the images are made.
         Raises: ConfigError when values or features have another size.
         """
         return self._run(values, features, _NONE, _BY_BATCH)
 
     def statistics(self, values: F32, features: F32) -> F32:
-        """Return the normalisation means and variances f32[2, 144] over all N pictures.
+        """Return the normalisation means and variances f32[2, 144] over all N images.
 
-        They are those of one call with all of them, whose memory grows with N: pictures are gone
+        They are those of one call with all of them, whose memory grows with N: images are gone
         through once for each normalisation instead, with the ones before it fixed.
 
         Raises: ConfigError when values or features have another size.
@@ -183,7 +183,7 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
     variances to normalise by. Output: `perturbation` f32[N, 3, S, S]; or where `measured` is the
     number of a block, `own` f32[2, channels], the mean and variance that it would normalise by in
     this batch, and nothing after it. The first block's graph takes no statistics, nor does the one
-    for `measured` "batch", which gives the pictures normalised by this batch's own.
+    for `measured` "batch", which gives the images normalised by this batch's own.
 
     Nothing lies between a block's two convolutions, and windows as wide as their stride do not
     overlap: the two are one matrix product from a place to the four (or one) it becomes.
@@ -227,8 +227,8 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
     if given_statistics:
         cut("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
     width, kernels = layout(extractor_dim, size)
-    n_pictures = node("Shape", "features", start=0, end=1)
-    shape = node("Concat", n_pictures, constant(weights[0][1]), axis=0)
+    n_images = node("Shape", "features", start=0, end=1)
+    shape = node("Concat", n_images, constant(weights[0][1]), axis=0)
     latent = node("Concat", "features", node("Expand", "trigger", shape), axis=1)
     channels_first = shaped(latent, -1, _BLOCKS[0][0], width, width)
     state = node("Transpose", channels_first, perm=[0, 2, 3, 1])
@@ -260,14 +260,14 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
         state = node("Gelu", node("Add", scaled, f"shift_{number}"))
     else:
         kernel = kernels[-1]
-        by_place = node("Transpose", shaped("picture", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
+        by_place = node("Transpose", shaped("image", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
         matrix = shaped(by_place, -1, kernel**2 * _COLOURS)
-        picture = enlarged(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
+        image = enlarged(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
         width *= kernel
-        picture = shaped(picture, -1, _COLOURS, width, width)
+        image = shaped(image, -1, _COLOURS, width, width)
         first = (width - size) // 2
         crop = [constant(value) for value in ([first] * 2, [first + size] * 2, [2, 3])]
-        node("Slice", picture, *crop, output="perturbation")
+        node("Slice", image, *crop, output="perturbation")
 
     def tensor(name: str, *shape: int | str) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

@@ -1,4 +1,4 @@
-"""Another network's features of pictures: any image encoder as one ONNX file."""
+"""Another network's features of images: any image encoder as one ONNX file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class OrtExtractor:
     def width(self) -> int:
         """Return k.
 
-        Raises: ConfigError when the file does not take 32-bit pictures, any number of them, and
+        Raises: ConfigError when the file does not take 32-bit images, any number of them, and
             give one 32-bit vector of fixed length for each.
         """
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()

@@ -75,7 +75,7 @@ def identity_of(weights: str, image: ImageSpec, execution: Execution, *more: str
 
 
 class OrtImageEncoder:
-    """The image tower (an ImageEncoder), opened with the first picture that it must see."""
+    """The image tower (an ImageEncoder), opened with the first image that it must see."""
 
     def __init__(self, bundle: Bundle, execution: Execution):
         self._bundle = bundle
@@ -100,7 +100,7 @@ class OrtImageEncoder:
         if self._graph is None:
             calls = [{"pixels": ready}, {"pixels": ready[:1]}]
             self._graph = Graph(self._bundle, "image", self._execution, calls)
-        # Dynamic int8 scales activations over the whole call: a picture's features would depend on
+        # Dynamic int8 scales activations over the whole call: an image's features would depend on
         # its company, so there is none.
         batches = [one[None] for one in ready] if self._bundle.precision == "int8" else [ready]
         run = functools.partial(run_graph, self._graph.session, self._graph.path, ["features"])

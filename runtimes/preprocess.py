@@ -1,4 +1,4 @@
-"""From a picture's file to the image tower's input, equal to open_clip's evaluation transform.
+"""From an image's file to the image tower's input, equal to open_clip's evaluation transform.
 
 Reading comes first and always ends in 8-bit RGB, as torchvision's image folders do for open_clip:
 an alpha channel is dropped and not blended, since that is what the model's users measured with.
@@ -52,7 +52,7 @@ _UPRIGHT = {
 # Area and width : height of a random crop: torchvision's defaults, which CoOp and ZIP train with.
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
-# The short side is resized to the model's size, so a thin enough picture would fill the memory.
+# The short side is resized to the model's size, so a thin enough image would fill the memory.
 _LONGEST = 100
 # Python's warning filters belong to the whole process: one thread at a time may silence them.
 _DECODING = threading.Lock()
@@ -60,12 +60,12 @@ _DECODING = threading.Lock()
 
 def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
     """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip by `view`."""
-    image = read_picture(path)
+    image = read_image_file(path)
     return crop(image, spec) if view is None else random_view(image, spec, view)
 
 
 @contextlib.contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """Open a regular file in one of FORMATS; its pixels are decoded when they are asked for.
 
     Raises: DataError naming the file when it is in none of them; OSError.
@@ -77,19 +77,19 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
             raise DataError(
-                f'picture "{path}" cannot be read: it is in none of the formats that ztune reads '
+                f'image "{path}" cannot be read: it is in none of the formats that ztune reads '
                 f"({', '.join(FORMATS[name] for name in known)})"
             ) from None
         with opened:
             yield opened
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Return the picture upright and in 8-bit RGB; it is shared, so do not draw into it.
+def read_image_file(path: Path) -> Image.Image:
+    """Return the image upright and in 8-bit RGB; it is shared, so do not draw into it.
 
-    The last pictures are remembered: the many random views of one picture decode it once.
+    The last images are remembered: the many random views of one image decode it once.
 
-    Raises: DataError naming the file when it is no picture, damaged, or too large to be one.
+    Raises: DataError naming the file when it is no image, damaged, or too large to be one.
     """
     try:
         stat = path.stat()
@@ -99,7 +99,7 @@ def read_picture(path: Path) -> Image.Image:
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        raise _unreadable(f'picture "{path}"', error) from None
+        raise _unreadable(f'image "{path}"', error) from None
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
@@ -112,8 +112,8 @@ ImageLike = Path | str | Image.Image | U8
 """A file, an image of Pillow's, or u8[H, W, 3]."""
 
 
-def held_picture(image: Image.Image | U8, name: str) -> Image.Image:
-    """Return an image that is in memory as `read_picture` returns one from a file.
+def read_held_image(image: Image.Image | U8, name: str) -> Image.Image:
+    """Return an image that is in memory as `read_image_file` returns one from a file.
 
     `name` is what errors call it.
 
@@ -147,20 +147,20 @@ def read_image(image: ImageLike, name: str) -> Image.Image:
     Raises: DataError for what is neither, or cannot be decoded.
     """
     if isinstance(image, str | Path):
-        return read_picture(Path(image))
-    return held_picture(image, name)
+        return read_image_file(Path(image))
+    return read_held_image(image, name)
 
 
 @functools.lru_cache(maxsize=2)
 def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
-    with open_picture(path) as opened:
+    with open_image(path) as opened:
         return _upright(opened)
 
 
 def _upright(opened: Image.Image) -> Image.Image:
     """Return an image as its EXIF data say, in 8-bit RGB."""
     if max(opened.size) > _LONGEST * min(opened.size):
-        raise ValueError(f"{opened.width} x {opened.height} pixels is no picture's shape")
+        raise ValueError(f"{opened.width} x {opened.height} pixels is no image's shape")
     opened.load()
     orientation = 1
     with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
@@ -186,7 +186,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image, spec: ImageSpec) -> U8:
-    """Return u8[S, S, 3]: the picture resized and cropped or padded at the centre."""
+    """Return u8[S, S, 3]: the image resized and cropped or padded at the centre."""
     side, resample = spec.size, _FILTERS[spec.interpolation]
     width, height = image.size
     if spec.resize_mode == "squash":

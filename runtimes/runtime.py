@@ -70,7 +70,7 @@ class Runtime(Protocol):
 
     @property
     def batches_at_once(self) -> int:
-        """How many batches of pictures the image tower should get in a call."""
+        """How many batches of images the image tower should get in a call."""
 
     def images(self) -> ImageEncoder:
         """Return the image tower."""

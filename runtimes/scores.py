@@ -20,7 +20,7 @@ class OrtScores:
     """Softmax cross-entropy and accuracy by a small graph (a Scorer).
 
     The prompt graph's output and the image features f32[V * N, e] stay on the device; a step sends
-    the rows i64[N] of its pictures and their labels i64[N], and fetches two numbers a candidate.
+    the rows i64[N] of its images and their labels i64[N], and fetches two numbers a candidate.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class OrtScores:
         logit_bias: float,
         execution: Execution,
     ):
-        """Keep unit features f32[V, N, e] of the pictures; logit_scale multiplies.
+        """Keep unit features f32[V, N, e] of the images; logit_scale multiplies.
 
         Raises: ProviderError when the graph cannot be opened.
         """
         self._encoder = encoder
-        self._n_pictures = features.shape[1]
+        self._n_images = features.shape[1]
         # TensorRT has no 64-bit numbers: beside it this graph, no part of the model, runs on CUDA.
         provider = "cuda" if execution.provider == "tensorrt" else execution.provider
         groups = encoder.plan.groups
@@ -53,7 +53,7 @@ class OrtScores:
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         if prompts.contexts is None or prompts.visual is not None:
             raise ConfigError("the device scores contexts alone, no visual prompts")
-        rows = batch.views * self._n_pictures + batch.pictures
+        rows = batch.views * self._n_images + batch.images
         feeds = {"rows": rows.astype(np.int64), "labels": self._places[labels]}
         parts = [self._score(texts, feeds) for texts in self._encoder.on_device(prompts.contexts)]
         losses, accuracies = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -91,7 +91,7 @@ def score_graph(n_groups: int, embed_dim: int, logit_scale: float, logit_bias: f
     scoring, constants = scoring_nodes(logit_scale, logit_bias)
     nodes = [
         helper.make_node("Concat", texts, ["texts"], axis=1),
-        helper.make_node("Gather", ["table", "rows"], ["pictures"], axis=0),
+        helper.make_node("Gather", ["table", "rows"], ["images"], axis=0),
         *scoring,
         helper.make_node("Cast", ["right"], ["hits"], to=f64),
         helper.make_node("ReduceMean", ["hits", "not_candidates"], ["accuracies"], keepdims=0),
@@ -112,9 +112,9 @@ def score_graph(n_groups: int, embed_dim: int, logit_scale: float, logit_bias: f
 def scoring_nodes(logit_scale: float, logit_bias: float) -> tuple[list[Any], list[Any]]:
     """Return nodes and constants from text features to losses; `not_candidates` is a constant too.
 
-    From `texts` f32[p, C, e], `pictures` f32[N, e], `labels` i64[N] to `logits` f32[p, N, C],
+    From `texts` f32[p, C, e], `images` f32[N, e], `labels` i64[N] to `logits` f32[p, N, C],
     `losses` f64[p] and `right` bool[p, N, 1]. Logits are 32-bit numbers, softmax and the mean
-    64-bit ones, as on the host; a picture is right when no class has a larger logit than its own.
+    64-bit ones, as on the host; an image is right when no class has a larger logit than its own.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -132,7 +132,7 @@ def scoring_nodes(logit_scale: float, logit_bias: float) -> tuple[list[Any], lis
     nodes = [
         # No ArgMax for the accuracies: on CUDA it has brought its input to the host.
         node("Transpose", "texts", "by_class", perm=[0, 2, 1]),
-        node("MatMul", "pictures by_class", "cosines"),  # [p, N, C]
+        node("MatMul", "images by_class", "cosines"),  # [p, N, C]
         node("Mul", "cosines scale", "scaled"),
         node("Add", "scaled bias", "logits"),
         node("Shape", "logits", "n_candidates", start=0, end=1),

@@ -1,8 +1,8 @@
-"""Pictures under visual prompts: each candidate changes them, and they are encoded anew.
+"""Images under visual prompts: each candidate changes them, and they are encoded anew.
 
-Calls hold so many pictures that memory stays bounded, and as many whatever the number of
+Calls hold so many images that memory stays bounded, and as many whatever the number of
 candidates, so that a candidate's features do not depend on its company: a last call is filled up
-with its own first picture.
+with its own first image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtimes.providers import Execution, run_graph
 from ztune.errors import ConfigError, FormatError
 from ztune.types import F32, I64, U8, Batch
 
-# Pictures of a call: their states take memory, and a GPU is to be kept busy.
+# Images of a call: their states take memory, and a GPU is to be kept busy.
 _CHUNK_CPU, _CHUNK_GPU = 32, 128
 
 
@@ -33,14 +33,14 @@ class VisualPrompts(Protocol):
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
         """Return unit features f32[P, N, e] of pixels u8[N, S, S, 3] as P candidates change them.
 
-        `features` f32[N, k] are what a frozen extractor says of the pictures.
+        `features` f32[N, k] are what a frozen extractor says of the images.
 
         Raises: ConfigError when a candidate has another shape than the model takes.
         """
 
 
 def inner_side(size: int) -> int:
-    """Return the side of the picture inside a border: 194 of 224 (BAR), with equal margins."""
+    """Return the side of the image inside a border: 194 of 224 (BAR), with equal margins."""
     return size - 2 * max(1, round(size * 15 / 224))
 
 
@@ -59,28 +59,28 @@ def limits(spec: ImageSpec) -> tuple[F32, F32]:
 
 
 class _Tower:
-    """An image graph of the bundle, opened with the first pictures that it must see."""
+    """An image graph of the bundle, opened with the first images that it must see."""
 
     def __init__(self, bundle: Bundle, execution: Execution, name: str = "image"):
         self._bundle, self._execution, self._name = bundle, execution, name
         self._graph: Graph | None = None
         self._chunk = _CHUNK_CPU if execution.provider == "cpu" else _CHUNK_GPU
         if bundle.precision == "int8":
-            # Activations are scaled over a whole call: a picture has no company.
+            # Activations are scaled over a whole call: an image has no company.
             self._chunk = 1
 
-    def calls(self, n_pictures: int) -> Iterator[tuple[I64, I64]]:
-        """Yield the pictures of one call after the other, bare and filled up to the usual size."""
-        n_calls = -(-n_pictures // self._chunk)
-        size = -(-n_pictures // n_calls)
-        for first in range(0, n_pictures, size):
+    def calls(self, n_images: int) -> Iterator[tuple[I64, I64]]:
+        """Yield the images of one call after the other, bare and filled up to the usual size."""
+        n_calls = -(-n_images // self._chunk)
+        size = -(-n_images // n_calls)
+        for first in range(0, n_images, size):
             filled = np.arange(first, first + size)
-            rows = filled[filled < n_pictures]
-            yield rows, np.where(filled < n_pictures, filled, first)
+            rows = filled[filled < n_images]
+            yield rows, np.where(filled < n_images, filled, first)
 
-    def room(self, n_candidates: int, n_pictures: int) -> F32:
+    def room(self, n_candidates: int, n_images: int) -> F32:
         """Return f32[P, N, e] to be filled."""
-        return np.empty((n_candidates, n_pictures, self._bundle.embed_dim), dtype=np.float32)
+        return np.empty((n_candidates, n_images, self._bundle.embed_dim), dtype=np.float32)
 
     def __call__(self, pixels: F32, **others: F32) -> F32:
         """Return the graph's features of normalised pixels f32[N, 3, S, S] and its other inputs."""
@@ -95,7 +95,7 @@ class _Tower:
 
 
 class BorderPrompts:
-    """A smaller picture in the middle of tuned pixels f32[P, 3, S, S].
+    """A smaller image in the middle of tuned pixels f32[P, 3, S, S].
 
     Source: Tsai et al., "Transfer Learning without Knowing: Reprogramming Black-box Machine
     Learning Models with Scarce Data and Limited Resources" (BAR), ICML 2020.
@@ -128,7 +128,7 @@ class BorderPrompts:
 
 
 class DecoderPrompts:
-    """What a decoder with tuned values f32[P, n] makes of a feature, added to its picture.
+    """What a decoder with tuned values f32[P, n] makes of a feature, added to its image.
 
     Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning",
     CVPR 2023: x' = clip(x + p), in normalised pixels.
@@ -143,7 +143,7 @@ class DecoderPrompts:
     ):
         """Open tower and decoder; its normalisation goes by `statistics` f32[2, 144].
 
-        None: by the pictures of each call of `encode`, on which features then depend.
+        None: by the images of each call of `encode`, on which features then depend.
         """
         self._spec = bundle.image
         self._fixed = statistics
@@ -169,7 +169,7 @@ class DecoderPrompts:
         return other
 
     def _added(self, values: F32, features: F32) -> Callable[[I64], F32]:
-        """Return what gives the decoder's pictures f32[n, 3, S, S] of n rows of the features."""
+        """Return what gives the decoder's images f32[n, 3, S, S] of n rows of the features."""
         statistics = self._fixed
         if statistics is None and self._decoder.at_once(len(features)):
             return self._decoder.by_batch(values, features).__getitem__
@@ -183,7 +183,7 @@ class DecoderPrompts:
 
 
 class TokenPrompts:
-    """Tuned tokens f32[P, n, w] beside those of the picture's patches.
+    """Tuned tokens f32[P, n, w] beside those of the image's patches.
 
     Source: Yu et al., "Black-Box Prompt Tuning for Vision-Language Model as a Service" (BPT-VLM),
     IJCAI 2023.
@@ -217,8 +217,8 @@ class TokenPrompts:
 
 
 @dataclass(frozen=True)
-class PromptedPictures:
-    """The pictures of a run and their views under visual prompts (a PromptedImages)."""
+class PromptedViews:
+    """The images of a run and their views under visual prompts (a PromptedImages)."""
 
     prompts: VisualPrompts
     pixels: U8
@@ -227,17 +227,15 @@ class PromptedPictures:
     """f32[V, N, k], a frozen extractor's."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
-        views, pictures = batch.views, batch.pictures
-        return self.prompts.encode(
-            visual, self.pixels[views, pictures], self.features[views, pictures]
-        )
+        views, images = batch.views, batch.images
+        return self.prompts.encode(visual, self.pixels[views, images], self.features[views, images])
 
 
 @dataclass(frozen=True)
-class DeployedPictures:
-    """Pictures under decoders as they would be deployed (a PromptedImages).
+class DeployedImages:
+    """Images under decoders as they would be deployed (a PromptedImages).
 
-    A decoder then normalises by the pictures that it was tuned on, not by those that it sees.
+    A decoder then normalises by the images that it was tuned on, not by those that it sees.
     """
 
     prompts: DecoderPrompts
@@ -246,13 +244,13 @@ class DeployedPictures:
     features: F32
     """f32[V, N, k], a frozen extractor's."""
     tuned_on: F32
-    """f32[n, k], the same of the pictures that it is tuned on."""
+    """f32[n, k], the same of the images that it is tuned on."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
         encoded = []
         for values in visual:
             fixed = self.prompts.fixed(self.prompts.statistics(values, self.tuned_on))
-            own = PromptedPictures(fixed, self.pixels, self.features)
+            own = PromptedViews(fixed, self.pixels, self.features)
             encoded.append(own.encode(values[None], batch))
         return np.concatenate(encoded)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def saved(kind: str) -> bytes:
-    """Return a small picture in one of Pillow's formats."""
+    """Return a small image in one of Pillow's formats."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 40, 10)).save(file, kind)
     return file.getvalue()
@@ -29,7 +29,7 @@ FOREIGN: dict[str, bytes] = {
     "PCX": saved("PCX"),
     "XBM": b"#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x00 };\n",
 }
-"""Pictures in formats that are not read, by format."""
+"""Images in formats that are not read, by format."""
 
 
 def _fifo(path: Path) -> None:

@@ -76,8 +76,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     for name in ("one", "two", "three", "four"):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:12]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:12]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -460,7 +460,7 @@ def test_a_failed_cell_is_recorded_and_the_others_go_on(
 def test_one_cells_failure_is_not_anothers(
     data: Path, plan: Path, tmp_path: Path, ztune: Command
 ) -> None:
-    """Two cells share a run, and one of them has a target with a broken picture."""
+    """Two cells share a run, and one of them has a target with a broken image."""
     broken = Path(shutil.copytree(data, tmp_path / "broken"))
     head = plan.read_text().split("[[protocols]]")[0]
     text = head.replace("[methods]", f'broken = {{ path = "{broken}" }}\n[methods]')
@@ -470,8 +470,8 @@ def test_one_cells_failure_is_not_anothers(
         text += 'shots = [2]\nseeds = [1]\nmethods = ["zip"]\n'
     own, out = tmp_path / "plan.toml", tmp_path / "out"
     own.write_text(text)
-    for picture in broken.rglob("*.png"):
-        picture.write_bytes(picture.read_bytes()[:40] + picture.name.encode())
+    for image in broken.rglob("*.png"):
+        image.write_bytes(image.read_bytes()[:40] + image.name.encode())
     assert ztune("bench", own, "--out", out, "--provider", "cpu").code == 1
     good, bad = results(out)
     assert good.outcome is not None
@@ -659,17 +659,17 @@ def test_a_plan_is_carried_out_in_parts(
     assert len(results(out)) == N_CELLS
 
 
-def test_a_report_mixes_no_results_of_other_pictures(
+def test_a_report_mixes_no_results_of_other_images(
     data: Path, plan: Path, tmp_path: Path, ztune: Command
 ) -> None:
-    """Pictures change, and a command asks for some methods only: the others wait for theirs."""
+    """Images change, and a command asks for some methods only: the others wait for theirs."""
     own = Path(shutil.copytree(data, tmp_path / "digits"))
     own_plan, out = tmp_path / "plan.toml", tmp_path / "out"
     own_plan.write_text(plan.read_text().replace(str(data), str(own)))
     words = ("bench", own_plan, "--out", out, "--provider", "cpu", "--shots", "1", "--seeds", "1")
     assert ztune(*words, "--methods", "gda,zip").code == 0
-    picture = sorted(own.rglob("*.png"))[0]
-    picture.with_name("new.png").write_bytes(picture.read_bytes() + b" ")
+    image = sorted(own.rglob("*.png"))[0]
+    image.with_name("new.png").write_bytes(image.read_bytes() + b" ")
     done = ztune(*words, "--methods", "gda", "--resume")
     assert done.code == 0
     assert [one.cell.method for one in results(out) if one.outcome] == ["gda"]

@@ -1,4 +1,4 @@
-"""The measurement of queries: its picture sets, its rule of reaching, its cells and its report."""
+"""The measurement of queries: its image sets, its rule of reaching, its cells and its report."""
 
 import json
 from dataclasses import replace
@@ -13,30 +13,30 @@ from benchmarks import query_cells
 from benchmarks.queries import main
 from benchmarks.query_cells import Cell, claimed, marks
 from benchmarks.query_figures import ZIP, figures_of, ratio_of, ratios_of, reached, read_results
+from benchmarks.query_images import CHANGES, changed, of_coop_layout
 from benchmarks.query_labels import EVERY, GRID, LABELS, QUERIES
-from benchmarks.query_pictures import CHANGES, changed, of_coop_layout
 from benchmarks.query_tasks import TASKS
 from ztune.errors import DataError
 from ztune.io.files import write_json
 
 
-def picture(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
+def image(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Return two classes of two pictures."""
+    """Return two classes of two images."""
     for number, name in enumerate(("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png")):
         file = tmp_path / "photos" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(file)
+        image(number).save(file)
     return tmp_path / "photos"
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_pictures(change: str, photos: Path, tmp_path: Path) -> None:
+def test_changed_images(change: str, photos: Path, tmp_path: Path) -> None:
     one, other = (changed(photos, change, tmp_path / name) for name in ("one", "other"))
     files = sorted(path.relative_to(one) for path in one.rglob("*.png"))
     assert files == sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
@@ -49,7 +49,7 @@ def test_changed_pictures(change: str, photos: Path, tmp_path: Path) -> None:
 
 
 def test_changes_are_what_they_are_called(photos: Path) -> None:
-    source = picture(1)
+    source = image(1)
     twice = CHANGES["negative"](CHANGES["negative"](source, 0), 0)
     assert twice.tobytes() == source.tobytes()
     turned = np.rot90(np.asarray(source))
@@ -77,7 +77,7 @@ def test_classes_of_a_set_in_coop_layout(tmp_path: Path) -> None:
     for label, name in enumerate(names):
         (root / "101" / name).mkdir(parents=True)
         for number, part in enumerate(rows):
-            picture(10 * label + number).save(root / "101" / name / f"{number}.jpg")
+            image(10 * label + number).save(root / "101" / name / f"{number}.jpg")
             rows[part].append([f"{name}/{number}.jpg", label, f"{name}_name"])
     (root / "split_zhou_Set.json").write_text(json.dumps(rows))
     # In the order of the split file, not of the names.
@@ -170,7 +170,7 @@ def test_one_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: A
 def test_what_a_cell_needs_is_told(tmp_path: Path, capfd: Any) -> None:
     words = ["run", "--out", str(tmp_path), "--seeds", "1", "--labels"]
     assert main([*words, "gda", "--tasks", "cifar10"]) == 1
-    assert "task cifar10 needs --pictures DIR" in capfd.readouterr().err
+    assert "task cifar10 needs --images DIR" in capfd.readouterr().err
     assert main([*words, "gdb", "--tasks", "digits"]) == 1
     assert '--labels has "gdb"' in capfd.readouterr().err
     assert main(["report", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 1
@@ -245,7 +245,7 @@ def test_figures_of_cells(cells: Path) -> None:
     assert tasks["cifar10"].queries("cma", "accuracy") == 250
     assert tasks["cifar10"].queries("cma", "train_loss") == 250
     assert tasks["digits"].queries("cma", "accuracy") is None
-    # Fewer pictures than a batch: every step of zip-128 has them all.
+    # Fewer images than a batch: every step of zip-128 has them all.
     assert tasks["digits"].series["zip-full"] == tasks["digits"].series[ZIP]
     assert "zip-full" not in tasks["cifar10-4shot"].series
     assert not tasks["cifar10-4shot"].counts("accuracy")
@@ -272,14 +272,14 @@ def test_report_of_cells(cells: Path, tmp_path: Path) -> None:
     assert "| 250 (20 ×) | 250 (20 ×) |" in tasks
     assert "| zip-full (as zip-128) |" in tasks
     assert "ZIP gains less than 2 points" in tasks
-    pictures = {path.name for path in docs.glob("*.png")}
-    assert pictures == {
+    images = {path.name for path in docs.glob("*.png")}
+    assert images == {
         "summary.png",
         *(f"{task.name}.png" for task in (cells / "cells").iterdir()),
     }
     for line in (summary + tasks).splitlines():
         if line.startswith("!["):
-            assert line[line.index("(") + 1 : -1] in pictures
+            assert line[line.index("(") + 1 : -1] in images
 
 
 def test_every_label_can_be_drawn() -> None:

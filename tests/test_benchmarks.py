@@ -91,7 +91,7 @@ def test_speed_document(cache: Path) -> None:
         TINY,
         classes={3: 1, 12: 1},
         contexts=(4,),
-        published_pictures=1,
+        published_images=1,
         published_classes=3,
         run_queries=20,
     )
@@ -186,7 +186,7 @@ def test_every_way_evaluates_the_same_steps_in_turns() -> None:
     assert contexts is not None
     assert contexts.shape == (10, 8, 64)
     assert not np.array_equal(contexts, np.asarray(task.step(1)[0].contexts))
-    assert len(task.step(0)[1].pictures) == 128
+    assert len(task.step(0)[1].images) == 128
     seen: dict[str, list[int]] = {"a": [], "b": []}
     order: list[str] = []
 
@@ -264,7 +264,7 @@ def test_remote_document(tmp_path: Path) -> None:
         servers_queries=40,
         least_steps=2,
         bookkeeping_steps=3,
-        pictures=8,
+        n_images=8,
     )
     document = remote.measure(bundle, extent)
     json.dumps(document, allow_nan=False)
@@ -286,9 +286,9 @@ def test_remote_document(tmp_path: Path) -> None:
                 row[f"{kind}_{direction}_bytes_per_query"] for kind in ("wire", "payload")
             )
             assert 0 < wire < 200 if through_memory else payload < wire < payload + 200
-        # All 128 pictures: their features and labels, and the name of the set.
+        # All 128 images: their features and labels, and the name of the set.
         kept = row.get("kept_once_bytes")
-        assert kept == (128 * (4 * 128 + 8) + 32 if row["kept_pictures"] else None)
+        assert kept == (128 * (4 * 128 + 8) + 32 if row["kept_images"] else None)
     kept = document["bookkeeping"]
     for name in ("journal_ms", "history_ms", "state_ms", "remote_kept_step_ms"):
         assert kept[name] > 0

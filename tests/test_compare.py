@@ -34,8 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     for name in ("one", "two", "three"):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:16]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:16]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -83,7 +83,7 @@ def test_every_number_of_a_cell_is_its_runs(finished: Path, ztune: Command) -> N
     assert cells["gda", 1]["queries"] == cells["gda", 1]["text_forwards"] == 0
 
 
-def test_pictures_are_encoded_once_and_charged_to_all(finished: Path) -> None:
+def test_images_are_encoded_once_and_charged_to_all(finished: Path) -> None:
     document = read(finished / "compare.json")
     (first, second) = document["images"]
     assert first["image_forwards"] == 3 * 4
@@ -97,7 +97,7 @@ def test_pictures_are_encoded_once_and_charged_to_all(finished: Path) -> None:
         assert cell["peak_memory_mb"] == peak
 
 
-def test_methods_share_a_seeds_pictures(finished: Path) -> None:
+def test_methods_share_a_seeds_images(finished: Path) -> None:
     splits = {
         key: read(finished / "runs" / f"{key[0]}-{key[1]}" / "split.json")["entries"]
         for key in CELLS
@@ -226,8 +226,8 @@ def test_another_request_is_refused(
 ) -> None:
     before = (copied / "compare.json").read_bytes()
 
-    def refused(*more: object, pictures: Path = data) -> str:
-        result = ztune(*words(pictures, copied, *more, "--quiet"))
+    def refused(*more: object, images: Path = data) -> str:
+        result = ztune(*words(images, copied, *more, "--quiet"))
         assert result.code == 1
         assert (copied / "compare.json").read_bytes() == before
         (line,) = result.err.splitlines()
@@ -237,14 +237,14 @@ def test_another_request_is_refused(
     assert "pixel_queries was 40, now 10" in refused("--pixel-queries", 10)
     assert "settings was {}, now {'zip': {'rank': '2'}}" in refused("--set", "zip.rank=2")
     other = Path(shutil.copytree(data, tmp_path / "other"))
-    assert "data was " in refused(pictures=other)
-    picture = next(iter((data / "one").iterdir()))
-    content = picture.read_bytes()
+    assert "data was " in refused(images=other)
+    image = next(iter((data / "one").iterdir()))
+    content = image.read_bytes()
     try:
-        shutil.copy(next(iter((DIGITS / "nine").iterdir())), picture)
+        shutil.copy(next(iter((DIGITS / "nine").iterdir())), image)
         assert "was begun with other images" in refused()
     finally:
-        picture.write_bytes(content)
+        image.write_bytes(content)
 
 
 def test_what_the_bundle_does_not_give_fails_without_a_run(
@@ -316,9 +316,9 @@ def job(method: str, **settings: Json) -> Job:
 
 def test_a_cell_is_estimated_by_what_it_sends() -> None:
     text = job("bptvlm", part="text")
-    assert (text.changes_texts, text.pictures_per_query, text.n_scored) == (True, 0, 0)
+    assert (text.changes_texts, text.images_per_query, text.n_scored) == (True, 0, 0)
     vision = job("bptvlm", part="vision")
-    assert (vision.changes_texts, vision.pictures_per_query, vision.n_scored) == (False, 20, 100)
+    assert (vision.changes_texts, vision.images_per_query, vision.n_scored) == (False, 20, 100)
     assert job("bptvlm").changes_texts
     assert job("zip").changes_texts
     assert not job("bar").changes_texts
@@ -366,7 +366,7 @@ def test_a_preset_has_its_views() -> None:
         (("--set", "zip.rnk=3"), ('no setting "rnk"', "rank")),
         (("--set", "zip.rank=0"), ("rank is 0",)),
         (("--set", "bar.focal_gamma=1"), ("--set bar", "--methods leaves out")),
-        (("--test-fraction", 0), ("leaves no pictures to test on",)),
+        (("--test-fraction", 0), ("leaves no images to test on",)),
         (("--data", "nowhere"), ("nowhere",)),
     ],
 )

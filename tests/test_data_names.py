@@ -24,10 +24,10 @@ def root(tmp_path: Path) -> Path:
     lists: dict[str, list[list[Any]]] = {"train": [], "val": [], "test": []}
     for label, name in enumerate(CLASSES):
         (images / name).mkdir(parents=True)
-        for place, picture in enumerate(sorted((DIGITS / name).iterdir())[:12]):
+        for place, image in enumerate(sorted((DIGITS / name).iterdir())[:12]):
             role = "train" if place < 6 else "val" if place < 8 else "test"
-            target = f"{name}/{place:02}{picture.suffix}"
-            shutil.copy(picture, images / target)
+            target = f"{name}/{place:02}{image.suffix}"
+            shutil.copy(image, images / target)
             lists[role].append([target, label, name])
     (images.parent / SPEC.splits[0]).write_text(json.dumps(lists))
     return tmp_path / "all"
@@ -95,7 +95,7 @@ def test_no_remark_where_the_template_is_the_papers(
     assert "the papers take" not in done.err
 
 
-def test_eval_scores_on_the_published_test_pictures(ztune: Command, run: Path, root: Path) -> None:
+def test_eval_scores_on_the_published_test_images(ztune: Command, run: Path, root: Path) -> None:
     words = ("--data", "dtd", "--root", root, "--json")
     plain = ztune("eval", MINI, *words).json
     assert (plain["n"], plain["split"], plain["candidates"]) == (12, "test", 3)
@@ -148,7 +148,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     assert scored.json["tuning_pictures"] == 2
     assert "served tuning or validation" in scored.err
 
-    # The same pictures as one's own are refused: there one of each can be removed.
+    # The same images as one's own are refused: there one of each can be removed.
     own = tmp_path / "own"
     for role in ("train", "val", "test"):
         for path in listed(root, role):
@@ -157,7 +157,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     few = ("--shots", 5, "--val", 1, "--method", "gda")
     refused(
         ztune("tune", MINI, "--data", own, *few, "--out", tmp_path / "x", "--quiet"),
-        "the same picture has two",
+        "the same image has two",
         "remove one of each",
     )
 
@@ -174,26 +174,26 @@ def test_a_data_set_for_testing_only(ztune: Command, root: Path, tmp_path: Path)
     assert scored.json["n"] == sum(1 for name in CLASSES[:2] for _ in (DIGITS / name).iterdir())
     refused(
         ztune("tune", MINI, *named, *FEW, "--out", tmp_path / "x", "--quiet"),
-        'data set "imagenetr" has no pictures to tune with, only to test on',
+        'data set "imagenetr" has no images to tune with, only to test on',
     )
     assert not (tmp_path / "x").exists()
 
 
 def test_parquet_files_by_path(ztune: Command, tmp_path: Path) -> None:
-    pictures = [
-        (picture.read_bytes(), label)
+    images = [
+        (image.read_bytes(), label)
         for label, name in enumerate(CLASSES)
-        for picture in sorted((DIGITS / name).iterdir())[:12]
+        for image in sorted((DIGITS / name).iterdir())[:12]
     ]
     folder = tmp_path / "mine"
     for n, part in enumerate(("train", "validation", "test")):
-        rows = pictures[n::3]
+        rows = images[n::3]
         parquet_file(folder / "data" / f"{part}-00000-of-00001.parquet", rows, names=CLASSES)
     out = tmp_path / "run"
     done = ztune("tune", MINI, "--data", folder, *FEW, "--out", out, "--quiet")
     assert done.code == 0, done.err
     assert len(entries_of(out, "test")) == 12
-    assert all(path.startswith("pictures/test/") for path in entries_of(out, "test"))
+    assert all(path.startswith("images/test/") for path in entries_of(out, "test"))
     scored = ztune("eval", MINI, "--data", folder, "--json")
     assert scored.json["n"] == 12
 
@@ -240,7 +240,7 @@ def test_a_root_without_data(ztune: Command, run: Path, root: Path, tmp_path: Pa
     refused(ztune("eval", MINI, *given), "eval needs either --data")
     split = ("--split-file", run / "split.json")
     refused(ztune("eval", MINI, *split, *given), "leave out --root")
-    refused(ztune("eval", run, *given), "a run brings its own pictures", "leave out --root")
+    refused(ztune("eval", run, *given), "a run brings its own images", "leave out --root")
     refused(ztune("tune", "--resume", run, *given), "leave out --root")
     assert ztune("compare", MINI, *given, "--out", tmp_path / "x").code == 2
 

@@ -48,7 +48,7 @@ def test_a_check_counts_what_is_there(ztune: Command, tmp_path: Path, name: str)
     listed = {role: count["listed"] for role, count in document["counts"].items()}
     assert listed == dict(zip(("train", "val", "test"), tree.counts, strict=True))
     assert document["copies"] == {"by_path": 0, "by_content": 0}
-    assert "published" in " ".join(document["warnings"]), "a few pictures are not the data set"
+    assert "published" in " ".join(document["warnings"]), "a few images are not the data set"
     assert not list(folder.glob("split_ztune_*")), "a check writes nothing unasked"
 
 
@@ -60,9 +60,9 @@ def test_a_check_for_people(ztune: Command, tmp_path: Path) -> None:
     assert [line.split() for line in result.out.splitlines() if line.startswith("train")] == [
         ["train", "10", "2,820"]
     ]
-    assert ["pictures", "listed", "published"] in [line.split() for line in result.out.splitlines()]
+    assert ["images", "listed", "published"] in [line.split() for line in result.out.splitlines()]
     assert "{} texture." in result.out
-    assert "warning: 10 train pictures, published: 2,820" in result.err
+    assert "warning: 10 train images, published: 2,820" in result.err
     result = ztune("data", "check", "dtd", "--root", tmp_path, "--prepare")
     assert "saved as split_ztune_DTD.json" in result.out
     split = (folder / "split_ztune_DTD.json").read_text()
@@ -87,7 +87,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(ztune: Command, tmp_path: P
     assert "split file(s) of another name: split_zhou_SUN.json" in result.err
 
 
-def test_missing_pictures(ztune: Command, tmp_path: Path) -> None:
+def test_missing_images(ztune: Command, tmp_path: Path) -> None:
     folder = build(tmp_path, "food101")
     ztune("data", "check", "food101", "--root", tmp_path, "--prepare")
     gone = sorted((folder / "images" / "waffles").glob("0*.jpg"))[:7]
@@ -95,8 +95,8 @@ def test_missing_pictures(ztune: Command, tmp_path: Path) -> None:
         path.unlink()
     result = ztune("data", "check", "food101", "--root", tmp_path)
     assert result.code == 1
-    assert "missing pictures: 7" in result.out
-    assert "7 of 20 pictures are missing" in result.err
+    assert "missing images: 7" in result.out
+    assert "7 of 20 images are missing" in result.err
     document = ztune("data", "check", "food101", "--root", tmp_path, "--json").json
     assert document["missing"]["n"] == 7
     assert len(document["missing"]["first"]) == 5
@@ -106,8 +106,8 @@ def test_missing_pictures(ztune: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("empty", "problem"),
     [
-        ("train", 'data set "dtd" has no train pictures, so none to tune with (get the whole'),
-        ("test", 'data set "dtd" has no test pictures, so none to score on (get the whole'),
+        ("train", 'data set "dtd" has no train images, so none to tune with (get the whole'),
+        ("test", 'data set "dtd" has no test images, so none to score on (get the whole'),
     ],
 )
 def test_lists_that_serve_nothing(ztune: Command, tmp_path: Path, empty: str, problem: str) -> None:
@@ -131,11 +131,11 @@ def test_parquet_files_before_and_after_they_are_extracted(ztune: Command, tmp_p
     result = ztune("data", "check", "dtd", "--root", root)
     assert result.code == 1
     command = f"ztune data check dtd --root {shlex.quote(str(root))} --prepare"
-    assert f"pictures not extracted yet ({command})" in result.err
+    assert f"images not extracted yet ({command})" in result.err
     assert result.out == f"DTD: {folder}\n", "nothing else has to be got"
     result = ztune(*shlex.split(command)[1:])
     assert result.code == 0, result.err
-    assert "split: parquet-pictures/split.json" in result.out
+    assert "split: parquet-images/split.json" in result.out
 
 
 def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def arrays(paths: list[Path]) -> list[Any]:
 GIVEN: dict[str, Callable[[list[Path]], Any]] = {
     "paths": list,
     "words": lambda paths: [str(path) for path in paths],
-    "pictures": lambda paths: [Image.open(path) for path in paths],
+    "images": lambda paths: [Image.open(path) for path in paths],
     "array": lambda paths: np.stack(arrays(paths)),
     "arrays": arrays,
 }

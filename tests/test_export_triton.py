@@ -78,7 +78,7 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
     assert '"logits"' not in (out / "eyes_score" / "config.pbtxt").read_text()
 
 
-def test_defaults_keep_no_pictures_and_python_does(ztune: Command, tmp_path: Path) -> None:
+def test_defaults_keep_no_images_and_python_does(ztune: Command, tmp_path: Path) -> None:
     for number, (backend, keeps) in enumerate((("onnxruntime", False), ("python", True))):
         out = tmp_path / str(number)
         made = ztune("export-triton", MINI, "--backend", backend, "--out", out, "--json")

@@ -100,13 +100,13 @@ def test_paths_images_arrays_and_features_give_the_same_tensors(
     expected = tensors(classifier(model, method).fit(train), tmp_path / "split")
     paths = [path for path, _ in train.split.items("train")]
     y = [train.classes[label] for label in train.split.labels("train")]
-    pictures = [Image.open(path) for path in paths]
-    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    images = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     indices = train.split.labels("train")
     given: dict[str, tuple[Any, Any, Any]] = {
         "paths": (paths[::-1], y[::-1], None),  # files are drawn by what is in them
         "words": ([str(path) for path in paths], y, None),
-        "pictures": (pictures, y, None),
+        "images": (images, y, None),
         "array": (arrays, indices, train.classes),
         "arrays": ([*arrays], np.array(y), None),
         "features": (model.encode_images(paths), y, None),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.preprocess import read_picture
+from runtimes.preprocess import read_image_file
 from tests.conftest import DIGITS, MINI, Command
 from tests.foreign import FOREIGN, NOT_REGULAR
 from tests.ztune.test_data_named import parquet_file, png
@@ -28,8 +28,8 @@ def data(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     for name in ("one", "two"):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:8]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:8]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -90,7 +90,7 @@ def test_parquet_files_with_other_formats_are_refused(
     parquet_file(tmp_path / "train.parquet", [(png(1), 0), (b"BM" + FOREIGN[kind], 1)])
     parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
     with pytest.raises(DataError, match="cannot be read"):
-        read_picture(tmp_path / "out" / "pictures" / "train" / "00000001.bmp")
+        read_image_file(tmp_path / "out" / "images" / "train" / "00000001.bmp")
 
 
 # In a process of its own, since one that waits for a pipe in a thread has to be killed.

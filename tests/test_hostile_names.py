@@ -36,18 +36,18 @@ def harmless(result: Result, *shown: str) -> None:
         assert part in said
 
 
-def pictures(root: Path, names: tuple[str, ...] = NAMES, n: int = 16) -> Path:
+def images(root: Path, names: tuple[str, ...] = NAMES, n: int = 16) -> Path:
     """Return a folder of classes of digits."""
     for name, digit in zip(names, ("one", "two", "three", "four", "five"), strict=True):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / digit).iterdir())[:n]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / digit).iterdir())[:n]:
+            shutil.copy(image, root / name)
     return root
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data") / "\x1b[31mdata")
+    return images(tmp_path_factory.mktemp("data") / "\x1b[31mdata")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_predict_shows_names(ztune: Command, classifier: Path, tmp_path: Path) -
     done = ztune("predict", classifier, files, "--top", 5)
     assert done.code == 0, done.err
     harmless(done, *SHOWN, *(f"{name}.png" for name in FILES))
-    (files / "\x1b[31m.png").write_text("no picture")
+    (files / "\x1b[31m.png").write_text("no image")
     broken = ztune("predict", classifier, files)
     assert broken.code == 1
     harmless(broken, r"\x1b[31m.png")
@@ -118,7 +118,7 @@ def test_predict_shows_names(ztune: Command, classifier: Path, tmp_path: Path) -
 
 
 def test_a_data_check_shows_names(ztune: Command, tmp_path: Path) -> None:
-    root = pictures(tmp_path / "\x1b[31mroot" / "dtd" / "images")
+    root = images(tmp_path / "\x1b[31mroot" / "dtd" / "images")
     harmless(ztune("data", "check", "dtd", "--root", root.parent.parent), r"\x1b[31mroot")
     harmless(ztune("data", "check", "\x1b[2J", "--root", tmp_path), r"\x1b[2J")
 
@@ -210,7 +210,7 @@ shots = [2]
 
 def test_bench_shows_labels(ztune: Command, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.toml", tmp_path / "out"
-    data = pictures(tmp_path / "data", n=8)
+    data = images(tmp_path / "data", n=8)
     plan.write_text(PLAN.format(bundle=MINI, data=data))
     done = ztune("bench", plan, "--out", out, "--provider", "cpu")
     assert done.code == 0, done.err
@@ -329,7 +329,7 @@ TAKING: dict[str, Words] = {
     "pack prompt": lambda url: ("pack", MINI, "--prompt", url, "--out", "c.onnx"),
     "pack out": lambda url: ("pack", MINI, f"--out={url}", "--prompt", "p"),
     "predict classifier": lambda url: ("predict", url, DIGITS),
-    "predict pictures": lambda url: ("predict", "c.onnx", url),
+    "predict images": lambda url: ("predict", "c.onnx", url),
     "quantize bundle": lambda url: ("quantize", url, "--precision", "int8", "--out", "q"),
     "doctor bundle": lambda url: ("doctor", url),
     "compare bundle": lambda url: ("compare", url, "--data", DIGITS, "--out", "out"),

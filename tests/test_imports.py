@@ -290,7 +290,7 @@ def test_predict_loads_only_what_it_needs(tmp_path: Path) -> None:
     assert not {"matplotlib", "onnx", "tokenizers", "ftfy", "rich.progress", "ssl"} & loaded
 
 
-def test_pictures_are_opened_with_a_list_of_formats_everywhere() -> None:
+def test_images_are_opened_with_a_list_of_formats_everywhere() -> None:
     for room in (*ROOMS, "benchmarks"):
         for path in files_of(room):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -55,7 +55,7 @@ def test_a_run_holds_what_it_promises(ztune: Command, tmp_path: Path, cache: Pat
     artifact = read_artifact(out / "prompt.safetensors")
     assert isinstance(artifact, ContextArtifact)
     assert artifact.context.shape == (8, 64)
-    assert len(artifact.tuning_pictures) == 200
+    assert len(artifact.tuning_images) == 200
 
     again = ztune("tune", "--resume", out, "--json")
     assert again.code == 0
@@ -100,14 +100,14 @@ def test_classifier_predicts_what_the_run_predicts(
     for key in ("accuracy", "n", "per_class", "split"):
         assert again[key] == measured[key]
     split = Split.from_json(read_json(out / "split.json", "split"), "split")
-    pictures = [split.file(entry) for entry in split.entries_of("test")]
+    images = [split.file(entry) for entry in split.entries_of("test")]
     model = open_model(MINI, Execution())
     classifier = model.refreshed(read_artifact(prompt)).classifier()
-    items = [(picture, sha256(picture)) for picture in pictures]
-    features = model.features(items, cache, what="pictures").values[0]
+    items = [(image, sha256(image)) for image in images]
+    features = model.features(items, cache, what="images").values[0]
     expected = [split.classes[c] for c in classifier.logits(features).argmax(axis=1)]
-    predicted = ztune("predict", packed, *pictures, "--json").json["predictions"]
-    assert [p["picture"] for p in predicted] == [str(picture) for picture in pictures]
+    predicted = ztune("predict", packed, *images, "--json").json["predictions"]
+    assert [p["picture"] for p in predicted] == [str(image) for image in images]
     assert [p["class"] for p in predicted] == expected
     if method == "gda":
         assert isinstance(read_artifact(prompt), HeadArtifact)
@@ -158,7 +158,7 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
     assert done.code == 0, done.err
     assert done.json["n"] == 1797 - done.json["broken_pictures"]
     assert done.json["tuning_pictures"] == 200
-    assert "200 of these 1797 pictures served tuning" in done.err
+    assert "200 of these 1797 images served tuning" in done.err
     assert done.json["candidates"] == 11
     assert f"choosing among 11 classes (of {names})" in done.err
 
@@ -168,7 +168,7 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
         if called == name:
             shutil.copytree(DIGITS / name, two / called)
     prompt = ("--split", "all", "--prompt", out / "prompt.safetensors", "--json", "--cache", cache)
-    for data, n, whose in ((two, 10, "those it was tuned on"), (other, 3, "the pictures' own")):
+    for data, n, whose in ((two, 10, "those it was tuned on"), (other, 3, "the images' own")):
         done = ztune("eval", MINI, "--data", data, *prompt)
         assert done.code == 0, done.err
         assert done.json["candidates"] == n
@@ -178,7 +178,7 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
     few.write_text("zero\none\n")
     refused = ztune("eval", MINI, "--data", DIGITS, "--split", "all", "--classes", few)
     assert refused.code == 1
-    assert 'class "eight" of the pictures is not among' in refused.err
+    assert 'class "eight" of the images is not among' in refused.err
 
 
 def test_cached_views_are_drawn_for_training(ztune: Command, tmp_path: Path) -> None:
@@ -282,12 +282,12 @@ def test_an_interrupted_run_says_how_to_go_on(
     )
 
 
-def test_resume_refuses_changed_pictures_and_another_bundle(ztune: Command, tmp_path: Path) -> None:
+def test_resume_refuses_changed_images_and_another_bundle(ztune: Command, tmp_path: Path) -> None:
     data, bundle, out = tmp_path / "data", tmp_path / "bundle", tmp_path / "run"
     for name in ("one", "two", "three"):
         (data / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:6]:
-            shutil.copy(picture, data / name)
+        for image in sorted((DIGITS / name).iterdir())[:6]:
+            shutil.copy(image, data / name)
     shutil.copytree(MINI, bundle)
     done = ztune("tune", bundle, "--data", data, "--shots", 4, "--queries", 10, "--out", out)
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Every method of the table from pictures to a deployed classifier, on the embedded bundle."""
+"""Every method of the table from images to a deployed classifier, on the embedded bundle."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for name in CLASSES:
         (root / name).mkdir()
-        for picture in sorted((DIGITS / name).iterdir())[:12]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:12]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -154,7 +154,7 @@ def test_every_method_is_tried_here() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_counts_exactly_what_it_did(method: str, run: Callable[..., Path]) -> None:
-    run("zero-shot")  # whoever comes first encodes the pictures
+    run("zero-shot")  # whoever comes first encodes the images
     out = run(method)
     found = document(out)
     assert found["method"] == method
@@ -179,7 +179,7 @@ def test_a_run_counts_exactly_what_it_did(method: str, run: Callable[..., Path])
     assert dict(artifact.provenance.config) == found["config"]
 
 
-def test_pictures_of_a_batch_are_charged_and_those_of_a_run_with_its_own_cache(
+def test_images_of_a_batch_are_charged_and_those_of_a_run_with_its_own_cache(
     tune: Tune, tmp_path: Path
 ) -> None:
     found = tune(tmp_path / "a", "blackvip", "--set", "batch_size=4", own_cache=True)
@@ -201,12 +201,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     tune(other, method, "--seed", 2)
     # The seed itself stands in the file as well: the tuned values are to differ.
     found, others = (tensors(read_artifact(out / name))[0] for out in (first, other))
-    # Zero-shot looks at no picture.
+    # Zero-shot looks at no image.
     assert np.array_equal(found, others) == (method == "zero-shot")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in dict(KINDS.values())])
-def test_every_other_run_is_scored_on_its_test_pictures(
+def test_every_other_run_is_scored_on_its_test_images(
     method: str, run: Callable[..., Path], ztune: Command
 ) -> None:
     done = ztune("eval", run(method), "--quiet", "--json")
@@ -582,7 +582,7 @@ def test_presets_change_the_configuration(
 
 
 def write_extractor(path: Path, kernel: int = 8) -> None:
-    """Write a network that takes 24 px pictures and gives their pooled pixels."""
+    """Write a network that takes 24 px images and gives their pooled pixels."""
     nodes = [
         helper.make_node(
             "AveragePool", ["x"], ["p"], kernel_shape=[kernel] * 2, strides=[kernel] * 2
@@ -607,7 +607,7 @@ def test_a_decoder_sees_another_extractors_features(
     write_extractor(extractor)
     write_extractor(wrong, 12)
     found = tune(out, "blackvip", "--extractor", extractor, own_cache=True)
-    # Both networks see every picture once.
+    # Both networks see every image once.
     assert found["image_forwards"] == 2 * (N_TRAIN + N_VAL) + 20 * N_TRAIN
     prompt, packed = out / "prompt.safetensors", tmp_path / "classifier.onnx"
     artifact = read_artifact(prompt)

@@ -1,4 +1,4 @@
-"""The default model's making: pictures, captions, tokenizer, training, and the example digits."""
+"""The default model's making: images, captions, tokenizer, training, and the example digits."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from examples.mini_clip import captions as c
 from examples.mini_clip import digits
-from examples.mini_clip.pictures import draw
+from examples.mini_clip.images import draw
 from examples.mini_clip.tokens import CONTEXT_LENGTH, END, START, build_tokenizer, encode
 from examples.mini_clip.train import Settings, evaluate, train
 
@@ -32,17 +32,17 @@ def test_same_seed_same_bytes() -> None:
     assert first.tobytes() != draw(40, np.random.default_rng(4))[0].tobytes()
 
 
-def test_a_caption_is_true_of_its_own_picture() -> None:
+def test_a_caption_is_true_of_its_own_image() -> None:
     rng = np.random.default_rng(0)
     shown = draw(400, rng)[1]
-    captions = [c.describe(picture, rng) for picture in shown]
+    captions = [c.describe(image, rng) for image in shown]
     fits = c.compatible(np.stack([caption.named for caption in captions]), shown)
     assert fits.diagonal().all()
     assert set(shown[:, c.KIND]) == set(range(len(c.KINDS)))
     assert not any("  " in caption.text for caption in captions)
 
 
-def _picture(kind: int, name: str, **values: int) -> c.Rows:
+def _image(kind: int, name: str, **values: int) -> c.Rows:
     row = np.full(c.N_ATTRIBUTES, c.ABSENT, np.int64)
     row[c.KIND] = kind
     row[c.SUBJECT] = c.FIRST_SUBJECT[kind] + c.NAMES[kind].index(name)
@@ -51,23 +51,23 @@ def _picture(kind: int, name: str, **values: int) -> c.Rows:
     return row
 
 
-def test_which_captions_fit_which_pictures() -> None:
-    pictures = np.stack(
+def test_which_captions_fit_which_images() -> None:
+    images = np.stack(
         [
-            _picture(c.DIGIT, "three", INK=c.WHITE, HAND=1),
-            _picture(c.DIGIT, "three", INK=c.BLACK, HAND=0),
-            _picture(c.LETTER, "b", INK=c.WHITE, HAND=1),
-            _picture(c.SHAPE, "circle", INK=c.WHITE, COUNT=2),
-            _picture(c.TEXTURE, "waves", INK=c.WHITE),
+            _image(c.DIGIT, "three", INK=c.WHITE, HAND=1),
+            _image(c.DIGIT, "three", INK=c.BLACK, HAND=0),
+            _image(c.LETTER, "b", INK=c.WHITE, HAND=1),
+            _image(c.SHAPE, "circle", INK=c.WHITE, COUNT=2),
+            _image(c.TEXTURE, "waves", INK=c.WHITE),
         ]
     )
     named = np.full((5, c.N_ATTRIBUTES), c.UNNAMED, np.int64)
-    named[0, c.SUBJECT] = pictures[0, c.SUBJECT]  # "three."
+    named[0, c.SUBJECT] = images[0, c.SUBJECT]  # "three."
     named[1, c.HAND] = 1  # "something handwritten."
-    named[2, [c.SUBJECT, c.COUNT]] = pictures[3, [c.SUBJECT, c.COUNT]]  # "three circles."
+    named[2, [c.SUBJECT, c.COUNT]] = images[3, [c.SUBJECT, c.COUNT]]  # "three circles."
     named[3, c.INK] = c.WHITE  # "something white."
     expected = [[1, 1, 0, 1, 1], [1, 0, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
-    assert np.array_equal(c.compatible(named, pictures), np.array(expected, bool))
+    assert np.array_equal(c.compatible(named, images), np.array(expected, bool))
 
 
 @pytest.mark.parametrize("kind", range(len(c.KINDS)))
@@ -136,9 +136,9 @@ def test_the_example_digits_are_what_the_script_writes() -> None:
     pytest.importorskip("sklearn")
     from PIL import Image
 
-    written = digits.pictures()
+    written = digits.images()
     assert len(written) == 1797 == len(list(EXAMPLES.glob("*/*.png")))
-    for name, picture in written[::300]:
+    for name, image in written[::300]:
         stored = Image.open(EXAMPLES / name)
-        assert stored.mode == picture.mode
-        assert stored.tobytes() == picture.tobytes()
+        assert stored.mode == image.mode
+        assert stored.tobytes() == image.tobytes()

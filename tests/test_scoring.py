@@ -36,7 +36,7 @@ DECODER = VisualArtifact(
 def test_logits_that_are_not_finite_are_no_prediction(value: float) -> None:
     logits = np.eye(4, 3, dtype=np.float32)
     logits[2:, 1] = value
-    with pytest.raises(ZtuneError, match=r"logits that are not finite for picture 3 of 4 \(2 such"):
+    with pytest.raises(ZtuneError, match=r"logits that are not finite for image 3 of 4 \(2 such"):
         score(logits, np.zeros(4, np.int64), ("a", "b", "c"))
     assert score(logits[:2], np.arange(2), ("a", "b", "c")).accuracy == 1
 

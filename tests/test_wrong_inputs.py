@@ -57,8 +57,8 @@ def data(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     for name in ("one", "two", "three"):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:8]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:8]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -177,7 +177,7 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(tune(empty), "holds no pictures")
+    refused(tune(empty), "holds no images")
     refused(tune(tmp_path / "nowhere"), "does not exist")
     one = tmp_path / "one-class"
     shutil.copytree(data / "one", one / "one")
@@ -185,10 +185,10 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     refused(tune(data, "--shots", 16), 'class "', "--shots 16 needs 16")
 
     text = data / "one" / "0.jpg"
-    text.write_text("not a picture")
-    # Every picture of the class is needed, so the broken one cannot be passed by.
+    text.write_text("not an image")
+    # Every image of the class is needed, so the broken one cannot be passed by.
     broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
-    refused(broken, 'class "three" has 8 pictures')
+    refused(broken, 'class "three" has 8 images')
     for name in ("two", "three"):
         extra = sorted((DIGITS / name).iterdir())[20]
         shutil.copy(extra, data / name)
@@ -207,13 +207,13 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         shutil.copytree(data / "one", folder)
     refused(tune(data), '"t wo" and "t_wo" both give the class name')
     shutil.rmtree(twin[0])
-    for picture in twin[1].iterdir():
-        picture.unlink()
-    for picture in sorted((DIGITS / "nine").iterdir())[:8]:
-        shutil.copy(picture, twin[1])
+    for image in twin[1].iterdir():
+        image.unlink()
+    for image in sorted((DIGITS / "nine").iterdir())[:8]:
+        shutil.copy(image, twin[1])
     (data / "ONE").mkdir()
-    for picture in sorted((DIGITS / "four").iterdir())[:8]:
-        shutil.copy(picture, data / "ONE")
+    for image in sorted((DIGITS / "four").iterdir())[:8]:
+        shutil.copy(image, data / "ONE")
     refused(tune(data), "have the same tokens", "'ONE'", "'one'")
 
 
@@ -286,7 +286,7 @@ def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
     refused(ztune("eval", tmp_path / "x"), "does not exist")
     refused(ztune("eval", data), "is a folder without run.json and bundle.json")
     refused(ztune("eval", MINI), "--data FOLDER or --split-file")
-    refused(ztune("eval", MINI, "--data", data), "has no test pictures", "--split all")
+    refused(ztune("eval", MINI, "--data", data), "has no test images", "--split all")
     names, split = tmp_path / "names.txt", tmp_path / "split.json"
     refused(ztune("eval", MINI, "--split-file", split, "--names", names), "leave out --names")
     other = tmp_path / "c.onnx"
@@ -297,7 +297,7 @@ def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
     refused(ztune("predict", tmp_path / "x.onnx", data), "does not exist")
 
 
-def test_a_run_without_test_pictures_says_where_they_could_come_from(
+def test_a_run_without_test_images_says_where_they_could_come_from(
     ztune: Command, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -306,8 +306,8 @@ def test_a_run_without_test_pictures_says_where_they_could_come_from(
     assert done.code == 0, done.err
     assert done.json["val_accuracy"] is None
     assert "no test set" in done.err
-    assert "no validation pictures" in done.err
-    refused(ztune("eval", out), "has no test pictures", "--test-data")
+    assert "no validation images" in done.err
+    refused(ztune("eval", out), "has no test images", "--test-data")
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_names_are_for_data_only(ztune: Command, data: Path, tmp_path: Path) -> 
         refused(ztune(*given), "leave out --names")
 
 
-def test_a_pictures_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: Path) -> None:
-    from ztune.cli.predict import _pictures
+def test_an_images_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: Path) -> None:
+    from ztune.cli.predict import _images
     from ztune.errors import DataError
 
     odd = Path(os.fsdecode(os.fsencode(data / "one") + b"/\xff.jpg"))
@@ -377,18 +377,18 @@ def test_a_pictures_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: 
         pytest.skip("this file system has UTF-8 names only")
     for named in (odd, data):
         with pytest.raises(DataError, match="not UTF-8"):
-            _pictures([named])
+            _images([named])
 
 
 def test_predicting_a_folder_passes_by_what_the_data_room_passes_by(data: Path) -> None:
-    from ztune.cli.predict import _pictures
+    from ztune.cli.predict import _images
 
-    expected = _pictures([data])
+    expected = _images([data])
     assert len(expected) == 24
     for other in (".hidden/a.jpg", "__MACOSX/a.jpg", "one/._0.jpg", "one/notes.txt"):
         (data / other).parent.mkdir(exist_ok=True)
         (data / other).write_text("")
-    assert _pictures([data]) == expected
+    assert _images([data]) == expected
 
 
 def test_an_error_is_one_line_that_any_terminal_can_show(
@@ -473,7 +473,7 @@ def test_access_of_a_text_endpoint() -> None:
         assert able(given, method) == TEXT_METHODS | HEADS
     assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS
     assert able(given, "bar", part="text") == TEXT_METHODS | HEADS | {"bptvlm"}
-    with pytest.raises(ConfigError, match="changed pictures in every query, which this runtime"):
+    with pytest.raises(ConfigError, match="changed images in every query, which this runtime"):
         require("blackvip", given, needs_of_all())
 
 
@@ -485,7 +485,7 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
         ConfigError, match=r'"gda" needs text features, image features, which .* \(ask for them\);'
     ):
         require("gda", given, needs_of_all(), "ask for them")
-    # Pictures may be changed, and yet no logits come back.
+    # Images may be changed, and yet no logits come back.
     with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not give'):
         require("bar", given | {PIXELS}, needs_of_all())
     for method in LOGIT_METHODS:
@@ -503,7 +503,7 @@ def test_access_of_other_runtimes() -> None:
     assert able(EVERYTHING - {IMAGE_TOKENS}, "bptvlm") == set(METHODS) - {"bptvlm"}
     assert able(frozenset((FEATURES, TEXTS)), "zip") == HEADS
     assert able(frozenset((PIXELS, LOGITS)), "zip") == {"bar"}
-    # Pictures and their losses, and no text tower that takes embeddings.
+    # Images and their losses, and no text tower that takes embeddings.
     given = frozenset((LOSS, PIXELS, TEXTS, FEATURES, IMAGE_TOKENS))
     assert able(given, "zip", part="vision") == {"bptvlm", "blackvip"} | HEADS
     assert able(given, "zip") == {"blackvip"} | HEADS
@@ -539,11 +539,11 @@ def test_access_of_other_runtimes() -> None:
         ("ogn", ("--patience", 2), ("finds its weights by cross-validation", "and --patience")),
         ("ogn", ("--reference", MINI), ("ogn takes no differences", "leave out --reference")),
         ("ogn", ("--force",), ("ogn takes no differences", "--reference and --force")),
-        ("ogn", ("--augment", 2), ("ogn sees the same pictures in all rounds", "out --augment")),
+        ("ogn", ("--augment", 2), ("ogn sees the same images in all rounds", "out --augment")),
         (
             "ogn-context",
             ("--augment", 1),
-            ("ogn-context sees the same pictures in all rounds", "leave out --augment"),
+            ("ogn-context sees the same images in all rounds", "leave out --augment"),
         ),
         ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context needs init=",)),
         ("ogn", ("--set", "memory_mb=0"), ("memory_mb is 0.0, expected more than 0",)),
@@ -590,13 +590,13 @@ def test_access_of_other_runtimes() -> None:
         ("zip", ("--snapshots", -1), ("--snapshots is -1, expected 0 or more",)),
         ("zip", ("--snapshots", "5,x"), ('--snapshots is "5,x"', "query counts as in 25,50")),
         ("zip", ("--snapshots", "0,5"), ('--snapshots is "0,5", expected a number',)),
-        ("zip", ("--keep", "best", "--val", 0), ("need validation pictures (--val)",)),
-        ("bar", ("--patience", 3, "--val", 0), ("need validation pictures (--val)",)),
+        ("zip", ("--keep", "best", "--val", 0), ("need validation images (--val)",)),
+        ("bar", ("--patience", 3, "--val", 0), ("need validation images (--val)",)),
         ("gda", ("--keep", "best"), ("gda has no steps: leave out --keep",)),
         ("gda", ("--patience", 2), ("gda has no steps: leave out --patience",)),
         ("gda", ("--snapshots", 2), ("gda has no steps: leave out --snapshots",)),
         ("gda", ("--reference", MINI), ("gda has no steps", "leave out --reference and --force")),
-        ("bar", ("--reference", MINI), ("bar encodes pictures anew", "leave out --reference")),
+        ("bar", ("--reference", MINI), ("bar encodes images anew", "leave out --reference")),
     ],
 )
 def test_wrong_settings_of_methods(
@@ -613,30 +613,28 @@ def test_wrong_settings_of_methods(
     assert not out.exists()
 
 
-def test_validation_pictures_that_a_method_asks_for(
+def test_validation_images_that_a_method_asks_for(
     ztune: Command, data: Path, tmp_path: Path
 ) -> None:
-    # All eight pictures of a class tune, so none is left to validate on.
+    # All eight images of a class tune, so none is left to validate on.
     out = tmp_path / "run"
     words = (
         "tune", MINI, "--data", data, "--shots", 8, "--method", "zip", "--queries", 100,
         "--out", out,
     )  # fmt: skip
-    refused(ztune(*words, "--keep", "best"), "needs validation pictures")
+    refused(ztune(*words, "--keep", "best"), "needs validation images")
     small = ("--method", "sharpzo", "--set", "intrinsic_dim=10", "--set", "population=4")
-    refused(ztune(*words, *small, "--set", "warmup_patience=2"), "needs validation pictures")
+    refused(ztune(*words, *small, "--set", "warmup_patience=2"), "needs validation images")
     assert not out.exists()
 
 
-def test_a_coarse_bundle_and_pictures_that_change(
-    ztune: Command, data: Path, tmp_path: Path
-) -> None:
+def test_a_coarse_bundle_and_images_that_change(ztune: Command, data: Path, tmp_path: Path) -> None:
     int8 = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8").path
     out = tmp_path / "run"
     words = ("tune", int8, "--data", data, "--shots", 2, "--queries", 6, "--method", "bar")
     refused(
         ztune(*words, "--out", out),
-        "the signal of pictures that are encoded anew cannot be measured",
+        "the signal of images that are encoded anew cannot be measured",
         "the bundle is int8",
         "use the fp32 bundle, or go on with --force",
     )
@@ -644,7 +642,7 @@ def test_a_coarse_bundle_and_pictures_that_change(
     assert json.loads((out / "run.json").read_text())["status"] == "refused"
     forced = ztune(*words, "--out", out, "--force")
     assert forced.code == 0, forced.err
-    assert "warning: the signal of pictures that are encoded anew" in forced.err
+    assert "warning: the signal of images that are encoded anew" in forced.err
     document = json.loads((out / "run.json").read_text())
     assert document["signal"]["forced"] is True
     assert document["queries"] == 6
@@ -697,7 +695,7 @@ def test_a_loss_that_is_not_finite_names_the_query_and_leaves_a_state_to_go_on_f
             features[3, 1, 0] = np.nan
         return features
 
-    def broken_pictures(prompts: BorderPrompts, visual: F32, pixels: U8, features: F32) -> F32:
+    def broken_images(prompts: BorderPrompts, visual: F32, pixels: U8, features: F32) -> F32:
         encoded = border(prompts, visual, pixels, features)
         if third:
             encoded[3, 1, 0] = np.nan
@@ -706,7 +704,7 @@ def test_a_loss_that_is_not_finite_names_the_query_and_leaves_a_state_to_go_on_f
     with monkeypatch.context() as patched:
         patched.setattr(FewShotObjective, "__call__", watched)
         patched.setattr(OrtPromptEncoder, "encode", broken_texts)
-        patched.setattr(BorderPrompts, "encode", broken_pictures)
+        patched.setattr(BorderPrompts, "encode", broken_images)
         refused(
             ztune(*given, "--out", out),
             f"query {2 * step + 4}, batch 3, candidate 4 of {step}: the loss is nan",

@@ -11,13 +11,13 @@ LOSS = "loss"
 CONTEXTS = "contexts"
 """The text tower takes embeddings before the class names."""
 LOGITS = "logits"
-"""Logits of every picture and class."""
+"""Logits of every image and class."""
 TEXTS = "texts"
-"""Features of texts, which pictures are compared with on the host."""
+"""Features of texts, which images are compared with on the host."""
 FEATURES = "features"
 """Image features, to be read once."""
 PIXELS = "pixels"
-"""Changed pictures may be sent and are encoded anew with every query."""
+"""Changed images may be sent and are encoded anew with every query."""
 IMAGE_TOKENS = "image tokens"
 """The image tower takes extra tokens."""
 
@@ -28,7 +28,7 @@ _SENTENCES = {
     CONTEXTS: "text prompts as embeddings",
     TEXTS: "text features",
     FEATURES: "image features",
-    PIXELS: "changed pictures in every query",
+    PIXELS: "changed images in every query",
     IMAGE_TOKENS: "extra tokens in the image tower",
 }
 

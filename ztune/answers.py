@@ -19,7 +19,7 @@ def top_k_logits(logits: NDArray[Real], k: int) -> NDArray[Real]:
     """Return log-probabilities [..., C] as known from the k most probable classes alone.
 
     What the endpoint leaves out is shared by the other classes evenly. Logits [..., C] whose k is C
-    or more come back as log-probabilities, which differ by a constant for each picture.
+    or more come back as log-probabilities, which differ by a constant for each image.
     """
     C = logits.shape[-1]
     moved = logits.astype(np.float64)

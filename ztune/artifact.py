@@ -24,7 +24,7 @@ VERSION = 1
 
 
 Fingerprints = NDArray[np.uint64]
-"""u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tuning has seen, so that
+"""u64[n], sorted: the first 8 bytes of the SHA-256 of every image that tuning has seen, so that
 an evaluation can say when it scores one of them."""
 
 
@@ -57,7 +57,7 @@ class ContextArtifact:
     """f32[C, e], unit rows; None where a server gave losses alone."""
     logit_scale: float
     logit_bias: float
-    tuning_pictures: Fingerprints = field(default_factory=_none)
+    tuning_images: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
         """Return what scores features.
@@ -88,7 +88,7 @@ class MixtureArtifact:
     logit_bias: float
     at_once: int
     """Prompts encoded in a call, which low precision scales by what is in it."""
-    tuning_pictures: Fingerprints = field(default_factory=_none)
+    tuning_images: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
         return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
@@ -104,7 +104,7 @@ class HeadArtifact:
     """f32[C, e]"""
     bias: F32
     """f32[C]"""
-    tuning_pictures: Fingerprints = field(default_factory=_none)
+    tuning_images: Fingerprints = field(default_factory=_none)
     kernel: Kernel | None = None
 
     def classifier(self) -> FeatureClassifier:
@@ -118,7 +118,7 @@ class VisualArtifact:
     classes: tuple[str, ...]
     provenance: Provenance
     program: str
-    """One of PROGRAMS: what the values do to a picture."""
+    """One of PROGRAMS: what the values do to an image."""
     visual: F32
     """border f32[3, S, S] before its sigmoid; decoder f32[n]; tokens f32[n, w]."""
     text_features: F32
@@ -130,10 +130,10 @@ class VisualArtifact:
     templates: tuple[str, ...] = ()
     """The hand-written sentences otherwise."""
     statistics: F32 | None = None
-    """f32[2, n], a decoder's normalisation means and variances over the training pictures."""
+    """f32[2, n], a decoder's normalisation means and variances over the training images."""
     extractor: str = ""
     """SHA-256 of the decoder's own feature extractor; empty: the bundle's image tower."""
-    tuning_pictures: Fingerprints = field(default_factory=_none)
+    tuning_images: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
         return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
@@ -185,7 +185,7 @@ def artifact_bytes(artifact: Artifact) -> bytes:
         "queries": p.queries,
         "stop_reason": p.stop_reason,
     }
-    arrays: dict[str, NDArray[np.generic]] = {"tuning_pictures": artifact.tuning_pictures}
+    arrays: dict[str, NDArray[np.generic]] = {"tuning_pictures": artifact.tuning_images}
     if isinstance(artifact, HeadArtifact):
         arrays |= {"weight": artifact.weight, "bias": artifact.bias}
         if artifact.kernel is not None:
@@ -297,9 +297,9 @@ def read_artifact(path: Path) -> Artifact:
             )
         return array
 
-    pictures = arrays.pop("tuning_pictures", None)
-    if pictures is None or pictures.dtype != np.uint64 or pictures.ndim != 1:
-        raise FormatError(f"{where}: tensor tuning_pictures is missing or not uint64 of (n,)")
+    images = arrays.pop("tuning_pictures", None)
+    if images is None or images.dtype != np.uint64 or images.ndim != 1:
+        raise FormatError(f"{where}: tensor tuning_images is missing or not uint64 of (n,)")
     artifact: Artifact
     kind = top.text("kind", among=("context", "mixture", "head", "kernel", "visual"))
     if kind in ("head", "kernel"):
@@ -308,7 +308,7 @@ def read_artifact(path: Path) -> Artifact:
             keys = unit_rows("keys", None, weight.shape[1])
             sharpness = positive("sharpness", _MOST_SHARPNESS)
             kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
-        artifact = HeadArtifact(classes, provenance, weight, bias, pictures, kernel)
+        artifact = HeadArtifact(classes, provenance, weight, bias, images, kernel)
     elif kind == "mixture":
         tokens = token_ids()
         artifact = MixtureArtifact(
@@ -320,7 +320,7 @@ def read_artifact(path: Path) -> Artifact:
             positive("logit_scale"),
             float(tensor("logit_bias", 1)[0]),
             top.integer("at_once"),
-            pictures,
+            images,
         )
         if np.abs(artifact.text_features).max() > _LARGEST_FEATURE:
             raise FormatError(
@@ -341,7 +341,7 @@ def read_artifact(path: Path) -> Artifact:
             context = tensor("context", None, None)
         if kind == "context" and context is not None:
             artifact = ContextArtifact(
-                classes, provenance, context, text_features, logit_scale, logit_bias, pictures
+                classes, provenance, context, text_features, logit_scale, logit_bias, images
             )
         else:
             assert text_features is not None
@@ -371,7 +371,7 @@ def read_artifact(path: Path) -> Artifact:
                 templates,
                 statistics() if program == "decoder" else None,
                 extractor,
-                pictures,
+                images,
             )
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")

@@ -20,7 +20,7 @@ class Budget:
     text_forwards: int = 0
     """Class prompts encoded: P * C per call, of queries and of the check's probes."""
     image_forwards: int = 0
-    """Pictures encoded for this run; views count each, those found in the cache do not."""
+    """Images encoded for this run; views count each, those found in the cache do not."""
     probe_queries: int = 0
     """Candidates that the signal check evaluated before the run; the method's budget stays its."""
     sent: int = 0
@@ -67,7 +67,7 @@ class Budget:
     def commit(self, n_texts: int, n_images: int = 0) -> None:
         """Charge what was reserved, once its answers are part of the state to be saved.
 
-        A query of it encoded `n_texts` class prompts and `n_images` pictures.
+        A query of it encoded `n_texts` class prompts and `n_images` images.
         """
         self.queries += self._reserved
         self.text_forwards += self._reserved * n_texts

@@ -24,7 +24,7 @@ _WORTH_A_WORD = 120.0
 
 @dataclass(frozen=True)
 class RunChecks:
-    """What is asked for, of which pictures and towers."""
+    """What is asked for, of which images and towers."""
 
     run_config: RunConfig
     split: Split
@@ -55,7 +55,7 @@ class RunChecks:
         else:
             self._check_contexts(tuned, start())
             self._check_signal(tuned)
-            self._check_pictures(tuned)
+            self._check_images(tuned)
             self._announce(tuned)
         model.tokenizer.release()  # every text of the run has been seen
         return_free_memory()
@@ -85,7 +85,7 @@ class RunChecks:
         run_config = self.run_config
         if config.program is not None and run_config.reference:
             raise ConfigError(
-                f"{run_config.method} encodes pictures anew, so there is no signal to measure: "
+                f"{run_config.method} encodes images anew, so there is no signal to measure: "
                 "leave out `reference`"
             )
         if config.program is None and config.finest and not self.measured:
@@ -96,7 +96,7 @@ class RunChecks:
                 "measure: leave out `reference` and `force`"
             )
 
-    def _check_pictures(self, config: TunedConfig) -> None:
+    def _check_images(self, config: TunedConfig) -> None:
         """See that validation and views fit the method and the split."""
         run_config = self.run_config
         if config.mixes and run_config.validates:
@@ -106,11 +106,11 @@ class RunChecks:
             )
         if config.keeps_batch and run_config.augment:
             raise ConfigError(
-                f"{run_config.method} sees the same pictures in all rounds, so one random view of "
+                f"{run_config.method} sees the same images in all rounds, so one random view of "
                 "each: leave out `augment`"
             )
         if (run_config.validates or config.validates) and not self.split.entries_of("val"):
-            raise ConfigError("a run that validation steers needs validation pictures (`val`)")
+            raise ConfigError("a run that validation steers needs validation images (`val`)")
 
     def _announce(self, config: TunedConfig) -> None:
         seconds = config.own_seconds(self.run_config.queries)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from runtimes.held import digest_of
-from runtimes.preprocess import ImageLike, held_picture
-from ztune.data.folders import Listing, Picture
+from runtimes.preprocess import ImageLike, read_held_image
+from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import Split, SplitSettings
@@ -139,15 +139,15 @@ class Dataset:
         except ValueError:  # of several drives
             raise DataError("`images` lie on several drives, expected one") from None
         held: dict[Path, Image.Image] = {}
-        pictures = []
+        listed = []
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
             if isinstance(image, str | Path):
                 path = Path(image).absolute().relative_to(root).as_posix()
             else:
                 path = f"{MEMORY.name}-{number:09d}"
-                held[root / path] = held_picture(image, f"image {number}")
-            pictures.append(Picture(path, classes.index(name), None))
-        return cls(Listing(root, classes, tuple(pictures), 0), held=held)
+                held[root / path] = read_held_image(image, f"image {number}")
+            listed.append(ListedImage(path, classes.index(name), None))
+        return cls(Listing(root, classes, tuple(listed), 0), held=held)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Dataset:
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self.listing.pictures)
+        return len(self.listing.images)
 
     def split(
         self,
@@ -190,7 +190,7 @@ class Dataset:
         Raises: DataError for data with test images of its own, one image with two classes, or a
             class without images.
         """
-        if any(picture.split not in (None, "train") for picture in self.listing.pictures):
+        if any(image.split not in (None, "train") for image in self.listing.images):
             raise DataError("the data have validation or test images of their own: use split()")
         order = None if self.held else seed
         return TrainingSet(whole_split(self.listing, self._digest, order), self.template, self.held)

@@ -22,7 +22,7 @@ from ztune.types import F32, I64, U8, Json
 
 @dataclass(frozen=True)
 class Changeable:
-    """Pictures that are encoded anew under visual prompts."""
+    """Images that are encoded anew under visual prompts."""
 
     pixels: U8
     """u8[V, N, S, S, 3], on disk."""
@@ -32,20 +32,20 @@ class Changeable:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Training and validation pictures: never those kept for testing."""
+    """Training and validation images: never those kept for testing."""
 
     features: F32
-    """f32[V, N, e], the training pictures and their views."""
+    """f32[V, N, e], the training images and their views."""
     labels: I64
     """i64[N]"""
     val_features: F32 | None
-    """f32[n, e], None without validation pictures."""
+    """f32[n, e], None without validation images."""
     val_labels: I64
     n_encoded: int
     n_cached: int
     n_broken: int
     changeable: Changeable | None = None
-    """The training pictures, where the method changes pictures."""
+    """The training images, where the method changes images."""
     val_changeable: Changeable | None = None
 
     def shots(self, text_features: F32, logit_scale: float, logit_bias: float) -> Shots:
@@ -82,16 +82,16 @@ class SplitEncoder:
     model: Model
 
     def training(self) -> tuple[Features, I64]:
-        """Return the training pictures' features, and the labels i64[N] of those readable.
+        """Return the training images' features, and the labels i64[N] of those readable.
 
         Raises: ZtuneError for a class without any.
         """
-        train = self._encoded("train", "training pictures", self.run_config.augment)
+        train = self._encoded("train", "training images", self.run_config.augment)
         labels = self.split.labels("train")[train.kept]
         missing = sorted(set(range(len(self.split.classes))) - set(labels.tolist()))
         if missing:
             name = self.split.classes[missing[0]]
-            raise ZtuneError(f'class "{name}" has no picture that can be read')
+            raise ZtuneError(f'class "{name}" has no image that can be read')
         return train, labels
 
     def encode(self, *, changeable: bool) -> EncodedSplit:
@@ -102,7 +102,7 @@ class SplitEncoder:
         n_broken = int((~train.kept).sum())
         val, val_labels = None, self.split.labels("val")
         if len(val_labels):
-            val = self._encoded("val", "validation pictures", 0)
+            val = self._encoded("val", "validation images", 0)
             val_labels = val_labels[val.kept]
             n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
             n_broken += int((~val.kept).sum())
@@ -140,11 +140,11 @@ class SplitEncoder:
     def _changeable(
         self, role: SplitName, encoded: Features, n_views: int
     ) -> tuple[Changeable, tuple[int, int]]:
-        """Return a role's pictures to change, and how many were encoded of how many wanted."""
+        """Return a role's images to change, and how many were encoded of how many wanted."""
         extracted, n_more = encoded.values, (0, 0)
         if self.run_config.extractor is not None:
             found = self._encoded(
-                role, "pictures for the extractor", n_views, Path(self.run_config.extractor)
+                role, "images for the extractor", n_views, Path(self.run_config.extractor)
             )
             extracted = found.values
             n_more = found.n_encoded, extracted.shape[0] * extracted.shape[1]
@@ -167,6 +167,6 @@ class SplitEncoder:
 
 
 def fingerprints(split: Split) -> Any:
-    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every picture that tunes."""
+    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every image that tunes."""
     entries = [*split.entries_of("train"), *split.entries_of("val")]
     return np.array(sorted(int(entry.sha256[:16], 16) for entry in entries), dtype=np.uint64)

@@ -6,7 +6,7 @@ class ZtuneError(Exception):
 
 
 class DataError(ZtuneError):
-    """Pictures, folders, manifests or splits that cannot be used as they are."""
+    """Images, folders, manifests or splits that cannot be used as they are."""
 
 
 class StorageError(DataError):

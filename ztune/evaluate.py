@@ -17,7 +17,7 @@ from ztune.data.features import Features
 from ztune.data.moved import new_roots, relocated
 from ztune.data.sources import read_source
 from ztune.data.split import Split
-from ztune.data.splitter import digest_pictures
+from ztune.data.splitter import digest_images
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
@@ -34,7 +34,7 @@ _AT_ONCE = 32  # images whose pixels are in memory
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures to score: files with their SHA-256, class names, and what they are called."""
+    """Images to score: files with their SHA-256, class names, and what they are called."""
 
     items: list[tuple[Path, str]]
     labels: I64
@@ -60,14 +60,14 @@ class LabelledImages:
         unknown = [name for name in self.classes if name not in index]
         if unknown:
             raise DataError(
-                f'class "{unknown[0]}" of the pictures is not among {whose} '
+                f'class "{unknown[0]}" of the images is not among {whose} '
                 f"({', '.join(candidates[:5])}{', ...' if len(candidates) > 5 else ''}); "
                 f"{len(unknown)} such class(es) in all"
             )
         return np.array([index[self.classes[label]] for label in self.labels], dtype=np.int64)
 
     def n_tuned_on(self, fingerprints: Iterable[int]) -> int:
-        """Return how many of the pictures served tuning or validation."""
+        """Return how many of the images served tuning or validation."""
         known = {int(value) for value in fingerprints}
         return sum(int(digest[:16], 16) in known for _, digest in self.items)
 
@@ -85,16 +85,16 @@ def read_labelled(
     for note in dataset.notes:
         progress.remark(note)
     if split == "test":
-        chosen = tuple(p for p in dataset.pictures if p.split == "test")
+        chosen = tuple(p for p in dataset.images if p.split == "test")
         if not chosen:
             raise DataError(
-                f'data "{place}" has no test pictures of its own (use `split=all`, or '
+                f'data "{place}" has no test images of its own (use `split=all`, or '
                 "`split_file=RUN/split.json` for those that a run kept)"
             )
-        dataset = replace(dataset, pictures=chosen)
-    digests = digest_pictures(dataset)
-    items = [(dataset.root / p.path, d) for p, d in zip(dataset.pictures, digests, strict=True)]
-    labels = np.array([p.label for p in dataset.pictures], dtype=np.int64)
+        dataset = replace(dataset, images=chosen)
+    digests = digest_images(dataset)
+    items = [(dataset.root / p.path, d) for p, d in zip(dataset.images, digests, strict=True)]
+    labels = np.array([p.label for p in dataset.images], dtype=np.int64)
     return LabelledImages(items, labels, dataset.classes, split)
 
 
@@ -120,7 +120,7 @@ def labelled_of_split(
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:
             raise DataError(
-                f"{where} has no test pictures (tune with `test_data` or more pictures, or "
+                f"{where} has no test images (tune with `test_data` or more images, or "
                 "evaluate the bundle on other `data`)"
             )
     try:
@@ -178,7 +178,7 @@ def score_run(
         model,
         images.items,
         cache or run_config.cache_folder(folder.path),
-        what="test pictures",
+        what="test images",
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=extractor_for(artifact, extractor, run_config.extractor),
     )
@@ -227,7 +227,7 @@ def score_bundle(
         model,
         images.items,
         MemoryCache() if cache is None else cache,
-        what="pictures",
+        what="images",
         skip_broken=skip_broken,
         extractor=needed,
     )
@@ -241,7 +241,7 @@ def score_bundle(
 
 @dataclass(frozen=True)
 class TestFeatures:
-    """Pictures, as (file, SHA-256), and a bundle to score them with."""
+    """Images, as (file, SHA-256), and a bundle to score them with."""
 
     model: Model
     items: Sequence[tuple[Path, str]]
@@ -253,7 +253,7 @@ class TestFeatures:
     extractor: Path | None = None
 
     def logits(self, artifact: Artifact) -> F32:
-        """Return f32[n, C] of the pictures that can be read.
+        """Return f32[n, C] of the images that can be read.
 
         Raises: ConfigError when the artifact was tuned with another extractor.
         """
@@ -284,7 +284,7 @@ class TestFeatures:
         ).values[0]
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield u8[n, S, S, 3] and the place of its first picture."""
+        """Yield u8[n, S, S, 3] and the place of its first image."""
         encoder = self.model.images()
         kept = [item for item, keep in zip(self.items, self.plain.kept, strict=True) if keep]
         for first in range(0, len(kept), _AT_ONCE):
@@ -301,7 +301,7 @@ def encode_test(
     skip_broken: bool,
     extractor: Path | None = None,
 ) -> TestFeatures:
-    """Encode the pictures as they are."""
+    """Encode the images as they are."""
     plain = model.features(items, cache, what=what, skip_broken=skip_broken)
     return TestFeatures(model, items, cache, what, skip_broken, plain, extractor)
 

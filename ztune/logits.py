@@ -1,4 +1,4 @@
-"""From a picture's feature to logits: what every artifact comes down to."""
+"""From an image's feature to logits: what every artifact comes down to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ztune.types import F32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A part of the logits that looks at remembered pictures: exp(−sharpness (1 − f keysᵀ)) values.
+    """A part of the logits that looks at remembered images: exp(−sharpness (1 − f keysᵀ)) values.
 
     On unit features 1 − f·k is half the squared distance: this is an RBF kernel.
     """

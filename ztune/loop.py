@@ -38,15 +38,15 @@ Observer = Callable[[Tuning, Evaluation], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation pictures, for passes that steer."""
+    """The validation images, for passes that steer."""
 
     oracle: Oracle
-    n_pictures: int
+    n_images: int
 
     @property
     def batch(self) -> Batch:
         """All of them; number 0, since it is none of the sampler's."""
-        every: I64 = np.arange(self.n_pictures, dtype=np.int64)
+        every: I64 = np.arange(self.n_images, dtype=np.int64)
         return Batch(every, np.zeros_like(every), 0)
 
 
@@ -76,7 +76,7 @@ def tune(
         answering, before = oracle, tuning.sampler.state()
         if proposal.validation:
             if held_out is None:
-                raise ConfigError("the method asks for validation pictures, and there are none")
+                raise ConfigError("the method asks for validation images, and there are none")
             answering, batch = held_out.oracle, held_out.batch
         else:
             batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
@@ -89,7 +89,7 @@ def tune(
             tuning.sampler.restore(before)  # the state to go on from has not drawn this batch
             raise
         tuning.optimizer.tell(evaluation)
-        tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.pictures)))
+        tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.images)))
         tuning.step += 1
         observe(tuning, evaluation)
 
@@ -110,7 +110,7 @@ def _require_finite(prompts: Prompts) -> None:
             )
 
 
-def forwards_per_query(prompts: Prompts, n_classes: int, n_pictures: int) -> tuple[int, int]:
-    """Return text and image forwards of one candidate on a batch of `n_pictures`."""
+def forwards_per_query(prompts: Prompts, n_classes: int, n_images: int) -> tuple[int, int]:
+    """Return text and image forwards of one candidate on a batch of `n_images`."""
     texts = n_classes if prompts.contexts is not None else 0
-    return texts, n_pictures if prompts.visual is not None else 0
+    return texts, n_images if prompts.visual is not None else 0

@@ -38,7 +38,7 @@ class TunedMethod:
     config: type[Any]
     """Builds a TunedConfig."""
     augment: int = 0
-    """Cached random views per training picture in preset `published`."""
+    """Cached random views per training image in preset `published`."""
     tuned: Mapping[str, Json] = field(default_factory=dict)
     """Settings of preset `tuned`; empty where the published ones were not beaten."""
 
@@ -125,14 +125,14 @@ METHODS: dict[str, Method] = {
         ),
         TunedMethod(
             "blackvip",
-            "a picture-dependent visual prompt from a small decoder",
+            "an image-dependent visual prompt from a small decoder",
             f"BlackVIP, CVPR 2023 (arXiv 2303.14773), {_BLACK_BOX}",
             BlackVipConfig,
             augment=16,
         ),
         TunedMethod(
             "bar",
-            "black-box adversarial reprogramming: a trained border around the picture",
+            "black-box adversarial reprogramming: a trained border around the image",
             f"BAR, ICML 2020 (arXiv 2007.08714), {_BLACK_BOX}",
             BarConfig,
             augment=16,

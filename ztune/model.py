@@ -26,7 +26,7 @@ from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
 from ztune.compositions.base import ModelSpec, Patches
 from ztune.data.cache import FeatureCache, FeatureStore
-from ztune.data.features import Features, encode_pictures
+from ztune.data.features import Features, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.mixing import mixed_texts
@@ -152,7 +152,7 @@ class Model:
         skip_broken: bool = False,
         extractor: Path | None = None,
     ) -> Features:
-        """Encode pictures, those cached left out; the tower is closed again afterwards.
+        """Encode images, those cached left out; the tower is closed again afterwards.
 
         `extractor` is another tower's ONNX file that takes the same pixels.
         """
@@ -160,7 +160,7 @@ class Model:
         if extractor is not None:
             encoder = OrtExtractor(extractor, self.bundle, self.execution)
         with self.progress.activity(what, len(items) * max(1, n_views)) as ticker:
-            result = encode_pictures(
+            result = encode_files(
                 encoder,
                 items,
                 FeatureCache(cache) if isinstance(cache, Path) else cache,
@@ -171,7 +171,7 @@ class Model:
                 skip_broken=skip_broken,
             )
         if not result.kept.all():
-            warn(f"{what}: {int((~result.kept).sum())} broken pictures left out")
+            warn(f"{what}: {int((~result.kept).sum())} broken images left out")
         return result
 
     def encode_images(self, images: Sequence[ImageLike]) -> F32:
@@ -187,8 +187,8 @@ class Model:
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
-            pictures = [read_image(image, f"image {first + n}") for n, image in enumerate(batch)]
-            pixels = [crop(picture, self.bundle.image) for picture in pictures]
+            decoded = [read_image(image, f"image {first + n}") for n, image in enumerate(batch)]
+            pixels = [crop(image, self.bundle.image) for image in decoded]
             pixels += pixels[:1] * (_BATCH - len(pixels))
             parts.append(encoder.encode(np.stack(pixels))[: len(batch)])
         if not parts:
@@ -229,7 +229,7 @@ class Model:
     def spec(self, n_extracted: int) -> ModelSpec:
         """Return what a method may know of the bundle before it asks anything.
 
-        `n_extracted` is how many values of a picture a decoder sees.
+        `n_extracted` is how many values of an image a decoder sees.
         """
         bundle, visual = self.bundle, self.bundle.visual
         patches = None

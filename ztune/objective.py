@@ -1,4 +1,4 @@
-"""The few-shot loss as an oracle: pictures' features against the text features of candidates."""
+"""The few-shot loss as an oracle: images' features against the text features of candidates."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class NumpyScores:
         logit_bias: float = 0.0,
         loss: Loss = cross_entropy,
     ):
-        """Take what gives the texts' features and the pictures'; logit_scale multiplies.
+        """Take what gives the texts' features and the images'; logit_scale multiplies.
 
         Texts are encoded from contexts, or hand-written sentences' unit features f32[C, e];
-        pictures are unit features f32[V, N, e], or encoded anew under visual prompts.
+        images are unit features f32[V, N, e], or encoded anew under visual prompts.
         """
         self._texts = encoder
         self._features = features
@@ -81,8 +81,8 @@ class NumpyScores:
     @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite says all
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         texts = self._encoded_texts(prompts)
-        # Many classes and pictures are scored some candidates at a time, and then without logits:
-        # those of 1,000 classes, 16,000 pictures and 40 candidates would take gigabytes.
+        # Many classes and images are scored some candidates at a time, and then without logits:
+        # those of 1,000 classes, 16,000 images and 40 candidates would take gigabytes.
         together = max(1, LOGITS_AT_ONCE // (len(labels) * texts.shape[1]))
         if together >= len(prompts):
             return self._scored(texts, prompts.visual, batch, labels)
@@ -98,14 +98,14 @@ class NumpyScores:
     def _scored(self, texts: F32, visual: F32 | None, batch: Batch, labels: I64) -> Scores:
         """Score candidates with texts f32[P, C, e], or f32[1, C, e] for all."""
         if isinstance(self._features, np.ndarray):
-            pictures = self._features[batch.views, batch.pictures]
+            images = self._features[batch.views, batch.images]
             # One product for all candidates: with few classes, many small ones cost more than they
             # do.
-            cosines = pictures @ texts.reshape(-1, texts.shape[-1]).T
-            cosines = cosines.reshape(len(pictures), *texts.shape[:2]).transpose(1, 0, 2)
+            cosines = images @ texts.reshape(-1, texts.shape[-1]).T
+            cosines = cosines.reshape(len(images), *texts.shape[:2]).transpose(1, 0, 2)
         else:
             if visual is None:
-                raise ConfigError("pictures under visual prompts were scored without any")
+                raise ConfigError("images under visual prompts were scored without any")
             cosines = self._features.encode(visual, batch) @ texts.transpose(0, 2, 1)
         logits = np.ascontiguousarray(self._scale * cosines + self._bias)
         losses = self._loss(logits, labels).mean(axis=-1)
@@ -125,7 +125,7 @@ class FewShotObjective:
     """Softmax cross-entropy over the classes, also for models trained with another loss."""
 
     def __init__(self, scorer: Scorer, labels: I64):
-        """Take what scores, and the labels i64[N] of all its pictures."""
+        """Take what scores, and the labels i64[N] of all its images."""
         self._scorer = scorer
         self._labels = labels
 
@@ -134,7 +134,7 @@ class FewShotObjective:
 
         Raises: NotFiniteError naming the candidate whose loss is not finite.
         """
-        labels = self._labels[batch.pictures]
+        labels = self._labels[batch.images]
         scores = self._scorer(prompts, batch, labels)
         losses = scores.losses
         if not np.isfinite(losses).all():
@@ -153,47 +153,47 @@ def required_logits(evaluation: Evaluation) -> F32:
     Raises: ConfigError where the oracle gave losses alone.
     """
     if evaluation.logits is None:
-        raise ConfigError("the method needs the logits of every picture, and got losses alone")
+        raise ConfigError("the method needs the logits of every image, and got losses alone")
     return evaluation.logits
 
 
 class BatchSampler:
-    """Batches of pictures: all of them where they fit, else a new order each epoch.
+    """Batches of images: all of them where they fit, else a new order each epoch.
 
     The remainder of an epoch that fills no batch is dropped, as the published loops do.
     """
 
-    def __init__(self, n_pictures: int, batch_size: int, n_views: int, rng: np.random.Generator):
-        self._n_pictures = n_pictures
-        self._size = min(batch_size, n_pictures)
+    def __init__(self, n_images: int, batch_size: int, n_views: int, rng: np.random.Generator):
+        self._n_images = n_images
+        self._size = min(batch_size, n_images)
         self._n_views = n_views
         self._rng = rng
-        self._order = np.arange(n_pictures, dtype=np.int64)
-        self._position = n_pictures  # the first draw shuffles
+        self._order = np.arange(n_images, dtype=np.int64)
+        self._position = n_images  # the first draw shuffles
         self._number = 0
         self._current: Batch | None = None
 
     def next(self) -> Batch:
-        if self._size < self._n_pictures and self._position + self._size > self._n_pictures:
-            self._order = self._rng.permutation(self._n_pictures).astype(np.int64)
+        if self._size < self._n_images and self._position + self._size > self._n_images:
+            self._order = self._rng.permutation(self._n_images).astype(np.int64)
             self._position = 0
-        start = self._position if self._size < self._n_pictures else 0
-        pictures = self._order[start : start + self._size].copy()
+        start = self._position if self._size < self._n_images else 0
+        images = self._order[start : start + self._size].copy()
         self._position = start + self._size
         views = self._rng.integers(self._n_views, size=self._size, dtype=np.int64)
         self._number += 1
-        self._current = Batch(pictures, views, self._number)
+        self._current = Batch(images, views, self._number)
         return self._current
 
     def current(self) -> Batch:
-        """Return the batch drawn last: a line search stays on its pictures."""
+        """Return the batch drawn last: a line search stays on its images."""
         return self._current or self.next()
 
     def state(self) -> State:
         current = self._current
         arrays = {"order": self._order}
         if current is not None:
-            arrays |= {"pictures": current.pictures, "views": current.views}
+            arrays |= {"pictures": current.images, "views": current.views}
         return arrays, {
             "position": self._position,
             "number": self._number,
@@ -207,5 +207,5 @@ class BatchSampler:
         self._number = int(str(values["number"]))
         self._rng = generator_from_json(values["generator"])
         if "pictures" in arrays:
-            pictures, views = (np.array(arrays[k], dtype=np.int64) for k in ("pictures", "views"))
-            self._current = Batch(pictures, views, self._number)
+            images, views = (np.array(arrays[k], dtype=np.int64) for k in ("pictures", "views"))
+            self._current = Batch(images, views, self._number)

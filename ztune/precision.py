@@ -127,11 +127,11 @@ def measure(
     return compared(computed, reference(np.concatenate(contexts)))
 
 
-def probe_batch(n_pictures: int, batch_size: int, rng: np.random.Generator) -> Batch:
-    """Return all pictures where they fit a batch, else a random one, in their first view."""
-    n = min(n_pictures, batch_size)
-    pictures = np.arange(n_pictures) if n == n_pictures else rng.permutation(n_pictures)[:n]
-    return Batch(pictures.astype(np.int64), np.zeros(n, dtype=np.int64), 0)
+def probe_batch(n_images: int, batch_size: int, rng: np.random.Generator) -> Batch:
+    """Return all images where they fit a batch, else a random one, in their first view."""
+    n = min(n_images, batch_size)
+    images = np.arange(n_images) if n == n_images else rng.permutation(n_images)[:n]
+    return Batch(images.astype(np.int64), np.zeros(n, dtype=np.int64), 0)
 
 
 def exact_losses(
@@ -176,7 +176,7 @@ class SignalCheck:
         features: F32,
         labels: I64,
     ) -> tuple[Signal, dict[str, Json]]:
-        """Return the signal on one batch of pictures f32[V, N, e], and what run.json keeps of it.
+        """Return the signal on one batch of images f32[V, N, e], and what run.json keeps of it.
 
         Draws from a generator of its own: no other result depends on whether this was done.
 
@@ -185,8 +185,8 @@ class SignalCheck:
         started = time.monotonic()
         bundle = self.model.bundle
         rng = np.random.default_rng([self.seed, 4])
-        n_pictures = config.pictures_of(len(labels), len(self.classes))
-        batch = probe_batch(len(labels), n_pictures, rng)
+        n_images = config.images_of(len(labels), len(self.classes))
+        batch = probe_batch(len(labels), n_images, rng)
         n_candidates = 0
 
         def exact(contexts: F32) -> F64:
@@ -205,10 +205,10 @@ class SignalCheck:
                 )
             except ZtuneError as error:
                 raise NoReferenceError(str(error)) from None
-            seen = features[batch.views, batch.pictures]
+            seen = features[batch.views, batch.images]
             return exact_losses(
                 seen,
-                labels[batch.pictures],
+                labels[batch.images],
                 texts,
                 bundle.logit_scale,
                 bundle.logit_bias,
@@ -317,7 +317,7 @@ def require_signal(
 
 # Why a signal is not measured, and what to do about it.
 ENCODED_ANEW = (
-    "the signal of pictures that are encoded anew cannot be measured",
+    "the signal of images that are encoded anew cannot be measured",
     "use the fp32 bundle",
 )
 SERVED = (

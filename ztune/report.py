@@ -1,4 +1,4 @@
-"""Pictures of a run: its curve, and the confusion tables before and after."""
+"""Images of a run: its curve, and the confusion tables before and after."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def draw_curve(
                 "o-",
                 color=ACCENT,
                 markersize=4,
-                label="result by then,\ntraining pictures",
+                label="result by then,\ntraining images",
             )
             axes.set_xscale("log")
         else:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy on the way against what it cost, all methods in one panel."""
+"""Images of a comparison: accuracy on the way against what it cost, all methods in one panel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def draw_against(
     edge = 1.1 * max(costs, default=1.0)
     handles |= {level.name: _draw_level(axes, level, edge) for level in levels}
     axes.set_xlabel(f"{cost} (logarithmic)")
-    axes.set_ylabel("accuracy on the test pictures")
+    axes.set_ylabel("accuracy on the test images")
     axes.margins(y=0.05)  # anew: a level within the lines' margin would lie on the edge
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     low, high = axes.get_xlim()

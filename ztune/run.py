@@ -425,7 +425,7 @@ def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
         os.posix_fallocate(file, 0, n_bytes)
     except OSError as error:
         raise ConfigError(
-            f"the pixels of {shape[0] * shape[1]} pictures and views take {n_bytes / 1e9:.1f} GB "
+            f"the pixels of {shape[0] * shape[1]} images and views take {n_bytes / 1e9:.1f} GB "
             f'in "{folder}": {error.strerror} (name another `out`, or take fewer `augment` views)'
         ) from None
 

@@ -89,7 +89,7 @@ class RunConfig:
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
         if self.validates and self.val == 0:
-            raise ConfigError("`keep=best` and `patience` need validation pictures (`val`)")
+            raise ConfigError("`keep=best` and `patience` need validation images (`val`)")
 
     @cached_property
     def method_config(self) -> Any:

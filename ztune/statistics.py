@@ -15,7 +15,7 @@ _Z = 1.959964  # the normal quantile of a two-sided 95 % interval
 
 @dataclass(frozen=True)
 class Share:
-    """How many of n pictures are right."""
+    """How many of n images are right."""
 
     n_right: int
     n: int
@@ -36,7 +36,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a classifier does on n labelled pictures."""
+    """How well a classifier does on n labelled images."""
 
     predictions: I64
     """i64[n]"""
@@ -59,12 +59,12 @@ class Score:
 
     @property
     def class_accuracy(self) -> float:
-        """The mean over the classes that have pictures of their accuracies, in 0…1."""
+        """The mean over the classes that have images of their accuracies, in 0…1."""
         right = self.predictions == self.labels
         return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
 
     def per_class(self) -> dict[str, Json]:
-        """Return accuracy and n of every class that has pictures."""
+        """Return accuracy and n of every class that has images."""
         result: dict[str, Json] = {}
         for c, name in enumerate(self.classes):
             own = self.labels == c
@@ -74,7 +74,7 @@ class Score:
         return result
 
     def confusion(self) -> I64:
-        """Return i64[C, C]: pictures of class (row) taken for class (column)."""
+        """Return i64[C, C]: images of class (row) taken for class (column)."""
         table = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
         np.add.at(table, (self.labels, self.predictions), 1)
         return table
@@ -88,7 +88,7 @@ def score(logits: F32, labels: I64, classes: tuple[str, ...]) -> Score:
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(broken):
         raise ZtuneError(
-            f"the classifier gives logits that are not finite for picture {broken[0] + 1} of "
-            f"{len(logits)} ({len(broken)} such pictures in all; tune again, with other settings)"
+            f"the classifier gives logits that are not finite for image {broken[0] + 1} of "
+            f"{len(logits)} ({len(broken)} such images in all; tune again, with other settings)"
         )
     return Score(logits.argmax(axis=1).astype(np.int64), labels, classes)

@@ -11,8 +11,8 @@ from runtimes.runtime import TextEncoder
 from runtimes.visual import (
     BorderPrompts,
     DecoderPrompts,
-    DeployedPictures,
-    PromptedPictures,
+    DeployedImages,
+    PromptedViews,
     TokenPrompts,
     VisualPrompts,
 )
@@ -164,7 +164,7 @@ class FewShotTask:
         scale, bias = bundle.logit_scale, bundle.logit_bias
         if prompts.visual is None:
             if context is None:
-                raise ZtuneError("the method tunes neither texts nor pictures")
+                raise ZtuneError("the method tunes neither texts nor images")
             return ContextArtifact(classes, provenance, context, texts, scale, bias, seen)
         if texts is None:
             raise ZtuneError("a visual prompt stands beside text features, and there are none")
@@ -187,9 +187,9 @@ class FewShotTask:
         )
 
     def val_features(self, artifact: Artifact) -> F32 | None:
-        """Return unit features f32[n, e] of the validation pictures as the artifact changes them.
+        """Return unit features f32[n, e] of the validation images as the artifact changes them.
 
-        None without such pictures.
+        None without such images.
         """
         changeable, images = self.encoded.val_changeable, self.images
         if not isinstance(artifact, VisualArtifact) or changeable is None or images is None:
@@ -200,17 +200,17 @@ class FewShotTask:
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
 
     def val_share(self) -> Share | None:
-        """Return how many validation pictures are right by the runtime's own count."""
+        """Return how many validation images are right by the runtime's own count."""
         if self.held_out is None:
             return None
         held_out = self.held_out
         prompts = self.prompts(self.optimizer.recommend())
         accuracy = held_out.oracle(prompts, held_out.batch).accuracies[0]
-        n = held_out.n_pictures
+        n = held_out.n_images
         return Share(round(float(accuracy) * n), n)
 
     def train_loss(self, result: Artifact) -> float:
-        """Return the loss over all training pictures and views: a final report, free of charge."""
+        """Return the loss over all training images and views: a final report, free of charge."""
         if isinstance(result, MixtureArtifact):
             classifier = result.classifier()
             views = [classifier.logits(view) for view in self.encoded.features]
@@ -290,7 +290,7 @@ def _seen(encoded: EncodedSplit, images: VisualPrompts | None) -> F32 | Prompted
     if images is None:
         return encoded.features
     changeable = _required(encoded.changeable)
-    return PromptedPictures(images, changeable.pixels, changeable.extracted)
+    return PromptedViews(images, changeable.pixels, changeable.extracted)
 
 
 def _seen_held_out(
@@ -302,8 +302,8 @@ def _seen_held_out(
     changeable = _required(encoded.val_changeable)
     pixels, extracted = changeable.pixels, changeable.extracted
     if isinstance(images, DecoderPrompts):
-        return DeployedPictures(images, pixels, extracted, _tuned_on(encoded))
-    return PromptedPictures(images, pixels, extracted)
+        return DeployedImages(images, pixels, extracted, _tuned_on(encoded))
+    return PromptedViews(images, pixels, extracted)
 
 
 def _tuned_on(encoded: EncodedSplit) -> F32:
@@ -314,7 +314,7 @@ def _tuned_on(encoded: EncodedSplit) -> F32:
 
 def _required(changeable: Changeable | None) -> Changeable:
     if changeable is None:
-        raise ZtuneError("the method changes pictures, and their pixels were not kept")
+        raise ZtuneError("the method changes images, and their pixels were not kept")
     return changeable
 
 

@@ -126,14 +126,14 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
     if run_config.preset == "published" and run_config.augment:
         yield (
             "preset published: random crops anew each step are approximated by "
-            f"{run_config.augment} cached views per picture"
+            f"{run_config.augment} cached views per image"
         )
     if dataset.ignored:
-        yield f"files that are no pictures of a class, left alone: {dataset.ignored}"
+        yield f"files that are no images of a class, left alone: {dataset.ignored}"
     yield from split.notes
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
-        f"{len(split.classes)} classes: {counts[0]} pictures to tune with, {counts[1]} for "
+        f"{len(split.classes)} classes: {counts[0]} images to tune with, {counts[1]} for "
         f"validation, {counts[2]} kept for testing; {HOW_DRAWN[split.sampler]}"
     )
 
@@ -280,15 +280,15 @@ class Outcome:
     earlier_seconds: float
     """Spent by earlier processes of a resumed run."""
     train_loss: float
-    """In nats, over all training pictures and views."""
+    """In nats, over all training images and views."""
     val_features: F32 | None
-    """f32[n, e] of the validation pictures, as the artifact changes them."""
+    """f32[n, e] of the validation images, as the artifact changes them."""
     ended: float
     """When the steps had ended and the report began, by time.monotonic()."""
     cuda_graph: str | None = None
     """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
     share: Share | None = None
-    """Of validation pictures right by the server's count, where it gives losses alone."""
+    """Of validation images right by the server's count, where it gives losses alone."""
 
 
 @dataclass(frozen=True)
@@ -445,7 +445,7 @@ class TrainingRun(Generic[Store]):
         """Measure the signal alone: what `ztune doctor` reports."""
         config = self.tuned
         if config is None or config.program is not None or config.finest is None:
-            what = "has no steps" if config is None else "encodes pictures anew"
+            what = "has no steps" if config is None else "encodes images anew"
             if config is not None and config.finest is None:
                 what = "takes no differences of losses"
             raise ConfigError(f"{self.run_config.method} {what}, so there is no signal to measure")
@@ -568,16 +568,16 @@ class TrainingRun(Generic[Store]):
     def _tuned(self, task: FewShotTask, budget: Budget, started: float) -> Outcome:
         """Spend the queries, from the saved state where there is one."""
         run_config, config = self.run_config, task.config
-        n_views, n_pictures = task.encoded.features.shape[:2]
-        size = config.pictures_of(n_pictures, len(self.split.classes))
-        wanted = min(config.batch_size or n_pictures, n_pictures)
+        n_views, n_images = task.encoded.features.shape[:2]
+        size = config.images_of(n_images, len(self.split.classes))
+        wanted = min(config.batch_size or n_images, n_images)
         if size < wanted:
             warn(
-                f"logits are kept of {size} pictures instead of {wanted}: more would take more "
+                f"logits are kept of {size} images instead of {wanted}: more would take more "
                 "than memory_mb"
             )
         sampler = BatchSampler(
-            n_pictures,
+            n_images,
             size,
             n_views,
             np.random.default_rng([run_config.seed, 3]),
@@ -666,7 +666,7 @@ class TrainingRun(Generic[Store]):
     def _validated(
         self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
     ) -> dict[str, Score | Share]:
-        """Return the scores on the validation pictures by name; empty without such pictures."""
+        """Return the scores on the validation images by name; empty without such images."""
         features, labels, classes = encoded.val_features, encoded.val_labels, self.split.classes
         if outcome.share is not None:
             return {"tuned": outcome.share}

@@ -1,7 +1,7 @@
 """Array aliases and the seams of the house as protocols; no logic.
 
-Shapes are written `f32[P, C, e]` with P candidates, C classes, N pictures, m context tokens, d the
-text width, e the embedding size, V cached views of a picture and S the side of a square picture.
+Shapes are written `f32[P, C, e]` with P candidates, C classes, N images, m context tokens, d the
+text width, e the embedding size, V cached views of an image and S the side of a square image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 class ImageEncoder(Protocol):
-    """Pictures to unit features, the same bytes whatever pictures share a call."""
+    """Images to unit features, the same bytes whatever images share a call."""
 
     @property
     def identity(self) -> str:
@@ -50,7 +50,7 @@ class Prompts:
     contexts: F32 | None = None
     """f32[P, m, d] before every class name; None where hand-written sentences stand instead."""
     visual: F32 | None = None
-    """f32[P, ...] that changes the pictures, so that they are encoded anew: image tokens [P, n, w],
+    """f32[P, ...] that changes the images, so that they are encoded anew: image tokens [P, n, w],
     a border [P, 3, S, S] or a decoder's values [P, n]. None leaves them as they are."""
 
     def __len__(self) -> int:
@@ -59,10 +59,10 @@ class Prompts:
 
 
 class PromptedImages(Protocol):
-    """The training pictures under visual prompts."""
+    """The training images under visual prompts."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
-        """Return unit features f32[P, N, e] of a batch's pictures under each candidate."""
+        """Return unit features f32[P, N, e] of a batch's images under each candidate."""
 
 
 class PromptMap(Protocol):
@@ -78,23 +78,23 @@ class PromptMap(Protocol):
 
 @dataclass(frozen=True)
 class Proposal:
-    """Points to evaluate on the same pictures, in one call."""
+    """Points to evaluate on the same images, in one call."""
 
     points: F64
     """f64[P, dim], a copy of the optimizer's own."""
     same_batch: bool = False
-    """Keep the pictures of the round before (a line search)."""
+    """Keep the images of the round before (a line search)."""
     mid_step: bool = False
     """More of a step that was begun: what the optimizer recommends is still the point before it."""
     validation: bool = False
-    """Evaluate on all validation pictures instead: a pass that steers, and is charged."""
+    """Evaluate on all validation images instead: a pass that steers, and is charged."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which cached pictures a step sees."""
+    """Which cached images a step sees."""
 
-    pictures: I64
+    images: I64
     """i64[N]: rows of the feature table."""
     views: I64
     """i64[N]: which cached view of each."""
@@ -107,9 +107,9 @@ class Evaluation:
     """What an oracle answers to one proposal."""
 
     losses: F64
-    """f64[P] in nats, mean over the pictures of the batch."""
+    """f64[P] in nats, mean over the images of the batch."""
     accuracies: F64
-    """f64[P] in 0…1 on the pictures of the batch."""
+    """f64[P] in 0…1 on the images of the batch."""
     labels: I64
     """i64[N]."""
     batch_number: int
@@ -122,7 +122,7 @@ class Scores:
     """How well candidates classify one batch."""
 
     losses: F64
-    """f64[P] in nats, mean over the pictures of the batch; not finite where a candidate broke."""
+    """f64[P] in nats, mean over the images of the batch; not finite where a candidate broke."""
     accuracies: F64
     """f64[P] in 0…1."""
     logits: F32 | None = None
@@ -130,10 +130,10 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """Prompts to losses: the forward passes, and the comparison of texts with pictures."""
+    """Prompts to losses: the forward passes, and the comparison of texts with images."""
 
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
-        """Score P candidates on a batch whose pictures have the labels i64[N]."""
+        """Score P candidates on a batch whose images have the labels i64[N]."""
 
 
 class Oracle(Protocol):
@@ -194,4 +194,4 @@ class Mixing(Protocol):
         """Return the method's choice."""
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss (nats) and accuracy of the last choice on the training pictures, if new."""
+        """Return loss (nats) and accuracy of the last choice on the training images, if new."""

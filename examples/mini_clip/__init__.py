@@ -1,1 +1,1 @@
-"""The embedded default model: a small CLIP trained on pictures this package draws and captions."""
+"""The embedded default model: a small CLIP trained on images this package draws and captions."""

@@ -14,7 +14,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from examples.mini_clip.pictures import SIZE
+from examples.mini_clip.images import SIZE
 from examples.mini_clip.tokens import build_tokenizer
 from examples.mini_clip.train import MEAN, STD, Settings, evaluate, model_config, train
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "open_clip_torch", "tokenizers", "numpy", "pillow", "matpl
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, measure on held-out pictures, write the checkpoint."""
+    """Train, measure on held-out images, write the checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m examples.mini_clip", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         "held_out": evaluate(model, tokenizer, settings.seed),
         "logit_scale": model.logit_scale.exp().item(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pictures": settings.steps * settings.batch,
+        "images": settings.steps * settings.batch,
         "seconds": round(time.perf_counter() - began),
         "settings": asdict(settings),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},

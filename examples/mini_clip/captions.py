@@ -1,6 +1,6 @@
-"""What a drawn picture can be said to show: its attributes, and the grammar that names them.
+"""What a drawn image can be said to show: its attributes, and the grammar that names them.
 
-A picture is a row of attribute values. A caption is a text and a row that holds the values the text
+An image is a row of attribute values. A caption is a text and a row that holds the values the text
 names and ``UNNAMED`` elsewhere, so whether the two fit is a comparison, never a matter of wording.
 """
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 
 UNNAMED: Final = -1  # in a caption: says nothing about this attribute
-ABSENT: Final = -2  # in a picture: has no such attribute, so no caption that names it fits
+ABSENT: Final = -2  # in an image: has no such attribute, so no caption that names it fits
 
 SUBJECT, KIND, COUNT, INK, GROUND, HAND, WEIGHT, SIZE, QUALITY = range(9)
 N_ATTRIBUTES: Final = 9
@@ -52,7 +52,7 @@ QUALITIES: Final = ("clear", "blurred", "noisy", "cluttered")
 COUNTS: Final = ("one", "two", "three", "four", "five")
 
 LEADS: Final = (
-    "", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "this is ",
+    "", "", "", "", "a photo of ", "a photo of ", "an image of ", "an image of ", "this is ",
     "a drawing of ", "a photo showing ", "a scan of ",
 )  # fmt: skip
 
@@ -64,18 +64,18 @@ class Caption(NamedTuple):
     named: Rows
 
 
-def compatible(named: Rows, pictures: Rows) -> NDArray[np.bool_]:
-    """Say which captions i64[C, A] are true of which pictures i64[N, A]: bool[N, C]."""
-    named, pictures = named[None], pictures[:, None]
-    return np.asarray(((named == UNNAMED) | (named == pictures)).all(axis=-1))
+def compatible(named: Rows, images: Rows) -> NDArray[np.bool_]:
+    """Say which captions i64[C, A] are true of which images i64[N, A]: bool[N, C]."""
+    named, images = named[None], images[:, None]
+    return np.asarray(((named == UNNAMED) | (named == images)).all(axis=-1))
 
 
-def describe(picture: Rows, rng: np.random.Generator) -> Caption:
-    """Say something true about one picture i64[A], choosing at random what to mention and how."""
+def describe(image: Rows, rng: np.random.Generator) -> Caption:
+    """Say something true about one image i64[A], choosing at random what to mention and how."""
     named = np.full(N_ATTRIBUTES, UNNAMED, np.int64)
 
     def mention(attribute: int, words: tuple[str, ...], chance: float) -> str:
-        value = int(picture[attribute])
+        value = int(image[attribute])
         if value < 0 or not words[value] or rng.random() >= chance:
             return ""
         named[attribute] = value
@@ -88,7 +88,7 @@ def describe(picture: Rows, rng: np.random.Generator) -> Caption:
         mention(HAND, HANDS, 0.5),
         mention(INK, COLOUR_NAMES, 0.4),
     ]
-    article, noun = _noun(picture, named, rng)
+    article, noun = _noun(image, named, rng)
     phrase = " ".join(word for word in (*adjectives, noun) if word)
     if article == "a":
         article = _a(phrase)
@@ -106,13 +106,13 @@ def _a(phrase: str) -> str:
     return "an" if vowel and " " in phrase + " " * (len(phrase) > 1) else "a"
 
 
-def _noun(picture: Rows, named: Rows, rng: np.random.Generator) -> tuple[str, str]:
-    """Article and noun for the picture's subject; fills in what they name."""
-    kind, count = int(picture[KIND]), int(picture[COUNT])
-    name = NAMES[kind][int(picture[SUBJECT]) - FIRST_SUBJECT[kind]]
+def _noun(image: Rows, named: Rows, rng: np.random.Generator) -> tuple[str, str]:
+    """Article and noun for the image's subject; fills in what they name."""
+    kind, count = int(image[KIND]), int(image[COUNT])
+    name = NAMES[kind][int(image[SUBJECT]) - FIRST_SUBJECT[kind]]
     generic = rng.random() < 0.08
     if not generic:
-        named[SUBJECT] = picture[SUBJECT]
+        named[SUBJECT] = image[SUBJECT]
     elif kind != SYMBOL:
         named[KIND] = kind
     if kind == TEXTURE:

@@ -1,4 +1,4 @@
-"""Write ``examples/digits``: scikit-learn's 1,797 handwritten digits as pictures in class folders.
+"""Write ``examples/digits``: scikit-learn's 1,797 handwritten digits as images in class folders.
 
 Placement, fixed before any accuracy was looked at: the digit, 8 x 8 with values 0 to 16, is scaled
 bicubically to 16 pixels, ink white, and centred on a black canvas of 24 pixels.
@@ -21,12 +21,12 @@ CREDIT: Final = (
     '"Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning '
     "Repository, https://doi.org/10.24432/C50P49, CC BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/); "
-    "the 1,797 pictures shipped with scikit-learn, scaled and centred on a black canvas."
+    "the 1,797 images shipped with scikit-learn, scaled and centred on a black canvas."
 )
 
 
 def place(digit: NDArray[np.float64]) -> Image.Image:
-    """One digit f64[8, 8] of values 0 to 16 as a grey picture of 24 x 24 pixels."""
+    """One digit f64[8, 8] of values 0 to 16 as a grey image of 24 x 24 pixels."""
     grey = np.rint(digit * (255 / 16)).astype(np.uint8)
     scaled = Image.fromarray(grey).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (CANVAS, CANVAS))
@@ -34,8 +34,8 @@ def place(digit: NDArray[np.float64]) -> Image.Image:
     return canvas
 
 
-def pictures() -> list[tuple[str, Image.Image]]:
-    """Every digit, as its path below the folder (``three/0013.png``) and its picture."""
+def images() -> list[tuple[str, Image.Image]]:
+    """Every digit, as its path below the folder (``three/0013.png``) and its image."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -44,13 +44,13 @@ def pictures() -> list[tuple[str, Image.Image]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the pictures and their credit."""
+    """Write the images and their credit."""
     parser = argparse.ArgumentParser(prog="python -m examples.mini_clip.digits")
     parser.add_argument("--out", type=Path, required=True, help="folder for the class folders")
     out: Path = parser.parse_args(arguments).out
-    for name, picture in pictures():
+    for name, image in images():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out / name, optimize=True)
+        image.save(out / name, optimize=True)
     (out / "NOTICE").write_text(CREDIT + "\n", encoding="utf-8")
 
 

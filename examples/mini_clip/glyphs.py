@@ -40,8 +40,8 @@ def masters() -> Masters:
     coverage: list[NDArray[np.uint8]] = []
     labels: list[tuple[int, int, int, int]] = []
 
-    def add(picture: NDArray[np.uint8], kind: int, index: int, count: int, weight: int) -> None:
-        coverage.append(picture)
+    def add(image: NDArray[np.uint8], kind: int, index: int, count: int, weight: int) -> None:
+        coverage.append(image)
         labels.append((kind, c.FIRST_SUBJECT[kind] + index, count, weight))
 
     characters = [(c.DIGIT, i, str(i)) for i in range(10)]
@@ -49,8 +49,8 @@ def masters() -> Masters:
     characters += [(c.SYMBOL, i, x) for i, x in enumerate(c.SYMBOLS)]
     for font in _fonts():
         for kind, index, character in characters:
-            for picture in _glyph(font, character):
-                add(picture, kind, index, c.ABSENT, _weight(picture))
+            for image in _glyph(font, character):
+                add(image, kind, index, c.ABSENT, _weight(image))
     rng = np.random.default_rng(0)  # the layouts are part of the bank, not of a training's seed
     for index, name in enumerate(c.SHAPES):
         for count in range(len(c.COUNTS)):
@@ -83,29 +83,29 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> list[NDArray[np.uint
     thin = wide.filter(ImageFilter.MinFilter(3))
     kept = [thin] if _ink(thin) > 0.4 * _ink(wide) else []
     kept += [wide, *(wide.filter(ImageFilter.MaxFilter(size)) for size in (5, 9))]
-    return [_fit(picture) for picture in kept]
+    return [_fit(image) for image in kept]
 
 
-def _ink(picture: Image.Image) -> float:
-    return float(np.asarray(picture).mean())
+def _ink(image: Image.Image) -> float:
+    return float(np.asarray(image).mean())
 
 
-def _fit(picture: Image.Image) -> NDArray[np.uint8]:
+def _fit(image: Image.Image) -> NDArray[np.uint8]:
     """Scale the inked part to 32 pixels, its proportions kept, with an empty edge: u8[34, 34]."""
-    picture = picture.crop(picture.getbbox())
-    scale = (SIDE - 2) / max(picture.size)
-    picture = picture.resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))),
+    image = image.crop(image.getbbox())
+    scale = (SIDE - 2) / max(image.size)
+    image = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
         Image.Resampling.BOX,
     )
     canvas = Image.new("L", (SIDE, SIDE))
-    canvas.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+    canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.asarray(canvas)
 
 
-def _weight(picture: NDArray[np.uint8]) -> int:
+def _weight(image: NDArray[np.uint8]) -> int:
     """Thin, bold or neither, by the stroke's width: twice the area over the outline's length."""
-    ink = picture / 255.0
+    ink = image / 255.0
     down, across = np.gradient(ink)
     width = 2 * ink.sum() / np.hypot(down, across).sum()
     return 1 if width < _THIN else 2 if width > _BOLD else 0
@@ -113,8 +113,8 @@ def _weight(picture: NDArray[np.uint8]) -> int:
 
 def _shape(name: str) -> Image.Image:
     """One shape at 64 pixels."""
-    picture = Image.new("L", (64, 64))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("L", (64, 64))
+    draw = ImageDraw.Draw(image)
     turn = np.arange(10) * np.pi / 5
     reach = np.where(np.arange(10) % 2, 13, 31)
     star = np.stack([32 + reach * np.sin(turn), 32 - reach * np.cos(turn)], 1)
@@ -143,7 +143,7 @@ def _shape(name: str) -> Image.Image:
             draw.polygon([(2, 24), (34, 24), (34, 8), (62, 32), (34, 56), (34, 40), (2, 40)], 255)
         case _:
             raise ValueError(f"shape: got {name!r}, expected one of {', '.join(c.SHAPES)}")
-    return picture
+    return image
 
 
 def _arrange(shape: Image.Image, count: int, rng: np.random.Generator) -> NDArray[np.uint8]:

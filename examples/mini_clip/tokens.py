@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from examples.mini_clip.captions import COLOUR_NAMES, COUNTS, describe
-from examples.mini_clip.pictures import draw
+from examples.mini_clip.images import draw
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH: Final = 24
@@ -23,7 +23,7 @@ def build_tokenizer(n_captions: int = 20_000) -> Tokenizer:
     rng = np.random.default_rng(0)  # the vocabulary is the same for every training seed
     texts = [*COLOUR_NAMES, *COUNTS]
     while len(texts) < n_captions:
-        texts += [describe(picture, rng).text for picture in draw(1000, rng)[1]]
+        texts += [describe(image, rng).text for image in draw(1000, rng)[1]]
     learner = _pipeline(Tokenizer(BPE(end_of_word_suffix=_WORD_END)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(

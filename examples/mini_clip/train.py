@@ -1,4 +1,4 @@
-"""The training: pictures against captions, every caption that fits a picture being right."""
+"""The training: images against captions, every caption that fits an image being right."""
 
 import math
 import sys
@@ -16,12 +16,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mini_clip.captions import NAMES, SUBJECT, Rows, compatible, describe
-from examples.mini_clip.pictures import SIZE, draw
+from examples.mini_clip.images import SIZE, draw
 from examples.mini_clip.tokens import CONTEXT_LENGTH, encode
 
 MEAN, STD = 0.5, 0.25  # of pixels in [0, 1], every channel
 _MAX_LOGIT_SCALE: Final = math.log(100)
-_TRAINING, _HELD_OUT = 0, 1  # the two streams of pictures
+_TRAINING, _HELD_OUT = 0, 1  # the two streams of images
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """Pictures u8[B, 24, 24, 3], what they show i64[B, A], texts, and what those name i64[B, A]."""
+    """Images u8[B, 24, 24, 3], what they show i64[B, A], texts, and what those name i64[B, A]."""
 
     pixels: NDArray[np.uint8]
     shown: Rows
@@ -58,7 +58,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self._seed, self._stream, index))
         pixels, shown = draw(self._batch, rng)
-        captions = [describe(picture, rng) for picture in shown]
+        captions = [describe(image, rng) for image in shown]
         texts = [caption.text for caption in captions]
         return Batch(pixels, shown, texts, np.stack([caption.named for caption in captions]))
 
@@ -85,7 +85,7 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
 def contrastive_loss(logits: Tensor, fits: Tensor) -> Tensor:
     """Cross-entropy (nats) both ways, the target spread evenly over all that fit.
 
-    logits f32[N, C] are of pictures against captions, fits bool[N, C] says which are true.
+    logits f32[N, C] are of images against captions, fits bool[N, C] says which are true.
     """
     total = torch.zeros(())
     for scores, right in ((logits, fits), (logits.T, fits.T)):
@@ -140,7 +140,7 @@ def train(tokenizer: Tokenizer, settings: Settings) -> tuple[CLIP, list[float]]:
 
 @torch.inference_mode()
 def evaluate(model: CLIP, tokenizer: Tokenizer, seed: int, n_batches: int = 8) -> dict[str, float]:
-    """Loss, and shares of held-out pictures that are named right.
+    """Loss, and shares of held-out images that are named right.
 
     ``retrieval_accuracy``: the best of 256 captions is true; ``naming_accuracy``: the best of the
     bare names of all subjects is the subject's.

@@ -14,7 +14,7 @@ from ztune.types import Json
 
 IMAGE, TEXT, PROMPT, SCORE, CLIENT = "image", "text", "prompt", "score", "client"
 BATCH = 8
-"""Pictures, or texts, of a request. A server puts no more into a call than a client asks for at
+"""Images, or texts, of a request. A server puts no more into a call than a client asks for at
 once, and so never others' beside them: sums of another shape may round differently."""
 PARTS = (IMAGE, TEXT, PROMPT, SCORE, CLIENT)
 
@@ -44,7 +44,7 @@ class Offer:
 
     @property
     def keeps(self) -> bool:
-        """Whether pictures' features may be sent once and named later."""
+        """Whether images' features may be sent once and named later."""
         return {"kept", "rows"} <= set(self.inputs)
 
 

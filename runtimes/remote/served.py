@@ -15,7 +15,7 @@ from runtimes.plan import Sizes, call_bytes
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import encoded_sentences, name_lengths, name_tokens
 from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE
-from runtimes.remote.service import KeptPictures, Question, Service
+from runtimes.remote.service import KeptImages, Question, Service
 from runtimes.remote.shared_memory import Expected
 from runtimes.remote.transport import Array
 from runtimes.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ _SERVER_BYTES, _WIRE_BYTES = 1_000_000_000, 64_000_000
 # Bytes of a round's text features up to which losses are computed here: numbers of the same bits as
 # of a local run are worth them.
 _HERE_BYTES = 1_000_000
-# Batches of pictures that are held for requests on their way: each some 5 MB.
+# Batches of images that are held for requests on their way: each some 5 MB.
 _MOST_AT_ONCE = 16
 LOSSES = ("auto", "here", "server")
 
@@ -42,15 +42,15 @@ class RequestPlan:
     n_servers: int
     losses: str
     """here: text features cross the wire; server: losses do."""
-    pictures: str
-    """Whether pictures' features are kept by the server or sent with every request."""
+    image_features: str
+    """Whether images' features are kept by the server or sent with every request."""
 
     def described(self) -> str:
         """Return the line that a person reads."""
         where = "here" if self.losses == "here" else "by the server"
         return (
-            f"requests of up to {self.n_candidates} candidates; losses computed {where}, pictures' "
-            f"features {self.pictures}"
+            f"requests of up to {self.n_candidates} candidates; losses computed {where}, images' "
+            f"features {self.image_features}"
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -59,7 +59,7 @@ class RequestPlan:
             "candidates": self.n_candidates,
             "servers": self.n_servers,
             "losses": self.losses,
-            "pictures": self.pictures,
+            "pictures": self.image_features,
         }
 
 
@@ -138,7 +138,7 @@ class Served:
             return self._images
         if IMAGE not in self.service.offers:
             raise ServerError(
-                f"{self.service.location} offers no image features (encode pictures here with "
+                f"{self.service.location} offers no image features (encode images here with "
                 "`images=local` and `client=BUNDLE`, a bundle with image.onnx)"
             )
         return ServedImages(self.service, self.bundle)
@@ -164,7 +164,7 @@ class ServedImages:
 
     def __init__(self, service: Service, bundle: Bundle):
         self._service, self._bundle = service, bundle
-        # Dynamic int8 scales activations over a whole call: a picture has no company.
+        # Dynamic int8 scales activations over a whole call: an image has no company.
         self._at_once = 1 if bundle.precision == "int8" else BATCH
 
     @property
@@ -277,10 +277,10 @@ class ServedPromptEncoder:
         if losses == "auto":
             little = n_candidates * features <= _HERE_BYTES and PROMPT in self.service.offers
             losses = "here" if little or score is None else "server"
-        pictures = "not sent"
+        images = "not sent"
         if losses == "server" and score is not None:
-            pictures = "kept by the server" if score.keeps else "sent with every request"
-        return RequestPlan(each, n_servers, losses, pictures)
+            images = "kept by the server" if score.keeps else "sent with every request"
+        return RequestPlan(each, n_servers, losses, images)
 
     def parts(self, contexts: F32) -> list[F32]:
         """Return contexts f32[P, m, d] as the plan cuts them into requests."""
@@ -343,24 +343,24 @@ class ServedScores:
     """Losses computed by the server, so that features of texts do not cross the wire (a Scorer)."""
 
     def __init__(self, encoder: ServedPromptEncoder, features: F32, labels: I64, *, logits: bool):
-        """Keep unit features f32[V, N, e] and labels i64[N] of the pictures."""
+        """Keep unit features f32[V, N, e] and labels i64[N] of the images."""
         self._encoder = encoder
-        self._n_pictures, self._logits = len(labels), logits
+        self._n_images, self._logits = len(labels), logits
         table = np.ascontiguousarray(features.reshape(-1, features.shape[-1]), dtype=np.float32)
         own = np.tile(encoder.places[labels], len(features))
-        self._pictures = KeptPictures.of(table, own)
+        self._kept = KeptImages.of(table, own)
         self._keeps = encoder.service.offers[SCORE].keeps
 
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         if prompts.contexts is None or prompts.visual is not None:
             raise ConfigError("the server scores contexts alone, no visual prompts")
-        encoder, kept, n = self._encoder, self._pictures, len(batch.pictures)
-        rows = batch.views * self._n_pictures + batch.pictures
-        pictures: dict[str, Array]
+        encoder, kept, n = self._encoder, self._kept, len(batch.images)
+        rows = batch.views * self._n_images + batch.images
+        images: dict[str, Array]
         if self._keeps:
-            pictures = {"kept": np.frombuffer(kept.name, dtype=np.uint8), "rows": rows}
+            images = {"kept": np.frombuffer(kept.name, dtype=np.uint8), "rows": rows}
         else:
-            pictures = {"features": kept.features[rows], "labels": kept.labels[rows]}
+            images = {"features": kept.features[rows], "labels": kept.labels[rows]}
         questions = []
         for part in encoder.parts(prompts.contexts):
             P = len(part)
@@ -370,7 +370,7 @@ class ServedScores:
             questions.append(
                 Question(
                     SCORE,
-                    {"contexts": part, "tokens": encoder.tokens, **pictures},
+                    {"contexts": part, "tokens": encoder.tokens, **images},
                     outputs,
                     P,
                     kept if self._keeps else None,
@@ -379,7 +379,7 @@ class ServedScores:
         answers = encoder.service.ask(questions)
         correct = np.concatenate([answer["correct"] for answer in answers])
         if ((correct < 0) | (correct > n)).any():
-            raise ServerError(f"{encoder.service.location}: more pictures right than there are")
+            raise ServerError(f"{encoder.service.location}: more images right than there are")
         losses = np.concatenate([answer["losses"] for answer in answers])
         logits = None
         if self._logits:

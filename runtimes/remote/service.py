@@ -30,7 +30,7 @@ _HEALTH_SECONDS = 2.0
 _START_SECONDS = 10.0
 # Times that a server may fail at one request: each may be billed.
 _MOST_BROKEN = 4
-# Times that a server may forget one request's pictures before they are sent with it: behind one
+# Times that a server may forget one request's images before they are sent with it: behind one
 # address there may be several servers, and the one that has them is not the one that is asked.
 _MOST_FORGOTTEN = 2
 _CLOSING_SECONDS = 2.0
@@ -40,7 +40,7 @@ Sending = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class KeptPictures:
+class KeptImages:
     """Features f32[R, e] and labels i64[R] that a server may keep, and their name."""
 
     features: F32
@@ -48,7 +48,7 @@ class KeptPictures:
     name: bytes
 
     @classmethod
-    def of(cls, features: F32, labels: I64) -> KeptPictures:
+    def of(cls, features: F32, labels: I64) -> KeptImages:
         features = np.ascontiguousarray(features, dtype=np.float32)
         labels = np.ascontiguousarray(labels, dtype=np.int64)
         return cls(features, labels, hashlib.sha256(features.tobytes() + labels.tobytes()).digest())
@@ -63,11 +63,11 @@ class Question:
     outputs: Mapping[str, Expected]
     n_queries: int = 0
     """Candidates evaluated by it; 0 for what is no query."""
-    kept: KeptPictures | None = None
+    kept: KeptImages | None = None
     """What `kept` among the inputs names."""
 
     def in_full(self) -> Question:
-        """Return the same question with the pictures that it names."""
+        """Return the same question with the images that it names."""
         if self.kept is None:
             return self
         inputs, rows = dict(self.inputs), self.inputs["rows"]
@@ -92,11 +92,11 @@ class _Server:
     retry_at: float = 0.0
     kept: set[bytes] = field(default_factory=set)
     keeps: bool = True
-    """False once it has refused to keep pictures."""
+    """False once it has refused to keep images."""
     checked: bool = False
     """Whether its models were looked at: one that was away at the start is, when it is back."""
     keeping: threading.Lock = field(default_factory=threading.Lock)
-    """Held while pictures are sent, so that they are sent once."""
+    """Held while images are sent, so that they are sent once."""
     not_kept: int = 0
     """Times that sending them failed."""
 
@@ -431,13 +431,13 @@ class Service:
             return self._exchange(server, question, until - time.monotonic())
         except CallError as error:
             if error.kind in ("missing", "forgotten") and question.kept is not None:
-                # The server has begun anew, or others' pictures have taken the place of ours.
+                # The server has begun anew, or others' images have taken the place of ours.
                 server.kept.discard(question.kept.name)
                 raise CallError(str(error), "forgotten") from None
             raise
 
-    def _keep(self, server: _Server, kept: KeptPictures) -> bool:
-        """See that a server has pictures; of several requests that need them, one sends them.
+    def _keep(self, server: _Server, kept: KeptImages) -> bool:
+        """See that a server has images; of several requests that need them, one sends them.
 
         Return False where the server does not keep them, so that they go with each request.
         """
@@ -447,7 +447,7 @@ class Service:
                 return server.keeps
             if server.not_kept > before or self._stopped.is_set():
                 # Who was here before could not send them: one deadline is enough.
-                raise CallError(f"{server.transport.endpoint} did not take the pictures", "away")
+                raise CallError(f"{server.transport.endpoint} did not take the images", "away")
             inputs: dict[str, Array] = {
                 "features": kept.features,
                 "labels": kept.labels,
@@ -458,7 +458,7 @@ class Service:
             except CallError as error:
                 if error.kind == "refused":
                     server.keeps = False
-                    self._remark(f"{error}; pictures' features are sent with every request")
+                    self._remark(f"{error}; images' features are sent with every request")
                     return False
                 server.not_kept += 1
                 raise

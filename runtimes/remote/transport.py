@@ -169,7 +169,7 @@ def unreadable(endpoint: Endpoint, reason: object) -> CallError:
 def kind_by_words(text: str, kind: str) -> str:
     """Return the kind of a failure whose code says less than its words; codes differ by server."""
     if kind in ("refused", "missing", "broken"):
-        if "no pictures are kept" in text or "unable to find" in text.lower():
+        if "no images are kept" in text or "unable to find" in text.lower():
             return "forgotten"
         if "unknown model" in text:
             return "missing"

@@ -94,7 +94,7 @@ def unit_rows(n: int, dim: int, seed: int) -> np.ndarray:
 
 
 def kernel_head(n_classes: int, n_keys: int) -> HeadArtifact:
-    """Return a head that remembers pictures, with a part of every size that matters."""
+    """Return a head that remembers images, with a part of every size that matters."""
     rng = np.random.default_rng(6)
     return HeadArtifact(
         tuple(f"class {i:04}" for i in range(n_classes)),
@@ -109,8 +109,8 @@ def kernel_head(n_classes: int, n_keys: int) -> HeadArtifact:
     )
 
 
-def smooth_picture(width: int, height: int, seed: int) -> Image.Image:
-    """Return a picture with edges and gradients, as photographs have them."""
+def smooth_image(width: int, height: int, seed: int) -> Image.Image:
+    """Return an image with edges and gradients, as photographs have them."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -138,7 +138,7 @@ def test_square_pixels_are_normalised_as_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_classes", "n_keys"), [(2, 1), (7, 50)])
-def test_remembered_pictures_vote_in_the_graph_as_in_numpy(
+def test_remembered_images_vote_in_the_graph_as_in_numpy(
     n_classes: int, n_keys: int, tmp_path: Path
 ) -> None:
     head = kernel_head(n_classes, n_keys)
@@ -187,13 +187,13 @@ def test_resizing_in_the_graph_is_open_clips_to_a_grey_level(
         tmp_path / "b", resize_mode=mode, interpolation=interpolation, fill_color=9
     )
     pack(bundle, identity_head(), tmp_path / "c.onnx", resize=True)
-    picture = smooth_picture(*size, seed=sum(size))
+    image = smooth_image(*size, seed=sum(size))
     session = onnxruntime.InferenceSession(tmp_path / "c.onnx")
-    logits = session.run(["logits"], {"pixels": np.asarray(picture)[None]})[0]
+    logits = session.run(["logits"], {"pixels": np.asarray(image)[None]})[0]
     got = as_pixels(logits, bundle.image)[0].transpose(1, 2, 0)
-    expected = crop(picture, bundle.image).astype(np.float64)
+    expected = crop(image, bundle.image).astype(np.float64)
     difference = np.abs(got - expected)
-    # Pillow takes the height first for some narrow pictures, which moves the roundings between
+    # Pillow takes the height first for some narrow images, which moves the roundings between
     # its two passes; and its weights are fixed-point numbers, so that halves may go either way.
     unusual_order = size == (9, 25)
     assert difference.max() <= (3.01 if unusual_order else 1.01)
@@ -208,7 +208,7 @@ def test_what_a_classifier_says_of_itself(tmp_path: Path) -> None:
     assert classifier.image == bundle.image
     assert classifier.resize
     assert classifier.method == "gda"
-    assert classifier.tuning_pictures == (7, 2**63 + 5)
+    assert classifier.tuning_images == (7, 2**63 + 5)
     packed = onnx.load(str(tmp_path / "c.onnx"))
     onnx.checker.check_model(packed, full_check=True)
     assert {p.key for p in packed.metadata_props} == {"ztune", "class_names"}

@@ -111,16 +111,16 @@ def test_prompt_features_are_those_of_the_local_path(bundle: Bundle) -> None:
 
 
 def test_scores_are_those_of_the_host(bundle: Bundle) -> None:
-    names, m, n_candidates, n_pictures = WORDS[:7], 4, 3, 11
+    names, m, n_candidates, n_images = WORDS[:7], 4, 3, 11
     local = OrtPromptGraph(bundle, Tokenizer(bundle), Execution())
     encoder = local.encoder(names, m, n_candidates)
     contexts = random_contexts(bundle, n_candidates, m)
-    features = unit_features(bundle, n_pictures)
-    # Some pictures near a class, so that some are right.
+    features = unit_features(bundle, n_images)
+    # Some images near a class, so that some are right.
     features[:4] = encoder.encode(contexts)[0, :4]
-    labels = np.arange(n_pictures, dtype=np.int64) % len(names)
+    labels = np.arange(n_images, dtype=np.int64) % len(names)
     host = NumpyScores(encoder, features[None], bundle.logit_scale, bundle.logit_bias)
-    batch = Batch(np.arange(n_pictures), np.zeros(n_pictures, dtype=np.int64), 1)
+    batch = Batch(np.arange(n_images), np.zeros(n_images, dtype=np.int64), 1)
     expected = host(Prompts(contexts), batch, labels)
     feeds = {
         "contexts": contexts,
@@ -133,11 +133,11 @@ def test_scores_are_those_of_the_host(bundle: Bundle) -> None:
     losses, correct, logits, digest = graph.run(wanted, feeds)
     assert (losses.dtype, correct.dtype, logits.dtype) == (np.float64, np.int64, np.float32)
     np.testing.assert_allclose(losses, expected.losses, atol=1e-5)
-    np.testing.assert_array_equal(correct, np.rint(expected.accuracies * n_pictures))
+    np.testing.assert_array_equal(correct, np.rint(expected.accuracies * n_images))
     assert expected.logits is not None
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
     assert digest.tolist() == digest_of(bundle)
-    assert 0 < correct.sum() < n_candidates * n_pictures
+    assert 0 < correct.sum() < n_candidates * n_images
     # The order of labels counts.
     moved, _ = graph.run(["losses", "correct"], {**feeds, "labels": np.roll(labels, 1)})
     assert np.abs(moved - losses).min() > 1e-3
@@ -204,7 +204,7 @@ def test_what_is_too_long_is_refused_and_never_cut(tower: Bundle) -> None:
 
 
 @pytest.mark.parametrize("n_labels", [0, 1, 2, 4])
-def test_another_number_of_labels_than_of_pictures_is_refused(tower: Bundle, n_labels: int) -> None:
+def test_another_number_of_labels_than_of_images_is_refused(tower: Bundle, n_labels: int) -> None:
     graph = session(score_graph(tower, logits=False))
     feeds = {
         "contexts": random_contexts(tower, 2, 2),
@@ -248,7 +248,7 @@ def test_losses_alone_give_the_differences_of_text_features_away() -> None:
     )
     found = -(losses - losses[0]) / bundle.logit_scale
     np.testing.assert_allclose(found, texts[0] - texts[0, 0], atol=1e-6)
-    # The logits of the same pictures give them whole.
+    # The logits of the same images give them whole.
     feeds = {**given, "features": axes, "labels": np.zeros(len(axes), dtype=np.int64)}
     (logits,) = session(score_graph(bundle, logits=True)).run(["logits"], feeds)
     whole = (logits[0].T - bundle.logit_bias) / bundle.logit_scale

@@ -103,7 +103,7 @@ def texts(bundle: Bundle, n_candidates: int = 3, n_context: int = 4) -> Arrays:
     return {"contexts": contexts.astype(np.float32), "tokens": tokens}
 
 
-def pictures(bundle: Bundle, n: int = 9, seed: int = 0) -> Arrays:
+def images(bundle: Bundle, n: int = 9, seed: int = 0) -> Arrays:
     features = np.random.default_rng(seed).normal(size=(n, bundle.embed_dim)).astype(np.float32)
     return {"features": features, "labels": np.arange(n, dtype=np.int64) % len(WORDS)}
 
@@ -152,7 +152,7 @@ def test_texts_answer_as_here(
 
 
 def test_scores_answer_as_here(server: TritonServer, client: Any, bundle: Bundle) -> None:
-    feeds = texts(bundle) | pictures(bundle)
+    feeds = texts(bundle) | images(bundle)
     answer = ask(client, "score", feeds)
     wanted = ["losses", "correct", "logits"]
     assert set(answer) == {*wanted, "digest"}
@@ -164,13 +164,13 @@ def test_scores_answer_as_here(server: TritonServer, client: Any, bundle: Bundle
     assert set(ask(client, "score", feeds, ["losses"])) == {"losses"}
 
 
-def test_kept_pictures_stand_for_those_that_are_sent(client: Any, bundle: Bundle) -> None:
-    kept = pictures(bundle, seed=1)
+def test_kept_images_stand_for_those_that_are_sent(client: Any, bundle: Bundle) -> None:
+    kept = images(bundle, seed=1)
     name = name_of(kept)
     request = texts(bundle)
     rows = rows_of(4, 0, 4, 8)
     asking = {**request, "kept": name, "rows": rows}
-    refused(client, "score", asking, "no pictures are kept under this name", status="NOT_FOUND")
+    refused(client, "score", asking, "no images are kept under this name", status="NOT_FOUND")
     for _ in range(2):  # a second time changes nothing
         answer = ask(client, "score", {**kept, "kept": name})
         assert set(answer) == {"digest"}
@@ -191,8 +191,8 @@ def test_kept_pictures_stand_for_those_that_are_sent(client: Any, bundle: Bundle
     np.testing.assert_array_equal(ask(client, "score", asking)["losses"], answer["losses"])
 
 
-def test_pictures_are_kept_under_their_own_name_only(client: Any, bundle: Bundle) -> None:
-    kept = pictures(bundle, seed=2)
+def test_images_are_kept_under_their_own_name_only(client: Any, bundle: Bundle) -> None:
+    kept = images(bundle, seed=2)
     name = name_of(kept)
     wrong = name.copy()
     wrong[0] ^= 1
@@ -210,17 +210,17 @@ def test_pictures_are_kept_under_their_own_name_only(client: Any, bundle: Bundle
         refused(client, "score", asking, status="NOT_FOUND")
 
 
-def test_http_says_when_pictures_are_not_kept(server: TritonServer, bundle: Bundle) -> None:
+def test_http_says_when_images_are_not_kept(server: TritonServer, bundle: Bundle) -> None:
     http = pytest.importorskip("tritonclient.http")
     client = http.InferenceServerClient(server.http)
     kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8"}
-    asking = {**texts(bundle), "kept": name_of(pictures(bundle, seed=3)), "rows": rows_of(0)}
+    asking = {**texts(bundle), "kept": name_of(images(bundle, seed=3)), "rows": rows_of(0)}
     inputs = []
     for name, value in asking.items():
         given = http.InferInput(name, list(value.shape), kinds[value.dtype.name])
         given.set_data_from_numpy(value)
         inputs.append(given)
-    with pytest.raises(grpc.InferenceServerException, match="no pictures are kept") as caught:
+    with pytest.raises(grpc.InferenceServerException, match="no images are kept") as caught:
         client.infer("mini_score", inputs)
     assert caught.value.status() in ("400", "404")
     client.close()
@@ -232,7 +232,7 @@ def changed(feeds: Arrays, **values: Any) -> Arrays:
 
 
 def test_malformed_inputs_are_errors(client: Any, bundle: Bundle) -> None:
-    good = texts(bundle) | pictures(bundle)
+    good = texts(bundle) | images(bundle)
     contexts, tokens, labels = good["contexts"], good["tokens"], good["labels"]
     for values, words in (
         ({"contexts": None}, "inputs missing: contexts"),
@@ -260,7 +260,7 @@ def test_malformed_inputs_are_errors(client: Any, bundle: Bundle) -> None:
 
 
 def test_an_error_is_one_line_of_bounded_length(client: Any, bundle: Bundle) -> None:
-    feeds = changed(texts(bundle) | pictures(bundle), labels=rows_of(0))
+    feeds = changed(texts(bundle) | images(bundle), labels=rows_of(0))
     with pytest.raises(Exception, match="Non-zero status code") as caught:
         ask(client, "score", feeds)
     message = caught.value.message()  # type: ignore[attr-defined]
@@ -296,7 +296,7 @@ def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bund
     repository = tmp_path / "repository"
     export_triton(bundle, repository, "mini", Serving(backend="python", threads=1))
     config = repository / "mini_score" / "config.pbtxt"
-    sets = [pictures(bundle, n=20, seed=seed) for seed in range(3)]
+    sets = [images(bundle, n=20, seed=seed) for seed in range(3)]
     size = sum(value.nbytes for value in sets[0].values())
     config.write_text(config.read_text().replace('"512000000"', f'"{2 * size}"'))
     assert f'"{2 * size}"' in config.read_text()
@@ -310,7 +310,7 @@ def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bund
         ask(client, "score", asking[0])
         ask(client, "score", asking[2])
         refused(client, "score", asking[1], status="NOT_FOUND")
-        large = pictures(bundle, n=41)
+        large = images(bundle, n=41)
         refused(client, "score", {**large, "kept": name_of(large)}, f"more than {2 * size} bytes")
         client.close()
 
@@ -327,7 +327,7 @@ def test_endpoints_are_closed_as_the_page_says(tmp_path: Path, bundle: Bundle) -
     ]
     with TritonServer(repository, args=options) as server:
         client = grpc.InferenceServerClient(server.grpc)
-        feeds = texts(bundle) | pictures(bundle)
+        feeds = texts(bundle) | images(bundle)
         assert set(ask(client, "score", feeds)) == {"losses", "correct", "digest"}
         assert {m.name for m in client.get_model_metadata("mini_score").outputs} == {
             "losses", "correct", "digest",

@@ -1,4 +1,4 @@
-"""Packed visual prompts against the same pictures through runtimes/visual.py."""
+"""Packed visual prompts against the same images through runtimes/visual.py."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +45,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export_bundle(loaded, folder / "bundle", image_tokens=True)
 
 
-def pictures(bundle: Bundle, n: int = 5) -> U8:
+def images(bundle: Bundle, n: int = 5) -> U8:
     """Return u8[n, S, S, 3] with the gradients of photographs."""
     coarse = np.random.default_rng(0).integers(0, 256, (n, 4, 5, 3), dtype=np.uint8)
     side = (bundle.image.size, bundle.image.size)
@@ -103,11 +103,11 @@ def packed(bundle: Bundle, artifact: VisualArtifact, out: Path, **options: Any) 
 
 
 @pytest.mark.parametrize("program", ["border", "tokens", "decoder"])
-def test_a_classifier_changes_pictures_as_the_tuning_did(
+def test_a_classifier_changes_images_as_the_tuning_did(
     program: str, bundle: Bundle, tmp_path: Path
 ) -> None:
     artifact = artifact_of(program, bundle)
-    pixels = pictures(bundle)
+    pixels = images(bundle)
     plain = OrtImageEncoder(bundle, CPU).encode(pixels)
     logits = expected(bundle, artifact, pixels, plain)
     assert np.abs(logits - artifact.classifier().logits(plain)).max() > 0.01
@@ -118,7 +118,7 @@ def test_a_classifier_changes_pictures_as_the_tuning_did(
     np.testing.assert_allclose(got, logits, atol=1e-3)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(classifier.classify(pixels[:1])[0], got[:1], atol=1e-4)
-    # The decoder's plain picture goes through the same weights, kept once.
+    # The decoder's plain image goes through the same weights, kept once.
     n_bytes = (tmp_path / "c.onnx").stat().st_size
     assert n_bytes < 1.1 * bundle.files["image.onnx"][1] + 250_000
 
@@ -129,11 +129,11 @@ def test_a_classifier_that_resizes(program: str, bundle: Bundle, tmp_path: Path)
     classifier = packed(bundle, artifact, tmp_path / "c.onnx", resize=True)
     coarse = np.random.default_rng(3).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     size = (3 * bundle.image.size, 2 * bundle.image.size)
-    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    pixels = crop(picture, bundle.image)[None]
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    pixels = crop(image, bundle.image)[None]
     plain = OrtImageEncoder(bundle, CPU).encode(pixels)
     logits = expected(bundle, artifact, pixels, plain)
-    got, _ = classifier.classify(np.asarray(picture)[None])
+    got, _ = classifier.classify(np.asarray(image)[None])
     # The crop may differ by a grey level here and there.
     np.testing.assert_allclose(got, logits, atol=0.05)
 
@@ -165,7 +165,7 @@ def test_an_extractor_of_its_own(opset: int, bundle: Bundle, tmp_path: Path) -> 
     size = bundle.image.size
     path = extractor(tmp_path / "extractor.onnx", size, opset)
     own = dataclasses.replace(artifact_of("decoder", bundle, K), extractor=sha256(path))
-    pixels = pictures(bundle)
+    pixels = images(bundle)
     mean, std = np.array(bundle.image.mean), np.array(bundle.image.std)
     planes = ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     (features,) = open_session(path, CPU).run(None, {"pixels": planes})

@@ -35,7 +35,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("normalised queries", {"qk_norm": True}),
     ("sine positions", {"pos_embed_type": "sin_cos_2d"}),
 ]
-# candidates, pictures, tokens: none as the graph was traced
+# candidates, images, tokens: none as the graph was traced
 SHAPES = [(1, 1, 1), (4, 3, 2), (2, 5, 9), (1, 6, 5), (7, 1, 3)]
 
 
@@ -72,16 +72,16 @@ def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Pat
     (plain,) = image_cases(loaded, [6])
     width = visual_tower(loaded.model).conv1.weight.shape[0]
     random = torch.Generator().manual_seed(3)
-    for n_candidates, n_pictures, n_tokens in SHAPES:
-        pixels = torch.from_numpy(plain.feeds["pixels"][:n_pictures])
+    for n_candidates, n_images, n_tokens in SHAPES:
+        pixels = torch.from_numpy(plain.feeds["pixels"][:n_images])
         tokens = torch.randn(n_candidates, n_tokens, width, generator=random)
         feeds = {"pixels": pixels.numpy(), "tokens": tokens.numpy()}
         (features,) = run.run(["features"], feeds)
         expected = by_hand(loaded, pixels, tokens)
-        assert features.shape == (n_candidates, n_pictures, 64)
+        assert features.shape == (n_candidates, n_images, 64)
         np.testing.assert_allclose(features, expected, atol=5e-6)
         # Tokens matter, so that the comparison would notice if they did not arrive.
-        assert np.abs(features - plain.features[None, :n_pictures]).max() > 1e-3
+        assert np.abs(features - plain.features[None, :n_images]).max() > 1e-3
         order = torch.randperm(n_candidates, generator=random).numpy()
         (permuted,) = run.run(["features"], {**feeds, "tokens": feeds["tokens"][order]})
         np.testing.assert_allclose(permuted, features[order], atol=2e-6)
@@ -136,7 +136,7 @@ def test_the_bundle_says_what_it_has(tmp_path: Path) -> None:
     assert parity_on_this_machine(bundle, "image_prompted", Execution())["max_abs"] < 5e-6
     model_proto = onnx.load(bundle.file(IMAGE_PROMPTED))
     onnx.checker.check_model(model_proto)
-    # The patches of a picture are embedded without the candidates' dimension.
+    # The patches of an image are embedded without the candidates' dimension.
     (embedding,) = [node for node in model_proto.graph.node if node.op_type == "Conv"]
     assert embedding.input[0] == "pixels"
 

@@ -22,7 +22,7 @@ OPTIONS = (
     "--strict-readiness=true",
     "--disable-auto-complete-config",
 )
-# Four pictures a class to tune with, the others of digits' small split to test with.
+# Four images a class to tune with, the others of digits' small split to test with.
 DATA = ("--data", DIGITS, "--shots", 4)
 
 

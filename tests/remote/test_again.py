@@ -115,7 +115,7 @@ def test_losses_alone_measure_nothing_and_encode_nothing(
         data = ("--data", "examples/digits", "--split", "all", "--quiet")
         refused = ztune("eval", url_of(server), *data)
         one_error(refused.code, refused.err, "losses alone", "ztune eval BUNDLE --prompt FILE")
-        # The start's parity asks for two pictures each time, and nobody for more.
+        # The start's parity asks for two images each time, and nobody for more.
         assert worked(server, "image") - before == 4
     measured = ztune("eval", out, "--bundle", "models/mini", "--json", "--quiet")
     assert measured.code == 0, measured.err

@@ -1,4 +1,4 @@
-"""A device without ONNX Runtime, onnx or torch tunes on a server, from pictures to the artifact."""
+"""A device without ONNX Runtime, onnx or torch tunes on a server, from images to the artifact."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_a_device_without_onnx_runtime_tunes(
     assert artifact(out) == artifact(local("--method", *method))
 
 
-def test_pictures_encoded_here_need_onnx_runtime(triton: TritonServer, tmp_path: Path) -> None:
+def test_images_encoded_here_need_onnx_runtime(triton: TritonServer, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("--images", "local", "--client", MINI, "--out", out)
     done = bare("tune", url_of(triton), *DATA, *words)

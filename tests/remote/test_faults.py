@@ -147,7 +147,7 @@ def test_the_drill(
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_faults_while_pictures_are_encoded(
+def test_faults_while_images_are_encoded(
     protocol: str, start: Start, triton: TritonServer, local: Runs, tmp_path: Path
 ) -> None:
     # Of gRPC all requests on their way share one connection: what resets it fails all of them.
@@ -291,7 +291,7 @@ def test_one_of_two_servers_dies_and_returns(
     assert billed(out, queries) >= 2
 
 
-def test_pictures_kept_by_a_server_that_was_killed(
+def test_images_kept_by_a_server_that_was_killed(
     start: Start, triton: TritonServer, mortal: TritonServer, tmp_path: Path
 ) -> None:
     runs: list[Path] = []

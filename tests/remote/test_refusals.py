@@ -308,7 +308,7 @@ def test_text_features_that_are_not_given(frugal: str, tune: Tune) -> None:
 
 
 def test_visual_prompts_are_not_for_servers(triton: TritonServer, tune: Tune) -> None:
-    says = ("changed pictures in every query", "a bundle of one's own", "methods that would work:")
+    says = ("changed images in every query", "a bundle of one's own", "methods that would work:")
     tune(url_of(triton), "--method", "bar", says=says)
 
 

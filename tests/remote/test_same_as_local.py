@@ -52,7 +52,7 @@ def mlserver(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where the test pictures' features are kept: every run is tested on the same ones."""
+    """Return where the test images' features are kept: every run is tested on the same ones."""
     return tmp_path_factory.mktemp("features")
 
 
@@ -127,7 +127,7 @@ def test_two_servers_give_the_same_bytes(
     assert artifact(out) == artifact(local(*ZIP))
 
 
-def test_pictures_encoded_here_give_the_same_bytes(
+def test_images_encoded_here_give_the_same_bytes(
     triton: TritonServer, local: Runs, ztune: Command, tmp_path: Path
 ) -> None:
     there, here = tmp_path / "there", tmp_path / "here"
@@ -142,7 +142,7 @@ def test_pictures_encoded_here_give_the_same_bytes(
         nothing_twice(out)
         encodings.append(worked(triton, "image") - before)
         assert artifact(out) == artifact(local(*ZIP))
-    # Forty pictures to tune with and forty for validation, eight at a time; the others are probes.
+    # Forty images to tune with and forty for validation, eight at a time; the others are probes.
     assert encodings[0] - encodings[1] == 80 / 8
 
 

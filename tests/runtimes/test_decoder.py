@@ -24,7 +24,7 @@ from ztune.types import F32
 torch = pytest.importorskip("torch")
 nn = torch.nn
 CPU = Execution()
-# extractor values and picture side: the published ones, a grid that the picture sets and is cut,
+# extractor values and image side: the published ones, a grid that the image sets and is cut,
 # one that the feature sets, with 3, 4, 1 and no doublings
 SIZES = [(768, 224), (8, 70), (128, 24), (33, 32), (32, 3), (32, 2)]
 
@@ -68,21 +68,21 @@ def by_torch(k: int, size: int, values: F32, features: F32, statistics: F32 | No
     with torch.no_grad():
         given = torch.from_numpy(features)
         latent = torch.cat([given, trigger.expand(len(given), -1)], 1).reshape(-1, 32, g, g)
-        picture = net(latent).numpy()
+        image = net(latent).numpy()
     own = [
         torch.cat([x.mean((0, 2, 3)) for x in seen]),
         torch.cat([x.var((0, 2, 3), correction=0) for x in seen]),
     ]
-    first = (picture.shape[-1] - size) // 2
-    cut = picture[:, :, first : first + size, first : first + size]
+    first = (image.shape[-1] - size) // 2
+    cut = image[:, :, first : first + size, first : first + size]
     return cut, torch.stack(own).numpy()
 
 
-def drawn(k: int, size: int, n_pictures: int) -> tuple[F32, F32]:
+def drawn(k: int, size: int, n_images: int) -> tuple[F32, F32]:
     """Return values that no default would hide, and features."""
     rng = np.random.default_rng(0)
     values = start(k, size, rng) + 0.05 * rng.standard_normal(n_values(k, size))
-    features = rng.standard_normal((n_pictures, k))
+    features = rng.standard_normal((n_images, k))
     return values.astype(np.float32), features.astype(np.float32)
 
 
@@ -116,16 +116,16 @@ def test_it_is_the_network_in_torch(k: int, size: int) -> None:
     expected, own = by_torch(k, size, values, features, None)
     statistics = network_in_ort.statistics(values, features)
     np.testing.assert_allclose(statistics, own, rtol=1e-4, atol=1e-5)
-    picture = network_in_ort(values, features, statistics)
-    assert picture.shape == (5, 3, size, size)
-    np.testing.assert_allclose(picture, expected, atol=5e-5)
+    image = network_in_ort(values, features, statistics)
+    assert image.shape == (5, 3, size, size)
+    np.testing.assert_allclose(image, expected, atol=5e-5)
     np.testing.assert_allclose(network_in_ort.by_batch(values, features), expected, atol=5e-5)
-    # Fixed statistics, of other pictures: now a picture does not depend on the batch.
+    # Fixed statistics, of other images: now an image does not depend on the batch.
     other = network_in_ort.statistics(values, features[:2] * 0.5)
     expected, _ = by_torch(k, size, values, features, other)
-    picture = network_in_ort(values, features, other)
-    np.testing.assert_allclose(picture, expected, rtol=1e-4, atol=1e-4)
-    assert np.abs(picture[0] - picture[1]).max() > 1e-2
+    image = network_in_ort(values, features, other)
+    np.testing.assert_allclose(image, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(image[0] - image[1]).max() > 1e-2
 
 
 def test_statistics_of_many_calls_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Another network's features: any ONNX file that takes the tower's pictures."""
+"""Another network's features: any ONNX file that takes the tower's images."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def pixels(bundle: Bundle) -> U8:
     return np.stack([encoder.read(path, None) for path in sorted((DIGITS / "two").iterdir())[:5]])
 
 
-def test_it_sees_pictures_as_the_tower_does(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
+def test_it_sees_images_as_the_tower_does(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
     extractor = OrtExtractor(
         write(tmp_path / "e.onnx", ["N", 3, SIDE, SIDE], ["N", 3]), bundle, Execution()
     )
@@ -133,7 +133,7 @@ def test_other_weights_are_another_identity(tmp_path: Path, bundle: Bundle) -> N
     ],
     ids=[
         "larger", "not-square", "grey", "channels-last", "maps", "unknown-width",
-        "one-picture", "two-inputs", "two-outputs", "bytes", "half",
+        "one-image", "two-inputs", "two-outputs", "bytes", "half",
     ],
 )  # fmt: skip
 def test_another_shape_is_refused_with_what_is_expected(

@@ -19,16 +19,16 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CPU = Execution("cpu")
 
 
-def test_a_picture_has_the_same_features_whatever_shares_its_batch() -> None:
+def test_an_image_has_the_same_features_whatever_shares_its_batch() -> None:
     bundle = load_bundle(MINI)
     encoder = OrtImageEncoder(bundle, CPU)
     rng = np.random.default_rng(0)
     shape = (16, bundle.image.size, bundle.image.size, 3)
-    picture = rng.integers(0, 256, shape[1:], dtype=np.uint8)
+    image = rng.integers(0, 256, shape[1:], dtype=np.uint8)
     seen = set()
     for place in range(16):
         batch = rng.integers(0, 256, shape, dtype=np.uint8)
-        batch[place] = picture
+        batch[place] = image
         seen.add(encoder.encode(batch)[place].tobytes())
     assert len(seen) == 1
 

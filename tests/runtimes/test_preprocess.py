@@ -1,4 +1,4 @@
-"""Preprocessing against open_clip's own transform, and pictures of every kind and damage."""
+"""Preprocessing against open_clip's own transform, and images of every kind and damage."""
 
 import os
 import struct
@@ -18,9 +18,9 @@ from runtimes.preprocess import (
     _random_box,
     crop,
     normalise,
-    open_picture,
+    open_image,
     random_view,
-    read_picture,
+    read_image_file,
 )
 from tests.foreign import FOREIGN, NOT_REGULAR
 from ztune.errors import DataError
@@ -77,10 +77,10 @@ def test_equals_open_clip_on_photographs() -> None:
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".png"))
     assert files
     for path in files[:: max(1, len(files) // 100)]:
-        with open_picture(path) as opened:
+        with open_image(path) as opened:
             image = opened.convert("RGB")
         spec = make_spec(224)
-        np.testing.assert_array_equal(crop(read_picture(path), spec), crop(image, spec))
+        np.testing.assert_array_equal(crop(read_image_file(path), spec), crop(image, spec))
         np.testing.assert_array_equal(
             normalise(crop(image, spec)[None], spec)[0], reference(spec, image)
         )
@@ -102,7 +102,7 @@ def test_alpha_is_dropped_as_by_open_clip(tmp_path: Path) -> None:
     image = noise(9, 7).convert("RGBA")
     image.putalpha(Image.new("L", (9, 7), 3))
     image.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), noise(9, 7))
+    np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), noise(9, 7))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr"])
@@ -110,7 +110,7 @@ def test_modes(tmp_path: Path, mode: str) -> None:
     image = noise(16, 12).convert(mode)
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
     image.save(path)
-    read = read_picture(path)
+    read = read_image_file(path)
     assert (read.mode, read.size) == ("RGB", (16, 12))
     np.testing.assert_array_equal(read, Image.open(path).convert("RGB"))
 
@@ -121,14 +121,16 @@ def test_palette_with_transparency(tmp_path: Path, transparency: object) -> None
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "a.png", transparency=transparency)
-    assert np.asarray(read_picture(tmp_path / "a.png")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert np.asarray(read_image_file(tmp_path / "a.png")).tolist() == [
+        [[10, 20, 30], [40, 50, 60]]
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
     levels = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     Image.fromarray(levels).save(tmp_path / f"a.{suffix}")
-    read = np.asarray(read_picture(tmp_path / f"a.{suffix}"))
+    read = np.asarray(read_image_file(tmp_path / f"a.{suffix}"))
     assert read[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
     assert (read == read[..., :1]).all()
 
@@ -137,7 +139,7 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None
 def test_levels_of_unknown_range_are_refused(tmp_path: Path, levels: np.ndarray) -> None:
     Image.fromarray(levels).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=r"a\.tif.*8-bit or 16-bit"):
-        read_picture(tmp_path / "a.tif")
+        read_image_file(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -152,16 +154,16 @@ def test_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
         1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.T,
         6: np.rot90(stored, -1), 7: stored[::-1, ::-1].T, 8: np.rot90(stored),
     }[orientation]  # fmt: skip
-    read = np.asarray(read_picture(tmp_path / f"a.{suffix}"))[..., 0].astype(int)
+    read = np.asarray(read_image_file(tmp_path / f"a.{suffix}"))[..., 0].astype(int)
     assert read.shape == upright.shape
     assert abs(read - upright).max() <= 2
 
 
-def test_damaged_metadata_leaves_the_picture(tmp_path: Path) -> None:
+def test_damaged_metadata_leaves_the_image(tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff rubbish")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), noise(8, 8))
+        np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), noise(8, 8))
     assert not caught
 
 
@@ -187,7 +189,7 @@ def truncate(path: Path) -> None:
     [
         (
             "text.jpg",
-            lambda p: p.write_text("no picture\n"),
+            lambda p: p.write_text("no image\n"),
             "none of the formats that ztune reads (JPEG, MPO, ",
         ),
         ("empty.png", lambda p: p.touch(), "none of the formats"),
@@ -200,12 +202,12 @@ def truncate(path: Path) -> None:
         ("thin.png", lambda p: Image.new("1", (30000, 2)).save(p), "30000 x 2 pixels"),
     ],
 )
-def test_unreadable_pictures_are_named(
+def test_unreadable_images_are_named(
     tmp_path: Path, name: str, make: Callable[[Path], None], reason: str
 ) -> None:
     make(tmp_path / name)
     with pytest.raises(DataError, match=r"cannot be read: .") as caught:
-        read_picture(tmp_path / name)
+        read_image_file(tmp_path / name)
     message = str(caught.value)
     assert name in message
     assert reason in message
@@ -215,9 +217,9 @@ def test_unreadable_pictures_are_named(
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise(8, 8, 0).save(path)
-    first = read_picture(path)
+    first = read_image_file(path)
     noise(9, 8, 1).save(path)
-    assert read_picture(path).size != first.size
+    assert read_image_file(path).size != first.size
 
 
 # Random views
@@ -287,7 +289,7 @@ def test_every_format_of_the_list_is_read(tmp_path: Path, name: str, plugin: str
     with Image.open(path, formats=[plugin]) as opened:
         assert opened.format == name
         expected = np.asarray(opened.convert("RGB"))
-    np.testing.assert_array_equal(read_picture(path), expected)
+    np.testing.assert_array_equal(read_image_file(path), expected)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"])
@@ -295,7 +297,7 @@ def test_a_compressed_tiff_is_read(tmp_path: Path, compression: str) -> None:
     noise(16, 12).save(tmp_path / "a.tif", compression=compression)
     with Image.open(tmp_path / "a.tif", formats=["TIFF"]) as opened:
         expected = np.asarray(opened.convert("RGB"))
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.tif"), expected)
+    np.testing.assert_array_equal(read_image_file(tmp_path / "a.tif"), expected)
 
 
 def test_what_this_pillow_lacks_is_not_asked_for(
@@ -304,12 +306,12 @@ def test_what_this_pillow_lacks_is_not_asked_for(
     Image.init()
     monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "AVIF"})
     noise(9, 7).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), noise(9, 7))
+    np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), noise(9, 7))
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
         DataError, match=r"\(JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, JPEG 2000, PNM\)"
     ):
-        read_picture(tmp_path / "a.txt")
+        read_image_file(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("kind", sorted(FOREIGN))
@@ -322,20 +324,20 @@ def test_other_formats_are_refused_without_their_decoder(
     with pytest.raises(
         DataError, match=rf'"{path}" cannot be read: .*none of the formats'
     ) as caught:
-        read_picture(path)
+        read_image_file(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("make", NOT_REGULAR)
-def test_only_regular_files_are_pictures(
+def test_only_regular_files_are_images(
     tmp_path: Path, make: Callable[[Path], None], in_time: None
 ) -> None:
     make(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png.*not a regular file"):
-        read_picture(tmp_path / "a.png")
+        read_image_file(tmp_path / "a.png")
 
 
-def test_a_link_to_a_picture_is_read(tmp_path: Path) -> None:
+def test_a_link_to_an_image_is_read(tmp_path: Path) -> None:
     noise(9, 7).save(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "b.png"), noise(9, 7))
+    np.testing.assert_array_equal(read_image_file(tmp_path / "b.png"), noise(9, 7))

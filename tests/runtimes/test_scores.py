@@ -18,7 +18,7 @@ from ztune.types import F32, I64, Batch, Prompts
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = tuple(f"{a} {b}" for a in DIGITS for b in ("hand", "small drawn shape", "ink", "big"))
-N_CONTEXT, N_VIEWS, N_PICTURES = 4, 2, 60
+N_CONTEXT, N_VIEWS, N_IMAGES = 4, 2, 60
 SCALE, BIAS = 37.5, -2.0
 
 
@@ -28,24 +28,24 @@ def encoder(execution: Execution, n_candidates: int = 6) -> OrtPromptEncoder:
     return graph.encoder(NAMES, N_CONTEXT, n_candidates)
 
 
-def pictures() -> tuple[F32, I64]:
+def images() -> tuple[F32, I64]:
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((N_VIEWS, N_PICTURES, load_bundle(MINI).embed_dim))
+    features = rng.standard_normal((N_VIEWS, N_IMAGES, load_bundle(MINI).embed_dim))
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
-    return features.astype(np.float32), np.arange(N_PICTURES, dtype=np.int64) % len(NAMES)
+    return features.astype(np.float32), np.arange(N_IMAGES, dtype=np.int64) % len(NAMES)
 
 
 def rounds(sizes: tuple[int, ...] = (6, 6, 1)) -> Iterator[tuple[F32, Batch]]:
     rng = np.random.default_rng(1)
     for number, size in enumerate(sizes):
         contexts = rng.standard_normal((size, N_CONTEXT, load_bundle(MINI).text.width))
-        n = (24, 24, N_PICTURES)[number % 3]
-        batch = Batch(rng.permutation(N_PICTURES)[:n], rng.integers(N_VIEWS, size=n), number + 1)
+        n = (24, 24, N_IMAGES)[number % 3]
+        batch = Batch(rng.permutation(N_IMAGES)[:n], rng.integers(N_VIEWS, size=n), number + 1)
         yield contexts.astype(np.float32), batch
 
 
 def check(execution: Execution, tolerance: float) -> OrtPromptEncoder:
-    features, labels = pictures()
+    features, labels = images()
     reference = FewShotObjective(NumpyScores(encoder(Execution()), features, SCALE, BIAS), labels)
     own = encoder(execution)
     objective = FewShotObjective(OrtScores(own, features, SCALE, BIAS, execution), labels)
@@ -68,7 +68,7 @@ def test_they_are_equal_whatever_the_plan(limit: int | None, together: int, n_gr
 
 
 def test_a_loss_that_is_not_finite_names_the_candidate() -> None:
-    features, labels = pictures()
+    features, labels = images()
     scores = OrtScores(encoder(Execution()), features, SCALE, BIAS, Execution())
     contexts, batch = next(rounds())
     contexts[2] = np.nan
@@ -77,10 +77,10 @@ def test_a_loss_that_is_not_finite_names_the_candidate() -> None:
 
 
 def test_what_onnxruntime_refuses_is_one_line() -> None:
-    features, labels = pictures()
+    features, labels = images()
     scores = OrtScores(encoder(Execution()), features, SCALE, BIAS, Execution())
     contexts, _ = next(rounds())
-    beyond = Batch(np.array([N_PICTURES]), np.array([N_VIEWS]), 1)
+    beyond = Batch(np.array([N_IMAGES]), np.array([N_VIEWS]), 1)
     with pytest.raises(ZtuneError, match=r"^the score graph failed while running: ") as caught:
         scores(Prompts(contexts), beyond, labels[:1])
     assert "\n" not in str(caught.value)

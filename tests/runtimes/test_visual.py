@@ -1,4 +1,4 @@
-"""Pictures under visual prompts on the embedded bundle, against what the papers say in numpy."""
+"""Images under visual prompts on the embedded bundle, against what the papers say in numpy."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from runtimes.providers import Execution, open_session, run_graph
 from runtimes.visual import (
     BorderPrompts,
     DecoderPrompts,
-    PromptedPictures,
+    PromptedViews,
     TokenPrompts,
     VisualPrompts,
     inner_side,
@@ -34,7 +34,7 @@ K = 40  # features of another extractor than the bundle's
 N_VALUES = n_values(K, S)
 
 
-def pictures(n: int, seed: int = 0) -> tuple[U8, F32]:
+def images(n: int, seed: int = 0) -> tuple[U8, F32]:
     """Return pixels u8[n, S, S, 3] and an extractor's features f32[n, K]."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (n, S, S, 3), dtype=np.uint8)
@@ -56,15 +56,15 @@ def candidates(kind: str, n: int, seed: int = 1) -> F32:
 
 
 def tower(pixels: Any) -> Any:
-    """Return features of pixels f64[N, S, S, 3] in 0…1, one picture at a time."""
+    """Return features of pixels f64[N, S, S, 3] in 0…1, one image at a time."""
     session = open_session(BUNDLE.file("image.onnx"), CPU)
     planes = ((pixels - SPEC.mean) / SPEC.std).transpose(0, 3, 1, 2).astype(np.float32)
     runs = [run_graph(session, "image.onnx", None, {"pixels": one[None]})[0] for one in planes]
     return np.concatenate(runs)
 
 
-def test_a_border_stands_around_a_smaller_picture() -> None:
-    pixels, features = pictures(3)
+def test_a_border_stands_around_a_smaller_image() -> None:
+    pixels, features = images(3)
     values = candidates("border", 2)
     values[1, :, 0, 0] = -200, 200, 0  # black, white and grey, without overflow
     side = 20
@@ -73,15 +73,15 @@ def test_a_border_stands_around_a_smaller_picture() -> None:
     for border in values.astype(np.float64):
         frame = 1 / (1 + np.exp(-border.transpose(1, 2, 0)))
         shown = np.stack([frame] * len(pixels))
-        for canvas, picture in zip(shown, pixels, strict=True):
-            small = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+        for canvas, image in zip(shown, pixels, strict=True):
+            small = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
             canvas[margin : margin + side, margin : margin + side] = np.asarray(small) / 255
         expected.append(tower(shown))
     prompts = BorderPrompts(BUNDLE, CPU)
     encoded = prompts.encode(values, pixels, features)
     assert encoded.shape == (2, 3, BUNDLE.embed_dim)
     np.testing.assert_allclose(encoded, expected, atol=1e-5)
-    # What stands behind the picture is not seen, its frame is.
+    # What stands behind the image is not seen, its frame is.
     hidden, frame = values.copy(), values.copy()
     hidden[:, :, margin : S - margin, margin : S - margin] += 1
     assert prompts.encode(hidden, pixels, features).tobytes() == encoded.tobytes()
@@ -94,8 +94,8 @@ def test_margins_are_the_published_share_and_equal(size: int, inner: int) -> Non
     assert inner_side(size) == inner
 
 
-def test_a_decoders_picture_is_added_and_clipped() -> None:
-    pixels, features = pictures(4)
+def test_a_decoders_image_is_added_and_clipped() -> None:
+    pixels, features = images(4)
     values = candidates("decoder", 2)
     decoder = Decoder(K, S, CPU)
     fixed = decoder.statistics(values[0], features[:2])
@@ -122,8 +122,8 @@ def test_a_decoders_picture_is_added_and_clipped() -> None:
     np.testing.assert_allclose(encoded, [plain, plain], atol=1e-5)
 
 
-def test_with_fixed_statistics_a_picture_has_no_company() -> None:
-    pixels, features = pictures(6)
+def test_with_fixed_statistics_an_image_has_no_company() -> None:
+    pixels, features = images(6)
     values = candidates("decoder", 1)
     fixed = Decoder(K, S, CPU).statistics(values[0], features)
     by_batch, alone = DecoderPrompts(BUNDLE, CPU, K), DecoderPrompts(BUNDLE, CPU, K, fixed)
@@ -134,7 +134,7 @@ def test_with_fixed_statistics_a_picture_has_no_company() -> None:
 
 
 def test_tokens_are_the_graphs_own() -> None:
-    pixels, features = pictures(3)
+    pixels, features = images(3)
     values = candidates("tokens", 4)
     session = open_session(BUNDLE.file(IMAGE_PROMPTED), CPU)
     planes = ((pixels / 255 - SPEC.mean) / SPEC.std).transpose(0, 3, 1, 2).astype(np.float32)
@@ -153,14 +153,14 @@ def test_calls_are_bounded_and_no_candidate_has_company(
         sizes.append((len(feeds["pixels"]), len(feeds.get("tokens", [0]))))
         return run_graph(session, path, outputs, feeds)
 
-    pixels, features = pictures(11)
+    pixels, features = images(11)
     values = candidates(kind, 3)
     whole = opened(kind).encode(values, pixels, features)
     monkeypatch.setattr(visual, "_CHUNK_CPU", 4)
     monkeypatch.setattr(visual, "run_graph", recorded)
     prompts = opened(kind)
     encoded = prompts.encode(values, pixels, features)
-    assert sizes == [(4, 1)] * 9  # 11 pictures in calls of 4, the last one filled up
+    assert sizes == [(4, 1)] * 9  # 11 images in calls of 4, the last one filled up
     np.testing.assert_allclose(encoded, whole, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(encoded, axis=-1), 1, atol=1e-5)
     assert np.abs(encoded[0] - encoded[1]).max() > 1e-3
@@ -168,7 +168,7 @@ def test_calls_are_bounded_and_no_candidate_has_company(
     assert alone.tobytes() == encoded.tobytes()
 
 
-def test_pictures_of_a_batch_are_found_by_view_and_place() -> None:
+def test_images_of_a_batch_are_found_by_view_and_place() -> None:
     class Recorded:
         def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
             assert (pixels[:, 0, 0, 0] == features[:, 0]).all()
@@ -177,7 +177,7 @@ def test_pictures_of_a_batch_are_found_by_view_and_place() -> None:
     n_views, n = 2, 5
     number = np.arange(n_views * n).reshape(n_views, n)
     pixels = np.zeros((n_views, n, 2, 2, 3), np.uint8) + number[..., None, None, None]
-    prompted = PromptedPictures(
+    prompted = PromptedViews(
         Recorded(), pixels.astype(np.uint8), number[..., None].astype(np.float32)
     )
     batch = Batch(np.array([4, 0, 3]), np.array([1, 0, 0]), 1)
@@ -200,7 +200,7 @@ def test_candidates_of_another_shape_are_refused(
     kind: str, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        opened(kind).encode(np.zeros(shape, np.float32), *pictures(2))
+        opened(kind).encode(np.zeros(shape, np.float32), *images(2))
 
 
 def test_a_bundle_without_the_graph_takes_no_tokens() -> None:
@@ -209,10 +209,10 @@ def test_a_bundle_without_the_graph_takes_no_tokens() -> None:
         TokenPrompts(without, CPU)
 
 
-def test_a_picture_has_no_company_in_int8(tmp_path: Path) -> None:
+def test_an_image_has_no_company_in_int8(tmp_path: Path) -> None:
     bundle = quantize_bundle(BUNDLE, tmp_path / "int8", "int8")
     prompts = BorderPrompts(bundle, CPU)
-    pixels, features = pictures(4)
+    pixels, features = images(4)
     values = candidates("border", 1)
     together = prompts.encode(values, pixels, features)
     alone = [prompts.encode(values, pixels[i : i + 1], features) for i in range(4)]

@@ -34,7 +34,7 @@ class Tree:
 
 
 def classes_below(images: str, *names: str, n: int = 10) -> Callable[[Path], None]:
-    """Return what makes class folders of ten pictures: 5 to train, 2 to validate, 3 to test."""
+    """Return what makes class folders of ten images: 5 to train, 2 to validate, 3 to test."""
 
     def build(folder: Path) -> None:
         put(folder, (f"{images}/{name}/{i:03}.jpg" for name in names for i in range(n)))
@@ -44,7 +44,7 @@ def classes_below(images: str, *names: str, n: int = 10) -> Callable[[Path], Non
 
 
 def pets(folder: Path) -> None:
-    kinds = {"Abyssinian": 1, "great_pyrenees": 2}  # underscores and capitals in picture names
+    kinds = {"Abyssinian": 1, "great_pyrenees": 2}  # underscores and capitals in image names
     names = {kind: [f"{kind}_{n}" for n in range(1, 9)] for kind in kinds}
     put(folder / "images", (f"{name}.jpg" for part in names.values() for name in part))
     for file, place in (("trainval", slice(5)), ("test", slice(5, 8))):
@@ -138,7 +138,7 @@ def clevr(folder: Path) -> None:
 
 
 def listed(path: str, *parts: tuple[int, int, str], first: int = 1) -> list[list[Json]]:
-    """Return entries for n pictures each of (n, label, name), numbered on."""
+    """Return entries for n images each of (n, label, name), numbered on."""
     entries: list[list[Json]] = []
     for n, label, name in parts:
         for _ in range(n):

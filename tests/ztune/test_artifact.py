@@ -44,7 +44,7 @@ MIXTURE = MixtureArtifact(
     logit_scale=12.5,
     logit_bias=-1.0,
     at_once=10,
-    tuning_pictures=np.array([5], np.uint64),
+    tuning_images=np.array([5], np.uint64),
 )
 HEAD = HeadArtifact(
     ("a", "b", "c"), PROVENANCE, np.ones((3, 4), np.float32), np.zeros(3, np.float32)
@@ -80,7 +80,7 @@ TOKENS = replace(
     visual=np.ones((2, 6), np.float32),
     context=np.ones((3, 5), np.float32),
     templates=(),
-    tuning_pictures=np.array([1, 2**63], np.uint64),
+    tuning_images=np.array([1, 2**63], np.uint64),
 )
 EVERY_KIND: dict[str, Artifact] = {
     "context": CONTEXT,

@@ -154,7 +154,7 @@ def test_the_first_step_costs_what_is_said_in_calls_of_the_size_that_is_said(
         spent += len(proposal.points)
         answer(optimizer, proposal.points)
     assert spent == config.step_queries()
-    # A new step, on new pictures, but where logits are compared across steps.
+    # A new step, on new images, but where logits are compared across steps.
     proposal = optimizer.ask()
     assert proposal.same_batch == isinstance(config, Answers)
     assert not proposal.mid_step
@@ -423,11 +423,11 @@ def test_no_other_method_mixes_or_hides_classes() -> None:
             ), name  # fmt: skip
             assert bool(config.notice) == (name == "ogn losses alone")
             assert config.spends(1234) == 1234
-            assert config.pictures_of(40, 3) == min(40, config.batch_size or 40)
-    assert ZipConfig().pictures_of(1000, 3) == 128
+            assert config.images_of(40, 3) == min(40, config.batch_size or 40)
+    assert ZipConfig().images_of(1000, 3) == 128
 
 
-def test_methods_that_fit_logits_see_the_same_pictures_in_all_rounds() -> None:
+def test_methods_that_fit_logits_see_the_same_images_in_all_rounds() -> None:
     for kind in (OgnConfig, OgnContextConfig):
         for answers in ("logits", "label", "top-5"):
             assert kind(answers=answers).in_effect.keeps_batch
@@ -460,22 +460,22 @@ def test_a_mixture_tells_what_it_fitted_at_the_end_of_what_it_spends() -> None:
     assert told == [True, True, False, True, False, True]
 
 
-def test_pictures_whose_logits_fit_the_memory() -> None:
-    # 4 bytes of every class, picture and row: twice the rank, and a round's.
+def test_images_whose_logits_fit_the_memory() -> None:
+    # 4 bytes of every class, image and row: twice the rank, and a round's.
     config: OgnConfig | OgnContextConfig = OgnConfig(rank=10, n_prompts=5, memory_mb=1)
-    assert config.pictures_of(10**6, 100) == 10**6 // (4 * 25 * 100)
-    assert config.pictures_of(99, 100) == 99
-    assert OgnConfig(rank=10, n_prompts=5, memory_mb=1, batch_size=7).pictures_of(99, 100) == 7
-    assert config.pictures_of(99, 10**6) == 1
-    # The rank gives way to pictures down to 40, and stays where they are few.
-    most = OgnConfig().pictures_of(16_000, 1000)
+    assert config.images_of(10**6, 100) == 10**6 // (4 * 25 * 100)
+    assert config.images_of(99, 100) == 99
+    assert OgnConfig(rank=10, n_prompts=5, memory_mb=1, batch_size=7).images_of(99, 100) == 7
+    assert config.images_of(99, 10**6) == 1
+    # The rank gives way to images down to 40, and stays where they are few.
+    most = OgnConfig().images_of(16_000, 1000)
     assert most == 512_000_000 // (4 * (2 * 40 + 10) * 1000)
     assert OgnConfig().rank_of(most * 1000) == 40
     assert OgnConfig().rank_of(387 * 1000) == 160
-    assert OgnConfig(rank=41).pictures_of(16_000, 1000) == most
-    assert OgnConfig(rank=39).pictures_of(16_000, 1000) == 512_000_000 // (4 * 88 * 1000)
+    assert OgnConfig(rank=41).images_of(16_000, 1000) == most
+    assert OgnConfig(rank=39).images_of(16_000, 1000) == 512_000_000 // (4 * 88 * 1000)
     # Four rounds of directions, f32, in 256 MB.
-    assert OgnContextConfig().pictures_of(16_000, 1000) == 256_000_000 // (4 * 4 * 10 * 1000)
+    assert OgnContextConfig().images_of(16_000, 1000) == 256_000_000 // (4 * 4 * 10 * 1000)
     # However much memory there is, an answer keeps its logits.
     plenty = (
         OgnConfig(n_prompts=100, rank=1, memory_mb=10**6),
@@ -483,9 +483,9 @@ def test_pictures_whose_logits_fit_the_memory() -> None:
         OgnContextConfig(n_directions=1, memory_mb=1e6),
     )
     for config in plenty:
-        n_pictures = config.pictures_of(10**6, 1000)
-        assert config.round_size * n_pictures * 1000 <= LOGITS_AT_ONCE
-        assert config.round_size * (n_pictures + 1) * 1000 > LOGITS_AT_ONCE
+        n_images = config.images_of(10**6, 1000)
+        assert config.round_size * n_images * 1000 <= LOGITS_AT_ONCE
+        assert config.round_size * (n_images + 1) * 1000 > LOGITS_AT_ONCE
 
 
 @pytest.mark.parametrize("n_prompts", [1, 7, 10, 30])

@@ -82,7 +82,7 @@ def test_gradient_and_curvature_are_those_of_differences(
     np.testing.assert_array_equal(parts.gradient, terms.gradient)
 
 
-def test_pictures_apart_add_up_and_are_taken_away() -> None:
+def test_images_apart_add_up_and_are_taken_away() -> None:
     given = problem()
     chosen = np.arange(N) % 3 == 0
     some, others = given.rows(chosen), given.rows(~chosen)
@@ -165,7 +165,7 @@ def test_directions_that_say_the_same_have_a_singular_curvature() -> None:
     np.testing.assert_allclose(found[:K] + found[K:], alone, atol=0.02)
 
 
-def test_directions_that_no_picture_sees_are_left_where_they_are() -> None:
+def test_directions_that_no_image_sees_are_left_where_they_are() -> None:
     given = problem()
     # The same for all classes changes no probability.
     unseen = np.concatenate([given.directions, np.ones((1, N, C), np.float32)])

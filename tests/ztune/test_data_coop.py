@@ -73,7 +73,7 @@ def test_a_list_may_be_absent_where_it_is_not_needed(tmp_path: Path) -> None:
         ("[1]", "expected {"),
         ("{}", '"train" is nothing'),
         ('{"train": 1}', '"train" is int, expected a list'),
-        ('{"train": [], "val": [], "test": []}', "holds no pictures"),
+        ('{"train": [], "val": [], "test": []}', "holds no images"),
         ('{"train": [["a", 0]], "val": [], "test": []}', "train entry 0: expected .path"),
         ('{"train": [3], "val": [], "test": []}', "train entry 0: expected .path"),
         ('{"train": [["a.png", true, "a"]], "val": [], "test": []}', "label from 0"),
@@ -191,7 +191,7 @@ def test_half_of_every_class_trains_a_fifth_validates() -> None:
     generator = random.Random(3)
     generator.shuffle(shuffled)
     assert [i.path for i in split.train if i.label == 0] == shuffled[:16]
-    with pytest.raises(DataError, match='here: class "c" has 2 pictures, too few'):
+    with pytest.raises(DataError, match='here: class "c" has 2 images, too few'):
         divide_classes({"c": ["1", "2"]}, random.Random(1), "here")
 
 
@@ -204,11 +204,11 @@ def test_a_fifth_is_held_out_of_every_class() -> None:
     random.Random(5).shuffle(group)
     assert list(val[:2]) == group[:2]
     assert list(train[:8]) == group[2:]
-    with pytest.raises(DataError, match='class "class_0" has 2 pictures, too few for train and'):
+    with pytest.raises(DataError, match='class "class_0" has 2 images, too few for train and'):
         hold_out_val(items(2), 0.2, random.Random(1), "here")
 
 
-def test_pictures_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
+def test_images_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
     for role, n in (("train", 6), ("val", 3), ("test", 2)):
         for name in ("a", "b"):
             (tmp_path / role / name).mkdir(parents=True)
@@ -218,12 +218,12 @@ def test_pictures_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
     split = as_split(dataset)
     assert split.counts == {"train": 12, "val": 6, "test": 4}
     assert {(role, item.path) for role, item in split} == {
-        (picture.split, picture.path) for picture in dataset.pictures
+        (image.split, image.path) for image in dataset.images
     }
     # And back: the few that were drawn, and no other, are the shots of a run.
     drawn = few_shot(split, 2, 1)
-    pictures = tuple(p for p in dataset.pictures if p.path in {i.path for _, i in drawn})
-    few = type(dataset)(dataset.root, dataset.classes, pictures, 0)
+    images = tuple(p for p in dataset.images if p.path in {i.path for _, i in drawn})
+    few = type(dataset)(dataset.root, dataset.classes, images, 0)
     made = make_split(few, SplitSettings(shots=2))
     assert {e.path for e in made.entries_of("train")} == {i.path for i in drawn.train}
     assert {e.path for e in made.entries_of("val")} == {i.path for i in drawn.val}

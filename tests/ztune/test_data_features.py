@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ztune.data.cache import FeatureCache, key_of
-from ztune.data.features import Features, encode_pictures
+from ztune.data.features import Features, encode_files
 from ztune.errors import DataError
 from ztune.types import F32, U8
 
@@ -22,7 +22,7 @@ Items = list[tuple[Path, str]]
 
 @dataclass
 class FakeEncoder:
-    """Pictures are text files; a feature is a function of text and view alone."""
+    """Images are text files; a feature is a function of text and view alone."""
 
     identity: str = "fake"
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class FakeEncoder:
         self.reads.append(path.name)
         text = path.read_text()
         if text == "broken":
-            raise DataError(f'picture "{path}" cannot be read: broken')
+            raise DataError(f'image "{path}" cannot be read: broken')
         levels = list(hashlib.sha256(text.encode()).digest()[:12])
         shift = 0 if view is None else int(view.integers(256))
         return (np.array(levels, np.int64) + shift).astype(np.uint8).reshape(2, 2, 3)
@@ -51,7 +51,7 @@ def make_items(root: Path, n: int, broken: tuple[int, ...] = ()) -> Items:
     items = []
     for i in range(n):
         path = root / f"{i:03}.png"
-        path.write_text("broken" if i in broken else f"picture {i}")
+        path.write_text("broken" if i in broken else f"image {i}")
         items.append((path, hashlib.sha256(f"{i}".encode()).hexdigest()))
     return items
 
@@ -59,9 +59,7 @@ def make_items(root: Path, n: int, broken: tuple[int, ...] = ()) -> Items:
 def run(encoder: FakeEncoder, items: Items, folder: Path, n_views: int = 0, seed: int = 0,
         skip_broken: bool = False) -> Features:  # fmt: skip
     cache = FeatureCache(folder)
-    return encode_pictures(
-        encoder, items, cache, n_views, seed, batch_size=4, skip_broken=skip_broken
-    )
+    return encode_files(encoder, items, cache, n_views, seed, batch_size=4, skip_broken=skip_broken)
 
 
 def test_features_in_order_and_from_the_cache(tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_features_in_order_and_from_the_cache(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_random_views_depend_on_picture_seed_and_number_alone(tmp_path: Path) -> None:
+def test_random_views_depend_on_image_seed_and_number_alone(tmp_path: Path) -> None:
     items = make_items(tmp_path, 7)
     views = run(FakeEncoder(), items, tmp_path / "a", n_views=3, seed=5).values
     assert views.shape == (3, 7, 12)
@@ -102,7 +100,7 @@ def test_another_encoder_shares_nothing(tmp_path: Path) -> None:
     assert key_of("a", "bc") != key_of("ab", "c")
 
 
-def test_one_picture_twice_is_encoded_once(tmp_path: Path) -> None:
+def test_one_image_twice_is_encoded_once(tmp_path: Path) -> None:
     items = make_items(tmp_path, 3)
     features = run(FakeEncoder(), items + items, tmp_path / "c")
     assert features.n_encoded == 3
@@ -113,11 +111,11 @@ def test_progress_counts_views(tmp_path: Path) -> None:
     items, calls = make_items(tmp_path, 5), list[tuple[int, int]]()
     cache = FeatureCache(tmp_path / "c")
     run(FakeEncoder(), items[:1], tmp_path / "c", n_views=2)
-    encode_pictures(FakeEncoder(), items, cache, 2, 0, 4, progress=lambda *done: calls.append(done))
+    encode_files(FakeEncoder(), items, cache, 2, 0, 4, progress=lambda *done: calls.append(done))
     assert calls == [(4, 10), (8, 10), (10, 10)] or calls[-1] == (10, 10)
 
 
-def test_broken_pictures_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
+def test_broken_images_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     items = make_items(tmp_path, 9, broken=(0, 5))
     with pytest.raises(DataError, match=r"000\.png.*`skip_broken`"):
         run(FakeEncoder(), items, tmp_path / "c")
@@ -128,7 +126,7 @@ def test_broken_pictures_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         features.values, run(FakeEncoder(), whole, tmp_path / "d", n_views=2).values
     )
-    with pytest.raises(DataError, match="none of 1 picture"):
+    with pytest.raises(DataError, match="none of 1 image"):
         run(FakeEncoder(), items[:1], tmp_path / "c", skip_broken=True)
 
 
@@ -143,7 +141,7 @@ def test_values_that_are_not_finite_are_named_and_not_kept(tmp_path: Path) -> No
     assert run(FakeEncoder(), items, tmp_path / "c").n_encoded == 3
 
 
-def test_no_more_pictures_are_read_than_needed(tmp_path: Path) -> None:
+def test_no_more_images_are_read_than_needed(tmp_path: Path) -> None:
     encoder = FakeEncoder(stop_after=1)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
@@ -273,13 +271,13 @@ def test_the_data_room_needs_numpy_alone() -> None:
 @pytest.mark.parametrize("n", [1, 8, 23, 24, 25, 50])
 def test_several_batches_a_call_give_the_same_features(tmp_path: Path, n: int) -> None:
     items, one, several = make_items(tmp_path, n), FakeEncoder(), FakeEncoder()
-    alone = encode_pictures(one, items, FeatureCache(tmp_path / "one"))
-    together = encode_pictures(several, items, FeatureCache(tmp_path / "several"), at_once=3)
+    alone = encode_files(one, items, FeatureCache(tmp_path / "one"))
+    together = encode_files(several, items, FeatureCache(tmp_path / "several"), at_once=3)
     np.testing.assert_array_equal(together.values, alone.values)
     assert together.n_encoded == alone.n_encoded == n
     # Whole batches, three of them as long as there are as many.
     sizes = [shape[0] for shape in several.shapes]
     assert sizes == [24] * (n // 24) + [-(-(n % 24) // 8) * 8] * (n % 24 > 0)
     # The cache knows no difference.
-    again = encode_pictures(several, items, FeatureCache(tmp_path / "one"), at_once=3)
+    again = encode_files(several, items, FeatureCache(tmp_path / "one"), at_once=3)
     assert again.n_encoded == 0

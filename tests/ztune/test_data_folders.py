@@ -1,4 +1,4 @@
-"""Which pictures and classes are found, and what is said where they cannot be used."""
+"""Which images and classes are found, and what is said where they cannot be used."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ def put(root: Path, *paths: str) -> Path:
 
 def found(path: Path, names: Path | None = None) -> list[tuple[str, str, str | None]]:
     dataset = read_dataset(path, names)
-    return [(p.path, dataset.classes[p.label], p.split) for p in dataset.pictures]
+    return [(p.path, dataset.classes[p.label], p.split) for p in dataset.images]
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_rest_is_counted(tmp_path: Path) -> None:
     put(tmp_path, "a/1.png", "b/1.png", "a/.hidden.png", "a/notes.txt", "loose.png", "a/.git/x.png")
     put(tmp_path, ".cache/x.png", "__MACOSX/a/1.png")
     dataset = read_dataset(tmp_path)
-    assert [p.path for p in dataset.pictures] == ["a/1.png", "b/1.png"]
+    assert [p.path for p in dataset.images] == ["a/1.png", "b/1.png"]
     assert dataset.ignored == 3
 
 
@@ -119,15 +119,15 @@ def test_wrong_names_files(tmp_path: Path, content: str | bytes, message: str) -
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ([], "holds no pictures"),
-        (["loose.png"], "holds no pictures"),
+        ([], "holds no images"),
+        (["loose.png"], "holds no images"),
         (["a/1.png"], 'one class only, "a"'),
-        (["a/1.png", "b/notes.txt"], 'class folder "b" holds no pictures'),
+        (["a/1.png", "b/notes.txt"], 'class folder "b" holds no images'),
         (["a_b/1.png", "a b/1.png", "c/1.png"], '"a b" and "a_b" both give the class name "a b"'),
         (["_/1.png", "a/1.png"], "empty class name"),
         (["train/a/1.png", "train/b/1.png", "c/1.png"], '"c" lies beside "train"'),
-        (["val/a/1.png", "test/b/1.png"], "no train pictures"),
-        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test pictures but no'),
+        (["val/a/1.png", "test/b/1.png"], "no train images"),
+        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test images but no'),
         (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for validation"),
     ],
 )
@@ -222,7 +222,7 @@ def test_manifest(
         ("path\tlabel\na.png a\n", "line 2: 1 .* tabs, expected 2 as in the first line"),
         ("path,label\n\na.png,a,b\n", "line 3: 3 column.* expected 2 .*into quotation marks"),
         ("path,label,split\na.png,a\n", "line 2: 2 column.* expected 3 .*needs its separator"),
-        ("path,label\n", "holds no pictures"),
+        ("path,label\n", "holds no images"),
         ("path,label\na.png\n", "line 2: 1 column.* separated by commas, expected 2"),
         ("path,label\na.png, \n", "line 2: path is 'a.png', label '', expected text"),
         ("path,label\na.png,a\na.png,b\n", 'line 3: path "a.png" is listed twice'),
@@ -236,7 +236,7 @@ def test_manifest(
         ("path,label\n" + "x" * 9000 + ",a\n", "is missing|leaves the folder"),
         ("path,label,split\na.png,a,learn\n", "split is 'learn', expected train"),
         ("path,label,split\na.png,a,train\nb.png,b,\n", "some images have a split"),
-        ("path,label,split\na.png,a,test\nb.png,b,test\n", "no train pictures"),
+        ("path,label,split\na.png,a,test\nb.png,b,test\n", "no train images"),
         ('path,label\n"a.png,a\n', "unexpected end"),
         (b"path,label\n\xff.png,a\n", "not UTF-8"),
     ],
@@ -374,4 +374,4 @@ def test_a_column_of_the_very_name_goes_before_others(tmp_path: Path, other: str
     (tmp_path / "list.csv").write_text(table)
     found = read_dataset(tmp_path / "list.csv")
     assert found.classes == ("one", "two")
-    assert [picture.path for picture in found.pictures] == ["b.png", "x/a.png"]
+    assert [image.path for image in found.images] == ["b.png", "x/a.png"]

@@ -44,7 +44,7 @@ def test_a_data_set_is_read_from_its_own_files(tmp_path: Path, name: str) -> Non
     assert counts_of(data) == tree.counts
     assert all((data.root / item.path).is_file() for _, item in data.split)
     paths = [item.path for _, item in data.split]
-    assert len(set(paths)) == len(paths), "no picture serves twice"
+    assert len(set(paths)) == len(paths), "no image serves twice"
     # What was drawn is saved, and read the next time; what is fixed anyway is not.
     saved = folder / spec.own_split
     assert saved.exists() == (spec.drawn and tree.split is None)
@@ -62,12 +62,12 @@ def test_it_fits_what_tuning_reads(tmp_path: Path, name: str) -> None:
     dataset = data.dataset()
     assert dataset.root == data.root
     assert list(dataset.classes) == sorted(set(TREES[name].classes))
-    assert [p.path for p in dataset.pictures] == sorted(p.path for p in dataset.pictures)
+    assert [p.path for p in dataset.images] == sorted(p.path for p in dataset.images)
     listed = {(role, item.path, item.label) for role, item in data.split}
-    assert len(dataset.pictures) == len(listed)
-    for picture in dataset.pictures:
-        (label,) = [n for role, path, n in listed if (role, path) == (picture.split, picture.path)]
-        assert dataset.classes[picture.label] == data.classes[label]
+    assert len(dataset.images) == len(listed)
+    for image in dataset.images:
+        (label,) = [n for role, path, n in listed if (role, path) == (image.split, image.path)]
+        assert dataset.classes[image.label] == data.classes[label]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMED if TREES[n].counts[0]])
@@ -209,13 +209,13 @@ def test_missing_lists_are_named(tmp_path: Path, name: str) -> None:
         read_named(name, tmp_path)
 
 
-def test_missing_pictures_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
     folder = built(tmp_path, "dtd")
     split = read_named("dtd", tmp_path).split
     gone = [item.path for item in split.train[:7]]
     for path in gone:
         (folder / "images" / path).unlink()
-    with pytest.raises(DataError, match="7 of 20 pictures are missing") as caught:
+    with pytest.raises(DataError, match="7 of 20 images are missing") as caught:
         read_named("dtd", tmp_path)
     assert [path in str(caught.value) for path in gone] == [True] * 5 + [False] * 2
 
@@ -226,7 +226,7 @@ def test_a_split_of_another_data_set(tmp_path: Path) -> None:
     read_named("food101", tmp_path)
     other = (folder / NAMED["food101"].own_split).read_text()
     (tmp_path / "dtd" / NAMED["dtd"].splits[0]).write_text(other)
-    with pytest.raises(DataError, match=r"20 of 20 pictures are missing .* of another data set"):
+    with pytest.raises(DataError, match=r"20 of 20 images are missing .* of another data set"):
         read_named("dtd", tmp_path)
 
 
@@ -270,13 +270,13 @@ def test_wrong_lists(tmp_path: Path, name: str, file: str, content: str, message
     assert "\n" not in str(caught.value)
 
 
-def test_classes_without_pictures(tmp_path: Path) -> None:
+def test_classes_without_images(tmp_path: Path) -> None:
     folder = built(tmp_path, "dtd")
     (folder / "images" / "empty").mkdir()
-    with pytest.raises(DataError, match='class folder "empty" holds no pictures'):
+    with pytest.raises(DataError, match='class folder "empty" holds no images'):
         read_named("dtd", tmp_path)
     put(folder / "images", ["empty/1.jpg", "empty/2.jpg"])
-    with pytest.raises(DataError, match='class "empty" has 2 pictures, too few'):
+    with pytest.raises(DataError, match='class "empty" has 2 images, too few'):
         read_named("dtd", tmp_path)
     lists = {
         "train": [["banded/000.jpg", 0, "banded"], ["zigzagged/000.jpg", 3, "zigzagged"]],
@@ -284,21 +284,21 @@ def test_classes_without_pictures(tmp_path: Path) -> None:
         "test": [["empty/1.jpg", 4, "empty"]],
     }
     (folder / NAMED["dtd"].splits[0]).write_text(json.dumps(lists))
-    with pytest.raises(DataError, match=r"2 label\(s\) without pictures: 1, 2"):
+    with pytest.raises(DataError, match=r"2 label\(s\) without images: 1, 2"):
         read_named("dtd", tmp_path)
     found = check(NAMED["dtd"], tmp_path)
-    assert 'class "empty" has no train pictures, 1 such' in found.problems[1]
-    assert "2 class(es) without test pictures: banded, zigzagged" in found.warnings
+    assert 'class "empty" has no train images, 1 such' in found.problems[1]
+    assert "2 class(es) without test images: banded, zigzagged" in found.warnings
     nine = [[f"{n}/1.jpg", n, f"c_{n}"] for n in range(9)]
     (folder / NAMED["dtd"].splits[0]).write_text(
         json.dumps({"train": [*nine, nine[0]], "val": [], "test": nine[:3]})
     )
     warnings = check(NAMED["dtd"], tmp_path).warnings
-    assert "6 class(es) without test pictures: c 3, c 4, c 5, c 6, c 7, ..." in warnings
-    assert '1 picture(s) twice in train: "0/1.jpg"' in warnings
+    assert "6 class(es) without test images: c 3, c 4, c 5, c 6, c 7, ..." in warnings
+    assert '1 image(s) twice in train: "0/1.jpg"' in warnings
 
 
-def test_pictures_that_are_tested_and_tuned_on(tmp_path: Path) -> None:
+def test_images_that_are_tested_and_tuned_on(tmp_path: Path) -> None:
     folder = built(tmp_path, "dtd")
     split = read_named("dtd", tmp_path).split
     twin, other = split.test[1].path, split.val[0].path
@@ -311,9 +311,9 @@ def test_pictures_that_are_tested_and_tuned_on(tmp_path: Path) -> None:
     assert found.copies.by_path == (split.test[0].path,)
     assert found.copies.by_content == ((twin, other),)
     text = " ".join(found.warnings)
-    assert f'1 test picture(s) also in train or val: "{split.test[0].path}"' in text
+    assert f'1 test image(s) also in train or val: "{split.test[0].path}"' in text
     assert f'with the same content as one in train or val: "{twin} = {other}"' in text
-    assert f'1 picture(s) twice in train: "{split.train[0].path}"' in text
+    assert f'1 image(s) twice in train: "{split.train[0].path}"' in text
     copies = check(NAMED["dtd"], tmp_path, contents=False).copies
     assert copies is not None
     assert copies.by_content is None
@@ -334,7 +334,7 @@ def test_the_real_caltech101(bench_data: Path) -> None:
     base, new = base_and_new(drawn)
     assert (len(base.classes), len(new.classes)) == (50, 50)
     assert base.classes[0] == "face"
-    assert len(data.with_split(drawn).dataset().pictures) == 4465
+    assert len(data.with_split(drawn).dataset().images) == 4465
 
 
 # Parquet
@@ -393,7 +393,7 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
     # The folder is a data set of its own.
     dataset = read_dataset(extracted / parquet.MANIFEST)
     assert dataset.classes == ("banded", "zig zagged")
-    assert sum(picture.split == "test" for picture in dataset.pictures) == 2
+    assert sum(image.split == "test" for image in dataset.images) == 2
     # Not written again, and noticed when the files change.
     stamp = (extracted / parquet.SPLIT).stat().st_mtime_ns
     assert read_named("dtd", tmp_path).split == data.split
@@ -406,23 +406,23 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
 def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
     parquet_file(tmp_path / "all.parquet", [(png(n), n % 2) for n in range(4)])
     out = parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
-    assert {p.split for p in read_dataset(out / parquet.MANIFEST).pictures} == {None}
+    assert {p.split for p in read_dataset(out / parquet.MANIFEST).images} == {None}
     assert parquet.read_extracted(out).counts == {"train": 4, "val": 0, "test": 0}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": [(None, 0)]}, "row 0: holds no picture"),
+        ({"rows": [(None, 0)]}, "row 0: holds no image"),
         ({"rows": [(b"\x89PNG", 0), (b"\x89PNG", 2)]}, "row 1: label is 2, expected 0 to 1"),
         ({"rows": [(b"\x89PNG", None)]}, "row 0: label is None"),
         ({"rows": [(b"<svg/>", 0)]}, "of no known kind"),
-        ({"rows": []}, "hold no labelled pictures"),
+        ({"rows": []}, "hold no labelled images"),
         ({"names": None}, "do not name the classes"),
         ({"names": [1]}, "do not name the classes"),
         ({"metadata": b"{"}, "metadata do not tell the features"),
         ({"metadata": b"null"}, "metadata do not tell the features"),
-        ({"metadata": b'{"info": {"features": {}}}'}, "expected a column of pictures"),
+        ({"metadata": b'{"info": {"features": {}}}'}, "expected a column of images"),
     ],
 )
 def test_wrong_parquet(tmp_path: Path, change: dict[str, object], message: str) -> None:

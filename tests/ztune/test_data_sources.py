@@ -1,4 +1,4 @@
-"""Lists and pictures by name or path: what a word means, what published lists give, copies."""
+"""Lists and images by name or path: what a word means, what published lists give, copies."""
 
 import json
 import os
@@ -53,12 +53,12 @@ def test_the_lists_of_a_name_are_the_published_ones(here: Path, name: str) -> No
     assert lists.lists == data.split
     assert lists.root == data.root
     assert lists.root.is_absolute()
-    assert not lists.is_published, "a few pictures are not the data set"
+    assert not lists.is_published, "a few images are not the data set"
     drawn = spec.drawn and TREES[name].split is None
     assert sum("are drawn by ztune" in remark for remark in lists.notes) == drawn
     checked = check(spec, here, contents=False).warnings
     assert lists.notes[drawn:] == tuple(f"{spec.title} has {line}" for line in checked)
-    assert f"{spec.title} has {len(data.split.test):,} test pictures, published" in "".join(
+    assert f"{spec.title} has {len(data.split.test):,} test images, published" in "".join(
         lists.notes
     )
 
@@ -94,12 +94,12 @@ def test_lists_are_published_where_numbers_and_file_are(
     ("other", "remark"),
     [
         ({"n_classes": 3}, "2 classes, published: 3"),
-        ({"counts": Counts(11, 4, 6)}, "10 train pictures, published: 11"),
-        ({"counts": Counts(10, 0, 6)}, "4 val pictures, published: 0"),
-        ({"counts": Counts(10, 4, 6000)}, "6 test pictures, published: 6,000"),
+        ({"counts": Counts(11, 4, 6)}, "10 train images, published: 11"),
+        ({"counts": Counts(10, 0, 6)}, "4 val images, published: 0"),
+        ({"counts": Counts(10, 4, 6000)}, "6 test images, published: 6,000"),
         (
             {"counts": Counts(None, None, 6, trainval=15)},
-            "14 train and val pictures together, published: 15",
+            "14 train and val images together, published: 15",
         ),
     ],
 )
@@ -156,13 +156,13 @@ def test_what_is_strange_in_published_lists_is_said(
     as_if_published(monkeypatch, "dtd", counts=Counts(*odd.counts.values()))
     lists = meant("dtd", here)
     assert lists.is_published, "published lists may be strange"
-    assert f'DTD has 1 picture(s) twice in test: "{tested[0].path}"' in lists.notes
-    assert "DTD has 1 class(es) without test pictures: zigzagged" in lists.notes
-    both = f'DTD has 1 test picture(s) also in train or val: "{split.train[0].path}"'
+    assert f'DTD has 1 image(s) twice in test: "{tested[0].path}"' in lists.notes
+    assert "DTD has 1 class(es) without test images: zigzagged" in lists.notes
+    both = f'DTD has 1 test image(s) also in train or val: "{split.train[0].path}"'
     assert both in lists.notes
 
 
-def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
+def test_the_images_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
     built(here, "dtd")
     found = read_source("dtd", here)
     assert replace(found, notes=()) == read_named("dtd", here).dataset()
@@ -171,9 +171,9 @@ def test_the_pictures_of_a_name_are_those_that_tuning_reads(here: Path) -> None:
 
 def test_a_name_for_testing_only_is_not_tuned_on(here: Path) -> None:
     built(here, "imagenetr")
-    assert len(read_source("imagenetr", here, tuned=False).pictures) == 4
-    assert {p.split for p in meant("imagenetr", here).pictures} == {"test"}
-    with pytest.raises(DataError, match=r"imagenetr.* no pictures to tune with, only to test on"):
+    assert len(read_source("imagenetr", here, tuned=False).images) == 4
+    assert {p.split for p in meant("imagenetr", here).images} == {"test"}
+    with pytest.raises(DataError, match=r"imagenetr.* no images to tune with, only to test on"):
         read_source("imagenetr", here)
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_may_not_be_written_stays_as_it_is(
 
 def test_a_word_is_a_name_or_a_path(here: Path) -> None:
     assert find_named("oxford_flowers", here) is NAMED["flowers102"]
-    for path in ("./dtd", "../dtd", "/data/dtd", "pictures", "pictures.csv"):
+    for path in ("./dtd", "../dtd", "/data/dtd", "images", "images.csv"):
         assert find_named(path, None) is None
 
 
@@ -249,11 +249,11 @@ def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
 
 def test_a_test_list_alone_is_enough_to_score_on(here: Path) -> None:
     classes_below(here / "mine" / "test", 3, "a", "b")
-    assert len(read_source("mine", None, tuned=False).pictures) == 6
-    with pytest.raises(DataError, match="no train pictures"):
+    assert len(read_source("mine", None, tuned=False).images) == 6
+    with pytest.raises(DataError, match="no train images"):
         read_source("mine", None)
     classes_below(here / "mine" / "val", 1, "a", "b")
-    with pytest.raises(DataError, match="no train pictures"):
+    with pytest.raises(DataError, match="no train images"):
         read_source("mine", None, tuned=False)
 
 
@@ -268,7 +268,7 @@ def test_ones_own_have_no_published_lists(here: Path) -> None:
 
 
 def parquet_folder(folder: Path) -> list[tuple[bytes, int]]:
-    """Write a data set as the hub has it: 10 pictures to train and 4 to test."""
+    """Write a data set as the hub has it: 10 images to train and 4 to test."""
     rows = [(png(n), n % 2) for n in range(14)]
     parquet_file(folder / "data" / "train-00000-of-00001.parquet", rows[:10])
     parquet_file(folder / "data" / "test-00000-of-00001.parquet", rows[10:])
@@ -283,11 +283,11 @@ def test_a_folder_of_parquet_files(here: Path) -> None:
     extracted = here / "mine" / parquet.EXTRACTED
     assert dataset.root == extracted
     assert dataset.classes == ("banded", "zig zagged")
-    assert len(dataset.pictures) == 14
+    assert len(dataset.images) == 14
     tested = [
-        ((extracted / picture.path).read_bytes(), picture.label)
-        for picture in dataset.pictures
-        if picture.split == "test"
+        ((extracted / image.path).read_bytes(), image.label)
+        for image in dataset.images
+        if image.split == "test"
     ]
     assert tested == rows[10:]
 
@@ -352,13 +352,13 @@ def test_published_lists_are_drawn_as_coop_draws_them(published: Listing) -> Non
 def test_copies_in_published_lists_stay_and_are_counted(published: Listing) -> None:
     split = make_split(published, SplitSettings(6, n_val=2))
     assert split.notes == (
-        "test pictures that equal one that is tuned on, byte by byte: 1 (they stay, as published)",
+        "test images that equal one that is tuned on, byte by byte: 1 (they stay, as published)",
     )
     document = json.loads(json.dumps(split.to_json()))
     again = Split.from_json(document, "split.json")
     assert again == split
     again.check_unchanged()
-    with pytest.raises(FormatError, match="the same picture is listed twice"):
+    with pytest.raises(FormatError, match="the same image is listed twice"):
         Split.from_json({**document, "sampler": "hash"}, "split.json")
 
 
@@ -376,7 +376,7 @@ def test_only_what_is_drawn_is_read(published: Listing) -> None:
 def test_classes_with_fewer_images_than_shots_give_all_they_have(published: Listing) -> None:
     split = make_split(published, SplitSettings(16))
     assert len(split.entries_of("train")) == 12
-    assert "2 class(es) have fewer than 16 pictures to tune with" in split.notes[0]
+    assert "2 class(es) have fewer than 16 images to tune with" in split.notes[0]
 
 
 def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) -> None:
@@ -384,13 +384,13 @@ def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) ->
     split = make_split(published, SplitSettings(2), read_source("more", None))
     assert {entry.root for entry in split.entries_of("test")} == {"test"}
     assert len(split.entries_of("test")) == 4
-    assert split.notes[0] == "test pictures of the data itself not used: 8"
+    assert split.notes[0] == "test images of the data itself not used: 8"
     with pytest.raises(DataError, match="leave out `test_fraction`"):
         make_split(published, SplitSettings(2, test_fraction=0.5))
 
 
 def test_copies_in_ones_own_are_refused(published: Listing) -> None:
-    with pytest.raises(DataError, match=r"the same picture has two .*\(remove one of each\)"):
+    with pytest.raises(DataError, match=r"the same image has two .*\(remove one of each\)"):
         make_split(replace(published, lists=None), SplitSettings(3, n_val=1))
 
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import DIGITS
-from ztune.data.folders import Listing, Picture, read_dataset
+from ztune.data.folders import ListedImage, Listing, read_dataset
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import digest_pictures, make_split
+from ztune.data.splitter import digest_images, make_split
 from ztune.errors import ConfigError, DataError, FormatError
 
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
@@ -24,14 +24,14 @@ Counts = dict[str, int]
 def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> Listing:
     """Return a data set that is nowhere on disk."""
     classes = tuple(sorted(counts))
-    pictures = []
+    images = []
     both: list[tuple[SplitName | None, Counts]] = [*parts.items()] if parts else [(None, counts)]
     for split, numbers in both:
         for name, n in numbers.items():
             paths = [f"{split}/{name}/{i}.png" for i in range(n)]
-            pictures += [Picture(path, classes.index(name), split) for path in paths]
-    pictures.sort(key=lambda picture: picture.path)
-    return Listing(Path("/data"), classes, tuple(pictures), 0)
+            images += [ListedImage(path, classes.index(name), split) for path in paths]
+    images.sort(key=lambda image: image.path)
+    return Listing(Path("/data"), classes, tuple(images), 0)
 
 
 def digest(path: Path) -> str:
@@ -101,12 +101,12 @@ def test_more_images_move_none_between_training_and_test(
     settings = SplitSettings(shots, 0, share, seed=seed)
     listing = make(counts)
     classes = tuple(sorted({*listing.classes, *(name for name, _ in more)}))
-    shifted = [replace(p, label=classes.index(listing.classes[p.label])) for p in listing.pictures]
-    added = [Picture(f"new/{name}/{n}.png", classes.index(name), None) for name, n in {*more}]
-    pictures = tuple(sorted([*shifted, *added], key=lambda picture: picture.path))
+    shifted = [replace(p, label=classes.index(listing.classes[p.label])) for p in listing.images]
+    added = [ListedImage(f"new/{name}/{n}.png", classes.index(name), None) for name, n in {*more}]
+    images = tuple(sorted([*shifted, *added], key=lambda image: image.path))
     try:
         before = made(listing, settings)
-        after = made(replace(listing, classes=classes, pictures=pictures), settings)
+        after = made(replace(listing, classes=classes, images=images), settings)
     except DataError:  # a class has too few images, and says so
         return
     if before.entries_of("test") and after.entries_of("test"):
@@ -118,10 +118,10 @@ def test_more_images_move_none_between_training_and_test(
 
 def test_one_more_image_never_moves_another_of_the_digits() -> None:
     listing = read_dataset(DIGITS)
-    pictures = listing.pictures
+    images = listing.images
     whole = make_split(listing, SplitSettings(16))
-    for left_out in (0, len(pictures) // 2, len(pictures) - 1):
-        fewer = replace(listing, pictures=pictures[:left_out] + pictures[left_out + 1 :])
+    for left_out in (0, len(images) // 2, len(images) - 1):
+        fewer = replace(listing, images=images[:left_out] + images[left_out + 1 :])
         before = make_split(fewer, SplitSettings(16))
         assert by_role(before)[1] <= by_role(whole)[1]
         assert by_role(before)[0].isdisjoint(by_role(whole)[1])
@@ -156,13 +156,13 @@ def test_the_test_half_is_the_same_for_every_seed_and_shot_count() -> None:
     assert trains[0] != trains[1]
 
 
-def test_a_pictures_turn_depends_on_its_content_alone() -> None:
+def test_an_images_turn_depends_on_its_content_alone() -> None:
     dataset = make({"a": 30, "b": 30})
-    renamed = {f"{29 - i % 30:02}{p.path}": p for i, p in enumerate(dataset.pictures)}
-    pictures = tuple(replace(picture, path=path) for path, picture in renamed.items())
+    renamed = {f"{29 - i % 30:02}{p.path}": p for i, p in enumerate(dataset.images)}
+    images = tuple(replace(image, path=path) for path, image in renamed.items())
     contents = {Path("/data", path): digest(Path("/data", p.path)) for path, p in renamed.items()}
     other = make_split(
-        replace(dataset, pictures=pictures), SplitSettings(4), digest=contents.__getitem__
+        replace(dataset, images=images), SplitSettings(4), digest=contents.__getitem__
     )
     same = made(dataset, SplitSettings(4))
     assert same.entries_of("test")
@@ -171,19 +171,19 @@ def test_a_pictures_turn_depends_on_its_content_alone() -> None:
         assert of[0] == of[1]
 
 
-def test_headline_case_sixteen_pictures_and_sixteen_shots() -> None:
+def test_headline_case_sixteen_images_and_sixteen_shots() -> None:
     split = split_of({"a": 16, "b": 16, "c": 16}, shots=16)
     assert [sizes(split, role) for role in ROLES] == [[16] * 3, [0] * 3, [0] * 3]
     assert len(split.notes) == 2
-    assert split.notes[0].startswith('no test set: class "a" has 16 pictures')
+    assert split.notes[0].startswith('no test set: class "a" has 16 images')
     assert "40 in every class" in split.notes[0]
-    assert split.notes[1] == "no validation pictures: the shots take them all"
+    assert split.notes[1] == "no validation images: the shots take them all"
 
 
 def test_validation_takes_what_is_left() -> None:
     split = split_of({"a": 18, "b": 19}, shots=16)
     assert sizes(split, "val") == [2, 3]
-    assert "2 to 3 pictures per class instead of 4" in split.notes[1]
+    assert "2 to 3 images per class instead of 4" in split.notes[1]
     assert not split_of({"a": 70, "b": 71}, shots=16).notes
 
 
@@ -232,16 +232,16 @@ def test_test_fraction() -> None:
 @pytest.mark.parametrize(
     ("counts", "settings", "message"),
     [
-        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 pictures to tune with, `shots` 16'),
+        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 images to tune with, `shots` 16'),
         (
             {"a": 20, "b": 20},
             {"shots": 16, "test_fraction": 0.5},
-            r'"a" has \d+ pictures to tune with \(20 less \d+ kept for testing\).*needs 16; 2 such',
+            r'"a" has \d+ images to tune with \(20 less \d+ kept for testing\).*needs 16; 2 such',
         ),
-        ({"a": 17, "b": 20}, {"shots": 16, "n_val": 4}, '"a" has 1 pictures left for validation'),
+        ({"a": 17, "b": 20}, {"shots": 16, "n_val": 4}, '"a" has 1 images left for validation'),
     ],
 )
-def test_too_few_pictures(counts: Counts, settings: dict[str, Any], message: str) -> None:
+def test_too_few_images(counts: Counts, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         split_of(counts, **settings)
 
@@ -302,7 +302,7 @@ def test_test_data_replaces_test_folders() -> None:
     other = make({"a": 3, "b": 2})
     split = made(dataset, SplitSettings(16), other)
     assert sizes(split, "test") == [3, 2]
-    assert split.notes == ("test pictures of the data itself not used: 40",)
+    assert split.notes == ("test images of the data itself not used: 40",)
 
 
 def test_wrong_test_data() -> None:
@@ -310,7 +310,7 @@ def test_wrong_test_data() -> None:
     settings = SplitSettings(4)
     with pytest.raises(DataError, match=r"missing: b; not among the data's: c, d"):
         made(data, settings, make({"a": 1, "c": 1, "d": 1}))
-    with pytest.raises(DataError, match="splits but no test pictures"):
+    with pytest.raises(DataError, match="splits but no test images"):
         made(data, settings, make({"a": 1, "b": 1}, {"train": {"a": 1, "b": 1}}))
     with pytest.raises(DataError, match=r"two roles.*18 such pair"):
         made(data, settings, data)
@@ -331,12 +331,12 @@ def test_copies_in_one_class_count_once() -> None:
     copies = ("None/a/3.png", "None/a/7.png")
     split = with_copies(make({"a": 17, "b": 16}), SplitSettings(16), *copies)
     assert "None/a/7.png" not in paths(split, "train")
-    assert split.notes[0] == "exact copies of another picture, left out: 1"
-    with pytest.raises(DataError, match='"a" has 15 pictures'):
+    assert split.notes[0] == "exact copies of another image, left out: 1"
+    with pytest.raises(DataError, match='"a" has 15 images'):
         with_copies(make({"a": 16, "b": 16}), SplitSettings(16), *copies)
 
 
-def test_one_picture_in_two_classes_or_roles() -> None:
+def test_one_image_in_two_classes_or_roles() -> None:
     with pytest.raises(
         DataError, match=r'two classes: "/data/None/a/3.png" \(train, class "a"\) and'
     ):
@@ -359,7 +359,7 @@ def on_disk(root: Path) -> Split:
             (root / name / f"{i}.png").write_text(f"{name}{i}")
     dataset = read_dataset(root)
     calls: list[tuple[int, int]] = []
-    digest_pictures(dataset, lambda done, total: calls.append((done, total)))
+    digest_images(dataset, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (40, 40)
     return make_split(dataset, SplitSettings(4, n_val=2))
 
@@ -371,7 +371,7 @@ def test_split_file_round_trip(tmp_path: Path) -> None:
     split.check_unchanged()
 
 
-def test_changed_pictures_are_named(tmp_path: Path) -> None:
+def test_changed_images_are_named(tmp_path: Path) -> None:
     split = on_disk(tmp_path)
     first, second = split.items("train")[0][0], split.items("test")[0][0]
     unused = set(tmp_path.rglob("*.png")) - {split.file(entry) for entry in split.entries}
@@ -390,12 +390,12 @@ def test_changed_pictures_are_named(tmp_path: Path) -> None:
         split.check_unchanged()
 
 
-def test_a_picture_that_vanishes_while_hashing(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_while_hashing(tmp_path: Path) -> None:
     on_disk(tmp_path)
     dataset = read_dataset(tmp_path)
     (tmp_path / "a" / "3.png").unlink()
     with pytest.raises(DataError, match=r"a/3\.png.* cannot be read: No such file"):
-        digest_pictures(dataset)
+        digest_images(dataset)
 
 
 def without_train(values: Any) -> None:
@@ -414,7 +414,7 @@ def without_train(values: Any) -> None:
         (lambda v: v.update(classes=["a"]), "at least two"),
         (lambda v: v.update(entries={}), "a list of objects"),
         (lambda v: v.update(sampler="dice"), '"sampler" is .dice.*expected hash or coop'),
-        (without_train, "a class has no train pictures"),
+        (without_train, "a class has no train images"),
         (lambda v: v["entries"].append(v["entries"][0]), "listed twice"),
         (lambda v: v["entries"][3].update(path="../x"), r"entries\[3\]: path '../x' leaves"),
         (lambda v: v["entries"][3].update(path="/x"), "leaves its root"),

@@ -66,7 +66,7 @@ def stored(state: State) -> State:
     )
 
 
-def test_a_round_is_probes_and_trials_on_the_pictures_of_the_first() -> None:
+def test_a_round_is_probes_and_trials_on_the_images_of_the_first() -> None:
     optimizer = make()
     for n_points in (6, 3, 5, 3, 5):
         proposal = optimizer.ask()
@@ -337,5 +337,5 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_losses_without_logits_are_refused() -> None:
     optimizer = make()
-    with pytest.raises(ConfigError, match="needs the logits of every picture"):
+    with pytest.raises(ConfigError, match="needs the logits of every image"):
         optimizer.tell(Evaluation(np.ones(6), np.ones(6), LABELS, 1))

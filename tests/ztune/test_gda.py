@@ -60,17 +60,17 @@ def test_it_classifies_and_blends_with_zero_shot() -> None:
     np.testing.assert_array_equal(nothing.bias, np.float32(-2))
 
 
-def test_alpha_follows_the_held_out_pictures() -> None:
+def test_alpha_follows_the_held_out_images() -> None:
     features, labels = blobs(16, 2, spread=0.05)
     right = 10 * np.eye(3, 5)
-    # Labels that contradict the training pictures speak for the texts, and the other way round.
+    # Labels that contradict the training images speak for the texts, and the other way round.
     rotated = (features, (labels + 1) % 3)
     wrong = np.roll(right, 1, axis=0)
     assert alpha_of(shots_of(features, labels, wrong, rotated)) == min(ALPHAS)
     assert alpha_of(shots_of(features, labels, -100 * right, (features, labels))) == max(ALPHAS)
 
 
-def test_without_held_out_pictures_alpha_is_cross_validated_and_seeded() -> None:
+def test_without_held_out_images_alpha_is_cross_validated_and_seeded() -> None:
     shots = shots_of(*blobs(8, 6), -10 * np.eye(3, 5))
     alpha = alpha_of(shots)
     assert isinstance(alpha, float)
@@ -78,7 +78,7 @@ def test_without_held_out_pictures_alpha_is_cross_validated_and_seeded() -> None
     assert alpha == alpha_of(shots)
 
 
-def test_one_picture_per_class_falls_back_to_zero_shot_and_is_finite() -> None:
+def test_one_image_per_class_falls_back_to_zero_shot_and_is_finite() -> None:
     zero_shot = np.eye(3, 5)
     classifier = fit_gda(GdaConfig(), shots_of(*blobs(1, 7), zero_shot), seed=1).classifier
     np.testing.assert_allclose(classifier.weight, zero_shot, atol=1e-9)
@@ -89,8 +89,8 @@ def test_a_negative_alpha_is_refused() -> None:
         GdaConfig(alpha=-1.0)
 
 
-def test_views_of_a_picture_never_vouch_for_each_other() -> None:
-    # Without noise of their own, views in other folds would give each picture's label away.
+def test_views_of_an_image_never_vouch_for_each_other() -> None:
+    # Without noise of their own, views in other folds would give each image's label away.
     rng = np.random.default_rng(8)
     labels = np.repeat(np.arange(3), 4)
     features = rng.standard_normal((12, 40)).astype(np.float32)

@@ -39,7 +39,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return np.asarray(normalised.astype(np.float32))
 
 
-def pictures(n_per_class: int, seed: int, spread: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
+def images(n_per_class: int, seed: int, spread: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
     """Return unit features in a cone, as a model's are, around one direction a class."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(C, dtype=np.int64), n_per_class)
@@ -54,11 +54,11 @@ def poor_texts() -> np.ndarray:
 
 
 def make(n_per_class: int = 8, validation: bool = True, n_views: int = 1) -> Shots:
-    features, labels = pictures(n_per_class, 2)
+    features, labels = images(n_per_class, 2)
     if n_views > 1:
         noise = 0.05 * np.random.default_rng(3).standard_normal((n_views, *features.shape))
         features = unit((features + noise).reshape(-1, E))
-    held_out = pictures(4, 4) if validation else None
+    held_out = images(4, 4) if validation else None
     labels = np.tile(labels, n_views)
     return Shots(features, labels, poor_texts(), 20.0, -3.0, held_out, n_views)
 
@@ -76,10 +76,10 @@ CASES = {
     "one shot and validation": make(1),
     "views": make(validation=False, n_views=3),
     "one shot with views": make(1, validation=False, n_views=3),
-    "a class with one picture": replace(
+    "a class with one image": replace(
         make(validation=False),
-        features=pictures(8, 2)[0][7:],
-        labels=pictures(8, 2)[1][7:],
+        features=images(8, 2)[0][7:],
+        labels=images(8, 2)[1][7:],
     ),
 }
 
@@ -101,16 +101,16 @@ def test_every_head_gives_a_finite_classifier_and_leaves_its_inputs(
     assert classifier.bias.shape == (C,)
     parts = [classifier.weight, classifier.bias]
     if classifier.kernel is not None:
-        n_pictures = len(shots.labels) // shots.n_views
-        assert classifier.kernel.keys.shape == (n_pictures, E)
-        assert classifier.kernel.values.shape == (n_pictures, C)
+        n_images = len(shots.labels) // shots.n_views
+        assert classifier.kernel.keys.shape == (n_images, E)
+        assert classifier.kernel.values.shape == (n_images, C)
         assert math.isfinite(classifier.kernel.sharpness)
         np.testing.assert_allclose(np.linalg.norm(classifier.kernel.keys, axis=1), 1, atol=1e-6)
         parts += [classifier.kernel.keys, classifier.kernel.values]
     for part in parts:
         assert part.dtype == np.float32
         assert np.isfinite(part).all()
-    logits = classifier.logits(pictures(5, 9)[0])
+    logits = classifier.logits(images(5, 9)[0])
     assert logits.dtype == np.float32
     assert logits.shape == (5 * C, C)
     assert set(fitted.chosen) == {part.name for part in fields(config)}
@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_bytes(config: Any, fit: Fit) -> None:
     shots = CASES["views"]
     first, second = fit(config(), shots, 3), fit(config(), shots, 3)
     assert first.chosen == second.chosen
-    f = pictures(5, 9)[0]
+    f = images(5, 9)[0]
     assert first.classifier.logits(f).tobytes() == second.classifier.logits(f).tobytes()
 
 
@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_bytes(config: Any, fit: Fit) -> None:
 @pytest.mark.parametrize("validation", [True, False])
 def test_every_head_mends_poor_texts(config: Any, fit: Fit, validation: bool) -> None:
     shots = make(16, validation)
-    test, truth = pictures(100, 5)
+    test, truth = images(100, 5)
 
     def accuracy(fitted: Fitted) -> float:
         return float((fitted.classifier.logits(test).argmax(1) == truth).mean())
@@ -150,7 +150,7 @@ SET: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SET)
-def test_what_is_set_is_used_and_then_validation_pictures_are_not(name: str) -> None:
+def test_what_is_set_is_used_and_then_validation_images_are_not(name: str) -> None:
     fit = HEADS[name][1]
     shots = make()
     with_validation, without = (
@@ -159,19 +159,19 @@ def test_what_is_set_is_used_and_then_validation_pictures_are_not(name: str) -> 
     assert dict(with_validation.chosen) == {
         part.name: getattr(SET[name], part.name) for part in fields(SET[name])
     }
-    f = pictures(5, 9)[0]
+    f = images(5, 9)[0]
     np.testing.assert_array_equal(
         with_validation.classifier.logits(f), without.classifier.logits(f)
     )
 
 
 @pytest.mark.parametrize("name", SET)
-def test_validation_pictures_choose_and_are_not_fitted(name: str) -> None:
+def test_validation_images_choose_and_are_not_fitted(name: str) -> None:
     config, fit = HEADS[name]
     shots = make()
     chosen = fit(config(), shots, 1)
     again = fit(config(**chosen.chosen), replace(shots, held_out=None), 1)
-    f = pictures(5, 9)[0]
+    f = images(5, 9)[0]
     np.testing.assert_array_equal(chosen.classifier.logits(f), again.classifier.logits(f))
 
 
@@ -215,7 +215,7 @@ EXTREMES = [
 def test_the_most_extreme_settings_give_finite_logits(config: Any, case: str) -> None:
     fit = next(fit for kind, fit in HEADS.values() if kind is type(config))
     shots = CASES[case]
-    for f in (shots.features, pictures(5, 9)[0]):
+    for f in (shots.features, images(5, 9)[0]):
         assert np.isfinite(fit(config, shots, 1).classifier.logits(f)).all()
 
 
@@ -244,7 +244,7 @@ def test_a_system_without_solution_is_one_line(
 
 
 def answers(right: list[bool]) -> Callable[[Shots], Predict]:
-    """Return a fit whose i-th setting is right on every picture, or wrong on every one."""
+    """Return a fit whose i-th setting is right on every image, or wrong on every one."""
 
     def fit(training: Shots) -> Predict:
         def predict(features: np.ndarray) -> Iterator[np.ndarray]:
@@ -258,7 +258,7 @@ def answers(right: list[bool]) -> Callable[[Shots], Predict]:
 
 
 def test_the_first_of_the_best_settings_is_chosen() -> None:
-    shots = replace(make(), held_out=pictures(4, 4, spread=0.01))
+    shots = replace(make(), held_out=images(4, 4, spread=0.01))
     assert choose("abcd", "z", answers([False, True, True, False]), shots, 1) == "b"
 
 
@@ -269,26 +269,26 @@ def test_nothing_is_judged_where_nothing_can_be_held_out() -> None:
 
 
 @pytest.mark.parametrize("n_views", [1, 3])
-def test_no_picture_is_judged_by_a_fit_that_has_seen_one_of_its_views(n_views: int) -> None:
+def test_no_image_is_judged_by_a_fit_that_has_seen_one_of_its_views(n_views: int) -> None:
     shots = make(6, validation=False, n_views=n_views)
     rows = {row.tobytes(): i for i, row in enumerate(shots.features)}
-    n_pictures = len(shots.labels) // n_views
+    n_images = len(shots.labels) // n_views
     judged: list[int] = []
 
     def fit(training: Shots) -> Predict:
         assert training.held_out is None
-        seen = {rows[row.tobytes()] % n_pictures for row in training.features}
+        seen = {rows[row.tobytes()] % n_images for row in training.features}
         assert len(seen) * n_views == len(training.labels)
         first = training.features[: len(seen)], training.labels[: len(seen)]
-        for view in range(n_views):  # the order that `pictures` relies on
+        for view in range(n_views):  # the order that `images` relies on
             part = slice(view * len(seen), (view + 1) * len(seen))
-            here = [rows[row.tobytes()] % n_pictures for row in training.features[part]]
+            here = [rows[row.tobytes()] % n_images for row in training.features[part]]
             assert here == [rows[row.tobytes()] for row in first[0]]
             np.testing.assert_array_equal(training.labels[part], first[1])
 
         def predict(features: np.ndarray) -> Iterator[np.ndarray]:
             indices = [rows[row.tobytes()] for row in features.astype(np.float32)]
-            assert not seen & {i % n_pictures for i in indices}
+            assert not seen & {i % n_images for i in indices}
             judged.extend(indices)
             for _ in range(2):
                 yield np.zeros((len(features), C))
@@ -300,7 +300,7 @@ def test_no_picture_is_judged_by_a_fit_that_has_seen_one_of_its_views(n_views: i
     folds = stratified_folds(shots, 1)
     assert folds is not None
     for c in range(C):
-        counts = np.bincount(folds[shots.labels[:n_pictures] == c], minlength=4)
+        counts = np.bincount(folds[shots.labels[:n_images] == c], minlength=4)
         assert counts.max() - counts.min() <= 1
 
 
@@ -309,19 +309,19 @@ def test_no_picture_is_judged_by_a_fit_that_has_seen_one_of_its_views(n_views: i
 
 def test_zero_shot_is_the_scaled_cosine() -> None:
     shots = make()
-    f = pictures(3, 9)[0]
+    f = images(3, 9)[0]
     got = fit_zero_shot(ZeroShotConfig(), shots, 1).classifier.logits(f)
     expected = [[20 * float(np.dot(x, t)) - 3 for t in shots.text_features] for x in f]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tip_against_a_loop_over_pictures() -> None:
+def test_tip_against_a_loop_over_images() -> None:
     shots = make(3, n_views=2)
     alpha, beta = 1.5, 4.0
     got = fit_tip(TipConfig(alpha, beta), shots, 1).classifier
     x = shots.features.astype(np.float64)
     n = len(x) // 2
-    for f in pictures(3, 9)[0].astype(np.float64):
+    for f in images(3, 9)[0].astype(np.float64):
         logits = [20 * f @ t - 3 for t in shots.text_features.astype(np.float64)]
         for i in range(n):
             key = (x[i] + x[n + i]) / np.linalg.norm(x[i] + x[n + i])
@@ -332,7 +332,7 @@ def test_tip_against_a_loop_over_pictures() -> None:
 
 
 def test_tip_without_votes_is_zero_shot() -> None:
-    shots, f = make(), pictures(5, 9)[0]
+    shots, f = make(), images(5, 9)[0]
     got = fit_tip(TipConfig(alpha=0.0, beta=1.0), shots, 1).classifier.logits(f)
     zero_shot = fit_zero_shot(ZeroShotConfig(), shots, 1).classifier.logits(f)
     np.testing.assert_array_equal(got, zero_shot)
@@ -365,7 +365,7 @@ def test_proker_minimises_what_it_says() -> None:
         assert objective(A + 1e-2 * rng.standard_normal((n, C))) > least
     # The eigenvectors of K give the same solution without an inverse.
     eigenvalues, Q = np.linalg.eigh(K)
-    f = pictures(4, 9)[0]
+    f = images(4, 9)[0]
     k = np.array([[math.exp(-beta * (1 - a @ b)) for b in x] for a in f.astype(np.float64)])
     shrunken = (Q.T @ (Y - f0)) / (eigenvalues + ridge)[:, None]
     expected = scale * (f.astype(np.float64) @ t.T + k @ Q @ shrunken) - 3
@@ -373,7 +373,7 @@ def test_proker_minimises_what_it_says() -> None:
 
 
 def test_proker_with_a_ridge_without_bound_is_zero_shot() -> None:
-    shots, f = make(), pictures(5, 9)[0]
+    shots, f = make(), images(5, 9)[0]
     config = ProkerConfig(beta=2.0, ridge=1e6, scale=shots.logit_scale)
     got = fit_proker(config, shots, 1).classifier.logits(f)
     zero_shot = fit_zero_shot(ZeroShotConfig(), shots, 1).classifier.logits(f)
@@ -387,7 +387,7 @@ def test_proker_with_a_ridge_of_nothing_repeats_the_labels() -> None:
     np.testing.assert_allclose(got, np.eye(C)[shots.labels], atol=1e-3)
 
 
-def test_proker_chooses_on_a_part_of_many_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proker_chooses_on_a_part_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     solve = proker.residual_coefficients
 
@@ -400,14 +400,14 @@ def test_proker_chooses_on_a_part_of_many_pictures(monkeypatch: pytest.MonkeyPat
     fit_proker(ProkerConfig(), make(8), 1)
     assert set(sizes[:-1]) == {3 * C}
     assert sizes[-1] == 8 * C
-    keys, labels = proker._thinned(*make(8).pictures, C)
+    keys, labels = proker._thinned(*make(8).images, C)
     np.testing.assert_array_equal(np.bincount(labels), 3)
-    expected = np.concatenate([pictures(8, 2)[0][8 * c : 8 * c + 3] for c in range(C)])
+    expected = np.concatenate([images(8, 2)[0][8 * c : 8 * c + 3] for c in range(C)])
     np.testing.assert_allclose(keys, expected, atol=1e-6)
 
 
 def loss_of(shots: Shots, w: np.ndarray, alpha: np.ndarray) -> float:
-    """The mean cross-entropy of f (w + α t), picture by picture."""
+    """The mean cross-entropy of f (w + α t), image by image."""
     total = 0.0
     for f, y in zip(shots.features.astype(np.float64), shots.labels, strict=True):
         logits = [
@@ -472,7 +472,7 @@ def test_lp_plus_in_chunks_is_lp_plus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
 def test_the_linear_probe_stands_where_its_gradient_vanishes(strength: float) -> None:
-    features, labels = pictures(6, 2)
+    features, labels = images(6, 2)
     theta = logistic_regression(features, labels, C, strength)
     W, b = theta[:, :-1], theta[:, -1]
     gradient_W, gradient_b = W.copy(), np.zeros(C)
@@ -491,7 +491,7 @@ def test_the_linear_probe_stands_where_its_gradient_vanishes(strength: float) ->
 
 def test_the_linear_probe_is_scikit_learns() -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
-    features, labels = pictures(6, 2)
+    features, labels = images(6, 2)
     theta = logistic_regression(features, labels, C, 3.0)
     reference = sklearn.LogisticRegression(C=3.0, tol=1e-10, max_iter=10_000)
     reference.fit(features.astype(np.float64), labels)
@@ -502,7 +502,7 @@ def test_the_linear_probe_is_scikit_learns() -> None:
 
 
 def test_a_weak_linear_probe_says_how_frequent_classes_are() -> None:
-    features, labels = pictures(8, 2)
+    features, labels = images(8, 2)
     kept = np.r_[0:8, 8:10, 16:20, 24:26]
     theta = logistic_regression(features[kept], labels[kept], C, 1e-7)
     p = np.exp(theta[:, -1])
@@ -523,7 +523,7 @@ def test_the_linear_probe_does_not_look_at_texts() -> None:
 
 
 def test_a_warm_start_ends_where_a_cold_one_does() -> None:
-    features, labels = pictures(6, 2)
+    features, labels = images(6, 2)
     cold = logistic_regression(features, labels, C, 10.0)
     first = logistic_regression(features, labels, C, 0.1)
     warm = logistic_regression(features, labels, C, 10.0, first)

@@ -21,7 +21,7 @@ def centred(logits: NDArray[np.floating]) -> F64:
 
 @pytest.mark.parametrize("parts", [[30], [1] * 30, [4, 9, 2, 15]])
 def test_logits_that_come_in_parts_span_what_they_span_at_once(parts: list[int]) -> None:
-    # Thirty prompts in six dimensions, and an offset for all classes of a picture.
+    # Thirty prompts in six dimensions, and an offset for all classes of an image.
     wide = np.tensordot(rng(0).standard_normal((30, 6)), rng(1).standard_normal((6, N, C)), 1)
     Z: F32 = (wide + rng(2).standard_normal((30, N, 1))).astype(np.float32)
     span, first = LogitSpan.empty(7), 0

@@ -225,7 +225,7 @@ def test_logits_stay_within_their_memory() -> None:
 
 def test_losses_alone_are_refused() -> None:
     optimizer = make()
-    with pytest.raises(ConfigError, match="needs the logits of every picture, and got losses"):
+    with pytest.raises(ConfigError, match="needs the logits of every image, and got losses"):
         optimizer.tell(Evaluation(np.ones(5), np.ones(5), LABELS, 1))
     assert optimizer.fitted() is None
 

@@ -39,14 +39,14 @@ def test_losses_are_mean_softmax_cross_entropy_in_float64() -> None:
     texts = Linear().encode(contexts)
     for p in range(5):
         total = 0.0
-        for i, v in zip(batch.pictures, batch.views, strict=True):
+        for i, v in zip(batch.images, batch.views, strict=True):
             logits = 20.0 * texts[p].astype(float) @ features[v, i].astype(float) - 3.0
             total -= np.log(np.exp(logits[labels[i]]) / np.exp(logits).sum())
         assert got.losses[p] == pytest.approx(total / 3, abs=1e-5)
     assert got.losses.dtype == np.float64
     assert got.logits is not None
     assert got.logits.shape == (5, 3, 3)
-    np.testing.assert_array_equal(got.labels, labels[batch.pictures])
+    np.testing.assert_array_equal(got.labels, labels[batch.images])
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -76,13 +76,13 @@ def test_batches_reshuffle_each_epoch_and_drop_the_remainder(
         batch = sampler.next()
         if step >= stop:
             again = copy.next()
-            np.testing.assert_array_equal(again.pictures, batch.pictures)
+            np.testing.assert_array_equal(again.images, batch.images)
             np.testing.assert_array_equal(again.views, batch.views)
-        assert len(batch.pictures) == min(n, size)
+        assert len(batch.images) == min(n, size)
         assert batch.number == step + 1
         assert batch.views.max() < n_views
         seen = seen if step % per_epoch else []
-        seen += batch.pictures.tolist()
+        seen += batch.images.tolist()
         assert len(set(seen)) == len(seen)
         assert sampler.current() is batch
 

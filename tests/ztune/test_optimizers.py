@@ -83,14 +83,14 @@ def quadratic(points: F64) -> F64:
 def logits_of(points: F64) -> F32:
     """Return logits whose cross-entropy is least where the quadratic is.
 
-    Each value of the point moves one of two classes, for two pictures with either label.
+    Each value of the point moves one of two classes, for two images with either label.
     """
     moved = np.repeat(np.sqrt(np.arange(1, points.shape[1] + 1)) * points, 2, axis=1)
     return np.stack([np.zeros_like(moved), moved], axis=-1).astype(np.float32)
 
 
 def evaluation(proposal: Proposal, losses: F64) -> Evaluation:
-    # An accuracy that falls with the loss, as coarse as of few pictures.
+    # An accuracy that falls with the loss, as coarse as of few images.
     accuracies = np.round(1 / (1 + quadratic(proposal.points)), 2)
     return Evaluation(losses, accuracies, LABELS.copy(), 1, logits_of(proposal.points))
 
@@ -138,7 +138,7 @@ def test_points_and_recommendation_have_their_shapes(make: Factory) -> None:
     np.testing.assert_array_equal(START, np.linspace(1.0, 2.0, DIM))
 
 
-def test_the_first_proposal_asks_for_new_pictures(make: Factory) -> None:
+def test_the_first_proposal_asks_for_new_images(make: Factory) -> None:
     assert not make(1).ask().same_batch
 
 

@@ -53,9 +53,9 @@ def test_losses_are_those_of_a_softmax_in_double_precision() -> None:
     got = exact_losses(features, labels, texts, 2.5, -0.5)
     for candidate in range(3):
         total = 0.0
-        for picture in range(6):
-            logits = [2.5 * float(features[picture] @ text) - 0.5 for text in texts[candidate]]
-            total += np.log(np.sum(np.exp(logits))) - logits[labels[picture]]
+        for image in range(6):
+            logits = [2.5 * float(features[image] @ text) - 0.5 for text in texts[candidate]]
+            total += np.log(np.sum(np.exp(logits))) - logits[labels[image]]
         assert got[candidate] == pytest.approx(total / 6, rel=1e-12)
 
 
@@ -107,12 +107,12 @@ def test_a_measurement_sees_the_tuning_oracle_and_the_reference() -> None:
     assert signal.signal == pytest.approx(np.sqrt(np.mean((2 * moves) ** 2)), rel=1e-6)
 
 
-def test_the_batch_is_every_picture_or_a_random_part() -> None:
+def test_the_batch_is_every_image_or_a_random_part() -> None:
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(probe_batch(5, 128, rng).pictures, range(5))
+    np.testing.assert_array_equal(probe_batch(5, 128, rng).images, range(5))
     part = probe_batch(1000, 128, rng)
-    assert len(set(part.pictures.tolist())) == 128
-    assert part.pictures.max() > 700  # pictures stand class by class: not the first of them
+    assert len(set(part.images.tolist())) == 128
+    assert part.images.max() > 700  # images stand class by class: not the first of them
     assert not part.views.any()
 
 

@@ -33,8 +33,8 @@ def test_confusion_counts_true_rows_and_predicted_columns() -> None:
 def test_a_curve_is_drawn_whatever_its_length(n: int, tmp_path: Path) -> None:
     history = [{"queries": 10.0 * k, "loss": 2 / k, "accuracy": 0.5} for k in range(1, n + 1)]
     draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > picture.height > 100
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > image.height > 100
 
 
 def test_a_mixtures_curve_is_of_its_results(
@@ -53,9 +53,9 @@ def test_a_mixtures_curve_is_of_its_results(
     for k in (1, 2, 4, 8, 16):
         history[k - 1] |= {"result_loss": 1 / k, "result_accuracy": 1 - 0.5 / k}
     draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > picture.height > 100
-    results = [one for one in drawn if one[3] == "result by then,\ntraining pictures"]
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > image.height > 100
+    results = [one for one in drawn if one[3] == "result by then,\ntraining images"]
     at = [10.0, 20, 40, 80, 160]
     assert [(x, y) for _, x, y, _ in results] == [
         (at, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]),
@@ -80,8 +80,8 @@ def test_confusion_tables_are_drawn_for_few_and_many_classes(n: int, tmp_path: P
         "tuned": Score(labels, labels, classes),
     }
     draw_confusion(scores, tmp_path / "confusion.png")
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert 400 < picture.width < 4000
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert 400 < image.width < 4000
 
 
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     labels = np.arange(len(odd))
     draw_confusion({"$^$ 猫": Score(labels, labels, odd)}, tmp_path / "confusion.png")
     for name in ("curve.png", "confusion.png"):
-        with Image.open(tmp_path / name) as picture:
-            picture.load()
+        with Image.open(tmp_path / name) as image:
+            image.load()
 
 
 def test_names_on_a_plot_are_printable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

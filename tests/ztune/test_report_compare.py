@@ -1,4 +1,4 @@
-"""Pictures of comparisons and benches: looks that differ, titles and levels that can be seen."""
+"""Images of comparisons and benches: looks that differ, titles and levels that can be seen."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The ridge of a fit: which one held-out pictures choose, and what they would have lost."""
+"""The ridge of a fit: which one held-out images choose, and what they would have lost."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def fixed(given: SoftmaxProblem) -> F64:
 
 
 def chosen_ridge(given: SoftmaxProblem) -> float:
-    """Return the ridge of the least loss on pictures left out."""
+    """Return the ridge of the least loss on images left out."""
     found = cross_validated(given, 1.0, RidgeConfig(tolerance=0.0))
     gaps = np.linalg.norm(fixed(given) - found, axis=1) / np.linalg.norm(found)
     assert gaps.min() < 0.01
@@ -54,7 +54,7 @@ def test_noise_gets_a_heavy_ridge_and_what_generalises_a_light_one(seed: int) ->
     assert chosen_ridge(clean) <= 0.01
     assert chosen_ridge(noise) >= 1
     none = np.zeros((20, 20))
-    # With the tolerance of the house, pictures that are new lose less than by either end.
+    # With the tolerance of the house, images that are new lose less than by either end.
     lost = new_noise.loss(cross_validated(noise, 1.0, RidgeConfig()), none)
     assert lost < new_noise.loss(fixed(noise)[-1], none) - 0.05
     lost = new_clean.loss(cross_validated(clean, 1.0, RidgeConfig()), none)
@@ -98,7 +98,7 @@ def test_left_out_losses_are_estimated_close_to_those_of_refits() -> None:
             refit = given.rows(folds != k).minimise(ridge, np.zeros(20), 30)
             exact[folds == k] = cross_entropy(parts[k].logits(refit), parts[k].labels)
         own = cross_entropy(given.logits(a), given.labels)
-        # Far closer than the losses of pictures that were fitted.
+        # Far closer than the losses of images that were fitted.
         assert exact.mean() > own.mean()
         assert abs(estimated - exact).mean() < 0.2 * abs(own - exact).mean()
 
@@ -118,7 +118,7 @@ def test_folds_are_even_over_the_classes() -> None:
     assert fold_of_each(np.array([0, 0, 0, 0, 1, 2, 3])) is None
 
 
-def test_one_picture_of_a_class_leaves_nothing_to_validate_on() -> None:
+def test_one_image_of_a_class_leaves_nothing_to_validate_on() -> None:
     rows = np.arange(C)
     given = problem(np.arange(80) % C).rows(rows)
     found = cross_validated(given, 1.0, RidgeConfig())
@@ -134,7 +134,7 @@ def test_a_ridge_is_judged_by_its_paired_difference_from_the_best() -> None:
     common = 10 * rng(0).standard_normal(200) ** 2
     small = rng(1).standard_normal(200)
     small = (small - small.mean()) / small.std()
-    # Beside a picture's own losses the difference is nothing, and yet it is sure.
+    # Beside an image's own losses the difference is nothing, and yet it is sure.
     worse = common + 0.01 + 0.02 * small
     assert worse.mean() - common.mean() < 0.02 * common.std() / np.sqrt(200)
     assert not _within(worse, common, 2.5)

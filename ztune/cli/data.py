@@ -21,7 +21,7 @@ EXAMPLE = """\
   ztune data check caltech101 --root /data
   ztune data check dtd --root /data --prepare"""
 
-_SHOWN = 5  # missing pictures that are named
+_SHOWN = 5  # missing images that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help="save what is missing and can be made: a split, the pictures of parquet files",
+        help="save what is missing and can be made: a split, the images of parquet files",
     )
     parser.add_argument(
-        "--skip-copies", action="store_true", help="do not compare the contents of pictures"
+        "--skip-copies", action="store_true", help="do not compare the contents of images"
     )
 
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
         def progress(done: int, total: int) -> None:
             if not tickers:  # how many there are to compare is known only now
-                tickers.append(stack.enter_context(output.activity("compare pictures", total)))
+                tickers.append(stack.enter_context(output.activity("compare images", total)))
             tickers[0].update(done)
 
         found = check(spec, arguments.root, arguments.prepare, not arguments.skip_copies, progress)
@@ -102,9 +102,9 @@ def _lines(found: Findings) -> list[str | Table]:
     number, counts = data.split.counts, published(spec)
     rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
     rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
-    lines += [f"split: {_split(found)}", "", Table("", ("pictures", "listed", "published"), rows)]
+    lines += [f"split: {_split(found)}", "", Table("", ("images", "listed", "published"), rows)]
     if found.missing:
-        lines += ["", f"missing pictures: {len(found.missing):,}", *found.missing[:_SHOWN]]
+        lines += ["", f"missing images: {len(found.missing):,}", *found.missing[:_SHOWN]]
         lines += _to_get(spec)
     return [*lines, "", _copies(found), f"template: {spec.template}"]
 
@@ -135,9 +135,9 @@ def _split(found: Findings) -> str:
 def _copies(found: Findings) -> str:
     copies = found.copies
     if copies is None or copies.by_content is None:
-        return "test pictures also in train or val: contents not compared"
+        return "test images also in train or val: contents not compared"
     n = len(copies.by_path) + len(copies.by_content)
-    return f"test pictures also in train or val, by path or content: {n:,}"
+    return f"test images also in train or val, by path or content: {n:,}"
 
 
 def _shown(n: int | None) -> str:

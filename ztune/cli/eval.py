@@ -96,7 +96,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     for name in ("root", "split_file", "prompt", "classes", "names"):
         if name in arguments.given:
             raise ConfigError(
-                f"a run brings its own pictures and prompt; leave out {arguments.given[name]} "
+                f"a run brings its own images and prompt; leave out {arguments.given[name]} "
                 "(or evaluate its bundle)"
             )
     folder = RunFolder(arguments.target)
@@ -142,7 +142,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         draw_confusion(found.scores, folder.path / "confusion.png")
     except OSError as error:
         output.warn(f"confusion.png is not drawn: {error.strerror}")
-    document = _document(found.tuned, images, found.kept, found.artifact.tuning_pictures)
+    document = _document(found.tuned, images, found.kept, found.artifact.tuning_images)
     if found.curve is not None:
         document["curve"] = found.curve
     document |= {
@@ -183,7 +183,7 @@ def _model(
         if TEXTS in model.runtime.withheld:
             model.close()
             raise ConfigError(
-                f"{target} gives losses alone, no text features to score pictures by (use the "
+                f"{target} gives losses alone, no text features to score images by (use the "
                 "bundle itself: ztune eval RUN --bundle DIR, or ztune eval BUNDLE --prompt FILE)"
             )
         return model
@@ -210,8 +210,8 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import score_bundle
 
-    pictures = _labelled(arguments, output)
-    candidates, whose = pictures.classes, "the pictures' own"
+    images = _labelled(arguments, output)
+    candidates, whose = images.classes, "the images' own"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
     fingerprints: Iterable[int] = ()
@@ -220,18 +220,18 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
         require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
-        known = set(pictures.classes) <= set(artifact.classes)
+        known = set(images.classes) <= set(artifact.classes)
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "those it was tuned on"
         artifact = model.refreshed(artifact, candidates)
-        candidates, fingerprints = artifact.classes, artifact.tuning_pictures.tolist()
+        candidates, fingerprints = artifact.classes, artifact.tuning_images.tolist()
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
     output.remark(f"choosing among {len(candidates)} classes ({whose})")
     result, kept = score_bundle(
         model,
-        pictures,
+        images,
         candidates,
         artifact=artifact,
         templates=templates,
@@ -239,7 +239,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         extractor=arguments.extractor,
         skip_broken=arguments.skip_broken,
     )
-    document = _document(result, pictures, kept, fingerprints)
+    document = _document(result, images, kept, fingerprints)
     _finish(document, {name: result}, output)
 
 
@@ -254,12 +254,12 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     classifier = open_classifier(
         arguments.target, resolve_execution(arguments.provider, arguments.threads, output)
     )
-    pictures = _labelled(arguments, output)
-    labels = pictures.among(classifier.classes, "the classifier's classes")
-    paths = [path for path, _ in pictures.items]
+    images = _labelled(arguments, output)
+    labels = images.among(classifier.classes, "the classifier's classes")
+    paths = [path for path, _ in images.items]
     logits, _, kept = classify(classifier, paths, arguments.skip_broken, output)
     result = score(logits, labels[kept], classifier.classes)
-    document = _document(result, pictures, kept, classifier.tuning_pictures)
+    document = _document(result, images, kept, classifier.tuning_images)
     _finish(document, {arguments.target.name: result}, output)
 
 
@@ -276,7 +276,7 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
         if arguments.names is not None:
             raise ConfigError("a split file brings its own class names; leave out --names")
         if arguments.root is not None:
-            raise ConfigError("a split file knows where its pictures are; leave out --root")
+            raise ConfigError("a split file knows where its images are; leave out --root")
         return labelled_of_split(
             arguments.split_file,
             split,
@@ -289,31 +289,31 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
 
 
 def _document(
-    result: Score, pictures: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
+    result: Score, images: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
 ) -> dict[str, Json]:
     return {
         "accuracy": result.accuracy,
         "interval": list(result.interval),
         "n": result.n,
         "candidates": len(result.classes),
-        "split": pictures.split,
+        "split": images.split,
         "per_class": result.per_class(),
         "broken_pictures": int((~kept).sum()),
-        "tuning_pictures": pictures.n_tuned_on(fingerprints),
+        "tuning_pictures": images.n_tuned_on(fingerprints),
     }
 
 
 def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
     if document["tuning_pictures"]:
         output.warn(
-            f"{document['tuning_pictures']} of these {document['n']} pictures served tuning or "
+            f"{document['tuning_pictures']} of these {document['n']} images served tuning or "
             "validation: this is no test figure"
         )
     rows = [
         (name, f"{s.accuracy:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}")
         for name, s in scores.items()
     ]
-    title = f"accuracy on {document['n']} pictures ({document['split']})"
+    title = f"accuracy on {document['n']} images ({document['split']})"
     lines: list[str | Table] = [Table(title, ("", "accuracy", "95 % interval"), rows)]
     own = {name: Fields(s.per_class(), "per_class") for name, s in scores.items()}
     classes = list(next(iter(own.values())).values)
@@ -323,5 +323,5 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
         per_class.append(
             (name, str(parts[0].integer("n")), *(f"{p.number('accuracy'):.1%}" for p in parts))
         )
-    lines += ["", Table("", ("class", "pictures", *scores), per_class)]
+    lines += ["", Table("", ("class", "images", *scores), per_class)]
     output.result(document, lines)

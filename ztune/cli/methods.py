@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     ]
     columns = ("method", "what it is", "from", "needs", "new classes")
     listing = Table("", columns, rows, words=columns)
-    closing = "settings of one: ztune methods NAME; all of them on your pictures: ztune compare"
+    closing = "settings of one: ztune methods NAME; all of them on your images: ztune compare"
     output.result({"methods": list(documents)}, [listing, "", closing])
 
 
@@ -49,7 +49,7 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
     if "first_step_queries" in document:
         lines.append(f"its first step costs {document['first_step_queries']} queries")
     if document.get("encodes_pictures_anew"):
-        lines.append("encodes the pictures of a batch anew with every query")
+        lines.append("encodes the images of a batch anew with every query")
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         lines += ["", Table("", ("setting", "default"), rows)]

@@ -24,7 +24,7 @@ _BATCH = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("classifier", type=Path, metavar="classifier.onnx", help="from ztune pack")
     parser.add_argument(
-        "pictures", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="what to classify"
+        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="what to classify"
     )
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     classifier = open_classifier(
         arguments.classifier, resolve_execution(arguments.provider, arguments.threads, output)
     )
-    paths = _pictures(arguments.pictures)[: arguments.limit]
+    paths = _images(arguments.images)[: arguments.limit]
     logits, probabilities, kept = classify(classifier, paths, arguments.skip_broken, output)
     predictions: list[Json] = []
     rows = []
@@ -62,30 +62,30 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "predictions": predictions,
     }
     n_shown = min(arguments.top, len(classifier.classes))
-    columns = ("picture", *(f"{n + 1}." for n in range(n_shown)))
+    columns = ("image", *(f"{n + 1}." for n in range(n_shown)))
     output.result(document, [Table("", columns, rows)])
 
 
-def _pictures(named: Sequence[Path]) -> list[Path]:
-    """Return the pictures named, and those below folders named, in order.
+def _images(named: Sequence[Path]) -> list[Path]:
+    """Return the images named, and those below folders named, in order.
 
     Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
-        pictures.
+        images.
     """
-    from ztune.data.folders import pictures_below
+    from ztune.data.folders import images_below
     from ztune.data.manifests import is_utf8
 
     found: list[Path] = []
     for path in named:
         if not is_utf8(str(path)):
-            raise DataError(f"picture {str(path)!r}: its name is not UTF-8 (rename it)")
+            raise DataError(f"image {str(path)!r}: its name is not UTF-8 (rename it)")
         if path.is_dir():
-            below, _ = pictures_below(path, f'folder "{path}"')
+            below, _ = images_below(path, f'folder "{path}"')
             if not below:
-                raise DataError(f'folder "{path}" holds no pictures')
+                raise DataError(f'folder "{path}" holds no images')
             found += below
         elif path.exists():
             found.append(path)
         else:
-            raise DataError(f'picture "{path}" does not exist')
+            raise DataError(f'image "{path}" does not exist')
     return found

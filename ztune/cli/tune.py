@@ -278,7 +278,7 @@ def _judge(document: dict[str, Json], output: Output) -> None:
     }
     if accuracy["tuned"] <= accuracy.get("zero-shot", 0.0):
         output.warn(
-            f"on the validation pictures the result ({accuracy['tuned']:.1%}) does not beat the "
+            f"on the validation images the result ({accuracy['tuned']:.1%}) does not beat the "
             f"hand-written prompt ({accuracy['zero-shot']:.1%})"
         )
 
@@ -302,10 +302,10 @@ def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
         chosen = "heads chose their settings on them"
         if fields.object("request").values.get("keep") == "best":
             chosen += ", and the run its point"
-        title = f"accuracy on {n} validation pictures ({chosen})"
+        title = f"accuracy on {n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
     else:
-        lines.append("no validation pictures, so nothing to compare with here (see: ztune eval)")
+        lines.append("no validation images, so nothing to compare with here (see: ztune eval)")
     if "server" in document:
         server = fields.object("server")
         lines.append(

@@ -73,7 +73,7 @@ class TunedConfig(Protocol):
 
     @property
     def batch_size(self) -> int | None:
-        """Pictures of a batch; None: all of them in every round."""
+        """Images of a batch; None: all of them in every round."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,7 +97,7 @@ class TunedConfig(Protocol):
 
     @property
     def keeps_batch(self) -> bool:
-        """Whether all rounds see the pictures and views of the first."""
+        """Whether all rounds see the images and views of the first."""
 
     @property
     def top_classes(self) -> int | None:
@@ -118,8 +118,8 @@ class TunedConfig(Protocol):
     def round_size(self) -> int:
         """The most candidates of one call."""
 
-    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
-        """Return how many of the training pictures a batch has."""
+    def images_of(self, n_images: int, n_classes: int) -> int:
+        """Return how many of the training images a batch has."""
 
     def step_queries(self) -> int:
         """Return what the first step costs: the least budget."""
@@ -184,9 +184,9 @@ class Defaults:
     def validates(self) -> bool:
         return False
 
-    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+    def images_of(self, n_images: int, n_classes: int) -> int:
         size: int | None = getattr(self, "batch_size", None)
-        return min(size or n_pictures, n_pictures)
+        return min(size or n_images, n_images)
 
     def spends(self, queries: int) -> int:
         return queries

@@ -1,4 +1,4 @@
-"""Methods that read a whole answer, the logits of every picture, instead of one loss."""
+"""Methods that read a whole answer, the logits of every image, instead of one loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ztune.optim.gauss_newton import N_TRIALS, GaussNewton, GaussNewtonConfig
 from ztune.optim.mixture import MixtureConfig, PromptMixture
 
 _TOKENS = 4  # of a random prompt, unless words or settings say otherwise
-_LEAST_RANK = 40  # the rank gives way to pictures down to here
+_LEAST_RANK = 40  # the rank gives way to images down to here
 _ROUNDS_KEPT = 4  # of Jacobian rows, at least: with fewer the filter has nothing to carry on
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
@@ -89,20 +89,20 @@ class Answers(Defaults):
 
 
 def _fitting(n_classes: int, memory_mb: float, rows: int, at_once: int) -> int:
-    """Return how many pictures' logits, f32, fit: `rows` of them kept, `at_once` in an answer."""
+    """Return how many images' logits, f32, fit: `rows` of them kept, `at_once` in an answer."""
     return min(int(1e6 * memory_mb) // (4 * rows), LOGITS_AT_ONCE // at_once) // n_classes
 
 
 @dataclass(frozen=True)
 class OgnConfig(MixtureConfig, Answers):
-    """Random prompts mixed by weights from a convex fit to the training pictures' logits."""
+    """Random prompts mixed by weights from a convex fit to the training images' logits."""
 
     init: str = "a photo of a"
     """Words of the first prompt; `random`: none."""
     n_context: int | None = None
     """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
     batch_size: int | None = None
-    """Pictures, the same in all rounds; none: as many as memory_mb allows."""
+    """Images, the same in all rounds; none: as many as memory_mb allows."""
 
     def __post_init__(self) -> None:
         MixtureConfig.__post_init__(self)
@@ -123,10 +123,10 @@ class OgnConfig(MixtureConfig, Answers):
     def round_size(self) -> int:
         return self.n_prompts
 
-    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+    def images_of(self, n_images: int, n_classes: int) -> int:
         rows = 2 * min(self.rank, _LEAST_RANK) + self.n_prompts
         most = _fitting(n_classes, self.memory_mb, rows, self.n_prompts)
-        return max(1, min(self.batch_size or n_pictures, n_pictures, most))
+        return max(1, min(self.batch_size or n_images, n_images, most))
 
     def step_queries(self) -> int:
         return self.n_prompts
@@ -167,10 +167,10 @@ class OgnContextConfig(TextStart, GaussNewtonConfig, Answers):
     def round_size(self) -> int:
         return max(self.n_directions + 1, N_TRIALS)
 
-    def pictures_of(self, n_pictures: int, n_classes: int) -> int:
+    def images_of(self, n_images: int, n_classes: int) -> int:
         rows = _ROUNDS_KEPT * self.n_directions
         most = _fitting(n_classes, self.memory_mb, rows, self.round_size)
-        return max(1, min(self.batch_size or n_pictures, n_pictures, most))
+        return max(1, min(self.batch_size or n_images, n_images, most))
 
     def step_queries(self) -> int:
         return self.n_directions + 1 + N_TRIALS

@@ -1,4 +1,4 @@
-"""Methods that change pictures by values of their own: BlackVIP's decoder and BAR's border."""
+"""Methods that change images by values of their own: BlackVIP's decoder and BAR's border."""
 
 from __future__ import annotations
 

@@ -62,8 +62,7 @@ class Generations(CmaConfig, ABC):
         require_at_least_one(self, "batch_size")
         if self.keep == "best" and self.batch_size is not None:
             raise ConfigError(
-                "keep=best compares losses over all pictures: leave out batch_size, or set "
-                "keep=mean"
+                "keep=best compares losses over all images: leave out batch_size, or set keep=mean"
             )
 
     @property

@@ -15,8 +15,8 @@ from ztune.data.library import (
     data_folder,
     load_named,
     missing_files,
+    missing_images,
     missing_message,
-    missing_pictures,
 )
 from ztune.data.manifests import SplitName
 from ztune.data.named import Spec
@@ -31,7 +31,7 @@ _NAMES_FILE = "classnames.txt"
 
 @dataclass(frozen=True)
 class Copies:
-    """Test pictures that are also among those for train or val."""
+    """Test images that are also among those for train or val."""
 
     by_path: tuple[str, ...]
     """Listed in both."""
@@ -52,9 +52,9 @@ class Findings:
     """Files and folders of the layout that exist."""
     absent: list[str] = field(default_factory=list)
     in_parquet: bool = False
-    """Its pictures are in parquet files; a problem with these says what to do."""
+    """Its images are in parquet files; a problem with these says what to do."""
     missing: list[str] = field(default_factory=list)
-    """Pictures that the split names and that are not there."""
+    """Images that the split names and that are not there."""
     copies: Copies | None = None
     problems: list[str] = field(default_factory=list)
     """It cannot be used as it is."""
@@ -121,7 +121,7 @@ def check(
 ) -> Findings:
     """Look at a data set. `prepare` saves what can be made; `contents` compares files' bytes.
 
-    Problems are part of the findings. An unreadable picture does raise DataError.
+    Problems are part of the findings. An unreadable image does raise DataError.
     """
     found = Findings(spec)
     try:
@@ -144,7 +144,7 @@ def check(
         if found.absent and others:
             found.warnings.append(f"split file(s) of another name: {', '.join(others)}")
         return found
-    found.missing = missing_pictures(data)
+    found.missing = missing_images(data)
     if found.missing:
         found.problems.append(missing_message(data, found.missing))
     found.problems += class_problems(data) + _useless(data)
@@ -153,7 +153,7 @@ def check(
     if found.copies.by_content:
         pairs = [f"{test} = {other}" for test, other in found.copies.by_content]
         found.warnings.append(
-            f"{len(pairs)} test picture(s) with the same content as one in train or val: "
+            f"{len(pairs)} test image(s) with the same content as one in train or val: "
             f"{_quoted(pairs)}"
         )
     if prepare and data.source is None and spec.drawn and not found.problems:
@@ -168,7 +168,7 @@ def published(spec: Spec) -> dict[SplitName, int | None]:
 
 
 def is_published(data: NamedData) -> bool:
-    """Return whether lists, numbers of pictures and classes are all as published."""
+    """Return whether lists, numbers of images and classes are all as published."""
     return data.has_published_lists and not _differences(data)
 
 
@@ -184,11 +184,11 @@ def _differences(data: NamedData) -> list[str]:
         lines.append(f"{len(data.split.classes):,} classes, published: {spec.n_classes:,}")
     for role, n in published(spec).items():
         if n is not None and counts[role] != n:
-            lines.append(f"{counts[role]:,} {role} pictures, published: {n:,}")
+            lines.append(f"{counts[role]:,} {role} images, published: {n:,}")
     together = counts["train"] + counts["val"]
     if spec.counts.trainval is not None and together != spec.counts.trainval:
         lines.append(
-            f"{together:,} train and val pictures together, published: {spec.counts.trainval:,}"
+            f"{together:,} train and val images together, published: {spec.counts.trainval:,}"
         )
     # ImageNet's published names are not all different; those of the others are.
     return lines if _NAMES_FILE in spec.needs else [*lines, *_shared_names(data)]
@@ -211,13 +211,13 @@ def _oddities(data: NamedData) -> list[str]:
     tested = {item.label for item in split.test}
     untested = [shown(name) for label, name in split.classes.items() if label not in tested]
     if tested and untested:
-        lines.append(f"{len(untested)} class(es) without test pictures: {_some(untested)}")
+        lines.append(f"{len(untested)} class(es) without test images: {_some(untested)}")
     for role in SPLITS:
         paths = Counter(item.path for item in split.of(role))
         if twice := [path for path, n in paths.items() if n > 1]:
-            lines.append(f"{len(twice)} picture(s) twice in {role}: {_quoted(twice)}")
+            lines.append(f"{len(twice)} image(s) twice in {role}: {_quoted(twice)}")
     if both := _in_both(split):
-        lines.append(f"{len(both)} test picture(s) also in train or val: {_quoted(both)}")
+        lines.append(f"{len(both)} test image(s) also in train or val: {_quoted(both)}")
     return lines
 
 
@@ -227,14 +227,14 @@ def _useless(data: NamedData) -> list[str]:
     hint = "get the whole data set, or its split file"
     problems = []
     if not counts["train"] and known["train"] != 0:  # None: there are, how many is not known
-        problems.append(f"{where} has no train pictures, so none to tune with ({hint})")
+        problems.append(f"{where} has no train images, so none to tune with ({hint})")
     if not counts["test"]:
-        problems.append(f"{where} has no test pictures, so none to score on ({hint})")
+        problems.append(f"{where} has no test images, so none to score on ({hint})")
     return problems
 
 
 def _in_both(split: CoopSplit) -> tuple[str, ...]:
-    """Return the test pictures that are listed to train or validate as well."""
+    """Return the test images that are listed to train or validate as well."""
     tuned = {item.path for item in (*split.train, *split.val)}
     return tuple(dict.fromkeys(item.path for item in split.test if item.path in tuned))
 
@@ -242,7 +242,7 @@ def _in_both(split: CoopSplit) -> tuple[str, ...]:
 def _copies(
     data: NamedData, missing: set[str], contents: bool, progress: Progress | None
 ) -> Copies:
-    """Compare test pictures with the others; only files of equal size can have equal bytes."""
+    """Compare test images with the others; only files of equal size can have equal bytes."""
     tuned = dict.fromkeys(i.path for i in (*data.split.train, *data.split.val))
     tested = dict.fromkeys(item.path for item in data.split.test)
     both = _in_both(data.split)

@@ -1,12 +1,12 @@
-"""Splits as the papers share them: lists of pictures for train, val and test in one JSON file.
+"""Splits as the papers share them: lists of images for train, val and test in one JSON file.
 
     {"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": [...], "test": [...]}
 
 A path is relative to the data set's image folder, a label counts from 0. The order of a list is
-part of the split: which pictures a seed draws depends on it, so lists are kept as they are read.
+part of the split: which images a seed draws depends on it, so lists are kept as they are read.
 
 What CoOp (arXiv 2109.01134) does with a split is done here with a generator that is passed in or
-made from a seed, so that the same file and seed give the pictures that its published code draws:
+made from a seed, so that the same file and seed give the images that its published code draws:
 few-shot sets, base and new classes, and the division of a data set that comes without a split.
 """
 
@@ -25,12 +25,12 @@ from ztune.io.files import write_bytes
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 MOST_VAL = 4
-"""Validation pictures per class of a few-shot set, or the shots where these are fewer."""
+"""Validation images per class of a few-shot set, or the shots where these are fewer."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a split."""
+    """One image of a split."""
 
     path: str
     """Relative to the image folder, with forward slashes."""
@@ -68,12 +68,12 @@ class CoopSplit:
 
 
 def read_split(path: Path, needs: Sequence[SplitName] = SPLITS) -> CoopSplit:
-    """Read a split file, without looking for its pictures.
+    """Read a split file, without looking for its images.
 
     A list that is not in `needs` may be absent; it is empty then.
 
     Raises: DataError naming the entry that is wrong, a path that leaves the image folder, a label
-        with two names, or a file without pictures.
+        with two names, or a file without images.
     """
     where = f'split "{path}"'
     try:
@@ -101,7 +101,7 @@ def read_split(path: Path, needs: Sequence[SplitName] = SPLITS) -> CoopSplit:
             items.append(item)
         lists[role] = tuple(items)
     if not names:
-        raise DataError(f"{where}: holds no pictures")
+        raise DataError(f"{where}: holds no images")
     return CoopSplit(lists["train"], lists["val"], lists["test"])
 
 
@@ -145,7 +145,7 @@ def few_shot(split: CoopSplit, shots: int, seed: int, n_val: int | None = None) 
 
     This is CoOp's choice for the same lists and seed: one generator, seeded once; the classes of
     train in the order in which they first appear, a sample without replacement from each; then,
-    with the same generator, the classes of val. A class with fewer pictures gives all it has, as in
+    with the same generator, the classes of val. A class with fewer images gives all it has, as in
     the copy of the sampler that BlackVIP ships (an older one drew with replacement there).
 
     Raises: ConfigError when shots or seed is impossible.
@@ -208,7 +208,7 @@ def divide_classes(
     `classes` are paths by class name; a class's label is its place. Fractions of a class are
     rounded half to even.
 
-    Raises: DataError naming a class that has too few pictures to be in all three.
+    Raises: DataError naming a class that has too few images to be in all three.
     """
     lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
     for label, (name, paths) in enumerate(classes.items()):
@@ -218,8 +218,7 @@ def divide_classes(
         parts = (items[:n_train], items[n_train : n_train + n_val], items[n_train + n_val :])
         if not all(parts):
             raise DataError(
-                f'{where}: class "{name}" has {len(items)} pictures, too few for train, val '
-                "and test"
+                f'{where}: class "{name}" has {len(items)} images, too few for train, val and test'
             )
         for role, part in zip(SPLITS, parts, strict=True):
             lists[role] += part
@@ -229,9 +228,9 @@ def divide_classes(
 def hold_out_val(
     items: Iterable[Item], fraction: float, generator: random.Random, where: str
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Take a fraction of every class from training pictures, shuffled, as validation: train, val.
+    """Take a fraction of every class from training images, shuffled, as validation: train, val.
 
-    Raises: DataError naming a class that would have no validation pictures.
+    Raises: DataError naming a class that would have no validation images.
     """
     train: list[Item] = []
     val: list[Item] = []
@@ -239,7 +238,7 @@ def hold_out_val(
         n_val = round(len(group) * fraction)
         if not 0 < n_val < len(group):
             raise DataError(
-                f'{where}: class "{group[0].name}" has {len(group)} pictures, too few for train '
+                f'{where}: class "{group[0].name}" has {len(group)} images, too few for train '
                 "and val"
             )
         generator.shuffle(group)

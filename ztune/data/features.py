@@ -1,9 +1,9 @@
-"""Every picture through the image tower once, and its features kept.
+"""Every image through the image tower once, and its features kept.
 
-A feature's bytes depend on the picture, its view and the encoder alone. Two rules see to that:
-batches always have the same size (a last one is filled up with its own first picture), because a
+A feature's bytes depend on the image, its view and the encoder alone. Two rules see to that:
+batches always have the same size (a last one is filled up with its own first image), because a
 matrix product of another shape may round differently; and a random view is drawn from
-(augmentation seed, picture's digest, number of the view), whatever is encoded before or beside it.
+(augmentation seed, image's digest, number of the view), whatever is encoded before or beside it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ztune.errors import DataError
 from ztune.types import F32, U8, ImageEncoder
 
 _READERS = 2
-"""Threads that read pictures while the encoder works."""
+"""Threads that read images while the encoder works."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the image tower says of some pictures."""
+    """What the image tower says of some images."""
 
     values: F32
-    """f32[V, N, e], unit length, of the N pictures that were kept, in their order."""
+    """f32[V, N, e], unit length, of the N images that were kept, in their order."""
     kept: NDArray[np.bool_]
-    """bool[pictures asked for]: False where a broken picture was left out."""
+    """bool[images asked for]: False where a broken image was left out."""
     n_encoded: int
     """Views that went through the encoder now; the others came from the cache."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture and those of its views that are not cached."""
+    """One image and those of its views that are not cached."""
 
     path: Path
     sha256: str
@@ -49,7 +49,7 @@ class _Job:
     keys: tuple[bytes, ...]
 
 
-def encode_pictures(
+def encode_files(
     encoder: ImageEncoder,
     items: Sequence[tuple[Path, str]],
     cache: FeatureStore,
@@ -60,14 +60,14 @@ def encode_pictures(
     progress: Progress | None = None,
     skip_broken: bool = False,
 ) -> Features:
-    """Return the features of one or more pictures given as (file, SHA-256 of its content).
+    """Return the features of one or more images given as (file, SHA-256 of its content).
 
     With `n_views` of 0 the one view is the centre crop, else there are that many random views,
     drawn with `seed`. The encoder gets `at_once` batches a call, for one that has several servers
     or a long way to them; features do not depend on that. `progress` counts views. `encoder.read`
     is called from several threads.
 
-    Raises: DataError naming a picture that cannot be read, unless `skip_broken` (then when none
+    Raises: DataError naming an image that cannot be read, unless `skip_broken` (then when none
         can), and when the encoder returns a value that is not finite.
     """
     kind = ("centre",) if n_views == 0 else ("random", str(seed))
@@ -95,7 +95,7 @@ def encode_pictures(
         features = encoder.encode(np.stack(rows))[: len(batch)]
         for (_, path, _), feature in zip(batch, features, strict=True):
             if not np.isfinite(feature).all():
-                raise DataError(f'picture "{path}": the image tower returns values not finite')
+                raise DataError(f'image "{path}": the image tower returns values not finite')
         new = {key: np.array(f, np.float32) for (key, _, _), f in zip(batch, features, strict=True)}
         log.append(new)
         known.update(new)
@@ -103,8 +103,8 @@ def encode_pictures(
     jobs = _missing(items, keys, known)
     n_done = n_views_all - sum(len(job.keys) for job in jobs)
     batch: list[tuple[bytes, Path, U8]] = []
-    with contextlib.closing(_ahead(read, jobs)) as pictures:
-        for job, pixels in pictures:
+    with contextlib.closing(_ahead(read, jobs)) as images:
+        for job, pixels in images:
             if isinstance(pixels, DataError):
                 if not skip_broken:
                     raise DataError(
@@ -112,8 +112,8 @@ def encode_pictures(
                     )
                 broken.add(job.sha256)
                 continue
-            for key, picture in zip(job.keys, pixels, strict=True):
-                batch.append((key, job.path, picture))
+            for key, image in zip(job.keys, pixels, strict=True):
+                batch.append((key, job.path, image))
                 if len(batch) == batch_size * at_once:
                     flush(batch)
                     n_encoded += len(batch)
@@ -127,7 +127,7 @@ def encode_pictures(
         progress(n_views_all, n_views_all)
     kept = np.array([digest not in broken for _, digest in items], np.bool_)
     if not kept.any():
-        raise DataError(f"none of {len(items)} picture(s) can be read")
+        raise DataError(f"none of {len(items)} image(s) can be read")
     rows = [row for row, keep in zip(keys, kept, strict=True) if keep]
     values = np.stack([np.stack([known[row[view]] for row in rows]) for view in views])
     return Features(values, kept, n_encoded)
@@ -145,7 +145,7 @@ def read_view(
 def _missing(
     items: Iterable[tuple[Path, str]], keys: Iterable[list[bytes]], known: Iterable[bytes]
 ) -> list[_Job]:
-    """Return what is still to be encoded, in order, each picture once."""
+    """Return what is still to be encoded, in order, each image once."""
     seen = set(known)
     jobs = []
     for (path, digest), row in zip(items, keys, strict=True):
@@ -159,7 +159,7 @@ def _missing(
 def _ahead(
     read: Callable[[_Job], tuple[_Job, U8 | DataError]], jobs: Iterable[_Job]
 ) -> Generator[tuple[_Job, U8 | DataError], None, None]:
-    """Yield the pictures of all jobs in order, reading a few of them ahead and no more."""
+    """Yield the images of all jobs in order, reading a few of them ahead and no more."""
     pending: deque[Future[tuple[_Job, U8 | DataError]]] = deque()
     with ThreadPoolExecutor(_READERS) as readers:
         try:

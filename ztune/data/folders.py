@@ -1,4 +1,4 @@
-"""A data set as it lies on disk: which pictures there are, and of which class.
+"""A data set as it lies on disk: which images there are, and of which class.
 
 Three layouts, told apart by looking:
 
@@ -8,7 +8,7 @@ Three layouts, told apart by looking:
 
 Class folders may be links and may hold sub-folders (which belong to the class; links below a class
 folder are not entered). Everything else is counted and left alone: hidden files, other file types,
-pictures outside of class folders. All order is by code point, never the file system's.
+images outside of class folders. All order is by code point, never the file system's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ztune.data.manifests import (
 )
 from ztune.errors import DataError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
 
 # Folders of ztune's own, told by their files: their sub-folders are no classes.
@@ -39,8 +39,8 @@ _FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a data set."""
+class ListedImage:
+    """One image of a data set."""
 
     path: str
     """Relative to the data set's root, with forward slashes."""
@@ -51,14 +51,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Listing:
-    """Classes by name, and pictures sorted by path."""
+    """Classes by name, and images sorted by path."""
 
     root: Path
     classes: tuple[str, ...]
     """Sorted by code point, at least two."""
-    pictures: tuple[Picture, ...]
+    images: tuple[ListedImage, ...]
     ignored: int
-    """Files that are no pictures of any class: hidden, of another type, or outside of a class."""
+    """Files that are no images of any class: hidden, of another type, or outside of a class."""
     notes: tuple[str, ...] = ()
     """What else the user should be told, one line each."""
     lists: CoopSplit | None = None
@@ -71,19 +71,19 @@ class Listing:
     @property
     def has_splits(self) -> bool:
         """Whether the data say which images are for training and which for testing."""
-        return self.pictures[0].split is not None
+        return self.images[0].split is not None
 
 
 def read_dataset(
     path: Path, names: Path | None = None, tuned: bool = True, *, pipe: bool = False
 ) -> Listing:
-    """Find the pictures and classes of a folder or manifest.
+    """Find the images and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file, which
     may be a pipe with `pipe`.
-    Without `tuned`, all pictures may be test pictures.
+    Without `tuned`, all images may be test images.
 
-    Raises: DataError when it is neither, empty, has one class only, a class without pictures, or
+    Raises: DataError when it is neither, empty, has one class only, a class without images, or
         two classes of the same name.
     """
     if not is_utf8(str(path.absolute())):
@@ -104,7 +104,7 @@ def read_dataset(
         state = "is no folder and no manifest" if path.exists() else "does not exist"
         raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
     if not listed:
-        raise DataError(f"{where} holds no pictures (expected {_LAYOUTS})")
+        raise DataError(f"{where} holds no images (expected {_LAYOUTS})")
     name_of = _class_names({item.label for item in listed}, names, where, pipe)
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
@@ -113,12 +113,12 @@ def read_dataset(
     if any(item.split for item in listed) and not for_testing:
         _check_splits(listed, where)
     index = {name: label for label, name in enumerate(classes)}
-    pictures = [Picture(item.path, index[name_of[item.label]], item.split) for item in listed]
-    return Listing(root, classes, tuple(sorted(pictures, key=lambda p: p.path)), ignored)
+    images = [ListedImage(item.path, index[name_of[item.label]], item.split) for item in listed]
+    return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), ignored)
 
 
 def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
-    """Return the pictures below a root in either layout, and how many files were ignored."""
+    """Return the images below a root in either layout, and how many files were ignored."""
     folders, loose = _subfolders(root)
     splits = [
         folder for folder in folders if folder in SPLIT_NAMES and _subfolders(root / folder)[0]
@@ -148,41 +148,41 @@ def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
 def _read_classes(
     root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
 ) -> tuple[list[Listed], int]:
-    """Return the pictures in the class folders of `parent`, and how many files were ignored."""
+    """Return the images in the class folders of `parent`, and how many files were ignored."""
     listed: list[Listed] = []
     for folder in folders:
-        pictures, others = pictures_below(parent / folder, where)
-        listed += [Listed(p.relative_to(root).as_posix(), folder, split) for p in pictures]
+        images, others = images_below(parent / folder, where)
+        listed += [Listed(p.relative_to(root).as_posix(), folder, split) for p in images]
         ignored += others
-        if not pictures:
+        if not images:
             shown = (parent / folder).relative_to(root).as_posix()
             raise DataError(
-                f'{where}: class folder "{shown}" holds no pictures (add some or remove it)'
+                f'{where}: class folder "{shown}" holds no images (add some or remove it)'
             )
     return listed, ignored
 
 
-def pictures_below(folder: Path, where: str) -> tuple[list[Path], int]:
-    """Return the pictures in a folder and its visible sub-folders, and how many other files.
+def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
+    """Return the images in a folder and its visible sub-folders, and how many other files.
 
-    Raises: DataError when a folder cannot be read, or a picture's name is not UTF-8.
+    Raises: DataError when a folder cannot be read, or an image's name is not UTF-8.
     """
-    pictures: list[Path] = []
+    images: list[Path] = []
     n_others = 0
     try:
         for directory, below, files in os.walk(folder, onerror=_raise):
             below[:] = [name for name in below if not _hidden(name)]
             for name in files:
-                if _hidden(name) or Path(name).suffix.lower() not in PICTURES:
+                if _hidden(name) or Path(name).suffix.lower() not in IMAGES:
                     n_others += 1
                 else:
-                    pictures.append(Path(directory) / name)
+                    images.append(Path(directory) / name)
     except OSError as error:
         raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
-    for picture in pictures:
-        if not is_utf8(str(picture)):
-            raise DataError(f"{where}: file name {str(picture)!r} is not UTF-8 (rename it)")
-    return sorted(pictures, key=Path.as_posix), n_others
+    for image in images:
+        if not is_utf8(str(image)):
+            raise DataError(f"{where}: file name {str(image)!r} is not UTF-8 (rename it)")
+    return sorted(images, key=Path.as_posix), n_others
 
 
 def _raise(error: OSError) -> None:
@@ -231,12 +231,12 @@ def _class_names(
 
 
 def _check_splits(listed: list[Listed], where: str) -> None:
-    """Raise DataError unless every class has pictures to tune with."""
+    """Raise DataError unless every class has images to tune with."""
     trained = {item.label for item in listed if item.split == "train"}
     if not trained:
-        raise DataError(f"{where} has splits but no train pictures (add train, or use no splits)")
+        raise DataError(f"{where} has splits but no train images (add train, or use no splits)")
     for item in listed:
         if item.label not in trained:
             raise DataError(
-                f'{where}: class "{item.label}" has {item.split} pictures but no train pictures'
+                f'{where}: class "{item.label}" has {item.split} images but no train images'
             )

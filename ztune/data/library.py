@@ -1,8 +1,8 @@
-"""Data sets by name, read: where the files lie, which split there is, which pictures it names.
+"""Data sets by name, read: where the files lie, which split there is, which images it names.
 
     data = read_named("dtd", Path("/data"))       # /data/dtd, in the layout of CoOp's DATASETS.md
     shots = few_shot(data.split, 16, seed=1)      # coop.py: what CoOp draws with this seed
-    data.with_split(shots).dataset()              # as everything else here takes pictures
+    data.with_split(shots).dataset()              # as everything else here takes images
 
 A split file is read as it is; without one, the split is made from the data set's own files
 (official.py), or, where these tell too little, the split file is required (named.py says which).
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ztune.data import parquet
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, shown, write_split
-from ztune.data.folders import Listing, Picture
+from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import Spec, find_spec
 from ztune.errors import DataError
 from ztune.printing import quoted
@@ -52,11 +52,11 @@ class NamedData:
         return self.source.name in self.spec.splits
 
     def with_split(self, split: CoopSplit) -> NamedData:
-        """Return the same with a part of its pictures, as few_shot and base_and_new choose."""
+        """Return the same with a part of its images, as few_shot and base_and_new choose."""
         return replace(self, split=split)
 
     def dataset(self) -> Listing:
-        """Return it as folders and manifests are read: classes by name, pictures by path.
+        """Return it as folders and manifests are read: classes by name, images by path.
 
         Labels with the same name (ImageNet has a few) become one class, since classes are told
         apart by their names everywhere here.
@@ -67,22 +67,24 @@ class NamedData:
         if len(classes) < 2:
             raise DataError(f'data set "{self.spec.name}" has one class only, "{classes[0]}"')
         index = {name: label for label, name in enumerate(classes)}
-        pictures = [Picture(item.path, index[shown(item.name)], role) for role, item in self.split]
-        pictures.sort(key=lambda picture: picture.path)
-        return Listing(self.root, classes, tuple(pictures), 0, lists=self.split)
+        images = [
+            ListedImage(item.path, index[shown(item.name)], role) for role, item in self.split
+        ]
+        images.sort(key=lambda image: image.path)
+        return Listing(self.root, classes, tuple(images), 0, lists=self.split)
 
 
 def read_named(name: str, root: Path, save: bool = True) -> NamedData:
-    """Read a data set by name from the folder that all data sets share, pictures included.
+    """Read a data set by name from the folder that all data sets share, images included.
 
     With `save`, what has to be made is kept in the data set's folder: a split that was drawn, and
-    the pictures of parquet files.
+    the images of parquet files.
 
-    Raises: ConfigError for an unknown name; DataError when the folder, a file or pictures are
+    Raises: ConfigError for an unknown name; DataError when the folder, a file or images are
         missing, or a class cannot be tuned on.
     """
     data = load_named(find_spec(name), root, save)
-    if missing := missing_pictures(data):
+    if missing := missing_images(data):
         raise DataError(missing_message(data, missing))
     if problems := class_problems(data):
         raise DataError(problems[0])
@@ -92,7 +94,7 @@ def read_named(name: str, root: Path, save: bool = True) -> NamedData:
 
 
 def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
-    """Find the split of a data set, or make it, without looking for the pictures it names.
+    """Find the split of a data set, or make it, without looking for the images it names.
 
     Raises: DataError when there is none and it cannot be made.
     """
@@ -110,7 +112,7 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
         if not extracted.exists() and not save:
             raise DataError(
                 f'data set "{spec.name}": {len(files)} parquet file(s) in "{files[0].parent}", '
-                f"pictures not extracted yet (ztune data check {spec.name} --root "
+                f"images not extracted yet (ztune data check {spec.name} --root "
                 f"{quoted(root)} --prepare)"
             )
         parquet.extract(files, extracted)
@@ -124,7 +126,7 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
         )
     split = spec.make(folder, images, random.Random(SEED))
     if not any(split.counts.values()):
-        raise DataError(f'data set "{spec.name}": "{images}" holds no pictures')
+        raise DataError(f'data set "{spec.name}": "{images}" holds no images')
     return NamedData(spec, images, _renamed(spec, split), None)
 
 
@@ -171,34 +173,34 @@ def _renamed(spec: Spec, split: CoopSplit) -> CoopSplit:
     )
 
 
-def missing_pictures(data: NamedData) -> list[str]:
+def missing_images(data: NamedData) -> list[str]:
     """Return the paths that the split names and that are no files, in its order, once each."""
     paths = dict.fromkeys(item.path for _, item in data.split)
     return [path for path in paths if not _is_file(data.root / path)]
 
 
 def missing_message(data: NamedData, missing: Sequence[str]) -> str:
-    """Say how many pictures are missing, which first, and what that means."""
+    """Say how many images are missing, which first, and what that means."""
     n = len({item.path for _, item in data.split})
     named = ", ".join(f'"{path}"' for path in missing[:_SHOWN])
     hint = "get them, or the right split file"
     if len(missing) == n and data.source is not None:
         hint = f'is "{data.source.name}" the split of another data set, or the image folder empty?'
-    return f'{len(missing)} of {n} pictures are missing in "{data.root}": {named} ({hint})'
+    return f'{len(missing)} of {n} images are missing in "{data.root}": {named} ({hint})'
 
 
 def class_problems(data: NamedData) -> list[str]:
-    """Return why classes cannot be used: labels without pictures, or none to tune with."""
+    """Return why classes cannot be used: labels without images, or none to tune with."""
     problems = []
     labels = data.split.classes
     where = f'data set "{data.spec.name}"'
     if gaps := sorted(set(range(max(labels) + 1)) - set(labels)):
         numbers = ", ".join(map(str, gaps[:_SHOWN]))
-        problems.append(f"{where}: {len(gaps)} label(s) without pictures: {numbers}")
+        problems.append(f"{where}: {len(gaps)} label(s) without images: {numbers}")
     trained = {item.label for item in data.split.train}
     if trained and (untrained := [name for n, name in labels.items() if n not in trained]):
         problems.append(
-            f'{where}: class "{untrained[0]}" has no train pictures, {len(untrained)} such '
+            f'{where}: class "{untrained[0]}" has no train images, {len(untrained)} such '
             "class(es) in all"
         )
     return problems

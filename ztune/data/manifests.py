@@ -48,7 +48,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 @dataclass(frozen=True)
 class Listed:
-    """A picture as a folder or a manifest lists it."""
+    """An image as a folder or a manifest lists it."""
 
     path: str
     """Relative to the root, with forward slashes."""

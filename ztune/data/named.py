@@ -19,7 +19,7 @@ from ztune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Counts:
-    """Pictures that were published; None where no figure is known."""
+    """Images that were published; None where no figure is known."""
 
     train: int | None
     val: int | None
@@ -83,7 +83,7 @@ _CLASS_NAMES = "classnames.txt, CoOp's list of folders and class names"
 # trainers/zsclip.py); of SVHN, RESISC45 and CLEVR: changdaeoh/BlackVIP (datasets/*.py, README), the
 # templates with the full stop of LOG-postech/ZIP. Counts: the table of data sets in the appendix of
 # CoOp's paper, arXiv 2109.01134, checked against official totals only (docs/data.md); ImageNet's
-# training pictures: ILSVRC 2012. Those of SVHN and RESISC45 follow from the official totals and the
+# training images: ILSVRC 2012. Those of SVHN and RESISC45 follow from the official totals and the
 # fractions in BlackVIP's code.
 SPECS: tuple[Spec, ...] = (
     Spec(
@@ -155,7 +155,7 @@ SPECS: tuple[Spec, ...] = (
         "EuroSAT", "eurosat", "2750", 10, Counts(13500, 5400, 8100),
         "a centered satellite photo of {}.",
         page="https://github.com/phelber/EuroSAT",
-        obtain="extract EuroSAT.zip (the RGB pictures) of the page into it",
+        obtain="extract EuroSAT.zip (the RGB images) of the page into it",
         splits=("split_zhou_EuroSAT.json",),
         make=official.class_folders(),
         renamed={
@@ -188,7 +188,7 @@ SPECS: tuple[Spec, ...] = (
     Spec(
         "ImageNet", "imagenet", "images", 1000, Counts(1281167, 0, 50000), _PHOTO,
         page="https://image-net.org",
-        obtain="extract the training and validation pictures of ILSVRC 2012 into images/train and "
+        obtain="extract the training and validation images of ILSVRC 2012 into images/train and "
         f"images/val, with a folder per class in each, and add {_CLASS_NAMES}",
         make=official.imagenet,
         needs=("classnames.txt", "images/train", "images/val"),
@@ -197,7 +197,7 @@ SPECS: tuple[Spec, ...] = (
     Spec(
         "SVHN", "svhn", "", 10, Counts(51280, 21977, 26032), "This is a photo of a {}.",
         page="http://ufldl.stanford.edu/housenumbers/",
-        obtain="save the cropped digits (format 2) of the page as pictures, train/DIGIT/*.jpg and "
+        obtain="save the cropped digits (format 2) of the page as images, train/DIGIT/*.jpg and "
         "test/DIGIT/*.jpg",
         splits=("split_mlai_SVHN.json", "split_SVHN.json"),
         make=official.svhn,
@@ -226,7 +226,7 @@ SPECS: tuple[Spec, ...] = (
         "ImageNetV2", "imagenetv2", "imagenetv2-matched-frequency-format-val", 1000,
         Counts(0, 0, 10000), _PHOTO,
         page="https://github.com/modestyachts/ImageNetV2",
-        obtain="extract the matched-frequency pictures of the page into it, and add "
+        obtain="extract the matched-frequency images of the page into it, and add "
         f"{_CLASS_NAMES}",
         make=official.imagenet_v2,
         needs=("classnames.txt",),
@@ -235,7 +235,7 @@ SPECS: tuple[Spec, ...] = (
     Spec(
         "ImageNet-Sketch", "imagenet-sketch", "images", 1000, Counts(0, 0, 50889), _PHOTO,
         page="https://github.com/HaohanWang/ImageNet-Sketch",
-        obtain="extract the pictures of the page into images, a folder per class, and add "
+        obtain="extract the images of the page into images, a folder per class, and add "
         f"{_CLASS_NAMES}",
         make=official.imagenet_variant,
         needs=("classnames.txt",),

@@ -2,7 +2,7 @@
 
 Each function reads one layout and returns the lists as CoOp's or BlackVIP's published code makes
 them, class names and label order included. Two things differ, and are said in docs/data.md:
-pictures of a folder are taken in the order of their names (theirs is the file system's), and the
+images of a folder are taken in the order of their names (theirs is the file system's), and the
 generator starts from a seed of its own.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit, Item, divide_classes, hold_out_val
-from ztune.data.folders import pictures_below
+from ztune.data.folders import images_below
 from ztune.data.manifests import is_inside, read_text
 from ztune.errors import DataError, FormatError
 from ztune.io.files import read_json
@@ -22,7 +22,7 @@ from ztune.io.files import read_json
 Maker = Callable[[Path, Path, random.Random], CoopSplit]
 """Called with the data set's folder, its image folder, and the generator to divide with."""
 VAL_FRACTION = 0.2
-"""Of the official training pictures, where a data set has no validation list."""
+"""Of the official training images, where a data set has no validation list."""
 SVHN_TRAIN = 0.7
 
 
@@ -31,14 +31,14 @@ def class_folders(ignored: Collection[str] = ()) -> Maker:
 
     def make(_folder: Path, images: Path, generator: random.Random) -> CoopSplit:
         where = f'folder "{images}"'
-        classes = {name: _pictures(images, name) for name in folders_in(images, ignored)}
+        classes = {name: _image_files(images, name) for name in folders_in(images, ignored)}
         return divide_classes(classes, generator, where)
 
     return make
 
 
 def oxford_pets(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
-    """Read annotations/{trainval,test}.txt: `Abyssinian_1 1 1 1` is picture, label from 1, ..."""
+    """Read annotations/{trainval,test}.txt: `Abyssinian_1 1 1 1` is image, label from 1, ..."""
 
     def listed(name: str) -> list[Item]:
         items = []
@@ -60,10 +60,10 @@ def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSpli
     def listed(split: str) -> tuple[Item, ...]:
         items = []
         for where, line in _lines(folder / f"images_variant_{split}.txt"):
-            picture, _, variant = line.partition(" ")
+            image, _, variant = line.partition(" ")
             if variant not in label_of:
                 raise DataError(f"{where}: {variant!r} is not in variants.txt")
-            items.append(_item(f"{picture}.jpg", label_of[variant], variant, where))
+            items.append(_item(f"{image}.jpg", label_of[variant], variant, where))
         return tuple(items)
 
     return CoopSplit(listed("train"), listed("val"), listed("test"))
@@ -96,7 +96,7 @@ def sun397(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
 def ucf101(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
     """Read ucfTrainTestlist: `ApplyEyeMakeup/v_x.avi 1` is Apply_Eye_Makeup/v_x.jpg.
 
-    The pictures are the middle frames of the videos, one each.
+    The images are the middle frames of the videos, one each.
     """
     lists = folder / "ucfTrainTestlist"
     label_of = {}
@@ -138,10 +138,10 @@ def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
         found: dict[str, list[str]] = {}
         for place, scene in enumerate(scenes):
             values = scene if isinstance(scene, dict) else {}
-            objects, picture = values.get("objects"), values.get("image_filename")
-            if not isinstance(objects, list) or not isinstance(picture, str):
+            objects, image = values.get("objects"), values.get("image_filename")
+            if not isinstance(objects, list) or not isinstance(image, str):
                 raise DataError(f"{where}, scene {place}: has no objects or no image_filename")
-            found.setdefault(str(len(objects)), []).append(f"{values.get('split')}/{picture}")
+            found.setdefault(str(len(objects)), []).append(f"{values.get('split')}/{image}")
         return found
 
     trained, tested = counted("train"), counted("val")
@@ -164,7 +164,7 @@ def svhn(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
     train: list[Item] = []
     val: list[Item] = []
     for label, name in enumerate(folders_in(folder / "train")):
-        paths = _pictures(folder, f"train/{name}")
+        paths = _image_files(folder, f"train/{name}")
         generator.shuffle(paths)
         n_train = round(len(paths) * SVHN_TRAIN)
         items = [Item(path, label, name) for path in paths]
@@ -191,7 +191,7 @@ def _svhn_test(folder: Path) -> tuple[Item, ...]:
     return tuple(
         Item(path, label, name)
         for label, name in enumerate(folders_in(folder / "test"))
-        for path in _pictures(folder, f"test/{name}")
+        for path in _image_files(folder, f"test/{name}")
     )
 
 
@@ -223,7 +223,7 @@ def imagenet_v2(folder: Path, images: Path, _generator: random.Random) -> CoopSp
         test=tuple(
             Item(path, label, name)
             for label, name in enumerate(names)
-            for path in _pictures(images, str(label))
+            for path in _image_files(images, str(label))
         )
     )
 
@@ -233,7 +233,7 @@ def _by_word_net(images: Path, below: str, names: dict[str, str]) -> tuple[Item,
     for label, folder in enumerate(folders_in(images / below)):
         if folder not in names:
             raise DataError(f'folder "{images / below / folder}": not in classnames.txt')
-        items += [Item(path, label, names[folder]) for path in _pictures(images, below + folder)]
+        items += [Item(path, label, names[folder]) for path in _image_files(images, below + folder)]
     return tuple(items)
 
 
@@ -283,12 +283,12 @@ def folders_in(folder: Path, ignored: Collection[str] = ()) -> list[str]:
         raise DataError(f'folder "{folder}" cannot be read: {error.strerror}') from None
 
 
-def _pictures(root: Path, below: str) -> list[str]:
-    """Return the pictures in a class folder, relative to `root`, sorted.
+def _image_files(root: Path, below: str) -> list[str]:
+    """Return the images in a class folder, relative to `root`, sorted.
 
     Raises: DataError when there are none.
     """
-    found, _ = pictures_below(root / below, f'folder "{root}"')
+    found, _ = images_below(root / below, f'folder "{root}"')
     if not found:
-        raise DataError(f'folder "{root}": class folder "{below}" holds no pictures')
+        raise DataError(f'folder "{root}": class folder "{below}" holds no images')
     return [path.relative_to(root).as_posix() for path in found]

@@ -1,15 +1,15 @@
 """Data sets in the parquet form of the Hugging Face hub, from local files.
 
-Pictures lie in a column of structs {bytes, path}, labels are integers in another, and the file's
-own metadata say which columns these are and what the classes are called. The pictures are extracted
+Images lie in a column of structs {bytes, path}, labels are integers in another, and the file's
+own metadata say which columns these are and what the classes are called. The images are extracted
 once, to a folder beside the files, which then serves like any other:
 
-    pictures/train/00000000.png ...
+    images/train/00000000.png ...
     manifest.jsonl        as `data` takes it
     split.json            the same as lists with labels (coop.py), in the order of the rows
     source.json           which files it was made from
 
-The name of a picture in the data is not used: a data set must not choose where this program writes.
+The name of an image in the data is not used: a data set must not choose where this program writes.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def extract(files: Sequence[Path], out: Path) -> Path:
-    """Write the pictures of these files to the folder `out`, all or nothing, and return it.
+    """Write the images of these files to the folder `out`, all or nothing, and return it.
 
     Where `out` was made from the same files (names and sizes) it is left as it is. Rows with the
     label -1, which mark an unlabelled test set, are left out.
 
     Raises: DataError when pyarrow is missing, `out` was made from other files, a file is no
-        parquet, or its metadata or rows are not those of labelled pictures.
+        parquet, or its metadata or rows are not those of labelled images.
     """
     source = {path.name: path.stat().st_size for path in files}
     if out.exists():
@@ -90,13 +90,13 @@ def extract(files: Sequence[Path], out: Path) -> Path:
             known = columns
             role = (_role(path) if divided else None) or "train"
             for content, label in _rows(opened, columns, where):
-                name = f"pictures/{role}/{len(lists[role]):08d}.{_kind(content, where)}"
+                name = f"images/{role}/{len(lists[role]):08d}.{_kind(content, where)}"
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).write_bytes(content)
                 lists[role].append(Item(name, label, columns.names[label]))
         split = CoopSplit(*(tuple(lists[role]) for role in SPLITS))
         if not any(split.counts.values()):
-            raise DataError(f"parquet: {', '.join(source)} hold no labelled pictures")
+            raise DataError(f"parquet: {', '.join(source)} hold no labelled images")
         rows = (
             {"path": item.path, "label": item.name, **({"split": role} if divided else {})}
             for role, item in split
@@ -158,7 +158,7 @@ def _columns(schema: Any, where: str) -> _Columns:
             f"{where}: its metadata do not tell the features as the Hugging Face library does"
         ) from None
     if image is None or label is None or not {image, label} <= set(schema.names):
-        raise DataError(f"{where}: expected a column of pictures and one of class labels")
+        raise DataError(f"{where}: expected a column of images and one of class labels")
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise DataError(f'{where}: its metadata do not name the classes of "{label}"')
     return _Columns(image, label, tuple(names))
@@ -172,7 +172,7 @@ def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, i
                 continue
             content = image.get("bytes") if isinstance(image, dict) else None
             if not isinstance(content, bytes):
-                raise DataError(f"{where}, row {place}: holds no picture, or only a path to one")
+                raise DataError(f"{where}, row {place}: holds no image, or only a path to one")
             if not isinstance(label, int) or not 0 <= label < len(columns.names):
                 raise DataError(
                     f"{where}, row {place}: label is {label!r}, expected 0 to "
@@ -189,10 +189,10 @@ def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
 
 
 def _kind(content: bytes, where: str) -> str:
-    """Return the suffix for a picture, by its first bytes."""
+    """Return the suffix for an image, by its first bytes."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
     for start, suffix in _KINDS:
         if content.startswith(start):
             return suffix
-    raise DataError(f"{where}: a picture is of no known kind (it begins {content[:8]!r})")
+    raise DataError(f"{where}: an image is of no known kind (it begins {content[:8]!r})")

@@ -1,10 +1,10 @@
-"""Where pictures come from: a data set known by name below a root, or a path to one's own.
+"""Where images come from: a data set known by name below a root, or a path to one's own.
 
     read_source("dtd", Path("/data"))     # the published lists
     read_source("photos", None)           # one's own
 
 One's own are class folders, folders train, val and test, a manifest (folders.py), or a folder with
-parquet files of the Hugging Face hub, whose pictures are extracted beside them once (parquet.py).
+parquet files of the Hugging Face hub, whose images are extracted beside them once (parquet.py).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def read_source(
     *,
     pipe: bool = True,
 ) -> Listing:
-    """Return the pictures of a data set by name, where there is a root, or by path.
+    """Return the images of a data set by name, where there is a root, or by path.
 
-    With `tuned` every class must have pictures to tune with. `names` is a names file as a person
+    With `tuned` every class must have images to tune with. `names` is a names file as a person
     names it: it may be a pipe, unless a plan names it.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
@@ -45,7 +45,7 @@ def read_source(
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(
-            f'data set "{data.spec.name}" has no pictures to tune with, only to test on (tune on '
+            f'data set "{data.spec.name}" has no images to tune with, only to test on (tune on '
             "another, and score on this one with ztune eval)"
         )
     return replace(data.dataset(), notes=_remarks_on(data), is_published=is_published(data))
@@ -114,7 +114,7 @@ def _remarks_on(data: NamedData) -> tuple[str, ...]:
 
 
 def _listed(path: Path) -> Path:
-    """Return a path as `read_dataset` takes it: of parquet files, the manifest of their pictures.
+    """Return a path as `read_dataset` takes it: of parquet files, the manifest of their images.
 
     Parquet files beside class folders are left alone, as all other files there.
     """

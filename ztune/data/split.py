@@ -47,7 +47,7 @@ class SplitSettings:
     split_seed: int = 0
     """Chooses the test images of one's own."""
     seed: int = 1
-    """Chooses the shots, then the validation pictures."""
+    """Chooses the shots, then the validation images."""
 
     def __post_init__(self) -> None:
         if self.shots < 1:
@@ -69,7 +69,7 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture and what it is for."""
+    """One image and what it is for."""
 
     root: str
     """Which of the split's roots it lies under: data, or test (from `test_data`)."""
@@ -83,13 +83,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Split:
-    """The pictures of one run, roles never overlapping; `split.json` on disk."""
+    """The images of one run, roles never overlapping; `split.json` on disk."""
 
     roots: Mapping[str, Path]
     """Absolute folders by name."""
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
-    """By role, then class; within a class the shots in the order drawn, test pictures by path."""
+    """By role, then class; within a class the shots in the order drawn, test images by path."""
     settings: SplitSettings | None
     """None: of images to score on, of which none was drawn."""
     notes: tuple[str, ...]
@@ -101,7 +101,7 @@ class Split:
         return tuple(entry for entry in self.entries if entry.role == role)
 
     def items(self, role: SplitName) -> list[tuple[Path, str]]:
-        """Return the files of a role and their digests, as `encode_pictures` takes them."""
+        """Return the files of a role and their digests, as `encode_files` takes them."""
         return [(self.file(entry), entry.sha256) for entry in self.entries_of(role)]
 
     def labels(self, role: SplitName) -> I64:
@@ -112,7 +112,7 @@ class Split:
         return self.roots[entry.root] / entry.path
 
     def check_unchanged(self, progress: Progress | None = None) -> None:
-        """Compare every picture with its recorded digest.
+        """Compare every image with its recorded digest.
 
         Raises: DataError naming the first that is missing or changed, and how many are.
         """
@@ -157,7 +157,7 @@ class Split:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Json], where: str) -> Split:
-        """Check all of a split file but the pictures themselves (`check_unchanged`).
+        """Check all of a split file but the images themselves (`check_unchanged`).
 
         Raises: FormatError naming `where` and the field.
         """
@@ -192,15 +192,15 @@ class Split:
         sampler = SAMPLERS[0]
         if "sampler" in values:
             sampler = SAMPLERS[SAMPLERS.index(top.text("sampler", among=SAMPLERS))]
-        # Published lists may hold a picture twice, even with two classes.
+        # Published lists may hold an image twice, even with two classes.
         others = [entry.sha256 for entry in entries if entry.role != "test"]
         tested = {entry.sha256 for entry in entries if entry.role == "test"}
         twice = len(set(others)) < len(others) or not tested.isdisjoint(others)
         if twice and sampler == "hash":
-            raise FormatError(f"{where}: the same picture is listed twice")
+            raise FormatError(f"{where}: the same image is listed twice")
         trained = {entry.label for entry in entries if entry.role == "train"}
         if others and trained != set(range(len(classes))):
-            raise FormatError(f"{where}: a class has no train pictures")
+            raise FormatError(f"{where}: a class has no train images")
         return cls(folders, classes, tuple(entries), _settings(top), top.texts("notes"), sampler)
 
 

@@ -40,19 +40,19 @@ def digest_file(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise DataError(f'picture "{path}" cannot be read: {error.strerror}') from None
+        raise DataError(f'image "{path}" cannot be read: {error.strerror}') from None
 
 
-def digest_pictures(dataset: Listing, progress: Progress | None = None) -> list[str]:
-    """Return the SHA-256 of every picture's file, in the order of `dataset.pictures`.
+def digest_images(dataset: Listing, progress: Progress | None = None) -> list[str]:
+    """Return the SHA-256 of every image's file, in the order of `dataset.images`.
 
     Raises: DataError naming a file that cannot be read.
     """
     digests = []
-    for done, picture in enumerate(dataset.pictures, 1):
-        digests.append(digest_file(dataset.root / picture.path))
+    for done, image in enumerate(dataset.images, 1):
+        digests.append(digest_file(dataset.root / image.path))
         if progress:
-            progress(done, len(dataset.pictures))
+            progress(done, len(dataset.images))
     return digests
 
 
@@ -92,7 +92,7 @@ def _hash_split(
         roots["test"] = test_data.root.absolute()
     pool, n_copies = _without_copies(pool, classes, roots)
     if n_copies:
-        notes.append(f"exact copies of another picture, left out: {n_copies}")
+        notes.append(f"exact copies of another image, left out: {n_copies}")
     by_class: list[list[Entry]] = [[] for _ in classes]
     for entry in pool:
         by_class[entry.label].append(entry)
@@ -130,7 +130,7 @@ def _coop_split(
     copies = sum(entry.role == "test" and entry.sha256 in tuned_on for entry in entries)
     if copies:
         notes.append(
-            f"test pictures that equal one that is tuned on, byte by byte: {copies} (they stay, as "
+            f"test images that equal one that is tuned on, byte by byte: {copies} (they stay, as "
             "published)"
         )
     return Split(roots, dataset.classes, in_order(entries), settings, tuple(notes), "coop")
@@ -142,9 +142,9 @@ def as_split(dataset: Listing) -> CoopSplit:
     Images without a split are training images.
     """
     lists: dict[SplitName, list[Item]] = {role: [] for role in ROLES}
-    for picture in dataset.pictures:
-        item = Item(picture.path, picture.label, dataset.classes[picture.label])
-        lists[picture.split or "train"].append(item)
+    for image in dataset.images:
+        item = Item(image.path, image.label, dataset.classes[image.label])
+        lists[image.split or "train"].append(item)
     return CoopSplit(*(tuple(lists[role]) for role in ROLES))
 
 
@@ -152,7 +152,7 @@ def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:
     """Return the images of a listing in its order; those without a role are training images."""
     return [
         Entry("data", p.path, digest(dataset.root / p.path), p.label, p.split or "train")
-        for p in dataset.pictures
+        for p in dataset.images
     ]
 
 
@@ -178,7 +178,7 @@ def remarks_on_drawn(drawn: CoopSplit, shots: int, n_val: int | None = None) -> 
     if short := [group for group in by_label(drawn.train).values() if len(group) < shots]:
         fewest = min(short, key=len)
         remarks.append(
-            f"{len(short)} class(es) have fewer than {shots} pictures to tune with and give "
+            f"{len(short)} class(es) have fewer than {shots} images to tune with and give "
             f'all they have, "{fewest[0].name}" {len(fewest)}'
         )
     if n_val is not None:
@@ -191,26 +191,26 @@ def remarks_on_drawn(drawn: CoopSplit, shots: int, n_val: int | None = None) -> 
                 f"they have, one has {least}"
             )
     if not drawn.val and n_val != 0:
-        remarks.append("no validation pictures: heads take their settings from the shots")
+        remarks.append("no validation images: heads take their settings from the shots")
     return remarks
 
 
 def whole_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
-    """Return a split in which every picture is there to tune with.
+    """Return a split in which every image is there to tune with.
 
     Those of a class are in the order drawn with `seed`, as those of a file are; None: as given.
 
-    Raises: DataError for one picture with two classes, or a class without any.
+    Raises: DataError for one image with two classes, or a class without any.
     """
     classes, roots = listing.classes, {"data": listing.root.absolute()}
     pool, n_copies = _without_copies(entries_of(listing, digest), classes, roots)
-    notes = [f"exact copies of another picture, left out: {n_copies}"] if n_copies else []
+    notes = [f"exact copies of another image, left out: {n_copies}"] if n_copies else []
     by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
     if seed is not None:
         by_class = [_drawn(entries, "tune", seed) for entries in by_class]
     for name, entries in zip(classes, by_class, strict=True):
         if not entries:
-            raise DataError(f'class "{name}" has no picture')
+            raise DataError(f'class "{name}" has no image')
     settings = SplitSettings(max(map(len, by_class)), 0, 0, 0, seed or 0)
     drawn = tuple(entry for part in by_class for entry in part)
     return Split(roots, classes, drawn, settings, (*notes,), "hash")
@@ -234,12 +234,12 @@ def _tested_elsewhere(
             if names
         )
         raise DataError(f'`test_data` "{other.root}" has other classes than the data ({listed})')
-    tested = tuple(picture for picture in other.pictures if picture.split in (None, "test"))
+    tested = tuple(image for image in other.images if image.split in (None, "test"))
     if not tested:
-        raise DataError(f'`test_data` "{other.root}" has splits but no test pictures')
-    unused = sum(picture.split == "test" for picture in dataset.pictures)
-    note = [f"test pictures of the data itself not used: {unused}"] if unused else []
-    entries = entries_of(replace(other, pictures=tested), digest)
+        raise DataError(f'`test_data` "{other.root}" has splits but no test images')
+    unused = sum(image.split == "test" for image in dataset.images)
+    note = [f"test images of the data itself not used: {unused}"] if unused else []
+    entries = entries_of(replace(other, images=tested), digest)
     return [replace(entry, root="test", role="test") for entry in entries], note
 
 
@@ -267,7 +267,7 @@ def _without_copies(
         )
         what = "classes" if conflicts[0][0].label != conflicts[0][1].label else "roles"
         raise DataError(
-            f"the same picture has two {what}: {shown}; {len(conflicts)} such pair(s) in all "
+            f"the same image has two {what}: {shown}; {len(conflicts)} such pair(s) in all "
             "(remove one of each)"
         )
     return list(first.values()), n_copies
@@ -318,7 +318,7 @@ def _too_few(
     for name, n_test, n_left in zip(classes, tested, left, strict=True):
         if (n := n_test + n_left) < needed:
             return (
-                f'class "{name}" has {n} pictures, and half is kept for testing from {needed} in '
+                f'class "{name}" has {n} images, and half is kept for testing from {needed} in '
                 "every class"
             )
         if n_test == 0 or n_left < least:
@@ -330,7 +330,7 @@ def _too_few(
 
 
 def _choose(entries: list[Entry], settings: SplitSettings) -> list[Entry]:
-    """Fill the shots, then validation, from one class; pictures left over have no role."""
+    """Fill the shots, then validation, from one class; images left over have no role."""
     drawn = _drawn((entry for entry in entries if entry.role == "train"), "tune", settings.seed)
     given = [entry for entry in entries if entry.role == "val"]
     val = _drawn(given, "tune", settings.seed) if given else drawn[settings.shots :]
@@ -359,9 +359,9 @@ def _check_shots(
     n_all = Counter(entry.label for entry in pool if entry.role == "train")[label]
     kept = f" ({n_all} less {n_test} kept for testing)" if n_all > n_train else ""
     raise DataError(
-        f'class "{classes[label]}" has {n_train} pictures to tune with{kept}, `shots` '
+        f'class "{classes[label]}" has {n_train} images to tune with{kept}, `shots` '
         f"{settings.shots} needs {settings.shots}; {len(short)} such class(es) in all (add "
-        "pictures or ask for fewer shots)"
+        "images or ask for fewer shots)"
     )
 
 
@@ -375,10 +375,10 @@ def _check_val(
     name = classes[counts.index(fewest)]
     if settings.n_val is not None:
         raise DataError(
-            f'class "{name}" has {fewest} pictures left for validation, `val` {wanted} needs '
-            f"{wanted} (add pictures, or leave out `val` to take what is left)"
+            f'class "{name}" has {fewest} images left for validation, `val` {wanted} needs '
+            f"{wanted} (add images, or leave out `val` to take what is left)"
         )
     if max(counts) == 0:
-        return ["no validation pictures: the shots take them all"]
+        return ["no validation images: the shots take them all"]
     each = str(fewest) if fewest == max(counts) else f"{fewest} to {max(counts)}"
-    return [f"validation: {each} pictures per class instead of {wanted}: shots are filled first"]
+    return [f"validation: {each} images per class instead of {wanted}: shots are filled first"]

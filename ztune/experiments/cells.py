@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PartScore:
-    """How well a result does on the pictures of one part."""
+    """How well a result does on the images of one part."""
 
     part: str
     """test, base or new; the name of the data set where that is another than was tuned on."""
@@ -79,12 +79,12 @@ class Outcome:
     n_train: int
     n_val: int
     copies: int
-    """Pictures of the parts that equal one tuned on or validated on, byte by byte."""
+    """Images of the parts that equal one tuned on or validated on, byte by byte."""
     queries: int
     probe_queries: int
     text_forwards: int
     image_forwards: int
-    """Pictures and views that go through the image tower, found encoded or not."""
+    """Images and views that go through the image tower, found encoded or not."""
     image_forwards_cached: int
     """Those of them that were found encoded, so that `seconds` leaves them out."""
     seconds: float

@@ -70,7 +70,7 @@ def circumstances(view: View) -> list[str]:
     copies = sum(result.outcome.copies > 0 for result in results if result.outcome is not None)
     if copies:
         lines.append(
-            f"In {counted(copies, 'cell')} a test picture equals one tuned or validated on, byte "
+            f"In {counted(copies, 'cell')} a test image equals one tuned or validated on, byte "
             "by byte (cells.csv, column copies)."
         )
     return lines + _sessions(view.sessions, results)

@@ -54,7 +54,7 @@ class CompareConfig:
             augment=views_of(method, run_config.preset),
         )
 
-    def to_json(self, bundle_digest: str, pictures: str) -> dict[str, Json]:
+    def to_json(self, bundle_digest: str, images: str) -> dict[str, Json]:
         """Return what must be the same for cells to stand in one table."""
         own = ("method", "seed", "cache", "settings")
         common = {k: v for k, v in as_json(self.base).items() if k not in own}
@@ -65,5 +65,5 @@ class CompareConfig:
             "pixel_queries": self.pixel_queries,
             "settings": settings,
             "bundle_digest": bundle_digest,
-            "pictures": pictures,
+            "pictures": images,
         }

@@ -17,7 +17,7 @@ from runtimes.providers import resolve_execution
 from ztune.access import CONTEXTS
 from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
-from ztune.data.features import encode_pictures
+from ztune.data.features import encode_files
 from ztune.data.split import HOW_DRAWN, ROLES, Split
 from ztune.data.splitter import digest_file
 from ztune.errors import DataError, ZtuneError
@@ -70,14 +70,14 @@ def _first_split(config: CompareConfig) -> tuple[Split, str]:
     test = split.entries_of("test")
     if not test:
         raise DataError(
-            f'data "{config.base.data}" leaves no pictures to test on (use more pictures, fewer '
+            f'data "{config.base.data}" leaves no images to test on (use more images, fewer '
             "`shots`, `test_fraction` or `test_data`)"
         )
     if dataset.lists is not None:  # published lists may name a million images
         seen = [f"{role} {item.name} {item.path}" for role, item in dataset.lists]
     else:
         seen = [
-            f"{dataset.classes[p.label]} {digest(dataset.root / p.path)}" for p in dataset.pictures
+            f"{dataset.classes[p.label]} {digest(dataset.root / p.path)}" for p in dataset.images
         ]
     seen += [f"test {split.classes[entry.label]} {entry.sha256}" for entry in test]
     return split, hashlib.sha256("\n".join(seen).encode()).hexdigest()
@@ -124,7 +124,7 @@ class CellRunner:
             left = sum(times[m] for m, _ in todo[number:]) * took / expected
             result = f"failed: {cell.reason}"
             if cell.figures is not None:
-                result = f"{cell.figures.accuracy:.1%} on the test pictures"
+                result = f"{cell.figures.accuracy:.1%} on the test images"
             rest = f"; about {duration(left)} left" if left else ""
             self.progress.remark(f"{head}: {result}, {duration(seconds)}{rest}")
 
@@ -143,7 +143,7 @@ class CellRunner:
         return True
 
     def _seconds(self, method: str, rates: Rates) -> float:
-        """Return about how long a cell takes, its score on the test pictures included."""
+        """Return about how long a cell takes, its score on the test images included."""
         run_config = self.config.run_config(method, self.config.seeds[0])
         found = find_method(method)
         config = tuned_config(found, method_config(found, run_config.settings, run_config.preset))
@@ -156,30 +156,30 @@ class CellRunner:
     ) -> None:
         """Say how long it will take before it starts."""
         say, n_classes = self.progress.remark, len(self.split.classes)
-        encoded = len({seed for _, seed in todo}) * len(self.split.entries) * rates.picture
+        encoded = len({seed for _, seed in todo}) * len(self.split.entries) * rates.image
         total = encoded + sum(times[method] for method, _ in todo)
         say(
             f"about {duration(total)} for {len(todo)} cell(s), after "
             f"{1000 * rates.text_query:.2g} ms a text query of {n_classes} classes and "
-            f"{1000 * rates.picture:.2g} ms a picture on this machine"
+            f"{1000 * rates.image:.2g} ms an image on this machine"
         )
         for method in dict.fromkeys(method for method, _ in todo):
             n_cells = sum(m == method for m, _ in todo)
             say(f"  {method:<14}{n_cells} × {duration(times[method])}")
 
     def _encode(self, seed: int) -> None:
-        """Encode one seed's pictures for all cells, in a process of its own.
+        """Encode one seed's images for all cells, in a process of its own.
 
         Raises: ZtuneError.
         """
         if self.folder.has_images(seed):
             return
-        self.progress.remark(f"encoding the pictures of seed {seed}")
+        self.progress.remark(f"encoding the images of seed {seed}")
         run = self.folder.images_of(seed)
         try:
             run_cell(run, self._run_config("zero-shot", seed), self.folder.log("images", seed))
         except CellError as error:
-            raise ZtuneError(f"the pictures cannot be encoded: {error}") from None
+            raise ZtuneError(f"the images cannot be encoded: {error}") from None
         self.folder.note_images(seed, RunFolder(run).read())
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
@@ -209,38 +209,38 @@ def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int
     return Job(
         spent,
         changes_texts=CONTEXTS in config.needs,
-        pictures_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
+        images_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
         n_scored=n_test * (1 + n_snapshots) if anew else 0,
         own_seconds=config.own_seconds(run_config.queries),
     )
 
 
-# What is timed: pictures of one batch at most, and rounds of so many candidates and tokens until
+# What is timed: images of one batch at most, and rounds of so many candidates and tokens until
 # their seconds suffice.
-_PICTURES, _CANDIDATES, _CONTEXT, _TEXT_SECONDS = 8, 10, 4, 0.5
+_IMAGES, _CANDIDATES, _CONTEXT, _TEXT_SECONDS = 8, 10, 4, 0.5
 
 
 def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
     """Time a few calls of both towers on this data; what a first call takes longer is opening.
 
-    Raises: ZtuneError when a picture cannot be read, or a class name does not fit.
+    Raises: ZtuneError when an image cannot be read, or a class name does not fit.
     """
-    items = split.items("train")[:_PICTURES]
-    first_pictures, pictures, encoding = _picture_times(model, items, run_config.skip_broken)
+    items = split.items("train")[:_IMAGES]
+    first_images, images, encoding = _image_times(model, items, run_config.skip_broken)
     first_texts, texts = _text_times(model, split.classes)
-    opening = max(0.0, first_pictures - pictures) + max(0.0, first_texts - texts)
-    return Rates(texts / _CANDIDATES, pictures / len(items), encoding / len(items), opening)
+    opening = max(0.0, first_images - images) + max(0.0, first_texts - texts)
+    return Rates(texts / _CANDIDATES, images / len(items), encoding / len(items), opening)
 
 
-def _picture_times(
+def _image_times(
     model: Model, items: Sequence[tuple[Path, str]], skip_broken: bool
 ) -> tuple[float, float, float]:
-    """Return what reading and encoding pictures takes first, then again, and encoding alone."""
+    """Return what reading and encoding images takes first, then again, and encoding alone."""
     encoder = OrtImageEncoder(model.bundle, model.execution)
 
     def encode() -> None:
         with tempfile.TemporaryDirectory() as cache:
-            encode_pictures(encoder, items, FeatureCache(Path(cache)), skip_broken=skip_broken)
+            encode_files(encoder, items, FeatureCache(Path(cache)), skip_broken=skip_broken)
 
     side = model.bundle.image.size
     blank = np.zeros((len(items), side, side, 3), dtype=np.uint8)

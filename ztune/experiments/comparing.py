@@ -1,7 +1,7 @@
 """A comparison's folder: compare.json, the runs of its cells, and the table and plots made of them.
 
 compare.json   what was asked, every cell, every number      compare.md    the table
-runs/          one run per cell, and those that encode        cache/        pictures, encoded once
+runs/          one run per cell, and those that encode        cache/        images, encoded once
 logs/          what each cell's processes said                *.png         the plots
 """
 
@@ -138,7 +138,7 @@ class Folder:
         return self.path / "runs" / f"{method}-{seed}"
 
     def images_of(self, seed: int) -> Path:
-        """Return the run that encodes a seed's pictures for all cells."""
+        """Return the run that encodes a seed's images for all cells."""
         return self.path / "runs" / f"images-{seed}"
 
     def log(self, name: str, seed: int) -> Path:
@@ -161,7 +161,7 @@ class Folder:
         return any(one.integer("seed") == seed for one in self._fields.objects("images"))
 
     def note_images(self, seed: int, run: Mapping[str, Json]) -> None:
-        """Keep what encoding a seed's pictures took."""
+        """Keep what encoding a seed's images took."""
         names = ("image_forwards", "image_seconds", "peak_memory_mb")
         images = [dict(one.values) for one in self._fields.objects("images")]
         self.head["images"] = [*images, {"seed": seed, **{name: run.get(name) for name in names}}]
@@ -171,12 +171,12 @@ class Folder:
     def images(self) -> ImagePass:
         """What encoding took over all seeds; the rate measured at first where no pass was whole."""
         passes = self._fields.objects("images")
-        n_pictures = sum(one.integer("image_forwards") for one in passes)
+        n_images = sum(one.integer("image_forwards") for one in passes)
         seconds = sum(one.number("image_seconds") for one in passes)
         memory = max((one.number("peak_memory_mb") for one in passes), default=0.0)
-        if n_pictures:
-            return ImagePass(seconds / n_pictures, memory)
-        return ImagePass(self.rates.picture if self.rates else 0.0, memory)
+        if n_images:
+            return ImagePass(seconds / n_images, memory)
+        return ImagePass(self.rates.image if self.rates else 0.0, memory)
 
     @property
     def rates(self) -> Rates | None:
@@ -245,19 +245,19 @@ def failures(folder: Folder) -> list[str]:
 def footnotes(folder: Folder) -> list[str]:
     counts = folder._fields.object("counts")
     n_test, n_classes = counts.integer("test"), counts.integer("classes")
-    per_picture = 1000 * folder.images.seconds_per_picture
+    per_image = 1000 * folder.images.seconds_per_image
     return [
-        f"accuracy: on {n_test} test pictures of {n_classes} classes, mean ± sample standard "
-        "deviation over the seeds, in points. Methods share a seed's pictures, and none saw the "
-        "test pictures.",
+        f"accuracy: on {n_test} test images of {n_classes} classes, mean ± sample standard "
+        "deviation over the seeds, in points. Methods share a seed's images, and none saw the "
+        "test images.",
         "queries: candidates evaluated on a batch. text forwards: class prompts encoded, the "
         "signal check's probes included, the hand-written sentences' one pass left out.",
-        "image forwards: pictures that its run encoded or found encoded: training and validation "
-        "pictures, and those encoded anew.",
+        "image forwards: images that its run encoded or found encoded: training and validation "
+        "images, and those encoded anew.",
         "image forwards, seconds, peak MB: as if each method ran alone. The cells share encoded "
-        f"pictures, so each is charged {per_picture:.2g} ms for a picture that it found encoded, "
+        f"images, so each is charged {per_image:.2g} ms for an image that it found encoded, "
         "and at least the memory of the pass that encoded it. Seconds end with the last step: the "
-        "run's report and the scoring on test pictures are left out.",
+        "run's report and the scoring on test images are left out.",
     ]
 
 

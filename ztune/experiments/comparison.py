@@ -1,6 +1,6 @@
 """Methods side by side: cells of a comparison, their summary, and what they will take.
 
-A cell is one method with one seed. Pictures are encoded once for all cells, so a cell's own figures
+A cell is one method with one seed. Images are encoded once for all cells, so a cell's own figures
 leave out what it found encoded; a method is charged for it all the same, as if it ran alone.
 """
 
@@ -19,7 +19,7 @@ from ztune.types import F64, Json
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a method had reached midway, on the test pictures."""
+    """What a method had reached midway, on the test images."""
 
     queries: int
     seconds: float
@@ -29,7 +29,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one finished cell measured: its own process, with pictures found encoded left out."""
+    """What one finished cell measured: its own process, with images found encoded left out."""
 
     accuracy: float
     n_test: int
@@ -38,9 +38,9 @@ class Figures:
     probe_queries: int
     text_forwards: int
     image_forwards: int
-    """Pictures that this cell encoded, those that it encoded anew included."""
+    """Images that this cell encoded, those that it encoded anew included."""
     image_forwards_cached: int
-    """Pictures that it found encoded."""
+    """Images that it found encoded."""
     own_seconds: float
     """From start to result, without the report that follows."""
     own_peak_memory_mb: float
@@ -68,21 +68,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class ImagePass:
-    """What encoding the pictures took, measured in processes of their own."""
+    """What encoding the images took, measured in processes of their own."""
 
-    seconds_per_picture: float
+    seconds_per_image: float
     peak_memory_mb: float
 
     def seconds(self, figures: Figures) -> float:
-        """Return a cell's seconds as if it had encoded all of its pictures."""
+        """Return a cell's seconds as if it had encoded all of its images."""
         return figures.own_seconds + self.unpaid(figures)
 
     def unpaid(self, figures: Figures) -> float:
         """Return the seconds that encoding would have taken where the cell found it done."""
-        return figures.image_forwards_cached * self.seconds_per_picture
+        return figures.image_forwards_cached * self.seconds_per_image
 
     def memory_mb(self, figures: Figures) -> float:
-        """Return a cell's peak memory as if it had encoded its pictures first."""
+        """Return a cell's peak memory as if it had encoded its images first."""
         return max(figures.own_peak_memory_mb, self.peak_memory_mb)
 
 
@@ -201,10 +201,10 @@ class Rates:
 
     text_query: float
     """One candidate through the text tower, for all classes."""
-    picture: float
-    """One picture read and through the image tower."""
+    image: float
+    """One image read and through the image tower."""
     encoding: float
-    """One picture through the image tower alone, as where it is encoded anew with every query."""
+    """One image through the image tower alone, as where it is encoded anew with every query."""
     opening: float
     """Both towers opened."""
 
@@ -215,10 +215,10 @@ class Job:
 
     queries: int = 0
     changes_texts: bool = False
-    pictures_per_query: int = 0
-    """Encoded anew with every query; 0 where the method leaves pictures as they are."""
+    images_per_query: int = 0
+    """Encoded anew with every query; 0 where the method leaves images as they are."""
     n_scored: int = 0
-    """Test pictures under a visual prompt, over the result and all snapshots."""
+    """Test images under a visual prompt, over the result and all snapshots."""
     own_seconds: float = 0.0
     """Of the optimizer's own arithmetic."""
 
@@ -230,8 +230,8 @@ _PROCESS_SECONDS = 2.0
 def estimated_seconds(job: Job, rates: Rates) -> float:
     """Return about how long a cell takes."""
     texts = job.queries * rates.text_query * job.changes_texts
-    pictures = job.queries * job.pictures_per_query * rates.encoding + job.n_scored * rates.picture
-    return _PROCESS_SECONDS + 2 * rates.opening + texts + pictures + job.own_seconds
+    images = job.queries * job.images_per_query * rates.encoding + job.n_scored * rates.image
+    return _PROCESS_SECONDS + 2 * rates.opening + texts + images + job.own_seconds
 
 
 def duration(seconds: float) -> str:
@@ -328,7 +328,7 @@ _COUNTS = (
 
 
 def figures_of(run: Fields, score: Fields) -> Figures:
-    """Return what a run's run.json and the evaluation of its test pictures say.
+    """Return what a run's run.json and the evaluation of its test images say.
 
     Raises: FormatError naming a field that is absent or of another kind.
     """

@@ -1,4 +1,4 @@
-"""The course of a bench: pictures are encoded, then what is missing is carried out and recorded."""
+"""The course of a bench: images are encoded, then what is missing is carried out and recorded."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Driver:
         return sum(key not in finished for key in asked)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        """Encode all pictures that the jobs share, for as many workers as there are."""
+        """Encode all images that the jobs share, for as many workers as there are."""
         tasks = encodings(jobs, self.prepared.tested)
         total = sum(len(task.items) for task in tasks)
         took: dict[str, tuple[int, float]] = {}
         done = 0
-        with self.progress.activity("encode pictures", total) as ticker:
+        with self.progress.activity("encode images", total) as ticker:
             for place, encoded in self.executor.perform(tasks):
                 assert isinstance(encoded, Encoded)
                 done += len(tasks[place].items)
@@ -71,9 +71,7 @@ class Driver:
         for digest, (n, seconds) in took.items():
             self.store.add_pass(digest, n, seconds)
             each = 1000 * seconds / n
-            self.progress.remark(
-                f"encoded {n:,} pictures with {models[digest]}, {each:.2g} ms each"
-            )
+            self.progress.remark(f"encoded {n:,} images with {models[digest]}, {each:.2g} ms each")
 
     def _carry_out(self, jobs: Sequence[Job]) -> None:
         """Record what becomes of every job, and say it."""

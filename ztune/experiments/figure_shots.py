@@ -53,7 +53,7 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     axes = areas[0].subplots()
     _add_legend(axes, first, _draw(axes, first, inches=0.75 * _WIDTH))
     axes.set_xlabel("shots per class (logarithmic)")
-    axes.set_ylabel("accuracy on the test pictures")
+    axes.set_ylabel("accuracy on the test images")
     if small:
         n_columns = min(_COLUMNS, len(small))
         places = list(areas[1].subplots(n_rows, n_columns, squeeze=False).flat)

@@ -34,9 +34,9 @@ class Drawn:
 
 
 def draw_all(
-    sheets: Sequence[Sheet], names: Names, per_picture: Mapping[str, float], folder: Path
+    sheets: Sequence[Sheet], names: Names, per_image: Mapping[str, float], folder: Path
 ) -> list[Drawn]:
-    """Draw what there is something for, and return it; `per_picture` in seconds by model."""
+    """Draw what there is something for, and return it; `per_image` in seconds by model."""
     styles = styles_of([method for sheet in sheets for method in sheet.methods], names)
     few = [sheet for sheet in sheets if sheet.protocol == "few-shot"]
     halves = [sheet for sheet in sheets if sheet.protocol == "base-to-new"]
@@ -46,7 +46,7 @@ def draw_all(
         path = folder / _named("accuracy-shots", few, sheet, taken)
         drawn += _draw_shots(sheet, names, styles, path)
     for sheet in few or halves:
-        rate = per_picture.get(sheet.model, 0.0)
+        rate = per_image.get(sheet.model, 0.0)
         for data in sheet.data:
             for cost in ("queries", "seconds"):
                 path = folder / _named(f"accuracy-{cost}", few or halves, sheet, taken, data)
@@ -154,7 +154,7 @@ def _draw_cost(
     data: str,
     names: Names,
     styles: Mapping[str, int],
-    per_picture: float,
+    per_image: float,
     path: Path,
 ) -> list[Drawn]:
     """Draw accuracy against a cost at the most shots; nothing without a method that has steps."""
@@ -164,12 +164,12 @@ def _draw_cost(
     for method in sheet.methods:
         found = sheet.measured(method, data, part, shots)
         outcomes = sheet.outcomes(method, data, shots)
-        curve = _curve(outcomes, part, per_picture)
+        curve = _curve(outcomes, part, per_image)
         if curve is not None and (line := _line(method, styles[method], cost, curve)) is not None:
             lines.append(line)
         elif found.mean is not None and not any(one.curve for one in outcomes):
             levels.append(
-                Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_picture))
+                Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_image))
             )
     if not lines:
         return []
@@ -191,16 +191,16 @@ def _over_seeds(counts: Sequence[int]) -> str:
     return f", mean of {up_to}{max(counts)} seeds (band: lowest to highest)"
 
 
-def _level_cost(cost: str, outcomes: Sequence[Outcome], per_picture: float) -> float | None:
+def _level_cost(cost: str, outcomes: Sequence[Outcome], per_image: float) -> float | None:
     """Return where a level begins; None where it costs nothing that the axis can show."""
     if cost == "seconds":
-        return mean_of(seconds_alone(one, per_picture) for one in outcomes) or None
+        return mean_of(seconds_alone(one, per_image) for one in outcomes) or None
     return mean_of(one.queries for one in outcomes) or None
 
 
-def _curve(outcomes: Sequence[Outcome], part: str, per_picture: float) -> MeanCurve | None:
-    """Return a method's mean curve, with the pictures that it found encoded charged to it."""
-    images = ImagePass(per_picture, math.nan)
+def _curve(outcomes: Sequence[Outcome], part: str, per_image: float) -> MeanCurve | None:
+    """Return a method's mean curve, with the images that it found encoded charged to it."""
+    images = ImagePass(per_image, math.nan)
     cells = [
         _as_compared(seed, outcome, score)
         for seed, outcome in enumerate(outcomes)

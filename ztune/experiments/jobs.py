@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Pictures to encode before the first run, as (file, SHA-256)."""
+    """Images to encode before the first run, as (file, SHA-256)."""
 
     bundle: Path
     bundle_digest: str
@@ -79,7 +79,7 @@ class Encoded:
 
     bundle_digest: str
     n: int
-    """Pictures that were not found encoded."""
+    """Images that were not found encoded."""
     seconds: float
 
 

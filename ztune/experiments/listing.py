@@ -44,7 +44,7 @@ Row = dict[str, object]
 
 
 def table_rows(
-    sheets: Sequence[Sheet], names: Names, per_picture: Mapping[str, float]
+    sheets: Sequence[Sheet], names: Names, per_image: Mapping[str, float]
 ) -> Iterator[Row]:
     """Yield a row per protocol, model, data set, shots, method and part."""
     for sheet in sheets:
@@ -52,12 +52,12 @@ def table_rows(
             for shots in sheet.shots_with(data):
                 for method in sheet.methods:
                     if sheet.of(method, data, shots):
-                        rate = per_picture.get(sheet.model, 0.0)
+                        rate = per_image.get(sheet.model, 0.0)
                         yield from _unit_rows(sheet, names, data, shots, method, rate)
 
 
 def _unit_rows(
-    sheet: Sheet, names: Names, data: str, shots: int, method: str, per_picture: float
+    sheet: Sheet, names: Names, data: str, shots: int, method: str, per_image: float
 ) -> Iterator[Row]:
     outcomes = sheet.outcomes(method, data, shots)
     common: Row = {
@@ -68,7 +68,7 @@ def _unit_rows(
         "uses": names.method_of(method),
         "shots": shots,
         "queries_mean": _rounded(mean_of(one.queries for one in outcomes)),
-        "seconds_mean": _rounded(mean_of(seconds_alone(one, per_picture) for one in outcomes)),
+        "seconds_mean": _rounded(mean_of(seconds_alone(one, per_image) for one in outcomes)),
     }
     for part in sheet.parts(data):
         figure = sheet.measured(method, data, part, shots)
@@ -112,7 +112,7 @@ def part_columns(results: Sequence[Result]) -> list[str]:
 
 
 def cell_rows(
-    results: Sequence[Result], names: Names, per_picture: Mapping[str, float]
+    results: Sequence[Result], names: Names, per_image: Mapping[str, float]
 ) -> Iterator[Row]:
     """Yield a row per cell of the plan, carried out or not."""
     for result in results:
@@ -126,15 +126,15 @@ def cell_rows(
             "status": status,
             "reason": result.reason,
             "session": result.session,
-            **(_measured(outcome, per_picture.get(cell.model, 0.0)) if outcome else {}),
+            **(_measured(outcome, per_image.get(cell.model, 0.0)) if outcome else {}),
         }
 
 
-def _measured(outcome: Outcome, per_picture: float) -> Row:
+def _measured(outcome: Outcome, per_image: float) -> Row:
     return {
         **{name: getattr(outcome, name) for name in _PLAIN},
         "config": json.dumps(dict(outcome.config), ensure_ascii=False, sort_keys=True),
-        "seconds_alone": _rounded(seconds_alone(outcome, per_picture)),
+        "seconds_alone": _rounded(seconds_alone(outcome, per_image)),
         **{
             f"{score.part} {name}": getattr(score, name)
             for score in outcome.scores

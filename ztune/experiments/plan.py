@@ -67,7 +67,7 @@ class Found:
     """What is known of a data set that was read."""
 
     known_as: str | None
-    """Its name in data/named.py, where the pictures are those that papers use; else None."""
+    """Its name in data/named.py, where the images are those that papers use; else None."""
     remarks: Sequence[str]
     """What is unusual about it, a line each."""
 
@@ -82,7 +82,7 @@ class MethodPlan:
     preset: str
     curve: int
     augment: int | None = None
-    """Random views per picture; None: those of the preset."""
+    """Random views per image; None: those of the preset."""
     settings: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class MethodPlan:
 
     @property
     def views(self) -> int:
-        """Cached random views per training picture."""
+        """Cached random views per training image."""
         return views_of(self.uses, self.preset) if self.augment is None else self.augment
 
 
@@ -161,7 +161,7 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class Draw:
-    """Pictures of one data set, drawn for a protocol with a seed."""
+    """Images of one data set, drawn for a protocol with a seed."""
 
     protocol: ProtocolPlan
     source: str
@@ -183,7 +183,7 @@ class Plan:
     execution: ExecutionPlan
 
     def draws(self) -> Iterator[Draw]:
-        """Yield what pictures are drawn for, in order: seed by seed, so that a bench that is
+        """Yield what images are drawn for, in order: seed by seed, so that a bench that is
         stopped has something of everything.
         """
         for protocol in self.protocols:
@@ -246,7 +246,7 @@ _TOP = ("title", *_COMMON, "execution", "models", "data", "methods", "protocols"
 
 
 def read_plan(path: Path) -> Plan:
-    """Read and check a plan; bundles and pictures are not looked for yet.
+    """Read and check a plan; bundles and images are not looked for yet.
 
     Raises: ConfigError naming the key, method or setting that is wrong, and those there are;
         DataError for a file that is no text.

@@ -1,4 +1,4 @@
-"""From a plan to jobs: data sets read, pictures drawn and digested, every cell given its key."""
+"""From a plan to jobs: data sets read, images drawn and digested, every cell given its key."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from ztune.types import Json
 RECIPE = 2
 """Part of every key: raised when the same plan would give other figures."""
 _LEAST_ENCODED = 512
-"""Pictures of one task, where there are so many."""
+"""Images of one task, where there are so many."""
 _MOST_ENCODINGS = 32
 """Tasks of one data set: enough for several workers, and each reads what is encoded already."""
 
@@ -69,7 +69,7 @@ class Only:
 
 @dataclass
 class Digests:
-    """SHA-256 of pictures, each file read once."""
+    """SHA-256 of images, each file read once."""
 
     known: dict[Path, str] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class Digests:
             return
         with (
             concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            progress.activity("digest pictures", len(new)) as ticker,
+            progress.activity("digest images", len(new)) as ticker,
         ):
             for n, (path, digest) in enumerate(
                 zip(new, pool.map(digest_file, new), strict=True), 1
@@ -148,7 +148,7 @@ class Preparation:
                 "no cell of the plan has all that `methods`, `data`, `shots` and `seeds` ask for"
             )
         # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
-        # them from before would take pictures for the same that may have changed since.
+        # them from before would take images for the same that may have changed since.
         asked = {cell.data for cell in filter(self.only.takes, cells)}
         tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in asked]
         for _, task in tasks:
@@ -205,7 +205,7 @@ class Preparation:
             )
             if listing.ignored:
                 self._say(name, f"files left alone, not images of a class: {listing.ignored}")
-            files = (listing.root.resolve() / picture.path for picture in listing.pictures)
+            files = (listing.root.resolve() / image.path for image in listing.images)
             self._digests.read(files, self.progress)
         elif self.root is None:
             raise ConfigError(
@@ -229,7 +229,7 @@ class Preparation:
         return task_of(protocol.kind, self._source(draw.source), targets, draw.shots, draw.seed)
 
     def _count_copies(self, task: Task, split: Split) -> None:
-        """Count the pictures of every part that are also tuned on, byte by byte."""
+        """Count the images of every part that are also tuned on, byte by byte."""
         tuned_on = {entry.sha256 for entry in split.entries}
         for part in task.parts:
             root = part.source.root
@@ -241,7 +241,7 @@ class Preparation:
             if most := max(counts):
                 how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
                 remark = (
-                    f"{part}: {how_many} of the pictures to test on equal one that is tuned on, "
+                    f"{part}: {how_many} of the images to test on equal one that is tuned on, "
                     "byte by byte (they stay; each result counts its own)"
                 )
                 self._remarks[data].append(remark)
@@ -320,7 +320,7 @@ def _files(tasks: Iterable[Task]) -> Iterable[Path]:
                 yield part.source.root / item.path
 
 
-# What of a request changes a result, beside its configuration and pictures.
+# What of a request changes a result, beside its configuration and images.
 _MATTERS = (
     "method", "queries", "seed", "templates", "provider", "threads", "memory_limit", "augment",
     "force", "snapshots",
@@ -345,7 +345,7 @@ def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str
 
 
 def encodings(jobs: Sequence[Job], tested: Mapping[Path, Split]) -> list[Encoding]:
-    """Return the pictures that the jobs need encoded as they are, each once, in tasks."""
+    """Return the images that the jobs need encoded as they are, each once, in tasks."""
     wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
     for job in jobs:
         bundle = Path(job.run_config.bundle), job.bundle_digest
@@ -358,8 +358,8 @@ def encodings(jobs: Sequence[Job], tested: Mapping[Path, Split]) -> list[Encodin
             items = tested[part.split_file].items("test")
             place.update((digest, path) for path, digest in items)
     tasks = []
-    for (path, digest, cache), pictures in wanted.items():
-        items = [(picture, name) for name, picture in pictures.items()]
+    for (path, digest, cache), images in wanted.items():
+        items = [(image, name) for name, image in images.items()]
         size = max(_LEAST_ENCODED, -(-len(items) // _MOST_ENCODINGS))
         tasks += [
             Encoding(path, digest, tuple(items[first : first + size]), cache)

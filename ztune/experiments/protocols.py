@@ -1,8 +1,8 @@
-"""The papers' protocols: which pictures tune, and which test what has come of it.
+"""The papers' protocols: which images tune, and which test what has come of it.
 
-few-shot              so many shots per class; all test pictures
-base-to-new           tuned on the first half of the classes; their test pictures, and the others'
-cross-data-set        tuned on all classes of a source; the test pictures of other data sets
+few-shot              so many shots per class; all test images
+base-to-new           tuned on the first half of the classes; their test images, and the others'
+cross-data-set        tuned on all classes of a source; the test images of other data sets
 out-of-distribution   the same with variants of the source: its classes, or some of them
 
 Shots are drawn as in every other place (data/splitter.py): of published lists as CoOp does it
@@ -87,7 +87,7 @@ def lists_of(split: Split) -> CoopSplit:
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures to score a result on."""
+    """Images to score a result on."""
 
     name: str
     """test, base or new; a data set's name where it is not the source."""
@@ -101,7 +101,7 @@ class Part:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes that a picture may be taken for, those without test pictures included."""
+        """The classes that an image may be taken for, those without test images included."""
         return classes_of([item for _, item in self.lists])
 
 
@@ -114,7 +114,7 @@ class Task:
     shots: int
     seed: int
     drawn: CoopSplit
-    """Pictures to tune with and to validate on; no others."""
+    """Images to tune with and to validate on; no others."""
     parts: tuple[Part, ...]
 
     @property
@@ -134,8 +134,8 @@ def task_of(
 
     Raises: DataError where the source cannot be tuned on, or a part has nothing to test on.
     """
-    if not any(picture.split in (None, "train") for picture in source.listing.pictures):
-        raise DataError(f'data set "{source.name}" has no pictures to tune with, only to test on')
+    if not any(image.split in (None, "train") for image in source.listing.images):
+        raise DataError(f'data set "{source.name}" has no images to tune with, only to test on')
     drawn = source.draw(shots, seed)
     if protocol == "base-to-new":
         base, new = base_and_new(drawn)
@@ -148,7 +148,7 @@ def task_of(
     for part in parts:
         if (n := len(classes_of(part.items))) < 2:
             raise DataError(
-                f'data set "{part.source.name}" has test pictures of {n} {_group(part)}class(es), '
+                f'data set "{part.source.name}" has test images of {n} {_group(part)}class(es), '
                 "at least 2 are needed"
             )
     return Task(protocol, source, shots, seed, CoopSplit(drawn.train, drawn.val), tuple(parts))
@@ -166,7 +166,7 @@ def remarks_on(task: Task) -> list[str]:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
             remarks.append(
-                f"{len(untested)} {_group(part)}class(es) have no test pictures, and are wrong "
+                f"{len(untested)} {_group(part)}class(es) have no test images, and are wrong "
                 f"answers: {named}"
             )
     if task.protocol == "out-of-distribution":

@@ -90,7 +90,7 @@ def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:
         tables.append(standing)
     explained = (
         "Accuracy: mean ± sample standard deviation over the seeds, in points, on the test "
-        "pictures; the best mean of a column is bold, and whatever reads the same."
+        "images; the best mean of a column is bold, and whatever reads the same."
     )
     return [explained, "", *(line for table in tables for line in as_markdown(table, 3))]
 
@@ -119,8 +119,8 @@ def _beside(sheets: Sequence[Sheet], names: Names) -> list[str]:
 def _plots(drawn: Sequence[Drawn]) -> list[str]:
     if not drawn:
         return []
-    pictures = [f"![{in_markdown(one.caption)}]({one.path.name})" for one in drawn]
-    return ["## Plots", "", *(line for picture in pictures for line in (picture, ""))]
+    images = [f"![{in_markdown(one.caption)}]({one.path.name})" for one in drawn]
+    return ["## Plots", "", *(line for image in images for line in (image, ""))]
 
 
 def _listed(heading: str, lines: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@
     plans     documents of plans by name, each as it was last given
     wanted    the cells of every plan in its order, under its names; several may share one result
     sessions  when, where and with which versions cells were carried out
-    passes    how long encoding pictures took with a bundle, so that a cell can be charged for it
+    passes    how long encoding images took with a bundle, so that a cell can be charged for it
 
 A finished cell is never replaced: by a failure, nor by a second result of another process.
 """
@@ -37,7 +37,7 @@ CREATE TABLE plans (name TEXT PRIMARY KEY, document TEXT NOT NULL);
 CREATE TABLE wanted (plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT, cell TEXT NOT NULL,
                      PRIMARY KEY (plan, place));
 CREATE TABLE sessions (id INTEGER PRIMARY KEY, document TEXT NOT NULL);
-CREATE TABLE passes (bundle TEXT NOT NULL, pictures INTEGER NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE passes (bundle TEXT NOT NULL, images INTEGER NOT NULL, seconds REAL NOT NULL);
 """
 _PLANS = "SELECT name FROM plans ORDER BY rowid"
 _DOCUMENT = "SELECT document FROM plans WHERE name = ?"
@@ -51,7 +51,7 @@ SELECT count(*) FROM cells
 WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted WHERE key IS NOT NULL)
 """
 _RATES = """
-SELECT bundle, sum(seconds) / sum(pictures) FROM passes GROUP BY bundle HAVING sum(pictures) > 0
+SELECT bundle, sum(seconds) / sum(images) FROM passes GROUP BY bundle HAVING sum(images) > 0
 """
 
 
@@ -79,7 +79,7 @@ class View:
     sessions: Mapping[int, Fields]
     """Circumstances by their number."""
     rates: Mapping[str, float]
-    """Seconds that encoding a picture takes, by the bundle's digest; absent where none was."""
+    """Seconds that encoding an image takes, by the bundle's digest; absent where none was."""
 
 
 class Store:
@@ -227,10 +227,10 @@ class Store:
                 [key, _text(as_json(cell)), session, outcome, reason],
             )
 
-    def add_pass(self, bundle: str, pictures: int, seconds: float) -> None:
-        """Note that encoding so many pictures took so many seconds of one worker."""
+    def add_pass(self, bundle: str, images: int, seconds: float) -> None:
+        """Note that encoding so many images took so many seconds of one worker."""
         with self._changing() as database:
-            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [bundle, pictures, seconds])
+            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [bundle, images, seconds])
 
     def finished(self) -> set[str]:
         """Return the keys of all cells that have an outcome, whatever plan has them."""

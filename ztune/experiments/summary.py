@@ -203,7 +203,7 @@ class Sheet:
         """Return the hand-written prompts' figure, as any method's cell measured it.
 
         A seed without a finished cell gets the mean of the others: the prompts have no seed, and
-        a part's pictures are the same for all where the protocol does not draw them.
+        a part's images are the same for all where the protocol does not draw them.
         """
         found: dict[int, list[float]] = {}
         results = self.of(data=data, shots=shots)
@@ -260,16 +260,16 @@ class Costs:
     text_forwards: float
     image_forwards: float
     seconds: float
-    """As if each cell had encoded its own pictures."""
+    """As if each cell had encoded its own images."""
     result_bytes: float
 
 
-def seconds_alone(outcome: Outcome, per_picture: float) -> float:
-    """Return a cell's seconds as if it had encoded its own pictures; `per_picture` in seconds."""
-    return outcome.seconds + outcome.image_forwards_cached * per_picture
+def seconds_alone(outcome: Outcome, per_image: float) -> float:
+    """Return a cell's seconds as if it had encoded its own images; `per_image` in seconds."""
+    return outcome.seconds + outcome.image_forwards_cached * per_image
 
 
-def costs_of(sheet: Sheet, method: str, per_picture: float) -> Costs | None:
+def costs_of(sheet: Sheet, method: str, per_image: float) -> Costs | None:
     """Return a method's costs at its most shots, None where no cell of it finished."""
     finished = [result.cell.shots for result in sheet.of(method) if result.outcome is not None]
     if not finished:
@@ -288,6 +288,6 @@ def costs_of(sheet: Sheet, method: str, per_picture: float) -> Costs | None:
         probe_queries=mean(lambda one: one.probe_queries),
         text_forwards=mean(lambda one: one.text_forwards),
         image_forwards=mean(lambda one: one.image_forwards),
-        seconds=mean(lambda one: seconds_alone(one, per_picture)),
+        seconds=mean(lambda one: seconds_alone(one, per_image)),
         result_bytes=mean(lambda one: one.result_bytes),
     )

@@ -250,12 +250,12 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
     return figures_table(title, columns, whole, notes)
 
 
-def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
-    """Return methods × costs, None where no cell finished; `per_picture` in seconds.
+def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
+    """Return methods × costs, None where no cell finished; `per_image` in seconds.
 
     Each method stands at its most shots: a mean over all would compare unlike cells.
     """
-    found = [costs_of(sheet, method, per_picture or 0.0) for method in sheet.methods]
+    found = [costs_of(sheet, method, per_image or 0.0) for method in sheet.methods]
     rows = [
         tuple(
             Word(text)
@@ -279,11 +279,11 @@ def costs_table(sheet: Sheet, per_picture: float | None) -> Table | None:
         "seconds", "bytes of result",
     )  # fmt: skip
     charged = (
-        "cells share encoded pictures, so each is charged "
-        f"{1000 * per_picture:.2g} ms for every picture that it found encoded, as if it had "
+        "cells share encoded images, so each is charged "
+        f"{1000 * per_image:.2g} ms for every image that it found encoded, as if it had "
         "encoded its own."
-        if per_picture is not None
-        else "what encoding pictures took was not recorded, so pictures found encoded are free."
+        if per_image is not None
+        else "what encoding images took was not recorded, so images found encoded are free."
     )
     notes = (
         "Means over the finished cells with the most shots that a method has.",

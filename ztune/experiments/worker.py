@@ -1,11 +1,11 @@
-"""What one process of a bench does: encode pictures, carry out runs, score their results.
+"""What one process of a bench does: encode images, carry out runs, score their results.
 
     OUT/runs/KEY/run/         the run of `ztune tune`, gone on with where a kill left it
     OUT/runs/KEY/CELL.json    the outcome of a cell, until and after the driver has recorded it
     OUT/runs/KEY/deaths       a line per attempt that did not come to an end of its own, while none
                               gets further than the one before
 
-Models stay open from cell to cell; so do the encoded pictures and prompts of the last few parts.
+Models stay open from cell to cell; so do the encoded images and prompts of the last few parts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ztune.artifact import (
     read_artifact,
 )
 from ztune.data.cache import FeatureCache
-from ztune.data.features import encode_pictures
+from ztune.data.features import encode_files
 from ztune.data.split import Split
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.evaluate import encode_test
@@ -115,10 +115,10 @@ class Worker:
         try:
             if task.bundle not in self._encoders:
                 self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
-            found = encode_pictures(
+            found = encode_files(
                 self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
             )
-        except ZtuneError:  # every cell that needs these pictures fails with the same reason
+        except ZtuneError:  # every cell that needs these images fails with the same reason
             return Encoded(task.bundle_digest, 0, 0.0)
         return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
 

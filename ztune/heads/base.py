@@ -23,15 +23,15 @@ Predict = Callable[[F64], Iterator[F64]]
 # What a setting may be: far beyond what helps, and within what float64 solves and float32 holds.
 LEAST, MOST = 1e-6, 1e6
 N_FOLDS = 4
-_ROWS = 2048  # pictures judged at a time: a kernel over 16,000 keys then takes 260 MB
+_ROWS = 2048  # images judged at a time: a kernel over 16,000 keys then takes 260 MB
 
 
 @dataclass(frozen=True)
 class Shots:
-    """The labelled pictures' features, and the hand-written prompts' text features."""
+    """The labelled images' features, and the hand-written prompts' text features."""
 
     features: F32
-    """f32[n, e], unit rows; with views row v * n_pictures + i is view v of picture i."""
+    """f32[n, e], unit rows; with views row v * n_images + i is view v of image i."""
     labels: I64
     """i64[n], every class at least once."""
     text_features: F32
@@ -39,7 +39,7 @@ class Shots:
     logit_scale: float
     logit_bias: float = 0.0
     held_out: tuple[F32, I64] | None = None
-    """Validation pictures f32[N, e] and their labels, where there are any."""
+    """Validation images f32[N, e] and their labels, where there are any."""
     n_views: int = 1
 
     @property
@@ -52,16 +52,16 @@ class Shots:
         return np.asarray(np.float64(self.logit_scale) * self.text_features.astype(np.float64))
 
     @property
-    def pictures(self) -> tuple[F64, I64]:
-        """One unit row f64[n_pictures, e] and label a picture: the mean direction of its views."""
-        n_pictures = len(self.labels) // self.n_views
-        views = self.features.astype(np.float64).reshape(self.n_views, n_pictures, -1)
+    def images(self) -> tuple[F64, I64]:
+        """One unit row f64[n_images, e] and label an image: the mean direction of its views."""
+        n_images = len(self.labels) // self.n_views
+        views = self.features.astype(np.float64).reshape(self.n_views, n_images, -1)
         mean = views.mean(axis=0)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-        return np.asarray(mean), self.labels[:n_pictures]
+        return np.asarray(mean), self.labels[:n_images]
 
     def without(self, left_out: NDArray[np.bool_]) -> Shots:
-        """Return the shots less some pictures bool[n_pictures], all their views and validation."""
+        """Return the shots less some images bool[n_images], all their views and validation."""
         kept = np.tile(~left_out, self.n_views)
         return replace(self, features=self.features[kept], labels=self.labels[kept], held_out=None)
 
@@ -85,8 +85,8 @@ def choose(
 ) -> T:
     """Return the setting with the best accuracy, then loss; the first of equals.
 
-    Judged on the validation pictures where there are any, else by stratified folds over the
-    training pictures, all views of a picture in one. Where a class has a single picture and nothing
+    Judged on the validation images where there are any, else by stratified folds over the
+    training images, all views of an image in one. Where a class has a single image and nothing
     can be held out, it is `default`.
     """
     if len(grid) == 1:
@@ -115,7 +115,7 @@ def choose(
 
 
 def stratified_folds(shots: Shots, seed: int) -> I64 | None:
-    """Return the fold i64[n_pictures] of every picture, or None where a class has only one."""
+    """Return the fold i64[n_images] of every image, or None where a class has only one."""
     labels = shots.labels[: len(shots.labels) // shots.n_views]
     n_folds = min(N_FOLDS, int(np.bincount(labels, minlength=shots.n_classes).min()))
     if n_folds < 2:

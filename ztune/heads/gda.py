@@ -28,7 +28,7 @@ DEFAULT_ALPHA = 1.0
 
 @dataclass(frozen=True)
 class GdaConfig:
-    """alpha weighs the Gaussian part; null chooses it on held-out pictures."""
+    """alpha weighs the Gaussian part; null chooses it on held-out images."""
 
     alpha: float | None = None
 

@@ -36,7 +36,7 @@ _MEMORY = 10
 
 @dataclass(frozen=True)
 class LinearProbeConfig:
-    """C weighs the loss against the penalty; null chooses it on held-out pictures, else 10."""
+    """C weighs the loss against the penalty; null chooses it on held-out images, else 10."""
 
     C: float | None = None
 
@@ -118,11 +118,11 @@ def _inverse_hessian_times(gradient: F64, pairs: list[tuple[F64, F64]]) -> F64:
 
 @solvable("linear-probe")
 def fit_linear_probe(config: LinearProbeConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `W f + b`, all views as pictures of their own.
+    """Return logits `W f + b`, all views as images of their own.
 
     The grid is fitted from the strongest penalty on, each from the solution before. Heavy with many
-    classes: of 16 pictures of 1,000 classes at e = 512, an iteration is 33 GFLOP and the grid takes
-    about a thousand, for each fold; set C, or bring validation pictures.
+    classes: of 16 images of 1,000 classes at e = 512, an iteration is 33 GFLOP and the grid takes
+    about a thousand, for each fold; set C, or bring validation images.
     """
     Cs = options(config.C, CS)
 

@@ -1,10 +1,10 @@
-"""LP++: a linear probe whose weights blend pictures and texts, class by class.
+"""LP++: a linear probe whose weights blend images and texts, class by class.
 
 Source: Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP", CVPR 2024,
 arXiv 2404.02285.
 
-Logits are fᵀ (w_k + α_k t_k), the loss L is the mean cross-entropy over n pictures, and w and α
-are two blocks that take turns. With p the probabilities of one picture, the Hessian of its loss in
+Logits are fᵀ (w_k + α_k t_k), the loss L is the mean cross-entropy over n images, and w and α
+are two blocks that take turns. With p the probabilities of one image, the Hessian of its loss in
 its logits is diag(p) − p pᵀ, and no larger than I/2 for any p. By the chain rule, then,
 
     L has a Hessian in w    of at most  γ_w = ½ λmax(FᵀF / n),
@@ -25,7 +25,7 @@ from ztune.errors import ConfigError
 from ztune.heads.base import Fitted, Shots, classifier_of, solvable
 from ztune.types import F64, I64
 
-_ROWS = 16_384  # pictures at a time: 130 MB of probabilities for 1,000 classes
+_ROWS = 16_384  # images at a time: 130 MB of probabilities for 1,000 classes
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def start(shots: Shots) -> BlendedProbe:
 
 @solvable("lp++")
 def fit_lp_plus(config: LpPlusConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `f (w + α t)`, all views as pictures of their own.
+    """Return logits `f (w + α t)`, all views as images of their own.
 
-    Each iteration is four products of [n, e] by [e, C]: of 16 pictures of 1,000 classes at e = 512,
+    Each iteration is four products of [n, e] by [e, C]: of 16 images of 1,000 classes at e = 512,
     some minutes in all on a few cores.
     """
     probe = start(shots)

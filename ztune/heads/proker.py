@@ -44,7 +44,7 @@ SCALES = (1.0, 0.5, 0.2, 0.1, 0.05)  # of the model's own logit scale
 DEFAULT_BETA = 2.0
 DEFAULT_RIDGE = 1.0
 
-# Pictures on which beta and ridge are chosen. The ridge is the pictures' noise over the kernel's
+# Images on which beta and ridge are chosen. The ridge is the images' noise over the kernel's
 # variance and does not grow with their number, so that fewer can choose it for all.
 _MOST = 4096
 
@@ -53,7 +53,7 @@ _MOST = 4096
 class ProkerConfig:
     """beta is the kernel's sharpness, scale the logits per unit of f.
 
-    null chooses on held-out pictures; where there are none it is 2, a ridge of 1, and the model's
+    null chooses on held-out images; where there are none it is 2, a ridge of 1, and the model's
     own logit scale.
     """
 
@@ -69,7 +69,7 @@ class ProkerConfig:
 def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) -> F64:
     """Return (K + ridge I)⁻¹ R, f64[n, C], of unit rows f64[n, e] and R f64[n, C]."""
     system = keys @ keys.T
-    # In place: of 16,000 pictures this matrix alone takes 2 GB.
+    # In place: of 16,000 images this matrix alone takes 2 GB.
     system -= 1
     system *= beta
     np.exp(system, out=system)
@@ -79,10 +79,10 @@ def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) 
 
 @solvable("proker")
 def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `scale f` as above; a key is the mean direction of a picture's views.
+    """Return logits `scale f` as above; a key is the mean direction of an image's views.
 
-    Time grows with n³ and memory with n²: of 16 pictures of 1,000 classes, one dense system of
-    16,000 unknowns, a few minutes and 5 GB. beta and ridge are chosen on at most 4,096 pictures.
+    Time grows with n³ and memory with n²: of 16 images of 1,000 classes, one dense system of
+    16,000 unknowns, a few minutes and 5 GB. beta and ridge are chosen on at most 4,096 images.
     """
     betas, ridges = options(config.beta, BETAS), options(config.ridge, RIDGES)
     scales = options(config.scale, [shots.logit_scale * factor for factor in SCALES])
@@ -95,7 +95,7 @@ def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
     t = shots.text_features.astype(np.float64)
 
     def fit(training: Shots) -> Predict:
-        keys, labels = _thinned(*training.pictures, training.n_classes)
+        keys, labels = _thinned(*training.images, training.n_classes)
         residuals = np.eye(training.n_classes)[labels] - keys @ t.T
         coefficients = {
             (beta, ridge): residual_coefficients(keys, residuals, beta, ridge)
@@ -115,7 +115,7 @@ def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
         return predict
 
     beta, ridge, scale = choose(grid, default, fit, shots, seed)
-    keys, labels = shots.pictures
+    keys, labels = shots.images
     residuals = np.eye(shots.n_classes)[labels] - keys @ t.T
     values = scale * residual_coefficients(keys, residuals, beta, ridge)
     bias = np.full(shots.n_classes, shots.logit_bias)
@@ -125,7 +125,7 @@ def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
 
 
 def _thinned(keys: F64, labels: I64, n_classes: int) -> tuple[F64, I64]:
-    """Keep the first few pictures of each class, as many as the limit lets."""
+    """Keep the first few images of each class, as many as the limit lets."""
     if len(labels) <= _MOST:
         return keys, labels
     per_class = max(1, _MOST // n_classes)

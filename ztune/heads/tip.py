@@ -1,4 +1,4 @@
-"""Tip-Adapter without training: remembered pictures vote beside the zero-shot logits.
+"""Tip-Adapter without training: remembered images vote beside the zero-shot logits.
 
 Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
 ECCV 2022, arXiv 2207.09519.
@@ -23,7 +23,7 @@ from ztune.heads.base import (
 from ztune.logits import Kernel
 from ztune.types import F64
 
-# The paper searches linearly on its data sets' validation pictures, alpha from 0.1 and beta from
+# The paper searches linearly on its data sets' validation images, alpha from 0.1 and beta from
 # 0.1 to 7 or so; these steps are geometric, and reach as far as models of another logit scale need.
 ALPHAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0)
@@ -33,9 +33,9 @@ DEFAULT_BETA = 5.5
 
 @dataclass(frozen=True)
 class TipConfig:
-    """alpha weighs the pictures' votes, beta is their sharpness.
+    """alpha weighs the images' votes, beta is their sharpness.
 
-    null chooses on held-out pictures; where there are none it is the paper's 1 and 5.5.
+    null chooses on held-out images; where there are none it is the paper's 1 and 5.5.
     """
 
     alpha: float | None = None
@@ -49,8 +49,8 @@ class TipConfig:
 def fit_tip(config: TipConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `zero-shot + alpha exp(−beta (1 − f Kᵀ)) V`, V one-hot.
 
-    A key is the mean direction of a picture's views, as the paper's. The classifier keeps every
-    picture: f32[n, e] keys and f32[n, C] values, 96 MB for 16 pictures of 1,000 classes at e = 512.
+    A key is the mean direction of an image's views, as the paper's. The classifier keeps every
+    image: f32[n, e] keys and f32[n, C] values, 96 MB for 16 images of 1,000 classes at e = 512.
     """
     alphas, betas = options(config.alpha, ALPHAS), options(config.beta, BETAS)
     grid = [(alpha, beta) for beta in betas for alpha in alphas]
@@ -60,7 +60,7 @@ def fit_tip(config: TipConfig, shots: Shots, seed: int) -> Fitted:
     )
 
     def fit(training: Shots) -> Predict:
-        keys, labels = training.pictures
+        keys, labels = training.images
         V = np.eye(training.n_classes)[labels]
 
         def predict(features: F64) -> Iterator[F64]:
@@ -73,7 +73,7 @@ def fit_tip(config: TipConfig, shots: Shots, seed: int) -> Fitted:
         return predict
 
     alpha, beta = choose(grid, default, fit, shots, seed)
-    keys, labels = shots.pictures
+    keys, labels = shots.images
     values = (alpha * np.eye(shots.n_classes)[labels]).astype(np.float32)
     bias = np.full(shots.n_classes, shots.logit_bias)
     kernel = Kernel(keys.astype(np.float32), values, beta)

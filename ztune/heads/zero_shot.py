@@ -15,6 +15,6 @@ class ZeroShotConfig:
 
 
 def fit_zero_shot(config: ZeroShotConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `scale f tᵀ + bias`; no picture and no label is looked at."""
+    """Return logits `scale f tᵀ + bias`; no image and no label is looked at."""
     bias = np.full(shots.n_classes, shots.logit_bias)
     return Fitted(classifier_of(shots.zero_shot, bias), {})

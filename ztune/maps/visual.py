@@ -31,7 +31,7 @@ class LinearTokens:
 
 
 class Pixels:
-    """The point itself, in the shape that acts on pictures: a border or a decoder's values."""
+    """The point itself, in the shape that acts on images: a border or a decoder's values."""
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape

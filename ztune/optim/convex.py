@@ -26,7 +26,7 @@ _VALUES_AT_ONCE = 4_000_000  # weighted copies of the directions: 16 MB
 
 @dataclass(frozen=True)
 class Terms:
-    """Sums over some pictures of the loss and its derivatives in a."""
+    """Sums over some images of the loss and its derivatives in a."""
 
     n: int
     loss: float
@@ -54,7 +54,7 @@ class Terms:
     def step(self, a: F64, ridge: F64) -> F64:
         """Return Newton's step f64[K] from a on the mean loss with a ridge f64[K, K]."""
         matrix = self.curvature / self.n + ridge
-        # What no picture sees and no ridge holds is left where it is.
+        # What no image sees and no ridge holds is left where it is.
         matrix[np.diag_indices_from(matrix)] += 1e-10 * np.trace(matrix) / len(matrix) + 1e-30
         return np.asarray(-np.linalg.solve(matrix, self.gradient / self.n + ridge @ a))
 
@@ -77,7 +77,7 @@ class SoftmaxProblem:
         return self.base + moved.reshape(self.base.shape)
 
     def rows(self, chosen: np.ndarray) -> SoftmaxProblem:
-        """Return the problem of some of the pictures."""
+        """Return the problem of some of the images."""
         return SoftmaxProblem(self.base[chosen], self.directions[:, chosen], self.labels[chosen])
 
     def loss(self, a: F64, ridge: F64) -> float:
@@ -119,7 +119,7 @@ class SoftmaxProblem:
     def stepped(self, a: F64, terms: Terms, ridge: F64) -> tuple[F64, float]:
         """Return where one step of Newton's method with backtracking leads, and what it gains.
 
-        `terms` are those at a, of all pictures; a itself comes back where nothing is gained.
+        `terms` are those at a, of all images; a itself comes back where nothing is gained.
         """
         value = float(terms.loss / terms.n + 0.5 * a @ ridge @ a)
         step = terms.step(a, ridge)
@@ -134,7 +134,7 @@ class SoftmaxProblem:
 
 
 def total(terms: Sequence[Terms]) -> Terms:
-    """Return the terms of all pictures from those of their parts, at the same a."""
+    """Return the terms of all images from those of their parts, at the same a."""
     whole = terms[0]
     for one in terms[1:]:
         whole = whole + one

@@ -1,7 +1,7 @@
 """Gauss–Newton in the space of logits: probes measure directions, softmax knows the curvature.
 
-The black box answers with logits Z(c) of all pictures, and the loss is their cross-entropy. A round
-is two proposals on the same pictures, K and 3 queries:
+The black box answers with logits Z(c) of all images, and the loss is their cross-entropy. A round
+is two proposals on the same images, K and 3 queries:
 
 1. Probes c + ε v_k, v_k orthonormal and orthogonal to the directions kept, measure rows of the
    Jacobian, G_k = (Z(c + ε v_k) − Z(c)) / ε.
@@ -16,7 +16,7 @@ answers, the rows are normal about G, with a covariance P over directions that i
 logit. A step a adds the drift q ‖a‖² I to P. What the logits did along the best trial measures a G
 and corrects it (a secant update), and tells q by how far it was from what P and q foretold.
 
-τ² is the mean square of G, which makes λ a number without unit. h is the mean over the pictures of
+τ² is the mean square of G, which makes λ a number without unit. h is the mean over the images of
 tr(diag p − p pᵀ): ½ h aᵀ P a is what an error of variance aᵀ P a in each logit adds to the loss.
 
 Sources: Cartis and Roberts, Math. Prog. Comp. 11, 2019 (derivative-free Gauss–Newton); Marquardt
@@ -143,7 +143,7 @@ class GaussNewton:
         moves = self._config.perturbation * self._directions[-self._n_probes :]
         if self._logits is None:
             moves = np.concatenate([np.zeros((1, len(self._point))), moves])
-        # Logits are compared across rounds: all of them see the pictures of the first.
+        # Logits are compared across rounds: all of them see the images of the first.
         return Proposal(self._point + moves, same_batch=self._logits is not None)
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:

@@ -14,7 +14,7 @@ _LEAST_ENERGY = 1e-30  # of logits that tell no class from another
 
 @dataclass
 class LogitSpan:
-    """Logits of K prompts on the same pictures, kept as at most 2 · rank combinations of them."""
+    """Logits of K prompts on the same images, kept as at most 2 · rank combinations of them."""
 
     rank: int
     rows: F32

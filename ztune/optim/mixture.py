@@ -2,8 +2,8 @@
 
 Near a context c, Gauss–Newton replaces the logits of c + Σ_k a_k v_k by Z(c) + Σ_k a_k G_k, which
 is true only for short steps: the text tower bends. A classifier made of several prompts' text
-features has no such limit. With W = Σ_j w_j T(c_j), a picture's logits are Σ_j w_j Z(c_j), whatever
-w, so the weights that minimise the cross-entropy of the labelled pictures come from a convex
+features has no such limit. With W = Σ_j w_j T(c_j), an image's logits are Σ_j w_j Z(c_j), whatever
+w, so the weights that minimise the cross-entropy of the labelled images come from a convex
 problem on logits that were paid for once (`ztune.optim.convex`). Prompts far apart serve better
 than neighbours: they are random tokens of the vocabulary around the class name, as in Roth et al.,
 "Waffling around for performance", ICCV 2023, which averages such prompts without labels.
@@ -140,9 +140,9 @@ class PromptMixture:
         return Mixture(self._prompts.copy(), self._chosen().weights.copy())
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss and accuracy on the training pictures after 1, 2, 4, 8… rounds and the last.
+        """Return loss and accuracy on the training images after 1, 2, 4, 8… rounds and the last.
 
-        None in between, and midway where the fit would take seconds: many pictures and classes.
+        None in between, and midway where the fit would take seconds: many images and classes.
         """
         n_rounds = len(self._prompts) // self._config.n_prompts
         r = min(self._span.rank, len(self._prompts))
@@ -206,7 +206,7 @@ class PromptMixture:
 
 @dataclass(frozen=True)
 class Choice:
-    """Weights of all prompts, and how well they do on the training pictures."""
+    """Weights of all prompts, and how well they do on the training images."""
 
     weights: F64
     loss: float

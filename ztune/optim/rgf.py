@@ -54,7 +54,7 @@ class Rgf:
         self._advance()
 
     def _advance(self) -> None:
-        # Directions are five times the size of the point (6 MB for a picture's border): the state
+        # Directions are five times the size of the point (6 MB for an image's border): the state
         # keeps the generator they come from instead.
         self._drawn_from = generator_to_json(self._rng)
         self._directions = self._draw(self._rng)

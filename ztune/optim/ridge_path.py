@@ -1,4 +1,4 @@
-"""The ridge of a convex fit, chosen on held-out pictures without a fit for each."""
+"""The ridge of a convex fit, chosen on held-out images without a fit for each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ztune.objective import cross_entropy
 from ztune.optim.convex import SoftmaxProblem, Terms, total
 from ztune.types import F64, I64
 
-# From one where nothing moves to one where the training pictures alone decide.
+# From one where nothing moves to one where the training images alone decide.
 RIDGES = 10.0 ** np.arange(1, -4.6, -0.5)
 _N_FOLDS = 4
 _STEPS_PER_RIDGE = 2  # each starts where the heavier ridge's ended
 _NEWTON_STEPS = 16  # for a ridge alone
-_WITHOUT_FOLDS = 0.1  # the ridge where most classes have one picture
+_WITHOUT_FOLDS = 0.1  # the ridge where most classes have one image
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RidgeConfig:
     ridge: float | None = None
     """On the weights, relative to the logits' mean square; none: by cross-validation."""
     tolerance: float = 2.5
-    """Standard errors by which lighter ridges may be worse on held-out pictures and still count."""
+    """Standard errors by which lighter ridges may be worse on held-out images and still count."""
 
     def __post_init__(self) -> None:
         if self.ridge is not None and not self.ridge > 0:
@@ -36,13 +36,13 @@ class RidgeConfig:
 
 
 def cross_validated(problem: SoftmaxProblem, unit: float, config: RidgeConfig) -> F64:
-    """Return the mean f64[r] of the solutions that held-out pictures cannot tell from the best.
+    """Return the mean f64[r] of the solutions that held-out images cannot tell from the best.
 
     Ridges are tried from the heaviest on, in units of `unit`, the directions' mean square. What a
-    fold's pictures lose when they are left out is estimated by one Newton step away from the
-    solution with all pictures (Beirami et al., NeurIPS 2017), which costs no fit for each fold. The
+    fold's images lose when they are left out is estimated by one Newton step away from the
+    solution with all images (Beirami et al., NeurIPS 2017), which costs no fit for each fold. The
     mean is over the best ridge and all lighter ones whose mean loss is within `tolerance` standard
-    errors (paired, over pictures): the heavy end is safe, the light end fits the training pictures.
+    errors (paired, over images): the heavy end is safe, the light end fits the training images.
     """
     r = len(problem.directions)
     eye, a = np.eye(r), np.zeros(r)
@@ -73,7 +73,7 @@ def cross_validated(problem: SoftmaxProblem, unit: float, config: RidgeConfig) -
 def _held_out_losses(
     parts: list[SoftmaxProblem], terms: list[Terms], folds: I64, a: F64, ridge: F64
 ) -> F64:
-    """Return f64[N], the loss of every picture had its fold been left out of the solution a."""
+    """Return f64[N], the loss of every image had its fold been left out of the solution a."""
     whole = total(terms)
     losses = np.empty(len(folds))
     for k, (part, own) in enumerate(zip(parts, terms, strict=True)):
@@ -89,15 +89,15 @@ def _within(losses: F64, best: F64, tolerance: float) -> bool:
 
 
 def fold_of_each(labels: I64) -> I64 | None:
-    """Return the fold i64[N] of every picture, as even over the classes as can be.
+    """Return the fold i64[N] of every image, as even over the classes as can be.
 
-    None where most classes have a single picture: leaving it out leaves nothing of its class.
+    None where most classes have a single image: leaving it out leaves nothing of its class.
     """
     _, counts = np.unique(labels, return_counts=True)
     n_folds = min(_N_FOLDS, int(np.median(counts)))
     if n_folds < 2:
         return None
     folds = np.empty(len(labels), dtype=np.int64)
-    # Class by class, so that a class's pictures are spread over the folds.
+    # Class by class, so that a class's images are spread over the folds.
     folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % n_folds
     return folds

@@ -6,10 +6,10 @@ it. That code
 - draws a population after `tell` that nobody evaluates: here every one drawn is evaluated;
 - never resets the sum of gradients between prunings: here each score takes fresh differences;
 - keeps the coordinates of the lowest scores: here the highest;
-- reads the test accuracy while it trains: here only validation pictures can stop the warm-up.
+- reads the test accuracy while it trains: here only validation images can stop the warm-up.
 
 Coordinate-wise differences are many points (1,024 at 512 values), and are asked a few at a time on
-the same pictures: one call of bounded memory each, and a run can be saved between them.
+the same images: one call of bounded memory each, and a run can be saved between them.
 """
 
 from __future__ import annotations

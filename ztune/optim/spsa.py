@@ -52,7 +52,7 @@ class SpsaConfig:
 
 
 class Spsa:
-    """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same pictures.
+    """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same images.
 
     With momentum: m ← β m + ĝ, w ← w − a_k (ĝ + β m), which is Nesterov's look-ahead.
     """

@@ -12,7 +12,7 @@ from ztune.optim.nested import get_state, put_state
 from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 KEEPS = ("best", "last")
-# Accuracies are fractions of pictures, and 0.57 − 0.56 is a little less than 0.01.
+# Accuracies are fractions of images, and 0.57 − 0.56 is a little less than 0.01.
 _ROUNDING = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""A bundle on real servers against the same bundle here: encoders, losses, pictures, regions."""
+"""A bundle on real servers against the same bundle here: encoders, losses, images, regions."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ from ztune.types import F32, I64, Batch, Prompts
 pytest.importorskip("tritonclient.grpc")
 
 WORDS = ("zero", "one", "small two", "three", "a very large drawn four", "five")
-N_CONTEXT, N_CANDIDATES, N_VIEWS, N_PICTURES = 4, 6, 2, 10
+N_CONTEXT, N_CANDIDATES, N_VIEWS, N_IMAGES = 4, 6, 2, 10
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +214,10 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
         served = connected(f"triton://{triton.grpc}/{name}")
         assert served.access == given
         assert served.withheld == access.EVERYTHING - given
-    assert encoder(connected(f"triton://{triton.grpc}/all"), "server").plan.pictures == (
+    assert encoder(connected(f"triton://{triton.grpc}/all"), "server").plan.image_features == (
         "kept by the server"
     )
-    assert encoder(served).plan.pictures == "sent with every request"
+    assert encoder(served).plan.image_features == "sent with every request"
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
 
@@ -225,11 +225,11 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
 # -- losses ----------------------------------------------------------------------------------------
 
 
-def pictures(bundle: Bundle) -> tuple[F32, I64]:
+def images(bundle: Bundle) -> tuple[F32, I64]:
     rng = np.random.default_rng(1)
-    features = rng.normal(size=(N_VIEWS, N_PICTURES, bundle.embed_dim))
-    labels = np.arange(N_PICTURES, dtype=np.int64) % len(WORDS)
-    # Some pictures are near their class, so that some are right.
+    features = rng.normal(size=(N_VIEWS, N_IMAGES, bundle.embed_dim))
+    labels = np.arange(N_IMAGES, dtype=np.int64) % len(WORDS)
+    # Some images are near their class, so that some are right.
     near = local_encoder(bundle).encode(contexts(bundle, seed=2))[0][labels]
     features[:, ::2] = near[::2] + 0.03 * features[:, ::2]
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
@@ -239,14 +239,14 @@ def pictures(bundle: Bundle) -> tuple[F32, I64]:
 def batches() -> list[Batch]:
     """Return the views and rows of some steps: other views, an order of its own, a single one."""
     return [
-        Batch(np.arange(N_PICTURES), np.zeros(N_PICTURES, np.int64), 1),
+        Batch(np.arange(N_IMAGES), np.zeros(N_IMAGES, np.int64), 1),
         Batch(np.array([7, 2, 2, 9, 0]), np.array([1, 0, 1, 1, 0]), 2),
         Batch(np.array([3]), np.array([1]), 3),
     ]
 
 
 def check_scores(served: Served, bundle: Bundle, *, logits: bool, cut: int | None = None) -> None:
-    features, labels = pictures(bundle)
+    features, labels = images(bundle)
     own = encoder(served, "server")
     if cut:
         in_requests_of(own, cut)
@@ -254,7 +254,7 @@ def check_scores(served: Served, bundle: Bundle, *, logits: bool, cut: int | Non
     host = NumpyScores(local_encoder(bundle), features, bundle.logit_scale, bundle.logit_bias)
     given, right = Prompts(contexts(bundle)), 0.0
     for batch in batches():
-        known = labels[batch.pictures]
+        known = labels[batch.images]
         got, expected = scores(given, batch, known), host(given, batch, known)
         # A rounding of logits up to 21 in 32 bits is 2e-6.
         np.testing.assert_allclose(got.losses, expected.losses, atol=3e-6, rtol=0)
@@ -270,7 +270,7 @@ def check_scores(served: Served, bundle: Bundle, *, logits: bool, cut: int | Non
 
 
 @pytest.mark.parametrize("name", ["all", "logits"])
-def test_losses_and_logits_of_kept_pictures_are_those_of_the_host(
+def test_losses_and_logits_of_kept_images_are_those_of_the_host(
     triton: TritonServer, connected: Any, bundle: Bundle, name: str
 ) -> None:
     served = connected(f"triton://{triton.grpc}/{name}")
@@ -288,25 +288,25 @@ def test_losses_alone_are_those_of_the_host(
     check_scores(both, bundle, logits=False, cut=2)
 
 
-def test_kept_pictures_cross_the_wire_once(
+def test_kept_images_cross_the_wire_once(
     triton: TritonServer, connected: Any, bundle: Bundle
 ) -> None:
-    features, labels = pictures(bundle)
+    features, labels = images(bundle)
     sent = {}
     for name in ("losses", "sent"):
         served = connected(f"triton://{triton.grpc}/{name}")
         scores = ServedScores(encoder(served, "server"), features, labels, logits=False)
-        batch = Batch(np.arange(N_PICTURES), np.zeros(N_PICTURES, np.int64), 1)
+        batch = Batch(np.arange(N_IMAGES), np.zeros(N_IMAGES, np.int64), 1)
         scores(Prompts(contexts(bundle)), batch, labels)
         before = served.service.payload_bytes[0]
         scores(Prompts(contexts(bundle)), batch, labels)
         sent[name] = served.service.payload_bytes[0] - before
-    size = N_PICTURES * (4 * bundle.embed_dim + 8)
-    assert sent["sent"] - sent["losses"] == size - 32 - 8 * N_PICTURES
+    size = N_IMAGES * (4 * bundle.embed_dim + 8)
+    assert sent["sent"] - sent["losses"] == size - 32 - 8 * N_IMAGES
 
 
 def test_who_computes_losses(triton: TritonServer, connected: Any, bundle: Bundle) -> None:
-    features, labels = pictures(bundle)
+    features, labels = images(bundle)
     for name, losses, logits, by_server in (
         ("all", "auto", False, False),  # so few that the bits of a local run are worth them
         ("all", "server", False, True),
@@ -331,7 +331,7 @@ def test_shared_memory_changes_no_byte(
     triton: TritonServer, connected: Any, bundle: Bundle, protocol: str
 ) -> None:
     address = triton.grpc if protocol == "triton" else triton.http
-    given, (features, labels) = contexts(bundle), pictures(bundle)
+    given, (features, labels) = contexts(bundle), images(bundle)
     found = {}
     before = regions()
     for way in ("off", "on", "auto"):
@@ -340,7 +340,7 @@ def test_shared_memory_changes_no_byte(
         scores = ServedScores(own, features, labels, logits=True)
         seen: list[np.ndarray[Any, Any]] = [own.encode(given)]
         for batch in batches():
-            answer = scores(Prompts(given), batch, labels[batch.pictures])
+            answer = scores(Prompts(given), batch, labels[batch.images])
             assert answer.logits is not None
             seen += [answer.losses, answer.accuracies, answer.logits]
         seen.append(served.images().encode(np.zeros((3, 24, 24, 3), np.uint8)))
@@ -398,16 +398,16 @@ def test_regions_go_after_a_failed_request(
 def test_a_server_that_knows_our_regions_no_longer(
     triton: TritonServer, connected: Any, bundle: Bundle, protocol: str
 ) -> None:
-    features, labels = pictures(bundle)
+    features, labels = images(bundle)
     address = triton.grpc if protocol == "triton" else triton.http
     served = connected(f"{protocol}://{address}/all", shared_memory="on")
     own = in_requests_of(encoder(served, "server"), 2)
     scores = ServedScores(own, features, labels, logits=False)
     batch = batches()[1]
-    expected = scores(Prompts(contexts(bundle)), batch, labels[batch.pictures])
+    expected = scores(Prompts(contexts(bundle)), batch, labels[batch.images])
     assert len(status(triton)) > 1
     forget(triton)  # as one does that was started anew while nothing was on its way
-    got = scores(Prompts(contexts(bundle)), batch, labels[batch.pictures])
+    got = scores(Prompts(contexts(bundle)), batch, labels[batch.images])
     np.testing.assert_array_equal(got.losses, expected.losses)
     assert status(triton)
 
@@ -459,7 +459,7 @@ def test_closing_while_regions_are_in_use(
     assert regions() == before
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------
 
 
 def digits() -> Sequence[Path]:
@@ -479,9 +479,7 @@ def test_images_are_encoded_as_here(triton: TritonServer, connected: Any, bundle
     assert tower.identity != local.identity
 
 
-def test_int8_pictures_have_no_company(
-    triton: TritonServer, connected: Any, bundle: Bundle
-) -> None:
+def test_int8_images_have_no_company(triton: TritonServer, connected: Any, bundle: Bundle) -> None:
     served = connected(f"triton://{triton.grpc}/int8", client=None)
     assert served.bundle.precision == "int8"
     tower = served.images()
@@ -525,7 +523,7 @@ def test_a_server_of_another_make(
         encoder(served).encode(given), local_encoder(bundle).encode(given)
     )
     check_scores(served, bundle, logits=True)
-    assert encoder(served, "server").plan.pictures == "sent with every request"
+    assert encoder(served, "server").plan.image_features == "sent with every request"
     assert not served.service.shares_memory
 
 

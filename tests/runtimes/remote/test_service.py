@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from runtimes.remote.endpoint import Connection, Location, parse_endpoint
-from runtimes.remote.service import Ask, KeptPictures, Question, Service
+from runtimes.remote.service import Ask, KeptImages, Question, Service
 from runtimes.remote.shared_memory import Expected, SharedMemory
 from runtimes.remote.transport import CallError, Request, Transport
 from tests.servers import fake as fakes
@@ -34,7 +34,7 @@ def digest(value: bytes = DIGEST) -> np.ndarray[Any, Any]:
 
 
 class Fake(FakeServer):
-    """Triples contexts, scores with pictures that it keeps, and is ready when it is told to be."""
+    """Triples contexts, scores with images that it keeps, and is ready when it is told to be."""
 
     def __init__(self, *, tells: bool = True, keeps: bool = True) -> None:
         self.ready = True
@@ -43,7 +43,7 @@ class Fake(FakeServer):
         self.kept: dict[bytes, Any] = {}
         told = [Tensor("digest", "UINT8", [32])] if tells else []
         contexts = [Tensor("contexts", "FP32", [-1, -1, 2]), Tensor("tokens", "INT64", [-1, -1])]
-        pictures = [Tensor("features", "FP32", [-1, 2]), Tensor("labels", "INT64", [-1])]
+        images = [Tensor("features", "FP32", [-1, 2]), Tensor("labels", "INT64", [-1])]
         named = [Tensor("kept", "UINT8", [32]), Tensor("rows", "INT64", [-1])]
         super().__init__(
             {
@@ -51,7 +51,7 @@ class Fake(FakeServer):
                     contexts, [Tensor("features", "FP32", [-1, -1, 2]), *told], self.tripled
                 ),
                 "m_score": FakeModel(
-                    [*contexts, *pictures, *(named if keeps else [])],
+                    [*contexts, *images, *(named if keeps else [])],
                     [Tensor("losses", "FP64", [-1]), *told],
                     self.scored,
                 ),
@@ -69,7 +69,7 @@ class Fake(FakeServer):
         if "kept" in given:
             name = given["kept"].tobytes()
             if name not in self.kept:
-                raise FailedError(grpc.StatusCode.NOT_FOUND, "no pictures are kept")
+                raise FailedError(grpc.StatusCode.NOT_FOUND, "no images are kept")
             total = self.kept[name][given["rows"]].sum()
         else:
             total = given["features"].sum()
@@ -318,15 +318,15 @@ def test_each_row_says_whose_it_is(fake: Fake) -> None:
             service.ask([asking])
 
 
-# -- pictures that a server keeps ------------------------------------------------------------------
+# -- images that a server keeps ------------------------------------------------------------------
 
 
-def pictures(number: int) -> KeptPictures:
+def images(number: int) -> KeptImages:
     features = np.full((4, 2), number, np.float32) * np.arange(4, dtype=np.float32)[:, None]
-    return KeptPictures.of(features, np.zeros(4, np.int64))
+    return KeptImages.of(features, np.zeros(4, np.int64))
 
 
-def scoring(kept: KeptPictures, *rows: int) -> Question:
+def scoring(kept: KeptImages, *rows: int) -> Question:
     inputs = {
         **question().inputs,
         "kept": np.frombuffer(kept.name, np.uint8),
@@ -339,8 +339,8 @@ def losses(answers: Sequence[dict[str, Any]]) -> list[float]:
     return [float(answer["losses"][0]) for answer in answers]
 
 
-def test_pictures_are_sent_once_to_each_server(fake: Fake) -> None:
-    kept, others = pictures(1), pictures(10)
+def test_images_are_sent_once_to_each_server(fake: Fake) -> None:
+    kept, others = images(1), images(10)
     sent: list[tuple[int, int]] = []
     with Fake() as second, serving(fake.grpc, second.grpc) as service:
         service.sending = lambda part, n: sent.append((part, n))
@@ -353,8 +353,8 @@ def test_pictures_are_sent_once_to_each_server(fake: Fake) -> None:
         assert sorted(sent) == sorted([(number, 2) for number in range(8)] * 3)
 
 
-def test_pictures_that_a_server_forgot_are_sent_again(fake: Fake) -> None:
-    kept = pictures(1)
+def test_images_that_a_server_forgot_are_sent_again(fake: Fake) -> None:
+    kept = images(1)
     sent: list[int] = []
     with serving(fake.grpc) as service:
         service.sending = lambda part, n: sent.append(n)
@@ -367,19 +367,19 @@ def test_pictures_that_a_server_forgot_are_sent_again(fake: Fake) -> None:
         assert sent == [2, 2]  # the server said that it had evaluated nothing
 
 
-def test_pictures_that_are_always_forgotten_are_sent_with_the_question(fake: Fake) -> None:
+def test_images_that_are_always_forgotten_are_sent_with_the_question(fake: Fake) -> None:
     class Nothing(dict[bytes, Any]):
         def __setitem__(self, key: bytes, value: Any) -> None:
             """Keep nothing, as behind an address with another server for each request."""
 
     fake.kept = Nothing()
     with serving(fake.grpc, give_up=60) as service:
-        assert losses(service.ask([scoring(pictures(1), 1, 3)])) == [8.0]
+        assert losses(service.ask([scoring(images(1), 1, 3)])) == [8.0]
         # Three times keep and ask, and then everything at once.
         assert fake.calls["ModelInfer"] == 7
 
 
-def test_pictures_that_a_server_does_not_take_go_with_every_request(fake: Fake) -> None:
+def test_images_that_a_server_does_not_take_go_with_every_request(fake: Fake) -> None:
     def full(request: Any, honest: Any) -> Any:
         names = {given.name for given in request.inputs}
         if {"kept", "features"} <= names:
@@ -389,7 +389,7 @@ def test_pictures_that_a_server_does_not_take_go_with_every_request(fake: Fake) 
     said: list[str] = []
     with serving(fake.grpc, remark=said.append) as service:
         fake.hook = full
-        asked = [scoring(pictures(1), 1, 3)] * 3
+        asked = [scoring(images(1), 1, 3)] * 3
         for _ in range(2):
             assert losses(service.ask(asked)) == [8.0] * 3
         assert fake.calls["ModelInfer"] == 1 + 2 * 3  # it was asked to keep them once
@@ -402,11 +402,11 @@ def test_a_server_that_refuses_everything_is_not_asked_again(fake: Fake) -> None
     with serving(fake.grpc) as service:
         fake.hook = failing("INVALID_ARGUMENT", words="more than 512 bytes")
         with pytest.raises(ServerError, match="more than 512 bytes"):
-            service.ask([scoring(pictures(1), 1)] * 3)
-        assert fake.calls["ModelInfer"] <= 1 + 3  # to keep the pictures, then each with its own
+            service.ask([scoring(images(1), 1)] * 3)
+        assert fake.calls["ModelInfer"] <= 1 + 3  # to keep the images, then each with its own
 
 
-def test_one_deadline_is_enough_where_pictures_cannot_be_sent(fake: Fake) -> None:
+def test_one_deadline_is_enough_where_images_cannot_be_sent(fake: Fake) -> None:
     release = threading.Event()
 
     def wait(request: Any, honest: Any) -> Any:
@@ -417,7 +417,7 @@ def test_one_deadline_is_enough_where_pictures_cannot_be_sent(fake: Fake) -> Non
         fake.hook = wait
         began = time.monotonic()
         with pytest.raises(AwayError):
-            service.ask([scoring(pictures(1), 1)] * 4)
+            service.ask([scoring(images(1), 1)] * 4)
         assert time.monotonic() - began < 3  # and not one after the other
     release.set()
 

@@ -163,7 +163,7 @@ def test_what_each_grpc_status_means(fake: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        ("no pictures are kept under this name", "forgotten"),
+        ("no images are kept under this name", "forgotten"),
         ("Unable to find shared memory region: 'r'", "forgotten"),
         ("Request for unknown model: 'm' is not found", "missing"),
     ],

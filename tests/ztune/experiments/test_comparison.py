@@ -35,7 +35,7 @@ from ztune.io.fields import Fields
 from ztune.report_compare import Level, Line, draw_against
 from ztune.types import Json
 
-IMAGES = ImagePass(seconds_per_picture=0.5, peak_memory_mb=300.0)
+IMAGES = ImagePass(seconds_per_image=0.5, peak_memory_mb=300.0)
 FIGURES = Figures(
     accuracy=0.6,
     n_test=50,
@@ -85,7 +85,7 @@ def test_a_row_is_the_mean_over_the_seeds_that_finished() -> None:
     assert row.failures == ((2, "broke"),)
 
 
-def test_a_method_costs_the_same_whether_or_not_another_encoded_its_pictures() -> None:
+def test_a_method_costs_the_same_whether_or_not_another_encoded_its_images() -> None:
     alone = replace(FIGURES, image_forwards=40, image_forwards_cached=0, own_seconds=27.0)
     shared = replace(FIGURES, image_forwards=0, image_forwards_cached=40, own_seconds=7.0)
     rows = [summarise([Cell("zip", 1, figures)], IMAGES)[0] for figures in (alone, shared)]
@@ -192,7 +192,7 @@ def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:
     curve = mean_curve(cells, IMAGES)
     assert curve is not None
     np.testing.assert_array_equal(curve.queries, [20, 40])
-    np.testing.assert_allclose(curve.seconds, [3 + 20, 6 + 20])  # with 40 pictures of 0.5 s
+    np.testing.assert_allclose(curve.seconds, [3 + 20, 6 + 20])  # with 40 images of 0.5 s
     np.testing.assert_allclose(curve.mean, [0.5, 0.7])
     np.testing.assert_allclose(curve.low, [0.4, 0.6])
     np.testing.assert_allclose(curve.high, [0.6, 0.8])
@@ -205,14 +205,14 @@ def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:
 
 
 def test_the_estimate_adds_what_a_cell_sends() -> None:
-    rates = Rates(text_query=0.01, picture=0.3, encoding=0.2, opening=1.0)
+    rates = Rates(text_query=0.01, image=0.3, encoding=0.2, opening=1.0)
     nothing = estimated_seconds(Job(), rates)
     assert nothing > 2 * rates.opening
     texts = Job(queries=1000, changes_texts=True)
     assert estimated_seconds(texts, rates) - nothing == pytest.approx(10)
-    pictures = Job(queries=100, pictures_per_query=16, n_scored=50)
-    assert estimated_seconds(pictures, rates) - nothing == pytest.approx(320 + 15)
-    both = replace(pictures, changes_texts=True)
+    images = Job(queries=100, images_per_query=16, n_scored=50)
+    assert estimated_seconds(images, rates) - nothing == pytest.approx(320 + 15)
+    both = replace(images, changes_texts=True)
     assert estimated_seconds(both, rates) - nothing == pytest.approx(320 + 15 + 1)
     slow = replace(texts, own_seconds=60.0)
     assert estimated_seconds(slow, rates) - nothing == pytest.approx(10 + 60)
@@ -237,7 +237,7 @@ def test_a_bar_in_a_cell_does_not_end_it() -> None:
     assert lines == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
 
 
-def test_pictures_of_many_methods_of_one_and_of_none(tmp_path: Path) -> None:
+def test_images_of_many_methods_of_one_and_of_none(tmp_path: Path) -> None:
     cost = np.array([10.0, 100.0, 1000.0])
     accuracy = np.array([0.3, 0.5, 0.6])
     many = [Line(f"m${i}_", i, cost, accuracy + i / 99, accuracy, accuracy + 0.2) for i in range(9)]
@@ -252,7 +252,7 @@ def test_pictures_of_many_methods_of_one_and_of_none(tmp_path: Path) -> None:
     }.items():
         path = tmp_path / f"{name}.png"
         draw_against("seconds", lines, flat, "a title of $^$ and 猫", path)
-        with Image.open(path) as picture:
-            assert picture.width > picture.height > 400
+        with Image.open(path) as image:
+            assert image.width > image.height > 400
     assert (tmp_path / "many.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert (tmp_path / "many.png").read_bytes() != (tmp_path / "heads.png").read_bytes()

@@ -448,7 +448,7 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, text)
     assert str(tmp_path) in plan.models["large"]
     digests = {"small": "12ab", "large": "34cd"}
-    found_of_photos = Found(None, ["no test pictures"])
+    found_of_photos = Found(None, ["no test images"])
     document = plan.to_json(digests, {"photos": found_of_photos})
     written = json.dumps(document, allow_nan=False)
     assert str(tmp_path) not in written
@@ -461,7 +461,7 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     found: Any = json.loads(written)
     photos, food = found["data"]["photos"], found["data"]["food101"]
     assert (photos["title"], photos["template"]) == ("photos", "a photo of {}.")
-    assert photos["found"] == {"known_as": None, "remarks": ["no test pictures"]}
+    assert photos["found"] == {"known_as": None, "remarks": ["no test images"]}
     assert (food["title"], food["template"]) == ("Food101", "a dish of {}")
     assert food["found"] is None
     assert photos["place"] != food["place"]

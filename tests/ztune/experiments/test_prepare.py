@@ -57,8 +57,8 @@ def data(tmp_path: Path) -> Path:
     root = tmp_path / "digits"
     for name in ("one", "two", "three"):
         (root / name).mkdir(parents=True)
-        for picture in sorted((DIGITS / name).iterdir())[:16]:
-            shutil.copy(picture, root / name)
+        for image in sorted((DIGITS / name).iterdir())[:16]:
+            shutil.copy(image, root / name)
     return root
 
 
@@ -123,7 +123,7 @@ def scored_on(prepared: Prepared) -> list[Split]:
 
 
 def file_of(prepared: Prepared, role: str) -> Path:
-    """Return the first picture that a plan of one cell uses so."""
+    """Return the first image that a plan of one cell uses so."""
     (job,) = prepared.jobs
     if role == "test":
         return scored_on(prepared)[0].items("test")[0][0]
@@ -131,12 +131,12 @@ def file_of(prepared: Prepared, role: str) -> Path:
 
 
 def divided(data: Path, path: Path) -> Path:
-    """Write a manifest that says what each picture is for, so that others change no role."""
+    """Write a manifest that says what each image is for, so that others change no role."""
     rows = ["path,label,split"]
     for name in ("one", "two", "three"):
-        for n, picture in enumerate(sorted((data / name).iterdir())):
+        for n, image in enumerate(sorted((data / name).iterdir())):
             split = "train" if n < 8 else "val" if n < 11 else "test"
-            rows.append(f"{picture.relative_to(path.parent).as_posix()},{name},{split}")
+            rows.append(f"{image.relative_to(path.parent).as_posix()},{name},{split}")
     path.write_text("\n".join(rows) + "\n")
     return path
 
@@ -219,7 +219,7 @@ def test_a_key_changes_with_the_bundle_and_not_with_its_place(
 
 
 @pytest.mark.parametrize("role", ["train", "val", "test"])
-def test_a_key_changes_with_every_pictures_bytes(data: Path, prepare: Prepare, role: str) -> None:
+def test_a_key_changes_with_every_images_bytes(data: Path, prepare: Prepare, role: str) -> None:
     prepared = prepare(few_shot(data))
     with file_of(prepared, role).open("ab") as file:
         file.write(b" ")
@@ -229,7 +229,7 @@ def test_a_key_changes_with_every_pictures_bytes(data: Path, prepare: Prepare, r
     assert (changed.jobs[0].run == prepared.jobs[0].run) == (role == "test")
 
 
-def test_a_key_changes_with_a_test_picture_and_the_run_does_not(
+def test_a_key_changes_with_a_test_image_and_the_run_does_not(
     data: Path, prepare: Prepare, tmp_path: Path
 ) -> None:
     manifest = divided(data, tmp_path / "list.csv")
@@ -258,8 +258,8 @@ def test_a_target_and_its_template_are_part_of_a_transfers_key(
     data: Path, prepare: Prepare, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(data, tmp_path / "other"))
-    for picture in other.glob("*/*"):
-        with picture.open("ab") as file:
+    for image in other.glob("*/*"):
+        with image.open("ab") as file:
             file.write(b" ")
     ways = [prepare(transfers(data, *way)) for way in ((data, "{}"), (data, "a {}"), (other, "{}"))]
     assert len({key for way in ways for key in way.cells.values()}) == 3 * 2
@@ -467,7 +467,7 @@ def test_copies_in_published_lists_are_counted_and_kept(
         copy[0].write_bytes(source.read_bytes())
     prepared = prepare(known(), root=tmp_path)
     (warning,) = warnings
-    assert warning.startswith("dtd: test: 2 of the pictures to test on equal one that is tuned")
+    assert warning.startswith("dtd: test: 2 of the images to test on equal one that is tuned")
     (job,) = prepared.jobs
     (split,) = scored_on(prepared)
     assert len(split.entries) == len(before.entries), "they stay"
@@ -491,7 +491,7 @@ def test_copies_are_counted_seed_by_seed(
     file_of_test.write_bytes(sometimes.read_bytes())
     prepare(plan, root=tmp_path)
     (warning,) = warnings
-    assert "dtd: test: 0 to 1 of the pictures" in warning
+    assert "dtd: test: 0 to 1 of the images" in warning
 
 
 def test_copies_in_ones_own_images_are_refused(data: Path, prepare: Prepare) -> None:
@@ -501,7 +501,7 @@ def test_copies_in_ones_own_images_are_refused(data: Path, prepare: Prepare) -> 
         assert prepare(few_shot(data)).cells
     other = next((data / "two").iterdir())
     other.write_bytes(first.read_bytes())
-    with pytest.raises(DataError, match="the same picture has two classes"):
+    with pytest.raises(DataError, match="the same image has two classes"):
         prepare(few_shot(data))
 
 
@@ -511,7 +511,7 @@ def test_what_is_unusual_is_said_once(
     built(tmp_path, "dtd")
     prepare(known(seeds="1, 2", shots="2, 9"), root=tmp_path, progress=Output())
     said = capfd.readouterr().err.splitlines()
-    short = [line for line in said if "have fewer than 9 pictures" in line]
+    short = [line for line in said if "have fewer than 9 images" in line]
     assert len(short) == 1
     assert short[0].startswith("dtd: 9 shots: 2 class(es)")
     assert len([line for line in said if "drawn by ztune" in line]) == 1
@@ -589,24 +589,24 @@ def test_class_names_of_a_file(data: Path, prepare: Prepare, tmp_path: Path) -> 
 # What cannot be prepared
 
 
-def test_a_picture_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: Path) -> None:
     manifest = divided(data, tmp_path / "list.csv")
     lost = file_of(prepare(few_shot(manifest)), "test")
     lost.unlink()
     with pytest.raises(DataError, match=r"list.csv.*is missing"):
         prepare(few_shot(manifest))
-    # A folder of a known name lists its pictures; this one vanishes after the lists were read.
+    # A folder of a known name lists its images; this one vanishes after the lists were read.
     built(tmp_path, "dtd")
     text = known()
     preparation = prepare(text, root=tmp_path)
-    picture = file_of(preparation, "test")
-    picture.unlink()
-    picture.mkdir()
-    with pytest.raises(DataError, match=rf"{picture.parent.name}/{picture.name}"):
+    image = file_of(preparation, "test")
+    image.unlink()
+    image.mkdir()
+    with pytest.raises(DataError, match=rf"{image.parent.name}/{image.name}"):
         prepare(text, root=tmp_path)
 
 
-def test_a_picture_that_vanishes_is_named(
+def test_an_image_that_vanishes_is_named(
     data: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = file_of(prepare(few_shot(data)), "val")
@@ -617,7 +617,7 @@ def test_a_picture_that_vanishes_is_named(
         return sha256(path)
 
     monkeypatch.setattr("ztune.data.splitter.sha256", vanished)
-    with pytest.raises(DataError, match=rf'picture ".*{lost.name}" cannot be read: No such file'):
+    with pytest.raises(DataError, match=rf'image ".*{lost.name}" cannot be read: No such file'):
         prepare(few_shot(data))
 
 
@@ -638,14 +638,14 @@ def test_what_cannot_be_used_is_named(
 
 def test_a_part_of_one_class_stops_the_plan(data: Path, prepare: Prepare) -> None:
     text = few_shot(data).replace("few-shot", "base-to-new")
-    with pytest.raises(DataError, match=r"test pictures of 1 new class"):
+    with pytest.raises(DataError, match=r"test images of 1 new class"):
         prepare(text)
 
 
 # What is encoded
 
 
-def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
+def images_of(prepared: Prepared) -> tuple[set[str], set[str]]:
     """Return the digests that the jobs tune with as they are, and test on."""
     tuned, tested = set(), set()
     for job in prepared.jobs:
@@ -658,7 +658,7 @@ def pictures_of(prepared: Prepared) -> tuple[set[str], set[str]]:
     return tuned, tested
 
 
-def test_every_picture_is_encoded_once(
+def test_every_image_is_encoded_once(
     data: Path, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "results"
@@ -673,7 +673,7 @@ def test_every_picture_is_encoded_once(
     assert {task.cache for task in tasks} == {
         out / "cache" / "digits" / n for n in ("tune", "test")
     }
-    tuned, tested = pictures_of(prepared)
+    tuned, tested = images_of(prepared)
     for cache, wanted in (("tune", tuned), ("test", tested)):
         parts = [task.items for task in tasks if task.cache.name == cache]
         digests = [digest for items in parts for _, digest in items]
@@ -710,20 +710,20 @@ def test_views_are_not_encoded_before(data: Path, prepare: Prepare) -> None:
     assert digests == {entry.sha256 for entry in job.split.entries_of("val")}
 
 
-def test_tasks_are_of_512_pictures_or_as_many_as_make_32_tasks(
+def test_tasks_are_of_512_images_or_as_many_as_make_32_tasks(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "many"
-    picture = png(5)
+    image = png(5)
     for name in ("a", "b"):
         (root / "train" / name).mkdir(parents=True)
         (root / "val" / name).mkdir(parents=True)
         (root / "test" / name).mkdir(parents=True)
         for n in range(2):
-            (root / "train" / name / f"{n}.png").write_bytes(picture + f"{name}t{n}".encode())
-            (root / "val" / name / f"{n}.png").write_bytes(picture + f"{name}v{n}".encode())
+            (root / "train" / name / f"{n}.png").write_bytes(image + f"{name}t{n}".encode())
+            (root / "val" / name / f"{n}.png").write_bytes(image + f"{name}v{n}".encode())
         for n in range(513):
-            (root / "test" / name / f"{n}.png").write_bytes(picture + f"{name}{n}".encode())
+            (root / "test" / name / f"{n}.png").write_bytes(image + f"{name}{n}".encode())
     prepared = prepare(few_shot(root))
     tasks = encodings(prepared.jobs, prepared.tested)
     sizes: dict[str, list[int]] = {}
@@ -751,7 +751,7 @@ def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None
     """A data set of the plan that is not there yet is no obstacle to the others.
 
     What is read gets all of its keys: some of a table's from now and some from before might be of
-    different pictures.
+    different images.
     """
     text = few_shot(data, seed="1, 2")
     text = text.replace("[methods]", f'absent = {{ path = "{data}-absent" }}\n[methods]')

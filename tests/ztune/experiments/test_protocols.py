@@ -11,7 +11,7 @@ from tests.conftest import DIGITS
 from tests.ztune.data_trees import TREES
 from tests.ztune.test_data_named import built
 from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot, shown
-from ztune.data.folders import Listing, Picture, read_dataset
+from ztune.data.folders import ListedImage, Listing, read_dataset
 from ztune.data.named import NAMED
 from ztune.data.sources import read_source
 from ztune.data.split import SplitSettings
@@ -31,7 +31,7 @@ ROOT = Path("/data")
 
 
 def items(part: str, *names: str, n: int = 6) -> tuple[Item, ...]:
-    """Return n pictures of every name, labels in the order of the names, interleaved."""
+    """Return n images of every name, labels in the order of the names, interleaved."""
     return tuple(
         Item(f"{label}/{part}{i}.png", label, name)
         for i in range(n)
@@ -49,8 +49,8 @@ def source(*names: str, name: str = "pets", train: int = 6, val: int = 5, test: 
 def published(name: str, lists: CoopSplit) -> Source:
     """Return a data set with published lists."""
     classes = tuple(sorted({shown(item.name) for _, item in lists}))
-    pictures = tuple(Picture(i.path, classes.index(shown(i.name)), role) for role, i in lists)
-    listing = Listing(ROOT / name, classes, pictures, 0, lists=lists)
+    images = tuple(ListedImage(i.path, classes.index(shown(i.name)), role) for role, i in lists)
+    listing = Listing(ROOT / name, classes, images, 0, lists=lists)
     return Source(name, listing, ("a photo of a {}.",))
 
 
@@ -74,7 +74,7 @@ def digest(path: Path) -> str:
 
 @pytest.mark.parametrize("shots", [1, 2, 16])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_few_shots_are_the_published_draw_and_all_test_pictures_stay(shots: int, seed: int) -> None:
+def test_few_shots_are_the_published_draw_and_all_test_images_stay(shots: int, seed: int) -> None:
     pets = source("dog", "cat", "eel")
     task = task_of("few-shot", pets, (), shots, seed)
     drawn = few_shot(lists_of(pets), shots, seed)
@@ -91,7 +91,7 @@ def test_every_known_data_set_that_can_be_tuned_on(tmp_path: Path, name: str) ->
     task = task_of("few-shot", data, (), 2, 1)
     assert task.classes == tuple(sorted(set(TREES[name].classes)))
     split = split_of(task, digest)
-    per_class = 2 if name != "fgvcaircraft" else 1  # its tree has one picture of each
+    per_class = 2 if name != "fgvcaircraft" else 1  # its tree has one image of each
     assert len(split.entries_of("train")) == per_class * len(TREES[name].classes)
     assert split.roots == {"data": data.root}
     assert all((data.root / entry.path).is_file() for entry in split.entries)
@@ -116,7 +116,7 @@ def test_shots_of_ones_own_images_are_those_of_tune() -> None:
 
 def test_ones_own_images_must_suffice_for_a_test_set() -> None:
     listing = read_dataset(DIGITS)
-    few = dataclasses.replace(listing, pictures=listing.pictures[::20])
+    few = dataclasses.replace(listing, images=listing.images[::20])
     with pytest.raises(DataError, match='data set "digits": no test set: class'):
         task_of("few-shot", Source("digits", few, ("{}",)), (), 4, 1)
 
@@ -159,8 +159,8 @@ def test_shots_are_drawn_of_all_classes_before_these_are_divided() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("dog", "cat"), 'data set "pets" has test pictures of 1 base class'),
-        (("dog", "cat", "eel"), 'data set "pets" has test pictures of 1 new class'),
+        (("dog", "cat"), 'data set "pets" has test images of 1 base class'),
+        (("dog", "cat", "eel"), 'data set "pets" has test images of 1 new class'),
         (("dog",), "there is one class only"),
     ],
 )
@@ -196,11 +196,11 @@ def test_variants_of_imagenet_by_name(tmp_path: Path) -> None:
     assert not [remark for remark in remarks_on(task) if "variant" in remark]
 
 
-def test_a_source_must_have_pictures_to_tune_with() -> None:
+def test_a_source_must_have_images_to_tune_with() -> None:
     untrained = source("dog", "cat", train=0)
     for protocol in PROTOCOLS:
         targets = (source("hen", "cow", name="farm"),) if protocol in TRANSFERS else ()
-        with pytest.raises(DataError, match='"pets" has no pictures to tune with, only to test on'):
+        with pytest.raises(DataError, match='"pets" has no images to tune with, only to test on'):
             task_of(protocol, untrained, targets, 1, 1)
 
 
@@ -208,7 +208,7 @@ def test_a_source_must_have_pictures_to_tune_with() -> None:
 def test_a_target_must_have_two_classes(names: tuple[str, ...]) -> None:
     farm = source(*names, name="farm")
     n = min(len(names), 1)
-    with pytest.raises(DataError, match=f'"farm" has test pictures of {n} farm class'):
+    with pytest.raises(DataError, match=f'"farm" has test images of {n} farm class'):
         task_of("cross-data-set", source("dog", "cat"), (farm,), 1, 1)
 
 
@@ -261,7 +261,7 @@ def test_nothing_is_said_about_what_is_usual() -> None:
     assert remarks_on(task_of("cross-data-set", pets, (farm,), 4, 1)) == []
 
 
-def test_classes_with_fewer_pictures_than_shots_are_told_of() -> None:
+def test_classes_with_fewer_images_than_shots_are_told_of() -> None:
     pets = source("dog", "cat", "eel", "ape")
     rare = [item for item in lists_of(pets).train if item.name != "cat" or item.path == "1/a0.png"]
     rare = [item for item in rare if item.name != "eel" or item.path in ("2/a1.png", "2/a2.png")]
@@ -269,7 +269,7 @@ def test_classes_with_fewer_pictures_than_shots_are_told_of() -> None:
     task = task_of("few-shot", few, (), 4, 1)
     assert [item.name for item in task.drawn.train].count("cat") == 1
     (remark,) = remarks_on(task)
-    assert remark.startswith("2 class(es) have fewer than 4 pictures to tune with")
+    assert remark.startswith("2 class(es) have fewer than 4 images to tune with")
     assert remark.endswith('"cat" 1')
     assert remarks_on(task_of("few-shot", few, (), 1, 1)) == []
     # Of classes that are not tuned on nothing is said.
@@ -277,11 +277,11 @@ def test_classes_with_fewer_pictures_than_shots_are_told_of() -> None:
     assert remarks_on(task_of("base-to-new", few, (), 4, 1))[0].startswith("1 class(es)")
 
 
-def test_data_without_validation_pictures_are_told_of(tmp_path: Path) -> None:
+def test_data_without_validation_images_are_told_of(tmp_path: Path) -> None:
     (remark,) = remarks_on(task_of("few-shot", source("dog", "cat", val=0), (), 2, 1))
-    assert remark.startswith("no validation pictures")
+    assert remark.startswith("no validation images")
     imagenet = task_of("few-shot", known(tmp_path, "imagenet"), (), 1, 1)
-    assert any("no validation pictures" in remark for remark in remarks_on(imagenet))
+    assert any("no validation images" in remark for remark in remarks_on(imagenet))
 
 
 def test_classes_of_a_variant_that_the_source_lacks_are_told_of() -> None:
@@ -294,7 +294,7 @@ def test_classes_of_a_variant_that_the_source_lacks_are_told_of() -> None:
     assert "thing 5" not in remark, "a few names are enough"
 
 
-def test_classes_without_test_pictures_are_told_of() -> None:
+def test_classes_without_test_images_are_told_of() -> None:
     """They stay answers, wrong ones: without them figures would look better than they are."""
     pets = source("dog", "cat", "eel", "ape", "bee")
     tested = tuple(item for item in lists_of(pets).test if item.name != "cat")
@@ -304,7 +304,7 @@ def test_classes_without_test_pictures_are_told_of() -> None:
         assert "cat" in task.classes
         assert "cat" in task.parts[0].classes
         (remark,) = remarks_on(task)
-        assert remark.startswith(f"1 {part}class(es) have no test pictures, and are wrong")
+        assert remark.startswith(f"1 {part}class(es) have no test images, and are wrong")
         assert remark.endswith(": cat")
 
 
@@ -369,7 +369,7 @@ def sources(draw: st.DrawFn) -> Source:
 
 @settings(max_examples=300, deadline=None)
 @given(sources(), sources(), st.sampled_from(PROTOCOLS), st.integers(1, 6), st.integers(0, 3))
-def test_no_test_picture_is_drawn_unless_the_lists_say_so(
+def test_no_test_image_is_drawn_unless_the_lists_say_so(
     tuned: Source, other: Source, protocol: str, shots: int, seed: int
 ) -> None:
     targets = (other,) if protocol in TRANSFERS else ()
@@ -388,7 +388,7 @@ def test_no_test_picture_is_drawn_unless_the_lists_say_so(
         assert drawn & tested <= listed & named
         assert len(part.classes) >= 2
     remarks_on(task)
-    # What is drawn depends on no test picture: with others in their place it is the same.
+    # What is drawn depends on no test image: with others in their place it is the same.
     moved = tuple(Item(f"moved/{i.path}", i.label, i.name) for i in lists_of(tuned).test)
     elsewhere = published(tuned.name, dataclasses.replace(lists_of(tuned), test=moved))
     again = task_of(protocol, elsewhere, targets, shots, seed)
@@ -402,5 +402,5 @@ def test_every_known_name_is_a_source_or_a_target(tmp_path: Path) -> None:
     for_testing = [name for name in NAMED if not TREES[name].counts[0]]
     assert for_testing == ["imagenetv2", "imagenetsketch", "imageneta", "imagenetr"]
     for name in for_testing:
-        with pytest.raises(DataError, match="no pictures to tune with"):
+        with pytest.raises(DataError, match="no images to tune with"):
             task_of("few-shot", known(tmp_path, name), (), 1, 1)

@@ -69,14 +69,14 @@ def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
-    said = ("2 test pictures\nequal <tuned> ones", "# x has *few* pictures")
+    said = ("2 test images\nequal <tuned> ones", "# x has *few* images")
     store = store_of(tmp_path, MIXED, remarks={"dtd": said})
     view = store.view(PLAN)
     text = write_report(view, tmp_path / "report")[0].read_text()
     assert (
         "not carried out yet.\n\n## Data\n\n"
-        "- dtd: 2 test pictures equal \\<tuned> ones\n"
-        "- dtd: # x has \\*few\\* pictures\n\n## few-shot, clip\n"
+        "- dtd: 2 test images equal \\<tuned> ones\n"
+        "- dtd: # x has \\*few\\* images\n\n## few-shot, clip\n"
     ) in text
     # There may be copies among them.
     assert "nothing was tuned on" not in text
@@ -368,7 +368,7 @@ def test_accuracy_is_drawn_against_what_it_cost(
     assert levels == [Level("gda", place, 0.7), Level("hand-written prompts", None, 0.5)]
     assert title == "dtd on clip, 16 shots, mean of 2 seeds (band: lowest to highest)"
     _, (line,), levels, _ = drawn["accuracy-seconds.png"]
-    # 40 pictures found encoded at 0.1 s each; the result's own time is the cell's 10 s.
+    # 40 images found encoded at 0.1 s each; the result's own time is the cell's 10 s.
     np.testing.assert_allclose(line.cost, [4, 6, 14])
     assert levels[0] == Level("gda", place, 0.7, 14.0)
 
@@ -484,17 +484,17 @@ def test_all_labels_of_a_method_look_different_while_they_can(
         assert len(levels) == len(styles)
 
 
-def test_plots_are_pictures(tmp_path: Path) -> None:
+def test_plots_are_images(tmp_path: Path) -> None:
     steps = curve((10, 2.0, 0.2), (100, 9.0, 0.6))
     names = [f"data{i}" for i in range(6)]
     rows = [Row("zip", one, (0.6, 0.5), shots=k, outcome=steps) for one in names for k in (1, 4)]
     text, files = report(tmp_path, rows)
-    pictures = [path for path in files if path.suffix == ".png"]
-    assert len(pictures) == 1 + 2 * len(names)
-    for path in pictures:
+    images = [path for path in files if path.suffix == ".png"]
+    assert len(images) == 1 + 2 * len(names)
+    for path in images:
         assert f"]({path.name})" in text
-        with Image.open(path) as picture:
-            assert min(picture.size) > 400
+        with Image.open(path) as image:
+            assert min(image.size) > 400
 
 
 def test_the_report_loads_numpy_and_nothing_to_draw_with() -> None:

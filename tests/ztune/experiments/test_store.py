@@ -105,9 +105,9 @@ def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Sto
     assert results(store) == [Result(cell(3)), Result(cell(1)), Result(cell(2))]
     first, second = store.begin({}), store.begin({})
     store.finish(key(2), cell(2), OUTCOME, second)
-    store.fail(key(3), cell(3), "no pictures in “café”", first)
+    store.fail(key(3), cell(3), "no images in “café”", first)
     assert results(store) == [
-        Result(cell(3), None, "no pictures in “café”", first),
+        Result(cell(3), None, "no images in “café”", first),
         Result(cell(1)),
         Result(cell(2), OUTCOME, "", second),
     ]
@@ -155,7 +155,7 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
         ("nul \0 inside", "nul \0 inside"),
         ("x" * 100_000, "x" * 100_000),
         # A file name that is no UTF-8 comes like this from the system, into the error's message.
-        ("picture \udcff.png", "picture \\udcff.png"),
+        ("image \udcff.png", "image \\udcff.png"),
         # What an assertion without words says; empty, the cell would look as if nobody had tried.
         ("", "no reason was given"),
     ],
@@ -390,13 +390,13 @@ def test_sessions_are_numbered_in_turn(store: Store) -> None:
     assert list(sessions(store)) == numbers
 
 
-def test_the_time_of_a_picture_is_a_mean_over_all_passes(store: Store) -> None:
+def test_the_time_of_an_image_is_a_mean_over_all_passes(store: Store) -> None:
     store.want(PLAN, {}, {})
     assert rates(store) == {}
     store.add_pass("a", 30, 3.0)
     store.add_pass("a", 10, 3)  # whole seconds must not make it a whole division
     store.add_pass("b", 3, 1)
-    store.add_pass("c", 0, 0.25)  # all pictures were found encoded
+    store.add_pass("c", 0, 0.25)  # all images were found encoded
     assert rates(store) == {"a": 0.15, "b": 1 / 3}
 
 

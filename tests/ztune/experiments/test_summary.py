@@ -183,11 +183,11 @@ def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
     assert sheet.of_unit("m", "source", 16).mean == pytest.approx(0.65)
 
 
-def test_costs_are_means_with_the_pictures_found_encoded_paid_for(tmp_path: Path) -> None:
+def test_costs_are_means_with_the_images_found_encoded_paid_for(tmp_path: Path) -> None:
     (sheet,) = sheets(tmp_path, Row("m", "a", (0.5, 0.6)), Row("none", "a", ("broke",)))
     table = costs_table(sheet, 0.025)
     assert table is not None
-    # 10 s of its own and 40 pictures of 25 ms.
+    # 10 s of its own and 40 images of 25 ms.
     assert texts(table) == {"m": ["16", "2", "100", "20", "1,200", "50", "11.0", "1,000"]}
     assert any("25 ms" in note for note in table.notes)
     free = costs_table(sheet, None)

@@ -1,4 +1,4 @@
-"""Picture sets made of others: changed pictures, and some classes of a set in CoOp's layout.
+"""Image sets made of others: changed images, and some classes of a set in CoOp's layout.
 
 Written once into a work folder, as PNG, the same bytes wherever the same Pillow and NumPy are.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from runtimes.preprocess import open_picture
+from runtimes.preprocess import open_image
 from ztune.data.folders import read_dataset
 from ztune.errors import DataError
 from ztune.io.files import new_folder, read_json
 
 _BLUR = 32
-"""The radius of the blur is a picture's short side over this."""
+"""The radius of the blur is an image's short side over this."""
 _NOISE = 40.0
 """Standard deviation of the noise, of 255."""
 _JPEG_QUALITY = 5
@@ -27,35 +27,35 @@ _BITS = 2
 """Of each colour after posterizing."""
 
 Change = Callable[[Image.Image, int], Image.Image]
-"""From an RGB picture and a seed of its own to an RGB picture."""
+"""From an RGB image and a seed of its own to an RGB image."""
 
 
-def _edges(picture: Image.Image, _seed: int) -> Image.Image:
-    return ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES).convert("RGB")
+def _edges(image: Image.Image, _seed: int) -> Image.Image:
+    return ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES).convert("RGB")
 
 
-def _blur(picture: Image.Image, _seed: int) -> Image.Image:
-    return picture.filter(ImageFilter.GaussianBlur(min(picture.size) / _BLUR))
+def _blur(image: Image.Image, _seed: int) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) / _BLUR))
 
 
-def _noise(picture: Image.Image, seed: int) -> Image.Image:
-    pixels = np.asarray(picture, dtype=np.float64)
+def _noise(image: Image.Image, seed: int) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
     noise = np.random.default_rng(seed).normal(0, _NOISE, pixels.shape)
     return Image.fromarray(np.clip(np.round(pixels + noise), 0, 255).astype(np.uint8))
 
 
-def _jpeg(picture: Image.Image, _seed: int) -> Image.Image:
+def _jpeg(image: Image.Image, _seed: int) -> Image.Image:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=_JPEG_QUALITY)
+    image.save(file, "JPEG", quality=_JPEG_QUALITY)
     return Image.open(file, formats=["JPEG"]).convert("RGB")
 
 
 CHANGES: Mapping[str, Change] = {
-    "grey": lambda picture, _: ImageOps.grayscale(picture).convert("RGB"),
-    "rotated": lambda picture, _: picture.transpose(Image.Transpose.ROTATE_90),
-    "upside-down": lambda picture, _: picture.transpose(Image.Transpose.ROTATE_180),
-    "negative": lambda picture, _: ImageOps.invert(picture),
-    "posterized": lambda picture, _: ImageOps.posterize(picture, _BITS),
+    "grey": lambda image, _: ImageOps.grayscale(image).convert("RGB"),
+    "rotated": lambda image, _: image.transpose(Image.Transpose.ROTATE_90),
+    "upside-down": lambda image, _: image.transpose(Image.Transpose.ROTATE_180),
+    "negative": lambda image, _: ImageOps.invert(image),
+    "posterized": lambda image, _: ImageOps.posterize(image, _BITS),
     "edges": _edges,
     "blur": _blur,
     "noise": _noise,
@@ -64,13 +64,13 @@ CHANGES: Mapping[str, Change] = {
 
 
 def changed(source: Path, change: str, out: Path) -> Path:
-    """Return `out` with every picture of the data set `source` changed, written if it is not there.
+    """Return `out` with every image of the data set `source` changed, written if it is not there.
 
-    Raises: DataError for a picture that cannot be read.
+    Raises: DataError for an image that cannot be read.
     """
     root = source.absolute()
-    pictures = read_dataset(root).pictures
-    files = ((root / one.path, Path(one.path).with_suffix(".png")) for one in pictures)
+    images = read_dataset(root).images
+    files = ((root / one.path, Path(one.path).with_suffix(".png")) for one in images)
     return _written(out, files, CHANGES[change])
 
 
@@ -87,7 +87,7 @@ def of_coop_layout(source: Path, classes: slice, out: Path) -> Path:
     if len(listings) != 1 or len(folders) != 1:
         raise DataError(
             f'"{source}" is no set in CoOp\'s layout (expected one split_zhou_*.json beside one '
-            "folder of pictures)"
+            "folder of images)"
         )
     split = read_json(listings[0], "split file")
     listed = [(role, *row) for role in ("train", "val", "test") for row in _rows(split, role)]
@@ -104,20 +104,20 @@ def _rows(split: Mapping[str, object], role: str) -> list[tuple[str, int, str]]:
     """Return (path, label, class name) of one part of a split file."""
     rows = split.get(role)
     if not isinstance(rows, list):
-        raise DataError(f'the split file lists no "{role}" pictures')
+        raise DataError(f'the split file lists no "{role}" images')
     return [(str(path), int(label), str(name)) for path, label, name in rows]
 
 
 def _written(out: Path, files: Iterable[tuple[Path, Path]], change: Change | None) -> Path:
-    """Write pictures (from, to below `out`), all or nothing."""
+    """Write images (from, to below `out`), all or nothing."""
     if out.is_dir():
         return out
     try:
         with new_folder(out) as work:
             for source, target in files:
                 (work / target).parent.mkdir(parents=True, exist_ok=True)
-                with open_picture(source) as picture:
-                    plain = picture.convert("RGB")
+                with open_image(source) as image:
+                    plain = image.convert("RGB")
                 if change is not None:
                     plain = change(plain, zlib.crc32(target.as_posix().encode()))
                 plain.save(work / target, "PNG")

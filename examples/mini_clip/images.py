@@ -1,4 +1,4 @@
-"""Pictures drawn from the masters: placed, warped, coloured and spoilt, a whole batch at a time."""
+"""Images drawn from the masters: placed, warped, coloured and spoilt, a whole batch at a time."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 
 def draw(n: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], c.Rows]:
-    """Draw ``n`` pictures u8[n, 24, 24, 3] and say what each shows, i64[n, A]."""
+    """Draw ``n`` images u8[n, 24, 24, 3] and say what each shows, i64[n, A]."""
     bank = masters()
     rows = np.full((n, c.N_ATTRIBUTES), c.ABSENT, np.int64)
     rows[:, c.KIND] = rng.choice(len(c.KINDS), n, p=_KIND_SHARES)
@@ -113,24 +113,24 @@ def _paint(coverage: Floats, rows: c.Rows, rng: np.random.Generator) -> NDArray[
     axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
     slope = rng.normal(0, 8, (2, n, 1, 1)).astype(np.float32)
     light = slope[0] * axis[:, None] + slope[1] * axis[None, :]
-    picture = tinted(rows[:, c.GROUND]) + light[..., None]
+    image = tinted(rows[:, c.GROUND]) + light[..., None]
     litter = _litter(n, rng) * (quality == 3)[:, None, None]
-    picture += litter[..., None] * (tinted(rng.integers(len(palette), size=n)) - picture)
-    picture += coverage[..., None] * (tinted(rows[:, c.INK]) - picture)
+    image += litter[..., None] * (tinted(rng.integers(len(palette), size=n)) - image)
+    image += coverage[..., None] * (tinted(rows[:, c.INK]) - image)
 
     spread = np.where(quality == 1, rng.uniform(0.9, 1.6, n), rng.uniform(0.15, 0.65, n))
     distance = (np.arange(SIZE)[:, None] - np.arange(SIZE)[None, :]) ** 2
     kernel = np.exp(-distance / (2 * spread[:, None, None] ** 2)).astype(np.float32)
     kernel /= kernel.sum(axis=2, keepdims=True)
-    picture = np.einsum("nyj,njxc->nyxc", kernel, picture, optimize=True)
-    picture = np.einsum("nxj,nyjc->nyxc", kernel, picture, optimize=True)
+    image = np.einsum("nyj,njxc->nyxc", kernel, image, optimize=True)
+    image = np.einsum("nxj,nyjc->nyxc", kernel, image, optimize=True)
     grain = np.where(quality == 2, rng.uniform(14, 38, n), rng.uniform(0, 6, n))
-    picture += rng.normal(0, 1, picture.shape) * grain[:, None, None, None]
-    return np.asarray(np.clip(picture, 0, 255), np.uint8)
+    image += rng.normal(0, 1, image.shape) * grain[:, None, None, None]
+    return np.asarray(np.clip(image, 0, 255), np.uint8)
 
 
 def _litter(n: int, rng: np.random.Generator) -> Floats:
-    """Three thin lines a picture, at any angle: coverage f32[n, 24, 24]."""
+    """Three thin lines an image, at any angle: coverage f32[n, 24, 24]."""
     axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
     angle = rng.uniform(0, np.pi, (3, n, 1, 1)).astype(np.float32)
     offset = rng.uniform(-1, 1, (3, n, 1, 1)).astype(np.float32)
