@@ -195,7 +195,7 @@ def test_a_folder_that_may_not_be_written_stays_as_it_is(
 
 def test_a_word_is_a_name_or_a_path(here: Path) -> None:
     assert find_named("oxford_flowers", here) is NAMED["flowers102"]
-    for path in ("./dtd", "../dtd", "/data/dtd", "images", "images.csv"):
+    for path in ("./dtd", "../dtd", "/data/dtd", "photos", "photos.csv"):
         assert find_named(path, None) is None
 
 
