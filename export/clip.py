@@ -31,6 +31,7 @@ from runtimes.bundle import ImageSpec, TextSpec, image_spec
 from ztune.errors import ConfigError, ZtuneError
 from ztune.io.fields import Fields
 from ztune.io.files import read_json
+from ztune.printing import reason_of
 from ztune.types import Json
 
 CONFIG = "open_clip_config.json"
@@ -384,13 +385,12 @@ def _shown_weights(model: str, pretrained: str | None, random_weights: int | Non
 
 def _reason(error: BaseException) -> str:
     """Return an error of torch, open_clip or the hub as one line."""
-    text = " ".join(str(error).split())
+    text = reason_of(error, most=240)
     if "weights_only" in text:
         return "it holds more than tensors and could run code; save its state_dict as safetensors"
     if isinstance(error, KeyError):
         return f"it has no {text}: no weights of this architecture"
-    text = text or type(error).__name__
-    return text if len(text) <= 240 else f"{text[:240]}..."
+    return text
 
 
 @contextlib.contextmanager

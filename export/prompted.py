@@ -17,6 +17,7 @@ from runtimes.visual import inner_side, limits, normalised_border
 from ztune.artifact import VisualArtifact
 from ztune.errors import FormatError
 from ztune.io.files import sha256
+from ztune.printing import reason_of
 
 
 class Tower:
@@ -197,8 +198,7 @@ def _at_opset(source: Any, model: Any, where: str) -> Any:
     try:
         return version_converter.convert_version(source, wanted)
     except Exception as error:  # the converter raises many types, all of them final here
-        reason = " ".join(str(error).split())[:200]
         raise FormatError(
             f"{where} is in ONNX operator set {own}, the bundle in {wanted}, and it cannot be "
-            f"converted: {reason}"
+            f"converted: {reason_of(error)}"
         ) from None

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from runtimes.bundle import ImageSpec
 from ztune.errors import DataError
 from ztune.io.files import open_regular
+from ztune.printing import reason_of
 from ztune.types import F32, U8
 
 # Part of what features are cached under: raise it with every change here that moves a pixel.
@@ -104,8 +105,7 @@ def read_image_file(path: Path) -> Image.Image:
 
 def _unreadable(name: str, error: Exception) -> DataError:
     """Return what is said of an image that a decoder, or the system, does not read."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return DataError(f"{name} cannot be read: {reason or type(error).__name__}")
+    return DataError(f"{name} cannot be read: {reason_of(error)}")
 
 
 ImageLike = Path | str | Image.Image | U8

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from runtimes import tensorrt
 from ztune.errors import ConfigError, ProviderError, ZtuneError, how_to_install
+from ztune.printing import reason_of
 from ztune.progress import SILENCE, Progress
 
 NAMES = {
@@ -145,7 +146,7 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
         session = ort.InferenceSession(source, sess_options=options, providers=providers)
     except Exception as error:  # ONNX Runtime raises many types, all of them final here
         raise ProviderError(
-            f"{_shown(graph)} cannot be opened on {provider}: {_line(error)}"
+            f"{_shown(graph)} cannot be opened on {provider}: {reason_of(error)}"
         ) from None
     # A CUDA provider that cannot load its libraries leaves a CPU session and no exception.
     if session.get_providers()[0] != wanted:
@@ -189,7 +190,7 @@ def running(graph: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # ONNX Runtime raises many types, all of them final here
-        raise ZtuneError(f"{graph} failed while running: {_line(error)}") from None
+        raise ZtuneError(f"{graph} failed while running: {reason_of(error)}") from None
 
 
 def check_precision(precision: str, provider: str) -> None:
@@ -307,7 +308,3 @@ def _small_graph() -> bytes:
 
 def _shown(graph: Path | bytes) -> str:
     return str(graph) if isinstance(graph, Path) else "a small graph"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -34,6 +34,7 @@ from ztune.errors import FormatError, ZtuneError
 from ztune.io.children import python_command
 from ztune.io.fields import Fields
 from ztune.io.tensors import read_tensors, write_tensors
+from ztune.printing import reason_of
 from ztune.types import F32, F64, Json
 
 FINER = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
@@ -116,7 +117,7 @@ def main(folder: str) -> int:
     try:
         _answer(Path(folder))
     except (ZtuneError, OSError, MemoryError) as error:
-        sys.stderr.write(f"{' '.join(str(error).split()) or type(error).__name__}\n")
+        sys.stderr.write(f"{reason_of(error, most=2000)}\n")
         return 1
     return 0
 
@@ -192,7 +193,7 @@ def _open(bundle: Bundle, as_it_is: bool, threads: int | None) -> Any:
             model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime raises many types, all of them final here
-        raise ZtuneError(f"cannot be opened: {' '.join(str(error).split())[:200]}") from None
+        raise ZtuneError(f"cannot be opened: {reason_of(error)}") from None
 
 
 def derived(model: Any, precision: str) -> Any:

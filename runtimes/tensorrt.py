@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ztune.errors import FormatError, ProviderError
-from ztune.io.files import sha256
+from ztune.io.files import sha256, user_cache
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,7 +30,7 @@ def options(
     }
     if isinstance(graph, bytes):
         return chosen
-    root = cache_folder()
+    root = user_cache("tensorrt")
     folder = root / engine_name(graph, calls)
     try:
         for path in (root, folder):
@@ -60,13 +60,6 @@ def options(
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(root),
     }
-
-
-def cache_folder() -> Path:
-    """Return the user's folder of engines: they depend on this machine's GPU and libraries."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
-    return base / "ztune" / "tensorrt"
 
 
 def engine_name(graph: Path, calls: Sequence[Shapes]) -> str:

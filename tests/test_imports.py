@@ -21,7 +21,7 @@ LAYERS = (
     {"task"},
     {"encoded"},
     {"precision", "run_config"},
-    {"model"},
+    {"model", "timing"},
     {"methods"},
     {"run", "compositions"},
     {"optim", "heads", "loop", "maps", "answers", "journal", "report_compare"},
@@ -30,7 +30,10 @@ LAYERS = (
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""
-KNOWS_RUNTIMES = set().union(*LAYERS[: LAYERS.index({"model"}) + 1]) - {"run_config", "encoded"}
+KNOWS_RUNTIMES = set().union(*LAYERS[: LAYERS.index({"model", "timing"}) + 1]) - {
+    "run_config",
+    "encoded",
+}
 ALLOWED = {
     "runtimes": {"runtimes"} | {f"ztune.{room}" for room in GROUND},
     "export": {"export", "runtimes", "ztune.artifact", "ztune.logits"}

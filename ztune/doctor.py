@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 from runtimes.bundle import load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
 from runtimes.remote.settings import named_servers, settings_from
-from runtimes.runtime import PromptGraph
 from runtimes.tokenizer import Tokenizer
 from ztune.access import TEXTS
 from ztune.errors import ZtuneError
@@ -24,11 +20,12 @@ from ztune.precision import Signal
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.timing import N_CONTEXT, time_text_queries
 from ztune.training import TrainingRun, read_split
 from ztune.types import Json
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_CONTEXT, _CANDIDATES, _CALLS = 8, 10, 5
+_TIMED = f"{len(_WORDS)} classes, {N_CONTEXT} context tokens, text side"
 _EXTRAS = {
     "cpu or gpu": "onnxruntime",
     "export": "open_clip",
@@ -118,9 +115,9 @@ def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
                 f"than {limit:.1e}: results on this machine cannot be trusted"
             )
     model = Model(bundle, Execution(provider))
-    seconds, timed = seconds_per_query(model.prompt_graph, bundle.text.width)
+    seconds = time_text_queries(model.prompt_graph, _WORDS, bundle.text.width).per_query
     return BundleCheck(
-        files, failures, bundle.model_id, bundle.precision, provider, parity, seconds, timed
+        files, failures, bundle.model_id, bundle.precision, provider, parity, seconds, _TIMED
     )
 
 
@@ -153,7 +150,8 @@ def check_server(
         seconds, timed = None, ""
         if TEXTS in served.access:
             graph = served.prompts(Tokenizer(bundle))
-            seconds, timed = seconds_per_query(graph, bundle.text.width)
+            seconds = time_text_queries(graph, _WORDS, bundle.text.width).per_query
+            timed = _TIMED
         document: dict[str, Json] = {
             "url": str(service.location),
             "servers": service.n_servers,
@@ -188,17 +186,3 @@ def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[st
         run.check()
         signal, document = run.signal()
     return signal, document, run.published
-
-
-def seconds_per_query(graph: PromptGraph, width: int) -> tuple[float, str]:
-    """Return the median of some calls over their candidates, in seconds, and what was timed."""
-    encoder = graph.encoder(_WORDS, _CONTEXT, _CANDIDATES)
-    contexts = np.zeros((_CANDIDATES, _CONTEXT, width), dtype=np.float32)
-    encoder.encode(contexts)
-    times = []
-    for _ in range(_CALLS):
-        started = time.perf_counter()
-        encoder.encode(contexts)
-        times.append(time.perf_counter() - started)
-    what = f"{len(_WORDS)} classes, {_CONTEXT} context tokens, text side"
-    return float(np.median(times)) / _CANDIDATES, what

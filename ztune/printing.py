@@ -42,6 +42,17 @@ def printable(text: str) -> str:
     return _PASSWORD.sub(r"\1***@", shown)
 
 
+def one_line(text: object) -> str:
+    """Return a printable text without line breaks or runs of spaces."""
+    return printable(" ".join(str(text).split()))
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Return in one line why something failed: the error's words, or its type without any."""
+    text = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def printable_lines(text: str) -> str:
     """Return a text of several lines with each of them printable."""
     return "\n".join(map(printable, text.split("\n")))

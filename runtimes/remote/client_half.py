@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +14,12 @@ from runtimes.remote.contract import CLIENT
 from runtimes.remote.service import Question, Service
 from runtimes.remote.shared_memory import Expected
 from ztune.errors import ConfigError, FormatError, ServerError
-from ztune.io.files import new_folder
+from ztune.io.files import new_folder, user_cache
 
 _SLICE = 4_000_000
 _LARGEST_MANIFEST = 1_000_000
 _LARGEST = 4_000_000_000
 Progress = Callable[[int, int], None]
-
-
-def cache_folder() -> Path:
-    """Return where fetched halves are kept, by their digest."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "ztune" / "clients"
 
 
 def client_half(service: Service, shipped: Path | None, progress: Progress) -> Bundle:
@@ -64,7 +57,7 @@ def _fetched(service: Service, progress: Progress) -> Bundle:
     sizes, digest = _sizes(service)
     if digest is None:
         raise ServerError(f'{service.location}: model "{service.model(CLIENT)}" tells no digest')
-    folder = cache_folder() / digest.hex()
+    folder = user_cache("clients") / digest.hex()
     if folder.exists():
         return _kept(folder, digest.hex())
     try:

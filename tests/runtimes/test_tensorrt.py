@@ -16,6 +16,7 @@ from runtimes.providers import Execution, Setup, check_precision
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
 from ztune.errors import ProviderError
+from ztune.io.files import user_cache
 
 GRAPH = MINI / "text.onnx"
 BUILDING = "building the TensorRT engine for text.onnx; the first time this can take ten minutes"
@@ -52,7 +53,7 @@ def test_engines_are_kept_for_the_user_alone_and_building_is_said_once() -> None
     told = tensorrt.options(GRAPH, calls, said.append)
     assert said == [BUILDING]
     folder = Path(told["trt_engine_cache_path"])
-    assert folder.parent == tensorrt.cache_folder() == Path(told["trt_timing_cache_path"])
+    assert folder.parent == user_cache("tensorrt") == Path(told["trt_timing_cache_path"])
     for path in (folder, folder.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert told["trt_engine_cache_enable"] == told["trt_timing_cache_enable"] == "True"
@@ -108,7 +109,7 @@ def test_a_cache_that_cannot_be_made_says_what_to_set(
     with pytest.raises(ProviderError, match=r"engines .*cannot be made .*set XDG_CACHE_HOME"):
         tensorrt.options(GRAPH, [], lambda _: None)
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    assert tensorrt.cache_folder() == Path.home() / ".cache" / "ztune" / "tensorrt"
+    assert user_cache("tensorrt") == Path.home() / ".cache" / "ztune" / "tensorrt"
 
 
 def test_cuda_stands_behind_tensorrt_and_the_shapes_are_the_calls_own(listed: list[Any]) -> None:

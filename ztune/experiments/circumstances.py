@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ztune.experiments.document import found_of
-from ztune.experiments.render import code_in_markdown, in_markdown, one_line
+from ztune.experiments.render import code_in_markdown, in_markdown
 from ztune.experiments.store import Result, View
 from ztune.experiments.tables import counted
 from ztune.io.fields import Fields
+from ztune.printing import one_line
 from ztune.types import Json
 
 

@@ -30,6 +30,7 @@ from ztune.model import Model, open_model
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig, remarks_on
+from ztune.timing import time_text_queries
 from ztune.training import TrainingRun, read_split
 from ztune.types import Json
 
@@ -215,9 +216,7 @@ def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int
     )
 
 
-# What is timed: images of one batch at most, and rounds of so many candidates and tokens until
-# their seconds suffice.
-_IMAGES, _CANDIDATES, _CONTEXT, _TEXT_SECONDS = 8, 10, 4, 0.5
+_IMAGES = 8  # that are timed: one batch at most
 
 
 def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
@@ -227,9 +226,10 @@ def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
     """
     items = split.items("train")[:_IMAGES]
     first_images, images, encoding = _image_times(model, items, run_config.skip_broken)
-    first_texts, texts = _text_times(model, split.classes)
-    opening = max(0.0, first_images - images) + max(0.0, first_texts - texts)
-    return Rates(texts / _CANDIDATES, images / len(items), encoding / len(items), opening)
+    own = Model(model.bundle, model.execution)  # its graph goes when it does
+    texts = time_text_queries(own.prompt_graph, split.classes, model.bundle.text.width)
+    opening = max(0.0, first_images - images) + max(0.0, texts.first - texts.later)
+    return Rates(texts.per_query, images / len(items), encoding / len(items), opening)
 
 
 def _image_times(
@@ -245,19 +245,6 @@ def _image_times(
     side = model.bundle.image.size
     blank = np.zeros((len(items), side, side, 3), dtype=np.uint8)
     return _timed(encode), _timed(encode), _timed(lambda: encoder.encode(blank))
-
-
-def _text_times(model: Model, classes: tuple[str, ...]) -> tuple[float, float]:
-    """Return what a round of candidates takes first, and the median of some later ones."""
-    own = Model(model.bundle, model.execution)  # its graph goes when it does
-    contexts = np.zeros((_CANDIDATES, _CONTEXT, model.bundle.text.width), dtype=np.float32)
-    started = time.monotonic()
-    encoder = own.prompt_graph.encoder(classes, _CONTEXT, _CANDIDATES)
-    encoder.encode(contexts)
-    first, later = time.monotonic() - started, [_timed(lambda: encoder.encode(contexts))]
-    while sum(later) < _TEXT_SECONDS:
-        later.append(_timed(lambda: encoder.encode(contexts)))
-    return first, float(np.median(later))
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ztune.errors import ConfigError, ZtuneError, how_to_install
 from ztune.experiments.jobs import Encoded, JobResult, Task
 from ztune.experiments.worker import Settings, Worker
+from ztune.printing import reason_of
 
 _PATIENCE = 10.0
 """Seconds for a connection to a cluster."""
@@ -161,7 +162,7 @@ class Ray:
                     "address, or use `ray=local`)"
                 ) from None
             raise ConfigError(
-                f'Ray at "{cluster.address}" cannot be reached: {_first_line(error)}'
+                f'Ray at "{cluster.address}" cannot be reached: {reason_of(error)}'
             ) from None
         self._check_size()
 
@@ -202,7 +203,7 @@ class Ray:
                 if losses > _MOST_LOSSES * self.workers:
                     raise ZtuneError(
                         f"{losses} workers were lost without an answer (out of memory? take fewer "
-                        f"`workers`): {_first_line(error)}"
+                        f"`workers`): {reason_of(error)}"
                     ) from None
                 waiting.append((place, tasks[place]))
                 actor = self._actor()
@@ -237,7 +238,3 @@ def _check_address(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
         except (OSError, OverflowError) as error:
             raise ConfigError(f'Ray at "{address}" cannot be reached: {error}') from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ztune.experiments.comparison import markdown_table
 from ztune.experiments.tables import Table, Word
-from ztune.printing import printable, printable_lines
+from ztune.printing import one_line, printable_lines
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
@@ -25,11 +25,6 @@ _MARKDOWN = re.compile(
 
 # Some spreadsheets take the wide forms of East Asian keyboards, too.
 _FORMULA = re.compile(r"[\t\r]|\s*[=+@\uff1d\uff0b\uff0d\uff20-]")
-
-
-def one_line(text: str) -> str:
-    """Return a printable text without line breaks or runs of spaces."""
-    return printable(" ".join(text.split()))
 
 
 def in_markdown(text: str) -> str:

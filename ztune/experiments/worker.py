@@ -44,7 +44,7 @@ from ztune.experiments.jobs import (
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
 from ztune.model import Model
-from ztune.printing import printable_lines, without_marks
+from ztune.printing import printable_lines, reason_of, without_marks
 from ztune.progress import warnings_told
 from ztune.run import RunFolder
 from ztune.statistics import Score, score
@@ -334,8 +334,7 @@ def _reason(error: Exception, place: Path) -> str:
     (place / "traceback.txt").write_text(
         printable_lines("".join(traceback.format_exception(error)))
     )
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0] if said else 'without a word'}"
+    return f"{type(error).__name__}: {reason_of(error)}"
 
 
 def _deaths(place: Path) -> list[str]:

@@ -117,6 +117,12 @@ def _umask() -> int:
     return mask
 
 
+def user_cache(name: str) -> Path:
+    """Return this user's cache folder of that name, below XDG_CACHE_HOME where it is absolute."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "ztune" / name
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with replacing(path) as temporary:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
-from runtimes.remote.client_half import cache_folder
 from runtimes.remote.connect import Connected, _text_of, connect
 from runtimes.remote.endpoint import Connection, parse_endpoint
 from runtimes.remote.served import Served
@@ -20,6 +19,7 @@ from tests.conftest import MINI
 from tests.servers.bundles import GRAPHS, model_of, models_of
 from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer
 from ztune.errors import ConfigError, FormatError, ServerError
+from ztune.io.files import user_cache
 
 grpc = pytest.importorskip("grpc")
 
@@ -43,7 +43,7 @@ def fake(models: dict[str, FakeModel]) -> Iterator[FakeServer]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return user_cache("clients")
 
 
 class Client:

@@ -427,7 +427,7 @@ def test_ray_raises_what_a_task_raised_as_it_is(connect: Connect) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("\nThe actor died.\nMore of it.", "The actor died."), ("", "RayActorError")],
+    [("\nThe actor died.\nMore of it.", "The actor died. More of it."), ("", "RayActorError")],
 )
 def test_ray_gives_up_when_nothing_but_losses_comes(
     connect: Connect, workers: int, words: str, said: str
@@ -450,7 +450,8 @@ def test_ray_counts_losses_from_the_last_answer_on(connect: Connect, workers: in
 
 @pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
 @pytest.mark.parametrize(
-    ("words", "said"), [("Nobody answers.\nSee the logs.", "Nobody answers."), ("", None)]
+    ("words", "said"),
+    [("Nobody answers.\nSee the logs.", "Nobody answers. See the logs."), ("", None)],
 )
 def test_ray_names_an_address_that_cannot_be_reached(
     connect: Connect, kind: type[Exception], words: str, said: str | None
