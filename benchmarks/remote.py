@@ -44,9 +44,9 @@ from runtimes.remote.connect import Connected
 from runtimes.remote.served import Served
 from tests.servers.triton import TritonServer, triton_environment
 from ztune.budget import Budget
-from ztune.compositions.steps import ZipConfig
 from ztune.journal import Journal
 from ztune.loop import Tuning, tune
+from ztune.methods.zip import ZipConfig
 from ztune.run import RunFolder
 from ztune.system import one_blas_thread
 from ztune.types import F32, Evaluation, ImageEncoder, Oracle
@@ -439,7 +439,9 @@ def main() -> None:
     numbers = tuple(int(word) for word in classes.split(","))
     extent = Extent(numbers, queries, given.threads, servers_queries=max(80, queries * 6 // 10))
     if given.quick:
-        extent = replace(extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32)
+        extent = replace(
+            extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32
+        )
     show(measure(load_bundle(given.bundle), extent))
 
 

@@ -25,12 +25,12 @@ from ztune.artifact import (
     Provenance,
     VisualArtifact,
 )
-from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
+from ztune.methods.base import TunedConfig
 from ztune.mixing import mixed_texts
 from ztune.model import Model
 from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss

@@ -25,7 +25,6 @@ from ztune.artifact import (
 )
 from ztune.budget import Budget
 from ztune.checks import RunChecks
-from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
 from ztune.data.moved import relocated
 from ztune.data.sources import read_source
@@ -33,14 +32,15 @@ from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import Digest, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
-from ztune.heads.base import Fitted
-from ztune.heads.gda import GdaConfig, fit_gda
+from ztune.heads import Fitted
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_json
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
-from ztune.methods import HeadMethod, find_method
+from ztune.methods.base import HeadMethod, TunedConfig
+from ztune.methods.gda import GdaConfig, fit_gda
+from ztune.methods.registry import find_method
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (

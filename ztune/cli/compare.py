@@ -11,7 +11,7 @@ from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.request import run_config_of, settings_from_words
 from ztune.errors import ConfigError, ZtuneError
-from ztune.methods import METHODS, find_method
+from ztune.methods.registry import METHODS, find_method
 from ztune.types import Json
 
 if TYPE_CHECKING:

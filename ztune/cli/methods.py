@@ -6,7 +6,8 @@ import argparse
 
 from ztune.cli.output import Output, Table
 from ztune.io.config import as_json
-from ztune.methods import METHODS, Method, find_method, method_to_json, preset_changes
+from ztune.methods.base import Method
+from ztune.methods.registry import METHODS, find_method, method_to_json, preset_changes
 from ztune.types import Json
 
 USAGE = ("[NAME]",)

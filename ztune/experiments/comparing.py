@@ -35,7 +35,8 @@ from ztune.experiments.render import code_in_markdown, in_markdown
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
-from ztune.methods import METHODS, HeadMethod, method_config, needs_of
+from ztune.methods.base import HeadMethod
+from ztune.methods.registry import METHODS, method_config, needs_of
 from ztune.printing import without_marks
 from ztune.progress import warn
 from ztune.report_compare import Level, Line, draw_against

@@ -17,7 +17,7 @@ from ztune.experiments.comparison import Cell, CurvePoint, Figures, ImagePass, M
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
-from ztune.methods import METHODS
+from ztune.methods.registry import METHODS
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
 from ztune.types import F64
 

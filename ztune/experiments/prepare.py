@@ -33,7 +33,8 @@ from ztune.experiments.protocols import (
 )
 from ztune.experiments.store import readable
 from ztune.io.config import as_json
-from ztune.methods import HeadMethod, find_method, method_config, tuned_config
+from ztune.methods.base import HeadMethod
+from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig
 from ztune.types import Json
