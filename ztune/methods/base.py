@@ -7,9 +7,10 @@ sends at once and what its first step costs are known before anything is opened.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from ztune.types import F32, F64, I64, Json, Optimizer, PromptMap
 Composition = tuple[PromptMap, Optimizer]
 # Streams of a run's seed; 3 draws batches, 4 the signal's probes.
 INITIAL, MAP, STEPS = 0, 1, 2
+_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]*")
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,10 @@ class Generations(CmaConfig, TunedConfig):
 
 @dataclass(frozen=True)
 class TunedMethod:
-    """A method that asks for losses."""
+    """A method that asks for losses.
+
+    Raises: ConfigError naming what is missing.
+    """
 
     name: str
     title: str
@@ -240,13 +245,24 @@ class TunedMethod:
     tuned: Mapping[str, Json] = field(default_factory=dict)
     """Settings of preset `tuned`; empty where the published ones were not beaten."""
 
+    def __post_init__(self) -> None:
+        _check(self)
+        if missing := _missing(TunedConfig, self.config):
+            raise ConfigError(
+                f'method "{self.name}": {self.config.__name__} lacks {", ".join(missing)} (derive '
+                "it from ztune.methods.base.TunedConfig and define them)"
+            )
+
     def serves_new_classes(self) -> bool:
         return True
 
 
 @dataclass(frozen=True)
 class HeadMethod:
-    """A method in closed form on image features."""
+    """A method in closed form on image features.
+
+    Raises: ConfigError naming what is missing.
+    """
 
     name: str
     title: str
@@ -254,8 +270,73 @@ class HeadMethod:
     config: type[Any]
     fit: Callable[[Any, Shots, int], Fitted]
 
+    def __post_init__(self) -> None:
+        _check(self)
+        if not callable(self.fit):
+            raise ConfigError(f'method "{self.name}": fit is {self.fit!r}, expected a function')
+
     def serves_new_classes(self) -> bool:
         return False
 
+    def fitted(self, config: Any, shots: Shots, seed: int) -> Fitted:
+        """Fit to the shots.
+
+        Raises: ConfigError where `fit` returns something else; what `fit` raises.
+        """
+        found = self.fit(config, shots, seed)
+        if not isinstance(found, Fitted):
+            raise ConfigError(
+                f'method "{self.name}": fit returned {type(found).__name__}, expected '
+                "ztune.heads.Fitted"
+            )
+        return found
+
 
 Method = TunedMethod | HeadMethod
+
+
+def _check(method: Method) -> None:
+    """See that a line of the table is complete."""
+    name, config = method.name, method.config
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(
+            f'method name {name!r}: expected lower-case letters, digits, "-", "_" and "+", as in '
+            "my-method"
+        )
+    for what in ("title", "paper"):
+        text = getattr(method, what)
+        if not (isinstance(text, str) and text.strip()):
+            raise ConfigError(f'method "{name}": {what} is {text!r}, expected a line of text')
+    if not (isinstance(config, type) and is_dataclass(config)):
+        raise ConfigError(
+            f'method "{name}": config is {config!r}, expected a dataclass of its settings'
+        )
+    unset = [f.name for f in fields(config) if f.default is f.default_factory is MISSING]
+    if unset:
+        raise ConfigError(
+            f'method "{name}": {config.__name__} has no default for {", ".join(unset)}'
+        )
+
+
+def _missing(protocol: type, given: object) -> list[str]:
+    """Return which members of a protocol an object or a class lacks."""
+    members = [name for name in vars(protocol) if name == "__call__" or not name.startswith("_")]
+    abstract = getattr(given, "__abstractmethods__", ())
+    return [name for name in members if name in abstract or not hasattr(given, name)]
+
+
+def built(config: TunedConfig, spec: ModelSpec, queries: int, seed: int) -> Composition:
+    """Return a method's map and optimizer at their start.
+
+    Raises: ConfigError where `build` returns something else; what `build` raises.
+    """
+    pair, what = config.build(spec, queries, seed), f"{type(config).__name__}.build"
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ConfigError(f"{what} returned {type(pair).__name__}, expected a map and an optimizer")
+    for part, protocol in zip(pair, (PromptMap, Optimizer), strict=True):
+        if missing := _missing(protocol, part):
+            raise ConfigError(
+                f"{what}: {type(part).__name__} lacks {', '.join(missing)} of a "
+                f"{protocol.__name__} (ztune.types)"
+            )
+    return pair

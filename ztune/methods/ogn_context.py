@@ -42,7 +42,7 @@ from ztune.methods.answers import Answers
 from ztune.methods.base import STEPS, Composition, ModelSpec, TextStart, TunedMethod
 from ztune.objective import required_logits
 from ztune.optim.convex import SoftmaxProblem, softmax
-from ztune.types import F32, F64, I64, Evaluation, Proposal, State
+from ztune.types import F32, F64, I64, Evaluation, Optimizer, Proposal, State
 
 _TRIALS = ((0.25, 4), (1.0, 2), (4.0, 2))
 """Of each trial, the factor on λ and how many Newton steps; each starts where the last ended."""
@@ -113,7 +113,7 @@ class OgnContextConfig(Answers, TextStart):
         return prompt_map, GaussNewton(self, prompt_map.start(), rng)
 
 
-class GaussNewton:
+class GaussNewton(Optimizer):
     """c ← c + Σ_k a_k b_k with a of the convex problem above, where that lowers the loss."""
 
     def __init__(self, config: OgnContextConfig, start: F64, rng: np.random.Generator):
@@ -259,9 +259,6 @@ class GaussNewton:
         if least < 0:
             P -= least * np.eye(len(P))
         self._covariance = P
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._point)

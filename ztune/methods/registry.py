@@ -28,47 +28,56 @@ from ztune.methods import (
 )
 from ztune.methods import zip as zip_method
 from ztune.methods.base import Method, TunedConfig, TunedMethod
+from ztune.methods.plugins import entry_points, load, package_of
 from ztune.types import Json
 
 PRESETS = ("default", "published", "tuned")
 """default: the published optimizer on centre crops. published: with the published random crops too.
 tuned: settings that did better in our measurements, where there are such (docs/methods.md)."""
 
-
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
     for module in (
-        ogn,
-        ogn_context,
-        zip_method,
-        sharpzo,
-        bptvlm,
-        cma,
-        spsa,
-        spsa_gc,
-        rgf,
-        blackvip,
-        bar,
-        gda,
-        tip_adapter,
-        lp_plus,
-        proker,
-        linear_probe,
-        zero_shot,
+        *(ogn, ogn_context, zip_method, sharpzo, bptvlm, cma, spsa, spsa_gc, rgf, blackvip, bar),
+        *(gda, tip_adapter, lp_plus, proker, linear_probe, zero_shot),
     )
 }
+"""The methods of ztune itself; those of other packages are found by name (`plugins.py`)."""
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, ztune's own first; nothing is loaded."""
+    return [*METHODS, *(name for name in entry_points() if name not in METHODS)]
 
 
 def find_method(name: str) -> Method:
-    """Return a method of the table.
+    """Return a method, of ztune or of another package.
 
-    Raises: ConfigError listing the known names.
+    Raises: ConfigError listing the known names, or saying why a package's method cannot be used.
     """
-    if name not in METHODS:
+    if name in METHODS and (package := package_of(name)):
         raise ConfigError(
-            f'unknown method "{name}"{nearest(name, METHODS)}; known: {", ".join(METHODS)}'
+            f'method "{name}" is one of ztune, and package {package} registers the same name '
+            "(uninstall that package, or rename its method)"
         )
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    if name in entry_points():
+        return load(name)
+    known = method_names()
+    raise ConfigError(f'unknown method "{name}"{nearest(name, known)}; known: {", ".join(known)}')
+
+
+def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
+    """Return all methods by name, and by name why others cannot be used."""
+    found: dict[str, Method] = {}
+    failed: dict[str, ConfigError] = {}
+    for name in method_names():
+        try:
+            found[name] = find_method(name)
+        except ConfigError as error:
+            failed[name] = error
+    return found, failed
 
 
 def views_of(name: str, preset: str) -> int:
@@ -103,8 +112,8 @@ def needs_of(method: Method, config: Any) -> frozenset[str]:
 
 
 def needs_of_all() -> dict[str, frozenset[str]]:
-    """Return what every method of the table needs with its defaults."""
-    return {name: needs_of(method, method.config()) for name, method in METHODS.items()}
+    """Return what every method needs with its defaults."""
+    return {name: needs_of(method, method.config()) for name, method in usable_methods()[0].items()}
 
 
 def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
@@ -125,6 +134,7 @@ def method_to_json(method: Method) -> dict[str, Json]:
         "name": method.name,
         "title": method.title,
         "paper": method.paper,
+        "package": package_of(method.name),
         "needs": [*sorted(needs)],
         "access": described(needs),
         "serves_new_classes": method.serves_new_classes(),

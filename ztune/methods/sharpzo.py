@@ -26,7 +26,7 @@ from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, TextStart, Tu
 from ztune.optim.cma import Cma, CmaConfig, check_reach, own_seconds
 from ztune.optim.nested import get_state, put_state
 from ztune.optim.validation import Patience
-from ztune.types import F64, I64, Evaluation, Json, Proposal, State
+from ztune.types import F64, I64, Evaluation, Json, Optimizer, Proposal, State
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SharpZoConfig(TextStart):
 _DIFFERENCES, _POPULATION, _VALIDATION, _PAIR = "differences", "population", "validation", "pair"
 
 
-class SharpZo:
+class SharpZo(Optimizer):
     """Warm-up: CMA-ES on L(x_i + ε*), ε* = ρ g / ‖g‖, with g of coordinate-wise central differences
     at its mean; it is told the losses as those of x_i.
 
@@ -242,9 +242,6 @@ class SharpZo:
             self._begin_differences()
         else:
             self._begin_pair()
-
-    def finished(self) -> str | None:
-        return None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         """Return rounds of coordinate-wise pairs, the method's finest difference."""

@@ -20,7 +20,7 @@ import numpy as np
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Json, Proposal, State
+from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 COVARIANCES = ("full", "separable")
 KEEPS = ("best", "mean")
@@ -163,7 +163,7 @@ class _Rates:
         return _Rates(weights, mu, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu)
 
 
-class Cma:
+class Cma(Optimizer):
     """x_k ~ N(m, σ² C), and m, σ and C learn from the better half's moves."""
 
     def __init__(self, config: CmaConfig, start: F64, rng: np.random.Generator):
@@ -272,9 +272,6 @@ class Cma:
             values, self._B = np.linalg.eigh((C + C.T) / 2)
             self._D = _roots(values)
         self._sigma = min(max(sigma, _SIGMAS[0]), _SIGMAS[1])
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._best if self._config.keep == "best" else self._mean)

@@ -13,7 +13,7 @@ import numpy as np
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Proposal, State
+from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RgfConfig:
         return self.n_directions + 1
 
 
-class Rgf:
+class Rgf(Optimizer):
     """w ← w − η_t ĝ with ĝ = (δ/n) Σ_i u_i (L(w + β u_i) − L(w)) / β, ‖u_i‖ = 1.
 
     η_t = (η_0 − η_T) (1 − t/T)^power + η_T, and η_T from T = n_steps on.
@@ -101,9 +101,6 @@ class Rgf:
         self._point = self._point - self._step_size * gradient
         self._step += 1
         self._advance()
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._point)

@@ -18,7 +18,7 @@ import numpy as np
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Proposal, State
+from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SpsaConfig:
         return 2 * self.n_pairs
 
 
-class Spsa:
+class Spsa(Optimizer):
     """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same images.
 
     With momentum: m ← β m + ĝ, w ← w − a_k (ĝ + β m), which is Nesterov's look-ahead.
@@ -111,9 +111,6 @@ class Spsa:
         self._point = self._point - step_size * gradient
         self._step += 1
         self._perturbations = self._draw(self._rng)
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._point)
