@@ -17,12 +17,10 @@ _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 class LossesOnly(ZipConfig):
     """ZIP, where an endpoint gives losses and nothing else."""
 
-    @property
-    def notice(self) -> str:
-        return (
-            "losses alone leave no outputs to fit (answers=loss): tuning by ZIP's steps instead, "
-            "which take many times the queries"
-        )
+    notice = (
+        "losses alone leave no outputs to fit (answers=loss): tuning by ZIP's steps instead, which "
+        "take many times the queries"
+    )
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class Answers(TunedConfig):
     answers: str = "logits"
     """logits; top-K: the probabilities of its K most probable classes; label: the most probable
     class and its probability; loss: no more than the loss, so that ZIP's steps are taken."""
+    needs = frozenset((LOSS, CONTEXTS, LOGITS))
+    keeps_batch = True
 
     def __post_init__(self) -> None:
         if self.answers not in ("logits", "label", "loss") and not _TOP.fullmatch(self.answers):
@@ -50,14 +50,6 @@ class Answers(TunedConfig):
     @property
     def in_effect(self) -> TunedConfig:
         return LossesOnly() if self.answers == "loss" else self
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset((LOSS, CONTEXTS, LOGITS))
-
-    @property
-    def keeps_batch(self) -> bool:
-        return True
 
     @property
     def top_classes(self) -> int | None:

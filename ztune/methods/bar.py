@@ -24,6 +24,7 @@ class BarConfig(RgfConfig, TunedConfig):
 
     focal_gamma: float = 2.0
     batch_size: int | None = 128
+    program = "border"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,10 +34,6 @@ class BarConfig(RgfConfig, TunedConfig):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset((LOGITS if self.focal_gamma else LOSS, PIXELS))
-
-    @property
-    def program(self) -> str | None:
-        return "border"
 
     @property
     def focal(self) -> float:

@@ -25,18 +25,12 @@ class BlackVipConfig(SpsaConfig, TunedConfig):
     clip: bool = False
     momentum: float = 0.8
     batch_size: int | None = 128
+    needs = frozenset((LOSS, PIXELS, FEATURES))
+    program = "decoder"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, 1, "batch_size")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset((LOSS, PIXELS, FEATURES))
-
-    @property
-    def program(self) -> str | None:
-        return "decoder"
 
     def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
         start = spec.decoder_start(np.random.default_rng([seed, INITIAL]))

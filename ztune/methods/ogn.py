@@ -78,6 +78,7 @@ class OgnConfig(Answers):
     """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
     batch_size: int | None = None
     """Images, the same in all rounds; none: as many as memory_mb allows."""
+    mixes, finest = True, None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,14 +87,6 @@ class OgnConfig(Answers):
         require(self, 0, "tolerance")
         if self.n_context is not None and self.init != "random":
             raise ConfigError("the words of init count their tokens: n_context needs init=random")
-
-    @property
-    def mixes(self) -> bool:
-        return True
-
-    @property
-    def finest(self) -> None:
-        return None
 
     @property
     def round_size(self) -> int:
