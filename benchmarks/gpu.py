@@ -43,7 +43,7 @@ def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[
     from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
     from runtimes.scores import OrtScores
     from runtimes.tokenizer import Tokenizer
-    from ztune.compositions.steps import ZipConfig
+    from ztune.methods.zip import ZipConfig
     from ztune.types import F32
 
     start = time.perf_counter()

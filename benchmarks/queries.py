@@ -25,7 +25,7 @@ from benchmarks.query_report import write_report
 from benchmarks.query_study import study_of, study_table
 from benchmarks.query_tasks import TASKS
 from ztune.errors import ConfigError, ZtuneError
-from ztune.methods import find_method
+from ztune.methods.registry import find_method
 from ztune.system import commit
 
 

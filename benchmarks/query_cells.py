@@ -16,7 +16,7 @@ from benchmarks.query_tasks import TASKS
 from ztune.data.split import Split
 from ztune.errors import ConfigError
 from ztune.io.fields import Fields
-from ztune.methods import find_method, method_config, tuned_config
+from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.model import Model
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig

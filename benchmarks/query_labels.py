@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ztune.methods import find_method, method_config, tuned_config
+from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.types import Json
 
 GRID = (

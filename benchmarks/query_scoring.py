@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ztune.artifact import Artifact, HeadArtifact, Provenance, read_artifact
-from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.encoded import SplitEncoder
 from ztune.io.fields import Fields
 from ztune.logits import FeatureClassifier
+from ztune.methods.base import TunedConfig
 from ztune.model import Model
 from ztune.objective import cross_entropy
 from ztune.run import RunFolder

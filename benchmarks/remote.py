@@ -44,9 +44,9 @@ from runtimes.remote.connect import Connected
 from runtimes.remote.served import Served
 from tests.servers.triton import TritonServer, triton_environment
 from ztune.budget import Budget
-from ztune.compositions.steps import ZipConfig
 from ztune.journal import Journal
 from ztune.loop import Tuning, tune
+from ztune.methods.zip import ZipConfig
 from ztune.run import RunFolder
 from ztune.system import one_blas_thread
 from ztune.types import F32, Evaluation, ImageEncoder, Oracle

@@ -29,8 +29,8 @@ from runtimes.remote.service import Service
 from runtimes.tokenizer import Tokenizer
 from tests.servers.proxy import Proxy
 from tests.servers.triton import TritonServer
-from ztune.compositions.base import Composition
-from ztune.compositions.steps import ZipConfig
+from ztune.methods.base import Composition
+from ztune.methods.zip import ZipConfig
 from ztune.model import Model
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.types import F32, I64, Batch, Oracle, PromptEncoder, Prompts, Scorer, Scores

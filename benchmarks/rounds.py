@@ -11,8 +11,8 @@ import numpy as np
 from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
 from runtimes.providers import Execution
 from ztune.budget import Budget
-from ztune.compositions.base import TunedConfig
 from ztune.loop import Observer, Tuning, tune
+from ztune.methods.base import TunedConfig
 from ztune.model import Model
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores
 from ztune.system import one_blas_thread

@@ -64,7 +64,7 @@ def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
     from runtimes.ort import OrtPromptGraph
     from runtimes.providers import Execution
     from runtimes.tokenizer import Tokenizer
-    from ztune.compositions.steps import ZipConfig
+    from ztune.methods.zip import ZipConfig
 
     bundle = load_bundle(bundle_path)
     tokenizer = Tokenizer(bundle)

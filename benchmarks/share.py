@@ -18,9 +18,10 @@ from runtimes.bundle import load_bundle
 from runtimes.ort import OrtPromptGraph
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
-from ztune.compositions.base import TunedConfig
-from ztune.compositions.outputs import OgnConfig, OgnContextConfig
-from ztune.compositions.steps import ZipConfig
+from ztune.methods.base import TunedConfig
+from ztune.methods.ogn import OgnConfig
+from ztune.methods.ogn_context import OgnContextConfig
+from ztune.methods.zip import ZipConfig
 
 CONFIGS: dict[str, TunedConfig] = {
     "ogn": OgnConfig(),

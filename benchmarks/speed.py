@@ -30,7 +30,7 @@ from runtimes.ort import OrtPromptGraph
 from runtimes.prompts import feeds, name_lengths, name_tokens, token_table
 from runtimes.providers import Execution, onnxruntime, open_session
 from runtimes.tokenizer import Tokenizer
-from ztune.compositions.steps import ZipConfig
+from ztune.methods.zip import ZipConfig
 from ztune.types import F32
 
 PRECISIONS = ("fp32", "int8")

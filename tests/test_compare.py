@@ -20,7 +20,8 @@ from ztune.experiments.cell_process import CellError, reason, run_cell
 from ztune.experiments.compare_config import CompareConfig
 from ztune.experiments.compare_run import job_of
 from ztune.experiments.comparison import Job
-from ztune.methods import METHODS, HeadMethod, find_method, method_config, tuned_config
+from ztune.methods.base import HeadMethod
+from ztune.methods.registry import METHODS, find_method, method_config, tuned_config
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
 from ztune.types import Json

@@ -10,7 +10,8 @@ import pytest
 from ztune.cli.parser import VERBS, parser_of
 from ztune.errors import how_to_install
 from ztune.io.config import as_json
-from ztune.methods import METHODS, TunedMethod
+from ztune.methods.base import TunedMethod
+from ztune.methods.registry import METHODS
 from ztune.types import Json
 
 ROOT = Path(__file__).parent.parent

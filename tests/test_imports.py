@@ -23,7 +23,7 @@ LAYERS = (
     {"precision", "run_config"},
     {"model", "timing"},
     {"methods"},
-    {"run", "compositions"},
+    {"run"},
     {"optim", "heads", "loop", "maps", "answers", "journal", "report_compare"},
     {"objective", "artifact", "data", "report", "budget"},
     {"logits", "mixing", "remembered", "statistics"},

@@ -28,7 +28,8 @@ from ztune.artifact import (
     read_artifact,
 )
 from ztune.io.files import sha256
-from ztune.methods import METHODS, HeadMethod, TunedMethod
+from ztune.methods.base import HeadMethod, TunedMethod
+from ztune.methods.registry import METHODS
 from ztune.model import Model, open_model
 from ztune.types import F32
 

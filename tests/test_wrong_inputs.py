@@ -36,9 +36,10 @@ from ztune.cli import tune
 from ztune.cli.output import Output, fail
 from ztune.cli.parser import parser_of
 from ztune.cli.request import run_config_of, settings_of
-from ztune.compositions.population import BptVlmConfig
 from ztune.errors import ConfigError
-from ztune.methods import METHODS, TunedMethod, needs_of, needs_of_all
+from ztune.methods.base import TunedMethod
+from ztune.methods.bptvlm import BptVlmConfig
+from ztune.methods.registry import METHODS, needs_of, needs_of_all
 from ztune.objective import FewShotObjective
 from ztune.types import F32, I32, U8, Batch, Evaluation, Prompts
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from runtimes.prompts import name_tokens, shared_starts, template_sentences
 from ztune.access import EVERYTHING, IMAGE_TOKENS, TEXTS, no_access
-from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.errors import ConfigError
-from ztune.methods import find_method, needs_of, needs_of_all
+from ztune.methods.base import TunedConfig
+from ztune.methods.registry import find_method, needs_of, needs_of_all
 from ztune.model import Model
 from ztune.precision import open_reference
 from ztune.progress import warn

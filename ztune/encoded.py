@@ -13,7 +13,7 @@ from ztune.data.features import Features, read_view
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
-from ztune.heads.base import Shots
+from ztune.heads import Shots
 from ztune.model import Model
 from ztune.run import RunStore
 from ztune.run_config import RunConfig

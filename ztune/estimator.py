@@ -32,7 +32,7 @@ from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, required_extractor
 from ztune.logits import FeatureClassifier
-from ztune.methods import views_of
+from ztune.methods.registry import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
 from ztune.run_config import RunConfig

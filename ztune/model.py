@@ -24,11 +24,11 @@ from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
-from ztune.compositions.base import ModelSpec, Patches
 from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import Features, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
+from ztune.methods.base import ModelSpec, Patches
 from ztune.mixing import mixed_texts
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, ImageEncoder, Json

@@ -29,8 +29,8 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
 from ztune.answers import top_k_logits
-from ztune.compositions.base import TunedConfig
 from ztune.errors import ConfigError, FormatError, ZtuneError
+from ztune.methods.base import TunedConfig
 from ztune.model import Model
 from ztune.objective import cross_entropy
 from ztune.progress import Progress, warn

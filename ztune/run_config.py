@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ztune.compositions.base import TunedConfig
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
 from ztune.io.config import configured
-from ztune.methods import PRESETS, find_method, method_config, tuned_config
+from ztune.methods.base import TunedConfig
+from ztune.methods.registry import PRESETS, find_method, method_config, tuned_config
 from ztune.types import Json
 
 

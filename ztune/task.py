@@ -25,12 +25,12 @@ from ztune.artifact import (
     Provenance,
     VisualArtifact,
 )
-from ztune.compositions.base import TunedConfig
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
+from ztune.methods.base import TunedConfig, built
 from ztune.mixing import mixed_texts
 from ztune.model import Model
 from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss
@@ -79,7 +79,7 @@ def compose(
     """
     with one_blas_thread():
         spec = model.spec(n_extracted)
-        prompt_map, optimizer = config.build(spec, run_config.queries, run_config.seed)
+        prompt_map, optimizer = built(config, spec, run_config.queries, run_config.seed)
         if run_config.validates:
             every = run_config.queries_between_validations
             optimizer = Validated(optimizer, every, run_config.keep)

@@ -25,7 +25,6 @@ from ztune.artifact import (
 )
 from ztune.budget import Budget
 from ztune.checks import RunChecks
-from ztune.compositions.base import TunedConfig
 from ztune.data.folders import Listing
 from ztune.data.moved import relocated
 from ztune.data.sources import read_source
@@ -33,14 +32,15 @@ from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import Digest, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
-from ztune.heads.base import Fitted
-from ztune.heads.gda import GdaConfig, fit_gda
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_json
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
-from ztune.methods import HeadMethod, find_method
+from ztune.methods.base import HeadMethod, TunedConfig
+from ztune.methods.gda import GdaConfig, fit_gda
+from ztune.methods.plugins import package_of
+from ztune.methods.registry import find_method
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
@@ -178,6 +178,10 @@ class SavedRun:
         asked = run_config_from_json(fields.object("request").values, fields.where)
         return replace(asked, settings=fields.object("config").values)
 
+    @property
+    def _package_then(self) -> Json:
+        return self.fields.values.get("package")
+
     def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
         """See that a run was begun with the same model, method, settings and images.
 
@@ -193,6 +197,8 @@ class SavedRun:
             as_json(then.method_config)
         ):
             differ.append("settings")
+        if self._package_then != package_of(run_config.method):
+            differ.append("package of the method")
         if model.bundle.digest != self.fields.text("bundle_digest"):
             differ.append("model")
         if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
@@ -225,6 +231,12 @@ class SavedRun:
             raise FormatError(
                 f"{model.where} is not the one that the run began with (put it back, or start a "
                 "new run)"
+            )
+        if self._package_then != (now := package_of(self.run_config.method)):
+            raise ConfigError(
+                f'run "{self.folder.path}" was begun with {self.run_config.method} of '
+                f"{self._package_then or 'ztune'}, installed is {now or 'no such package'} "
+                "(install that version, or start a new run)"
             )
         self._warn_of_changes()
         split = Split.from_json(
@@ -340,6 +352,7 @@ class TrainingRun(Generic[Store]):
         return {
             "status": "running",
             "method": run_config.method,
+            "package": package_of(run_config.method),
             "seed": run_config.seed,
             "config": as_json(run_config.method_config),
             "provider": self.model.runtime.provider,
@@ -649,7 +662,7 @@ class TrainingRun(Generic[Store]):
         assert isinstance(method, HeadMethod)
         assert texts is not None
         shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        fitted: Fitted = method.fit(self.run_config.method_config, shots, self.run_config.seed)
+        fitted = method.fitted(self.run_config.method_config, shots, self.run_config.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
         artifact = HeadArtifact(

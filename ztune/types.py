@@ -168,6 +168,7 @@ class Optimizer(Protocol):
 
     def finished(self) -> str | None:
         """Return why there is nothing more to ask, None while there is."""
+        return None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         """Return rounds f64[R, P, dim] such as the next `ask` may give, drawn from `rng` instead.

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from ztune.compositions.base import ModelSpec, Patches
-from ztune.compositions.population import BptVlmConfig, SharpZoMethodConfig, TextCmaConfig
-from ztune.maps.context import DirectContext, LinearContext
-from ztune.maps.visual import LinearTokens, Pixels, TextAndImage
-from ztune.maps.vocabulary import VocabularyContext
+from ztune.maps import DirectContext, LinearContext, Pixels
+from ztune.methods.base import ModelSpec, Patches
+from ztune.methods.bptvlm import BptVlmConfig, LinearTokens, TextAndImage
+from ztune.methods.cma import TextCmaConfig
+from ztune.methods.ogn import VocabularyContext
+from ztune.methods.sharpzo import SharpZoConfig
 from ztune.types import F32, F64
 
 M, D, WIDTH = 3, 4, 5
@@ -139,7 +140,7 @@ def test_projections_are_drawn_as_published() -> None:
     std, mean, spread, n_values = float(np.std(table)), 0.004, 0.09, 48
     patches = Patches(64, n_values, mean, spread)
 
-    def columns(config: BptVlmConfig | TextCmaConfig | SharpZoMethodConfig) -> list[F64]:
+    def columns(config: BptVlmConfig | TextCmaConfig | SharpZoConfig) -> list[F64]:
         """Return what each value of the point adds: to the context, to the tokens."""
         prompt_map, _ = config.build(towers(table, patches), 5000, 1)
         still = prompt_map(np.zeros((1, prompt_map.dim)))
@@ -173,9 +174,9 @@ def test_projections_are_drawn_as_published() -> None:
 
     (text,) = columns(TextCmaConfig())
     assert text.std() == pytest.approx(std / np.sqrt(500), rel=0.02)
-    (text,) = columns(SharpZoMethodConfig())
+    (text,) = columns(SharpZoConfig())
     assert text.std() == pytest.approx(1.0, rel=0.01)
-    (text,) = columns(SharpZoMethodConfig(projection_std=0.2))
+    (text,) = columns(SharpZoConfig(projection_std=0.2))
     assert text.std() == pytest.approx(0.2, rel=0.01)
 
 

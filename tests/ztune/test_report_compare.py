@@ -11,7 +11,7 @@ import pytest
 from ztune import report, report_compare
 from ztune.experiments import figure_shots
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
-from ztune.methods import METHODS
+from ztune.methods.registry import METHODS
 from ztune.report import draw_curve
 from ztune.report_compare import (
     N_COLOURS,

@@ -11,8 +11,8 @@ from ztune import run
 from ztune.budget import Budget
 from ztune.errors import FormatError
 from ztune.loop import Tuning
+from ztune.methods.ogn import OgnConfig, PromptMixture
 from ztune.objective import BatchSampler
-from ztune.optim.mixture import MixtureConfig, PromptMixture
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.run import RunFolder, SavePace
 from ztune.types import Evaluation, Optimizer
@@ -89,7 +89,7 @@ def log(folder: RunFolder, optimizer: Optimizer, n_rounds: int) -> list[dict[str
 
 
 def test_a_mixtures_history_says_what_the_result_by_then_does(tmp_path: Path) -> None:
-    config = MixtureConfig(n_prompts=3)
+    config = OgnConfig(n_prompts=3)
     optimizer = PromptMixture(config, None, 2, np.arange(50), 100, np.random.default_rng(1))
     (tmp_path / "first").mkdir()
     lines = log(RunFolder(tmp_path / "first"), copy.deepcopy(optimizer), 5)

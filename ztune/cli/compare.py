@@ -11,7 +11,8 @@ from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.request import run_config_of, settings_from_words
 from ztune.errors import ConfigError, ZtuneError
-from ztune.methods import METHODS, find_method
+from ztune.methods.registry import find_method, method_names, usable_methods
+from ztune.progress import warn
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="all",
         metavar="NAMES",
-        help=f"all (default), or of {', '.join(METHODS)}",
+        help=f"all (default), or of {', '.join(method_names())}",
     )
     first.add_argument("--seeds", default="1,2,3", metavar="N,N", help="default: 1,2,3")
     add(first, "--shots", "--queries")
@@ -100,8 +101,12 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
     """Return what is asked for, checked as far as it can be without opening anything."""
     from ztune.experiments.compare_config import CompareConfig
 
-    methods = tuple(METHODS)
-    if arguments.methods != "all":
+    if arguments.methods == "all":
+        usable, failed = usable_methods()
+        methods = tuple(usable)
+        for error in failed.values():
+            warn(str(error))
+    else:
         methods = tuple(_listed(arguments.methods, "--methods"))
     seeds = []
     for word in _listed(arguments.seeds, "--seeds"):

@@ -6,7 +6,8 @@ import argparse
 
 from ztune.cli.output import Output, Table
 from ztune.io.config import as_json
-from ztune.methods import METHODS, Method, find_method, method_to_json, preset_changes
+from ztune.methods.base import Method
+from ztune.methods.registry import find_method, method_to_json, preset_changes, usable_methods
 from ztune.types import Json
 
 USAGE = ("[NAME]",)
@@ -25,15 +26,23 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         document = method_to_json(method)
         output.result(document, _lines(method, document))
         return
-    documents = [method_to_json(method) for method in METHODS.values()]
-    rows = [
+    methods, failed = usable_methods()
+    documents = [method_to_json(method) for method in methods.values()]
+    columns: tuple[str, ...] = ("method", "what it is", "from", "needs", "new classes")
+    rows: list[tuple[str, ...]] = [
         (m.name, m.title, m.paper, str(one["access"]), "yes" if m.serves_new_classes() else "no")
-        for m, one in zip(METHODS.values(), documents, strict=True)
+        for m, one in zip(methods.values(), documents, strict=True)
     ]
-    columns = ("method", "what it is", "from", "needs", "new classes")
-    listing = Table("", columns, rows, words=columns)
+    packages = [str(one["package"] or "ztune") for one in documents]
+    if set(packages) != {"ztune"}:
+        columns = (*columns, "package")
+        rows = [(*row, package) for row, package in zip(rows, packages, strict=True)]
+    lines: list[str | Table] = [Table("", columns, rows, words=columns)]
+    if failed:
+        lines += ["", "cannot be used:", *map(str, failed.values())]
     closing = "settings of one: ztune methods NAME; all of them on your images: ztune compare"
-    output.result({"methods": list(documents)}, [listing, "", closing])
+    failures: dict[str, Json] = {name: str(error) for name, error in failed.items()}
+    output.result({"methods": list(documents), "failed": failures}, [*lines, "", closing])
 
 
 def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
@@ -41,6 +50,7 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
     lines: list[str | Table] = [
         f"{method.name}: {method.title}",
         f"from {method.paper}",
+        *([f"package {document['package']}"] if document["package"] else []),
         f"needs {document['access']}",
         "serves new class names"
         if method.serves_new_classes()

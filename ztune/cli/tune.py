@@ -23,8 +23,8 @@ from ztune.cli.server import (
 from ztune.data.moved import new_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.fields import Fields
-from ztune.methods import views_of
-from ztune.optim.mixture import PROMPTS
+from ztune.methods.ogn import PROMPTS
+from ztune.methods.registry import views_of
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.types import Json

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ztune.errors import ConfigError
 from ztune.io.config import as_json
-from ztune.methods import find_method, method_config, tuned_config, views_of
+from ztune.methods.registry import find_method, method_config, tuned_config, views_of
 from ztune.run_config import RunConfig
 from ztune.types import Json
 

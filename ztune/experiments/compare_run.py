@@ -15,7 +15,6 @@ import numpy as np
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import resolve_execution
 from ztune.access import CONTEXTS
-from ztune.compositions.base import TunedConfig
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_files
 from ztune.data.split import HOW_DRAWN, ROLES, Split
@@ -25,7 +24,8 @@ from ztune.experiments.cell_process import BusyError, CellError, run_cell
 from ztune.experiments.compare_config import CompareConfig
 from ztune.experiments.comparing import Folder, write_results
 from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
-from ztune.methods import find_method, method_config, tuned_config
+from ztune.methods.base import TunedConfig
+from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.model import Model, open_model
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder

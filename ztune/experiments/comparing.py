@@ -35,7 +35,9 @@ from ztune.experiments.render import code_in_markdown, in_markdown
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
-from ztune.methods import METHODS, HeadMethod, method_config, needs_of
+from ztune.methods.base import HeadMethod
+from ztune.methods.plugins import package_of
+from ztune.methods.registry import find_method, method_config, method_names, needs_of
 from ztune.printing import without_marks
 from ztune.progress import warn
 from ztune.report_compare import Level, Line, draw_against
@@ -79,6 +81,7 @@ class Folder:
             return cls(path, head, [])
         found = cls.read(path)
         found._require_the_same(request)
+        found._require_the_same_packages()
         found._warn_of_changes()
         return found
 
@@ -98,7 +101,12 @@ class Folder:
             top.object(name)
         top.objects("images")
         cells = [cell_from_json(fields) for fields in top.objects("cells")]
-        cells = [cell for cell in cells if cell.method in METHODS]
+        for cell in cells:
+            if cell.method not in method_names():
+                raise ConfigError(
+                    f'{where} has results of the method "{cell.method}", which is not installed '
+                    "(install its package, or name another `out`)"
+                )
         derived = ("format", "version", "cells", "table", "access")
         return cls(path, {k: v for k, v in document.items() if k not in derived}, cells)
 
@@ -116,6 +124,15 @@ class Folder:
                 f'comparison "{self.path}" was begun with other images, or by a ztune that divided '
                 "them in another way (name another `out`)"
             )
+
+    def _require_the_same_packages(self) -> None:
+        for cell in self.cells:
+            run, now = RunFolder(self.run_of(cell.method, cell.seed)), package_of(cell.method)
+            if now and run.is_begun and (then := run.read().get("package")) != now:
+                raise ConfigError(
+                    f'comparison "{self.path}" was begun with {cell.method} of {then or "ztune"}, '
+                    f"installed is {now} (install that version, or name another `out`)"
+                )
 
     def _warn_of_changes(self) -> None:
         fields = self._fields
@@ -153,7 +170,7 @@ class Folder:
     def add(self, cell: Cell) -> None:
         """Take a cell in place of what was known of it, and save."""
         others = [c for c in self.cells if (c.method, c.seed) != (cell.method, cell.seed)]
-        order = list(METHODS)
+        order = method_names()
         self.cells = sorted([*others, cell], key=lambda c: (order.index(c.method), c.seed))
         self.write()
 
@@ -227,7 +244,8 @@ def title(folder: Folder) -> str:
 
 def table_rows(folder: Folder) -> list[tuple[str, ...]]:
     return [
-        table_row(row, new_classes=METHODS[row.method].serves_new_classes()) for row in folder.rows
+        table_row(row, new_classes=find_method(row.method).serves_new_classes())
+        for row in folder.rows
     ]
 
 
@@ -263,7 +281,7 @@ def footnotes(folder: Folder) -> list[str]:
 
 def _access(folder: Folder, name: str) -> str:
     """Return what a method needs as it was configured here."""
-    request, method = folder._fields.object("request"), METHODS[name]
+    request, method = folder._fields.object("request"), find_method(name)
     settings = request.object("settings")
     own = settings.object(name).values if name in settings.values else {}
     return described(needs_of(method, method_config(method, own, request.text("preset"))))
@@ -302,11 +320,11 @@ def _listed(lines: list[str]) -> list[str]:
 
 def _draw(folder: Folder) -> None:
     """Draw accuracy against queries and against seconds."""
-    images, style = folder.images, {name: i for i, name in enumerate(METHODS)}
+    images, style = folder.images, {name: i for i, name in enumerate(method_names())}
     n_seeds = max(len(row.seeds) for row in folder.rows)
     over = f", mean of {n_seeds} seeds (band: lowest to highest)" if n_seeds > 1 else ""
     curves: dict[str, Any] = {}
-    for name in METHODS:
+    for name in style:
         curve = mean_curve([cell for cell in folder.cells if cell.method == name], images)
         if curve is not None:
             curves[name] = curve
@@ -323,7 +341,7 @@ def _draw(folder: Folder) -> None:
                 row.seconds if cost == "seconds" else None,
             )
             for row in folder.rows
-            if row.accuracy is not None and isinstance(METHODS[row.method], HeadMethod)
+            if row.accuracy is not None and isinstance(find_method(row.method), HeadMethod)
         ]
         levels += _hand_written(folder, levels)
         path = folder.path / f"accuracy-{cost}.png"

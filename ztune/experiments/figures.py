@@ -17,7 +17,7 @@ from ztune.experiments.comparison import Cell, CurvePoint, Figures, ImagePass, M
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
-from ztune.methods import METHODS
+from ztune.methods.registry import method_names
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
 from ztune.types import F64
 
@@ -69,7 +69,7 @@ def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
     A further label of the same method gets a place that no other has, while there are any, in a
     colour that as few others as possible have.
     """
-    places = {name: place for place, name in enumerate(METHODS)}
+    places = {name: place for place, name in enumerate(method_names())}
     styles: dict[str, int] = {}
     further = []
     for label in dict.fromkeys(labels):

@@ -59,6 +59,8 @@ class Job:
     bundle_digest: str
     split: Split
     cells: tuple[CellJob, ...]
+    package: str | None = None
+    """Name and version of the package that the method is from; None: of ztune itself."""
     alone: bool = False
     """Whether no other task is under way, so that a lost process is this job's own doing."""
 

@@ -40,7 +40,7 @@ from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
 from ztune.io.config import T, as_json, configured
 from ztune.io.files import is_plain_name
 from ztune.io.toml import parsed_toml
-from ztune.methods import PRESETS, find_method, method_config, views_of
+from ztune.methods.registry import PRESETS, find_method, method_config, views_of
 from ztune.types import Json
 
 

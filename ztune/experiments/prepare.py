@@ -33,7 +33,9 @@ from ztune.experiments.protocols import (
 )
 from ztune.experiments.store import readable
 from ztune.io.config import as_json
-from ztune.methods import HeadMethod, find_method, method_config, tuned_config
+from ztune.methods.base import HeadMethod
+from ztune.methods.plugins import package_of
+from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig
 from ztune.types import Json
@@ -277,7 +279,8 @@ class Preparation:
         earlier = jobs[run].cells if run in jobs else ()
         if key not in {one.key for one in earlier}:
             scored = CellJob(key, cell, tuple(parts), curve=cell.protocol not in TRANSFERS)
-            jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored))
+            package = package_of(run_config.method)
+            jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored), package)
         return key
 
     def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> RunConfig:
@@ -333,6 +336,8 @@ def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str
     values = {name: asked[name] for name in _MATTERS}
     if isinstance(find_method(run_config.method), HeadMethod):
         del values["queries"]  # it spends none
+    if package := package_of(run_config.method):
+        values["package"] = package
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
     return {
         **values,

@@ -11,7 +11,7 @@ from ztune.errors import FormatError
 from ztune.experiments.protocols import PROTOCOLS
 from ztune.io.fields import Fields
 from ztune.io.toml import parsed_toml
-from ztune.methods import METHODS
+from ztune.methods.registry import METHODS
 
 AVERAGE = "average of 11"
 AVERAGED = (

@@ -43,6 +43,7 @@ from ztune.experiments.jobs import (
 )
 from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
+from ztune.methods.plugins import package_of
 from ztune.model import Model
 from ztune.printing import printable_lines, reason_of, without_marks
 from ztune.progress import warnings_told
@@ -165,6 +166,12 @@ class Worker:
         if model.bundle.digest != job.bundle_digest:
             raise FormatError(
                 f'bundle "{model.bundle.path}" is not the one that the bench began with'
+            )
+        method = job.run_config.method
+        if (package := package_of(method)) != job.package:
+            raise ConfigError(
+                f"{method} is of {package or 'ztune'} here, and of {job.package or 'ztune'} where "
+                "the bench began (install the same version)"
             )
         training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
         run = Fields(_finished(training), f'run "{training.folder.path}"')

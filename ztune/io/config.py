@@ -90,3 +90,16 @@ def _are(value: Json, kind: type) -> bool:
 def as_json(config: Any) -> dict[str, Json]:
     """Return a config's fields as a JSON object."""
     return dict(dataclasses.asdict(config))
+
+
+def require(config: object, least: float, *names: str, above: bool = False) -> None:
+    """Check that settings are at least, or `above`, a number; None is a setting left open.
+
+    Raises: ConfigError.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (value > least if above else value >= least):
+            raise ConfigError(
+                f"{name} is {value}, expected {'more than' if above else 'at least'} {least}"
+            )

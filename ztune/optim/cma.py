@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
+from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Json, Proposal, State
+from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 COVARIANCES = ("full", "separable")
 KEEPS = ("best", "mean")
@@ -29,6 +30,9 @@ _LEAST = 1e-8
 """Keeps the denominators of (46) and (52) from nought."""
 _SIGMAS = 1e-32, 1e32
 """Limits of σ: a slope without end drives it up for ever, and squares must not overflow."""
+# Beyond these a covariance is refused: bytes of its matrices, and hours of its eigendecompositions,
+# of which a core of 2026 does some 10¹⁰ operations in a second.
+_MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,14 @@ class CmaConfig:
 
     def __post_init__(self) -> None:
         # Three leave one parent, and with it the rank-μ update's rate (58) is nought.
-        if self.population is not None and self.population < 4:
-            raise ConfigError(f"population is {self.population}, expected at least 4")
-        if not self.sigma > 0:
-            raise ConfigError(f"sigma is {self.sigma}, expected more than 0")
+        require(self, 4, "population")
+        require(self, 0, "sigma", "bound", above=True)
         if self.covariance not in COVARIANCES:
             raise ConfigError(
                 f'covariance is "{self.covariance}", expected one of {", ".join(COVARIANCES)}'
             )
         if self.keep not in KEEPS:
             raise ConfigError(f'keep is "{self.keep}", expected one of {", ".join(KEEPS)}')
-        if self.bound is not None and not self.bound > 0:
-            raise ConfigError(f"bound is {self.bound}, expected more than 0")
 
     def queries_per_step(self, dim: int) -> int:
         """Return λ."""
@@ -90,6 +90,27 @@ def cost_of(dim: int, covariance: str, population: int | None = None) -> Cost:
     # C, B, B·D, and what the eigendecomposition takes: a copy and 2 n² of work space. It makes
     # about 9 n³ operations; C out of B and D is 2 n³ more.
     return Cost(8 * (6 * n**2 + samples), 11 * n**3 + 8 * size * n**2)
+
+
+def own_seconds(covariance: str, dim: int, population: int, n_generations: int) -> float:
+    """Return roughly what so many generations take, beside the forward passes."""
+    cost = cost_of(dim, covariance, population)
+    return cost.flops * max(1, n_generations) / _OPERATIONS_A_SECOND
+
+
+def check_reach(covariance: str, dim: int, population: int, n_generations: int) -> None:
+    """Refuse a size of CMA-ES that would not come to an end.
+
+    Raises: ConfigError saying what it would take.
+    """
+    n_bytes = cost_of(dim, covariance, population).bytes
+    hours = own_seconds(covariance, dim, population, n_generations) / 3600
+    if n_bytes > _MOST_BYTES or hours > _MOST_HOURS:
+        raise ConfigError(
+            f"CMA-ES with a {covariance} covariance of {dim} values takes "
+            f"{n_bytes / 1e9:.1f} GB and some {hours:.0f} hours for {n_generations} generations, "
+            "out of reach here (use fewer values, or a separable covariance where there is one)"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ class _Rates:
         return _Rates(weights, mu, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu)
 
 
-class Cma:
+class Cma(Optimizer):
     """x_k ~ N(m, σ² C), and m, σ and C learn from the better half's moves."""
 
     def __init__(self, config: CmaConfig, start: F64, rng: np.random.Generator):
@@ -251,9 +272,6 @@ class Cma:
             values, self._B = np.linalg.eigh((C + C.T) / 2)
             self._D = _roots(values)
         self._sigma = min(max(sigma, _SIGMAS[0]), _SIGMAS[1])
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._best if self._config.keep == "best" else self._mean)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
+from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Proposal, State
+from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,23 @@ class RgfConfig:
     """Probes averaged per step; a step costs n_directions + 1 queries."""
 
     def __post_init__(self) -> None:
-        if self.n_directions < 1:
-            raise ConfigError(f"n_directions is {self.n_directions}, expected at least 1")
-        for name in ("step_size", "last_step_size", "step_power", "perturbation"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
+        require(self, 1, "n_directions")
+        require(self, 0, "step_size", "last_step_size", "step_power", "perturbation", above=True)
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        """The setting that says how far a probe is from the point."""
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return self.n_directions + 1
+
+    def step_queries(self) -> int:
+        return self.n_directions + 1
 
 
-class Rgf:
+class Rgf(Optimizer):
     """w ← w − η_t ĝ with ĝ = (δ/n) Σ_i u_i (L(w + β u_i) − L(w)) / β, ‖u_i‖ = 1.
 
     η_t = (η_0 − η_T) (1 − t/T)^power + η_T, and η_T from T = n_steps on.
@@ -91,9 +101,6 @@ class Rgf:
         self._point = self._point - self._step_size * gradient
         self._step += 1
         self._advance()
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._point)

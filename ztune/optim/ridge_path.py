@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from ztune.errors import ConfigError
 from ztune.objective import cross_entropy
 from ztune.optim.convex import SoftmaxProblem, Terms, total
 from ztune.types import F64, I64
@@ -19,54 +16,41 @@ _NEWTON_STEPS = 16  # for a ridge alone
 _WITHOUT_FOLDS = 0.1  # the ridge where most classes have one image
 
 
-@dataclass(frozen=True)
-class RidgeConfig:
-    """How far weights may move."""
-
-    ridge: float | None = None
-    """On the weights, relative to the logits' mean square; none: by cross-validation."""
-    tolerance: float = 2.5
-    """Standard errors by which lighter ridges may be worse on held-out images and still count."""
-
-    def __post_init__(self) -> None:
-        if self.ridge is not None and not self.ridge > 0:
-            raise ConfigError(f"ridge is {self.ridge}, expected more than 0")
-        if not self.tolerance >= 0:
-            raise ConfigError(f"tolerance is {self.tolerance}, expected 0 or more")
-
-
-def cross_validated(problem: SoftmaxProblem, unit: float, config: RidgeConfig) -> F64:
+def cross_validated(
+    problem: SoftmaxProblem, unit: float, ridge: float | None, tolerance: float
+) -> F64:
     """Return the mean f64[r] of the solutions that held-out images cannot tell from the best.
 
-    Ridges are tried from the heaviest on, in units of `unit`, the directions' mean square. What a
-    fold's images lose when they are left out is estimated by one Newton step away from the
-    solution with all images (Beirami et al., NeurIPS 2017), which costs no fit for each fold. The
-    mean is over the best ridge and all lighter ones whose mean loss is within `tolerance` standard
-    errors (paired, over images): the heavy end is safe, the light end fits the training images.
+    Ridges are tried from the heaviest on, in units of `unit`, the directions' mean square; a
+    `ridge` that is given is the only one. What a fold's images lose when they are left out is
+    estimated by one Newton step away from the solution with all images (Beirami et al., NeurIPS
+    2017), which costs no fit for each fold. The mean is over the best ridge and all lighter ones
+    whose mean loss is within `tolerance` standard errors (paired, over images): the heavy end is
+    safe, the light end fits the training images.
     """
     r = len(problem.directions)
     eye, a = np.eye(r), np.zeros(r)
     if r == 0:
         return a
     folds = fold_of_each(problem.labels)
-    if config.ridge is not None or folds is None:
-        share = config.ridge if config.ridge is not None else _WITHOUT_FOLDS
+    if ridge is not None or folds is None:
+        share = ridge if ridge is not None else _WITHOUT_FOLDS
         return problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
     parts = [problem.rows(folds == k) for k in range(int(folds.max()) + 1)]
     terms = [part.terms(a) for part in parts]
     tried: list[tuple[F64, F64]] = []
     for share in RIDGES:
-        ridge = share * unit * eye
+        matrix = share * unit * eye
         for _ in range(_STEPS_PER_RIDGE):
-            a, _ = problem.stepped(a, total(terms), ridge)
+            a, _ = problem.stepped(a, total(terms), matrix)
             terms = [part.terms(a) for part in parts]
-        losses = _held_out_losses(parts, terms, folds, a, ridge)
+        losses = _held_out_losses(parts, terms, folds, a, matrix)
         tried.append((a, losses))
         best = min((one for _, one in tried), key=lambda one: float(one.mean()))
-        if not _within(losses, best, config.tolerance):
+        if not _within(losses, best, tolerance):
             break
     first = next(i for i, (_, losses) in enumerate(tried) if losses is best)
-    near = [one for one, losses in tried[first:] if _within(losses, best, config.tolerance)]
+    near = [one for one, losses in tried[first:] if _within(losses, best, tolerance)]
     return np.asarray(np.mean(near, axis=0))
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
+from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.types import F64, Evaluation, Proposal, State
+from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,26 @@ class SpsaConfig:
     """β of SPSA-GC, 0.8 in BlackVIP; 0 is plain SPSA."""
 
     def __post_init__(self) -> None:
-        if self.n_pairs < 1:
-            raise ConfigError(f"n_pairs is {self.n_pairs}, expected at least 1")
-        for name in ("step_size", "perturbation"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("step_offset", "step_decay", "perturbation_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        require(self, 1, "n_pairs")
+        require(self, 0, "step_size", "perturbation", above=True)
+        require(self, 0, "step_offset", "step_decay", "perturbation_decay")
         if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum is {self.momentum}, expected 0 or more and less than 1")
+            raise ConfigError(f"momentum is {self.momentum}, expected in [0, 1)")
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        """The setting that says how far apart a pair's points are."""
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return 2 * self.n_pairs
+
+    def step_queries(self) -> int:
+        return 2 * self.n_pairs
 
 
-class Spsa:
+class Spsa(Optimizer):
     """w ← w − a_k ĝ with ĝ the mean of n_pairs two-sided estimates on the same images.
 
     With momentum: m ← β m + ĝ, w ← w − a_k (ĝ + β m), which is Nesterov's look-ahead.
@@ -103,9 +111,6 @@ class Spsa:
         self._point = self._point - step_size * gradient
         self._step += 1
         self._perturbations = self._draw(self._rng)
-
-    def finished(self) -> str | None:
-        return None
 
     def recommend(self) -> F64:
         return np.array(self._point)

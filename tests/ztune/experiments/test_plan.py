@@ -22,7 +22,7 @@ from ztune.experiments.plan import (
 )
 from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
 from ztune.io.toml import parsed_toml
-from ztune.methods import find_method
+from ztune.methods.registry import find_method
 
 PLANS = sorted((ROOT / "plans").glob("*.toml"))
 

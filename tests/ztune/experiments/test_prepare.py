@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from ztune.cli.output import Output
 from ztune.data.split import Split
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.cells import Cell
+from ztune.experiments.jobs import JobResult
 from ztune.experiments.plan import read_plan
 from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
+from ztune.experiments.worker import Settings, Worker
 from ztune.io.files import sha256
 from ztune.progress import SILENCE, Progress, warnings_told
 
@@ -781,6 +784,18 @@ def test_queries_do_not_matter_to_a_head(data: Path, prepare: Prepare) -> None:
         ]
         keys = [key_of_one(prepare(text)) for text in texts]
         assert (keys[0] == keys[1]) == same
+
+
+def test_a_worker_with_another_version_of_a_methods_package_refuses(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    (job,) = prepare(few_shot(data)).jobs
+    assert job.package is None
+    worker = Worker(Settings(tmp_path / "out", "cpu", 1, None))
+    answer = worker.perform(replace(job, package="ztune-zip 1.0"))
+    assert isinstance(answer, JobResult)
+    (reason,) = answer.reasons.values()
+    assert "zip is of ztune here, and of ztune-zip 1.0 where the bench began" in reason
 
 
 def test_remarks_are_collected(prepare: Prepare, tmp_path: Path) -> None:

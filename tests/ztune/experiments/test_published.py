@@ -11,7 +11,7 @@ from ztune.errors import ConfigError, FormatError
 from ztune.experiments.literature import beside_table, pairs_of, unmatched_table
 from ztune.experiments.published import AVERAGE, AVERAGED, Published, published, published_in
 from ztune.experiments.summary import Names, Sheet, sheets_of
-from ztune.methods import METHODS
+from ztune.methods.registry import METHODS
 
 KNOWN = {name: name for name in AVERAGED}
 NAMES = Names("a title", {"mine": "zip"}, {}, KNOWN, {})

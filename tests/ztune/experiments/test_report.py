@@ -30,7 +30,7 @@ from ztune.experiments.summary import Names
 from ztune.experiments.tables import Table, Word
 from ztune.io.config import as_json
 from ztune.io.fields import Fields
-from ztune.methods import METHODS
+from ztune.methods.registry import METHODS
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, look_of, look_of_level
 from ztune.types import Json
 

@@ -11,7 +11,6 @@ import pytest
 from tests.foreign import NOT_REGULAR
 from ztune.budget import Budget
 from ztune.cli.request import settings_from_words
-from ztune.compositions.steps import ZipConfig
 from ztune.data.cache import FeatureLog
 from ztune.data.manifests import read_class_list, read_names, read_text
 from ztune.data.sources import read_source
@@ -30,6 +29,7 @@ from ztune.io.files import (
 )
 from ztune.io.tensors import read_tensors
 from ztune.journal import Journal
+from ztune.methods.zip import ZipConfig
 from ztune.run import RunFolder
 
 

@@ -1,0 +1,55 @@
+"""BAR: a trained border around the image, by random gradient-free steps.
+
+Source: Tsai et al., "Transfer Learning without Knowing: Reprogramming Black-box Machine Learning
+Models", ICML 2020 (arXiv 2007.08714), with the settings of its comparison in ZIP (arXiv
+2504.06838).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.access import LOGITS, LOSS, PIXELS
+from ztune.io.config import require
+from ztune.maps import Pixels
+from ztune.methods.base import INITIAL, STEPS, Composition, ModelSpec, TunedConfig, TunedMethod
+from ztune.optim.rgf import Rgf, RgfConfig
+
+
+@dataclass(frozen=True)
+class BarConfig(RgfConfig, TunedConfig):
+    """BAR's settings are those of RgfConfig."""
+
+    focal_gamma: float = 2.0
+    batch_size: int | None = 128
+    program = "border"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 1, "batch_size")
+        require(self, 0, "focal_gamma")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset((LOGITS if self.focal_gamma else LOSS, PIXELS))
+
+    @property
+    def focal(self) -> float:
+        return self.focal_gamma
+
+    def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
+        prompt_map = Pixels((3, spec.image_size, spec.image_size))
+        start = np.random.default_rng([seed, INITIAL]).standard_normal(prompt_map.dim)
+        rng = np.random.default_rng([seed, STEPS])
+        return prompt_map, Rgf(self, start, queries // self.step_queries(), rng)
+
+
+METHOD = TunedMethod(
+    name="bar",
+    title="black-box adversarial reprogramming: a trained border around the image",
+    paper="BAR, ICML 2020 (arXiv 2007.08714), with the settings of its comparison in ZIP",
+    config=BarConfig,
+    augment=16,
+)

@@ -1,0 +1,342 @@
+"""What every method has: a line in the table, settings, and what it may know of a model.
+
+The settings of a tuned method compose a map and an optimizer. Their defaults are the published
+ones, where a paper has tuned prompts so. What a method needs of a runtime, how many candidates it
+sends at once and what its first step costs are known before anything is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ztune.access import CONTEXTS, LOSS
+from ztune.errors import ConfigError
+from ztune.heads import Fitted, Shots
+from ztune.io.config import require
+from ztune.optim.cma import Cma, CmaConfig, check_reach, default_population, own_seconds
+from ztune.types import F32, F64, I64, Json, Optimizer, PromptMap
+
+Composition = tuple[PromptMap, Optimizer]
+# Streams of a run's seed; 3 draws batches, 4 the signal's probes.
+INITIAL, MAP, STEPS = 0, 1, 2
+_NAME = re.compile(r"[a-z0-9][a-z0-9_+-]*")
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The image tower's patch embedding, where the tower takes extra tokens."""
+
+    width: int
+    """Values of a token."""
+    n_values: int
+    """Pixels of a patch times channels."""
+    mean: float
+    """Of the patch embedding's weights."""
+    std: float
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a method may know of a model before it asks anything."""
+
+    text_width: int
+    token_table: F32
+    """f32[vocabulary, d], memory-mapped."""
+    context_of_words: Callable[[str], F32]
+    """The embeddings f32[m, d] of a text's tokens."""
+    image_size: int
+    decoder_start: Callable[[np.random.Generator], F64]
+    """Random initial values of BlackVIP's decoder."""
+    patches: Patches | None
+    ids_of_words: Callable[[str], I64]
+    """The ids i64[m] of a text's tokens, rows of the table."""
+    words: Callable[[], I64]
+    """The ids i64[v] that stand for text, sorted; a vocabulary has its frequent ones first."""
+
+    @property
+    def token_std(self) -> float:
+        """The standard deviation of all token embeddings."""
+        parts = np.array_split(self.token_table, max(1, len(self.token_table) // 4096))
+        total, squares = 0.0, 0.0
+        for part in parts:  # a table of 100 MB is read, not held
+            wide = part.astype(np.float64)
+            total, squares = total + wide.sum(), squares + (wide**2).sum()
+        n = self.token_table.size
+        return float(np.sqrt(squares / n - (total / n) ** 2))
+
+
+class TunedConfig(Protocol):
+    """A tuned method's settings, and how they become a map and an optimizer.
+
+    A dataclass that derives from this takes the defaults of what it does not define.
+    """
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images of a batch; None: all of them in every round."""
+        return None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the runtime must give."""
+        return frozenset((LOSS, CONTEXTS))
+
+    @property
+    def program(self) -> str | None:
+        """What its visual prompt is (border, decoder or tokens); None where it tunes text alone."""
+        return None
+
+    @property
+    def focal(self) -> float:
+        """γ of the focal loss; 0 is cross-entropy."""
+        return 0.0
+
+    @property
+    def validates(self) -> bool:
+        """Whether the method itself asks for validation passes."""
+        return False
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the result is a mixture of prompts: its optimizer is Mixing."""
+        return False
+
+    @property
+    def keeps_batch(self) -> bool:
+        """Whether all rounds see the images and views of the first."""
+        return False
+
+    @property
+    def top_classes(self) -> int | None:
+        """Of how many classes an answer tells the probabilities; None: of all."""
+        return None
+
+    @property
+    def notice(self) -> str:
+        """What a person should know before the first query; empty for most."""
+        return ""
+
+    @property
+    def in_effect(self) -> TunedConfig:
+        """The configuration to tune with: another one where these settings fall back to it."""
+        return self
+
+    @property
+    @abstractmethod
+    def finest(self) -> tuple[str, float] | None:
+        """The setting that says how far apart two points are whose losses are compared.
+
+        None where no differences of neighbouring points are taken.
+        """
+
+    @property
+    @abstractmethod
+    def round_size(self) -> int:
+        """The most candidates of one call."""
+
+    def images_of(self, n_images: int, n_classes: int) -> int:
+        """Return how many of the training images a batch has."""
+        return min(self.batch_size or n_images, n_images)
+
+    @abstractmethod
+    def step_queries(self) -> int:
+        """Return what the first step costs: the least budget."""
+
+    def spends(self, queries: int) -> int:
+        """Return how much of a budget the method uses at most."""
+        return queries
+
+    def own_seconds(self, queries: int) -> float:
+        """Return roughly what the optimizer's own arithmetic takes, where that is worth a word."""
+        return 0.0
+
+    @abstractmethod
+    def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
+        """Return map and optimizer at their start, for a budget of `queries`."""
+
+
+@dataclass(frozen=True)
+class TextStart(TunedConfig):
+    """The start of methods that tune a context alone."""
+
+    n_context: int = 4
+    """m: context tokens at a random start; words given as `init` count themselves."""
+    init: str = "a photo of a"
+    """`random`: N(0, init_std²); anything else is taken as words."""
+    init_std: float = 0.02
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self, 1, "n_context", "batch_size")
+        require(self, 0, "init_std")
+
+    def initial(self, spec: ModelSpec, seed: int) -> F32:
+        """Return the start f32[m, d], shared by all classes."""
+        if self.init != "random":
+            return spec.context_of_words(self.init)
+        rng = np.random.default_rng([seed, INITIAL])
+        noise = rng.standard_normal((self.n_context, spec.text_width))
+        return (self.init_std * noise).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Generations(CmaConfig, TunedConfig):
+    """CMA-ES: every round is a generation of candidates."""
+
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 1, "batch_size")
+        if self.keep == "best" and self.batch_size is not None:
+            raise ConfigError(
+                "keep=best compares losses over all images: leave out batch_size, or set keep=mean"
+            )
+
+    @property
+    @abstractmethod
+    def n_values(self) -> int:
+        """How many values are optimised."""
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "sigma", self.sigma
+
+    @property
+    def round_size(self) -> int:
+        return self.population or default_population(self.n_values)
+
+    def step_queries(self) -> int:
+        return self.round_size
+
+    def own_seconds(self, queries: int) -> float:
+        size = self.round_size
+        return own_seconds(self.covariance, self.n_values, size, queries // size)
+
+    def check_reach(self, queries: int) -> None:
+        """Refuse a size that would not come to an end, before anything of that size is made."""
+        size = self.round_size
+        check_reach(self.covariance, self.n_values, size, queries // size)
+
+    def cma(self, start: F64, seed: int) -> Cma:
+        return Cma(self, start, np.random.default_rng([seed, STEPS]))
+
+
+@dataclass(frozen=True)
+class TunedMethod:
+    """A method that asks for losses.
+
+    Raises: ConfigError naming what is missing.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config: type[Any]
+    """Builds a TunedConfig."""
+    augment: int = 0
+    """Cached random views per training image in preset `published`."""
+    tuned: Mapping[str, Json] = field(default_factory=dict)
+    """Settings of preset `tuned`; empty where the published ones were not beaten."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if missing := _missing(TunedConfig, self.config):
+            raise ConfigError(
+                f'method "{self.name}": {self.config.__name__} lacks {", ".join(missing)} (derive '
+                "it from ztune.methods.base.TunedConfig and define them)"
+            )
+
+    def serves_new_classes(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class HeadMethod:
+    """A method in closed form on image features.
+
+    Raises: ConfigError naming what is missing.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config: type[Any]
+    fit: Callable[[Any, Shots, int], Fitted]
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not callable(self.fit):
+            raise ConfigError(f'method "{self.name}": fit is {self.fit!r}, expected a function')
+
+    def serves_new_classes(self) -> bool:
+        return False
+
+    def fitted(self, config: Any, shots: Shots, seed: int) -> Fitted:
+        """Fit to the shots.
+
+        Raises: ConfigError where `fit` returns something else; what `fit` raises.
+        """
+        found = self.fit(config, shots, seed)
+        if not isinstance(found, Fitted):
+            raise ConfigError(
+                f'method "{self.name}": fit returned {type(found).__name__}, expected '
+                "ztune.heads.Fitted"
+            )
+        return found
+
+
+Method = TunedMethod | HeadMethod
+
+
+def _check(method: Method) -> None:
+    """See that a line of the table is complete."""
+    name, config = method.name, method.config
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(
+            f'method name {name!r}: expected lower-case letters, digits, "-", "_" and "+", as in '
+            "my-method"
+        )
+    for what in ("title", "paper"):
+        text = getattr(method, what)
+        if not (isinstance(text, str) and text.strip()):
+            raise ConfigError(f'method "{name}": {what} is {text!r}, expected a line of text')
+    if not (isinstance(config, type) and is_dataclass(config)):
+        raise ConfigError(
+            f'method "{name}": config is {config!r}, expected a dataclass of its settings'
+        )
+    unset = [f.name for f in fields(config) if f.default is f.default_factory is MISSING]
+    if unset:
+        raise ConfigError(
+            f'method "{name}": {config.__name__} has no default for {", ".join(unset)}'
+        )
+
+
+def _missing(protocol: type, given: object) -> list[str]:
+    """Return which members of a protocol an object or a class lacks."""
+    members = [name for name in vars(protocol) if name == "__call__" or not name.startswith("_")]
+    abstract = getattr(given, "__abstractmethods__", ())
+    return [name for name in members if name in abstract or not hasattr(given, name)]
+
+
+def built(config: TunedConfig, spec: ModelSpec, queries: int, seed: int) -> Composition:
+    """Return a method's map and optimizer at their start.
+
+    Raises: ConfigError where `build` returns something else; what `build` raises.
+    """
+    pair, what = config.build(spec, queries, seed), f"{type(config).__name__}.build"
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ConfigError(f"{what} returned {type(pair).__name__}, expected a map and an optimizer")
+    for part, protocol in zip(pair, (PromptMap, Optimizer), strict=True):
+        if missing := _missing(protocol, part):
+            raise ConfigError(
+                f"{what}: {type(part).__name__} lacks {', '.join(missing)} of a "
+                f"{protocol.__name__} (ztune.types)"
+            )
+    return pair

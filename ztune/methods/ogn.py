@@ -1,0 +1,283 @@
+"""A mixture of prompts: the Gauss–Newton step taken exactly, between prompts instead of along one.
+
+Near a context c, Gauss–Newton replaces the logits of c + Σ_k a_k v_k by Z(c) + Σ_k a_k G_k, which
+is true only for short steps: the text tower bends. A classifier made of several prompts' text
+features has no such limit. With W = Σ_j w_j T(c_j), an image's logits are Σ_j w_j Z(c_j), whatever
+w, so the weights that minimise the cross-entropy of the labelled images come from a convex
+problem on logits that were paid for once (`ztune.optim.convex`). Prompts far apart serve better
+than neighbours: they are random tokens of the vocabulary around the class name, as in Roth et al.,
+"Waffling around for performance", ICCV 2023, which averages such prompts without labels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ztune.errors import ConfigError
+from ztune.io.config import require
+from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.methods.answers import Answers
+from ztune.methods.base import STEPS, Composition, ModelSpec, TunedMethod
+from ztune.objective import cross_entropy, required_logits
+from ztune.optim.convex import SoftmaxProblem
+from ztune.optim.logit_span import LogitSpan
+from ztune.optim.ridge_path import cross_validated
+from ztune.types import F32, F64, I64, Evaluation, Mixture, Prompts, Proposal, State
+
+PROMPTS = "prompts"
+"""Why a run ended that has asked for the most prompts."""
+_SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
+_LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
+
+
+_TOKENS = 4  # of a random prompt, unless words or settings say otherwise
+_LEAST_RANK = 40  # the rank gives way to images down to here
+
+
+class VocabularyContext:
+    """context = table[point]: token ids f64[m], whole numbers."""
+
+    def __init__(self, table: F32, n_tokens: int):
+        """Take the token table f32[vocabulary, d] and m."""
+        self._table = table
+        self._n_tokens = n_tokens
+
+    @property
+    def dim(self) -> int:
+        return self._n_tokens
+
+    def __call__(self, points: F64) -> Prompts:
+        return Prompts(contexts=np.asarray(self._table[points.astype(np.int64)], np.float32))
+
+
+@dataclass(frozen=True)
+class OgnConfig(Answers):
+    """Random prompts mixed by weights from a convex fit to the training images' logits."""
+
+    ridge: float | None = None
+    """On the weights, relative to the logits' mean square; none: by cross-validation."""
+    tolerance: float = 2.5
+    """Standard errors by which lighter ridges may be worse on held-out images and still count."""
+    n_prompts: int = 10
+    """Of one round; the first has the words of the start among them."""
+    most_prompts: int | None = 1000
+    """After which the run ends; none: the budget alone says when."""
+    rank: int = 160
+    """Dimensions of the span of the prompts' logits that weights are sought in."""
+    memory_mb: float = 512.0
+    """Of the logits that are kept, in units of 10⁶ bytes; a fit takes about as much again."""
+
+    init: str = "a photo of a"
+    """Words of the first prompt; `random`: none."""
+    n_context: int | None = None
+    """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
+    batch_size: int | None = None
+    """Images, the same in all rounds; none: as many as memory_mb allows."""
+    mixes, finest = True, None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 1, "n_prompts", "rank", "most_prompts", "n_context", "batch_size")
+        require(self, 0, "memory_mb", "ridge", above=True)
+        require(self, 0, "tolerance")
+        if self.n_context is not None and self.init != "random":
+            raise ConfigError("the words of init count their tokens: n_context needs init=random")
+
+    @property
+    def round_size(self) -> int:
+        return self.n_prompts
+
+    def images_of(self, n_images: int, n_classes: int) -> int:
+        rows = 2 * min(self.rank, _LEAST_RANK) + self.n_prompts
+        return self.images_within(n_images, n_classes, self.memory_mb, rows)
+
+    def step_queries(self) -> int:
+        return self.n_prompts
+
+    def spends(self, queries: int) -> int:
+        if self.most_prompts is None:
+            return queries
+        return min(queries, self.n_prompts * math.ceil(self.most_prompts / self.n_prompts))
+
+    def rank_of(self, n_logits: int) -> int:
+        """Return the rank that memory allows for so many logits of a prompt."""
+        rows = int(self.memory_mb * 1e6) // (4 * max(1, n_logits))
+        return max(1, min(self.rank, (rows - self.n_prompts) // 2))
+
+    def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
+        words = None if self.init == "random" else spec.ids_of_words(self.init)
+        n_tokens = (self.n_context or _TOKENS) if words is None else len(words)
+        rng = np.random.default_rng([seed, STEPS])
+        budget = self.spends(queries)
+        optimizer = PromptMixture(self, words, n_tokens, spec.words(), budget, rng)
+        return VocabularyContext(spec.token_table, n_tokens), optimizer
+
+
+class PromptMixture:
+    """Asks for random prompts; its choice are the weights of all that were answered.
+
+    Points are token ids f64[m]. The first prompt is the start's words, where there are any. Weights
+    start from the mean of that prompt and the mean of all, and move from there as far as the ridge
+    lets them.
+    """
+
+    def __init__(
+        self,
+        config: OgnConfig,
+        words: I64 | None,
+        n_tokens: int,
+        vocabulary: I64,
+        budget: int,
+        rng: np.random.Generator,
+    ):
+        """Take the token ids i64[m] of the start's words or None, m, and the ids to draw from.
+
+        `budget` is what may be spent, so that the last round is known. `vocabulary` i64[v] is
+        sorted by frequency, as byte-pair vocabularies are.
+        """
+        self._config = config
+        self._words = words
+        self._n_tokens = n_tokens
+        self._vocabulary = vocabulary
+        self._n_rounds = budget // config.n_prompts
+        self._rng = rng
+        self._prompts = np.zeros((0, n_tokens))
+        self._span = LogitSpan.empty(config.rank)
+        self._first = np.zeros((0, 0), np.float32)
+        self._labels: I64 = np.zeros(0, np.int64)
+        self._next = self._drawn()
+        self._choice: Choice | None = None
+
+    def _drawn(self) -> F64:
+        """Return the token ids f64[P, m] of the next round.
+
+        Log-uniform in the rank, which gives every word about the share that it has in texts (Zipf).
+        """
+        shape = (self._config.n_prompts, self._n_tokens)
+        least = max(1.0, _SHORT_TOKENS * len(self._vocabulary))
+        ranks = np.exp(self._rng.uniform(np.log(least), np.log(len(self._vocabulary)), shape))
+        drawn = self._vocabulary[ranks.astype(np.int64)].astype(np.float64)
+        if self._words is not None and not len(self._prompts):
+            drawn[0] = self._words
+        return drawn
+
+    def ask(self) -> Proposal:
+        return Proposal(self._next.copy(), same_batch=len(self._prompts) > 0)
+
+    def tell(self, evaluation: Evaluation) -> None:
+        logits = required_logits(evaluation)
+        if not len(self._prompts):
+            self._labels = evaluation.labels.copy()
+            self._span = LogitSpan.empty(self._config.rank_of(logits[0].size))
+            self._first = logits[0] - logits[0].mean(axis=-1, keepdims=True)
+        self._span.add(logits)
+        self._prompts = np.concatenate([self._prompts, self._next])
+        self._next = self._drawn()
+        self._choice = None
+
+    def finished(self) -> str | None:
+        most = self._config.most_prompts
+        return PROMPTS if most is not None and len(self._prompts) >= most else None
+
+    def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
+        raise ConfigError("a mixture of prompts compares no neighbouring points: nothing to probe")
+
+    def recommend(self) -> F64:
+        """Return f64[m], the prompt with the largest weight: of a mixture a part, no result."""
+        mixture = self.mixture()
+        return np.array(mixture.points[mixture.weights.argmax()])
+
+    def mixture(self) -> Mixture:
+        """Return all prompts and their weights; before the first answer the start alone."""
+        if not len(self._prompts):
+            return Mixture(self._next[:1].copy(), np.ones(1))
+        return Mixture(self._prompts.copy(), self._chosen().weights.copy())
+
+    def fitted(self) -> tuple[float, float] | None:
+        """Return loss and accuracy on the training images after 1, 2, 4, 8… rounds and the last.
+
+        None in between, and midway where the fit would take seconds: many images and classes.
+        """
+        n_rounds = len(self._prompts) // self._config.n_prompts
+        r = min(self._span.rank, len(self._prompts))
+        long = r * r * self._span.total.size > _LONG_FIT
+        if n_rounds == 0 or (n_rounds < self._n_rounds and (long or n_rounds & (n_rounds - 1))):
+            return None
+        choice = self._chosen()
+        return choice.loss, choice.accuracy
+
+    def _chosen(self) -> Choice:
+        if self._choice is None:
+            self._choice = self._fit()
+        return self._choice
+
+    def _fit(self) -> Choice:
+        n_prompts = len(self._prompts)
+        mean = self._span.total / n_prompts
+        start = np.full(n_prompts, 1 / n_prompts)
+        base = mean
+        if self._words is not None:
+            base = (base + self._first) / 2
+            start /= 2
+            start[0] += 0.5
+        basis, mixing = self._span.contrasts()
+        problem = SoftmaxProblem(base.astype(np.float32), basis, self._labels)
+        c = self._config
+        b = cross_validated(problem, self._span.mean_square, c.ridge, c.tolerance)
+        logits = problem.logits(b)
+        loss = float(cross_entropy(logits, self._labels).mean())
+        accuracy = float((logits.argmax(axis=-1) == self._labels).mean())
+        return Choice(start + mixing @ b, loss, accuracy)
+
+    def state(self) -> State:
+        span = self._span
+        arrays: dict[str, NDArray[Any]] = {
+            "prompts": self._prompts,
+            "next": self._next,
+            "rows": span.rows,
+            "mixing": span.mixing,
+            "total": span.total,
+            "first": self._first,
+            "labels": self._labels,
+        }
+        return arrays, {"squares": span.squares, "generator": generator_to_json(self._rng)}
+
+    def restore(self, state: State) -> None:
+        arrays, values = state
+        self._prompts = np.array(arrays["prompts"], dtype=np.float64)
+        self._next = np.array(arrays["next"], dtype=np.float64)
+        self._first = np.array(arrays["first"], dtype=np.float32)
+        self._labels = np.array(arrays["labels"], dtype=np.int64)
+        self._span = LogitSpan(
+            self._config.rank_of(arrays["total"].size),
+            np.array(arrays["rows"], dtype=np.float32),
+            np.array(arrays["mixing"], dtype=np.float64),
+            np.array(arrays["total"], dtype=np.float64),
+            float(str(values["squares"])),
+        )
+        self._rng = generator_from_json(values["generator"])
+        self._choice = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Weights of all prompts, and how well they do on the training images."""
+
+    weights: F64
+    loss: float
+    """In nats."""
+    accuracy: float
+
+
+METHOD = TunedMethod(
+    name="ogn",
+    title="random prompts mixed by Gauss–Newton in the space of logits",
+    paper="ours (docs/research/ogn.md)",
+    config=OgnConfig,
+    tuned={"init": "random", "n_context": 8},
+)

@@ -1,0 +1,310 @@
+"""Gauss–Newton in the space of logits: probes measure directions, softmax knows the curvature.
+
+The black box answers with logits Z(c) of all images, and the loss is their cross-entropy. A round
+is two proposals on the same images, K and 3 queries:
+
+1. Probes c + ε v_k, v_k orthonormal and orthogonal to the directions kept, measure rows of the
+   Jacobian, G_k = (Z(c + ε v_k) − Z(c)) / ε.
+2. Trials c + Σ_k a_k b_k over all directions b kept, one for each of three dampings λ:
+
+       a = argmin meanᵢ CE(Zᵢ + Σ_k a_k G_kᵢ, yᵢ) + ½ aᵀ (λ τ² I + h P) a,
+
+   a convex problem that costs no query. The best one is accepted if its loss is lower.
+
+Rows of earlier rounds belong to points that c has left. A Kalman filter carries them on: given the
+answers, the rows are normal about G, with a covariance P over directions that is the same for each
+logit. A step a adds the drift q ‖a‖² I to P. What the logits did along the best trial measures a G
+and corrects it (a secant update), and tells q by how far it was from what P and q foretold.
+
+τ² is the mean square of G, which makes λ a number without unit. h is the mean over the images of
+tr(diag p − p pᵀ): ½ h aᵀ P a is what an error of variance aᵀ P a in each logit adds to the loss.
+
+Sources: Cartis and Roberts, Math. Prog. Comp. 11, 2019 (derivative-free Gauss–Newton); Marquardt
+1963 (λ); Schraudolph, Neural Computation 14, 2002 (the convex problem); Kalman 1960 (P). The loop:
+
+    optimizer = GaussNewton(OgnContextConfig(), start, np.random.default_rng(1))
+    for _ in range(80):
+        optimizer.tell(oracle(to_contexts(optimizer.ask().points), batch))
+    best = optimizer.recommend()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.errors import ConfigError
+from ztune.io.config import require
+from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.maps import DirectContext
+from ztune.methods.answers import Answers
+from ztune.methods.base import STEPS, Composition, ModelSpec, TextStart, TunedMethod
+from ztune.objective import required_logits
+from ztune.optim.convex import SoftmaxProblem, softmax
+from ztune.types import F32, F64, I64, Evaluation, Optimizer, Proposal, State
+
+_TRIALS = ((0.25, 4), (1.0, 2), (4.0, 2))
+"""Of each trial, the factor on λ and how many Newton steps; each starts where the last ended."""
+_ROUNDS_KEPT = 4
+"""Of Jacobian rows, at least: with fewer the filter has nothing to carry on."""
+_REFUSED = 16.0
+"""On λ where no trial gained."""
+_DAMPINGS = 1e-8, 1e4
+_SCALE_MEMORY = 0.7
+"""Share of the old τ² in the new."""
+_LEAST_SCALE = 1e-12
+"""Of τ²: logits that nothing moves would leave the convex problem without curvature."""
+_FIRST_DRIFT = 0.3
+"""q at the start, as a share of τ²."""
+_SURPRISES = 0.25, 4.0
+"""Limits of the ratio of a trial's squared error to what was predicted."""
+
+
+@dataclass(frozen=True)
+class OgnContextConfig(Answers, TextStart):
+    """Settings of the house: there is no published method of this name."""
+
+    n_context: int = 8
+    init: str = "random"
+    init_std: float = 0.005
+    n_directions: int = 10
+    """K: probes a round; a round costs n_directions + 3 queries, the first one more."""
+    perturbation: float = 0.01
+    """ε: the length of a probe's move."""
+    damping: float = 1e-3
+    """λ at the first round, in units of the mean square of G."""
+    memory: int = 120
+    """Directions kept at most, this round's among them; those of the least variance stay."""
+    memory_mb: float = 256.0
+    """Limit on G, f32[H, N, C] for H directions, in units of 10⁶ bytes: fewer are kept where
+    4 H N C bytes are more, though never fewer than n_directions."""
+    kalman: bool = True
+    """Keep directions from round to round; else each starts anew (plain Gauss–Newton)."""
+
+    def __post_init__(self) -> None:
+        TextStart.__post_init__(self)
+        Answers.__post_init__(self)
+        require(self, 1, "n_directions")
+        require(self, 0, "perturbation", "damping", "memory_mb", above=True)
+        if self.memory < self.n_directions:
+            raise ConfigError(
+                f"memory is {self.memory}, expected at least n_directions ({self.n_directions})"
+            )
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "perturbation", self.perturbation
+
+    @property
+    def round_size(self) -> int:
+        return max(self.n_directions + 1, len(_TRIALS))
+
+    def images_of(self, n_images: int, n_classes: int) -> int:
+        rows = _ROUNDS_KEPT * self.n_directions
+        return self.images_within(n_images, n_classes, self.memory_mb, rows)
+
+    def step_queries(self) -> int:
+        return self.n_directions + 1 + len(_TRIALS)
+
+    def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
+        prompt_map = DirectContext(self.initial(spec, seed))
+        rng = np.random.default_rng([seed, STEPS])
+        return prompt_map, GaussNewton(self, prompt_map.start(), rng)
+
+
+class GaussNewton(Optimizer):
+    """c ← c + Σ_k a_k b_k with a of the convex problem above, where that lowers the loss."""
+
+    def __init__(self, config: OgnContextConfig, start: F64, rng: np.random.Generator):
+        self._config = config
+        self._rng = rng
+        self._n_probes = min(config.n_directions, len(start))
+        self._point = start.astype(np.float64)  # c
+        self._loss = 0.0
+        self._logits: F32 | None = None  # Z f32[N, C], None before the first answer
+        self._damping = config.damping  # λ
+        self._scale = 0.0  # τ²
+        self._drift = 0.0  # q
+        self._directions = np.zeros((0, len(start)))  # B f64[H, δ], this round's last
+        self._covariance = np.zeros((0, 0))  # P f64[H, H]
+        # G f32[capacity, N C], of which H rows are in use: made once, as it may be large.
+        self._jacobian = np.zeros((0, 0), np.float32)
+        self._steps: F64 | None = None  # a f64[trials, H], None while the probes are due
+        self._begin_round()
+
+    def _capacity(self) -> int:
+        """Return how many directions there is room for."""
+        c = self._config
+        if self._logits is None or not c.kalman:
+            return self._n_probes
+        fitting = c.memory_mb * 1e6 / (4 * self._logits.size)
+        return max(self._n_probes, int(min(c.memory, fitting, len(self._point))))
+
+    def _begin_round(self) -> None:
+        """Make room and draw the next probes."""
+        room = self._capacity() - self._n_probes
+        if len(self._directions) > room:
+            kept = np.sort(np.argsort(np.diag(self._covariance), kind="stable")[:room])
+            self._directions = self._directions[kept]
+            self._covariance = self._covariance[np.ix_(kept, kept)]
+            for new, old in enumerate(kept):  # in place, and new <= old
+                self._jacobian[new] = self._jacobian[old]
+        drawn = self._draw(self._rng, self._directions)
+        self._directions = np.concatenate([self._directions, drawn])
+        # No variance: what is measured at c itself is exact.
+        self._covariance = np.pad(self._covariance, (0, self._n_probes))
+        self._steps = None
+
+    def _draw(self, rng: np.random.Generator, kept: F64) -> F64:
+        """Return v f64[K, δ], uniform among orthonormal ones that are orthogonal to those kept."""
+        drawn = rng.standard_normal((self._n_probes, len(self._point)))
+        for _ in range(2):  # once leaves rounding of the size of what it takes away
+            drawn -= drawn @ kept.T @ kept
+        return np.ascontiguousarray(np.linalg.qr(drawn.T)[0].T)
+
+    def ask(self) -> Proposal:
+        if self._steps is not None:
+            points = self._point + self._steps @ self._directions
+            return Proposal(points, same_batch=True, mid_step=True)
+        moves = self._config.perturbation * self._directions[-self._n_probes :]
+        if self._logits is None:
+            moves = np.concatenate([np.zeros((1, len(self._point))), moves])
+        # Logits are compared across rounds: all of them see the images of the first.
+        return Proposal(self._point + moves, same_batch=self._logits is not None)
+
+    def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
+        kept = self._directions[: -self._n_probes]
+        rounds = []
+        for _ in range(-(-n_directions // self._n_probes)):
+            moved = self._point + self._config.perturbation * self._draw(rng, kept)
+            pairs = np.stack([moved, np.broadcast_to(self._point, moved.shape)], axis=1)
+            rounds.append(pairs.reshape(-1, len(self._point)))
+        return np.stack(rounds)
+
+    def tell(self, evaluation: Evaluation) -> None:
+        """Take the answers in the order of ask.
+
+        Raises: ConfigError where they come without logits.
+        """
+        logits = required_logits(evaluation)
+        if self._steps is None:
+            self._take_probes(evaluation.losses, logits, evaluation.labels)
+        else:
+            self._take_trials(evaluation.losses, logits, self._steps)
+
+    def _take_probes(self, losses: F64, logits: F32, labels: I64) -> None:
+        first = self._logits is None
+        if self._logits is None:
+            self._loss, self._logits = float(losses[0]), logits[0].copy()
+            self._jacobian = np.empty((self._capacity(), self._logits.size), np.float32)
+            logits = logits[1:]
+        H = len(self._directions)
+        measured = self._jacobian[H - self._n_probes : H]
+        np.subtract(logits.reshape(measured.shape), self._logits.ravel(), out=measured)
+        measured /= self._config.perturbation
+        square = max(float(np.square(measured).mean()), _LEAST_SCALE)
+        if first:
+            self._scale, self._drift = square, _FIRST_DRIFT * square
+        self._scale = _SCALE_MEMORY * self._scale + (1 - _SCALE_MEMORY) * square
+        self._steps = self._solve(self._logits, labels)
+
+    def _solve(self, logits: F32, labels: I64) -> F64:
+        """Return the trials' steps a f64[trials, H], of the least damping first."""
+        H = len(self._directions)
+        problem = SoftmaxProblem(logits, self._rows().reshape(H, *logits.shape), labels)
+        p = softmax(logits)
+        trace = float((p * (1 - p)).sum(axis=1).mean())  # h
+        a, steps = np.zeros(H), []
+        for factor, n_steps in _TRIALS:
+            damping = factor * self._damping * self._scale
+            a = problem.minimise(damping * np.eye(H) + trace * self._covariance, a, n_steps)
+            steps.append(a)
+        return np.stack(steps)
+
+    def _rows(self) -> F32:
+        """Return G f32[H, N C], no copy."""
+        return self._jacobian[: len(self._directions)]
+
+    def _take_trials(self, losses: F64, logits: F32, steps: F64) -> None:
+        assert self._logits is not None
+        best = int(losses.argmin())
+        self._correct(steps[best], logits[best] - self._logits)
+        if losses[best] < self._loss:
+            self._damping = float(np.clip(_TRIALS[best][0] * self._damping, *_DAMPINGS))
+            self._point = self.ask().points[best]
+            self._loss, self._logits = float(losses[best]), logits[best].copy()
+            self._covariance += self._drift * (steps[best] @ steps[best]) * np.eye(steps.shape[1])
+        else:
+            self._damping = min(_REFUSED * self._damping, _DAMPINGS[1])
+        self._begin_round()
+
+    def _correct(self, a: F64, moved: F32) -> None:
+        """Update G, P and q by the change of the logits f32[N, C] along a step a f64[H]."""
+        square = float(a @ a)
+        error = moved.ravel() - a.astype(np.float32) @ self._rows()
+        # The mean of the Jacobian along a is the one at its middle, ‖a‖ / 2 from where G is known.
+        half = square / 4
+        predicted = float(a @ self._covariance @ a) + self._drift * half * square
+        ratio = float(np.square(error).mean()) / max(predicted, 1e-30)
+        self._drift *= float(np.sqrt(np.clip(ratio, *_SURPRISES)))
+        drifted = self._covariance @ a + self._drift * half * a  # P⁺ a
+        noise = self._drift * half * square + 1e-12
+        gain = drifted / (a @ drifted + noise)
+        for row, share in zip(self._rows(), gain.astype(np.float32), strict=True):
+            row += share * error
+        P = self._covariance - np.outer(gain, drifted)
+        P = (P + P.T) / 2
+        least = float(np.linalg.eigvalsh(P)[0])
+        if least < 0:
+            P -= least * np.eye(len(P))
+        self._covariance = P
+
+    def recommend(self) -> F64:
+        return np.array(self._point)
+
+    def state(self) -> State:
+        arrays = {
+            "point": self._point.copy(),
+            "directions": self._directions.copy(),
+            "covariance": self._covariance.copy(),
+        }
+        if self._logits is not None:
+            known = len(self._directions) - (0 if self._steps is not None else self._n_probes)
+            arrays |= {"logits": self._logits.copy(), "jacobian": self._jacobian[:known].copy()}
+        if self._steps is not None:
+            arrays["steps"] = self._steps.copy()
+        return arrays, {
+            "loss": self._loss,
+            "damping": self._damping,
+            "scale": self._scale,
+            "drift": self._drift,
+            "generator": generator_to_json(self._rng),
+        }
+
+    def restore(self, state: State) -> None:
+        arrays, values = state
+        self._point = np.array(arrays["point"], dtype=np.float64)
+        self._directions = np.array(arrays["directions"], dtype=np.float64)
+        self._covariance = np.array(arrays["covariance"], dtype=np.float64)
+        self._logits = None
+        self._steps = None
+        if "logits" in arrays:
+            self._logits = np.array(arrays["logits"], dtype=np.float32)
+            self._jacobian = np.empty((self._capacity(), self._logits.size), np.float32)
+            self._jacobian[: len(arrays["jacobian"])] = arrays["jacobian"]
+        if "steps" in arrays:
+            self._steps = np.array(arrays["steps"], dtype=np.float64)
+        self._loss = float(str(values["loss"]))
+        self._damping = float(str(values["damping"]))
+        self._scale = float(str(values["scale"]))
+        self._drift = float(str(values["drift"]))
+        self._rng = generator_from_json(values["generator"])
+
+
+METHOD = TunedMethod(
+    name="ogn-context",
+    title="a context moved by Gauss–Newton steps in the space of logits",
+    paper="ours (docs/research/ogn.md)",
+    config=OgnContextConfig,
+)

@@ -1,0 +1,147 @@
+"""The table of methods: a tuned method is a map and an optimizer, a closed-form one is a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ztune.access import FEATURES, TEXTS, described
+from ztune.errors import ConfigError
+from ztune.io.config import as_json, configured, nearest
+from ztune.methods import (
+    bar,
+    blackvip,
+    bptvlm,
+    cma,
+    gda,
+    linear_probe,
+    lp_plus,
+    ogn,
+    ogn_context,
+    proker,
+    rgf,
+    sharpzo,
+    spsa,
+    spsa_gc,
+    tip_adapter,
+    zero_shot,
+)
+from ztune.methods import zip as zip_method
+from ztune.methods.base import Method, TunedConfig, TunedMethod
+from ztune.methods.plugins import entry_points, load, package_of
+from ztune.types import Json
+
+PRESETS = ("default", "published", "tuned")
+"""default: the published optimizer on centre crops. published: with the published random crops too.
+tuned: settings that did better in our measurements, where there are such (docs/methods.md)."""
+
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (
+        *(ogn, ogn_context, zip_method, sharpzo, bptvlm, cma, spsa, spsa_gc, rgf, blackvip, bar),
+        *(gda, tip_adapter, lp_plus, proker, linear_probe, zero_shot),
+    )
+}
+"""The methods of ztune itself; those of other packages are found by name (`plugins.py`)."""
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, ztune's own first; nothing is loaded."""
+    return [*METHODS, *(name for name in entry_points() if name not in METHODS)]
+
+
+def find_method(name: str) -> Method:
+    """Return a method, of ztune or of another package.
+
+    Raises: ConfigError listing the known names, or saying why a package's method cannot be used.
+    """
+    if name in METHODS and (package := package_of(name)):
+        raise ConfigError(
+            f'method "{name}" is one of ztune, and package {package} registers the same name '
+            "(uninstall that package, or rename its method)"
+        )
+    if name in METHODS:
+        return METHODS[name]
+    if name in entry_points():
+        return load(name)
+    known = method_names()
+    raise ConfigError(f'unknown method "{name}"{nearest(name, known)}; known: {", ".join(known)}')
+
+
+def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
+    """Return all methods by name, and by name why others cannot be used."""
+    found: dict[str, Method] = {}
+    failed: dict[str, ConfigError] = {}
+    for name in method_names():
+        try:
+            found[name] = find_method(name)
+        except ConfigError as error:
+            failed[name] = error
+    return found, failed
+
+
+def views_of(name: str, preset: str) -> int:
+    """Return how many cached views of each image a preset asks for."""
+    method = find_method(name)
+    return method.augment if preset == "published" and isinstance(method, TunedMethod) else 0
+
+
+def method_config(method: Method, settings: Mapping[str, Json], preset: str = "default") -> Any:
+    """Return the method's configuration: `settings` over its preset.
+
+    Raises: ConfigError for a setting that it does not have, or a value that it cannot take.
+    """
+    chosen: dict[str, Json] = {}
+    if preset == "tuned" and isinstance(method, TunedMethod):
+        chosen |= method.tuned
+    return configured(method.config, {**chosen, **settings}, f'method "{method.name}"')
+
+
+def tuned_config(method: Method, config: Any) -> TunedConfig | None:
+    """Return a tuned method's configuration, None for a head's."""
+    if not isinstance(method, TunedMethod):
+        return None
+    tuned: TunedConfig = config.in_effect
+    return tuned
+
+
+def needs_of(method: Method, config: Any) -> frozenset[str]:
+    """Return what the runtime must give a method so configured."""
+    tuned = tuned_config(method, config)
+    return frozenset((FEATURES, TEXTS)) if tuned is None else tuned.needs
+
+
+def needs_of_all() -> dict[str, frozenset[str]]:
+    """Return what every method needs with its defaults."""
+    return {name: needs_of(method, method.config()) for name, method in usable_methods()[0].items()}
+
+
+def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
+    """Return what each preset changes; a preset that changes nothing is left out."""
+    default, tuned = (as_json(method_config(method, {}, name)) for name in ("default", "tuned"))
+    changes: dict[str, dict[str, Json]] = {
+        "published": {"augment": views} if (views := views_of(method.name, "published")) else {},
+        "tuned": {key: value for key, value in tuned.items() if value != default[key]},
+    }
+    return {name: changed for name, changed in changes.items() if changed}
+
+
+def method_to_json(method: Method) -> dict[str, Json]:
+    """Return what there is to know of a method, with its default settings."""
+    config = method.config()
+    needs = needs_of(method, config)
+    document: dict[str, Json] = {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "package": package_of(method.name),
+        "needs": [*sorted(needs)],
+        "access": described(needs),
+        "serves_new_classes": method.serves_new_classes(),
+        "settings": as_json(config),
+        "presets": {name: dict(changes) for name, changes in preset_changes(method).items()},
+    }
+    if isinstance(method, TunedMethod):
+        document["first_step_queries"] = config.step_queries()
+        document["encodes_pictures_anew"] = config.program is not None
+    return document

@@ -1,0 +1,331 @@
+"""A sharpness-aware evolution strategy as warm-up, then sparse zeroth-order steps.
+
+Source: Yang et al. 2025 (SharpZO, arXiv 2506.20990), followed where the published code departs from
+it. That code
+- averages the radius over 40 copies of the perturbation: here ‖ε*‖ = ρ;
+- draws a population after `tell` that nobody evaluates: here every one drawn is evaluated;
+- never resets the sum of gradients between prunings: here each score takes fresh differences;
+- keeps the coordinates of the lowest scores: here the highest;
+- reads the test accuracy while it trains: here only validation images can stop the warm-up.
+
+Coordinate-wise differences are many points (1,024 at 512 values), and are asked a few at a time on
+the same images: one call of bounded memory each, and a run can be saved between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ztune.errors import ConfigError
+from ztune.io.config import require
+from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.maps import LinearContext
+from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, TextStart, TunedMethod
+from ztune.optim.cma import Cma, CmaConfig, check_reach, own_seconds
+from ztune.optim.nested import get_state, put_state
+from ztune.optim.validation import Patience
+from ztune.types import F64, I64, Evaluation, Json, Optimizer, Proposal, State
+
+
+@dataclass(frozen=True)
+class SharpZoConfig(TextStart):
+    """The paper's settings; σ and T_c are chosen per data set there."""
+
+    intrinsic_dim: int = 512
+    projection_std: float = 1.0
+    """Of the fixed projection's entries; published as 1 or 0.2, by data set."""
+    population: int = 40
+    sigma: float = 0.4
+    """σ of the warm-up's CMA-ES, 0.1 to 1 in the paper."""
+    bound: float = 5.0
+    """Candidates of the warm-up stay in [−bound, bound]^δ before they are perturbed."""
+    radius: float = 0.1
+    """ρ: the length of the perturbation towards higher losses."""
+    smoothing: float = 1e-3
+    """µ: half the distance of a difference's two points."""
+    warmup_steps: int = 100
+    """T_c, 100 to 500 in the paper."""
+    warmup_patience: int | None = None
+    """End the warm-up early after as many validations without a gain (10 in the paper); each step
+    of it then costs one query more. None never does."""
+    warmup_gain: float = 0.01
+    """The least gain in validation accuracy that counts."""
+    step_size: float = 1e-3
+    """η of the sparse steps."""
+    prune_every: int = 200
+    """K: sparse steps between prunings."""
+    keep_fraction: float = 0.5
+    """Coordinates that a pruning keeps."""
+    probes_per_call: int = 32
+    """Points of coordinate-wise differences in one proposal; even."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 1, "intrinsic_dim", "warmup_patience", "prune_every")
+        require(self, 0, "projection_std", "sigma", "bound", "smoothing", "step_size", above=True)
+        require(self, 0, "radius", "warmup_steps", "warmup_gain")
+        require(self, 4, "population")
+        if not 0 < self.keep_fraction <= 1:
+            raise ConfigError(f"keep_fraction is {self.keep_fraction}, expected in (0, 1]")
+        if self.probes_per_call < 2 or self.probes_per_call % 2:
+            raise ConfigError(
+                f"probes_per_call is {self.probes_per_call}, expected an even number from 2 on"
+            )
+
+    @property
+    def finest(self) -> tuple[str, float]:
+        return "smoothing", self.smoothing
+
+    @property
+    def round_size(self) -> int:
+        return max(self.population, self.probes_per_call)
+
+    def step_queries(self) -> int:
+        """Return 2 δ + λ, and one where a validation follows: 1,064 at the defaults."""
+        return 2 * self.intrinsic_dim + self.population + (self.warmup_patience is not None)
+
+    @property
+    def validates(self) -> bool:
+        return self.warmup_patience is not None
+
+    def _generations(self, queries: int) -> int:
+        return min(self.warmup_steps, queries // self.step_queries())
+
+    def own_seconds(self, queries: int) -> float:
+        n_generations = self._generations(queries)
+        return own_seconds("full", self.intrinsic_dim, self.population, n_generations)
+
+    def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
+        check_reach("full", self.intrinsic_dim, self.population, self._generations(queries))
+        rng = np.random.default_rng([seed, MAP])
+        initial = self.initial(spec, seed)
+        prompt_map = LinearContext(initial, self.intrinsic_dim, self.projection_std, rng)
+        steps = np.random.default_rng([seed, STEPS])
+        return prompt_map, SharpZo(self, prompt_map.start(), steps)
+
+
+# What the next proposal is for.
+_DIFFERENCES, _POPULATION, _VALIDATION, _PAIR = "differences", "population", "validation", "pair"
+
+
+class SharpZo(Optimizer):
+    """Warm-up: CMA-ES on L(x_i + ε*), ε* = ρ g / ‖g‖, with g of coordinate-wise central differences
+    at its mean; it is told the losses as those of x_i.
+
+    Then, from its mean: w ← w − η ĝ, ĝ = (L(w + µu) − L(w − µu)) / 2µ · u, u ~ N(0, I) on the
+    coordinates kept. At first and every K steps those of the highest w² · zscore(g²) are chosen.
+    """
+
+    def __init__(self, config: SharpZoConfig, start: F64, rng: np.random.Generator):
+        self._config = config
+        self._rng = rng
+        dim = len(start)
+        # Of its own generator, so that each of the two can be saved and go on alone.
+        seed = int(rng.integers(2**63))
+        self._cma: Cma | None = self._new_cma(start, np.random.default_rng(seed))
+        self._patience = (
+            None
+            if config.warmup_patience is None
+            else Patience(config.warmup_patience, config.warmup_gain)
+        )
+        self._point = start.astype(np.float64)  # the CMA mean, then w
+        self._slopes = np.zeros(dim)  # g, as far as it is known
+        self._n_slopes = 0
+        self._kept = np.ones(dim)
+        self._direction = np.zeros(dim)  # u
+        self._step = 0  # of the stage
+        self._purpose = _DIFFERENCES
+        if config.warmup_steps == 0:
+            self._end_warmup()
+
+    def _new_cma(self, start: F64, rng: np.random.Generator) -> Cma:
+        c = self._config
+        return Cma(CmaConfig(c.population, c.sigma, "full", "mean", c.bound), start, rng)
+
+    def _coordinate_pairs(self, coordinates: range | I64) -> F64:
+        """Return f64[2 n, δ]: the point moved by +µ along each coordinate before by −µ."""
+        index = np.asarray(coordinates, dtype=np.int64)
+        points = np.repeat(self._point[None], 2 * len(index), axis=0)
+        pair = np.arange(len(index))
+        points[2 * pair, index] += self._config.smoothing
+        points[2 * pair + 1, index] -= self._config.smoothing
+        return points
+
+    @property
+    def _next_coordinates(self) -> range:
+        last = self._n_slopes + self._config.probes_per_call // 2
+        return range(self._n_slopes, min(last, len(self._point)))
+
+    def ask(self) -> Proposal:
+        if self._purpose == _DIFFERENCES:
+            points = self._coordinate_pairs(self._next_coordinates)
+            mid_step = self._n_slopes > 0
+            return Proposal(points, same_batch=mid_step, mid_step=mid_step)
+        if self._purpose == _VALIDATION:
+            return Proposal(self.recommend()[None], validation=True)
+        if self._cma is not None:
+            sharpest = self._config.radius * unit(self._slopes)  # ε*
+            points = self._cma.ask().points + sharpest
+            return Proposal(points, same_batch=True, mid_step=True)
+        move = self._config.smoothing * self._direction
+        return Proposal(np.stack([self._point + move, self._point - move]))
+
+    def tell(self, evaluation: Evaluation) -> None:
+        if self._purpose == _DIFFERENCES:
+            self._take_differences(evaluation.losses)
+        elif self._purpose == _POPULATION:
+            self._take_population(evaluation)
+        elif self._purpose == _VALIDATION:
+            self._take_validation(float(evaluation.accuracies[0]))
+        else:
+            self._take_pair(evaluation.losses)
+
+    def _take_differences(self, losses: F64) -> None:
+        coordinates = self._next_coordinates
+        plus, minus = losses.reshape(len(coordinates), 2).T
+        self._slopes[coordinates.start : coordinates.stop] = (plus - minus) / (
+            2 * self._config.smoothing
+        )
+        self._n_slopes = coordinates.stop
+        if self._n_slopes < len(self._point):
+            return
+        if self._cma is not None:
+            self._purpose = _POPULATION
+            return
+        self._kept = kept(self._point, self._slopes, self._config.keep_fraction)
+        self._begin_pair()
+
+    def _begin_differences(self) -> None:
+        self._purpose = _DIFFERENCES
+        self._slopes = np.zeros_like(self._slopes)
+        self._n_slopes = 0
+
+    def _begin_pair(self) -> None:
+        self._purpose = _PAIR
+        self._direction = self._kept * self._rng.standard_normal(len(self._point))
+
+    def _take_population(self, evaluation: Evaluation) -> None:
+        assert self._cma is not None
+        self._cma.tell(evaluation)
+        self._point = self._cma.recommend()
+        self._step += 1
+        if self._patience is not None:
+            self._purpose = _VALIDATION
+        else:
+            self._end_warmup_step()
+
+    def _take_validation(self, accuracy: float) -> None:
+        assert self._patience is not None
+        self._patience.see(accuracy)
+        self._end_warmup_step()
+
+    def _end_warmup_step(self) -> None:
+        tired = self._patience is not None and self._patience.exhausted
+        if tired or self._step >= self._config.warmup_steps:
+            self._end_warmup()
+        else:
+            self._begin_differences()
+
+    def _end_warmup(self) -> None:
+        self._cma = None
+        self._step = 0
+        self._begin_differences()
+
+    def _take_pair(self, losses: F64) -> None:
+        c = self._config
+        difference = float(losses[0] - losses[1]) / (2 * c.smoothing)
+        self._point = self._point - c.step_size * difference * self._direction
+        self._step += 1
+        if self._step % c.prune_every == 0:
+            self._begin_differences()
+        else:
+            self._begin_pair()
+
+    def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
+        """Return rounds of coordinate-wise pairs, the method's finest difference."""
+        dim = len(self._point)
+        n_pairs = min(self._config.probes_per_call // 2, dim)
+        rounds = range(-(-n_directions // n_pairs))
+        chosen = [rng.choice(dim, n_pairs, replace=False) for _ in rounds]
+        return np.stack([self._coordinate_pairs(coordinates) for coordinates in chosen])
+
+    def recommend(self) -> F64:
+        return np.array(self._point)
+
+    def state(self) -> State:
+        arrays = {
+            "point": self._point.copy(),
+            "slopes": self._slopes.copy(),
+            "kept": self._kept.copy(),
+            "direction": self._direction.copy(),
+        }
+        values: dict[str, Json] = {
+            "n_slopes": self._n_slopes,
+            "step": self._step,
+            "purpose": self._purpose,
+            "generator": generator_to_json(self._rng),
+        }
+        if self._patience is not None:
+            values["patience"] = self._patience.to_json()
+        if self._cma is not None:
+            inner_arrays, inner_values = put_state("cma", self._cma.state())
+            return arrays | inner_arrays, values | inner_values
+        return arrays, values
+
+    def restore(self, state: State) -> None:
+        arrays, values = state
+        self._cma = None
+        if "cma" in values:
+            self._cma = self._new_cma(np.zeros_like(self._point), np.random.default_rng(0))
+            self._cma.restore(get_state("cma", state))
+        if self._patience is not None:
+            self._patience.restore(values["patience"])
+        self._point = np.array(arrays["point"], dtype=np.float64)
+        self._slopes = np.array(arrays["slopes"], dtype=np.float64)
+        self._kept = np.array(arrays["kept"], dtype=np.float64)
+        self._direction = np.array(arrays["direction"], dtype=np.float64)
+        self._n_slopes = int(str(values["n_slopes"]))
+        self._step = int(str(values["step"]))
+        self._purpose = str(values["purpose"])
+        self._rng = generator_from_json(values["generator"])
+
+
+def _scaled(vector: F64) -> F64:
+    """Return `vector` with a largest magnitude of 1: its squares neither over- nor underflow."""
+    largest = float(np.abs(vector).max())
+    return np.asarray(vector / largest if largest > 0 else vector)
+
+
+def unit(vector: F64) -> F64:
+    """Return vector / ‖vector‖; nought stays nought."""
+    scaled = _scaled(vector)
+    norm = float(np.linalg.norm(scaled))
+    return scaled / norm if norm > 0 else scaled
+
+
+def kept(point: F64, slopes: F64, fraction: float) -> F64:
+    """Return f64[δ], 1 where w² · zscore(g²) is among the highest, else 0.
+
+    Equal scores, as where w is nought or all slopes are equal, are told apart by g², then by index.
+    """
+    squares = _scaled(slopes) ** 2
+    deviations = squares - squares.mean()
+    spread = float(np.sqrt((deviations**2).mean()))
+    # Equal slopes leave rounding alone, and no score must come of that.
+    zscores = deviations / spread if spread > 1e-12 else np.zeros_like(squares)
+    scores = _scaled(point) ** 2 * zscores
+    best_first = np.lexsort((-squares, -scores))
+    mask = np.zeros(len(point))
+    mask[best_first[: max(1, round(fraction * len(point)))]] = 1.0
+    return mask
+
+
+METHOD = TunedMethod(
+    name="sharpzo",
+    title="sharpness-aware CMA-ES, then sparse zeroth-order steps on a projected context",
+    paper="SharpZO, NeurIPS 2025 (arXiv 2506.20990)",
+    config=SharpZoConfig,
+    tuned={"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01},
+)
