@@ -14,7 +14,8 @@ import numpy as np
 from runtimes.bundle import load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
-from runtimes.remote.settings import named_servers, settings_from
+from runtimes.remote.endpoint import named_server
+from runtimes.remote.settings import settings_from
 from runtimes.runtime import PromptGraph
 from runtimes.tokenizer import Tokenizer
 from ztune.access import TEXTS
@@ -146,7 +147,7 @@ def check_server(
     """
     from runtimes.remote.served import Served
 
-    connected = connect_server(url, values, named_servers(url, values), progress)
+    connected = connect_server(url, values, named_server(url), progress)
     service, bundle = connected.service, connected.bundle
     try:
         served = Served(service, bundle, losses=settings_from(values).losses)
@@ -156,7 +157,6 @@ def check_server(
             seconds, timed = seconds_per_query(graph, bundle.text.width)
         document: dict[str, Json] = {
             "url": str(service.location),
-            "servers": service.n_servers,
             "models": [service.model(part) for part in service.offers],
             "gives": list[Json](sorted(served.access)),
             "bundle_digest": bundle.digest,
@@ -164,8 +164,6 @@ def check_server(
             "precision": bundle.precision,
             "parity": dict(connected.parity),
             "tells_digest": all(offer.tells_digest for offer in service.offers.values()),
-            "keeps_pictures": any(offer.keeps for offer in service.offers.values()),
-            "shared_memory": service.shares_memory,
             "extensions": list[Json](sorted(service.extensions)),
             "seconds_per_query": seconds,
         }

@@ -97,7 +97,7 @@ class HttpTransport:
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
         module = self._client_module
-        inputs, outputs = described(module, request, binary=self.binary)
+        inputs, outputs = described(module, request, binary_data=self.binary)
         body, json_size = module.InferenceServerClient.generate_request_body(inputs, outputs)
         headers = {"Content-Type": "application/octet-stream" if json_size else "application/json"}
         if json_size:
@@ -117,14 +117,7 @@ class HttpTransport:
             )
         except Exception as error:  # tritonclient raises many kinds for a body that is none
             raise unreadable(self.endpoint, error) from None
-        return read_arrays(self.endpoint, result, request, _told_by_http)
-
-    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
-        body = json.dumps({"key": key, "offset": 0, "byte_size": n_bytes}).encode()
-        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/register", seconds, body)
-
-    def unshare(self, name: str, seconds: float) -> None:
-        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/unregister", seconds, b"")
+        return read_arrays(self.endpoint, result, request)
 
     def close(self) -> None:
         with self._lock:
@@ -372,10 +365,6 @@ def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallErr
     elif status >= 500:
         kind = "broken"
     return CallError(f"{where}: {text}", kind_by_words(text, kind))
-
-
-def _told_by_http(output: Any) -> tuple[Any, Any]:
-    return output["datatype"], output["shape"]
 
 
 def _compressed(body: bytes, kind: str) -> bytes:

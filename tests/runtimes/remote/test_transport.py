@@ -19,10 +19,10 @@ import pytest
 
 from runtimes.remote import http_transport, transport
 from runtimes.remote.clients import open_transport
-from runtimes.remote.endpoint import Connection, parse_endpoint
+from runtimes.remote.endpoint import Connection, parse_location
 from runtimes.remote.grpc_transport import GrpcTransport
 from runtimes.remote.http_transport import HttpTransport
-from runtimes.remote.transport import CallError, Region, Request, Transport, server_error
+from runtimes.remote.transport import CallError, Request, Transport, server_error
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, Pair, TlsProxy, make_certificates
@@ -66,8 +66,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @contextlib.contextmanager
 def opened(url: str, **settings: Any) -> Iterator[Transport]:
-    endpoint = parse_endpoint(url)
-    made = open_transport(endpoint, Connection(**settings, named=frozenset({endpoint})))
+    endpoint = parse_location(f"{url}/m").endpoint
+    made = open_transport(endpoint, Connection(**settings, named=endpoint))
     try:
         yield made
     finally:
@@ -163,8 +163,7 @@ def test_what_each_grpc_status_means(fake: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        ("no images are kept under this name", "forgotten"),
-        ("Unable to find shared memory region: 'r'", "forgotten"),
+        ("wrong shape", "refused"),
         ("Request for unknown model: 'm' is not found", "missing"),
     ],
 )
@@ -405,16 +404,9 @@ def test_a_server_that_is_not_ready_and_one_that_wants_a_token(
             lambda: asked.server(SECONDS),
             lambda: asked.model("double", "", SECONDS),
             lambda: asked.infer(ASK, SECONDS),
-            lambda: asked.share("r", "/r", 9, SECONDS),
-            lambda: asked.unshare("r", SECONDS),
         ):
             call()
             assert web.asked[-1].headers["authorization"] == "Bearer hunter2"
-        paths = [one.path.rpartition("/v2/")[2] for one in web.asked[-2:]]
-        assert paths == [
-            f"systemsharedmemory/region/r/{verb}" for verb in ("register", "unregister")
-        ]
-        assert json.loads(web.asked[-2].body) == {"key": "/r", "offset": 0, "byte_size": 9}
 
 
 BODY = binary(2 * X)
@@ -765,21 +757,6 @@ def test_an_interrupted_answer_is_not_taken_for_the_next_one(
             with pytest.raises(KeyboardInterrupt):
                 asked.infer(replace(ASK, inputs={"x": -X}), SECONDS)
         np.testing.assert_array_equal(asked.infer(ASK, SECONDS)["y"], 2 * X)
-
-
-def test_an_output_in_shared_memory_is_told_by_type_and_shape(fake: FakeServer) -> None:
-    request = replace(ASK, outputs_at={"y": Region("r", 12, 0)})
-    with opened(f"triton://{fake.grpc}") as asked:
-        told = asked.infer(request, SECONDS)["y"]
-        assert (told.dtype, told.shape) == (np.float32, (3,))
-        assert not told.any()
-    described = {"name": "y", "datatype": "INT64", "shape": [2, 2]}
-    with (
-        WebServer(always(says({"outputs": [described]}))) as web,
-        opened(f"http://{web.address}") as asked,
-    ):
-        told = asked.infer(request, SECONDS)["y"]
-        assert (told.dtype, told.shape) == (np.int64, (2, 2))
 
 
 # -- TLS -------------------------------------------------------------------------------------------
