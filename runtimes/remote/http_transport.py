@@ -5,7 +5,8 @@ tests/runtimes/remote/test_transport.py: a deadline over a whole answer
 (test_a_deadline_is_over_the_whole_answer), a limit on the bytes of an answer before they are in
 memory (test_an_http_answer_that_is_too_large, test_a_small_body_that_unpacks_to_a_large_one), no
 redirect that takes tensors and token elsewhere (test_a_redirect_is_not_followed), and `close` from
-another thread (test_closing_ends_an_http_call).
+another thread (test_closing_ends_an_http_call). aiohttp lacks one, that a late answer is not taken
+for the next request's (test_what_comes_unasked_is_no_answer_to_the_next_question): `_Connector`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ import re
 import socket
 import ssl
 import threading
+import weakref
 import zlib
 from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import tritonclient.http as client
 
 from runtimes.remote import transport
 from runtimes.remote.endpoint import Connection, Endpoint
@@ -56,6 +62,31 @@ _ALERTS = {
 }
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Gives a connection again only if nothing came on it that was not asked for."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._used: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        while True:
+            connection = await super().connect(*arguments, **options)
+            if connection.protocol not in self._used:
+                self._used.add(connection.protocol)
+                return connection
+            try:
+                # The loop first reads what has arrived, in the second of two turns for certain.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                connection.close()
+                raise
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+
+
 class HttpTransport:
     """KServe-v2 over HTTP/1.1 with the binary tensor extension, or without as JSON.
 
@@ -63,11 +94,7 @@ class HttpTransport:
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection):
-        import aiohttp
-        import tritonclient.http as client
-
         self.endpoint = endpoint
-        self._aiohttp, self._client_module = aiohttp, client
         self._headers = connection.headers(endpoint)
         self._compression = connection.compression
         self._context = connection.ssl_context() if endpoint.secure else None
@@ -108,9 +135,8 @@ class HttpTransport:
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
-        module = self._client_module
-        inputs, outputs = described(module, request, binary_data=self.binary)
-        body, json_size = module.InferenceServerClient.generate_request_body(inputs, outputs)
+        inputs, outputs = described(client, request, binary_data=self.binary)
+        body, json_size = client.InferenceServerClient.generate_request_body(inputs, outputs)
         headers = {"Content-Type": "application/octet-stream" if json_size else "application/json"}
         if json_size:
             headers["Inference-Header-Content-Length"] = str(json_size)
@@ -124,7 +150,7 @@ class HttpTransport:
         _, content, answered = self._exchange("POST", f"{path}/infer", seconds, body, headers)
         length = answered.get("inference-header-content-length")
         try:
-            result = module.InferenceServerClient.parse_response_body(
+            result = client.InferenceServerClient.parse_response_body(
                 content, header_length=None if length is None else int(length)
             )
         except Exception as error:  # tritonclient raises many kinds for a body that is none
@@ -200,10 +226,9 @@ class HttpTransport:
         headers: Mapping[str, str],
         largest: int,
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        aiohttp = self._aiohttp
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True),
+                connector=_Connector(limit=0, ssl=self._context or True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )
@@ -231,13 +256,13 @@ class HttpTransport:
             return CallError(f"{self.endpoint}: no answer within the deadline", "away")
         if isinstance(error, concurrent.futures.CancelledError):
             return CallError(f"{self.endpoint}: the connection was closed", "away")
-        if isinstance(error, self._aiohttp.ClientResponseError):
+        if isinstance(error, aiohttp.ClientResponseError):
             kind, text = "foreign", "what answers there does not speak HTTP"
             if _SETTINGS.search(error.message):
                 scheme = "tritons" if self.endpoint.secure else "triton"
                 text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
             return CallError(f"{self.endpoint}: {text}", kind)
-        if not isinstance(error, self._aiohttp.ClientError | OSError):
+        if not isinstance(error, aiohttp.ClientError | OSError):
             return error
         cause = error.__cause__ or error
         if isinstance(cause, ssl.SSLError):
@@ -246,7 +271,7 @@ class HttpTransport:
             return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
         if self._context is not None and not self._answered:
             # Since TLS 1.3 a client's certificate is refused after its first request is sent.
-            broken = (self._aiohttp.ServerDisconnectedError, ConnectionResetError)
+            broken = (aiohttp.ServerDisconnectedError, ConnectionResetError)
             if isinstance(error, broken) or isinstance(cause, broken):
                 return CallError(f"{self.endpoint}: TLS failed: {BROKEN_OFF}", "away")
         text = str(error)

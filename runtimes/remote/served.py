@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from runtimes.bundle import Bundle
 from runtimes.plan import Sizes, call_bytes
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import encoded_sentences, name_lengths, name_tokens
-from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE, Tensor
+from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE, Tensor, Tensors
 from runtimes.remote.service import Question, Service
 from runtimes.remote.transport import Array
 from runtimes.tokenizer import Tokenizer
@@ -306,27 +306,16 @@ class ServedPromptEncoder:
 
     def encode(self, contexts: F32) -> F32:
         if PROMPT in self.service.offers:
-            return self._encoded(contexts)
-        if "logits" in self.service.offers[SCORE].outputs:
-            return self._from_logits(contexts)
-        raise ServerError(
-            f"{self.service.location} gives no text features, losses alone (use the bundle itself)"
-        )
-
-    def _encoded(self, contexts: F32) -> F32:
-        C, e = len(self.tokens), self.bundle.embed_dim
-        answers = self.service.ask(
-            [
-                Question(
-                    PROMPT,
-                    {"contexts": part, "tokens": self.tokens},
-                    {"features": Tensor("FP32", (len(part), C, e))},
-                    len(part),
-                )
-                for part in self.parts(contexts)
-            ]
-        )
-        features = np.concatenate([answer["features"] for answer in answers])
+            shape = len(self.tokens), self.bundle.embed_dim
+            answer = self.ask(PROMPT, contexts, {}, {"features": Tensor("FP32", shape)})
+            features = answer["features"]
+        elif "logits" in self.service.offers[SCORE].outputs:
+            features = self._from_logits(contexts)
+        else:
+            raise ServerError(
+                f"{self.service.location} gives no text features, losses alone (use the bundle "
+                "itself)"
+            )
         return np.ascontiguousarray(features[:, self.places])
 
     def _from_logits(self, contexts: F32) -> F32:
@@ -336,21 +325,29 @@ class ServedPromptEncoder:
             "features": np.eye(e, dtype=np.float32),
             "labels": np.zeros(e, dtype=np.int64),
         }
-        answers = self.service.ask(
-            [
-                Question(
-                    SCORE,
-                    {"contexts": part, "tokens": self.tokens, **basis},
-                    {"logits": Tensor("FP32", (len(part), e, C))},
-                    len(part),
-                )
-                for part in self.parts(contexts)
-            ]
-        )
-        logits = np.concatenate([answer["logits"] for answer in answers]).astype(np.float64)
+        answer = self.ask(SCORE, contexts, basis, {"logits": Tensor("FP32", (e, C))})
+        logits = answer["logits"].astype(np.float64)
         features = (logits - self.bundle.logit_bias) / self.bundle.logit_scale
-        features = features.transpose(0, 2, 1)[:, self.places]
-        return np.ascontiguousarray(features, dtype=np.float32)
+        return np.asarray(features.transpose(0, 2, 1), dtype=np.float32)
+
+    def ask(
+        self, part: str, contexts: F32, inputs: Mapping[str, Array], outputs: Tensors
+    ) -> dict[str, Array]:
+        """Return what a model answers to contexts f32[P, m, d], asked in the plan's requests.
+
+        `outputs` are those of one candidate; in the answer they have P rows.
+        """
+        questions = [
+            Question(
+                part,
+                {"contexts": some, "tokens": self.tokens, **inputs},
+                {k: Tensor(v.datatype, (len(some), *v.shape)) for k, v in outputs.items()},
+                len(some),
+            )
+            for some in self.parts(contexts)
+        ]
+        answers = self.service.ask(questions)
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
 
 class ServedScores:
@@ -370,22 +367,16 @@ class ServedScores:
             "features": self._features[batch.views, batch.images],
             "labels": self._labels[batch.images],
         }
-        questions = []
-        for part in encoder.parts(prompts.contexts):
-            P = len(part)
-            outputs = {"losses": Tensor("FP64", (P,)), "correct": Tensor("INT64", (P,))}
-            if self._logits:
-                outputs["logits"] = Tensor("FP32", (P, n, len(encoder.tokens)))
-            inputs: dict[str, Array] = {"contexts": part, "tokens": encoder.tokens, **images}
-            questions.append(Question(SCORE, inputs, outputs, P))
-        answers = encoder.service.ask(questions)
-        correct = np.concatenate([answer["correct"] for answer in answers])
+        outputs = {"losses": Tensor("FP64", ()), "correct": Tensor("INT64", ())}
+        if self._logits:
+            outputs["logits"] = Tensor("FP32", (n, len(encoder.tokens)))
+        answer = encoder.ask(SCORE, prompts.contexts, images, outputs)
+        losses, correct = answer["losses"], answer["correct"]
         if ((correct < 0) | (correct > n)).any():
             raise ServerError(f"{encoder.service.location}: more images right than there are")
-        losses = np.concatenate([answer["losses"] for answer in answers])
         logits = None
         if self._logits:
-            found = np.concatenate([answer["logits"] for answer in answers])
+            found = answer["logits"]
             sound = np.isfinite(found).all(axis=(1, 2))
             if not sound[np.isfinite(losses)].all():
                 raise ServerError(

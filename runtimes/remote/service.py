@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.remote.clients import open_transport
 from runtimes.remote.contract import IMAGE, PARTS, TEXT, Offer, Tensor, Tensors, offer_of
-from runtimes.remote.endpoint import Connection, Location
-from runtimes.remote.transport import Array, CallError, Request, server_error
-from ztune.errors import AwayError, ServerError
+from runtimes.remote.endpoint import Connection, Endpoint, Location
+from runtimes.remote.transport import Array, CallError, Request, Transport, server_error
+from ztune.errors import AwayError, ServerError, ZtuneError, how_to_install
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 5.0
 _HEALTH_SECONDS = 2.0
@@ -291,3 +290,24 @@ class Service:
                         f"{row.tobytes().hex()[:12]}…, expected {self.digest.hex()[:12]}…; put the "
                         "former one back, or start a new run)"
                     )
+
+
+def open_transport(endpoint: Endpoint, connection: Connection) -> Transport:
+    """Return a connection of the address's protocol; nothing is sent yet.
+
+    Raises: ConfigError for files or secrets that cannot be used, ZtuneError without tritonclient.
+    """
+    connection.check_files()
+    try:
+        if endpoint.protocol == "grpc":
+            from runtimes.remote.grpc_transport import GrpcTransport
+
+            return GrpcTransport(endpoint, connection)
+        from runtimes.remote.http_transport import HttpTransport
+
+        return HttpTransport(endpoint, connection)
+    except ImportError as error:
+        raise ZtuneError(
+            f"a server is reached through tritonclient ({error}); install it with: "
+            f"{how_to_install('triton')}"
+        ) from None

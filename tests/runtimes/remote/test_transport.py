@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from runtimes.remote import http_transport, transport
-from runtimes.remote.clients import open_transport
 from runtimes.remote.endpoint import Connection, parse_location
 from runtimes.remote.grpc_transport import GrpcTransport
 from runtimes.remote.http_transport import HttpTransport
+from runtimes.remote.service import open_transport
 from runtimes.remote.transport import CallError, Request, Transport, server_error
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
