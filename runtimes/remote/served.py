@@ -377,7 +377,7 @@ class ServedScores:
         logits = None
         if self._logits:
             found = answer["logits"]
-            sound = np.isfinite(found).all(axis=(1, 2))
+            sound = np.all(np.isfinite(found), axis=(1, 2))
             if not sound[np.isfinite(losses)].all():
                 raise ServerError(
                     f"{encoder.service.location}: logits that are not finite beside losses that are"
