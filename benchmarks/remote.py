@@ -26,13 +26,11 @@ import pytest
 from benchmarks import remote_ways as ways
 from benchmarks.measure import document, interleaved, parser, say, show, timed
 from benchmarks.remote_ways import (
-    DOORS,
     GRPC,
     LOCAL,
     TRANSPORTS,
     WAYS,
     Counted,
-    Door,
     Task,
     Way,
     opened,
@@ -46,7 +44,6 @@ from tests.servers.triton import TritonServer, triton_environment
 from ztune.budget import Budget
 from ztune.journal import Journal
 from ztune.loop import Tuning, tune
-from ztune.methods.zip import ZipConfig
 from ztune.run import RunFolder
 from ztune.system import one_blas_thread
 from ztune.types import F32, Evaluation, ImageEncoder, Oracle
@@ -65,9 +62,6 @@ class Extent:
     queries: int
     """Of every way with 10 classes; fewer by as much as there are more classes."""
     threads: int
-    servers_queries: int
-    """Of one server and of two, with each size of rounds."""
-    servers_classes: int = 100
     least_steps: int = 7
     bookkeeping_steps: int = 200
     n_images: int = 128
@@ -90,20 +84,15 @@ def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
             rows = []
             with contextlib.ExitStack() as stack:
                 doors = {
-                    door: stack.enter_context(
-                        opened(bundle, door, ways.address(door.transport, server))
-                    )
-                    for door in DOORS
+                    name: stack.enter_context(opened(bundle, name, ways.address(name, server)))
+                    for name in TRANSPORTS
                 }
                 for n_classes in extent.classes:
                     rows += steps(bundle, doors, server, n_classes, extent)
-                kept = bookkeeping(bundle, doors[Door(GRPC)], folder, extent)
+                kept = bookkeeping(bundle, doors[GRPC], folder, extent)
                 images = image_pass(bundle, doors, extent)
             # Apart from what is timed: the proxy would take its share of a core.
             wire = ways.wire_bytes(bundle, server, extent.classes, n_steps=1)
-        if extent.threads != 1:
-            repository = ways.repository_of(bundle, folder / "one-thread", 1)
-        two = two_servers(bundle, repository, extent)
     for row in rows:
         row |= wire.get((row["classes"], row.pop("way")), {})
     return document(
@@ -118,13 +107,12 @@ def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
         rows=rows,
         bookkeeping=kept,
         images=images,
-        two_servers=two,
     )
 
 
 def steps(
     bundle: Bundle,
-    doors: Mapping[Door, Connected],
+    doors: Mapping[str, Connected],
     server: TritonServer,
     n_classes: int,
     extent: Extent,
@@ -133,14 +121,14 @@ def steps(
     n_candidates = Task(bundle, n_classes, 1).n_candidates
     n_steps = extent.steps(n_classes, n_candidates)
     task = Task(bundle, n_classes, n_steps)
-    services = {way: way.served(doors[way.door]) for way in WAYS}
+    services = {way: way.served(doors[way.transport]) for way in WAYS}
     oracles: dict[object, Oracle] = {LOCAL: task.locally(extent.threads)}
     for losses in ("here", "server"):
-        served = services[Way(Door(GRPC), losses)]
+        served = services[Way(GRPC, losses)]
         oracles[losses] = task.computed(served, server.repository, extent.threads)
     oracles |= {way: task.remotely(services[way]) for way in WAYS}
     taken, accounts = in_turns(task, oracles, n_steps, lambda: ways.counted(server))
-    plan = task.encoder(Way(Door(GRPC), "auto").served(doors[Door(GRPC)])).plan
+    plan = task.encoder(Way(GRPC, "auto").served(doors[GRPC])).plan
     rows: list[dict[str, Any]] = []
     for key in (LOCAL, *WAYS):
         seconds = statistics.median(taken[key])
@@ -160,8 +148,7 @@ def steps(
             row |= {
                 "transport": key.transport,
                 "losses": key.losses,
-                "kept_images": key.keeps if key.losses == "server" else None,
-                "auto": key.losses == plan.losses and key.keeps,
+                "auto": key.losses == plan.losses,
                 "requests_per_step": len(cut(task, services[key])),
                 "computing_seconds": statistics.median(taken[key.losses]),
                 **apart("overhead_ms", taken[key], taken[key.losses]),
@@ -184,8 +171,8 @@ def in_turns(
     taken: dict[object, list[float]] = {key: [] for key in oracles}
     accounts = dict.fromkeys(oracles, Counted())
     for oracle in oracles.values():
-        # The first opens connections, leaves images with the server, and shows ONNX Runtime how
-        # much memory such a call needs, which the second takes.
+        # The first opens connections and shows ONNX Runtime how much memory such a call needs,
+        # which the second takes.
         oracle(*task.step(0))
         oracle(*task.step(0))
     order, burst = list(oracles), burst_of(n_steps)
@@ -219,7 +206,7 @@ def bookkeeping(
     bundle: Bundle, connected: Connected, folder: Path, extent: Extent
 ) -> dict[str, Any]:
     """Return what a run writes down at every step, apart and in whole steps of 10 classes."""
-    served = Way(Door(GRPC), "auto").served(connected)
+    served = Way(GRPC, "auto").served(connected)
     task, n_steps = Task(bundle, 10, 1), extent.bookkeeping_steps
     runs = {
         "local": _Steps(task, task.locally(extent.threads)),
@@ -297,7 +284,7 @@ def file_system(folder: Path) -> str:
 
 
 def image_pass(
-    bundle: Bundle, doors: Mapping[Door, Connected], extent: Extent
+    bundle: Bundle, doors: Mapping[str, Connected], extent: Extent
 ) -> list[dict[str, Any]]:
     """Return images a second of the image tower on this machine and over each transport."""
     S, random = bundle.image.size, np.random.default_rng(0)
@@ -305,9 +292,7 @@ def image_pass(
     parts = np.array_split(pixels, max(1, len(pixels) // _IMAGES_AT_ONCE))
     encoders: dict[str, ImageEncoder]
     encoders = {LOCAL: OrtImageEncoder(bundle, Execution("cpu", extent.threads))}
-    encoders |= {
-        name: Way(Door(name), "auto").served(doors[Door(name)]).images() for name in TRANSPORTS
-    }
+    encoders |= {name: Way(name, "auto").served(doors[name]).images() for name in TRANSPORTS}
 
     def whole(encoder: ImageEncoder) -> Callable[[], None]:
         def encode() -> None:
@@ -328,97 +313,11 @@ def image_pass(
     ]
 
 
-def two_servers(bundle: Bundle, repository: Path, extent: Extent) -> list[dict[str, Any]]:
-    """Return how much faster two servers are than one, and who was busy; losses on the servers.
-
-    Rounds are ZIP's, and those of twice as many pairs, which are cut in halves.
-    """
-    rows = []
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(ways.started(repository)) for _ in range(2)]
-        places, door = [server.grpc for server in servers], Door(GRPC)
-        services = {
-            name: Way(door, "server").served(stack.enter_context(opened(bundle, door, *some)))
-            for name, some in {"one": places[:1], "two": places}.items()
-        }
-        for pairs in (5, 10):
-            n_steps = max(4, extent.servers_queries // (2 * pairs))
-            task = Task(bundle, extent.servers_classes, n_steps, ZipConfig(n_pairs=pairs))
-            rows.append(one_and_two(task, services, servers, n_steps))
-    return rows
-
-
-def one_and_two(
-    task: Task, services: Mapping[str, Served], servers: Sequence[TritonServer], n_steps: int
-) -> dict[str, Any]:
-    """Return the queries a second of the services, in turns, and their ratio."""
-    oracles = {name: task.remotely(served) for name, served in services.items()}
-    for oracle in oracles.values():
-        oracle(*task.step(0))
-    loops = {name: watched(task, oracle, servers) for name, oracle in oracles.items()}
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
-    burst = burst_of(n_steps)
-    for first in range(0, n_steps, burst):
-        for name, loop in loops.items():
-            time.sleep(_PAUSE)
-            taken[name].append(loop(range(first, min(first + burst, n_steps))))
-    found: dict[str, Any] = {}
-    for name, bursts in taken.items():
-        middle = {key: statistics.median(one[key] for one in bursts) for key in bursts[0]}
-        found[f"{name}_queries_per_s"] = task.n_candidates / middle.pop("seconds")
-        found[f"{name}_busy_cores"] = middle
-    parts = [len(part) for part in cut(task, services["two"])]
-    share = max(sum(parts[i::2]) for i in range(2))
-    ratio = found["two_queries_per_s"] / found["one_queries_per_s"]
-    most = task.n_candidates / share
-    say(f"two servers, {task.n_candidates} candidates: {ratio:.2f} times one's queries/s, of "
-        f"{most:.2f} by how a round is cut")  # fmt: skip
-    return {
-        "classes": len(task.classes),
-        "candidates": task.n_candidates,
-        "requests": parts,
-        "steps": n_steps,
-        "cores": psutil.cpu_count(),
-        "ratio": ratio,
-        "most_by_the_cut": most,
-        **found,
-    }
-
-
 def cut(task: Task, served: Served) -> list[F32]:
     """Return a round's contexts as they go out in requests."""
     contexts = task.step(0)[0].contexts
     assert contexts is not None
     return task.encoder(served).parts(contexts)
-
-
-def watched(
-    task: Task, oracle: Oracle, servers: Sequence[TritonServer]
-) -> Callable[[Sequence[int]], dict[str, float]]:
-    """Return a loop over steps that reports seconds a step and how many cores were busy with what.
-
-    `elsewhere` is what neither client nor servers had of the machine's cores and was not idle.
-    """
-    groups = {"client": [psutil.Process()]}
-    for number, server in enumerate(servers, 1):
-        root = psutil.Process(server.pid)
-        groups[f"server_{number}"] = [root, *root.children(recursive=True)]
-
-    def used() -> dict[str, float]:
-        found = {name: sum(sum(p.cpu_times()[:2]) for p in group) for name, group in groups.items()}
-        machine = psutil.cpu_times()
-        return {**found, "idle": machine.idle + getattr(machine, "iowait", 0.0)}
-
-    def loop(numbers: Sequence[int]) -> dict[str, float]:
-        before, start = used(), time.perf_counter()
-        for number in numbers:
-            oracle(*task.step(number))
-        seconds = time.perf_counter() - start
-        busy = {name: (value - before[name]) / seconds for name, value in used().items()}
-        elsewhere = max(0.0, (psutil.cpu_count() or 1) - sum(busy.values()))
-        return {"seconds": seconds / len(numbers), **busy, "elsewhere": elsewhere}
-
-    return loop
 
 
 def main() -> None:
@@ -437,11 +336,9 @@ def main() -> None:
     classes = given.classes or ("10,100" if given.quick else "10,100,1000")
     queries = given.queries or (200 if given.quick else 1000)
     numbers = tuple(int(word) for word in classes.split(","))
-    extent = Extent(numbers, queries, given.threads, servers_queries=max(80, queries * 6 // 10))
+    extent = Extent(numbers, queries, given.threads)
     if given.quick:
-        extent = replace(
-            extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32
-        )
+        extent = replace(extent, least_steps=3, bookkeeping_steps=40, n_images=32)
     show(measure(load_bundle(given.bundle), extent))
 
 

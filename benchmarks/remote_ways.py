@@ -10,7 +10,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ NAME = "bench"
 ZIP = ZipConfig()
 IMAGES, SHOTS = 128, 16
 LOCAL = "local"
-GRPC, HTTP, MEMORY = TRANSPORTS = ("grpc", "http", "shared memory")
+GRPC, HTTP = TRANSPORTS = ("grpc", "http")
 # Only what is in the repository is served, as its configurations say.
 SERVER_OPTIONS = (
     "--model-control-mode=none",
@@ -51,45 +51,22 @@ _DEADLINE, _START_SECONDS = 600.0, 300.0
 
 
 @dataclass(frozen=True)
-class Door:
-    """A connection to a server."""
-
-    transport: str
-    keeps: bool = True
-    """Whether images are sent once, or with every request."""
-
-
-@dataclass(frozen=True)
 class Way:
     """How a server is asked for losses."""
 
-    door: Door
+    transport: str
     losses: str
-    """here: text features cross the wire; server: losses do."""
+    """here: text features cross the wire; server: images' features and losses do."""
 
     def __str__(self) -> str:
-        images = "" if self.losses == "here" else ", kept" if self.keeps else ", sent"
-        return f"{self.transport}, {self.losses}{images}"
-
-    @property
-    def transport(self) -> str:
-        return self.door.transport
-
-    @property
-    def keeps(self) -> bool:
-        return self.door.keeps
+        return f"{self.transport}, {self.losses}"
 
     def served(self, connected: Connected) -> Served:
         """Return the server at work."""
         return Served(connected.service, connected.bundle, losses=self.losses)
 
 
-DOORS = tuple(Door(transport, keeps) for transport in TRANSPORTS for keeps in (True, False))
-WAYS = tuple(
-    Way(door, losses)
-    for door in DOORS
-    for losses in (("here", "server") if door.keeps else ("server",))
-)
+WAYS = tuple(Way(transport, losses) for transport in TRANSPORTS for losses in ("here", "server"))
 
 
 class Task:
@@ -241,60 +218,49 @@ def address(transport: str, server: TritonServer) -> str:
 
 
 @contextlib.contextmanager
-def opened(bundle: Bundle, door: Door, *addresses: str) -> Iterator[Connected]:
-    """Connect to servers as `ztune tune` does, and check them."""
-    scheme = "http" if door.transport == HTTP else "triton"
-    first, *others = (f"{scheme}://{one}" for one in addresses)
-    shared = "on" if door.transport == MEMORY else "off"
-    connection = Connection(deadline=_DEADLINE, shared_memory=shared)
+def opened(bundle: Bundle, transport: str, place: str) -> Iterator[Connected]:
+    """Connect to a server as `ztune tune` does, and check it."""
+    scheme = "http" if transport == HTTP else "triton"
 
     def nothing(*_: object) -> None:
         pass
 
-    connected = connect(f"{first}/{NAME}", others, connection, bundle.path, nothing, nothing)
-    service = connected.service
+    connection = Connection(deadline=_DEADLINE)
+    connected = connect(f"{scheme}://{place}/{NAME}", connection, bundle.path, nothing, nothing)
     try:
-        if not door.keeps:  # as a server looks that keeps no images
-            score = service.offers[SCORE]
-            inputs = {k: v for k, v in score.inputs.items() if k not in ("kept", "rows")}
-            service.offers = {**service.offers, SCORE: replace(score, inputs=inputs)}
         yield connected
     finally:
-        service.close()
+        connected.service.close()
 
 
 def wire_bytes(
     bundle: Bundle, server: TritonServer, classes: Sequence[int], n_steps: int
 ) -> dict[tuple[int, Way], dict[str, float]]:
-    """Return bytes of a query as they pass a proxy, and of its tensors alone.
-
-    `kept_once_bytes` are those of the images' features that the server keeps.
-    """
+    """Return bytes of a query as they pass a proxy, and of its tensors alone."""
     found: dict[tuple[int, Way], dict[str, float]] = {}
-    for door in DOORS:
+    for transport in TRANSPORTS:
         with (
-            Proxy(address(door.transport, server)) as proxy,
-            opened(bundle, door, proxy.address) as connected,
+            Proxy(address(transport, server)) as proxy,
+            opened(bundle, transport, proxy.address) as connected,
         ):
             for n_classes in classes:
                 task = Task(bundle, n_classes, min(3, n_steps))
                 for way in WAYS:
-                    if way.door == door:
+                    if way.transport == transport:
                         oracle = task.remotely(way.served(connected))
                         found[n_classes, way] = _counted_bytes(
-                            task, oracle, way, proxy, connected.service, n_steps
+                            task, oracle, proxy, connected.service, n_steps
                         )
     return found
 
 
 def _counted_bytes(
-    task: Task, oracle: Oracle, way: Way, proxy: Proxy, service: Service, n_steps: int
+    task: Task, oracle: Oracle, proxy: Proxy, service: Service, n_steps: int
 ) -> dict[str, float]:
     def counts() -> list[int]:
         time.sleep(0.05)  # what passed last is counted after it was passed on
         return [proxy.sent, proxy.received, *service.payload_bytes]
 
-    before = counts()
     oracle(*task.step(0))
     begun = counts()
     for number in range(n_steps):
@@ -302,10 +268,7 @@ def _counted_bytes(
     n_bytes = [end - start for end, start in zip(counts(), begun, strict=True)]
     names = ("wire_sent", "wire_received", "payload_sent", "payload_received")
     each = n_steps * task.n_candidates
-    found = {f"{name}_bytes_per_query": n / each for name, n in zip(names, n_bytes, strict=True)}
-    if way.losses == "server" and way.keeps:
-        found["kept_once_bytes"] = begun[2] - before[2] - n_bytes[2] // n_steps
-    return found
+    return {f"{name}_bytes_per_query": n / each for name, n in zip(names, n_bytes, strict=True)}
 
 
 @dataclass(frozen=True)

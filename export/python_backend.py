@@ -6,10 +6,8 @@ of the rest of ztune, which the server does not have.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 _PROVIDERS = {"CPU": "CPUExecutionProvider", "GPU": "CUDAExecutionProvider"}
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class TritonPythonModel:
-    """One instance of a model: its graph, and the images that clients have left here."""
+    """One instance of a model: its graph."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the graph where the configuration says."""
@@ -49,93 +46,25 @@ class TritonPythonModel:
         if _PROVIDERS[kind] not in self._session.get_providers():
             raise RuntimeError(f"{kind} was configured, and onnxruntime cannot run there")
         self._inputs = [given.name for given in self._session.get_inputs()]
-        self._digest = np.frombuffer(bytes.fromhex(parameters["bundle_digest"]), dtype=np.uint8)
-        self._kept = Kept(int(parameters["keep_bytes"])) if "keep_bytes" in parameters else None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request apart: what is batched with others may round differently."""
         return [self._answered(request) for request in requests]
 
     def _answered(self, request: Any) -> Any:
-        names = [*self._inputs, *(Kept.INPUTS if self._kept else ())]
-        given = {name: backend.get_input_tensor_by_name(request, name) for name in names}
-        feeds = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
+        feeds = {
+            name: backend.get_input_tensor_by_name(request, name).as_numpy()
+            for name in self._inputs
+        }
         wanted = list(request.requested_output_names())
         try:
-            if self._kept is not None and self._kept.takes(feeds):
-                # Nothing is computed; the digest says that the images are there.
-                return backend.InferenceResponse([backend.Tensor("digest", self._digest)])
-            if self._kept is not None:
-                feeds = self._kept.completed(feeds)
-            values = self._run(wanted, feeds)
-        except _RefusedError as error:
-            return _failure(str(error), error.code)
+            values = self._session.run(wanted, feeds)
         except Exception as error:  # onnxruntime raises its own kinds for inputs that do not fit
-            return _failure(str(error), backend.TritonError.INVALID_ARG)
-        tensors = [backend.Tensor(n, v) for n, v in zip(wanted, values, strict=True)]
+            words = " ".join(str(error).split())[:500]
+            refusal = backend.TritonError(words, backend.TritonError.INVALID_ARG)
+            return backend.InferenceResponse(output_tensors=[], error=refusal)
+        tensors = [
+            backend.Tensor(name, np.ascontiguousarray(value))
+            for name, value in zip(wanted, values, strict=True)
+        ]
         return backend.InferenceResponse(output_tensors=tensors)
-
-    def _run(self, wanted: list[str], feeds: Arrays) -> list[np.ndarray[Any, Any]]:
-        missing = sorted(set(self._inputs) - set(feeds))
-        if missing:
-            raise _RefusedError(f"inputs missing: {', '.join(missing)}")
-        return [np.ascontiguousarray(value) for value in self._session.run(wanted, feeds)]
-
-
-class Kept:
-    """Images' features and labels that are sent once and then named by their SHA-256."""
-
-    INPUTS = ("kept", "rows")
-
-    def __init__(self, most_bytes: int):
-        self._most = most_bytes
-        self._sets: OrderedDict[bytes, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-        self._sets = OrderedDict()
-
-    def takes(self, feeds: Arrays) -> bool:
-        """Keep what a request leaves here, the oldest going first; False where it asks instead."""
-        given = {"features", "labels"} & set(feeds)
-        if "kept" not in feeds or not given:
-            return False
-        if len(given) == 1 or len(feeds["features"]) != len(feeds["labels"]):
-            raise _RefusedError("images are kept with as many features as labels")
-        name = feeds["kept"].tobytes()
-        features, labels = np.array(feeds["features"]), np.array(feeds["labels"])
-        if hashlib.sha256(features.tobytes() + labels.tobytes()).digest() != name:
-            raise _RefusedError("the SHA-256 of features and labels is another")
-        if features.nbytes + labels.nbytes > self._most:
-            raise _RefusedError(f"features and labels take more than {self._most} bytes")
-        self._sets.pop(name, None)
-        self._sets[name] = features, labels
-        while (
-            sum(first.nbytes + second.nbytes for first, second in self._sets.values()) > self._most
-        ):
-            self._sets.popitem(last=False)
-        return True
-
-    def completed(self, feeds: Arrays) -> Arrays:
-        """Return a request's inputs with the rows of the kept set that it names."""
-        if "kept" not in feeds:
-            return feeds
-        feeds = dict(feeds)
-        name, rows = feeds.pop("kept").tobytes(), feeds.pop("rows", None)
-        if name not in self._sets:
-            raise _RefusedError("no images are kept under this name", backend.TritonError.NOT_FOUND)
-        self._sets.move_to_end(name)
-        features, labels = self._sets[name]
-        if rows is None or rows.ndim != 1 or rows.size == 0:
-            raise _RefusedError("rows are i64[N] of the kept set")
-        if rows.min() < 0 or rows.max() >= len(features):
-            raise _RefusedError(f"a row is none of the {len(features)} kept")
-        return {**feeds, "features": features[rows], "labels": labels[rows]}
-
-
-class _RefusedError(Exception):
-    def __init__(self, message: str, code: int | None = None):
-        super().__init__(message)
-        self.code = backend.TritonError.INVALID_ARG if code is None else code
-
-
-def _failure(message: str, code: int) -> Any:
-    error = backend.TritonError(" ".join(message.split())[:500], code)
-    return backend.InferenceResponse(output_tensors=[], error=error)

@@ -23,8 +23,6 @@ BACKENDS = ("onnxruntime", "python")
 ACCELERATORS = {"none": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
 ACCESS = ("features", "logits", "losses")
 """What of the text side is given away: everything, logits and losses, or losses alone."""
-# Features and labels that the Python backend keeps for its clients.
-_KEEP_BYTES = 512_000_000
 _QUEUE_MICROSECONDS = 1000
 _PYTHON_BACKEND = Path(__file__).with_name("python_backend.py")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -44,7 +42,7 @@ class Serving:
     """onnxruntime, or python: the same graphs inside Triton's Python backend."""
     accelerator: str = "none"
     instances: int = 1
-    """Of each model; more than one keeps no images, since each would have its own."""
+    """Of each model."""
     threads: int | None = None
     """Of an instance on CPUs; None: as many as there are cores."""
     access: str = "features"
@@ -67,11 +65,6 @@ class Serving:
                 "`accelerator=tensorrt` goes with `backend=onnxruntime` (the Python backend runs "
                 "graphs on cpu or cuda)"
             )
-
-    @property
-    def keeps(self) -> bool:
-        """Whether images sent once are kept for later requests."""
-        return self.backend == "python" and self.instances == 1
 
 
 class Word(str):
@@ -170,27 +163,17 @@ def _write(bundle: Bundle, model: _Model, folder: Path, name: str, serving: Serv
 def _config(
     bundle: Bundle, model: _Model, graph: ModelProto, name: str, serving: Serving
 ) -> dict[str, Value]:
-    keeps = serving.keeps and model.part == "score"
-    inputs = [_tensor(value, model.batched) for value in graph.graph.input]
-    if keeps:
-        inputs += [
-            {"name": "kept", "data_type": Word("TYPE_UINT8"), "dims": [32]},
-            {"name": "rows", "data_type": Word("TYPE_INT64"), "dims": [-1]},
-        ]
-        inputs = [{**given, "optional": True} for given in inputs]
     on_gpu = serving.accelerator != "none" and not model.on_cpu
     batch = _batch(bundle) if model.batched else 0
     group: dict[str, Value] = {
         "count": serving.instances,
         "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU"),
     }
-    if keeps and on_gpu:
-        group["gpus"] = [0]  # one on each GPU otherwise, and the images with one of them
     config: dict[str, Value] = {
         "name": name,
         "backend": serving.backend,
         "max_batch_size": batch,
-        "input": inputs,
+        "input": [_tensor(value, model.batched) for value in graph.graph.input],
         "output": [_tensor(value, model.batched) for value in graph.graph.output],
         "version_policy": {"latest": {"num_versions": 1}},
         "instance_group": [group],
@@ -214,8 +197,6 @@ def _config(
         parameters["cudnn_conv_algo_search"] = "1"
     if serving.threads is not None and not on_gpu:
         parameters["intra_op_thread_count"] = str(serving.threads)
-    if keeps:
-        parameters["keep_bytes"] = str(_KEEP_BYTES)
     config["parameters"] = [
         {"key": key, "value": {"string_value": value}} for key, value in parameters.items()
     ]

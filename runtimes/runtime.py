@@ -78,8 +78,12 @@ class Runtime(Protocol):
     def prompts(self, tokenizer: Tokenizer) -> PromptGraph:
         """Open the text tower."""
 
-    def check_plan(self, names: Sequence[tuple[int, ...]], n_context: int, n: int) -> None:
+    def check_plan(
+        self, names: Sequence[tuple[int, ...]], n_context: int, n: int, n_images: int = 0
+    ) -> None:
         """See that rounds of `n` candidates before names of these ids can be cut into calls.
+
+        `n_images` is how many images a call may be scored on.
 
         Raises: ConfigError when they cannot.
         """
@@ -124,7 +128,9 @@ class Local:
     def prompts(self, tokenizer: Tokenizer) -> OrtPromptGraph:
         return OrtPromptGraph(self._bundle, tokenizer, self._execution)
 
-    def check_plan(self, names: Sequence[tuple[int, ...]], n_context: int, n: int) -> None:
+    def check_plan(
+        self, names: Sequence[tuple[int, ...]], n_context: int, n: int, n_images: int = 0
+    ) -> None:
         plan_for(self._bundle, names, n_context, n, self._execution)
 
     def scorer(

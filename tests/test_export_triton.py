@@ -67,7 +67,6 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
         "backend": "python",
         "accelerator": "cuda",
         "access": "losses",
-        "keeps_pictures": False,
     }
     config = (out / "eyes_image" / "config.pbtxt").read_text()
     for words in ('backend: "python"', "max_batch_size: 8", "count: 2", "KIND_GPU"):
@@ -78,13 +77,9 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
     assert '"logits"' not in (out / "eyes_score" / "config.pbtxt").read_text()
 
 
-def test_defaults_keep_no_images_and_python_does(ztune: Command, tmp_path: Path) -> None:
-    for number, (backend, keeps) in enumerate((("onnxruntime", False), ("python", True))):
-        out = tmp_path / str(number)
-        made = ztune("export-triton", MINI, "--backend", backend, "--out", out, "--json")
-        assert made.json["keeps_pictures"] is keeps
-        assert made.json["backend"] == backend
-        assert made.json["access"] == "features"
+def test_defaults(ztune: Command, tmp_path: Path) -> None:
+    made = ztune("export-triton", MINI, "--out", tmp_path / "out", "--json")
+    assert (made.json["backend"], made.json["access"]) == ("onnxruntime", "features")
 
 
 @pytest.mark.parametrize(

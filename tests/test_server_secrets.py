@@ -231,7 +231,7 @@ def test_without_secrets_all_is_as_before(verb: str, taken: Taken, strange: Fake
 
 
 @pytest.mark.parametrize("verb", ["tune", "eval"])
-def test_endpoints_in_a_run_s_file_are_told_no_secret(
+def test_removed_settings_in_a_run_s_file_are_left_out(
     verb: str,
     taken: Taken,
     home: FakeServer,
@@ -239,15 +239,11 @@ def test_endpoints_in_a_run_s_file_are_told_no_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
-    beside = f"triton://{strange.grpc}"
-    taken.edit(lambda request: request.update(server={"endpoints": [beside]}))
-    refused(taken.ask(verb, url=url_of(home)), f"{beside} is named by the run's file alone")
-    # The file's own server is not named by naming another.
-    refused(taken.ask(verb, "--endpoint", beside), f"triton://{home.grpc} is named by the run's")
-    assert strange.calls == {}
-    done = taken.ask(verb, "--endpoint", beside, url=url_of(home))
+    own = {"endpoints": [f"triton://{strange.grpc}"], "connection": {"shared_memory": "on"}}
+    taken.edit(lambda request: request.update(server=own))
+    done = taken.ask(verb, url=url_of(home))
     assert done.code == 0, done.err
-    assert strange.told == {BEARER}
+    assert strange.calls == {}
 
 
 @pytest.mark.parametrize("verb", ["tune", "eval"])

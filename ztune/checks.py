@@ -78,7 +78,8 @@ class RunChecks:
             names: Sequence[tuple[int, ...]] = name_tokens(
                 model.bundle.text, model.tokenizer, classes, start.n_context
             )
-            model.runtime.check_plan(names, start.n_context, config.round_size)
+            n_images = max(len(self.split.entries_of(part)) for part in ("train", "val"))
+            model.runtime.check_plan(names, start.n_context, config.round_size, n_images)
 
     def _check_signal(self, config: TunedConfig) -> None:
         """See that what is asked for about the signal fits the method."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from runtimes.bundle import load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
-from runtimes.remote.settings import named_servers, settings_from
+from runtimes.remote.endpoint import named_server
+from runtimes.remote.settings import settings_from
 from runtimes.tokenizer import Tokenizer
 from ztune.access import TEXTS
 from ztune.errors import ZtuneError
@@ -143,7 +144,7 @@ def check_server(
     """
     from runtimes.remote.served import Served
 
-    connected = connect_server(url, values, named_servers(url, values), progress)
+    connected = connect_server(url, values, named_server(url), progress)
     service, bundle = connected.service, connected.bundle
     try:
         served = Served(service, bundle, losses=settings_from(values).losses)
@@ -154,7 +155,6 @@ def check_server(
             timed = _TIMED
         document: dict[str, Json] = {
             "url": str(service.location),
-            "servers": service.n_servers,
             "models": [service.model(part) for part in service.offers],
             "gives": list[Json](sorted(served.access)),
             "bundle_digest": bundle.digest,
@@ -162,8 +162,6 @@ def check_server(
             "precision": bundle.precision,
             "parity": dict(connected.parity),
             "tells_digest": all(offer.tells_digest for offer in service.offers.values()),
-            "keeps_pictures": any(offer.keeps for offer in service.offers.values()),
-            "shared_memory": service.shares_memory,
             "extensions": list[Json](sorted(service.extensions)),
             "seconds_per_query": seconds,
         }

@@ -18,8 +18,8 @@ from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.prompts import context_of_words, ids_of_words, token_table
 from runtimes.providers import Execution, check_precision, resolve_execution
-from runtimes.remote.endpoint import is_url
-from runtimes.remote.settings import named_servers, settings_from, to_save
+from runtimes.remote.endpoint import is_url, named_server
+from runtimes.remote.settings import settings_from, to_save
 from runtimes.runtime import Local, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.access import described
@@ -346,7 +346,7 @@ def load(
             raise ConfigError(f"`{next(iter(server))}` goes with a server's URL; leave it out")
         execution = resolve_execution(provider, threads, progress, memory_limit)
         return open_model(Path(place), execution, progress)
-    own = ("client", "images", "losses", "endpoints")
+    own = ("client", "images", "losses")
     values: dict[str, Json] = {name: server.pop(name) for name in own if name in server}
     values["connection"] = dict(server)
     here = (provider, threads, memory_limit)
@@ -355,11 +355,10 @@ def load(
             "how graphs run is the server's affair: leave out `provider`, `threads` and "
             "`memory_limit`"
         )
-    named = named_servers(place, values)
     return open_served_model(
         str(place),
         values,
-        named,
+        named_server(place),
         progress,
         provider=provider,
         threads=threads,
@@ -379,12 +378,12 @@ def open_model(path: Path, execution: Execution, progress: Progress = SILENCE) -
 def connect_server(
     url: str,
     values: Mapping[str, Json],
-    named: frozenset[Endpoint],
+    named: Endpoint | None,
     progress: Progress = SILENCE,
 ) -> Connected:
     """Reach a server, fetch the client half where it is not named, and check both.
 
-    `values` are server settings, `named` the servers that may be told secrets.
+    `values` are server settings, `named` is the server that may be told secrets.
 
     Raises: ServerError, ConfigError.
     """
@@ -395,7 +394,6 @@ def connect_server(
     with progress.activity("fetching the client half", 100) as ticker:
         return connect(
             url,
-            settings.endpoints,
             replace(settings.connected(), named=named),
             client,
             progress.remark,
@@ -406,7 +404,7 @@ def connect_server(
 def open_served_model(
     url: str,
     values: Mapping[str, Json],
-    named: frozenset[Endpoint],
+    named: Endpoint | None,
     progress: Progress = SILENCE,
     *,
     provider: str = "auto",
@@ -440,8 +438,7 @@ def open_served_model(
 def _described(served: Served) -> str:
     """Return the line that says what a server is and gives."""
     service = served.service
-    others = f" and {service.n_servers - 1} more" if service.n_servers > 1 else ""
     return (
-        f"server {service.location}{others}: bundle {served.bundle.digest[:12]}…, "
+        f"server {service.location}: bundle {served.bundle.digest[:12]}…, "
         f"{served.bundle.precision}; gives {described(served.access)}"
     )

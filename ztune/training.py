@@ -492,10 +492,11 @@ class TrainingRun(Generic[Store]):
         calls = task.encoder.plan.to_json()
         if isinstance(task.encoder.plan, RequestPlan):
             self.model.progress.remark(task.encoder.plan.described())
-        if head.get("calls", calls) != calls:
+        before = head.get("calls", calls)
+        if not isinstance(before, dict) or any(before.get(k) != v for k, v in calls.items()):
             warn(
-                f"a round is cut into other calls ({calls}) than when the run began "
-                f"({head['calls']}), so bytes may differ"
+                f"a round is cut into other calls ({calls}) than when the run began ({before}), so "
+                "bytes may differ"
             )
         return {**head, "calls": calls}
 
@@ -712,7 +713,6 @@ def _server_report(served: Served, budget: Budget) -> dict[str, Json]:
     sent, received = service.payload_bytes
     return {
         "url": str(service.location),
-        "servers": service.n_servers,
         "gives": list[Json](sorted(served.access)),
         "sent": budget.sent,
         "possibly_billed_twice": budget.possibly_billed_twice,
@@ -720,5 +720,4 @@ def _server_report(served: Served, budget: Budget) -> dict[str, Json]:
         "requests": service.requests,
         "payload_mb_sent": round(sent / 1e6, 3),
         "payload_mb_received": round(received / 1e6, 3),
-        "shared_memory": service.shares_memory,
     }

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.bundle import CLIENT_FILES, MANIFEST, Bundle, load_bundle
-from runtimes.remote.contract import CLIENT
+from runtimes.remote.contract import CLIENT, Tensor
 from runtimes.remote.service import Question, Service
-from runtimes.remote.shared_memory import Expected
 from ztune.errors import ConfigError, FormatError, ServerError
 from ztune.io.files import new_folder, user_cache
 
@@ -113,12 +112,12 @@ def _kept(folder: Path, digest: str) -> Bundle:
 def _sizes(service: Service) -> tuple[list[int], bytes | None]:
     """Return the files' sizes in bytes, and the digest of the bundle that is served."""
     wanted = {
-        "sizes": Expected("INT64", (len(CLIENT_FILES),)),
-        "bytes": Expected("UINT8", (1,)),
+        "sizes": Tensor("INT64", (len(CLIENT_FILES),)),
+        "bytes": Tensor("UINT8", (1,)),
     }
     tells = service.offers[CLIENT].tells_digest
     if tells:
-        wanted["digest"] = Expected("UINT8", (32,))
+        wanted["digest"] = Tensor("UINT8", (32,))
     answer = service.ask([Question(CLIENT, {"slice": np.array([0, 1])}, wanted)])[0]
     sizes = [int(size) for size in answer["sizes"]]
     if min(sizes) < 1 or sizes[0] > _LARGEST_MANIFEST or sum(sizes) > _LARGEST:
@@ -128,5 +127,5 @@ def _sizes(service: Service) -> tuple[list[int], bytes | None]:
 
 def _slice(service: Service, start: int, length: int) -> bytes:
     asked = {"slice": np.array([start, length], dtype=np.int64)}
-    (answer,) = service.ask([Question(CLIENT, asked, {"bytes": Expected("UINT8", (length,))})])
+    (answer,) = service.ask([Question(CLIENT, asked, {"bytes": Tensor("UINT8", (length,))})])
     return answer["bytes"].tobytes()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +12,14 @@ from runtimes.bundle import PARITY, Bundle, TextSpec
 from runtimes.ort import allowed_difference, parity_inputs
 from runtimes.prompts import shared_starts, token_table
 from runtimes.remote.client_half import Progress, client_half
-from runtimes.remote.contract import CLIENT, IMAGE, PROMPT, SCORE, TEXT, check_offer
-from runtimes.remote.endpoint import Connection, parse_endpoint, parse_location
+from runtimes.remote.contract import IMAGE, PROMPT, SCORE, TEXT, Tensor, check_offer
+from runtimes.remote.endpoint import Connection, parse_location
 from runtimes.remote.service import Ask, Question, Service
-from runtimes.remote.shared_memory import Expected
 from runtimes.remote.transport import Array
 from ztune.errors import ServerError
 from ztune.types import F32, I64
 
 Remark = Callable[[str], None]
-# Bytes of an answer by which shared memory is compared with the wire, and rounds of it.
-_PROBE_BYTES, _PROBE_ROUNDS = 250_000, 7
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,6 @@ class Connected:
 
 def connect(
     url: str,
-    endpoints: Sequence[str],
     connection: Connection,
     client: Path | None,
     remark: Remark,
@@ -50,30 +44,21 @@ def connect(
     Raises: ConfigError for addresses and settings, ServerError for whatever is wrong at the server.
     """
     location = parse_location(url)
-    service = Service(location, [parse_endpoint(one) for one in endpoints], connection, remark)
+    service = Service(location, connection, remark)
     try:
         service.start()
         bundle = client_half(service, client, progress)
         for part, offer in service.offers.items():
             check_offer(part, offer, bundle, f'{location}: model "{service.model(part)}"')
         service.digest = bytes.fromhex(bundle.digest)
-        found = [
-            probe(service, bundle, functools.partial(service.ask_server, number))
-            for number in service.checked_servers
-        ]
-        parity = {part: max(one[part] for one in found) for part in found[0]}
-
-        def prove(ask: Ask) -> None:
-            probe(service, bundle, ask)
-
-        service.prove = prove
+        parity = probe(service, bundle, lambda question: service.ask([question])[0])
+        service.prove = lambda ask: probe(service, bundle, ask)
         silent = [service.model(p) for p, o in service.offers.items() if not o.tells_digest]
         if silent:
             remark(
                 f"{', '.join(silent)} do not say which bundle answers: only figures kept in the "
                 "client half prove it, at the start and when a server comes back"
             )
-        _choose_memory(service, remark)
     except BaseException:
         service.close()
         raise
@@ -110,7 +95,7 @@ def _each(ask: Ask, part: str, name: str, rows: Array, expected: F32) -> float:
     """Return the largest difference from features f32[N, e], each row asked for by itself."""
     worst = 0.0
     for row, features in zip(rows, expected, strict=True):
-        wanted = {"features": Expected("FP32", (1, len(features)))}
+        wanted = {"features": Tensor("FP32", (1, len(features)))}
         answer = ask(Question(part, {name: row[None]}, wanted))
         worst = _larger(worst, _difference(answer["features"][0], features))
     return worst
@@ -136,13 +121,13 @@ def _probe_prompts(
         asked: dict[str, Array] = {"contexts": context, "tokens": tokens}
         known = expected[indices]
         if PROMPT in service.offers:
-            wanted = {"features": Expected("FP32", (1, len(names), e))}
+            wanted = {"features": Tensor("FP32", (1, len(names), e))}
             answer = ask(Question(PROMPT, asked, wanted))
             difference = _difference(answer["features"][0], known)
             found[PROMPT] = _larger(found.get(PROMPT, 0.0), difference)
         if SCORE in service.offers and len(names) > 1:
             labels = np.arange(len(names), dtype=np.int64)
-            wanted = {"losses": Expected("FP64", (1,)), "correct": Expected("INT64", (1,))}
+            wanted = {"losses": Tensor("FP64", (1,)), "correct": Tensor("INT64", (1,))}
             asked |= {"features": np.ascontiguousarray(known), "labels": labels}
             answer = ask(Question(SCORE, asked, wanted))
             logits = bundle.logit_scale * known.astype(np.float64) @ known.T.astype(np.float64)
@@ -170,54 +155,3 @@ def _larger(one: float, other: float) -> float:
 
 def _difference(got: F32, expected: F32) -> float:
     return float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max())
-
-
-def _choose_memory(service: Service, remark: Remark) -> None:
-    """Use shared memory where it was asked for, or is there and measured to be faster."""
-    wanted = service.connection.shared_memory
-    if wanted == "off":
-        return
-    if wanted == "on":
-        service.share_memory()
-        _timed(service, 1)  # an error is told now
-        return
-    try:
-        service.share_memory()
-    except ServerError:
-        return  # nothing to choose
-    if CLIENT not in service.offers:
-        service.unshare_memory()
-        return
-    try:
-        shared = _timed(service, _PROBE_ROUNDS)
-    except ServerError as error:
-        service.unshare_memory()
-        remark(f"shared memory: not used ({error})")
-        return
-    service.unshare_memory()
-    wire = _timed(service, _PROBE_ROUNDS)
-    faster = shared < 0.9 * wire  # less is noise
-    if faster:
-        service.share_memory()
-    remark(
-        f"shared memory: {'used' if faster else 'not used'} ({1e3 * shared:.2f} ms for "
-        f"{_PROBE_BYTES / 1e6:g} MB, {1e3 * wire:.2f} ms over the wire)"
-    )
-
-
-def _timed(service: Service, n: int) -> float:
-    """Return the median seconds of fetching a piece of the client half."""
-    if CLIENT not in service.offers:
-        return 0.0
-    asked = {"slice": np.array([0, _PROBE_BYTES], dtype=np.int64)}
-    sizes = {"sizes": Expected("INT64", service.offers[CLIENT].outputs["sizes"].shape)}
-    (answer,) = service.ask([Question(CLIENT, asked, sizes)])
-    length = min(_PROBE_BYTES, int(answer["sizes"].sum()))
-    question = Question(CLIENT, asked, {"bytes": Expected("UINT8", (length,))})
-    service.ask([question])  # the first opens connection and region
-    times = []
-    for _ in range(n):
-        began = time.perf_counter()
-        service.ask([question])
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from runtimes.bundle import CLIENT_FILES, Bundle
+from runtimes.remote.transport import NUMPY_TYPES
 from ztune.errors import ServerError
 from ztune.types import Json
 
@@ -26,6 +30,10 @@ class Tensor:
     datatype: str
     shape: tuple[int, ...]
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return NUMPY_TYPES[self.datatype]
+
 
 Tensors = Mapping[str, Tensor]
 
@@ -41,11 +49,6 @@ class Offer:
     def tells_digest(self) -> bool:
         """Whether each answer says which bundle's it is."""
         return "digest" in self.outputs
-
-    @property
-    def keeps(self) -> bool:
-        """Whether images' features may be sent once and named later."""
-        return {"kept", "rows"} <= set(self.inputs)
 
 
 def offer_of(metadata: Mapping[str, Json], where: str) -> Offer:

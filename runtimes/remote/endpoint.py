@@ -80,6 +80,14 @@ def is_url(word: Path | str) -> bool:
     return isinstance(word, str) and ("://" in word or word.startswith(_BEGINNINGS))
 
 
+def named_server(word: Path | str | None) -> Endpoint | None:
+    """Return the server that a command names, if it does: it may be told secrets.
+
+    Raises: ConfigError for an invalid address.
+    """
+    return parse_location(str(word)).endpoint if word and is_url(word) else None
+
+
 def parse_location(url: str) -> Location:
     """Return what `scheme://host:port/NAME` or `.../NAME/VERSION` means.
 
@@ -95,20 +103,6 @@ def parse_location(url: str) -> Location:
     if version and not _VERSION.fullmatch(version):
         raise ConfigError(f'"{url}": the version "{version}" is no number from 1 on')
     return Location(endpoint, parts[0], version)
-
-
-def parse_endpoint(url: str) -> Endpoint:
-    """Return what `scheme://host:port` means: one more server with the same models.
-
-    Raises: ConfigError naming the part that is wrong.
-    """
-    endpoint, path = _parsed(url)
-    if path.strip("/"):
-        raise ConfigError(
-            f'`endpoints` "{url}" names a model; expected scheme://host:port (the models are those '
-            "of the first server)"
-        )
-    return endpoint
 
 
 def _parsed(url: str) -> tuple[Endpoint, str]:
@@ -147,8 +141,8 @@ class Connection:
     """Seconds without any answer after which a run stops."""
     max_inflight: int = 4
     """Requests on their way at once."""
-    shared_memory: str = "auto"
-    """on, off, or auto: on the same host, where measuring shows that it is faster."""
+    max_request: float = 64.0
+    """MB of a request's tensors, at most."""
     compression: str = "none"
     tls_ca: str | None = None
     """PEM file of the authorities that certificates are checked by; None: the system's."""
@@ -159,8 +153,8 @@ class Connection:
     basic_auth_file: str | None = None
     insecure: bool = False
     """Accept any certificate (https alone), and send tokens unencrypted."""
-    named: frozenset[Endpoint] = frozenset()
-    """The servers that this very command names, and not a run's file: they may be told secrets."""
+    named: Endpoint | None = None
+    """The server that this very command names, and not a run's file: it may be told secrets."""
 
     def __post_init__(self) -> None:
         for name in ("deadline", "give_up"):
@@ -169,10 +163,8 @@ class Connection:
                 raise ConfigError(f"`{name}` is {value}, expected seconds, at most a day")
         if not 1 <= self.max_inflight <= 256:
             raise ConfigError(f"`max_inflight` is {self.max_inflight}, expected 1 to 256")
-        if self.shared_memory not in ("auto", "on", "off"):
-            raise ConfigError(
-                f'`shared_memory` is "{self.shared_memory}", expected auto, on or off'
-            )
+        if not 0 < self.max_request <= 2000:
+            raise ConfigError(f"`max_request` is {self.max_request}, expected MB, at most 2000")
         if self.compression not in COMPRESSIONS:
             raise ConfigError(
                 f'`compression` is "{self.compression}", expected {", ".join(COMPRESSIONS)}'
@@ -194,7 +186,7 @@ class Connection:
             raise ConfigError(
                 f"{endpoint} is named by the run's file alone, and a secret goes only where the "
                 "command says: give the URL again (ztune tune URL --resume RUN, ztune eval RUN "
-                f"--bundle URL; others with `endpoints`), or set {TOKEN_HOST}={endpoint.address}"
+                f"--bundle URL), or set {TOKEN_HOST}={endpoint.address}"
             )
         if not token and not basic:
             return {}
@@ -213,7 +205,7 @@ class Connection:
         """Return whether the command or the environment names a server, so that it gets secrets."""
         listed = os.environ.get(TOKEN_HOST, "").lower().split(",")
         known = {endpoint.host, endpoint.address, endpoint.address.rpartition(":")[0]}
-        return endpoint in self.named or any(one.strip() in known for one in listed)
+        return endpoint == self.named or any(one.strip() in known for one in listed)
 
     def check_files(self) -> None:
         """See that the files of certificates can be read.

@@ -127,13 +127,7 @@ class GrpcTransport:
             outputs,
             compression_algorithm=self._compression,
         )
-        return read_arrays(self.endpoint, result, request, _told_by_grpc)
-
-    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
-        self._call("register_system_shared_memory", seconds, name, key, n_bytes)
-
-    def unshare(self, name: str, seconds: float) -> None:
-        self._call("unregister_system_shared_memory", seconds, name)
+        return read_arrays(self.endpoint, result, request)
 
     def close(self) -> None:
         with self._lock:
@@ -214,7 +208,3 @@ class GrpcTransport:
             except (OSError, http.client.HTTPException, ValueError):
                 return False
         return True
-
-
-def _told_by_grpc(output: Any) -> tuple[Any, Any]:
-    return output.datatype, output.shape

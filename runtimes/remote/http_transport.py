@@ -1,19 +1,33 @@
-"""Requests over HTTP/1.1: every byte of them within the deadline."""
+"""Requests over HTTP/1.1: bodies by tritonclient, the exchange by aiohttp.
+
+tritonclient's own HTTP clients lack four guarantees, each held by a test of
+tests/runtimes/remote/test_transport.py: a deadline over a whole answer
+(test_a_deadline_is_over_the_whole_answer), a limit on the bytes of an answer before they are in
+memory (test_an_http_answer_that_is_too_large, test_a_small_body_that_unpacks_to_a_large_one), no
+redirect that takes tensors and token elsewhere (test_a_redirect_is_not_followed), and `close` from
+another thread (test_closing_ends_an_http_call). aiohttp lacks one, that a late answer is not taken
+for the next request's (test_what_comes_unasked_is_no_answer_to_the_next_question): `_Connector`.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import concurrent.futures
 import http.client
 import io
 import json
-import selectors
+import os
+import re
 import socket
 import ssl
 import threading
-import time
+import weakref
 import zlib
 from collections.abc import Mapping
 from typing import Any
+
+import aiohttp
+import tritonclient.http as client
 
 from runtimes.remote import transport
 from runtimes.remote.endpoint import Connection, Endpoint
@@ -34,11 +48,11 @@ from runtimes.remote.transport import (
 from ztune.types import Json
 
 _LARGEST_METADATA = 10_000_000
-_PIECE = 1 << 20
 # What is asked for a server's health, and the statuses of one that is not ready yet: Triton's is
 # 400 to the second, a proxy's 503. Any other says what is wrong, or that no such server answers.
 _HEALTH = {"/v2/health/live": (503,), "/v2/health/ready": (400, 503)}
-_SETTINGS = "\x04"  # the type of the frame that begins HTTP/2, after three bytes of its length
+# The beginning of a SETTINGS frame, with which a gRPC server answers, as aiohttp's error quotes it.
+_SETTINGS = re.compile(r"\\x00\\x00.{1,4}\\x04")
 _ALERTS = {
     "WRONG_VERSION_NUMBER": NO_TLS,
     "RECORD_LAYER_FAILURE": NO_TLS,
@@ -48,27 +62,52 @@ _ALERTS = {
 }
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Gives a connection again only if nothing came on it that was not asked for."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._used: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        while True:
+            connection = await super().connect(*arguments, **options)
+            if connection.protocol not in self._used:
+                self._used.add(connection.protocol)
+                return connection
+            try:
+                # The loop first reads what has arrived, in the second of two turns for certain.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                connection.close()
+                raise
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+
+
 class HttpTransport:
     """KServe-v2 over HTTP/1.1 with the binary tensor extension, or without as JSON.
 
-    Bodies are made and read by tritonclient; the connection is ours, one for each thread, since its
-    own holds to no deadline over a whole answer and reads answers of any size.
+    Exchanges run in an event loop in a thread of its own; callers wait for them.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection):
-        import tritonclient.http as client
-
         self.endpoint = endpoint
-        self._client_module = client
         self._headers = connection.headers(endpoint)
         self._compression = connection.compression
         self._context = connection.ssl_context() if endpoint.secure else None
-        self._own = threading.local()
-        self._lock = threading.Lock()
-        self._open: set[_Timed] = set()
-        self._closed = False
         self.binary = True
-        """Whether tensors go as bytes; False for servers without the extension."""
+        """Whether tensors are sent as bytes; False for servers without the extension."""
+        self._answered = False
+        self._lock = threading.Lock()
+        self._closed = False
+        self._session: aiohttp.ClientSession | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ztune-http")
+        self._thread.daemon = True
+        self._thread.start()
 
     def ready(self, seconds: float) -> bool:
         for path, not_yet in _HEALTH.items():
@@ -96,9 +135,8 @@ class HttpTransport:
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
-        module = self._client_module
-        inputs, outputs = described(module, request, binary=self.binary)
-        body, json_size = module.InferenceServerClient.generate_request_body(inputs, outputs)
+        inputs, outputs = described(client, request, binary_data=self.binary)
+        body, json_size = client.InferenceServerClient.generate_request_body(inputs, outputs)
         headers = {"Content-Type": "application/octet-stream" if json_size else "application/json"}
         if json_size:
             headers["Inference-Header-Content-Length"] = str(json_size)
@@ -112,31 +150,30 @@ class HttpTransport:
         _, content, answered = self._exchange("POST", f"{path}/infer", seconds, body, headers)
         length = answered.get("inference-header-content-length")
         try:
-            result = module.InferenceServerClient.parse_response_body(
+            result = client.InferenceServerClient.parse_response_body(
                 content, header_length=None if length is None else int(length)
             )
         except Exception as error:  # tritonclient raises many kinds for a body that is none
             raise unreadable(self.endpoint, error) from None
-        return read_arrays(self.endpoint, result, request, _told_by_http)
-
-    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
-        body = json.dumps({"key": key, "offset": 0, "byte_size": n_bytes}).encode()
-        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/register", seconds, body)
-
-    def unshare(self, name: str, seconds: float) -> None:
-        self._exchange("POST", f"/v2/systemsharedmemory/region/{name}/unregister", seconds, b"")
+        return read_arrays(self.endpoint, result, request)
 
     def close(self) -> None:
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            for connection in self._open:
-                if not connection.busy:
-                    connection.close()
-                elif connection.sock is not None:
-                    # Another thread is at it, wakes up and closes it. The plain socket's shutdown,
-                    # since TLS would have a say in its own.
-                    with contextlib.suppress(OSError):
-                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
 
     def _json(self, path: str, seconds: float) -> dict[str, Json]:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
@@ -156,121 +193,92 @@ class HttpTransport:
         failing: bool = True,
         largest: int | None = None,
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        """Return status, body and lower-case headers of the answer, read within the deadline.
+        """Return status, body and headers of the answer, read within the deadline.
 
         Raises: CallError, also for a status other than 200 where `failing`.
         """
-        until = time.monotonic() + seconds
         largest = transport.LARGEST_ANSWER if largest is None else largest
-        try:
-            status, content, answered = self._exchanged(
-                method, path, until, body, {**self._headers, **(headers or {})}, largest
+        every = {"Accept-Encoding": "identity", **self._headers, **(headers or {})}
+        with self._lock:
+            if self._closed:
+                raise CallError(f"{self.endpoint}: the connection was closed", "away")
+            future = asyncio.run_coroutine_threadsafe(
+                self._exchanged(method, path, seconds, body, every, largest), self._loop
             )
-        except BaseException as error:
-            # Whatever is still to come on this connection must not be taken for another answer.
-            used = self._drop()
-            if isinstance(error, ConnectionError | ssl.SSLEOFError) and used is False:
-                # Since TLS 1.3 a client's certificate is refused after its first request is sent.
-                raise CallError(f"{self.endpoint}: TLS failed: {BROKEN_OFF}", "away") from None
-            if isinstance(error, Exception):
-                raise self._failure(error) from None
-            raise
-        if not self._keeps():
-            self._drop()
+        try:
+            status, content, answered = future.result()
+        except Exception as error:
+            raise self._failure(error) from None
+        finally:
+            future.cancel()  # where the caller was interrupted
+        self._answered = True
         content = self._unpacked(content, answered.get("content-encoding", ""), largest)
         if failing and status != 200:
             raise without_secrets(_http_failure(self.endpoint, status, content), self._headers)
         return status, content, answered
 
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, TimeoutError):
-            return CallError(f"{self.endpoint}: no answer within the deadline", "away")
-        if isinstance(error, ssl.SSLError):
-            reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            reason = _ALERTS.get(reason, one_line(reason))
-            return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
-        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
-            text = "what answers there does not speak HTTP"
-            line = str(error.args[0])
-            if line[:2] == "\0\0" and line[3:4] == _SETTINGS:
-                scheme = "tritons" if self.endpoint.secure else "triton"
-                text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
-            return CallError(f"{self.endpoint}: {text}", "foreign")
-        if isinstance(error, OSError | http.client.HTTPException | ValueError):
-            text = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
-            return CallError(f"{self.endpoint}: {text}", "away")
-        return error
-
-    def _exchanged(
+    async def _exchanged(
         self,
         method: str,
         path: str,
-        until: float,
+        seconds: float,
         body: bytes | None,
         headers: Mapping[str, str],
         largest: int,
     ) -> tuple[int, bytes, Mapping[str, str]]:
-        connection = self._connected(until)
-        connection.until = until
-        connection.request(method, path, body, dict(headers))
-        response = connection.getresponse()
-        answered = {key.lower(): value for key, value in response.getheaders()}
-        parts, n_bytes = [], 0
-        while not response.isclosed():
-            part = response.read1(_PIECE)
-            n_bytes += len(part)
-            if n_bytes > largest:
-                raise CallError(
-                    f"{self.endpoint}: an answer of more than {largest} bytes", "refused"
-                )
-            if not part:
-                break
-            parts.append(part)
-        if response.length:  # closed before all that was announced
-            raise http.client.IncompleteRead(b"", response.length)
-        response.close()  # the connection stays, for the next request
-        return response.status, b"".join(parts), answered
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=_Connector(limit=0, ssl=self._context or True),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        content = bytearray()
+        async with self._session.request(
+            method,
+            f"{'https' if self.endpoint.secure else 'http'}://{self.endpoint.address}{path}",
+            data=None if body is None else io.BytesIO(body),
+            headers=headers,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=max(0.001, seconds)),
+        ) as response:
+            async for piece in response.content.iter_any():
+                content += piece
+                if len(content) > largest:
+                    raise self._too_large(largest)
+            return response.status, bytes(content), response.headers
 
-    def _connected(self, until: float) -> _Timed:
-        """Return this thread's connection: the one it has, where the server has not closed it."""
-        connection: _Timed | None = getattr(self._own, "connection", None)
-        if connection is not None and _is_stale(connection):
-            self._drop()
-            connection = None
-        if connection is None:
-            seconds = max(0.001, until - time.monotonic())
-            host, port = self.endpoint.host, self.endpoint.port
-            if self._context is not None:
-                connection = _TimedSecure(host, port, timeout=seconds, context=self._context)
-            else:
-                connection = _TimedPlain(host, port, timeout=seconds)
-            connection.connect()
-            self._own.connection = connection
-        with self._lock:
-            self._open.add(connection)
-            connection.busy = True
-            closed = self._closed
-        if closed:
-            raise http.client.NotConnected("the connection was given up")
-        return connection
+    def _too_large(self, largest: int) -> CallError:
+        return CallError(f"{self.endpoint}: an answer of more than {largest} bytes", "refused")
 
-    def _keeps(self) -> bool:
-        """Return whether this thread's connection stays for its next request."""
-        self._own.connection.answered = True
-        with self._lock:
-            self._own.connection.busy = False
-            return not self._closed
-
-    def _drop(self) -> bool | None:
-        """Close this thread's connection; return whether one with TLS had ever been answered."""
-        connection: _Timed | None = getattr(self._own, "connection", None)
-        if connection is None:
-            return None
-        self._own.connection = None
-        with self._lock:
-            self._open.discard(connection)
-        connection.close()
-        return connection.answered if isinstance(connection, _TimedSecure) else None
+    def _failure(self, error: Exception) -> Exception:
+        # Before 3.11 asyncio's and concurrent.futures' are other kinds than the built-in one.
+        if isinstance(error, asyncio.TimeoutError):
+            return CallError(f"{self.endpoint}: no answer within the deadline", "away")
+        if isinstance(error, concurrent.futures.CancelledError):
+            return CallError(f"{self.endpoint}: the connection was closed", "away")
+        if isinstance(error, aiohttp.ClientResponseError):
+            kind, text = "foreign", "what answers there does not speak HTTP"
+            if _SETTINGS.search(error.message):
+                scheme = "tritons" if self.endpoint.secure else "triton"
+                text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
+            return CallError(f"{self.endpoint}: {text}", kind)
+        if not isinstance(error, aiohttp.ClientError | OSError):
+            return error
+        cause = error.__cause__ or error
+        if isinstance(cause, ssl.SSLError):
+            reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+            reason = _ALERTS.get(reason, one_line(reason))
+            return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
+        if self._context is not None and not self._answered:
+            # Since TLS 1.3 a client's certificate is refused after its first request is sent.
+            broken = (aiohttp.ServerDisconnectedError, ConnectionResetError)
+            if isinstance(error, broken) or isinstance(cause, broken):
+                return CallError(f"{self.endpoint}: TLS failed: {BROKEN_OFF}", "away")
+        text = str(error)
+        if isinstance(cause, OSError) and cause.errno is not None:
+            named = not isinstance(cause, socket.gaierror)
+            text = os.strerror(cause.errno) if named else str(cause.strerror)
+        return CallError(f"{self.endpoint}: {one_line(text) or type(error).__name__}", "away")
 
     def _unpacked(self, content: bytes, kind: str, largest: int) -> bytes:
         """Return a body without its compression, and never more of it than `largest` bytes."""
@@ -282,75 +290,10 @@ class HttpTransport:
         except zlib.error as error:
             raise unreadable(self.endpoint, error) from None
         if len(unpacked) > largest:
-            raise CallError(f"{self.endpoint}: an answer of more than {largest} bytes", "refused")
+            raise self._too_large(largest)
         if not unpacker.eof:
             raise unreadable(self.endpoint, f"{kind} without its end")
         return unpacked
-
-
-class _Deadline(io.RawIOBase):
-    """Reads a socket until a moment, however often something arrives before."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, until: float):
-        self._raw, self._sock, self._until = raw, sock, until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._until))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Timed(http.client.HTTPConnection):
-    """A connection whose next exchange must be over, sent and read, by `until`."""
-
-    until = 0.0
-    busy = False
-    """Whether a thread is using it."""
-    answered = False
-    """Whether a request had an answer by it."""
-
-    def send(self, data: Any) -> None:
-        if self.sock is not None:
-            self.sock.settimeout(_left(self.until))
-        super().send(data)
-
-    def response_class(  # type: ignore[override]
-        self, sock: socket.socket, *arguments: Any, **options: Any
-    ) -> http.client.HTTPResponse:
-        response = http.client.HTTPResponse(sock, *arguments, **options)
-        raw = response.fp.detach()
-        response.fp = io.BufferedReader(_Deadline(raw, sock, self.until))
-        return response
-
-
-class _TimedPlain(_Timed):
-    pass
-
-
-class _TimedSecure(_Timed, http.client.HTTPSConnection):
-    pass
-
-
-def _left(until: float) -> float:
-    seconds = until - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
-
-
-def _is_stale(connection: http.client.HTTPConnection) -> bool:
-    """Return whether the server has closed it, or said something that nobody asked for."""
-    if connection.sock is None:
-        return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection.sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
 
 
 def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallError:
@@ -372,10 +315,6 @@ def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallErr
     elif status >= 500:
         kind = "broken"
     return CallError(f"{where}: {text}", kind_by_words(text, kind))
-
-
-def _told_by_http(output: Any) -> tuple[Any, Any]:
-    return output["datatype"], output["shape"]
 
 
 def _compressed(body: bytes, kind: str) -> bytes:

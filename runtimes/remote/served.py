@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +13,22 @@ from runtimes.bundle import Bundle
 from runtimes.plan import Sizes, call_bytes
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import encoded_sentences, name_lengths, name_tokens
-from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE
-from runtimes.remote.service import KeptImages, Question, Service
-from runtimes.remote.shared_memory import Expected
+from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE, Tensor, Tensors
+from runtimes.remote.service import Question, Service
 from runtimes.remote.transport import Array
 from runtimes.tokenizer import Tokenizer
 from ztune.access import CONTEXTS, EVERYTHING, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS, TEXTS
 from ztune.errors import ConfigError, ServerError
 from ztune.types import F32, I64, U8, Batch, ImageEncoder, Json, PromptEncoder, Prompts, Scores
 
-# Bytes that one request may make a server take, and send over the wire: larger rounds are split.
-_SERVER_BYTES, _WIRE_BYTES = 1_000_000_000, 64_000_000
+# Bytes that one request may make a server use, and answer: larger rounds are split.
+_SERVER_BYTES, _ANSWER_BYTES = 1_000_000_000, 64_000_000
 # Bytes of a round's text features up to which losses are computed here: numbers of the same bits as
 # of a local run are worth them.
 _HERE_BYTES = 1_000_000
 # Batches of images that are held for requests on their way: each some 5 MB.
 _MOST_AT_ONCE = 16
+_F32 = 4
 LOSSES = ("auto", "here", "server")
 
 
@@ -39,28 +38,22 @@ class RequestPlan:
 
     n_candidates: int
     """Candidates in one request, at most; even unless it is 1, so that a ± pair is never parted."""
-    n_servers: int
     losses: str
     """here: text features cross the wire; server: losses do."""
-    image_features: str
-    """Whether images' features are kept by the server or sent with every request."""
+    n_bytes: int
+    """Of one request's tensors, at most."""
 
     def described(self) -> str:
         """Return the line that a person reads."""
         where = "here" if self.losses == "here" else "by the server"
         return (
-            f"requests of up to {self.n_candidates} candidates; losses computed {where}, images' "
-            f"features {self.image_features}"
+            f"requests of up to {self.n_candidates} candidates, {self.n_bytes / 1e6:.3g} MB each; "
+            f"losses computed {where}"
         )
 
     def to_json(self) -> dict[str, Json]:
         """Return what run.json keeps of it."""
-        return {
-            "candidates": self.n_candidates,
-            "servers": self.n_servers,
-            "losses": self.losses,
-            "pictures": self.image_features,
-        }
+        return {"candidates": self.n_candidates, "losses": self.losses}
 
 
 class Served:
@@ -146,8 +139,12 @@ class Served:
     def prompts(self, tokenizer: Tokenizer) -> ServedPromptGraph:
         return ServedPromptGraph(self.service, self.bundle, tokenizer, self._losses)
 
-    def check_plan(self, names: Sequence[tuple[int, ...]], n_context: int, n: int) -> None:
-        """Any round can be cut into requests."""
+    def check_plan(
+        self, names: Sequence[tuple[int, ...]], n_context: int, n: int, n_images: int = 0
+    ) -> None:
+        encoder = ServedPromptEncoder(self.service, self.bundle, names, n_context, n, self._losses)
+        if encoder.plan.losses == "server":
+            encoder.plan_images(n_images)
 
     def scorer(
         self, encoder: PromptEncoder, features: F32, labels: I64, *, logits: bool
@@ -156,6 +153,7 @@ class Served:
             return None
         if logits and "logits" not in self.service.offers[SCORE].outputs:
             return None  # what gives text features gives logits
+        encoder.plan_images(len(labels))
         return ServedScores(encoder, features, labels, logits=logits)
 
 
@@ -189,7 +187,7 @@ class ServedImages:
         e = self._bundle.embed_dim
         answers = self._service.ask(
             [
-                Question(IMAGE, {"pixels": part}, {"features": Expected("FP32", (len(part), e))})
+                Question(IMAGE, {"pixels": part}, {"features": Tensor("FP32", (len(part), e))})
                 for part in parts
             ]
         )
@@ -263,24 +261,40 @@ class ServedPromptEncoder:
         """Where each class stands in a request."""
         self._lengths = lengths
         self.plan = self._planned(n_candidates, losses)
+        self.plan_images(0)
 
     def _planned(self, n_candidates: int, losses: str) -> RequestPlan:
-        n_servers = self.service.n_servers
-        each = _even(math.ceil(n_candidates / n_servers)) if n_servers > 1 else n_candidates
-        features = 4 * len(self.tokens) * self.bundle.embed_dim
+        each, features = n_candidates, _F32 * len(self.tokens) * self.bundle.embed_dim
         while each > 2 and (
             call_bytes(self._lengths, self._sizes, each) > _SERVER_BYTES
-            or each * features > _WIRE_BYTES
+            or each * features > _ANSWER_BYTES
         ):
-            each = _even(each // 2)
-        score = self.service.offers.get(SCORE)
+            each = max(2, each // 2 + each // 2 % 2)
         if losses == "auto":
-            little = n_candidates * features <= _HERE_BYTES and PROMPT in self.service.offers
-            losses = "here" if little or score is None else "server"
-        images = "not sent"
-        if losses == "server" and score is not None:
-            images = "kept by the server" if score.keeps else "sent with every request"
-        return RequestPlan(each, n_servers, losses, images)
+            offers = self.service.offers
+            little = n_candidates * features <= _HERE_BYTES and PROMPT in offers
+            losses = "here" if little or SCORE not in offers else "server"
+        return RequestPlan(each, losses, 0)
+
+    def plan_images(self, n_images: int) -> None:
+        """Size the plan's requests for the features and labels of up to `n_images` images.
+
+        Raises: ConfigError above `max_request`.
+        """
+        plan, limit = self.plan, self.service.connection.max_request
+        contexts = _F32 * plan.n_candidates * self._sizes.n_context * self._sizes.width
+        images = n_images * (_F32 * self.bundle.embed_dim + self.tokens.itemsize)
+        n_bytes = contexts + self.tokens.nbytes + images
+        if n_bytes > limit * 1_000_000:
+            ways = ["`losses=here`"] if n_images and PROMPT in self.service.offers else []
+            ways += ["fewer images"] if n_images else []
+            ways += ["a larger `max_request` if the server accepts it"]
+            raise ConfigError(
+                f"a request of {plan.n_candidates} candidates and {n_images} images takes "
+                f"{n_bytes / 1e6:.3g} MB, more than `max_request` {limit:g} "
+                f"(use {' or '.join(ways)})"
+            )
+        self.plan = replace(plan, n_bytes=max(plan.n_bytes, n_bytes))
 
     def parts(self, contexts: F32) -> list[F32]:
         """Return contexts f32[P, m, d] as the plan cuts them into requests."""
@@ -292,27 +306,16 @@ class ServedPromptEncoder:
 
     def encode(self, contexts: F32) -> F32:
         if PROMPT in self.service.offers:
-            return self._encoded(contexts)
-        if "logits" in self.service.offers[SCORE].outputs:
-            return self._from_logits(contexts)
-        raise ServerError(
-            f"{self.service.location} gives no text features, losses alone (use the bundle itself)"
-        )
-
-    def _encoded(self, contexts: F32) -> F32:
-        C, e = len(self.tokens), self.bundle.embed_dim
-        answers = self.service.ask(
-            [
-                Question(
-                    PROMPT,
-                    {"contexts": part, "tokens": self.tokens},
-                    {"features": Expected("FP32", (len(part), C, e))},
-                    len(part),
-                )
-                for part in self.parts(contexts)
-            ]
-        )
-        features = np.concatenate([answer["features"] for answer in answers])
+            shape = len(self.tokens), self.bundle.embed_dim
+            answer = self.ask(PROMPT, contexts, {}, {"features": Tensor("FP32", shape)})
+            features = answer["features"]
+        elif "logits" in self.service.offers[SCORE].outputs:
+            features = self._from_logits(contexts)
+        else:
+            raise ServerError(
+                f"{self.service.location} gives no text features, losses alone (use the bundle "
+                "itself)"
+            )
         return np.ascontiguousarray(features[:, self.places])
 
     def _from_logits(self, contexts: F32) -> F32:
@@ -322,21 +325,29 @@ class ServedPromptEncoder:
             "features": np.eye(e, dtype=np.float32),
             "labels": np.zeros(e, dtype=np.int64),
         }
-        answers = self.service.ask(
-            [
-                Question(
-                    SCORE,
-                    {"contexts": part, "tokens": self.tokens, **basis},
-                    {"logits": Expected("FP32", (len(part), e, C))},
-                    len(part),
-                )
-                for part in self.parts(contexts)
-            ]
-        )
-        logits = np.concatenate([answer["logits"] for answer in answers]).astype(np.float64)
+        answer = self.ask(SCORE, contexts, basis, {"logits": Tensor("FP32", (e, C))})
+        logits = answer["logits"].astype(np.float64)
         features = (logits - self.bundle.logit_bias) / self.bundle.logit_scale
-        features = features.transpose(0, 2, 1)[:, self.places]
-        return np.ascontiguousarray(features, dtype=np.float32)
+        return np.asarray(features.transpose(0, 2, 1), dtype=np.float32)
+
+    def ask(
+        self, part: str, contexts: F32, inputs: Mapping[str, Array], outputs: Tensors
+    ) -> dict[str, Array]:
+        """Return what a model answers to contexts f32[P, m, d], asked in the plan's requests.
+
+        `outputs` are those of one candidate; in the answer they have P rows.
+        """
+        questions = [
+            Question(
+                part,
+                {"contexts": some, "tokens": self.tokens, **inputs},
+                {k: Tensor(v.datatype, (len(some), *v.shape)) for k, v in outputs.items()},
+                len(some),
+            )
+            for some in self.parts(contexts)
+        ]
+        answers = self.service.ask(questions)
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in outputs}
 
 
 class ServedScores:
@@ -344,54 +355,32 @@ class ServedScores:
 
     def __init__(self, encoder: ServedPromptEncoder, features: F32, labels: I64, *, logits: bool):
         """Keep unit features f32[V, N, e] and labels i64[N] of the images."""
-        self._encoder = encoder
-        self._n_images, self._logits = len(labels), logits
-        table = np.ascontiguousarray(features.reshape(-1, features.shape[-1]), dtype=np.float32)
-        own = np.tile(encoder.places[labels], len(features))
-        self._kept = KeptImages.of(table, own)
-        self._keeps = encoder.service.offers[SCORE].keeps
+        self._encoder, self._logits = encoder, logits
+        self._features = np.ascontiguousarray(features, dtype=np.float32)
+        self._labels = encoder.places[labels]
 
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         if prompts.contexts is None or prompts.visual is not None:
             raise ConfigError("the server scores contexts alone, no visual prompts")
-        encoder, kept, n = self._encoder, self._kept, len(batch.images)
-        rows = batch.views * self._n_images + batch.images
-        images: dict[str, Array]
-        if self._keeps:
-            images = {"kept": np.frombuffer(kept.name, dtype=np.uint8), "rows": rows}
-        else:
-            images = {"features": kept.features[rows], "labels": kept.labels[rows]}
-        questions = []
-        for part in encoder.parts(prompts.contexts):
-            P = len(part)
-            outputs = {"losses": Expected("FP64", (P,)), "correct": Expected("INT64", (P,))}
-            if self._logits:
-                outputs["logits"] = Expected("FP32", (P, n, len(encoder.tokens)))
-            questions.append(
-                Question(
-                    SCORE,
-                    {"contexts": part, "tokens": encoder.tokens, **images},
-                    outputs,
-                    P,
-                    kept if self._keeps else None,
-                )
-            )
-        answers = encoder.service.ask(questions)
-        correct = np.concatenate([answer["correct"] for answer in answers])
+        encoder, n = self._encoder, len(batch.images)
+        images: dict[str, Array] = {
+            "features": self._features[batch.views, batch.images],
+            "labels": self._labels[batch.images],
+        }
+        outputs = {"losses": Tensor("FP64", ()), "correct": Tensor("INT64", ())}
+        if self._logits:
+            outputs["logits"] = Tensor("FP32", (n, len(encoder.tokens)))
+        answer = encoder.ask(SCORE, prompts.contexts, images, outputs)
+        losses, correct = answer["losses"], answer["correct"]
         if ((correct < 0) | (correct > n)).any():
             raise ServerError(f"{encoder.service.location}: more images right than there are")
-        losses = np.concatenate([answer["losses"] for answer in answers])
         logits = None
         if self._logits:
-            found = np.concatenate([answer["logits"] for answer in answers])
-            sound = np.isfinite(found).all(axis=(1, 2))
+            found = answer["logits"]
+            sound = np.all(np.isfinite(found), axis=(1, 2))
             if not sound[np.isfinite(losses)].all():
                 raise ServerError(
                     f"{encoder.service.location}: logits that are not finite beside losses that are"
                 )
             logits = np.ascontiguousarray(found[..., encoder.places])
         return Scores(losses, correct / n, logits)
-
-
-def _even(n: int) -> int:
-    return max(2, n + n % 2)

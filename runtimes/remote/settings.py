@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from runtimes.remote.endpoint import (
-    Connection,
-    Endpoint,
-    is_url,
-    parse_endpoint,
-    parse_location,
-)
+from runtimes.remote.endpoint import Connection
 from ztune.errors import ConfigError
 from ztune.io.config import configured
 from ztune.types import Json
 
 _PLAIN = ("client", "images", "losses")
 _NOT_SAVED = ("tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "insecure")
+REMOVED = {
+    "endpoints": "put the servers behind one URL, of a Kubernetes Service or a proxy "
+    "(docs/serving.md)",
+    "shared_memory": "leave it out, tensors always go over the network",
+}
+"""Settings of earlier versions, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """What was asked for beside the URL; files' paths, never what is in them."""
 
-    endpoints: tuple[str, ...] = ()
     client: str | None = None
     """Folder of the client half; None: fetched from the server."""
     images: str = "server"
@@ -51,14 +49,16 @@ class ServerSettings:
 
 
 def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that a run keeps, and that are taken from it.
+    """Return the settings that a run keeps, and that are taken from it, without removed ones.
 
     Where secrets lie, whose certificates are trusted, and what is accepted unverified is said with
     each command, since a run's folder may come from somebody else.
     """
     connection = settings.get("connection", {})
     kept = connection.items() if isinstance(connection, dict) else ()
-    return {**settings, "connection": {k: v for k, v in kept if k not in _NOT_SAVED}}
+    plain = {k: v for k, v in settings.items() if k not in REMOVED}
+    left_out = (*_NOT_SAVED, *REMOVED)
+    return {**plain, "connection": {k: v for k, v in kept if k not in left_out}}
 
 
 def merged(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
@@ -75,20 +75,11 @@ def settings_from(values: Mapping[str, Json]) -> ServerSettings:
     Raises: ConfigError for an unknown one, or a value that cannot be.
     """
     known = {f.name for f in fields(ServerSettings)}
-    unknown = sorted(set(values) - known)
-    connection, endpoints = values.get("connection", {}), values.get("endpoints", [])
-    if unknown or not isinstance(connection, dict) or not isinstance(endpoints, list | tuple):
+    connection = values.get("connection", {})
+    if set(values) - known or not isinstance(connection, dict):
         raise ConfigError(f"server settings {dict(values)!r} cannot be read")
+    for name, instead in REMOVED.items():
+        if name in connection:
+            raise ConfigError(f"`{name}` was removed: {instead}")
     plain: dict[str, Any] = {k: v for k, v in values.items() if k in _PLAIN}
-    return ServerSettings(
-        **plain, endpoints=tuple(str(one) for one in endpoints), connection=connection
-    )
-
-
-def named_servers(target: Path | str | None, given: Mapping[str, Json]) -> frozenset[Endpoint]:
-    """Return the servers that a command names, by URL and `endpoints`: they may be told secrets.
-
-    Raises: ConfigError for an address that is none.
-    """
-    first = {parse_location(str(target)).endpoint} if target and is_url(target) else set()
-    return frozenset(first | {parse_endpoint(one) for one in settings_from(given).endpoints})
+    return ServerSettings(**plain, connection=connection)

@@ -6,8 +6,8 @@ Whatever goes wrong is one CallError, for both.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,23 +37,13 @@ class CallError(Exception):
         super().__init__(message)
         self.kind = kind
         """away: no answer; busy: the server says later; broken: it failed inside, or what it says
-        cannot be read; forgotten: what was left with it is there no longer; foreign: what answers
-        is not a KServe-v2 server; missing: no such model; loading: a model that is not ready;
-        denied: who we are; refused: the request itself."""
+        cannot be read; foreign: what answers is not a KServe-v2 server; missing: no such model;
+        loading: a model that is not ready; denied: who we are; refused: the request itself."""
 
     @property
     def passing(self) -> bool:
         """Whether the same request may be answered later."""
-        return self.kind in ("away", "busy", "broken", "forgotten", "foreign")
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of a shared memory region of the server's host."""
-
-    name: str
-    n_bytes: int
-    offset: int
+        return self.kind in ("away", "busy", "broken", "foreign")
 
 
 @dataclass(frozen=True)
@@ -64,10 +54,6 @@ class Request:
     inputs: Mapping[str, Array]
     outputs: Sequence[str]
     version: str = ""
-    inputs_at: Mapping[str, Region] = field(default_factory=dict)
-    """Inputs that stand in shared memory; they are not sent."""
-    outputs_at: Mapping[str, Region] = field(default_factory=dict)
-    """Outputs that the server writes into shared memory; they are not in the answer."""
 
 
 class Transport(Protocol):
@@ -95,16 +81,8 @@ class Transport(Protocol):
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
         """Return the outputs as the server sent them.
 
-        Of one in shared memory, zeros of the type and shape that the server says it has there.
-
         Raises: CallError.
         """
-
-    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
-        """Have the server open a shared memory region of its host."""
-
-    def unshare(self, name: str, seconds: float) -> None:
-        """Have the server close a shared memory region."""
 
     def close(self) -> None:
         """Give the connection up; what is on its way ends at once, without an answer."""
@@ -115,44 +93,21 @@ def described(module: Any, request: Request, **options: Any) -> tuple[list[Any],
     inputs = []
     for name, array in request.inputs.items():
         given = module.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
-        region = request.inputs_at.get(name)
-        if region is not None:
-            given.set_shared_memory(region.name, region.n_bytes, region.offset)
-        elif "binary" in options:
-            given.set_data_from_numpy(np.ascontiguousarray(array), binary_data=options["binary"])
-        else:
-            given.set_data_from_numpy(np.ascontiguousarray(array))
+        given.set_data_from_numpy(np.ascontiguousarray(array), **options)
         inputs.append(given)
-    outputs = []
-    for name in request.outputs:
-        if "binary" in options:
-            wanted = module.InferRequestedOutput(name, binary_data=options["binary"])
-        else:
-            wanted = module.InferRequestedOutput(name)
-        region = request.outputs_at.get(name)
-        if region is not None:
-            wanted.set_shared_memory(region.name, region.n_bytes, region.offset)
-        outputs.append(wanted)
-    return inputs, outputs
+    return inputs, [module.InferRequestedOutput(name, **options) for name in request.outputs]
 
 
-def read_arrays(
-    endpoint: Endpoint, result: Any, request: Request, told: Callable[[Any], tuple[Any, Any]]
-) -> dict[str, Array]:
-    """Return the outputs that were asked for; `told` gives datatype and shape of one.
+def read_arrays(endpoint: Endpoint, result: Any, request: Request) -> dict[str, Array]:
+    """Return the outputs that were asked for.
 
     Raises: CallError.
     """
     arrays = {}
     for name in request.outputs:
         try:
-            output = result.get_output(name)
             array: Array | None = None
-            if output is not None and name in request.outputs_at:
-                datatype, shape = told(output)
-                empty = np.zeros((), NUMPY_TYPES[datatype])
-                array = np.broadcast_to(empty, [int(size) for size in shape])
-            elif output is not None:
+            if result.get_output(name) is not None:
                 array = result.as_numpy(name)
         except Exception as error:  # bytes that do not fill the shape, no shape, no known type
             raise unreadable(endpoint, error) from None
@@ -168,12 +123,7 @@ def unreadable(endpoint: Endpoint, reason: object) -> CallError:
 
 def kind_by_words(text: str, kind: str) -> str:
     """Return the kind of a failure whose code says less than its words; codes differ by server."""
-    if kind in ("refused", "missing", "broken"):
-        if "no images are kept" in text or "unable to find" in text.lower():
-            return "forgotten"
-        if "unknown model" in text:
-            return "missing"
-    return kind
+    return "missing" if kind in ("refused", "broken") and "unknown model" in text else kind
 
 
 def without_secrets(error: CallError, headers: Mapping[str, str]) -> CallError:

@@ -107,8 +107,6 @@ def test_configurations_say_what_they_must(
         parts = ["image", "score", "client"]
     assert names == [f"my-model_{part}" for part in parts]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    keeps = backend == "python" and instances == 1
-    assert serving.keeps == keeps
     for part in parts:
         folder = out / f"my-model_{part}"
         config = parsed(folder)
@@ -134,8 +132,6 @@ def test_configurations_say_what_they_must(
         (group,) = config.instance_group
         assert group.count == instances
         assert group.kind == (group.KIND_GPU if on_gpu else group.KIND_CPU)
-        one_gpu = keeps and on_gpu and part == "score"
-        assert list(group.gpus) == ([0] if one_gpu else [])
 
         given = accelerators(config)
         if backend == "python" or not on_gpu:
@@ -151,12 +147,10 @@ def test_configurations_say_what_they_must(
         assert parsed_parameters["precision"] == precision
         threads = "3" if instances == 2 and not on_gpu else None
         assert parsed_parameters.get("intra_op_thread_count") == threads
-        assert ("keep_bytes" in parsed_parameters) == (keeps and part == "score")
-
-        check_tensors(config, folder, keeps and part == "score", access, run=precision != "fp16")
+        check_tensors(config, folder, access, run=precision != "fp16")
 
 
-def check_tensors(config: Any, folder: Path, keeps: bool, access: str, *, run: bool) -> None:
+def check_tensors(config: Any, folder: Path, access: str, *, run: bool) -> None:
     """Compare a configuration with its graph, and run the warm-up on it."""
     options = onnxruntime.SessionOptions()
     if not run:  # 16 bit is for GPUs: the graph is only read here
@@ -179,12 +173,9 @@ def check_tensors(config: Any, folder: Path, keeps: bool, access: str, *, run: b
         return {value.name: (model_type(value.data_type), list(value.dims)) for value in values}
 
     inputs, outputs = configured(config.input), configured(config.output)
-    expected = described(graph.get_inputs())
-    if keeps:
-        expected |= {"kept": ("TYPE_UINT8", [32]), "rows": ("TYPE_INT64", [-1])}
-    assert inputs == expected
+    assert inputs == described(graph.get_inputs())
     assert outputs == described(graph.get_outputs())
-    assert {value.optional for value in config.input} == {keeps}
+    assert not any(value.optional for value in config.input)
     assert outputs["digest"] == ("TYPE_UINT8", [32])
     if config.name.endswith("_score"):
         assert ("logits" in outputs) == (access != "losses")

@@ -1,6 +1,5 @@
 """A real Triton that serves the embedded bundle by the Python backend."""
 
-import hashlib
 import re
 import subprocess
 import urllib.error
@@ -20,7 +19,7 @@ from runtimes.prompts import name_tokens
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI, ROOT
 from tests.servers.triton import TritonServer, triton_environment
-from ztune.types import I64, U8
+from ztune.types import I64
 
 grpc = pytest.importorskip("tritonclient.grpc")
 
@@ -108,11 +107,6 @@ def images(bundle: Bundle, n: int = 9, seed: int = 0) -> Arrays:
     return {"features": features, "labels": np.arange(n, dtype=np.int64) % len(WORDS)}
 
 
-def name_of(kept: Arrays) -> U8:
-    content = kept["features"].tobytes() + kept["labels"].tobytes()
-    return np.frombuffer(hashlib.sha256(content).digest(), dtype=np.uint8)
-
-
 def rows_of(*rows: int) -> I64:
     return np.array(rows, dtype=np.int64)
 
@@ -164,68 +158,6 @@ def test_scores_answer_as_here(server: TritonServer, client: Any, bundle: Bundle
     assert set(ask(client, "score", feeds, ["losses"])) == {"losses"}
 
 
-def test_kept_images_stand_for_those_that_are_sent(client: Any, bundle: Bundle) -> None:
-    kept = images(bundle, seed=1)
-    name = name_of(kept)
-    request = texts(bundle)
-    rows = rows_of(4, 0, 4, 8)
-    asking = {**request, "kept": name, "rows": rows}
-    refused(client, "score", asking, "no images are kept under this name", status="NOT_FOUND")
-    for _ in range(2):  # a second time changes nothing
-        answer = ask(client, "score", {**kept, "kept": name})
-        assert set(answer) == {"digest"}
-        assert bytes(answer["digest"]).hex() == bundle.digest
-    answer = ask(client, "score", asking)
-    sent = {**request, "features": kept["features"][rows], "labels": kept["labels"][rows]}
-    for output, expected in ask(client, "score", sent).items():
-        np.testing.assert_array_equal(answer[output], expected)
-    other = ask(client, "score", {**asking, "rows": rows_of(1)})
-    assert other["logits"].shape == (3, 1, len(WORDS))
-    assert np.abs(other["losses"] - answer["losses"]).min() > 1e-6
-
-    for bad in (rows_of(9), rows_of(0, -1), rows_of(2**62)):
-        refused(client, "score", {**asking, "rows": bad}, "a row is none of the 9 kept")
-    refused(client, "score", {**request, "kept": name}, "rows are i64[N] of the kept set")
-    refused(client, "score", {**asking, "rows": rows_of()}, "rows are i64[N] of the kept set")
-    # None of that made the server forget.
-    np.testing.assert_array_equal(ask(client, "score", asking)["losses"], answer["losses"])
-
-
-def test_images_are_kept_under_their_own_name_only(client: Any, bundle: Bundle) -> None:
-    kept = images(bundle, seed=2)
-    name = name_of(kept)
-    wrong = name.copy()
-    wrong[0] ^= 1
-    refused(client, "score", {**kept, "kept": wrong}, "the SHA-256 of features and labels is")
-    swapped = {**kept, "labels": kept["labels"][::-1].copy()}
-    refused(client, "score", {**swapped, "kept": name}, "the SHA-256 of features and labels is")
-    fewer = {**kept, "labels": kept["labels"][:-1]}
-    refused(
-        client, "score", {**fewer, "kept": name_of(fewer)}, "as many features as labels"
-    )  # fmt: skip
-    alone = {"features": kept["features"], "kept": name}
-    refused(client, "score", alone, "as many features as labels")
-    for one in (name, wrong, name_of(fewer)):
-        asking = {**texts(bundle), "kept": one, "rows": rows_of(0)}
-        refused(client, "score", asking, status="NOT_FOUND")
-
-
-def test_http_says_when_images_are_not_kept(server: TritonServer, bundle: Bundle) -> None:
-    http = pytest.importorskip("tritonclient.http")
-    client = http.InferenceServerClient(server.http)
-    kinds = {"float32": "FP32", "int64": "INT64", "uint8": "UINT8"}
-    asking = {**texts(bundle), "kept": name_of(images(bundle, seed=3)), "rows": rows_of(0)}
-    inputs = []
-    for name, value in asking.items():
-        given = http.InferInput(name, list(value.shape), kinds[value.dtype.name])
-        given.set_data_from_numpy(value)
-        inputs.append(given)
-    with pytest.raises(grpc.InferenceServerException, match="no images are kept") as caught:
-        client.infer("mini_score", inputs)
-    assert caught.value.status() in ("400", "404")
-    client.close()
-
-
 def changed(feeds: Arrays, **values: Any) -> Arrays:
     """Return the feeds with other arrays; None leaves one out."""
     return {name: value for name, value in (feeds | values).items() if value is not None}
@@ -235,8 +167,8 @@ def test_malformed_inputs_are_errors(client: Any, bundle: Bundle) -> None:
     good = texts(bundle) | images(bundle)
     contexts, tokens, labels = good["contexts"], good["tokens"], good["labels"]
     for values, words in (
-        ({"contexts": None}, "inputs missing: contexts"),
-        ({"features": None, "labels": None}, "inputs missing: features, labels"),
+        ({"contexts": None}, "expected 4 inputs but got 3"),
+        ({"features": None, "labels": None}, "expected 4 inputs but got 2"),
         ({"contexts": contexts[:, :, :-1].copy()}, "unexpected shape for input 'contexts'"),
         ({"contexts": contexts[0]}, "unexpected shape for input 'contexts'"),
         ({"contexts": contexts.astype(np.float64)}, "data-type is 'FP64'"),
@@ -247,9 +179,7 @@ def test_malformed_inputs_are_errors(client: Any, bundle: Bundle) -> None:
         ({"labels": labels[:1]}, "Non-zero status code"),
         ({"labels": labels[:0]}, "Non-zero status code"),
         ({"labels": labels[:, None]}, "unexpected shape for input 'labels'"),
-        ({"rows": rows_of(0)}, "Invalid input name: rows"),
-        ({"kept": np.zeros(31, dtype=np.uint8)}, "unexpected shape for input 'kept'"),
-        ({"other": labels}, "unexpected inference input 'other'"),
+        ({"other": labels}, "expected 4 inputs but got 5"),
     ):
         refused(client, "score", changed(good, **values), words)
     np.testing.assert_array_equal(
@@ -289,30 +219,6 @@ def test_the_client_half_is_downloaded_in_slices(
     assert half.is_client_half
     for name in CLIENT_FILES[1:]:
         half.file(name)
-
-
-def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bundle) -> None:
-    triton_environment()
-    repository = tmp_path / "repository"
-    export_triton(bundle, repository, "mini", Serving(backend="python", threads=1))
-    config = repository / "mini_score" / "config.pbtxt"
-    sets = [images(bundle, n=20, seed=seed) for seed in range(3)]
-    size = sum(value.nbytes for value in sets[0].values())
-    config.write_text(config.read_text().replace('"512000000"', f'"{2 * size}"'))
-    assert f'"{2 * size}"' in config.read_text()
-    with TritonServer(repository, args=OPTIONS) as server:
-        client = grpc.InferenceServerClient(server.grpc)
-        asking = [{**texts(bundle), "kept": name_of(s), "rows": rows_of(3)} for s in sets]
-        for kept in sets[:2]:
-            ask(client, "score", {**kept, "kept": name_of(kept)})
-        ask(client, "score", asking[0])  # the first is used again, so the second goes
-        ask(client, "score", {**sets[2], "kept": name_of(sets[2])})
-        ask(client, "score", asking[0])
-        ask(client, "score", asking[2])
-        refused(client, "score", asking[1], status="NOT_FOUND")
-        large = images(bundle, n=41)
-        refused(client, "score", {**large, "kept": name_of(large)}, f"more than {2 * size} bytes")
-        client.close()
 
 
 def test_endpoints_are_closed_as_the_page_says(tmp_path: Path, bundle: Bundle) -> None:

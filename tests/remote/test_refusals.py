@@ -19,12 +19,15 @@ from tests.remote.conftest import (
     one_error,
     url,
     url_of,
+    worked,
 )
 from tests.servers.fake import Arrays, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, TlsProxy, make_certificates
 from tests.servers.triton import TritonServer
 from ztune.artifact import ContextArtifact, read_artifact
+from ztune.errors import ConfigError
+from ztune.model import load
 
 SECRET = "s3cr3t-t0k3n"
 ZIP = ("--method", "zip", "--queries", 20)
@@ -145,13 +148,11 @@ def test_addresses(address: str, says: tuple[str, ...], triton: TritonServer, tu
         (("--deadline", 0), ("--deadline is 0",)),
         (("--give-up", -1), ("--give-up is -1",)),
         (("--max-inflight", 0), ("--max-inflight is 0",)),
-        (("--shared-memory", "maybe"), ("--shared-memory", "auto, on or off")),
+        (("--max-request", 0), ("--max-request is 0",)),
         (("--compression", "zip"), ("--compression", "none, gzip, deflate")),
         (("--tls-cert", "x.pem"), ("--tls-cert and --tls-key belong together",)),
         (("--token-file", "/nowhere/token"), ("--token-file", "cannot be read")),
         (("--client", "/nowhere/bundle"), ("/nowhere/bundle", "does not exist, expected a bundle")),
-        (("--endpoint", "triton://127.0.0.1:1/mini"), ("--endpoint", "names a model")),
-        (("--endpoint", "http://me:s3cr3t-t0k3n@127.0.0.1:1"), ("no user or password",)),
         (("--provider", "cpu"), ("the server's affair", "leave out --provider")),
         (("--threads", 1), ("the server's affair", "leave out --threads")),
         (("--memory-limit", 100), ("the server's affair", "leave out --memory-limit")),
@@ -167,13 +168,12 @@ def test_options(
     "words",
     [
         ("--client", MINI),
-        ("--endpoint", "triton://127.0.0.1:1"),
         ("--images", "server"),
         ("--losses", "auto"),
         ("--deadline", 30),
         ("--give-up", 300),
         ("--max-inflight", 4),
-        ("--shared-memory", "auto"),
+        ("--max-request", 64),
         ("--compression", "none"),
         ("--tls-ca", "x.pem"),
         ("--tls-cert", "x.pem"),
@@ -256,12 +256,36 @@ def test_basic_auth_is_kept_nowhere(
     told_nothing(done, out, SECRET, base64.b64encode(f"me:{SECRET}".encode()).decode())
 
 
-def test_shared_memory_that_is_not_there(
-    guarded: FakeServer, tune: Tune, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
-    says = ("does not offer system_shared_memory",)
-    assert SECRET not in tune(url(guarded.grpc), "--shared-memory", "on", says=says)
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("--endpoint", "triton://127.0.0.1:1"), "put the servers behind one URL"),
+        (("--shared-memory=off",), "leave it out"),
+    ],
+)
+def test_removed_options(words: tuple[str, ...], instead: str, ztune: Command, out: Path) -> None:
+    done = ztune("tune", "triton://127.0.0.1:1/mini", *DATA, *words, "--out", out)
+    assert done.code == 2
+    option = words[0].partition("=")[0]
+    assert f"ztune tune: error: option {option} was removed: {instead}" in done.err
+    assert not out.exists()
+
+
+def test_removed_settings() -> None:
+    url = "triton://127.0.0.1:1/mini"
+    with pytest.raises(ConfigError, match=r"^`endpoints` was removed: put the servers behind one"):
+        load(url, endpoints=["triton://127.0.0.1:2"])
+    with pytest.raises(ConfigError, match=r"^`shared_memory` was removed: leave it out"):
+        load(url, shared_memory="off")
+
+
+def test_a_request_above_the_limit(triton: TritonServer, tune: Tune) -> None:
+    before = worked(triton, "image")
+    words = ("--losses", "server", "--max-request", 0.04)
+    says = ("40 images takes 0.0415 MB, more than --max-request 0.04 (use --losses here or fewer",)
+    tune(url_of(triton), *words, says=says)
+    # Before any image is encoded: the start's parity asks for two.
+    assert worked(triton, "image") - before == 2
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import MINI, Command
 from tests.remote.conftest import (
     DATA,
-    OPTIONS,
     Runs,
     Start,
     artifact,
@@ -32,12 +31,6 @@ ZIP = ("--method", "zip", "--queries", 1000)
 OGN = ("--method", "ogn", "--queries", 200)
 # Long enough to be stopped on the way.
 LONG = ("--method", "zip", "--queries", 2000)
-
-
-@pytest.fixture(scope="module")
-def second(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, args=OPTIONS) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +66,10 @@ def contexts(run: Path) -> np.ndarray:
     return kept.context
 
 
-def nothing_twice(run: Path, n_servers: int = 1) -> None:
+def nothing_twice(run: Path) -> None:
     """See that every query went once, and that journal, history and run.json tell the same."""
     told = document(run)
     wire = told["server"]
-    assert wire["servers"] == n_servers
     assert wire["sent"] == told["queries"] == told["request"]["queries"]
     assert wire["possibly_billed_twice"] == 0
     lines = journal(run)
@@ -88,11 +80,7 @@ def nothing_twice(run: Path, n_servers: int = 1) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize(
-    "more",
-    [(), ("--shared-memory", "on"), ("--shared-memory", "off", "--compression", "gzip")],
-    ids=["default", "shared", "packed"],
-)
+@pytest.mark.parametrize("more", [(), ("--compression", "gzip")], ids=["default", "packed"])
 def test_zip_on_a_server(
     protocol: str,
     more: tuple[str, ...],
@@ -108,23 +96,9 @@ def test_zip_on_a_server(
     nothing_twice(out)
     told = document(out)
     assert told["calls"]["losses"] == "here"
-    if "on" in more:
-        assert told["server"]["shared_memory"] is True
     np.testing.assert_allclose(contexts(out), contexts(here), atol=1e-5, rtol=0)
     assert artifact(out) == artifact(here)
     assert accuracy(ztune, out, features) == accuracy(ztune, here, features)
-
-
-def test_two_servers_give_the_same_bytes(
-    triton: TritonServer, second: TritonServer, local: Runs, ztune: Command, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    words = (*ZIP, "--endpoint", url_of(second, "http").rpartition("/")[0])
-    done = ztune("tune", url_of(triton), *DATA, *words, "--out", out, "--json")
-    assert done.code == 0, done.err
-    nothing_twice(out, 2)
-    assert {part for _, part, _ in journal(out)} == {0, 1}
-    assert artifact(out) == artifact(local(*ZIP))
 
 
 def test_images_encoded_here_give_the_same_bytes(
@@ -198,32 +172,21 @@ def test_another_server_gives_the_same(
     assert artifact(out) == artifact(local(*words))
 
 
-@pytest.mark.parametrize(
-    ("how", "protocol", "n_servers"),
-    [
-        (signal.SIGKILL, "grpc", 1),
-        (signal.SIGKILL, "http", 2),
-        (signal.SIGINT, "http", 1),
-        (signal.SIGINT, "grpc", 2),
-        (signal.SIGINT, "http", 2),
-    ],
-)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_run_that_ends_with_a_request_on_its_way(
     how: signal.Signals,
     protocol: str,
-    n_servers: int,
     start: Start,
     triton: TritonServer,
-    second: TritonServer,
     local: Runs,
     ztune: Command,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
     address = triton.grpc if protocol == "grpc" else triton.http
-    others = ("--endpoint", url_of(second, protocol).rpartition("/")[0]) if n_servers > 1 else ()
     with FaultProxy(address, resets=0, delays=0) as proxy:
-        words = (*DATA, *LONG, *others, "--shared-memory", "off", "--out", out)
+        words = (*DATA, *LONG, "--out", out)
         process = start("tune", url(proxy.address, protocol), *words)
         wait_for(lambda: history(out) >= 20, process)
         proxy.pause()
@@ -250,15 +213,12 @@ def test_a_run_that_ends_with_a_request_on_its_way(
     assert artifact(out) == artifact(local(*LONG))
     told = document(out)
     assert told["queries"] == 2000
-    # Of the step on its way nothing was saved: all of its requests go again.
+    # Of the step on its way nothing was saved: its request is sent again.
     assert told["server"]["sent"] == 2000 + 10
     assert told["server"]["possibly_billed_twice"] == 10
     lost = [line for line in lines if line[0] == 10 * before]
-    assert sum(n for _, _, n in lost) == 10
-    assert {part for _, part, _ in lost} == set(range(n_servers))
     again = [line for line in journal(out)[len(lines) :] if line[0] is not None]
-    assert {part for _, part, _ in again[:n_servers]} == set(range(n_servers))
-    assert set(lost) == set(again[:n_servers])
+    assert lost == again[:1] == [(10 * before, 0, 10)]
 
 
 def stuck(out: Path) -> bool:

@@ -211,6 +211,10 @@ class Proxy:
         """Stop listening and reset every connection."""
         self.refuse(True)
 
+    def connect(self) -> socket.socket:
+        """Return a connection to the target."""
+        return socket.create_connection(self.target, timeout=5)
+
     def relay(self, client: socket.socket, server: socket.socket) -> Relay:
         """Return what carries one connection."""
         return Relay(self, client, server)
@@ -231,7 +235,7 @@ class Proxy:
     def _serve(self, client: socket.socket, dropped: threading.Event) -> None:
         try:
             try:
-                server = socket.create_connection(self.target, timeout=5)
+                server = self.connect()
             except OSError:
                 self.count("unreachable")
                 reset(client)

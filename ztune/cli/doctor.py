@@ -136,8 +136,6 @@ def _server_lines(found: Fields, timed: str) -> list[str | Table]:
         ("models", ", ".join(found.texts("models"))),
         ("gives", described(found.texts("gives"))),
         ("bundle", f"{found.text('bundle_digest')[:12]}…, {found.text('precision')}, told {said}"),
-        ("images", "kept by the server" if found.flag("keeps_pictures") else "sent each time"),
-        ("shared memory", "used" if found.flag("shared_memory") else "not used"),
     ]
     parity = found.object("parity")
     differences = [(part, f"{parity.number(part):.1e}") for part in parity.values]

@@ -65,7 +65,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "backend": serving.backend,
         "accelerator": serving.accelerator,
         "access": serving.access,
-        "keeps_pictures": serving.keeps,
     }
     command = f"tritonserver --model-repository={shlex.quote(str(out.resolve()))}"
     output.result(

@@ -31,6 +31,13 @@ VERBS = {
     "doctor": "check this machine, and a bundle on it",
 }
 
+# Options of earlier versions, and what to do instead.
+_REMOVED = {
+    "--endpoint": "put the servers behind one URL, a Kubernetes Service or a proxy "
+    "(docs/serving.md)",
+    "--shared-memory": "leave it out, tensors always go over the network",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser with a short usage line; an error names the nearest right word."""
@@ -46,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         # Before argparse would ask for what else is missing.
         for word in takewhile(lambda word: word != "--", words):
             name = word.partition("=")[0]
+            if name in _REMOVED:
+                self.error(f"option {name} was removed: {_REMOVED[name]}")
             if name.startswith("--") and " " not in name and not self.has(name):
                 self.error(f"unknown option {name}{self._hint(name)}")
         if "" in words:

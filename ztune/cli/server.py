@@ -31,13 +31,6 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--client", type=Path, metavar="FOLDER", help="bundle or its client half (default: fetched)"
     )
     group.add_argument(
-        "--endpoint",
-        action="append",
-        dest="endpoints",
-        metavar="URL",
-        help="one more server with the same models",
-    )
-    group.add_argument(
         "--images", metavar="WHERE", help="server (default), or local: encode images here"
     )
     group.add_argument(
@@ -54,7 +47,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-inflight", type=int, metavar="N", help="maximum concurrent requests (default: 4)"
     )
     group.add_argument(
-        "--shared-memory", metavar="WHEN", help="auto (default: where measured faster), on or off"
+        "--max-request", type=float, metavar="MB", help="of a request's tensors (default: 64)"
     )
     group.add_argument("--compression", metavar="KIND", help="none (default), gzip or deflate")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="whose certificates are trusted")

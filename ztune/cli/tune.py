@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtimes.remote.endpoint import is_url
-from runtimes.remote.settings import merged, named_servers, to_save
+from runtimes.remote.endpoint import is_url, named_server
+from runtimes.remote.settings import merged, to_save
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.request import run_config_of, settings_of
@@ -192,7 +192,7 @@ def _served(
     return open_served_model(
         url,
         settings,
-        named_servers(named, server),
+        named_server(named),
         output,
         provider=run_config.provider,
         threads=run_config.threads,

@@ -12,7 +12,7 @@ import pytest
 
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
 from runtimes.remote.connect import Connected, _text_of, connect
-from runtimes.remote.endpoint import Connection, parse_endpoint
+from runtimes.remote.endpoint import Connection, named_server
 from runtimes.remote.served import Served
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -58,16 +58,14 @@ class Client:
         self,
         server: FakeServer,
         path: str = "mini",
-        others: tuple[str, ...] = (),
         client: Path | None = None,
         **settings: Any,
     ) -> Connected:
         chosen: dict[str, Any] = {"deadline": 10.0, "give_up": 2.0} | settings
         address = f"triton://{server.grpc}"
-        chosen["named"] = frozenset({parse_endpoint(address)})
+        chosen["named"] = named_server(f"{address}/{path}")
         made = connect(
             f"{address}/{path}",
-            others,
             Connection(**chosen),
             client,
             self.remarks.append,
@@ -237,7 +235,7 @@ def test_sizes_that_cannot_be(fake: FakeServer, reach: Client, models: dict[str,
 
 def test_a_half_shipped_by_hand(fake: FakeServer, reach: Client, half: Path, cache: Path) -> None:
     asked = slices(fake)
-    assert reach(fake, client=half, shared_memory="off").bundle.path == half
+    assert reach(fake, client=half).bundle.path == half
     assert asked == [(0, 1)]
     del fake.models["mini_client"]
     assert reach(fake, client=half).bundle.path == half
@@ -354,8 +352,6 @@ def test_a_server_that_is_not_ready_or_wants_a_token(
 
 
 def test_addresses_that_are_wrong(fake: FakeServer, reach: Client) -> None:
-    with pytest.raises(ConfigError, match="names a model"):
-        reach(fake, others=(f"triton://{fake.grpc}/mini",))
     fake.close()
     with pytest.raises(ServerError, match="is the address right, and the server up"):
         reach(fake)
@@ -380,18 +376,6 @@ def test_other_weights_under_the_right_digest(
     fake.models[f"mini_{part}"] = perturbed(bundle, part)
     with pytest.raises(ServerError, match=f'"mini_{part}" differs from torch by .*, more than'):
         reach(fake)
-
-
-def test_every_server_is_looked_at(
-    fake: FakeServer, reach: Client, bundle: Bundle, models: dict[str, FakeModel]
-) -> None:
-    with FakeServer(models) as second:
-        made = reach(fake, others=(f"triton://{second.grpc}",))
-        assert made.service.n_servers == 2
-        assert second.calls["ModelInfer"] > 5
-        second.models["mini_prompt"] = perturbed(bundle, "prompt")
-        with pytest.raises(ServerError, match='"mini_prompt" differs from torch'):
-            reach(fake, others=(f"triton://{second.grpc}",))
 
 
 def test_figures_that_are_no_numbers(

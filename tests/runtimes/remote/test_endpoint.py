@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.remote.endpoint import Connection, Endpoint, parse_endpoint, parse_location
+from runtimes.remote.endpoint import Connection, Endpoint, named_server, parse_location
 from tests.servers.tls import Certificates, make_certificates
 from ztune.errors import ConfigError
 
@@ -61,12 +61,13 @@ def test_what_an_address_means(
     assert (location.name, location.version) == (name, version)
     # What is told of it is an address again.
     assert parse_location(str(location)) == location
-    assert parse_endpoint(str(endpoint)) == endpoint
+    assert named_server(url) == endpoint
 
 
 def test_an_ipv6_address_keeps_its_brackets() -> None:
-    assert parse_endpoint("triton://[::1]:8001").address == "[::1]:8001"
-    assert parse_endpoint("triton://[::1]:8001/") == Endpoint("triton", "::1", 8001)
+    endpoint = parse_location("triton://[::1]:8001/m").endpoint
+    assert endpoint == Endpoint("triton", "::1", 8001)
+    assert endpoint.address == "[::1]:8001"
 
 
 @pytest.mark.parametrize(
@@ -106,11 +107,6 @@ def test_what_is_no_address(url: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_another_server_names_no_model_of_its_own() -> None:
-    with pytest.raises(ConfigError, match='`endpoints` "http://h:1/m" names a model'):
-        parse_endpoint("http://h:1/m")
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -129,12 +125,11 @@ def test_another_server_names_no_model_of_its_own() -> None:
     ],
 )
 def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
-    for parse in (parse_location, parse_endpoint):
-        with pytest.raises(ConfigError) as caught:
-            parse(url)
-        assert SECRET not in str(caught.value)
-        assert "file" in str(caught.value)  # where it belongs
-        assert caught.value.__cause__ is None
+    with pytest.raises(ConfigError) as caught:
+        parse_location(url)
+    assert SECRET not in str(caught.value)
+    assert "file" in str(caught.value)  # where it belongs
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +141,7 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(url: str) -> None:
         ({"give_up": 86_401}, "at most a day"),
         ({"max_inflight": 0}, "`max_inflight` is 0, expected 1 to 256"),
         ({"max_inflight": 257}, "`max_inflight` is 257"),
-        ({"shared_memory": "yes"}, '`shared_memory` is "yes", expected auto, on or off'),
+        ({"max_request": 0}, "`max_request` is 0, expected MB, at most 2000"),
         ({"compression": "br"}, '`compression` is "br", expected none, gzip, deflate'),
         ({"tls_cert": "a"}, "`tls_cert` and `tls_key` belong together"),
         ({"tls_key": "a"}, "`tls_cert` and `tls_key` belong together"),
@@ -160,7 +155,7 @@ def test_settings_that_make_no_sense(values: dict[str, Any], words: str) -> None
 
 def told(endpoint: Endpoint, **settings: Any) -> dict[str, str]:
     """Return what a server is told that the command names."""
-    return Connection(**settings, named=frozenset({endpoint})).headers(endpoint)
+    return Connection(**settings, named=endpoint).headers(endpoint)
 
 
 def test_without_secrets_nothing_is_told() -> None:
@@ -273,9 +268,9 @@ def test_a_secret_goes_only_where_somebody_says(
     else:
         settings = {f"{secret.partition(' ')[0].replace('basic', 'basic_auth')}_file": path}
     others = (Endpoint("https", "example.org", 444), Endpoint("tritons", "example.org", 443))
-    for named in ((), others):
+    for named in (None, *others):
         with pytest.raises(ConfigError, match=r"https://example\.org:443 is named by") as caught:
-            Connection(**settings, named=frozenset(named)).headers(SECURE)
+            Connection(**settings, named=named).headers(SECURE)
         assert "ZTUNE_TOKEN_HOST=example.org:443" in str(caught.value)
         assert SECRET not in str(caught.value)
     assert bool(told(SECURE, **settings)) == (secret != "key")
@@ -373,5 +368,5 @@ def test_a_token_may_come_through_a_pipe_and_a_certificate_not(
     with pytest.raises(ConfigError, match="not a regular file"):
         Connection(tls_ca=str(pipe)).check_files()
     threading.Thread(target=pipe.write_text, args=(SECRET,), daemon=True).start()
-    headers = Connection(token_file=str(pipe), named=frozenset({SECURE})).headers(SECURE)
+    headers = Connection(token_file=str(pipe), named=SECURE).headers(SECURE)
     assert headers == {"authorization": f"Bearer {SECRET}"}

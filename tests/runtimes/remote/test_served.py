@@ -1,9 +1,6 @@
-"""A bundle on real servers against the same bundle here: encoders, losses, images, regions."""
+"""A bundle on real servers against the same bundle here: encoders, losses, images."""
 
-import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +19,12 @@ from runtimes.providers import Execution
 from runtimes.remote.connect import Connected, connect
 from runtimes.remote.endpoint import Connection
 from runtimes.remote.served import Served, ServedPromptEncoder, ServedScores
-from runtimes.remote.service import Service
-from runtimes.remote.transport import CallError
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import DIGITS, MINI
 from tests.servers.mlserver import MlServer, mlserver_environment
-from tests.servers.triton import SHARED_MEMORY, TritonServer, triton_environment
+from tests.servers.triton import TritonServer, triton_environment
 from ztune import access
-from ztune.errors import AwayError, ConfigError, ServerError
+from ztune.errors import ConfigError, ServerError
 from ztune.objective import NumpyScores
 from ztune.types import F32, I64, Batch, Prompts
 
@@ -57,25 +52,32 @@ def triton(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ("all", bundle, Serving("python", threads=1), ("image", "prompt", "score", "client")),
         ("logits", bundle, Serving("python", threads=1, access="logits"), ("score",)),
         ("losses", bundle, Serving("python", threads=1, access="losses"), ("score",)),
-        ("sent", bundle, Serving("python", threads=1, access="losses", instances=2), ("score",)),
+        ("kept", bundle, Serving("python", threads=1, access="losses"), ("score",)),
         ("int8", small, Serving("python", threads=1), ("image", "client")),
     ):
         export_triton(source, folder / name, name, serving)
         for part in parts:
             shutil.move(folder / name / f"{name}_{part}", repository)
+    _make_as_before(repository / "kept_score" / "config.pbtxt")
     with TritonServer(repository, args=["--model-load-thread-count=4"]) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def twin(triton: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A second server with some of the first one's models."""
-    repository = tmp_path_factory.mktemp("twin")
-    for model in triton.repository.iterdir():
-        if model.name.startswith(("all", "losses")):
-            shutil.copytree(model, repository / model.name)
-    with TritonServer(repository, args=["--model-load-thread-count=4"]) as server:
-        yield server
+def _make_as_before(config: Path) -> None:
+    """Give a score model the inputs that it had when servers kept images, all of them optional."""
+    kept = """input {
+  name: "kept"
+  data_type: TYPE_UINT8
+  dims: 32
+}
+input {
+  name: "rows"
+  data_type: TYPE_INT64
+  dims: -1
+}
+"""
+    text = config.read_text().replace("output {", f"{kept}output {{", 1)
+    config.write_text(text.replace("input {", "input {\n  optional: true"))
 
 
 @pytest.fixture
@@ -88,13 +90,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def connected(bundle: Bundle, cache: Path) -> Iterator[Any]:
     """Connect to servers; what is left open when the test ends is closed."""
     opened: list[Connected] = []
-    before = regions()
 
-    def connecting(url: str, *others: str, client: Path | None = MINI, **settings: Any) -> Served:
-        chosen: dict[str, Any] = {"shared_memory": "off", "deadline": 20.0, "give_up": 20.0}
+    def connecting(url: str, client: Path | None = MINI, **settings: Any) -> Served:
+        chosen: dict[str, Any] = {"deadline": 20.0, "give_up": 20.0}
         made = connect(
             url,
-            others,
             Connection(**chosen | settings),
             client,
             lambda line: None,
@@ -106,11 +106,6 @@ def connected(bundle: Bundle, cache: Path) -> Iterator[Any]:
     yield connecting
     for one in opened:
         one.service.close()
-    assert regions() == before
-
-
-def regions() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob(f"ztune_{os.getpid()}_*")}
 
 
 def contexts(bundle: Bundle, n: int = N_CANDIDATES, m: int = N_CONTEXT, seed: int = 0) -> F32:
@@ -155,12 +150,12 @@ def test_features_are_the_bits_of_a_local_run(
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_round_in_several_requests_has_the_bits_of_the_whole(
-    triton: TritonServer, twin: TritonServer, connected: Any, bundle: Bundle, n: int
+    triton: TritonServer, connected: Any, bundle: Bundle, n: int
 ) -> None:
     given = contexts(bundle)
-    served = connected(f"triton://{triton.grpc}/all", f"triton://{twin.grpc}")
+    served = connected(f"triton://{triton.grpc}/all")
     own = encoder(served)
-    assert (own.plan.n_servers, own.plan.n_candidates) == (2, 4)
+    assert own.plan.n_candidates == N_CANDIDATES
     before = served.service.requests
     got = in_requests_of(own, n).encode(given)
     assert served.service.requests - before == -(-N_CANDIDATES // n)
@@ -209,15 +204,10 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
         ("all", {*text, access.LOGITS, access.TEXTS, access.FEATURES}),
         ("logits", {*text, access.LOGITS, access.TEXTS}),
         ("losses", text),
-        ("sent", text),
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
         assert served.access == given
         assert served.withheld == access.EVERYTHING - given
-    assert encoder(connected(f"triton://{triton.grpc}/all"), "server").plan.image_features == (
-        "kept by the server"
-    )
-    assert encoder(served).plan.image_features == "sent with every request"
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
 
@@ -270,7 +260,7 @@ def check_scores(served: Served, bundle: Bundle, *, logits: bool, cut: int | Non
 
 
 @pytest.mark.parametrize("name", ["all", "logits"])
-def test_losses_and_logits_of_kept_images_are_those_of_the_host(
+def test_losses_and_logits_are_those_of_the_host(
     triton: TritonServer, connected: Any, bundle: Bundle, name: str
 ) -> None:
     served = connected(f"triton://{triton.grpc}/{name}")
@@ -279,30 +269,59 @@ def test_losses_and_logits_of_kept_images_are_those_of_the_host(
 
 
 def test_losses_alone_are_those_of_the_host(
-    triton: TritonServer, twin: TritonServer, connected: Any, bundle: Bundle
+    triton: TritonServer, connected: Any, bundle: Bundle
 ) -> None:
-    for name in ("losses", "sent"):
-        check_scores(connected(f"triton://{triton.grpc}/{name}"), bundle, logits=False)
-    check_scores(connected(f"http://{triton.http}/sent"), bundle, logits=False, cut=2)
-    both = connected(f"http://{triton.http}/losses", f"http://{twin.http}")
-    check_scores(both, bundle, logits=False, cut=2)
+    check_scores(connected(f"triton://{triton.grpc}/losses"), bundle, logits=False)
+    check_scores(connected(f"http://{triton.http}/losses"), bundle, logits=False, cut=2)
 
 
-def test_kept_images_cross_the_wire_once(
+def test_a_model_that_could_keep_images_is_sent_them(
+    triton: TritonServer, connected: Any, bundle: Bundle
+) -> None:
+    served = connected(f"triton://{triton.grpc}/kept")
+    assert {"kept", "rows"} < set(served.service.offers["score"].inputs)
+    check_scores(served, bundle, logits=False)
+
+
+def test_the_plan_says_how_many_bytes_a_request_has(
     triton: TritonServer, connected: Any, bundle: Bundle
 ) -> None:
     features, labels = images(bundle)
-    sent = {}
-    for name in ("losses", "sent"):
-        served = connected(f"triton://{triton.grpc}/{name}")
-        scores = ServedScores(encoder(served, "server"), features, labels, logits=False)
-        batch = Batch(np.arange(N_IMAGES), np.zeros(N_IMAGES, np.int64), 1)
-        scores(Prompts(contexts(bundle)), batch, labels)
-        before = served.service.payload_bytes[0]
-        scores(Prompts(contexts(bundle)), batch, labels)
-        sent[name] = served.service.payload_bytes[0] - before
-    size = N_IMAGES * (4 * bundle.embed_dim + 8)
-    assert sent["sent"] - sent["losses"] == size - 32 - 8 * N_IMAGES
+    served = connected(f"triton://{triton.grpc}/losses")
+    own = encoder(served, "server")
+    before = own.plan.n_bytes
+    scorer = served.scorer(own, features, labels, logits=False)
+    assert own.plan.n_bytes == before + N_IMAGES * (4 * bundle.embed_dim + 8)
+    assert f", {own.plan.n_bytes / 1e6:.3g} MB each; losses computed by" in own.plan.described()
+    sent = served.service.payload_bytes[0]
+    scorer(Prompts(contexts(bundle)), batches()[0], labels)
+    assert served.service.payload_bytes[0] - sent == own.plan.n_bytes
+    # Of a smaller set, validation images, the plan says no less.
+    served.scorer(own, features[:, :2], labels[:2], logits=False)
+    assert own.plan.n_bytes == before + N_IMAGES * (4 * bundle.embed_dim + 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        ("all", "use `losses=here` or fewer images or a larger `max_request` if"),
+        ("losses", "use fewer images or a larger `max_request` if"),
+    ],
+)
+def test_a_request_above_the_limit_is_refused_before_it_is_sent(
+    triton: TritonServer, connected: Any, bundle: Bundle, name: str, ways: str
+) -> None:
+    n = 2000
+    features = np.zeros((1, n, bundle.embed_dim), np.float32)
+    labels = np.zeros(n, np.int64)
+    served = connected(f"triton://{triton.grpc}/{name}", max_request=1)
+    before = served.service.requests
+    words = rf"6 candidates and 2000 images takes 1\.\d+ MB, more than `max_request` 1 \({ways}"
+    with pytest.raises(ConfigError, match=words):
+        served.scorer(encoder(served, "server"), features, labels, logits=False)
+    assert served.service.requests == before
+    served = connected(f"triton://{triton.grpc}/{name}", max_request=2)
+    assert served.scorer(encoder(served, "server"), features, labels, logits=False)
 
 
 def test_who_computes_losses(triton: TritonServer, connected: Any, bundle: Bundle) -> None:
@@ -321,142 +340,6 @@ def test_who_computes_losses(triton: TritonServer, connected: Any, bundle: Bundl
         own = chosen.prompts(Tokenizer(bundle)).encoder(WORDS, N_CONTEXT, N_CANDIDATES)
         scorer = chosen.scorer(own, features, labels, logits=logits)
         assert (scorer is not None) == by_server, (name, losses, logits)
-
-
-# -- shared memory ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("protocol", ["triton", "http"])
-def test_shared_memory_changes_no_byte(
-    triton: TritonServer, connected: Any, bundle: Bundle, protocol: str
-) -> None:
-    address = triton.grpc if protocol == "triton" else triton.http
-    given, (features, labels) = contexts(bundle), images(bundle)
-    found = {}
-    before = regions()
-    for way in ("off", "on", "auto"):
-        served = connected(f"{protocol}://{address}/all", shared_memory=way)
-        own = in_requests_of(encoder(served, "server"), 2)
-        scores = ServedScores(own, features, labels, logits=True)
-        seen: list[np.ndarray[Any, Any]] = [own.encode(given)]
-        for batch in batches():
-            answer = scores(Prompts(given), batch, labels[batch.images])
-            assert answer.logits is not None
-            seen += [answer.losses, answer.accuracies, answer.logits]
-        seen.append(served.images().encode(np.zeros((3, 24, 24, 3), np.uint8)))
-        if way == "on":
-            assert served.service.shares_memory
-            assert regions() > before
-        elif way == "off":
-            assert regions() == before
-        found[way] = [value.tobytes() for value in seen]
-        served.service.close()
-        assert regions() == before
-    assert found["off"] == found["on"] == found["auto"]
-    assert status(triton) == {}
-
-
-def status(server: TritonServer) -> dict[str, Any]:
-    """Return the regions that a server has open."""
-    import tritonclient.http as client
-
-    asked = client.InferenceServerClient(server.http)
-    found = asked.get_system_shared_memory_status()
-    asked.close()
-    return {region["name"]: region for region in found}
-
-
-def forget(server: TritonServer) -> None:
-    import tritonclient.http as client
-
-    asked = client.InferenceServerClient(server.http)
-    asked.unregister_system_shared_memory()
-    asked.close()
-
-
-def test_regions_go_after_a_failed_request(
-    triton: TritonServer, connected: Any, bundle: Bundle
-) -> None:
-    before = regions()
-    served = connected(f"triton://{triton.grpc}/all", shared_memory="on")
-    own = in_requests_of(encoder(served), 2)
-    expected = own.encode(contexts(bundle))
-    assert len(regions() - before) > 1
-    tokens = own.tokens
-    own.tokens = tokens + 10_000  # no such ids
-    with pytest.raises(ServerError, match="out of data bounds"):
-        own.encode(contexts(bundle))
-    own.tokens = tokens
-    np.testing.assert_array_equal(own.encode(contexts(bundle)), expected)
-    served.service.close()
-    assert regions() == before
-    # The server has said that it is done with them, and keeps none open.
-    assert status(triton) == {}
-
-
-@pytest.mark.parametrize("protocol", ["triton", "http"])
-def test_a_server_that_knows_our_regions_no_longer(
-    triton: TritonServer, connected: Any, bundle: Bundle, protocol: str
-) -> None:
-    features, labels = images(bundle)
-    address = triton.grpc if protocol == "triton" else triton.http
-    served = connected(f"{protocol}://{address}/all", shared_memory="on")
-    own = in_requests_of(encoder(served, "server"), 2)
-    scores = ServedScores(own, features, labels, logits=False)
-    batch = batches()[1]
-    expected = scores(Prompts(contexts(bundle)), batch, labels[batch.images])
-    assert len(status(triton)) > 1
-    forget(triton)  # as one does that was started anew while nothing was on its way
-    got = scores(Prompts(contexts(bundle)), batch, labels[batch.images])
-    np.testing.assert_array_equal(got.losses, expected.losses)
-    assert status(triton)
-
-
-def test_a_deadline_within_a_request_leaves_no_region(
-    triton: TritonServer, connected: Any, bundle: Bundle
-) -> None:
-    before = regions()
-    served = connected(f"triton://{triton.grpc}/all", shared_memory="on")
-    own = encoder(served)
-    expected = own.encode(contexts(bundle))
-    service: Service = served.service
-    patient, service.connection = service.connection, Connection(deadline=0.002, give_up=0.01)
-    large = np.repeat(contexts(bundle), 40, axis=0)
-    with pytest.raises(AwayError, match="no answer for"):
-        in_requests_of(own, 240).encode(large)
-    assert regions() == before
-    service.connection = patient
-    # What the server may still write goes where nobody reads.
-    for _ in range(5):
-        np.testing.assert_array_equal(in_requests_of(own, 6).encode(contexts(bundle)), expected)
-
-
-def test_closing_while_regions_are_in_use(
-    triton: TritonServer, connected: Any, bundle: Bundle
-) -> None:
-    before = regions()
-    served = connected(f"triton://{triton.grpc}/all", shared_memory="on")
-    own = in_requests_of(encoder(served), 2)
-    own.encode(contexts(bundle))
-    errors: list[BaseException] = []
-    begun = threading.Event()
-    served.service.sending = lambda part, n: begun.set()
-
-    def ask() -> None:
-        try:
-            while True:
-                own.encode(contexts(bundle, 40))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    assert begun.wait(30)
-    time.sleep(0.05)
-    served.service.close()
-    thread.join(30)
-    assert [type(error) for error in errors] == [AwayError]
-    assert regions() == before
 
 
 # -- images --------------------------------------------------------------------------------------
@@ -523,21 +406,3 @@ def test_a_server_of_another_make(
         encoder(served).encode(given), local_encoder(bundle).encode(given)
     )
     check_scores(served, bundle, logits=True)
-    assert encoder(served, "server").plan.image_features == "sent with every request"
-    assert not served.service.shares_memory
-
-
-def test_shared_memory_that_a_server_does_not_offer(mlserver: MlServer, connected: Any) -> None:
-    with pytest.raises(ServerError, match="does not offer system_shared_memory"):
-        connected(f"triton://{mlserver.grpc}/mini", shared_memory="on")
-    assert not connected(
-        f"triton://{mlserver.grpc}/mini", shared_memory="auto"
-    ).service.shares_memory
-
-
-def test_a_region_that_a_server_cannot_open(triton: TritonServer, connected: Any) -> None:
-    served = connected(f"triton://{triton.grpc}/all")
-    (server,) = served.service._servers
-    with pytest.raises(CallError) as caught:
-        server.transport.share("nowhere", "/ztune_nowhere", 100, 5)
-    assert not caught.value.passing or caught.value.kind == "broken"

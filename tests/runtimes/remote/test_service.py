@@ -1,21 +1,18 @@
-"""Questions to servers that fail, forget, lie, go away and come back."""
+"""Questions to a server that fails, lies, goes away and comes back."""
 
 import contextlib
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtimes.remote.endpoint import Connection, Location, parse_endpoint
-from runtimes.remote.service import Ask, KeptImages, Question, Service
-from runtimes.remote.shared_memory import Expected, SharedMemory
-from runtimes.remote.transport import CallError, Request, Transport
+from runtimes.remote import contract
+from runtimes.remote.endpoint import Connection, parse_location
+from runtimes.remote.service import Ask, Question, Service
 from tests.servers import fake as fakes
 from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer, Tensor, put
 from tests.servers.proxy import FaultProxy
@@ -26,7 +23,6 @@ from tritonclient.grpc import service_pb2  # noqa: E402 - only where there is on
 
 DIGEST = bytes(range(32))
 OTHER = bytes(32)
-N_LEFT = Path("/dev/shm")
 
 
 def digest(value: bytes = DIGEST) -> np.ndarray[Any, Any]:
@@ -34,61 +30,28 @@ def digest(value: bytes = DIGEST) -> np.ndarray[Any, Any]:
 
 
 class Fake(FakeServer):
-    """Triples contexts, scores with images that it keeps, and is ready when it is told to be."""
+    """Triples contexts, and is ready when it is told to be."""
 
-    def __init__(self, *, tells: bool = True, keeps: bool = True) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
         self.ready = True
         self.seen: list[int] = []
         """The first number of each request that arrived to be tripled."""
-        self.kept: dict[bytes, Any] = {}
         told = [Tensor("digest", "UINT8", [32])] if tells else []
         contexts = [Tensor("contexts", "FP32", [-1, -1, 2]), Tensor("tokens", "INT64", [-1, -1])]
-        images = [Tensor("features", "FP32", [-1, 2]), Tensor("labels", "INT64", [-1])]
-        named = [Tensor("kept", "UINT8", [32]), Tensor("rows", "INT64", [-1])]
-        super().__init__(
-            {
-                "m_prompt": FakeModel(
-                    contexts, [Tensor("features", "FP32", [-1, -1, 2]), *told], self.tripled
-                ),
-                "m_score": FakeModel(
-                    [*contexts, *images, *(named if keeps else [])],
-                    [Tensor("losses", "FP64", [-1]), *told],
-                    self.scored,
-                ),
-            }
-        )
+        features = [Tensor("features", "FP32", [-1, -1, 2]), *told]
+        super().__init__({"m_prompt": FakeModel(contexts, features, self.tripled)})
 
     def tripled(self, given: Arrays) -> Arrays:
         self.seen.append(int(given["contexts"].flat[0]))
         return {"features": 3 * given["contexts"], "digest": digest()}
 
-    def scored(self, given: Arrays) -> Arrays:
-        if "kept" in given and "features" in given:
-            self.kept[given["kept"].tobytes()] = given["features"]
-            return {"digest": digest()}
-        if "kept" in given:
-            name = given["kept"].tobytes()
-            if name not in self.kept:
-                raise FailedError(grpc.StatusCode.NOT_FOUND, "no images are kept")
-            total = self.kept[name][given["rows"]].sum()
-        else:
-            total = given["features"].sum()
-        losses = np.full(len(given["contexts"]), total, np.float64)
-        return {"losses": losses, "digest": digest()}
-
 
 @pytest.fixture(autouse=True)
-def _as_ready_and_as_lenient_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_ready_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def ready(self: Any, request: Any, context: Any) -> Any:
         return service_pb2.ServerReadyResponse(ready=self._server.ready)
 
-    strict = fakes.answer
-
-    def lenient(request: Any, model: FakeModel) -> Any:  # all inputs are optional
-        return strict(request, model._replace(inputs=request.inputs))
-
     monkeypatch.setattr(fakes._Service, "ServerReady", ready)
-    monkeypatch.setattr(fakes, "answer", lenient)
 
 
 @pytest.fixture
@@ -99,12 +62,10 @@ def fake() -> Iterator[Fake]:
 
 @contextlib.contextmanager
 def serving(
-    *addresses: str, remark: Callable[[str], None] = lambda line: None, **settings: Any
+    address: str, remark: Callable[[str], None] = lambda line: None, **settings: Any
 ) -> Iterator[Service]:
-    first, *others = [parse_endpoint(f"triton://{address}") for address in addresses]
-    chosen: dict[str, Any] = {"deadline": 20.0, "give_up": 20.0, "shared_memory": "off"} | settings
-    connection = Connection(**chosen)
-    service = Service(Location(first, "m"), others, connection, remark)
+    chosen: dict[str, Any] = {"deadline": 20.0, "give_up": 20.0} | settings
+    service = Service(parse_location(f"triton://{address}/m"), Connection(**chosen), remark)
     try:
         service.start()
         service.digest = DIGEST
@@ -116,7 +77,7 @@ def serving(
 def question(number: int = 1, n: int = 2) -> Question:
     contexts = np.full((n, 1, 2), number, np.float32)
     tokens = np.zeros((1, 1), np.int64)
-    wanted = {"features": Expected("FP32", (n, 1, 2))}
+    wanted = {"features": contract.Tensor("FP32", (n, 1, 2))}
     return Question("prompt", {"contexts": contexts, "tokens": tokens}, wanted, n)
 
 
@@ -138,7 +99,7 @@ def failing(code: str, times: int = 1_000_000, words: str = "so it is") -> Calla
     return hook
 
 
-# -- one server ------------------------------------------------------------------------------------
+# -- one question -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL"])
@@ -172,11 +133,11 @@ def test_it_is_written_down_before_it_goes(fake: Fake) -> None:
             with pytest.raises(OSError, match="no space"):
                 service.ask(questions)
         assert fake.seen == []
-        service.sending = lambda part, n: fake.seen.append(-part)
-        service.ask([question(number) for number in (5, 6)], first=3)
-        assert sorted(fake.seen) == [-4, -3, 5, 6]
-        assert fake.seen.index(5) > fake.seen.index(-3)
-        assert fake.seen.index(6) > fake.seen.index(-4)
+        service.sending = lambda part, n: fake.seen.append(-10 - part)
+        service.ask([question(number) for number in (5, 6)])
+        assert sorted(fake.seen) == [-11, -10, 5, 6]
+        assert fake.seen.index(5) > fake.seen.index(-10)
+        assert fake.seen.index(6) > fake.seen.index(-11)
         # What holds no query is not written down.
         fake.seen.clear()
         service.ask([Question("prompt", question(9).inputs, question(9).outputs)])
@@ -227,7 +188,7 @@ def test_models_that_are_not_ready_are_not_said_to_be_absent(
     monkeypatch.setattr(fakes._Service, "ModelReady", loading)
     with (
         Fake() as fake,
-        pytest.raises(ServerError, match=r"has m_prompt, m_score, but none is ready \(wait"),
+        pytest.raises(ServerError, match=r"has m_prompt, but none is ready \(wait"),
         serving(fake.grpc),
     ):
         pass
@@ -309,168 +270,15 @@ def test_each_row_says_whose_it_is(fake: Fake) -> None:
         lambda given: {"features": np.ones((3, 2), np.float32), "digest": rows},
     )
     asking = Question(
-        "text", {"tokens": np.zeros((3, 2), np.int64)}, {"features": Expected("FP32", (3, 2))}
+        "text",
+        {"tokens": np.zeros((3, 2), np.int64)},
+        {"features": contract.Tensor("FP32", (3, 2))},
     )
     with serving(fake.grpc) as service:
         assert service.ask([asking])[0]["features"].sum() == 6
         rows[2, 31] = 0
         with pytest.raises(ServerError, match="another model than the run began with"):
             service.ask([asking])
-
-
-# -- images that a server keeps ------------------------------------------------------------------
-
-
-def images(number: int) -> KeptImages:
-    features = np.full((4, 2), number, np.float32) * np.arange(4, dtype=np.float32)[:, None]
-    return KeptImages.of(features, np.zeros(4, np.int64))
-
-
-def scoring(kept: KeptImages, *rows: int) -> Question:
-    inputs = {
-        **question().inputs,
-        "kept": np.frombuffer(kept.name, np.uint8),
-        "rows": np.array(rows, np.int64),
-    }
-    return Question("score", inputs, {"losses": Expected("FP64", (2,))}, 2, kept)
-
-
-def losses(answers: Sequence[dict[str, Any]]) -> list[float]:
-    return [float(answer["losses"][0]) for answer in answers]
-
-
-def test_images_are_sent_once_to_each_server(fake: Fake) -> None:
-    kept, others = images(1), images(10)
-    sent: list[tuple[int, int]] = []
-    with Fake() as second, serving(fake.grpc, second.grpc) as service:
-        service.sending = lambda part, n: sent.append((part, n))
-        asked = [scoring(kept, 1, 3)] * 4 + [scoring(others, 2)] * 4
-        for _ in range(3):
-            assert losses(service.ask(asked)) == [8.0] * 4 + [40.0] * 4
-        for server in (fake, second):
-            assert server.calls["ModelInfer"] == 3 * 4 + 2
-            assert set(server.kept) == {kept.name, others.name}
-        assert sorted(sent) == sorted([(number, 2) for number in range(8)] * 3)
-
-
-def test_images_that_a_server_forgot_are_sent_again(fake: Fake) -> None:
-    kept = images(1)
-    sent: list[int] = []
-    with serving(fake.grpc) as service:
-        service.sending = lambda part, n: sent.append(n)
-        service.ask([scoring(kept, 1)])
-        fake.kept.clear()
-        assert losses(service.ask([scoring(kept, 3)])) == [6.0]
-        assert kept.name in fake.kept
-        # Keep, ask; ask in vain, keep, ask.
-        assert fake.calls["ModelInfer"] == 5
-        assert sent == [2, 2]  # the server said that it had evaluated nothing
-
-
-def test_images_that_are_always_forgotten_are_sent_with_the_question(fake: Fake) -> None:
-    class Nothing(dict[bytes, Any]):
-        def __setitem__(self, key: bytes, value: Any) -> None:
-            """Keep nothing, as behind an address with another server for each request."""
-
-    fake.kept = Nothing()
-    with serving(fake.grpc, give_up=60) as service:
-        assert losses(service.ask([scoring(images(1), 1, 3)])) == [8.0]
-        # Three times keep and ask, and then everything at once.
-        assert fake.calls["ModelInfer"] == 7
-
-
-def test_images_that_a_server_does_not_take_go_with_every_request(fake: Fake) -> None:
-    def full(request: Any, honest: Any) -> Any:
-        names = {given.name for given in request.inputs}
-        if {"kept", "features"} <= names:
-            raise FailedError(grpc.StatusCode.INVALID_ARGUMENT, "more than 512 bytes")
-        return honest
-
-    said: list[str] = []
-    with serving(fake.grpc, remark=said.append) as service:
-        fake.hook = full
-        asked = [scoring(images(1), 1, 3)] * 3
-        for _ in range(2):
-            assert losses(service.ask(asked)) == [8.0] * 3
-        assert fake.calls["ModelInfer"] == 1 + 2 * 3  # it was asked to keep them once
-    (line,) = said
-    assert "more than 512 bytes" in line
-    assert "sent with every request" in line
-
-
-def test_a_server_that_refuses_everything_is_not_asked_again(fake: Fake) -> None:
-    with serving(fake.grpc) as service:
-        fake.hook = failing("INVALID_ARGUMENT", words="more than 512 bytes")
-        with pytest.raises(ServerError, match="more than 512 bytes"):
-            service.ask([scoring(images(1), 1)] * 3)
-        assert fake.calls["ModelInfer"] <= 1 + 3  # to keep the images, then each with its own
-
-
-def test_one_deadline_is_enough_where_images_cannot_be_sent(fake: Fake) -> None:
-    release = threading.Event()
-
-    def wait(request: Any, honest: Any) -> Any:
-        release.wait(10)
-        return honest
-
-    with serving(fake.grpc, deadline=1, give_up=0.1) as service:
-        fake.hook = wait
-        began = time.monotonic()
-        with pytest.raises(AwayError):
-            service.ask([scoring(images(1), 1)] * 4)
-        assert time.monotonic() - began < 3  # and not one after the other
-    release.set()
-
-
-# -- several servers -------------------------------------------------------------------------------
-
-
-def test_the_nth_question_goes_to_the_nth_server(fake: Fake) -> None:
-    with Fake() as second, Fake() as third:
-        servers = (fake, second, third)
-        with serving(*(server.grpc for server in servers)) as service:
-            asked = [question(number) for number in range(7)]
-            for _ in range(3):
-                assert numbers(service.ask(asked)) == [3.0 * number for number in range(7)]
-            assert [sorted(server.seen) for server in servers] == [
-                [0, 0, 0, 3, 3, 3, 6, 6, 6],
-                [1, 1, 1, 4, 4, 4],
-                [2, 2, 2, 5, 5, 5],
-            ]
-            service.ask(asked[:2], first=2)
-            assert (third.seen[-1], fake.seen[-1]) == (0, 1)
-            assert service.ask_server(4, question(100))
-            assert second.seen[-1] == 100
-
-
-def test_another_server_takes_the_share_of_one_that_is_away(fake: Fake) -> None:
-    with (
-        Fake() as second,
-        FaultProxy(second.grpc, 0, 0, 0) as proxy,
-        serving(fake.grpc, proxy.address, give_up=20) as service,
-    ):
-        asked = [question(number) for number in range(4)]
-        service.ask(asked)
-        assert sorted(second.seen) == [1, 3]
-        proxy.refuse()
-        assert numbers(service.ask(asked)) == [0, 3, 6, 9]
-        assert sorted(fake.seen) == [0, 0, 1, 2, 2, 3]
-        with pytest.raises(AwayError):  # where it is asked alone nobody stands in for it
-            with_less_patience(service).ask_server(1, question())
-        proxy.refuse(False)
-        until = time.monotonic() + 30
-        while len(second.seen) == 2 and time.monotonic() < until:
-            service.ask(asked)
-        service.ask(asked)
-        fake.seen.clear()
-        second.seen.clear()
-        service.ask(asked)
-        assert (sorted(fake.seen), sorted(second.seen)) == ([0, 2], [1, 3])
-
-
-def with_less_patience(service: Service) -> Service:
-    service.connection = Connection(deadline=2, give_up=0.2)
-    return service
 
 
 def test_a_server_that_comes_back_as_another_one_ends_the_run(fake: Fake) -> None:
@@ -492,55 +300,33 @@ def test_a_server_that_comes_back_as_another_one_ends_the_run(fake: Fake) -> Non
         timer.join()
 
 
-def test_servers_must_offer_the_same(fake: Fake) -> None:
-    with (
-        Fake(keeps=False) as other,
-        pytest.raises(ServerError, match="offers other models than"),
-        serving(fake.grpc, other.grpc),
-    ):
-        pass
+def test_a_server_that_reports_no_digest_is_proved_when_it_is_back() -> None:
+    with Fake(tells=False) as fake, serving(fake.grpc, give_up=20) as service:
+        proved: list[float] = []
 
+        def prove(ask: Ask) -> None:
+            proved.extend(numbers([ask(question(50))]))
 
-def test_a_server_that_tells_no_digest_is_looked_at_when_it_is_back() -> None:
-    with (
-        Fake(tells=False) as first,
-        Fake(tells=False) as second,
-        serving(first.grpc, second.grpc, give_up=20) as service,
-    ):
-        looked: list[float] = []
-
-        def look(ask: Ask) -> None:
-            looked.extend(numbers([ask(question(50))]))
-
-        service.prove = look
+        service.prove = prove
         service.ask([question(1), question(2)])
-        assert looked == []
-        second.hook = failing("UNAVAILABLE", 1)
-        first.seen.clear()
-        second.seen.clear()
-        assert numbers(service.ask([question(1), question(2)])) == [3, 6]
-        until = time.monotonic() + 10
-        while not looked and time.monotonic() < until:
-            service.ask([question(1), question(2)])
-        assert looked == [150]
-        assert (50 in first.seen, 50 in second.seen) == (False, True)
+        assert proved == []
+        fake.hook = failing("UNAVAILABLE", 1)
+        assert numbers(service.ask([question(1)])) == [3]
+        assert proved == [150]
 
-        # What fails while one looks is a server that is still away, ...
-        second.hook = failing("UNAVAILABLE", 2)
-        service.ask([question(1), question(2)])
-        while len(looked) < 2 and time.monotonic() < until:
-            service.ask([question(1), question(2)])
-        assert looked == [150, 150]
+        # What fails while it is proved is a server that is still away, ...
+        fake.hook = failing("UNAVAILABLE", 2)
+        assert numbers(service.ask([question(1)])) == [3]
+        assert proved == [150, 150]
 
         # ... and what looks wrong ends the run.
         def wrong(ask: Ask) -> None:
             raise ServerError("it is another model")
 
         service.prove = wrong
-        second.hook = failing("UNAVAILABLE", 1)
+        fake.hook = failing("UNAVAILABLE", 1)
         with pytest.raises(ServerError, match="it is another model"):
-            while time.monotonic() < until:
-                service.ask([question(1), question(2)])
+            service.ask([question(1)])
 
 
 # -- many at once, and the end ---------------------------------------------------------------------
@@ -686,195 +472,3 @@ def test_after_a_failed_round_nothing_of_it_is_sent_again(fake: Fake) -> None:
         n_sent = fake.calls["ModelInfer"]
         time.sleep(0.7)
         assert fake.calls["ModelInfer"] == n_sent
-
-
-# -- shared memory, by itself ----------------------------------------------------------------------
-
-
-class Shelf:
-    """A transport whose server opens the regions it is told of, and answers as `act` does."""
-
-    def __init__(self) -> None:
-        self.endpoint = parse_endpoint("triton://127.0.0.1:1")
-        self.open: dict[str, int] = {}
-        self.act: Callable[[Request], dict[str, Any]] = self.doubled
-        self.away = False
-        self.asked: list[str] = []
-
-    def doubled(self, request: Request) -> dict[str, Any]:
-        (given,), (wanted,) = request.inputs_at.values(), request.outputs_at.values()
-        assert given.name == wanted.name in self.open
-        path = N_LEFT / given.name
-        with path.open("r+b") as file:
-            file.seek(given.offset)
-            x = np.frombuffer(file.read(given.n_bytes), np.float32)
-            file.seek(wanted.offset)
-            file.write((2 * x).tobytes())
-        return {"y": np.broadcast_to(np.zeros((), np.float32), x.shape)}
-
-    def infer(self, request: Request, seconds: float) -> dict[str, Any]:
-        self.asked.append(next(iter(request.inputs_at.values())).name)
-        return self.act(request)
-
-    def share(self, name: str, key: str, n_bytes: int, seconds: float) -> None:
-        if self.away:
-            raise CallError("nobody", "away")
-        assert (N_LEFT / key.strip("/")).stat().st_size >= n_bytes
-        self.open[name] = n_bytes
-
-    def unshare(self, name: str, seconds: float) -> None:
-        if self.away:
-            raise CallError("nobody", "away")
-        self.open.pop(name, None)
-
-
-def doubled(memory: SharedMemory, n: int = 3) -> Any:
-    x = np.arange(n, dtype=np.float32)
-    request = Request("m", {"x": x}, ["y"])
-    return memory.infer(request, {"y": Expected("FP32", (n,))}, 1.0)["y"]
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf()
-
-
-@pytest.fixture
-def memory(shelf: Shelf) -> Iterator[SharedMemory]:
-    transport: Transport = shelf  # type: ignore[assignment]
-    made = SharedMemory(transport)
-    yield made
-    made.close()
-    assert not left(shelf)
-
-
-def left(shelf: Shelf) -> list[str]:
-    return [name for name in set(shelf.asked) if (N_LEFT / name).exists()]
-
-
-def test_a_region_is_used_again_and_grows(shelf: Shelf, memory: SharedMemory) -> None:
-    for n in (3, 4, 100_000, 300_000, 5):
-        np.testing.assert_array_equal(doubled(memory, n), 2 * np.arange(n))
-    assert len(set(shelf.asked)) == 2
-    assert len(shelf.open) == len(left(shelf)) == 1
-    memory.close()
-    assert not shelf.open
-    assert not left(shelf)
-    with pytest.raises(CallError, match="given up"):
-        doubled(memory)
-
-
-@pytest.mark.parametrize(
-    ("kind", "closed"), [("away", False), ("broken", False), ("refused", True), ("missing", True)]
-)
-def test_a_region_of_a_failed_request_is_never_used_again(
-    shelf: Shelf, memory: SharedMemory, kind: str, closed: bool
-) -> None:
-    doubled(memory)
-
-    def fail(request: Request) -> dict[str, Any]:
-        raise CallError("so it is", kind)
-
-    shelf.act = fail
-    with pytest.raises(CallError, match="so it is"):
-        doubled(memory)
-    first = shelf.asked[-1]
-    assert not left(shelf)
-    # The server is told only where it is done with the region.
-    assert (first not in shelf.open) == closed
-    shelf.act = shelf.doubled
-    np.testing.assert_array_equal(doubled(memory), [0, 2, 4])
-    assert shelf.asked[-1] != first
-
-
-def test_a_server_closes_what_it_did_not_answer_for_long_after(
-    shelf: Shelf, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(request: Request) -> dict[str, Any]:
-        raise CallError("so it is", "away")
-
-    for _ in range(3):
-        shelf.act = fail
-        with pytest.raises(CallError, match="so it is"):
-            doubled(memory)
-        shelf.act = shelf.doubled
-        doubled(memory)
-    assert len(shelf.open) == 4
-    monkeypatch.setattr("runtimes.remote.shared_memory._LATE", 0.0)
-    doubled(memory, 400_000)
-    assert list(shelf.open) == shelf.asked[-1:]
-
-
-def test_a_server_that_says_another_shape_is_believed(shelf: Shelf, memory: SharedMemory) -> None:
-    doubled(memory)
-    shelf.act = lambda request: {"y": np.zeros((2,), np.float32)}
-    assert doubled(memory).shape == (2,)  # and so it is refused, not read from what was there
-    shelf.act = lambda request: {"y": np.zeros((3,), np.int64)}
-    assert doubled(memory).dtype == np.int64
-
-
-def test_a_region_in_use_goes_when_its_request_ends(shelf: Shelf, memory: SharedMemory) -> None:
-    entered, release = threading.Event(), threading.Event()
-
-    def wait(request: Request) -> dict[str, Any]:
-        entered.set()
-        release.wait(10)
-        return shelf.doubled(request)
-
-    shelf.act = wait
-    got: list[Any] = []
-    thread = threading.Thread(target=lambda: got.append(doubled(memory)))
-    thread.start()
-    assert entered.wait(30)
-    memory.close()
-    assert len(left(shelf)) == 1
-    release.set()
-    thread.join(30)
-    np.testing.assert_array_equal(got[0], [0, 2, 4])
-    assert not left(shelf)
-
-
-def test_threads_have_regions_of_their_own(shelf: Shelf, memory: SharedMemory) -> None:
-    barrier = threading.Barrier(3, timeout=30)
-
-    def together(request: Request) -> dict[str, Any]:
-        barrier.wait()
-        return shelf.doubled(request)
-
-    shelf.act = together
-    got: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda n=n: got.update({n: doubled(memory, n)})) for n in (3, 4, 5)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    for n in (3, 4, 5):
-        np.testing.assert_array_equal(got[n], 2 * np.arange(n))
-    assert len(set(shelf.asked)) == len(shelf.open) == 3
-
-
-def test_closing_tells_a_server_that_is_away_once(shelf: Shelf, memory: SharedMemory) -> None:
-    doubled(memory)
-    shelf.away = True
-    memory.close()
-    assert not left(shelf)
-
-
-def test_a_region_that_cannot_be_had(
-    shelf: Shelf, memory: SharedMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(file: int, start: int, size: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    before = set(N_LEFT.glob(f"ztune_{os.getpid()}_*"))
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(CallError, match=r"no shared memory of \d+ bytes \(No space left") as caught:
-        doubled(memory)
-    assert caught.value.kind == "refused"
-    shelf.away = True
-    monkeypatch.undo()
-    with pytest.raises(CallError, match="nobody"):
-        doubled(memory)
-    assert set(N_LEFT.glob(f"ztune_{os.getpid()}_*")) <= before

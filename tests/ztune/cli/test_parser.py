@@ -31,7 +31,19 @@ from ztune.run_config import RunConfig
         ),
         (("methods", "zip", "gda"), 'unexpected "gda"'),
         (("methods", "-x"), 'unexpected "-x"'),
-        (("tune", "--sh", "4"), "ambiguous option: --sh could match --shots, --shared-memory"),
+        (
+            ("tune", "--max", "4"),
+            "ambiguous option: --max could match --max-inflight, --max-request",
+        ),
+        (
+            ("tune", "m", "--endpoint", "http://h:1"),
+            "option --endpoint was removed: put the servers behind one URL, a Kubernetes Service "
+            "or a proxy (docs/serving.md)",
+        ),
+        (
+            ("eval", "m", "--shared-memory=on"),
+            "option --shared-memory was removed: leave it out, tensors always go over the network",
+        ),
         (("tune", "--shots", "many"), "argument --shots: invalid int value: 'many'"),
         (("tune", "--\x1b[2J"), r"unknown option --\x1b[2J"),
         (("pack",), "the following arguments are required: BUNDLE, --prompt, --out"),
@@ -160,8 +172,8 @@ def test_shared_options_are_those_that_several_verbs_add() -> None:
 def test_given_is_what_differs_from_the_default() -> None:
     arguments = parser_of("tune").read(["m", "--seed=3", "--provider", "auto", "--force", "--json"])
     assert arguments.given == {"seed": "--seed", "force": "--force"}
-    words = ["t", "--endpoint", "http://a:1", "--set", "rank=2"]
-    assert parser_of("tune").read(words).given == {"settings": "--set", "endpoints": "--endpoint"}
+    words = ["t", "--template", "a {}.", "--set", "rank=2"]
+    assert parser_of("tune").read(words).given == {"settings": "--set", "templates": "--template"}
 
 
 def test_an_argument_of_the_library_is_shown_as_an_option() -> None:
