@@ -1,7 +1,7 @@
-"""What Triton's Python backend runs: the one ONNX graph beside this file, by onnxruntime.
+"""A model for Triton's Python backend that runs the ONNX graph in the same folder.
 
-`ztune export-triton --backend python` copies it into a model's folder as model.py. It knows nothing
-of the rest of ztune, which the server does not have.
+`ztune export-triton --backend python` copies this file into a model's folder as model.py. It does
+not import ztune, which the server does not have.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as backend
 
-# Before its library is loaded: ONNX Runtime 1.32 otherwise looks up a telemetry host.
+# Must precede the import: ONNX Runtime 1.32 otherwise looks up a telemetry host.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
@@ -26,10 +26,10 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class TritonPythonModel:
-    """One instance of a model: its graph, and the images that clients have left here."""
+    """One instance of a model: its graph, and the image features that clients have stored."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the graph where the configuration says."""
+        """Open the graph on the configured device."""
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
@@ -45,45 +45,49 @@ class TritonPythonModel:
             device = {"device_id": args["model_instance_device_id"], "use_tf32": "0"}
             provider = (provider, device | {"cudnn_conv_algo_search": "HEURISTIC"})
         self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        # ONNX Runtime goes on without a provider that cannot load.
+        # ONNX Runtime silently continues without a provider that fails to load.
         if _PROVIDERS[kind] not in self._session.get_providers():
-            raise RuntimeError(f"{kind} was configured, and onnxruntime cannot run there")
+            raise RuntimeError(
+                f"instance kind {kind} is configured, but onnxruntime has no provider for it"
+            )
         self._inputs = [given.name for given in self._session.get_inputs()]
         self._digest = np.frombuffer(bytes.fromhex(parameters["bundle_digest"]), dtype=np.uint8)
-        self._kept = Kept(int(parameters["keep_bytes"])) if "keep_bytes" in parameters else None
+        self._cache = (
+            FeatureCache(int(parameters["keep_bytes"])) if "keep_bytes" in parameters else None
+        )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request apart: what is batched with others may round differently."""
-        return [self._answered(request) for request in requests]
+        """Run each request separately, since batching may change rounding."""
+        return [self._respond(request) for request in requests]
 
-    def _answered(self, request: Any) -> Any:
-        names = [*self._inputs, *(Kept.INPUTS if self._kept else ())]
+    def _respond(self, request: Any) -> Any:
+        names = [*self._inputs, *(FeatureCache.INPUTS if self._cache else ())]
         given = {name: backend.get_input_tensor_by_name(request, name) for name in names}
         feeds = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
         wanted = list(request.requested_output_names())
         try:
-            if self._kept is not None and self._kept.takes(feeds):
-                # Nothing is computed; the digest says that the images are there.
+            if self._cache is not None and self._cache.store(feeds):
+                # Nothing is computed; the digest confirms that the images are stored.
                 return backend.InferenceResponse([backend.Tensor("digest", self._digest)])
-            if self._kept is not None:
-                feeds = self._kept.completed(feeds)
+            if self._cache is not None:
+                feeds = self._cache.expand(feeds)
             values = self._run(wanted, feeds)
-        except _RefusedError as error:
-            return _failure(str(error), error.code)
-        except Exception as error:  # onnxruntime raises its own kinds for inputs that do not fit
-            return _failure(str(error), backend.TritonError.INVALID_ARG)
+        except _RequestError as error:
+            return _error_response(str(error), error.code)
+        except Exception as error:  # onnxruntime raises its own types for invalid inputs
+            return _error_response(str(error), backend.TritonError.INVALID_ARG)
         tensors = [backend.Tensor(n, v) for n, v in zip(wanted, values, strict=True)]
         return backend.InferenceResponse(output_tensors=tensors)
 
     def _run(self, wanted: list[str], feeds: Arrays) -> list[np.ndarray[Any, Any]]:
         missing = sorted(set(self._inputs) - set(feeds))
         if missing:
-            raise _RefusedError(f"inputs missing: {', '.join(missing)}")
+            raise _RequestError(f"missing inputs: {', '.join(missing)}")
         return [np.ascontiguousarray(value) for value in self._session.run(wanted, feeds)]
 
 
-class Kept:
-    """Images' features and labels that are sent once and then named by their SHA-256."""
+class FeatureCache:
+    """Image features and labels that clients send once and then refer to by SHA-256 (LRU)."""
 
     INPUTS = ("kept", "rows")
 
@@ -92,19 +96,19 @@ class Kept:
         self._sets: OrderedDict[bytes, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
         self._sets = OrderedDict()
 
-    def takes(self, feeds: Arrays) -> bool:
-        """Keep what a request leaves here, the oldest going first; False where it asks instead."""
+    def store(self, feeds: Arrays) -> bool:
+        """Store a request's features and labels; return False for a request to compute."""
         given = {"features", "labels"} & set(feeds)
         if "kept" not in feeds or not given:
             return False
         if len(given) == 1 or len(feeds["features"]) != len(feeds["labels"]):
-            raise _RefusedError("images are kept with as many features as labels")
+            raise _RequestError("`kept` needs equal numbers of features and labels")
         name = feeds["kept"].tobytes()
         features, labels = np.array(feeds["features"]), np.array(feeds["labels"])
         if hashlib.sha256(features.tobytes() + labels.tobytes()).digest() != name:
-            raise _RefusedError("the SHA-256 of features and labels is another")
+            raise _RequestError("`kept` is not the SHA-256 of features and labels")
         if features.nbytes + labels.nbytes > self._most:
-            raise _RefusedError(f"features and labels take more than {self._most} bytes")
+            raise _RequestError(f"features and labels exceed {self._most} bytes")
         self._sets.pop(name, None)
         self._sets[name] = features, labels
         while (
@@ -113,29 +117,29 @@ class Kept:
             self._sets.popitem(last=False)
         return True
 
-    def completed(self, feeds: Arrays) -> Arrays:
-        """Return a request's inputs with the rows of the kept set that it names."""
+    def expand(self, feeds: Arrays) -> Arrays:
+        """Return a request's inputs with the rows that it selects from a stored set."""
         if "kept" not in feeds:
             return feeds
         feeds = dict(feeds)
         name, rows = feeds.pop("kept").tobytes(), feeds.pop("rows", None)
         if name not in self._sets:
-            raise _RefusedError("no images are kept under this name", backend.TritonError.NOT_FOUND)
+            raise _RequestError("no images are kept under this name", backend.TritonError.NOT_FOUND)
         self._sets.move_to_end(name)
         features, labels = self._sets[name]
         if rows is None or rows.ndim != 1 or rows.size == 0:
-            raise _RefusedError("rows are i64[N] of the kept set")
+            raise _RequestError("`kept` needs `rows` i64[N]")
         if rows.min() < 0 or rows.max() >= len(features):
-            raise _RefusedError(f"a row is none of the {len(features)} kept")
+            raise _RequestError(f"`rows` must be between 0 and {len(features) - 1}")
         return {**feeds, "features": features[rows], "labels": labels[rows]}
 
 
-class _RefusedError(Exception):
+class _RequestError(Exception):
     def __init__(self, message: str, code: int | None = None):
         super().__init__(message)
         self.code = backend.TritonError.INVALID_ARG if code is None else code
 
 
-def _failure(message: str, code: int) -> Any:
+def _error_response(message: str, code: int) -> Any:
     error = backend.TritonError(" ".join(message.split())[:500], code)
     return backend.InferenceResponse(output_tensors=[], error=error)

@@ -23,7 +23,7 @@ from export.clip import LoadedClip, load_clip
 from export.graphs import TextGraph
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
-from runtimes.prompts import context_of_words
+from runtimes.prompts import embed_words
 from runtimes.providers import Execution
 from runtimes.reference import derived
 from runtimes.tokenizer import Tokenizer
@@ -102,12 +102,12 @@ def test_words_as_context_are_the_template(exported: Exported) -> None:
     tokenizer = Tokenizer(bundle)
     names = ("cat", "traffic light", "red panda")
     graph = OrtPromptGraph(bundle, tokenizer, Execution())
-    words = context_of_words(bundle, tokenizer, "a photo of a")
+    words = embed_words(bundle, tokenizer, "a photo of a")
     tuned = graph.encoder(names, len(words), 1).encode(words[None])
     tokens = tokenizer.pad([tokenizer.sequence(f"a photo of a {name}.") for name in names])
     (plain,) = session(bundle, "text").run(None, {"tokens": tokens})
     np.testing.assert_allclose(tuned[0], plain, atol=5e-6)
-    np.testing.assert_allclose(graph.sentences("a photo of a {}.", names), plain, atol=5e-6)
+    np.testing.assert_allclose(graph.encode_template("a photo of a {}.", names), plain, atol=5e-6)
 
 
 def test_manifest_and_files_say_what_the_model_is(exported: Exported) -> None:

@@ -184,9 +184,9 @@ def test_kept_images_stand_for_those_that_are_sent(client: Any, bundle: Bundle) 
     assert np.abs(other["losses"] - answer["losses"]).min() > 1e-6
 
     for bad in (rows_of(9), rows_of(0, -1), rows_of(2**62)):
-        refused(client, "score", {**asking, "rows": bad}, "a row is none of the 9 kept")
-    refused(client, "score", {**request, "kept": name}, "rows are i64[N] of the kept set")
-    refused(client, "score", {**asking, "rows": rows_of()}, "rows are i64[N] of the kept set")
+        refused(client, "score", {**asking, "rows": bad}, "`rows` must be between 0 and 8")
+    refused(client, "score", {**request, "kept": name}, "`kept` needs `rows` i64[N]")
+    refused(client, "score", {**asking, "rows": rows_of()}, "`kept` needs `rows` i64[N]")
     # None of that made the server forget.
     np.testing.assert_array_equal(ask(client, "score", asking)["losses"], answer["losses"])
 
@@ -196,15 +196,15 @@ def test_images_are_kept_under_their_own_name_only(client: Any, bundle: Bundle) 
     name = name_of(kept)
     wrong = name.copy()
     wrong[0] ^= 1
-    refused(client, "score", {**kept, "kept": wrong}, "the SHA-256 of features and labels is")
+    refused(client, "score", {**kept, "kept": wrong}, "not the SHA-256 of features and labels")
     swapped = {**kept, "labels": kept["labels"][::-1].copy()}
-    refused(client, "score", {**swapped, "kept": name}, "the SHA-256 of features and labels is")
+    refused(client, "score", {**swapped, "kept": name}, "not the SHA-256 of features and labels")
     fewer = {**kept, "labels": kept["labels"][:-1]}
     refused(
-        client, "score", {**fewer, "kept": name_of(fewer)}, "as many features as labels"
+        client, "score", {**fewer, "kept": name_of(fewer)}, "equal numbers of features and labels"
     )  # fmt: skip
     alone = {"features": kept["features"], "kept": name}
-    refused(client, "score", alone, "as many features as labels")
+    refused(client, "score", alone, "equal numbers of features and labels")
     for one in (name, wrong, name_of(fewer)):
         asking = {**texts(bundle), "kept": one, "rows": rows_of(0)}
         refused(client, "score", asking, status="NOT_FOUND")
@@ -235,8 +235,8 @@ def test_malformed_inputs_are_errors(client: Any, bundle: Bundle) -> None:
     good = texts(bundle) | images(bundle)
     contexts, tokens, labels = good["contexts"], good["tokens"], good["labels"]
     for values, words in (
-        ({"contexts": None}, "inputs missing: contexts"),
-        ({"features": None, "labels": None}, "inputs missing: features, labels"),
+        ({"contexts": None}, "missing inputs: contexts"),
+        ({"features": None, "labels": None}, "missing inputs: features, labels"),
         ({"contexts": contexts[:, :, :-1].copy()}, "unexpected shape for input 'contexts'"),
         ({"contexts": contexts[0]}, "unexpected shape for input 'contexts'"),
         ({"contexts": contexts.astype(np.float64)}, "data-type is 'FP64'"),
@@ -311,7 +311,7 @@ def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bund
         ask(client, "score", asking[2])
         refused(client, "score", asking[1], status="NOT_FOUND")
         large = images(bundle, n=41)
-        refused(client, "score", {**large, "kept": name_of(large)}, f"more than {2 * size} bytes")
+        refused(client, "score", {**large, "kept": name_of(large)}, f"exceed {2 * size} bytes")
         client.close()
 
 
