@@ -35,7 +35,7 @@ class TorchPrompts:
     def __init__(self, loaded: LoadedClip, classes: Sequence[str], n_context: int):
         self._loaded = loaded
         spec = loaded.text
-        tokenizer = Tokenizer.of(loaded.tokenizer_json, spec)
+        tokenizer = Tokenizer.from_json(loaded.tokenizer_json, spec)
         gap = [placeholder_id(spec)] * n_context
         self._tokens = torch.tensor(
             tokenizer.pad(

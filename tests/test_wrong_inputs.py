@@ -251,7 +251,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--set", "n_context=30"), ("n_context needs init=random",)),
         (
             ("--set", "n_context=30", "--init", "random"),
-            ("does not fit", "shorten the context or the name"),
+            ("is too long", "shorten the context or the name"),
         ),
         (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
         (("--provider", "tpu"), ('unknown provider "tpu"',)),
@@ -259,7 +259,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--threads", 100000), ("--threads is 100000, expected at most 1024",)),
         (
             ("--memory-limit", 1, "--set", "n_prompts=4000", "--queries", 4000),
-            ("--memory-limit 1 (MB) is too small for one class and one candidate", "the least"),
+            ("--memory-limit is 1 (MB), expected at least",),
         ),
         (("--preset", "best"), ('unknown preset "best"',)),
         (("--template", "a photo"), ("must hold {} once",)),

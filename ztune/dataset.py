@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from runtimes.held import digest_of
-from runtimes.preprocess import ImageLike, read_held_image
+from runtimes.in_memory import image_digest
+from runtimes.preprocess import ImageLike, convert_image
 from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
@@ -145,7 +145,7 @@ class Dataset:
                 path = Path(image).absolute().relative_to(root).as_posix()
             else:
                 path = f"{MEMORY.name}-{number:09d}"
-                held[root / path] = read_held_image(image, f"image {number}")
+                held[root / path] = convert_image(image, f"image {number}")
             listed.append(ListedImage(path, classes.index(name), None))
         return cls(Listing(root, classes, tuple(listed), 0), held=held)
 
@@ -201,7 +201,7 @@ class Dataset:
 
     def _digest(self, path: Path) -> str:
         held = self.held.get(path)
-        return digest_file(path) if held is None else digest_of(held)
+        return digest_file(path) if held is None else image_digest(held)
 
 
 def as_rows(values: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.held import Held
+from runtimes.in_memory import InMemoryImages
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.cache import FeatureStore, MemoryCache
@@ -40,7 +40,7 @@ class LabelledImages:
     labels: I64
     classes: tuple[str, ...]
     split: str
-    held: Held = field(default_factory=dict)
+    held: InMemoryImages = field(default_factory=dict)
     """Images that are in memory, by the paths that stand for them."""
 
     @property

@@ -398,7 +398,7 @@ class TrainingRun(Generic[Store]):
         )
         with self._journalled(budget) as served:
             texts = None
-            if TEXTS not in self.model.runtime.withheld:
+            if TEXTS not in self.model.runtime.missing:
                 texts = self.model.sentences(run_config.templates, self.split.classes)
             baselines = self._baselines(texts, encoded)
             return_free_memory()  # what the image tower and the fit have left
