@@ -177,11 +177,11 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(tune(empty), "holds no images")
+    refused(tune(empty), "contains no images")
     refused(tune(tmp_path / "nowhere"), "does not exist")
     one = tmp_path / "one-class"
     shutil.copytree(data / "one", one / "one")
-    refused(tune(one), 'has one class only, "one"')
+    refused(tune(one), 'has only one class, "one"')
     refused(tune(data, "--shots", 16), 'class "', "--shots 16 needs 16")
 
     text = data / "one" / "0.jpg"
@@ -205,7 +205,7 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     twin = data / "t_wo", data / "t wo"
     for folder in twin:
         shutil.copytree(data / "one", folder)
-    refused(tune(data), '"t wo" and "t_wo" both give the class name')
+    refused(tune(data), '"t wo" and "t_wo" have the same class name')
     shutil.rmtree(twin[0])
     for image in twin[1].iterdir():
         image.unlink()

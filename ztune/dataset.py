@@ -18,7 +18,7 @@ from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import digest_file, make_split, whole_split
+from ztune.data.splitter import digest_file, make_split, training_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
 from ztune.progress import warn
@@ -193,7 +193,9 @@ class Dataset:
         if any(image.split not in (None, "train") for image in self.listing.images):
             raise DataError("the data have validation or test images of their own: use split()")
         order = None if self.held else seed
-        return TrainingSet(whole_split(self.listing, self._digest, order), self.template, self.held)
+        return TrainingSet(
+            training_split(self.listing, self._digest, order), self.template, self.held
+        )
 
     def _tested(self, split: Split) -> LabelledImages:
         items, labels = split.items("test"), split.labels("test")
