@@ -80,9 +80,9 @@ def make_plan(
         groups = _split_classes(order, tokens, n_groups)
         n_bytes = persistent + max(call_bytes(tokens[group], sizes, n_together) for group in groups)
         rows = max(_rows(tokens[group], sizes, n_together) for group in groups)
-        can_be_cut = n_together > 2 or len(groups) < len(order)
+        can_be_split = n_together > 2 or len(groups) < len(order)
         if n_bytes > limit * _MB or (
-            provider == "cpu" and rows * sizes.width > _CPU_VALUES and can_be_cut
+            provider == "cpu" and rows * sizes.width > _CPU_VALUES and can_be_split
         ):
             return None
         return Plan(n_together, tuple(groups), n_bytes / _MB)

@@ -156,7 +156,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
             config["model_cfg"][tower] |= values
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         # open_clip resizes the embeddings and only logs it
-        with pytest.raises(ConfigError, match="position embeddings have another size"):
+        with pytest.raises(ConfigError, match="position embeddings of another size"):
             load_clip(model)
 
 

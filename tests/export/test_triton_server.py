@@ -160,7 +160,7 @@ def test_scores_answer_as_here(server: TritonServer, client: Any, bundle: Bundle
         assert answer[name].dtype == expected.dtype
         np.testing.assert_array_equal(answer[name], expected)
     assert bytes(answer["digest"]).hex() == bundle.digest
-    # What was not asked for is not sent.
+    # Outputs that were not requested are not sent.
     assert set(ask(client, "score", feeds, ["losses"])) == {"losses"}
 
 
@@ -187,7 +187,7 @@ def test_kept_images_stand_for_those_that_are_sent(client: Any, bundle: Bundle) 
         refused(client, "score", {**asking, "rows": bad}, "`rows` must be between 0 and 8")
     refused(client, "score", {**request, "kept": name}, "`kept` needs `rows` i64[N]")
     refused(client, "score", {**asking, "rows": rows_of()}, "`kept` needs `rows` i64[N]")
-    # None of that made the server forget.
+    # The server still has the stored set.
     np.testing.assert_array_equal(ask(client, "score", asking)["losses"], answer["losses"])
 
 
@@ -291,7 +291,7 @@ def test_the_client_half_is_downloaded_in_slices(
         half.file(name)
 
 
-def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bundle) -> None:
+def test_the_least_recently_used_sets_are_evicted(tmp_path: Path, bundle: Bundle) -> None:
     triton_environment()
     repository = tmp_path / "repository"
     export_triton(bundle, repository, "mini", Serving(backend="python", threads=1))
@@ -305,7 +305,7 @@ def test_the_kept_sets_that_are_used_least_go_first(tmp_path: Path, bundle: Bund
         asking = [{**texts(bundle), "kept": name_of(s), "rows": rows_of(3)} for s in sets]
         for kept in sets[:2]:
             ask(client, "score", {**kept, "kept": name_of(kept)})
-        ask(client, "score", asking[0])  # the first is used again, so the second goes
+        ask(client, "score", asking[0])  # the first is used again, so the second is evicted
         ask(client, "score", {**sets[2], "kept": name_of(sets[2])})
         ask(client, "score", asking[0])
         ask(client, "score", asking[2])

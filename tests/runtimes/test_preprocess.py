@@ -145,7 +145,7 @@ def test_levels_of_unknown_range_are_refused(tmp_path: Path, levels: np.ndarray)
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 def test_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
-    # Four quarters of different greys, as stored; upright, the dark one is where EXIF says.
+    # Four quarters with different grey values as stored; EXIF gives the dark one's upright place.
     stored = np.kron(np.array([[10, 80], [150, 220]], np.uint8), np.ones((16, 24), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
