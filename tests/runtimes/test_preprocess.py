@@ -309,7 +309,7 @@ def test_formats_that_this_pillow_lacks_are_not_listed(
     np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), noise(9, 7))
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
-        DataError, match=r"\(JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, JPEG 2000, PNM\)"
+        DataError, match=r"\(supported: JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, JPEG 2000, PNM\)"
     ):
         read_image_file(tmp_path / "a.txt")
 
