@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy models/mini --data examples/digits --templates digits
     python -m benchmarks.accuracy bundles/vit-b-32 --data photos --seeds 1,2,3
 
-Every figure comes from the commands a user types, in processes of their own.
+Every figure comes from the commands that a user types, in separate processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ztune.system import machine, versions
 
 TEMPLATES = {
     "general": ("a photo of a {}.",),
-    # Listed before the first accuracy on the digits was looked at.
+    # Chosen before any accuracy on the digits was measured.
     "digits": (
         "{}.",
         "a photo of a {}.",

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --classes 10 --queries 500
 
-Where there is no CUDA this prints a document that says why nothing was run, and exits with 1.
+Without CUDA this prints a document with the reason, and exits with 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(
 
 
 def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[str, Any]:
-    """Return the seconds of a whole run, as `ztune tune` composes it, and of what comes before."""
+    """Return the seconds of a whole run as in `ztune tune`, and of its preparation."""
     from benchmarks.rounds import Rounds
     from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
     from runtimes.scores import OrtScores
@@ -55,7 +55,7 @@ def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[
 
     config = ZipConfig()
     rounds = Rounds(graph, classes_named(n_classes), config, score_with=score_with)
-    rounds.run(3 * rounds.n_candidates)  # the second round is captured
+    rounds.run(3 * rounds.n_candidates)  # the second candidate batch is captured
     ready = time.perf_counter() - start
     seconds = rounds.run(queries)
     return {
@@ -71,8 +71,8 @@ def run(path: Path, n_classes: int, queries: int, execution: Execution) -> dict[
 
 def main() -> None:
     given = parser(__doc__)
-    given.add_argument("--model", default="ViT-B-16", help="one that open_clip knows, or: tiny")
-    given.add_argument("--classes", default="10,100,1000", help="numbers, divided by commas")
+    given.add_argument("--model", default="ViT-B-16", help="an open_clip model, or: tiny")
+    given.add_argument("--classes", default="10,100,1000", help="numbers, separated by commas")
     given.add_argument("--queries", type=int, default=5000)
     arguments = given.parse_args()
     started = time.perf_counter()

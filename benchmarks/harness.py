@@ -1,11 +1,11 @@
-"""What `ztune bench` takes beside its runs: seconds a cell, in one process, joblib's and Ray's.
+"""Overhead of `ztune bench`: seconds per cell, in one process, with joblib and with Ray.
 
     python -m benchmarks.harness
     python -m benchmarks.harness BUNDLE --data caltech101 --root DIR
 
-The command carries out plans of few and of many seeds; what a further cell takes is the difference
-over their number, so that starting, encoding and plots are not in it. What remains when the run's
-own seconds are taken off is the harness: its folder, scoring, the row. One JSON document.
+The command runs plans with few and with many seeds. The difference divided by the number of
+additional cells excludes start-up, encoding and plots. Subtracting the run's own seconds leaves the
+overhead: its folder, scoring, the row. One JSON document.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ WAYS: dict[str, tuple[int, list[str]]] = {
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the plans are about."""
+class Workload:
+    """The settings of the plans."""
 
     bundle: Path
     data: str
@@ -44,7 +44,7 @@ class Question:
     queries: int
 
     def plan(self, method: str, n_seeds: int) -> str:
-        """Return a plan of so many cells that differ in their seed."""
+        """Return a plan of `n_seeds` cells that differ in their seed."""
         own = f"images = {{ path = {json.dumps(str(Path(self.data).resolve()))} }}"
         return (
             f"seeds = {list(range(1, n_seeds + 1))}\nqueries = {self.queries}\n"
@@ -55,12 +55,12 @@ class Question:
         )
 
 
-def carried_out(question: Question, way: str, method: str, n_seeds: int) -> dict[str, float]:
-    """Run the command on a fresh folder; return its seconds, and the mean of its runs' own."""
+def run_bench(workload: Workload, way: str, method: str, n_seeds: int) -> dict[str, float]:
+    """Run the command in a new folder; return its seconds, and the mean of its runs."""
     with tempfile.TemporaryDirectory() as place:
         plan, out = Path(place) / "plan.toml", Path(place) / "out"
-        plan.write_text(question.plan(method, n_seeds))
-        root = ["--root", question.root] if question.root else []
+        plan.write_text(workload.plan(method, n_seeds))
+        root = ["--root", workload.root] if workload.root else []
         command = [sys.executable, "-m", "ztune.cli.main", "bench", plan, "--out", out, "--quiet"]
         finished = run_alone([*command, *root, *WAYS[way][1]])
         outcomes = [
@@ -70,11 +70,11 @@ def carried_out(question: Question, way: str, method: str, n_seeds: int) -> dict
     return {"seconds": finished.seconds, "own": own}
 
 
-def measured(
-    question: Question, way: str, method: str, few: int, many: int, repeats: int
+def measure_cell(
+    workload: Workload, way: str, method: str, few: int, many: int, repeats: int
 ) -> dict[str, Any]:
-    """Return what a further cell takes, as a row."""
-    loops = {str(n): functools.partial(carried_out, question, way, method, n) for n in (few, many)}
+    """Return the cost of an additional cell as a row."""
+    loops = {str(n): functools.partial(run_bench, workload, way, method, n) for n in (few, many)}
     found = interleaved(loops, repeats)
     workers = WAYS[way][0]
     slope = (found[str(many)]["seconds"] - found[str(few)]["seconds"]) / (many - few)
@@ -94,20 +94,20 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("bundle", type=Path, nargs="?", default=ROOT / "models" / "mini")
     arguments.add_argument("--data", default=str(ROOT / "examples" / "digits"))
-    arguments.add_argument("--root", type=Path, help="holds a data set known by name")
+    arguments.add_argument("--root", type=Path, help="folder of named data sets")
     arguments.add_argument("--shots", type=int, default=16)
     arguments.add_argument("--queries", type=int, default=200)
     arguments.add_argument("--methods", default="gda,zip")
     arguments.add_argument("--ways", default=",".join(WAYS), help="of these")
     given = arguments.parse_args()
     started = time.perf_counter()
-    question = Question(given.bundle, given.data, given.root, given.shots, given.queries)
+    workload = Workload(given.bundle, given.data, given.root, given.shots, given.queries)
     few, many, repeats = (2, 6, 1) if given.quick else (2, 42, 3)
     rows = []
     for way, method in itertools.product(given.ways.split(","), given.methods.split(",")):
-        row = measured(question, way, method, few, many, repeats)
-        say(f"{way}, {method}: {row['overhead_seconds_per_cell']:.3f} s a cell beside "
-            f"{row['own_seconds_per_cell']:.3f} s of its own")  # fmt: skip
+        row = measure_cell(workload, way, method, few, many, repeats)
+        say(f"{way}, {method}: {row['overhead_seconds_per_cell']:.3f} s overhead per cell, "
+            f"{row['own_seconds_per_cell']:.3f} s for its run")  # fmt: skip
         rows.append(row)
     show(document(started, data=given.data, shots=given.shots, queries=given.queries, rows=rows))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: one JSON document each, fair timing, peaks of whole processes."""
+"""Shared by the benchmarks: the JSON document, interleaved timing, peaks of whole processes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ztune.printing import printable
 from ztune.system import commit, machine, versions
 
 ROOT = Path(__file__).parent.parent
-# Between loops: the threads of the one before spin a few milliseconds before they sleep.
+# Pause between loops, since threads of the previous one spin for a few milliseconds.
 _PAUSE = 0.02
 
 
 def parser(module_doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark takes."""
+    """Return a parser with the options of every benchmark."""
     result = argparse.ArgumentParser(
         description=module_doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--quick", action="store_true", help="less of everything: within 45 s")
+    result.add_argument("--quick", action="store_true", help="a reduced run: within 45 s")
     result.add_argument(
         "--cache",
-        # Processes of other folders are told.
+        # Passed to processes with other working folders.
         type=lambda word: Path(word).resolve(),
         default=ROOT / ".cache" / "benchmarks",
-        help="folder of the models, which are made once",
+        help="folder of the models, which are exported once",
     )
     return result
 
@@ -49,7 +49,7 @@ def say(text: str) -> None:
 
 
 def document(started: float, **content: Any) -> dict[str, Any]:
-    """Return a benchmark's document; `started` is by time.perf_counter()."""
+    """Return a benchmark's document; `started` comes from time.perf_counter()."""
     return {
         "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         **content,
@@ -76,9 +76,9 @@ def seconds(call: Callable[[], object]) -> float:
 def interleaved(
     loops: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Run every loop in turn, `repeats` times over; return the medians of what each reports.
+    """Run all loops in turn, `repeats` times; return the medians of what each reports.
 
-    Taking turns lets a disturbance of the machine hit all of them alike.
+    Interleaving makes a disturbance of the machine affect all of them.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in loops}
     for _ in range(repeats):
@@ -98,32 +98,31 @@ def timed(call: Callable[[], object], n_calls: int = 1) -> Callable[[], dict[str
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended."""
+    """A finished process."""
 
     out: str
     peak_mb: float
-    """Of the largest process, it or a child it waited for: the system's own account."""
+    """Of the largest process (it or a child that it waited for), as reported by the system."""
     tree_peak_mb: float
-    """Of all of them together, where it was watched; pages that they share count for each."""
+    """Of all of them together, with `watch`; shared pages count for each."""
     seconds: float
 
 
 def run_alone(command: Sequence[object], *, watch: bool = False) -> Finished:
-    """Run a process and see how much memory it takes; `watch` looks at its children as it runs.
+    """Run a process and measure its memory; `watch` samples its children every 20 ms.
 
-    Watching takes time itself, every 20 ms: it is for what is not timed.
-    The system never accounts less than the memory of the process that started it, so benchmarks of
-    memory keep torch out of their own.
+    Watching slows the process down, so do not use it for timing. The reported memory is at least
+    that of the parent process, so benchmarks of memory do not import torch.
     """
     start = time.perf_counter()
     words = [str(word) for word in command]
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(words, stdout=out, cwd=ROOT)
-        together = 0
+        tree_peak = 0
         while not (ended := os.wait4(process.pid, os.WNOHANG if watch else 0))[0]:
             with contextlib.suppress(psutil.Error):
                 tree = [root := psutil.Process(process.pid), *root.children(recursive=True)]
-                together = max(together, sum(one.memory_info().rss for one in tree))
+                tree_peak = max(tree_peak, sum(one.memory_info().rss for one in tree))
             time.sleep(0.02)
         taken = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(ended[1])
@@ -132,7 +131,7 @@ def run_alone(command: Sequence[object], *, watch: bool = False) -> Finished:
         out.seek(0)
         unit = 1 if sys.platform == "darwin" else 1024
         peak = ended[2].ru_maxrss * unit / 1e6
-        return Finished(out.read().decode(), peak, max(peak, together / 1e6), taken)
+        return Finished(out.read().decode(), peak, max(peak, tree_peak / 1e6), taken)
 
 
 def last_line(out: str) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def draw(
     path: Path,
     columns: int,
 ) -> None:
-    """Draw lines (x, y) by name, a panel by title; far-apart heights on a logarithmic axis."""
+    """Draw lines (x, y) by name, one panel per title; a large y range gets a logarithmic axis."""
     import logging
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache

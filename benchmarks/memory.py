@@ -1,9 +1,9 @@
 """Peak resident memory of whole processes: `ztune tune`, its image pass, and tuning in torch.
 
     python -m benchmarks.memory              # C = 10 and 100, fp32 and int8
-    python -m benchmarks.memory --quick      # a tiny model: shows that it works, no more
+    python -m benchmarks.memory --quick      # a tiny model, as a smoke test
 
-Every figure is a process of its own, read from the system's account once it has ended. Making the
+Every figure is the peak of a separate process, reported by the system after its exit. Exporting the
 models takes minutes the first time.
 """
 
@@ -53,7 +53,7 @@ def measure(
 def _tune(
     bundle: Path, folder: Path, n_classes: int, precision: str, queries: int
 ) -> dict[str, Any]:
-    """Tune twice: the first run fills the cache, the second finds all image features there."""
+    """Tune twice: the first run fills the feature cache, the second uses it."""
     cache = folder / f"cache-{precision}"
     found: dict[str, Any] = {}
     for name, n_queries in (("image_pass", 10), ("cached", queries)):
@@ -71,7 +71,7 @@ def _tune(
                 ),
                 *("--shots", SHOTS, "--val", 0, "--test-fraction", 0, "--queries", n_queries),
                 *("--provider", "cpu", "--cache", cache, "--out", out, "--quiet", "--json"),
-                # Random weights and images have no signal; it is measured all the same.
+                # Random weights and images have no signal; the gate measures it anyway.
                 "--force",
             ],
             watch=True,
@@ -103,7 +103,7 @@ def _torch(size: Size, loop: str, n_classes: int) -> dict[str, Any]:
 
 
 def draw(n_classes: int, folder: Path) -> None:
-    """Write 16 small images a class: coloured noise."""
+    """Write 16 small images per class: coloured noise."""
     import numpy as np
     from PIL import Image
 
@@ -117,7 +117,7 @@ def draw(n_classes: int, folder: Path) -> None:
 
 def main() -> None:
     given = parser(__doc__)
-    given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
+    given.add_argument("--model", default="ViT-B-32", help="an open_clip model, or: tiny")
     given.add_argument("--draw", nargs=2, metavar=("CLASSES", "FOLDER"), help="images only")
     arguments = given.parse_args()
     if arguments.draw:

@@ -1,4 +1,4 @@
-"""Class names to measure with: real ones, and noun phrases of ImageNet-like length."""
+"""Class names for benchmarks: real ones, and noun phrases of ImageNet-like length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 
-# The categories as few-shot papers spell them (the split file of CoOp), "lilly" included.
+# The categories as spelled in few-shot papers (CoOp's split file), including "lilly".
 _CALTECH101 = """
     face, leopard, motorbike, accordion, airplane, anchor, ant, barrel, bass, beaver, binocular,
     bonsai, brain, brontosaurus, buddha, butterfly, camera, cannon, car side, ceiling fan,
@@ -47,7 +47,7 @@ _KINDS = ("mountain", "river", "garden", "harbour", "desert", "village", "winter
 def phrases(n_phrases: int) -> tuple[str, ...]:
     """Return `n_phrases` (at most 2,000) distinct noun phrases, two words each on average.
 
-    Of twenty, two are one word while there are any, three are three words, all others two.
+    Of every twenty, two have one word (until these run out), three have three and the others two.
     """
     one, two = iter(_NOUNS), _pairs(_LOOKS + _KINDS, _NOUNS)
     placed = [f"{kind} {noun}" for kind, noun in zip(_KINDS * 13, _NOUNS, strict=False)]
@@ -58,13 +58,13 @@ def phrases(n_phrases: int) -> tuple[str, ...]:
 
 
 def _pairs(first: Sequence[str], second: Sequence[str]) -> Iterator[str]:
-    """Yield all pairs, neighbours with no word in common."""
+    """Yield all pairs; neighbours have no word in common."""
     for shift, (i, word) in itertools.product(range(len(first)), enumerate(second)):
         yield f"{first[(i + shift) % len(first)]} {word}"
 
 
 def classes_named(n_classes: int) -> tuple[str, ...]:
-    """Return so many class names: CIFAR-10's, Caltech101's where those suffice, phrases beyond."""
+    """Return `n_classes` class names: CIFAR-10's or Caltech101's if enough, else phrases."""
     return next(
         names[:n_classes]
         for names in (CIFAR10, CALTECH101, phrases(2000))

@@ -1,9 +1,9 @@
-"""One image at a time in one process: the library's classifiers and the bare ONNX Runtime session.
+"""Compare single-image predictions of the library's classifiers and of bare ONNX Runtime sessions.
 
     python -m benchmarks.predict                    # 10,000 predictions each, 2 minutes
     python -m benchmarks.predict --quick            # 500 each
 
-benchmarks/README.md says what the figures mean.
+benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runtimes.providers import Execution, open_session
 from ztune.artifact import Artifact, read_artifact
 
 DIGITS = ROOT / "examples" / "digits"
-# Predictions in a turn of a loop; and the turns after which memory is first looked at.
+# Predictions per turn of a loop; and the turns after which memory is first measured.
 _TURN, _FIRST = 50, 20
 _PREDICTIONS, _QUICK = 10_000, 500
 Predict = Callable[[Path], object]
@@ -73,7 +73,7 @@ def measure(place: Path, n_predictions: int, threads: int) -> dict[str, Any]:
 def _take_turns(
     ways: Mapping[str, Predict], paths: list[Path], n_predictions: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return images a second of every way, and resident MB after so many predictions of each."""
+    """Return images per second of each, and resident MB after some numbers of predictions."""
 
     def loop(predict: Predict) -> Callable[[], dict[str, float]]:
         images = itertools.cycle(paths)
@@ -91,7 +91,7 @@ def _take_turns(
 
 
 def bare_tower(bundle: Bundle, artifact: Artifact, execution: Execution) -> Predict:
-    """Return the image tower's session with what comes before and after it written out."""
+    """Return a prediction with the image tower's session, without the library."""
     session = open_session(bundle.file("image.onnx"), execution)
     head, classes = artifact.classifier(), np.array(artifact.classes)
 
@@ -106,7 +106,7 @@ def bare_tower(bundle: Bundle, artifact: Artifact, execution: Execution) -> Pred
 def bare_classifier(
     bundle: Bundle, packed: Path, artifact: Artifact, execution: Execution
 ) -> Predict:
-    """Return the packed classifier's session with what comes before and after it written out."""
+    """Return a prediction with the packed classifier's session, without the library."""
     session, classes = open_session(packed, execution), np.array(artifact.classes)
 
     def predict(path: Path) -> object:

@@ -1,13 +1,13 @@
-"""How many queries each method needs to get where ZIP is after 5,000.
+"""Measure how many queries each method needs to reach ZIP's 5,000-query accuracy.
 
     python -m benchmarks.queries run BUNDLE --images FOLDER --out OUT
     python -m benchmarks.queries report OUT --docs docs/results/queries
     python -m benchmarks.queries run BUNDLE --images FOLDER --out OUT --labels study
     python -m benchmarks.queries study OUT
 
-`run` carries out what OUT still lacks, label by label and task by task. It may be stopped and begun
-again, and several processes may work on one OUT. `report` makes tables and plots of what is there,
-`study` the table of what one changed setting does.
+`run` runs the cells that OUT lacks, label by label and task by task. It may be stopped and resumed,
+and several processes may share an OUT. `report` makes tables and plots of finished cells, `study`
+the table of single changed settings.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, say
 from benchmarks.query_cells import SEEDS, Cell
-from benchmarks.query_course import Driver
+from benchmarks.query_driver import Driver
 from benchmarks.query_labels import EVERY, LABELS, STUDY_TASKS, VARIANTS
 from benchmarks.query_report import write_report
-from benchmarks.query_study import study_of, study_table
+from benchmarks.query_study import read_study, study_table
 from benchmarks.query_tasks import TASKS
 from ztune.errors import ConfigError, ZtuneError
 from ztune.methods.registry import find_method
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="carry out cells")
+    run = verbs.add_parser("run", help="run cells")
     run.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="for all but digits")
     run.add_argument("--images", type=Path, metavar="DIR", help="folder of the image sets")
     run.add_argument("--out", type=Path, required=True, metavar="OUT")
@@ -72,10 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
         labels = _chosen(arguments.labels or ",".join(LABELS), tuple(EVERY), "labels")
     seeds = [int(word) for word in arguments.seeds.split(",")]
     for label in labels:
-        find_method(EVERY[label].method)  # one that there is not is told at once
-    course = Driver(arguments.out, arguments.work, arguments.images, arguments.bundle, commit())
+        find_method(EVERY[label].method)  # report an unknown one now
+    driver = Driver(arguments.out, arguments.work, arguments.images, arguments.bundle, commit())
     cells = [Cell(task, label, seed) for label in labels for task in tasks for seed in seeds]
-    return 1 if course.run(cells) else 0
+    return 1 if driver.run(cells) else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -85,21 +85,21 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    print("\n".join(study_table(study_of(arguments.out))))
+    print("\n".join(study_table(read_study(arguments.out))))
     return 0
 
 
 def _chosen(listed: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    """Return the names of a list, all where there is none, in the order given.
+    """Return the names of a list in order, or all without one.
 
-    Raises: ConfigError for one that is not known.
+    Raises: ConfigError for an unknown one.
     """
     if listed is None:
         return known
     names = tuple(listed.split(","))
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ConfigError(f'--{what} has "{unknown[0]}"; known: {", ".join(known)}')
+        raise ConfigError(f'--{what}: unknown "{unknown[0]}" (known: {", ".join(known)})')
     return names
 
 

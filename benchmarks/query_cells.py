@@ -1,6 +1,6 @@
-"""What one cell of the measurement is: a method with settings, on a task, with a seed.
+"""A cell of the measurement: a method with settings, on a task, with a seed.
 
-Its run is that of `ztune tune`, in this process; what is kept of it is one JSON file.
+It runs as in `ztune tune`, in this process, and its result is one JSON file.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Cell:
         return f"{self.task}, {self.label}, seed {self.seed}"
 
     def file(self, out: Path) -> Path:
-        """Return where it is kept."""
+        """Return the file of its result."""
         return out / "cells" / self.task / f"{self.label}-{self.seed}.json"
 
-    def twin(self, n_train: int) -> str:
-        """Return the label whose cell has the same result with so many images, else nothing."""
+    def equal_label(self, n_train: int) -> str:
+        """Return the label with the same result for `n_train` images, or ""."""
         label = EVERY[self.label]
         batch = EVERY[label.same_as].batch if label.same_as else None
         return label.same_as if batch is not None and n_train <= batch else ""
 
     def run_config(self, bundle: Path, data: Path, cache: Path) -> RunConfig:
-        """Return what its run is asked for.
+        """Return the configuration of its run.
 
-        Raises: ConfigError for a method or setting that there is none of.
+        Raises: ConfigError for an unknown method or setting.
         """
         task, label = TASKS[self.task], EVERY[self.label]
         method = find_method(label.method)
@@ -65,25 +65,26 @@ class Cell:
             threads=1,
             val=0,
             cache=str(cache.resolve()),
-            snapshots=0 if config is None else marks(config.round_size, label.queries),
+            snapshots=0 if config is None else snapshot_queries(config.round_size, label.queries),
             settings=label.settings,
         )
 
 
-def marks(round_size: int, queries: int) -> str:
-    """Return after which queries a method is looked at, so that each point has its last rounds.
+def snapshot_queries(round_size: int, queries: int) -> str:
+    """Return the numbers of queries for snapshots, so that each lies just within a GRID point.
 
-    A look comes with the first round that reaches a mark, which costs `round_size` at most.
+    A snapshot follows the first candidate batch that reaches its number; a batch costs at most
+    `round_size`.
     """
     counts = sorted({at - round_size + 1 for at in GRID if round_size <= at < queries})
     return ",".join(map(str, counts))
 
 
 @contextlib.contextmanager
-def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
-    """Yield an empty folder to run a cell in, gone afterwards; None where another process has it.
+def claim(cell: Cell, out: Path) -> Iterator[Path | None]:
+    """Yield a temporary folder to run a cell in, or None if another process runs it.
 
-    What a killed process left there is thrown away.
+    Files of a killed process are deleted.
     """
     place = out / "runs" / f"{cell.task}-{cell.label}-{cell.seed}"
     place.mkdir(parents=True, exist_ok=True)
@@ -101,10 +102,10 @@ def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def carried_out(
+def run_to_end(
     run_config: RunConfig, split: Split, model: Model, run: Path
 ) -> tuple[TrainingRun[RunFolder], Fields]:
-    """Run a request from beginning to end; return the work and run.json.
+    """Run a configuration to its end; return the training run and run.json.
 
     Raises: ZtuneError.
     """

@@ -1,4 +1,4 @@
-"""The cells of the measurement read back, and the figures that its tables and plots are made of."""
+"""Read the measurement's cells and compute the figures of its tables and plots."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ztune.io.files import read_json
 from ztune.types import F64
 
 ZIP = "zip-128"
-"""The label whose end is the mark to reach."""
+"""The label whose final value is the target."""
 GAIN = 0.02
-"""What ZIP's accuracy must gain for a task to say when it is reached."""
+"""The minimum gain of ZIP's accuracy for a task to count."""
 RATIOS = (10, 20)
 LOSS = "train_loss"
 _SLACK = 1e-12
-"""Means of the same figures may differ by rounding."""
+"""Tolerance for rounding of means."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a classifier was worth after so many queries; accuracies in 0…1, the loss in nats."""
+    """Scores of a classifier after some queries; accuracies in 0…1, the loss in nats."""
 
     queries: int
     accuracy: float
@@ -39,14 +39,14 @@ class Point:
 
 @dataclass(frozen=True)
 class NewClasses:
-    """Accuracies on classes that nothing was tuned on."""
+    """Accuracies on classes that were not tuned on."""
 
     zero_shot: float
     curve: tuple[tuple[int, float], ...]
     """(queries, accuracy)"""
 
     def after(self, queries: int) -> float | None:
-        """Return the accuracy of the last result within so many queries."""
+        """Return the accuracy of the last result within `queries` queries."""
         within = [accuracy for at, accuracy in self.curve if at <= queries]
         return within[-1] if within else None
 
@@ -63,7 +63,7 @@ class Result:
     n_test: int
     zero_shot: Point
     curve: tuple[Point, ...]
-    """In order of queries; the one point of a head is at 0."""
+    """In order of queries; a head has one point, at 0."""
     seconds: float
     commit: str
     date: str
@@ -72,12 +72,12 @@ class Result:
     new_classes: NewClasses | None = None
 
     def after(self, queries: int) -> Point:
-        """Return the last point within so many queries."""
+        """Return the last point within `queries` queries."""
         return [point for point in self.curve if point.queries <= queries][-1]
 
 
 def read_results(out: Path, labels: Sequence[str] = tuple(LABELS)) -> list[Result]:
-    """Return the cells of these labels that are there, in the order of tasks, labels and seeds.
+    """Return the finished cells of these labels, in the order of tasks, labels and seeds.
 
     Raises: FormatError naming a file and its field.
     """
@@ -166,7 +166,7 @@ class Series:
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """A task's labels; one whose cells would equal another's has that one's."""
+    """A task's labels; a label with equal cells shares those of the other label."""
 
     task: str
     series: dict[str, Series]
@@ -180,9 +180,9 @@ class TaskFigures:
         return {name: one for name, one in self.series.items() if one.is_tuned}
 
     def counts(self, measure: str) -> bool:
-        """Say whether reaching ZIP means something: any loss does.
+        """Return whether reaching ZIP is meaningful: always for a loss.
 
-        An accuracy does where ZIP gains enough over zero-shot and over every method's own start.
+        For an accuracy, ZIP must gain GAIN over zero-shot and over every method's start.
         """
         if ZIP not in self.series or measure == LOSS:
             return ZIP in self.series
@@ -191,13 +191,13 @@ class TaskFigures:
         return self.series[ZIP].mean(measure) - low >= GAIN - _SLACK
 
     def queries(self, label: str, measure: str, mark: str = ZIP) -> float | None:
-        """Return after how many queries a label is where `mark` ends; None: never, to stay."""
+        """Return the queries after which a label stays at `mark`'s final value; None: never."""
         target = self.series[mark].mean(measure)
         return reached(self.series[label].means(measure), target, rising=measure != LOSS)
 
 
 def reached(means: F64, target: float, *, rising: bool) -> float | None:
-    """Return the first point of GRID from which on all means f64[len(GRID)] are at the target."""
+    """Return the first point of GRID from which all means f64[len(GRID)] reach the target."""
     at_target = means >= target - _SLACK if rising else means <= target + _SLACK
     missed = np.flatnonzero(~at_target)
     first = int(missed[-1]) + 1 if len(missed) else 0
@@ -205,7 +205,7 @@ def reached(means: F64, target: float, *, rising: bool) -> float | None:
 
 
 def ratio_of(queries: float | None) -> float:
-    """Return how many times fewer queries than ZIP's: 0 where never, infinite for its own start."""
+    """Return ZIP's queries divided by `queries`: 0 for never, infinite at the start."""
     if queries is None:
         return 0.0
     return QUERIES / queries if queries else math.inf
@@ -224,7 +224,7 @@ class Ratios:
 
     @property
     def median(self) -> float:
-        """The lower one of two: between a ratio and never there is no mean."""
+        """The lower median, since a ratio and "never" have no mean."""
         return median_low(self.ratios)
 
     def share(self, least: float) -> float:
@@ -243,14 +243,14 @@ def _task_figures(task: str, by_label: dict[str, list[Result]]) -> TaskFigures:
     n_train = next(iter(by_label.values()))[0].n_train
     series = {}
     for label in LABELS:
-        own = by_label.get(label) or by_label.get(Cell(task, label, 1).twin(n_train))
+        own = by_label.get(label) or by_label.get(Cell(task, label, 1).equal_label(n_train))
         if own:
             series[label] = Series(tuple(own))
     return TaskFigures(task, series)
 
 
 def ratios_of(tasks: Sequence[TaskFigures], measure: str, mark: str = ZIP) -> list[Ratios]:
-    """Return the tuned labels' ratios, over the tasks that count for this measure."""
+    """Return the tuned labels' ratios over the tasks that count for this measure."""
     counted = [task for task in tasks if mark in task.series and task.counts(measure)]
     found = []
     for label in LABELS:
@@ -261,7 +261,7 @@ def ratios_of(tasks: Sequence[TaskFigures], measure: str, mark: str = ZIP) -> li
 
 
 def shared(tasks: Sequence[TaskFigures]) -> list[TaskFigures]:
-    """Return the tasks that have every label that any has, so that means compare."""
+    """Return the tasks that have all labels, whose means are comparable."""
     every = {label for task in tasks for label in task.series}
     return [task for task in tasks if set(task.series) == every]
 

@@ -1,6 +1,6 @@
-"""Image sets made of others: changed images, and some classes of a set in CoOp's layout.
+"""Derive image sets: changed images, and some classes of a set in CoOp's layout.
 
-Written once into a work folder, as PNG, the same bytes wherever the same Pillow and NumPy are.
+They are written once as PNG, with the same bytes for the same Pillow and NumPy versions.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ztune.errors import DataError
 from ztune.io.files import new_folder, read_json
 
 _BLUR = 32
-"""The radius of the blur is an image's short side over this."""
+"""The radius of the blur is an image's short side divided by this."""
 _NOISE = 40.0
 """Standard deviation of the noise, of 255."""
 _JPEG_QUALITY = 5
 _BITS = 2
-"""Of each colour after posterizing."""
+"""Bits per channel after posterizing."""
 
 Change = Callable[[Image.Image, int], Image.Image]
-"""From an RGB image and a seed of its own to an RGB image."""
+"""From an RGB image and its seed to an RGB image."""
 
 
 def _edges(image: Image.Image, _seed: int) -> Image.Image:
@@ -63,31 +63,31 @@ CHANGES: Mapping[str, Change] = {
 }
 
 
-def changed(source: Path, change: str, out: Path) -> Path:
-    """Return `out` with every image of the data set `source` changed, written if it is not there.
+def change_images(source: Path, change: str, out: Path) -> Path:
+    """Write every image of the data set `source`, changed, to `out` unless it exists; return it.
 
     Raises: DataError for an image that cannot be read.
     """
     root = source.absolute()
     images = read_dataset(root).images
     files = ((root / one.path, Path(one.path).with_suffix(".png")) for one in images)
-    return _written(out, files, CHANGES[change])
+    return _write_images(out, files, CHANGES[change])
 
 
-def of_coop_layout(source: Path, classes: slice, out: Path) -> Path:
-    """Return `out` with some classes of a set in CoOp's layout, written if it is not there.
+def select_coop_classes(source: Path, classes: slice, out: Path) -> Path:
+    """Write some classes of a set in CoOp's layout to `out` unless it exists; return it.
 
-    `classes` are places in the order of the split file. Folders: `train`, with what the split file
-    lists as train and val, and `test`.
+    `classes` are indices in the order of the split file. Folders: `train`, with its train and val,
+    and `test`.
 
-    Raises: DataError, FormatError where the set is not as expected.
+    Raises: DataError, FormatError when the set is not as expected.
     """
     listings = sorted(source.glob("split_zhou_*.json"))
     folders = sorted(path for path in source.iterdir() if path.is_dir())
     if len(listings) != 1 or len(folders) != 1:
         raise DataError(
-            f'"{source}" is no set in CoOp\'s layout (expected one split_zhou_*.json beside one '
-            "folder of images)"
+            f'"{source}" is not in CoOp\'s layout (expected one split_zhou_*.json and one folder '
+            "of images)"
         )
     split = read_json(listings[0], "split file")
     listed = [(role, *row) for role in ("train", "val", "test") for row in _rows(split, role)]
@@ -97,19 +97,19 @@ def of_coop_layout(source: Path, classes: slice, out: Path) -> Path:
         for role, path, label, name in listed
         if label in chosen
     ]
-    return _written(out, ((path, to.with_suffix(".png")) for path, to in files), None)
+    return _write_images(out, ((path, to.with_suffix(".png")) for path, to in files), None)
 
 
 def _rows(split: Mapping[str, object], role: str) -> list[tuple[str, int, str]]:
     """Return (path, label, class name) of one part of a split file."""
     rows = split.get(role)
     if not isinstance(rows, list):
-        raise DataError(f'the split file lists no "{role}" images')
+        raise DataError(f'the split file has no list "{role}"')
     return [(str(path), int(label), str(name)) for path, label, name in rows]
 
 
-def _written(out: Path, files: Iterable[tuple[Path, Path]], change: Change | None) -> Path:
-    """Write images (from, to below `out`), all or nothing."""
+def _write_images(out: Path, files: Iterable[tuple[Path, Path]], change: Change | None) -> Path:
+    """Write images (from, to below `out`) atomically."""
     if out.is_dir():
         return out
     try:
@@ -122,6 +122,6 @@ def _written(out: Path, files: Iterable[tuple[Path, Path]], change: Change | Non
                     plain = change(plain, zlib.crc32(target.as_posix().encode()))
                 plain.save(work / target, "PNG")
     except OSError:
-        if not out.is_dir():  # else another process has just written the same
+        if not out.is_dir():  # else another process wrote the same
             raise
     return out

@@ -1,4 +1,4 @@
-"""What is compared: methods with their settings, and one setting changed at a time."""
+"""The compared methods with their settings, and variants with one changed setting."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ztune.types import Json
 GRID = (
     0, 10, 25, 50, 75, 100, 150, 200, 250, 350, 500, 700, 1000, 1500, 2000, 3000, 4000, 5000,
 )  # fmt: skip
-"""Queries at which curves are compared; at 0 a method has its own start."""
+"""Queries at which curves are compared; 0 is a method's start."""
 QUERIES = GRID[-1]
 
 
 @dataclass(frozen=True)
 class Label:
-    """A method with settings over its defaults."""
+    """A method with settings that override its defaults."""
 
     name: str
     method: str
     settings: Mapping[str, Json] = field(default_factory=dict)
     queries: int = QUERIES
     same_as: str = ""
-    """The label that it equals where all training images fit that one's batch."""
+    """The label with equal results if all training images fit that label's batch."""
 
     @property
     def batch(self) -> int | None:
-        """Images of a step; None for all, and for a head."""
+        """Images per step; None for all, and for a head."""
         method = find_method(self.method)
         config = tuned_config(method, method_config(method, self.settings))
         return None if config is None else config.batch_size
@@ -95,5 +95,5 @@ def _labels(method: str, changes: Mapping[str, Mapping[str, Json]]) -> dict[str,
 
 
 VARIANTS = _labels("ogn", _MIXTURE) | _labels("ogn-context", _CONTEXT)
-"""The study's, each differing from its method's defaults in what its name says."""
+"""The study's labels, each with one setting changed from its method's defaults."""
 EVERY = LABELS | VARIANTS

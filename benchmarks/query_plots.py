@@ -1,4 +1,4 @@
-"""Plots of the measurement: accuracy and training loss against queries, a line per label."""
+"""Plots of the measurement: accuracy and training loss against queries, one line per label."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEVELS = {
     "zero-shot": ("#6b7280", (1, 2.5)),
 }
 _START = 5.0
-"""Where the point of no queries is drawn on the logarithmic axis."""
+"""The position of 0 queries on the logarithmic axis."""
 _TICKS = (10, 25, 50, 100, 250, 500, 1000, 2000, 5000)
 
 
@@ -66,7 +66,7 @@ def draw_task(task: TaskFigures, title: str, path: Path) -> None:
 
 
 def draw_summary(tasks: Sequence[TaskFigures], title: str, path: Path) -> None:
-    """Draw the mean over tasks that all have the same labels."""
+    """Draw the mean over tasks with the same labels."""
     panels = []
     for measure, what in (
         ("accuracy", "accuracy on the test images"),
@@ -111,9 +111,9 @@ def _draw(panels: Sequence[Panel], title: str, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
-    """Draw lines, bands of one standard deviation, and levels; return what stands for each.
+    """Draw lines, bands of one standard deviation, and levels; return the legend's handles.
 
-    A thin line is where ZIP ends.
+    A thin line marks ZIP's final value.
     """
     queries = np.array([at or _START for at in GRID])
     scale = 100.0 if panel.percent else 1.0
@@ -126,7 +126,7 @@ def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
         colour, mark = _LINES[name]
         low, high = mean - panel.spreads[name], mean + panel.spreads[name]
         axes.fill_between(queries, scale * low, scale * high, color=colour, alpha=0.1, linewidth=0)
-        if name == ZIP:  # where to get to
+        if name == ZIP:  # the target
             axes.axhline(scale * mean[-1], color=colour, linewidth=0.8, alpha=0.6)
         (handles[name],) = axes.plot(
             queries, scale * mean, color=colour, marker=mark, markersize=3.5, linewidth=1.4

@@ -1,4 +1,4 @@
-"""Tables and plots of the measurement: `summary.md`, `tasks.md` and a PNG for each task."""
+"""Write tables and plots of the measurement: `summary.md`, `tasks.md` and a PNG per task."""
 
 from __future__ import annotations
 
@@ -41,16 +41,14 @@ _DASH = "–"
 
 
 def write_report(out: Path, docs: Path) -> list[Path]:
-    """Write tables and plots of the cells that are in `out`; return the files.
+    """Write tables and plots of the cells in `out`; return the files.
 
-    Raises: DataError where there are none, FormatError for a damaged one.
+    Raises: DataError when there are none, FormatError for a corrupted one.
     """
     results = read_results(out)
     tasks = figures_of(results)
     if not tasks:
-        raise DataError(
-            f'"{out}" holds no cells (carry some out: python -m benchmarks.queries run)'
-        )
+        raise DataError(f'"{out}" contains no cells (run some: python -m benchmarks.queries run)')
     docs.mkdir(parents=True, exist_ok=True)
     files = {"summary.md": summary_lines(tasks, results), "tasks.md": task_lines(tasks)}
     for name, lines in files.items():
@@ -66,7 +64,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
 
 
 def summary_lines(tasks: Sequence[TaskFigures], results: Sequence[Result]) -> list[str]:
-    """Return what `summary.md` says."""
+    """Return the lines of `summary.md`."""
     alike = shared(tasks)
     lines = ["# Queries to reach what ZIP has after 5,000", ""]
     for measure, name in MEASURES.items():
@@ -79,7 +77,7 @@ def summary_lines(tasks: Sequence[TaskFigures], results: Sequence[Result]) -> li
 
 
 def _ratio_lines(tasks: Sequence[TaskFigures], measure: str, name: str) -> list[str]:
-    """Return a section: ratios to ZIP's end, with batches and with all images in every step."""
+    """Return a section: ratios to ZIP's final value, with batches and with all images per step."""
     lines = [f"## {name[0].upper()}{name[1:]}", "", *_rule(measure), ""]
     for mark in (ZIP, "zip-full"):
         found = ratios_of(tasks, measure, mark)
@@ -128,12 +126,12 @@ def _mean_lines(tasks: Sequence[TaskFigures]) -> list[str]:
 
 
 def task_lines(tasks: Sequence[TaskFigures]) -> list[str]:
-    """Return what `tasks.md` says: a section for each task."""
+    """Return the lines of `tasks.md`, with a section per task."""
     lines = [
         "# Task by task",
         "",
-        "Test accuracy in %, mean ± standard deviation over the seeds, after so many queries; a "
-        "head has none. *Class mean*: the mean of the classes' accuracies at the end. *Loss*: in "
+        "Test accuracy in %, mean ± standard deviation over the seeds, by queries; heads need "
+        "none. *Class mean*: the mean of the classes' accuracies at the end. *Loss*: in "
         "nats over all training images, at the end. *To ZIP's*: queries from which on the mean "
         f"stays at {ZIP}'s end, and {QUERIES:,} over them.",
         "",
@@ -209,7 +207,7 @@ def times(ratio: float) -> str:
 
 
 def _new_class_lines(tasks: Sequence[TaskFigures]) -> list[str]:
-    """Return a section for each task whose prompts were tried on other classes."""
+    """Return a section for each task whose prompts were evaluated on new classes."""
     lines = []
     columns = [f"{what}, {at:,}" for at in NEW_CLASSES_AT for what in ("base", "new", "harmonic")]
     for task in tasks:
@@ -222,13 +220,13 @@ def _new_class_lines(tasks: Sequence[TaskFigures]) -> list[str]:
 
 
 _NEW_CLASSES = (
-    "Test accuracy on the classes that were tuned on, on as many that were not, each set chosen "
-    "among its own classes, and their harmonic mean. Heads serve no new classes.",
+    "Test accuracy on the classes that were tuned on (base), on an equal number of others (new), "
+    "each among its own classes, and their harmonic mean. Heads do not support new classes.",
 )
 
 
 def _new_row(label: str, series: Series) -> list[str]:
-    """Return a label's cells, none where its results serve no other classes."""
+    """Return a label's cells, or none if its results do not support new classes."""
     row = [label]
     for at in NEW_CLASSES_AT:
         new = [_on_new(one, at) for one in series.results]

@@ -1,4 +1,4 @@
-"""What a finished run is worth on the way: its curve on the test images and the training loss."""
+"""Score a finished run's snapshots: accuracy on the test images and the training loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ztune.training import TrainingRun, read_split
 from ztune.types import F32, I64, Json
 
 NEW_CLASSES_AT = (500, 5000)
-"""Queries after which results are tried on classes that nothing was tuned on."""
+"""Queries after which results are evaluated on new classes."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What every result of a task is measured on."""
+class TaskImages:
+    """The images on which every result of a task is scored."""
 
     train: Labelled
     test: Labelled
@@ -60,21 +60,25 @@ class Scale:
         }
 
 
-def scored(training: TrainingRun[RunFolder], run: Fields, new_data: Path | None) -> dict[str, Json]:
-    """Return what is kept of a finished run; `new_data` has images of other classes."""
+def score_run(
+    training: TrainingRun[RunFolder], run: Fields, new_data: Path | None
+) -> dict[str, Json]:
+    """Return the scores of a finished run; `new_data` has images of new classes."""
     run_config, split, model = training.run_config, training.split, training.model
     found, labels = SplitEncoder(run_config, split, training.folder, model).training()
-    scale = Scale(Labelled(found.values[0], labels, split.classes), _test(model, split, run_config))
+    images = TaskImages(
+        Labelled(found.values[0], labels, split.classes), _test(model, split, run_config)
+    )
     artifacts = dict(_artifacts(training))
-    curve: list[Json] = [scale.point(at, one.classifier()) for at, one in artifacts.items()]
+    curve: list[Json] = [images.point(at, one.classifier()) for at, one in artifacts.items()]
     document: dict[str, Json] = {
         "method": run_config.method,
         "config": dict(run.object("config").values),
         "shots": run_config.shots,
         "classes": len(split.classes),
-        "n_train": len(scale.train.labels),
-        "n_test": len(scale.test.labels),
-        "zero_shot": scale.point(0, model.zero_shot(run_config.templates, split.classes)),
+        "n_train": len(images.train.labels),
+        "n_test": len(images.test.labels),
+        "zero_shot": images.point(0, model.zero_shot(run_config.templates, split.classes)),
         "curve": curve,
         "queries": run.integer("queries"),
         "stop_reason": run.text("stop_reason"),
@@ -95,18 +99,18 @@ def _test(model: Model, split: Split, run_config: RunConfig) -> Labelled:
 
 
 def _artifacts(training: TrainingRun[RunFolder]) -> Iterator[tuple[int, Artifact]]:
-    """Yield (queries, result): the start, those on the way, the last; a head's one result at 0."""
+    """Yield (queries, result): the start, snapshots and the last; a head has one result at 0."""
     result = read_artifact(training.folder.prompt)
     if training.tuned is not None:
-        yield 0, start_of(training, training.tuned)
+        yield 0, initial_artifact(training, training.tuned)
         for file in sorted(training.folder.snapshots.glob("*.safetensors")):
             snapshot = read_artifact(file)
             yield snapshot.provenance.queries, snapshot
     yield result.provenance.queries, result
 
 
-def start_of(training: TrainingRun[RunFolder], config: TunedConfig) -> Artifact:
-    """Return what a method recommends before its first query."""
+def initial_artifact(training: TrainingRun[RunFolder], config: TunedConfig) -> Artifact:
+    """Return a method's result before its first query."""
     run_config, model, classes = training.run_config, training.model, training.split.classes
     encoded = SplitEncoder(run_config, training.split, training.folder, model).encode(
         changeable=False
@@ -128,10 +132,7 @@ def start_of(training: TrainingRun[RunFolder], config: TunedConfig) -> Artifact:
 def _on_new_classes(
     model: Model, new: Labelled, artifacts: Mapping[int, Artifact], templates: tuple[str, ...]
 ) -> Json:
-    """Return accuracies on classes that nothing was tuned on: zero-shot's, and the results'.
-
-    A head serves none and has none.
-    """
+    """Return accuracies on new classes of zero-shot and of the results, except heads."""
     zero_shot = model.zero_shot(templates, new.classes)
     points: list[Json] = []
     for at in NEW_CLASSES_AT:

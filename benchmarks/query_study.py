@@ -1,4 +1,4 @@
-"""The table of the study: what one changed setting does, paired with the method as it stands."""
+"""The study's table: the effect of one changed setting, paired with the unchanged method."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ AT = (100, 500)
 
 @dataclass(frozen=True)
 class Row:
-    """A variant over the cells that the method itself has as well."""
+    """A variant, over the cells that the unchanged method has too."""
 
     label: str
     n_cells: int
     means: tuple[float, ...]
     """Accuracy in per cent and training loss in nats, at each of AT."""
     gains: tuple[float, ...]
-    """Of the same, over the method as it stands; mean of paired differences."""
+    """Gains over the unchanged method; means of paired differences."""
     errors: tuple[float, ...]
     """Standard errors of the gains over tasks and seeds."""
 
 
-def study_of(out: Path) -> list[Row]:
-    """Return a row for each method as it stands, then for its variants."""
+def read_study(out: Path) -> list[Row]:
+    """Return rows for each unchanged method and its variants."""
     results = read_results(out, tuple(EVERY))
     by_cell = {(r.label, r.task, r.seed): figures(r) for r in results if r.task in STUDY_TASKS}
     rows = []

@@ -1,7 +1,7 @@
-"""The tasks on which queries are counted: which images, which classes, how many shots.
+"""The tasks of the measurement: images, classes and shots.
 
 `cifar10`, `cifar10-negative`, `pacs-photo`, `pacs-sketch` are folders of class folders, and
-`caltech-101` one in CoOp's layout, below a folder that the command names; the digits are ours.
+`caltech-101` is in CoOp's layout, all in `--images`; the digits are in the repository.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import ROOT
-from benchmarks.query_images import changed, of_coop_layout
+from benchmarks.query_images import change_images, select_coop_classes
 from ztune.errors import ConfigError
 
 _CALTECH = "caltech-101"
@@ -24,22 +24,22 @@ class Task:
 
     name: str
     source: str
-    """Folder of the images, below the one that is named."""
+    """Its folder in the folder of images."""
     change: str | None = None
     """One of CHANGES."""
     shots: int = 16
     classes: slice | None = None
-    """Of a set in CoOp's layout."""
+    """Indices of classes of a set in CoOp's layout."""
     new_classes: slice | None = None
-    """What else its prompts are tried on."""
+    """Classes on which its prompts are also evaluated."""
     shipped: bool = False
-    """Images and model come with the repository."""
+    """Whether images and model are in the repository."""
     template: str = "a photo of a {}."
 
     def data(self, images: Path | None, work: Path) -> Path:
-        """Return the folder of its images, written below `work` where it is a derived one.
+        """Return the folder of its images, which is below `work` for a derived set.
 
-        Raises: DataError; ConfigError where images are needed and were not named.
+        Raises: DataError; ConfigError when `images` is needed and missing.
         """
         if self.shipped:
             return ROOT / self.source
@@ -48,14 +48,14 @@ class Task:
         found, name = images / self.source, self.source
         if self.classes is not None:
             name = f"{name}-{self.classes.start}-{self.classes.stop}"
-            found = of_coop_layout(found, self.classes, work / name)
+            found = select_coop_classes(found, self.classes, work / name)
         if self.change is not None:
-            found = changed(found, self.change, work / f"{name}-{self.change}")
+            found = change_images(found, self.change, work / f"{name}-{self.change}")
         return found
 
     @property
     def of_new_classes(self) -> Task | None:
-        """The same with the classes that its prompts are also tried on."""
+        """The same task with the new classes."""
         if self.new_classes is None:
             return None
         return replace(self, classes=self.new_classes, new_classes=None)
@@ -63,7 +63,7 @@ class Task:
     def bundle(self, given: Path | None) -> Path:
         """Return the model.
 
-        Raises: ConfigError where it is not ours and none was named.
+        Raises: ConfigError when `given` is needed and missing.
         """
         if self.shipped:
             return ROOT / "models" / "mini"
@@ -98,7 +98,7 @@ TASKS = {
             shipped=True,
             template="a photo of the digit {}.",
         ),
-        # The largest last: what is cut short has most of the others.
+        # The largest last, so that an interrupted measurement has most of the others.
         Task("caltech-base-edges", _CALTECH, "edges", classes=_BASE),
         Task("caltech-base", _CALTECH, classes=_BASE, new_classes=_NEW),
     )

@@ -1,4 +1,4 @@
-"""A method's main path in this process on random unit features, and what of it is the graph's."""
+"""Run a method's main path in this process on random unit features, and time the graph's part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALE = 100.0
 
 
 class _Timed:
-    """A prompt encoder that counts its seconds."""
+    """A prompt encoder that measures its time."""
 
     def __init__(self, encoder: PromptEncoder):
         self._encoder = encoder
@@ -37,7 +37,7 @@ class _Timed:
 
 
 class Rounds:
-    """A method on texts as `ztune tune` runs it, nothing saved or shown, on random features."""
+    """A text prompt method as run by `ztune tune`, on random features, without output files."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Rounds:
         n_images: int | None = None,
         score_with: Callable[[OrtPromptEncoder, F32], Scorer] | None = None,
     ):
-        """Take an open graph; 16 images a class unless told, scored by numpy unless told."""
+        """Take an open graph; defaults: 16 images per class, scored by numpy."""
         bundle = graph.bundle
         random = np.random.default_rng(0)
         n_images = n_images or SHOTS * len(classes)
@@ -71,7 +71,7 @@ class Rounds:
         self.plan = self.encoder.plan
 
     def steps(self, n_steps: int) -> dict[str, float]:
-        """Make steps; return medians: seconds of a step, those in the graph, the others' share."""
+        """Run steps; return medians: seconds per step, seconds in the graph, numpy's share."""
         found: list[tuple[float, float]] = []
         before, spent = time.perf_counter(), self._timed.seconds
 
@@ -88,13 +88,13 @@ class Rounds:
         }
 
     def run(self, n_queries: int) -> float:
-        """Spend that many queries; return the wall seconds."""
+        """Spend `n_queries` queries; return the wall-clock seconds."""
         start = time.perf_counter()
         self._tune(n_queries, lambda *_: None)
         return time.perf_counter() - start
 
     def whole(self, n_queries: int) -> dict[str, float]:
-        """Spend that many queries and choose a result; return seconds, and all but the graph's."""
+        """Spend `n_queries` queries and choose a result; return seconds and numpy's share."""
         start, spent = time.perf_counter(), self._timed.seconds
 
         def observe(*_: object) -> None:

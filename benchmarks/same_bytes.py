@@ -1,12 +1,12 @@
-"""Whether two commits give the same results to the last bit, method by method.
+"""Check whether two commits give bit-identical results, method by method.
 
     python -m benchmarks.same_bytes BEFORE
     python -m benchmarks.same_bytes BEFORE AFTER --bundle BUNDLE --data FOLDER
 
-Each commit is unpacked into a folder of its own and runs `ztune tune` from there, with the packages
-of this environment; AFTER is the working tree unless it is named. Compared are the bytes of
-`prompt.safetensors`, the lines of `history.jsonl` less their seconds, and what `run.json` says was
-found. One JSON document; the exit code is 1 where anything differs.
+Each commit is unpacked into a folder and runs `ztune tune` there, with the packages of this
+environment; AFTER defaults to the working tree. It compares the bytes of `prompt.safetensors`, the
+lines of `history.jsonl` without seconds, and results in `run.json`. One JSON document; the exit
+code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ RUNS = {
     "blackvip": 24,
     "bar": 24,
 }
-"""Methods and their queries; 0 where they have no steps."""
+"""Methods and their queries; 0 for methods without steps."""
 _FOUND = ("queries", "image_forwards", "stop_reason", "train_loss", "validation")
 _PROGRAM = "import sys; from ztune.cli.main import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both commits are given."""
+    """The settings for both commits."""
 
     bundle: Path
     data: Path
@@ -57,7 +57,7 @@ class Task:
     seed: int
 
     def words(self, method: str, queries: int, out: Path, cache: Path) -> list[str]:
-        """Return what `ztune` is called with."""
+        """Return the arguments of `ztune`."""
         spent = ["--queries", str(queries)] if queries else []
         return [
             *("tune", str(self.bundle), "--data", str(self.data), "--template", self.template),
@@ -67,7 +67,7 @@ class Task:
         ]
 
 
-def unpacked(revision: str, folder: Path) -> Path:
+def unpack(revision: str, folder: Path) -> Path:
     """Write the files of a commit into a new folder and return it."""
     folder.mkdir()
     archive = subprocess.run(
@@ -77,9 +77,9 @@ def unpacked(revision: str, folder: Path) -> Path:
     return folder
 
 
-def result_of(tree: Path, words: list[str], out: Path) -> dict[str, Any]:
-    """Run `ztune` as the files in `tree` have it; return what must not differ."""
-    # The path of the environment, where the tree comes before an installed ztune.
+def run_tune(tree: Path, words: list[str], out: Path) -> dict[str, Any]:
+    """Run the `ztune` of `tree`; return what must not differ."""
+    # Puts the tree before an installed ztune.
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *words],
@@ -99,15 +99,15 @@ def result_of(tree: Path, words: list[str], out: Path) -> dict[str, Any]:
     }
 
 
-def compared(task: Task, trees: dict[str, Path], methods: list[str], work: Path) -> list[Any]:
-    """Return a row for each method: what both commits gave, and in what they differ."""
+def compare(task: Task, trees: dict[str, Path], methods: list[str], work: Path) -> list[Any]:
+    """Return a row for each method: both commits' results, and the differences."""
     rows = []
     for method in methods:
         found = {}
         for name, tree in trees.items():
             out = work / f"{name}-{method}"
             words = task.words(method, RUNS[method], out, work / f"{name}-cache")
-            found[name] = result_of(tree, words, out)
+            found[name] = run_tune(tree, words, out)
         before, after = found["before"], found["after"]
         differ = sorted(key for key in before | after if before.get(key) != after.get(key))
         if "error" in before and "error" in after:
@@ -126,7 +126,7 @@ def given_task(given: argparse.Namespace) -> Task:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("before", help="a commit")
-    arguments.add_argument("after", nargs="?", help="another one (default: the working tree)")
+    arguments.add_argument("after", nargs="?", help="another commit (default: the working tree)")
     arguments.add_argument("--bundle", type=Path, default=ROOT / "models" / "mini")
     arguments.add_argument("--data", type=Path, default=ROOT / "examples" / "digits")
     arguments.add_argument("--template", default="a photo of the digit {}.")
@@ -139,10 +139,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         trees = {
-            "before": unpacked(given.before, work / "before"),
-            "after": unpacked(given.after, work / "after") if given.after else ROOT,
+            "before": unpack(given.before, work / "before"),
+            "after": unpack(given.after, work / "after") if given.after else ROOT,
         }
-        rows = compared(given_task(given), trees, methods, work)
+        rows = compare(given_task(given), trees, methods, work)
     same = all(row["same"] for row in rows)
     about = {"before": given.before, "after": given.after or "working tree", "same": same}
     show(document(started, **about, data=given.data.name, bundle=given.bundle.name, rows=rows))

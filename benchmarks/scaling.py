@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --plot scaling.png
     python -m benchmarks.scaling --quick             # a tiny model and fewer points
 
-One figure changes at a time; the others stay at C = 10, P = 10, N = 128, m = 8. Every point is a
-process of its own that makes steps of ZIP's main path; its peak is read once it has ended.
+One size changes at a time; the others stay at C = 10, P = 10, N = 128, m = 8. Every point is a
+separate process that runs steps of ZIP; its peak is read after its exit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FULL = {
     "m": (4, 8, 16, 32),
 }
 QUICK = {"C": (10, 100), "P": (2, 10), "N": (16, 128), "m": (4, 8)}
-NAMES = {"C": "classes", "P": "candidates a round", "N": "images", "m": "context tokens"}
+NAMES = {"C": "classes", "P": "candidates per batch", "N": "images", "m": "context tokens"}
 PRECISIONS = ("fp32", "int8")
 
 
@@ -57,7 +57,7 @@ def measure(
 
 
 def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
-    """Make steps at one point and return what they took."""
+    """Run steps at one point and return their times."""
     from benchmarks.names import classes_named
     from benchmarks.rounds import Rounds
     from runtimes.bundle import load_bundle
@@ -69,7 +69,7 @@ def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
     bundle = load_bundle(bundle_path)
     tokenizer = Tokenizer(bundle)
     graph = OrtPromptGraph(bundle, tokenizer, Execution())
-    # All images in every batch: the objective's own cost.
+    # All images in every batch, to include the objective's cost.
     config = ZipConfig(n_context=point["m"], n_pairs=point["P"] // 2, batch_size=point["N"])
     rounds = Rounds(graph, classes_named(point["C"]), config, n_images=point["N"])
     tokenizer.release()  # as a run does
@@ -86,7 +86,7 @@ def steps(bundle_path: Path, point: Mapping[str, int]) -> dict[str, Any]:
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     labels = {}
-    for key, label in (("step_seconds", "seconds a step"), ("peak_mb", "peak memory, MB")):
+    for key, label in (("step_seconds", "seconds per step"), ("peak_mb", "peak memory, MB")):
         for varied in dict.fromkeys(row["varied"] for row in rows):
             title = f"{label} by {NAMES[varied]}"
             labels[title] = (NAMES[varied], label)
@@ -103,8 +103,8 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     given = parser(__doc__)
-    given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
-    given.add_argument("--plot", type=Path, metavar="FILE", help="draw all of it as a PNG")
+    given.add_argument("--model", default="ViT-B-32", help="an open_clip model, or: tiny")
+    given.add_argument("--plot", type=Path, metavar="FILE", help="draw all points as a PNG")
     given.add_argument("--point", type=json.loads, help="one point in this process")
     given.add_argument("--bundle", type=Path, help="of that point")
     arguments = given.parse_args()

@@ -1,8 +1,8 @@
-"""What of a run is not the text tower's: numpy's share for the methods that read logits.
+"""Measure the share of a run outside the text tower: numpy's, for methods that read logits.
 
     python -m benchmarks.share BUNDLE --classes 10,100 --queries 500
 
-Images' features are random, 16 a class; only time is measured. One JSON document.
+Image features are random, 16 per class; only time is measured. One JSON document.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What zero-shot gets wrong in common for all images of a run's task; one JSON document.
+"""Measure the error that zero-shot logits have in common for all images; one JSON document.
 
     python -m benchmarks.shift BUNDLE --run runs/compare/runs/zero-shot-1
 
-One bias per class, fitted to the training images, or each class's mean logit taken away: how much
-of the distance to a tuned prompt is a shift that needs no prompt at all.
+One fitted bias per class, or subtracting each class's mean logit, shows how much of the gain of a
+tuned prompt is a shift that needs no prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ztune.statistics import score
 from ztune.types import F32, F64, I64
 
 
-def fitted_bias(logits: F32, labels: I64, n_steps: int = 2000) -> F64:
+def fit_bias(logits: F32, labels: I64, n_steps: int = 2000) -> F64:
     """Return b f64[C] that minimises the cross-entropy of logits f32[N, C] + b."""
     bias = np.zeros(logits.shape[1])
     wanted = np.bincount(labels, minlength=len(bias)) / len(labels)
@@ -36,7 +36,7 @@ def fitted_bias(logits: F32, labels: I64, n_steps: int = 2000) -> F64:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--run", type=Path, required=True, help="whose split.json is taken")
+    parser.add_argument("--run", type=Path, required=True, help="a run, for its split.json")
     parser.add_argument("--template", default="a photo of a {}.")
     arguments = parser.parse_args()
     model = open_model(arguments.bundle, Execution())
@@ -49,7 +49,7 @@ def main() -> None:
             for part in ("train", "test")
         )
     labels, classes = split.labels("test"), split.classes
-    bias = fitted_bias(train, split.labels("train")).astype(np.float32)
+    bias = fit_bias(train, split.labels("train")).astype(np.float32)
     document = {
         "largest_share_of_predictions": np.bincount(test.argmax(axis=1)).max() / len(test),
         "zero_shot": score(test, labels, classes).accuracy,

@@ -1,15 +1,14 @@
-"""Signal-to-noise against perturbation and precision, and whether its verdict holds; one document.
+"""Signal-to-noise ratio by perturbation and precision, and a check of its verdict; one document.
 
     python -m benchmarks.signal models/mini --data examples/digits --tune --plot signal.png
     python -m benchmarks.signal BUNDLE --data FOLDER --with earlier.json --plot signal.png
 
-BUNDLE is fp32; int8 and fp16 are derived from it into a temporary folder. With --tune fp32 and int8
-are also tuned at each of a few perturbations, the gate forced, by the commands a user types: test
-accuracy and training loss then stand beside the ratio that the gate gave. --with adds the panels of
-earlier documents to the plot.
+BUNDLE is fp32; int8 and fp16 bundles are made in a temporary folder. --tune also tunes fp32 and
+int8 at some perturbations with `ztune tune --force`, to compare test accuracy and training loss
+with the gate's ratio. --with adds the panels of earlier documents to the plot.
 
-fp16 is measured on the CPU, where ztune refuses to tune with it: with ONNX Runtime's basic
-optimisations alone, products accumulated in 32 bit, and the image features of the fp32 bundle.
+fp16 is measured on the CPU, where ztune refuses to tune with it, with only ONNX Runtime's basic
+optimisations, products accumulated in fp32, and image features of the fp32 bundle.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from ztune.system import machine, versions
 from ztune.training import TrainingRun, read_split
 from ztune.types import F32
 
-# Half decades where precisions part from each other, decades below.
+# Half decades in the range where precisions differ, decades below.
 GRID = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNED = {
     "fp32": (1e-9, 1e-8, 1e-7, 1e-5, 1e-2, 1e-1),
     "int8": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1),
 }
 PUBLISHED = 0.01
-# Where the loss is no longer linear in the perturbation, whatever the precision.
+# The loss is no longer linear in larger perturbations, in any precision.
 _TOO_LARGE = 0.1
 _COLOURS = {"fp32": "#0b6e99", "int8": "#c1440e", "fp16": "#4c7a34"}
 _INK, _SOFT = "#1f2430", "#9aa3b0"
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--title", help="of the plot's panels (default: the folder's name)")
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--seeds", default="1,2", help="of the measurements and of the runs")
-    parser.add_argument("--tune", action="store_true", help="tune as well, which takes minutes")
+    parser.add_argument("--tune", action="store_true", help="also tune, which takes minutes")
     parser.add_argument("--queries", type=int, default=5000)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--with", type=Path, action="append", dest="earlier", metavar="JSON")
@@ -76,12 +75,12 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the document: `rows` of the gate's figures, `runs` of what tuning came to."""
+    """Return the document: `rows` of the gate's figures, `runs` of tuning results."""
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     full = load_bundle(arguments.bundle)
     bundles = {"fp32": arguments.bundle}
     for precision in ("int8", "fp16"):
-        say(f"deriving {precision}")
+        say(f"converting to {precision}")
         bundles[precision] = quantize_bundle(full, folder / precision, precision).path
     rows = []
     for precision, bundle in bundles.items():
@@ -92,7 +91,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 )
                 rows.append({"seed": seed, **row})
             say(f"{precision}, perturbation {perturbation:g}: {rows[-1]['ratio']:.3g}")
-    # The same measurement against the weights before they were rounded.
+    # The same with the unquantized weights as reference.
     for seed in seeds:
         row = signal(
             full, bundles["int8"], arguments.data, arguments.shots, seed, PUBLISHED, folder,
@@ -118,15 +117,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-class _HalfGraph:
-    """An fp16 prompt graph on the CPU, a round of candidates in one call."""
+class _Fp16Graph:
+    """An fp16 prompt graph on the CPU, with one call per candidate batch."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer):
         self._bundle, self._tokenizer = bundle, tokenizer
         self._path = bundle.file("prompt.onnx")
         self._session = open_session(self._path, Execution(), Setup(plain=True))
 
-    def encoder(self, classes: Sequence[str], n_context: int, _n_candidates: int) -> _HalfGraph:
+    def encoder(self, classes: Sequence[str], n_context: int, _n_candidates: int) -> _Fp16Graph:
         names = name_tokens(self._bundle.text, self._tokenizer, classes, n_context)
         self._constants = feeds(self._bundle.text, token_table(self._bundle), names, n_context)
         return self
@@ -137,13 +136,13 @@ class _HalfGraph:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HalfBench(Model):
+class _Fp16Model(Model):
     full: Bundle
     """Encodes the images."""
 
     @cached_property
     def prompt_graph(self) -> Any:
-        return _HalfGraph(self.bundle, self.tokenizer)
+        return _Fp16Graph(self.bundle, self.tokenizer)
 
     def features(self, *arguments: Any, **more: Any) -> Features:
         return Model(self.full, self.execution).features(*arguments, **more)
@@ -159,7 +158,7 @@ def signal(
     folder: Path,
     reference: str | None = None,
 ) -> dict[str, Any]:
-    """Return what the gate of `ztune tune` measures with these settings."""
+    """Return the measurement of `ztune tune`'s gate with these settings."""
     run_config = RunConfig(
         str(bundle),
         str(data),
@@ -172,14 +171,14 @@ def signal(
     _, split = read_split(run_config)
     model = Model(load_bundle(bundle), Execution())
     if model.bundle.precision == "fp16":
-        model = _HalfBench(model.bundle, model.execution, full=full)
+        model = _Fp16Model(model.bundle, model.execution, full=full)
     return TrainingRun(run_config, split, RunFolder(folder / "no-run"), model).signal()[1]
 
 
 def tuned(
     arguments: argparse.Namespace, bundle: Path, seed: int, perturbation: float, folder: Path
 ) -> dict[str, Any]:
-    """Return what one forced run comes to on its test images."""
+    """Return the results of one forced run."""
     out = folder / f"{bundle.name}-{perturbation:g}-{seed}"
     run = ztune(
         "tune", bundle, "--data", arguments.data, "--shots", arguments.shots, "--seed", seed,
@@ -202,7 +201,7 @@ def tuned(
 
 
 def draw(documents: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a column per document: the ratio, and what tuning came to against it where it was."""
+    """Draw one column per document: the ratio, and tuning results against it, if any."""
     from matplotlib.figure import Figure
 
     n_rows = 3 if any(document["runs"] for document in documents) else 1

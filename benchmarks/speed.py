@@ -1,10 +1,10 @@
-"""Queries a second: this project's prompt graph, a naive ONNX Runtime loop, the published loop.
+"""Queries per second: this project's prompt graph, a naive ONNX Runtime loop, the published loop.
 
     python -m benchmarks.speed               # C = 10, 100, 1000; m = 4, 8, 16; about half an hour
     python -m benchmarks.speed --quick       # C = 10, 100; m = 8; a text tower of 4 layers, 45 s
 
-Loops that are compared take turns in one process; all figures are medians. benchmarks/README.md
-says what each of them means.
+Compared loops are interleaved in one process; all figures are medians, which benchmarks/README.md
+explains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ztune.methods.zip import ZipConfig
 from ztune.types import F32
 
 PRECISIONS = ("fp32", "int8")
-# Of the square matrices whose product is the machine's own rate.
+# Size of the square matrices whose product measures the machine's rate.
 _EDGE = 2048
 _GEMM_FLOP = 2 * _EDGE**3
 Loop = Callable[[], Mapping[str, float]]
@@ -42,21 +42,21 @@ Loop = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured."""
+    """The measured sizes."""
 
     size: Size
     classes: Mapping[int, int]
-    """Numbers of classes, and how often the loops take turns at each."""
+    """Repeats by number of classes."""
     contexts: tuple[int, ...]
     published_images: int
     published_classes: int
-    """What the published loop is timed on, at most; scaled to 128 images and all classes."""
+    """Maximum classes for timing the published loop, scaled to 128 images and all classes."""
     run_queries: int
-    """Of whole runs; 0: none."""
+    """Queries of whole runs; 0: no runs."""
 
 
 FULL = Extent(Size(), {10: 9, 100: 5, 1000: 3}, (4, 8, 16), 128, 100, 5000)
-# Four layers can be exported twice within the 45 s; all else is the real size.
+# Four layers can be exported twice within 45 s; all other sizes are real.
 QUICK = Extent(Size(layers=4), {10: 3, 100: 1}, (8,), 8, 10, 0)
 
 
@@ -68,19 +68,19 @@ def matrix_flops(
     n_layers: int,
     embed_dim: int,
 ) -> int:
-    """Return the floating-point operations of the matrix products that a round really needs.
+    """Return the floating-point operations in matrix products that a candidate batch needs.
 
-    Counted are real tokens only, two operations a multiply-add. With P candidates, m tokens of
-    context, C classes of T tokens in all (full stop and end-of-text included), width d:
+    Only real tokens count, with two operations per multiply-add. With P candidates, m context
+    tokens, C classes of T tokens in total (full stop and end-of-text included), width d:
 
-    - rows = P m + P T: each goes through 12 d² multiply-adds a layer (qkv 3, out 1, MLP 8), but
-      before the first layer the names are the same for all candidates: there their qkv counts once;
-    - in the last layer keys and values (2 d²) of all rows, the other 10 d² for the P C ends only;
-    - attention: 2 d for each key that a row sees: the i-th context token [SOS] and i tokens, the
-      j-th of a name [SOS], the context and j tokens; in the last layer the ends only;
+    - rows = P m + P T: each needs 12 d² multiply-adds per layer (qkv 3, out 1, MLP 8), except that
+      the names' qkv in the first layer are the same for all candidates and count once;
+    - the last layer needs keys and values (2 d²) of all rows, the other 10 d² only for P C ends;
+    - attention: 2 d for each key that a row attends to: the i-th context token to [SOS] and i
+      tokens, the j-th of a name to [SOS], the context and j tokens; in the last layer only ends;
     - the projection d e of each end to e features.
 
-    Nothing for [SOS]: its keys and values are constants of the graph.
+    [SOS] costs nothing: its keys and values are constants of the graph.
     """
     P, m, d, C = n_candidates, n_context, width, len(lengths)
     T = sum(lengths)
@@ -112,9 +112,9 @@ def measure(extent: Extent, cache: Path) -> dict[str, Any]:
         name: OrtPromptGraph(load_bundle(folder / name), tokenizer, Execution())
         for name in PRECISIONS
     }
-    # As a user opens it: with ONNX Runtime's own defaults, not with ours.
+    # With ONNX Runtime's defaults, as a user would open it, not with ztune's.
     naive = onnxruntime().InferenceSession(folder / NAIVE, providers=["CPUExecutionProvider"])
-    # The first products after a pause are slower, and would flatter what is compared with them.
+    # The first products after a pause are slower, which would inflate the ratios.
     gemms = {name: timed(loop, 9) for name, loop in square_products().items()}
     rates: list[Mapping[str, float]] = []
     rows: list[dict[str, Any]] = []
@@ -167,7 +167,7 @@ def measure(extent: Extent, cache: Path) -> dict[str, Any]:
 
 
 class Cell:
-    """Everything at one number of classes and one length of context."""
+    """Measurements for one number of classes and one context length."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Cell:
         config, classes = ZipConfig(n_context=n_context), classes_named(n_classes)
         self.rounds = {name: Rounds(graph, classes, config) for name, graph in graphs.items()}
         self.n_candidates = config.step_queries()
-        # One step at 10 classes is short for the clock of a busy machine.
+        # One step at 10 classes is too short to time on a busy machine.
         self._n_steps = max(1, 40 // n_classes)
         self._n_context = n_context
         self._bundle = bundle = graphs["fp32"].bundle
@@ -193,29 +193,29 @@ class Cell:
         self._reference: F32 | None = None
 
     def flop(self, n_layers: int) -> int:
-        """Return the operations of a round's matrix products."""
+        """Return the operations of a candidate batch's matrix products."""
         width, embed_dim = self._bundle.text.width, self._bundle.embed_dim
         return matrix_flops(
             self.lengths, self.n_candidates, self._n_context, width, n_layers, embed_dim
         )
 
     def take_turns(self, others: Mapping[str, Loop], repeats: int) -> dict[str, dict[str, float]]:
-        """Return the medians of `others` and, by precision, of our steps."""
+        """Return the medians of `others` and, by precision, of this project's steps."""
         loops = dict(others)
         for name, rounds in self.rounds.items():
             rounds.steps(1)  # binds the calls
             loops[name] = functools.partial(rounds.steps, self._n_steps)
-        if repeats < 3:  # else the median leaves the first calls' allocations out
+        if repeats < 3:  # else the median excludes the first calls' allocations
             others["naive"]()
         return interleaved(loops, repeats)
 
     def naive_loops(self, session: Any) -> dict[str, Loop]:
-        """Return queries of the naive loops: whole sequences, and cut to the longest class."""
+        """Return the naive loops' queries: whole sequences, and truncated to the longest class."""
         longest = 1 + self._n_context + max(self.lengths)
         cut = {key: self._feeds[key][:, :longest] for key in ("sequence_index", "tokens")}
 
         def run(**given: Any) -> None:
-            # The last candidate of a round, where a mistake in packing would show.
+            # The last candidate, which would show an error in packing.
             given = {"contexts": self._contexts[-1:], **self._feeds, **given}
             self._reference = session.run(["features"], given)[0][0]
 
@@ -223,14 +223,14 @@ class Cell:
         return {"truncated": timed(lambda: run(**cut), n), "naive": timed(run, n)}
 
     def error(self, precision: str) -> float:
-        """Return the largest difference of a feature from what the naive graph gave, in fp32."""
+        """Return the largest difference of a feature from the naive fp32 graph."""
         assert self._reference is not None
         ours = self.rounds[precision].encoder.encode(self._contexts)[-1]
         return float(np.abs(ours - self._reference).max())
 
 
 class Published:
-    """The published loop in torch: timed in parts, on fewer classes and images, and scaled."""
+    """The published loop in torch, timed in parts with fewer classes and images, and scaled."""
 
     def __init__(self, extent: Extent, loaded: LoadedClip):
         self._extent = extent
@@ -240,7 +240,7 @@ class Published:
         self._texts: dict[int, list[float]] = {}
 
     def seconds(self, n_classes: int) -> float:
-        """Return the seconds of one query; its text tower sees 77 tokens whatever the context."""
+        """Return the seconds of one query; its text tower always computes 77 tokens."""
         if n_classes not in self._texts:
             classes, at_most = classes_named(n_classes), self._extent.published_classes
             self._texts[n_classes] = [
@@ -249,7 +249,7 @@ class Published:
         return _median(self._texts[n_classes]) + _median(self._images)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a query consists of, in seconds."""
+        """Return the parts of a query in seconds."""
         return {
             "scaled": True,
             "images": BATCH,
@@ -261,7 +261,7 @@ class Published:
 
 
 def square_products() -> dict[str, Callable[[], object]]:
-    """Return what the machine's own rate is measured with: numpy, and ONNX Runtime's MatMul."""
+    """Return products to measure the machine's rate: numpy, and ONNX Runtime's MatMul."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(0)
@@ -285,7 +285,7 @@ def square_products() -> dict[str, Callable[[], object]]:
 def _speeds(
     found: Mapping[str, float], n_candidates: int, baselines: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return a row's rates: text features of a candidate, and a query of a whole ZIP step."""
+    """Return a row's rates: a candidate's text features, and a query of a whole ZIP step."""
     query, step = found["graph"] / n_candidates, found["step"] / n_candidates
     return {
         "queries_per_s": round(1 / query, 3),
@@ -301,7 +301,7 @@ def _speeds(
 
 
 def _whole_run(precision: str, graph: OrtPromptGraph, n_queries: int) -> dict[str, Any]:
-    """Return the seconds of a whole ZIP run at 10 classes, without the bundle's opening."""
+    """Return the seconds of a whole ZIP run at 10 classes, without opening the bundle."""
     rounds = Rounds(graph, classes_named(10), ZipConfig())
     taken = rounds.run(n_queries)
     say(f"{n_queries} queries at 10 classes in {precision}: {taken:.1f} s")
@@ -329,7 +329,7 @@ def _median(values: Iterable[float]) -> float:
 
 def main() -> None:
     given = parser(__doc__)
-    given.add_argument("--model", default="ViT-B-32", help="one that open_clip knows, or: tiny")
+    given.add_argument("--model", default="ViT-B-32", help="an open_clip model, or: tiny")
     given.add_argument("--layers", type=int, help="of its text tower (--quick: 4)")
     given.add_argument("--context", type=int, help="only this number of context tokens")
     arguments = given.parse_args()

@@ -1,9 +1,9 @@
-"""How long short commands take from start to exit, against Python and ONNX Runtime alone.
+"""Compare the duration of short commands with that of Python and ONNX Runtime alone.
 
     python -m benchmarks.startup                    # 20 processes each, under a minute
     python -m benchmarks.startup --quick            # 5 each
 
-benchmarks/README.md says what the figures mean.
+benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(bundle: Path, repeats: int) -> dict[str, Any]:
             "ztune predict": (*cli, "predict", packed, image),
         }
         loops = {name: timed(partial(_run, words)) for name, words in commands.items()}
-        interleaved(loops, 1)  # files are in the system's cache from here on
+        interleaved(loops, 1)  # fills the system's file cache
         found = interleaved(loops, repeats)
     rows = {name: {"seconds": round(one["seconds"], 3)} for name, one in found.items()}
     for name, bare in (("ztune --help", "python"), ("ztune predict", _LOADED)):

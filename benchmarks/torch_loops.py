@@ -1,10 +1,10 @@
-"""The loops that papers publish, in torch: one candidate at a time, whole sequences.
+"""The papers' published loops in torch: one candidate at a time, whole sequences.
 
     python -m benchmarks.torch_loops backprop --classes 10
 
-As a command it tunes a context for a few steps, alone in its process, so that its peak memory can
-be read from outside: with backpropagation (CoOp: SGD on the context), or forward passes alone
-(ZIP's 10 candidates a step, one by one). Image features are given, as they are to `ztune tune`.
+As a command it tunes a context for a few steps in its own process, to measure its peak memory: with
+backpropagation (CoOp: SGD on the context), or with forward passes only (ZIP's 10 candidates per
+step, one by one). Image features are precomputed, as in `ztune tune`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from runtimes.prompts import placeholder_id
 from runtimes.tokenizer import Tokenizer
 
 BATCH = 128
-"""Images in a batch, as published."""
+"""Published batch size."""
 
 
 class TorchPrompts:
-    """open_clip's own text forward over all 77 tokens of each class."""
+    """open_clip's text forward over all 77 tokens of each class."""
 
     def __init__(self, loaded: LoadedClip, classes: Sequence[str], n_context: int):
         self._loaded = loaded
         spec = loaded.text
-        tokenizer = Tokenizer.of(loaded.tokenizer_json, spec)
+        tokenizer = Tokenizer.from_json(loaded.tokenizer_json, spec)
         gap = [placeholder_id(spec)] * n_context
         self._tokens = torch.tensor(
             tokenizer.pad(
@@ -65,7 +65,7 @@ class TorchPrompts:
 
 
 class PublishedLoop:
-    """One query as the published code makes it: both towers, nothing kept between queries."""
+    """One query of the published code: both towers, nothing cached between queries."""
 
     def __init__(self, loaded: LoadedClip, n_images: int = BATCH):
         self._loaded = loaded
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
-    # Only the published loop runs the image tower; a user of cached features need not load it.
+    # Only the published loop needs the image tower; cached features do not.
     published = arguments.loop == "published"
     loaded = load_random(Size(arguments.model), without_images=not published)
     prompts = TorchPrompts(loaded, classes_named(arguments.classes), arguments.context)
@@ -107,7 +107,7 @@ def main() -> None:
         images = functional.normalize(torch.randn(BATCH, prompts(context).shape[1]), dim=-1)
     labels = torch.randint(arguments.classes, (BATCH,))
     model: Any = loaded.model
-    # A query with images takes so long, and peaks like any other, that one is enough.
+    # One query with images is enough, since it is slow and its peak is that of any other.
     n_candidates = 1 if arguments.loop != "forward" else 10
 
     def loss(candidate: Tensor) -> Tensor:

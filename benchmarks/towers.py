@@ -1,12 +1,12 @@
-"""Models to measure with: random weights through the real export, made once and kept in a cache.
+"""Models for benchmarks: random weights, exported once with the real exporter and cached.
 
     python -m benchmarks.towers ViT-B-32 --kind fp32
 
-Kind `lean` is the prompt graph alone, in fp32 and int8, and the naive graph: what a competent
-user's own ONNX Runtime loop runs, whole sequences with the contexts in place. The others are whole
-bundles as `ztune export` and `ztune quantize` write them. Prints the folder's path.
+Kind `lean` has only the prompt graph, in fp32 and int8, and the naive graph of a competent user's
+ONNX Runtime loop: whole sequences that include the contexts. The others are whole bundles of
+`ztune export` and `ztune quantize`. Prints the folder's path.
 
-Nothing heavy is imported before something must be made, for the sake of benchmarks of memory.
+Heavy imports happen only for an export, so that they do not affect benchmarks of memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from export.clip import LoadedClip
 
 NAIVE = "naive.onnx"
-# What the files depend on besides the model: a change of the exporter makes them anew.
+# Inputs of the files besides the model: a change of the exporter triggers a new export.
 _SOURCES = ("export", "runtimes/bundle.py", "runtimes/prompts.py", "benchmarks/towers.py")
 _PACKAGES = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 _TINY: dict[str, Any] = {
@@ -41,18 +41,18 @@ _TINY: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
 
-# Ids of names to trace graphs with: as many of everything as no other dimension has.
+# Ids of names to trace graphs with: no two dynamic dimensions have the same size.
 _EXAMPLES = [(320, 1000, 269), (321, 269), (322, 1002, 1003, 269), (323, 269), (324, 1004, 269)]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Which model."""
+    """A model and its number of layers."""
 
     model: str = "ViT-B-32"
-    """A name that open_clip knows, or `tiny`."""
+    """A name of open_clip, or `tiny`."""
     layers: int | None = None
-    """Of the text tower; None: all of them."""
+    """Layers of the text tower; None: all."""
 
     def config(self) -> dict[str, Any]:
         """Return open_clip's description of the architecture."""
@@ -68,11 +68,11 @@ class Size:
 
     @property
     def n_layers(self) -> int:
-        """Of the text tower."""
+        """Layers of the text tower."""
         return int(self.config()["text_cfg"]["layers"])
 
     def folder(self, cache: Path, kind: str) -> Path:
-        """Return where the files of `kind` belong in a cache."""
+        """Return the folder of `kind` in a cache."""
         digest = hashlib.sha256()
         for source in _SOURCES:
             path = ROOT / source
@@ -84,14 +84,14 @@ class Size:
         return cache / f"{self.model}{layers}-{kind}-{digest.hexdigest()[:12]}"
 
     def words(self) -> list[str]:
-        """Return the command-line words for this size."""
+        """Return the command-line arguments for this size."""
         return [self.model, *([] if self.layers is None else ["--layers", str(self.layers)])]
 
 
 def load_random(size: Size, *, without_images: bool = False) -> LoadedClip:
-    """Return the model with random weights; `without_images` spares it all but a tiny image tower.
+    """Return the model with random weights; with `without_images` the image tower is tiny.
 
-    A seed and a size give the same text tower only with the same image tower.
+    The text tower's weights depend on the image tower's size.
     """
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
@@ -110,7 +110,7 @@ def load_random(size: Size, *, without_images: bool = False) -> LoadedClip:
 
 
 def full(size: Size, cache: Path, precision: str = "fp32") -> Path:
-    """Return the folder of a whole bundle, made in a process of its own where it is missing."""
+    """Return the folder of a whole bundle, exported in a separate process if missing."""
     folder = size.folder(cache, precision)
     if not folder.exists():
         _make(size, cache, precision)
@@ -118,11 +118,11 @@ def full(size: Size, cache: Path, precision: str = "fp32") -> Path:
 
 
 def lean(size: Size, cache: Path) -> Path:
-    """Return the folder with the bundles `fp32` and `int8`, the prompt graph alone, and NAIVE."""
+    """Return the folder with bundles `fp32` and `int8` of only the prompt graph, and NAIVE."""
     folder = size.folder(cache, "lean")
     if folder.exists():
         return folder
-    # Exporting is Python's work on one core, and there are two graphs: side by side.
+    # Exporting uses one core, so export the two graphs in parallel.
     with new_folder(folder) as work:
         parts = [
             subprocess.Popen(
@@ -132,7 +132,7 @@ def lean(size: Size, cache: Path) -> Path:
         ]
         codes = [part.wait() for part in parts]
         if any(codes):
-            sys.exit("the models to measure with cannot be made")
+            sys.exit("the benchmark's models cannot be exported")
     return folder
 
 
@@ -144,7 +144,7 @@ def _command(size: Size, cache: Path, kind: str, out: Path | None = None) -> lis
 def _make(size: Size, cache: Path, kind: str) -> None:
     command = _command(size, cache, kind)
     if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT).returncode:
-        sys.exit("the models to measure with cannot be made")
+        sys.exit("the benchmark's models cannot be exported")
 
 
 def _export_full(size: Size, out: Path) -> None:
@@ -161,7 +161,7 @@ def _quantize_full(size: Size, cache: Path, precision: str, out: Path) -> None:
 
 
 def _export_prompt(size: Size, out: Path) -> None:
-    """Write the bundles `out` (fp32) and its neighbour int8, of the prompt graph alone."""
+    """Write the bundles `out` (fp32) and int8 (in the same folder) of only the prompt graph."""
     import numpy as np
     import torch
 
@@ -198,7 +198,7 @@ def _describe(loaded: LoadedClip, folder: Path, precision: str) -> None:
         file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(folder.iterdir())
     }
-    # As JSON has it: lists where there are tuples.
+    # Convert tuples to lists.
     image, text = json.loads(json.dumps([asdict(loaded.image), asdict(loaded.text)]))
     write_json(
         folder / MANIFEST,
@@ -220,7 +220,7 @@ def _describe(loaded: LoadedClip, folder: Path, precision: str) -> None:
 
 
 def _export_naive(size: Size, out: Path) -> None:
-    """Write the naive graph: whole sequences of any length, any number of classes."""
+    """Write the naive graph: whole sequences of dynamic length, any number of classes."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional
@@ -232,7 +232,7 @@ def _export_naive(size: Size, out: Path) -> None:
     tower: Any = loaded.tower
 
     class Naive(nn.Module):  # type: ignore[misc]
-        """The text forward that published code writes out, its sequence as long as its input's."""
+        """The text forward of published code, for sequences of the input's length."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -252,7 +252,7 @@ def _export_naive(size: Size, out: Path) -> None:
             x = x + self.positions.index_select(0, steps)
             mask = torch.where(steps <= steps.unsqueeze(1), 0.0, float("-inf"))
             x = self.transformer(x, attn_mask=mask)
-            # The end of the text has the largest id.
+            # The end-of-text token has the largest id.
             starts = length * torch.arange(n_candidates * n_classes).reshape(n_candidates, -1)
             ends = (starts + tokens.argmax(-1)).reshape(-1)
             x = x.reshape(-1, x.shape[-1]).index_select(0, ends)
@@ -262,7 +262,7 @@ def _export_naive(size: Size, out: Path) -> None:
     spec = replace(loaded.text, graph="sequence")
     table = loaded.tower.embedding.weight.detach().numpy()
     given = {
-        # Shorter than the model's 77 tokens, so that the length stays free.
+        # Shorter than the model's 77 tokens, so that the length stays dynamic.
         name: torch.from_numpy(value[:, :13] if name != "name_embeddings" else value)
         for name, value in feeds(spec, table, _EXAMPLES, 6).items()
     }
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks")
     kinds = ("lean", "naive", "prompt", "fp32", "int8", "fp16")
     parser.add_argument("--kind", choices=kinds, default="lean")
-    parser.add_argument("--out", type=Path, help="of the single parts naive and prompt")
+    parser.add_argument("--out", type=Path, help="for the kinds naive and prompt")
     arguments = parser.parse_args()
     size, cache = Size(arguments.model, arguments.layers), arguments.cache
     out = arguments.out or size.folder(cache, arguments.kind)

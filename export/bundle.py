@@ -1,4 +1,4 @@
-"""One model becomes one bundle: graphs, token table, tokenizer, and the manifest over them."""
+"""Export a model as a bundle: graphs, token table, tokenizer and manifest."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from ztune.io.files import new_folder, sha256, write_json
 from ztune.io.tensors import write_tensors
 from ztune.types import Json
 
-# Inputs in the order of forward, and the names of the dimensions that may differ.
+# Inputs in the order of forward, with the names of their dynamic dimensions.
 _IMAGE_DIMS: Mapping[str, Mapping[int, str]] = {"pixels": {0: "N"}}
 _IMAGE_PROMPTED_DIMS: Mapping[str, Mapping[int, str]] = {
     "pixels": {0: "N"},
@@ -81,19 +81,19 @@ def export_bundle(
     external_threshold: int = EXTERNAL_THRESHOLD,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
-    """Write the bundle of a model to the new folder `out`, whole or not at all.
+    """Write the bundle of a model to the new folder `out`, atomically.
 
-    With `image_tokens` it also has the image tower that takes tokens beside the image's own.
+    `image_tokens` adds an image tower that takes additional tokens.
 
-    Raises: ConfigError when `out` holds something, or the image tower takes no tokens; ZtuneError
+    Raises: ConfigError when `out` is not empty, or the image tower cannot take tokens; ZtuneError
         when a graph does not match torch.
     """
     if image_tokens:
-        visual_tower(loaded.model)  # refuses before anything is written
+        visual_tower(loaded.model)  # fails before anything is written
     with new_folder(out) as work:
         for note in loaded.notes:
             progress(f"note: {note}")
-        _fill(loaded, work, image_tokens, external_threshold, progress)
+        _write_files(loaded, work, image_tokens, external_threshold, progress)
     return load_bundle(out)
 
 
@@ -103,7 +103,7 @@ class _Graph:
     module: nn.Module
     dims: Mapping[str, Mapping[int, str]]
     traced: Case
-    """Has at least two of everything, and no two sizes alike where they may differ."""
+    """Every size is at least 2, and no two dynamic dimensions have the same size."""
     checked: Iterable[Case]
 
 
@@ -125,7 +125,7 @@ def _graphs(loaded: LoadedClip, image_tokens: bool) -> Iterator[_Graph]:
 
 
 def image_prompted_graph(loaded: LoadedClip) -> _Graph:
-    """Return the graph of an image tower that takes tokens."""
+    """Return the graph of an image tower with added tokens."""
     (traced,) = image_prompted_cases(loaded, [(3, 2, 5)])
     module, checked = PromptedImageGraph(loaded.model), image_prompted_cases(loaded)
     return _Graph("image_prompted", module, _IMAGE_PROMPTED_DIMS, traced, checked)
@@ -134,9 +134,9 @@ def image_prompted_graph(loaded: LoadedClip) -> _Graph:
 def export_graph(
     graph: _Graph, folder: Path, threshold: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
-    """Write and check one graph; return its parity figures and the tensors that prove them.
+    """Write and check one graph; return its parity figures and the tensors to reproduce them.
 
-    Raises: ZtuneError when it does not match torch.
+    Raises: ZtuneError when the graph does not match torch.
     """
     path = folder / f"{graph.name}.onnx"
     progress(f"{path.name}: exporting")
@@ -147,14 +147,14 @@ def export_graph(
     export_onnx(graph.module, inputs, path, threshold)
     figures = compare(path, [traced, *graph.checked])
     progress(
-        f"{path.name}: differs from torch by at most {figures['max_abs']:.1e}, "
-        f"cosine at least {figures['cosine']:.7f}"
+        f"{path.name}: maximum difference from torch {figures['max_abs']:.1e}, "
+        f"minimum cosine {figures['cosine']:.7f}"
     )
     kept = {f"{graph.name}.{name}": value for name, value in traced.feeds.items()}
     return figures, {**kept, f"{graph.name}.features": traced.features}
 
 
-def _fill(
+def _write_files(
     loaded: LoadedClip,
     folder: Path,
     image_tokens: bool,
@@ -189,13 +189,13 @@ def _manifest(
         "version": VERSION,
         "model_id": model_id(loaded),
         "source": dict(loaded.source),
-        "image": _plain(loaded.image),
-        "text": _plain(loaded.text),
+        "image": _as_json(loaded.image),
+        "text": _as_json(loaded.text),
         "embed_dim": embed_dim,
         "logit_scale": float(model.logit_scale.exp()),
         "logit_bias": 0.0 if bias is None else float(bias),
         "precision": "fp32",
-        **({"visual": visual_values(loaded)} if prompted else {}),
+        **({"visual": visual_statistics(loaded)} if prompted else {}),
         "parity": parity,
         "files": {
             file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
@@ -210,8 +210,8 @@ def _manifest(
     }
 
 
-def visual_values(loaded: LoadedClip) -> dict[str, Json]:
-    """Return what is drawn by when tokens are made for the image tower: the manifest's `visual`."""
+def visual_statistics(loaded: LoadedClip) -> dict[str, Json]:
+    """Return the manifest's `visual`: statistics for initialising image tokens."""
     patches = visual_tower(loaded.model).conv1.weight.detach().double().numpy()
     return {
         "width": int(patches.shape[0]),
@@ -224,11 +224,11 @@ def visual_values(loaded: LoadedClip) -> dict[str, Json]:
 def model_id(loaded: LoadedClip) -> str:
     """Return the digest of weights, architecture, tokenizer and preprocessing.
 
-    It says which model this is, whatever precision or graphs it is served with.
+    It identifies the model independently of precision and graphs.
     """
     digest = hashlib.sha256()
-    text = {key: value for key, value in _plain(loaded.text).items() if key != "graph"}
-    for part in (loaded.config, _plain(loaded.image), text):
+    text = {key: value for key, value in _as_json(loaded.text).items() if key != "graph"}
+    for part in (loaded.config, _as_json(loaded.image), text):
         digest.update(describe(part).encode())
     digest.update(hashlib.sha256(loaded.tokenizer_json.encode()).digest())
     for name, tensor in sorted(loaded.model.state_dict().items()):
@@ -237,7 +237,7 @@ def model_id(loaded: LoadedClip) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _plain(spec: Any) -> dict[str, Json]:
+def _as_json(spec: Any) -> dict[str, Json]:
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(spec).items()

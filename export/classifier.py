@@ -1,6 +1,6 @@
 """Pack a bundle's image tower and an artifact into one `classifier.onnx`: image in, logits out.
 
-Needs the `onnx` package and no torch, so that a device can pack what it has tuned.
+Needs `onnx` but not torch, so that it also runs on devices.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from export.nodes import Nodes, grey_levels, normalised
-from export.prompted import Tower, has_tokens, prompted
+from export.nodes import Nodes, normalise, pixels_to_float
+from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, describe
 from runtimes.classifier import FORMAT, VERSION
 from ztune.artifact import Artifact, VisualArtifact
@@ -24,7 +24,7 @@ from ztune.io.files import replacing
 from ztune.logits import FeatureClassifier
 from ztune.types import Json
 
-# Bytes above which the weights go beside the one file to ship: a protobuf file ends at 2 GiB.
+# Bytes above which weights go into a second file, since protobuf files are limited to 2 GiB.
 _LARGEST_FILE = 1_800_000_000
 
 
@@ -39,34 +39,34 @@ def pack(
 ) -> None:
     """Write `out`: input `pixels u8[N, S, S, 3]`, outputs `logits` and `probabilities` f32[N, C].
 
-    With `resize` the input is u8[N, H, W, 3] of any size, resized and cropped inside the graph as
-    the bundle's preprocessing says. A visual prompt becomes part of the graph; `extractor` is the
-    ONNX file whose features a decoder was tuned with, where it is not the bundle's image tower.
-    Class names and provenance stand in the metadata.
+    With `resize` the input is u8[N, H, W, 3] of any size, and the graph resizes and crops it by the
+    bundle's preprocessing. A visual prompt becomes part of the graph; `extractor` is the ONNX file
+    whose features a decoder was tuned with, unless that was the bundle's image tower. Class names
+    and provenance are stored as metadata.
 
-    Raises: FormatError when artifact, bundle and extractor do not fit together; DataError when
-        `out` cannot be written.
+    Raises: FormatError when artifact, bundle and extractor do not match; DataError when `out`
+        cannot be written.
     """
     classifier = artifact.classifier()
     n_classes, embed_dim = classifier.weight.shape
     if embed_dim != bundle.embed_dim:
         raise FormatError(
-            f"the artifact is for features of {embed_dim} values, the bundle's image tower "
-            f"gives {bundle.embed_dim} (pack with the bundle it was tuned on)"
+            f"the artifact needs features of {embed_dim} values, but the bundle's image tower "
+            f"returns {bundle.embed_dim} (pack with the bundle it was tuned on)"
         )
     visual = artifact if isinstance(artifact, VisualArtifact) else None
-    model = onnx.load(str(bundle.file(IMAGE_PROMPTED if has_tokens(visual) else "image.onnx")))
+    model = onnx.load(str(bundle.file(IMAGE_PROMPTED if uses_tokens(visual) else "image.onnx")))
     graph = model.graph
     S = bundle.image.size
     shape = ["N", "H", "W", 3] if resize else ["N", S, S, 3]
     g = Nodes("image")
-    tower = Tower(graph, "image.")
-    grey = grey_levels(g, bundle.image, resize=resize)
+    tower = Subgraph(graph, "image.")
+    pixels = pixels_to_float(g, bundle.image, resize=resize)
     if visual is None:
-        features = tower.place(g, "image.", [normalised(g, grey, bundle.image)])
+        features = tower.insert(g, "image.", [normalise(g, pixels, bundle.image)])
     else:
-        features = prompted(g, model, tower, grey, bundle, visual, extractor)
-    after = _classification(classifier, features)
+        features = add_visual_prompt(g, model, tower, pixels, bundle, visual, extractor)
+    after = _classifier_nodes(classifier, features)
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend([*g.nodes, *after.nodes])
     graph.initializer.extend([*g.constants, *after.constants])
@@ -81,8 +81,8 @@ def pack(
     _save(model, out, external_threshold)
 
 
-def _classification(classifier: FeatureClassifier, features: str) -> Nodes:
-    """Unit features to logits and probabilities: FeatureClassifier.logits as nodes."""
+def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
+    """Return FeatureClassifier.logits as nodes: unit features to logits and probabilities."""
     g = Nodes("classify")
     logits = g.node("MatMul", [features, g.constant(classifier.weight.T)])
     kernel = classifier.kernel
@@ -122,8 +122,8 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
     }
 
 
-def _n_bytes(graph: Any) -> int:
-    """Return the size of constants and nodes; the model's own ByteSize fails beyond 2 GB."""
+def _graph_bytes(graph: Any) -> int:
+    """Return the size of constants and nodes; ModelProto.ByteSize fails above 2 GB."""
     constants = sum(len(constant.raw_data) for constant in graph.initializer)
     return constants + sum(node.ByteSize() for node in graph.node)
 
@@ -131,11 +131,11 @@ def _n_bytes(graph: Any) -> int:
 def _save(model: Any, out: Path, external_threshold: int) -> None:
     weights = Path(f"{out}.data")
     try:
-        if _n_bytes(model.graph) < external_threshold:
+        if _graph_bytes(model.graph) < external_threshold:
             with replacing(out) as temporary:
                 onnx.save(model, str(temporary))
             return
-        # Under their final names, since the graph names its weights; then renamed together.
+        # Written under its final name, since the graph refers to the weights file by name.
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             onnx.save(
                 model,

@@ -1,4 +1,4 @@
-"""The light half of a bundle: all that a client of a server needs of it, without the graphs."""
+"""Export the client half of a bundle: the files that a server's client needs, without graphs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ztune.io.files import new_folder
 
 
 def export_client(bundle: Bundle, out: Path) -> Bundle:
-    """Write the client half of a bundle to the new folder `out`; its digest is the bundle's.
+    """Write the client half of a bundle, with the same digest, to the new folder `out`.
 
-    Raises: ConfigError for an `out` that holds something, FormatError for a damaged file.
+    Raises: ConfigError when `out` is not empty, FormatError for a corrupted file.
     """
     with new_folder(out) as work:
         for name in CLIENT_FILES:

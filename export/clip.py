@@ -1,7 +1,7 @@
-"""Load an open_clip model honestly: what open_clip only logs about and gets wrong is an error.
+"""Load an open_clip model; where open_clip only logs a likely mistake, raise an error.
 
-It would initialise a model without weights at random, prepare images for a bare checkpoint as
-OpenAI's models want them, and build a model trained with QuickGELU without it.
+open_clip initialises a model without weights at random, preprocesses images for a bare checkpoint
+by OpenAI's defaults, and builds a model that was trained with QuickGELU without it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OFFLINE_HINT = (
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A model ready for export, with all that a bundle says of it."""
+    """A model ready for export, with the metadata of its bundle."""
 
     model: nn.Module
     """In float32 and evaluation mode."""
@@ -57,18 +57,18 @@ class LoadedClip:
     tokenizer_json: str
     source: Mapping[str, str]
     notes: tuple[str, ...]
-    """What was decided for the user and differs from open_clip's default."""
+    """Choices that differ from open_clip's default."""
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Where the weights come from and what is published about them."""
+    """The source of the weights and their published configuration."""
 
     config: dict[str, Any]
     preprocess: Mapping[str, Any]
     quick_gelu: bool
     pretrained: str | None
-    """As open_clip takes it: a tag, a file, or None (local-dir and hf-hub bring their own)."""
+    """open_clip's argument: a tag, a file, or None (local-dir and hf-hub include weights)."""
 
 
 def load_clip(
@@ -84,30 +84,30 @@ def load_clip(
 
     `pretrained` is a published tag or a checkpoint file, `preprocess_from` a tag (or MODEL:TAG) or
     a JSON file, `random_weights` a seed instead of weights (for tests), `licence` that of the
-    weights, which open_clip does not know.
+    weights, which open_clip does not record.
 
-    Raises: ConfigError for what cannot be loaded as asked, ZtuneError where the network is missing.
+    Raises: ConfigError for arguments that do not match, ZtuneError when a download fails.
     """
     if pretrained is not None and random_weights is not None:
-        raise ConfigError("`pretrained` and `random_weights` exclude each other")
-    with _quiet() as messages:
+        raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
+    with _capture_logs() as messages:
         weights = _resolve(model, pretrained, preprocess_from, random_weights)
         if weights.config["text_cfg"].get("hf_model_name"):
             raise ConfigError(
                 f'model "{model}" has a Hugging Face text tower '
                 f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
-                "choose a model with one of open_clip's own text towers"
+                "choose a model with an open_clip text tower"
             )
-        module = _create(model, weights, random_weights)
-        # A published tag is as its authors meant it; a file is what the user hopes it is.
+        module = _create_model(model, weights, random_weights)
+        # A published tag matches its architecture; a file may not.
         resized = [message for message in messages if message.startswith("Resizing")]
         if resized and not _is_tag(model, weights.pretrained):
             raise ConfigError(
-                f'the checkpoint does not fit model "{model}": its position embeddings have another'
-                " size (another image size or context length?); name the architecture it was "
-                "trained as"
+                f'the checkpoint does not match model "{model}": position embeddings of another '
+                "size (another image size or context length); pass the architecture it was "
+                "trained with"
             )
-        vocabulary = _tokenizer(model, weights.config, module, tokenizer_file, pad_id)
+        vocabulary = _find_tokenizer(model, weights.config, module, tokenizer_file, pad_id)
     tower = text_tower(module)
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
@@ -116,7 +116,7 @@ def load_clip(
     if weights.quick_gelu != bool(weights.config.get("quick_gelu")):
         notes.append(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
-            f'"{preprocess_from or pretrained}" was trained; "{model}" alone says otherwise'
+            f'"{preprocess_from or pretrained}" was trained; the default of "{model}" differs'
         )
     return LoadedClip(
         model=module,
@@ -136,8 +136,8 @@ def load_clip(
         ),
         tokenizer_json=vocabulary.content,
         source={
-            "model": _shown(model),
-            "pretrained": _shown_weights(model, pretrained, random_weights),
+            "model": _display_name(model),
+            "pretrained": _display_weights(model, pretrained, random_weights),
             "licence": licence,
         },
         notes=tuple(notes),
@@ -154,13 +154,15 @@ def _resolve(
     if schema is not None:
         if pretrained is not None:
             raise ConfigError(
-                f'model "{model}" brings its own weights: drop `pretrained` "{pretrained}"'
+                f'model "{model}" includes its weights: remove `pretrained` "{pretrained}"'
             )
-        return _from_folder(model, schema, identifier, preprocess_from, random_weights)
-    return _from_registry(identifier.replace("/", "-"), pretrained, preprocess_from, random_weights)
+        return _resolve_folder(model, schema, identifier, preprocess_from, random_weights)
+    return _resolve_registry(
+        identifier.replace("/", "-"), pretrained, preprocess_from, random_weights
+    )
 
 
-def _from_folder(
+def _resolve_folder(
     model: str,
     schema: str,
     identifier: str,
@@ -170,7 +172,7 @@ def _from_folder(
     if schema == "local-dir":
         folder = Path(identifier)
         if not folder.is_dir():
-            raise ConfigError(f'model "{model}": there is no folder {folder}')
+            raise ConfigError(f'model "{model}": folder {folder} does not exist')
         described = read_json(folder / CONFIG, f'model "{model}"')
         if random_weights is None and not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
             raise ConfigError(
@@ -178,28 +180,28 @@ def _from_folder(
                 f"(expected open_clip_model.safetensors or another {', '.join(_WEIGHTS)} file)"
             )
     else:
-        with _network(f'model "{model}"'):
+        with _explain_download_errors(f'model "{model}"'):
             described = dict(open_clip.factory._get_hf_config(identifier))
     config: Any = described.get("model_cfg")
     if not isinstance(config, dict) or not all(
         isinstance(config.get(key), dict) for key in ("vision_cfg", "text_cfg")
     ):
-        raise ConfigError(f'model "{model}": its {CONFIG} has no "model_cfg" with both towers')
+        raise ConfigError(f'model "{model}": {CONFIG} has no "model_cfg" with both towers')
     preprocess: Any = described.get("preprocess_cfg") or {}
     quick_gelu = bool(config.get("quick_gelu"))
     if preprocess_from is not None:
-        preprocess, override = _preprocess_from(model, preprocess_from)
+        preprocess, override = _read_preprocess(model, preprocess_from)
         if override is not None and "quick_gelu" not in config:
             quick_gelu = override
     elif not {"mean", "std"} <= preprocess.keys():
         raise ConfigError(
-            f'model "{model}": its {CONFIG} has no "preprocess_cfg" with mean and std; add it, or '
-            "say how its images were prepared with `preprocess_from=MODEL:TAG` or a JSON file"
+            f'model "{model}": {CONFIG} has no "preprocess_cfg" with mean and std; add it, or pass '
+            "`preprocess_from=MODEL:TAG` or a JSON file"
         )
     return _Weights(config, preprocess, quick_gelu, None)
 
 
-def _from_registry(
+def _resolve_registry(
     name: str, pretrained: str | None, preprocess_from: str | None, random_weights: int | None
 ) -> _Weights:
     config = open_clip.get_model_config(name)
@@ -209,7 +211,7 @@ def _from_registry(
         close = [lower[hit] for hit in difflib.get_close_matches(name.lower(), lower, n=5)]
         raise ConfigError(
             f'model "{name}" is not known to open_clip {open_clip.__version__}'
-            + (f"; close: {', '.join(close)}" if close else "")
+            + (f"; did you mean {', '.join(close)}" if close else "")
             + " (or local-dir:PATH, hf-hub:ID)"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -224,25 +226,27 @@ def _from_registry(
     if pretrained is not None and not published and not Path(pretrained).is_file():
         close = difflib.get_close_matches(pretrained.lower(), tags, n=3) or tags
         raise ConfigError(
-            f'`pretrained` "{pretrained}" is no file and no tag of {name}'
+            f'`pretrained` "{pretrained}" is neither a file nor a tag of {name}'
             + (f"; tags: {', '.join(close)}" if close else "; it has no published tags")
         )
     if preprocess_from is not None:
-        preprocess, override = _preprocess_from(name, preprocess_from)
+        preprocess, override = _read_preprocess(name, preprocess_from)
         quick_gelu = quick_gelu if override is None else override
     elif published:
         preprocess = published
-        # open_clip only warns here, and computes something else than the published model.
+        # open_clip only warns here, and computes something other than the published model.
         quick_gelu = quick_gelu or bool(published.get("quick_gelu"))
     else:
-        preprocess = _agreed(name, tags, quick_gelu, strict=random_weights is None)
+        preprocess = _shared_preprocess(name, tags, quick_gelu, strict=random_weights is None)
     return _Weights(config, preprocess, quick_gelu, pretrained)
 
 
-def _agreed(name: str, tags: list[str], quick_gelu: bool, strict: bool) -> Mapping[str, Any]:
-    """Return what all published weights of an architecture share, for a bare checkpoint file.
+def _shared_preprocess(
+    name: str, tags: list[str], quick_gelu: bool, strict: bool
+) -> Mapping[str, Any]:
+    """Return the preprocessing that all published weights of an architecture share.
 
-    An architecture without published weights gets open_clip's defaults, its own training default.
+    An architecture without published weights gets open_clip's training defaults.
     """
     ways: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for tag in tags:
@@ -257,13 +261,13 @@ def _agreed(name: str, tags: list[str], quick_gelu: bool, strict: bool) -> Mappi
         kinds = "; ".join(", ".join(like) for _, like in ways.values())
         raise ConfigError(
             f"a checkpoint file of {name} needs `preprocess_from` TAG or FILE.json: published "
-            f"weights of {name} differ in mean, std, resizing or QuickGELU (alike are: {kinds})"
+            f"weights of {name} differ in mean, std, resizing or QuickGELU (groups: {kinds})"
         )
     return agreed[0]
 
 
-def _preprocess_from(model: str, source: str) -> tuple[Mapping[str, Any], bool | None]:
-    """Return the preprocessing named by a tag, MODEL:TAG or JSON file, and its QuickGELU."""
+def _read_preprocess(model: str, source: str) -> tuple[Mapping[str, Any], bool | None]:
+    """Return the preprocessing of a tag, MODEL:TAG or JSON file, and its QuickGELU setting."""
     name, _, tag = source.rpartition(":")
     published = open_clip.get_pretrained_cfg(name or model, tag)
     if published:
@@ -272,11 +276,11 @@ def _preprocess_from(model: str, source: str) -> tuple[Mapping[str, Any], bool |
     if not path.is_file():
         tags = open_clip.list_pretrained_tags_by_model(name or model)
         raise ConfigError(
-            f'`preprocess_from` "{source}" is no file and no tag of {name or model}'
+            f'`preprocess_from` "{source}" is neither a file nor a tag of {name or model}'
             + (
                 f" (tags: {', '.join(tags)})"
                 if tags
-                else " (MODEL:TAG names any published weights)"
+                else " (MODEL:TAG selects other published weights)"
             )
         )
     values: Any = read_json(path, "`preprocess_from`")
@@ -284,7 +288,7 @@ def _preprocess_from(model: str, source: str) -> tuple[Mapping[str, Any], bool |
     known = (*_PREPROCESS, "quick_gelu", "size", "mode")
     if not isinstance(values, dict) or not {"mean", "std"} <= values.keys() <= set(known):
         raise ConfigError(
-            f"`preprocess_from` {source}: expected an object with mean, std and optionally "
+            f"`preprocess_from` {source}: expected an object with mean, std and optional "
             f"{', '.join(known[2:])}"
         )
     quick_gelu = values.get("quick_gelu")
@@ -293,7 +297,7 @@ def _preprocess_from(model: str, source: str) -> tuple[Mapping[str, Any], bool |
     return values, quick_gelu
 
 
-def _create(model: str, weights: _Weights, random_weights: int | None) -> nn.Module:
+def _create_model(model: str, weights: _Weights, random_weights: int | None) -> nn.Module:
     schema, identifier = parse_model_name(model)
     name = model if schema else identifier.replace("/", "-")
     options: dict[str, Any] = {
@@ -309,7 +313,7 @@ def _create(model: str, weights: _Weights, random_weights: int | None) -> nn.Mod
             torch.manual_seed(random_weights)
             module = open_clip.create_model(name, load_weights=False, **options)
     elif schema == "hf-hub" or _is_tag(model, weights.pretrained):
-        with _network(where):
+        with _explain_download_errors(where):
             module = open_clip.create_model(
                 name, weights.pretrained, require_pretrained=True, **options
             )
@@ -323,12 +327,12 @@ def _create(model: str, weights: _Weights, random_weights: int | None) -> nn.Mod
         except Exception as error:
             raise ConfigError(f"{where} cannot be loaded as {name}: {_reason(error)}") from None
     if hasattr(module, "text_decoder"):
-        del module.text_decoder  # CoCa's captioner takes no part in either feature
+        del module.text_decoder  # CoCa's captioner contributes to neither feature
     result: nn.Module = module.float().eval().requires_grad_(False)
     return result
 
 
-def _tokenizer(
+def _find_tokenizer(
     model: str,
     config: Mapping[str, Any],
     module: nn.Module,
@@ -336,7 +340,7 @@ def _tokenizer(
     pad_id: int | None,
 ) -> Vocabulary:
     tower = text_tower(module)
-    with _network(
+    with _explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
     ):
         return find_vocabulary(
@@ -354,10 +358,11 @@ def _image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> Image
     sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if sides[0] != sides[1]:
         raise ConfigError(
-            f'model "{model}" takes images of {sides[0]} x {sides[1]}; only square ones work here'
+            f'model "{model}" takes images of {sides[0]} x {sides[1]}; only square images are '
+            "supported"
         )
     values = {key: preprocess[key] for key in _PREPROCESS if preprocess.get(key) is not None}
-    # What is not said is open_clip's default.
+    # Missing values are open_clip's defaults.
     spec = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0, **values}
     spec |= {"size": int(sides[0])}
     spec |= {key: list(spec[key]) for key in ("mean", "std") if isinstance(spec[key], tuple)}
@@ -369,17 +374,17 @@ def _is_tag(model: str, pretrained: str | None) -> bool:
     return pretrained is not None and bool(open_clip.get_pretrained_cfg(name, pretrained))
 
 
-def _shown(model: str) -> str:
-    """Return a model's name for the manifest: a bundle is passed on, local paths are not."""
+def _display_name(model: str) -> str:
+    """Return a model's name for the manifest, without local paths."""
     schema, identifier = parse_model_name(model)
     return f"local-dir:{Path(identifier).resolve().name}" if schema == "local-dir" else model
 
 
-def _shown_weights(model: str, pretrained: str | None, random_weights: int | None) -> str:
+def _display_weights(model: str, pretrained: str | None, random_weights: int | None) -> str:
     if random_weights is not None:
         return f"random weights, seed {random_weights}"
     if pretrained is None:
-        return _shown(model)
+        return _display_name(model)
     return pretrained if _is_tag(model, pretrained) else Path(pretrained).name
 
 
@@ -387,20 +392,22 @@ def _reason(error: BaseException) -> str:
     """Return an error of torch, open_clip or the hub as one line."""
     text = reason_of(error, most=240)
     if "weights_only" in text:
-        return "it holds more than tensors and could run code; save its state_dict as safetensors"
+        return (
+            "it contains more than tensors and could run code; save its state_dict as safetensors"
+        )
     if isinstance(error, KeyError):
-        return f"it has no {text}: no weights of this architecture"
+        return f"it has no {text}: weights of another architecture"
     return text
 
 
 @contextlib.contextmanager
-def _network(what: str, hint: str = _OFFLINE_HINT) -> Iterator[None]:
-    """Turn whatever a failed download raises into one line; without a name server, at once."""
+def _explain_download_errors(what: str, hint: str = _OFFLINE_HINT) -> Iterator[None]:
+    """Report a failed download in one line, immediately when the hub's name does not resolve."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
     try:
-        constants.HF_HUB_OFFLINE = offline or not _reachable(constants.ENDPOINT)
+        constants.HF_HUB_OFFLINE = offline or not _is_reachable(constants.ENDPOINT)
         yield
     except ZtuneError:
         raise
@@ -411,8 +418,8 @@ def _network(what: str, hint: str = _OFFLINE_HINT) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def _reachable(endpoint: str) -> bool:
-    """Whether the hub's name resolves; behind a proxy that says nothing, so try."""
+def _is_reachable(endpoint: str) -> bool:
+    """Return whether the hub's name resolves; a proxy may resolve it, so assume it does."""
     if urllib.request.getproxies():
         return True
     try:
@@ -423,8 +430,8 @@ def _reachable(endpoint: str) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Keep the chatter of open_clip and the hub off the screen; yield what open_clip logged."""
+def _capture_logs() -> Iterator[list[str]]:
+    """Silence open_clip and the hub; yield the messages that open_clip logs."""
     messages: list[str] = []
 
     class Collect(logging.Handler):

@@ -1,9 +1,9 @@
-"""The graphs of a bundle as torch modules, and the decision which prompt graph a text tower gets.
+"""The graphs of a bundle as torch modules, and the choice of prompt graph for a text tower.
 
-In a causal tower the states of `[SOS][context]` do not depend on the class, and what stands after
-the end-of-text token does not matter. `PrefixGraph` uses both: the prefix is computed once per
-candidate and only the real tokens of each name after it. Every other tower gets `SequenceGraph`,
-whose masks, class token and pooling are open_clip's own code.
+In a causal tower the states of `[SOS][context]` do not depend on the class, and tokens after the
+end-of-text token have no effect. `PrefixGraph` uses both: it computes the prefix once per candidate
+and only the real tokens of each name. Every other tower gets `SequenceGraph`, with open_clip's own
+masks, class token and pooling.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.nn import functional
 
 from ztune.errors import ConfigError
 
-_MASKED = -1e4  # finite, also in 16 bit; exp of it is 0
+_MASKED = -1e4  # finite, in fp16 too; its exp is 0
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """open_clip's text tower, wherever the model's class keeps its parts."""
+    """The parts of open_clip's text tower, for every model class."""
 
     owner: nn.Module
-    """The module whose attribute `token_embedding` is looked up."""
+    """The module with the attribute `token_embedding`."""
     embedding: nn.Embedding
     positions: Tensor
     """f32[L, d]."""
@@ -39,7 +39,7 @@ class TextTower:
     pooling: str
     eos_id: int
     plain: bool
-    """Nothing in it but what the prefix graph computes."""
+    """Whether the prefix graph can compute it."""
 
     @property
     def width(self) -> int:
@@ -47,20 +47,20 @@ class TextTower:
 
     @property
     def sees_padding(self) -> bool:
-        """Whether the feature depends on what stands after the end of the text."""
+        """Whether the feature depends on the padding."""
         return not (self.causal and self.pooling in ("argmax", "eos"))
 
 
 def text_tower(model: nn.Module) -> TextTower:
     """Find the parts of a model's text tower.
 
-    Raises: ConfigError when it is none of open_clip's own.
+    Raises: ConfigError when it is not one of open_clip's own.
     """
     owner: Any = getattr(model, "text", model)
     if not isinstance(owner, towers.TextTransformer | CLIP):
         raise ConfigError(
-            f"text tower {type(owner).__name__} is not supported: only open_clip's own text "
-            "transformers can be exported, no Hugging Face text models"
+            f"text tower {type(owner).__name__} is not supported (expected one of open_clip's own "
+            "text transformers, not a Hugging Face text model)"
         )
     pooling = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
     class_token = getattr(owner, "cls_emb", None)
@@ -112,10 +112,10 @@ def _is_plain(block: nn.Module) -> bool:
 def graph_kind(
     tower: TextTower, prefix_ids: tuple[int, ...], suffix_ids: tuple[int, ...], largest_id: int
 ) -> str:
-    """Return "prefix" where sharing the context's states between classes is exact.
+    """Return "prefix" if sharing the context's states between classes is exact, else "sequence".
 
-    That needs a plain causal tower, one [SOS], and one [EOT] which is where the tower pools:
-    open_clip pools at the largest id (argmax) or at its first end-of-text id (eos).
+    It is exact for a plain causal tower with one [SOS] and one [EOT], at which the tower pools:
+    open_clip pools at the largest id (argmax) or at the first end-of-text id (eos).
     """
     if not tower.plain or len(prefix_ids) != 1 or len(suffix_ids) != 1:
         return "sequence"
@@ -136,31 +136,31 @@ class ImageGraph(nn.Module):
 
 
 def visual_tower(model: Any) -> towers.VisionTransformer:
-    """Return the image tower that tokens can be added to.
+    """Return the image tower to which tokens can be added.
 
-    Raises: ConfigError when it is another one than open_clip's own ViT.
+    Raises: ConfigError when it is not open_clip's own ViT.
     """
     tower = model.visual
-    # A subclass may do anything else; the norm of a token must not depend on the other tokens.
+    # A subclass may differ; the norm of a token must not depend on other tokens.
     plain = type(tower) is towers.VisionTransformer and isinstance(
         tower.ln_pre, nn.LayerNorm | nn.Identity
     )
     if not plain:
         inner = getattr(tower, "trunk", tower)
         raise ConfigError(
-            f"image tower {type(inner).__name__} takes no image tokens: visual tokens need "
-            "open_clip's own VisionTransformer (leave out `image_tokens`)"
+            f"image tower {type(inner).__name__} does not support image tokens, which need "
+            "open_clip's own VisionTransformer (omit `image_tokens`)"
         )
     assert isinstance(tower, towers.VisionTransformer)
     return tower
 
 
 class PromptedImageGraph(nn.Module):
-    """Normalised pixels f32[N, 3, S, S] under tokens f32[P, n, w] to features f32[P, N, e].
+    """Normalised pixels f32[N, 3, S, S] and tokens f32[P, n, w] to features f32[P, N, e].
 
-    The tokens stand after the class token and the patches, without a position of their own, before
-    the first normalisation (BPT-VLM, IJCAI 2023). That one looks at each token alone, so patches
-    are embedded and normalised once for all candidates. No pooling sees the added tokens.
+    The tokens follow the class token and the patches, without position embeddings, before the first
+    normalisation (BPT-VLM, IJCAI 2023), which is per token, so patches are embedded and normalised
+    once for all candidates. Pooling ignores the added tokens.
     """
 
     def __init__(self, model: Any) -> None:
@@ -200,17 +200,17 @@ class TextGraph(nn.Module):
 
 
 class PrefixGraph(nn.Module):
-    """Contexts to text features in a causal tower, sharing all that candidates and classes share.
+    """Contexts to text features in a causal tower, without repeated work for candidates or classes.
 
-    With T the real tokens of all names (end-of-text included) packed behind each other, n the
-    longest name and `pad` / `unpad` between the packed rows and the grid [C, n]:
+    T is the number of real tokens of all names (end-of-text included), packed in sequence, n the
+    longest name; `pad` and `unpad` convert between the packed rows and the grid [C, n].
 
-    - [SOS] sees nothing but itself: its keys and values are constants of the graph;
-    - the context's rows are computed once per candidate, the names' real tokens only, together
-      [P * m + P * T, d]; before the first attention the names are the same for every candidate;
-    - only attention uses the grid [P, C, n], and there causality hides the padding by itself; one
-      gather of d / h values a head brings each of query, key and value there;
-    - the last layer needs queries, projection and MLP for the end-of-text rows alone.
+    - [SOS] attends only to itself: its keys and values are constants of the graph.
+    - The context's rows are computed once per candidate, and only the names' real tokens, together
+      [P * m + P * T, d]. Before the first attention the names are the same for every candidate.
+    - Only attention uses the grid [P, C, n], where causality masks the padding; one gather of d / h
+      values per head copies query, key and value to it.
+    - The last layer computes queries, projection and MLP for the end-of-text rows only.
     """
 
     sos_keys: Tensor
@@ -222,8 +222,8 @@ class PrefixGraph(nn.Module):
         self.blocks = tower.blocks
         self.ln_final = tower.ln_final
         self.projection = tower.projection
-        # Weights of their own, not slices of open_clip's one matrix: a graph keeps them ready to
-        # multiply by, and a quantizer finds them.
+        # Separate weights, not slices of open_clip's one matrix: no slicing at run time, and
+        # quantizers find them.
         self.projections = nn.ModuleList(
             nn.ModuleDict({parts: _projection(block, parts) for parts in kinds})
             for block, kinds in zip(
@@ -238,7 +238,7 @@ class PrefixGraph(nn.Module):
                 key, value = projected.reshape(2, block.attn.num_heads, 1, -1)
                 keys.append(key)
                 values.append(value)
-                # One row attends to itself: the attention's output is its value.
+                # A single row attends to itself, so its value is the output of attention.
                 attended = block.attn.out_proj(value.reshape(1, -1))
                 state = _after_attention(block, state, attended)
         self.register_buffer("sos_keys", torch.stack(keys).detach())  # [layers, h, 1, d / h]
@@ -262,7 +262,7 @@ class PrefixGraph(nn.Module):
         columns = torch.arange(n_name, device=contexts.device)
         heads = torch.arange(n_heads, device=contexts.device)
         candidates = torch.arange(n_candidates, device=contexts.device).reshape(-1, 1)
-        # [m, 1 + m]: a context row sees [SOS], and the context up to itself; [n, n] likewise.
+        # [m, 1 + m]: a context row attends to [SOS] and the context up to itself; [n, n] likewise.
         prefix_mask = _mask(torch.arange(n_context + 1) <= 1 + steps.unsqueeze(1))
         name_mask = _mask(columns <= columns.unsqueeze(1))
         # Rows: the contexts of all candidates, then the names of the first, of the second, ...
@@ -388,8 +388,8 @@ def _mask(seen: Tensor) -> Tensor:
     return torch.where(seen, 0.0, _MASKED)
 
 
-class _Given(nn.Module):
-    """Stands in for a token embedding and answers what it was given."""
+class _FixedEmbedding(nn.Module):
+    """Replaces a token embedding and returns a fixed tensor."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
@@ -402,8 +402,8 @@ class _Given(nn.Module):
 class SequenceGraph(nn.Module):
     """Contexts to text features through open_clip's own forward over whole sequences.
 
-    `sequence_index` i64[C, L] says for each place which row of [contexts; name embeddings] stands
-    there, `tokens` i64[C, L] which ids open_clip's masks and pooling shall see.
+    `sequence_index` i64[C, L] selects rows of [contexts; name embeddings]; `tokens` i64[C, L] are
+    the ids that open_clip's masks and pooling use.
     """
 
     def __init__(self, model: Any) -> None:
@@ -423,7 +423,7 @@ class SequenceGraph(nn.Module):
         ids = tokens.expand(n_candidates, -1, -1).reshape(n_candidates * n_classes, length)
         embedding = self.owner.token_embedding
         try:
-            self.owner.token_embedding = _Given([embedded])
+            self.owner.token_embedding = _FixedEmbedding([embedded])
             features: Tensor = self.model.encode_text(ids, normalize=True)
         finally:
             self.owner.token_embedding = embedding

@@ -1,8 +1,7 @@
-"""A graph in mixed precision: matrix products in 16 bit, all that sums up or normalises in 32.
+"""Convert a graph to mixed precision: matrix products in fp16, sums and normalisation in fp32.
 
-`onnxruntime.transformers.float16` is not used: between two operators that it leaves in 32 bit it
-rounds to 16 and back, so that the residual stream, where a small difference of losses lives, would
-be in 16 bit all the same.
+`onnxruntime.transformers.float16` rounds to fp16 and back between operators that it keeps in fp32.
+That would put the residual stream, which carries small differences of losses, into fp16.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ztune.errors import ZtuneError
 
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
-# Operators that carry numbers elsewhere, as they are; all but Concat take them first.
+# Operators that only move values; all but Concat take them as first input.
 _MOVES = {
     "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze",
     "Transpose", "Unsqueeze",
@@ -26,17 +25,17 @@ _ACTIVATIONS = {"Gelu", "Relu", "Sigmoid"}
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with its products and what lies between them in 16 bit.
+    """Return the graph with its products and the operators between them in fp16.
 
-    In 32 bit stay inputs and outputs, normalisation, softmax, masks, positions, the residual
-    stream, and all after the last normalisation: the projection and the unit features.
+    Inputs, outputs, normalisation, softmax, masks, positions, the residual stream, the projection
+    and the unit features stay in fp32.
 
-    Raises: ZtuneError when the graph has parts of its own, or a weight is beyond 16 bit.
+    Raises: ZtuneError when the graph has functions or branches, or a weight exceeds fp16.
     """
     if model.functions or any(a.HasField("g") for n in model.graph.node for a in n.attribute):
-        raise ZtuneError("the graph has functions or branches: it cannot be converted to 16 bit")
+        raise ZtuneError("the graph has functions or branches: it cannot be converted to fp16")
     graph = _Graph(model)
-    return graph.converted(graph.in_half())
+    return graph.convert(graph.select_nodes())
 
 
 class _Graph:
@@ -53,24 +52,28 @@ class _Graph:
                 self.consumers.setdefault(name, []).append(i)
         self.outputs = {output.name for output in model.graph.output}
 
-    def numbers(self, node: Any) -> list[int]:
-        """Return which inputs of a node that is to run in 16 bit are numbers, not shapes."""
+    def value_inputs(self, node: Any) -> list[int]:
+        """Return the places of a node's inputs that are values rather than shapes."""
         every = node.op_type not in _MOVES or node.op_type == "Concat"
         given = [place for place, name in enumerate(node.input) if name]
         return given if every else given[:1]
 
-    def in_half(self) -> set[int]:
-        """Return the nodes to run in 16 bit."""
-        half = self._products()
+    def select_nodes(self) -> set[int]:
+        """Return the nodes to run in fp16."""
+        half = self._select_products()
         while True:
             before = len(half)
             for i, node in enumerate(self.nodes):
-                if i not in half and not self.outputs & set(node.output) and self._joins(i, half):
+                if (
+                    i not in half
+                    and not self.outputs & set(node.output)
+                    and self._can_join(i, half)
+                ):
                     half.add(i)
             if len(half) == before:
                 return half
 
-    def _products(self) -> set[int]:
+    def _select_products(self) -> set[int]:
         """Return the products before the last normalisation or, without one, the last product."""
         ends = [i for i, node in enumerate(self.nodes) if node.op_type == "LayerNormalization"]
         if not ends:
@@ -85,38 +88,38 @@ class _Graph:
         before -= set(ends)
         return {i for i in before if self.nodes[i].op_type in _PRODUCTS}
 
-    def _joins(self, i: int, half: set[int]) -> bool:
-        """Return whether a node runs in 16 bit beside those that do."""
+    def _can_join(self, i: int, half: set[int]) -> bool:
+        """Return whether a node can run in fp16 too, given those that do."""
         node = self.nodes[i]
-        names = [node.input[place] for place in self.numbers(node)]
+        names = [node.input[place] for place in self.value_inputs(node)]
         made = [self.producers.get(name, -1) in half for name in names]
         if node.op_type in _MOVES:
-            # After a product, or with nothing but products behind it.
+            # After a product, or only before products.
             after = any(made) and all(
                 m or name in self.weights for m, name in zip(made, names, strict=True)
             )
-            return after or self._only_for(node, half)
+            return after or self._feeds_only(node, half)
         if node.op_type in _ACTIVATIONS:
             return all(made)
         if node.op_type == "Mul":  # by a scale, or an activation by itself
             return any(made) and all(
                 m or self._is_small(name, 1) for m, name in zip(made, names, strict=True)
             )
-        if node.op_type == "Add":  # a bias; a sum of two products where it goes into a third
+        if node.op_type == "Add":  # a bias; a sum of two products that feeds a third
             if all(made):
-                return self._only_for(node, half)
+                return self._feeds_only(node, half)
             return any(made) and any(
                 self._is_small(name) for m, name in zip(made, names, strict=True) if not m
             )
         return False
 
-    def _only_for(self, node: Any, half: set[int]) -> bool:
-        """Return whether all that takes a node's output as numbers runs in 16 bit."""
+    def _feeds_only(self, node: Any, half: set[int]) -> bool:
+        """Return whether every consumer takes a node's output as values and runs in fp16."""
         users = [(j, name) for name in node.output for j in self.consumers.get(name, [])]
         return bool(users) and all(
             j in half
             and all(
-                place in self.numbers(self.nodes[j])
+                place in self.value_inputs(self.nodes[j])
                 for place, given in enumerate(self.nodes[j].input)
                 if given == name
             )
@@ -124,14 +127,14 @@ class _Graph:
         )
 
     def _is_small(self, name: str, most: int | None = None) -> bool:
-        """Return whether a weight is a vector or scalar, with at most so many values."""
+        """Return whether a weight is a vector or scalar of at most `most` values."""
         weight = self.weights.get(name)
         if weight is None or len(weight.dims) > 1:
             return False
         return most is None or int(np.prod(weight.dims)) <= most
 
-    def converted(self, half: set[int]) -> onnx.ModelProto:
-        """Return the model with the nodes of `half` in 16 bit, and casts at the borders."""
+    def convert(self, half: set[int]) -> onnx.ModelProto:
+        """Return the model with the nodes of `half` in fp16, and casts where precision changes."""
         made_half = {name for i in half for name in self.nodes[i].output}
         casts: dict[str, str] = {}
         halves: dict[str, onnx.TensorProto] = {}
@@ -147,11 +150,11 @@ class _Graph:
             new = onnx.NodeProto()
             new.CopyFrom(node)
             if i in half:
-                for place in self.numbers(node):
+                for place in self.value_inputs(node):
                     name = node.input[place]
                     if name in self.weights:
                         if name not in halves:
-                            halves[name] = _in_half(self.weights[name])
+                            halves[name] = _weight_to_half(self.weights[name])
                         new.input[place] = halves[name].name
                     elif name not in made_half:
                         new.input[place] = cast(name, TensorProto.FLOAT16)
@@ -172,13 +175,13 @@ class _Graph:
         )
 
 
-def _in_half(weight: onnx.TensorProto) -> onnx.TensorProto:
+def _weight_to_half(weight: onnx.TensorProto) -> onnx.TensorProto:
     values = numpy_helper.to_array(weight)
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float16)
     if np.isinf(rounded).any():
         raise ZtuneError(
-            f"weight {weight.name} goes up to {np.abs(values).max():.3g}, 16 bit end at 65504: "
-            "this model cannot be converted to fp16"
+            f"weight {weight.name} has values up to {np.abs(values).max():.3g}, above the fp16 "
+            "maximum of 65504: this model cannot be converted to fp16"
         )
     return numpy_helper.from_array(rounded, f"{weight.name}_as_fp16")

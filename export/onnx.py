@@ -1,4 +1,4 @@
-"""A torch module as one ONNX file, or two where it is too large for one."""
+"""Export a torch module as an ONNX file, with external data when it is large."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MASKED = -1e4
 
 @dataclass(frozen=True)
 class Input:
-    """An example of one graph input, and the names of the dimensions that may differ from it."""
+    """An example of a graph input, and the names of its dynamic dimensions."""
 
     example: Tensor
     dims: Mapping[int, str]
@@ -37,7 +37,7 @@ def export_onnx(
 ) -> tuple[Path, ...]:
     """Write `module` to `path` and return the files written: `path`, and `path`.data if large.
 
-    The graph's one output is called `features`. Nothing of this machine is in the files.
+    The graph's only output is `features`. The files contain no traces of this machine.
     """
     names = {name for given in inputs.values() for name in given.dims.values()}
     symbols = {name: torch.export.Dim(name, min=1) for name in sorted(names)}
@@ -47,7 +47,7 @@ def export_onnx(
     examples = tuple(given.example for given in inputs.values())
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        # The fused attention of torch's own eager mode has no ONNX form.
+        # torch's fused attention of eager mode has no ONNX form.
         torch.backends.mha.set_fastpath_enabled(False)
         with _silence(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -76,7 +76,7 @@ def export_onnx(
 
 
 def _scrub(model: onnx_ir.Model) -> None:
-    """Remove traces of this machine, and make infinite masks finite."""
+    """Remove traces of this machine, and replace infinite mask values."""
     model.producer_name, model.doc_string = "ztune", None
     model.metadata_props.clear()
     graph: Any = model.graph
@@ -95,7 +95,7 @@ def _scrub(model: onnx_ir.Model) -> None:
 
 
 def _finite(tensor: Any) -> Any:
-    """Return a tensor with -inf replaced by a number of which exp is 0, also in 16 bit."""
+    """Return a tensor with -inf replaced by a value whose exp is 0, in fp16 too."""
     if tensor.dtype != onnx_ir.DataType.FLOAT:
         return tensor
     values = tensor.numpy()
@@ -107,7 +107,7 @@ def _finite(tensor: Any) -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    """Keep the exporter's remarks about itself off the screen; what it raises passes."""
+    """Suppress the exporter's output and warnings, but not its exceptions."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

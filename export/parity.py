@@ -1,7 +1,7 @@
-"""Every graph against open_clip in torch, before a bundle may exist.
+"""Compare every graph with open_clip in torch before a bundle is written.
 
-The references for the prompted graphs are independent of them: whole sequences through open_clip's
-own forward, contexts and image tokens put in place by hooks.
+The references are independent of the graphs: whole sequences through open_clip's own forward, with
+contexts and image tokens inserted by hooks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one graph and what torch answers to them."""
+    """Inputs of one graph and torch's output for them."""
 
     feeds: Feeds
     features: F32
@@ -63,13 +63,15 @@ def image_prompted_cases(
 
 
 def text_cases(loaded: LoadedClip, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
-    """Yield sentences, one batch size at a time."""
-    tokenizer = Tokenizer.of(loaded.tokenizer_json, loaded.text)
+    """Yield tokenized texts, one batch size at a time."""
+    tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.text)
     limit = loaded.text.context_length - len(loaded.text.prefix_ids) - len(loaded.text.suffix_ids)
-    # Other texts each time; a tiny tower may not hold the long ones.
+    # Different texts for each batch size; a small tower may not hold the long ones.
     fitting = [text for text in TEXTS if 0 < len(tokenizer.encode(text)) <= limit]
     if not fitting:
-        raise ZtuneError(f"the text tower takes {loaded.text.context_length} tokens: too few")
+        raise ZtuneError(
+            f"the text tower takes {loaded.text.context_length} tokens: too few for a text"
+        )
     for turn, batch in enumerate(batches):
         texts = [fitting[(turn + i) % len(fitting)] for i in range(batch)]
         tokens = tokenizer.pad([tokenizer.sequence(text) for text in texts])
@@ -81,10 +83,10 @@ def prompt_cases(
 ) -> Iterator[Case]:
     """Yield random contexts, one shape (candidates, context length, classes) at a time.
 
-    A context length of 0 stands for the longest that fits.
+    A context length of 0 means the longest that fits.
     """
     random = torch.Generator().manual_seed(1)
-    tokenizer = Tokenizer.of(loaded.tokenizer_json, loaded.text)
+    tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.text)
     table = loaded.tower.embedding.weight.detach().numpy()
     for n_candidates, n_context, n_classes in shapes or (
         (1, 1, 1),
@@ -92,7 +94,7 @@ def prompt_cases(
         (2, 8, 2),
         (1, 0, 3),
     ):
-        names, room = _names(loaded.text, tokenizer, n_classes)
+        names, room = _choose_names(loaded.text, tokenizer, n_classes)
         n_context = min(n_context or room, room)
         contexts = torch.randn(n_candidates, n_context, loaded.text.width, generator=random)
         contexts = contexts * float(table.std())
@@ -101,10 +103,10 @@ def prompt_cases(
         yield Case({"contexts": contexts.numpy(), **given}, features)
 
 
-def _names(
+def _choose_names(
     spec: TextSpec, tokenizer: Tokenizer, n_classes: int
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Return ids of distinct names that leave room for a context, and how much room."""
+    """Return ids of distinct names that leave room for a context, and the context's room."""
     room = spec.context_length - len(spec.prefix_ids) - len(spec.suffix_ids)
     distinct = dict.fromkeys(tokenizer.encode(f"{name}.") for name in NAMES)
     fitting = [ids for ids in distinct if 0 < len(ids) <= room // 2]
@@ -179,7 +181,7 @@ def prompt_reference(loaded: LoadedClip, contexts: Tensor, names: Sequence[tuple
     return np.stack(features)
 
 
-def session(graph: Path) -> Any:
+def open_graph(graph: Path) -> Any:
     """Open a graph on the CPU."""
     ort = onnxruntime()
     options = ort.SessionOptions()
@@ -190,26 +192,26 @@ def session(graph: Path) -> Any:
 def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> dict[str, float]:
     """Run a graph on every case and return the worst cosine and the largest difference.
 
-    Raises: ZtuneError beyond the limit.
+    Raises: ZtuneError above LIMIT.
     """
-    run = session(graph)
+    run = open_graph(graph)
     worst = {"cosine": 1.0, "max_abs": 0.0}
     for case in cases:
         (features,) = run.run(["features"], dict(case.feeds))
         if features.shape != case.features.shape:
             raise ZtuneError(
-                f"{graph.name} gives {features.shape}, torch {case.features.shape}: "
-                "the export specialised a dimension; the model cannot be exported as it is"
+                f"{graph.name} returns {features.shape}, torch {case.features.shape}: the exporter "
+                "fixed a dynamic dimension; this model cannot be exported"
             )
         got, wide = features.astype(np.float64), case.features.astype(np.float64)
         lengths = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
         cosines = (got * wide).sum(-1) / lengths
-        # max and min of numpy keep a NaN, so that it cannot pass the limit.
+        # numpy's max and min propagate NaN, which then fails the limit.
         worst["cosine"] = float(np.min([worst["cosine"], cosines.min()]))
         worst["max_abs"] = float(np.max([worst["max_abs"], np.abs(features - case.features).max()]))
     if not worst["max_abs"] <= LIMIT:
         raise ZtuneError(
             f"{graph.name} differs from torch by {worst['max_abs']:.3g} (1 - cosine "
-            f"{1 - worst['cosine']:.1e}), at most {LIMIT:g} is allowed: no bundle written"
+            f"{1 - worst['cosine']:.1e}), expected at most {LIMIT:g}: no bundle was written"
         )
     return worst

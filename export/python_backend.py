@@ -1,7 +1,7 @@
-"""What Triton's Python backend runs: the one ONNX graph beside this file, by onnxruntime.
+"""A model for Triton's Python backend that runs the ONNX graph in the same folder.
 
-`ztune export-triton --backend python` copies it into a model's folder as model.py. It knows nothing
-of the rest of ztune, which the server does not have.
+`ztune export-triton --backend python` copies this file into a model's folder as model.py. It does
+not import ztune, which the server does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as backend
 
-# Before its library is loaded: ONNX Runtime 1.32 otherwise looks up a telemetry host.
+# Must precede the import: ONNX Runtime 1.32 otherwise looks up a telemetry host.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
@@ -26,7 +26,7 @@ class TritonPythonModel:
     """One instance of a model: its graph."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the graph where the configuration says."""
+        """Open the graph on the configured device."""
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
@@ -42,16 +42,18 @@ class TritonPythonModel:
             device = {"device_id": args["model_instance_device_id"], "use_tf32": "0"}
             provider = (provider, device | {"cudnn_conv_algo_search": "HEURISTIC"})
         self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        # ONNX Runtime goes on without a provider that cannot load.
+        # ONNX Runtime silently continues without a provider that fails to load.
         if _PROVIDERS[kind] not in self._session.get_providers():
-            raise RuntimeError(f"{kind} was configured, and onnxruntime cannot run there")
+            raise RuntimeError(
+                f"instance kind {kind} is configured, but onnxruntime has no provider for it"
+            )
         self._inputs = [given.name for given in self._session.get_inputs()]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request apart: what is batched with others may round differently."""
-        return [self._answered(request) for request in requests]
+        """Run each request separately, since batching may change rounding."""
+        return [self._respond(request) for request in requests]
 
-    def _answered(self, request: Any) -> Any:
+    def _respond(self, request: Any) -> Any:
         feeds = {
             name: backend.get_input_tensor_by_name(request, name).as_numpy()
             for name in self._inputs

@@ -1,4 +1,4 @@
-"""An fp32 bundle in another precision: int8 for CPUs, fp16 for GPUs. Needs onnx, but no torch."""
+"""Convert an fp32 bundle to int8 for CPUs or fp16 for GPUs. Needs onnx, but not torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ztune.io.files import new_folder, sha256, write_json
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
-# Below this a tower is another model; measured ones keep 0.99 in int8 and 0.99999 in fp16.
+# Measured towers keep 0.99 in int8 and 0.99999 in fp16.
 _LEAST_COSINE = {"int8": 0.98, "fp16": 0.999}
 PRECISIONS = tuple(_LEAST_COSINE)
 
@@ -41,28 +41,26 @@ def quantize_bundle(
 ) -> Bundle:
     """Write the bundle of the same model in `precision` to the new folder `out`.
 
-    int8: matrix products with weights in 8 bits, one scale per output channel; activations are
-    quantized as they come (dynamic), one scale per tensor and call. All else stays in 32 bits.
-    fp16: matrix products and what lies between them in 16 bits; see `export/half.py`.
-    Either leaves out `image_prompted.onnx`: visual prompts are tuned in 32 bits.
+    int8: matrix products with 8-bit weights, one scale per output channel; activations are
+    quantized dynamically, one scale per tensor and call. Everything else stays in fp32.
+    fp16: matrix products and the operators between them; see `export/half.py`.
+    Both omit `image_prompted.onnx`: visual prompts are tuned in fp32.
 
-    Raises: ConfigError for a precision that cannot be made, a bundle that is not fp32, or an `out`
-    that holds something; ZtuneError when the result is too far from torch's figures.
+    Raises: ConfigError for an unknown precision, a bundle that is not fp32, or an `out` that is not
+    empty; ZtuneError when the result differs too much from torch.
     """
     if precision not in PRECISIONS:
-        raise ConfigError(
-            f'precision "{precision}" cannot be derived, expected {" or ".join(PRECISIONS)}'
-        )
+        raise ConfigError(f'unknown precision "{precision}" (expected {" or ".join(PRECISIONS)})')
     if bundle.precision != "fp32":
         raise ConfigError(
             f'bundle "{bundle.path}" is {bundle.precision}; only an fp32 bundle can be quantized'
         )
     with new_folder(out) as work:
-        _fill(bundle, work, precision, progress, external_threshold)
+        _write_files(bundle, work, precision, progress, external_threshold)
     return load_bundle(out)
 
 
-def _fill(
+def _write_files(
     bundle: Bundle,
     folder: Path,
     precision: str,
@@ -79,23 +77,23 @@ def _fill(
         model = read_graph(bundle.file(f"{name}.onnx"))
         model = _to_int8(model, graph) if precision == "int8" else to_half(model)
         write_graph(model, graph, external_threshold)
-        # The one place where 16 bit run on a CPU: the figures must be had wherever a bundle is
-        # derived, and only optimisations that are skipped here have been seen to crash.
+        # The only place where fp16 runs on a CPU, since parity is measured on any machine. `plain`
+        # skips the optimisations that crash.
         setup = Setup(plain=precision == "fp16")
         figures = parity_figures(folder / PARITY, name, graph, Execution(), setup)
         progress(
-            f"{name}.onnx: cosine to torch at least {figures['cosine']:.5f}, differs by at most "
+            f"{name}.onnx: minimum cosine to torch {figures['cosine']:.5f}, maximum difference "
             f"{figures['max_abs']:.1e}"
         )
         if not figures["cosine"] >= _LEAST_COSINE[precision]:
             raise ZtuneError(
-                f"{name}.onnx in {precision} has a cosine of {figures['cosine']:.4f} to torch's "
-                f"features, expected at least {_LEAST_COSINE[precision]}: this model loses too "
-                f"much in {8 if precision == 'int8' else 16} bits"
+                f"{name}.onnx in {precision} has a cosine of {figures['cosine']:.4f} to torch "
+                f"(expected at least {_LEAST_COSINE[precision]}): this model cannot be used in "
+                f"{precision}"
             )
         parity[name] = dict(figures)
     if bundle.visual is not None:
-        progress(f"{IMAGE_PROMPTED}: left out, since image tokens need the fp32 bundle")
+        progress(f"{IMAGE_PROMPTED}: omitted, since image tokens need the fp32 bundle")
     files: dict[str, Json] = {
         file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
         for file in sorted(folder.iterdir())
@@ -111,8 +109,8 @@ def _fill(
 
 
 def _to_int8(model: Any, target: Path) -> Any:
-    """Return the graph with 8-bit weights; files beside `target` serve on the way."""
-    onnxruntime()  # as everywhere: without telemetry
+    """Return the graph with 8-bit weights; temporary files go into the folder of `target`."""
+    onnxruntime()  # disables telemetry
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()
@@ -127,7 +125,7 @@ def _to_int8(model: Any, target: Path) -> Any:
                 op_types_to_quantize=["MatMul", "Gemm"],
                 weight_type=QuantType.QInt8,
                 per_channel=True,
-                # A file of more than 2 GB cannot be one; what is small ends up in one again.
+                # Protobuf files are limited to 2 GB; write_graph merges small ones again.
                 use_external_data_format=True,
                 extra_options={"MatMulConstBOnly": True},
             )

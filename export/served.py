@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from export.nodes import Nodes
-from export.prompted import Tower
+from export.visual_prompt import Subgraph
 from export.weights import read_graph
 from runtimes.bundle import CLIENT_FILES, Bundle
 from runtimes.prompts import placeholder_id, token_table
@@ -116,12 +116,12 @@ def client_graph(bundle: Bundle) -> ModelProto:
 def _texts(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     """Return the prompt graph behind token ids: its nodes, its model, its output's name."""
     model = read_graph(bundle.file("prompt.onnx"))
-    tower = Tower(model.graph, "prompt.")
+    tower = Subgraph(model.graph, "prompt.")
     g = Nodes("served")
     table = g.constant(np.asarray(token_table(bundle)))
     feeds = (_prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds)(g, bundle, table)
     given = [value.name for value in model.graph.input]
-    features = tower.place(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
+    features = tower.insert(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
     # What was known of shapes stays known: without it some fusions do not happen, and the sums of a
     # server are others than those of a bundle on the same machine.
     for value in model.graph.input[1:]:

@@ -1,7 +1,7 @@
-"""A model's tokenizer as one JSON text for the `tokenizers` library, without its specials.
+"""Export a model's tokenizer as JSON for the `tokenizers` library, without special tokens.
 
-What stands before and after a text (prefix, suffix, padding) lives in the manifest, so that the
-device puts sequences together itself and never truncates.
+Prefix, suffix and padding are in the manifest: the device assembles sequences itself and never
+truncates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PROBES = ("a photo of a cat.", "x", "Zebra 42, two words")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's JSON and what the manifest says of it."""
+    """A tokenizer's JSON and its entries in the manifest."""
 
     content: str
     cleaning: str
@@ -37,7 +37,7 @@ class Vocabulary:
     suffix_ids: tuple[int, ...]
     pad_id: int
     largest_id: int
-    """The largest id that a text can have, its specials included."""
+    """The largest id in any text, special tokens included."""
 
 
 def find_vocabulary(
@@ -50,14 +50,15 @@ def find_vocabulary(
 ) -> Vocabulary:
     """Return the tokenizer that open_clip would use for a model, or the one in `file`.
 
-    `pad_matters` says whether the text tower's feature depends on the padding; where it does, the
-    pad id is never guessed.
+    `pad_matters` is whether the text tower's feature depends on the padding. If so, the pad id is
+    never guessed.
 
-    Raises: ConfigError when something about it is unclear. Whatever a download raises passes.
+    Raises: ConfigError when the tokenizer is ambiguous or unsupported. Exceptions of downloads pass
+        through.
     """
     options = text_config.get("tokenizer_kwargs") or {}
     named = text_config.get("hf_tokenizer_name")
-    # open_clip's own rule, for models that name no tokenizer
+    # open_clip's rule for models that do not name a tokenizer
     siglip = not named and ":" not in model and "siglip" in model.lower()
     simple = not named and not siglip
     if text_config.get("tokenizer_mode"):
@@ -67,20 +68,20 @@ def find_vocabulary(
     default = "lower" if simple else "canonicalize" if siglip else "whitespace"
     cleaning = options.get("clean", default)
     if file is not None:
-        raw, found_pad, where = _read(file), _pad_of(file), f"`tokenizer` {file}"
+        raw, found_pad, where = _read(file), _find_pad_id(file), f"`tokenizer` {file}"
     elif simple:
         if {"additional_special_tokens", "bpe_path", "reduction_mask"} & options.keys():
             raise ConfigError(
                 f'model "{model}": its tokenizer_kwargs are not supported; pass `tokenizer=FILE`'
             )
-        return _checked(simple_tokenizer(cleaning), pad_id, table_size, model)
+        return _check_ids(simple_tokenizer(cleaning), pad_id, table_size, model)
     else:
         reference = open_clip.get_tokenizer(model).tokenizer
         backend = getattr(reference, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
-                f'model "{model}": its tokenizer {type(reference).__name__} cannot be had as '
-                "tokenizers JSON; pass `tokenizer=FILE`"
+                f'model "{model}": its tokenizer {type(reference).__name__} has no tokenizers JSON;'
+                " pass `tokenizer=FILE`"
             )
         raw, found_pad, where = json.loads(backend.to_str()), reference.pad_token_id, model
     if pad_id is None:
@@ -88,43 +89,46 @@ def find_vocabulary(
     if pad_id is None:
         pad_id = text_config.get("pad_id")
     if pad_id is None and not pad_matters:
-        pad_id = 0  # nothing that stands after the end of a text changes this tower's feature
+        pad_id = 0  # this tower ignores everything after the end of a text
     if pad_id is None:
         raise ConfigError(
-            f'{where} names no padding token, and the text tower of "{model}" sees the padding; '
-            "say which id it was trained with: `pad_id=N`"
+            f'{where} has no padding token, and the text tower of "{model}" depends on it; pass '
+            "the id it was trained with: `pad_id=N`"
         )
-    prefix, suffix = _specials(raw, where)
+    prefix, suffix = _find_special_ids(raw, where)
     if options.get("strip_sep_token"):
         separator = tokenizers.Tokenizer.from_str(json.dumps(raw)).token_to_id("[SEP]")
         prefix = tuple(0 if token == separator else token for token in prefix)
         suffix = tuple(0 if token == separator else token for token in suffix)
-    # Added tokens that the model has no row for (T5's <extra_id_0>, ...) can stand in no text.
+    # Drop added tokens without a row in the model's table (T5's <extra_id_0>, ...).
     raw["added_tokens"] = [
         token
         for token in raw.get("added_tokens", [])
         if token["id"] < table_size or token["id"] in (*prefix, *suffix)
     ]
-    vocabulary = Vocabulary(_bare(raw), cleaning, prefix, suffix, pad_id, _largest(raw))
-    return _checked(vocabulary, None, table_size, where)
+    vocabulary = Vocabulary(
+        _strip_specials(raw), cleaning, prefix, suffix, pad_id, _find_largest_id(raw)
+    )
+    return _check_ids(vocabulary, None, table_size, where)
 
 
-def _checked(vocabulary: Vocabulary, pad_id: int | None, table_size: int, where: str) -> Vocabulary:
+def _check_ids(
+    vocabulary: Vocabulary, pad_id: int | None, table_size: int, where: str
+) -> Vocabulary:
     if pad_id is not None:
         vocabulary = dataclasses.replace(vocabulary, pad_id=pad_id)
     largest = max(vocabulary.largest_id, vocabulary.pad_id)
     if largest >= table_size:
         raise ConfigError(
-            f"{where}: the tokenizer has ids up to {largest}, the model's token table has "
-            f"{table_size} rows: it is not this model's tokenizer; pass the right one: "
-            "`tokenizer=FILE`"
+            f"{where}: the tokenizer has ids up to {largest}, but the model's token table has "
+            f"{table_size} rows; pass this model's tokenizer: `tokenizer=FILE`"
         )
     return vocabulary
 
 
 @functools.cache
 def simple_tokenizer(cleaning: str) -> Vocabulary:
-    """Rebuild open_clip's own byte-level BPE so that it gives the same ids for every text."""
+    """Rebuild open_clip's byte-level BPE, with the same ids for every text."""
     reference = open_clip.SimpleTokenizer(clean=cleaning if cleaning != "none" else "lower")
     start, end = ("<start_of_text>", "<end_of_text>")
     vocabulary = {
@@ -132,9 +136,9 @@ def simple_tokenizer(cleaning: str) -> Vocabulary:
     }
     ranked = sorted(reference.bpe_ranks, key=reference.bpe_ranks.__getitem__)
     merges = [tuple(pair) for pair in ranked if len(pair) == 2]
-    # open_clip's pattern takes a special in a text as one piece and its cache gives that piece one
-    # id. Here merges do: last in rank and only from the special's first piece on, so that they
-    # never touch another text. What they pass through gets ids that no text ends with.
+    # open_clip's pattern matches a special token in a text as one piece, and its cache maps that
+    # piece to one id. Here merges do so: they rank last and start at the special token's first
+    # piece, so they never change another text. Intermediate pieces get ids that no text produces.
     extra = reference.vocab_size
     for special in (start, end):
         reference.cache.pop(special)
@@ -151,9 +155,11 @@ def simple_tokenizer(cleaning: str) -> Vocabulary:
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>")
     )
     words = "|".join(
-        _any_case(word) for word in (start, end, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+        _ignore_case(word) for word in (start, end, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
     )
-    letters, numbers, neither = (_class(c) for c in (r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]"))
+    letters, numbers, neither = (
+        _character_class(c) for c in (r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]")
+    )
     pattern = f"{words}|{letters}+|{numbers}|{neither}+"
     tokens.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -172,11 +178,11 @@ def simple_tokenizer(cleaning: str) -> Vocabulary:
     )
 
 
-def _class(pattern: str) -> str:
-    """Spell out which characters a class of open_clip's pattern matches.
+def _character_class(pattern: str) -> str:
+    """List the characters that a class of open_clip's pattern matches.
 
-    The expressions inside `tokenizers` follow another version of Unicode, and other rules where
-    case is ignored.
+    The regular expressions of `tokenizers` use another version of Unicode, and other rules for
+    ignoring case.
     """
     negated = pattern.startswith("[^")
     known = open_clip_regex.compile(pattern, open_clip_regex.IGNORECASE)
@@ -195,8 +201,8 @@ def _class(pattern: str) -> str:
     return f"[^{spelled}]" if negated else f"[{spelled}]"
 
 
-def _any_case(word: str) -> str:
-    """Match a word in any case, as open_clip's IGNORECASE does (the long s included)."""
+def _ignore_case(word: str) -> str:
+    """Match a word in any case, as IGNORECASE does in open_clip (including the long s)."""
     cases = {letter: f"[{letter}{letter.upper()}]" for letter in word if letter.isalpha()}
     if "s" in cases:
         cases["s"] = r"[sS\x{17F}]"
@@ -210,21 +216,21 @@ def _read(file: Path) -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(content)
     except Exception as error:  # tokenizers raises plain Exception
         raise ConfigError(
-            f"`tokenizer` {file} cannot be read as a tokenizers JSON ({error})"
+            f"`tokenizer` {file} cannot be read as tokenizers JSON ({error})"
         ) from None
     return raw
 
 
-def _pad_of(file: Path) -> int | None:
-    """Return the pad id that the JSON, or the tokenizer_config.json beside it, names."""
+def _find_pad_id(file: Path) -> int | None:
+    """Return the pad id in the JSON or in the folder's tokenizer_config.json."""
     raw = _read(file)
     if raw.get("padding"):
         return int(raw["padding"]["pad_id"])
-    beside = file.with_name("tokenizer_config.json")
-    if not beside.is_file():
+    config = file.with_name("tokenizer_config.json")
+    if not config.is_file():
         return None
     try:
-        token = json.loads(beside.read_text(encoding="utf-8")).get("pad_token")
+        token = json.loads(config.read_text(encoding="utf-8")).get("pad_token")
     except (ValueError, AttributeError):
         return None
     name = token.get("content") if isinstance(token, dict) else token
@@ -234,16 +240,21 @@ def _pad_of(file: Path) -> int | None:
     return found
 
 
-def _specials(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what the tokenizer puts before and after a text.
+def _find_special_ids(
+    raw: Mapping[str, Any], where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the tokenizer adds before and after a text.
 
-    Without a post-processor it is what its special tokens say, when there is just one way.
+    Without a post-processor these are its start and end tokens, if there is one of each.
     """
     tokens = tokenizers.Tokenizer.from_str(json.dumps({**raw, "truncation": None, "padding": None}))
     if raw.get("post_processor"):
-        found = set.intersection(*(_frames(tokens, probe) for probe in _PROBES))
+        found = set.intersection(*(_find_frames(tokens, probe) for probe in _PROBES))
         if len(found) != 1:
-            raise ConfigError(f"{where}: its post-processor does not just frame a text")
+            raise ConfigError(
+                f"{where}: its post-processor does more than add tokens before and after a text, "
+                "which is not supported; pass `tokenizer=FILE`"
+            )
         (frame,) = found
         if frame != ((), ()):
             return frame
@@ -254,14 +265,14 @@ def _specials(raw: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], tupl
     ends = [special[name] for name in _END if name in special]
     if len(starts) != 1 or len(ends) != 1:
         raise ConfigError(
-            f"{where}: unclear which tokens frame a text; its special tokens are "
-            f"{', '.join(special) or 'none'}; give it a post-processor (TemplateProcessing)"
+            f"{where}: expected one start and one end token, got special tokens "
+            f"{', '.join(special) or 'none'}; add a post-processor (TemplateProcessing)"
         )
     return (starts[0],), (ends[0],)
 
 
-def _frames(tokens: Any, text: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return every (before, after) that makes the framed ids of a text from its plain ones."""
+def _find_frames(tokens: Any, text: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return every (before, after) that turns the plain ids of a text into its full ids."""
     framed = tuple(tokens.encode(text).ids)
     plain = tuple(tokens.encode(text, add_special_tokens=False).ids)
     return {
@@ -271,13 +282,13 @@ def _frames(tokens: Any, text: str) -> set[tuple[tuple[int, ...], tuple[int, ...
     }
 
 
-def _largest(raw: Mapping[str, Any]) -> int:
+def _find_largest_id(raw: Mapping[str, Any]) -> int:
     vocabulary = tokenizers.Tokenizer.from_str(json.dumps(raw)).get_vocab(with_added_tokens=True)
     return max(vocabulary.values())
 
 
-def _bare(raw: Mapping[str, Any]) -> str:
-    """Return the JSON without what the manifest says: frame, truncation and padding."""
+def _strip_specials(raw: Mapping[str, Any]) -> str:
+    """Return the JSON without post-processor, truncation and padding."""
     return json.dumps(
         {**raw, "post_processor": None, "truncation": None, "padding": None}, ensure_ascii=False
     )

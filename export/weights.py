@@ -1,4 +1,4 @@
-"""Graphs read and written whole: with their weights beside them where these are large."""
+"""Read and write graphs, with large weights in an external data file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from onnx.external_data_helper import set_external_data
 
 from runtimes.bundle import EXTERNAL_THRESHOLD
 
-# Bytes: what is smaller stays in the graph, where a shape is wanted before weights are read.
+# Bytes: smaller tensors stay in the graph, since shape inference needs some of them.
 _LEAST = 1024
-# Bytes: weights that begin on a page are mapped as they are.
+# Bytes: weights are aligned to pages for memory mapping.
 _PAGE = 4096
 
 
@@ -22,9 +22,9 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def write_graph(model: onnx.ModelProto, path: Path, threshold: int = EXTERNAL_THRESHOLD) -> None:
-    """Write a graph to `path`, its weights to `path`.data where they have more bytes than that.
+    """Write a graph to `path`, and its weights to `path`.data if they exceed `threshold` bytes.
 
-    `model` is changed where they do.
+    In that case `model` is modified.
     """
     weights = [w for w in model.graph.initializer if len(w.raw_data) >= _LEAST]
     if sum(len(weight.raw_data) for weight in weights) > threshold:

@@ -1,4 +1,4 @@
-"""One call of a graph at fixed shapes: constants are bound once, the rest is copied in place."""
+"""Run a graph at fixed shapes: constants are bound once, other inputs are copied in place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.providers import onnxruntime, running
+from runtimes.providers import explain_graph_errors, onnxruntime
 from ztune.types import F32
 
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 
 class BoundCall:
-    """A graph's call that gives `features`, its buffers kept between runs."""
+    """A call of a graph with output `features`, whose buffers are reused between runs."""
 
     def __init__(
         self,
@@ -26,9 +26,9 @@ class BoundCall:
         inputs: Mapping[str, tuple[int, ...]],
         output: tuple[int, ...],
     ):
-        """Bind `constants`, and buffers f32 for `inputs` and the output, by their shapes."""
+        """Bind `constants`, and f32 buffers for `inputs` and the output by shape."""
         self._session, self._graph = session, graph
-        with running(graph):
+        with explain_graph_errors(graph):
             self._bind(DEVICES[provider], constants, inputs, output)
 
     def _bind(
@@ -40,12 +40,12 @@ class BoundCall:
     ) -> None:
         value = onnxruntime().OrtValue
         self._binding = self._session.io_binding()
-        # A binding does not keep what is bound alive.
-        self._kept = [
+        # A binding does not keep bound values alive.
+        self._constants = [
             value.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
             for array in constants.values()
         ]
-        for name, bound in zip(constants, self._kept, strict=True):
+        for name, bound in zip(constants, self._constants, strict=True):
             self._binding.bind_ortvalue_input(name, bound)
         self._inputs = {
             name: value.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
@@ -59,17 +59,17 @@ class BoundCall:
     def run(self, inputs: Mapping[str, F32]) -> Any:
         """Return the output as an OrtValue on its device; the next call overwrites it.
 
-        Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+        Raises: ZtuneError naming the graph when ONNX Runtime fails.
         """
-        with running(self._graph):
+        with explain_graph_errors(self._graph):
             for name, array in inputs.items():
                 self._inputs[name].update_inplace(np.ascontiguousarray(array, dtype=np.float32))
             self._session.run_with_iobinding(self._binding)
         return self._output
 
     def __call__(self, inputs: Mapping[str, F32]) -> F32:
-        """Return the output; the next call overwrites it where the device is the CPU.
+        """Return the output; on a CPU the next call overwrites it.
 
-        Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+        Raises: ZtuneError naming the graph when ONNX Runtime fails.
         """
         return np.asarray(self.run(inputs).numpy(), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A CUDA graph of the one call that a round of candidates takes, where it can be captured."""
+"""Capture a candidate batch's call as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ztune.errors import ZtuneError
 from ztune.types import F32
 
 CAPTURED = "captured"
-# Largest difference of a replay from an ordinary call, as values of unit features.
+# Largest allowed difference between a replay and an ordinary call, for unit features.
 _TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
 
 
-def dimensions(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def symbolic_sizes(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the size of each symbolic dimension of an open session, given its inputs' shapes."""
     return {
         name: size
@@ -29,15 +29,15 @@ def dimensions(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 def capture(
     bind: Callable[[], BoundCall], contexts: F32, expected: F32, precision: str
 ) -> tuple[BoundCall | None, str]:
-    """Return the captured call and "captured", or None and the reason why it is not.
+    """Return the captured call and "captured", or None and the reason.
 
     `bind` opens a session with capture and binds its call; `expected` are an ordinary call's
-    features f32[P, C, e] of `contexts`. A replay that ignored its input would go on giving the
-    features of the call that was captured: that one sees other contexts.
+    features f32[P, C, e] of `contexts`. The captured call gets other contexts, which reveals a
+    replay that ignores its input.
     """
     try:
         call = bind()
-        # No constant is added: layer norms would take it away again.
+        # Not a constant, which layer norms would remove.
         ramp = np.linspace(-1, 1, contexts.shape[-1], dtype=np.float32)
         call.run({"contexts": contexts + ramp})
         replayed = call({"contexts": contexts})

@@ -1,12 +1,11 @@
-"""BlackVIP's decoder: from an image's feature to what is added to the image.
+"""BlackVIP's decoder: from an image's feature to a perturbation of the image.
 
 Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", CVPR 2023.
-The feature and a tuned trigger are one latent f32[32, g, g]. Four blocks double its sides, each a
-depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
-GELU; a last transposed convolution makes the image. Where the image is so small that fewer
-doublings do, as it never was in the paper, the first of them have kernel and stride 1. All weights
-are one vector, in the order of `parts`: they are an input of the graph, so that no candidate costs
-a session.
+The feature and a tuned trigger form a latent f32[32, g, g]. Each of four blocks doubles its sides:
+a depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
+GELU; a last transposed convolution makes the image. For small images, which the paper does not use,
+the first of them have kernel and stride 1. All weights are one vector, in the order of
+`weight_shapes`, and an input of the graph: all candidates share a session.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ _COLOURS = 3
 _STAGES = len(_BLOCKS) + 1
 _EPSILON = 1e-5
 N_STATISTICS = sum(n_out for _, _, n_out in _BLOCKS)
-# Of all images in a call, as the decoder makes them: 32 of 224 px, which took 160 MB on a CPU.
+# Pixels per call: 32 images of 224 px, which took 160 MB on a CPU.
 _PIXELS = 32 * 224 * 224
 _BY_BATCH = "batch"
 _NONE = np.zeros((2, N_STATISTICS), dtype=np.float32)
 
 
 def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
-    """Return g and the kernel of each of the five stages: 7 and all 2 as published.
+    """Return g and the kernel of each of the five stages: 7 and all 2 in the paper.
 
-    The latent has a trigger, and the image, g times the kernels, covers the side `size`.
+    g leaves room for a trigger, and g times the kernels is at least `size`.
     """
     g = math.isqrt(extractor_dim // _BLOCKS[0][0]) + 1
     doublings = 0
@@ -46,14 +45,14 @@ def layout(extractor_dim: int, size: int) -> tuple[int, tuple[int, ...]]:
     return max(g, -(-size // 2**doublings)), kernels
 
 
-def side(extractor_dim: int, size: int) -> int:
-    """Return the side of the decoder's image, of which the middle is taken."""
+def output_side(extractor_dim: int, size: int) -> int:
+    """Return the side of the decoder's image before its centre crop."""
     g, kernels = layout(extractor_dim, size)
     return g * math.prod(kernels)
 
 
-def parts(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Return name and shape of the weights, as torch would shape them, in the vector's order."""
+def weight_shapes(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Return names and torch shapes of the weights, in the vector's order."""
     g, kernels = layout(extractor_dim, size)
     shapes: list[tuple[str, tuple[int, ...]]] = [
         ("trigger", (_BLOCKS[0][0] * g * g - extractor_dim,))
@@ -70,15 +69,15 @@ def parts(extractor_dim: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def n_values(extractor_dim: int, size: int) -> int:
-    """Return how many values the decoder has: 9,920 for features of 768 and 224 px."""
-    return sum(math.prod(shape) for _, shape in parts(extractor_dim, size))
+    """Return the number of weights: 9,920 for features of 768 values and images of 224 px."""
+    return sum(math.prod(shape) for _, shape in weight_shapes(extractor_dim, size))
 
 
-def start(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
-    """Return values f64[n] drawn as torch draws a new network's; the trigger from U(0, 0.1)."""
+def initial_values(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
+    """Draw values f64[n] from torch's default initialisation; the trigger from U(0, 0.1)."""
     drawn: list[F64] = []
     bound = 0.0
-    for name, shape in parts(extractor_dim, size):
+    for name, shape in weight_shapes(extractor_dim, size):
         if name == "trigger":
             drawn.append(rng.uniform(0, 0.1, shape))
         elif name.startswith(("gain", "shift")):
@@ -91,20 +90,20 @@ def start(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
 
 
 class Decoder:
-    """The decoder: values f32[n] and features f32[N, k] to what is added to N images."""
+    """The decoder: values f32[n] and features f32[N, k] to perturbations of N images."""
 
     def __init__(self, extractor_dim: int, size: int, execution: Execution):
         """Take features of k = `extractor_dim` and images of side S = `size`."""
-        # TensorRT would build an engine for it; beside the image tower it is not worth one.
+        # Not worth a TensorRT engine, as it is small compared with the image tower.
         provider = "cuda" if execution.provider == "tensorrt" else execution.provider
         self._execution = replace(execution, provider=provider)
         self._sizes = extractor_dim, size
         self._n_values = n_values(extractor_dim, size)
-        self._chunk = max(1, _PIXELS // side(extractor_dim, size) ** 2)
+        self._chunk = max(1, _PIXELS // output_side(extractor_dim, size) ** 2)
         self._sessions: dict[int | str | None, Any] = {}
 
     def __call__(self, values: F32, features: F32, statistics: F32) -> F32:
-        """Return the images f32[N, 3, S, S] of N features, normalised by statistics f32[2, 144].
+        """Return the perturbations f32[N, 3, S, S], normalised by statistics f32[2, 144].
 
         Raises: ConfigError when values, features or statistics have another size.
         """
@@ -112,14 +111,14 @@ class Decoder:
             [self._run(values, part, statistics) for part in self._calls(features)]
         )
 
-    def at_once(self, n_images: int) -> bool:
-        """Return whether so many images fit one call."""
+    def fits_one_call(self, n_images: int) -> bool:
+        """Return whether `n_images` fit one call."""
         return n_images <= self._chunk
 
-    def by_batch(self, values: F32, features: F32) -> F32:
-        """Return the images f32[N, 3, S, S] of N features, normalised by their own statistics.
+    def decode_batch(self, values: F32, features: F32) -> F32:
+        """Return the perturbations f32[N, 3, S, S], normalised by the statistics of this batch.
 
-        One call, where `statistics` takes four before the images are made.
+        This takes one call, whereas `statistics` takes four.
         Raises: ConfigError when values or features have another size.
         """
         return self._run(values, features, _NONE, _BY_BATCH)
@@ -127,8 +126,8 @@ class Decoder:
     def statistics(self, values: F32, features: F32) -> F32:
         """Return the normalisation means and variances f32[2, 144] over all N images.
 
-        They are those of one call with all of them, whose memory grows with N: images are gone
-        through once for each normalisation instead, with the ones before it fixed.
+        They equal those of one call with all images. To bound memory, images are processed in
+        chunks, once for each normalisation with the previous ones fixed.
 
         Raises: ConfigError when values or features have another size.
         """
@@ -161,9 +160,8 @@ class Decoder:
         for name, shape in shapes.items():
             if given[name].shape != shape:
                 raise ConfigError(
-                    f"the decoder takes {name} f32{list(shape)} for features of "
-                    f"{self._sizes[0]} values and {self._sizes[1]} px, got "
-                    f"{list(given[name].shape)}"
+                    f"decoder `{name}` is f32{list(given[name].shape)}, expected f32{list(shape)} "
+                    f"for features of {self._sizes[0]} values and images of {self._sizes[1]} px"
                 )
         if measured not in self._sessions:
             graph = decoder_graph(*self._sizes, measured)
@@ -180,13 +178,13 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
     """Return a graph with k = `extractor_dim` and S = `size`.
 
     Inputs: `features` f32[N, k], `values` f32[n], and `statistics` f32[2, 144], the means and
-    variances to normalise by. Output: `perturbation` f32[N, 3, S, S]; or where `measured` is the
-    number of a block, `own` f32[2, channels], the mean and variance that it would normalise by in
-    this batch, and nothing after it. The first block's graph takes no statistics, nor does the one
-    for `measured` "batch", which gives the images normalised by this batch's own.
+    variances to normalise by. Output: `perturbation` f32[N, 3, S, S]. If `measured` is a block's
+    number, the output is its batch mean and variance `own` f32[2, channels], and the graph ends
+    there. With `measured` 0 or "batch" there is no input `statistics`; "batch" normalises by the
+    batch's own.
 
-    Nothing lies between a block's two convolutions, and windows as wide as their stride do not
-    overlap: the two are one matrix product from a place to the four (or one) it becomes.
+    A block's two convolutions are one matrix product from a position to the four (or one) that it
+    becomes, since nothing is between them and their windows do not overlap.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -203,47 +201,47 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
         nodes.append(helper.make_node(operator, list(inputs), [name], **attributes))
         return name
 
-    def shaped(value: str, *shape: int) -> str:
+    def reshape(value: str, *shape: int) -> str:
         return node("Reshape", value, constant(shape))
 
-    def cut(value: str, sizes: list[int], names: list[str], axis: int) -> None:
+    def split(value: str, sizes: list[int], names: list[str], axis: int) -> None:
         nodes.append(helper.make_node("Split", [value, constant(sizes)], names, axis=axis))
 
     def mean(value: str) -> str:
-        # In two steps: one sum of a million 32-bit numbers would lose digits.
+        # In two steps, since one fp32 sum of a million numbers loses precision.
         rows = node("ReduceMean", value, constant([2]), keepdims=0)
         return node("ReduceMean", rows, constant([0, 1]), keepdims=0)
 
-    def enlarged(value: str, matrix: str, kernel: int, n_out: int, perm: list[int]) -> str:
-        """Return kernel² places for each of f32[N, width, width, C], by f32[C, kernel² n_out]."""
+    def enlarge(value: str, matrix: str, kernel: int, n_out: int, perm: list[int]) -> str:
+        """Return kernel² positions for each of f32[N, width, width, C], by f32[C, kernel² n]."""
         product = node("MatMul", value, matrix)
-        places = shaped(product, -1, width, width, kernel, kernel, n_out)
+        places = reshape(product, -1, width, width, kernel, kernel, n_out)
         return node("Transpose", places, perm=perm)
 
-    weights = parts(extractor_dim, size)
-    cut("values", [math.prod(shape) for _, shape in weights], [name for name, _ in weights], 0)
+    weights = weight_shapes(extractor_dim, size)
+    split("values", [math.prod(shape) for _, shape in weights], [name for name, _ in weights], 0)
     given = [f"given_{number}" for number in range(len(_BLOCKS))]
     given_statistics = measured not in (0, _BY_BATCH)
     if given_statistics:
-        cut("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
+        split("statistics", [n_out for _, _, n_out in _BLOCKS], given, 1)
     width, kernels = layout(extractor_dim, size)
     n_images = node("Shape", "features", start=0, end=1)
     shape = node("Concat", n_images, constant(weights[0][1]), axis=0)
     latent = node("Concat", "features", node("Expand", "trigger", shape), axis=1)
-    channels_first = shaped(latent, -1, _BLOCKS[0][0], width, width)
+    channels_first = reshape(latent, -1, _BLOCKS[0][0], width, width)
     state = node("Transpose", channels_first, perm=[0, 2, 3, 1])
     for number, ((n_in, spread, n_out), kernel) in enumerate(zip(_BLOCKS, kernels, strict=False)):
-        by_input = node("Transpose", shaped(f"mix_{number}", n_out, -1), perm=[1, 0])
+        by_input = node("Transpose", reshape(f"mix_{number}", n_out, -1), perm=[1, 0])
         products = node(
             "Mul",
-            shaped(f"spread_{number}", n_in, spread, kernel**2, 1),
-            shaped(by_input, n_in, spread, 1, n_out),
+            reshape(f"spread_{number}", n_in, spread, kernel**2, 1),
+            reshape(by_input, n_in, spread, 1, n_out),
         )
-        matrix = shaped(node("ReduceSum", products, constant([1]), keepdims=0), n_in, -1)
-        bias = node("MatMul", shaped(f"spread_bias_{number}", 1, -1), by_input)
-        state = enlarged(state, matrix, kernel, n_out, [0, 1, 3, 2, 4, 5])
+        matrix = reshape(node("ReduceSum", products, constant([1]), keepdims=0), n_in, -1)
+        bias = node("MatMul", reshape(f"spread_bias_{number}", 1, -1), by_input)
+        state = enlarge(state, matrix, kernel, n_out, [0, 1, 3, 2, 4, 5])
         width *= kernel
-        state = node("Add", shaped(state, -1, width, width, n_out), bias)
+        state = node("Add", reshape(state, -1, width, width, n_out), bias)
         if given_statistics and number != measured:
             means, variances = (node("Gather", given[number], constant(row)) for row in range(2))
             centred = node("Sub", state, means)
@@ -252,7 +250,7 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
             centred = node("Sub", state, means)
             variances = mean(node("Mul", centred, centred))
         if number == measured:
-            rows = shaped(means, 1, -1), shaped(variances, 1, -1)
+            rows = reshape(means, 1, -1), reshape(variances, 1, -1)
             node("Concat", *rows, output="own", axis=0)
             break
         spread_out = node("Sqrt", node("Add", variances, constant(_EPSILON, np.float32)))
@@ -260,11 +258,11 @@ def decoder_graph(extractor_dim: int, size: int, measured: int | str | None = No
         state = node("Gelu", node("Add", scaled, f"shift_{number}"))
     else:
         kernel = kernels[-1]
-        by_place = node("Transpose", shaped("image", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
-        matrix = shaped(by_place, -1, kernel**2 * _COLOURS)
-        image = enlarged(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
+        by_place = node("Transpose", reshape("image", -1, _COLOURS, kernel**2), perm=[0, 2, 1])
+        matrix = reshape(by_place, -1, kernel**2 * _COLOURS)
+        image = enlarge(state, matrix, kernel, _COLOURS, [0, 5, 1, 3, 2, 4])
         width *= kernel
-        image = shaped(image, -1, _COLOURS, width, width)
+        image = reshape(image, -1, _COLOURS, width, width)
         first = (width - size) // 2
         crop = [constant(value) for value in ([first] * 2, [first + size] * 2, [2, 3])]
         node("Slice", image, *crop, output="perturbation")

@@ -1,4 +1,4 @@
-"""Another network's features of images: any image encoder as one ONNX file."""
+"""Encode images with a separate feature extractor: any image encoder in one ONNX file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle, check_external_data, reading
-from runtimes.ort import identity_of
+from runtimes.ort import encoder_identity
 from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import ConfigError
@@ -17,10 +17,10 @@ from ztune.types import F32, U8
 
 
 class OrtExtractor:
-    """A frozen feature extractor (an ImageEncoder; its features need not be of unit length).
+    """A frozen feature extractor (an ImageEncoder whose features need not have unit length).
 
-    The file has one input f32[N, 3, S, S], cropped and normalised as the bundle's own image tower
-    takes it, and one output f32[N, k].
+    The file has one input f32[N, 3, S, S], preprocessed as for the bundle's image tower, and one
+    output f32[N, k].
     """
 
     def __init__(self, path: Path, bundle: Bundle, execution: Execution):
@@ -33,7 +33,7 @@ class OrtExtractor:
                 raise ConfigError(f'extractor "{path}" does not exist')
             check_external_data(path, None)
             digest = sha256(path)
-        self._identity = identity_of(digest, bundle.image, execution)
+        self._identity = encoder_identity(digest, bundle.image, execution)
 
     @property
     def identity(self) -> str:
@@ -48,8 +48,8 @@ class OrtExtractor:
     def width(self) -> int:
         """Return k.
 
-        Raises: ConfigError when the file does not take 32-bit images, any number of them, and
-            give one 32-bit vector of fixed length for each.
+        Raises: ConfigError when the file does not map any number of f32 images to one f32 vector of
+            fixed length each.
         """
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
@@ -61,8 +61,8 @@ class OrtExtractor:
         if not fits or not wide or not vector or not isinstance(outputs[0].shape[1], int):
             taken, given = ([f"{v.type} {v.shape}" for v in vs] for vs in (inputs, outputs))
             raise ConfigError(
-                f'extractor "{self._path}" takes {taken} and gives {given}, expected one input '
-                f"f32[N, 3, {side}, {side}] for any N and one output f32[N, k]"
+                f'extractor "{self._path}" has inputs {taken} and outputs {given}, expected one '
+                f"input f32[N, 3, {side}, {side}] for any N and one output f32[N, k]"
             )
         return int(outputs[0].shape[1])
 
@@ -78,5 +78,5 @@ class OrtExtractor:
 
 
 def _free(shape: list[Any]) -> set[str | None]:
-    """Return the dimensions that are free: by name, or None."""
+    """Return the dynamic dimensions: names, or None."""
     return {size for size in shape if not isinstance(size, int)}

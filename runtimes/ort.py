@@ -1,4 +1,4 @@
-"""Forward passes of a bundle on ONNX Runtime, local: numpy in, numpy out."""
+"""Run a bundle's forward passes in local ONNX Runtime: numpy in, numpy out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import PIL
 
 from runtimes.binding import BoundCall
 from runtimes.bundle import PARITY, Bundle, ImageSpec
-from runtimes.capture import capture, dimensions
-from runtimes.plan import Plan, Sizes, make_plan, why_not
+from runtimes.capture import capture, symbolic_sizes
+from runtimes.plan import Plan, Sizes, make_plan, obstacle_to_capture
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
 from runtimes.prompts import (
-    encoded_sentences,
+    encode_template,
     feeds,
     name_lengths,
     name_tokens,
@@ -38,7 +38,7 @@ from ztune.types import F32, I64, U8
 
 
 class Graph:
-    """One graph of a bundle, checked and open."""
+    """An open graph of a bundle, with checked precision and placement."""
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class Graph:
         execution: Execution,
         calls: Sequence[Mapping[str, np.ndarray]] = (),
     ):
-        """Open a graph; `calls` are inputs of all shapes to come where they must be known."""
+        """Open a graph; `calls` are inputs of all shapes to come, for TensorRT."""
         check_precision(bundle.precision, execution.provider)
         self.path = bundle.file(f"{name}.onnx")
         setup = Setup()
         if execution.provider == "tensorrt":
             setup = Setup(calls=tuple({k: v.shape for k, v in call.items()} for call in calls))
-        # On the CPU there is nowhere else to run; on a device one profiled run proves it.
+        # On a device one profiled run proves that the graph runs there.
         if execution.provider != "cpu":
             given = calls[0] if calls else parity_inputs(bundle.file(PARITY), name)[0]
             require_placement(self.path, execution, given, setup)
         self.session = open_session(self.path, execution, setup)
 
 
-def identity_of(weights: str, image: ImageSpec, execution: Execution, *more: str) -> str:
-    """Return all that changes a feature (see ImageEncoder), `weights` being their digest."""
+def encoder_identity(weights: str, image: ImageSpec, execution: Execution, *more: str) -> str:
+    """Return everything that affects a feature (see ImageEncoder); `weights` is a digest."""
     parts = [
         weights,
         repr(image),
@@ -75,7 +75,7 @@ def identity_of(weights: str, image: ImageSpec, execution: Execution, *more: str
 
 
 class OrtImageEncoder:
-    """The image tower (an ImageEncoder), opened with the first image that it must see."""
+    """The image tower (an ImageEncoder), opened when the first image is encoded."""
 
     def __init__(self, bundle: Bundle, execution: Execution):
         self._bundle = bundle
@@ -86,7 +86,7 @@ class OrtImageEncoder:
             for name in ("image.onnx", "image.onnx.data")
             if name in bundle.files
         )
-        self._identity = identity_of(weights, bundle.image, execution, bundle.precision)
+        self._identity = encoder_identity(weights, bundle.image, execution, bundle.precision)
 
     @property
     def identity(self) -> str:
@@ -100,21 +100,21 @@ class OrtImageEncoder:
         if self._graph is None:
             calls = [{"pixels": ready}, {"pixels": ready[:1]}]
             self._graph = Graph(self._bundle, "image", self._execution, calls)
-        # Dynamic int8 scales activations over the whole call: an image's features would depend on
-        # its company, so there is none.
+        # Dynamic int8 scales activations over the whole call, so features would depend on the
+        # batch: encode images one at a time.
         batches = [one[None] for one in ready] if self._bundle.precision == "int8" else [ready]
         run = functools.partial(run_graph, self._graph.session, self._graph.path, ["features"])
         return np.concatenate([run({"pixels": batch})[0] for batch in batches])
 
 
 class OrtPromptGraph:
-    """The prompt graph of a bundle, open: one session for whatever is encoded with it."""
+    """The open prompt graph of a bundle: one session for all encoders."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, execution: Execution):
         self.bundle = bundle
         self._tokenizer = tokenizer
         self._execution = execution
-        # TensorRT must know the shapes of its calls: there each encoder opens a graph of its own.
+        # TensorRT must know the shapes of its calls, so each encoder opens its own graph.
         self._graph = (
             None if execution.provider == "tensorrt" else Graph(bundle, "prompt", execution)
         )
@@ -130,12 +130,12 @@ class OrtPromptGraph:
         names = name_tokens(self.bundle.text, self._tokenizer, classes, n_context)
         return self._encoder(names, n_context, n_candidates)
 
-    def sentences(self, template: str, classes: Sequence[str]) -> F32:
-        """Return the unit features f32[C, e] of a hand-written template filled with the classes.
+    def encode_template(self, template: str, classes: Sequence[str]) -> F32:
+        """Return the unit features f32[C, e] of a template filled with the class names.
 
         Raises: ConfigError for the template, DataError for a name.
         """
-        return encoded_sentences(
+        return encode_template(
             self.bundle,
             self._tokenizer,
             template,
@@ -170,7 +170,7 @@ class OrtPromptEncoder:
     """The prompt graph for fixed class names (a PromptEncoder)."""
 
     cuda_graph: str | None
-    """"captured", or "not captured: " and why; None on a CPU."""
+    """"captured", or "not captured: " and the reason; None on a CPU."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class OrtPromptEncoder:
         execution: Execution,
         n_candidates: int,
     ):
-        """Take a plan for rounds of `n_candidates`, the inputs of its groups, and a graph."""
+        """Take a plan for candidate batches of `n_candidates`, its groups' inputs, and a graph."""
         self.plan = plan
         self._groups = groups
         self._graph = graph
@@ -189,9 +189,9 @@ class OrtPromptEncoder:
         self._precision = bundle.precision
         self._execution = execution
         self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
-        reason = why_not(plan, n_candidates, execution)
+        reason = obstacle_to_capture(plan, n_candidates, execution)
         self._to_capture = reason is None
-        self.cuda_graph = f"not captured: {reason or 'fewer than two rounds ran'}"
+        self.cuda_graph = f"not captured: {reason or 'fewer than two candidate batches ran'}"
         if execution.provider == "cpu":
             self.cuda_graph = None
 
@@ -206,10 +206,10 @@ class OrtPromptEncoder:
                 features[first : first + step, group] = call({"contexts": part})
         return features
 
-    def on_device(self, contexts: F32) -> Iterator[list[Any]]:
-        """Yield, for the candidates of one call after the other, features f32[p, C_g, e] by group.
+    def encode_on_device(self, contexts: F32) -> Iterator[list[Any]]:
+        """Yield features f32[p, C_g, e] by group, one call's candidates at a time.
 
-        They are OrtValues where the graph runs, and stand until the next is asked for.
+        They are OrtValues on the graph's device, valid until the next iteration.
         """
         step = self.plan.n_candidates
         for first in range(0, len(contexts), step):
@@ -225,7 +225,7 @@ class OrtPromptEncoder:
         if key not in self._calls:
             self._calls[key] = self._bind(self._graph.session, number, contexts.shape)
         elif self._to_capture and len(contexts) == self.plan.n_candidates:
-            # The second such call: what is encoded once is not worth a session.
+            # Only on the second such call: a single call does not justify another session.
             self._to_capture = False
             ordinary = self._calls[key]
             expected = ordinary({"contexts": contexts})
@@ -245,11 +245,11 @@ class OrtPromptEncoder:
         return BoundCall(session, path, provider, constants, {"contexts": shape}, features)
 
     def _bind_captured(self, shape: tuple[int, ...]) -> BoundCall:
-        """Return the one call of a plan, of a session whose every shape is fixed."""
+        """Return the only call of a plan, in a session whose shapes are all fixed."""
         _, constants = self._groups[0]
         shapes = {"contexts": shape, **{name: array.shape for name, array in constants.items()}}
-        sizes = dimensions(self._graph.session, shapes)
-        session = open_session(self._graph.path, self._execution, Setup(captured_at=sizes))
+        sizes = symbolic_sizes(self._graph.session, shapes)
+        session = open_session(self._graph.path, self._execution, Setup(capture_sizes=sizes))
         return self._bind(session, 0, shape)
 
 
@@ -260,9 +260,9 @@ def plan_for(
     n_candidates: int,
     execution: Execution,
 ) -> Plan:
-    """Return how rounds of `n_candidates` before names of these ids are cut into calls.
+    """Return how candidate batches of `n_candidates` with names of these ids are split into calls.
 
-    Raises: ConfigError when the memory limit is too small for any.
+    Raises: ConfigError when the memory limit is too small.
     """
     sizes = Sizes(n_context, bundle.text.width, bundle.embed_dim, bundle.text.graph == "prefix")
     lengths = name_lengths(bundle.text, names)
@@ -270,17 +270,17 @@ def plan_for(
 
 
 def allowed_difference(at_export: float) -> float:
-    """Return how far from torch a graph may be elsewhere, having been so far where it was made.
+    """Return the allowed difference from torch, given the difference at export.
 
-    The same arithmetic differs in the order of its sums; half as much again may be a machine's.
+    Machines differ in the order of sums; half as much again is allowed for that.
     """
     return max(1e-4, 1.5 * at_export)
 
 
 def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
-    """Return the inputs of one graph kept in a parity file, and torch's output for them.
+    """Return the inputs of one graph in a parity file, and torch's output for them.
 
-    Raises: FormatError when the file is damaged or has none for this graph.
+    Raises: FormatError when the file is corrupted or has none for this graph.
     """
     arrays, _ = read_tensors(path, "parity figures")
     own = {
@@ -289,14 +289,14 @@ def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
         if name.partition(".")[0] == graph
     }
     if "features" not in own or len(own) < 2:
-        raise FormatError(f"{path} keeps no parity figures of {graph}.onnx (export again)")
+        raise FormatError(f"{path} has no parity data for {graph}.onnx (export again)")
     return own, own.pop("features")
 
 
 def parity_figures(
     parity: Path, name: str, graph: Path, execution: Execution, setup: Setup | None = None
 ) -> dict[str, float]:
-    """Return cosine (the worst) and max_abs between a graph's features here and torch's."""
+    """Return the worst cosine and max_abs between a graph's features here and torch's."""
     given, expected = parity_inputs(parity, name)
     session = open_session(graph, execution, setup)
     got = run_graph(session, graph, ["features"], given)[0].astype(np.float64)
@@ -307,7 +307,7 @@ def parity_figures(
 
 
 def parity_on_this_machine(bundle: Bundle, graph: str, execution: Execution) -> dict[str, float]:
-    """Return how far a bundle's graph is from torch on this machine.
+    """Return a graph's worst cosine and max_abs to torch on this machine.
 
     Raises: ProviderError when the provider cannot run the bundle's precision.
     """

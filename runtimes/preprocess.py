@@ -1,8 +1,8 @@
-"""From an image's file to the image tower's input, equal to open_clip's evaluation transform.
+"""Preprocess images as open_clip's evaluation transform does.
 
-Reading comes first and always ends in 8-bit RGB, as torchvision's image folders do for open_clip:
-an alpha channel is dropped and not blended, since that is what the model's users measured with.
-Beyond open_clip, the EXIF orientation is applied and 16-bit greys are scaled instead of clipped.
+Images are read as 8-bit RGB, as torchvision's image folders do for open_clip: an alpha channel is
+dropped, not blended, as in published evaluations. Unlike in open_clip, the EXIF orientation is
+applied and 16-bit greyscale is scaled instead of clipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ztune.io.files import open_regular
 from ztune.printing import reason_of
 from ztune.types import F32, U8
 
-# Part of what features are cached under: raise it with every change here that moves a pixel.
+# Part of the feature cache's key: increase it with every change that alters a pixel.
 PREPROCESS_VERSION = 1
-# Which formats are read: Pillow's names, and ours. Its other decoders are never asked, since a file
-# from anywhere must not choose among all of them: that of EPS starts Ghostscript.
+# Supported formats: Pillow's names, and ours. Other decoders are a risk with untrusted files: that
+# of EPS starts Ghostscript.
 FORMATS = {
     "JPEG": "JPEG, MPO",
     "PNG": "PNG",
@@ -50,24 +50,24 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Area and width : height of a random crop: torchvision's defaults, which CoOp and ZIP train with.
+# Area and aspect ratio of a random crop: torchvision's defaults, as in CoOp and ZIP.
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
-# The short side is resized to the model's size, so a thin enough image would fill the memory.
+# The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
-# Python's warning filters belong to the whole process: one thread at a time may silence them.
+# Warning filters are global to the process: one thread at a time may change them.
 _DECODING = threading.Lock()
 
 
 def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
-    """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip by `view`."""
+    """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip drawn by `view`."""
     image = read_image_file(path)
     return crop(image, spec) if view is None else random_view(image, spec, view)
 
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open a regular file in one of FORMATS; its pixels are decoded when they are asked for.
+    """Open a regular file in one of FORMATS; its pixels are decoded lazily.
 
     Raises: DataError naming the file when it is in none of them; OSError.
     """
@@ -78,58 +78,56 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
             raise DataError(
-                f'image "{path}" cannot be read: it is in none of the formats that ztune reads '
-                f"({', '.join(FORMATS[name] for name in known)})"
+                f'image "{path}" cannot be read: unknown format '
+                f"(supported: {', '.join(FORMATS[name] for name in known)})"
             ) from None
         with opened:
             yield opened
 
 
 def read_image_file(path: Path) -> Image.Image:
-    """Return the image upright and in 8-bit RGB; it is shared, so do not draw into it.
+    """Return the image upright and in 8-bit RGB; it is shared, so do not modify it.
 
-    The last images are remembered: the many random views of one image decode it once.
+    The last images are cached, so that many random views of an image decode it once.
 
-    Raises: DataError naming the file when it is no image, damaged, or too large to be one.
+    Raises: DataError naming the file when it is not an image, corrupted, or too large.
     """
     try:
         stat = path.stat()
         with _DECODING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata; what matters is raised
+            warnings.simplefilter("ignore")  # about metadata; real problems raise
             return _decode(path, stat.st_mtime_ns, stat.st_size)
     except DataError:
         raise
-    except Exception as error:  # decoders raise nearly anything on a damaged file
+    except Exception as error:  # decoders raise nearly anything on a corrupted file
         raise _unreadable(f'image "{path}"', error) from None
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    """Return what is said of an image that a decoder, or the system, does not read."""
+    """Return the error for an image that a decoder or the system cannot read."""
     return DataError(f"{name} cannot be read: {reason_of(error)}")
 
 
 ImageLike = Path | str | Image.Image | U8
-"""A file, an image of Pillow's, or u8[H, W, 3]."""
+"""A file, a Pillow image, or u8[H, W, 3]."""
 
 
-def read_held_image(image: Image.Image | U8, name: str) -> Image.Image:
-    """Return an image that is in memory as `read_image_file` returns one from a file.
-
-    `name` is what errors call it.
+def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
+    """Convert an image in memory to upright 8-bit RGB; errors call it `name`.
 
     Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded.
     """
     if isinstance(image, Image.Image):
-        info = dict(image.info)  # what follows takes a palette's transparency out of it
+        info = dict(image.info)  # _upright removes a palette's transparency from it
         try:
             return _upright(image)
-        except Exception as error:  # decoders raise nearly anything on a damaged file
+        except Exception as error:  # decoders raise nearly anything on a corrupted file
             raise _unreadable(name, error) from None
         finally:
             image.info = info
     if not isinstance(image, np.ndarray):
         raise DataError(
-            f"{name} is {type(image).__name__}, expected a path, an image of Pillow's, or an array "
+            f"{name} is {type(image).__name__}, expected a path, a Pillow image, or an array "
             "u8[H, W, 3]"
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -140,15 +138,15 @@ def read_held_image(image: Image.Image | U8, name: str) -> Image.Image:
 
 
 def read_image(image: ImageLike, name: str) -> Image.Image:
-    """Return an image, of a file or in memory, upright and in 8-bit RGB.
+    """Return an image from a file or memory upright and in 8-bit RGB.
 
-    `name` is what errors call one in memory.
+    Errors call one in memory `name`.
 
-    Raises: DataError for what is neither, or cannot be decoded.
+    Raises: DataError for another type, or an image that cannot be decoded.
     """
     if isinstance(image, str | Path):
         return read_image_file(Path(image))
-    return read_held_image(image, name)
+    return convert_image(image, name)
 
 
 @functools.lru_cache(maxsize=2)
@@ -158,9 +156,9 @@ def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
 
 
 def _upright(opened: Image.Image) -> Image.Image:
-    """Return an image as its EXIF data say, in 8-bit RGB."""
+    """Return an image in 8-bit RGB, with its EXIF orientation applied."""
     if max(opened.size) > _LONGEST * min(opened.size):
-        raise ValueError(f"{opened.width} x {opened.height} pixels is no image's shape")
+        raise ValueError(f"{opened.width} x {opened.height} pixels (expected at most {_LONGEST}:1)")
     opened.load()
     orientation = 1
     with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
@@ -173,10 +171,10 @@ def _upright(opened: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        # Greys beyond 8 bits, which Pillow would clip at 255. PNG, PGM and TIFF count to 65535.
+        # Greyscale above 8 bits, which Pillow would clip at 255. PNG, PGM and TIFF use up to 65535.
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its values are no 8-bit or 16-bit levels (convert it first)")
+            raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
         greys = (levels.astype(np.uint32) * 255 + 32767) // 65535
         image = Image.fromarray(greys.astype(np.uint8))
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn
@@ -193,7 +191,7 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
         return np.array(image.resize((side, side), resample))
     if spec.resize_mode == "longest":
         ratio = max(width / side, height / side)
-        # open_clip fails where the short side rounds to nothing; here one row remains.
+        # open_clip fails if the short side rounds to 0; here one row remains.
         new_width, new_height = max(1, round(width / ratio)), max(1, round(height / ratio))
         canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
         corner = ((side - new_width) // 2, (side - new_height) // 2)
@@ -206,7 +204,7 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
 
 
 def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -> U8:
-    """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip in half of the cases."""
+    """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
     left, top, width, height = _random_box(*image.size, rng)
     view = image.crop((left, top, left + width, top + height))
     pixels = np.array(view.resize((spec.size, spec.size), _FILTERS[spec.interpolation]))
@@ -222,7 +220,7 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int,
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             return left, top, w, h
-    # Too thin for any: the largest allowed box at the centre.
+    # None fits a thin image: use the largest allowed box at the centre.
     w = min(width, max(1, round(height * _RATIO[1])))
     h = min(height, max(1, round(width / _RATIO[0])))
     return (width - w) // 2, (height - h) // 2, w, h

@@ -1,4 +1,4 @@
-"""Execution providers: one that was asked for runs the matrix products, or it is an error."""
+"""Execution providers: the requested one runs the matrix products, or an error is raised."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
-"""The variable by which ONNX Runtime's library keeps its telemetry off. As of 1.32 the Linux wheel
-otherwise looks up a host, and keeps a device id and events in the user's cache folder."""
-_MOST_THREADS = 1024  # each has a stack: a slip of the finger must not take all memory
+"""Environment variable that disables ONNX Runtime's telemetry. As of 1.32 the Linux wheel otherwise
+looks up a host, and stores a device id and events in the user's cache folder."""
+_MOST_THREADS = 1024  # each has a stack: a typo must not exhaust memory
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Conv", "FusedConv", "Attention", "MultiHeadAttention"}
 # Full precision, and the same convolution algorithm on every run.
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -46,18 +46,18 @@ def _say_nothing(line: str) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """How graphs run on this machine: configuration, saved with a run and fixed on resume."""
+    """How graphs run on this machine; saved with a run and fixed on resume."""
 
     provider: str = "cpu"
     threads: int | None = None
-    """None: every core, and threads that spin while they wait. A number: so many, and none spins,
-    for a machine that does something else too."""
+    """None: all cores, with spin-waiting threads. A number: that many threads, without
+    spin-waiting, for a shared machine."""
     memory_limit: int | None = None
-    """MB (10⁶ bytes) that the prompt graph may take above its weights; None: the provider's own."""
+    """MB (10⁶ bytes) for the prompt graph above its weights; None: the provider's default."""
     cuda_graph: bool = True
-    """Whether CUDA may capture the calls of a round and replay them; a benchmark compares."""
+    """Whether to capture and replay a candidate batch's call as a CUDA graph."""
     remark: Callable[[str], None] = field(default=_say_nothing, compare=False, repr=False)
-    """Told what takes long, before it begins."""
+    """Called before slow steps."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_limit"):
@@ -70,26 +70,26 @@ class Execution:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is particular to one session of a graph."""
+    """Options of one session."""
 
     profile_prefix: Path | None = None
-    """Where the profiler writes, if it is to run."""
+    """Where the profiler writes; None disables it."""
     calls: tuple[Mapping[str, tuple[int, ...]], ...] = ()
-    """The shapes of inputs by name in each call to come, the usual call first: TensorRT builds an
-    engine for their range."""
-    captured_at: Mapping[str, int] | None = None
-    """The size of every symbolic dimension, where CUDA is to capture the one call of that size."""
+    """Input shapes by name for every call to come, the usual call first: TensorRT builds an engine
+    for their range."""
+    capture_sizes: Mapping[str, int] | None = None
+    """The size of every symbolic dimension, for a session whose call CUDA captures."""
     plain: bool = False
-    """Only basic optimisations: those above have crashed on 16-bit graphs on a CPU."""
+    """Only basic optimisations: higher levels have crashed with fp16 graphs on a CPU."""
 
 
 def onnxruntime() -> Any:
-    """Import ONNX Runtime, whichever build is installed, with its CUDA libraries preloaded.
+    """Import ONNX Runtime, with its CUDA libraries preloaded and telemetry disabled.
 
-    Nothing else imports it, since its telemetry is switched off before the library is loaded, here
-    and in processes that this one starts. An environment that sets the variable is respected.
+    Use this instead of importing it: telemetry must be disabled before the library is loaded. An
+    environment that already sets TELEMETRY is respected.
 
-    Raises: ProviderError when none is installed.
+    Raises: ProviderError when it is not installed.
     """
     os.environ.setdefault(TELEMETRY, "1")
     try:
@@ -97,9 +97,9 @@ def onnxruntime() -> Any:
     except ImportError as error:
         raise ProviderError(
             f"onnxruntime cannot be imported ({error}); install it with: {how_to_install('cpu')} "
-            "(for a GPU: '.[gpu]'; on a Jetson: NVIDIA's own wheel)"
+            "(for a GPU: '.[gpu]'; on a Jetson: NVIDIA's wheel)"
         ) from None
-    ort.set_default_logger_severity(4)  # a provider that fails is reported by us, in one line
+    ort.set_default_logger_severity(4)  # ztune reports failures in one line
     if "CUDAExecutionProvider" in ort.get_available_providers() and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(None):
             ort.preload_dlls()
@@ -126,8 +126,8 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.use_deterministic_compute = True
-    # Buffers go back to the system as soon as they are free: at ViT-B/32 size and 100 classes the
-    # process peaks at 371 MB instead of 484, at the same speed.
+    # Without the arena, buffers return to the system at once: at ViT-B/32 size and 100 classes the
+    # peak is 371 MB instead of 484, at the same speed.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     if execution.threads is not None:
@@ -138,22 +138,22 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
         options.profile_file_prefix = str(setup.profile_prefix)
     if setup.plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    for name, size in (setup.captured_at or {}).items():
+    for name, size in (setup.capture_sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
     source = str(graph) if isinstance(graph, Path) else graph
     providers = _providers(graph, execution, setup)
     try:
         session = ort.InferenceSession(source, sess_options=options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+    except Exception as error:  # ONNX Runtime raises many types
         raise ProviderError(
-            f"{_shown(graph)} cannot be opened on {provider}: {reason_of(error)}"
+            f"{_display_name(graph)} cannot be opened on {provider}: {reason_of(error)}"
         ) from None
-    # A CUDA provider that cannot load its libraries leaves a CPU session and no exception.
+    # A CUDA provider without its libraries silently leaves a CPU session.
     if session.get_providers()[0] != wanted:
         raise ProviderError(
-            f"provider {provider} was asked for, but {_shown(graph)} runs on "
+            f"provider {provider} was requested, but {_display_name(graph)} runs on "
             f"{session.get_providers()[0]}: its libraries or the device are missing "
-            "(see: ztune doctor)"
+            "(run: ztune doctor)"
         )
     return session
 
@@ -161,14 +161,14 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
 def _providers(
     graph: Path | bytes, execution: Execution, setup: Setup
 ) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers to open a graph with, the one asked for first, and their options."""
+    """Return the providers to open a graph with, the requested one first, and their options."""
     provider = execution.provider
     options = dict(_OPTIONS["cpu" if provider == "cpu" else "cuda"])
-    if setup.captured_at is not None:
+    if setup.capture_sizes is not None:
         options["enable_cuda_graph"] = "1"
     if provider != "tensorrt":
         return [(NAMES[provider], options)]
-    # What TensorRT has no operator for runs on CUDA; the check of placement sees that it is little.
+    # Operators that TensorRT lacks run on CUDA; require_placement limits which.
     own = tensorrt.options(graph, setup.calls, execution.remark)
     return [(NAMES["tensorrt"], own), (NAMES["cuda"], options)]
 
@@ -178,35 +178,35 @@ def run_graph(
 ) -> list[NDArray[Any]]:
     """Run an open session of `graph`.
 
-    Raises: ZtuneError naming the graph when ONNX Runtime cannot, be it for want of memory.
+    Raises: ZtuneError naming the graph when ONNX Runtime fails.
     """
-    with running(graph):
+    with explain_graph_errors(graph):
         return [np.asarray(output) for output in session.run(outputs, dict(feeds))]
 
 
 @contextlib.contextmanager
-def running(graph: Path | str) -> Iterator[None]:
-    """Name the graph in whatever ONNX Runtime raises inside."""
+def explain_graph_errors(graph: Path | str) -> Iterator[None]:
+    """Re-raise ONNX Runtime's exceptions as a ZtuneError that names the graph."""
     try:
         yield
-    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+    except Exception as error:  # ONNX Runtime raises many types
         raise ZtuneError(f"{graph} failed while running: {reason_of(error)}") from None
 
 
 def check_precision(precision: str, provider: str) -> None:
-    """Refuse what a provider cannot run, or cannot run safely.
+    """Refuse a precision that a provider cannot run safely.
 
-    Raises: ProviderError saying why, and what to use instead.
+    Raises: ProviderError with the reason and the alternative.
     """
     if precision == "int8" and provider != "cpu":
         raise ProviderError(
-            f"an int8 bundle cannot run on {provider}: its dynamic quantization is made for CPUs "
-            "(use the fp32 bundle there, or `provider=cpu`)"
+            f"an int8 bundle cannot run on {provider}: dynamic quantization is for CPUs "
+            "(use the fp32 bundle, or `provider=cpu`)"
         )
     if precision == "fp16" and provider == "cpu":
         raise ProviderError(
-            "an fp16 bundle cannot run on cpu: ONNX Runtime is known to crash on such graphs there "
-            "(use the fp32 or int8 bundle, or `provider=cuda`)"
+            "an fp16 bundle cannot run on cpu: ONNX Runtime is known to crash with fp16 graphs on "
+            "CPUs (use the fp32 or int8 bundle, or `provider=cuda`)"
         )
 
 
@@ -216,14 +216,14 @@ def require_placement(
     feeds: Mapping[str, Any],
     setup: Setup | None = None,
 ) -> None:
-    """Run `graph` once under the profiler and see where its matrix products ran.
+    """Run `graph` once under the profiler and check where its matrix products ran.
 
     Raises: ProviderError naming the operators that ran elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
         profiled = replace(setup or Setup(), profile_prefix=Path(folder) / "placement")
         session = open_session(graph, execution, profiled)
-        run_graph(session, _shown(graph), None, feeds)
+        run_graph(session, _display_name(graph), None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
     wanted = NAMES[execution.provider]
     elsewhere: dict[str, str] = {}
@@ -231,7 +231,7 @@ def require_placement(
     for event in events:
         arguments = event.get("args", {})
         operator, ran_on = arguments.get("op_name", ""), arguments.get("provider")
-        # TensorRT shows its engines as one node each, whatever they are made of.
+        # The profiler shows each TensorRT engine as one node.
         heavy = operator in _HEAVY or operator.startswith("QLinear") or "TRTKernel" in operator
         if ran_on and heavy:
             n_heavy += 1
@@ -240,8 +240,8 @@ def require_placement(
     if elsewhere or not n_heavy:
         found = ", ".join(f"{op} on {where}" for op, where in elsewhere.items()) or "none"
         raise ProviderError(
-            f"provider {execution.provider} was asked for, but of the matrix products in "
-            f"{_shown(graph)} these ran elsewhere: {found}"
+            f"provider {execution.provider} was requested, but matrix products of "
+            f"{_display_name(graph)} ran elsewhere: {found} (run: ztune doctor)"
         )
 
 
@@ -255,15 +255,15 @@ def probe(provider: str) -> None:
 
 
 def resolve(provider: str) -> tuple[str, str]:
-    """Return the provider to use and one line that says why; `auto` takes the best that works.
+    """Return the provider to use and the reason in one line; `auto` takes the best that works.
 
-    Raises: ProviderError when the one asked for does not really run.
+    Raises: ProviderError when the requested one does not run.
     """
     if provider == "cpu":
-        return provider, "provider cpu (as asked for)"
+        return provider, "provider cpu (as requested)"
     if provider in ("cuda", "tensorrt"):
         probe(provider)
-        return provider, f"provider {provider} (as asked for; a probe ran on it)"
+        return provider, f"provider {provider} (as requested; a probe ran on it)"
     if provider != "auto":
         raise ProviderError(f'unknown provider "{provider}", expected auto, cpu, cuda or tensorrt')
     if NAMES["cuda"] not in onnxruntime().get_available_providers():
@@ -281,9 +281,9 @@ def resolve_execution(
     progress: Progress = SILENCE,
     memory_limit: int | None = None,
 ) -> Execution:
-    """Return how to run, saying which provider and why.
+    """Return how to run, reporting the provider and the reason.
 
-    Raises: ProviderError when the one asked for does not really run, ConfigError for the others.
+    Raises: ProviderError when the requested provider does not run, ConfigError for other arguments.
     """
     asked = Execution(threads=threads, memory_limit=memory_limit, remark=progress.remark)
     name, why = resolve(provider)
@@ -306,5 +306,5 @@ def _small_graph() -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _shown(graph: Path | bytes) -> str:
+def _display_name(graph: Path | bytes) -> str:
     return str(graph) if isinstance(graph, Path) else "a small graph"

@@ -1,4 +1,4 @@
-"""What answers forward passes, this machine or a server, as the rest of the house sees it."""
+"""The interface of a runtime, which runs forward passes locally or on a server."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ztune.types import F32, I64, ImageEncoder, Json, PromptEncoder, Scorer
 
 
 class Calls(Protocol):
-    """How a round of candidates is cut into calls."""
+    """How a candidate batch is split into calls."""
 
     def to_json(self) -> dict[str, Json]:
-        """Return what run.json keeps of it."""
+        """Return the entry in run.json."""
 
 
 class TextEncoder(PromptEncoder, Protocol):
-    """Encodes contexts before fixed class names, round after round."""
+    """Encodes contexts with fixed class names."""
 
     @property
     def plan(self) -> Calls:
-        """How a round is cut."""
+        """How a candidate batch is split."""
 
     @property
     def cuda_graph(self) -> str | None:
-        """Whether a round was captured as a CUDA graph, and if not why; None where none can be."""
+        """Whether a candidate batch was captured as a CUDA graph, or why not; None without CUDA."""
 
 
 class PromptGraph(Protocol):
@@ -38,39 +38,39 @@ class PromptGraph(Protocol):
     def encoder(self, classes: Sequence[str], n_context: int, n_candidates: int) -> TextEncoder:
         """Return the encoder of contexts of `n_context` tokens before these class names."""
 
-    def sentences(self, template: str, classes: Sequence[str]) -> F32:
+    def encode_template(self, template: str, classes: Sequence[str]) -> F32:
         """Return the unit features f32[C, e] of a template filled with the classes."""
 
 
 class Runtime(Protocol):
-    """A bundle's towers, wherever they run."""
+    """A bundle's towers, local or on a server."""
 
     @property
     def where(self) -> str:
-        """What errors call the bundle."""
+        """The bundle's name in errors."""
 
     @property
     def place(self) -> str:
-        """What a run keeps of where the bundle is: its folder, or a server's URL."""
+        """The bundle's folder or the server's URL, for run.json."""
 
     @property
     def provider(self) -> str:
-        """What run.json says of where they run."""
+        """The execution provider, for run.json."""
 
     @property
-    def withheld(self) -> frozenset[str]:
-        """What of `ztune.access` a method cannot have here."""
+    def missing(self) -> frozenset[str]:
+        """The capabilities of `ztune.access` that it lacks."""
 
     @property
     def hint(self) -> str:
-        """What to do about it."""
+        """How to get the missing capabilities."""
 
     def close(self) -> None:
-        """Give up what connects to it."""
+        """Close its connections."""
 
     @property
     def batches_at_once(self) -> int:
-        """How many batches of images the image tower should get in a call."""
+        """The number of image batches to encode concurrently."""
 
     def images(self) -> ImageEncoder:
         """Return the image tower."""
@@ -81,7 +81,7 @@ class Runtime(Protocol):
     def check_plan(
         self, names: Sequence[tuple[int, ...]], n_context: int, n: int, n_images: int = 0
     ) -> None:
-        """See that rounds of `n` candidates before names of these ids can be cut into calls.
+        """Check that candidate batches of `n` with names of these ids can be split into calls.
 
         `n_images` is how many images a call may be scored on.
 
@@ -91,16 +91,16 @@ class Runtime(Protocol):
     def scorer(
         self, encoder: PromptEncoder, features: F32, labels: I64, *, logits: bool
     ) -> Scorer | None:
-        """Return what computes losses where the prompt graph runs; None where the host does.
+        """Return a scorer that runs on the prompt graph's device; None to compute on the host.
 
-        Shapes: features f32[V, N, e], labels i64[N]. `logits` says that a method reads them.
+        Shapes: features f32[V, N, e], labels i64[N]. `logits` is whether a method reads them.
         """
 
 
-class Local:
+class LocalRuntime:
     """A bundle's graphs on this machine (a Runtime)."""
 
-    withheld: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
     hint = ""
     batches_at_once = 1
 
@@ -120,7 +120,7 @@ class Local:
         return self._execution.provider
 
     def close(self) -> None:
-        """Sessions go when they are no longer used."""
+        """Do nothing: sessions close when they are garbage-collected."""
 
     def images(self) -> ImageEncoder:
         return OrtImageEncoder(self._bundle, self._execution)
@@ -136,7 +136,7 @@ class Local:
     def scorer(
         self, encoder: PromptEncoder, features: F32, labels: I64, *, logits: bool
     ) -> Scorer | None:
-        # Logits that a method reads are the host's: a device keeps its own.
+        # Logits that a method reads are computed on the host.
         on_device = self._execution.provider != "cpu" and not logits
         if not (on_device and isinstance(encoder, OrtPromptEncoder)):
             return None

@@ -1,4 +1,4 @@
-"""Losses computed where the prompt graph runs: the features of a device never come back."""
+"""Compute losses on the prompt graph's device, without copying features to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from runtimes.binding import DEVICES
 from runtimes.ort import OrtPromptEncoder
-from runtimes.providers import Execution, onnxruntime, open_session, running
+from runtimes.providers import Execution, explain_graph_errors, onnxruntime, open_session
 from ztune.errors import ConfigError
 from ztune.types import F32, F64, I64, Batch, Prompts, Scores
 
@@ -17,10 +17,10 @@ _NAME = "the score graph"
 
 
 class OrtScores:
-    """Softmax cross-entropy and accuracy by a small graph (a Scorer).
+    """Softmax cross-entropy and accuracy in a small graph (a Scorer).
 
     The prompt graph's output and the image features f32[V * N, e] stay on the device; a step sends
-    the rows i64[N] of its images and their labels i64[N], and fetches two numbers a candidate.
+    the rows i64[N] of its images and their labels i64[N], and fetches two numbers per candidate.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class OrtScores:
         logit_bias: float,
         execution: Execution,
     ):
-        """Keep unit features f32[V, N, e] of the images; logit_scale multiplies.
+        """Copy unit features f32[V, N, e] of the images to the device; logit_scale multiplies.
 
         Raises: ProviderError when the graph cannot be opened.
         """
         self._encoder = encoder
         self._n_images = features.shape[1]
-        # TensorRT has no 64-bit numbers: beside it this graph, no part of the model, runs on CUDA.
+        # TensorRT has no 64-bit types, so this graph runs on CUDA.
         provider = "cuda" if execution.provider == "tensorrt" else execution.provider
         groups = encoder.plan.groups
         self._session = open_session(
@@ -47,21 +47,23 @@ class OrtScores:
         table = np.ascontiguousarray(features.reshape(-1, features.shape[-1]), dtype=np.float32)
         value = onnxruntime().OrtValue
         self._table = value.ortvalue_from_numpy(table, DEVICES[provider], 0)
-        # The graph sees the classes group after group: where each of them stands there.
+        # The position of each class in the graph's order, which is by group.
         self._places = np.argsort(np.concatenate(groups)).astype(np.int64)
 
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         if prompts.contexts is None or prompts.visual is not None:
-            raise ConfigError("the device scores contexts alone, no visual prompts")
+            raise ConfigError("visual prompts cannot be scored on the device, only contexts")
         rows = batch.views * self._n_images + batch.images
         feeds = {"rows": rows.astype(np.int64), "labels": self._places[labels]}
-        parts = [self._score(texts, feeds) for texts in self._encoder.on_device(prompts.contexts)]
+        parts = [
+            self._score(texts, feeds) for texts in self._encoder.encode_on_device(prompts.contexts)
+        ]
         losses, accuracies = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Scores(losses, accuracies)
 
     def _score(self, texts: list[Any], feeds: dict[str, I64]) -> tuple[F64, F64]:
         """Return losses f64[p] and accuracies f64[p] of features f32[p, C_g, e] by class group."""
-        with running(_NAME):
+        with explain_graph_errors(_NAME):
             binding = self._session.io_binding()
             for number, part in enumerate(texts):
                 binding.bind_ortvalue_input(f"texts_{number}", part)
@@ -78,7 +80,7 @@ class OrtScores:
 def score_graph(n_groups: int, embed_dim: int, logit_scale: float, logit_bias: float) -> bytes:
     """Return a graph from features by class group to losses f64[p] and accuracies f64[p].
 
-    Inputs: `texts_0` … f32[p, C_g, e], `table` f32[R, e], `rows` i64[N] of it, `labels` i64[N] in
+    Inputs: `texts_0` … f32[p, C_g, e], `table` f32[R, e], its `rows` i64[N], and `labels` i64[N] in
     the order of the groups.
     """
     from onnx import TensorProto, helper
@@ -113,8 +115,8 @@ def scoring_nodes(logit_scale: float, logit_bias: float) -> tuple[list[Any], lis
     """Return nodes and constants from text features to losses; `not_candidates` is a constant too.
 
     From `texts` f32[p, C, e], `images` f32[N, e], `labels` i64[N] to `logits` f32[p, N, C],
-    `losses` f64[p] and `right` bool[p, N, 1]. Logits are 32-bit numbers, softmax and the mean
-    64-bit ones, as on the host; an image is right when no class has a larger logit than its own.
+    `losses` f64[p] and `right` bool[p, N, 1]. Logits are f32, softmax and mean f64, as on the host;
+    an image is right when no class has a larger logit than its own.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -130,7 +132,7 @@ def scoring_nodes(logit_scale: float, logit_bias: float) -> tuple[list[Any], lis
         "not_candidates": np.array([1, 2], dtype=np.int64),
     }
     nodes = [
-        # No ArgMax for the accuracies: on CUDA it has brought its input to the host.
+        # Not ArgMax, which copied its input from CUDA to the host.
         node("Transpose", "texts", "by_class", perm=[0, 2, 1]),
         node("MatMul", "images by_class", "cosines"),  # [p, N, C]
         node("Mul", "cosines scale", "scaled"),

@@ -1,4 +1,4 @@
-"""What TensorRT is told: where engines are kept, which shapes they are for, 16 bit or not."""
+"""TensorRT's provider options: cached engines, shape ranges and fp16."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 def options(
     graph: Path | bytes, calls: Sequence[Shapes], remark: Callable[[str], None]
 ) -> dict[str, str]:
-    """Return the provider's options for a graph; `remark` hears when an engine must be built.
+    """Return the provider's options for a graph; call `remark` when an engine must be built.
 
-    A graph in memory is a probe: its engine is small and not kept.
+    A graph in memory is a probe, whose small engine is not cached.
 
-    Raises: ProviderError when the cache's folder cannot be made.
+    Raises: ProviderError when the cache folder cannot be created or is not private.
     """
-    # 16 bit is allowed where the graph itself is in 16 bit; its norms stay in 32 bit there too.
+    # fp16 is allowed only for fp16 graphs, whose norms stay in fp32.
     chosen = {
         "trt_fp16_enable": "True" if _is_half(graph) else "False",
         "trt_layer_norm_fp32_fallback": "True",
@@ -35,18 +35,18 @@ def options(
     try:
         for path in (root, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # An engine is a program: one that somebody else can put there is not loaded.
+            # An engine is executable code: never load one that another user could have written.
             if hasattr(os, "getuid") and (
                 path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022
             ):
                 raise ProviderError(
-                    f"the folder of TensorRT engines {path} belongs to, or can be written by, "
-                    "another user; set XDG_CACHE_HOME to a folder of your own"
+                    f"the TensorRT engine cache {path} is owned or writable by another user; set "
+                    "XDG_CACHE_HOME to a private folder"
                 )
     except OSError as error:
         raise ProviderError(
-            f"the folder of TensorRT engines {folder} cannot be made ({error.strerror or error}); "
-            "set XDG_CACHE_HOME to a folder that can be written"
+            f"the TensorRT engine cache {folder} cannot be created ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a writable folder"
         ) from None
     if not any(folder.glob("*.engine")):
         remark(
@@ -63,9 +63,9 @@ def options(
 
 
 def engine_name(graph: Path, calls: Sequence[Shapes]) -> str:
-    """Return the name of an engine's folder: its graph's place and content, and the shapes.
+    """Return the name of an engine's folder, from the graph's path and content, and the shapes.
 
-    ONNX Runtime itself tells engines apart by the graph's structure, not by its weights.
+    ONNX Runtime distinguishes engines by the graph's structure, but not by its weights.
     """
     digest = hashlib.sha256(str(graph.resolve()).encode())
     for part in (graph, graph.with_name(f"{graph.name}.data")):
@@ -77,7 +77,7 @@ def engine_name(graph: Path, calls: Sequence[Shapes]) -> str:
 
 
 def _profiles(calls: Sequence[Shapes]) -> dict[str, str]:
-    """Return the range of shapes to build for; without calls, TensorRT takes what it sees."""
+    """Return the range of shapes to build for; without calls, TensorRT uses those of the inputs."""
     if not calls:
         return {}
 
@@ -98,7 +98,7 @@ def _profiles(calls: Sequence[Shapes]) -> dict[str, str]:
 
 
 def _is_half(graph: Path | bytes) -> bool:
-    """Return whether a graph has weights in 16 bit."""
+    """Return whether a graph has fp16 weights."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -108,5 +108,5 @@ def _is_half(graph: Path | bytes) -> bool:
         else:
             model = onnx.load(str(graph), load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise FormatError(f"the graph to build an engine for is no ONNX graph ({error})") from None
+        raise FormatError(f"the graph for TensorRT is not an ONNX graph ({error})") from None
     return any(w.data_type == onnx.TensorProto.FLOAT16 for w in model.graph.initializer)

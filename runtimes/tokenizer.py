@@ -1,4 +1,4 @@
-"""Text to token ids as the model was trained to see them: open_clip's cleaning, then its BPE."""
+"""Convert text to token ids as the model's tokenizer in open_clip does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def clean(text: str, kind: str) -> str:
-    """Clean `text` as open_clip does before its tokenizer; `kind` as in `TextSpec.cleaning`."""
+    """Clean `text` as open_clip does before tokenizing; `kind` as in `TextSpec.cleaning`."""
     if kind == "none":
         return text
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -34,27 +34,27 @@ def clean(text: str, kind: str) -> str:
 
 
 class Tokenizer:
-    """A bundle's tokenizer; it knows where a text must end and never truncates."""
+    """A bundle's tokenizer, which never truncates."""
 
     def __init__(self, bundle: Bundle) -> None:
         path = bundle.file("tokenizer.json")
-        self._take(partial(read_bytes, path), bundle.text, str(path))
+        self._init(partial(read_bytes, path), bundle.text, str(path))
 
     @classmethod
-    def of(cls, content: str, spec: TextSpec) -> Tokenizer:
-        """Return the tokenizer of a JSON text that is not (yet) part of a bundle."""
+    def from_json(cls, content: str, spec: TextSpec) -> Tokenizer:
+        """Return the tokenizer of a JSON text that is not in a bundle."""
         tokenizer = cls.__new__(cls)
-        tokenizer._take(content.encode, spec, "tokenizer")
+        tokenizer._init(content.encode, spec, "tokenizer")
         return tokenizer
 
-    def _take(self, read: Callable[[], bytes], spec: TextSpec, where: str) -> None:
+    def _init(self, read: Callable[[], bytes], spec: TextSpec, where: str) -> None:
         self._read = read
         self._where = where
         self.spec = spec
         self._loaded: Any = None
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._words: I64 | None = None
-        self._vocabulary()  # a damaged file is told now
+        self._ids: dict[str, tuple[int, ...]] = {}
+        self._text_ids: I64 | None = None
+        self._vocabulary()  # report a corrupted file now
 
     def _vocabulary(self) -> Any:
         if self._loaded is None:
@@ -64,35 +64,29 @@ class Tokenizer:
                 raise FormatError(f"{self._where} cannot be read ({error}); export again") from None
         return self._loaded
 
-    def words(self) -> I64:
-        """Return the ids i64[v] that stand for text, in their order.
-
-        Not those that frame, pad or mask a text, nor the placeholders of a vocabulary.
-        """
-        if self._words is None:
+    def text_ids(self) -> I64:
+        """Return the sorted ids i64[v] of text, without special tokens and placeholders."""
+        if self._text_ids is None:
             loaded = self._vocabulary()
             spec = self.spec
             special = {*spec.prefix_ids, *spec.suffix_ids, spec.pad_id}
             special |= set(loaded.get_added_tokens_decoder())
             vocabulary = loaded.get_vocab(with_added_tokens=True).items()
             ids = (i for token, i in vocabulary if not _PLACEHOLDER.fullmatch(token))
-            self._words = np.array(sorted(set(ids) - special), dtype=np.int64)
-        return self._words
+            self._text_ids = np.array(sorted(set(ids) - special), dtype=np.int64)
+        return self._text_ids
 
     def release(self) -> None:
-        """Give up the vocabulary, 40 MB for CLIP's; texts that were seen stay known.
-
-        It is read again for any other.
-        """
+        """Free the vocabulary (40 MB for CLIP); encoded texts stay cached, others reload it."""
         self._loaded = None
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text, cleaned, without prefix and suffix."""
-        if text not in self._known:
+        if text not in self._ids:
             cleaned = clean(text, self.spec.cleaning)
             ids = self._vocabulary().encode(cleaned, add_special_tokens=False).ids
-            self._known[text] = tuple(ids)
-        return self._known[text]
+            self._ids[text] = tuple(ids)
+        return self._ids[text]
 
     def sequence(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text between prefix and suffix."""
@@ -101,20 +95,20 @@ class Tokenizer:
     def pad(self, sequences: Sequence[tuple[int, ...]]) -> I64:
         """Return i64[B, context_length] with the pad id at the end of each sequence.
 
-        Raises: DataError naming the text that does not fit.
+        Raises: DataError naming a text that is too long.
         """
         length = self.spec.context_length
         tokens = np.full((len(sequences), length), self.spec.pad_id, dtype=np.int64)
         for row, ids in zip(tokens, sequences, strict=True):
             if len(ids) > length:
                 raise DataError(
-                    f"text {self.text_of(ids)!r} has {len(ids)} tokens with its specials, "
-                    f"the model takes {length}; shorten it"
+                    f"text {self.decode(ids)!r} has {len(ids)} tokens with special tokens, "
+                    f"expected at most {length}; shorten it"
                 )
             row[: len(ids)] = ids
         return tokens
 
-    def text_of(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Return the readable text of a sequence's ids, for messages."""
         frame = {*self.spec.prefix_ids, *self.spec.suffix_ids}
         text: str = self._vocabulary().decode([token for token in ids if token not in frame])

@@ -1,8 +1,7 @@
-"""Images under visual prompts: each candidate changes them, and they are encoded anew.
+"""Encode images with visual prompts: each candidate changes the images before encoding.
 
-Calls hold so many images that memory stays bounded, and as many whatever the number of
-candidates, so that a candidate's features do not depend on its company: a last call is filled up
-with its own first image.
+The batch size bounds memory and does not depend on the number of candidates, so a candidate's
+features do not depend on others; the last batch is padded with its first image.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from runtimes.providers import Execution, run_graph
 from ztune.errors import ConfigError, FormatError
 from ztune.types import F32, I64, U8, Batch
 
-# Images of a call: their states take memory, and a GPU is to be kept busy.
+# Images per call.
 _CHUNK_CPU, _CHUNK_GPU = 32, 128
 
 
 class VisualPrompts(Protocol):
-    """The image tower of a bundle under one kind of visual prompt."""
+    """The image tower of a bundle with one kind of visual prompt."""
 
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
-        """Return unit features f32[P, N, e] of pixels u8[N, S, S, 3] as P candidates change them.
+        """Return unit features f32[P, N, e] of pixels u8[N, S, S, 3] with P visual prompts.
 
-        `features` f32[N, k] are what a frozen extractor says of the images.
+        `features` f32[N, k] are a frozen extractor's features of the images.
 
-        Raises: ConfigError when a candidate has another shape than the model takes.
+        Raises: ConfigError when a candidate has the wrong shape.
         """
 
 
@@ -53,24 +52,24 @@ def normalised_border(visual: F32, spec: ImageSpec) -> F32:
 
 
 def limits(spec: ImageSpec) -> tuple[F32, F32]:
-    """Return black and white as the tower sees them, f32[3, 1, 1] each."""
+    """Return normalised black and white, f32[3, 1, 1] each."""
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (spec.mean, spec.std))
     return np.asarray(-mean / std, np.float32), np.asarray((1 - mean) / std, np.float32)
 
 
-class _Tower:
-    """An image graph of the bundle, opened with the first images that it must see."""
+class _ImageTower:
+    """An image graph of the bundle, opened with the first batch."""
 
     def __init__(self, bundle: Bundle, execution: Execution, name: str = "image"):
         self._bundle, self._execution, self._name = bundle, execution, name
         self._graph: Graph | None = None
         self._chunk = _CHUNK_CPU if execution.provider == "cpu" else _CHUNK_GPU
         if bundle.precision == "int8":
-            # Activations are scaled over a whole call: an image has no company.
+            # Activations are scaled over a whole call: encode images one at a time.
             self._chunk = 1
 
-    def calls(self, n_images: int) -> Iterator[tuple[I64, I64]]:
-        """Yield the images of one call after the other, bare and filled up to the usual size."""
+    def batches(self, n_images: int) -> Iterator[tuple[I64, I64]]:
+        """Yield each batch's image indices, without and with padding to the batch size."""
         n_calls = -(-n_images // self._chunk)
         size = -(-n_images // n_calls)
         for first in range(0, n_images, size):
@@ -78,12 +77,12 @@ class _Tower:
             rows = filled[filled < n_images]
             yield rows, np.where(filled < n_images, filled, first)
 
-    def room(self, n_candidates: int, n_images: int) -> F32:
-        """Return f32[P, N, e] to be filled."""
+    def allocate(self, n_candidates: int, n_images: int) -> F32:
+        """Return an uninitialised array f32[P, N, e]."""
         return np.empty((n_candidates, n_images, self._bundle.embed_dim), dtype=np.float32)
 
     def __call__(self, pixels: F32, **others: F32) -> F32:
-        """Return the graph's features of normalised pixels f32[N, 3, S, S] and its other inputs."""
+        """Return the features of normalised pixels f32[N, 3, S, S] and other inputs."""
         feeds = {"pixels": pixels, **others}
         if self._graph is None:
             calls = [
@@ -95,7 +94,7 @@ class _Tower:
 
 
 class BorderPrompts:
-    """A smaller image in the middle of tuned pixels f32[P, 3, S, S].
+    """A shrunk image at the centre of tuned pixels f32[P, 3, S, S].
 
     Source: Tsai et al., "Transfer Learning without Knowing: Reprogramming Black-box Machine
     Learning Models with Scarce Data and Limited Resources" (BAR), ICML 2020.
@@ -105,7 +104,7 @@ class BorderPrompts:
         self._spec = bundle.image
         size = bundle.image.size
         self._margin = (size - inner_side(size)) // 2
-        self._tower = _Tower(bundle, execution)
+        self._tower = _ImageTower(bundle, execution)
 
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
         size = self._spec.size
@@ -115,9 +114,9 @@ class BorderPrompts:
             )
         inside = slice(self._margin, size - self._margin)
         borders = [normalised_border(border, self._spec) for border in visual]
-        encoded = self._tower.room(len(visual), len(pixels))
-        for rows, filled in self._tower.calls(len(pixels)):
-            shrunk = _shrunk(pixels[filled], size - 2 * self._margin, self._spec)
+        encoded = self._tower.allocate(len(visual), len(pixels))
+        for rows, filled in self._tower.batches(len(pixels)):
+            shrunk = _shrink(pixels[filled], size - 2 * self._margin, self._spec)
             small = normalise(shrunk, self._spec)
             canvas = np.empty((len(filled), 3, size, size), dtype=np.float32)
             for candidate, border in enumerate(borders):
@@ -128,7 +127,7 @@ class BorderPrompts:
 
 
 class DecoderPrompts:
-    """What a decoder with tuned values f32[P, n] makes of a feature, added to its image.
+    """A perturbation of each image by a decoder with tuned values f32[P, n].
 
     Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning",
     CVPR 2023: x' = clip(x + p), in normalised pixels.
@@ -141,38 +140,38 @@ class DecoderPrompts:
         extractor_dim: int,
         statistics: F32 | None = None,
     ):
-        """Open tower and decoder; its normalisation goes by `statistics` f32[2, 144].
+        """Open tower and decoder, which normalises by `statistics` f32[2, 144].
 
         None: by the images of each call of `encode`, on which features then depend.
         """
         self._spec = bundle.image
-        self._fixed = statistics
+        self._statistics = statistics
         self._decoder = Decoder(extractor_dim, bundle.image.size, execution)
-        self._tower = _Tower(bundle, execution)
+        self._tower = _ImageTower(bundle, execution)
 
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
-        encoded = self._tower.room(len(visual), len(pixels))
+        encoded = self._tower.allocate(len(visual), len(pixels))
         black, white = limits(self._spec)
         for candidate, values in enumerate(visual):
-            added = self._added(values, features)
-            for rows, filled in self._tower.calls(len(pixels)):
+            added = self._perturb(values, features)
+            for rows, filled in self._tower.batches(len(pixels)):
                 changed = added(rows) + normalise(pixels[rows], self._spec)
                 np.clip(changed, black, white, out=changed)
                 changed = changed[filled - filled[0]]
                 encoded[candidate, rows] = self._tower(changed)[: len(rows)]
         return encoded
 
-    def fixed(self, statistics: F32) -> DecoderPrompts:
-        """Return the same tower and decoder, normalising by `statistics` f32[2, 144]."""
+    def with_statistics(self, statistics: F32) -> DecoderPrompts:
+        """Return a copy that normalises by `statistics` f32[2, 144]."""
         other = copy.copy(self)
-        other._fixed = statistics
+        other._statistics = statistics
         return other
 
-    def _added(self, values: F32, features: F32) -> Callable[[I64], F32]:
-        """Return what gives the decoder's images f32[n, 3, S, S] of n rows of the features."""
-        statistics = self._fixed
-        if statistics is None and self._decoder.at_once(len(features)):
-            return self._decoder.by_batch(values, features).__getitem__
+    def _perturb(self, values: F32, features: F32) -> Callable[[I64], F32]:
+        """Return a function from n feature rows to the decoder's perturbations f32[n, 3, S, S]."""
+        statistics = self._statistics
+        if statistics is None and self._decoder.fits_one_call(len(features)):
+            return self._decoder.decode_batch(values, features).__getitem__
         if statistics is None:
             statistics = self._decoder.statistics(values, features)
         return lambda rows: self._decoder(values, features[rows], statistics)
@@ -183,7 +182,7 @@ class DecoderPrompts:
 
 
 class TokenPrompts:
-    """Tuned tokens f32[P, n, w] beside those of the image's patches.
+    """Tuned tokens f32[P, n, w] appended to those of the image's patches.
 
     Source: Yu et al., "Black-Box Prompt Tuning for Vision-Language Model as a Service" (BPT-VLM),
     IJCAI 2023.
@@ -196,19 +195,19 @@ class TokenPrompts:
         """
         if bundle.visual is None:
             raise FormatError(
-                f'bundle "{bundle.path}" has no {IMAGE_PROMPTED}: its image tower takes no tokens '
+                f'bundle "{bundle.path}" has no {IMAGE_PROMPTED} '
                 "(export the model again with `image_tokens`)"
             )
         self._spec, self._width = bundle.image, bundle.visual.width
-        self._tower = _Tower(bundle, execution, "image_prompted")
+        self._tower = _ImageTower(bundle, execution, "image_prompted")
 
     def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
         if not (visual.ndim == 3 and visual.shape[1] and visual.shape[2] == self._width):
             raise ConfigError(
                 f"image tokens are f32{list(visual.shape)}, expected [P, n, {self._width}]"
             )
-        encoded = self._tower.room(len(visual), len(pixels))
-        for rows, filled in self._tower.calls(len(pixels)):
+        encoded = self._tower.allocate(len(visual), len(pixels))
+        for rows, filled in self._tower.batches(len(pixels)):
             ready = normalise(pixels[filled], self._spec)
             for candidate in range(len(visual)):
                 tokens = np.ascontiguousarray(visual[candidate : candidate + 1], dtype=np.float32)
@@ -218,13 +217,13 @@ class TokenPrompts:
 
 @dataclass(frozen=True)
 class PromptedViews:
-    """The images of a run and their views under visual prompts (a PromptedImages)."""
+    """The images of a run and their views with visual prompts (a PromptedImages)."""
 
     prompts: VisualPrompts
     pixels: U8
     """u8[V, N, S, S, 3]"""
     features: F32
-    """f32[V, N, k], a frozen extractor's."""
+    """f32[V, N, k] of a frozen extractor."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
         views, images = batch.views, batch.images
@@ -233,30 +232,32 @@ class PromptedViews:
 
 @dataclass(frozen=True)
 class DeployedImages:
-    """Images under decoders as they would be deployed (a PromptedImages).
+    """Images with decoders as deployed (a PromptedImages).
 
-    A decoder then normalises by the images that it was tuned on, not by those that it sees.
+    A deployed decoder normalises by the images that it was tuned on, not by its input.
     """
 
     prompts: DecoderPrompts
     pixels: U8
     """u8[V, N, S, S, 3]"""
     features: F32
-    """f32[V, N, k], a frozen extractor's."""
-    tuned_on: F32
-    """f32[n, k], the same of the images that it is tuned on."""
+    """f32[V, N, k] of a frozen extractor."""
+    tuning_features: F32
+    """f32[n, k] of the images that it is tuned on."""
 
     def encode(self, visual: F32, batch: Batch) -> F32:
         encoded = []
         for values in visual:
-            fixed = self.prompts.fixed(self.prompts.statistics(values, self.tuned_on))
+            fixed = self.prompts.with_statistics(
+                self.prompts.statistics(values, self.tuning_features)
+            )
             own = PromptedViews(fixed, self.pixels, self.features)
             encoded.append(own.encode(values[None], batch))
         return np.concatenate(encoded)
 
 
-def _shrunk(pixels: U8, side: int, spec: ImageSpec) -> U8:
-    """Return u8[N, side, side, 3] of u8[N, S, S, 3] by the model's own filter."""
+def _shrink(pixels: U8, side: int, spec: ImageSpec) -> U8:
+    """Resize u8[N, S, S, 3] to u8[N, side, side, 3] with the model's filter."""
     resample = Image.Resampling[spec.interpolation.upper()]
     return np.stack(
         [np.asarray(Image.fromarray(one).resize((side, side), resample)) for one in pixels]

@@ -1,4 +1,4 @@
-"""The measurement of queries: its image sets, its rule of reaching, its cells and its report."""
+"""The measurement of queries: derived image sets, queries to a target, cells and report."""
 
 import json
 from dataclasses import replace
@@ -11,9 +11,9 @@ from PIL import Image
 
 from benchmarks import query_cells
 from benchmarks.queries import main
-from benchmarks.query_cells import Cell, claimed, marks
+from benchmarks.query_cells import Cell, claim, snapshot_queries
 from benchmarks.query_figures import ZIP, figures_of, ratio_of, ratios_of, reached, read_results
-from benchmarks.query_images import CHANGES, changed, of_coop_layout
+from benchmarks.query_images import CHANGES, change_images, select_coop_classes
 from benchmarks.query_labels import EVERY, GRID, LABELS, QUERIES
 from benchmarks.query_tasks import TASKS
 from ztune.errors import DataError
@@ -37,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_images(change: str, photos: Path, tmp_path: Path) -> None:
-    one, other = (changed(photos, change, tmp_path / name) for name in ("one", "other"))
+    one, other = (change_images(photos, change, tmp_path / name) for name in ("one", "other"))
     files = sorted(path.relative_to(one) for path in one.rglob("*.png"))
     assert files == sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     for file in files:
@@ -48,7 +48,7 @@ def test_changed_images(change: str, photos: Path, tmp_path: Path) -> None:
             assert after.tobytes() != before.tobytes()
 
 
-def test_changes_are_what_they_are_called(photos: Path) -> None:
+def test_changes_match_their_names(photos: Path) -> None:
     source = image(1)
     twice = CHANGES["negative"](CHANGES["negative"](source, 0), 0)
     assert twice.tobytes() == source.tobytes()
@@ -65,9 +65,9 @@ def test_changes_are_what_they_are_called(photos: Path) -> None:
 
 
 def test_a_changed_set_is_written_once(photos: Path, tmp_path: Path) -> None:
-    out = changed(photos, "grey", tmp_path / "grey")
+    out = change_images(photos, "grey", tmp_path / "grey")
     (out / "cat" / "a.png").unlink()
-    assert changed(photos, "grey", out) == out
+    assert change_images(photos, "grey", out) == out
     assert not (out / "cat" / "a.png").exists()
 
 
@@ -81,7 +81,7 @@ def test_classes_of_a_set_in_coop_layout(tmp_path: Path) -> None:
             rows[part].append([f"{name}/{number}.jpg", label, f"{name}_name"])
     (root / "split_zhou_Set.json").write_text(json.dumps(rows))
     # In the order of the split file, not of the names.
-    out = of_coop_layout(root, slice(0, 2), tmp_path / "base")
+    out = select_coop_classes(root, slice(0, 2), tmp_path / "base")
     found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
     assert found == [
         "test/ant_name/2.png", "test/yak_name/2.png",
@@ -89,7 +89,7 @@ def test_classes_of_a_set_in_coop_layout(tmp_path: Path) -> None:
         "train/yak_name/0.png", "train/yak_name/1.png",
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"split_zhou_\*\.json"):
-        of_coop_layout(root / "101", slice(0, 2), tmp_path / "other")
+        select_coop_classes(root / "101", slice(0, 2), tmp_path / "other")
 
 
 def test_the_table_of_tasks() -> None:
@@ -102,7 +102,7 @@ def test_the_table_of_tasks() -> None:
     assert new.of_new_classes is None
 
 
-def test_reached_is_from_where_on_it_stays() -> None:
+def test_a_target_is_reached_when_it_is_kept() -> None:
     rising = np.linspace(0.1, 0.5, len(GRID))
     assert reached(rising, rising[4], rising=True) == GRID[4]
     assert reached(rising, 0.05, rising=True) == 0
@@ -115,29 +115,29 @@ def test_reached_is_from_where_on_it_stays() -> None:
     assert ratio_of(0) == np.inf
 
 
-def test_each_point_has_the_last_whole_round_within_it() -> None:
+def test_each_point_has_the_last_whole_candidate_batch_within_it() -> None:
     for size in (1, 6, 10, 20, 24):
         rounds = range(0, QUERIES + 1, size)
         seen = [
             next(spent for spent in rounds if spent >= mark)
-            for mark in map(int, marks(size, QUERIES).split(","))
+            for mark in map(int, snapshot_queries(size, QUERIES).split(","))
         ]
         assert seen == [at - at % size for at in GRID if size <= at < QUERIES]
 
 
 def test_a_claimed_cell_is_left_alone(tmp_path: Path) -> None:
     cell = Cell("digits", "gda", 1)
-    with claimed(cell, tmp_path) as run, claimed(cell, tmp_path) as other:
+    with claim(cell, tmp_path) as run, claim(cell, tmp_path) as other:
         assert run is not None
         assert other is None
         run.mkdir()
         (run / "left").touch()
         place = run.parent
     assert not place.exists()
-    # What a killed process leaves is thrown away.
+    # Files of a killed process are deleted.
     (place / "run").mkdir(parents=True)
     (place / "run" / "run.json").touch()
-    with claimed(cell, tmp_path) as run:
+    with claim(cell, tmp_path) as run:
         assert run is not None
         assert not run.exists()
 
@@ -167,14 +167,14 @@ def test_one_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: A
     assert file.stat().st_mtime_ns == written
 
 
-def test_what_a_cell_needs_is_told(tmp_path: Path, capfd: Any) -> None:
+def test_missing_arguments_are_reported(tmp_path: Path, capfd: Any) -> None:
     words = ["run", "--out", str(tmp_path), "--seeds", "1", "--labels"]
     assert main([*words, "gda", "--tasks", "cifar10"]) == 1
     assert "task cifar10 needs --images DIR" in capfd.readouterr().err
     assert main([*words, "gdb", "--tasks", "digits"]) == 1
-    assert '--labels has "gdb"' in capfd.readouterr().err
+    assert '--labels: unknown "gdb"' in capfd.readouterr().err
     assert main(["report", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 1
-    assert "holds no cells" in capfd.readouterr().err
+    assert "contains no cells" in capfd.readouterr().err
 
 
 def made_up(

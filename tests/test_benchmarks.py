@@ -1,4 +1,4 @@
-"""That the benchmarks count and compose rightly; what they measure is asserted nowhere."""
+"""Check that the benchmarks count and compose correctly; measurements are not asserted."""
 
 import itertools
 import json
@@ -130,7 +130,7 @@ def test_a_gpu_run_composes(cache: Path) -> None:
     assert found["seconds"] > 0
 
 
-def test_gpu_says_when_it_was_not_run(
+def test_gpu_reports_why_it_did_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: str) -> None:
@@ -147,7 +147,7 @@ def test_gpu_says_when_it_was_not_run(
 
 
 def test_peaks_are_of_the_process_and_its_children() -> None:
-    # In a process without torch: none is accounted less than the one that started it.
+    # In a process without torch, since the reported memory is at least the parent's.
     code = """
 import subprocess, sys
 from benchmarks.measure import run_alone
@@ -167,7 +167,7 @@ print(one.out.strip(), one.peak_mb, two.peak_mb, two.tree_peak_mb)
     assert together > 350
 
 
-def test_loops_take_turns_and_report_medians() -> None:
+def test_loops_are_interleaved_and_report_medians() -> None:
     turns: list[str] = []
     values = iter([3.0, 0.0, 1.0, 0.0, 2.0, 0.0])
 
@@ -295,18 +295,18 @@ def test_remote_document(tmp_path: Path) -> None:
     assert len(document["images"]) == 3
 
 
-def test_what_a_further_cell_of_a_bench_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 workers that take 10 s for 2 cells and 30 s for 42, a cell takes 1 s, 0.6 its own."""
-    question = harness.Question(MINI, "digits", None, shots=1, queries=1)
+def test_the_cost_of_an_additional_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 workers need 10 s for 2 cells and 30 s for 42: 1 s per cell, of which 0.6 s is the run."""
+    workload = harness.Workload(MINI, "digits", None, shots=1, queries=1)
     found = {2: {"seconds": 10.0, "own": 0.9}, 42: {"seconds": 30.0, "own": 0.6}}
-    monkeypatch.setattr(harness, "carried_out", lambda _question, _way, _method, n: found[n])
-    row = harness.measured(question, "joblib", "gda", 2, 42, repeats=1)
+    monkeypatch.setattr(harness, "run_bench", lambda _workload, _way, _method, n: found[n])
+    row = harness.measure_cell(workload, "joblib", "gda", 2, 42, repeats=1)
     assert row["worker_seconds_per_cell"] == 1.0
     assert row["overhead_seconds_per_cell"] == 0.4
 
 
-def test_the_harness_carries_out_real_plans() -> None:
-    question = harness.Question(MINI, str(ROOT / "examples" / "digits"), None, shots=1, queries=1)
-    row = harness.measured(question, "serial", "lp++", 1, 2, repeats=1)
+def test_the_harness_runs_real_plans() -> None:
+    workload = harness.Workload(MINI, str(ROOT / "examples" / "digits"), None, shots=1, queries=1)
+    row = harness.measure_cell(workload, "serial", "lp++", 1, 2, repeats=1)
     assert row["cells"] == [1, 2]
     assert 0 < row["own_seconds_per_cell"] < row["seconds_many"]

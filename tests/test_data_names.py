@@ -139,7 +139,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     out, words = tmp_path / "run", ("--shots", 16, "--method", "gda")
     done = ztune("tune", MINI, "--data", "dtd", "--root", root, *words, "--out", out)
     assert done.code == 0, done.err
-    assert "equal one that is tuned on, byte by byte: 2 (they stay, as published)" in done.err
+    assert "identical to a training or validation image: 2 (kept, as published)" in done.err
     assert set(copied) <= entries_of(out, "train") | entries_of(out, "val")
     assert entries_of(out, "test") == listed(root, "test")
     scored = ztune("eval", out, "--json")
@@ -148,7 +148,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     assert scored.json["tuning_pictures"] == 2
     assert "served tuning or validation" in scored.err
 
-    # The same images as one's own are refused: there one of each can be removed.
+    # The same images in a folder are refused: one of each can be removed there.
     own = tmp_path / "own"
     for role in ("train", "val", "test"):
         for path in listed(root, role):
@@ -174,7 +174,7 @@ def test_a_data_set_for_testing_only(ztune: Command, root: Path, tmp_path: Path)
     assert scored.json["n"] == sum(1 for name in CLASSES[:2] for _ in (DIGITS / name).iterdir())
     refused(
         ztune("tune", MINI, *named, *FEW, "--out", tmp_path / "x", "--quiet"),
-        'data set "imagenetr" has no images to tune with, only to test on',
+        'data set "imagenetr" has only test images',
     )
     assert not (tmp_path / "x").exists()
 
@@ -210,14 +210,17 @@ def test_a_drawn_split_is_kept_with_the_data(ztune: Command, root: Path, tmp_pat
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("dtd",), ("is the name of a data set", 'add --root DIR, the folder that holds "dtd"')),
-        (("dtx", "--root", "ROOT"), ("is no known data set", "did you mean dtd?")),
-        (("flags", "--root", "ROOT"), ("no known data set", "known: caltech101, oxfordpets")),
+        (("dtd",), ("is a named data set", 'add --root DIR, the folder that contains "dtd"')),
+        (
+            ("dtx", "--root", "ROOT"),
+            ("nor a known data set", "did you mean dtd?"),
+        ),
+        (("flags", "--root", "ROOT"), ("nor a known data set", "known: caltech101, oxfordpets")),
         (("dtd", "--root", "nowhere"), ('root "', "nowhere", "does not exist")),
         (("dtd", "--root", "ROOT/dtd"), ("looks like the data set itself",)),
         (("food101", "--root", "ROOT"), ('data set "food101"', "does not exist")),
         (("ROOT/dtd/images", "--root", "ROOT"), ("--root goes with the name of a data set",)),
-        (("dtd", "--root", "ROOT", "--names", "x.tsv"), ("leave out --names",)),
+        (("dtd", "--root", "ROOT", "--names", "x.tsv"), ("omit --names",)),
     ],
 )
 def test_wrong_words(

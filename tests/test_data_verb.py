@@ -1,4 +1,4 @@
-"""`ztune data`: the list, and what a check says of a data set: there, lacking, doubtful."""
+"""`ztune data`: the list, and a check of a data set: present, missing, doubtful."""
 
 import json
 import shlex
@@ -84,7 +84,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(ztune: Command, tmp_path: P
     assert result.code == 1
     assert "missing: Training_01.txt" in result.out
     assert "there: SUN397, ClassName.txt, Testing_01.txt" in result.out
-    assert "split file(s) of another name: split_zhou_SUN.json" in result.err
+    assert "split file(s) with an unexpected name: split_zhou_SUN.json" in result.err
 
 
 def test_missing_images(ztune: Command, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_missing_images(ztune: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("empty", "problem"),
     [
-        ("train", 'data set "dtd" has no train images, so none to tune with (get the whole'),
-        ("test", 'data set "dtd" has no test images, so none to score on (get the whole'),
+        ("train", 'data set "dtd" has no train images (get the whole'),
+        ("test", 'data set "dtd" has no test images (get the whole'),
     ],
 )
 def test_lists_that_serve_nothing(ztune: Command, tmp_path: Path, empty: str, problem: str) -> None:
@@ -147,7 +147,7 @@ def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:
     result = ztune("data", "check", "dtd", "--root", tmp_path)
     assert result.code == 0
     assert "by path or content: 1" in result.out
-    assert f'the same content as one in train or val: "{test} = {train}"' in result.err
+    assert f'the same content as an image in train or val: "{test} = {train}"' in result.err
     result = ztune("data", "check", "dtd", "--root", tmp_path, "--skip-copies")
     assert "contents not compared" in result.out
     assert "same content" not in result.err
@@ -158,7 +158,7 @@ def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:
     [
         (("check",), "needs a NAME and --root DIR"),
         (("check", "dtd"), "needs a NAME and --root DIR"),
-        (("check", "dtx", "--root", "."), 'data set "dtx" is unknown (known: caltech101, '),
+        (("check", "dtx", "--root", "."), 'unknown data set "dtx" (known: caltech101, '),
         (("check", "dtd", "--root", "no/where"), 'root "no/where" does not exist'),
         (("list", "dtd"), "takes no name"),
         (("list", "--root", "no/where"), "does not exist"),
@@ -177,9 +177,9 @@ def test_a_broken_split(ztune: Command, tmp_path: Path) -> None:
     (folder / NAMED["dtd"].splits[0]).write_text('{"train": [["../x.jpg", 0, "x"]]}')
     result = ztune("data", "check", "dtd", "--root", tmp_path)
     assert result.code == 1
-    assert "leaves the image folder" in result.err
+    assert "is outside the image folder" in result.err
     (folder / NAMED["dtd"].splits[0]).write_text("{")
-    assert "no JSON" in ztune("data", "check", "dtd", "--root", tmp_path).err
+    assert "invalid JSON" in ztune("data", "check", "dtd", "--root", tmp_path).err
 
 
 def test_the_real_caltech101(ztune: Command, bench_data: Path) -> None:

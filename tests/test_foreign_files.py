@@ -19,7 +19,7 @@ from ztune.errors import DataError
 
 TUNE = ("tune", MINI, "--shots", 8, "--val", 0, "--test-fraction", 0, "--method", "gda")
 EVAL = ("eval", MINI, "--split", "all")
-_REFUSED = "none of the formats that ztune reads (JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, "
+_REFUSED = "unknown format (supported: JPEG, MPO, PNG, GIF, BMP, TIFF, WebP, "
 
 
 @pytest.fixture

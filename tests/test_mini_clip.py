@@ -92,7 +92,7 @@ def test_the_tokenizer_takes_any_text(tokenizer: Tokenizer) -> None:
 
 
 def _bytes(tokenizer: Tokenizer, text: str) -> list[bytes]:
-    """The bytes each token stands for, by GPT-2's table of printable stand-ins."""
+    """Return each token's bytes, by GPT-2's table of printable characters."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in plain]
     table = {chr(byte): byte for byte in plain}

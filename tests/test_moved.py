@@ -65,7 +65,7 @@ def test_a_run_is_scored_where_its_images_are_now(ztune: Command, made: Path) ->
         told(ztune("eval", run, "--data", run), "17 of 17", "ztune eval BUNDLE --data FOLDER")
         told(
             ztune("eval", run, "--data", data, "--test-data", away / "test"),
-            "no test images from a folder of their own: leave out --test-data",
+            "the run has no separate folder of test images: omit --test-data",
         )
         told(ztune("eval", MINI, "--data", data, "--test-data", data), "--test-data goes with")
         told(ztune("eval", away / "two"), f'"{made / "test"}', "9 of 9")

@@ -178,11 +178,11 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(tune(empty), "holds no images")
+    refused(tune(empty), "contains no images")
     refused(tune(tmp_path / "nowhere"), "does not exist")
     one = tmp_path / "one-class"
     shutil.copytree(data / "one", one / "one")
-    refused(tune(one), 'has one class only, "one"')
+    refused(tune(one), 'has only one class, "one"')
     refused(tune(data, "--shots", 16), 'class "', "--shots 16 needs 16")
 
     text = data / "one" / "0.jpg"
@@ -206,7 +206,7 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     twin = data / "t_wo", data / "t wo"
     for folder in twin:
         shutil.copytree(data / "one", folder)
-    refused(tune(data), '"t wo" and "t_wo" both give the class name')
+    refused(tune(data), '"t wo" and "t_wo" have the same class name')
     shutil.rmtree(twin[0])
     for image in twin[1].iterdir():
         image.unlink()
@@ -252,7 +252,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--set", "n_context=30"), ("n_context needs init=random",)),
         (
             ("--set", "n_context=30", "--init", "random"),
-            ("does not fit", "shorten the context or the name"),
+            ("is too long", "shorten the context or the name"),
         ),
         (("--provider", "cuda"), ("provider cuda is not in this build", "--provider cpu")),
         (("--provider", "tpu"), ('unknown provider "tpu"',)),
@@ -260,7 +260,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--threads", 100000), ("--threads is 100000, expected at most 1024",)),
         (
             ("--memory-limit", 1, "--set", "n_prompts=4000", "--queries", 4000),
-            ("--memory-limit 1 (MB) is too small for one class and one candidate", "the least"),
+            ("--memory-limit is 1 (MB), expected at least",),
         ),
         (("--preset", "best"), ('unknown preset "best"',)),
         (("--template", "a photo"), ("must hold {} once",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtimes.prompts import name_tokens, shared_starts, template_sentences
+from runtimes.prompts import group_by_prefix, name_tokens, template_tokens
 from ztune.access import EVERYTHING, IMAGE_TOKENS, TEXTS, no_access
 from ztune.data.split import Split
 from ztune.errors import ConfigError
@@ -41,10 +41,10 @@ class RunChecks:
         model, run_config, classes = self.model, self.run_config, self.split.classes
         tuned = run_config.tuned_config
         self._check_access()
-        if TEXTS not in model.runtime.withheld:
+        if TEXTS not in model.runtime.missing:
             for template in run_config.templates:
-                sentences = template_sentences(model.bundle, model.tokenizer, template, classes)
-                for _, shared, rests in shared_starts(sentences):
+                sentences = template_tokens(model.bundle, model.tokenizer, template, classes)
+                for _, shared, rests in group_by_prefix(sentences):
                     model.runtime.check_plan(rests, len(shared), 1)
         if tuned is None:
             if run_config.reference or run_config.force:
@@ -63,7 +63,7 @@ class RunChecks:
     def _check_access(self) -> None:
         """Refuse a method that needs more than the runtime gives."""
         runtime, method = self.model.runtime, find_method(self.run_config.method)
-        given, hint = EVERYTHING - runtime.withheld, runtime.hint
+        given, hint = EVERYTHING - runtime.missing, runtime.hint
         if self.model.served is None and self.model.bundle.visual is None:
             given = given - {IMAGE_TOKENS}
             hint = "export a ViT with `image_tokens`"

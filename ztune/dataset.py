@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from runtimes.held import digest_of
-from runtimes.preprocess import ImageLike, read_held_image
+from runtimes.in_memory import image_digest
+from runtimes.preprocess import ImageLike, convert_image
 from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import digest_file, make_split, whole_split
+from ztune.data.splitter import digest_file, make_split, training_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
 from ztune.progress import warn
@@ -145,7 +145,7 @@ class Dataset:
                 path = Path(image).absolute().relative_to(root).as_posix()
             else:
                 path = f"{MEMORY.name}-{number:09d}"
-                held[root / path] = read_held_image(image, f"image {number}")
+                held[root / path] = convert_image(image, f"image {number}")
             listed.append(ListedImage(path, classes.index(name), None))
         return cls(Listing(root, classes, tuple(listed), 0), held=held)
 
@@ -193,7 +193,9 @@ class Dataset:
         if any(image.split not in (None, "train") for image in self.listing.images):
             raise DataError("the data have validation or test images of their own: use split()")
         order = None if self.held else seed
-        return TrainingSet(whole_split(self.listing, self._digest, order), self.template, self.held)
+        return TrainingSet(
+            training_split(self.listing, self._digest, order), self.template, self.held
+        )
 
     def _tested(self, split: Split) -> LabelledImages:
         items, labels = split.items("test"), split.labels("test")
@@ -201,7 +203,7 @@ class Dataset:
 
     def _digest(self, path: Path) -> str:
         held = self.held.get(path)
-        return digest_file(path) if held is None else digest_of(held)
+        return digest_file(path) if held is None else image_digest(held)
 
 
 def as_rows(values: Any) -> Any:

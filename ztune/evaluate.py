@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.held import Held
+from runtimes.in_memory import InMemoryImages
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.cache import FeatureStore, MemoryCache
 from ztune.data.features import Features
-from ztune.data.moved import new_roots, relocated
+from ztune.data.relocate import relocate, resolve_roots
 from ztune.data.sources import read_source
 from ztune.data.split import Split
 from ztune.data.splitter import digest_images
@@ -40,7 +40,7 @@ class LabelledImages:
     labels: I64
     classes: tuple[str, ...]
     split: str
-    held: Held = field(default_factory=dict)
+    held: InMemoryImages = field(default_factory=dict)
     """Images that are in memory, by the paths that stand for them."""
 
     @property
@@ -115,7 +115,7 @@ def labelled_of_split(
     path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
     whole = Split.from_json(read_json(path, where, pipe=pipe), where)
-    whole = relocated(whole, new_roots(data, test_data))
+    whole = relocate(whole, resolve_roots(data, test_data))
     if split == "test":
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:

@@ -13,14 +13,14 @@ import numpy as np
 from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.extractor import OrtExtractor
-from runtimes.held import Held, HoldingEncoder
+from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
 from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import ImageLike, crop, read_image
-from runtimes.prompts import context_of_words, ids_of_words, token_table
+from runtimes.prompts import embed_words, token_table, tokenize_words
 from runtimes.providers import Execution, check_precision, resolve_execution
 from runtimes.remote.endpoint import is_url, named_server
 from runtimes.remote.settings import settings_from, to_save
-from runtimes.runtime import Local, PromptGraph, Runtime
+from runtimes.runtime import LocalRuntime, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
@@ -67,7 +67,7 @@ class Model:
     progress: Progress = SILENCE
     served: Runtime | None = None
     """The server that has the bundle's graphs; None: they run on this machine."""
-    held: Held = field(default_factory=dict)
+    held: InMemoryImages = field(default_factory=dict)
     """Images that are in memory, by the paths that stand for them."""
     server: Mapping[str, Json] = field(default_factory=dict)
     """How a server was reached, as a run keeps it: without secrets."""
@@ -117,12 +117,12 @@ class Model:
 
     @cached_property
     def _runtime(self) -> Runtime:
-        return self.served or Local(self.bundle, self.execution)
+        return self.served or LocalRuntime(self.bundle, self.execution)
 
     def images(self) -> ImageEncoder:
         """Return the image tower, which is opened when it is first used."""
         encoder = self.runtime.images()
-        return HoldingEncoder(encoder, self.bundle.image, self.held) if self.held else encoder
+        return InMemoryImageEncoder(encoder, self.bundle.image, self.held) if self.held else encoder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -203,7 +203,7 @@ class Model:
         if isinstance(texts, str) or not len(texts):
             raise DataError("`texts` are one text or none, expected a list of texts")
         # One by one: two that are alike are no fault here, as two classes would be.
-        return np.concatenate([self.prompt_graph.sentences("{}", (text,)) for text in texts])
+        return np.concatenate([self.prompt_graph.encode_template("{}", (text,)) for text in texts])
 
     def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
         """Return unit features f32[C, e] of hand-written templates, the mean of several.
@@ -212,7 +212,7 @@ class Model:
 
         Raises: DataError for a text that is too long for the tower; ServerError.
         """
-        each = [self.prompt_graph.sentences(template, classes) for template in templates]
+        each = [self.prompt_graph.encode_template(template, classes) for template in templates]
         if len(each) == 1:
             return each[0]
         mean: F32 = np.mean(each, axis=0)
@@ -240,11 +240,11 @@ class Model:
         return ModelSpec(
             text_width=bundle.text.width,
             token_table=token_table(bundle),
-            context_of_words=lambda words: context_of_words(bundle, self.tokenizer, words),
-            ids_of_words=lambda words: ids_of_words(self.tokenizer, words),
-            words=self.tokenizer.words,
+            context_of_words=lambda words: embed_words(bundle, self.tokenizer, words),
+            ids_of_words=lambda words: tokenize_words(self.tokenizer, words),
+            words=self.tokenizer.text_ids,
             image_size=bundle.image.size,
-            decoder_start=lambda rng: decoder.start(n_extracted, bundle.image.size, rng),
+            decoder_start=lambda rng: decoder.initial_values(n_extracted, bundle.image.size, rng),
             patches=patches,
         )
 

@@ -159,7 +159,7 @@ class FewShotTask:
         texts: F32 | None = None
         if isinstance(self.texts, np.ndarray):
             texts = self.texts
-        elif TEXTS not in self.model.runtime.withheld:
+        elif TEXTS not in self.model.runtime.missing:
             texts = self.texts.encode(np.asarray(prompts.contexts))[0]
         scale, bias = bundle.logit_scale, bundle.logit_bias
         if prompts.visual is None:
@@ -195,7 +195,7 @@ class FewShotTask:
         if not isinstance(artifact, VisualArtifact) or changeable is None or images is None:
             return self.encoded.val_features
         if isinstance(images, DecoderPrompts) and artifact.statistics is not None:
-            images = images.fixed(artifact.statistics)
+            images = images.with_statistics(artifact.statistics)
         visual = artifact.visual[None]
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
 

@@ -26,7 +26,7 @@ from ztune.artifact import (
 from ztune.budget import Budget
 from ztune.checks import RunChecks
 from ztune.data.folders import Listing
-from ztune.data.moved import relocated
+from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
 from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import Digest, digest_file, make_split
@@ -220,7 +220,7 @@ class SavedRun:
         """Finish the run as it was begun; return run.json's content.
 
         `encoded` are the split's features, where they are known already; without `files` its images
-        are in memory. `roots` are folders that they have moved to (`new_roots`), which the run
+        are in memory. `roots` are folders that they have moved to (`resolve_roots`), which the run
         keeps.
 
         Raises: FormatError for another model than the run began with, or a damaged folder;
@@ -243,7 +243,7 @@ class SavedRun:
             read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
         )
         if roots:
-            split = relocated(split, roots)
+            split = relocate(split, roots)
         if files:
             split.check_unchanged()
         if roots:
@@ -411,7 +411,7 @@ class TrainingRun(Generic[Store]):
         )
         with self._journalled(budget) as served:
             texts = None
-            if TEXTS not in self.model.runtime.withheld:
+            if TEXTS not in self.model.runtime.missing:
                 texts = self.model.sentences(run_config.templates, self.split.classes)
             baselines = self._baselines(texts, encoded)
             return_free_memory()  # what the image tower and the fit have left

@@ -1,1 +1,1 @@
-"""The embedded default model: a small CLIP trained on images this package draws and captions."""
+"""Train the embedded default model: a small CLIP on images that this package draws and captions."""

@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "open_clip_torch", "tokenizers", "numpy", "pillow", "matpl
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, measure on held-out images, write the checkpoint."""
+    """Train, evaluate on held-out images, write the checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m examples.mini_clip", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def save(folder: Path, model: CLIP, tokenizer: Tokenizer, figures: dict[str, Any]) -> None:
-    """Write an open_clip ``local-dir:`` folder, with the tokenizer and the figures beside it."""
+    """Write an open_clip ``local-dir:`` folder, with the tokenizer and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"size": SIZE, "mode": "RGB", "mean": [MEAN] * 3, "std": [STD] * 3}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}

@@ -1,7 +1,7 @@
-"""What a drawn image can be said to show: its attributes, and the grammar that names them.
+"""The attributes of drawn images, and the grammar of their captions.
 
-An image is a row of attribute values. A caption is a text and a row that holds the values the text
-names and ``UNNAMED`` elsewhere, so whether the two fit is a comparison, never a matter of wording.
+An image is a row of attribute values. A caption is a text and a row with the values that the text
+names, ``UNNAMED`` elsewhere, so comparing rows shows whether a caption matches an image.
 """
 
 from typing import Final, NamedTuple
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 
-UNNAMED: Final = -1  # in a caption: says nothing about this attribute
-ABSENT: Final = -2  # in an image: has no such attribute, so no caption that names it fits
+UNNAMED: Final = -1  # in a caption: the attribute is not mentioned
+ABSENT: Final = -2  # in an image: no such attribute, so a caption that names it does not match
 
 SUBJECT, KIND, COUNT, INK, GROUND, HAND, WEIGHT, SIZE, QUALITY = range(9)
 N_ATTRIBUTES: Final = 9
@@ -46,7 +46,7 @@ COLOURS: Final = {
 COLOUR_NAMES: Final = tuple(COLOURS)
 WHITE, BLACK = 0, 1
 HANDS: Final = ("printed", "handwritten")
-WEIGHTS: Final = ("", "thin", "bold")  # "" is a value nobody names
+WEIGHTS: Final = ("", "thin", "bold")  # "" is never mentioned
 SIZES: Final = ("", "small", "large")
 QUALITIES: Final = ("clear", "blurred", "noisy", "cluttered")
 COUNTS: Final = ("one", "two", "three", "four", "five")
@@ -58,20 +58,20 @@ LEADS: Final = (
 
 
 class Caption(NamedTuple):
-    """A text and the attribute values it names, i64[A]."""
+    """A text and the attribute values that it names, i64[A]."""
 
     text: str
     named: Rows
 
 
 def compatible(named: Rows, images: Rows) -> NDArray[np.bool_]:
-    """Say which captions i64[C, A] are true of which images i64[N, A]: bool[N, C]."""
+    """Return which captions i64[C, A] match which images i64[N, A]: bool[N, C]."""
     named, images = named[None], images[:, None]
     return np.asarray(((named == UNNAMED) | (named == images)).all(axis=-1))
 
 
 def describe(image: Rows, rng: np.random.Generator) -> Caption:
-    """Say something true about one image i64[A], choosing at random what to mention and how."""
+    """Return a random matching caption of one image i64[A]."""
     named = np.full(N_ATTRIBUTES, UNNAMED, np.int64)
 
     def mention(attribute: int, words: tuple[str, ...], chance: float) -> str:
@@ -101,13 +101,13 @@ def describe(image: Rows, rng: np.random.Generator) -> Caption:
 
 
 def _a(phrase: str) -> str:
-    """The indefinite article before a phrase."""
+    """Return the indefinite article for a phrase."""
     vowel = phrase[0] in "aei" or phrase.startswith("orange")
     return "an" if vowel and " " in phrase + " " * (len(phrase) > 1) else "a"
 
 
 def _noun(image: Rows, named: Rows, rng: np.random.Generator) -> tuple[str, str]:
-    """Article and noun for the image's subject; fills in what they name."""
+    """Return article and noun for the image's subject, and set the values they name."""
     kind, count = int(image[KIND]), int(image[COUNT])
     name = NAMES[kind][int(image[SUBJECT]) - FIRST_SUBJECT[kind]]
     generic = rng.random() < 0.08

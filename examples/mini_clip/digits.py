@@ -1,7 +1,7 @@
 """Write ``examples/digits``: scikit-learn's 1,797 handwritten digits as images in class folders.
 
-Placement, fixed before any accuracy was looked at: the digit, 8 x 8 with values 0 to 16, is scaled
-bicubically to 16 pixels, ink white, and centred on a black canvas of 24 pixels.
+The placement was fixed before any accuracy was measured: each digit, 8 x 8 with values 0 to 16, is
+resized bicubically to 16 pixels, white, and centred on a black canvas of 24 pixels.
 
 Run: ``python -m examples.mini_clip.digits --out examples/digits``
 """
@@ -26,7 +26,7 @@ CREDIT: Final = (
 
 
 def place(digit: NDArray[np.float64]) -> Image.Image:
-    """One digit f64[8, 8] of values 0 to 16 as a grey image of 24 x 24 pixels."""
+    """Draw one digit f64[8, 8] of values 0 to 16 as a greyscale image of 24 x 24 pixels."""
     grey = np.rint(digit * (255 / 16)).astype(np.uint8)
     scaled = Image.fromarray(grey).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (CANVAS, CANVAS))
@@ -35,7 +35,7 @@ def place(digit: NDArray[np.float64]) -> Image.Image:
 
 
 def images() -> list[tuple[str, Image.Image]]:
-    """Every digit, as its path below the folder (``three/0013.png``) and its image."""
+    """Return every digit's path (``three/0013.png``) and image."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -1,4 +1,4 @@
-"""The masters: every subject drawn once per font, weight or variant, as small coverage maps."""
+"""The glyph bank: every subject once per font, weight or variant, as small coverage maps."""
 
 from functools import cache
 from pathlib import Path
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from examples.mini_clip import captions as c
 
-SIDE: Final = 34  # pixels; glyphs and shapes fill 32 of them, so that the edge is empty
-_DRAWN: Final = 64  # pixels at which a glyph is drawn and thickened before it is shrunk to 32
+SIDE: Final = 34  # pixels; glyphs and shapes fill 32 of them, leaving an empty edge
+_DRAWN: Final = 64  # pixels; glyphs are drawn and thickened at this size, then resized to 32
 
 FONTS: Final = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
@@ -21,11 +21,11 @@ FONTS: Final = (
     "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmss10", "cmtt10",
     "cmb10", "cmti10",
 )  # fmt: skip
-_THIN, _BOLD = 3.4, 6.4  # stroke widths, in pixels of 32, below and above which a glyph is named so
+_THIN, _BOLD = 3.4, 6.4  # maximum and minimum stroke widths of thin and bold, in pixels of 32
 
 
-class Masters(NamedTuple):
-    """Coverage u8[M, 34, 34], and per master its kind, subject, number and weight, each i64[M]."""
+class GlyphBank(NamedTuple):
+    """Coverage u8[M, 34, 34], and each glyph's kind, subject, number and weight, i64[M]."""
 
     coverage: NDArray[np.uint8]
     kind: c.Rows
@@ -35,8 +35,8 @@ class Masters(NamedTuple):
 
 
 @cache
-def masters() -> Masters:
-    """Draw every master; the same everywhere, for the fonts come with Pillow and matplotlib."""
+def glyph_bank() -> GlyphBank:
+    """Draw every glyph, with the fonts of Pillow and matplotlib on every machine."""
     coverage: list[NDArray[np.uint8]] = []
     labels: list[tuple[int, int, int, int]] = []
 
@@ -51,7 +51,7 @@ def masters() -> Masters:
         for kind, index, character in characters:
             for image in _glyph(font, character):
                 add(image, kind, index, c.ABSENT, _weight(image))
-    rng = np.random.default_rng(0)  # the layouts are part of the bank, not of a training's seed
+    rng = np.random.default_rng(0)  # the bank does not depend on the training seed
     for index, name in enumerate(c.SHAPES):
         for count in range(len(c.COUNTS)):
             for _ in range(12 if count else 4):
@@ -59,7 +59,7 @@ def masters() -> Masters:
     for index in range(len(c.TEXTURES)):
         for _ in range(40):
             add(_texture(index, rng), c.TEXTURE, index, c.ABSENT, c.ABSENT)
-    return Masters(np.stack(coverage), *np.array(labels, np.int64).T)
+    return GlyphBank(np.stack(coverage), *np.array(labels, np.int64).T)
 
 
 def _fonts() -> list[ImageFont.FreeTypeFont]:
@@ -67,12 +67,12 @@ def _fonts() -> list[ImageFont.FreeTypeFont]:
     fonts = [ImageFont.truetype(folder / f"{name}.ttf", 80) for name in FONTS]
     own = ImageFont.load_default(80)
     if not isinstance(own, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType: its own font is missing")
+        raise RuntimeError("Pillow was built without FreeType, so its default font is missing")
     return [*fonts, own]
 
 
 def _glyph(font: ImageFont.FreeTypeFont, character: str) -> list[NDArray[np.uint8]]:
-    """One character, tightly cut, thinned, as it is, and thickened twice."""
+    """Draw one character, cropped: thinned, unchanged, and thickened twice."""
     drawn = Image.new("L", (200, 200))
     ImageDraw.Draw(drawn).text((60, 40), character, 255, font)
     drawn = drawn.crop(drawn.getbbox())
@@ -91,7 +91,7 @@ def _ink(image: Image.Image) -> float:
 
 
 def _fit(image: Image.Image) -> NDArray[np.uint8]:
-    """Scale the inked part to 32 pixels, its proportions kept, with an empty edge: u8[34, 34]."""
+    """Resize the drawn part to 32 pixels, keeping proportions, with an empty edge: u8[34, 34]."""
     image = image.crop(image.getbbox())
     scale = (SIDE - 2) / max(image.size)
     image = image.resize(
@@ -104,7 +104,7 @@ def _fit(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _weight(image: NDArray[np.uint8]) -> int:
-    """Thin, bold or neither, by the stroke's width: twice the area over the outline's length."""
+    """Classify thin, bold or neither by the stroke's width: twice the area by the outline."""
     ink = image / 255.0
     down, across = np.gradient(ink)
     width = 2 * ink.sum() / np.hypot(down, across).sum()
@@ -112,7 +112,7 @@ def _weight(image: NDArray[np.uint8]) -> int:
 
 
 def _shape(name: str) -> Image.Image:
-    """One shape at 64 pixels."""
+    """Draw one shape at 64 pixels."""
     image = Image.new("L", (64, 64))
     draw = ImageDraw.Draw(image)
     turn = np.arange(10) * np.pi / 5
@@ -147,7 +147,7 @@ def _shape(name: str) -> Image.Image:
 
 
 def _arrange(shape: Image.Image, count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Put the shape ``count`` times on cells of a grid, each a little off its place."""
+    """Draw the shape ``count`` times in cells of a grid, with small random shifts."""
     if count == 1:
         return _fit(shape)
     across = 2 if count <= 4 else 3
@@ -160,7 +160,7 @@ def _arrange(shape: Image.Image, count: int, rng: np.random.Generator) -> NDArra
 
 
 def _texture(index: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One texture that fills its square, with its own period, phase and share of ink."""
+    """Draw one texture that fills its square, with random period and phase."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
     period = rng.uniform(5, 11)
     x, y = x + rng.uniform(0, period), y + rng.uniform(0, period)

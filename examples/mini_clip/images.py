@@ -1,4 +1,4 @@
-"""Images drawn from the masters: placed, warped, coloured and spoilt, a whole batch at a time."""
+"""Draw batches of images from the glyph bank: place, warp, colour and degrade glyphs."""
 
 from typing import Final
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.mini_clip import captions as c
-from examples.mini_clip.glyphs import SIDE, Masters, masters
+from examples.mini_clip.glyphs import SIDE, GlyphBank, glyph_bank
 
 SIZE: Final = 24  # pixels, both ways
 _FINE: Final = 2 * SIZE  # drawn at twice the size and averaged
@@ -16,8 +16,8 @@ Floats = NDArray[np.float32]
 
 
 def draw(n: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], c.Rows]:
-    """Draw ``n`` images u8[n, 24, 24, 3] and say what each shows, i64[n, A]."""
-    bank = masters()
+    """Draw ``n`` images u8[n, 24, 24, 3] and return them with their attributes i64[n, A]."""
+    bank = glyph_bank()
     rows = np.full((n, c.N_ATTRIBUTES), c.ABSENT, np.int64)
     rows[:, c.KIND] = rng.choice(len(c.KINDS), n, p=_KIND_SHARES)
     chosen = _choose(bank, rows, rng)
@@ -27,8 +27,8 @@ def draw(n: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], c.Rows]:
     return _paint(coverage, rows, rng), rows
 
 
-def _choose(bank: Masters, rows: c.Rows, rng: np.random.Generator) -> c.Rows:
-    """Pick a subject evenly within its kind, a count evenly, then any master that shows them."""
+def _choose(bank: GlyphBank, rows: c.Rows, rng: np.random.Generator) -> c.Rows:
+    """Choose a subject of the kind and a count uniformly, then any matching glyph."""
     chosen = np.zeros(len(rows), np.int64)
     for i, kind in enumerate(rows[:, c.KIND]):
         subject = c.FIRST_SUBJECT[kind] + rng.integers(len(c.NAMES[kind]))
@@ -42,18 +42,18 @@ def _choose(bank: Masters, rows: c.Rows, rng: np.random.Generator) -> c.Rows:
 
 
 def _place(shapes: NDArray[np.uint8], rows: c.Rows, rng: np.random.Generator) -> Floats:
-    """Scale, turn, shear, shift and warp masters u8[n, 34, 34] into frames f32[n, 24, 24]."""
+    """Scale, rotate, shear, shift and warp glyphs u8[n, 34, 34] into frames f32[n, 24, 24]."""
     n, kind = len(rows), rows[:, c.KIND]
     glyph, texture = kind <= c.SYMBOL, kind == c.TEXTURE
     by_hand = glyph & (rng.random(n) < 0.6)
     rows[glyph, c.HAND] = by_hand[glyph]
     height = np.where(texture, rng.uniform(1.5, 2.2, n), 0.3 + 0.7 * np.sqrt(rng.random(n)))
     several = rows[:, c.COUNT] > 0
-    height[several] = rng.uniform(0.7, 1.0, n)[several]  # smaller ones could not be counted
+    height[several] = rng.uniform(0.7, 1.0, n)[several]  # smaller ones cannot be counted
     named_size = ~texture & ~several
     rows[named_size, c.SIZE] = np.select([height < 0.5, height > 0.8], [1, 2], 0)[named_size]
 
-    upright = (kind == c.SHAPE) | texture  # turned far, a square is a diamond
+    upright = (kind == c.SHAPE) | texture  # a rotated square would be a diamond
     turn = rng.normal(0, np.where(upright, 0.05, np.where(by_hand, 0.16, 0.07)), n)
     shear = rng.normal(0, np.where(upright, 0.0, np.where(by_hand, 0.2, 0.06)), n)
     narrow = np.exp(rng.normal(0, np.where(upright, 0.03, np.where(by_hand, 0.22, 0.1)), n))
@@ -68,7 +68,7 @@ def _place(shapes: NDArray[np.uint8], rows: c.Rows, rng: np.random.Generator) ->
     cosine, sine = np.cos(turn)[:, None, None], np.sin(turn)[:, None, None]
     across, down = cosine * x + sine * y, cosine * y - sine * x
     across = (across + shear[:, None, None] * down) / narrow[:, None, None]
-    # The warp is a smooth field: a 4 x 4 grid of random displacements, spread by wide bumps.
+    # The warp is a smooth field: a 4 x 4 grid of random displacements, interpolated by Gaussians.
     bumps = np.exp(-(((axis[:, None] - np.linspace(-1, 1, 4)) / 0.5) ** 2))
     field = rng.normal(0, 1, (2, n, 4, 4)) * strength[:, None, None]
     warp = (bumps @ field @ bumps.T).astype(np.float32)
@@ -78,7 +78,7 @@ def _place(shapes: NDArray[np.uint8], rows: c.Rows, rng: np.random.Generator) ->
 def _sample(
     shapes: NDArray[np.uint8], down: NDArray[np.float64], across: NDArray[np.float64]
 ) -> Floats:
-    """Read the masters bilinearly at points in [-1, 1], and average 2 x 2 points to a pixel."""
+    """Sample glyphs bilinearly at points in [-1, 1], and average 2 x 2 points to a pixel."""
     n, last = len(shapes), SIDE - 1.001
     y = np.clip((down * (SIDE - 2) + SIDE - 1) / 2, 0, last).astype(np.float32)
     x = np.clip((across * (SIDE - 2) + SIDE - 1) / 2, 0, last).astype(np.float32)
@@ -93,7 +93,7 @@ def _sample(
 
 
 def _colour_pairs(n: int, rng: np.random.Generator) -> tuple[c.Rows, c.Rows]:
-    """Ink and ground, never the same; white and black more often than chance."""
+    """Choose different ink and ground colours, with more white and black than by chance."""
     ink = rng.integers(len(c.COLOURS), size=n)
     ground = (ink + rng.integers(1, len(c.COLOURS), size=n)) % len(c.COLOURS)
     plain = rng.random(n)
@@ -130,7 +130,7 @@ def _paint(coverage: Floats, rows: c.Rows, rng: np.random.Generator) -> NDArray[
 
 
 def _litter(n: int, rng: np.random.Generator) -> Floats:
-    """Three thin lines an image, at any angle: coverage f32[n, 24, 24]."""
+    """Draw three thin lines per image, at any angle: coverage f32[n, 24, 24]."""
     axis = np.linspace(-1, 1, SIZE, dtype=np.float32)
     angle = rng.uniform(0, np.pi, (3, n, 1, 1)).astype(np.float32)
     offset = rng.uniform(-1, 1, (3, n, 1, 1)).astype(np.float32)

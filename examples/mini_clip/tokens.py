@@ -1,4 +1,4 @@
-"""The model's own tokenizer: CLIP's layout, with merges learnt from the caption grammar."""
+"""The model's tokenizer: CLIP's layout, with merges learnt from the caption grammar."""
 
 import json
 from typing import Any, Final
@@ -37,7 +37,7 @@ def build_tokenizer(n_captions: int = 20_000) -> Tokenizer:
     )
     learnt: list[Any] = json.loads(learner.to_str())["model"]["merges"]
     merges = [(str(left), str(right)) for left, right in learnt]
-    # Every byte inside a word and at its end, whether the grammar has it there or not.
+    # Every byte inside a word and at its end, even if unused by the grammar.
     pieces = [*alphabet, *(letter + _WORD_END for letter in alphabet)]
     pieces += dict.fromkeys(left + right for left, right in merges)
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
@@ -51,7 +51,7 @@ def build_tokenizer(n_captions: int = 20_000) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
-    """Token ids i64[N, 24], padded with 0.
+    """Return token ids i64[N, 24], padded with 0.
 
     Raises: ValueError for a text longer than the context.
     """
@@ -66,7 +66,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tokenizer:
-    """Lower-case, single spaces, CLIP's pieces, bytes: the same for learning and for use."""
+    """Set up lower-casing, single spaces, CLIP's pieces and bytes, for training and use."""
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -1,4 +1,4 @@
-"""The training: images against captions, every caption that fits an image being right."""
+"""Contrastive training in which every matching caption of an image is a positive."""
 
 import math
 import sys
@@ -38,7 +38,7 @@ class Settings:
 
 
 class Batch(NamedTuple):
-    """Images u8[B, 24, 24, 3], what they show i64[B, A], texts, and what those name i64[B, A]."""
+    """Images u8[B, 24, 24, 3], attributes i64[B, A], texts, and their named values i64[B, A]."""
 
     pixels: NDArray[np.uint8]
     shown: Rows
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class Batches(Dataset[Batch]):
-    """Batch ``i`` of a stream is a function of seed, stream and ``i`` alone."""
+    """Batches of a stream; batch ``i`` depends only on seed, stream and ``i``."""
 
     def __init__(self, seed: int, stream: int, n: int, batch: int) -> None:
         self._seed, self._stream, self._n, self._batch = seed, stream, n, batch
@@ -64,7 +64,7 @@ class Batches(Dataset[Batch]):
 
 
 def model_config(vocabulary: int) -> dict[str, Any]:
-    """The model's ``model_cfg``, as open_clip writes it."""
+    """Return the model's ``model_cfg`` for open_clip."""
     return {
         "embed_dim": 128,
         "vision_cfg": {
@@ -78,14 +78,14 @@ def model_config(vocabulary: int) -> dict[str, Any]:
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
-    """Pixels u8[B, 24, 24, 3] as the model takes them, f32[B, 3, 24, 24]."""
+    """Normalise pixels u8[B, 24, 24, 3] to the model's input f32[B, 3, 24, 24]."""
     return ((torch.from_numpy(pixels).float() / 255 - MEAN) / STD).permute(0, 3, 1, 2)
 
 
 def contrastive_loss(logits: Tensor, fits: Tensor) -> Tensor:
-    """Cross-entropy (nats) both ways, the target spread evenly over all that fit.
+    """Return the symmetric cross-entropy in nats, with targets uniform over all matches.
 
-    logits f32[N, C] are of images against captions, fits bool[N, C] says which are true.
+    logits f32[N, C] are of images against captions, fits bool[N, C] marks matching captions.
     """
     total = torch.zeros(())
     for scores, right in ((logits, fits), (logits.T, fits.T)):
@@ -95,13 +95,13 @@ def contrastive_loss(logits: Tensor, fits: Tensor) -> Tensor:
 
 
 def train(tokenizer: Tokenizer, settings: Settings) -> tuple[CLIP, list[float]]:
-    """Train from nothing for a fixed number of steps; the model and the loss of every step."""
+    """Train from scratch for a fixed number of steps; return the model and each step's loss."""
     torch.manual_seed(settings.seed)
     model = CLIP(**model_config(tokenizer.get_vocab_size()))
-    # As strong as the patches: at open_clip's 0.09 the tower is slow to learn where strokes lie.
+    # As large as the patch embeddings: with open_clip's 0.09 the tower learns positions slowly.
     torch.nn.init.normal_(model.visual.positional_embedding, std=1.0)
-    # A linear head that names the subject, dropped afterwards: captions alone teach colours first
-    # and shapes late.
+    # An auxiliary linear head that classifies the subject, dropped afterwards: with captions alone
+    # the model learns colours first and shapes late.
     head = torch.nn.Linear(model.visual.output_dim, sum(map(len, NAMES)))
     values = [*model.parameters(), *head.parameters()]
     matrices = [p for p in values if p.ndim > 1]
@@ -140,10 +140,10 @@ def train(tokenizer: Tokenizer, settings: Settings) -> tuple[CLIP, list[float]]:
 
 @torch.inference_mode()
 def evaluate(model: CLIP, tokenizer: Tokenizer, seed: int, n_batches: int = 8) -> dict[str, float]:
-    """Loss, and shares of held-out images that are named right.
+    """Return the loss and accuracies on held-out images.
 
-    ``retrieval_accuracy``: the best of 256 captions is true; ``naming_accuracy``: the best of the
-    bare names of all subjects is the subject's.
+    ``retrieval_accuracy``: the best of 256 captions matches; ``naming_accuracy``: the best of the
+    names of all subjects is the subject's.
     """
     names = torch.from_numpy(encode(tokenizer, [f"{name}." for kind in NAMES for name in kind]))
     named = model.encode_text(names, normalize=True)
@@ -164,7 +164,7 @@ def evaluate(model: CLIP, tokenizer: Tokenizer, seed: int, n_batches: int = 8) -
 
 
 def _logits(model: CLIP, tokenizer: Tokenizer, images: Tensor, texts: list[str]) -> Tensor:
-    """Image features f32[N, e], of any length, against texts: f32[N, C]."""
+    """Return logits f32[N, C] of image features f32[N, e], of any length, against texts."""
     features = model.encode_text(torch.from_numpy(encode(tokenizer, texts)), normalize=True)
     logits: Tensor = model.logit_scale.exp() * functional.normalize(images, dim=-1) @ features.T
     return logits
@@ -176,7 +176,7 @@ def _as_drawn(batch: Batch) -> Batch:
 
 
 def _rate(step: int, settings: Settings) -> float:
-    """Share of the learning rate: a linear rise, then half a cosine."""
+    """Return the factor of the learning rate: linear warm-up, then cosine decay."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtimes.bundle import PARITY, Bundle, TextSpec
 from runtimes.ort import allowed_difference, parity_inputs
-from runtimes.prompts import shared_starts, token_table
+from runtimes.prompts import group_by_prefix, token_table
 from runtimes.remote.client_half import Progress, client_half
 from runtimes.remote.contract import IMAGE, PROMPT, SCORE, TEXT, Tensor, check_offer
 from runtimes.remote.endpoint import Connection, parse_location
@@ -108,7 +108,7 @@ def _probe_prompts(
     spec, found = bundle.text, dict[str, float]()
     texts = [_text_of(spec, row) for row in sentences]
     table, e = token_table(bundle), bundle.embed_dim
-    for indices, start, rests in shared_starts([text for text in texts if len(text) > 1]):
+    for indices, start, rests in group_by_prefix([text for text in texts if len(text) > 1]):
         if not all(rests):  # one text is the beginning of another
             start, rests = start[:-1], [start[-1:] + rest for rest in rests]
         if not start:

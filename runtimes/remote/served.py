@@ -12,7 +12,7 @@ import PIL
 from runtimes.bundle import Bundle
 from runtimes.plan import Sizes, call_bytes
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
-from runtimes.prompts import encoded_sentences, name_lengths, name_tokens
+from runtimes.prompts import encode_template, name_lengths, name_tokens
 from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE, Tensor, Tensors
 from runtimes.remote.service import Question, Service
 from runtimes.remote.transport import Array
@@ -111,12 +111,12 @@ class Served:
         return frozenset(given)
 
     @property
-    def withheld(self) -> frozenset[str]:
+    def missing(self) -> frozenset[str]:
         return EVERYTHING - self.access
 
     @property
     def hint(self) -> str:
-        if {PIXELS, IMAGE_TOKENS} & self.withheld and not self.withheld - {PIXELS, IMAGE_TOKENS}:
+        if {PIXELS, IMAGE_TOKENS} & self.missing and not self.missing - {PIXELS, IMAGE_TOKENS}:
             return "visual prompts are tuned on a bundle of one's own"
         return "this is what the server offers"
 
@@ -213,13 +213,13 @@ class ServedPromptGraph:
             self._service, self._bundle, names, n_context, n_candidates, self._losses
         )
 
-    def sentences(self, template: str, classes: Sequence[str]) -> F32:
+    def encode_template(self, template: str, classes: Sequence[str]) -> F32:
         """Return the unit features f32[C, e] of a hand-written template filled with the classes.
 
         Raises: ConfigError for the template, DataError for a name.
         """
         service, bundle = self._service, self._bundle
-        features = encoded_sentences(
+        features = encode_template(
             bundle,
             self._tokenizer,
             template,

@@ -1,4 +1,4 @@
-"""Published architectures, few layers and narrow towers: the same code paths in seconds."""
+"""Published architectures with few layers and narrow towers: the same code paths in seconds."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from export.clip import LoadedClip, load_clip
 
-# What timm's towers are called with besides their names.
+# Arguments for timm's towers.
 _TIMM: dict[str, dict[str, Any]] = {
     "fastvit_mci1": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
     "eva02_base_patch16_clip_224": {"depth": 2, "embed_dim": 64, "num_heads": 2},
@@ -35,7 +35,7 @@ ARCHITECTURES = (
 
 @contextlib.contextmanager
 def small_timm() -> Iterator[None]:
-    """Let timm build its towers narrow."""
+    """Make timm build narrow towers."""
     create = timm.create_model
 
     def narrow(name: str, **options: Any) -> Any:
@@ -81,7 +81,7 @@ def write_model(
         torch.manual_seed(seed)
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
         for parameter in model.parameters():
-            # what open_clip leaves uninitialised, and biases and gains that would hide mistakes
+            # uninitialised parameters, and biases and gains that would hide mistakes
             if parameter.ndim < 2 or not torch.isfinite(parameter).all():
                 parameter.data = parameter.data.nan_to_num(0, 0, 0).clamp(-2, 2)
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -104,7 +104,7 @@ def small_model(name: str, folder: Path) -> LoadedClip:
 
 
 def t5_like_tokenizer() -> Tokenizer:
-    """Return a tokenizer of SigLIP's kind: unigram pieces, </s> at the end, no padding named."""
+    """Return a tokenizer like SigLIP's: unigram pieces, </s> at the end, no padding token."""
     words = ("a", "photo", "of", "cat", "dog", "house", "traffic", "light", "red", "panda", "sea")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"▁{word}", -3.0 - 0.1 * i) for i, word in enumerate(words)]

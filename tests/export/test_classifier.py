@@ -1,4 +1,4 @@
-"""The packed classifier against the numpy path, with an image tower that shows its input."""
+"""Compare the packed classifier with the numpy path, with an image tower that returns its input."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from export.classifier import _classification, _n_bytes, pack
+from export.classifier import _classifier_nodes, _graph_bytes, pack
 from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.preprocess import crop, normalise
@@ -94,7 +94,7 @@ def unit_rows(n: int, dim: int, seed: int) -> np.ndarray:
 
 
 def kernel_head(n_classes: int, n_keys: int) -> HeadArtifact:
-    """Return a head that remembers images, with a part of every size that matters."""
+    """Return a head with a kernel."""
     rng = np.random.default_rng(6)
     return HeadArtifact(
         tuple(f"class {i:04}" for i in range(n_classes)),
@@ -110,14 +110,14 @@ def kernel_head(n_classes: int, n_keys: int) -> HeadArtifact:
 
 
 def smooth_image(width: int, height: int, seed: int) -> Image.Image:
-    """Return an image with edges and gradients, as photographs have them."""
+    """Return an image with the edges and gradients of a photograph."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def as_pixels(logits: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """Undo the normalisation: f32[N, 3, S, S] in grey levels 0…255."""
+    """Undo the normalisation: f32[N, 3, S, S] in 0…255."""
     planes = logits.reshape(-1, 3, S, S).astype(np.float64)
     mean, std = (np.reshape(v, (1, 3, 1, 1)) for v in (spec.mean, spec.std))
     return np.asarray((planes * std + mean) * 255)
@@ -138,21 +138,19 @@ def test_square_pixels_are_normalised_as_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_classes", "n_keys"), [(2, 1), (7, 50)])
-def test_remembered_images_vote_in_the_graph_as_in_numpy(
-    n_classes: int, n_keys: int, tmp_path: Path
-) -> None:
+def test_the_kernel_in_the_graph_equals_numpy(n_classes: int, n_keys: int, tmp_path: Path) -> None:
     head = kernel_head(n_classes, n_keys)
     features = unit_rows(9, E, 9)
-    # Nodes alone, since the kernel is meant for unit features and this tower gives pixels.
-    logits, probabilities = run_nodes(_classification(head.classifier(), "f"), features)
+    # Only these nodes, since the kernel expects unit features and this tower returns pixels.
+    logits, probabilities = run_nodes(_classifier_nodes(head.classifier(), "f"), features)
     expected = head.classifier().logits(features)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     affine = FeatureClassifier(head.weight, head.bias).logits(features)
-    assert np.abs(expected - affine).max() > 0.01  # the kernel was there to be seen
+    assert np.abs(expected - affine).max() > 0.01  # the kernel has an effect
 
 
-def test_a_packed_kernel_is_run_whole(tmp_path: Path) -> None:
+def test_a_packed_kernel_runs(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b", mean=[0.0] * 3, std=[100.0] * 3)
     head = kernel_head(5, 30)
     pack(bundle, head, tmp_path / "c.onnx")
@@ -164,7 +162,7 @@ def test_a_packed_kernel_is_run_whole(tmp_path: Path) -> None:
 
 
 def run_nodes(part: Any, features: np.ndarray) -> list[np.ndarray]:
-    """Run the nodes of one part of the graph alone, from its input `f`."""
+    """Run the nodes of one part of the graph, from its input `f`."""
     inputs = [helper.make_tensor_value_info("f", TensorProto.FLOAT, ["N", features.shape[1]])]
     outputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
@@ -180,7 +178,7 @@ def run_nodes(part: Any, features: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(40, 31), (31, 40), (12, 12), (9, 25), (200, 37), (5, 5)])
-def test_resizing_in_the_graph_is_open_clips_to_a_grey_level(
+def test_resizing_in_the_graph_matches_open_clip_within_one_level(
     mode: str, interpolation: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
     bundle = transparent_bundle(
@@ -193,14 +191,14 @@ def test_resizing_in_the_graph_is_open_clips_to_a_grey_level(
     got = as_pixels(logits, bundle.image)[0].transpose(1, 2, 0)
     expected = crop(image, bundle.image).astype(np.float64)
     difference = np.abs(got - expected)
-    # Pillow takes the height first for some narrow images, which moves the roundings between
-    # its two passes; and its weights are fixed-point numbers, so that halves may go either way.
+    # Pillow resizes the height first for some narrow images, which changes the rounding between
+    # its two passes; and its weights are fixed-point, so halves may round either way.
     unusual_order = size == (9, 25)
     assert difference.max() <= (3.01 if unusual_order else 1.01)
     assert (difference > 0.01).mean() < (0.3 if unusual_order else 0.03)
 
 
-def test_what_a_classifier_says_of_itself(tmp_path: Path) -> None:
+def test_a_classifier_has_metadata(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b")
     pack(bundle, identity_head(), tmp_path / "c.onnx", resize=True)
     classifier = open_classifier(tmp_path / "c.onnx", Execution())
@@ -214,7 +212,7 @@ def test_what_a_classifier_says_of_itself(tmp_path: Path) -> None:
     assert {p.key for p in packed.metadata_props} == {"ztune", "class_names"}
 
 
-def test_large_towers_keep_their_weights_beside_the_graph(tmp_path: Path) -> None:
+def test_large_towers_have_external_weights(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b")
     out = tmp_path / "c.onnx"
     pack(bundle, identity_head(), out, external_threshold=1000)
@@ -251,12 +249,12 @@ def test_a_failure_keeps_the_old_classifier(
 
 def test_the_size_of_a_graph_beyond_2_gb_is_known() -> None:
     constant = SimpleNamespace(raw_data=range(3 << 30))
-    assert _n_bytes(SimpleNamespace(initializer=[constant], node=[])) == 3 << 30
+    assert _graph_bytes(SimpleNamespace(initializer=[constant], node=[])) == 3 << 30
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_mismatches_are_refused(tmp_path: Path) -> None:
     bundle = transparent_bundle(tmp_path / "b")
-    with pytest.raises(FormatError, match=f"features of 5 values.*gives {E}"):
+    with pytest.raises(FormatError, match=f"features of 5 values.*returns {E}"):
         pack(bundle, identity_head(5), tmp_path / "c.onnx")
     with pytest.raises(DataError, match="cannot be written"):
         pack(bundle, identity_head(), tmp_path / "no" / "c.onnx")
@@ -276,7 +274,7 @@ def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
-    """Return a change to what the graph takes."""
+    """Return a change of the graph's input type."""
 
     def change(graph: Any, _: dict[str, Any]) -> None:
         graph.input[0].type.tensor_type.elem_type = dtype
@@ -306,7 +304,7 @@ def test_metadata_that_do_not_fit_the_graph(
     change(model.graph, document)
     model.metadata_props[0].value = json.dumps(document)
     onnx.save(model, str(out))
-    if message is None:  # ONNX Runtime infers what is not written there
+    if message is None:  # ONNX Runtime infers a missing shape
         assert open_classifier(out, Execution()).classes == tuple(document["classes"])
         return
     with pytest.raises(FormatError, match=message) as caught:

@@ -23,7 +23,7 @@ from export.clip import LoadedClip, load_clip
 from export.graphs import TextGraph
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
-from runtimes.prompts import context_of_words
+from runtimes.prompts import embed_words
 from runtimes.providers import Execution
 from runtimes.reference import derived
 from runtimes.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def test_every_graph_is_dynamic_and_equals_torch(exported: Exported) -> None:
 
 
 def test_features_depend_on_what_they_should(exported: Exported) -> None:
-    # Random weights must not make the comparison above hold for any graph whatever.
+    # The comparison above must not hold for any graph because of random weights.
     _, bundle = exported
     graph = OrtPromptGraph(bundle, Tokenizer(bundle), Execution())
     contexts = np.random.default_rng(0).normal(size=(2, 4, bundle.text.width)) * 0.05
@@ -97,20 +97,20 @@ def test_features_depend_on_what_they_should(exported: Exported) -> None:
     assert bundle.embed_dim == features.shape[-1]
 
 
-def test_words_as_context_are_the_template(exported: Exported) -> None:
+def test_embedded_words_as_context_equal_the_template(exported: Exported) -> None:
     _, bundle = exported
     tokenizer = Tokenizer(bundle)
     names = ("cat", "traffic light", "red panda")
     graph = OrtPromptGraph(bundle, tokenizer, Execution())
-    words = context_of_words(bundle, tokenizer, "a photo of a")
+    words = embed_words(bundle, tokenizer, "a photo of a")
     tuned = graph.encoder(names, len(words), 1).encode(words[None])
     tokens = tokenizer.pad([tokenizer.sequence(f"a photo of a {name}.") for name in names])
     (plain,) = session(bundle, "text").run(None, {"tokens": tokens})
     np.testing.assert_allclose(tuned[0], plain, atol=5e-6)
-    np.testing.assert_allclose(graph.sentences("a photo of a {}.", names), plain, atol=5e-6)
+    np.testing.assert_allclose(graph.encode_template("a photo of a {}.", names), plain, atol=5e-6)
 
 
-def test_manifest_and_files_say_what_the_model_is(exported: Exported) -> None:
+def test_manifest_and_files_describe_the_model(exported: Exported) -> None:
     loaded, bundle = exported
     model: Any = loaded.model
     assert set(bundle.files) == {
@@ -167,7 +167,7 @@ def test_graphs_run_on_the_oldest_onnxruntime_and_carry_no_local_paths(exported:
         assert str(Path.cwd()) not in (bundle.path / name).read_text()
 
 
-def test_a_large_graph_keeps_its_weights_beside_it(
+def test_a_large_graph_has_external_weights(
     tiny: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     loaded, whole = tiny
@@ -231,7 +231,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     monkeypatch.setattr(bundle_room, "TextGraph", Wrong)
     with pytest.raises(ZtuneError, match=r"text.onnx differs from torch by") as refused:
         export_bundle(loaded, tmp_path / "bundle")
-    # The figures are those of a perturbation of 0.001, whatever the last bits.
+    # The figures are those of a perturbation of 0.001, except for the last bits.
     found = re.search(r"by (\S+) \(1 - cosine (\S+)\), at most 0.0001", str(refused.value))
     assert found, refused.value
     assert 1e-4 < float(found[1]) < 1e-3
@@ -246,7 +246,7 @@ def test_a_difference_that_is_no_number_is_refused(tiny: Exported) -> None:
     with pytest.raises(ZtuneError, match="differs from torch by nan"):
         parity.compare(bundle.file("text.onnx"), [broken])
     cut = parity.Case(case.feeds, case.features[:1])
-    with pytest.raises(ZtuneError, match="specialised a dimension"):
+    with pytest.raises(ZtuneError, match="fixed a dynamic dimension"):
         parity.compare(bundle.file("text.onnx"), [cut])
 
 

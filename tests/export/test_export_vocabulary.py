@@ -1,4 +1,4 @@
-"""Tokenizers: which one a model gets, what frames a text, and what is never guessed."""
+"""Tokenizers: which one a model gets, its special tokens, and what is never guessed."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXTS = ["a photo of a cat.", "The OLD house_by the sea!", "  red\n panda 42 ", 
 
 
 def own_bpe(post_processor: bool, end: str = "<|endoftext|>") -> Tokenizer:
-    """A small byte-level BPE such as a small CLIP of one's own has; end-of-text is the largest."""
+    """Return a small byte-level BPE whose end-of-text token has the largest id."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def find(file: Path | None, config: dict[str, Any] | None = None, **options: Any
 
 
 @pytest.mark.parametrize("post_processor", [True, False])
-def test_a_small_bpe_of_ones_own(tmp_path: Path, post_processor: bool) -> None:
+def test_a_custom_bpe(tmp_path: Path, post_processor: bool) -> None:
     tokenizer = own_bpe(post_processor)
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))
@@ -52,7 +52,7 @@ def test_a_small_bpe_of_ones_own(tmp_path: Path, post_processor: bool) -> None:
     assert end == tokenizer.get_vocab_size() - 1
     assert (spec.prefix_ids, spec.suffix_ids) == ((end - 1,), (end,))
     assert (spec.cleaning, spec.pad_id, spec.graph) == ("lower", 0, "prefix")
-    device = Device.of(loaded.tokenizer_json, spec)
+    device = Device.from_json(loaded.tokenizer_json, spec)
     assert device.sequence("A  photo") == (
         end - 1, *tokenizer.encode("a photo", add_special_tokens=False).ids, end,
     )  # fmt: skip
@@ -60,10 +60,12 @@ def test_a_small_bpe_of_ones_own(tmp_path: Path, post_processor: bool) -> None:
     assert [stored[key] for key in ("post_processor", "truncation", "padding")] == [None] * 3
 
 
-def test_a_larger_vocabulary_than_the_token_table_is_another_models(tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_the_token_table_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     own_bpe(True).save(str(file))
-    with pytest.raises(ConfigError, match=r"ids up to \d+, the model's token table has 40 rows"):
+    with pytest.raises(
+        ConfigError, match=r"ids up to \d+, but the model's token table has 40 rows"
+    ):
         find(file, table_size=40, pad_id=0)
 
 
@@ -83,7 +85,7 @@ def test_padding_is_never_guessed(tmp_path: Path) -> None:
     tokenizer = t5_like_tokenizer()
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))
-    with pytest.raises(ConfigError, match=r"sees the padding; .*`pad_id=N`"):
+    with pytest.raises(ConfigError, match=r"no padding token.*`pad_id=N`"):
         find(file)
     assert find(file, pad_id=1).pad_id == 1
     assert find(file, {"pad_id": 2}).pad_id == 2
@@ -98,13 +100,15 @@ def test_padding_is_never_guessed(tmp_path: Path) -> None:
     assert find(file).suffix_ids == (1,)
 
 
-def test_unclear_frames_are_an_error(tmp_path: Path) -> None:
+def test_ambiguous_special_tokens_are_an_error(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     own_bpe(False, end="<|stop|>").save(str(file))
-    with pytest.raises(ConfigError, match=r"unclear which tokens frame a text.*<\|stop\|>"):
+    with pytest.raises(
+        ConfigError, match=r"expected one start and one end token, got .*<\|stop\|>"
+    ):
         find(file, pad_id=0)
     file.write_text("{}")
-    with pytest.raises(ConfigError, match="cannot be read as a tokenizers JSON"):
+    with pytest.raises(ConfigError, match="cannot be read as tokenizers JSON"):
         find(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         find(tmp_path / "none.json")
@@ -126,7 +130,7 @@ def test_cleaning_follows_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clean", ["canonicalize", "whitespace"])
-def test_a_hugging_face_tokenizer_beside_the_model_equals_open_clips(
+def test_a_hugging_face_tokenizer_in_the_models_folder_equals_open_clips(
     tmp_path: Path, clean: str
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -141,7 +145,7 @@ def test_a_hugging_face_tokenizer_beside_the_model_equals_open_clips(
     loaded = load_clip(model)
     assert (loaded.text.pad_id, loaded.text.suffix_ids, loaded.text.prefix_ids) == (1, (1,), ())
     assert loaded.text.cleaning == clean
-    device = Device.of(loaded.tokenizer_json, loaded.text)
+    device = Device.from_json(loaded.tokenizer_json, loaded.text)
     reference = open_clip.get_tokenizer(model)
     expected = reference(TEXTS).numpy()
     assert (device.pad([device.sequence(text) for text in TEXTS]) == expected).all()

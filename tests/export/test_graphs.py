@@ -1,4 +1,4 @@
-"""The prompt graphs in torch against open_clip's own text forward over whole sequences."""
+"""Compare the prompt graphs in torch with open_clip's text forward over whole sequences."""
 
 import dataclasses
 from pathlib import Path
@@ -91,7 +91,7 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("text", "top"), [v[1:] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
-def test_the_prefix_graph_knows_variants_of_plain_towers(
+def test_the_prefix_graph_supports_variants_of_plain_towers(
     tmp_path: Path, text: dict[str, Any], top: dict[str, Any]
 ) -> None:
     config = small_config("ViT-B-32") | top
@@ -107,13 +107,11 @@ def test_the_prefix_graph_knows_variants_of_plain_towers(
         {"qk_norm": True},  # another kind of block
         {"pool_type": "last"},  # sees the padding
         {"pool_type": "first"},
-        {"pool_type": "eos", "eos_id": 5},  # not the end-of-text that stands there
+        {"pool_type": "eos", "eos_id": 5},  # not the tokenizer's end-of-text
         {"no_causal_mask": True},
     ],
 )
-def test_whatever_is_not_plain_gets_the_whole_sequence(
-    tmp_path: Path, text: dict[str, Any]
-) -> None:
+def test_other_towers_get_the_sequence_graph(tmp_path: Path, text: dict[str, Any]) -> None:
     config = small_config("ViT-B-32") | {"custom_text": True}
     config["text_cfg"] |= {"context_length": 32} | text
     loaded = load_clip(write_model(tmp_path, config))
@@ -134,7 +132,7 @@ def test_a_changed_mask_is_not_taken_for_causal(small: Any) -> None:
         loaded.model.attn_mask = mask
 
 
-def test_two_specials_or_a_larger_id_rule_the_prefix_graph_out(small: Any) -> None:
+def test_two_special_tokens_or_a_larger_id_exclude_the_prefix_graph(small: Any) -> None:
     tower = small("RN50").tower
     assert graph_kind(tower, (49406,), (49407,), largest_id=49407) == "prefix"
     assert graph_kind(tower, (49406,), (49407,), largest_id=49408) == "sequence"

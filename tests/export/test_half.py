@@ -1,4 +1,4 @@
-"""16-bit graphs: what runs in which precision, on graphs of several architectures."""
+"""fp16 graphs: the precision of every node, for several architectures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +67,7 @@ def check_precisions(bundle: Bundle) -> None:
         assert {output for i, output in products if i >= last} <= {FULL}
 
 
-def test_products_are_in_16_bit_and_what_sums_or_normalises_is_not(mini_half: Bundle) -> None:
+def test_products_are_fp16_and_sums_and_normalisation_fp32(mini_half: Bundle) -> None:
     check_precisions(mini_half)
     assert mini_half.precision == "fp16"
     assert mini_half.model_id == load_bundle(MINI).model_id
@@ -78,34 +78,34 @@ def test_products_are_in_16_bit_and_what_sums_or_normalises_is_not(mini_half: Bu
         assert mini_half.parity[graph]["cosine"] > 0.99999
 
 
-def test_residual_sums_stay_in_32_bit(mini_half: Bundle) -> None:
+def test_residual_sums_stay_fp32(mini_half: Bundle) -> None:
     for graph in GRAPHS:
         nodes = list(typed_nodes(mini_half, graph))
         made_by = {name: node for node, _, _ in nodes for name in node.output}
         normed = {node.input[0] for node, _, _ in nodes if node.op_type == "LayerNormalization"}
         for name in normed & made_by.keys():
-            # Back from a norm to the sum before it there is no number of 16 bit.
+            # No value between a norm and the sum before it is fp16.
             assert made_by[name].op_type != "Cast"
 
 
-def test_other_architectures_and_weights_beside_the_graph(other_half: Bundle) -> None:
+def test_other_architectures_and_external_weights(other_half: Bundle) -> None:
     check_precisions(other_half)
     assert "prompt.onnx.data" in other_half.files
     for graph in GRAPHS:
         assert other_half.parity[graph]["cosine"] > 0.9999
 
 
-def test_weights_beside_the_graph_are_taken_too(tmp_path: Path, mini_half: Bundle) -> None:
+def test_external_weights_are_converted_too(tmp_path: Path, mini_half: Bundle) -> None:
     mini = load_bundle(MINI)
     for precision in ("int8", "fp16"):
-        beside = quantize_bundle(mini, tmp_path / precision, precision, external_threshold=100_000)
-        assert f"{GRAPHS[0]}.onnx.data" in beside.files
+        split = quantize_bundle(mini, tmp_path / precision, precision, external_threshold=100_000)
+        assert f"{GRAPHS[0]}.onnx.data" in split.files
         whole = mini_half
         if precision == "int8":
             whole = quantize_bundle(mini, tmp_path / "whole", precision)
-        assert dict(beside.parity) == dict(whole.parity)
+        assert dict(split.parity) == dict(whole.parity)
         for graph in GRAPHS:
-            first, second = (read_graph(b.file(f"{graph}.onnx")) for b in (beside, whole))
+            first, second = (read_graph(b.file(f"{graph}.onnx")) for b in (split, whole))
             assert [w.name for w in first.graph.initializer] == [
                 w.name for w in second.graph.initializer
             ]
@@ -129,22 +129,22 @@ def test_an_fp16_bundle_is_refused_on_the_cpu(
     assert not (tmp_path / "run").exists()
 
 
-def test_parity_of_16_bit_on_the_cpu_takes_no_optimisation_that_crashes(
+def test_parity_of_fp16_on_the_cpu_skips_optimisations_that_crash(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     levels = []
 
-    def watched(*given: Any) -> Any:
+    def record(*given: Any) -> Any:
         session = open_session(*given)
         levels.append(session.get_session_options().graph_optimization_level)
         return session
 
-    monkeypatch.setattr("runtimes.ort.open_session", watched)
+    monkeypatch.setattr("runtimes.ort.open_session", record)
     quantize_bundle(load_bundle(MINI), tmp_path / "x", "fp16")
     assert levels == [onnxruntime().GraphOptimizationLevel.ORT_ENABLE_BASIC] * 3
 
 
-def test_a_weight_beyond_16_bit_is_named() -> None:
+def test_a_weight_beyond_fp16_is_named() -> None:
     weight = numpy_helper.from_array(np.full((2, 2), 7e4, dtype=np.float32), "big")
     ones = numpy_helper.from_array(np.ones(2, dtype=np.float32), "ones")
     value = helper.make_tensor_value_info
@@ -159,7 +159,9 @@ def test_a_weight_beyond_16_bit_is_named() -> None:
         [weight, ones],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    with pytest.raises(ZtuneError, match=r"weight big goes up to 7e\+04, 16 bit end at 65504"):
+    with pytest.raises(
+        ZtuneError, match=r"weight big has values up to 7e\+04, above the fp16 maximum of 65504"
+    ):
         to_half(model)
 
 

@@ -26,7 +26,7 @@ from ztune.types import F32, I64, Batch, Prompts
 # A sequence tower without a first token, and one that reads a class token at the end.
 SEQUENCES = ("ViT-B-16-SigLIP", "coca_ViT-B-32")
 WORDS = ("cat", "traffic light", "red panda", "dog", "house", "sea of light", "red", "photo", "a")
-# class names, context tokens (0: as many as fit), candidates
+# class names, context tokens (0: the longest that fits), candidates
 SHAPES = [(1, 1, 1), (1, 4, 3), (2, 8, 1), (3, 0, 2), (9, 4, 5), (9, 0, 1)]
 
 

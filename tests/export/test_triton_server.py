@@ -154,7 +154,7 @@ def test_scores_answer_as_here(server: TritonServer, client: Any, bundle: Bundle
         assert answer[name].dtype == expected.dtype
         np.testing.assert_array_equal(answer[name], expected)
     assert bytes(answer["digest"]).hex() == bundle.digest
-    # What was not asked for is not sent.
+    # Outputs that were not requested are not sent.
     assert set(ask(client, "score", feeds, ["losses"])) == {"losses"}
 
 

@@ -1,4 +1,4 @@
-"""Packed visual prompts against the same images through runtimes/visual.py."""
+"""Compare packed visual prompts with runtimes/visual.py on the same images."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from export.classifier import pack
 from export.clip import load_clip
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.classifier import Classifier, open_classifier
-from runtimes.decoder import Decoder, start
+from runtimes.decoder import Decoder, initial_values
 from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import crop
 from runtimes.providers import Execution, open_session
@@ -57,7 +57,7 @@ def images(bundle: Bundle, n: int = 5) -> U8:
 def values_of(program: str, bundle: Bundle, k: int) -> F32:
     rng = np.random.default_rng(1)
     if program == "decoder":
-        return start(k, bundle.image.size, rng).astype(np.float32)
+        return initial_values(k, bundle.image.size, rng).astype(np.float32)
     assert bundle.visual is not None
     size = bundle.image.size
     shape = (3, size, size) if program == "border" else (3, bundle.visual.width)
@@ -81,7 +81,7 @@ def artifact_of(program: str, bundle: Bundle, k: int = 0) -> VisualArtifact:
 
 
 def expected(bundle: Bundle, artifact: VisualArtifact, pixels: U8, features: F32) -> F32:
-    """Return logits f32[N, C] as the tuning sees them."""
+    """Return logits f32[N, C] as computed during tuning."""
     prompts: Any
     if artifact.program == "border":
         prompts = BorderPrompts(bundle, CPU)
@@ -134,12 +134,12 @@ def test_a_classifier_that_resizes(program: str, bundle: Bundle, tmp_path: Path)
     plain = OrtImageEncoder(bundle, CPU).encode(pixels)
     logits = expected(bundle, artifact, pixels, plain)
     got, _ = classifier.classify(np.asarray(image)[None])
-    # The crop may differ by a grey level here and there.
+    # Single pixels of the crop may differ by one level.
     np.testing.assert_allclose(got, logits, atol=0.05)
 
 
 def extractor(path: Path, size: int, opset: int = 20, n_outputs: int = K) -> Path:
-    """Write a random projection of pixels, with names as a bundle's towers have them."""
+    """Write a random projection of pixels, with the names of a bundle's tower."""
     rng = np.random.default_rng(4)
     weight = rng.standard_normal((3 * size * size, n_outputs)).astype(np.float32)
     nodes = [
@@ -161,7 +161,7 @@ def extractor(path: Path, size: int, opset: int = 20, n_outputs: int = K) -> Pat
 
 
 @pytest.mark.parametrize("opset", [20, 13])
-def test_an_extractor_of_its_own(opset: int, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_separate_extractor(opset: int, bundle: Bundle, tmp_path: Path) -> None:
     size = bundle.image.size
     path = extractor(tmp_path / "extractor.onnx", size, opset)
     own = dataclasses.replace(artifact_of("decoder", bundle, K), extractor=sha256(path))
@@ -185,7 +185,7 @@ def test_an_extractor_with_weights_in_another_file_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "c.onnx").exists()
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_mismatches_are_refused(tmp_path: Path) -> None:
     mini, out = load_bundle(MINI), tmp_path / "c.onnx"
     size = mini.image.size
     border, decoder, tokens = (artifact_of(p, mini) for p in ("border", "decoder", "tokens"))
@@ -196,28 +196,32 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert not out.exists()
 
     cut = dataclasses.replace(border, visual=border.visual[:, 1:])
-    refused(
-        cut, r"the values of the border are f32\[3, 23, 24\], the bundle takes f32\[3, 24, 24\]"
-    )
+    refused(cut, r"the border prompt is f32\[3, 23, 24\], but the bundle takes f32\[3, 24, 24\]")
     cut = dataclasses.replace(tokens, visual=tokens.visual[:, 1:])
-    refused(cut, r"the values of the tokens are f32\[3, 127\], the bundle takes f32\[n, 128\]")
+    refused(cut, r"the tokens prompt is f32\[3, 127\], but the bundle takes f32\[n, 128\]")
     cut = dataclasses.replace(decoder, visual=decoder.visual[1:])
-    refused(cut, r"the values of the decoder are f32\[8895\], the bundle takes f32\[8896\]")
-    refused(dataclasses.replace(decoder, statistics=None), r"no statistics f32\[2, 144\]")
+    refused(cut, r"the decoder prompt is f32\[8895\], but the bundle takes f32\[8896\]")
+    refused(
+        dataclasses.replace(decoder, statistics=None), r"no normalisation statistics f32\[2, 144\]"
+    )
 
     path = extractor(tmp_path / "e.onnx", size)
     own = dataclasses.replace(artifact_of("decoder", mini, K), extractor=sha256(path))
-    refused(own, "tuned with an extractor of its own.*name its ONNX file")
+    refused(own, "tuned with a separate extractor.*pass its ONNX file")
     refused(decoder, "tuned without an extractor", extractor=path)
     refused(border, "tuned without an extractor", extractor=path)
     other = extractor(tmp_path / "other.onnx", size, n_outputs=K + 1)
     refused(own, "is not the file that the decoder was tuned with", extractor=other)
     refused(own, "is not the file", extractor=tmp_path / "none.onnx")
     resized = dataclasses.replace(own, extractor=sha256(other))
-    refused(resized, "the values of the decoder are", extractor=other)
+    refused(resized, "the decoder prompt is f32", extractor=other)
     for name in ("text.onnx", "image_prompted.onnx"):
         foreign = dataclasses.replace(own, extractor=sha256(MINI / name))
-        refused(foreign, "no plain graph with one input", extractor=MINI / name)
+        refused(
+            foreign,
+            "not a graph without branches or functions, with one input",
+            extractor=MINI / name,
+        )
     without = dataclasses.replace(mini, visual=None, files={
         name: entry for name, entry in mini.files.items() if name != "image_prompted.onnx"
     })  # fmt: skip

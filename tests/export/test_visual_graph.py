@@ -1,4 +1,4 @@
-"""The image graph that takes tokens, against an insertion by hand into open_clip's own parts."""
+"""Compare the image graph that takes tokens with open_clip's parts called one by one."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from torch.nn import functional
 from export.bundle import export_bundle, export_graph, image_prompted_graph
 from export.clip import LoadedClip, load_clip
 from export.graphs import PromptedImageGraph, visual_tower
-from export.parity import image_cases, session
+from export.parity import image_cases, open_graph
 from export.quantize import quantize_bundle
 from runtimes.bundle import IMAGE_PROMPTED, load_bundle
 from runtimes.ort import parity_on_this_machine
@@ -23,7 +23,7 @@ from tests.conftest import MINI, Command
 from tests.export.small_models import small_config, small_model, write_model
 from ztune.errors import ConfigError, FormatError
 
-# Image towers that differ in what reads the tokens' states or stands before the blocks.
+# Image towers that differ in pooling, or before the blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("class token", {}),
     ("mean of the patches", {"pool_type": "avg"}),
@@ -35,12 +35,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("normalised queries", {"qk_norm": True}),
     ("sine positions", {"pos_embed_type": "sin_cos_2d"}),
 ]
-# candidates, images, tokens: none as the graph was traced
+# candidates, images, tokens: none as traced
 SHAPES = [(1, 1, 1), (4, 3, 2), (2, 5, 9), (1, 6, 5), (7, 1, 3)]
 
 
 def by_hand(loaded: LoadedClip, pixels: torch.Tensor, tokens: torch.Tensor) -> Any:
-    """Return f32[P, N, e], one candidate after the other, written from open_clip's parts."""
+    """Return f32[P, N, e], one candidate at a time, from open_clip's parts."""
     model: Any = loaded.model
     tower = model.visual.eval()
     results = []
@@ -68,7 +68,7 @@ def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Pat
     loaded = load_clip(write_model(tmp_path / "model", tiny_config(**vision)))
     figures, _ = export_graph(image_prompted_graph(loaded), tmp_path, 10**9, lambda line: None)
     assert 0 <= figures["max_abs"] < 5e-6
-    run = session(tmp_path / IMAGE_PROMPTED)
+    run = open_graph(tmp_path / IMAGE_PROMPTED)
     (plain,) = image_cases(loaded, [6])
     width = visual_tower(loaded.model).conv1.weight.shape[0]
     random = torch.Generator().manual_seed(3)
@@ -80,7 +80,7 @@ def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Pat
         expected = by_hand(loaded, pixels, tokens)
         assert features.shape == (n_candidates, n_images, 64)
         np.testing.assert_allclose(features, expected, atol=5e-6)
-        # Tokens matter, so that the comparison would notice if they did not arrive.
+        # Tokens have an effect, so the comparison would notice if they were ignored.
         assert np.abs(features - plain.features[None, :n_images]).max() > 1e-3
         order = torch.randperm(n_candidates, generator=random).numpy()
         (permuted,) = run.run(["features"], {**feeds, "tokens": feeds["tokens"][order]})
@@ -90,7 +90,7 @@ def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Pat
 
 
 def test_pooling_does_not_see_the_tokens(tmp_path: Path) -> None:
-    # A tower without blocks: what is added can only reach a feature through the pooling.
+    # In a tower without blocks, added tokens can only reach a feature through pooling.
     loaded = load_clip(write_model(tmp_path, tiny_config(pool_type="avg")))
     tower = visual_tower(loaded.model)
     tower.transformer.resblocks = torch.nn.ModuleList()
@@ -117,13 +117,13 @@ def test_other_towers_are_refused_before_anything_is_written(
     loaded = small_model(name, tmp_path / "model")
     with pytest.raises(
         ConfigError,
-        match=rf"image tower (timm's )?{tower} takes no image tokens.*leave out `image",
+        match=rf"image tower (timm's )?{tower} does not support image tokens.*omit `image",
     ):
         export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_bundle_says_what_it_has(tmp_path: Path) -> None:
+def test_the_bundle_describes_it(tmp_path: Path) -> None:
     loaded = load_clip(write_model(tmp_path / "model", tiny_config(layers=1)))
     bundle = export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
     model: Any = loaded.model
@@ -136,7 +136,7 @@ def test_the_bundle_says_what_it_has(tmp_path: Path) -> None:
     assert parity_on_this_machine(bundle, "image_prompted", Execution())["max_abs"] < 5e-6
     model_proto = onnx.load(bundle.file(IMAGE_PROMPTED))
     onnx.checker.check_model(model_proto)
-    # The patches of an image are embedded without the candidates' dimension.
+    # Patches are embedded without the candidates' dimension.
     (embedding,) = [node for node in model_proto.graph.node if node.op_type == "Conv"]
     assert embedding.input[0] == "pixels"
 
@@ -173,9 +173,7 @@ def change(folder: Path, key: str, value: object) -> None:
         ("visual", [], '"visual" is'),
     ],
 )
-def test_a_manifest_that_is_wrong_about_it(
-    key: str, value: object, message: str, tmp_path: Path
-) -> None:
+def test_a_wrong_manifest_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MINI, tmp_path / "bundle"))
     assert load_bundle(folder).visual is not None
     change(folder, key, value)
@@ -184,13 +182,13 @@ def test_a_manifest_that_is_wrong_about_it(
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
-def test_other_precisions_leave_it_out_aloud(precision: str, tmp_path: Path) -> None:
+def test_other_precisions_report_that_they_omit_it(precision: str, tmp_path: Path) -> None:
     lines: list[str] = []
     derived = quantize_bundle(load_bundle(MINI), tmp_path / "b", precision, lines.append)
     assert derived.visual is None
     assert IMAGE_PROMPTED not in derived.files
     assert set(derived.parity) == {"image", "text", "prompt"}
-    assert [line for line in lines if line.startswith("image_prompted.onnx: left out")]
+    assert [line for line in lines if line.startswith("image_prompted.onnx: omitted")]
 
 
 def test_the_command_adds_it_on_demand(ztune: Command, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""CUDA graphs as far as a CPU can show: when to capture, fixed shapes, and wrong replays."""
+"""CUDA graphs as far as a CPU can test: when to capture, fixed shapes, and wrong replays."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import pytest
 from runtimes import providers
 from runtimes.binding import BoundCall
 from runtimes.bundle import load_bundle
-from runtimes.capture import capture, dimensions
+from runtimes.capture import capture, symbolic_sizes
 from runtimes.ort import OrtPromptEncoder, OrtPromptGraph
-from runtimes.plan import Plan, why_not
+from runtimes.plan import Plan, obstacle_to_capture
 from runtimes.providers import Execution, Setup, open_session
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -36,65 +36,70 @@ def plan(n_candidates: int, n_groups: int) -> Plan:
     return Plan(n_candidates, groups, 1.0)
 
 
-def test_only_rounds_of_equal_calls_on_cuda_are_captured() -> None:
+def test_only_candidate_batches_of_equal_calls_on_cuda_are_captured() -> None:
     cuda = Execution("cuda")
-    assert why_not(plan(10, 1), 10, cuda) is None
-    assert why_not(plan(2, 1), 10, cuda) is None
-    assert why_not(plan(10, 4), 10, cuda) == (
-        "the classes take 4 calls of different shapes (raise `memory_limit`)"
+    assert obstacle_to_capture(plan(10, 1), 10, cuda) is None
+    assert obstacle_to_capture(plan(2, 1), 10, cuda) is None
+    assert obstacle_to_capture(plan(10, 4), 10, cuda) == (
+        "the classes need 4 calls of different shapes (raise `memory_limit`)"
     )
-    assert "10 candidates take calls of different shapes" in str(why_not(plan(4, 1), 10, cuda))
-    assert why_not(plan(10, 1), 10, Execution("cuda", cuda_graph=False)) == "switched off"
+    assert "10 candidates need calls of different shapes" in str(
+        obstacle_to_capture(plan(4, 1), 10, cuda)
+    )
+    assert obstacle_to_capture(plan(10, 1), 10, Execution("cuda", cuda_graph=False)) == "disabled"
     for other in ("cpu", "tensorrt"):
-        assert why_not(plan(10, 1), 10, Execution(other)) == f"{other} replays no CUDA graphs here"
+        assert (
+            obstacle_to_capture(plan(10, 1), 10, Execution(other))
+            == f"provider {other} does not support CUDA graphs here"
+        )
 
 
-def test_a_cpu_says_nothing_of_cuda_graphs() -> None:
+def test_a_cpu_does_not_report_cuda_graphs() -> None:
     own = encoder()
     for seed in range(3):
         own.encode(contexts(6, seed))
     assert own.cuda_graph is None
 
 
-def test_the_second_round_goes_to_a_session_of_fixed_shapes(
+def test_the_second_candidate_batch_uses_a_session_of_fixed_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: list[Setup] = []
 
-    def watched(graph: Path, execution: Execution, setup: Setup | None = None) -> Any:
+    def record(graph: Path, execution: Execution, setup: Setup | None = None) -> Any:
         opened.append(setup or Setup())
         return open_session(graph, execution, setup)
 
     expected = [encoder().encode(contexts(6, seed)) for seed in range(4)]
-    monkeypatch.setattr("runtimes.ort.why_not", lambda *_: None)
-    monkeypatch.setattr("runtimes.ort.open_session", watched)
+    monkeypatch.setattr("runtimes.ort.obstacle_to_capture", lambda *_: None)
+    monkeypatch.setattr("runtimes.ort.open_session", record)
     own = encoder()
     assert len(opened) == 1
     got = [own.encode(contexts(6, 0)), own.encode(contexts(6, 1))]
     assert own.cuda_graph == "captured"
-    (parts,) = own.on_device(contexts(6, 2))
+    (parts,) = own.encode_on_device(contexts(6, 2))
     got += [np.asarray(parts[0].numpy())[:, np.argsort(own.plan.groups[0])]]
     got += [own.encode(contexts(6, 3))]
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
     np.testing.assert_allclose(own.encode(contexts(6, 3)[:1]), expected[3][:1], atol=1e-6)
     assert len(opened) == 2
-    assert opened[1].captured_at is not None
-    assert {"P": 6, "m": 4, "C": 3}.items() <= opened[1].captured_at.items()
-    assert set(opened[1].captured_at) == {"P", "m", "T", "C", "n"}
+    assert opened[1].capture_sizes is not None
+    assert {"P": 6, "m": 4, "C": 3}.items() <= opened[1].capture_sizes.items()
+    assert set(opened[1].capture_sizes) == {"P", "m", "T", "C", "n"}
 
 
-def test_dimensions_are_the_graphs_own() -> None:
+def test_symbolic_sizes_are_those_of_the_graph() -> None:
     session = open_session(load_bundle(MINI).file("text.onnx"), Execution())
-    assert dimensions(session, {"tokens": (5, 24)}) == {"B": 5}
+    assert symbolic_sizes(session, {"tokens": (5, 24)}) == {"B": 5}
     fixed = open_session(
-        load_bundle(MINI).file("text.onnx"), Execution(), Setup(captured_at={"B": 5})
+        load_bundle(MINI).file("text.onnx"), Execution(), Setup(capture_sizes={"B": 5})
     )
     assert fixed.get_inputs()[0].shape == [5, 24]
 
 
 class Stale:
-    """A replay that goes on giving what was captured, or what it is told to."""
+    """A replay that always returns the captured features, or given ones."""
 
     def __init__(self, always: F32 | None = None):
         self.encoder = encoder()
@@ -124,7 +129,9 @@ def test_a_replay_that_ignores_its_input_is_not_used(given: F32, precision: str)
     assert capture(lambda: right, given, expected, precision) == (right, "captured")
 
 
-def test_a_capture_that_fails_is_told_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_is_reported_and_the_run_continues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise ProviderError("prompt.onnx cannot be opened on cuda: a node is on the host")
 
@@ -139,7 +146,7 @@ def test_a_capture_that_fails_is_told_and_the_run_goes_on(monkeypatch: pytest.Mo
     )
 
 
-def test_a_buffer_that_cannot_be_had_names_the_graph() -> None:
+def test_a_failed_allocation_names_the_graph() -> None:
     graph = load_bundle(MINI).file("text.onnx")
     session = open_session(graph, Execution())
     with pytest.raises(ZtuneError, match=r"text\.onnx failed while running: "):
@@ -148,7 +155,7 @@ def test_a_buffer_that_cannot_be_had_names_the_graph() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_round_is_captured_on_cuda(precision: str, tmp_path: Path) -> None:
+def test_a_candidate_batch_is_captured_on_cuda(precision: str, tmp_path: Path) -> None:
     if "CUDAExecutionProvider" not in providers.onnxruntime().get_available_providers():
         pytest.skip("no onnxruntime-gpu here")
     from export.quantize import quantize_bundle

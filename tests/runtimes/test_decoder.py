@@ -1,4 +1,4 @@
-"""BlackVIP's decoder as a graph against a transcription of the paper's network in torch."""
+"""Compare BlackVIP's decoder with a transcription of the paper's network in torch."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from runtimes.decoder import (
     N_STATISTICS,
     Decoder,
     decoder_graph,
+    initial_values,
     layout,
     n_values,
-    parts,
-    side,
-    start,
+    output_side,
+    weight_shapes,
 )
 from runtimes.providers import Execution
 from ztune.errors import ConfigError
@@ -30,7 +30,7 @@ SIZES = [(768, 224), (8, 70), (128, 24), (33, 32), (32, 3), (32, 2)]
 
 
 def network(k: int, size: int, values: F32) -> Any:
-    """Return the paper's layers with these values, in the order in which torch lists them."""
+    """Return the paper's layers with these values, in torch's order."""
     channels = [(32, 64, 64), (64, 64, 32), (32, 32, 32), (32, 32, 16)]
     layers: list[Any] = []
     n_doublings = {(768, 224): 5, (8, 70): 5, (8, 32): 5, (128, 24): 3, (33, 32): 4}.get((k, size))
@@ -79,16 +79,16 @@ def by_torch(k: int, size: int, values: F32, features: F32, statistics: F32 | No
 
 
 def drawn(k: int, size: int, n_images: int) -> tuple[F32, F32]:
-    """Return values that no default would hide, and features."""
+    """Return values that differ from every default, and features."""
     rng = np.random.default_rng(0)
-    values = start(k, size, rng) + 0.05 * rng.standard_normal(n_values(k, size))
+    values = initial_values(k, size, rng) + 0.05 * rng.standard_normal(n_values(k, size))
     features = rng.standard_normal((n_images, k))
     return values.astype(np.float32), features.astype(np.float32)
 
 
 def test_the_published_size() -> None:
     assert n_values(768, 224) == 9920
-    assert dict(parts(768, 224))["trigger"] == (800,)
+    assert dict(weight_shapes(768, 224))["trigger"] == (800,)
     assert layout(768, 224) == (7, (2, 2, 2, 2, 2))
     assert N_STATISTICS == 64 + 32 + 32 + 16
 
@@ -99,18 +99,18 @@ def test_the_latent_is_the_smallest_that_holds_feature_and_trigger(k: int, size:
     g, kernels = layout(k, size)
     assert g == fitting[0]
     # No smaller number of doublings covers the image, which only the published five may overshoot.
-    assert side(k, size) >= size > (side(k, size) // 2 if 2 in kernels else 0)
+    assert output_side(k, size) >= size > (output_side(k, size) // 2 if 2 in kernels else 0)
     net, trigger, g = network(k, size, np.zeros(n_values(k, size), np.float32))
     assert g == layout(k, size)[0]
     n_weights = sum(parameter.numel() for parameter in net.parameters())
     assert len(trigger) == 32 * g * g - k
     assert n_weights == 9120 if all(kernel == 2 for kernel in kernels) else n_weights < 9120
     shapes = [tuple(parameter.shape) for parameter in net.parameters()]
-    assert [shape for _, shape in parts(k, size)] == [(len(trigger),), *shapes]
+    assert [shape for _, shape in weight_shapes(k, size)] == [(len(trigger),), *shapes]
 
 
 @pytest.mark.parametrize(("k", "size"), SIZES)
-def test_it_is_the_network_in_torch(k: int, size: int) -> None:
+def test_it_equals_the_network_in_torch(k: int, size: int) -> None:
     values, features = drawn(k, size, 5)
     network_in_ort = Decoder(k, size, CPU)
     expected, own = by_torch(k, size, values, features, None)
@@ -119,8 +119,8 @@ def test_it_is_the_network_in_torch(k: int, size: int) -> None:
     image = network_in_ort(values, features, statistics)
     assert image.shape == (5, 3, size, size)
     np.testing.assert_allclose(image, expected, atol=5e-5)
-    np.testing.assert_allclose(network_in_ort.by_batch(values, features), expected, atol=5e-5)
-    # Fixed statistics, of other images: now an image does not depend on the batch.
+    np.testing.assert_allclose(network_in_ort.decode_batch(values, features), expected, atol=5e-5)
+    # With fixed statistics an image does not depend on the batch.
     other = network_in_ort.statistics(values, features[:2] * 0.5)
     expected, _ = by_torch(k, size, values, features, other)
     image = network_in_ort(values, features, other)
@@ -128,7 +128,7 @@ def test_it_is_the_network_in_torch(k: int, size: int) -> None:
     assert np.abs(image[0] - image[1]).max() > 1e-2
 
 
-def test_statistics_of_many_calls_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_several_calls_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     k, size = 8, 32
     values, features = drawn(k, size, 11)
     whole = Decoder(k, size, CPU)
@@ -142,11 +142,11 @@ def test_statistics_of_many_calls_are_those_of_one(monkeypatch: pytest.MonkeyPat
     assert np.abs(expected - whole.statistics(values, features[:4])).max() > 1e-3
 
 
-def test_the_start_is_torchs() -> None:
-    values = start(768, 224, np.random.default_rng(3))
+def test_the_initial_values_follow_torch() -> None:
+    values = initial_values(768, 224, np.random.default_rng(3))
     assert values.dtype == np.float64
-    assert values.tobytes() == start(768, 224, np.random.default_rng(3)).tobytes()
-    shapes = parts(768, 224)
+    assert values.tobytes() == initial_values(768, 224, np.random.default_rng(3)).tobytes()
+    shapes = weight_shapes(768, 224)
     ends = np.cumsum([int(np.prod(shape)) for _, shape in shapes])[:-1]
     own = {name: part for (name, _), part in zip(shapes, np.split(values, ends), strict=True)}
     trigger = own.pop("trigger")
@@ -167,7 +167,7 @@ def test_the_start_is_torchs() -> None:
             assert abs(part.mean()) < 3 * np.abs(part).max() / np.sqrt(3 * part.size), name
 
 
-def test_graphs_are_sound_and_run_on_the_oldest_onnxruntime() -> None:
+def test_graphs_are_valid_and_run_on_the_oldest_onnxruntime() -> None:
     for measured in (None, 0, 3):
         model = onnx.load_from_string(decoder_graph(24, 20, measured))
         onnx.checker.check_model(model, full_check=True)
@@ -176,12 +176,12 @@ def test_graphs_are_sound_and_run_on_the_oldest_onnxruntime() -> None:
         assert names == ["features", "values", "statistics"][: 2 if measured == 0 else 3]
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_mismatches_are_refused() -> None:
     values, features = drawn(8, 32, 2)
     open_decoder = Decoder(8, 32, CPU)
-    with pytest.raises(ConfigError, match=r"takes values f32\[9144\] .* got \[9143\]"):
+    with pytest.raises(ConfigError, match=r"`values` is f32\[9143\], expected f32\[9144\]"):
         open_decoder.statistics(values[1:], features)
-    with pytest.raises(ConfigError, match=r"takes features f32\[2, 8\] .* got \[2, 7\]"):
+    with pytest.raises(ConfigError, match=r"`features` is f32\[2, 7\], expected f32\[2, 8\]"):
         open_decoder.statistics(values, features[:, 1:])
-    with pytest.raises(ConfigError, match=r"takes statistics f32\[2, 144\] .* got \[2, 3\]"):
+    with pytest.raises(ConfigError, match=r"`statistics` is f32\[2, 3\], expected f32\[2, 144\]"):
         open_decoder(values, features, np.zeros((2, 3), np.float32))

@@ -1,4 +1,4 @@
-"""Another network's features: any ONNX file that takes the tower's images."""
+"""Features of a separate extractor: any ONNX file that takes the tower's images."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def write(
     extra_input: bool = False,
     extra_output: bool = False,
 ) -> Path:
-    """Write a network of the mean of each channel, whatever it says of its shapes."""
+    """Write a network that computes the mean of each channel, with the declared shapes."""
     nodes = []
     x = "x"
     if dtype != TensorProto.FLOAT:
@@ -71,7 +71,9 @@ def pixels(bundle: Bundle) -> U8:
     return np.stack([encoder.read(path, None) for path in sorted((DIGITS / "two").iterdir())[:5]])
 
 
-def test_it_sees_images_as_the_tower_does(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
+def test_it_preprocesses_images_as_the_tower_does(
+    tmp_path: Path, bundle: Bundle, pixels: U8
+) -> None:
     extractor = OrtExtractor(
         write(tmp_path / "e.onnx", ["N", 3, SIDE, SIDE], ["N", 3]), bundle, Execution()
     )
@@ -84,7 +86,7 @@ def test_it_sees_images_as_the_tower_does(tmp_path: Path, bundle: Bundle, pixels
     assert not np.allclose(np.linalg.norm(found, axis=1), 1)
 
 
-def test_the_bundles_own_tower_gives_the_bundles_own_features(bundle: Bundle, pixels: U8) -> None:
+def test_the_bundles_image_tower_returns_the_bundles_features(bundle: Bundle, pixels: U8) -> None:
     extractor = OrtExtractor(MINI / "image.onnx", bundle, Execution())
     tower = OrtImageEncoder(bundle, Execution())
     assert extractor.width() == bundle.embed_dim
@@ -95,7 +97,7 @@ def test_the_bundles_own_tower_gives_the_bundles_own_features(bundle: Bundle, pi
         np.testing.assert_array_equal(extractor.read(path, views[0]), tower.read(path, views[1]))
 
 
-def test_all_sizes_may_be_free(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
+def test_all_sizes_may_be_dynamic(tmp_path: Path, bundle: Bundle, pixels: U8) -> None:
     free: list[Shape] = [["N", 3, "H", "W"], ["N", 3, SIDE, "W"], [None, 3, None, None]]
     for number, taken in enumerate(free):
         path = write(tmp_path / f"{number}.onnx", taken, [taken[0], 3])
@@ -111,7 +113,7 @@ def test_other_weights_are_another_identity(tmp_path: Path, bundle: Bundle) -> N
     twin.write_bytes(free.read_bytes())
     of = {path: OrtExtractor(path, bundle, Execution()).identity for path in (free, fixed, twin)}
     assert of[free] == of[twin] != of[fixed]
-    # The tower's own features are kept apart from the same file's as an extractor.
+    # The cache distinguishes the tower's features from the same file's as an extractor.
     own = OrtExtractor(MINI / "image.onnx", bundle, Execution()).identity
     assert own != OrtImageEncoder(bundle, Execution()).identity
 
@@ -141,14 +143,16 @@ def test_another_shape_is_refused_with_what_is_expected(
 ) -> None:
     path = write(tmp_path / "e.onnx", taken, given, **settings)
     extractor = OrtExtractor(path, bundle, Execution())
-    expected = r'extractor ".*e.onnx" takes .* expected one input f32\[N, 3, 24, 24\] for any N'
+    expected = (
+        r'extractor ".*e.onnx" has inputs .* expected one input f32\[N, 3, 24, 24\] for any N'
+    )
     with pytest.raises(ConfigError, match=expected):
         extractor.width()
     with pytest.raises(ConfigError, match=expected):
         extractor.encode(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8))
 
 
-def test_files_that_are_no_network_are_refused(tmp_path: Path, bundle: Bundle) -> None:
+def test_files_that_are_not_networks_are_refused(tmp_path: Path, bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match=r"none\.onnx.* does not exist"):
         OrtExtractor(tmp_path / "none.onnx", bundle, Execution())
     with pytest.raises(ConfigError, match="does not exist"):

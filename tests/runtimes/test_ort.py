@@ -9,7 +9,7 @@ import pytest
 from runtimes import providers
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph, parity_on_this_machine
-from runtimes.prompts import context_of_words
+from runtimes.prompts import embed_words
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI, SESSION_OPTIONS
@@ -19,7 +19,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CPU = Execution("cpu")
 
 
-def test_an_image_has_the_same_features_whatever_shares_its_batch() -> None:
+def test_an_images_features_do_not_depend_on_its_batch() -> None:
     bundle = load_bundle(MINI)
     encoder = OrtImageEncoder(bundle, CPU)
     rng = np.random.default_rng(0)
@@ -45,20 +45,20 @@ def test_prompt_and_text_graphs_agree_on_the_same_words(template: str) -> None:
     tokens = tokenizer.pad([tokenizer.sequence(template.format(name)) for name in DIGITS])
     text = providers.open_session(graph.bundle.file("text.onnx"), CPU)
     (expected,) = providers.run_graph(text, "text.onnx", ["features"], {"tokens": tokens})
-    np.testing.assert_allclose(graph.sentences(template, DIGITS), expected, atol=1e-5)
+    np.testing.assert_allclose(graph.encode_template(template, DIGITS), expected, atol=1e-5)
 
 
 def test_words_as_a_context_are_the_template() -> None:
     graph = prompt_graph()
-    context = context_of_words(graph.bundle, Tokenizer(graph.bundle), "a photo of the digit")
+    context = embed_words(graph.bundle, Tokenizer(graph.bundle), "a photo of the digit")
     features = graph.encoder(DIGITS, len(context), 2).encode(np.stack([context, context]))
-    expected = graph.sentences("a photo of the digit {}.", DIGITS)
+    expected = graph.encode_template("a photo of the digit {}.", DIGITS)
     np.testing.assert_allclose(features[0], expected, atol=1e-5)
     np.testing.assert_array_equal(features[0], features[1])
 
 
 @pytest.mark.parametrize("limit", [2, 1])
-def test_a_memory_limit_cuts_the_round_and_changes_no_result(limit: int) -> None:
+def test_a_memory_limit_splits_the_candidate_batch_and_changes_no_result(limit: int) -> None:
     contexts = np.random.default_rng(1).standard_normal((10, 4, 64)).astype(np.float32)
     names = tuple(f"{a} {b}" for a in DIGITS for b in ("hand", "small drawn shape"))
     whole = prompt_graph().encoder(names, 4, 10)
@@ -71,7 +71,7 @@ def test_a_memory_limit_cuts_the_round_and_changes_no_result(limit: int) -> None
     assert cut.encode(contexts).tobytes() == cut.encode(contexts).tobytes()
 
 
-def test_features_handed_out_stay_as_they_are() -> None:
+def test_returned_features_are_not_overwritten() -> None:
     encoder = prompt_graph().encoder(DIGITS, 4, 1)
     contexts = np.random.default_rng(2).standard_normal((2, 1, 4, 64)).astype(np.float32)
     first = encoder.encode(contexts[0])
@@ -81,7 +81,7 @@ def test_features_handed_out_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("threads", "spins"), [(None, None), (1, "0")])
-def test_threads_that_are_counted_do_not_spin(
+def test_a_given_number_of_threads_does_not_spin(
     threads: int | None, spins: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(providers.onnxruntime(), "SessionOptions", SESSION_OPTIONS)
@@ -104,7 +104,7 @@ def test_the_embedded_bundle_is_what_torch_computed(graph: str) -> None:
 
 
 class CpuOnly:
-    """A session that was asked for CUDA and silently stayed on the CPU."""
+    """A session that silently fell back from CUDA to the CPU."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -123,7 +123,7 @@ def pretend_cuda_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_fallback_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda_is_listed(monkeypatch)
     monkeypatch.setattr(providers.onnxruntime(), "InferenceSession", CpuOnly)
-    with pytest.raises(ProviderError, match=r"cuda was asked for, but .* runs on CPUExecution"):
+    with pytest.raises(ProviderError, match=r"cuda was requested, but .* runs on CPUExecution"):
         providers.open_session(b"", Execution("cuda"))
 
 
@@ -137,12 +137,12 @@ def test_matrix_products_on_another_provider_are_an_error(
     providers.probe("cpu")
 
 
-def test_auto_falls_back_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_reports_its_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda_is_listed(monkeypatch)
     monkeypatch.setattr(providers.onnxruntime(), "InferenceSession", CpuOnly)
     name, why = providers.resolve("auto")
     assert name == "cpu"
-    assert "cuda did not run: provider cuda was asked for" in why
+    assert "cuda did not run: provider cuda was requested" in why
 
 
 def test_a_provider_that_is_not_built_in_is_an_error() -> None:
@@ -182,7 +182,9 @@ def test_a_graph_that_fails_while_running_is_named_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_features_are_kept_under_all_that_moves_a_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_identity_covers_everything_that_changes_a_pixel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def identity() -> str:
         return OrtImageEncoder(load_bundle(MINI), CPU).identity
 

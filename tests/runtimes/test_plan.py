@@ -1,4 +1,4 @@
-"""How a round is cut into calls: every class once, pairs together, within the limit or an error."""
+"""Plans: every class once, pairs in one call, within the limit or an error."""
 
 import re
 
@@ -25,7 +25,7 @@ def test_every_class_is_in_one_call_and_the_limit_holds(
     try:
         plan = make_plan(lengths, sizes, n_candidates, "cpu", limit)
     except ConfigError as error:
-        found = re.search(r"the least that works for these \d+ classes is (\d+)", str(error))
+        found = re.search(r"expected at least (\d+) for these \d+ classes", str(error))
         assert found
         least = int(found[1])
         assert least > limit
@@ -48,7 +48,7 @@ def test_a_thousand_classes_and_ten_candidates_stay_below_300_mb() -> None:
     assert make_plan(lengths, SIZES, 10, "cuda", None).groups[0].size == 1000
 
 
-def test_few_classes_go_in_one_call() -> None:
+def test_few_classes_need_one_call() -> None:
     plan = make_plan([3] * 10, SIZES, 10, "cpu", None)
     assert plan.n_candidates == 10
     assert len(plan.groups) == 1
@@ -59,5 +59,5 @@ def test_few_classes_go_in_one_call() -> None:
     }
 
 
-def test_a_round_of_one_is_not_parted_in_vain() -> None:
+def test_a_candidate_batch_of_one_needs_one_call() -> None:
     assert make_plan([3] * 10, SIZES, 1, "cpu", None).n_candidates == 1

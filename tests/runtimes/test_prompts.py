@@ -1,16 +1,16 @@
-"""What the prompt graphs are fed: tokens of class names, whole or an error."""
+"""Inputs of the prompt graphs: tokens of class names, never truncated."""
 
 import numpy as np
 import pytest
 
 from runtimes.bundle import TextSpec, load_bundle
 from runtimes.prompts import (
-    context_of_words,
+    embed_words,
     feeds,
+    group_by_prefix,
     name_tokens,
     placeholder_id,
-    shared_starts,
-    template_sentences,
+    template_tokens,
 )
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 
 def table(spec: TextSpec) -> np.ndarray:
-    """A table whose rows say which id they belong to."""
+    """Return a table whose rows contain their id."""
     return np.repeat(np.arange(49408, dtype=np.float32)[:, None], spec.width, axis=1)
 
 
@@ -58,18 +58,18 @@ def test_sequence_feeds_are_whole_sequences(tokenizer: Tokenizer) -> None:
         assert tokens.tolist() == [49406, 1, 1, 1, *after, *padding]
 
 
-def test_the_placeholder_is_no_special(tokenizer: Tokenizer) -> None:
+def test_the_placeholder_is_not_special(tokenizer: Tokenizer) -> None:
     spec = tokenizer.spec
     assert placeholder_id(spec) == 1
     assert placeholder_id(TextSpec(**{**vars(spec), "suffix_ids": (1,), "pad_id": 2})) == 0
 
 
-def test_a_name_that_does_not_fit_is_named_and_never_cut(tokenizer: Tokenizer) -> None:
+def test_a_name_that_is_too_long_is_an_error(tokenizer: Tokenizer) -> None:
     spec = tokenizer.spec
     assert len(name_tokens(spec, tokenizer, NAMES, 7)) == 3
     message = (
-        r"class 'traffic light' does not fit: context 8 \+ name 3 \+ specials 2 = 13 tokens, "
-        "the model takes 12; shorten the context or the name"
+        r"class 'traffic light' is too long: context 8 \+ name 3 \+ special 2 = 13 tokens, "
+        "expected at most 12; shorten the context or the name"
     )
     with pytest.raises(DataError, match=message):
         name_tokens(spec, tokenizer, NAMES, 8)
@@ -94,7 +94,7 @@ def test_names_the_model_cannot_use(
 
 
 def test_a_context_has_a_token(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="at least 1 token, got 0"):
+    with pytest.raises(ConfigError, match="`n_context` is 0, expected at least 1"):
         name_tokens(tokenizer.spec, tokenizer, NAMES, 0)
 
 
@@ -109,23 +109,23 @@ def test_canonical_cleaning_drops_the_full_stop() -> None:
 def test_a_template_has_one_place() -> None:
     bundle = load_bundle(MINI)
     tokenizer = Tokenizer(bundle)
-    sentences = template_sentences(bundle, tokenizer, "a photo of a {}.", ("cat", "dog"))
-    assert sentences[0] == tokenizer.encode("a photo of a cat.")
+    texts = template_tokens(bundle, tokenizer, "a photo of a {}.", ("cat", "dog"))
+    assert texts[0] == tokenizer.encode("a photo of a cat.")
     for template in ("a photo", "{} and {}"):
         with pytest.raises(ConfigError, match="expected one"):
-            template_sentences(bundle, tokenizer, template, ("cat",))
+            template_tokens(bundle, tokenizer, template, ("cat",))
     with pytest.raises(DataError, match="shorten it"):
-        template_sentences(bundle, tokenizer, f"{'a long ' * 80}{{}}", ("cat",))
-    context = context_of_words(bundle, tokenizer, "a photo of a")
+        template_tokens(bundle, tokenizer, f"{'a long ' * 80}{{}}", ("cat",))
+    context = embed_words(bundle, tokenizer, "a photo of a")
     assert context.shape == (len(tokenizer.encode("a photo of a")), bundle.text.width)
     assert context.flags.writeable
     with pytest.raises(ConfigError, match="has no tokens"):
-        context_of_words(bundle, tokenizer, "  ")
+        embed_words(bundle, tokenizer, "  ")
 
 
-def test_sentences_that_begin_alike_share_their_start() -> None:
-    sentences = [(5, 6, 7), (8, 9), (5, 6), (5, 6, 7, 4)]
-    assert list(shared_starts(sentences)) == [
+def test_texts_are_grouped_by_common_prefix() -> None:
+    texts = [(5, 6, 7), (8, 9), (5, 6), (5, 6, 7, 4)]
+    assert list(group_by_prefix(texts)) == [
         ([0, 2, 3], (5, 6), [(7,), (), (7, 4)]),
         ([1], (8, 9), [()]),
     ]

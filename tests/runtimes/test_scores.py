@@ -1,4 +1,4 @@
-"""Scores computed by a graph, against those computed on the host."""
+"""Compare scores computed by a graph with those computed on the host."""
 
 from collections.abc import Iterator
 
@@ -59,11 +59,13 @@ def check(execution: Execution, tolerance: float) -> OrtPromptEncoder:
     return own
 
 
-@pytest.mark.parametrize(("limit", "together", "n_groups"), [(None, 6, 1), (4, 2, 1), (1, 2, 5)])
-def test_they_are_equal_whatever_the_plan(limit: int | None, together: int, n_groups: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "n_candidates", "n_groups"), [(None, 6, 1), (4, 2, 1), (1, 2, 5)]
+)
+def test_they_are_equal_for_every_plan(limit: int | None, n_candidates: int, n_groups: int) -> None:
     own = check(Execution(memory_limit=limit), 1e-6)
-    assert (own.plan.n_candidates, len(own.plan.groups)) == (together, n_groups)
-    # The classes stand in another order in the groups, or this test shows little.
+    assert (own.plan.n_candidates, len(own.plan.groups)) == (n_candidates, n_groups)
+    # Groups must reorder the classes for this test to be meaningful.
     assert not np.array_equal(np.concatenate(own.plan.groups), np.arange(len(NAMES)))
 
 
@@ -76,7 +78,7 @@ def test_a_loss_that_is_not_finite_names_the_candidate() -> None:
         FewShotObjective(scores, labels)(Prompts(contexts), batch)
 
 
-def test_what_onnxruntime_refuses_is_one_line() -> None:
+def test_an_error_of_onnxruntime_is_one_line() -> None:
     features, labels = images()
     scores = OrtScores(encoder(Execution()), features, SCALE, BIAS, Execution())
     contexts, _ = next(rounds())
@@ -88,8 +90,8 @@ def test_what_onnxruntime_refuses_is_one_line() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_on_cuda_they_are_close_and_a_round_is_captured(cuda_graph: bool) -> None:
+def test_on_cuda_they_are_close_and_a_candidate_batch_is_captured(cuda_graph: bool) -> None:
     if "CUDAExecutionProvider" not in providers.onnxruntime().get_available_providers():
         pytest.skip("no onnxruntime-gpu here")
     own = check(Execution("cuda", cuda_graph=cuda_graph), 1e-4)
-    assert own.cuda_graph == ("captured" if cuda_graph else "not captured: switched off")
+    assert own.cuda_graph == ("captured" if cuda_graph else "not captured: disabled")

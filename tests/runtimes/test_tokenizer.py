@@ -1,4 +1,4 @@
-"""The device's tokenizer against open_clip's, on text made to break it."""
+"""Compare the device's tokenizer with open_clip's on adversarial text."""
 
 import random
 from dataclasses import replace
@@ -47,7 +47,7 @@ def make(cleaning: str = "lower", context_length: int = 77) -> Tokenizer:
         pooling="argmax",
         graph="prefix",
     )
-    return Tokenizer.of(found.content, spec)
+    return Tokenizer.from_json(found.content, spec)
 
 
 TOKENIZER = make()
@@ -104,23 +104,23 @@ def test_whole_sequences_are_open_clips(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad([tokenizer.sequence(text) for text in texts]) == expected).all()
 
 
-def test_a_text_that_is_too_long_is_never_cut() -> None:
+def test_a_text_that_is_too_long_is_never_truncated() -> None:
     tokenizer = make(context_length=6)
     assert tokenizer.pad([tokenizer.sequence("one two three four")]).shape == (1, 6)
-    with pytest.raises(DataError, match=r"'one two three four five' has 7 tokens .* takes 6"):
+    with pytest.raises(DataError, match=r"'one two three four five' has 7 tokens .* at most 6"):
         tokenizer.pad([tokenizer.sequence("one two three four five")])
 
 
-def test_text_of_ids_is_readable(tokenizer: Tokenizer) -> None:
-    assert tokenizer.text_of(tokenizer.sequence("Traffic light.")) == "traffic light ."
+def test_decoded_ids_are_readable(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.sequence("Traffic light.")) == "traffic light ."
 
 
 def test_a_broken_file_is_named() -> None:
     with pytest.raises(FormatError, match="tokenizer cannot be read"):
-        Tokenizer.of("{", TOKENIZER.spec)
+        Tokenizer.from_json("{", TOKENIZER.spec)
 
 
-def test_released_it_knows_what_it_has_seen_and_reads_the_rest_again() -> None:
+def test_after_release_encoded_texts_stay_cached() -> None:
     tokenizer = Tokenizer(load_bundle(MINI))
     seen = tokenizer.encode("a photo of a cat.")
     tokenizer.release()
@@ -130,25 +130,25 @@ def test_released_it_knows_what_it_has_seen_and_reads_the_rest_again() -> None:
     assert tokenizer.encode("a dog") == Tokenizer(load_bundle(MINI)).encode("a dog")
 
 
-def test_words_are_all_ids_but_those_of_no_text() -> None:
+def test_text_ids_exclude_special_tokens() -> None:
     bundle = load_bundle(MINI)
     tokenizer, spec = Tokenizer(bundle), bundle.text
-    words = tokenizer.words()
-    assert words.dtype == np.int64
+    ids = tokenizer.text_ids()
+    assert ids.dtype == np.int64
     frame = {*spec.prefix_ids, *spec.suffix_ids, spec.pad_id}
     added = tokenizers.Tokenizer.from_file(str(MINI / "tokenizer.json")).get_added_tokens_decoder()
     n_tokens = len(np.load(MINI / "token_table.npy", mmap_mode="r"))
     expected = set(range(n_tokens)) - frame - set(added)
-    assert words.tolist() == sorted(expected)
-    assert set(tokenizer.encode("a photo of a cat, it's 42!")) <= set(words.tolist())
-    # Known without the vocabulary.
+    assert ids.tolist() == sorted(expected)
+    assert set(tokenizer.encode("a photo of a cat, it's 42!")) <= set(ids.tolist())
+    # Cached without the vocabulary.
     tokenizer.release()
-    assert tokenizer.words() is words
+    assert tokenizer.text_ids() is ids
     assert tokenizer._loaded is None
 
 
-def test_placeholders_and_added_tokens_are_no_words() -> None:
-    # Neither in order of their ids nor of their names.
+def test_text_ids_exclude_placeholders_and_added_tokens() -> None:
+    # Sorted neither by id nor by name.
     vocabulary = {
         "zebra": 12, "[PAD]": 0, "[unused1]": 1, "[CLS]": 2, "cat": 11, "[SEP]": 3, "[UNK]": 4,
         "<extra_id_17>": 5, "<unused99>": 6, "<0x0A>": 7, "unused1": 8, "[unused]": 9, "dog": 10,
@@ -158,6 +158,6 @@ def test_placeholders_and_added_tokens_are_no_words() -> None:
     built.add_special_tokens(["[UNK]", "[MASK]"])
     built.add_tokens(["<image>"])
     spec = replace(TOKENIZER.spec, prefix_ids=(2,), suffix_ids=(3, 16), pad_id=0)
-    words = Tokenizer.of(built.to_str(), spec).words()
-    assert words.dtype == np.int64
-    assert words.tolist() == [8, 9, 10, 11, 12, 13]
+    ids = Tokenizer.from_json(built.to_str(), spec).text_ids()
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [8, 9, 10, 11, 12, 13]

@@ -1,4 +1,4 @@
-"""Images under visual prompts on the embedded bundle, against what the papers say in numpy."""
+"""Compare visual prompts on the embedded bundle with the papers' formulas in numpy."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from export.quantize import quantize_bundle
 from runtimes import visual
 from runtimes.bundle import IMAGE_PROMPTED, load_bundle
-from runtimes.decoder import Decoder, n_values, start
+from runtimes.decoder import Decoder, initial_values, n_values
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import Execution, open_session, run_graph
 from runtimes.visual import (
@@ -50,7 +50,7 @@ def opened(kind: str) -> VisualPrompts:
 def candidates(kind: str, n: int, seed: int = 1) -> F32:
     rng = np.random.default_rng(seed)
     if kind == "decoder":
-        return np.stack([start(K, S, rng) for _ in range(n)]).astype(np.float32)
+        return np.stack([initial_values(K, S, rng) for _ in range(n)]).astype(np.float32)
     shape = (3, S, S) if kind == "border" else (5, 128)
     return rng.standard_normal((n, *shape)).astype(np.float32)
 
@@ -63,7 +63,7 @@ def tower(pixels: Any) -> Any:
     return np.concatenate(runs)
 
 
-def test_a_border_stands_around_a_smaller_image() -> None:
+def test_a_border_surrounds_a_shrunk_image() -> None:
     pixels, features = images(3)
     values = candidates("border", 2)
     values[1, :, 0, 0] = -200, 200, 0  # black, white and grey, without overflow
@@ -81,7 +81,7 @@ def test_a_border_stands_around_a_smaller_image() -> None:
     encoded = prompts.encode(values, pixels, features)
     assert encoded.shape == (2, 3, BUNDLE.embed_dim)
     np.testing.assert_allclose(encoded, expected, atol=1e-5)
-    # What stands behind the image is not seen, its frame is.
+    # Border values behind the image have no effect.
     hidden, frame = values.copy(), values.copy()
     hidden[:, :, margin : S - margin, margin : S - margin] += 1
     assert prompts.encode(hidden, pixels, features).tobytes() == encoded.tobytes()
@@ -90,18 +90,18 @@ def test_a_border_stands_around_a_smaller_image() -> None:
 
 
 @pytest.mark.parametrize(("size", "inner"), [(224, 194), (24, 20), (336, 292), (225, 195), (3, 1)])
-def test_margins_are_the_published_share_and_equal(size: int, inner: int) -> None:
+def test_margins_are_equal_and_of_the_published_size(size: int, inner: int) -> None:
     assert inner_side(size) == inner
 
 
-def test_a_decoders_image_is_added_and_clipped() -> None:
+def test_a_decoders_perturbation_is_added_and_clipped() -> None:
     pixels, features = images(4)
     values = candidates("decoder", 2)
     decoder = Decoder(K, S, CPU)
     fixed = decoder.statistics(values[0], features[:2])
     fractions = pixels / 255
     for statistics in (None, fixed):
-        for strength in (1.0, 0.3, 50.0):  # the last one clips nearly everything
+        for strength in (1.0, 0.3, 50.0):  # the last clips nearly everything
             stronger = values.copy()
             stronger[:, -3 * 16 * 4 :] *= strength
             expected = []
@@ -122,7 +122,7 @@ def test_a_decoders_image_is_added_and_clipped() -> None:
     np.testing.assert_allclose(encoded, [plain, plain], atol=1e-5)
 
 
-def test_with_fixed_statistics_an_image_has_no_company() -> None:
+def test_with_fixed_statistics_an_image_does_not_depend_on_the_batch() -> None:
     pixels, features = images(6)
     values = candidates("decoder", 1)
     fixed = Decoder(K, S, CPU).statistics(values[0], features)
@@ -133,7 +133,7 @@ def test_with_fixed_statistics_an_image_has_no_company() -> None:
     assert np.abs(six - two).max() > 1e-4
 
 
-def test_tokens_are_the_graphs_own() -> None:
+def test_tokens_equal_the_graph() -> None:
     pixels, features = images(3)
     values = candidates("tokens", 4)
     session = open_session(BUNDLE.file(IMAGE_PROMPTED), CPU)
@@ -144,12 +144,12 @@ def test_tokens_are_the_graphs_own() -> None:
 
 
 @pytest.mark.parametrize("kind", ["border", "decoder", "tokens"])
-def test_calls_are_bounded_and_no_candidate_has_company(
+def test_calls_are_bounded_and_candidates_independent(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[tuple[int, int]] = []
 
-    def recorded(session: Any, path: Path, outputs: Any, feeds: Any) -> Any:
+    def record(session: Any, path: Path, outputs: Any, feeds: Any) -> Any:
         sizes.append((len(feeds["pixels"]), len(feeds.get("tokens", [0]))))
         return run_graph(session, path, outputs, feeds)
 
@@ -157,10 +157,10 @@ def test_calls_are_bounded_and_no_candidate_has_company(
     values = candidates(kind, 3)
     whole = opened(kind).encode(values, pixels, features)
     monkeypatch.setattr(visual, "_CHUNK_CPU", 4)
-    monkeypatch.setattr(visual, "run_graph", recorded)
+    monkeypatch.setattr(visual, "run_graph", record)
     prompts = opened(kind)
     encoded = prompts.encode(values, pixels, features)
-    assert sizes == [(4, 1)] * 9  # 11 images in calls of 4, the last one filled up
+    assert sizes == [(4, 1)] * 9  # 11 images in calls of 4, the last one padded
     np.testing.assert_allclose(encoded, whole, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(encoded, axis=-1), 1, atol=1e-5)
     assert np.abs(encoded[0] - encoded[1]).max() > 1e-3
@@ -168,7 +168,7 @@ def test_calls_are_bounded_and_no_candidate_has_company(
     assert alone.tobytes() == encoded.tobytes()
 
 
-def test_images_of_a_batch_are_found_by_view_and_place() -> None:
+def test_images_of_a_batch_are_selected_by_view_and_index() -> None:
     class Recorded:
         def encode(self, visual: F32, pixels: U8, features: F32) -> F32:
             assert (pixels[:, 0, 0, 0] == features[:, 0]).all()
@@ -190,7 +190,7 @@ def test_images_of_a_batch_are_found_by_view_and_place() -> None:
     [
         ("border", (1, 3, S, S - 1), r"borders are .* expected \[P, 3, 24, 24\]"),
         ("border", (3, S, S), "borders are"),
-        ("decoder", (1, N_VALUES - 1), r"takes values"),
+        ("decoder", (1, N_VALUES - 1), r"decoder `values` is"),
         ("tokens", (1, 2, 127), r"image tokens are .* expected \[P, n, 128\]"),
         ("tokens", (1, 0, 128), "image tokens are"),
         ("tokens", (2, 128), "image tokens are"),
@@ -203,13 +203,13 @@ def test_candidates_of_another_shape_are_refused(
         opened(kind).encode(np.zeros(shape, np.float32), *images(2))
 
 
-def test_a_bundle_without_the_graph_takes_no_tokens() -> None:
+def test_a_bundle_without_the_graph_is_refused() -> None:
     without = dataclasses.replace(BUNDLE, visual=None)
     with pytest.raises(FormatError, match=r"has no image_prompted\.onnx.*`image_tokens`"):
         TokenPrompts(without, CPU)
 
 
-def test_an_image_has_no_company_in_int8(tmp_path: Path) -> None:
+def test_int8_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     bundle = quantize_bundle(BUNDLE, tmp_path / "int8", "int8")
     prompts = BorderPrompts(bundle, CPU)
     pixels, features = images(4)

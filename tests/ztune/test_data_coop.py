@@ -18,12 +18,12 @@ from ztune.data.coop import (
 )
 from ztune.data.folders import read_dataset
 from ztune.data.split import SplitSettings
-from ztune.data.splitter import as_split, make_split
+from ztune.data.splitter import make_split, to_coop_split
 from ztune.errors import ConfigError, DataError
 
 
 def items(*counts: int, first: int = 0, part: str = "t") -> tuple[Item, ...]:
-    """Return so many items of label 0, 1, ..., interleaved as far as they go."""
+    """Return the given numbers of items of label 0, 1, ..., interleaved."""
     return tuple(
         Item(f"{label}/{part}{n}.png", label, f"class_{label}")
         for n in range(first, max(counts, default=0))
@@ -67,27 +67,27 @@ def test_a_list_may_be_absent_where_it_is_not_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
-        ("[" * 100000, "no JSON"),
+        ("{", "invalid JSON"),
+        ("[" * 100000, "invalid JSON"),
         (b"\xff\xfe", "not UTF-8"),
         ("[1]", "expected {"),
         ("{}", '"train" is nothing'),
         ('{"train": 1}', '"train" is int, expected a list'),
-        ('{"train": [], "val": [], "test": []}', "holds no images"),
+        ('{"train": [], "val": [], "test": []}', "contains no images"),
         ('{"train": [["a", 0]], "val": [], "test": []}', "train entry 0: expected .path"),
         ('{"train": [3], "val": [], "test": []}', "train entry 0: expected .path"),
         ('{"train": [["a.png", true, "a"]], "val": [], "test": []}', "label from 0"),
         ('{"train": [["a.png", -1, "a"]], "val": [], "test": []}', "label from 0"),
         ('{"train": [["a.png", 1.5, "a"]], "val": [], "test": []}', "label from 0"),
         ('{"train": [["a.png", 0, " "]], "val": [], "test": []}', "class name"),
-        ('{"train": [], "val": [], "test": [["../a.png", 0, "a"]]}', "test entry 0: .*leaves"),
-        ('{"train": [["/etc/passwd", 0, "a"]], "val": [], "test": []}', "leaves"),
-        ('{"train": [["a/../../b.png", 0, "a"]], "val": [], "test": []}', "leaves"),
-        ('{"train": [["a\\u0000.png", 0, "a"]], "val": [], "test": []}', "leaves"),
-        ('{"train": [["a\\ud800.png", 0, "a"]], "val": [], "test": []}', "half a character"),
+        ('{"train": [], "val": [], "test": [["../a.png", 0, "a"]]}', "test entry 0: .*is outside"),
+        ('{"train": [["/etc/passwd", 0, "a"]], "val": [], "test": []}', "is outside"),
+        ('{"train": [["a/../../b.png", 0, "a"]], "val": [], "test": []}', "is outside"),
+        ('{"train": [["a\\u0000.png", 0, "a"]], "val": [], "test": []}', "is outside"),
+        ('{"train": [["a\\ud800.png", 0, "a"]], "val": [], "test": []}', "unpaired surrogate"),
         (
             '{"train": [["a.png", 0, "a"]], "val": [["b.png", 0, "b"]], "test": []}',
-            'val entry 0: label 0 is "b", and "a" before',
+            'val entry 0: label 0 has two names, "a" and "b"',
         ),
     ],
 )
@@ -148,9 +148,9 @@ def test_a_class_with_too_few_gives_all_and_draws_nothing() -> None:
 
 
 def test_impossible_shots_and_seeds() -> None:
-    with pytest.raises(ConfigError, match="0 shots, expected at least 1"):
+    with pytest.raises(ConfigError, match="`shots` is 0, expected at least 1"):
         few_shot(CoopSplit(items(3, 3)), 0, 1)
-    with pytest.raises(ConfigError, match="seed is -1"):
+    with pytest.raises(ConfigError, match="`seed` is -1"):
         few_shot(CoopSplit(items(3, 3)), 1, -1)
 
 
@@ -175,7 +175,7 @@ def test_halves_of_odd_sets() -> None:
     # A class that cannot be tuned on is in neither half.
     base, new = base_and_new(CoopSplit(items(1, 1), test=items(1, 1, 1)))
     assert (base.counts["test"], new.counts["test"]) == (1, 1)
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match=r"got 1 class\(es\), expected at least 2"):
         base_and_new(CoopSplit(items(3)))
 
 
@@ -215,7 +215,7 @@ def test_images_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
             for place in range(n):
                 (tmp_path / role / name / f"{place}.png").write_text(f"{role}{name}{place}")
     dataset = read_dataset(tmp_path)
-    split = as_split(dataset)
+    split = to_coop_split(dataset)
     assert split.counts == {"train": 12, "val": 6, "test": 4}
     assert {(role, item.path) for role, item in split} == {
         (image.split, image.path) for image in dataset.images

@@ -1,4 +1,4 @@
-"""The feature cache under kills, damage and company, and features that depend on nothing else."""
+"""The feature cache with kills, corruption and concurrent writers, and reproducible features."""
 
 import errno
 import hashlib
@@ -224,7 +224,7 @@ def test_several_processes_share_one_cache(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be created"):
         FeatureCache(tmp_path / "file" / "cache").log("x")
     log = FeatureCache(tmp_path).log("x")
     log.path.mkdir()
@@ -275,7 +275,7 @@ def test_several_batches_a_call_give_the_same_features(tmp_path: Path, n: int) -
     together = encode_files(several, items, FeatureCache(tmp_path / "several"), at_once=3)
     np.testing.assert_array_equal(together.values, alone.values)
     assert together.n_encoded == alone.n_encoded == n
-    # Whole batches, three of them as long as there are as many.
+    # Whole batches, at most three per call.
     sizes = [shape[0] for shape in several.shapes]
     assert sizes == [24] * (n // 24) + [-(-(n % 24) // 8) * 8] * (n % 24 > 0)
     # The cache knows no difference.

@@ -1,4 +1,4 @@
-"""Which images and classes are found, and what is said where they cannot be used."""
+"""Images and classes of folders and manifests, and errors for unusable ones."""
 
 import csv
 import io
@@ -102,9 +102,9 @@ def test_names_file(tmp_path: Path) -> None:
     [
         ("n01\tx\nn02\ty\nn03\tz\n", 'has no class "n03"'),
         ("n01\tx\n", 'class "n02" of folder .* has no name'),
-        ("n01\tx\nn01\ty\n", "line 2: folder .* named twice"),
+        ("n01\tx\nn01\ty\n", "line 2: folder .* listed twice"),
         ("n01 x\n", "line 1: expected folder, a tab"),
-        ("n01\tx\nn02\tx\n", 'both give the class name "x"'),
+        ("n01\tx\nn02\tx\n", 'have the same class name "x"'),
         (b"n01\t\xff\n", "not UTF-8"),
     ],
 )
@@ -119,13 +119,13 @@ def test_wrong_names_files(tmp_path: Path, content: str | bytes, message: str) -
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ([], "holds no images"),
-        (["loose.png"], "holds no images"),
-        (["a/1.png"], 'one class only, "a"'),
-        (["a/1.png", "b/notes.txt"], 'class folder "b" holds no images'),
-        (["a_b/1.png", "a b/1.png", "c/1.png"], '"a b" and "a_b" both give the class name "a b"'),
+        ([], "contains no images"),
+        (["loose.png"], "contains no images"),
+        (["a/1.png"], 'only one class, "a"'),
+        (["a/1.png", "b/notes.txt"], 'class folder "b" contains no images'),
+        (["a_b/1.png", "a b/1.png", "c/1.png"], '"a b" and "a_b" have the same class name "a b"'),
         (["_/1.png", "a/1.png"], "empty class name"),
-        (["train/a/1.png", "train/b/1.png", "c/1.png"], '"c" lies beside "train"'),
+        (["train/a/1.png", "train/b/1.png", "c/1.png"], 'unexpected folder "c" next to "train"'),
         (["val/a/1.png", "test/b/1.png"], "no train images"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test images but no'),
         (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for validation"),
@@ -142,7 +142,7 @@ def test_missing_data_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_dataset(tmp_path / "no")
     put(tmp_path, "a.zip")
-    with pytest.raises(DataError, match="is no folder and no manifest"):
+    with pytest.raises(DataError, match="is not a folder or manifest"):
         read_dataset(tmp_path / "a.zip")
 
 
@@ -166,7 +166,7 @@ def test_class_lists_are_read_as_folder_names_are(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("e\u0301__cole\te\u0301  cole\nn02\tdog\n")
     assert read_dataset(tmp_path / "d", names).classes == ("dog", "é cole")
-    for content, message in (("é\ne\u0301\n", '"é" stands there twice'), ("a\n", "at least two")):
+    for content, message in (("é\ne\u0301\n", 'duplicate class name "é"'), ("a\n", "at least two")):
         listed.write_text(content)
         with pytest.raises(DataError, match=message):
             read_class_list(listed)
@@ -217,25 +217,28 @@ def test_manifest(
         ("file,Image,label\nx,y,z\n", 'columns "file" and "Image" could both be the path'),
         ("path,class,category\nx,y,z\n", 'columns "class" and "category" could both be the label'),
         ("path,label,label\nx,y,z\n", 'columns "label" and "label" could both'),
-        ("path,label\na.png;a\n", "line 2: 1 .* commas, expected 2 .*it has semicolons: use one"),
-        ("path;label\na.png,a\n", "line 2: 1 .* semicolons, expected 2 .*it has commas: use"),
+        (
+            "path,label\na.png;a\n",
+            "line 2: 1 .* commas, expected 2 .*it contains semicolons: use one",
+        ),
+        ("path;label\na.png,a\n", "line 2: 1 .* semicolons, expected 2 .*it contains commas: use"),
         ("path\tlabel\na.png a\n", "line 2: 1 .* tabs, expected 2 as in the first line"),
-        ("path,label\n\na.png,a,b\n", "line 3: 3 column.* expected 2 .*into quotation marks"),
-        ("path,label,split\na.png,a\n", "line 2: 2 column.* expected 3 .*needs its separator"),
-        ("path,label\n", "holds no images"),
+        ("path,label\n\na.png,a,b\n", "line 3: 3 column.* expected 2 .*quote cells"),
+        ("path,label,split\na.png,a\n", "line 2: 2 column.* expected 3 .*need a separator"),
+        ("path,label\n", "contains no images"),
         ("path,label\na.png\n", "line 2: 1 column.* separated by commas, expected 2"),
         ("path,label\na.png, \n", "line 2: path is 'a.png', label '', expected text"),
         ("path,label\na.png,a\na.png,b\n", 'line 3: path "a.png" is listed twice'),
-        ("path,label\na.png,a\nno.png,b\nneither.png,b\n", '"no.png" is missing, 2 image'),
-        ("path,label\na.png,a\n", "one class only"),
-        ("path,label\n../a.png,a\n", 'line 2: path "../a.png" leaves'),
-        ("path,label\n/etc/passwd,a\n", "leaves the folder"),
-        ("path,label\nx/../../m/a.png,a\n", "leaves the folder"),
-        ("path,label\nlink/secret.png,a\n", "leaves the folder"),
-        ("path,label\n..\\a.png,a\n", "leaves the folder"),
-        ("path,label\n" + "x" * 9000 + ",a\n", "is missing|leaves the folder"),
+        ("path,label\na.png,a\nno.png,b\nneither.png,b\n", r'2 missing image\(s\), first "no.png"'),
+        ("path,label\na.png,a\n", "only one class"),
+        ("path,label\n../a.png,a\n", 'line 2: path "../a.png" is outside'),
+        ("path,label\n/etc/passwd,a\n", "is outside the manifest's folder"),
+        ("path,label\nx/../../m/a.png,a\n", "is outside the manifest's folder"),
+        ("path,label\nlink/secret.png,a\n", "is outside the manifest's folder"),
+        ("path,label\n..\\a.png,a\n", "is outside the manifest's folder"),
+        ("path,label\n" + "x" * 9000 + ",a\n", "missing image|is outside the manifest's folder"),
         ("path,label,split\na.png,a,learn\n", "split is 'learn', expected train"),
-        ("path,label,split\na.png,a,train\nb.png,b,\n", "some images have a split"),
+        ("path,label,split\na.png,a,train\nb.png,b,\n", "some images have no split"),
         ("path,label,split\na.png,a,test\nb.png,b,test\n", "no train images"),
         ('path,label\n"a.png,a\n', "unexpected end"),
         (b"path,label\n\xff.png,a\n", "not UTF-8"),
@@ -254,7 +257,7 @@ def test_wrong_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "line 1: no JSON"),
+        ("{", "line 1: invalid JSON"),
         ("[1]", "line 1: expected"),
         (
             '{"path": "a.png", "label": 3}',
@@ -264,7 +267,7 @@ def test_wrong_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
         ('{"path": "a\\u0000.png", "label": "a"}', "contains a NUL character"),
         ('{"path": "a\\ud800.png", "label": "a"}', "unpaired surrogate"),
         ('{"path": "a.png", "label": "a", "split": []}', r"split is \[\]"),
-        ("[" * 100000, "line 1: no JSON"),
+        ("[" * 100000, "line 1: invalid JSON"),
     ],
 )
 def test_wrong_jsonl(tmp_path: Path, content: str, message: str) -> None:
@@ -354,7 +357,7 @@ def test_absolute_paths_below_the_manifest_are_relative_ones(tmp_path: Path) -> 
             assert found(folder / "list.csv") == expected
         for path in (outside, root / ".." / "c.png", root):
             (folder / "list.csv").write_text(f"path,label\n{path},a")
-            with pytest.raises(DataError, match="leaves the folder of the manifest"):
+            with pytest.raises(DataError, match="is outside the manifest's folder"):
                 found(folder / "list.csv")
     (root / "list.csv").write_text(f"path,label\n{root}/b.png,b\nb.png,b")
     with pytest.raises(DataError, match=r'line 3: path "b.png" is listed twice'):

@@ -11,14 +11,14 @@ import pytest
 from tests.ztune.data_trees import TREES, put
 from tests.ztune.test_data_named import built, parquet_file, png
 from ztune.data import named, parquet
-from ztune.data.checking import check, doubts, is_published
+from ztune.data.checking import check, find_deviations, is_published
 from ztune.data.coop import CoopSplit, few_shot, write_split
 from ztune.data.folders import Listing
 from ztune.data.library import read_named
 from ztune.data.named import NAMED, Counts
 from ztune.data.sources import find_named, read_source
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import as_split, digest_file, make_split
+from ztune.data.splitter import digest_file, make_split, to_coop_split
 from ztune.errors import ConfigError, DataError, FormatError
 
 
@@ -126,10 +126,10 @@ def test_a_name_for_two_classes_is_not_published(
     own.with_name(NAMED["dtd"].splits[0]).write_text(text)
     data = read_named("dtd", here)
     assert not is_published(data)
-    assert doubts(data) == [
-        "1 name(s) for more than one class, taken as one, which leaves 1 of 2: banded"
+    assert find_deviations(data) == [
+        "1 duplicate class name(s), merged into 1 of 2 classes: banded"
     ]
-    with pytest.raises(DataError, match='has one class only, "banded"'):
+    with pytest.raises(DataError, match='has only one class, "banded"'):
         meant("dtd", here)
 
 
@@ -141,7 +141,7 @@ def test_imagenets_published_names_are_not_all_different(
     lists = meant("imagenet", here)
     assert lists.is_published
     assert lists.notes == (
-        "ImageNet has 1 name(s) for more than one class, taken as one, which leaves 3 of 4: crane",
+        "ImageNet has 1 duplicate class name(s), merged into 3 of 4 classes: crane",
     )
 
 
@@ -156,7 +156,7 @@ def test_what_is_strange_in_published_lists_is_said(
     as_if_published(monkeypatch, "dtd", counts=Counts(*odd.counts.values()))
     lists = meant("dtd", here)
     assert lists.is_published, "published lists may be strange"
-    assert f'DTD has 1 image(s) twice in test: "{tested[0].path}"' in lists.notes
+    assert f'DTD has 1 duplicate image(s) in test: "{tested[0].path}"' in lists.notes
     assert "DTD has 1 class(es) without test images: zigzagged" in lists.notes
     both = f'DTD has 1 test image(s) also in train or val: "{split.train[0].path}"'
     assert both in lists.notes
@@ -173,7 +173,7 @@ def test_a_name_for_testing_only_is_not_tuned_on(here: Path) -> None:
     built(here, "imagenetr")
     assert len(read_source("imagenetr", here, tuned=False).images) == 4
     assert {p.split for p in meant("imagenetr", here).images} == {"test"}
-    with pytest.raises(DataError, match=r"imagenetr.* no images to tune with, only to test on"):
+    with pytest.raises(DataError, match=r"imagenetr.* has only test images"):
         read_source("imagenetr", here)
 
 
@@ -203,7 +203,9 @@ def test_a_name_that_is_also_a_path(here: Path) -> None:
     built(here / "all", "dtd")
     classes_below(here / "dtd", 10, "a", "b")
     for root in (None, here / "all", here / "none"):
-        with pytest.raises(ConfigError, match=r'name of a data set and a path here .write "./dtd"'):
+        with pytest.raises(
+            ConfigError, match=r'both a named data set and a path here .write "./dtd"'
+        ):
             meant("dtd", root)
     assert meant("./dtd", here / "all").root == Path("dtd")
     assert read_source("dtd", here / "all").root == here / "all" / "dtd" / "images"
@@ -217,15 +219,15 @@ def test_the_folder_of_the_name_itself_is_no_other_path(here: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "root", "kind", "message"),
     [
-        ("dtd", None, ConfigError, r'add `root=DIR`, the folder that holds "dtd"'),
-        ("oxford_flowers", None, ConfigError, r'folder that holds "oxford_flowers"'),
-        ("caltech11", None, DataError, r"does not exist .*did you mean caltech101\?"),
+        ("dtd", None, ConfigError, r'add `root=DIR`, the folder that contains "dtd"'),
+        ("oxford_flowers", None, ConfigError, r'folder that contains "oxford_flowers"'),
+        ("caltech11", None, DataError, r"neither a path .*did you mean caltech101\?"),
         ("Caltech11", ".", DataError, r"did you mean caltech101\?"),
-        ("photos", ".", DataError, r"no known data set \(known: caltech101, .*imagenetr\)"),
+        ("photos", ".", DataError, r"nor a known data set \(known: caltech101, .*imagenetr\)"),
         ("photos", None, DataError, r"does not exist \(expected root/class"),
         ("./caltech11", ".", DataError, r"does not exist \(expected root/class"),
         ("dtd", "none", DataError, r'root "none" does not exist'),
-        ("dtd", ".", DataError, r'"dtd" does not exist \(make it'),
+        ("dtd", ".", DataError, r'"dtd" does not exist \(create it'),
     ],
 )
 def test_words_that_mean_nothing(
@@ -238,13 +240,13 @@ def test_words_that_mean_nothing(
 def test_a_names_file_goes_with_ones_own_only(here: Path) -> None:
     built(here, "dtd")
     (here / "names.tsv").write_text("a\tcat\nb\tdog\n")
-    with pytest.raises(ConfigError, match="brings its class names; leave out `names`"):
+    with pytest.raises(ConfigError, match="includes class names; omit `names`"):
         read_source("dtd", here, Path("names.tsv"))
     classes_below(here / "mine", 10, "a", "b")
     assert read_source("mine", None, Path("names.tsv")).classes == ("cat", "dog")
 
 
-# One's own
+# Paths
 
 
 def test_a_test_list_alone_is_enough_to_score_on(here: Path) -> None:
@@ -332,7 +334,7 @@ def published(here: Path) -> Listing:
     copy(folder, "train/a/01.jpg", "train/b/01.jpg")  # two classes
     copy(folder, "train/a/02.jpg", "train/a/03.jpg", "val/a/01.jpg")  # the same class
     listing = read_source("mine", None)
-    return replace(listing, lists=as_split(listing))
+    return replace(listing, lists=to_coop_split(listing))
 
 
 def test_published_lists_are_drawn_as_coop_draws_them(published: Listing) -> None:
@@ -352,7 +354,7 @@ def test_published_lists_are_drawn_as_coop_draws_them(published: Listing) -> Non
 def test_copies_in_published_lists_stay_and_are_counted(published: Listing) -> None:
     split = make_split(published, SplitSettings(6, n_val=2))
     assert split.notes == (
-        "test images that equal one that is tuned on, byte by byte: 1 (they stay, as published)",
+        "test images identical to a training or validation image: 1 (kept, as published)",
     )
     document = json.loads(json.dumps(split.to_json()))
     again = Split.from_json(document, "split.json")
@@ -376,7 +378,7 @@ def test_only_what_is_drawn_is_read(published: Listing) -> None:
 def test_classes_with_fewer_images_than_shots_give_all_they_have(published: Listing) -> None:
     split = make_split(published, SplitSettings(16))
     assert len(split.entries_of("train")) == 12
-    assert "2 class(es) have fewer than 16 images to tune with" in split.notes[0]
+    assert "2 class(es) have fewer than 16 training images" in split.notes[0]
 
 
 def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) -> None:
@@ -384,8 +386,8 @@ def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) ->
     split = make_split(published, SplitSettings(2), read_source("more", None))
     assert {entry.root for entry in split.entries_of("test")} == {"test"}
     assert len(split.entries_of("test")) == 4
-    assert split.notes[0] == "test images of the data itself not used: 8"
-    with pytest.raises(DataError, match="leave out `test_fraction`"):
+    assert split.notes[0] == "test images of the data, not used: 8"
+    with pytest.raises(DataError, match="omit `test_fraction`"):
         make_split(published, SplitSettings(2, test_fraction=0.5))
 
 
@@ -398,12 +400,12 @@ def test_validation_images_that_published_lists_lack_are_told(published: Listing
     split = make_split(published, SplitSettings(2, n_val=3))
     assert len(split.entries_of("val")) == 4
     assert split.notes[0] == (
-        "2 class(es) have fewer than 3 images to validate on and give all they have, one has 2"
+        "2 class(es) have fewer than 3 validation images (fewest: 2); all are used"
     )
     assert not any("validat" in note for note in make_split(published, SplitSettings(2, 0)).notes)
 
 
 def test_a_split_seed_goes_with_ones_own_images_only(published: Listing) -> None:
     for listing in (published, replace(published, lists=None)):
-        with pytest.raises(DataError, match="of its own: leave out `split_seed`"):
+        with pytest.raises(DataError, match="its own train and test images: omit `split_seed`"):
             make_split(listing, SplitSettings(2, split_seed=1))

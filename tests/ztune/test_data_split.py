@@ -1,4 +1,4 @@
-"""Roles never overlap, shots are nested and filled first, and no image ever changes sides."""
+"""Roles never overlap, shots are nested and filled first, and no image changes between roles."""
 
 import hashlib
 import json
@@ -107,7 +107,7 @@ def test_more_images_move_none_between_training_and_test(
     try:
         before = made(listing, settings)
         after = made(replace(listing, classes=classes, images=images), settings)
-    except DataError:  # a class has too few images, and says so
+    except DataError:  # a class has too few images
         return
     if before.entries_of("test") and after.entries_of("test"):
         (tuned, tested), (tuned_after, tested_after) = by_role(before), by_role(after)
@@ -177,7 +177,7 @@ def test_headline_case_sixteen_images_and_sixteen_shots() -> None:
     assert len(split.notes) == 2
     assert split.notes[0].startswith('no test set: class "a" has 16 images')
     assert "40 in every class" in split.notes[0]
-    assert split.notes[1] == "no validation images: the shots take them all"
+    assert split.notes[1] == "no validation images: all are shots"
 
 
 def test_validation_takes_what_is_left() -> None:
@@ -197,19 +197,19 @@ def test_auto_keeps_none_where_the_hash_leaves_too_few_to_tune_with() -> None:
     name = sorted(counts)[next(i for i, n in enumerate(left) if n < 16)]
     n = left[sorted(counts).index(name)]
     assert split.notes[0] == (
-        f'no test set: of the 40 images of class "{name}" {40 - n} would be kept for testing and '
-        f"{n} left to tune with, at least 1 and 16 are needed (add a test folder, or use "
+        f'no test set: class "{name}" would have {40 - n} test and {n} training images of 40, '
+        "expected at least 1 and 16 (add a test folder, or use "
         "`test_data`)"
     )
     assert sizes(split, "train") == [16] * 60
-    # With validation images asked for, these must be left as well.
+    # Requested validation images must remain as well.
     asked = {"a": 60, "b": 60}
     assert split_of(asked, shots=16, n_val=4).entries_of("test")
     assert not split_of(asked, shots=16, n_val=14).entries_of("test")
 
 
 def is_tested(path: str) -> bool:
-    """Say whether an image is kept where half are: docs/data.md states the rule."""
+    """Return whether an image is held out when half are; docs/data.md has the rule."""
     content = digest(Path("/data", path))
     turn = hashlib.sha256(f"test:0:{content}".encode()).hexdigest()
     return int(turn[:16], 16) < 2**63
@@ -232,11 +232,15 @@ def test_test_fraction() -> None:
 @pytest.mark.parametrize(
     ("counts", "settings", "message"),
     [
-        ({"a": 16, "b": 15}, {"shots": 16}, 'class "b" has 15 images to tune with, `shots` 16'),
+        (
+            {"a": 16, "b": 15},
+            {"shots": 16},
+            'class "b" has 15 training images, .* 16 ',
+        ),
         (
             {"a": 20, "b": 20},
             {"shots": 16, "test_fraction": 0.5},
-            r'"a" has \d+ images to tune with \(20 less \d+ kept for testing\).*needs 16; 2 such',
+            r'"a" has \d+ training images \(20 minus \d+ for testing\).* 16 \(`shots`\); 2 such',
         ),
         ({"a": 17, "b": 20}, {"shots": 16, "n_val": 4}, '"a" has 1 images left for validation'),
     ],
@@ -271,7 +275,7 @@ def test_given_splits_are_kept() -> None:
     assert [sizes(split, role) for role in ROLES] == [[16, 16], [3, 4], [20, 20]]
     for role in ROLES:
         assert all(path.startswith(role) for path in paths(split, role))
-    with pytest.raises(DataError, match="leave out `test_fraction`"):
+    with pytest.raises(DataError, match="omit `test_fraction`"):
         made(dataset, SplitSettings(16, test_fraction=0.5))
 
 
@@ -302,13 +306,13 @@ def test_test_data_replaces_test_folders() -> None:
     other = make({"a": 3, "b": 2})
     split = made(dataset, SplitSettings(16), other)
     assert sizes(split, "test") == [3, 2]
-    assert split.notes == ("test images of the data itself not used: 40",)
+    assert split.notes == ("test images of the data, not used: 40",)
 
 
 def test_wrong_test_data() -> None:
     data = make({"a": 9, "b": 9})
     settings = SplitSettings(4)
-    with pytest.raises(DataError, match=r"missing: b; not among the data's: c, d"):
+    with pytest.raises(DataError, match=r"missing: b; unknown: c, d"):
         made(data, settings, make({"a": 1, "c": 1, "d": 1}))
     with pytest.raises(DataError, match="splits but no test images"):
         made(data, settings, make({"a": 1, "b": 1}, {"train": {"a": 1, "b": 1}}))
@@ -331,8 +335,8 @@ def test_copies_in_one_class_count_once() -> None:
     copies = ("None/a/3.png", "None/a/7.png")
     split = with_copies(make({"a": 17, "b": 16}), SplitSettings(16), *copies)
     assert "None/a/7.png" not in paths(split, "train")
-    assert split.notes[0] == "exact copies of another image, left out: 1"
-    with pytest.raises(DataError, match='"a" has 15 images'):
+    assert split.notes[0] == "exact duplicates of another image, omitted: 1"
+    with pytest.raises(DataError, match='"a" has 15 training images'):
         with_copies(make({"a": 16, "b": 16}), SplitSettings(16), *copies)
 
 

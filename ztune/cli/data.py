@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table, Ticker
-from ztune.data.checking import Findings, check, published, spec_to_json
+from ztune.data.checking import CheckReport, check, published_counts, spec_to_json
 from ztune.data.coop import SPLITS
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ def _list(root: Path | None, output: Output) -> None:
     rows = []
     for spec in NAMED.values():
         document = spec_to_json(spec)
-        counts = published(spec)
+        counts = published_counts(spec)
         row = [
             spec.name, spec.folder, f"{spec.n_classes:,}",
             *(_shown(counts[role]) for role in SPLITS), spec.template,
@@ -90,16 +90,16 @@ def _list(root: Path | None, output: Output) -> None:
     output.result({"data": documents}, [listing, "", closing])
 
 
-def _lines(found: Findings) -> list[str | Table]:
+def _lines(found: CheckReport) -> list[str | Table]:
     spec, data = found.spec, found.data
     lines: list[str | Table] = [f"{spec.title}: {_where(found)}"]
-    if found.there:
-        lines.append(f"there: {', '.join(found.there)}")
+    if found.present:
+        lines.append(f"there: {', '.join(found.present)}")
     if found.absent:
         lines.append(f"missing: {', '.join(found.absent)}")
     if data is None:
         return lines if found.in_parquet else [*lines, *_to_get(spec)]
-    number, counts = data.split.counts, published(spec)
+    number, counts = data.split.counts, published_counts(spec)
     rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
     rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
     lines += [f"split: {_split(found)}", "", Table("", ("images", "listed", "published"), rows)]
@@ -117,11 +117,11 @@ def _to_get(spec: Spec) -> list[str]:
     return lines
 
 
-def _where(found: Findings) -> str:
+def _where(found: CheckReport) -> str:
     return f"no folder {found.spec.folder}" if found.folder is None else str(found.folder)
 
 
-def _split(found: Findings) -> str:
+def _split(found: CheckReport) -> str:
     source = found.data.source if found.data else None
     if source is not None and found.folder is not None:
         return source.relative_to(found.folder).as_posix()
@@ -132,7 +132,7 @@ def _split(found: Findings) -> str:
     return "the data set's own"
 
 
-def _copies(found: Findings) -> str:
+def _copies(found: CheckReport) -> str:
     copies = found.copies
     if copies is None or copies.by_content is None:
         return "test images also in train or val: contents not compared"

@@ -180,7 +180,7 @@ def _model(
         model = open_served_model(
             str(target), settings, named, output, provider=provider, threads=threads
         )
-        if TEXTS in model.runtime.withheld:
+        if TEXTS in model.runtime.missing:
             model.close()
             raise ConfigError(
                 f"{target} gives losses alone, no text features to score images by (use the "

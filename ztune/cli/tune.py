@@ -20,7 +20,7 @@ from ztune.cli.server import (
     require_no_server_options,
     server_settings,
 )
-from ztune.data.moved import new_roots
+from ztune.data.relocate import resolve_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.fields import Fields
 from ztune.methods.ogn import PROMPTS
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             if name not in ("resume", "data", "test_data", *SERVER):
                 raise ConfigError(f"--resume takes everything from the run; leave out {option}")
         server = server_settings(arguments)
-        roots = new_roots(arguments.data, arguments.test_data)
+        roots = resolve_roots(arguments.data, arguments.test_data)
         document = _resume(arguments.resume, arguments.bundle, server, roots, output)
         path = arguments.resume
     else:

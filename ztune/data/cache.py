@@ -1,9 +1,9 @@
-"""Features on disk: one append-only file per encoder and kind of view, safe to kill and to share.
+"""Cache features on disk: one append-only file per encoder and kind of view.
 
-A record stands for itself: mark, 32-byte key, number of values, values f32 little-endian, CRC-32 of
-all before it. A batch of records is appended in one write. Whatever a kill, a full disk, a damaged
-block or two writers leave between whole records is skipped: the reader searches for the next mark
-and checks it. So nothing is ever locked, cut or rewritten; a lost record is encoded again.
+Each record has a mark, a 32-byte key, the number of values, f32 values (little-endian) and the
+CRC-32 of everything before. A batch of records is appended in one write. The reader skips corrupted
+bytes, left by a kill, a full disk or concurrent writers, to the next valid mark. So files need no
+locks, and are never truncated or rewritten; a lost record is encoded again.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _MOST_VALUES = 1 << 16
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of feature logs; several processes may use it at once."""
+    """A folder of feature logs that several processes may use concurrently."""
 
     folder: Path
 
     def log(self, *identity: str) -> FeatureLog:
-        """Return the log for everything that the given texts identify.
+        """Return the log for features identified by the given texts.
 
-        Raises: DataError when the folder cannot be made.
+        Raises: DataError when the folder cannot be created.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f'cache "{self.folder}" cannot be made: {error.strerror}') from None
+            raise DataError(f'cache "{self.folder}" cannot be created: {error.strerror}') from None
         return FeatureLog(self.folder / f"{key_of(*identity).hex()[:32]}.features")
 
 
@@ -54,9 +54,9 @@ class FeatureLog:
     path: Path
 
     def read(self) -> dict[bytes, F32]:
-        """Return every sound record's f32[e] by key, read-only; an absent file is empty.
+        """Return every valid record's f32[e] by key; a missing file is empty.
 
-        Raises: DataError when the file is there and cannot be read.
+        Raises: DataError when the file exists and cannot be read.
         """
         try:
             content = read_bytes(self.path)
@@ -77,14 +77,14 @@ class FeatureLog:
     def append(self, records: Mapping[bytes, F32]) -> None:
         """Add records f32[e] by their 32-byte keys.
 
-        The file is not flushed to the disk: a kill loses nothing, and what a power cut loses is
-        found by its CRC and encoded again.
+        The file is not flushed to disk: a kill loses nothing, and records that a power failure
+        corrupts are detected by CRC and encoded again.
 
         Raises: StorageError when the file cannot be written, a full disk included.
         """
         block = b"".join(_record(key, values) for key, values in records.items())
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        flags |= getattr(os, "O_NOFOLLOW", 0)  # a cache may come with somebody's run
+        flags |= getattr(os, "O_NOFOLLOW", 0)  # a cache may come from another user's run
         try:
             file = os.open(self.path, flags, 0o666)
             try:
@@ -98,10 +98,10 @@ class FeatureLog:
 
 
 class FeatureStore(Protocol):
-    """Keeps features by what identifies them."""
+    """Stores features by identity."""
 
     def log(self, *identity: str) -> FeatureRecords:
-        """Return the records for everything that the given texts identify."""
+        """Return the records of features identified by the given texts."""
 
 
 class FeatureRecords(Protocol):
@@ -113,7 +113,7 @@ class FeatureRecords(Protocol):
 
 
 class MemoryRecords:
-    """Records in memory alone."""
+    """Records in memory."""
 
     def __init__(self) -> None:
         self._records: dict[bytes, F32] = {}
@@ -126,7 +126,7 @@ class MemoryRecords:
 
 
 class MemoryCache:
-    """A FeatureStore in memory alone."""
+    """A FeatureStore in memory."""
 
     def __init__(self) -> None:
         self._logs: dict[bytes, MemoryRecords] = {}
@@ -136,7 +136,7 @@ class MemoryCache:
 
 
 def key_of(*parts: str) -> bytes:
-    """Return 32 bytes that stand for these texts, in this order."""
+    """Return a 32-byte hash of these texts in this order."""
     return hashlib.sha256(
         b"".join(hashlib.sha256(part.encode()).digest() for part in parts)
     ).digest()
@@ -148,7 +148,7 @@ def _record(key: bytes, values: F32) -> bytes:
 
 
 def _record_at(content: bytes, start: int) -> tuple[bytes, F32, int] | None:
-    """Return key, values and end of the record that begins at `start`, if it is whole and sound."""
+    """Return key, values and end of the record that starts at `start`, or None if it is invalid."""
     first = start + _HEAD.size
     if first > len(content):
         return None

@@ -1,13 +1,12 @@
-"""Splits as the papers share them: lists of images for train, val and test in one JSON file.
+"""Read and draw CoOp's splits: lists of images for train, val and test in one JSON file.
 
     {"train": [["Faces/image_0274.jpg", 0, "face"], ...], "val": [...], "test": [...]}
 
-A path is relative to the data set's image folder, a label counts from 0. The order of a list is
-part of the split: which images a seed draws depends on it, so lists are kept as they are read.
+Paths are relative to the data set's image folder; labels start at 0. Lists keep their order, since
+the images that a seed draws depend on it.
 
-What CoOp (arXiv 2109.01134) does with a split is done here with a generator that is passed in or
-made from a seed, so that the same file and seed give the images that its published code draws:
-few-shot sets, base and new classes, and the division of a data set that comes without a split.
+Few-shot sets, base and new classes, and splits of data sets without a split file follow CoOp (arXiv
+2109.01134): the same file and seed give the images that its published code draws.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ztune.io.files import write_bytes
 
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 MOST_VAL = 4
-"""Validation images per class of a few-shot set, or the shots where these are fewer."""
+"""Validation images per class of a few-shot set, or the shots if fewer."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Item:
     path: str
     """Relative to the image folder, with forward slashes."""
     label: int
-    """From 0, in the data set's own order of classes."""
+    """From 0, in the data set's order of classes."""
     name: str
-    """The class name as the file has it."""
+    """The class name in the file."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +61,24 @@ class CoopSplit:
 
     @property
     def classes(self) -> dict[int, str]:
-        """The name of every label, by rising label."""
+        """Class names by ascending label."""
         names = {item.label: item.name for _, item in self}
         return {label: names[label] for label in sorted(names)}
 
 
 def read_split(path: Path, needs: Sequence[SplitName] = SPLITS) -> CoopSplit:
-    """Read a split file, without looking for its images.
+    """Read a split file, without checking that its images exist.
 
-    A list that is not in `needs` may be absent; it is empty then.
+    A list that is not in `needs` may be missing; it is then empty.
 
-    Raises: DataError naming the entry that is wrong, a path that leaves the image folder, a label
-        with two names, or a file without images.
+    Raises: DataError naming an invalid entry, a path outside the image folder, a label with two
+        names, or a file without images.
     """
     where = f'split "{path}"'
     try:
         values = json.loads(read_text(path, where))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no JSON ({error}; get the file again)") from None
+        raise DataError(f"{where}: invalid JSON ({error}; download the file again)") from None
     if not isinstance(values, dict):
         raise DataError(f'{where}: expected {{"train": [...], "val": [...], "test": [...]}}')
     names: dict[int, str] = {}
@@ -95,13 +94,13 @@ def read_split(path: Path, needs: Sequence[SplitName] = SPLITS) -> CoopSplit:
             known = names.setdefault(item.label, item.name)
             if known != item.name:
                 raise DataError(
-                    f'{where}, {role} entry {place}: label {item.label} is "{item.name}", '
-                    f'and "{known}" before'
+                    f'{where}, {role} entry {place}: label {item.label} has two names, "{known}" '
+                    f'and "{item.name}"'
                 )
             items.append(item)
         lists[role] = tuple(items)
     if not names:
-        raise DataError(f"{where}: holds no images")
+        raise DataError(f"{where}: contains no images")
     return CoopSplit(lists["train"], lists["val"], lists["test"])
 
 
@@ -121,20 +120,20 @@ def _item(entry: object, where: str) -> Item:
     ):
         raise DataError(f"{where}: expected [path, label from 0, class name]")
     if not is_utf8(path + name):
-        raise DataError(f"{where}: path or name holds half a character")
+        raise DataError(f"{where}: path or name contains an unpaired surrogate")
     if not is_inside(path):
-        raise DataError(f"{where}: path {path!r} leaves the image folder")
+        raise DataError(f"{where}: path {path!r} is outside the image folder")
     return Item(path, label, name)
 
 
 def write_split(path: Path, split: CoopSplit) -> None:
-    """Write a split in the same form, whole or not at all."""
+    """Write a split in the same format, atomically."""
     lists = {role: [[i.path, i.label, i.name] for i in split.of(role)] for role in SPLITS}
     write_bytes(path, (json.dumps(lists, indent=4, ensure_ascii=False) + "\n").encode())
 
 
-def shown(name: str) -> str:
-    """Return a class name as a template takes it."""
+def display_name(name: str) -> str:
+    """Return a class name for use in a template."""
     return class_name(name.replace("_", " "))
 
 
@@ -143,24 +142,24 @@ def few_shot(split: CoopSplit, shots: int, seed: int, n_val: int | None = None) 
 
     `n_val` of None is the published number, min(shots, 4).
 
-    This is CoOp's choice for the same lists and seed: one generator, seeded once; the classes of
-    train in the order in which they first appear, a sample without replacement from each; then,
-    with the same generator, the classes of val. A class with fewer images gives all it has, as in
-    the copy of the sampler that BlackVIP ships (an older one drew with replacement there).
+    This draws as CoOp does: one generator, seeded once; a sample without replacement from each
+    class of train in order of first appearance; then, with the same generator, from the classes of
+    val. A smaller class is taken whole, as in BlackVIP's copy of the sampler (an older version drew
+    with replacement).
 
-    Raises: ConfigError when shots or seed is impossible.
+    Raises: ConfigError when shots or seed is out of range.
     """
     if shots < 1:
-        raise ConfigError(f"{shots} shots, expected at least 1")
+        raise ConfigError(f"`shots` is {shots}, expected at least 1")
     if seed < 0:
-        raise ConfigError(f"seed is {seed}, expected 0 or more")
+        raise ConfigError(f"`seed` is {seed}, expected at least 0")
     generator = random.Random(seed)
-    train = _sampled(split.train, shots, generator)
-    val = _sampled(split.val, min(shots, MOST_VAL) if n_val is None else n_val, generator)
+    train = _sample(split.train, shots, generator)
+    val = _sample(split.val, min(shots, MOST_VAL) if n_val is None else n_val, generator)
     return CoopSplit(train, val, split.test)
 
 
-def _sampled(items: Iterable[Item], n: int, generator: random.Random) -> tuple[Item, ...]:
+def _sample(items: Iterable[Item], n: int, generator: random.Random) -> tuple[Item, ...]:
     drawn: list[Item] = []
     for group in by_label(items).values():
         drawn += generator.sample(group, n) if len(group) >= n else group
@@ -168,7 +167,7 @@ def _sampled(items: Iterable[Item], n: int, generator: random.Random) -> tuple[I
 
 
 def by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
-    """Return the items of each label, labels in the order in which they first appear."""
+    """Return the items of each label, in order of first appearance."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
@@ -176,22 +175,21 @@ def by_label(items: Iterable[Item]) -> dict[int, list[Item]]:
 
 
 def base_and_new(split: CoopSplit) -> tuple[CoopSplit, CoopSplit]:
-    """Divide the classes by rising label: the first ceil(C / 2) are base, the others new.
+    """Divide the classes by ascending label: the first ceil(C / 2) are base, the others new.
 
-    C counts the classes that can be tuned on (of a data set for testing only: all of them). Labels
-    count from 0 again in both halves. CoOp draws the shots first and divides then:
-    `base_and_new(few_shot(split, shots, seed))`.
+    C is the number of classes with training images (of a test-only data set: all). Labels start at
+    0 in both halves. CoOp draws the shots first: `base_and_new(few_shot(split, shots, seed))`.
 
-    Raises: DataError when there is one class only.
+    Raises: DataError when there are fewer than two classes.
     """
     labels = sorted({item.label for item in split.train or split.test})
     if len(labels) < 2:
-        raise DataError("base and new classes: there is one class only (at least two are needed)")
+        raise DataError(f"base and new classes: got {len(labels)} class(es), expected at least 2")
     n_base = math.ceil(len(labels) / 2)
-    return _only(split, labels[:n_base]), _only(split, labels[n_base:])
+    return _select_classes(split, labels[:n_base]), _select_classes(split, labels[n_base:])
 
 
-def _only(split: CoopSplit, labels: Sequence[int]) -> CoopSplit:
+def _select_classes(split: CoopSplit, labels: Sequence[int]) -> CoopSplit:
     place = {label: new for new, label in enumerate(labels)}
     train, val, test = (
         tuple(Item(i.path, place[i.label], i.name) for i in split.of(role) if i.label in place)
@@ -203,12 +201,12 @@ def _only(split: CoopSplit, labels: Sequence[int]) -> CoopSplit:
 def divide_classes(
     classes: Mapping[str, Sequence[str]], generator: random.Random, where: str
 ) -> CoopSplit:
-    """Cut every class into 50 % train, 20 % val and the rest test, after a shuffle.
+    """Shuffle every class and split it into 50 % train, 20 % val and the rest test.
 
-    `classes` are paths by class name; a class's label is its place. Fractions of a class are
-    rounded half to even.
+    `classes` are paths by class name; a class's label is its index. Fractions are rounded half to
+    even.
 
-    Raises: DataError naming a class that has too few images to be in all three.
+    Raises: DataError naming a class with too few images for all three.
     """
     lists: dict[SplitName, list[Item]] = {role: [] for role in SPLITS}
     for label, (name, paths) in enumerate(classes.items()):
@@ -228,9 +226,9 @@ def divide_classes(
 def hold_out_val(
     items: Iterable[Item], fraction: float, generator: random.Random, where: str
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Take a fraction of every class from training images, shuffled, as validation: train, val.
+    """Shuffle the training images of every class and split off a fraction: return train, val.
 
-    Raises: DataError naming a class that would have no validation images.
+    Raises: DataError naming a class with too few images for both.
     """
     train: list[Item] = []
     val: list[Item] = []

@@ -1,9 +1,9 @@
-"""Every image through the image tower once, and its features kept.
+"""Encode every image once and cache its features.
 
-A feature's bytes depend on the image, its view and the encoder alone. Two rules see to that:
-batches always have the same size (a last one is filled up with its own first image), because a
-matrix product of another shape may round differently; and a random view is drawn from
-(augmentation seed, image's digest, number of the view), whatever is encoded before or beside it.
+A feature's bytes depend only on the image, its view and the encoder. Therefore batches always have
+the same size (the last one is padded with its first image), because a matrix product of another
+shape may round differently; and a random view is drawn from (augmentation seed, image's digest,
+number of the view), independently of other images.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _READERS = 2
 
 @dataclass(frozen=True)
 class Features:
-    """What the image tower says of some images."""
+    """Features of images."""
 
     values: F32
-    """f32[V, N, e], unit length, of the N images that were kept, in their order."""
+    """Unit features f32[V, N, e] of the N images that could be read, in order."""
     kept: NDArray[np.bool_]
-    """bool[images asked for]: False where a broken image was left out."""
+    """bool[images requested]: False for a broken image, which is skipped."""
     n_encoded: int
-    """Views that went through the encoder now; the others came from the cache."""
+    """Views encoded now; the others came from the cache."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One image and those of its views that are not cached."""
+    """One image and its views that are not cached."""
 
     path: Path
     sha256: str
@@ -60,15 +60,15 @@ def encode_files(
     progress: Progress | None = None,
     skip_broken: bool = False,
 ) -> Features:
-    """Return the features of one or more images given as (file, SHA-256 of its content).
+    """Return the features of images given as (file, SHA-256 of its content).
 
-    With `n_views` of 0 the one view is the centre crop, else there are that many random views,
-    drawn with `seed`. The encoder gets `at_once` batches a call, for one that has several servers
-    or a long way to them; features do not depend on that. `progress` counts views. `encoder.read`
-    is called from several threads.
+    With `n_views` of 0 the only view is the centre crop, else there are `n_views` random views,
+    drawn with `seed`. The encoder gets `at_once` batches per call, which hides a server's latency
+    and does not change features. `progress` counts views. `encoder.read` is called from several
+    threads.
 
     Raises: DataError naming an image that cannot be read, unless `skip_broken` (then when none
-        can), and when the encoder returns a value that is not finite.
+        can), or an image with features that are not finite.
     """
     kind = ("centre",) if n_views == 0 else ("random", str(seed))
     views = range(max(1, n_views))
@@ -95,7 +95,7 @@ def encode_files(
         features = encoder.encode(np.stack(rows))[: len(batch)]
         for (_, path, _), feature in zip(batch, features, strict=True):
             if not np.isfinite(feature).all():
-                raise DataError(f'image "{path}": the image tower returns values not finite')
+                raise DataError(f'image "{path}": its features are not finite')
         new = {key: np.array(f, np.float32) for (key, _, _), f in zip(batch, features, strict=True)}
         log.append(new)
         known.update(new)
@@ -103,12 +103,13 @@ def encode_files(
     jobs = _missing(items, keys, known)
     n_done = n_views_all - sum(len(job.keys) for job in jobs)
     batch: list[tuple[bytes, Path, U8]] = []
-    with contextlib.closing(_ahead(read, jobs)) as images:
+    with contextlib.closing(_prefetch(read, jobs)) as images:
         for job, pixels in images:
             if isinstance(pixels, DataError):
                 if not skip_broken:
                     raise DataError(
-                        f"{pixels} (repair or remove it; tune, compare and eval take `skip_broken`)"
+                        f"{pixels} (repair or remove it; or use `skip_broken` in tune, compare and "
+                        "eval)"
                     )
                 broken.add(job.sha256)
                 continue
@@ -136,7 +137,7 @@ def encode_files(
 def read_view(
     encoder: ImageEncoder, path: Path, sha256: str, view: int, n_views: int, seed: int
 ) -> U8:
-    """Return u8[S, S, 3]: the view `view` of `n_views` random ones, with 0 the centre crop."""
+    """Return u8[S, S, 3]: view `view` of `n_views` random ones; the centre crop for 0."""
     if n_views == 0:
         return encoder.read(path, None)
     return encoder.read(path, np.random.default_rng([seed, view, int(sha256, 16)]))
@@ -145,7 +146,7 @@ def read_view(
 def _missing(
     items: Iterable[tuple[Path, str]], keys: Iterable[list[bytes]], known: Iterable[bytes]
 ) -> list[_Job]:
-    """Return what is still to be encoded, in order, each image once."""
+    """Return the views that are not cached, in order, each image once."""
     seen = set(known)
     jobs = []
     for (path, digest), row in zip(items, keys, strict=True):
@@ -156,10 +157,10 @@ def _missing(
     return jobs
 
 
-def _ahead(
+def _prefetch(
     read: Callable[[_Job], tuple[_Job, U8 | DataError]], jobs: Iterable[_Job]
 ) -> Generator[tuple[_Job, U8 | DataError], None, None]:
-    """Yield the images of all jobs in order, reading a few of them ahead and no more."""
+    """Yield the images of all jobs in order, with a bounded number of reads ahead."""
     pending: deque[Future[tuple[_Job, U8 | DataError]]] = deque()
     with ThreadPoolExecutor(_READERS) as readers:
         try:

@@ -1,14 +1,14 @@
-"""A data set as it lies on disk: which images there are, and of which class.
+"""List the images and classes of a data set on disk.
 
-Three layouts, told apart by looking:
+The layout is detected:
 
-    root/class/*                      no splits: ztune divides it (splitter.py)
-    root/{train,val,test}/class/*     val (or valid, validation) and test may be absent
+    root/class/*                      no splits: ztune makes one (splitter.py)
+    root/{train,val,test}/class/*     val (or valid, validation) and test are optional
     list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
-Class folders may be links and may hold sub-folders (which belong to the class; links below a class
-folder are not entered). Everything else is counted and left alone: hidden files, other file types,
-images outside of class folders. All order is by code point, never the file system's.
+Class folders may be links and may have sub-folders, which belong to the class; links below a class
+folder are not followed. Hidden files, other file types and images outside class folders are counted
+and ignored. All order is by code point, independent of the file system.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ztune.errors import DataError
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
 
-# Folders of ztune's own, told by their files: their sub-folders are no classes.
+# Folders that ztune writes, detected by these files: they are not data sets.
 _FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
 
 
@@ -58,19 +58,18 @@ class Listing:
     """Sorted by code point, at least two."""
     images: tuple[ListedImage, ...]
     ignored: int
-    """Files that are no images of any class: hidden, of another type, or outside of a class."""
+    """Ignored files: hidden, of another type, or outside class folders."""
     notes: tuple[str, ...] = ()
-    """What else the user should be told, one line each."""
+    """Remarks for the user, one line each."""
     lists: CoopSplit | None = None
-    """Published lists in their own order, from which images are drawn as published: coop.py."""
+    """Published lists in their order, from which images are drawn as published: coop.py."""
     is_published: bool = False
-    """Whether the lists are a published split file's, or those of the data set's own files where
-    these tell them all (ImageNet-A), with the published numbers of train, val and test images and
-    of classes, no two of one name."""
+    """Whether the lists come from a published split file, or from official files that leave nothing
+    to chance (ImageNet-A), with the published numbers of images and classes and unique names."""
 
     @property
     def has_splits(self) -> bool:
-        """Whether the data say which images are for training and which for testing."""
+        """Whether the data define training and test images."""
         return self.images[0].split is not None
 
 
@@ -80,11 +79,10 @@ def read_dataset(
     """Find the images and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file, which
-    may be a pipe with `pipe`.
-    Without `tuned`, all images may be test images.
+    may be a pipe with `pipe`. Without `tuned`, all images may be test images.
 
-    Raises: DataError when it is neither, empty, has one class only, a class without images, or
-        two classes of the same name.
+    Raises: DataError when it is neither, is empty, or has fewer than two classes, a class without
+        images, or two classes with the same name.
     """
     if not is_utf8(str(path.absolute())):
         raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
@@ -101,14 +99,14 @@ def read_dataset(
         except OSError as error:
             raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
     else:
-        state = "is no folder and no manifest" if path.exists() else "does not exist"
+        state = "is not a folder or manifest" if path.exists() else "does not exist"
         raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
     if not listed:
-        raise DataError(f"{where} holds no images (expected {_LAYOUTS})")
+        raise DataError(f"{where} contains no images (expected {_LAYOUTS})")
     name_of = _class_names({item.label for item in listed}, names, where, pipe)
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
-        raise DataError(f'{where} has one class only, "{classes[0]}" (at least two are needed)')
+        raise DataError(f'{where} has only one class, "{classes[0]}" (expected at least two)')
     for_testing = not tuned and all(item.split == "test" for item in listed)
     if any(item.split for item in listed) and not for_testing:
         _check_splits(listed, where)
@@ -118,7 +116,7 @@ def read_dataset(
 
 
 def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
-    """Return the images below a root in either layout, and how many files were ignored."""
+    """Return the images below a root in either layout, and the number of ignored files."""
     folders, loose = _subfolders(root)
     splits = [
         folder for folder in folders if folder in SPLIT_NAMES and _subfolders(root / folder)[0]
@@ -128,8 +126,8 @@ def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
     others = sorted(set(folders) - set(splits))
     if others:
         raise DataError(
-            f'{where}: "{others[0]}" lies beside "{splits[0]}", which holds class folders itself '
-            "(expected only train, val and test, with class folders in each; or use a manifest)"
+            f'{where}: unexpected folder "{others[0]}" next to "{splits[0]}" (expected only train, '
+            "val and test, with class folders in each; or use a manifest)"
         )
     if len({SPLIT_NAMES[folder] for folder in splits}) < len(splits):
         raise DataError(f"{where} has two folders for validation: {', '.join(splits)} (keep one)")
@@ -148,7 +146,7 @@ def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
 def _read_classes(
     root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
 ) -> tuple[list[Listed], int]:
-    """Return the images in the class folders of `parent`, and how many files were ignored."""
+    """Return the images in the class folders of `parent`, and the number of ignored files."""
     listed: list[Listed] = []
     for folder in folders:
         images, others = images_below(parent / folder, where)
@@ -157,13 +155,13 @@ def _read_classes(
         if not images:
             shown = (parent / folder).relative_to(root).as_posix()
             raise DataError(
-                f'{where}: class folder "{shown}" holds no images (add some or remove it)'
+                f'{where}: class folder "{shown}" contains no images (add some or remove it)'
             )
     return listed, ignored
 
 
 def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
-    """Return the images in a folder and its visible sub-folders, and how many other files.
+    """Return the images in a folder and its visible sub-folders, and the number of other files.
 
     Raises: DataError when a folder cannot be read, or an image's name is not UTF-8.
     """
@@ -171,9 +169,9 @@ def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
     n_others = 0
     try:
         for directory, below, files in os.walk(folder, onerror=_raise):
-            below[:] = [name for name in below if not _hidden(name)]
+            below[:] = [name for name in below if not _is_hidden(name)]
             for name in files:
-                if _hidden(name) or Path(name).suffix.lower() not in IMAGES:
+                if _is_hidden(name) or Path(name).suffix.lower() not in IMAGES:
                     n_others += 1
                 else:
                     images.append(Path(directory) / name)
@@ -193,11 +191,11 @@ def _subfolders(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the visible folders, sorted, and those of the files."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_dir()) for entry in entries]
-    folders = sorted(name for name, is_folder in found if is_folder and not _hidden(name))
+    folders = sorted(name for name, is_folder in found if is_folder and not _is_hidden(name))
     return folders, [name for name, is_folder in found if not is_folder]
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -220,10 +218,10 @@ def _class_names(
     for label in labels:
         name = name_of[label]
         if not name:
-            raise DataError(f'{where}: "{label}" gives an empty class name (rename it)')
+            raise DataError(f'{where}: "{label}" is an empty class name (rename it)')
         if name in label_of:
             raise DataError(
-                f'{where}: "{label_of[name]}" and "{label}" both give the class name "{name}" '
+                f'{where}: "{label_of[name]}" and "{label}" have the same class name "{name}" '
                 "(rename or merge one of them)"
             )
         label_of[name] = label
@@ -231,10 +229,10 @@ def _class_names(
 
 
 def _check_splits(listed: list[Listed], where: str) -> None:
-    """Raise DataError unless every class has images to tune with."""
+    """Raise DataError unless every class has training images."""
     trained = {item.label for item in listed if item.split == "train"}
     if not trained:
-        raise DataError(f"{where} has splits but no train images (add train, or use no splits)")
+        raise DataError(f"{where} has splits but no train images (add them, or remove the splits)")
     for item in listed:
         if item.label not in trained:
             raise DataError(

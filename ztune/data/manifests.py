@@ -1,9 +1,8 @@
-"""Small text files that name images or classes: CSV and JSONL manifests, and names files.
+"""Read text files that list images or classes: CSV and JSONL manifests, and names files.
 
-A manifest has the columns path, label and, for all of its images or none, split, each under one of
-several names. Paths are relative to the manifest's own folder, or absolute below it, and, links
-followed, never leave it: a manifest may come from elsewhere, and must not make this program read
-other files. docs/data.md specifies it.
+A manifest has the columns path, label and optionally split, each under one of several names. Paths
+are relative to the manifest's folder or absolute, and must be inside it after resolving links, so
+that an untrusted manifest cannot make ztune read other files. docs/data.md specifies it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SPLIT_NAMES: Mapping[str, SplitName] = {
     "test": "test",
 }
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-# Names of each column, as `_plain` gives them.
+# Names of each column, as returned by `_normalise`.
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "path": (
         "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_name",
@@ -48,7 +47,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 @dataclass(frozen=True)
 class Listed:
-    """An image as a folder or a manifest lists it."""
+    """An entry of a folder or manifest."""
 
     path: str
     """Relative to the root, with forward slashes."""
@@ -58,9 +57,9 @@ class Listed:
 
 
 def read_manifest(manifest: Path) -> list[Listed]:
-    """Read the images of a .csv, .tsv or .jsonl file, in its order.
+    """Read the images of a .csv, .tsv or .jsonl file, in order.
 
-    Raises: DataError naming the line that is wrong, or the first image that is missing.
+    Raises: DataError naming the invalid line, or the first missing image.
     """
     where = f'manifest "{manifest}"'
     text = read_text(manifest, where)
@@ -88,8 +87,8 @@ def read_manifest(manifest: Path) -> list[Listed]:
         path = _relative(path.replace("\\", "/"), manifest.parent)
         if not is_inside(path) or not resolves_inside(root, path):
             raise DataError(
-                f'{where}, line {line}: path "{path}" leaves the folder of the manifest '
-                "(put the manifest into the folder that holds all of its images)"
+                f'{where}, line {line}: path "{path}" is outside the manifest\'s folder '
+                "(move the manifest to a folder that contains all of its images)"
             )
         if path in listed:
             raise DataError(f'{where}, line {line}: path "{path}" is listed twice')
@@ -97,18 +96,18 @@ def read_manifest(manifest: Path) -> list[Listed]:
             missing.append(path)
         listed[path] = Listed(path, label, SPLIT_NAMES[str(part)] if part else None)
     if missing:
-        raise DataError(f'{where}: "{missing[0]}" is missing, {len(missing)} image(s) in all')
+        raise DataError(f'{where}: {len(missing)} missing image(s), first "{missing[0]}"')
     if len({item.split is None for item in listed.values()}) == 2:
-        raise DataError(f"{where}: some images have a split and some have none (all or none)")
+        raise DataError(f"{where}: some images have no split (expected for all images or none)")
     return list(listed.values())
 
 
 def read_names(path: Path, *, pipe: bool = False) -> dict[str, str]:
-    """Read a names file: one `folder<TAB>class name` a line, empty lines ignored.
+    """Read a names file: one `folder<TAB>class name` per line, ignoring empty lines.
 
-    With `pipe` it may be one.
+    With `pipe` it may be a pipe.
 
-    Raises: DataError naming the line that is wrong.
+    Raises: DataError naming the invalid line.
     """
     where = f'names file "{path}"'
     names: dict[str, str] = {}
@@ -119,40 +118,39 @@ def read_names(path: Path, *, pipe: bool = False) -> dict[str, str]:
         if not tab or not folder or not name.strip() or "\t" in name.strip():
             raise DataError(f"{where}, line {line}: expected folder, a tab, and the class name")
         if folder in names:
-            raise DataError(f'{where}, line {line}: folder "{folder}" is named twice')
+            raise DataError(f'{where}, line {line}: folder "{folder}" is listed twice')
         names[folder] = class_name(name)
     return names
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
-    """Read class names to choose among: one a line, or the second part of `folder<TAB>name`.
+    """Read class names, one per line, or the second part of `folder<TAB>name`.
 
-    A person names the file, so it may be a pipe.
+    The file may be a pipe.
 
-    Raises: DataError when there are fewer than two, or one stands there twice.
+    Raises: DataError when there are fewer than two, or a duplicate.
     """
     where = f'class names "{path}"'
     lines = [line.strip() for line in read_text(path, where, pipe=True).splitlines()]
     names: dict[str, None] = {}
     for name in (class_name(line.rpartition("\t")[2]) for line in lines if line):
         if name in names:
-            raise DataError(f'{where}: "{name}" stands there twice')
+            raise DataError(f'{where}: duplicate class name "{name}"')
         names[name] = None
     if len(names) < 2:
-        raise DataError(f"{where}: expected at least two names, one a line")
+        raise DataError(f"{where}: expected at least two names, one per line")
     return tuple(names)
 
 
 def class_name(text: str) -> str:
-    """Return a class name as it is compared everywhere: composed (NFC), single spaces.
-
-    Some file systems decompose accents, and names must match elsewhere.
+    """Return a class name in canonical form: NFC, since some file systems decompose accents, and
+    single spaces.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_text(path: Path, where: str, *, pipe: bool = False) -> str:
-    """Return the text of a file, its lines ended by newlines alone; `pipe` as for `read_bytes`.
+    """Return the text of a file with newlines as line ends; `pipe` as for `read_bytes`.
 
     Raises: DataError.
     """
@@ -166,14 +164,14 @@ def read_text(path: Path, where: str, *, pipe: bool = False) -> str:
 
 
 def is_inside(path: str) -> bool:
-    """Tell whether a relative path with forward slashes stays below its root as it is written."""
+    """Return whether a relative path with forward slashes is lexically inside its root."""
     if os.name == "nt" and ("\\" in path or ":" in path):
         return False
     return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 
 def is_utf8(text: str) -> bool:
-    """Tell whether a text, perhaps a file's name, can be written to our files."""
+    """Return whether a text can be encoded as UTF-8, unlike some file names."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -189,7 +187,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _relative(path: str, folder: Path) -> str:
-    """Return an absolute path below the manifest's folder as a relative one, others as they are."""
+    """Return a path inside the manifest's folder as a relative one, and others unchanged."""
     if not Path(path).is_absolute():
         return "/".join(part for part in path.split("/") if part not in ("", "."))
     named = Path(path)
@@ -199,24 +197,24 @@ def _relative(path: str, folder: Path) -> str:
     return path
 
 
-def _plain(name: object) -> str:
-    """Return a column's name as `_NAMES` has it."""
+def _normalise(name: object) -> str:
+    """Return a column's name in the form of `_NAMES`."""
     return "_".join(str(name).lower().replace("-", " ").replace("_", " ").split())
 
 
 def _roles(names: Iterable[str], where: str) -> dict[str, str]:
-    """Return the name of the column for path, label and split, as far as there is one.
+    """Return the column names of path, label and split, if present.
 
-    One of the very name goes before those of other names.
+    An exact name has priority over alternative names.
 
-    Raises: DataError for two columns that could be the same.
+    Raises: DataError for ambiguous columns.
     """
     found: dict[str, str] = {}
     for name in names:
-        role = _ROLES.get(_plain(name))
-        if role is None or (role in found and _plain(found[role]) == role != _plain(name)):
+        role = _ROLES.get(_normalise(name))
+        if role is None or (role in found and _normalise(found[role]) == role != _normalise(name)):
             continue
-        if role in found and (_plain(found[role]) == role) == (_plain(name) == role):
+        if role in found and (_normalise(found[role]) == role) == (_normalise(name) == role):
             raise DataError(
                 f'{where}: the columns "{found[role]}" and "{name}" could both be the {role} '
                 "(rename or remove one)"
@@ -230,25 +228,25 @@ def _is_blank(row: list[str]) -> bool:
 
 
 def _header(text: str, where: str) -> tuple[str, list[str]]:
-    """Return the separator of a table and its columns' names: those of its first line.
+    """Return the separator of a table and the column names in its first line.
 
-    Raises: DataError where no separator gives a path and a label, or more than one does.
+    Raises: DataError when no separator gives a path and a label, or several do.
     """
     found = []
     for separator in _SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         with contextlib.suppress(csv.Error):
             names = next((row for row in reader if not _is_blank(row)), [])
-            if {"path", "label"} <= {_ROLES.get(_plain(name)) for name in names}:
+            if {"path", "label"} <= {_ROLES.get(_normalise(name)) for name in names}:
                 found.append((separator, [name.strip() for name in names]))
     if len(found) == 1:
         return found[0]
     first = text.lstrip("\n").partition("\n")[0][:80].strip() or "nothing"
     if found:
-        raise DataError(f"{where}: the first line mixes separators, it is {first}")
+        raise DataError(f"{where}: the first line mixes separators: {first}")
     raise DataError(
         f"{where}: the first line is {first}, expected path,label or path,label,split, separated "
-        "by commas, semicolons or tabs (docs/data.md has other names that a column may have)"
+        "by commas, semicolons or tabs (docs/data.md lists other column names)"
     )
 
 
@@ -271,13 +269,13 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, object]
 
 
 def _wrong_width(row: list[str], names: list[str], separator: str, where: str) -> DataError:
-    """Return what is wrong with a row that has more or fewer cells than the first line."""
+    """Return the error for a row with more or fewer cells than the first line."""
     others = [word for mark, word in _SEPARATORS.items() if mark != separator and mark in row[0]]
-    advice = f"put a cell that has {_SEPARATORS[separator]} in it into quotation marks"
+    advice = f"quote cells that contain {_SEPARATORS[separator]}"
     if len(row) < len(names):
-        advice = "an empty cell needs its separator, too"
+        advice = "empty cells need a separator, too"
     if len(row) == 1 and others:
-        advice = f"it has {others[0]}: use one separator throughout"
+        advice = f"it contains {others[0]}: use one separator throughout"
     return DataError(
         f"{where}: {len(row)} column(s) separated by {_SEPARATORS[separator]}, expected "
         f"{len(names)} as in the first line ({advice})"
@@ -291,7 +289,7 @@ def _jsonl_rows(text: str, where: str) -> Iterator[tuple[int, Mapping[str, objec
         try:
             row = json.loads(part)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}, line {line}: no JSON ({error})") from None
+            raise DataError(f"{where}, line {line}: invalid JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f'{where}, line {line}: expected {{"path": ..., "label": ...}}')
         roles = _roles(row, f"{where}, line {line}")

@@ -1,7 +1,7 @@
-"""Data sets by name: one table says where each lies, how it is read, and what was published of it.
+"""The table of named data sets: their folders, readers and published facts.
 
-library.py reads them. A further data set is one more entry here, and a function in official.py
-where its own files have a form that none of the others has.
+library.py reads them. To add a data set, add an entry here, and a function to official.py if its
+files have a new format.
 """
 
 from __future__ import annotations
@@ -19,60 +19,60 @@ from ztune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Counts:
-    """Images that were published; None where no figure is known."""
+    """Published numbers of images; None if unknown."""
 
     train: int | None
     val: int | None
     test: int | None
     trainval: int | None = None
-    """Train and val together, where only that is known."""
+    """Train and val together, if only that is known."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a data set by name is."""
+    """A named data set."""
 
     title: str
-    """As the papers write it; lower-case letters and digits of it are the name."""
+    """As in the papers; its lower-case letters and digits are the name."""
     folder: str
-    """Below the root that all data sets share."""
+    """Its folder in the root of all data sets."""
     images: str
-    """The image folder in it, which paths of a split are relative to; empty: the folder itself."""
+    """Its image folder, which paths of a split are relative to; empty: the folder itself."""
     n_classes: int
     counts: Counts
     template: str
     page: str
-    """The data set's own page."""
+    """The data set's web page."""
     obtain: str
-    """What to get there, and where to put it."""
+    """What to download there, and where to put it."""
     splits: tuple[str, ...] = ()
     """Published split files, in order of preference."""
     make: official.Maker | None = None
-    """Makes a split from the data set's own files; None: a split file is required."""
+    """Makes a split from the official files; None: a split file is required."""
     needs: tuple[str, ...] = ()
-    """What `make` reads besides the image folder."""
+    """Files that `make` reads besides the image folder."""
     drawn: bool = True
-    """Whether `make` draws at random, so that its split is worth saving."""
+    """Whether `make` draws at random, so that its split should be saved."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Published class names for those of folders."""
+    """Published class names by folder name."""
     lists: tuple[SplitName, ...] = SPLITS
     """The lists that a split file must have."""
     complete: Callable[[Path, CoopSplit], CoopSplit] | None = None
     """Completes a split file that lacks a list."""
     also: tuple[str, ...] = ()
-    """Other names that papers and code have for it."""
+    """Other names in papers and code."""
 
     @property
     def name(self) -> str:
-        return _plain(self.title)
+        return _key(self.title)
 
     @property
     def own_split(self) -> str:
-        """The file that a split made here is saved to; a published one goes before it."""
+        """The file of a split made here; a published one has priority."""
         return f"split_ztune_{self.title}.json"
 
 
-def _plain(name: str) -> str:
+def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -80,11 +80,11 @@ _PHOTO = "a photo of a {}."
 _CLASS_NAMES = "classnames.txt, CoOp's list of folders and class names"
 
 # Folders, split files, class names and templates: KaiyangZhou/CoOp (DATASETS.md, datasets/*.py,
-# trainers/zsclip.py); of SVHN, RESISC45 and CLEVR: changdaeoh/BlackVIP (datasets/*.py, README), the
-# templates with the full stop of LOG-postech/ZIP. Counts: the table of data sets in the appendix of
-# CoOp's paper, arXiv 2109.01134, checked against official totals only (docs/data.md); ImageNet's
-# training images: ILSVRC 2012. Those of SVHN and RESISC45 follow from the official totals and the
-# fractions in BlackVIP's code.
+# trainers/zsclip.py); for SVHN, RESISC45 and CLEVR: changdaeoh/BlackVIP (datasets/*.py, README),
+# with templates ending in a full stop as in LOG-postech/ZIP. Counts: appendix of CoOp's paper,
+# arXiv 2109.01134, checked only against official totals (docs/data.md); ImageNet's training images:
+# ILSVRC 2012. Those of SVHN and RESISC45 follow from the official totals and the fractions in
+# BlackVIP's code.
 SPECS: tuple[Spec, ...] = (
     Spec(
         "Caltech101", "caltech-101", "101_ObjectCategories", 100, Counts(4128, 1649, 2465), _PHOTO,
@@ -203,7 +203,7 @@ SPECS: tuple[Spec, ...] = (
         make=official.svhn,
         needs=("train", "test"),
         lists=("train", "val"),
-        complete=official.svhn_completed,
+        complete=official.complete_svhn,
     ),
     Spec(
         "RESISC45", "resisc45", "NWPU-RESISC45", 45, Counts(15750, 6300, 9450),
@@ -262,11 +262,11 @@ NAMED: Mapping[str, Spec] = {spec.name: spec for spec in SPECS}
 
 
 def find_spec(name: str) -> Spec:
-    """Return the data set of a name, however it is written: dtd, ImageNet-A, oxford_flowers.
+    """Return the data set of a name in any spelling: dtd, ImageNet-A, oxford_flowers.
 
-    Raises: ConfigError listing the known ones.
+    Raises: ConfigError listing the known names.
     """
     for spec in SPECS:
-        if _plain(name) in {_plain(known) for known in (spec.title, spec.folder, *spec.also)}:
+        if _key(name) in {_key(known) for known in (spec.title, spec.folder, *spec.also)}:
             return spec
-    raise ConfigError(f'data set "{name}" is unknown (known: {", ".join(NAMED)})')
+    raise ConfigError(f'unknown data set "{name}" (known: {", ".join(NAMED)})')

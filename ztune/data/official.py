@@ -1,9 +1,8 @@
-"""Splits made from what a data set's own archive holds, where no split file is there.
+"""Make splits from the files of a data set's official archive, for lack of a split file.
 
-Each function reads one layout and returns the lists as CoOp's or BlackVIP's published code makes
-them, class names and label order included. Two things differ, and are said in docs/data.md:
-images of a folder are taken in the order of their names (theirs is the file system's), and the
-generator starts from a seed of its own.
+Each function reads one layout and returns the lists that CoOp's or BlackVIP's published code makes,
+with the same class names and label order. Two differences (docs/data.md): images of a folder are
+sorted by name instead of file-system order, and the seed differs.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from ztune.errors import DataError, FormatError
 from ztune.io.files import read_json
 
 Maker = Callable[[Path, Path, random.Random], CoopSplit]
-"""Called with the data set's folder, its image folder, and the generator to divide with."""
+"""Called with the data set's folder, its image folder, and a random generator."""
 VAL_FRACTION = 0.2
-"""Of the official training images, where a data set has no validation list."""
+"""Of the official training images, for a data set without a validation list."""
 SVHN_TRAIN = 0.7
 
 
 def class_folders(ignored: Collection[str] = ()) -> Maker:
-    """Return what divides `images/class/*` into 50 % train, 20 % val and 30 % test."""
+    """Return a Maker that splits `images/class/*` into 50 % train, 20 % val and 30 % test."""
 
     def make(_folder: Path, images: Path, generator: random.Random) -> CoopSplit:
         where = f'folder "{images}"'
-        classes = {name: _image_files(images, name) for name in folders_in(images, ignored)}
+        classes = {name: _image_files(images, name) for name in list_folders(images, ignored)}
         return divide_classes(classes, generator, where)
 
     return make
@@ -50,7 +49,7 @@ def oxford_pets(folder: Path, _images: Path, generator: random.Random) -> CoopSp
             items.append(_item(f"{parts[0]}.jpg", int(parts[1]) - 1, breed, where))
         return items
 
-    return _held_out(listed("trainval.txt"), listed("test.txt"), generator, folder)
+    return _split_val(listed("trainval.txt"), listed("test.txt"), generator, folder)
 
 
 def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSplit:
@@ -72,8 +71,7 @@ def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSpli
 def sun397(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
     """Read Training_01.txt and Testing_01.txt: `/a/abbey/sun_x.jpg`; labels as in ClassName.txt.
 
-    The parts of a class name are turned round: `/a/athletic_field/outdoor` is outdoor athletic
-    field.
+    The parts of a class name are reversed: `/a/athletic_field/outdoor` is outdoor athletic field.
     """
     label_of = {
         line.removeprefix("/"): n for n, (_, line) in enumerate(_lines(folder / "ClassName.txt"))
@@ -90,7 +88,7 @@ def sun397(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
             items.append(_item(path, label_of[category], words, where))
         return items
 
-    return _held_out(listed("Training_01.txt"), listed("Testing_01.txt"), generator, folder)
+    return _split_val(listed("Training_01.txt"), listed("Testing_01.txt"), generator, folder)
 
 
 def ucf101(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
@@ -117,7 +115,7 @@ def ucf101(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
             items.append(_item(path, label_of[action], words, where))
         return items
 
-    return _held_out(listed("trainlist01.txt"), listed("testlist01.txt"), generator, folder)
+    return _split_val(listed("trainlist01.txt"), listed("testlist01.txt"), generator, folder)
 
 
 def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
@@ -140,14 +138,16 @@ def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
             values = scene if isinstance(scene, dict) else {}
             objects, image = values.get("objects"), values.get("image_filename")
             if not isinstance(objects, list) or not isinstance(image, str):
-                raise DataError(f"{where}, scene {place}: has no objects or no image_filename")
+                raise DataError(f"{where}, scene {place}: no objects or no image_filename")
             found.setdefault(str(len(objects)), []).append(f"{values.get('split')}/{image}")
         return found
 
     trained, tested = counted("train"), counted("val")
     label_of = {number: label for label, number in enumerate(sorted(trained))}
     if extra := sorted(set(tested) - set(trained)):
-        raise DataError(f'scenes "{folder}/scenes": val has {extra[0]} objects, train never')
+        raise DataError(
+            f'scenes "{folder}/scenes": val has a scene with {extra[0]} objects, train has none'
+        )
 
     def listed(found: dict[str, list[str]]) -> list[Item]:
         return [
@@ -156,27 +156,27 @@ def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
             for path in found[number]
         ]
 
-    return _held_out(listed(trained), listed(tested), generator, folder)
+    return _split_val(listed(trained), listed(tested), generator, folder)
 
 
 def svhn(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
     """Divide `train/0` ... `train/9` into 70 % train and 30 % val; `test/0` ... are the test."""
     train: list[Item] = []
     val: list[Item] = []
-    for label, name in enumerate(folders_in(folder / "train")):
+    for label, name in enumerate(list_folders(folder / "train")):
         paths = _image_files(folder, f"train/{name}")
         generator.shuffle(paths)
         n_train = round(len(paths) * SVHN_TRAIN)
         items = [Item(path, label, name) for path in paths]
         if not 0 < n_train < len(items):
-            raise DataError(f'folder "{folder / "train" / name}": too few for train and val')
+            raise DataError(f'folder "{folder / "train" / name}": too few images for train and val')
         train += items[:n_train]
         val += items[n_train:]
     return CoopSplit(tuple(train), tuple(val), _svhn_test(folder))
 
 
-def svhn_completed(folder: Path, split: CoopSplit) -> CoopSplit:
-    """Complete BlackVIP's split: its paths start below `train`, and its test list is the folder."""
+def complete_svhn(folder: Path, split: CoopSplit) -> CoopSplit:
+    """Complete BlackVIP's split: its paths are relative to `train`, and `test` is its test list."""
 
     def below(items: tuple[Item, ...], part: str) -> tuple[Item, ...]:
         if not items or (folder / items[0].path).exists():
@@ -190,7 +190,7 @@ def svhn_completed(folder: Path, split: CoopSplit) -> CoopSplit:
 def _svhn_test(folder: Path) -> tuple[Item, ...]:
     return tuple(
         Item(path, label, name)
-        for label, name in enumerate(folders_in(folder / "test"))
+        for label, name in enumerate(list_folders(folder / "test"))
         for path in _image_files(folder, f"test/{name}")
     )
 
@@ -205,19 +205,18 @@ def imagenet(folder: Path, images: Path, _generator: random.Random) -> CoopSplit
 
 
 def imagenet_variant(folder: Path, images: Path, _generator: random.Random) -> CoopSplit:
-    """Read images/n01440764/*, all of them to test on."""
+    """Read images/n01440764/*, all of them for testing."""
     return CoopSplit(test=_by_word_net(images, "", _class_names(folder)))
 
 
 def imagenet_v2(folder: Path, images: Path, _generator: random.Random) -> CoopSplit:
-    """Read images/0/* ... images/999/*, all to test on; a number is a line of classnames.txt."""
+    """Read images/0/* ... images/999/*, all for testing; numbers are lines of classnames.txt."""
     names = list(_class_names(folder).values())
-    there = set(folders_in(images))
+    there = set(list_folders(images))
     absent = [n for n in range(len(names)) if str(n) not in there]
     if absent:
         raise DataError(
-            f'folder "{images}": no folder "{absent[0]}" for the class of that number, '
-            f"{len(absent)} such class(es) in all"
+            f'folder "{images}": {len(absent)} missing class folder(s), first "{absent[0]}"'
         )
     return CoopSplit(
         test=tuple(
@@ -230,7 +229,7 @@ def imagenet_v2(folder: Path, images: Path, _generator: random.Random) -> CoopSp
 
 def _by_word_net(images: Path, below: str, names: dict[str, str]) -> tuple[Item, ...]:
     items: list[Item] = []
-    for label, folder in enumerate(folders_in(images / below)):
+    for label, folder in enumerate(list_folders(images / below)):
         if folder not in names:
             raise DataError(f'folder "{images / below / folder}": not in classnames.txt')
         items += [Item(path, label, names[folder]) for path in _image_files(images, below + folder)]
@@ -238,19 +237,19 @@ def _by_word_net(images: Path, below: str, names: dict[str, str]) -> tuple[Item,
 
 
 def _class_names(folder: Path) -> dict[str, str]:
-    """Read `n01440764 tench` lines, in their order; the file of imagenet beside serves as well."""
+    """Read `n01440764 tench` lines in order; the file in imagenet's folder is the fallback."""
     path = folder / "classnames.txt"
-    beside = folder.parent / "imagenet" / "classnames.txt"
+    shared = folder.parent / "imagenet" / "classnames.txt"
     names: dict[str, str] = {}
-    for where, line in _lines(path if path.exists() or not beside.exists() else beside):
+    for where, line in _lines(path if path.exists() or not shared.exists() else shared):
         word_net, _, name = line.partition(" ")
         if not name.strip() or word_net in names:
-            raise DataError(f'{where}: expected "n01440764 tench", once each, got {line!r}')
+            raise DataError(f'{where}: expected a new "n01440764 tench", got {line!r}')
         names[word_net] = name.strip()
     return names
 
 
-def _held_out(
+def _split_val(
     trainval: list[Item], test: list[Item], generator: random.Random, folder: Path
 ) -> CoopSplit:
     train, val = hold_out_val(trainval, VAL_FRACTION, generator, f'folder "{folder}"')
@@ -258,7 +257,7 @@ def _held_out(
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield where each line stands and its text; empty lines and comments are left out."""
+    """Yield the location and text of each line, without empty lines and comments."""
     where = f'list "{path}"'
     for number, line in enumerate(read_text(path, where).splitlines(), 1):
         if line.strip() and not line.startswith("#"):
@@ -267,12 +266,12 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _item(path: str, label: int, name: str, where: str) -> Item:
     if not is_inside(path):
-        raise DataError(f"{where}: path {path!r} leaves the image folder")
+        raise DataError(f"{where}: path {path!r} is outside the image folder")
     return Item(path, label, name)
 
 
-def folders_in(folder: Path, ignored: Collection[str] = ()) -> list[str]:
-    """Return the names of the visible folders in one, sorted by code point."""
+def list_folders(folder: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Return the names of the visible sub-folders, sorted by code point."""
     try:
         return sorted(
             entry.name
@@ -290,5 +289,5 @@ def _image_files(root: Path, below: str) -> list[str]:
     """
     found, _ = images_below(root / below, f'folder "{root}"')
     if not found:
-        raise DataError(f'folder "{root}": class folder "{below}" holds no images')
+        raise DataError(f'folder "{root}": class folder "{below}" contains no images')
     return [path.relative_to(root).as_posix() for path in found]

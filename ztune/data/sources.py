@@ -1,10 +1,10 @@
-"""Where images come from: a data set known by name below a root, or a path to one's own.
+"""Read images from a named data set below a root folder, or from a path.
 
     read_source("dtd", Path("/data"))     # the published lists
-    read_source("photos", None)           # one's own
+    read_source("photos", None)           # your images
 
-One's own are class folders, folders train, val and test, a manifest (folders.py), or a folder with
-parquet files of the Hugging Face hub, whose images are extracted beside them once (parquet.py).
+A path is a folder of class folders, of train, val and test folders, a manifest (folders.py), or a
+folder with parquet files of the Hugging Face hub, whose images are extracted once (parquet.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ztune.data import parquet
-from ztune.data.checking import doubts, is_published
+from ztune.data.checking import find_deviations, is_published
 from ztune.data.folders import Listing, read_dataset
 from ztune.data.library import NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
 
 TEMPLATE = "a photo of a {}."
-"""The hand-written prompt of data for which none was published."""
+"""The template of data without a published one."""
 
 
 def read_source(
@@ -33,31 +33,33 @@ def read_source(
     *,
     pipe: bool = True,
 ) -> Listing:
-    """Return the images of a data set by name, where there is a root, or by path.
+    """Return the images of a named data set, if there is a root, or of a path.
 
-    With `tuned` every class must have images to tune with. `names` is a names file as a person
-    names it: it may be a pipe, unless a plan names it.
+    With `tuned` every class must have training images. The names file `names` may be a pipe, except
+    in a plan.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     if root is None:
-        return read_dataset(_listed(Path(place)), names, tuned, pipe=pipe)
+        return read_dataset(_extract_parquet(Path(place)), names, tuned, pipe=pipe)
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(
-            f'data set "{data.spec.name}" has no images to tune with, only to test on (tune on '
-            "another, and score on this one with ztune eval)"
+            f'data set "{data.spec.name}" has only test images (tune on another data set, and '
+            "score on this one with ztune eval)"
         )
-    return replace(data.dataset(), notes=_remarks_on(data), is_published=is_published(data))
+    return replace(
+        data.dataset(), notes=_describe_deviations(data), is_published=is_published(data)
+    )
 
 
 def find_named(place: str, root: Path | None) -> Spec | None:
-    """Return the data set that a bare word names, None for a path.
+    """Return the data set of a name, or None for a path.
 
     Raises: ConfigError for a name that is also a path here, or has no root; DataError for a word
         that is neither.
     """
-    if Path(place).name != place:  # "./dtd" is a path, whatever is called dtd
+    if Path(place).name != place:  # "./dtd" is always a path
         return None
     exists = Path(place).exists()
     try:
@@ -68,41 +70,41 @@ def find_named(place: str, root: Path | None) -> Spec | None:
         return None
     if exists and not (root and _is_same(Path(place), root / spec.folder)):
         raise ConfigError(
-            f'"{place}" is the name of a data set and a path here (write "./{place}" for the '
-            f"path; to mean the data set of the name, start elsewhere and give `root=DIR`)"
+            f'"{place}" is both a named data set and a path here (write "./{place}" for the path; '
+            "for the named data set, use another working folder and `root=DIR`)"
         )
     if root is None:
         raise ConfigError(
-            f'"{place}" is the name of a data set, and there is no path of that name (add '
-            f'`root=DIR`, the folder that holds "{spec.folder}")'
+            f'"{place}" is a named data set, and no such path exists (add `root=DIR`, the folder '
+            f'that contains "{spec.folder}")'
         )
     return spec
 
 
 def _suggest(place: str, root: Path | None) -> None:
-    """Raise DataError where a name was meant: one is close, or there is a root for it."""
+    """Raise DataError if the user probably meant a name: one is similar, or there is a root."""
     close = difflib.get_close_matches(place.lower(), NAMED, n=1, cutoff=0.65)
     if close or root:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(NAMED)}"
-        raise DataError(f'data "{place}" does not exist and is no known data set ({hint})')
+        raise DataError(f'data "{place}" is neither a path nor a known data set ({hint})')
 
 
 def _is_same(path: Path, other: Path) -> bool:
     try:
         return path.samefile(other)
-    except OSError:  # the other is not there
+    except OSError:  # the other does not exist
         return False
 
 
 def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
-    """Read a data set by name, and keep what has to be made where its folder may be written."""
+    """Read a named data set, and save a drawn split if its folder is writable."""
     if names is not None:
-        raise ConfigError(f'data set "{spec.name}" brings its class names; leave out `names`')
+        raise ConfigError(f'data set "{spec.name}" includes class names; omit `names`')
     return read_named(spec.name, root, save=os.access(data_folder(spec, root), os.W_OK))
 
 
-def _remarks_on(data: NamedData) -> tuple[str, ...]:
-    """Return what of a data set by name is not as published, a line each."""
+def _describe_deviations(data: NamedData) -> tuple[str, ...]:
+    """Return how a named data set differs from what was published, one line each."""
     title, remarks = data.spec.title, []
     if not data.has_published_lists:
         extracted = data.root.name == parquet.EXTRACTED
@@ -110,13 +112,13 @@ def _remarks_on(data: NamedData) -> tuple[str, ...]:
             f"{title} has no published split file here, so its train, val and test are "
             f"{'those of its parquet files' if extracted else 'drawn by ztune'}"
         )
-    return (*remarks, *(f"{title} has {doubt}" for doubt in doubts(data)))
+    return (*remarks, *(f"{title} has {line}" for line in find_deviations(data)))
 
 
-def _listed(path: Path) -> Path:
-    """Return a path as `read_dataset` takes it: of parquet files, the manifest of their images.
+def _extract_parquet(path: Path) -> Path:
+    """Return a path for `read_dataset`: for parquet files, the manifest of their images.
 
-    Parquet files beside class folders are left alone, as all other files there.
+    Parquet files next to class folders are ignored.
     """
     if not path.is_dir():
         return path

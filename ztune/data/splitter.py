@@ -1,13 +1,13 @@
-"""Which images train, validate and test: drawn once, recorded by content, checked on resume.
+"""Split images into training, validation and test: drawn once, recorded by content.
 
-There are two samplers, and the data decide which one draws, the same for every verb:
+The data determine which of two samplers is used, in every command:
 
-`hash`, for one's own images. Whether an image is kept for testing is a function of its content and
-`split_seed` alone, so that, while there is a test set, adding images moves no other one between
-training and test. Whether there is one is counted (`SplitSettings.test_fraction`). Shots are drawn
-from the others in the order of SHA-256("tune:seed:digest of the image"): neither file names, other
-classes nor the NumPy version change that order, and the 4-shot set is a part of the 16-shot set of
-the same seed.
+`hash`, for your images. Whether an image is a test image depends only on its content and
+`split_seed`, so adding images moves no other image between training and test while there is a test
+set. Whether there is one depends on the number of images (`SplitSettings.test_fraction`). Shots are
+drawn from the others in the order of SHA-256("tune:seed:digest of the image"), independent of file
+names, other classes and the NumPy version; the 4-shot set is a subset of the 16-shot set of the
+same seed.
 
 `coop`, for published lists (`Listing.lists`). Draws what CoOp's published code draws for the same
 lists and seed: coop.py. Test images are those of the lists.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ztune.data.coop import CoopSplit, Item, by_label, few_shot, shown
+from ztune.data.coop import CoopSplit, Item, by_label, display_name, few_shot
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.split import ROLES, Entry, Progress, Split, SplitSettings
@@ -29,13 +29,13 @@ from ztune.errors import DataError
 from ztune.io.files import sha256
 
 Digest = Callable[[Path], str]
-"""Gives the SHA-256 of an image's file."""
+"""Returns the SHA-256 of an image's file."""
 
 
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file.
 
-    Raises: DataError where it cannot be read.
+    Raises: DataError when it cannot be read.
     """
     try:
         return sha256(path)
@@ -62,19 +62,19 @@ def make_split(
     test_data: Listing | None = None,
     digest: Digest = digest_file,
 ) -> Split:
-    """Draw the images that train, validate and test: `hash` for one's own, `coop` for published.
+    """Draw training, validation and test images by `coop` for published lists, else by `hash`.
 
-    `digest` gives a file's SHA-256; of published lists only what is drawn is digested. `test_data`
-    is another data set to test on.
+    `digest` returns a file's SHA-256; of published lists only drawn images are read. `test_data` is
+    another data set to test on.
 
-    Raises: DataError when a class has too few images, one of one's own images would have two
-        classes or two roles, or `test_data` has other classes.
+    Raises: DataError when a class has too few images, an image outside published lists has two
+        classes or roles, or `test_data` has other classes.
     """
     if dataset.has_splits or test_data:
-        source = "train and test images of its own" if dataset.has_splits else "`test_data`"
+        source = "its own train and test images" if dataset.has_splits else "`test_data`"
         asked = "split_seed" if settings.split_seed else "test_fraction"
         if settings.split_seed or settings.test_fraction != "auto":
-            raise DataError(f'data "{dataset.root}" has {source}: leave out `{asked}`')
+            raise DataError(f'data "{dataset.root}" has {source}: omit `{asked}`')
     sample = _hash_split if dataset.lists is None else _coop_split
     return sample(dataset, settings, test_data, digest)
 
@@ -82,38 +82,38 @@ def make_split(
 def _hash_split(
     dataset: Listing, settings: SplitSettings, test_data: Listing | None, digest: Digest
 ) -> Split:
-    """Cut off test images by hash where the data have none; draw shots, then validation images."""
+    """Hold out test images by hash if the data have none; draw shots, then validation images."""
     classes, notes, roots = dataset.classes, [*dataset.notes], {"data": dataset.root.absolute()}
     pool = entries_of(dataset, digest)
     if test_data:
-        tested, note = _tested_elsewhere(dataset, test_data, digest)
+        tested, note = _read_test_data(dataset, test_data, digest)
         pool = [entry for entry in pool if entry.role != "test"] + tested
         notes += note
         roots["test"] = test_data.root.absolute()
-    pool, n_copies = _without_copies(pool, classes, roots)
+    pool, n_copies = _remove_duplicates(pool, classes, roots)
     if n_copies:
-        notes.append(f"exact copies of another image, left out: {n_copies}")
+        notes.append(f"exact duplicates of another image, omitted: {n_copies}")
     by_class: list[list[Entry]] = [[] for _ in classes]
     for entry in pool:
         by_class[entry.label].append(entry)
     if not dataset.has_splits and not test_data:
-        by_class, note = _cut_off_test(by_class, classes, settings)
+        by_class, note = _hold_out_test(by_class, classes, settings)
         notes += note
     elif not any(entry.role == "test" for entry in pool):
         notes.append("no test set: the data has none (add a test folder, or use `test_data`)")
-    by_class = [_choose(entries, settings) for entries in by_class]
+    by_class = [_assign_roles(entries, settings) for entries in by_class]
     _check_shots(by_class, pool, classes, settings)
     notes += _check_val(by_class, classes, settings)
     entries = [entry for part in by_class for entry in part]
-    return Split(roots, classes, in_order(entries), settings, tuple(notes), "hash")
+    return Split(roots, classes, sort_entries(entries), settings, tuple(notes), "hash")
 
 
 def _coop_split(
     dataset: Listing, settings: SplitSettings, test_data: Listing | None, digest: Digest
 ) -> Split:
-    """Draw what CoOp's published code draws of the same lists with the same seed (coop.py).
+    """Draw what CoOp's published code draws from the same lists with the same seed (coop.py).
 
-    Test images stay as published, copies included; what equals one of them may be drawn as well.
+    Test images stay as published, including duplicates, which may also be drawn for training.
     """
     assert dataset.lists is not None
     notes, roots = [*dataset.notes], {"data": dataset.root.absolute()}
@@ -121,23 +121,23 @@ def _coop_split(
     tested: list[Entry] = []
     if test_data:
         drawn = replace(drawn, test=())
-        tested, note = _tested_elsewhere(dataset, test_data, digest)
+        tested, note = _read_test_data(dataset, test_data, digest)
         notes += note
         roots["test"] = test_data.root.absolute()
     entries = entries_of_lists(drawn, dataset.root, dataset.classes, digest) + tested
-    notes += remarks_on_drawn(drawn, settings.shots, settings.n_val)
+    notes += describe_shortages(drawn, settings.shots, settings.n_val)
     tuned_on = {entry.sha256 for entry in entries if entry.role != "test"}
     copies = sum(entry.role == "test" and entry.sha256 in tuned_on for entry in entries)
     if copies:
         notes.append(
-            f"test images that equal one that is tuned on, byte by byte: {copies} (they stay, as "
+            f"test images identical to a training or validation image: {copies} (kept, as "
             "published)"
         )
-    return Split(roots, dataset.classes, in_order(entries), settings, tuple(notes), "coop")
+    return Split(roots, dataset.classes, sort_entries(entries), settings, tuple(notes), "coop")
 
 
-def as_split(dataset: Listing) -> CoopSplit:
-    """Return the lists of a data set that was read from folders or a manifest, in its order.
+def to_coop_split(dataset: Listing) -> CoopSplit:
+    """Return the lists of a data set from folders or a manifest, in order.
 
     Images without a split are training images.
     """
@@ -149,7 +149,7 @@ def as_split(dataset: Listing) -> CoopSplit:
 
 
 def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:
-    """Return the images of a listing in its order; those without a role are training images."""
+    """Return the images of a listing in order; those without a role are training images."""
     return [
         Entry("data", p.path, digest(dataset.root / p.path), p.label, p.split or "train")
         for p in dataset.images
@@ -159,27 +159,27 @@ def entries_of(dataset: Listing, digest: Digest) -> list[Entry]:
 def entries_of_lists(
     lists: CoopSplit, root: Path, classes: Sequence[str], digest: Digest
 ) -> list[Entry]:
-    """Return the images of published lists; labels of one class name are one class."""
+    """Return the images of published lists; labels with the same name are one class."""
     label_of = {name: label for label, name in enumerate(classes)}
     return [
-        Entry("data", item.path, digest(root / item.path), label_of[shown(item.name)], role)
+        Entry("data", item.path, digest(root / item.path), label_of[display_name(item.name)], role)
         for role, item in lists
     ]
 
 
-def in_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """Return entries by role, then class, within a class as they are."""
+def sort_entries(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Sort entries by role, then class, keeping the order within a class."""
     return tuple(sorted(entries, key=lambda entry: (ROLES.index(entry.role), entry.label)))
 
 
-def remarks_on_drawn(drawn: CoopSplit, shots: int, n_val: int | None = None) -> list[str]:
-    """Return what published lists do not have for so many shots, a line each."""
+def describe_shortages(drawn: CoopSplit, shots: int, n_val: int | None = None) -> list[str]:
+    """Return what published lists lack for `shots` and `n_val`, one line each."""
     remarks = []
     if short := [group for group in by_label(drawn.train).values() if len(group) < shots]:
         fewest = min(short, key=len)
         remarks.append(
-            f"{len(short)} class(es) have fewer than {shots} images to tune with and give "
-            f'all they have, "{fewest[0].name}" {len(fewest)}'
+            f"{len(short)} class(es) have fewer than {shots} training images (fewest: "
+            f'{len(fewest)}, "{fewest[0].name}"); all are used'
         )
     if n_val is not None:
         counts = Counter(item.label for item in drawn.val)
@@ -187,50 +187,48 @@ def remarks_on_drawn(drawn: CoopSplit, shots: int, n_val: int | None = None) -> 
         if few:
             least = min(counts[label] for label in few)
             remarks.append(
-                f"{len(few)} class(es) have fewer than {n_val} images to validate on and give all "
-                f"they have, one has {least}"
+                f"{len(few)} class(es) have fewer than {n_val} validation images (fewest: {least});"
+                " all are used"
             )
     if not drawn.val and n_val != 0:
-        remarks.append("no validation images: heads take their settings from the shots")
+        remarks.append("no validation images: heads choose their settings by the shots")
     return remarks
 
 
-def whole_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
-    """Return a split in which every image is there to tune with.
+def training_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
+    """Return a split in which every image is a training image.
 
-    Those of a class are in the order drawn with `seed`, as those of a file are; None: as given.
+    Images of a class are shuffled by `seed`; None keeps their order.
 
-    Raises: DataError for one image with two classes, or a class without any.
+    Raises: DataError for an image with two classes, or a class without images.
     """
     classes, roots = listing.classes, {"data": listing.root.absolute()}
-    pool, n_copies = _without_copies(entries_of(listing, digest), classes, roots)
-    notes = [f"exact copies of another image, left out: {n_copies}"] if n_copies else []
+    pool, n_copies = _remove_duplicates(entries_of(listing, digest), classes, roots)
+    notes = [f"exact duplicates of another image, omitted: {n_copies}"] if n_copies else []
     by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
     if seed is not None:
-        by_class = [_drawn(entries, "tune", seed) for entries in by_class]
+        by_class = [_shuffle(entries, "tune", seed) for entries in by_class]
     for name, entries in zip(classes, by_class, strict=True):
         if not entries:
-            raise DataError(f'class "{name}" has no image')
+            raise DataError(f'class "{name}" has no images')
     settings = SplitSettings(max(map(len, by_class)), 0, 0, 0, seed or 0)
     drawn = tuple(entry for part in by_class for entry in part)
     return Split(roots, classes, drawn, settings, (*notes,), "hash")
 
 
-def _tested_elsewhere(
+def _read_test_data(
     dataset: Listing, other: Listing, digest: Digest
 ) -> tuple[list[Entry], list[str]]:
-    """Return the test images of `test_data`, its test folder or all where it has no splits.
+    """Return the test images of `test_data` (all if it has no splits), and notes.
 
-    With them: what to tell of the data's own, which are not used.
-
-    Raises: DataError where it has other classes, or no test images.
+    Raises: DataError when it has other classes, or no test images.
     """
     missing = sorted(set(dataset.classes) - set(other.classes))
     extra = sorted(set(other.classes) - set(dataset.classes))
     if missing or extra:
         listed = "; ".join(
             f"{what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("not among the data's", extra))
+            for what, names in (("missing", missing), ("unknown", extra))
             if names
         )
         raise DataError(f'`test_data` "{other.root}" has other classes than the data ({listed})')
@@ -238,17 +236,17 @@ def _tested_elsewhere(
     if not tested:
         raise DataError(f'`test_data` "{other.root}" has splits but no test images')
     unused = sum(image.split == "test" for image in dataset.images)
-    note = [f"test images of the data itself not used: {unused}"] if unused else []
+    note = [f"test images of the data, not used: {unused}"] if unused else []
     entries = entries_of(replace(other, images=tested), digest)
     return [replace(entry, root="test", role="test") for entry in entries], note
 
 
-def _without_copies(
+def _remove_duplicates(
     pool: Iterable[Entry], classes: Sequence[str], roots: Mapping[str, Path]
 ) -> tuple[list[Entry], int]:
-    """Keep the first of equal files, and return how many others there were.
+    """Keep the first of equal files, and return the number of others.
 
-    Raises: DataError where equal files have different classes or roles.
+    Raises: DataError when equal files have different classes or roles.
     """
     first: dict[str, Entry] = {}
     conflicts = []
@@ -267,23 +265,23 @@ def _without_copies(
         )
         what = "classes" if conflicts[0][0].label != conflicts[0][1].label else "roles"
         raise DataError(
-            f"the same image has two {what}: {shown}; {len(conflicts)} such pair(s) in all "
+            f"the same image has two {what}: {shown}; {len(conflicts)} such pair(s) in total "
             "(remove one of each)"
         )
     return list(first.values()), n_copies
 
 
-def _drawn(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:
+def _shuffle(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:
     def turn(entry: Entry) -> bytes:
         return hashlib.sha256(f"{purpose}:{seed}:{entry.sha256}".encode()).digest()
 
     return sorted(entries, key=turn)
 
 
-def _cut_off_test(
+def _hold_out_test(
     by_class: list[list[Entry]], classes: Sequence[str], settings: SplitSettings
 ) -> tuple[list[list[Entry]], list[str]]:
-    """Give the role test to every image whose hash says so, whatever other images there are."""
+    """Assign the role test by each image's hash, independently of other images."""
     if settings.test_fraction == 0:
         return by_class, ["no test set: `test_fraction` is 0"]
     share = 0.5 if settings.test_fraction == "auto" else settings.test_fraction
@@ -296,7 +294,7 @@ def _cut_off_test(
     ]
     tested, left = _count(cut, "test"), _count(cut, "train")
     if settings.test_fraction == "auto":
-        if why := _too_few(tested, left, classes, settings):
+        if why := _reason_for_no_test(tested, left, classes, settings):
             return by_class, [f"no test set: {why} (add a test folder, or use `test_data`)"]
     elif 0 in tested:
         none = [name for name, n in zip(classes, tested, strict=True) if n == 0]
@@ -309,31 +307,31 @@ def _is_tested(entry: Entry, share: float, seed: int) -> bool:
     return int.from_bytes(turn[:8], "big") < share * 2**64
 
 
-def _too_few(
+def _reason_for_no_test(
     tested: Sequence[int], left: Sequence[int], classes: Sequence[str], settings: SplitSettings
 ) -> str | None:
-    """Return why `auto` keeps no test images, None where it does."""
+    """Return why `auto` holds out no test images, or None if it does."""
     needed = 2 * (settings.shots + settings.wanted_val)
     least = settings.shots + (settings.n_val or 0)
     for name, n_test, n_left in zip(classes, tested, left, strict=True):
         if (n := n_test + n_left) < needed:
             return (
-                f'class "{name}" has {n} images, and half is kept for testing from {needed} in '
-                "every class"
+                f'class "{name}" has {n} images, and half are held out only with at least {needed} '
+                "in every class"
             )
         if n_test == 0 or n_left < least:
             return (
-                f'of the {n} images of class "{name}" {n_test} would be kept for testing and '
-                f"{n_left} left to tune with, at least 1 and {least} are needed"
+                f'class "{name}" would have {n_test} test and {n_left} training images of {n}, '
+                f"expected at least 1 and {least}"
             )
     return None
 
 
-def _choose(entries: list[Entry], settings: SplitSettings) -> list[Entry]:
-    """Fill the shots, then validation, from one class; images left over have no role."""
-    drawn = _drawn((entry for entry in entries if entry.role == "train"), "tune", settings.seed)
+def _assign_roles(entries: list[Entry], settings: SplitSettings) -> list[Entry]:
+    """Assign one class's images to the shots, then to validation; drop the others."""
+    drawn = _shuffle((entry for entry in entries if entry.role == "train"), "tune", settings.seed)
     given = [entry for entry in entries if entry.role == "val"]
-    val = _drawn(given, "tune", settings.seed) if given else drawn[settings.shots :]
+    val = _shuffle(given, "tune", settings.seed) if given else drawn[settings.shots :]
     return [
         *drawn[: settings.shots],
         *(replace(entry, role="val") for entry in val[: settings.wanted_val]),
@@ -357,11 +355,11 @@ def _check_shots(
     label = short[0]
     n_train, n_test = _count(by_class, "train")[label], _count(by_class, "test")[label]
     n_all = Counter(entry.label for entry in pool if entry.role == "train")[label]
-    kept = f" ({n_all} less {n_test} kept for testing)" if n_all > n_train else ""
+    kept = f" ({n_all} minus {n_test} for testing)" if n_all > n_train else ""
     raise DataError(
-        f'class "{classes[label]}" has {n_train} images to tune with{kept}, `shots` '
-        f"{settings.shots} needs {settings.shots}; {len(short)} such class(es) in all (add "
-        "images or ask for fewer shots)"
+        f'class "{classes[label]}" has {n_train} training images{kept}, expected at least '
+        f"{settings.shots} (`shots`); {len(short)} such class(es) in total (add images or reduce "
+        "`shots`)"
     )
 
 
@@ -375,10 +373,10 @@ def _check_val(
     name = classes[counts.index(fewest)]
     if settings.n_val is not None:
         raise DataError(
-            f'class "{name}" has {fewest} images left for validation, `val` {wanted} needs '
-            f"{wanted} (add images, or leave out `val` to take what is left)"
+            f'class "{name}" has {fewest} images left for validation, expected {wanted} (`val`); '
+            "add images, or omit `val` to use those left"
         )
     if max(counts) == 0:
-        return ["no validation images: the shots take them all"]
+        return ["no validation images: all are shots"]
     each = str(fewest) if fewest == max(counts) else f"{fewest} to {max(counts)}"
-    return [f"validation: {each} images per class instead of {wanted}: shots are filled first"]
+    return [f"validation: {each} images per class instead of {wanted}, since shots come first"]

@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot, shown
+from ztune.data.coop import CoopSplit, Item, base_and_new, display_name, few_shot
 from ztune.data.folders import Listing
 from ztune.data.split import ROLES, Sampler, Split, SplitSettings
 from ztune.data.splitter import (
     Digest,
-    as_split,
+    describe_shortages,
     digest_file,
     entries_of_lists,
-    in_order,
     make_split,
-    remarks_on_drawn,
+    sort_entries,
+    to_coop_split,
 )
 from ztune.errors import DataError
 
@@ -73,7 +73,7 @@ class Source:
         listing = self.listing
         if listing.lists is not None:
             return listing.lists
-        return as_split(listing) if listing.has_splits else self.draw(1, 0)
+        return to_coop_split(listing) if listing.has_splits else self.draw(1, 0)
 
 
 def lists_of(split: Split) -> CoopSplit:
@@ -124,7 +124,7 @@ class Task:
 
 def classes_of(items: Sequence[Item]) -> tuple[str, ...]:
     """Return the class names as templates take them, sorted by code point, each once."""
-    return tuple(sorted({shown(item.name) for item in items}))
+    return tuple(sorted({display_name(item.name) for item in items}))
 
 
 def task_of(
@@ -161,7 +161,7 @@ def _group(part: Part) -> str:
 
 def remarks_on(task: Task) -> list[str]:
     """Return what is unusual about a task, a line each."""
-    remarks = remarks_on_drawn(task.drawn, task.shots)
+    remarks = describe_shortages(task.drawn, task.shots)
     for part in task.parts:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
@@ -188,7 +188,9 @@ def split_of(task: Task, digest: Digest) -> Split:
     root = task.source.root
     entries = entries_of_lists(task.drawn, root, task.classes, digest)
     settings = SplitSettings(task.shots, test_fraction=0.0, seed=task.seed)
-    return Split({"data": root}, task.classes, in_order(entries), settings, (), task.source.sampler)
+    return Split(
+        {"data": root}, task.classes, sort_entries(entries), settings, (), task.source.sampler
+    )
 
 
 def tested_split(part: Part, digest: Digest) -> Split:

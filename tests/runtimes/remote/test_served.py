@@ -171,9 +171,9 @@ def test_templates_are_encoded_as_here(
 ) -> None:
     served, tokenizer = connected(f"triton://{triton.grpc}/all"), Tokenizer(bundle)
     for template in ("a photo of the digit {}.", "{}"):
-        got = served.prompts(tokenizer).sentences(template, WORDS)
+        got = served.prompts(tokenizer).encode_template(template, WORDS)
         local = OrtPromptGraph(bundle, tokenizer, Execution(threads=1))
-        np.testing.assert_allclose(got, local.sentences(template, WORDS), atol=1e-6)
+        np.testing.assert_allclose(got, local.encode_template(template, WORDS), atol=1e-6)
 
 
 def test_logits_of_unit_vectors_are_the_features(
@@ -207,7 +207,7 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
         assert served.access == given
-        assert served.withheld == access.EVERYTHING - given
+        assert served.missing == access.EVERYTHING - given
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
 

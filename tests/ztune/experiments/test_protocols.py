@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import DIGITS
 from tests.ztune.data_trees import TREES
 from tests.ztune.test_data_named import built
-from ztune.data.coop import CoopSplit, Item, base_and_new, few_shot, shown
+from ztune.data.coop import CoopSplit, Item, base_and_new, display_name, few_shot
 from ztune.data.folders import ListedImage, Listing, read_dataset
 from ztune.data.named import NAMED
 from ztune.data.sources import read_source
@@ -48,8 +48,10 @@ def source(*names: str, name: str = "pets", train: int = 6, val: int = 5, test: 
 
 def published(name: str, lists: CoopSplit) -> Source:
     """Return a data set with published lists."""
-    classes = tuple(sorted({shown(item.name) for _, item in lists}))
-    images = tuple(ListedImage(i.path, classes.index(shown(i.name)), role) for role, i in lists)
+    classes = tuple(sorted({display_name(item.name) for _, item in lists}))
+    images = tuple(
+        ListedImage(i.path, classes.index(display_name(i.name)), role) for role, i in lists
+    )
     listing = Listing(ROOT / name, classes, images, 0, lists=lists)
     return Source(name, listing, ("a photo of a {}.",))
 
@@ -161,7 +163,7 @@ def test_shots_are_drawn_of_all_classes_before_these_are_divided() -> None:
     [
         (("dog", "cat"), 'data set "pets" has test images of 1 base class'),
         (("dog", "cat", "eel"), 'data set "pets" has test images of 1 new class'),
-        (("dog",), "there is one class only"),
+        (("dog",), r"got 1 class\(es\), expected at least 2"),
     ],
 )
 def test_halves_of_one_class_are_refused(names: tuple[str, ...], message: str) -> None:
@@ -213,9 +215,9 @@ def test_a_target_must_have_two_classes(names: tuple[str, ...]) -> None:
 
 
 def test_impossible_shots_and_seeds_are_refused() -> None:
-    with pytest.raises(ConfigError, match="0 shots"):
+    with pytest.raises(ConfigError, match="`shots` is 0"):
         task_of("few-shot", source("dog", "cat"), (), 0, 1)
-    with pytest.raises(ConfigError, match="seed is -1"):
+    with pytest.raises(ConfigError, match="`seed` is -1"):
         task_of("few-shot", source("dog", "cat"), (), 1, -1)
 
 
@@ -269,8 +271,8 @@ def test_classes_with_fewer_images_than_shots_are_told_of() -> None:
     task = task_of("few-shot", few, (), 4, 1)
     assert [item.name for item in task.drawn.train].count("cat") == 1
     (remark,) = remarks_on(task)
-    assert remark.startswith("2 class(es) have fewer than 4 images to tune with")
-    assert remark.endswith('"cat" 1')
+    assert remark.startswith("2 class(es) have fewer than 4 training images")
+    assert remark.endswith('(fewest: 1, "cat"); all are used')
     assert remarks_on(task_of("few-shot", few, (), 1, 1)) == []
     # Of classes that are not tuned on nothing is said.
     assert len(remarks_on(task_of("base-to-new", few, (), 4, 1))) == 1

@@ -73,7 +73,7 @@ def towers(patches: Patches | None = PATCHES) -> ModelSpec:
         token_table=table,
         context_of_words=lambda words: table[: len(words.split())],
         image_size=SIZE,
-        decoder_start=lambda rng: decoder.start(N_EXTRACTED, SIZE, rng),
+        decoder_start=lambda rng: decoder.initial_values(N_EXTRACTED, SIZE, rng),
         patches=patches,
         ids_of_words=lambda words: np.arange(len(words.split())),
         words=lambda: WORDS,
@@ -240,7 +240,7 @@ def test_dimensions_as_published() -> None:
     # A tower of 224 px and an extractor of 768 values, as in the papers.
     published = ModelSpec(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
-        lambda rng: decoder.start(768, 224, rng), None,
+        lambda rng: decoder.initial_values(768, 224, rng), None,
         lambda _: np.zeros(1, np.int64), lambda: WORDS,
     )  # fmt: skip
     assert dim(BarConfig(), published) == 150_528

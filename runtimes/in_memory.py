@@ -1,4 +1,4 @@
-"""Images that are in memory, read by an image encoder where it would read files."""
+"""Encode images in memory where an image encoder expects files."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from runtimes.bundle import ImageSpec
 from runtimes.preprocess import crop, random_view
 from ztune.types import F32, U8, ImageEncoder
 
-Held = Mapping[Path, Image.Image]
-"""Upright 8-bit RGB images by a path that no file has."""
+InMemoryImages = Mapping[Path, Image.Image]
+"""Upright 8-bit RGB images by placeholder path."""
 
 
 @dataclass(frozen=True)
-class HoldingEncoder:
-    """An image encoder (an ImageEncoder) that has some images in memory."""
+class InMemoryImageEncoder:
+    """An image encoder (an ImageEncoder) with some images in memory."""
 
     encoder: ImageEncoder
     spec: ImageSpec
-    held: Held
+    images: InMemoryImages
 
     @property
     def identity(self) -> str:
         return self.encoder.identity
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        image = self.held.get(path)
+        image = self.images.get(path)
         if image is None:
             return self.encoder.read(path, view)
         return crop(image, self.spec) if view is None else random_view(image, self.spec, view)
@@ -40,8 +40,8 @@ class HoldingEncoder:
         return self.encoder.encode(pixels)
 
 
-def digest_of(image: Image.Image) -> str:
-    """Return the SHA-256 of an RGB image's size and pixels: it stands where a file's does."""
+def image_digest(image: Image.Image) -> str:
+    """Return the SHA-256 of an RGB image's size and pixels, in place of a file's."""
     digest = hashlib.sha256(f"RGB {image.width} {image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The course of the measurement: the cells that are not there yet, one after another."""
+"""Run the missing cells of the measurement one after another."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.measure import say
-from benchmarks.query_cells import Cell, carried_out, claimed
-from benchmarks.query_scoring import scored
+from benchmarks.query_cells import Cell, claim, run_to_end
+from benchmarks.query_scoring import score_run
 from benchmarks.query_tasks import TASKS
 from runtimes.providers import Execution
 from ztune.errors import ZtuneError
@@ -22,18 +22,18 @@ from ztune.types import Json
 
 @dataclass(frozen=True)
 class Driver:
-    """Where cells are kept, what they are made of, and the models that are open."""
+    """Runs cells, with their folders and the open models."""
 
     out: Path
     work: Path
-    """Derived image sets are written here."""
+    """Folder of derived image sets."""
     images: Path | None
     bundle: Path | None
     commit: str | None
     benches: dict[Path, Model] = field(default_factory=dict)
 
     def run(self, cells: Sequence[Cell]) -> int:
-        """Carry out what is lacking; return how many cells failed."""
+        """Run the missing cells; return the number of failed ones."""
         n_failed = 0
         for number, cell in enumerate(cells, 1):
             if cell.file(self.out).is_file():
@@ -41,15 +41,15 @@ class Driver:
             started = time.monotonic()
             try:
                 with one_blas_thread():
-                    said = self._carry_out(cell)
+                    said = self._run(cell)
             except ZtuneError as error:
                 n_failed, said = n_failed + 1, f"failed: {error}"
             taken = time.monotonic() - started
             say(f"[{number}/{len(cells)}] {cell}: {said} ({taken:.1f} s)")
         return n_failed
 
-    def _carry_out(self, cell: Cell) -> str:
-        """Carry out a cell that nobody else does; say what became of it.
+    def _run(self, cell: Cell) -> str:
+        """Run a cell unless another process does; return the outcome in words.
 
         Raises: ZtuneError.
         """
@@ -57,17 +57,17 @@ class Driver:
         data, bundle = task.data(self.images, self.work), task.bundle(self.bundle)
         run_config = cell.run_config(bundle, data, self.out / "cache")
         _, split = read_split(run_config)
-        twin = cell.twin(len(split.entries_of("train")))
-        if twin:
-            return f"the same as {twin}"
+        equal_label = cell.equal_label(len(split.entries_of("train")))
+        if equal_label:
+            return f"the same as {equal_label}"
         file = cell.file(self.out)
-        with claimed(cell, self.out) as run:
+        with claim(cell, self.out) as run:
             if run is None or file.is_file():
-                return "another process has it"
-            finished = carried_out(run_config, split, self._bench(bundle), run)
+                return "run by another process"
+            finished = run_to_end(run_config, split, self._bench(bundle), run)
             new = task.of_new_classes
             new_data = None if new is None else new.data(self.images, self.work)
-            found = scored(*finished, new_data)
+            found = score_run(*finished, new_data)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**_heading(cell), **found, **self._circumstances()})
         curve = found["curve"]
@@ -76,7 +76,7 @@ class Driver:
         return f"{accuracy:.1%} on the test images" if isinstance(accuracy, float) else "done"
 
     def _bench(self, bundle: Path) -> Model:
-        """Return an opened model, the one of an earlier cell where it is the same."""
+        """Return the open model of a bundle."""
         if bundle not in self.benches:
             execution = Execution("cpu", threads=1)
             self.benches[bundle] = open_model(bundle, execution)
