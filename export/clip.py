@@ -27,10 +27,10 @@ from torch import nn
 
 from export.graphs import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
-from runtimes.bundle import ImageSpec, TextSpec, image_spec
+from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.fields import Fields
 from ztune.io.files import read_json
+from ztune.io.schema import convert
 from ztune.types import Json
 
 CONFIG = "open_clip_config.json"
@@ -360,7 +360,7 @@ def _image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> Image
     spec = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0, **values}
     spec |= {"size": int(sides[0])}
     spec |= {key: list(spec[key]) for key in ("mean", "std") if isinstance(spec[key], tuple)}
-    return image_spec(Fields(spec, f'preprocessing of model "{model}"'))
+    return convert(spec, ImageSpec, f'preprocessing of model "{model}"')
 
 
 def _is_tag(model: str, pretrained: str | None) -> bool:

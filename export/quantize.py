@@ -17,12 +17,14 @@ from runtimes.bundle import (
     MANIFEST,
     PARITY,
     Bundle,
+    files_of,
     load_bundle,
 )
 from runtimes.ort import parity_figures
 from runtimes.providers import Execution, Setup, onnxruntime
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.files import new_folder, sha256, write_json
+from ztune.io.files import new_folder, write_json
+from ztune.io.schema import plain
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
@@ -96,15 +98,11 @@ def _fill(
         parity[name] = dict(figures)
     if bundle.visual is not None:
         progress(f"{IMAGE_PROMPTED}: left out, since image tokens need the fp32 bundle")
-    files: dict[str, Json] = {
-        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
     manifest = {
         **{key: value for key, value in bundle.manifest.items() if key != "visual"},
         "precision": precision,
         "parity": parity,
-        "files": files,
+        "files": {name: plain(file) for name, file in files_of(folder).items()},
         "derived_from": bundle.digest,
     }
     write_json(folder / MANIFEST, manifest)
