@@ -15,11 +15,12 @@ from benchmarks.query_labels import EVERY, GRID
 from benchmarks.query_tasks import TASKS
 from ztune.data.split import Split
 from ztune.errors import ConfigError
-from ztune.io.fields import Fields
+from ztune.io.schema import plain
 from ztune.methods import find_method, method_config, tuned_config
 from ztune.model import Model
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.training import TrainingRun
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -103,7 +104,7 @@ def claimed(cell: Cell, out: Path) -> Iterator[Path | None]:
 
 def carried_out(
     run_config: RunConfig, split: Split, model: Model, run: Path
-) -> tuple[TrainingRun[RunFolder], Fields]:
+) -> tuple[TrainingRun[RunFolder], RunReport]:
     """Run a request from beginning to end; return the work and run.json.
 
     Raises: ZtuneError.
@@ -111,5 +112,5 @@ def carried_out(
     training = TrainingRun(run_config, split, RunFolder(run), model)
     training.check()
     head = training.head()
-    training.folder.create(head, split.to_json())
-    return training, Fields(training.carry_out(head), f'run "{run}"')
+    training.folder.create(plain(head), split.to_json())
+    return training, training.carry_out(head)

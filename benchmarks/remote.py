@@ -439,7 +439,9 @@ def main() -> None:
     numbers = tuple(int(word) for word in classes.split(","))
     extent = Extent(numbers, queries, given.threads, servers_queries=max(80, queries * 6 // 10))
     if given.quick:
-        extent = replace(extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32)
+        extent = replace(
+            extent, least_steps=3, servers_queries=80, bookkeeping_steps=40, n_images=32
+        )
     show(measure(load_bundle(given.bundle), extent))
 
 

@@ -35,7 +35,6 @@ from runtimes.bundle import (
 from ztune.io.files import new_folder, write_json
 from ztune.io.schema import plain
 from ztune.system import versions
-from ztune.types import Json
 
 if TYPE_CHECKING:
     from export.clip import LoadedClip
@@ -208,7 +207,7 @@ def _describe(loaded: LoadedClip, folder: Path, precision: Precision) -> None:
         source=loaded.source,
         image=loaded.image,
         text=loaded.text,
-        embed_dim=loaded.config["embed_dim"],
+        embed_dim=int(str(loaded.config["embed_dim"])),
         logit_scale=float(model.logit_scale.exp()),
         logit_bias=0.0,
         precision=precision,

@@ -117,22 +117,23 @@ def load_clip(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
             f'"{preprocess_from or pretrained}" was trained; "{model}" alone says otherwise'
         )
+    text = {
+        "width": tower.width,
+        "context_length": tower.context_length,
+        "prefix_ids": vocabulary.prefix_ids,
+        "suffix_ids": vocabulary.suffix_ids,
+        "pad_id": vocabulary.pad_id,
+        "cleaning": vocabulary.cleaning,
+        "causal": tower.causal,
+        "pooling": tower.pooling,
+        "graph": kind,
+    }
     return LoadedClip(
         model=module,
         config={**weights.config, "quick_gelu": weights.quick_gelu},
         tower=tower,
         image=_image_spec(module, weights.preprocess, model),
-        text=TextSpec(
-            width=tower.width,
-            context_length=tower.context_length,
-            prefix_ids=vocabulary.prefix_ids,
-            suffix_ids=vocabulary.suffix_ids,
-            pad_id=vocabulary.pad_id,
-            cleaning=vocabulary.cleaning,
-            causal=tower.causal,
-            pooling=tower.pooling,
-            graph=kind,
-        ),
+        text=convert(text, TextSpec, f'text tower of model "{model}"'),
         tokenizer_json=vocabulary.content,
         source={
             "model": _shown(model),

@@ -17,6 +17,7 @@ from runtimes.bundle import (
     MANIFEST,
     PARITY,
     Bundle,
+    Parity,
     files_of,
     load_bundle,
 )
@@ -71,7 +72,7 @@ def _fill(
     progress: Callable[[str], None],
     external_threshold: int,
 ) -> None:
-    parity: dict[str, Json] = {}
+    parity: dict[str, Parity] = {}
     for name in bundle.files:
         if not name.endswith((".onnx", ".onnx.data")):
             shutil.copyfile(bundle.file(name), folder / name)
@@ -95,14 +96,14 @@ def _fill(
                 f"features, expected at least {_LEAST_COSINE[precision]}: this model loses too "
                 f"much in {8 if precision == 'int8' else 16} bits"
             )
-        parity[name] = dict(figures)
+        parity[name] = figures
     if bundle.visual is not None:
         progress(f"{IMAGE_PROMPTED}: left out, since image tokens need the fp32 bundle")
-    manifest = {
+    manifest: dict[str, Json] = {
         **{key: value for key, value in bundle.manifest.items() if key != "visual"},
         "precision": precision,
-        "parity": parity,
-        "files": {name: plain(file) for name, file in files_of(folder).items()},
+        "parity": plain(parity),
+        "files": plain(files_of(folder)),
         "derived_from": bundle.digest,
     }
     write_json(folder / MANIFEST, manifest)

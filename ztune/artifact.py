@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from msgspec import Meta
@@ -66,25 +66,29 @@ class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class ContextMetadata(Metadata, frozen=True, tag="context"):
-    pass
+    """Of a ContextArtifact."""
 
 
 class MixtureMetadata(Metadata, frozen=True, kw_only=True, tag="mixture"):
+    """Of a MixtureArtifact."""
+
     at_once: Annotated[int, Meta(ge=1, le=MOST_AT_ONCE)]
 
 
 class VisualMetadata(Metadata, frozen=True, kw_only=True, tag="visual"):
+    """Of a VisualArtifact."""
+
     program: Literal["border", "decoder", "tokens"]
     templates: tuple[str, ...]
     extractor: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 
 
 class HeadMetadata(Metadata, frozen=True, tag="head"):
-    pass
+    """Of a HeadArtifact without a kernel."""
 
 
 class KernelMetadata(HeadMetadata, frozen=True, tag="kernel"):
-    pass
+    """Of a HeadArtifact with a kernel."""
 
 
 AnyMetadata = ContextMetadata | MixtureMetadata | VisualMetadata | HeadMetadata | KernelMetadata
@@ -261,7 +265,11 @@ def read_artifact(path: Path) -> Artifact:
     path = _file_of(path)
     where = f'artifact "{path}"'
     arrays, document = read_tensors(path, where)
-    found = convert(current(document, FORMAT, VERSION, where), AnyMetadata, where)
+    content, kinds = (
+        current(document, FORMAT, VERSION, where),
+        cast("type[AnyMetadata]", AnyMetadata),
+    )
+    found = convert(content, kinds, where)
     classes, provenance = found.classes, found.provenance
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise FormatError(f"{where}: expected at least two different class names")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import load_bundle
+from runtimes.bundle import Parity, load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
 from runtimes.remote.settings import named_servers, settings_from
@@ -19,6 +19,7 @@ from runtimes.runtime import PromptGraph
 from runtimes.tokenizer import Tokenizer
 from ztune.access import TEXTS
 from ztune.errors import ZtuneError
+from ztune.io.schema import plain
 from ztune.model import Model, connect_server
 from ztune.precision import Signal
 from ztune.progress import SILENCE, Progress
@@ -67,7 +68,7 @@ class BundleCheck:
     precision: str
     provider: str | None
     """The first of the working providers that runs the precision; None: none does."""
-    parity: Mapping[str, Mapping[str, Json]] | None = None
+    parity: Mapping[str, Mapping[str, Parity]] | None = None
     """Differences from torch by graph, `here` and `at_export`; None where it was not run."""
     seconds_per_query: float | None = None
     timed: str = ""
@@ -82,7 +83,7 @@ class BundleCheck:
             "provider": self.provider,
         }
         if self.parity is not None:
-            parity: dict[str, Json] = {graph: dict(both) for graph, both in self.parity.items()}
+            parity = plain(self.parity)
             document |= {"parity": parity, "seconds_per_query": self.seconds_per_query}
         return document
 
@@ -107,10 +108,10 @@ def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
         failures.append(reason)
     if failures or provider is None:
         return BundleCheck(files, failures, bundle.model_id, bundle.precision, provider)
-    parity: dict[str, dict[str, Json]] = {}
+    parity: dict[str, dict[str, Parity]] = {}
     for graph, stored in bundle.parity.items():
         here = parity_on_this_machine(bundle, graph, Execution(provider))
-        parity[graph] = {"here": dict(here), "at_export": dict(stored)}
+        parity[graph] = {"here": here, "at_export": stored}
         limit = allowed_difference(stored["max_abs"])
         if not here["max_abs"] <= limit:
             failures.append(
@@ -137,9 +138,31 @@ def _able(precision: str, working: Sequence[str]) -> tuple[str | None, str]:
     return None, reason
 
 
+@dataclass(frozen=True)
+class ServerCheck:
+    """What is known of a server that has passed all checks."""
+
+    url: str
+    servers: int
+    models: Sequence[str]
+    gives: Sequence[str]
+    bundle_digest: str
+    model_id: str
+    precision: str
+    parity: Mapping[str, float]
+    """Largest difference from torch by model, over the wire."""
+    tells_digest: bool
+    """Whether every answer says of which bundle it is."""
+    keeps_pictures: bool
+    """Whether images' features are sent once and named later."""
+    shared_memory: bool
+    extensions: Sequence[str]
+    seconds_per_query: float | None
+
+
 def check_server(
     url: str, values: Mapping[str, Json], progress: Progress = SILENCE
-) -> tuple[dict[str, Json], str]:
+) -> tuple[ServerCheck, str]:
     """Return what is known of a server once it has passed all checks, and what was timed.
 
     Raises: ServerError for the first check that it does not pass, ConfigError for settings.
@@ -154,24 +177,24 @@ def check_server(
         if TEXTS in served.access:
             graph = served.prompts(Tokenizer(bundle))
             seconds, timed = seconds_per_query(graph, bundle.text.width)
-        document: dict[str, Json] = {
-            "url": str(service.location),
-            "servers": service.n_servers,
-            "models": [service.model(part) for part in service.offers],
-            "gives": list[Json](sorted(served.access)),
-            "bundle_digest": bundle.digest,
-            "model_id": bundle.model_id,
-            "precision": bundle.precision,
-            "parity": dict(connected.parity),
-            "tells_digest": all(offer.tells_digest for offer in service.offers.values()),
-            "keeps_pictures": any(offer.keeps for offer in service.offers.values()),
-            "shared_memory": service.shares_memory,
-            "extensions": list[Json](sorted(service.extensions)),
-            "seconds_per_query": seconds,
-        }
+        found = ServerCheck(
+            url=str(service.location),
+            servers=service.n_servers,
+            models=[service.model(part) for part in service.offers],
+            gives=sorted(served.access),
+            bundle_digest=bundle.digest,
+            model_id=bundle.model_id,
+            precision=bundle.precision,
+            parity=connected.parity,
+            tells_digest=all(offer.tells_digest for offer in service.offers.values()),
+            keeps_pictures=any(offer.keeps for offer in service.offers.values()),
+            shared_memory=service.shares_memory,
+            extensions=sorted(service.extensions),
+            seconds_per_query=seconds,
+        )
     finally:
         service.close()
-    return document, timed
+    return found, timed
 
 
 def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[str, Json], float]:

@@ -320,7 +320,7 @@ def test_metadata_nested_without_end(tmp_path: Path) -> None:
     model = onnx.load(str(out))
     model.metadata_props[0].value = "[" * 100_000
     onnx.save(model, str(out))
-    with pytest.raises(FormatError, match="was not packed by ztune"):
+    with pytest.raises(FormatError, match="cannot be read as JSON"):
         open_classifier(out, Execution())
 
 

@@ -73,7 +73,8 @@ def test_products_are_in_16_bit_and_what_sums_or_normalises_is_not(mini_half: Bu
     assert mini_half.model_id == load_bundle(MINI).model_id
     for graph in GRAPHS:
         assert (
-            mini_half.files[f"{graph}.onnx"].bytes < 0.7 * load_bundle(MINI).files[f"{graph}.onnx"].bytes
+            mini_half.files[f"{graph}.onnx"].bytes
+            < 0.7 * load_bundle(MINI).files[f"{graph}.onnx"].bytes
         )
         assert mini_half.parity[graph]["cosine"] > 0.99999
 

@@ -347,7 +347,11 @@ def test_changed_tensors_of_other_kinds_are_refused(
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("border", {"program": "pickle"}, r"\$\.program: expected border or decoder or tokens, got .pickle."),
+        (
+            "border",
+            {"program": "pickle"},
+            r"\$\.program: expected border or decoder or tokens, got .pickle.",
+        ),
         ("border", {"program": None}, r"\$\.program: expected border or .*, got nothing"),
         ("border", {"program": "tokens"}, "tensor visual is missing or not float32"),
         ("border", {"program": "decoder"}, "tensor visual is missing or not float32"),

@@ -418,12 +418,21 @@ def without_train(values: Any) -> None:
         (lambda v: v["entries"].append(v["entries"][0]), "listed twice"),
         (lambda v: v["entries"][3].update(path="../x"), r"entries\[3\]: path '../x' leaves"),
         (lambda v: v["entries"][3].update(path="/x"), "leaves its root"),
-        (lambda v: v["entries"][3].update(sha256="x"), r"\$\.entries\[3\]\.sha256: expected str matching"),
+        (
+            lambda v: v["entries"][3].update(sha256="x"),
+            r"\$\.entries\[3\]\.sha256: expected str matching",
+        ),
         (lambda v: v["entries"][3].update({"class": "c"}), r"entries\[3\]: no such root or class"),
-        (lambda v: v["entries"][3].update(role="spy"), r"entries\[3\]\.role: expected .*, got .spy."),
+        (
+            lambda v: v["entries"][3].update(role="spy"),
+            r"entries\[3\]\.role: expected .*, got .spy.",
+        ),
         (lambda v: v["settings"].update(shots=0), "`shots` is 0, expected at least 1"),
         (lambda v: v["settings"].update(test_fraction=2), "`test_fraction` is 2"),
-        (lambda v: v["settings"].update(test_fraction=None), r"\$\.settings\.test_fraction: expected .*, got null"),
+        (
+            lambda v: v["settings"].update(test_fraction=None),
+            r"\$\.settings\.test_fraction: expected .*, got null",
+        ),
     ],
 )
 def test_wrong_split_files(tmp_path: Path, change: Any, message: str) -> None:

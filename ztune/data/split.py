@@ -154,7 +154,9 @@ class Split:
         content = convert(current(values, FORMAT, VERSION, where), _Content, where)
         folders = {name: Path(root) for name, root in content.roots.items()}
         if "data" not in folders or not all(folder.is_absolute() for folder in folders.values()):
-            raise FormatError(f'{where}: $.roots: expected absolute paths, one of them named "data"')
+            raise FormatError(
+                f'{where}: $.roots: expected absolute paths, one of them named "data"'
+            )
         classes = content.classes
         if len(classes) < 2 or list(classes) != sorted(set(classes)):
             raise FormatError(

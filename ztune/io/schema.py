@@ -119,7 +119,7 @@ def _told(problem: str, value: Any, kind: Any) -> str:
     found = _PLACED.fullmatch(problem)
     assert found is not None
     said, place = found[1].replace("`", ""), found[2] or "$"
-    types = [inspect.type_info(kind)]
+    types: list[Any] = [inspect.type_info(kind)]
     for name, index in _STEP.findall(place):
         types = [part for one in types for part in _parts(one, name, value)]
         value = _part(value, name or index)
@@ -138,9 +138,10 @@ def _told(problem: str, value: Any, kind: Any) -> str:
 
 def _options(kind: Any, value: Any) -> Iterator[Any]:
     """Yield the types of a union; of Records that name their kind the one that `value` names."""
-    types = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
-    tag = value.get(getattr(types[0], "tag_field", None)) if isinstance(value, dict) else None
-    yield from [one for one in types if tag and one.tag == tag] or types
+    types: tuple[Any, ...] = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+    tagged = [one for one in types if getattr(one, "tag_field", None)]
+    given = value if isinstance(value, dict) else {}
+    yield from [one for one in tagged if one.tag == given.get(one.tag_field)] or types
 
 
 def _parts(kind: Any, name: str, value: Any) -> Iterator[Any]:
