@@ -24,7 +24,7 @@ from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8, Json
 
 FORMAT = "ztune-classifier"
-VERSION = 1
+VERSION = 2
 _BATCH = 32  # images of one call
 
 

@@ -67,7 +67,7 @@ def test_options_reach_the_configurations(ztune: Command, tmp_path: Path) -> Non
         "backend": "python",
         "accelerator": "cuda",
         "access": "losses",
-        "keeps_pictures": False,
+        "keeps_image_features": False,
     }
     config = (out / "eyes_image" / "config.pbtxt").read_text()
     for words in ('backend: "python"', "max_batch_size: 8", "count: 2", "KIND_GPU"):
@@ -82,7 +82,7 @@ def test_defaults_keep_no_images_and_python_does(ztune: Command, tmp_path: Path)
     for number, (backend, keeps) in enumerate((("onnxruntime", False), ("python", True))):
         out = tmp_path / str(number)
         made = ztune("export-triton", MINI, "--backend", backend, "--out", out, "--json")
-        assert made.json["keeps_pictures"] is keeps
+        assert made.json["keeps_image_features"] is keeps
         assert made.json["backend"] == backend
         assert made.json["access"] == "features"
 

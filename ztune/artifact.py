@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ztune.errors import FormatError
 from ztune.io.files import read_json, write_bytes
 from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
+from ztune.io.old_formats import renamed_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
@@ -21,7 +22,7 @@ from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
-VERSION = 1
+VERSION = 2
 MOST_TOKENS = 4096
 MOST_AT_ONCE = 65_536
 
@@ -218,7 +219,7 @@ def artifact_bytes(artifact: Artifact) -> bytes:
     Raises: FormatError naming a tensor that no reader would take, as it is not finite.
     """
     own: dict[str, Any] = {}
-    arrays: dict[str, NDArray[np.generic]] = {"tuning_pictures": artifact.tuning_images}
+    arrays: dict[str, NDArray[np.generic]] = {"tuning_images": artifact.tuning_images}
     if isinstance(artifact, HeadArtifact):
         arrays |= {"weight": artifact.weight, "bias": artifact.bias}
         if artifact.kernel is not None:
@@ -265,6 +266,7 @@ def read_artifact(path: Path) -> Artifact:
     path = _file_of(path)
     where = f'artifact "{path}"'
     arrays, document = read_tensors(path, where)
+    arrays = renamed_arrays(arrays)
     content, kinds = (
         current(document, FORMAT, VERSION, where),
         cast("type[AnyMetadata]", AnyMetadata),
@@ -321,7 +323,7 @@ def read_artifact(path: Path) -> Artifact:
             )
         return array
 
-    images = arrays.pop("tuning_pictures", None)
+    images = arrays.pop("tuning_images", None)
     if images is None or images.dtype != np.uint64 or images.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_images is missing or not uint64 of (n,)")
     artifact: Artifact

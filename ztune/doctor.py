@@ -145,15 +145,15 @@ class ServerCheck:
     url: str
     servers: int
     models: Sequence[str]
-    gives: Sequence[str]
+    capabilities: Sequence[str]
     bundle_digest: str
     model_id: str
     precision: str
     parity: Mapping[str, float]
     """Largest difference from torch by model, over the wire."""
-    tells_digest: bool
+    reports_digest: bool
     """Whether every answer says of which bundle it is."""
-    keeps_pictures: bool
+    keeps_image_features: bool
     """Whether images' features are sent once and named later."""
     shared_memory: bool
     extensions: Sequence[str]
@@ -181,13 +181,13 @@ def check_server(
             url=str(service.location),
             servers=service.n_servers,
             models=[service.model(part) for part in service.offers],
-            gives=sorted(served.access),
+            capabilities=sorted(served.access),
             bundle_digest=bundle.digest,
             model_id=bundle.model_id,
             precision=bundle.precision,
             parity=connected.parity,
-            tells_digest=all(offer.tells_digest for offer in service.offers.values()),
-            keeps_pictures=any(offer.keeps for offer in service.offers.values()),
+            reports_digest=all(offer.tells_digest for offer in service.offers.values()),
+            keeps_image_features=any(offer.keeps for offer in service.offers.values()),
             shared_memory=service.shares_memory,
             extensions=sorted(service.extensions),
             seconds_per_query=seconds,

@@ -67,7 +67,7 @@ class EncodedSplit:
         return {
             "image_forwards": self.n_encoded + n_paid_before,
             "image_forwards_cached": self.n_cached - n_paid_before,
-            "broken_pictures": self.n_broken,
+            "broken_images": self.n_broken,
             "image_seconds": round(seconds, 3),
         }
 

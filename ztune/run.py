@@ -27,6 +27,7 @@ from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.files import naming, new_folder, read_json, write_json
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
+from ztune.io.old_formats import renamed_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Counted, Journal
@@ -36,7 +37,7 @@ from ztune.report import draw_curve
 from ztune.types import U8, Evaluation, Json, Mixing
 
 FORMAT = RUN_FORMAT
-VERSION = 1
+VERSION = 2
 
 
 REPLACED = "replaced"
@@ -304,6 +305,7 @@ class RunFolder:
             return
         where = f'run "{self.path}": state'
         arrays, document = read_tensors(self.state, where)
+        arrays = renamed_arrays(arrays)
         saved = convert(document, _SavedState, where)
 
         def arrays_of(name: str) -> Mapping[str, NDArray[Any]]:

@@ -29,10 +29,10 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     classes: int
     versions: Mapping[str, Json]
     machine: Mapping[str, Json]
-    request: RunConfig
+    run_config: RunConfig
     image_forwards: Count | None = None
     image_forwards_cached: Count | None = None
-    broken_pictures: Count | None = None
+    broken_images: Count | None = None
     image_seconds: float | None = None
     calls: Mapping[str, Json] | None = None
     """How a round is cut into calls or requests."""
@@ -53,7 +53,7 @@ class ServerReport(Struct, frozen=True, kw_only=True):
 
     url: str
     servers: Count
-    gives: tuple[str, ...]
+    capabilities: tuple[str, ...]
     sent: Count
     possibly_billed_twice: Count
     report_queries: Count
@@ -98,7 +98,9 @@ def run_start(document: Mapping[str, Json], where: str) -> RunStart:
 
     Raises: FormatError naming what is wrong.
     """
-    convert(document.get("request"), RunConfig, f"{where}: request")  # that names unknown keys
+    convert(
+        document.get("run_config"), RunConfig, f"{where}: run_config"
+    )  # that names unknown keys
     return convert(document, RunReport if document.get("status") == "finished" else RunStart, where)
 
 

@@ -162,14 +162,14 @@ class SavedRun:
     @cached_property
     def run_config(self) -> RunConfig:
         """What the run was asked for, with the method's settings as they were then."""
-        return replace(self.head.request, settings=self.head.config)
+        return replace(self.head.run_config, settings=self.head.config)
 
     def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
         """See that a run was begun with the same model, method, settings and images.
 
         Raises: ConfigError naming what differs.
         """
-        where, then = f'run "{self.folder.path}"', self.head.request
+        where, then = f'run "{self.folder.path}"', self.head.run_config
         own = ("method", "queries", "seed", "templates", "keep", "patience", "augment", "force")
         differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
         if not differ and plain(run_config.method_config) != plain(then.method_config):
@@ -321,7 +321,7 @@ class TrainingRun(Generic[Store]):
             classes=len(self.split.classes),
             versions=dict(versions()),
             machine=dict(machine()),
-            request=run_config,
+            run_config=run_config,
         )
 
     def check(self, *, new: bool = False) -> None:
@@ -671,7 +671,7 @@ def _server_report(served: Served, budget: Budget) -> ServerReport:
     return ServerReport(
         url=str(service.location),
         servers=service.n_servers,
-        gives=tuple(sorted(served.access)),
+        capabilities=tuple(sorted(served.access)),
         sent=budget.sent,
         possibly_billed_twice=budget.possibly_billed_twice,
         report_queries=budget.report_queries,

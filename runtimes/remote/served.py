@@ -59,7 +59,7 @@ class RequestPlan:
             "candidates": self.n_candidates,
             "servers": self.n_servers,
             "losses": self.losses,
-            "pictures": self.image_features,
+            "image_features": self.image_features,
         }
 
 

@@ -304,7 +304,7 @@ def test_images_kept_by_a_server_that_was_killed(
             mortal.restart()
         err = process.communicate(timeout=120)[1]
         assert process.returncode == 0, err
-        assert document(runs[-1])["calls"]["pictures"] == "kept by the server"
+        assert document(runs[-1])["calls"]["image_features"] == "kept by the server"
     assert artifact(runs[0]) == artifact(runs[1])
     assert billed(runs[0], QUERIES) == 0
     assert billed(runs[1], QUERIES) >= 2

@@ -78,7 +78,7 @@ def nothing_twice(run: Path, n_servers: int = 1) -> None:
     told = document(run)
     wire = told["server"]
     assert wire["servers"] == n_servers
-    assert wire["sent"] == told["queries"] == told["request"]["queries"]
+    assert wire["sent"] == told["queries"] == told["run_config"]["queries"]
     assert wire["possibly_billed_twice"] == 0
     lines = journal(run)
     assert wire["report_queries"] == sum(n for step, _, n in lines if step is None)

@@ -154,7 +154,7 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
     document = json.loads(header["__metadata__"]["ztune"])
     assert document == {
         "format": "ztune-artifact",
-        "version": 1,
+        "version": 2,
         "kind": "context",
         "classes": ["crab", "Ünïcode"],
         "model_id": "sha256:aa",
@@ -183,7 +183,7 @@ def test_a_mixtures_header_is_as_specified(tmp_path: Path) -> None:
         "text_features": ("F32", [2, 3]),
         "logit_scale": ("F32", [1]),
         "logit_bias": ("F32", [1]),
-        "tuning_pictures": ("U64", [1]),
+        "tuning_images": ("U64", [1]),
     }
     assert set(arrays) == set(header)
 
@@ -229,7 +229,7 @@ def document_of(
     ("change", "message"),
     [
         ({"format": "other"}, r"\$\.format: expected .ztune-artifact., got .other."),
-        ({"version": 2}, "newer than this ztune reads"),
+        ({"version": 3}, "newer than this ztune reads"),
         ({"version": "1"}, r"\$\.version: expected int, got str"),
         ({"kind": "pickle"}, r"\$\.kind: expected context or mixture or .*, got .pickle."),
         ({"classes": ["crab"]}, "at least two different class names"),

@@ -131,12 +131,12 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
 
 
 def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
-    said = "with every answer" if found.tells_digest else "not with every answer"
+    said = "with every answer" if found.reports_digest else "not with every answer"
     rows = [
         ("models", ", ".join(found.models)),
-        ("gives", described(found.gives)),
+        ("capabilities", described(found.capabilities)),
         ("bundle", f"{found.bundle_digest[:12]}…, {found.precision}, told {said}"),
-        ("images", "kept by the server" if found.keeps_pictures else "sent each time"),
+        ("images", "kept by the server" if found.keeps_image_features else "sent each time"),
         ("shared memory", "used" if found.shared_memory else "not used"),
     ]
     differences = [(part, f"{value:.1e}") for part, value in found.parity.items()]

@@ -111,7 +111,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f'run "{folder.path}" is not finished (go on with: ztune tune --resume '
             f"{quoted(folder.path)})"
         )
-    run_config = run_report(head, f'run "{folder.path}": run.json').request
+    run_config = run_report(head, f'run "{folder.path}": run.json').run_config
     images = labelled_of_split(
         folder.split,
         arguments.split or "test",
@@ -297,15 +297,15 @@ def _document(
         "candidates": len(result.classes),
         "split": images.split,
         "per_class": plain(result.per_class()),
-        "broken_pictures": int((~kept).sum()),
-        "tuning_pictures": images.n_tuned_on(fingerprints),
+        "broken_images": int((~kept).sum()),
+        "tuning_images": images.n_tuned_on(fingerprints),
     }
 
 
 def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
-    if document["tuning_pictures"]:
+    if document["tuning_images"]:
         output.warn(
-            f"{document['tuning_pictures']} of these {document['n']} images served tuning or "
+            f"{document['tuning_images']} of these {document['n']} images served tuning or "
             "validation: this is no test figure"
         )
     rows = [

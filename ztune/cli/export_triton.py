@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "backend": serving.backend,
         "accelerator": serving.accelerator,
         "access": serving.access,
-        "keeps_pictures": serving.keeps,
+        "keeps_image_features": serving.keeps,
     }
     command = f"tritonserver --model-repository={shlex.quote(str(out.resolve()))}"
     output.result(

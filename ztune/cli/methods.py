@@ -27,7 +27,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         return
     documents = [method_to_json(method) for method in METHODS.values()]
     rows = [
-        (m.name, m.title, m.paper, str(one["access"]), "yes" if m.serves_new_classes() else "no")
+        (
+            m.name,
+            m.title,
+            m.paper,
+            str(one["capabilities"]),
+            "yes" if m.serves_new_classes() else "no",
+        )
         for m, one in zip(METHODS.values(), documents, strict=True)
     ]
     columns = ("method", "what it is", "from", "needs", "new classes")
@@ -41,14 +47,14 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
     lines: list[str | Table] = [
         f"{method.name}: {method.title}",
         f"from {method.paper}",
-        f"needs {document['access']}",
+        f"needs {document['capabilities']}",
         "serves new class names"
         if method.serves_new_classes()
         else "serves only the classes it was fitted on",
     ]
     if "first_step_queries" in document:
         lines.append(f"its first step costs {document['first_step_queries']} queries")
-    if document.get("encodes_pictures_anew"):
+    if document.get("encodes_images_every_query"):
         lines.append("encodes the images of a batch anew with every query")
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]

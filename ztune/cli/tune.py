@@ -294,7 +294,7 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             rows.append((shown, f"{part.accuracy:.1%}", f"{low:.1%} to {high:.1%}"))
     if rows:
         chosen = "heads chose their settings on them"
-        if report.request.keep == "best":
+        if report.run_config.keep == "best":
             chosen += ", and the run its point"
         title = f"accuracy on {validation['tuned'].n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
@@ -312,7 +312,7 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
     if report.stop_reason == PROMPTS:
-        asked = report.request.queries
+        asked = report.run_config.queries
         lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     lines.append(

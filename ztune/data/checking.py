@@ -73,7 +73,7 @@ class Findings:
                 role: {"listed": number[role] if number else None, "published": counts[role]}
                 for role in SPLITS
             },
-            "there": [*self.there],
+            "present": [*self.there],
             "absent": [*self.absent],
             "problems": [*self.problems],
             "warnings": [*self.warnings],
@@ -130,7 +130,7 @@ def check(
         found.problems.append(str(error))
         return found
     layout = dict.fromkeys((*([spec.images] if spec.images else []), *spec.splits, *spec.needs))
-    layout[spec.own_split] = layout[parquet.EXTRACTED] = None
+    layout[spec.own_split] = layout[parquet.extracted_below(found.folder).name] = None
     found.there = [name for name in layout if (found.folder / name).exists()]
     try:
         found.data = data = load_named(spec, root, prepare)

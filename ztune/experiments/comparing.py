@@ -45,7 +45,7 @@ from ztune.system import machine, versions
 from ztune.types import Json
 
 FORMAT = "ztune-compare"
-VERSION = 1
+VERSION = 2
 
 
 class SeedImages(Struct, frozen=True):
@@ -72,7 +72,7 @@ class Head(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """compare.json without the cells and what follows from them."""
 
     began: str
-    request: Mapping[str, Json]
+    compare_config: Mapping[str, Json]
     counts: Mapping[str, Count]
     versions: Mapping[str, Json]
     machine: Mapping[str, Json]
@@ -87,12 +87,12 @@ class Folder:
     def __init__(self, path: Path, head: Head, cells: list[Cell]):
         self.path = path
         self.head = head
-        self.asked = convert(head.request, Asked, f'comparison "{path}": request')
+        self.asked = convert(head.compare_config, Asked, f'comparison "{path}": compare_config')
         self.cells = cells
         self.cache = path / "cache"
 
     @classmethod
-    def open(cls, path: Path, request: Mapping[str, Json], counts: Mapping[str, int]) -> Folder:
+    def open(cls, path: Path, config: Mapping[str, Json], counts: Mapping[str, int]) -> Folder:
         """Make the folder, or take up one that was made for the same request.
 
         Raises: ConfigError when it holds something else, naming what differs.
@@ -100,7 +100,7 @@ class Folder:
         if not (path / "compare.json").is_file():
             head = Head(
                 began=datetime.date.today().isoformat(),
-                request=request,
+                compare_config=config,
                 counts=counts,
                 versions=dict(versions()),
                 machine=dict(machine()),
@@ -112,7 +112,7 @@ class Folder:
                 cls(work, head, []).write()
             return cls(path, head, [])
         found = cls.read(path)
-        found._require_the_same(request)
+        found._require_the_same(config)
         found._warn_of_changes()
         return found
 
@@ -129,9 +129,9 @@ class Folder:
         cells = [cell for cell in cells if cell.method in METHODS]
         return cls(path, convert(document, Head, where), cells)
 
-    def _require_the_same(self, request: Mapping[str, Json]) -> None:
-        then, now = dict(self.head.request), dict(request)
-        same_images = then.pop("pictures", None) == now.pop("pictures")
+    def _require_the_same(self, config: Mapping[str, Json]) -> None:
+        then, now = dict(self.head.compare_config), dict(config)
+        same_images = then.pop("images", None) == now.pop("images")
         changed = differences(then, now)
         if changed:
             raise ConfigError(
@@ -217,7 +217,7 @@ class Folder:
             "version": VERSION,
             **plain(self.head),
             "table": [row_to_json(row) for row in self.rows],
-            "access": {row.method: _access(self, row.method) for row in self.rows},
+            "capabilities": {row.method: _access(self, row.method) for row in self.rows},
             "cells": [cell_to_json(cell, images) for cell in self.cells],
         }
 
