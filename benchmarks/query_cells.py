@@ -15,11 +15,12 @@ from benchmarks.query_labels import EVERY, GRID
 from benchmarks.query_tasks import TASKS
 from ztune.data.split import Split
 from ztune.errors import ConfigError
-from ztune.io.fields import Fields
+from ztune.io.schema import plain
 from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.model import Model
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.training import TrainingRun
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -104,7 +105,7 @@ def claim(cell: Cell, out: Path) -> Iterator[Path | None]:
 
 def run_to_end(
     run_config: RunConfig, split: Split, model: Model, run: Path
-) -> tuple[TrainingRun[RunFolder], Fields]:
+) -> tuple[TrainingRun[RunFolder], RunReport]:
     """Run a configuration to its end; return the training run and run.json.
 
     Raises: ZtuneError.
@@ -112,5 +113,5 @@ def run_to_end(
     training = TrainingRun(run_config, split, RunFolder(run), model)
     training.check()
     head = training.head()
-    training.folder.create(head, split.to_json())
-    return training, Fields(training.carry_out(head), f'run "{run}"')
+    training.folder.create(plain(head), split.to_json())
+    return training, training.carry_out(head)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median_low
 
 import numpy as np
+from msgspec import Struct
 
 from benchmarks.query_cells import Cell
 from benchmarks.query_labels import GRID, LABELS, QUERIES
 from benchmarks.query_tasks import TASKS
-from ztune.io.fields import Fields
 from ztune.io.files import read_json
+from ztune.io.schema import Count, convert
 from ztune.types import F64
 
 ZIP = "zip-128"
@@ -94,43 +95,61 @@ def _is_seed(word: str) -> bool:
     return word.isdecimal()
 
 
+class _NewClasses(Struct, frozen=True):
+    zero_shot: float
+    curve: tuple[_NewPoint, ...]
+
+
+class _NewPoint(Struct, frozen=True):
+    queries: int
+    accuracy: float
+
+
+class _Machine(Struct, frozen=True):
+    cores: int
+    processor: str
+
+
+class _CellFile(Struct, frozen=True, kw_only=True):
+    """A cell's file as it lies there; what else it says is not needed here."""
+
+    task: str
+    label: str
+    seed: Count
+    classes: Count
+    n_train: Count
+    n_test: Count
+    zero_shot: Point
+    curve: tuple[Point, ...]
+    seconds: float
+    commit: str | None = None
+    date: str
+    machine: _Machine
+    versions: Mapping[str, str]
+    new_classes: _NewClasses | None = None
+
+
 def _read(file: Path) -> Result:
     where = f'cell "{file}"'
-    top = Fields(read_json(file, where), where)
-    new = None
-    if "new_classes" in top.values:
-        part = top.object("new_classes")
-        points = [(p.integer("queries"), p.number("accuracy")) for p in part.objects("curve")]
-        new = NewClasses(part.number("zero_shot"), tuple(points))
+    found = convert(read_json(file, where), _CellFile, where)
+    new = found.new_classes
+    packages = (f"{name} {found.versions.get(name)}" for name in ("python", "numpy", "onnxruntime"))
     return Result(
-        task=top.text("task"),
-        label=top.text("label"),
-        seed=top.integer("seed"),
-        classes=top.integer("classes"),
-        n_train=top.integer("n_train"),
-        n_test=top.integer("n_test"),
-        zero_shot=_point(top.object("zero_shot")),
-        curve=tuple(sorted(map(_point, top.objects("curve")), key=lambda point: point.queries)),
-        seconds=top.number("seconds"),
-        commit=str(top.values.get("commit")),
-        date=top.text("date"),
-        where=_where(top),
-        new_classes=new,
-    )
-
-
-def _where(top: Fields) -> str:
-    machine, versions = top.object("machine"), top.object("versions")
-    packages = ", ".join(
-        f"{name} {versions.text(name)}" for name in ("python", "numpy", "onnxruntime")
-    )
-    return f"{machine.integer('cores')} cores, {machine.text('processor')}, {packages}"
-
-
-def _point(fields: Fields) -> Point:
-    return Point(
-        fields.integer("queries"),
-        *(fields.number(name) for name in ("accuracy", "class_accuracy", "train_loss")),
+        task=found.task,
+        label=found.label,
+        seed=found.seed,
+        classes=found.classes,
+        n_train=found.n_train,
+        n_test=found.n_test,
+        zero_shot=found.zero_shot,
+        curve=tuple(sorted(found.curve, key=lambda point: point.queries)),
+        seconds=found.seconds,
+        commit=str(found.commit),
+        date=found.date,
+        where=f"{found.machine.cores} cores, {found.machine.processor}, {', '.join(packages)}",
+        new_classes=None
+        if new is None
+        else NewClasses(new.zero_shot, tuple((p.queries, p.accuracy) for p in new.curve)),
     )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from ztune.artifact import Artifact, HeadArtifact, Provenance, read_artifact
 from ztune.data.split import Split
 from ztune.encoded import SplitEncoder
-from ztune.io.fields import Fields
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import TunedConfig
 from ztune.model import Model
 from ztune.objective import cross_entropy
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.statistics import Score, score
 from ztune.task import compose, open_task
 from ztune.training import TrainingRun, read_split
@@ -61,7 +61,7 @@ class TaskImages:
 
 
 def score_run(
-    training: TrainingRun[RunFolder], run: Fields, new_data: Path | None
+    training: TrainingRun[RunFolder], run: RunReport, new_data: Path | None
 ) -> dict[str, Json]:
     """Return the scores of a finished run; `new_data` has images of new classes."""
     run_config, split, model = training.run_config, training.split, training.model
@@ -73,17 +73,17 @@ def score_run(
     curve: list[Json] = [images.point(at, one.classifier()) for at, one in artifacts.items()]
     document: dict[str, Json] = {
         "method": run_config.method,
-        "config": dict(run.object("config").values),
+        "config": dict(run.config),
         "shots": run_config.shots,
         "classes": len(split.classes),
         "n_train": len(images.train.labels),
         "n_test": len(images.test.labels),
         "zero_shot": images.point(0, model.zero_shot(run_config.templates, split.classes)),
         "curve": curve,
-        "queries": run.integer("queries"),
-        "stop_reason": run.text("stop_reason"),
-        "seconds": round(run.number("seconds") - run.number("report_seconds"), 3),
-        "image_seconds": run.number("image_seconds"),
+        "queries": run.queries,
+        "stop_reason": run.stop_reason,
+        "seconds": run.own_seconds,
+        "image_seconds": run.image_seconds,
     }
     if new_data is not None:
         _, other = read_split(replace(run_config, data=str(new_data.resolve())))

@@ -4,9 +4,9 @@
     python -m benchmarks.same_bytes BEFORE AFTER --bundle BUNDLE --data FOLDER
 
 Each commit is unpacked into a folder and runs `ztune tune` there, with the packages of this
-environment; AFTER defaults to the working tree. It compares the bytes of `prompt.safetensors`, the
-lines of `history.jsonl` without seconds, and results in `run.json`. One JSON document; the exit
-code is 1 if anything differs.
+environment; AFTER defaults to the working tree. It compares the tensors and metadata of
+`prompt.safetensors`, the lines of `history.jsonl` without seconds, and results in `run.json`. One
+JSON document; the exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, document, parser, say, show
+from ztune.io.old_formats import renamed_arrays
+from ztune.io.tensors import read_tensors
 
 RUNS = {
     "ogn": 200,
@@ -92,11 +94,20 @@ def run_tune(tree: Path, words: list[str], out: Path) -> dict[str, Any]:
     steps = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
     run = json.loads((out / "run.json").read_text())
     return {
-        "prompt": hashlib.sha256((out / "prompt.safetensors").read_bytes()).hexdigest(),
+        "prompt": digest_of(out / "prompt.safetensors"),
         "history": hashlib.sha256(json.dumps(steps).encode()).hexdigest(),
         "steps": len(steps),
         **{name: run.get(name) for name in _FOUND},
     }
+
+
+def digest_of(artifact: Path) -> str:
+    """Return a digest of an artifact's tensors and metadata, in any version of its format."""
+    arrays, metadata = read_tensors(artifact, "artifact")
+    digest = hashlib.sha256(json.dumps({**metadata, "version": None}, sort_keys=True).encode())
+    for name, array in sorted(renamed_arrays(arrays).items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def compare(task: Task, trees: dict[str, Path], methods: list[str], work: Path) -> list[Any]:

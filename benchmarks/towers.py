@@ -18,15 +18,23 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import ROOT, say
-from runtimes.bundle import FORMAT, MANIFEST, VERSION, load_bundle
-from ztune.io.files import new_folder, sha256, write_json
+from runtimes.bundle import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    Precision,
+    files_of,
+    load_bundle,
+)
+from ztune.io.files import new_folder, write_json
+from ztune.io.schema import plain
 from ztune.system import versions
-from ztune.types import Json
 
 if TYPE_CHECKING:
     from export.clip import LoadedClip
@@ -192,31 +200,21 @@ def _export_prompt(size: Size, out: Path) -> None:
     _describe(loaded, int8, "int8")
 
 
-def _describe(loaded: LoadedClip, folder: Path, precision: str) -> None:
+def _describe(loaded: LoadedClip, folder: Path, precision: Precision) -> None:
     model: Any = loaded.model
-    files: Json = {
-        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
-    # Convert tuples to lists.
-    image, text = json.loads(json.dumps([asdict(loaded.image), asdict(loaded.text)]))
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "model_id": "random weights",
-            "source": dict(loaded.source),
-            "image": image,
-            "text": text,
-            "embed_dim": loaded.config["embed_dim"],
-            "logit_scale": float(model.logit_scale.exp()),
-            "logit_bias": 0.0,
-            "precision": precision,
-            "parity": {},
-            "files": files,
-        },
+    manifest = Manifest(
+        model_id="random weights",
+        source=loaded.source,
+        image=loaded.image,
+        text=loaded.text,
+        embed_dim=int(str(loaded.config["embed_dim"])),
+        logit_scale=float(model.logit_scale.exp()),
+        logit_bias=0.0,
+        precision=precision,
+        parity={},
+        files=files_of(folder),
     )
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain(manifest)})
 
 
 def _export_naive(size: Size, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,11 +41,16 @@ from runtimes.bundle import (
     PARITY,
     VERSION,
     Bundle,
+    Manifest,
+    Parity,
+    VisualSpec,
     describe,
+    files_of,
     load_bundle,
 )
 from runtimes.providers import onnxruntime
-from ztune.io.files import new_folder, sha256, write_json
+from ztune.io.files import new_folder, write_json
+from ztune.io.schema import plain
 from ztune.io.tensors import write_tensors
 from ztune.types import Json
 
@@ -133,7 +137,7 @@ def image_prompted_graph(loaded: LoadedClip) -> _Graph:
 
 def export_graph(
     graph: _Graph, folder: Path, threshold: int, progress: Callable[[str], None]
-) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
+) -> tuple[Parity, dict[str, np.ndarray[Any, Any]]]:
     """Write and check one graph; return its parity figures and the tensors to reproduce them.
 
     Raises: ZtuneError when the graph does not match torch.
@@ -161,11 +165,11 @@ def _write_files(
     threshold: int,
     progress: Callable[[str], None],
 ) -> None:
-    parity: dict[str, Json] = {}
+    parity: dict[str, Parity] = {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
     for graph in _graphs(loaded, image_tokens):
         figures, tensors = export_graph(graph, folder, threshold, progress)
-        parity[graph.name] = dict(figures)
+        parity[graph.name] = figures
         kept |= tensors
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
     table = loaded.tower.embedding.weight.detach().numpy()
@@ -179,46 +183,38 @@ def _write_files(
 
 
 def _manifest(
-    loaded: LoadedClip, folder: Path, parity: dict[str, Json], embed_dim: int
+    loaded: LoadedClip, folder: Path, parity: Mapping[str, Parity], embed_dim: int
 ) -> dict[str, Json]:
     model: Any = loaded.model
     bias = getattr(model, "logit_bias", None)
-    prompted = (folder / IMAGE_PROMPTED).exists()
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model_id": model_id(loaded),
-        "source": dict(loaded.source),
-        "image": _as_json(loaded.image),
-        "text": _as_json(loaded.text),
-        "embed_dim": embed_dim,
-        "logit_scale": float(model.logit_scale.exp()),
-        "logit_bias": 0.0 if bias is None else float(bias),
-        "precision": "fp32",
-        **({"visual": visual_statistics(loaded)} if prompted else {}),
-        "parity": parity,
-        "files": {
-            file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
-            for file in sorted(folder.iterdir())
-        },
-        "versions": {
-            "ztune": metadata.version("ztune"),
-            **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime())},
-            "onnx": metadata.version("onnx"),
-        },
-        "created_by": "ztune export",
+    manifest = Manifest(
+        model_id=model_id(loaded),
+        source=loaded.source,
+        image=loaded.image,
+        text=loaded.text,
+        embed_dim=embed_dim,
+        logit_scale=float(model.logit_scale.exp()),
+        logit_bias=0.0 if bias is None else float(bias),
+        precision="fp32",
+        visual=visual_spec(loaded) if (folder / IMAGE_PROMPTED).exists() else None,
+        parity=parity,
+        files=files_of(folder),
+    )
+    versions = {
+        "ztune": metadata.version("ztune"),
+        **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime())},
+        "onnx": metadata.version("onnx"),
     }
+    made_with: dict[str, Json] = {"versions": dict(versions), "created_by": "ztune export"}
+    return {"format": FORMAT, "version": VERSION, **plain(manifest), **made_with}
 
 
-def visual_statistics(loaded: LoadedClip) -> dict[str, Json]:
+def visual_spec(loaded: LoadedClip) -> VisualSpec:
     """Return the manifest's `visual`: statistics for initialising image tokens."""
     patches = visual_tower(loaded.model).conv1.weight.detach().double().numpy()
-    return {
-        "width": int(patches.shape[0]),
-        "patch_values": int(patches[0].size),
-        "patch_mean": float(patches.mean()),
-        "patch_std": float(patches.std()),
-    }
+    return VisualSpec(
+        int(patches.shape[0]), int(patches[0].size), float(patches.mean()), float(patches.std())
+    )
 
 
 def model_id(loaded: LoadedClip) -> str:
@@ -227,18 +223,11 @@ def model_id(loaded: LoadedClip) -> str:
     It identifies the model independently of precision and graphs.
     """
     digest = hashlib.sha256()
-    text = {key: value for key, value in _as_json(loaded.text).items() if key != "graph"}
-    for part in (loaded.config, _as_json(loaded.image), text):
+    text = {key: value for key, value in plain(loaded.text).items() if key != "graph"}
+    for part in (loaded.config, plain(loaded.image), text):
         digest.update(describe(part).encode())
     digest.update(hashlib.sha256(loaded.tokenizer_json.encode()).digest())
     for name, tensor in sorted(loaded.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _as_json(spec: Any) -> dict[str, Json]:
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(spec).items()
-    }

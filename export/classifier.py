@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 from export.nodes import Nodes, normalise, pixels_to_float
 from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, describe
-from runtimes.classifier import FORMAT, VERSION
+from runtimes.classifier import FORMAT, VERSION, ClassifierMetadata
 from ztune.artifact import Artifact, VisualArtifact
 from ztune.errors import DataError, FormatError
 from ztune.io.files import replacing
+from ztune.io.schema import plain
 from ztune.logits import FeatureClassifier
-from ztune.types import Json
 
 # Bytes above which weights go into a second file, since protobuf files are limited to 2 GiB.
 _LARGEST_FILE = 1_800_000_000
@@ -99,25 +99,22 @@ def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
 
 def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str]:
     p = artifact.provenance
-    image = bundle.manifest["image"]
-    document: dict[str, Json] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "classes": list(artifact.classes),
-        "image": image,
-        "resize": resize,
-        "model_id": p.model_id,
-        "bundle_digest": bundle.digest,
-        "precision": bundle.precision,
-        "source": dict(bundle.source),
-        "method": p.method,
-        "config": dict(p.config),
-        "seed": p.seed,
-        "queries": p.queries,
-        "tuning_pictures": [f"{int(value):016x}" for value in artifact.tuning_images],
-    }
+    metadata = ClassifierMetadata(
+        classes=artifact.classes,
+        image=bundle.image,
+        resize=resize,
+        model_id=p.model_id,
+        bundle_digest=bundle.digest,
+        precision=bundle.precision,
+        source=bundle.source,
+        method=p.method,
+        config=p.config,
+        seed=p.seed,
+        queries=p.queries,
+        tuning_images=tuple(f"{int(value):016x}" for value in artifact.tuning_images),
+    )
     return {
-        "ztune": describe(document),
+        "ztune": describe({"format": FORMAT, "version": VERSION, **plain(metadata)}),
         "class_names": json.dumps(list(artifact.classes), ensure_ascii=False),
     }
 

@@ -27,10 +27,10 @@ from torch import nn
 
 from export.graphs import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
-from runtimes.bundle import ImageSpec, TextSpec, image_spec
+from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.fields import Fields
 from ztune.io.files import read_json
+from ztune.io.schema import convert
 from ztune.printing import reason_of
 from ztune.types import Json
 
@@ -118,22 +118,23 @@ def load_clip(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
             f'"{preprocess_from or pretrained}" was trained; the default of "{model}" differs'
         )
+    text = {
+        "width": tower.width,
+        "context_length": tower.context_length,
+        "prefix_ids": vocabulary.prefix_ids,
+        "suffix_ids": vocabulary.suffix_ids,
+        "pad_id": vocabulary.pad_id,
+        "cleaning": vocabulary.cleaning,
+        "causal": tower.causal,
+        "pooling": tower.pooling,
+        "graph": kind,
+    }
     return LoadedClip(
         model=module,
         config={**weights.config, "quick_gelu": weights.quick_gelu},
         tower=tower,
         image=_image_spec(module, weights.preprocess, model),
-        text=TextSpec(
-            width=tower.width,
-            context_length=tower.context_length,
-            prefix_ids=vocabulary.prefix_ids,
-            suffix_ids=vocabulary.suffix_ids,
-            pad_id=vocabulary.pad_id,
-            cleaning=vocabulary.cleaning,
-            causal=tower.causal,
-            pooling=tower.pooling,
-            graph=kind,
-        ),
+        text=convert(text, TextSpec, f'text tower of model "{model}"'),
         tokenizer_json=vocabulary.content,
         source={
             "model": _display_name(model),
@@ -366,7 +367,7 @@ def _image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> Image
     spec = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0, **values}
     spec |= {"size": int(sides[0])}
     spec |= {key: list(spec[key]) for key in ("mean", "std") if isinstance(spec[key], tuple)}
-    return image_spec(Fields(spec, f'preprocessing of model "{model}"'))
+    return convert(spec, ImageSpec, f'preprocessing of model "{model}"')
 
 
 def _is_tag(model: str, pretrained: str | None) -> bool:

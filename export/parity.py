@@ -17,7 +17,7 @@ from torch import Tensor
 
 from export.clip import LoadedClip
 from export.graphs import visual_tower
-from runtimes.bundle import TextSpec
+from runtimes.bundle import Parity, TextSpec
 from runtimes.prompts import feeds, placeholder_id
 from runtimes.providers import onnxruntime
 from runtimes.tokenizer import Tokenizer
@@ -189,13 +189,13 @@ def open_graph(graph: Path) -> Any:
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> dict[str, float]:
+def compare(graph: Path, cases: Iterator[Case] | Sequence[Case]) -> Parity:
     """Run a graph on every case and return the worst cosine and the largest difference.
 
     Raises: ZtuneError above LIMIT.
     """
     run = open_graph(graph)
-    worst = {"cosine": 1.0, "max_abs": 0.0}
+    worst = Parity(cosine=1.0, max_abs=0.0)
     for case in cases:
         (features,) = run.run(["features"], dict(case.feeds))
         if features.shape != case.features.shape:

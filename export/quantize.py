@@ -17,12 +17,15 @@ from runtimes.bundle import (
     MANIFEST,
     PARITY,
     Bundle,
+    Parity,
+    files_of,
     load_bundle,
 )
 from runtimes.ort import parity_figures
 from runtimes.providers import Execution, Setup, onnxruntime
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.files import new_folder, sha256, write_json
+from ztune.io.files import new_folder, write_json
+from ztune.io.schema import plain
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
@@ -67,7 +70,7 @@ def _write_files(
     progress: Callable[[str], None],
     external_threshold: int,
 ) -> None:
-    parity: dict[str, Json] = {}
+    parity: dict[str, Parity] = {}
     for name in bundle.files:
         if not name.endswith((".onnx", ".onnx.data")):
             shutil.copyfile(bundle.file(name), folder / name)
@@ -91,18 +94,14 @@ def _write_files(
                 f"(expected at least {_LEAST_COSINE[precision]}): this model cannot be used in "
                 f"{precision}"
             )
-        parity[name] = dict(figures)
+        parity[name] = figures
     if bundle.visual is not None:
         progress(f"{IMAGE_PROMPTED}: omitted, since image tokens need the fp32 bundle")
-    files: dict[str, Json] = {
-        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
-    manifest = {
+    manifest: dict[str, Json] = {
         **{key: value for key, value in bundle.manifest.items() if key != "visual"},
         "precision": precision,
-        "parity": parity,
-        "files": files,
+        "parity": plain(parity),
+        "files": plain(files_of(folder)),
         "derived_from": bundle.digest,
     }
     write_json(folder / MANIFEST, manifest)

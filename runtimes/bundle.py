@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta, Struct
 
 from ztune.errors import FormatError
-from ztune.io.fields import Fields
 from ztune.io.files import open_regular, read_json, sha256
 from ztune.io.kinds import wrong_kind
+from ztune.io.schema import AtLeastOne, Count, Positive, convert, current
 from ztune.types import Json
 
 FORMAT = "ztune-bundle"
@@ -31,27 +33,30 @@ CLIENT_FILES = (MANIFEST, "tokenizer.json", "token_table.npy", PARITY)
 # Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, while it holds
 # a graph's own bytes twice as it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
 EXTERNAL_THRESHOLD = 16_000_000
-# Of a width or a length in the manifest: what is allocated by it stays small.
-_LARGEST = 65536
 # As a path, in which two slashes are one.
 _URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+Size = Annotated[int, Meta(ge=1, le=65536)]
+"""A width or a length: what is allocated by it stays small."""
+Channels = Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How an image becomes the image tower's input: open_clip's evaluation transform."""
 
-    size: int
+    size: Annotated[int, Meta(ge=1, le=4096)]
     """Side of the square input in pixels."""
-    mean: tuple[float, ...]
+    mean: Channels
     """Per channel, of values in 0…1."""
-    std: tuple[float, ...]
-    interpolation: str
-    """bicubic or bilinear."""
-    resize_mode: str
+    std: Annotated[tuple[Positive, ...], Meta(min_length=3, max_length=3)]
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "longest", "squash"]
     """shortest (then centre crop), longest (then pad), or squash."""
-    fill_color: int
+    fill_color: Annotated[int, Meta(ge=0, le=255)]
     """Grey level of the padding where resize_mode is longest."""
 
 
@@ -59,21 +64,21 @@ class ImageSpec:
 class TextSpec:
     """How class names and contexts become the text tower's input."""
 
-    width: int
+    width: Size
     """Size d of a token embedding."""
-    context_length: int
+    context_length: Annotated[int, Meta(ge=2, le=65536)]
     """Tokens of a whole sequence."""
-    prefix_ids: tuple[int, ...]
+    prefix_ids: tuple[Count, ...]
     """Before the text, [SOS] for most; empty for SigLIP."""
-    suffix_ids: tuple[int, ...]
+    suffix_ids: tuple[Count, ...]
     """After the text: [EOT]."""
-    pad_id: int
-    cleaning: str
-    """lower, whitespace, canonicalize or none: what is done to a text before its tokenizer."""
+    pad_id: Count
+    cleaning: Literal["lower", "whitespace", "canonicalize", "none"]
+    """What is done to a text before its tokenizer."""
     causal: bool
-    pooling: str
-    """Where the tower reads its feature: argmax, eos, last, first or class."""
-    graph: str
+    pooling: Literal["argmax", "eos", "last", "first", "class"]
+    """Where the tower reads its feature."""
+    graph: Literal["prefix", "sequence"]
     """prefix: `prompt.onnx` shares the context's states between classes; sequence: it does not."""
 
 
@@ -81,41 +86,59 @@ class TextSpec:
 class VisualSpec:
     """The tokens that `image_prompted.onnx` takes, and the weights that embed its patches."""
 
-    width: int
+    width: Size
     """Size w of a token."""
-    patch_values: int
+    patch_values: AtLeastOne
     """How many values of an image make a patch."""
     patch_mean: float
     """Of the weights from a patch to its token."""
-    patch_std: float
+    patch_std: Positive
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A checked manifest and the folder that it describes."""
+class BundleFile:
+    """What the manifest says of one file."""
 
-    path: Path
+    sha256: str
+    bytes: Count
+
+
+class Parity(TypedDict):
+    """How far a graph is from torch, as measured at export: the worst of its cases."""
+
+    cosine: float
+    max_abs: float
+
+
+class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`bundle.json`; what else stands there is ignored."""
+
     model_id: str
     """Digest of weights, architecture, tokenizer and preprocessing; equal across precisions."""
-    digest: str
-    """SHA-256 of bundle.json itself: this very export."""
     source: Mapping[str, str]
     """model, pretrained and licence of the weights, as far as known."""
     image: ImageSpec
     text: TextSpec
-    embed_dim: int
-    logit_scale: float
+    embed_dim: Size
+    logit_scale: Positive
     """Already exponentiated."""
     logit_bias: float
-    precision: str
-    files: Mapping[str, tuple[str, int]]
-    """SHA-256 and size in bytes by file name."""
-    parity: Mapping[str, Mapping[str, float]]
-    """Cosine and max_abs against torch by graph, as measured at export."""
-    manifest: Mapping[str, Json]
-    """The whole of bundle.json."""
+    precision: Precision
     visual: VisualSpec | None = None
     """None where the bundle has no `image_prompted.onnx`."""
+    parity: Mapping[str, Parity]
+    """By graph."""
+    files: Mapping[str, BundleFile]
+
+
+class Bundle(Manifest, frozen=True, kw_only=True):
+    """A checked manifest and the folder that it describes."""
+
+    path: Path
+    digest: str
+    """SHA-256 of bundle.json itself: this very export."""
+    manifest: Mapping[str, Json]
+    """The whole of bundle.json."""
 
     @property
     def is_client_half(self) -> bool:
@@ -140,7 +163,7 @@ class Bundle:
         return self.path / name
 
     def _check(self, name: str) -> None:
-        digest, size = self.files[name]
+        listed = self.files[name]
         path = self.path / name
         where = f'bundle "{self.path}": {name}'
         if not path.is_file():
@@ -151,16 +174,24 @@ class Bundle:
                 )
             raise FormatError(f"{where} is missing (export again)")
         found = path.stat().st_size
-        if found != size:
+        if found != listed.bytes:
             raise FormatError(
-                f"{where} has {found} bytes, bundle.json says {size} "
+                f"{where} has {found} bytes, bundle.json says {listed.bytes} "
                 "(file damaged or replaced; export again)"
             )
-        if sha256(path) != digest:
+        if sha256(path) != listed.sha256:
             raise FormatError(
                 f"{where}: SHA-256 differs from bundle.json "
                 "(file damaged or replaced; export again)"
             )
+
+
+def files_of(folder: Path) -> dict[str, BundleFile]:
+    """Return what a manifest says of the files of a folder, by name."""
+    return {
+        file.name: BundleFile(sha256(file), file.stat().st_size)
+        for file in sorted(folder.iterdir())
+    }
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -190,99 +221,18 @@ def _load(path: Path) -> Bundle:
     if not (path / MANIFEST).is_file():
         raise wrong_kind(path, "bundle")
     where = f'bundle "{path}": {MANIFEST}'
-    raw = read_json(path / MANIFEST, where)
-    top = Fields(raw, where)
-    if raw.get("format") != FORMAT:
-        raise FormatError(f'{where}: "format" is {raw.get("format")!r}, expected "{FORMAT}"')
-    top.version(VERSION)
-    files = {}
-    listed = top.object("files")
-    for name in listed.values:
+    raw = read_json(path / MANIFEST, f'bundle "{path}"')
+    manifest = convert(current(raw, FORMAT, VERSION, where), Manifest, where)
+    for name in manifest.files:
         if not _PLAIN_NAME.fullmatch(name):
             raise FormatError(f"{where}: file name {name!r} is not a plain name")
-        entry = listed.object(name)
-        files[name] = (entry.text("sha256"), entry.integer("bytes"))
-    parity_field = top.object("parity")
-    parity = {}
-    for graph in parity_field.values:
-        figures = parity_field.object(graph)
-        parity[graph] = {key: figures.number(key) for key in ("cosine", "max_abs")}
-    source = top.object("source")
-    scale = top.number("logit_scale")
-    if scale <= 0:
-        raise FormatError(f'{where}: "logit_scale" is {scale}, expected a positive number')
-    return Bundle(
-        path=path,
-        model_id=top.text("model_id"),
-        digest=sha256(path / MANIFEST),
-        source={key: source.text(key) for key in source.values},
-        image=image_spec(top.object("image")),
-        text=_text_spec(top.object("text")),
-        embed_dim=_size(top, "embed_dim"),
-        logit_scale=scale,
-        logit_bias=top.number("logit_bias"),
-        precision=top.text("precision", among=("fp32", "fp16", "int8")),
-        files=files,
-        parity=parity,
-        manifest=raw,
-        visual=_visual_spec(top, IMAGE_PROMPTED in files),
-    )
-
-
-def _visual_spec(top: Fields, has_graph: bool) -> VisualSpec | None:
-    if has_graph != ("visual" in top.values):
+    if (IMAGE_PROMPTED in manifest.files) != (manifest.visual is not None):
         raise FormatError(
-            f'{top.where}: "visual" and {IMAGE_PROMPTED} belong together, one of them is missing '
+            f'{where}: "visual" and {IMAGE_PROMPTED} belong together, one of them is missing '
             "(export again)"
         )
-    if not has_graph:
-        return None
-    visual = top.object("visual")
-    spec = VisualSpec(
-        width=_size(visual, "width"),
-        patch_values=visual.integer("patch_values", least=1),
-        patch_mean=visual.number("patch_mean"),
-        patch_std=visual.number("patch_std"),
-    )
-    if spec.patch_std <= 0:
-        raise FormatError(f'{visual.where}: "patch_std" is not positive')
-    return spec
-
-
-def image_spec(image: Fields) -> ImageSpec:
-    """Check the preprocessing part of a manifest; a classifier carries the same one."""
-    spec = ImageSpec(
-        size=image.integer("size", least=1),
-        mean=image.numbers("mean", 3),
-        std=image.numbers("std", 3),
-        interpolation=image.text("interpolation", among=("bicubic", "bilinear")),
-        resize_mode=image.text("resize_mode", among=("shortest", "longest", "squash")),
-        fill_color=image.integer("fill_color"),
-    )
-    if min(spec.std) <= 0 or spec.fill_color > 255 or spec.size > 4096:
-        raise FormatError(f"{image.where}: size, std or fill_color out of range")
-    return spec
-
-
-def _size(fields: Fields, key: str, least: int = 1) -> int:
-    value = fields.integer(key, least)
-    if value > _LARGEST:
-        raise FormatError(f'{fields.where}: "{key}" is {value}, expected at most {_LARGEST}')
-    return value
-
-
-def _text_spec(text: Fields) -> TextSpec:
-    return TextSpec(
-        width=_size(text, "width"),
-        context_length=_size(text, "context_length", least=2),
-        prefix_ids=text.integers("prefix_ids"),
-        suffix_ids=text.integers("suffix_ids"),
-        pad_id=text.integer("pad_id"),
-        cleaning=text.text("cleaning", among=("lower", "whitespace", "canonicalize", "none")),
-        causal=text.flag("causal"),
-        pooling=text.text("pooling", among=("argmax", "eos", "last", "first", "class")),
-        graph=text.text("graph", among=("prefix", "sequence")),
-    )
+    fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    return Bundle(path=path, digest=sha256(path / MANIFEST), manifest=raw, **fields)
 
 
 def check_external_data(graph: Path, allowed: str | None) -> None:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import itertools
-import json
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
-from runtimes.bundle import ImageSpec, check_external_data, image_spec, reading
+from runtimes.bundle import ImageSpec, Precision, check_external_data, reading
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import DataError, FormatError, ProviderError
-from ztune.io.fields import Fields
 from ztune.io.files import open_regular
 from ztune.io.kinds import kind_of, wrong_kind
+from ztune.io.schema import Count, Record, convert, current, decoded
 from ztune.progress import SILENCE, Progress, warn
-from ztune.types import F32, U8
+from ztune.types import F32, U8, Json
 
 FORMAT = "ztune-classifier"
-VERSION = 1
+VERSION = 2
 _BATCH = 32  # images of one call
+
+
+class ClassifierMetadata(Record, frozen=True):
+    """What a classifier says of itself, in its ONNX metadata."""
+
+    classes: tuple[str, ...]
+    image: ImageSpec
+    resize: bool
+    model_id: str
+    bundle_digest: str
+    precision: Precision
+    source: Mapping[str, str]
+    method: str
+    config: Mapping[str, Json]
+    seed: Count
+    queries: Count
+    tuning_images: tuple[Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")], ...]
+    """First 8 bytes of the SHA-256 of every image that tuning has seen, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -89,29 +107,21 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         raise FormatError(
             f"{where} cannot be opened (damaged, or no ONNX file?): {error}"
         ) from None
-    text = session.get_modelmeta().custom_metadata_map.get("ztune", "{}")
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    text = session.get_modelmeta().custom_metadata_map.get("ztune")
+    if text is None:
         raise FormatError(f"{where} was not packed by ztune (make one with: ztune pack)")
-    top = Fields(document, where)
-    top.version(VERSION)
-    try:
-        seen = tuple(int(text, 16) for text in top.texts("tuning_pictures"))
-    except ValueError:
-        raise FormatError(f'{where}: "tuning_pictures" are no hexadecimal numbers') from None
-    classes = top.texts("classes")
-    _check_graph(session, classes, where)
+    metadata = convert(
+        current(decoded(text, where), FORMAT, VERSION, where), ClassifierMetadata, where
+    )
+    _check_graph(session, metadata.classes, where)
     return Classifier(
         path=path,
-        classes=classes,
-        image=image_spec(top.object("image")),
-        resize=top.flag("resize"),
-        method=top.text("method"),
-        precision=top.text("precision", among=("fp32", "fp16", "int8")),
-        tuning_images=seen,
+        classes=metadata.classes,
+        image=metadata.image,
+        resize=metadata.resize,
+        method=metadata.method,
+        precision=metadata.precision,
+        tuning_images=tuple(int(digits, 16) for digits in metadata.tuning_images),
         session=session,
     )
 

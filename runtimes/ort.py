@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 
 from runtimes.binding import BoundCall
-from runtimes.bundle import PARITY, Bundle, ImageSpec
+from runtimes.bundle import PARITY, Bundle, ImageSpec, Parity
 from runtimes.capture import capture, symbolic_sizes
 from runtimes.plan import Plan, Sizes, make_plan, obstacle_to_capture
 from runtimes.preprocess import PREPROCESS_VERSION, normalise, read_view
@@ -82,7 +82,7 @@ class OrtImageEncoder:
         self._execution = execution
         self._graph: Graph | None = None
         weights = "".join(
-            bundle.files[name][0]
+            bundle.files[name].sha256
             for name in ("image.onnx", "image.onnx.data")
             if name in bundle.files
         )
@@ -295,7 +295,7 @@ def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
 
 def parity_figures(
     parity: Path, name: str, graph: Path, execution: Execution, setup: Setup | None = None
-) -> dict[str, float]:
+) -> Parity:
     """Return the worst cosine and max_abs between a graph's features here and torch's."""
     given, expected = parity_inputs(parity, name)
     session = open_session(graph, execution, setup)
@@ -303,10 +303,10 @@ def parity_figures(
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
     cosines = (got * wide).sum(axis=-1) / norms
-    return {"cosine": float(cosines.min()), "max_abs": float(np.abs(got - wide).max())}
+    return Parity(cosine=float(cosines.min()), max_abs=float(np.abs(got - wide).max()))
 
 
-def parity_on_this_machine(bundle: Bundle, graph: str, execution: Execution) -> dict[str, float]:
+def parity_on_this_machine(bundle: Bundle, graph: str, execution: Execution) -> Parity:
     """Return a graph's worst cosine and max_abs to torch on this machine.
 
     Raises: ProviderError when the provider cannot run the bundle's precision.

@@ -32,10 +32,10 @@ from runtimes.prompts import feeds, name_lengths, token_table
 from runtimes.providers import Execution, onnxruntime, run_graph
 from ztune.errors import FormatError, ZtuneError
 from ztune.io.children import python_command
-from ztune.io.fields import Fields
+from ztune.io.schema import Record, convert, plain
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.printing import reason_of
-from ztune.types import F32, F64, Json
+from ztune.types import F32, F64
 
 FINER = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
 """The precision of the reference, by the precision that is measured."""
@@ -46,6 +46,16 @@ _SINGLE_ONLY = {
 }  # fmt: skip
 _ASKED, _ANSWER = "asked.safetensors", "answer.safetensors"
 _PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
+
+
+class Asked(Record, frozen=True):
+    """What the process is asked, with its arrays; see `reference_features`."""
+
+    bundle: str
+    n_together: int
+    as_it_is: bool
+    threads: int | None
+    memory_limit: int | None
 
 
 def reference_features(
@@ -65,20 +75,20 @@ def reference_features(
 
     Raises: ZtuneError in one line, whatever the process died of.
     """
-    asked: dict[str, Json] = {
-        "bundle": str(bundle.path.resolve()),
-        "n_together": n_together,
-        "as_it_is": as_it_is,
-        "threads": execution.threads,
-        "memory_limit": execution.memory_limit,
-    }
+    asked = Asked(
+        bundle=str(bundle.path.resolve()),
+        n_together=n_together,
+        as_it_is=as_it_is,
+        threads=execution.threads,
+        memory_limit=execution.memory_limit,
+    )
     with tempfile.TemporaryDirectory(prefix="ztune-reference-") as folder:
         arrays = {
             "contexts": contexts,
             "tokens": np.concatenate([np.array(ids, dtype=np.int64) for ids in names]),
             "lengths": np.array([len(ids) for ids in names]),
         }
-        write_tensors(Path(folder, _ASKED), arrays, asked)
+        write_tensors(Path(folder, _ASKED), arrays, plain(asked))
         code, said = _waited_for(python_command(_PROGRAM, folder))
         if code:
             lines = said.strip().splitlines()
@@ -129,17 +139,14 @@ def _end_with_the_parent(folder: str) -> None:
 
 
 def _answer(folder: Path) -> None:
-    arrays, asked = read_tensors(folder / _ASKED, "reference")
-    fields = Fields(asked, "reference")
-    bundle = load_bundle(Path(fields.text("bundle")))
+    arrays, document = read_tensors(folder / _ASKED, "reference")
+    asked = convert(document, Asked, "reference")
+    bundle = load_bundle(Path(asked.bundle))
     parts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
     names = [tuple(part.tolist()) for part in parts]
-    threads, limit = (
-        None if asked[key] is None else fields.integer(key) for key in ("threads", "memory_limit")
-    )
-    session = _open(bundle, fields.flag("as_it_is"), threads)
+    session = _open(bundle, asked.as_it_is, asked.threads)
     features = _encode(
-        session, bundle, names, arrays["contexts"], fields.integer("n_together"), limit
+        session, bundle, names, arrays["contexts"], asked.n_together, asked.memory_limit
     )
     write_tensors(folder / _ANSWER, {"features": features}, {})
 

@@ -271,7 +271,7 @@ def test_access_is_that_of_the_settings(ztune: Command, data: Path, tmp_path: Pa
     out, text_alone = tmp_path / "out", ("--set", "bptvlm.part=text")
     result = ztune("compare", MINI, "--data", data, "--out", out, *options, *text_alone, "--json")
     assert result.code == 0, result.err
-    assert result.json["access"] == {"bptvlm": "losses, text prompts as embeddings"}
+    assert result.json["capabilities"] == {"bptvlm": "losses, text prompts as embeddings"}
     assert result.json["cells"][0]["image_forwards_needed"] == 12
 
 
@@ -439,8 +439,8 @@ def test_methods_lists_the_whole_table(ztune: Command) -> None:
         assert document["needs"]
         assert document["serves_new_classes"] is not isinstance(method, HeadMethod)
     assert documents["sharpzo"]["first_step_queries"] == 1064
-    assert documents["bar"]["encodes_pictures_anew"]
-    assert not documents["zip"]["encodes_pictures_anew"]
+    assert documents["bar"]["encodes_images_every_query"]
+    assert not documents["zip"]["encodes_images_every_query"]
     assert documents["zip"]["presets"]["published"] == {"augment": 16}
     listed = [line.split()[0] for line in ztune("methods").out.splitlines() if line]
     assert listed[1 : 1 + len(METHODS)] == list(METHODS)

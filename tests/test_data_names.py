@@ -63,7 +63,7 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_a_run_takes_the_published_lists(run: Path, root: Path) -> None:
-    request = json.loads((run / "run.json").read_text())["request"]
+    request = json.loads((run / "run.json").read_text())["run_config"]
     assert (request["data"], request["root"]) == ("dtd", str(root))
     assert request["templates"] == ["a photo of a {}."]
     assert entries_of(run, "test") == listed(root, "test")
@@ -104,7 +104,7 @@ def test_eval_scores_on_the_published_test_images(ztune: Command, run: Path, roo
     assert own["zero_shot_accuracy"] == plain["accuracy"]
     tuned = ztune("eval", MINI, *words, "--prompt", run / "prompt.safetensors").json
     assert tuned["accuracy"] == own["accuracy"]
-    assert tuned["tuning_pictures"] == 0
+    assert tuned["tuning_images"] == 0
 
 
 def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> Non
     assert "dtd on mini, 2 shots" in done.out
     assert "the papers take --template" in done.err
     document = json.loads((out / "compare.json").read_text())
-    assert document["request"]["root"] == str(root)
+    assert document["run_config"]["root"] == str(root)
     assert document["counts"]["test"] == 12
     assert {cell["method"] for cell in document["cells"] if "accuracy" in cell} == {
         "zero-shot", "gda",
@@ -145,7 +145,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     scored = ztune("eval", out, "--json")
     assert scored.code == 0, scored.err
     assert scored.json["n"] == 12
-    assert scored.json["tuning_pictures"] == 2
+    assert scored.json["tuning_images"] == 2
     assert "served tuning or validation" in scored.err
 
     # The same images in a folder are refused: one of each can be removed there.

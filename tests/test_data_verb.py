@@ -32,7 +32,7 @@ def test_the_list_has_every_data_set(ztune: Command, tmp_path: Path) -> None:
     assert document["data"][0]["counts"] == {"train": 4128, "val": 1649, "test": 2465}
     build(tmp_path, "dtd")
     document = ztune("data", "list", "--root", tmp_path, "--json").json
-    assert [entry["name"] for entry in document["data"] if entry["there"]] == ["dtd"]
+    assert [entry["name"] for entry in document["data"] if entry["present"]] == ["dtd"]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -88,7 +88,7 @@ def tensors(fitted: ztune.FewShotClassifier, path: Path) -> dict[str, Any]:
     """Return what was fitted, less the digests of the images that it was fitted on."""
     fitted.save(path)
     found: dict[str, Any] = load_file(path)
-    del found["tuning_pictures"]
+    del found["tuning_images"]
     return found
 
 

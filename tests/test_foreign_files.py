@@ -58,9 +58,9 @@ def test_tune_and_eval_refuse_other_formats(
     shutil.rmtree(out, ignore_errors=True)
     done = ztune(*TUNE, "--data", data, "--out", out, "--skip-broken", "--json")
     assert done.code == 0, done.err
-    assert done.json["broken_pictures"] == 1
+    assert done.json["broken_images"] == 1
     done = ztune(*EVAL, "--data", data, "--skip-broken", "--json")
-    assert (done.json["broken_pictures"], done.json["n"]) == (1, 15)
+    assert (done.json["broken_images"], done.json["n"]) == (1, 15)
 
 
 def test_predict_refuses_other_formats(
@@ -74,7 +74,7 @@ def test_predict_refuses_other_formats(
         assert str(named) in refused.err
         assert _REFUSED in refused.err
     done = ztune("predict", classifier, data / "one", "--skip-broken", "--json")
-    assert done.json["broken_pictures"] == len(FOREIGN)
+    assert done.json["broken_images"] == len(FOREIGN)
     assert len(done.json["predictions"]) == 8
 
 

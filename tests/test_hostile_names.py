@@ -381,7 +381,7 @@ def test_a_saved_address_is_shown_without_its_password(
 ) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     document = json.loads((copied / "run.json").read_text())
-    document["request"]["bundle"] = ADDRESS
+    document["run_config"]["bundle"] = ADDRESS
     (copied / "run.json").write_text(json.dumps(document))
     for words in (("eval", copied), ("tune", "--resume", copied)):
         assert SECRET not in ztune(*words, "--debug").err

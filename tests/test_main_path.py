@@ -91,7 +91,7 @@ def test_classifier_predicts_what_the_run_predicts(
         measured
     )
     assert measured["interval"][0] <= measured["accuracy"] <= measured["interval"][1]
-    assert measured["tuning_pictures"] == 0
+    assert measured["tuning_images"] == 0
     assert (out / "confusion.png").stat().st_size > 1000
 
     prompt, packed = out / "prompt.safetensors", out / "classifier.onnx"
@@ -107,7 +107,7 @@ def test_classifier_predicts_what_the_run_predicts(
     features = model.features(items, cache, what="images").values[0]
     expected = [split.classes[c] for c in classifier.logits(features).argmax(axis=1)]
     predicted = ztune("predict", packed, *images, "--json").json["predictions"]
-    assert [p["picture"] for p in predicted] == [str(image) for image in images]
+    assert [p["image"] for p in predicted] == [str(image) for image in images]
     assert [p["class"] for p in predicted] == expected
     if method == "gda":
         assert isinstance(read_artifact(prompt), HeadArtifact)
@@ -156,8 +156,8 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
         "--prompt", out / "prompt.safetensors", "--json", "--cache", cache,
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.json["n"] == 1797 - done.json["broken_pictures"]
-    assert done.json["tuning_pictures"] == 200
+    assert done.json["n"] == 1797 - done.json["broken_images"]
+    assert done.json["tuning_images"] == 200
     assert "200 of these 1797 images served tuning" in done.err
     assert done.json["candidates"] == 11
     assert f"choosing among 11 classes (of {names})" in done.err
@@ -188,7 +188,7 @@ def test_cached_views_are_drawn_for_training(ztune: Command, tmp_path: Path) -> 
     )
     assert done.code == 0, done.err
     assert done.json["image_forwards"] == 10 * 2 * 16 + 10 * 2
-    assert done.json["request"]["augment"] == 16
+    assert done.json["run_config"]["augment"] == 16
 
 
 def test_words_start_the_context_where_asked(ztune: Command, tmp_path: Path, cache: Path) -> None:

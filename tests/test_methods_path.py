@@ -214,7 +214,7 @@ def test_every_other_run_is_scored_on_its_test_images(
     assert done.code == 0, done.err
     assert done.json["n"] == N_TEST
     assert done.json["method"] == method
-    assert done.json["tuning_pictures"] == 0
+    assert done.json["tuning_images"] == 0
     assert 0 <= done.json["accuracy"] <= 1
 
 
@@ -274,7 +274,7 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
     assert scored.code == 0, scored.err
     assert scored.json["candidates"] == 4
     assert scored.json["n"] == 36
-    assert scored.json["tuning_pictures"] == N_TRAIN + N_VAL
+    assert scored.json["tuning_images"] == N_TRAIN + N_VAL
     assert done.code == 0, done.err
     assert done.json["classes"] == [*CLASSES, "four"]
     for warned in (scored, done):

@@ -113,7 +113,7 @@ class Taken:
         """Change what both runs say that they were asked."""
         for run in (self.stopped, self.finished):
             document = read(run)
-            change(document["request"])
+            change(document["run_config"])
             (run / "run.json").write_text(json.dumps(document))
 
     def move_to(self, server: FakeServer) -> None:
@@ -298,4 +298,4 @@ def test_a_run_keeps_no_files_of_certificates(
         "--deadline", 20,
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert read(out)["request"]["server"] == {"connection": {"deadline": 20.0}}
+    assert read(out)["run_config"]["server"] == {"connection": {"deadline": 20.0}}

@@ -198,7 +198,7 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     shutil.rmtree(out)
     kept = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0, "--skip-broken", "--json")
     assert kept.code == 0, kept.err
-    assert kept.json["broken_pictures"] == 1
+    assert kept.json["broken_images"] == 1
     assert kept.json["val_accuracy"] is None
     shutil.rmtree(out)
     text.unlink()

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from ztune.errors import FormatError
-from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_bytes
 from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
+from ztune.io.old_formats import renamed_arrays
+from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
-VERSION = 1
-
+VERSION = 2
+MOST_TOKENS = 4096
+MOST_AT_ONCE = 65_536
 
 Fingerprints = NDArray[np.uint64]
 """u64[n], sorted: the first 8 bytes of the SHA-256 of every image that tuning has seen, so that
@@ -43,6 +46,53 @@ class Provenance:
     queries: int
     stop_reason: str
     config: Mapping[str, Json] = field(default_factory=dict)
+
+
+class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
+    """What a file says besides its tensors; every kind has a list of fields of its own."""
+
+    classes: tuple[str, ...]
+    model_id: str
+    bundle_digest: str
+    method: str
+    seed: Count
+    queries: Count
+    stop_reason: str
+    config: Mapping[str, Json]
+
+    @property
+    def provenance(self) -> Provenance:
+        names = (field.name for field in fields(Provenance))
+        return Provenance(**{name: getattr(self, name) for name in names})
+
+
+class ContextMetadata(Metadata, frozen=True, tag="context"):
+    """Of a ContextArtifact."""
+
+
+class MixtureMetadata(Metadata, frozen=True, kw_only=True, tag="mixture"):
+    """Of a MixtureArtifact."""
+
+    at_once: Annotated[int, Meta(ge=1, le=MOST_AT_ONCE)]
+
+
+class VisualMetadata(Metadata, frozen=True, kw_only=True, tag="visual"):
+    """Of a VisualArtifact."""
+
+    program: Literal["border", "decoder", "tokens"]
+    templates: tuple[str, ...]
+    extractor: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+
+
+class HeadMetadata(Metadata, frozen=True, tag="head"):
+    """Of a HeadArtifact without a kernel."""
+
+
+class KernelMetadata(HeadMetadata, frozen=True, tag="kernel"):
+    """Of a HeadArtifact with a kernel."""
+
+
+AnyMetadata = ContextMetadata | MixtureMetadata | VisualMetadata | HeadMetadata | KernelMetadata
 
 
 @dataclass(frozen=True)
@@ -118,7 +168,7 @@ class VisualArtifact:
     classes: tuple[str, ...]
     provenance: Provenance
     program: str
-    """One of PROGRAMS: what the values do to an image."""
+    """border, decoder or tokens: what the values do to an image."""
     visual: F32
     """border f32[3, S, S] before its sigmoid; decoder f32[n]; tokens f32[n, w]."""
     text_features: F32
@@ -139,11 +189,8 @@ class VisualArtifact:
         return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
 
 
-PROGRAMS = ("border", "decoder", "tokens")
 _N_STATISTICS = 144
 """Channels that BlackVIP's decoder normalises."""
-MOST_TOKENS = 4096
-MOST_AT_ONCE = 65_536
 _LARGEST_FEATURE = 1e30
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
@@ -171,21 +218,8 @@ def artifact_bytes(artifact: Artifact) -> bytes:
 
     Raises: FormatError naming a tensor that no reader would take, as it is not finite.
     """
-    p = artifact.provenance
-    document: dict[str, Json] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": _kind(artifact),
-        "classes": list(artifact.classes),
-        "model_id": p.model_id,
-        "bundle_digest": p.bundle_digest,
-        "method": p.method,
-        "config": dict(p.config),
-        "seed": p.seed,
-        "queries": p.queries,
-        "stop_reason": p.stop_reason,
-    }
-    arrays: dict[str, NDArray[np.generic]] = {"tuning_pictures": artifact.tuning_images}
+    own: dict[str, Any] = {}
+    arrays: dict[str, NDArray[np.generic]] = {"tuning_images": artifact.tuning_images}
     if isinstance(artifact, HeadArtifact):
         arrays |= {"weight": artifact.weight, "bias": artifact.bias}
         if artifact.kernel is not None:
@@ -198,31 +232,30 @@ def artifact_bytes(artifact: Artifact) -> bytes:
         arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
         if isinstance(artifact, MixtureArtifact):
             arrays |= {"tokens": artifact.tokens, "weights": artifact.weights}
-            document["at_once"] = artifact.at_once
+            own = {"at_once": artifact.at_once}
         elif artifact.context is not None:
             arrays["context"] = artifact.context
     if isinstance(artifact, VisualArtifact):
         arrays["visual"] = artifact.visual
         if artifact.statistics is not None:
             arrays["statistics"] = artifact.statistics
-        document["program"] = artifact.program
-        document["templates"] = list(artifact.templates)
-        document["extractor"] = artifact.extractor
+        own = {name: getattr(artifact, name) for name in ("program", "templates", "extractor")}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FormatError(
-                f"artifact of {p.method}: tensor {name} holds values that are not finite, and is "
-                "not written (use other settings)"
+                f"artifact of {artifact.provenance.method}: tensor {name} holds values that are "
+                "not finite, and is not written (use other settings)"
             )
-    return tensor_bytes(arrays, document)
+    metadata = _kind(artifact)(classes=artifact.classes, **vars(artifact.provenance), **own)
+    return tensor_bytes(arrays, {"format": FORMAT, "version": VERSION, **plain(metadata)})
 
 
-def _kind(artifact: Artifact) -> str:
+def _kind(artifact: Artifact) -> type[Metadata]:
     if isinstance(artifact, HeadArtifact):
-        return "head" if artifact.kernel is None else "kernel"
+        return HeadMetadata if artifact.kernel is None else KernelMetadata
     if isinstance(artifact, MixtureArtifact):
-        return "mixture"
-    return "visual" if isinstance(artifact, VisualArtifact) else "context"
+        return MixtureMetadata
+    return VisualMetadata if isinstance(artifact, VisualArtifact) else ContextMetadata
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -233,22 +266,15 @@ def read_artifact(path: Path) -> Artifact:
     path = _file_of(path)
     where = f'artifact "{path}"'
     arrays, document = read_tensors(path, where)
-    top = Fields(document, where)
-    if document.get("format") != FORMAT:
-        raise FormatError(f"{where} is no ztune artifact")
-    top.version(VERSION)
-    classes = top.texts("classes")
+    arrays = renamed_arrays(arrays)
+    content, kinds = (
+        current(document, FORMAT, VERSION, where),
+        cast("type[AnyMetadata]", AnyMetadata),
+    )
+    found = convert(content, kinds, where)
+    classes, provenance = found.classes, found.provenance
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise FormatError(f"{where}: expected at least two different class names")
-    provenance = Provenance(
-        model_id=top.text("model_id"),
-        bundle_digest=top.text("bundle_digest"),
-        method=top.text("method"),
-        seed=top.integer("seed"),
-        queries=top.integer("queries"),
-        stop_reason=top.text("stop_reason"),
-        config=top.object("config").values,
-    )
     C = len(classes)
 
     def tensor(name: str, *shape: int | None) -> F32:
@@ -297,19 +323,18 @@ def read_artifact(path: Path) -> Artifact:
             )
         return array
 
-    images = arrays.pop("tuning_pictures", None)
+    images = arrays.pop("tuning_images", None)
     if images is None or images.dtype != np.uint64 or images.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_images is missing or not uint64 of (n,)")
     artifact: Artifact
-    kind = top.text("kind", among=("context", "mixture", "head", "kernel", "visual"))
-    if kind in ("head", "kernel"):
+    if isinstance(found, HeadMetadata):
         weight, bias, kernel = tensor("weight", C, None), tensor("bias", C), None
-        if kind == "kernel":
+        if isinstance(found, KernelMetadata):
             keys = unit_rows("keys", None, weight.shape[1])
             sharpness = positive("sharpness", _MOST_SHARPNESS)
             kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
         artifact = HeadArtifact(classes, provenance, weight, bias, images, kernel)
-    elif kind == "mixture":
+    elif isinstance(found, MixtureMetadata):
         tokens = token_ids()
         artifact = MixtureArtifact(
             classes,
@@ -319,39 +344,33 @@ def read_artifact(path: Path) -> Artifact:
             tensor("text_features", C, None),
             positive("logit_scale"),
             float(tensor("logit_bias", 1)[0]),
-            top.integer("at_once"),
+            found.at_once,
             images,
         )
         if np.abs(artifact.text_features).max() > _LARGEST_FEATURE:
             raise FormatError(
                 f"{where}: tensor text_features has values too large for a classifier"
             )
-        if not 1 <= artifact.at_once <= MOST_AT_ONCE:
-            raise FormatError(
-                f"{where}: at_once is {artifact.at_once}, expected 1 to {MOST_AT_ONCE}"
-            )
     else:
         # A context tuned where losses alone are given has none; a bundle makes them of it.
-        known = kind == "visual" or "text_features" in arrays
+        known = isinstance(found, VisualMetadata) or "text_features" in arrays
         text_features = unit_rows("text_features", C, None) if known else None
         logit_scale = positive("logit_scale")
         logit_bias = float(tensor("logit_bias", 1)[0])
         context = None
-        if kind == "context" or "context" in arrays:
+        if isinstance(found, ContextMetadata) or "context" in arrays:
             context = tensor("context", None, None)
-        if kind == "context" and context is not None:
+        if not isinstance(found, VisualMetadata):
+            assert context is not None
             artifact = ContextArtifact(
                 classes, provenance, context, text_features, logit_scale, logit_bias, images
             )
         else:
             assert text_features is not None
-            program = top.text("program", among=PROGRAMS)
-            templates = () if context is not None else top.texts("templates")
+            program = found.program
+            templates = () if context is not None else found.templates
             if context is None and not (templates and all(t.count("{}") == 1 for t in templates)):
                 raise FormatError(f"{where}: expected templates that hold {{}} once each")
-            extractor = top.text("extractor")
-            if not re.fullmatch(r"([0-9a-f]{64})?", extractor):
-                raise FormatError(f'{where}: "extractor" is no SHA-256')
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
             visual = tensor("visual", *shape)
             if program == "tokens" and len(visual) > MOST_TOKENS:
@@ -370,7 +389,7 @@ def read_artifact(path: Path) -> Artifact:
                 context,
                 templates,
                 statistics() if program == "decoder" else None,
-                extractor,
+                found.extractor,
                 images,
             )
     if arrays:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtimes.bundle import load_bundle
+from runtimes.bundle import Parity, load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
 from runtimes.remote.endpoint import named_server
@@ -16,6 +16,7 @@ from runtimes.remote.settings import settings_from
 from runtimes.tokenizer import Tokenizer
 from ztune.access import TEXTS
 from ztune.errors import ZtuneError
+from ztune.io.schema import plain
 from ztune.model import Model, connect_server
 from ztune.precision import Signal
 from ztune.progress import SILENCE, Progress
@@ -65,7 +66,7 @@ class BundleCheck:
     precision: str
     provider: str | None
     """The first of the working providers that runs the precision; None: none does."""
-    parity: Mapping[str, Mapping[str, Json]] | None = None
+    parity: Mapping[str, Mapping[str, Parity]] | None = None
     """Differences from torch by graph, `here` and `at_export`; None where it was not run."""
     seconds_per_query: float | None = None
     timed: str = ""
@@ -80,7 +81,7 @@ class BundleCheck:
             "provider": self.provider,
         }
         if self.parity is not None:
-            parity: dict[str, Json] = {graph: dict(both) for graph, both in self.parity.items()}
+            parity = plain(self.parity)
             document |= {"parity": parity, "seconds_per_query": self.seconds_per_query}
         return document
 
@@ -105,10 +106,10 @@ def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
         failures.append(reason)
     if failures or provider is None:
         return BundleCheck(files, failures, bundle.model_id, bundle.precision, provider)
-    parity: dict[str, dict[str, Json]] = {}
+    parity: dict[str, dict[str, Parity]] = {}
     for graph, stored in bundle.parity.items():
         here = parity_on_this_machine(bundle, graph, Execution(provider))
-        parity[graph] = {"here": dict(here), "at_export": dict(stored)}
+        parity[graph] = {"here": here, "at_export": stored}
         limit = allowed_difference(stored["max_abs"])
         if not here["max_abs"] <= limit:
             failures.append(
@@ -135,9 +136,27 @@ def _able(precision: str, working: Sequence[str]) -> tuple[str | None, str]:
     return None, reason
 
 
+@dataclass(frozen=True)
+class ServerCheck:
+    """What is known of a server that has passed all checks."""
+
+    url: str
+    models: Sequence[str]
+    capabilities: Sequence[str]
+    bundle_digest: str
+    model_id: str
+    precision: str
+    parity: Mapping[str, float]
+    """Largest difference from torch by model, over the wire."""
+    reports_digest: bool
+    """Whether every answer says of which bundle it is."""
+    extensions: Sequence[str]
+    seconds_per_query: float | None
+
+
 def check_server(
     url: str, values: Mapping[str, Json], progress: Progress = SILENCE
-) -> tuple[dict[str, Json], str]:
+) -> tuple[ServerCheck, str]:
     """Return what is known of a server once it has passed all checks, and what was timed.
 
     Raises: ServerError for the first check that it does not pass, ConfigError for settings.
@@ -153,21 +172,21 @@ def check_server(
             graph = served.prompts(Tokenizer(bundle))
             seconds = time_text_queries(graph, _WORDS, bundle.text.width).per_query
             timed = _TIMED
-        document: dict[str, Json] = {
-            "url": str(service.location),
-            "models": [service.model(part) for part in service.offers],
-            "gives": list[Json](sorted(served.access)),
-            "bundle_digest": bundle.digest,
-            "model_id": bundle.model_id,
-            "precision": bundle.precision,
-            "parity": dict(connected.parity),
-            "tells_digest": all(offer.tells_digest for offer in service.offers.values()),
-            "extensions": list[Json](sorted(service.extensions)),
-            "seconds_per_query": seconds,
-        }
+        found = ServerCheck(
+            url=str(service.location),
+            models=[service.model(part) for part in service.offers],
+            capabilities=sorted(served.access),
+            bundle_digest=bundle.digest,
+            model_id=bundle.model_id,
+            precision=bundle.precision,
+            parity=connected.parity,
+            reports_digest=all(offer.tells_digest for offer in service.offers.values()),
+            extensions=sorted(service.extensions),
+            seconds_per_query=seconds,
+        )
     finally:
         service.close()
-    return document, timed
+    return found, timed
 
 
 def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[str, Json], float]:

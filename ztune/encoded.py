@@ -17,7 +17,7 @@ from ztune.heads import Shots
 from ztune.model import Model
 from ztune.run import RunStore
 from ztune.run_config import RunConfig
-from ztune.types import F32, I64, U8, Json
+from ztune.types import F32, I64, U8
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class EncodedSplit:
         labels = np.tile(self.labels, n_views)
         return Shots(features, labels, text_features, logit_scale, logit_bias, held_out, n_views)
 
-    def costs(self, own_cache: bool, seconds: float) -> dict[str, Json]:
+    def costs(self, own_cache: bool, seconds: float) -> dict[str, int | float]:
         """Return the image pass's cost; where a run is resumed, its first full pass's is kept.
 
         What is found in the run's own cache was encoded by this run, before a kill.
@@ -67,7 +67,7 @@ class EncodedSplit:
         return {
             "image_forwards": self.n_encoded + n_paid_before,
             "image_forwards_cached": self.n_cached - n_paid_before,
-            "broken_pictures": self.n_broken,
+            "broken_images": self.n_broken,
             "image_seconds": round(seconds, 3),
         }
 

@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from ztune.methods.registry import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
 from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.task import open_program
 from ztune.training import SavedRun, TrainingRun, start_run_on
-from ztune.types import F32, ImageEncoder, Json
+from ztune.types import F32, ImageEncoder
 
 _BATCH = 8
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
@@ -160,18 +161,18 @@ class FewShotClassifier:
         if features is not None:
             self._check_features(features, run_config)
         if run_dir is not None:
-            document = self._run_in(Path(run_dir), run_config, training, model, features)
+            report = self._run_in(Path(run_dir), run_config, training, model, features)
             artifact = read_artifact(Path(run_dir) / "prompt.safetensors")
             history = RunFolder(Path(run_dir)).read_history()
         else:
             store = MemoryRun()
             run = TrainingRun(run_config, training.split, store, model, features)
             run.check()
-            document = run.finish(run.head())
+            report = run.finish(run.head())
             assert store.artifact is not None
             artifact = store.artifact
             history = store.read_history()
-        self._take(artifact, document, history, class_names)
+        self._take(artifact, report, history, class_names)
         return self
 
     def _run_in(
@@ -181,7 +182,7 @@ class FewShotClassifier:
         training: TrainingSet,
         model: Model,
         features: EncodedSplit | None,
-    ) -> dict[str, Json]:
+    ) -> RunReport:
         """Start a run in a folder, go on with it, or find it finished."""
         store = RunFolder(folder)
         # One that was refused before its first step is replaced.
@@ -189,8 +190,8 @@ class FewShotClassifier:
             return start_run_on(run_config, training.split, model, folder, features)
         with SavedRun.locked(folder) as saved:
             saved.require_same(run_config, training.split, model)
-            if saved.status == "finished":
-                return dict(saved.head)
+            if isinstance(saved.head, RunReport):
+                return saved.head
             files = not training.held and features is None
             roots = training.split.roots if files else None
             return saved.resume(model, features, files=files, roots=roots)
@@ -274,7 +275,7 @@ class FewShotClassifier:
         """
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
-        self._take(self.model.refreshed(artifact), {}, [], None)
+        self._take(self.model.refreshed(artifact), None, [], None)
         return self
 
     def export_onnx(self, path: Path | str) -> None:
@@ -295,7 +296,7 @@ class FewShotClassifier:
     def _take(
         self,
         artifact: Artifact,
-        document: Mapping[str, Json],
+        report: RunReport | None,
         history: list[dict[str, float]],
         class_names: Sequence[str] | None,
     ) -> None:
@@ -306,7 +307,7 @@ class FewShotClassifier:
         self._opening = threading.Lock()
         costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
         self.history_ = history
-        self.cost_ = {name: document[name] for name in costs if name in document}
+        self.cost_ = {} if report is None else {name: getattr(report, name) for name in costs}
 
     @property
     def _classifier(self) -> FeatureClassifier:

@@ -12,9 +12,14 @@ import os
 import threading
 from pathlib import Path
 
+import msgspec
+
 from ztune.budget import Budget
 from ztune.errors import FormatError
 from ztune.io.files import flush_folder, read_bytes
+
+Step = int | None
+"""Queries charged before a step; None outside of one."""
 
 
 class Counted:
@@ -30,7 +35,7 @@ class Counted:
         with self._lock:
             self._count(self._budget.queries if self._budget.in_step else None, part, n_queries)
 
-    def _count(self, step: int | None, part: int, n_queries: int) -> None:
+    def _count(self, step: Step, part: int, n_queries: int) -> None:
         if step is None:
             self._budget.report(n_queries)
             return
@@ -59,11 +64,10 @@ class Journal(Counted):
             os.truncate(path, len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                step, part, n_queries = json.loads(line)
-                self._count(None if step is None else int(step), int(part), int(n_queries))
-            except (ValueError, TypeError):
+                self._count(*msgspec.json.decode(line, type=tuple[Step, int, int]))
+            except (ValueError, RecursionError):
                 raise FormatError(
-                    f"{path}, line {number} is none of a journal's (file damaged)"
+                    f"{path}, line {number}: invalid journal entry (file damaged)"
                 ) from None
 
     def __call__(self, part: int, n_queries: int) -> None:

@@ -193,7 +193,7 @@ class BatchSampler:
         current = self._current
         arrays = {"order": self._order}
         if current is not None:
-            arrays |= {"pictures": current.images, "views": current.views}
+            arrays |= {"images": current.images, "views": current.views}
         return arrays, {
             "position": self._position,
             "number": self._number,
@@ -206,6 +206,6 @@ class BatchSampler:
         self._position = int(str(values["position"]))
         self._number = int(str(values["number"]))
         self._rng = generator_from_json(values["generator"])
-        if "pictures" in arrays:
-            images, views = (np.array(arrays[k], dtype=np.int64) for k in ("pictures", "views"))
+        if "images" in arrays:
+            images, views = (np.array(arrays[k], dtype=np.int64) for k in ("images", "views"))
             self._current = Batch(images, views, self._number)

@@ -19,23 +19,25 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ztune.artifact import Artifact, artifact_bytes, write_artifact
 from ztune.budget import Budget
 from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.io.fields import Fields
 from ztune.io.files import naming, new_folder, read_json, write_json
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
+from ztune.io.old_formats import renamed_arrays
+from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Counted, Journal
 from ztune.loop import Tuning
 from ztune.printing import quoted
 from ztune.report import draw_curve
-from ztune.types import U8, Evaluation, Json, Mixing, State
+from ztune.types import U8, Evaluation, Json, Mixing
 
 FORMAT = RUN_FORMAT
-VERSION = 1
+VERSION = 2
 
 
 REPLACED = "replaced"
@@ -65,6 +67,19 @@ class SavePace:
     def __exit__(self, *_: object) -> None:
         now = time.monotonic()
         self._next = now + max(1.0, 10 * (now - self._began))
+
+
+class _SavedState(Record, frozen=True):
+    """What the state file says besides its arrays."""
+
+    optimizer: Mapping[str, Json]
+    sampler: Mapping[str, Json]
+    step: Count
+    seconds: float
+    queries: Count
+    text_forwards: Count
+    image_forwards: Count
+    history_bytes: Count
 
 
 class RunFolder:
@@ -190,7 +205,7 @@ class RunFolder:
         write_json(self.run, {"format": FORMAT, "version": VERSION, **document})
 
     def read(self) -> dict[str, Json]:
-        """Return run.json's content.
+        """Return run.json's content, without format and version.
 
         Raises: FormatError when this is no run, one of a newer format, or one that has something
             else than a file under the name of one, or a link where a run writes: it may come from
@@ -201,10 +216,7 @@ class RunFolder:
             raise wrong_kind(self.path, "run")
         for file in (self.state, self.history, self.journal):
             _require_regular(file, where)
-        document = read_json(self.run, where)
-        if document.get("format") != FORMAT:
-            raise FormatError(f"{where}: run.json was not written by ztune")
-        Fields(document, where).version(VERSION)
+        document = current(read_json(self.run, where), FORMAT, VERSION, f"{where}: run.json")
         for path in (self.lock, self.history, self.journal, self.snapshots):
             if path.is_symlink():
                 raise FormatError(
@@ -271,17 +283,17 @@ class RunFolder:
         arrays = {f"optimizer.{k}": v for k, v in optimizer[0].items()}
         arrays |= {f"sampler.{k}": v for k, v in sampler[0].items()}
         budget = tuning.budget
-        document: dict[str, Json] = {
-            "optimizer": dict(optimizer[1]),
-            "sampler": dict(sampler[1]),
-            "step": tuning.step,
-            "seconds": tuning.seconds,
-            "queries": budget.queries,
-            "text_forwards": budget.text_forwards,
-            "image_forwards": budget.image_forwards,
-            "history_bytes": self.history.stat().st_size if self.history.exists() else 0,
-        }
-        write_tensors(self.state, arrays, document)
+        saved = _SavedState(
+            optimizer=optimizer[1],
+            sampler=sampler[1],
+            step=tuning.step,
+            seconds=tuning.seconds,
+            queries=budget.queries,
+            text_forwards=budget.text_forwards,
+            image_forwards=budget.image_forwards,
+            history_bytes=self.history.stat().st_size if self.history.exists() else 0,
+        )
+        write_tensors(self.state, arrays, plain(saved))
 
     def restore(self, tuning: Tuning) -> None:
         """Take up the saved state, if there is one, and cut the history back to it.
@@ -293,25 +305,22 @@ class RunFolder:
             return
         where = f'run "{self.path}": state'
         arrays, document = read_tensors(self.state, where)
-        top = Fields(document, where)
+        arrays = renamed_arrays(arrays)
+        saved = convert(document, _SavedState, where)
 
-        def part(name: str) -> State:
-            own = {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{name}.")}
-            return own, top.object(name).values
+        def arrays_of(name: str) -> Mapping[str, NDArray[Any]]:
+            return {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{name}.")}
 
         try:
-            tuning.optimizer.restore(part("optimizer"))
-            tuning.sampler.restore(part("sampler"))
+            tuning.optimizer.restore((arrays_of("optimizer"), saved.optimizer))
+            tuning.sampler.restore((arrays_of("sampler"), saved.sampler))
         except KeyError as missing:
             raise FormatError(f"{where} lacks {missing} (file of another version)") from None
-        tuning.step = top.integer("step")
-        tuning.earlier = top.number("seconds")
-        tuning.budget.queries = top.integer("queries")
-        tuning.budget.text_forwards = top.integer("text_forwards")
-        tuning.budget.image_forwards = top.integer("image_forwards")
-        length = top.integer("history_bytes")
-        if self.history.exists() and self.history.stat().st_size > length:
-            os.truncate(self.history, length)
+        tuning.step, tuning.earlier = saved.step, saved.seconds
+        for name in ("queries", "text_forwards", "image_forwards"):
+            setattr(tuning.budget, name, getattr(saved, name))
+        if self.history.exists() and self.history.stat().st_size > saved.history_bytes:
+            os.truncate(self.history, saved.history_bytes)
 
     def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
         """Append one line to the history."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from ztune.data.named import find_spec
 from ztune.data.sources import find_named
 from ztune.data.split import SplitSettings
 from ztune.errors import ConfigError
-from ztune.io.config import configured
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import PRESETS, find_method, method_config, tuned_config
 from ztune.types import Json
@@ -199,18 +198,3 @@ def remarks_on(run_config: RunConfig) -> list[str]:
         return []
     mine = ", ".join(f'"{template}"' for template in run_config.templates)
     return [f'{spec.title}: the papers take `templates` "{spec.template}", this is with {mine}']
-
-
-def run_config_from_json(values: Mapping[str, Json], where: str) -> RunConfig:
-    """Return a saved request.
-
-    Raises: ConfigError for fields that this version does not know.
-    """
-    settings, server = values.get("settings"), values.get("server", {})
-    for name, value in (("settings", settings), ("server", server)):
-        if not isinstance(value, dict):
-            raise ConfigError(f'{where}: "{name}" is {value!r}, expected an object')
-    assert isinstance(settings, dict)
-    assert isinstance(server, dict)
-    plain = {key: value for key, value in values.items() if key not in ("settings", "server")}
-    return replace(configured(RunConfig, plain, where), settings=settings, server=server)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ZtuneError
-from ztune.types import F32, I64, Json
+from ztune.types import F32, I64
 
 _Z = 1.959964  # the normal quantile of a two-sided 95 % interval
 
@@ -63,9 +63,9 @@ class Score:
         right = self.predictions == self.labels
         return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
 
-    def per_class(self) -> dict[str, Json]:
+    def per_class(self) -> dict[str, dict[str, float]]:
         """Return accuracy and n of every class that has images."""
-        result: dict[str, Json] = {}
+        result = {}
         for c, name in enumerate(self.classes):
             own = self.labels == c
             if own.any():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
 from runtimes.remote.served import RequestPlan, Served
@@ -33,8 +33,8 @@ from ztune.data.splitter import Digest, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
 from ztune.io.files import read_json, write_json
+from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
 from ztune.methods.base import HeadMethod, TunedConfig
@@ -59,7 +59,8 @@ from ztune.precision import (
 )
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SavePace
-from ztune.run_config import RunConfig, remarks_on, run_config_from_json
+from ztune.run_config import RunConfig, remarks_on
+from ztune.run_document import RunReport, RunStart, ServerReport, ValidationScore, run_start
 from ztune.statistics import Score, Share, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, compose, open_task
@@ -79,7 +80,7 @@ def start_run(
     begun: Callable[[], None] = lambda: None,
     *,
     overwrite: bool = False,
-) -> dict[str, Json]:
+) -> RunReport:
     """Start a run in a new folder and finish it; return run.json's content.
 
     `begun` is called once there is a run that could be resumed. With `overwrite` a run that is
@@ -104,7 +105,7 @@ def start_run_on(
     begun: Callable[[], None] = lambda: None,
     *,
     overwrite: bool = False,
-) -> dict[str, Json]:
+) -> RunReport:
     """Start a run on a split in a new folder and finish it; return run.json's content.
 
     `encoded` are the split's features, where they are known already; `overwrite` is as for
@@ -116,7 +117,7 @@ def start_run_on(
     run = TrainingRun(run_config, split, folder, model, encoded)
     run.check(new=True)
     head = run.head()
-    with folder.started(head, split.to_json(), overwrite=overwrite):
+    with folder.started(plain(head), split.to_json(), overwrite=overwrite):
         begun()
         return run.finish(head)
 
@@ -143,8 +144,8 @@ class SavedRun:
     """A run that was begun, as its folder has it."""
 
     folder: RunFolder
-    head: Mapping[str, Json]
-    """What run.json says, less its format and version."""
+    head: RunStart
+    """What run.json says; a RunReport of a run that is finished."""
 
     @classmethod
     @contextlib.contextmanager
@@ -156,50 +157,26 @@ class SavedRun:
         folder = RunFolder(path)
         folder.read()
         with folder.locked():
-            found = folder.read()
-            yield cls(folder, {k: v for k, v in found.items() if k not in ("format", "version")})
-
-    @property
-    def status(self) -> Json:
-        """running, finished, or refused."""
-        return self.head.get("status")
-
-    @property
-    def fields(self) -> Fields:
-        return Fields(self.head, f'run "{self.folder.path}": run.json')
+            yield cls(folder, run_start(folder.read(), f'run "{path}": run.json'))
 
     @cached_property
     def run_config(self) -> RunConfig:
-        """What the run was asked for, with the method's settings as they were then.
-
-        Raises: ConfigError, FormatError.
-        """
-        fields = self.fields
-        asked = run_config_from_json(fields.object("request").values, fields.where)
-        return replace(asked, settings=fields.object("config").values)
-
-    @property
-    def _package_then(self) -> Json:
-        return self.fields.values.get("package")
+        """What the run was asked for, with the method's settings as they were then."""
+        return replace(self.head.run_config, settings=self.head.config)
 
     def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
         """See that a run was begun with the same model, method, settings and images.
 
         Raises: ConfigError naming what differs.
         """
-        where = self.fields.where
-        then = run_config_from_json(self.fields.object("request").values, where)
+        where, then = f'run "{self.folder.path}"', self.head.run_config
         own = ("method", "queries", "seed", "templates", "keep", "patience", "augment", "force")
-        differ = [
-            name for name in own if _plain(getattr(run_config, name)) != _plain(getattr(then, name))
-        ]
-        if not differ and _plain(as_json(run_config.method_config)) != _plain(
-            as_json(then.method_config)
-        ):
+        differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
+        if not differ and plain(run_config.method_config) != plain(then.method_config):
             differ.append("settings")
-        if self._package_then != package_of(run_config.method):
+        if self.head.package != package_of(run_config.method):
             differ.append("package of the method")
-        if model.bundle.digest != self.fields.text("bundle_digest"):
+        if model.bundle.digest != self.head.bundle_digest:
             differ.append("model")
         if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
             differ.append("images (or by a ztune that divided them in another way)")
@@ -216,7 +193,7 @@ class SavedRun:
         *,
         files: bool = True,
         roots: Mapping[str, Path] | None = None,
-    ) -> dict[str, Json]:
+    ) -> RunReport:
         """Finish the run as it was begun; return run.json's content.
 
         `encoded` are the split's features, where they are known already; without `files` its images
@@ -226,22 +203,20 @@ class SavedRun:
         Raises: FormatError for another model than the run began with, or a damaged folder;
             ZtuneError for images that have changed.
         """
-        fields = self.fields
-        if model.bundle.digest != fields.text("bundle_digest"):
+        if model.bundle.digest != self.head.bundle_digest:
             raise FormatError(
                 f"{model.where} is not the one that the run began with (put it back, or start a "
                 "new run)"
             )
-        if self._package_then != (now := package_of(self.run_config.method)):
+        if self.head.package != (now := package_of(self.run_config.method)):
             raise ConfigError(
                 f'run "{self.folder.path}" was begun with {self.run_config.method} of '
-                f"{self._package_then or 'ztune'}, installed is {now or 'no such package'} "
+                f"{self.head.package or 'ztune'}, installed is {now or 'no such package'} "
                 "(install that version, or start a new run)"
             )
         self._warn_of_changes()
-        split = Split.from_json(
-            read_json(self.folder.split, fields.where), f'run "{self.folder.path}": split.json'
-        )
+        where = f'run "{self.folder.path}"'
+        split = Split.from_json(read_json(self.folder.split, where), f"{where}: split.json")
         if roots:
             split = relocate(split, roots)
         if files:
@@ -253,20 +228,13 @@ class SavedRun:
         return run.finish(self.head)
 
     def _warn_of_changes(self) -> None:
-        fields = self.fields
-        then = {**fields.object("versions").values, **fields.object("machine").values}
+        then = {**self.head.versions, **self.head.machine}
         now = {**versions(), **machine()}
         changed = [
             f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
         ]
         if changed:
             warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
-
-
-def _plain(value: object) -> Json:
-    """Return a value as JSON has it."""
-    plain: Json = json.loads(json.dumps(value))
-    return plain
 
 
 def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Listing, Split]:
@@ -346,24 +314,24 @@ class TrainingRun(Generic[Store]):
         assert finest is not None
         return finest[1]
 
-    def head(self) -> dict[str, Json]:
+    def head(self) -> RunStart:
         """Return what run.json says from the first moment on."""
         run_config, bundle = self.run_config, self.model.bundle
-        return {
-            "status": "running",
-            "method": run_config.method,
-            "package": package_of(run_config.method),
-            "seed": run_config.seed,
-            "config": as_json(run_config.method_config),
-            "provider": self.model.runtime.provider,
-            "precision": bundle.precision,
-            "model_id": bundle.model_id,
-            "bundle_digest": bundle.digest,
-            "classes": len(self.split.classes),
-            "versions": dict(versions()),
-            "machine": dict(machine()),
-            "request": as_json(run_config),
-        }
+        return RunStart(
+            status="running",
+            method=run_config.method,
+            package=package_of(run_config.method),
+            seed=run_config.seed,
+            config=as_json(run_config.method_config),
+            provider=self.model.runtime.provider,
+            precision=bundle.precision,
+            model_id=bundle.model_id,
+            bundle_digest=bundle.digest,
+            classes=len(self.split.classes),
+            versions=dict(versions()),
+            machine=dict(machine()),
+            run_config=run_config,
+        )
 
     def check(self, *, new: bool = False) -> None:
         """See that the run can be made, before anything is written; see `RunChecks.check`.
@@ -373,19 +341,18 @@ class TrainingRun(Generic[Store]):
         measured = not new and self._signal_is_known()
         RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
 
-    def finish(self, head: Mapping[str, Json]) -> dict[str, Json]:
+    def finish(self, head: RunStart) -> RunReport:
         """Run to the end from whatever is saved and draw the curve; return run.json's content."""
-        document = self.carry_out(head)
+        report = self.carry_out(head)
         if self.tuned is not None:
-            self._draw_curve(Fields(document, "run.json").object("validation"))
-        return document
+            self._draw_curve(report.validation)
+        return report
 
-    def _draw_curve(self, validation: Fields) -> None:
+    def _draw_curve(self, validation: Mapping[str, ValidationScore]) -> None:
         run_config = self.run_config
         shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
         levels = {
-            f"{shown[name]}, validation": validation.object(name).number("accuracy")
-            for name in validation.values
+            f"{shown[name]}, validation": found.accuracy for name, found in validation.items()
         }
         title = (
             f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
@@ -393,7 +360,7 @@ class TrainingRun(Generic[Store]):
         )
         self.folder.draw_curve(levels, title)
 
-    def carry_out(self, head: Mapping[str, Json]) -> dict[str, Json]:
+    def carry_out(self, head: RunStart) -> RunReport:
         """Run to the end from whatever is saved, write all results; return run.json's content.
 
         `head` holds what run.json says from the first moment on.
@@ -404,11 +371,11 @@ class TrainingRun(Generic[Store]):
         changeable = self.tuned is not None and self.tuned.program is not None
         encoded = self.encoded or self._encoder.encode(changeable=changeable)
         own_cache = run_config.cache is None
-        head = {**encoded.costs(own_cache, time.monotonic() - started), **head}
-        self.folder.write(head)
-        budget = Budget(
-            run_config.queries, image_forwards=Fields(head, "run.json").integer("image_forwards")
-        )
+        if head.image_forwards is None:
+            costs = encoded.costs(own_cache, time.monotonic() - started)
+            head = structs.replace(head, **costs)
+        self.folder.write(plain(head))
+        budget = Budget(run_config.queries, image_forwards=head.image_forwards or 0)
         with self._journalled(budget) as served:
             texts = None
             if TEXTS not in self.model.runtime.missing:
@@ -426,33 +393,34 @@ class TrainingRun(Generic[Store]):
         artifact = outcome.artifact
         scores = self._validated(outcome, baselines, encoded)
         n_bytes = self.folder.keep(artifact)
-        document: dict[str, Json] = {
-            **head,
+        known = {
+            **structs.asdict(head),
             "status": "finished",
-            "config": dict(artifact.provenance.config),
-            "queries": budget.queries,
-            "probe_queries": budget.probe_queries,
-            "text_forwards": budget.text_forwards,
+            "config": artifact.provenance.config,
             "image_forwards": budget.image_forwards,
-            "seconds": round(outcome.earlier_seconds + time.monotonic() - started, 3),
-            "report_seconds": round(baselines.seconds + time.monotonic() - outcome.ended, 3),
-            "peak_memory_mb": round(peak_memory_mb(), 1),
-            "result_bytes": n_bytes,
-            "stop_reason": artifact.provenance.stop_reason,
-            "cuda_graph": outcome.cuda_graph,
-            "loss": "cross-entropy" if self.tuned is None or not self.tuned.focal else "focal",
-            "train_loss": outcome.train_loss,
-            "val_accuracy": scores["tuned"].accuracy if scores else None,
-            "validation": {
-                name: {"accuracy": s.accuracy, "interval": list(s.interval), "n": s.n}
-                for name, s in scores.items()
-            },
-            "gda_alpha": baselines.gda_alpha,
         }
-        if served is not None:
-            document["server"] = _server_report(served, budget)
-        self.folder.write(document)
-        return document
+        report = RunReport(
+            **known,
+            queries=budget.queries,
+            probe_queries=budget.probe_queries,
+            text_forwards=budget.text_forwards,
+            seconds=round(outcome.earlier_seconds + time.monotonic() - started, 3),
+            report_seconds=round(baselines.seconds + time.monotonic() - outcome.ended, 3),
+            peak_memory_mb=round(peak_memory_mb(), 1),
+            result_bytes=n_bytes,
+            stop_reason=artifact.provenance.stop_reason,
+            cuda_graph=outcome.cuda_graph,
+            loss="cross-entropy" if self.tuned is None or not self.tuned.focal else "focal",
+            train_loss=outcome.train_loss,
+            val_accuracy=scores["tuned"].accuracy if scores else None,
+            validation={
+                name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
+            },
+            gda_alpha=baselines.gda_alpha,
+            server=None if served is None else _server_report(served, budget),
+        )
+        self.folder.write(plain(report))
+        return report
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
         """Measure the signal alone: what `ztune doctor` reports."""
@@ -485,31 +453,29 @@ class TrainingRun(Generic[Store]):
             task.encoded.labels,
         )
 
-    def _planned(self, head: Mapping[str, Json], task: FewShotTask) -> Mapping[str, Json]:
+    def _planned(self, head: RunStart, task: FewShotTask) -> RunStart:
         """Return run.json's content with how a round is cut into calls, which a run keeps."""
         if task.encoder is None:
             return head
         calls = task.encoder.plan.to_json()
         if isinstance(task.encoder.plan, RequestPlan):
             self.model.progress.remark(task.encoder.plan.described())
-        before = head.get("calls", calls)
-        if not isinstance(before, dict) or any(before.get(k) != v for k, v in calls.items()):
+        before = head.calls or calls
+        if any(before.get(key) != value for key, value in calls.items()):
             warn(
                 f"a round is cut into other calls ({calls}) than when the run began ({before}), so "
                 "bytes may differ"
             )
-        return {**head, "calls": calls}
+        return structs.replace(head, calls=calls)
 
-    def _with_signal(
-        self, head: Mapping[str, Json], task: FewShotTask, budget: Budget
-    ) -> Mapping[str, Json]:
+    def _with_signal(self, head: RunStart, task: FewShotTask, budget: Budget) -> RunStart:
         """Return run.json's content with the signal, measured once, before the first step.
 
         Raises: RefusedError, and leaves a run that may be started anew.
         """
         force, progress = self.run_config.force, self.model.progress
         precision = self.model.bundle.precision
-        if "signal" not in head and not self.folder.has_state:
+        if head.signal is None and not self.folder.has_state:
             try:
                 if task.config.finest is None:
                     signal = not_needed(NO_DIFFERENCES)
@@ -532,14 +498,16 @@ class TrainingRun(Generic[Store]):
                         progress=progress,
                     )
             except RefusedError as error:
-                self.folder.write({**head, "status": "refused", "signal": error.document})
+                refused = structs.replace(head, status="refused", signal=error.document)
+                self.folder.write(plain(refused))
                 raise
-            head = {**head, "signal": signal}
-            self.folder.write(head)
-        if "signal" in head:
-            kept = Fields(head, "run.json").object("signal")
-            if "probe_queries" in kept.values:
-                budget.probe(kept.integer("probe_queries"), len(self.split.classes))
+            head = structs.replace(head, signal=signal)
+            self.folder.write(plain(head))
+        if head.signal is not None and "probe_queries" in head.signal:
+            n_probes = convert(
+                head.signal["probe_queries"], Count, "run.json: signal.probe_queries"
+            )
+            budget.probe(n_probes, len(self.split.classes))
         return head
 
     @contextlib.contextmanager
@@ -707,17 +675,16 @@ class TrainingRun(Generic[Store]):
         )
 
 
-def _server_report(served: Served, budget: Budget) -> dict[str, Json]:
-    """Return what run.json says of a server; requests and bytes are of this process alone."""
+def _server_report(served: Served, budget: Budget) -> ServerReport:
     service = served.service
     sent, received = service.payload_bytes
-    return {
-        "url": str(service.location),
-        "gives": list[Json](sorted(served.access)),
-        "sent": budget.sent,
-        "possibly_billed_twice": budget.possibly_billed_twice,
-        "report_queries": budget.report_queries,
-        "requests": service.requests,
-        "payload_mb_sent": round(sent / 1e6, 3),
-        "payload_mb_received": round(received / 1e6, 3),
-    }
+    return ServerReport(
+        url=str(service.location),
+        capabilities=tuple(sorted(served.access)),
+        sent=budget.sent,
+        possibly_billed_twice=budget.possibly_billed_twice,
+        report_queries=budget.report_queries,
+        requests=service.requests,
+        payload_mb_sent=round(sent / 1e6, 3),
+        payload_mb_received=round(received / 1e6, 3),
+    )

@@ -74,7 +74,7 @@ def test_the_sequence_graph_is_exact_for_causal_towers_too(small: Any) -> None:
     assert loaded.tower.owner.token_embedding is loaded.tower.embedding  # put back
 
 
-def as_kind(loaded: LoadedClip, kind: str) -> LoadedClip:
+def as_kind(loaded: LoadedClip, kind: Any) -> LoadedClip:
     return dataclasses.replace(loaded, text=dataclasses.replace(loaded.text, graph=kind))
 
 

@@ -120,7 +120,7 @@ def test_a_classifier_changes_images_as_the_tuning_did(
     np.testing.assert_allclose(classifier.classify(pixels[:1])[0], got[:1], atol=1e-4)
     # The decoder's plain image goes through the same weights, kept once.
     n_bytes = (tmp_path / "c.onnx").stat().st_size
-    assert n_bytes < 1.1 * bundle.files["image.onnx"][1] + 250_000
+    assert n_bytes < 1.1 * bundle.files["image.onnx"].bytes + 250_000
 
 
 @pytest.mark.parametrize("program", ["border", "tokens", "decoder"])

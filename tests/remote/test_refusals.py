@@ -242,7 +242,7 @@ def test_a_token_is_kept_nowhere(
     assert done.code == 0, done.err
     assert document(out)["server"]["sent"] == 20
     # Nor where it lies: a run's folder may go to somebody else, and come from there.
-    assert not document(out)["request"]["server"]["connection"]
+    assert not document(out)["run_config"]["server"]["connection"]
     told_nothing(done, out, SECRET)
     told_nothing(done, cache_home, SECRET)
 
@@ -344,7 +344,7 @@ def test_what_losses_alone_do_serve(
     assert done.code == 0, done.err
     told = document(out)
     assert told["calls"]["losses"] == "server"
-    assert set(told["server"]["gives"]) == {"contexts", "features", "loss"}
+    assert set(told["server"]["capabilities"]) == {"contexts", "features", "loss"}
     assert set(told["validation"]) == {"tuned"}
     # As on a server that gives everything, asked for no more than that.
     whole = tmp_path / "whole"

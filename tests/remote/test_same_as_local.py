@@ -70,7 +70,7 @@ def nothing_twice(run: Path) -> None:
     """See that every query went once, and that journal, history and run.json tell the same."""
     told = document(run)
     wire = told["server"]
-    assert wire["sent"] == told["queries"] == told["request"]["queries"]
+    assert wire["sent"] == told["queries"] == told["run_config"]["queries"]
     assert wire["possibly_billed_twice"] == 0
     lines = journal(run)
     assert wire["report_queries"] == sum(n for step, _, n in lines if step is None)

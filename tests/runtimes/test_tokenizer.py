@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -34,7 +35,7 @@ def tokenizer() -> Tokenizer:
     return make()
 
 
-def make(cleaning: str = "lower", context_length: int = 77) -> Tokenizer:
+def make(cleaning: Any = "lower", context_length: int = 77) -> Tokenizer:
     found = simple_tokenizer(cleaning)
     spec = TextSpec(
         width=8,

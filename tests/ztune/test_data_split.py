@@ -409,25 +409,34 @@ def without_train(values: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format="other"), '"format" is .other.'),
+        (lambda v: v.update(format="other"), r"\$\.format: expected .ztune-split., got .other."),
         (lambda v: v.update(version=2), "newer than this ztune"),
         (lambda v: v.update(roots={"data": "relative"}), "absolute"),
         (lambda v: v.update(roots={"test": "/x"}), 'one of them named "data"'),
-        (lambda v: v["entries"][3].update(root="test"), '"root" is .test., expected data'),
+        (lambda v: v["entries"][3].update(root="test"), r"entries\[3\]: no such root or class"),
         (lambda v: v.update(classes=["b", "a"]), "sorted and different"),
         (lambda v: v.update(classes=["a"]), "at least two"),
-        (lambda v: v.update(entries={}), "a list of objects"),
-        (lambda v: v.update(sampler="dice"), '"sampler" is .dice.*expected hash or coop'),
+        (lambda v: v.update(entries={}), r"\$\.entries: expected array, got object"),
+        (lambda v: v.update(sampler="dice"), r"\$\.sampler: expected coop or hash, got .dice."),
         (without_train, "a class has no train images"),
         (lambda v: v["entries"].append(v["entries"][0]), "listed twice"),
         (lambda v: v["entries"][3].update(path="../x"), r"entries\[3\]: path '../x' leaves"),
         (lambda v: v["entries"][3].update(path="/x"), "leaves its root"),
-        (lambda v: v["entries"][3].update(sha256="x"), "no SHA-256"),
-        (lambda v: v["entries"][3].update({"class": "c"}), '"class" is .c., expected a or b'),
-        (lambda v: v["entries"][3].update(role="spy"), '"role" is .spy.'),
-        (lambda v: v["settings"].update(shots=0), '"shots" is 0'),
+        (
+            lambda v: v["entries"][3].update(sha256="x"),
+            r"\$\.entries\[3\]\.sha256: expected str matching",
+        ),
+        (lambda v: v["entries"][3].update({"class": "c"}), r"entries\[3\]: no such root or class"),
+        (
+            lambda v: v["entries"][3].update(role="spy"),
+            r"entries\[3\]\.role: expected .*, got .spy.",
+        ),
+        (lambda v: v["settings"].update(shots=0), "`shots` is 0, expected at least 1"),
         (lambda v: v["settings"].update(test_fraction=2), "`test_fraction` is 2"),
-        (lambda v: v["settings"].update(test_fraction=None), '"test_fraction" is None'),
+        (
+            lambda v: v["settings"].update(test_fraction=None),
+            r"\$\.settings\.test_fraction: expected .*, got null",
+        ),
     ],
 )
 def test_wrong_split_files(tmp_path: Path, change: Any, message: str) -> None:

@@ -72,7 +72,7 @@ def test_a_line_cut_short_was_never_sent(tmp_path: Path) -> None:
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "sent.jsonl"
     path.write_bytes(b"[0, 0, 10]\n" + line + b"\n")
-    with pytest.raises(FormatError, match="line 2 is none of a journal's"):
+    with pytest.raises(FormatError, match="line 2: invalid journal entry"):
         Journal(path, Budget(10))
 
 

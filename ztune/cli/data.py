@@ -79,7 +79,7 @@ def _list(root: Path | None, output: Output) -> None:
         ]  # fmt: skip
         if root is not None:
             there = (root / spec.folder).is_dir()
-            document["there"] = there
+            document["present"] = there
             row.append("yes" if there else "no")
         documents.append(document)
         rows.append(row)

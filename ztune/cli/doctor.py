@@ -18,11 +18,11 @@ from ztune.cli.server import (
     server_settings,
 )
 from ztune.errors import ConfigError, ZtuneError
-from ztune.io.fields import Fields
+from ztune.io.schema import plain
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.doctor import BundleCheck
+    from ztune.doctor import BundleCheck, ServerCheck
 
 USAGE = ("[BUNDLE|URL] [options]",)
 EXAMPLE = """\
@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     if is_url(arguments.bundle):
         url = str(arguments.bundle)
         server, timed = check_server(url, server_settings(arguments), output)
-        document["server"] = server
-        lines += _server_lines(Fields(server, url), timed)
+        document["server"] = plain(server)
+        lines += _server_lines(server, timed)
     elif arguments.bundle is not None and working:
         found = check_bundle(arguments.bundle, working)
         failures = list(found.failures)
@@ -117,7 +117,7 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
     if found.parity is None:
         return lines
     rows = [
-        (graph, *(f"{Fields(dict(both), graph).object(at).number('max_abs'):.1e}" for at in _AT))
+        (graph, *(f"{both[at]['max_abs']:.1e}" for at in _AT))
         for graph, both in found.parity.items()
     ]
     title = f"largest difference from torch on {found.provider}"
@@ -130,26 +130,22 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
     ]
 
 
-def _server_lines(found: Fields, timed: str) -> list[str | Table]:
-    said = "with every answer" if found.flag("tells_digest") else "not with every answer"
+def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
+    said = "with every answer" if found.reports_digest else "not with every answer"
     rows = [
-        ("models", ", ".join(found.texts("models"))),
-        ("gives", described(found.texts("gives"))),
-        ("bundle", f"{found.text('bundle_digest')[:12]}…, {found.text('precision')}, told {said}"),
+        ("models", ", ".join(found.models)),
+        ("capabilities", described(found.capabilities)),
+        ("bundle", f"{found.bundle_digest[:12]}…, {found.precision}, told {said}"),
     ]
-    parity = found.object("parity")
-    differences = [(part, f"{parity.number(part):.1e}") for part in parity.values]
+    differences = [(part, f"{value:.1e}") for part, value in found.parity.items()]
     lines: list[str | Table] = [
         "",
-        Table(f"server {found.text('url')}", ("", ""), rows),
+        Table(f"server {found.url}", ("", ""), rows),
         "",
         Table("largest difference from torch", ("model", "over the wire"), differences),
     ]
     if timed:
-        lines += [
-            "",
-            f"{found.number('seconds_per_query'):.5f} s per query ({timed}, with the wire)",
-        ]
+        lines += ["", f"{found.seconds_per_query:.5f} s per query ({timed}, with the wire)"]
     return lines
 
 

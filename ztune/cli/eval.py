@@ -21,8 +21,8 @@ from ztune.cli.server import (
     server_settings,
 )
 from ztune.errors import ConfigError
-from ztune.io.fields import Fields
 from ztune.io.kinds import kind_of, wrong_kind
+from ztune.io.schema import plain
 from ztune.printing import quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
@@ -91,7 +91,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.evaluate import labelled_of_split, score_run
     from ztune.report import draw_confusion
     from ztune.run import RunFolder
-    from ztune.run_config import run_config_from_json
+    from ztune.run_document import run_report
 
     for name in ("root", "split_file", "prompt", "classes", "names"):
         if name in arguments.given:
@@ -101,7 +101,6 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             )
     folder = RunFolder(arguments.target)
     head = folder.read()
-    where = f'run "{folder.path}": run.json'
     if head.get("status") == "refused":
         raise ConfigError(
             f'run "{folder.path}" was refused before its first step, see "signal" in its run.json '
@@ -112,7 +111,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f'run "{folder.path}" is not finished (go on with: ztune tune --resume '
             f"{quoted(folder.path)})"
         )
-    run_config = run_config_from_json(Fields(head, where).object("request").values, where)
+    run_config = run_report(head, f'run "{folder.path}": run.json').run_config
     images = labelled_of_split(
         folder.split,
         arguments.split or "test",
@@ -297,16 +296,16 @@ def _document(
         "n": result.n,
         "candidates": len(result.classes),
         "split": images.split,
-        "per_class": result.per_class(),
-        "broken_pictures": int((~kept).sum()),
-        "tuning_pictures": images.n_tuned_on(fingerprints),
+        "per_class": plain(result.per_class()),
+        "broken_images": int((~kept).sum()),
+        "tuning_images": images.n_tuned_on(fingerprints),
     }
 
 
 def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
-    if document["tuning_pictures"]:
+    if document["tuning_images"]:
         output.warn(
-            f"{document['tuning_pictures']} of these {document['n']} images served tuning or "
+            f"{document['tuning_images']} of these {document['n']} images served tuning or "
             "validation: this is no test figure"
         )
     rows = [
@@ -315,13 +314,10 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
     ]
     title = f"accuracy on {document['n']} images ({document['split']})"
     lines: list[str | Table] = [Table(title, ("", "accuracy", "95 % interval"), rows)]
-    own = {name: Fields(s.per_class(), "per_class") for name, s in scores.items()}
-    classes = list(next(iter(own.values())).values)
-    per_class = []
-    for name in classes:
-        parts = [own[which].object(name) for which in own]
-        per_class.append(
-            (name, str(parts[0].integer("n")), *(f"{p.number('accuracy'):.1%}" for p in parts))
-        )
+    own = [s.per_class() for s in scores.values()]
+    per_class = [
+        (name, str(first["n"]), *(f"{one[name]['accuracy']:.1%}" for one in own))
+        for name, first in own[0].items()
+    ]
     lines += ["", Table("", ("class", "images", *scores), per_class)]
     output.result(document, lines)

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         licence=arguments.licence,
         progress=output,
     )
-    size = sum(n_bytes for _, n_bytes in bundle.files.values())
+    size = sum(file.bytes for file in bundle.files.values())
     lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
     for graph, figures in bundle.parity.items():
         lines.append(

@@ -30,7 +30,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     documents = [method_to_json(method) for method in methods.values()]
     columns: tuple[str, ...] = ("method", "what it is", "from", "needs", "new classes")
     rows: list[tuple[str, ...]] = [
-        (m.name, m.title, m.paper, str(one["access"]), "yes" if m.serves_new_classes() else "no")
+        (
+            m.name,
+            m.title,
+            m.paper,
+            str(one["capabilities"]),
+            "yes" if m.serves_new_classes() else "no",
+        )
         for m, one in zip(methods.values(), documents, strict=True)
     ]
     packages = [str(one["package"] or "ztune") for one in documents]
@@ -51,14 +57,14 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
         f"{method.name}: {method.title}",
         f"from {method.paper}",
         *([f"package {document['package']}"] if document["package"] else []),
-        f"needs {document['access']}",
+        f"needs {document['capabilities']}",
         "serves new class names"
         if method.serves_new_classes()
         else "serves only the classes it was fitted on",
     ]
     if "first_step_queries" in document:
         lines.append(f"its first step costs {document['first_step_queries']} queries")
-    if document.get("encodes_pictures_anew"):
+    if document.get("encodes_images_every_query"):
         lines.append("encodes the images of a batch anew with every query")
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]

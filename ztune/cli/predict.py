@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         best = order[: arguments.top]
         top = [(classifier.classes[c], float(row[c])) for c in best]
         ranked: list[Json] = [{"class": name, "probability": p} for name, p in top]
-        predictions.append({"picture": str(path), "class": top[0][0], "top": ranked})
+        predictions.append({"image": str(path), "class": top[0][0], "top": ranked})
         rows.append((str(path), *(f"{name} {p:.1%}" for name, p in top)))
     document: dict[str, Json] = {
         "classifier": str(arguments.classifier),
-        "broken_pictures": int((~kept).sum()),
+        "broken_images": int((~kept).sum()),
         "predictions": predictions,
     }
     n_shown = min(arguments.top, len(classifier.classes))

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
     bundle = load_bundle(arguments.bundle)
     result = quantize_bundle(bundle, arguments.out, arguments.precision, output.remark)
-    before, after = (sum(n for _, n in b.files.values()) / 1e6 for b in (bundle, result))
+    before, after = (sum(file.bytes for file in b.files.values()) / 1e6 for b in (bundle, result))
     lines = [f"{result.path}: {result.precision}, {after:.1f} MB instead of {before:.1f} MB"]
     lines += [
         f"  {graph}.onnx: worst cosine to torch {figures['cosine']:.5f}"

@@ -22,11 +22,12 @@ from ztune.cli.server import (
 )
 from ztune.data.relocate import resolve_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
-from ztune.io.fields import Fields
+from ztune.io.schema import plain
 from ztune.methods.ogn import PROMPTS
 from ztune.methods.registry import views_of
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 raise ConfigError(f"--resume takes everything from the run; leave out {option}")
         server = server_settings(arguments)
         roots = resolve_roots(arguments.data, arguments.test_data)
-        document = _resume(arguments.resume, arguments.bundle, server, roots, output)
+        report = _resume(arguments.resume, arguments.bundle, server, roots, output)
         path = arguments.resume
     else:
         for name, shown in (("bundle", "BUNDLE"), ("data", "--data"), ("out", "--out")):
@@ -108,10 +109,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         if arguments.augment is None:
             run_config = replace(run_config, augment=views_of(run_config.method, run_config.preset))
         overwrite = arguments.overwrite
-        document = _start(run_config, server, arguments.out, output, overwrite=overwrite)
+        report = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
-    _judge(document, output)
-    output.result(document, _lines(document, path))
+    _judge(report, output)
+    output.result(plain(report), _lines(report, path))
 
 
 Settings = Mapping[str, Json]
@@ -120,7 +121,7 @@ Settings = Mapping[str, Json]
 
 def _start(
     run_config: RunConfig, server: Settings, out: Path, output: Output, *, overwrite: bool
-) -> dict[str, Json]:
+) -> RunReport:
     from runtimes.providers import resolve_execution
     from ztune.model import open_model
     from ztune.training import start_run
@@ -145,20 +146,20 @@ def _resume(
     server: Settings,
     roots: Mapping[str, Path],
     output: Output,
-) -> dict[str, Json]:
+) -> RunReport:
     from ztune.run import REPLACED
     from ztune.training import SavedRun
 
     with SavedRun.locked(path) as saved:
-        if saved.status == "finished":
+        if isinstance(saved.head, RunReport):
             output.remark(f"{path} is finished; nothing to do")
-            return dict(saved.head)
-        if saved.status == REPLACED:
+            return saved.head
+        if saved.head.status == REPLACED:
             raise ConfigError(
                 f'run "{path}" was being replaced when it was stopped, and neither run is left; '
                 "start it again with the same command"
             )
-        if saved.status == "refused":
+        if saved.head.status == "refused":
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
                 "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
@@ -224,7 +225,7 @@ def _reopened(
             f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
             f"ztune tune BUNDLE --resume {quoted(saved.folder.path)}"
         )
-    provider, _ = resolve(saved.fields.text("provider"))
+    provider, _ = resolve(saved.head.provider)
     execution = Execution(
         provider, run_config.threads, run_config.memory_limit, remark=output.remark
     )
@@ -266,62 +267,54 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
             ) from None
 
 
-def _judge(document: dict[str, Json], output: Output) -> None:
+def _judge(report: RunReport, output: Output) -> None:
     """Warn where tuning was not worth it."""
-    validation = document.get("validation")
-    if not isinstance(validation, dict) or not validation:
+    found = report.validation
+    if not found or report.method == "zero-shot":
         return
-    if document["method"] == "zero-shot":
-        return
-    accuracy = {
-        name: Fields(validation, "run").object(name).number("accuracy") for name in validation
-    }
-    if accuracy["tuned"] <= accuracy.get("zero-shot", 0.0):
+    tuned, zero_shot = found["tuned"].accuracy, found.get("zero-shot")
+    if zero_shot is not None and tuned <= zero_shot.accuracy:
         output.warn(
-            f"on the validation images the result ({accuracy['tuned']:.1%}) does not beat the "
-            f"hand-written prompt ({accuracy['zero-shot']:.1%})"
+            f"on the validation images the result ({tuned:.1%}) does not beat the hand-written "
+            f"prompt ({zero_shot.accuracy:.1%})"
         )
 
 
-def _lines(document: dict[str, Json], path: Path) -> list[str | Table]:
-    fields = Fields(document, "run.json")
+def _lines(report: RunReport, path: Path) -> list[str | Table]:
     lines: list[str | Table] = []
-    validation = fields.object("validation")
+    validation = report.validation
     rows = []
     for name, shown in (
         ("zero-shot", "zero-shot"),
-        ("tuned", f"tuned ({fields.text('method')})"),
+        ("tuned", f"tuned ({report.method})"),
         ("gda", "GDA"),
     ):
-        if name in validation.values:
-            part = validation.object(name)
-            low, high = part.numbers("interval", 2)
-            rows.append((shown, f"{part.number('accuracy'):.1%}", f"{low:.1%} to {high:.1%}"))
+        if part := validation.get(name):
+            low, high = part.interval
+            rows.append((shown, f"{part.accuracy:.1%}", f"{low:.1%} to {high:.1%}"))
     if rows:
-        n = validation.object("tuned").integer("n")
         chosen = "heads chose their settings on them"
-        if fields.object("request").values.get("keep") == "best":
+        if report.run_config.keep == "best":
             chosen += ", and the run its point"
-        title = f"accuracy on {n} validation images ({chosen})"
+        title = f"accuracy on {validation['tuned'].n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
     else:
         lines.append("no validation images, so nothing to compare with here (see: ztune eval)")
-    if "server" in document:
-        server = fields.object("server")
+    if server := report.server:
         lines.append(
-            f"server {server.text('url')}: {server.integer('sent')} queries sent, of these "
-            f"{server.integer('possibly_billed_twice')} possibly billed twice; "
-            f"{server.integer('report_queries')} more for the report"
+            f"server {server.url}: {server.sent} queries sent, of these "
+            f"{server.possibly_billed_twice} possibly billed twice; "
+            f"{server.report_queries} more for the report"
         )
     lines.append(
-        f"{fields.integer('queries')} queries, {fields.integer('text_forwards')} text forwards, "
-        f"{fields.integer('image_forwards')} image forwards, {fields.number('seconds'):.1f} s, "
-        f"peak memory {fields.number('peak_memory_mb'):.0f} MB"
+        f"{report.queries} queries, {report.text_forwards} text forwards, "
+        f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
+        f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if fields.text("stop_reason") == PROMPTS:
-        asked = fields.object("request").integer("queries")
+    if report.stop_reason == PROMPTS:
+        asked = report.run_config.queries
         lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
-    where = "" if "zero-shot" in validation.values or not rows else " --bundle DIR"
+    where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     lines.append(
         f"{path / 'prompt.safetensors'} (measure it with: ztune eval {quoted(path)}{where})"
     )

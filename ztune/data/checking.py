@@ -130,7 +130,7 @@ def check(
         found.problems.append(str(error))
         return found
     layout = dict.fromkeys((*([spec.images] if spec.images else []), *spec.splits, *spec.needs))
-    layout[spec.own_split] = layout[parquet.EXTRACTED] = None
+    layout[spec.own_split] = layout[parquet.extracted_below(found.folder).name] = None
     found.present = [name for name in layout if (found.folder / name).exists()]
     try:
         found.data = data = load_named(spec, root, prepare)

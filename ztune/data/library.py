@@ -111,7 +111,7 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
             return NamedData(spec, images, _rename_classes(spec, split), path)
     ready = spec.make is not None and images.is_dir() and not missing_files(spec, folder)
     if not ready and (files := parquet.parquet_files(folder)):
-        extracted = folder / parquet.EXTRACTED
+        extracted = parquet.extracted_below(folder)
         if not extracted.exists() and not save:
             raise DataError(
                 f'data set "{spec.name}": {len(files)} parquet file(s) in "{files[0].parent}", '

@@ -26,8 +26,9 @@ from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
 from ztune.data.manifests import SPLIT_NAMES, SplitName
 from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
+from ztune.io.old_formats import extracted_folder
 
-EXTRACTED = "parquet-pictures"
+EXTRACTED = "parquet-images"
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
 _BATCH = 64  # rows held in memory at once
 _PART = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:-\d+-of-\d+.*)?")
@@ -56,6 +57,11 @@ def parquet_files(folder: Path) -> list[Path]:
         if found := sorted(path for path in place.glob("*.parquet") if path.is_file()):
             return found
     return []
+
+
+def extracted_below(folder: Path) -> Path:
+    """Return the folder for the images of a data set's parquet files."""
+    return extracted_folder(folder, EXTRACTED)
 
 
 def extract(files: Sequence[Path], out: Path) -> Path:

@@ -5,25 +5,24 @@ A split file lists every image with its digest, class and role.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from msgspec import field
 
 from ztune.data.manifests import SplitName, is_inside
 from ztune.errors import ConfigError, DataError, FormatError
-from ztune.io.fields import Fields
 from ztune.io.files import sha256
+from ztune.io.schema import Record, Sha256, convert, current, plain
 from ztune.types import I64, Json
 
 FORMAT = "ztune-split"
 VERSION = 1
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Sampler = Literal["hash", "coop"]
-SAMPLERS: tuple[Sampler, ...] = ("hash", "coop")
 HOW_DRAWN: dict[Sampler, str] = {
     "hash": "drawn by hash, as one's own images are",
     "coop": "drawn by coop, as published",
@@ -31,7 +30,6 @@ HOW_DRAWN: dict[Sampler, str] = {
 """What a run says of its images."""
 Progress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -134,26 +132,18 @@ class Split:
             )
 
     def to_json(self) -> dict[str, Json]:
-        settings = self.settings
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "sampler": self.sampler,
-            "roots": {name: str(root) for name, root in self.roots.items()},
-            "classes": list(self.classes),
-            "settings": None if settings is None else {**asdict(settings)},
-            "notes": list(self.notes),
-            "entries": [
-                {
-                    "root": entry.root,
-                    "path": entry.path,
-                    "sha256": entry.sha256,
-                    "class": self.classes[entry.label],
-                    "role": entry.role,
-                }
-                for entry in self.entries
-            ],
-        }
+        content = _Content(
+            sampler=self.sampler,
+            roots={name: str(root) for name, root in self.roots.items()},
+            classes=self.classes,
+            settings=self.settings,
+            notes=self.notes,
+            entries=tuple(
+                _Entry(e.root, e.path, e.sha256, self.classes[e.label], e.role)
+                for e in self.entries
+            ),
+        )
+        return {"format": FORMAT, "version": VERSION, **plain(content)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Json], where: str) -> Split:
@@ -161,61 +151,57 @@ class Split:
 
         Raises: FormatError naming `where` and the field.
         """
-        top = Fields(values, where)
-        top.text("format", among=(FORMAT,))
-        top.version(VERSION)
-        roots = top.object("roots")
-        folders = {name: Path(roots.text(name)) for name in roots.values}
+        content = convert(current(values, FORMAT, VERSION, where), _Content, where)
+        folders = {name: Path(root) for name, root in content.roots.items()}
         if "data" not in folders or not all(folder.is_absolute() for folder in folders.values()):
-            raise FormatError(f'{roots.where}: expected absolute paths, one of them named "data"')
-        classes = top.texts("classes")
+            raise FormatError(
+                f'{where}: $.roots: expected absolute paths, one of them named "data"'
+            )
+        classes = content.classes
         if len(classes) < 2 or list(classes) != sorted(set(classes)):
             raise FormatError(
-                f'{where}: "classes" are not at least two names, sorted and different'
+                f"{where}: $.classes: expected at least two names, sorted and different"
             )
         label_of = {name: label for label, name in enumerate(classes)}
         entries = []
-        for fields in top.objects("entries"):
-            entry = Entry(
-                root=fields.text("root", among=tuple(folders)),
-                path=fields.text("path"),
-                sha256=fields.text("sha256"),
-                label=label_of[fields.text("class", among=classes)],
-                role=ROLES[ROLES.index(fields.text("role", among=ROLES))],
-            )
-            if not is_inside(entry.path):
-                raise FormatError(f"{fields.where}: path {entry.path!r} leaves its root")
-            if not _SHA256.fullmatch(entry.sha256):
-                raise FormatError(f'{fields.where}: "sha256" is no SHA-256 in hexadecimal')
-            entries.append(entry)
-        # Files of before the samplers had a name are of one's own images, or without copies.
-        sampler = SAMPLERS[0]
-        if "sampler" in values:
-            sampler = SAMPLERS[SAMPLERS.index(top.text("sampler", among=SAMPLERS))]
+        for i, one in enumerate(content.entries):
+            if one.root not in folders or one.class_ not in label_of:
+                raise FormatError(f"{where}: $.entries[{i}]: no such root or class is listed")
+            if not is_inside(one.path):
+                raise FormatError(f"{where}: $.entries[{i}]: path {one.path!r} leaves its root")
+            label = label_of[one.class_]
+            entries.append(Entry(one.root, one.path, one.sha256, label, one.role))
         # Published lists may hold an image twice, even with two classes.
         others = [entry.sha256 for entry in entries if entry.role != "test"]
         tested = {entry.sha256 for entry in entries if entry.role == "test"}
         twice = len(set(others)) < len(others) or not tested.isdisjoint(others)
-        if twice and sampler == "hash":
+        if twice and content.sampler == "hash":
             raise FormatError(f"{where}: the same image is listed twice")
         trained = {entry.label for entry in entries if entry.role == "train"}
         if others and trained != set(range(len(classes))):
             raise FormatError(f"{where}: a class has no train images")
-        return cls(folders, classes, tuple(entries), _settings(top), top.texts("notes"), sampler)
-
-
-def _settings(top: Fields) -> SplitSettings | None:
-    if top.values.get("settings", False) is None:
-        return None
-    fields = top.object("settings")
-    fraction = fields.values.get("test_fraction")
-    try:
-        return SplitSettings(
-            shots=fields.integer("shots", least=1),
-            n_val=None if fields.values.get("n_val") is None else fields.integer("n_val"),
-            test_fraction="auto" if fraction == "auto" else fields.number("test_fraction"),
-            split_seed=fields.integer("split_seed"),
-            seed=fields.integer("seed"),
+        return cls(
+            folders, classes, tuple(entries), content.settings, content.notes, content.sampler
         )
-    except ConfigError as error:
-        raise FormatError(f"{fields.where}: {error}") from None
+
+
+class _Entry(Record, frozen=True):
+    """An entry as the file has it."""
+
+    root: str
+    path: str
+    sha256: Sha256
+    class_: str = field(name="class")
+    role: SplitName
+
+
+class _Content(Record, frozen=True, kw_only=True):
+    """`split.json`."""
+
+    sampler: Sampler = "hash"
+    """Absent in files from before the samplers had a name: of one's own images, without copies."""
+    roots: Mapping[str, str]
+    classes: tuple[str, ...]
+    settings: SplitSettings | None
+    notes: tuple[str, ...]
+    entries: tuple[_Entry, ...]

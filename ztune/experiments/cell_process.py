@@ -19,18 +19,18 @@ from typing import IO
 from runtimes.providers import resolve_execution
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.evaluate import labelled_of_split, score_run
-from ztune.experiments.comparison import Figures, figures_of
+from ztune.experiments.comparison import CellScore, CurvePoint, Figures, figures_of
 from ztune.io.children import python_command
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
+from ztune.io.schema import convert, decoded, plain
 from ztune.model import open_model
 from ztune.printing import printable, printable_lines
 from ztune.progress import Silence, warnings_told
 from ztune.report import draw_confusion
 from ztune.run import RunFolder
-from ztune.run_config import RunConfig, run_config_from_json
+from ztune.run_config import RunConfig
+from ztune.run_document import run_report
 from ztune.training import SavedRun, start_run
-from ztune.types import Json
 
 # Seconds that a stopped process has to save its state.
 _GRACE = 20.0
@@ -60,16 +60,15 @@ def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
         except ConfigError as error:
             raise BusyError(str(error)) from None
     scored = _answer_of_child(run, run_config, log)
-    if "error" in scored:
-        raise CellError(str(scored["error"]))
+    if scored.error is not None:
+        raise CellError(scored.error)
     try:
-        where = f'run "{run}"'
-        return figures_of(Fields(folder.read(), where), Fields(scored, where))
+        return figures_of(run_report(folder.read(), f'run "{run}"'), scored)
     except FormatError as error:
         raise CellError(str(error)) from None
 
 
-def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> dict[str, Json]:
+def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
     """Return what `main` answers; where this process is interrupted, so is the other.
 
     Raises: CellError where it ends without an answer.
@@ -93,8 +92,7 @@ def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> dict[str, J
         with log.open("rb") as said:
             said.seek(said_before)
             raise CellError(reason(child.returncode, said.read().decode(errors="replace")))
-    answer: dict[str, Json] = json.loads(out)
-    return answer
+    return convert(decoded(out, "cell"), CellScore, "cell")
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -145,18 +143,18 @@ def main() -> int:
         progress = Log(file)
         try:
             with warnings_told(progress.remark):
-                run_config = run_config_from_json(json.load(sys.stdin), "cell")
-                answer = _scored(run, run_config, progress)
+                asked = decoded(sys.stdin.read(), "cell")
+                answer = _scored(run, convert(asked, RunConfig, "cell"), progress)
         except (ZtuneError, OSError) as error:
             progress.remark(f"error: {error}")
-            answer = {"error": str(error)}
+            answer = CellScore(error=str(error))
         except KeyboardInterrupt:
             progress.remark("stopped")
             return _INTERRUPTED
         except Exception:
             file.write(printable_lines(traceback.format_exc()))
             return 1
-    json.dump(answer, sys.stdout)
+    json.dump(plain(answer), sys.stdout)
     return 0
 
 
@@ -164,7 +162,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _scored(run: Path, run_config: RunConfig, progress: Log) -> dict[str, Json]:
+def _scored(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
     """Start or resume a run, or find it finished; return its score on the test images."""
     folder = RunFolder(run)
     status = folder.read().get("status") if folder.run.is_file() else None
@@ -191,9 +189,9 @@ def _scored(run: Path, run_config: RunConfig, progress: Log) -> dict[str, Json]:
         )
     with contextlib.suppress(OSError):
         draw_confusion(found.scores, run / "confusion.png")
-    return {
-        "accuracy": found.tuned.accuracy,
-        "n": found.tuned.n,
-        "zero_shot_accuracy": found.zero_shot.accuracy,
-        "curve": found.curve or [],
-    }
+    return CellScore(
+        accuracy=found.tuned.accuracy,
+        n=found.tuned.n,
+        zero_shot_accuracy=found.zero_shot.accuracy,
+        curve=convert(found.curve or [], tuple[CurvePoint, ...], "curve"),
+    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ztune.experiments.document import found_of
 from ztune.experiments.render import code_in_markdown, in_markdown
-from ztune.experiments.store import Result, View
+from ztune.experiments.store import Result, Session, View
 from ztune.experiments.tables import counted
-from ztune.io.fields import Fields
 from ztune.printing import one_line
 from ztune.types import Json
 
@@ -27,12 +25,9 @@ def state(results: Sequence[Result]) -> str:
 
 
 def remarks(view: View) -> list[str]:
-    """Return a line of Markdown for all that the plan's document finds unusual about the data.
-
-    Raises: FormatError where its remarks are no strings.
-    """
-    found = found_of(view.document)
-    said = [f"{name}: {one}" for name, data in found.items() for one in data.texts("remarks")]
+    """Return a line of Markdown for all that the plan's document finds unusual about the data."""
+    found = view.document.found
+    said = [f"{name}: {one}" for name, data in found.items() for one in data.remarks]
     return [in_markdown(remark) for remark in said]
 
 
@@ -77,7 +72,7 @@ def circumstances(view: View) -> list[str]:
     return lines + _sessions(view.sessions, results)
 
 
-def _sessions(sessions: Mapping[int, Fields], results: Sequence[Result]) -> list[str]:
+def _sessions(sessions: Mapping[int, Session], results: Sequence[Result]) -> list[str]:
     """Return a line for all sessions that were alike, with what they have in common.
 
     Sessions without a cell of this report are those of other plans, or found nothing to do.
@@ -96,13 +91,12 @@ def _sessions(sessions: Mapping[int, Fields], results: Sequence[Result]) -> list
     ]
 
 
-def _began(session: Fields) -> str:
-    return _plain(session.values.get("began"))
+def _began(session: Session) -> str:
+    return _plain(session.get("began"))
 
 
-def _setting(session: Fields) -> str:
+def _setting(values: Session) -> str:
     """Return everything of a session but when it began; what it does not say is left out."""
-    values = session.values
     command = _plain(values.get("command"))
     words = [code_in_markdown(command)] if command else []
     workers = values.get("workers")

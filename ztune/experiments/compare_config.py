@@ -65,5 +65,5 @@ class CompareConfig:
             "pixel_queries": self.pixel_queries,
             "settings": settings,
             "bundle_digest": bundle_digest,
-            "pictures": images,
+            "images": images,
         }

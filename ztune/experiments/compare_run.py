@@ -30,9 +30,9 @@ from ztune.model import Model, open_model
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig, remarks_on
+from ztune.run_document import run_report
 from ztune.timing import time_text_queries
 from ztune.training import TrainingRun, read_split
-from ztune.types import Json
 
 
 def run_comparison(
@@ -52,8 +52,8 @@ def run_comparison(
     split, images = _first_split(config)
     for remark in (*remarks_on(base), *split.notes, f"images: {HOW_DRAWN[split.sampler]}"):
         progress.remark(remark)
-    counts: dict[str, Json] = {role: len(split.entries_of(role)) for role in ROLES}
-    counts = {"classes": len(split.classes), **counts}
+    counts = {"classes": len(split.classes)}
+    counts |= {role: len(split.entries_of(role)) for role in ROLES}
     folder = Folder.open(out, config.to_json(model.bundle.digest, images), counts)
     with folder.locked():
         CellRunner(config, model, split, folder, progress).run()
@@ -106,7 +106,7 @@ class CellRunner:
         ]
         if not todo:
             return
-        rates = self.folder.rates or measured_rates(self.model, self.split, config.base)
+        rates = self.folder.head.rates or measured_rates(self.model, self.split, config.base)
         self.folder.note_rates(rates)
         times = {method: self._seconds(method, rates) for method in able}
         self._announce(todo, times, rates)
@@ -181,7 +181,7 @@ class CellRunner:
             run_cell(run, self._run_config("zero-shot", seed), self.folder.log("images", seed))
         except CellError as error:
             raise ZtuneError(f"the images cannot be encoded: {error}") from None
-        self.folder.note_images(seed, RunFolder(run).read())
+        self.folder.note_images(seed, run_report(RunFolder(run).read(), f'run "{run}"'))
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
         """Run a cell; return it with the seconds that it took, its scoring included.

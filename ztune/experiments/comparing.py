@@ -8,14 +8,15 @@ logs/          what each cell's processes said                *.png         the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, structs
+
 from ztune.access import described
-from ztune.errors import ConfigError, FormatError
+from ztune.errors import ConfigError
 from ztune.experiments.comparison import (
     COLUMNS,
     Cell,
@@ -32,9 +33,8 @@ from ztune.experiments.comparison import (
     table_row,
 )
 from ztune.experiments.render import code_in_markdown, in_markdown
-from ztune.io.config import as_json
-from ztune.io.fields import Fields
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
+from ztune.io.schema import Count, convert, current, plain
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, method_names, needs_of
@@ -42,45 +42,79 @@ from ztune.printing import without_marks
 from ztune.progress import warn
 from ztune.report_compare import Level, Line, draw_against
 from ztune.run import RunFolder
+from ztune.run_document import RunReport
 from ztune.system import machine, versions
 from ztune.types import Json
 
 FORMAT = "ztune-compare"
-VERSION = 1
+VERSION = 2
+
+
+class SeedImages(Struct, frozen=True):
+    """What encoding a seed's images took."""
+
+    seed: Count
+    image_forwards: Count
+    image_seconds: float
+    peak_memory_mb: float
+
+
+class Asked(Struct, frozen=True):
+    """What a report says of what was asked for; see `CompareConfig.to_json`."""
+
+    bundle: str
+    data: str
+    shots: Count
+    provider: str
+    preset: str
+    settings: Mapping[str, Mapping[str, Json]]
+
+
+class Head(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """compare.json without the cells and what follows from them."""
+
+    began: str
+    compare_config: Mapping[str, Json]
+    counts: Mapping[str, Count]
+    versions: Mapping[str, Json]
+    machine: Mapping[str, Json]
+    images: tuple[SeedImages, ...]
+    rates: Rates | None = None
+    command: str = ""
 
 
 class Folder:
     """The files of one comparison, and what compare.json says so far."""
 
-    def __init__(self, path: Path, head: dict[str, Json], cells: list[Cell]):
+    def __init__(self, path: Path, head: Head, cells: list[Cell]):
         self.path = path
         self.head = head
-        """All of compare.json but the cells and what follows from them."""
+        self.asked = convert(head.compare_config, Asked, f'comparison "{path}": compare_config')
         self.cells = cells
         self.cache = path / "cache"
 
     @classmethod
-    def open(cls, path: Path, request: Mapping[str, Json], counts: Mapping[str, Json]) -> Folder:
+    def open(cls, path: Path, config: Mapping[str, Json], counts: Mapping[str, int]) -> Folder:
         """Make the folder, or take up one that was made for the same request.
 
         Raises: ConfigError when it holds something else, naming what differs.
         """
         if not (path / "compare.json").is_file():
-            head: dict[str, Json] = {
-                "began": datetime.date.today().isoformat(),
-                "request": dict(request),
-                "counts": dict(counts),
-                "versions": dict(versions()),
-                "machine": dict(machine()),
-                "images": [],
-            }
+            head = Head(
+                began=datetime.date.today().isoformat(),
+                compare_config=config,
+                counts=counts,
+                versions=dict(versions()),
+                machine=dict(machine()),
+                images=(),
+            )
             with new_folder(path) as work:
                 for name in ("runs", "logs", "cache"):
                     (work / name).mkdir()
                 cls(work, head, []).write()
             return cls(path, head, [])
         found = cls.read(path)
-        found._require_the_same(request)
+        found._require_the_same(config)
         found._require_the_same_packages()
         found._warn_of_changes()
         return found
@@ -92,27 +126,20 @@ class Folder:
         Raises: FormatError when compare.json is damaged, foreign or too new.
         """
         where = f'comparison "{path}"'
-        document = read_json(path / "compare.json", where)
-        if document.get("format") != FORMAT:
-            raise FormatError(f"{where}: compare.json was not written by ztune")
-        top = Fields(document, where)
-        top.version(VERSION)
-        for name in ("request", "counts", "versions", "machine"):
-            top.object(name)
-        top.objects("images")
-        cells = [cell_from_json(fields) for fields in top.objects("cells")]
+        document = current(read_json(path / "compare.json", where), FORMAT, VERSION, where)
+        listed = convert(document.get("cells"), list[dict[str, Json]], f"{where}: cells")
+        cells = [cell_from_json(one, f"{where}: cells[{i}]") for i, one in enumerate(listed)]
         for cell in cells:
             if cell.method not in method_names():
                 raise ConfigError(
                     f'{where} has results of the method "{cell.method}", which is not installed '
                     "(install its package, or name another `out`)"
                 )
-        derived = ("format", "version", "cells", "table", "access")
-        return cls(path, {k: v for k, v in document.items() if k not in derived}, cells)
+        return cls(path, convert(document, Head, where), cells)
 
-    def _require_the_same(self, request: Mapping[str, Json]) -> None:
-        then, now = dict(self._fields.object("request").values), dict(request)
-        same_images = then.pop("pictures", None) == now.pop("pictures")
+    def _require_the_same(self, config: Mapping[str, Json]) -> None:
+        then, now = dict(self.head.compare_config), dict(config)
+        same_images = then.pop("images", None) == now.pop("images")
         changed = differences(then, now)
         if changed:
             raise ConfigError(
@@ -135,8 +162,7 @@ class Folder:
                 )
 
     def _warn_of_changes(self) -> None:
-        fields = self._fields
-        then = {**fields.object("versions").values, **fields.object("machine").values}
+        then = {**self.head.versions, **self.head.machine}
         changed = differences(then, {**versions(), **machine()})
         if changed:
             warn(f"not as when the comparison began: {'; '.join(changed)}")
@@ -146,10 +172,6 @@ class Folder:
         """Keep other processes from working on the same comparison."""
         with RunFolder(self.path).locked():
             yield
-
-    @property
-    def _fields(self) -> Fields:
-        return Fields(self.head, f'comparison "{self.path}"')
 
     def run_of(self, method: str, seed: int) -> Path:
         return self.path / "runs" / f"{method}-{seed}"
@@ -175,36 +197,30 @@ class Folder:
         self.write()
 
     def has_images(self, seed: int) -> bool:
-        return any(one.integer("seed") == seed for one in self._fields.objects("images"))
+        return any(one.seed == seed for one in self.head.images)
 
-    def note_images(self, seed: int, run: Mapping[str, Json]) -> None:
+    def note_images(self, seed: int, run: RunReport) -> None:
         """Keep what encoding a seed's images took."""
-        names = ("image_forwards", "image_seconds", "peak_memory_mb")
-        images = [dict(one.values) for one in self._fields.objects("images")]
-        self.head["images"] = [*images, {"seed": seed, **{name: run.get(name) for name in names}}]
+        took = SeedImages(seed, run.image_forwards, run.image_seconds or 0.0, run.peak_memory_mb)
+        self._note(images=(*self.head.images, took))
+
+    def _note(self, **changes: Any) -> None:
+        self.head = structs.replace(self.head, **changes)
         self.write()
 
     @property
     def images(self) -> ImagePass:
         """What encoding took over all seeds; the rate measured at first where no pass was whole."""
-        passes = self._fields.objects("images")
-        n_images = sum(one.integer("image_forwards") for one in passes)
-        seconds = sum(one.number("image_seconds") for one in passes)
-        memory = max((one.number("peak_memory_mb") for one in passes), default=0.0)
+        passes, rates = self.head.images, self.head.rates
+        n_images = sum(one.image_forwards for one in passes)
+        seconds = sum(one.image_seconds for one in passes)
+        memory = max((one.peak_memory_mb for one in passes), default=0.0)
         if n_images:
             return ImagePass(seconds / n_images, memory)
-        return ImagePass(self.rates.image if self.rates else 0.0, memory)
-
-    @property
-    def rates(self) -> Rates | None:
-        if "rates" not in self.head:
-            return None
-        fields = self._fields.object("rates")
-        return Rates(**{f.name: fields.number(f.name) for f in dataclasses.fields(Rates)})
+        return ImagePass(rates.image if rates else 0.0, memory)
 
     def note_rates(self, rates: Rates) -> None:
-        self.head["rates"] = as_json(rates)
-        self.write()
+        self._note(rates=rates)
 
     @property
     def rows(self) -> list[Row]:
@@ -216,9 +232,9 @@ class Folder:
         return {
             "format": FORMAT,
             "version": VERSION,
-            **self.head,
+            **plain(self.head),
             "table": [row_to_json(row) for row in self.rows],
-            "access": {row.method: _access(self, row.method) for row in self.rows},
+            "capabilities": {row.method: _access(self, row.method) for row in self.rows},
             "cells": [cell_to_json(cell, images) for cell in self.cells],
         }
 
@@ -228,8 +244,7 @@ class Folder:
 
 def write_results(folder: Folder, command: str) -> dict[str, Json]:
     """Write compare.json, compare.md and the plots; return compare.json's content."""
-    folder.head["command"] = command
-    folder.write()
+    folder._note(command=command)
     write_bytes(folder.path / "compare.md", "\n".join([*_markdown(folder), ""]).encode())
     if any(cell.figures for cell in folder.cells):
         _draw(folder)
@@ -237,9 +252,8 @@ def write_results(folder: Folder, command: str) -> dict[str, Json]:
 
 
 def title(folder: Folder) -> str:
-    request = folder._fields.object("request")
-    data, bundle = Path(request.text("data")).name, Path(request.text("bundle")).name
-    return f"{data} on {bundle}, {request.integer('shots')} shots"
+    asked = folder.asked
+    return f"{Path(asked.data).name} on {Path(asked.bundle).name}, {asked.shots} shots"
 
 
 def table_rows(folder: Folder) -> list[tuple[str, ...]]:
@@ -261,8 +275,7 @@ def failures(folder: Folder) -> list[str]:
 
 
 def footnotes(folder: Folder) -> list[str]:
-    counts = folder._fields.object("counts")
-    n_test, n_classes = counts.integer("test"), counts.integer("classes")
+    n_test, n_classes = (folder.head.counts.get(name, 0) for name in ("test", "classes"))
     per_image = 1000 * folder.images.seconds_per_image
     return [
         f"accuracy: on {n_test} test images of {n_classes} classes, mean ± sample standard "
@@ -281,10 +294,8 @@ def footnotes(folder: Folder) -> list[str]:
 
 def _access(folder: Folder, name: str) -> str:
     """Return what a method needs as it was configured here."""
-    request, method = folder._fields.object("request"), find_method(name)
-    settings = request.object("settings")
-    own = settings.object(name).values if name in settings.values else {}
-    return described(needs_of(method, method_config(method, own, request.text("preset"))))
+    method, own = find_method(name), folder.asked.settings.get(name, {})
+    return described(needs_of(method, method_config(method, own, folder.asked.preset)))
 
 
 def access_sentences(folder: Folder) -> list[str]:
@@ -292,9 +303,8 @@ def access_sentences(folder: Folder) -> list[str]:
 
 
 def _markdown(folder: Folder) -> list[str]:
-    fields = folder._fields
-    there = {**fields.object("machine").values, **fields.object("versions").values}
-    provider = fields.object("request").text("provider")
+    head = folder.head
+    there = {**head.machine, **head.versions}
     return [
         f"# {in_markdown(title(folder))}",
         "",
@@ -306,9 +316,9 @@ def _markdown(folder: Folder) -> list[str]:
         "![accuracy against queries](accuracy-queries.png)",
         "![accuracy against seconds](accuracy-seconds.png)",
         "",
-        f"Command: {code_in_markdown(fields.text('command'))}",
+        f"Command: {code_in_markdown(head.command)}",
         "",
-        f"Begun {fields.text('began')}, provider {provider}; "
+        f"Begun {head.began}, provider {folder.asked.provider}; "
         + ", ".join(in_markdown(f"{name} {value}") for name, value in there.items())
         + ".",
     ]

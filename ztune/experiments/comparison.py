@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
+from ztune.io.schema import Count, Record, convert
+from ztune.run_document import RunReport
 from ztune.types import F64, Json
 
 
@@ -21,7 +24,7 @@ from ztune.types import F64, Json
 class CurvePoint:
     """What a method had reached midway, on the test images."""
 
-    queries: int
+    queries: Count
     seconds: float
     accuracy: float
     """In 0…1."""
@@ -32,19 +35,19 @@ class Figures:
     """What one finished cell measured: its own process, with images found encoded left out."""
 
     accuracy: float
-    n_test: int
+    n_test: Count
     zero_shot_accuracy: float
-    queries: int
-    probe_queries: int
-    text_forwards: int
-    image_forwards: int
+    queries: Count
+    probe_queries: Count
+    text_forwards: Count
+    image_forwards: Count
     """Images that this cell encoded, those that it encoded anew included."""
-    image_forwards_cached: int
+    image_forwards_cached: Count
     """Images that it found encoded."""
     own_seconds: float
     """From start to result, without the report that follows."""
     own_peak_memory_mb: float
-    result_bytes: int
+    result_bytes: Count
     stop_reason: str
     curve: tuple[CurvePoint, ...] = ()
     """In order of queries, the result itself last; empty for a method without steps."""
@@ -296,60 +299,56 @@ def cell_to_json(cell: Cell, images: ImagePass) -> dict[str, Json]:
     }
 
 
-def cell_from_json(fields: Fields) -> Cell:
-    """Read a cell back.
+class _CellHead(Struct, frozen=True):
+    """What compare.json says of any cell."""
+
+    method: str
+    seed: Count
+    status: Literal["finished", "failed"]
+    reason: str = ""
+
+
+def cell_from_json(values: Mapping[str, Json], where: str) -> Cell:
+    """Read a cell back; of its figures those that were measured.
 
     Raises: FormatError naming the field.
     """
-    method, seed = fields.text("method"), fields.integer("seed")
-    if fields.text("status", among=("finished", "failed")) == "failed":
-        return Cell(method, seed, reason=fields.text("reason"))
-    curve = tuple(
-        CurvePoint(point.integer("queries"), point.number("seconds"), point.number("accuracy"))
-        for point in fields.objects("curve")
-    )
-    figures = Figures(
-        accuracy=fields.number("accuracy"),
-        n_test=fields.integer("n_test"),
-        zero_shot_accuracy=fields.number("zero_shot_accuracy"),
-        **{name: fields.integer(name) for name in _COUNTS},
-        own_seconds=fields.number("own_seconds"),
-        own_peak_memory_mb=fields.number("own_peak_memory_mb"),
-        stop_reason=fields.text("stop_reason"),
-        curve=curve,
-    )
-    return Cell(method, seed, figures)
+    head = convert(values, _CellHead, where)
+    if head.status == "failed":
+        return Cell(head.method, head.seed, reason=head.reason)
+    measured = {field.name for field in fields(Figures)}
+    figures = {key: value for key, value in values.items() if key in measured}
+    return Cell(head.method, head.seed, convert(figures, Figures, where))
 
 
-_COUNTS = (
-    "queries", "probe_queries", "text_forwards", "image_forwards", "image_forwards_cached",
-    "result_bytes",
-)  # fmt: skip
+class CellScore(Record, frozen=True, kw_only=True):
+    """What a cell's process answers: how its result does on the test images, or what failed."""
+
+    error: str | None = None
+    accuracy: float = 0.0
+    n: Count = 0
+    zero_shot_accuracy: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
 
 
-def figures_of(run: Fields, score: Fields) -> Figures:
-    """Return what a run's run.json and the evaluation of its test images say.
-
-    Raises: FormatError naming a field that is absent or of another kind.
-    """
-    seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
-    accuracy = score.number("accuracy")
-    queries = run.integer("queries")
-    curve = [
-        CurvePoint(p.integer("queries"), p.number("seconds"), p.number("accuracy"))
-        for p in (score.objects("curve") if "curve" in score.values else ())
-        if p.integer("queries") < queries
-    ]
-    if queries:
-        curve.append(CurvePoint(queries, seconds, accuracy))
+def figures_of(run: RunReport, score: CellScore) -> Figures:
+    """Return what a run's run.json and the evaluation of its test images say."""
+    curve = [point for point in score.curve if point.queries < run.queries]
+    if run.queries:
+        curve.append(CurvePoint(run.queries, run.own_seconds, score.accuracy))
     return Figures(
-        accuracy=accuracy,
-        n_test=score.integer("n"),
-        zero_shot_accuracy=score.number("zero_shot_accuracy"),
-        **{name: run.integer(name) for name in _COUNTS},
-        own_seconds=seconds,
-        own_peak_memory_mb=run.number("peak_memory_mb"),
-        stop_reason=run.text("stop_reason"),
+        accuracy=score.accuracy,
+        n_test=score.n,
+        zero_shot_accuracy=score.zero_shot_accuracy,
+        queries=run.queries,
+        probe_queries=run.probe_queries,
+        text_forwards=run.text_forwards,
+        image_forwards=run.image_forwards,
+        image_forwards_cached=run.image_forwards_cached,
+        own_seconds=run.own_seconds,
+        own_peak_memory_mb=run.peak_memory_mb,
+        result_bytes=run.result_bytes,
+        stop_reason=run.stop_reason,
         curve=tuple(curve),
     )
 

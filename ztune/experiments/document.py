@@ -8,24 +8,43 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ztune.io.fields import Fields
+from msgspec import Struct
+
+from ztune.experiments.plan import Found
 from ztune.types import Json
 
 
-def found_of(plan: Fields) -> dict[str, Fields]:
-    """Return what is known of the data sets that were read, by name.
+class DataDocument(Struct, frozen=True):
+    """What a report should know of a data set."""
 
-    Raises: FormatError.
-    """
-    if not isinstance(plan.values.get("data"), dict):
-        return {}
-    data = plan.object("data")
-    entries = {name: data.object(name) for name in data.values}
-    return {
-        name: entry.object("found")
-        for name, entry in entries.items()
-        if entry.values.get("found") is not None
-    }
+    title: str | None = None
+    found: Found | None = None
+
+
+class MethodDocument(Struct, frozen=True):
+    """What a report should know of a method."""
+
+    uses: str | None = None
+
+
+class ModelDocument(Struct, frozen=True):
+    """What a report should know of a model."""
+
+    digest: str | None = None
+
+
+class PlanDocument(Struct, frozen=True):
+    """What a report should know of a plan; the rest of its document is ignored."""
+
+    title: str
+    data: Mapping[str, DataDocument] = {}
+    methods: Mapping[str, MethodDocument] = {}
+    models: Mapping[str, ModelDocument] = {}
+
+    @property
+    def found(self) -> dict[str, Found]:
+        """What is known of the data sets that were read, by name."""
+        return {name: one.found for name, one in self.data.items() if one.found is not None}
 
 
 def _data(document: Mapping[str, Json]) -> dict[str, dict[str, Json]]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,20 @@ class Plan:
         }
 
 
-_COMMON = ("seeds", "queries", "preset", "curve")
-_TOP = ("title", *_COMMON, "execution", "models", "data", "methods", "protocols")
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """A plan's file; what stands there for all methods or protocols is read with each of them."""
+
+    title: str | None = None
+    seeds: Any = (1, 2, 3)
+    queries: Any = 5000
+    preset: Any = "default"
+    curve: Any = 0
+    execution: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any]
+    methods: Mapping[str, Any]
+    protocols: tuple[Mapping[str, Any], ...]
 
 
 def read_plan(path: Path) -> Plan:
@@ -255,58 +267,42 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(f"{where} {state}")
-    top = parsed_toml(read_text(path, where), where)
-    if unknown := [key for key in top if key not in _TOP]:
-        raise ConfigError(f'{where} has no key "{unknown[0]}"; it has: {", ".join(_TOP)}')
+    file = configured(_File, parsed_toml(read_text(path, where), where), where)
     for key in ("methods", "protocols", "data"):
-        if not top.get(key):
-            raise ConfigError(f"{where} lacks {key}")
-    title = top.get("title", path.stem)
-    if not isinstance(title, str):
-        raise ConfigError(f"{where}: title is {title!r}, expected words")
+        if not getattr(file, key):
+            raise ConfigError(f'{where} lacks "{key}"')
     data = {
         name: _data(name, entry, _place(where, "data", name))
-        for name, entry in _tables(top, "data", where).items()
+        for name, entry in _tables(file.data, "data", where)
     }
     methods = {
-        label: _method(label, entry, top, _place(where, "methods", label))
-        for label, entry in _tables(top, "methods", where).items()
+        label: _method(label, entry, file, _place(where, "methods", label))
+        for label, entry in _tables(file.methods, "methods", where)
     }
-    entries = top["protocols"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{where}: protocols are tables, [[protocols]]")
     protocols = [
-        _protocol(entry, top, data, methods, f"{where}: protocols[{i}]")
-        for i, entry in enumerate(entries)
+        _protocol(entry, file, data, methods, f"{where}: protocols[{i}]")
+        for i, entry in enumerate(file.protocols)
     ]
     _check_transfers(protocols, where)
-    models = top.get("models", {})
-    if not isinstance(models, dict) or not all(isinstance(one, str) for one in models.values()):
-        raise ConfigError(f'{where}: models are name = "bundle"')
-    for name in models:
+    for name in file.models:
         check_name(name, _place(where, "models", name))
-    execution = _configured(ExecutionPlan, _table(top, "execution", where), f"{where}: execution")
-    return Plan(path, title, models, data, methods, tuple(protocols), execution)
+    execution = _configured(ExecutionPlan, file.execution, f"{where}: execution")
+    title = path.stem if file.title is None else file.title
+    return Plan(path, title, file.models, data, methods, tuple(protocols), execution)
 
 
 def _place(where: str, key: str, name: str) -> str:
     return f'{where}: {key} "{name}"'
 
 
-def _table(top: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    value = top.get(key, {})
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {key} is {value!r}, expected a table")
-    return value
-
-
-def _tables(top: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str, Any]]:
-    found = _table(top, key, where)
-    for name, entry in found.items():
+def _tables(
+    entries: Mapping[str, Any], key: str, where: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, entry in entries.items():
         if not isinstance(entry, dict):
             raise ConfigError(f"{_place(where, key, name)} is {entry!r}, expected a table")
         check_name(name, _place(where, key, name))
-    return found
+        yield name, entry
 
 
 def check_name(name: str, where: str) -> None:
@@ -331,27 +327,19 @@ def _data(name: str, entry: Mapping[str, Any], where: str) -> DataPlan:
     return data
 
 
-def _method(label: str, entry: Mapping[str, Any], top: Mapping[str, Any], where: str) -> MethodPlan:
-    given: dict[str, Any] = {"uses": label, "queries": 5000, "preset": "default", "curve": 0}
-    given |= {key: top[key] for key in ("queries", "preset", "curve") if key in top}
-    settings = entry.get("settings", {})
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{where}: settings are {settings!r}, expected a table")
-    plain = {key: value for key, value in entry.items() if key != "settings"}
-    method = _configured(MethodPlan, {**given, **plain}, where)
-    with _located(where):
-        return replace(method, settings=settings)
+def _method(label: str, entry: Mapping[str, Any], file: _File, where: str) -> MethodPlan:
+    given = {"uses": label, **{key: getattr(file, key) for key in ("queries", "preset", "curve")}}
+    return _configured(MethodPlan, {**given, **entry}, where)
 
 
 def _protocol(
     entry: Mapping[str, Any],
-    top: Mapping[str, Any],
+    file: _File,
     data: Mapping[str, DataPlan],
     methods: Mapping[str, MethodPlan],
     where: str,
 ) -> ProtocolPlan:
-    given: dict[str, Any] = {"seeds": top.get("seeds", [1, 2, 3]), "shots": [16]}
-    given["methods"] = list(methods)
+    given: dict[str, Any] = {"seeds": file.seeds, "shots": [16], "methods": list(methods)}
     if entry.get("kind") not in TRANSFERS:
         given["data"] = list(data)
     protocol = _configured(ProtocolPlan, {**given, **entry}, where)

@@ -33,6 +33,7 @@ from ztune.experiments.protocols import (
 )
 from ztune.experiments.store import readable
 from ztune.io.config import as_json
+from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, tuned_config
@@ -272,7 +273,7 @@ class Preparation:
         run_config = self._request(cell, task, bundle, self.plan.methods[cell.method])
         run = key_of(_tuned_with(run_config, bundle, split))
         scored_on: list[Json] = [
-            {"part": p.name, "pictures": p.split_file.stem, "templates": list(p.templates)}
+            {"part": p.name, IMAGES_IN_KEYS: p.split_file.stem, "templates": list(p.templates)}
             for p in parts
         ]
         key = key_of({"run": run, "protocol": cell.protocol, "scored_on": scored_on})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Annotated
+
+from msgspec import Meta
 
 from ztune.data.named import NAMED
 from ztune.errors import FormatError
 from ztune.experiments.protocols import PROTOCOLS
-from ztune.io.fields import Fields
+from ztune.io.schema import AtLeastOne, Record, convert
 from ztune.io.toml import parsed_toml
 from ztune.methods.registry import METHODS
 
@@ -20,9 +23,6 @@ AVERAGED = (
 )  # fmt: skip
 """CoOp's data sets, which published averages are over."""
 _FILE = "published.toml"
-_TOP = {"protocol", "model", "shots", "series"}
-_SERIES = {"method", "title", "paper", "arxiv", "origin", "queries", "steps", "accuracy"}
-_ARXIV = re.compile(r"\d{4}\.\d{5}")
 
 
 @dataclass(frozen=True)
@@ -62,54 +62,55 @@ def published_in(text: str) -> tuple[Published, ...]:
 
     Raises: FormatError naming the series and the field that is wrong; ConfigError for no TOML.
     """
-    top = Fields(parsed_toml(text, _FILE), _FILE)
-    _require_known(top, _TOP)
-    return tuple(figure for series in top.objects("series") for figure in _figures(top, series))
+    file = convert(parsed_toml(text, _FILE), _File, _FILE)
+    return tuple(figure for i, one in enumerate(file.series) for figure in _figures(file, one, i))
 
 
-def _figures(top: Fields, series: Fields) -> list[Published]:
-    _require_known(series, _SERIES)
-    arxiv = series.text("arxiv")
-    if not _ARXIV.fullmatch(arxiv):
-        raise FormatError(f'{series.where}: arxiv is "{arxiv}", expected a number like 2504.06838')
-    accuracy = series.object("accuracy")
+class _Series(Record, frozen=True, kw_only=True):
+    """What one paper prints of one method."""
+
+    method: str | None = None
+    title: str
+    paper: str
+    arxiv: Annotated[str, Meta(pattern=r"^\d{4}\.\d{5}\Z")]
+    origin: str
+    queries: AtLeastOne | None = None
+    steps: AtLeastOne | None = None
+    accuracy: Mapping[str, Annotated[float, Meta(ge=0, le=100)]]
+    """In per cent, by data set."""
+
+
+class _File(Record, frozen=True):
+    protocol: str
+    model: str
+    shots: AtLeastOne
+    series: tuple[_Series, ...]
+
+
+def _figures(file: _File, series: _Series, number: int) -> list[Published]:
+    where = f"{_FILE}: $.series[{number}]"
+    if series.queries and series.steps:
+        raise FormatError(f"{where}: give queries or steps, not both")
+    for what, name, known in (
+        ("protocol", file.protocol, PROTOCOLS),
+        ("method", series.method, (None, *METHODS)),
+        *(("data set", data, (AVERAGE, *NAMED)) for data in series.accuracy),
+    ):
+        if name not in known:
+            raise FormatError(f'{where}: {what} "{name}" is unknown')
+    budget = [f"{n:,} {what}" for what in ("queries", "steps") if (n := getattr(series, what))]
     return [
         Published(
-            method=series.text("method", tuple(METHODS)) if "method" in series.values else None,
-            title=series.text("title"),
-            paper=f"{series.text('paper')} (arXiv {arxiv})",
-            origin=series.text("origin"),
-            protocol=top.text("protocol", PROTOCOLS),
-            model=top.text("model"),
-            shots=top.integer("shots", least=1),
-            budget=_budget(series),
-            data=_data(accuracy, data),
-            accuracy=_percent(accuracy, data),
+            method=series.method,
+            title=series.title,
+            paper=f"{series.paper} (arXiv {series.arxiv})",
+            origin=series.origin,
+            protocol=file.protocol,
+            model=file.model,
+            shots=file.shots,
+            budget="".join(budget),
+            data=data,
+            accuracy=accuracy,
         )
-        for data in accuracy.values
+        for data, accuracy in series.accuracy.items()
     ]
-
-
-def _require_known(fields: Fields, known: set[str]) -> None:
-    if unknown := sorted(set(fields.values) - known):
-        raise FormatError(f'{fields.where} has no key "{unknown[0]}"')
-
-
-def _budget(series: Fields) -> str:
-    found = [name for name in ("queries", "steps") if name in series.values]
-    if len(found) > 1:
-        raise FormatError(f"{series.where}: give queries or steps, not both")
-    return "".join(f"{series.integer(name, least=1):,} {name}" for name in found)
-
-
-def _data(accuracy: Fields, data: str) -> str:
-    if data != AVERAGE and data not in NAMED:
-        raise FormatError(f'{accuracy.where}: data set "{data}" is unknown')
-    return data
-
-
-def _percent(accuracy: Fields, data: str) -> float:
-    value = accuracy.number(data)
-    if not 0 <= value <= 100:
-        raise FormatError(f'{accuracy.where}: "{data}" is {value:g}, expected 0 to 100 per cent')
-    return value

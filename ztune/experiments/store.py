@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.errors import FormatError, StorageError
-from ztune.experiments.cells import Cell, Outcome, cell_from_json
-from ztune.experiments.document import asked, with_found
+from ztune.experiments.cells import Cell, Outcome
+from ztune.experiments.document import PlanDocument, asked, with_found
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
+from ztune.io.schema import T, convert, decoded, plain
 from ztune.types import Json
 
 APPLICATION = 0x7A74756E
@@ -65,18 +65,22 @@ class Result:
     session: int | None = None
 
 
+Session = Mapping[str, Json]
+"""When, where and with what cells were carried out; nothing of it need be there."""
+
+
 @dataclass(frozen=True)
 class View:
     """What a report of one plan is about, all of it of one moment."""
 
     plan: str
-    document: Fields
+    document: PlanDocument
     """The plan, as it was last given."""
     results: tuple[Result, ...]
     """Its cells in its order, each with what came of it so far."""
     n_left_out: int
     """Finished cells that no plan has."""
-    sessions: Mapping[int, Fields]
+    sessions: Mapping[int, Session]
     """Circumstances by their number."""
     rates: Mapping[str, float]
     """Seconds that encoding an image takes, by the bundle's digest; absent where none was."""
@@ -192,7 +196,7 @@ class Store:
             found = database.execute(_DOCUMENT, [plan]).fetchone()
             known: dict[str, str | None] = {}
             if found is not None:
-                earlier = self._fields(found[0]).values
+                earlier = decoded(found[0], self._where)
                 if asked(earlier) == asked(document):
                     known = dict(database.execute(_KEYS, [plan]).fetchall())
                     document = with_found(document, earlier)
@@ -210,7 +214,7 @@ class Store:
 
     def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
         """Record what a cell measured, where nobody has."""
-        self._record(key, cell, session, _text(outcome.to_json()), None)
+        self._record(key, cell, session, _text(plain(outcome)), None)
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
         """Record why a cell has no result, where it has none."""
@@ -253,7 +257,7 @@ class Store:
         """Return the title that a plan had when it was last given; None where it was not."""
         with self._open() as database:
             found = database.execute(_DOCUMENT, [plan]).fetchone()
-        return None if found is None else self._fields(found[0]).text("title")
+        return None if found is None else self._read(found[0], PlanDocument).title
 
     def view(self, plan: str) -> View:
         """Return what there is of a plan.
@@ -271,28 +275,21 @@ class Store:
             raise FormatError(f'{self._where}: there is no plan "{plan}"')
         return View(
             plan,
-            self._fields(found[0]),
+            self._read(found[0], PlanDocument),
             tuple(self._result(*row) for row in cells),
             int(n_left_out),
-            {int(number): self._fields(document) for number, document in sessions},
+            {int(number): decoded(document, self._where) for number, document in sessions},
             {str(bundle): float(rate) for bundle, rate in rates},
         )
 
     def _result(
         self, cell: str, outcome: str | None, reason: str | None, session: int | None
     ) -> Result:
-        read = cell_from_json(self._fields(cell))
-        done = None if outcome is None else Outcome.from_json(self._fields(outcome))
-        return Result(read, done, reason or "", session)
+        done = None if outcome is None else self._read(outcome, Outcome)
+        return Result(self._read(cell, Cell), done, reason or "", session)
 
-    def _fields(self, text: str) -> Fields:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise FormatError(f"{self._where}: a row is no JSON object")
-        return Fields(value, self._where)
+    def _read(self, text: str, kind: type[T]) -> T:
+        return convert(decoded(text, self._where), kind, self._where)
 
 
 def readable(text: str) -> str:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from ztune.experiments.cells import Outcome, PartScore
 from ztune.experiments.comparison import deviation_of
-from ztune.experiments.document import found_of
+from ztune.experiments.document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
 from ztune.experiments.store import Result
-from ztune.io.fields import Fields
 
 
 @dataclass(frozen=True)
@@ -90,31 +89,15 @@ class Names:
         return self.uses.get(label, label)
 
 
-def names_of(plan: Fields) -> Names:
-    """Return what the plan's document says of names; all but the title may be absent.
-
-    Raises: FormatError where it has no title.
-    """
-    found = {name: one for name, one in found_of(plan).items() if one.values.get("known_as")}
-    known_as = {name: one.text("known_as") for name, one in found.items()}
+def names_of(plan: PlanDocument) -> Names:
+    """Return what the plan's document says of names; all but the title may be absent."""
     return Names(
-        plan.text("title"),
-        uses=_said(plan, "methods", "uses"),
-        data=_said(plan, "data", "title"),
-        known_as=known_as,
-        digests=_said(plan, "models", "digest"),
+        plan.title,
+        uses={name: one.uses for name, one in plan.methods.items() if one.uses},
+        data={name: one.title for name, one in plan.data.items() if one.title},
+        known_as={name: one.known_as for name, one in plan.found.items() if one.known_as},
+        digests={name: one.digest for name, one in plan.models.items() if one.digest},
     )
-
-
-def _said(plan: Fields, table: str, key: str) -> dict[str, str]:
-    if not isinstance(plan.values.get(table), dict):
-        return {}
-    entries = plan.object(table).values
-    return {
-        name: str(entry[key])
-        for name, entry in entries.items()
-        if isinstance(entry, dict) and isinstance(entry.get(key), str)
-    }
 
 
 Accessor = Callable[[PartScore], float | None]

@@ -41,17 +41,18 @@ from ztune.experiments.jobs import (
     ScoredPart,
     Task,
 )
-from ztune.io.fields import Fields
 from ztune.io.files import read_json, sha256, write_json
+from ztune.io.schema import convert, plain
 from ztune.methods.plugins import package_of
 from ztune.model import Model
 from ztune.printing import printable_lines, reason_of, without_marks
 from ztune.progress import warnings_told
 from ztune.run import RunFolder
+from ztune.run_document import RunReport, run_start
 from ztune.statistics import Score, score
 from ztune.system import one_blas_thread
 from ztune.training import TrainingRun
-from ztune.types import F32, I64, ImageEncoder, Json
+from ztune.types import F32, I64, ImageEncoder
 
 MOST_DEATHS = 3
 """Attempts at a run that end a process before the run is given up."""
@@ -160,7 +161,7 @@ class Worker:
             reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
         return JobResult(outcomes, reasons)
 
-    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], Fields]:
+    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], RunReport]:
         """Return the run finished, and what run.json says."""
         model = self._bench(Path(job.run_config.bundle))
         if model.bundle.digest != job.bundle_digest:
@@ -174,23 +175,23 @@ class Worker:
                 "the bench began (install the same version)"
             )
         training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
-        run = Fields(_finished(training), f'run "{training.folder.path}"')
+        run = _finished(training)
         training.folder.state.unlink(missing_ok=True)  # of no more use
         return training, run
 
     def _scored_or_not(
-        self, training: TrainingRun[RunFolder], run: Fields, cell: CellJob, place: Path
+        self, training: TrainingRun[RunFolder], run: RunReport, cell: CellJob, place: Path
     ) -> Outcome | str:
         """Score a cell and keep its outcome; return that, or why there is none."""
         try:
             outcome = self._scored(training, run, cell, place.name)
-            write_json(place / f"{cell.key}.json", outcome.to_json())
+            write_json(place / f"{cell.key}.json", plain(outcome))
         except Exception as error:
             return _reason(error, place)
         return outcome
 
     def _scored(
-        self, training: TrainingRun[RunFolder], run: Fields, cell: CellJob, key: str
+        self, training: TrainingRun[RunFolder], run: RunReport, cell: CellJob, key: str
     ) -> Outcome:
         """Score a finished run's result on the parts of a cell."""
         result = read_artifact(training.folder.prompt)
@@ -199,33 +200,32 @@ class Worker:
             self._part_score(training.model, result, part, encoded)
             for part, encoded in zip(cell.parts, parts, strict=True)
         ]
-        seconds = round(run.number("seconds") - run.number("report_seconds"), 3)
-        queries = run.integer("queries")
+        seconds, queries = run.own_seconds, run.queries
         curve: list[Point] = []
         if cell.curve and queries and scores[0].accuracy is not None:
             curve = list(self._snapshots(training, cell.parts[0], parts[0], queries))
             curve.append(Point(queries, seconds, scores[0].accuracy))
         tuned_on = {entry.sha256 for entry in training.split.entries}
-        n_cached = run.integer("image_forwards_cached")
+        n_cached = run.image_forwards_cached
         return Outcome(
             uses=training.run_config.method,
-            config=run.object("config").values,
+            config=run.config,
             run=key,
             artifact=sha256(training.folder.prompt),
-            result_bytes=run.integer("result_bytes"),
+            result_bytes=run.result_bytes,
             n_train=len(training.split.entries_of("train")),
             n_val=len(training.split.entries_of("val")),
             copies=sum(
                 digest in tuned_on for part in parts for _, digest in part.split.items("test")
             ),
             queries=queries,
-            probe_queries=run.integer("probe_queries"),
-            text_forwards=run.integer("text_forwards"),
-            image_forwards=run.integer("image_forwards") + n_cached,
+            probe_queries=run.probe_queries,
+            text_forwards=run.text_forwards,
+            image_forwards=run.image_forwards + n_cached,
             image_forwards_cached=n_cached,
             seconds=seconds,
-            stop_reason=run.text("stop_reason"),
-            train_loss=run.number("train_loss"),
+            stop_reason=run.stop_reason,
+            train_loss=run.train_loss,
             scores=tuple(scores),
             curve=tuple(curve),
         )
@@ -301,20 +301,18 @@ class Worker:
         return score(gallery.logits(result), encoded.labels, classes)
 
 
-def _finished(training: TrainingRun[RunFolder]) -> dict[str, Json]:
+def _finished(training: TrainingRun[RunFolder]) -> RunReport:
     """Begin a run, go on with it, or find it done; return run.json's content."""
-    folder, head = training.folder, training.head()
-    status = None
+    folder, found = training.folder, None
     if folder.run.is_file():
-        found = folder.read()
-        status = found.get("status")
-        if status == "finished":
+        found = run_start(folder.read(), f'run "{folder.path}"')
+        if isinstance(found, RunReport):
             return found
-        if status == "running":
-            head = {k: v for k, v in found.items() if k not in ("format", "version")}
     training.check()
-    if status != "running":
-        folder.create(head, training.split.to_json())
+    if found is not None and found.status == "running":
+        return training.carry_out(found)
+    head = training.head()
+    folder.create(plain(head), training.split.to_json())
     return training.carry_out(head)
 
 
@@ -328,7 +326,7 @@ def _kept(place: Path, key: str) -> Outcome | None:
         return None
     where = f'outcome "{path}"'
     try:
-        return Outcome.from_json(Fields(read_json(path, where), where))
+        return convert(read_json(path, where), Outcome, where)
     except FormatError:
         return None
 

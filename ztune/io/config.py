@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ztune.errors import ConfigError
@@ -16,10 +17,15 @@ if TYPE_CHECKING:  # numpy is loaded with it
     from ztune.types import Json
 
 T = TypeVar("T")
-_LISTS: dict[Any, str] = {
+_TABLE = Mapping[str, Any]
+_NAMES: dict[Any, str] = {
     tuple[str, ...]: "a list of words",
     tuple[int, ...]: "a list of whole numbers",
+    tuple[_TABLE, ...]: "a list of tables",
+    _TABLE: "a table",
+    Mapping[str, str]: "a table of words",
 }
+_WORDS: dict[str, Json] = {"none": None, "null": None, "true": True, "false": False}
 
 
 def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
@@ -54,37 +60,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _converted(value: Json, hint: Any, where: str) -> Json:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if types.NoneType in options and value in (None, "none", "null"):
-        return None
-    for option in options:
-        if option is bool and value in (True, False, "true", "false"):
-            return value in (True, "true")
-        if option is str and isinstance(value, str):
-            return value
-        if (option == tuple[str, ...] and _are(value, str)) or (
-            option == tuple[int, ...] and _are(value, int)
-        ):
-            return typing.cast("Json", tuple(typing.cast(list[Any], value)))
-        if option in (int, float) and not isinstance(value, bool):
-            try:
-                number = option(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if not math.isfinite(number):
+    import msgspec  # not for `ztune --help`
+
+    for reading in _readings(value):
+        with contextlib.suppress(msgspec.ValidationError):
+            made: Json = msgspec.convert(reading, hint)
+            if isinstance(made, float) and not math.isfinite(made):
                 raise ConfigError(f"{where} is {value!r}, expected a finite number")
-            if isinstance(value, str) or number == value:
-                return typing.cast("Json", number)
+            return made
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     names = " or ".join(
-        _LISTS.get(option, getattr(option, "__name__", str(option)))
+        _NAMES.get(option, getattr(option, "__name__", str(option)))
         for option in options
         if option is not types.NoneType
     )
     raise ConfigError(f"{where} is {value!r}, expected {names}")
 
 
-def _are(value: Json, kind: type) -> bool:
-    return isinstance(value, list | tuple) and all(type(part) is kind for part in value)
+def _readings(value: Json) -> Iterator[Json]:
+    """Yield what a value may mean, a word last as itself: the first that fits a type is taken."""
+    if isinstance(value, str):
+        if value in _WORDS:
+            yield _WORDS[value]
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                yield number(value)
+    yield value
+    if isinstance(value, float) and value.is_integer():
+        yield int(value)
 
 
 def as_json(config: Any) -> dict[str, Json]:

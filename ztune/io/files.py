@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ztune.errors import ConfigError, FormatError
+from ztune.io.schema import decoded
 from ztune.types import Json
 
 _LONGEST_NAME = 255  # bytes, of most file systems
@@ -166,17 +167,15 @@ def read_bytes(path: Path, *, pipe: bool = False) -> bytes:
 def read_json(path: Path, what: str, *, pipe: bool = False) -> dict[str, Json]:
     """Read a JSON object; `pipe` as for `read_bytes`.
 
-    Raises: FormatError naming `what` when the file is absent, no JSON, or no object.
+    Raises: FormatError naming `what` when the file is absent, or as `decoded`.
     """
     try:
-        value = json.loads(read_bytes(path, pipe=pipe))
+        content = read_bytes(path, pipe=pipe)
     except FileNotFoundError:
         raise FormatError(f"{what}: {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{what}: {path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{what}: {path} holds no JSON object")
-    return value
+    except OSError as error:
+        raise FormatError(f"{what}: {path} cannot be read ({error})") from None
+    return decoded(content, f"{what}: {path}")
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

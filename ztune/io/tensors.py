@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from ztune.errors import FormatError
 from ztune.io.files import write_bytes
+from ztune.io.schema import decoded
 from ztune.types import Json
 
 # safetensors writes the keys of its metadata in an order that changes from process to process;
@@ -46,11 +47,9 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, NDArray[Any]], dict[s
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        document = json.loads(metadata[_KEY])
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
+        text = metadata[_KEY]
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise FormatError(
             f"{what}: {path} is damaged or no file of ztune's ({type(error).__name__}: {error})"
         ) from None
-    if not isinstance(document, dict):
-        raise FormatError(f'{what}: {path}: its "{_KEY}" metadata is no JSON object')
-    return arrays, document
+    return arrays, decoded(text, f"{what}: {path}: {_KEY} metadata")

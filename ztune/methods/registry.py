@@ -136,12 +136,12 @@ def method_to_json(method: Method) -> dict[str, Json]:
         "paper": method.paper,
         "package": package_of(method.name),
         "needs": [*sorted(needs)],
-        "access": described(needs),
+        "capabilities": described(needs),
         "serves_new_classes": method.serves_new_classes(),
         "settings": as_json(config),
         "presets": {name: dict(changes) for name, changes in preset_changes(method).items()},
     }
     if isinstance(method, TunedMethod):
         document["first_step_queries"] = config.step_queries()
-        document["encodes_pictures_anew"] = config.program is not None
+        document["encodes_images_every_query"] = config.program is not None
     return document

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ztune.errors import FormatError
-from ztune.experiments.cells import Cell, Outcome, PartScore, Point, cell_from_json, key_of
+from ztune.experiments.cells import Cell, Outcome, PartScore, Point, key_of
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
+from ztune.io.schema import convert, decoded, plain
 from ztune.types import Json
 
 CELL = Cell("base-to-new", "vit-b-16", "café 東京", "zip", 16, 3)
@@ -45,8 +45,12 @@ VARYING = ("seconds", "image_forwards_cached")
 """What may differ when a cell is carried out again; the seconds of the curve are tested apart."""
 
 
-def through_json(outcome: Outcome) -> Fields:
-    return Fields(json.loads(json.dumps(outcome.to_json(), ensure_ascii=False)), "row")
+def through_json(record: object) -> dict[str, Json]:
+    return decoded(json.dumps(plain(record), ensure_ascii=False), "row")
+
+
+def read(document: object) -> Outcome:
+    return convert(document, Outcome, "row")
 
 
 def changed(record: Any, name: str) -> Any:
@@ -68,31 +72,31 @@ def names(record: Any) -> list[str]:
 
 
 def test_an_outcome_reads_back_equal_in_all_fields() -> None:
-    assert Outcome.from_json(through_json(OUTCOME)) == OUTCOME
+    assert read(through_json(OUTCOME)) == OUTCOME
     head = dataclasses.replace(OUTCOME, uses="gda", config={}, curve=(), scores=SCORES[:1])
-    assert Outcome.from_json(through_json(head)) == head
+    assert read(through_json(head)) == head
 
 
 @pytest.mark.parametrize("name", names(OUTCOME))
 def test_no_field_of_an_outcome_is_read_from_another(name: str) -> None:
     # Two fields with equal values would hide that they are swapped.
     other = changed(OUTCOME, name)
-    assert Outcome.from_json(through_json(other)) == other != OUTCOME
+    assert read(through_json(other)) == other != OUTCOME
 
 
 def test_a_cell_reads_back_equal_and_says_all_that_it_is_called() -> None:
     for name in names(CELL):
         cell = changed(CELL, name)
-        assert cell_from_json(Fields(json.loads(json.dumps(as_json(cell))), "row")) == cell
+        assert convert(through_json(cell), Cell, "row") == cell
         assert str(cell) != str(CELL)
 
 
 def test_a_config_may_hold_tuples() -> None:
     # Settings are dataclasses, some with tuples in them; JSON has lists alone.
     outcome = dataclasses.replace(OUTCOME, config={"layers": (1, 2)})  # type: ignore[dict-item]
-    assert outcome.to_json()["config"] == {"layers": [1, 2]}
-    again = Outcome.from_json(through_json(outcome))
-    assert again.to_json() == outcome.to_json()
+    assert plain(outcome)["config"] == {"layers": [1, 2]}
+    again = read(through_json(outcome))
+    assert plain(again) == plain(outcome)
     assert again.repeatable() == outcome.repeatable()
 
 
@@ -105,7 +109,7 @@ def test_a_figure_that_is_no_number_is_refused_when_written(value: float) -> Non
         dataclasses.replace(OUTCOME, curve=(Point(1, value, 0.5),)),
     ):
         with pytest.raises(ValueError, match="not JSON compliant"):
-            outcome.to_json()
+            plain(outcome)
 
 
 @pytest.mark.parametrize("name", names(OUTCOME))
@@ -127,41 +131,45 @@ def test_repeatable_holds_every_figure_of_scores_and_curve_but_the_seconds() -> 
 def test_repeatable_is_json_and_the_same_after_reading_back() -> None:
     document = OUTCOME.repeatable()
     assert json.loads(json.dumps(document)) == document
-    assert Outcome.from_json(through_json(OUTCOME)).repeatable() == document
+    assert read(through_json(OUTCOME)).repeatable() == document
     assert set(names(OUTCOME)) - set(document) == set(VARYING)
 
 
 @pytest.mark.parametrize("name", names(OUTCOME))
 def test_an_outcome_that_lacks_a_field_is_refused(name: str) -> None:
-    document = OUTCOME.to_json()
+    document = plain(OUTCOME)
     del document[name]
-    with pytest.raises(FormatError, match=f'^results "x": "{name}" is nothing, expected'):
-        Outcome.from_json(Fields(document, 'results "x"'))
+    with pytest.raises(FormatError, match=f"^row: .*missing required field {name} "):
+        read(document)
 
 
 @pytest.mark.parametrize("name", names(SCORES[0]))
 def test_a_score_that_lacks_a_field_is_refused(name: str) -> None:
     # An absent accuracy is no None: None is written, and says that there can be no figure.
-    document: Any = OUTCOME.to_json()
+    document: Any = plain(OUTCOME)
     del document["scores"][1][name]
-    with pytest.raises(FormatError, match=rf'^row: scores\[1\]: "{name}" is nothing'):
-        Outcome.from_json(Fields(document, "row"))
+    with pytest.raises(
+        FormatError, match=rf"^row: \$\.scores\[1\]: .*missing required field {name} "
+    ):
+        read(document)
 
 
 @pytest.mark.parametrize("name", names(CURVE[0]))
 def test_a_point_that_lacks_a_field_is_refused(name: str) -> None:
-    document: Any = OUTCOME.to_json()
+    document: Any = plain(OUTCOME)
     del document["curve"][2][name]
-    with pytest.raises(FormatError, match=rf'^row: curve\[2\]: "{name}" is nothing'):
-        Outcome.from_json(Fields(document, "row"))
+    with pytest.raises(
+        FormatError, match=rf"^row: \$\.curve\[2\]: .*missing required field {name} "
+    ):
+        read(document)
 
 
 @pytest.mark.parametrize("name", names(CELL))
 def test_a_cell_that_lacks_a_field_is_refused(name: str) -> None:
     document = as_json(CELL)
     del document[name]
-    with pytest.raises(FormatError, match=f'^row: "{name}" is nothing'):
-        cell_from_json(Fields(document, "row"))
+    with pytest.raises(FormatError, match=f"^row: .*missing required field {name} "):
+        convert(document, Cell, "row")
 
 
 @pytest.mark.parametrize(
@@ -181,17 +189,18 @@ def test_a_cell_that_lacks_a_field_is_refused(name: str) -> None:
     ],
 )
 def test_a_field_of_another_kind_is_refused(name: str, value: Json) -> None:
-    document = {**OUTCOME.to_json(), name: value}
-    with pytest.raises(FormatError, match=f'^row: "{name}" is '):
-        Outcome.from_json(Fields(document, "row"))
+    text = json.dumps({**plain(OUTCOME), name: value})
+    with pytest.raises(FormatError, match=rf"^row: (\$\.{name}|cannot be read as JSON)"):
+        read(decoded(text, "row"))
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("shots", 0), ("seed", -1), ("seed", "1"), ("data", None), ("data", "\0")]
 )
 def test_a_cell_with_a_field_of_another_kind_is_refused(name: str, value: Json) -> None:
-    with pytest.raises(FormatError, match=f'^row: "{name}" is '):
-        cell_from_json(Fields({**as_json(CELL), name: value}, "row"))
+    text = json.dumps({**as_json(CELL), name: value})
+    with pytest.raises(FormatError, match=rf"^row: (\$\.{name}: |a string has a NUL)"):
+        convert(decoded(text, "row"), Cell, "row")
 
 
 def test_a_key_is_32_hexadecimal_digits_and_the_same_in_every_process_and_version() -> None:

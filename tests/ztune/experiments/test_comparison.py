@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from ztune.errors import FormatError
 from ztune.experiments.comparison import (
     COLUMNS,
     Cell,
+    CellScore,
     CurvePoint,
     Figures,
     ImagePass,
@@ -31,8 +33,9 @@ from ztune.experiments.comparison import (
     summarise,
     table_row,
 )
-from ztune.io.fields import Fields
 from ztune.report_compare import Level, Line, draw_against
+from ztune.run_config import RunConfig
+from ztune.run_document import RunReport
 from ztune.types import Json
 
 IMAGES = ImagePass(seconds_per_image=0.5, peak_memory_mb=300.0)
@@ -135,48 +138,64 @@ def test_a_row_in_words() -> None:
 def test_a_cell_survives_its_file() -> None:
     for one in (cell("zip", 1, 0.625), Cell("bar", 2, reason="no pixels")):
         document = json.loads(json.dumps(cell_to_json(one, IMAGES)))
-        assert cell_from_json(Fields(document, "a cell")) == one
+        assert cell_from_json(document, "a cell") == one
     document = cell_to_json(cell("zip", 1, 0.625), IMAGES)
     assert document["seconds"] == 27
     assert document["image_forwards_needed"] == 40
     del document["queries"]
     with pytest.raises(FormatError, match="queries"):
-        cell_from_json(Fields(document, "a cell"))
+        cell_from_json(document, "a cell")
 
 
-RUN: dict[str, Json] = {
-    "queries": 100,
-    "probe_queries": 20,
-    "text_forwards": 1200,
-    "image_forwards": 3,
-    "image_forwards_cached": 37,
-    "seconds": 7.5,
-    "report_seconds": 0.0,
-    "peak_memory_mb": 200.0,
-    "result_bytes": 1000,
-    "stop_reason": "budget",
-}
+RUN = RunReport(
+    status="finished",
+    method="zip",
+    seed=1,
+    config={},
+    provider="cpu",
+    precision="fp32",
+    model_id="m",
+    bundle_digest="d",
+    classes=10,
+    versions={},
+    machine={},
+    run_config=RunConfig("b", "d"),
+    queries=100,
+    probe_queries=20,
+    text_forwards=1200,
+    image_forwards=3,
+    image_forwards_cached=37,
+    seconds=7.5,
+    report_seconds=0.0,
+    peak_memory_mb=200.0,
+    result_bytes=1000,
+    stop_reason="budget",
+    cuda_graph=None,
+    loss="cross-entropy",
+    train_loss=0.5,
+    val_accuracy=None,
+    validation={},
+    gda_alpha=None,
+)
 
 
 def test_the_result_ends_the_curve_once() -> None:
-    point: dict[str, Json] = {"queries": 10, "seconds": 1.0, "accuracy": 0.4}
-    score: dict[str, Json] = {"accuracy": 0.6, "n": 50, "zero_shot_accuracy": 0.5, "curve": [point]}
-    end = CurvePoint(100, 7.5, 0.6)
-    figures = figures_of(Fields(RUN, "run"), Fields(score, "score"))
-    assert figures.curve == (CurvePoint(10, 1.0, 0.4), end)
+    point, end = CurvePoint(10, 1.0, 0.4), CurvePoint(100, 7.5, 0.6)
+    score = CellScore(accuracy=0.6, n=50, zero_shot_accuracy=0.5, curve=(point,))
+    figures = figures_of(RUN, score)
+    assert figures.curve == (point, end)
     assert figures.image_forwards_needed == 40
-    score["curve"] = [point, {"queries": 100, "seconds": 7.0, "accuracy": 0.6}]
-    assert figures_of(Fields(RUN, "run"), Fields(score, "score")).curve[1:] == (end,)
-    del score["curve"]
-    head = figures_of(Fields({**RUN, "queries": 0}, "run"), Fields(score, "score"))
+    last = structs.replace(score, curve=(point, CurvePoint(100, 7.0, 0.6)))
+    assert figures_of(RUN, last).curve[1:] == (end,)
+    head = figures_of(structs.replace(RUN, queries=0), structs.replace(score, curve=()))
     assert head.curve == ()
 
 
 def test_the_report_of_a_run_is_none_of_its_seconds() -> None:
-    score: dict[str, Json] = {"accuracy": 0.6, "n": 50, "zero_shot_accuracy": 0.5}
-    figures = figures_of(Fields({**RUN, "report_seconds": 2.25}, "run"), Fields(score, "score"))
+    score = CellScore(accuracy=0.6, n=50, zero_shot_accuracy=0.5)
+    figures = figures_of(structs.replace(RUN, report_seconds=2.25), score)
     assert figures.own_seconds == figures.curve[-1].seconds == 5.25
-    assert figures_of(Fields(RUN, "run"), Fields(score, "score")).own_seconds == 7.5
+    assert figures_of(RUN, score).own_seconds == 7.5
 
 
 def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:

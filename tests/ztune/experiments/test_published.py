@@ -89,12 +89,16 @@ def test_coops_data_sets_are_eleven_known_ones() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("47.8", "147.8", r"147\.8, expected 0 to 100"),
+        ("47.8", "147.8", r"\$\.series\[0\]\.accuracy\[\.\.\.\]: expected float <= 100"),
         ("dtd =", "dtdd =", '"dtdd" is unknown'),
         ('method = "zip"', 'method = "zipp"', "zipp"),
-        ('arxiv = "2504.06838"', 'arxiv = "25"', 'arxiv is "25"'),
+        (
+            'arxiv = "2504.06838"',
+            'arxiv = "25"',
+            r"\$\.series\[0\]\.arxiv: expected str matching .*, got .25.",
+        ),
         ("queries = 5000", "queries = 5000\nsteps = 2", "not both"),
-        ("queries = 5000", "query = 5000", 'no key "query"'),
+        ("queries = 5000", "query = 5000", 'unknown key "query".*known: method, title'),
         ('origin = "a table"', "", "origin"),
         ("shots = 16", "shots = 0", "shots"),
     ],

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, curve, digest_of, store_of
 from ztune.experiments import figures
 from ztune.experiments.cells import key_of
+from ztune.experiments.document import DataDocument
 from ztune.experiments.figures import styles_of
 from ztune.experiments.render import (
     as_csv,
@@ -29,10 +31,8 @@ from ztune.experiments.report import write_report
 from ztune.experiments.summary import Names
 from ztune.experiments.tables import Table, Word
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
 from ztune.methods.registry import METHODS
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, look_of, look_of_level
-from ztune.types import Json
 
 HALVES = {"base": 0.8, "new": 0.4}
 MIXED = (
@@ -80,9 +80,9 @@ def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
     ) in text
     # There may be copies among them.
     assert "nothing was tuned on" not in text
-    nothing: tuple[dict[str, Json], ...] = ({"dtd": {"title": "DTD", "found": None}}, {})
+    nothing: tuple[dict[str, DataDocument], ...] = ({"dtd": DataDocument("DTD")}, {})
     for data in nothing:
-        document = Fields({**view.document.values, "data": data}, "a plan")
+        document = structs.replace(view.document, data=data)
         text = write_report(replace(view, document=document), tmp_path / "report")[0].read_text()
         assert "## Data" not in text
 
@@ -90,7 +90,7 @@ def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
 def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
     store = store_of(tmp_path, MIXED)
     view = store.view(PLAN)
-    first = view.sessions[1].values
+    first = view.sessions[1]
     alike_too = store.begin({**first, "began": "2026-02-04T00:00:00"})
     other = store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
     store.begin({**first, "began": "2026-02-06T00:00:00"})  # found nothing to do

@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -27,9 +27,10 @@ from tests.ztune.experiments.test_cells import CELL, CURVE, OUTCOME
 from ztune.errors import FormatError
 from ztune.experiments import store as module
 from ztune.experiments.cells import Cell, Outcome, Point, key_of
-from ztune.experiments.store import APPLICATION, VERSION, Result, Store, View
+from ztune.experiments.document import PlanDocument
+from ztune.experiments.store import APPLICATION, VERSION, Result, Session, Store, View
 from ztune.io.config import as_json
-from ztune.io.fields import Fields
+from ztune.io.schema import decoded, plain
 from ztune.types import Json
 
 
@@ -64,14 +65,17 @@ def results(store: Store, plan: str = PLAN) -> list[Result]:
 
 
 def document(store: Store, plan: str = PLAN) -> Mapping[str, Json]:
-    return store.view(plan).document.values
+    """Return a plan's document as the file holds it."""
+    with raw(store.path) as database:
+        query = "SELECT document FROM plans WHERE name = ?"
+        return decoded(database.execute(query, [plan]).fetchone()[0], "plan")
 
 
 def n_left_out(store: Store) -> int:
     return store.view(PLAN).n_left_out
 
 
-def sessions(store: Store) -> dict[int, Fields]:
+def sessions(store: Store) -> dict[int, Session]:
     """Return the circumstances of all cells, whatever plan has them."""
     return dict(store.view(PLAN).sessions)
 
@@ -115,23 +119,21 @@ def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Sto
 
 
 def test_what_was_recorded_is_there_for_the_next_process(store: Store, path: Path) -> None:
-    store.want(PLAN, {"title": "é", "models": {"m": [1, None]}}, cells(1))
+    store.want(PLAN, {"title": "é", "models": {"m": {"more": [1, None]}}}, cells(1))
     number = store.begin({"host": "ä", "versions": {"numpy": "2"}})
     store.finish(key(1), cell(1), OUTCOME, number)
     store.add_pass("m", 10, 5.0)
     for again in (Store(path), Store.existing(path)):
         assert again.plans() == [PLAN]
         assert results(again) == [Result(cell(1), OUTCOME, "", number)]
-        assert document(again) == {"title": "é", "models": {"m": [1, None]}}
-        assert {n: one.values for n, one in sessions(again).items()} == {
-            number: {"host": "ä", "versions": {"numpy": "2"}}
-        }
+        assert document(again) == {"title": "é", "models": {"m": {"more": [1, None]}}}
+        assert sessions(again) == {number: {"host": "ä", "versions": {"numpy": "2"}}}
         assert rates(again) == {"m": 0.5}
         assert again.finished() == {key(1)}
 
 
 def test_a_finished_cell_is_never_replaced(store: Store) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
     store.fail(key(1), cell(1), "too late", 2)
     store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=9.0), 3)
@@ -139,7 +141,7 @@ def test_a_finished_cell_is_never_replaced(store: Store) -> None:
 
 
 def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     store.fail(key(1), cell(1), "second", 2)
     assert results(store) == [Result(cell(1), None, "second", 2)]
@@ -161,13 +163,13 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
     ],
 )
 def test_any_reason_can_be_recorded(store: Store, given: str, kept: str) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), given, 1)
     assert results(store) == [Result(cell(1), None, kept, 1)]
 
 
 def test_an_outcome_that_cannot_be_written_leaves_the_cell_as_it_was(store: Store) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=float("nan")), 2)
@@ -214,8 +216,8 @@ def test_a_cell_has_the_name_that_the_latest_plan_gives_it(store: Store) -> None
     # Names are not part of what a figure depends on, so a renamed model keeps its results.
     renamed = dataclasses.replace(CELL, model="another name")
     store.finish("k", CELL, OUTCOME, 1)
-    store.want(PLAN, {}, {CELL: "k"})
-    store.want(PLAN, {}, {renamed: "k"})
+    store.want(PLAN, {"title": "t"}, {CELL: "k"})
+    store.want(PLAN, {"title": "t"}, {renamed: "k"})
     assert results(store) == [Result(renamed, OUTCOME, "", 1)]
 
 
@@ -229,7 +231,7 @@ def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
     # What is there without a plan, the first one finds.
     number = store.begin({"host": "h"})
     store.finish(key(1), cell(1), OUTCOME, number)
-    store.want(PLAN, {}, {})
+    store.want(PLAN, {"title": "t"}, {})
     assert store.plans() == [PLAN]
     assert results(store) == []
     assert list(sessions(store)) == [number]
@@ -244,14 +246,13 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     store.fail(key(2), cell(2), "why", number)
     store.add_pass("m", 4, 1.0)
     both, alone = Result(cell(1), outcome(1), "", number), Result(cell(2), None, "why", number)
-    host = Fields({"host": "h"}, f'results "{store.path}"')
-    view = partial(View, n_left_out=0, sessions={number: host}, rates={"m": 0.25})
-    last = view("z", Fields({"title": "last"}, host.where), (Result(cell(3)), both))
+    view = partial(View, n_left_out=0, sessions={number: {"host": "h"}}, rates={"m": 0.25})
+    last = view("z", PlanDocument("last"), (Result(cell(3)), both))
     assert store.view("z") == last
-    assert store.view("a") == view("a", Fields({"title": "first"}, host.where), (both, alone))
+    assert store.view("a") == view("a", PlanDocument("first"), (both, alone))
     store.want("a", {"title": "anew"}, cells(2))
     assert store.view("z") == last
-    assert store.view("a") == view("a", Fields({"title": "anew"}, host.where), (alone,))
+    assert store.view("a") == view("a", PlanDocument("anew"), (alone,))
     assert store.plans() == ["z", "a"]
     store.want("z", {"title": "anew"}, {})
     assert store.plans() == ["z", "a"]  # in the order that they were first given
@@ -260,8 +261,11 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
 
 
 def asking(**data: Json) -> dict[str, Json]:
-    """Return a plan's document; `data` is what was found of its data sets, null where not read."""
-    entries: dict[str, Json] = {n: {"template": "{}", "found": one} for n, one in data.items()}
+    """Return a plan's document; `data` are what its data sets are known as, null where not read."""
+    entries: dict[str, Json] = {
+        name: {"template": "{}", "found": one and {"known_as": one, "remarks": []}}
+        for name, one in data.items()
+    }
     return {"title": "t", "provider": "cpu", "models": {"m": {"digest": "b"}}, "data": entries}
 
 
@@ -296,7 +300,7 @@ def test_an_edited_plan_keeps_nothing_that_was_not_read(
     store.finish(key(1), cell(1), OUTCOME, 1)
     store.want(PLAN, {**asking(a=None), **changed}, {cell(1): None, cell(2): key(2)})
     assert results(store) == [Result(cell(1)), Result(cell(2))]
-    (entry,) = Fields(dict(document(store)), "plan").object("data").values.values()
+    (entry,) = cast(dict[str, Json], document(store)["data"]).values()
     assert isinstance(entry, dict)
     assert entry["found"] is None
     assert n_left_out(store) == 1
@@ -304,7 +308,7 @@ def test_an_edited_plan_keeps_nothing_that_was_not_read(
 
 @pytest.mark.parametrize("name", ["b", "A plan", "a", "a pla_", "%", ""])
 def test_a_plan_that_is_not_there_is_named(store: Store, name: str) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     with pytest.raises(FormatError, match=f'^results "{store.path}": there is no plan "{name}"$'):
         store.view(name)
 
@@ -312,7 +316,7 @@ def test_a_plan_that_is_not_there_is_named(store: Store, name: str) -> None:
 def test_cells_of_one_key_show_the_same_result(store: Store) -> None:
     # A key has what a figure depends on: two names for one data set, or two methods alike in all.
     alike = [dataclasses.replace(CELL, data=name) for name in ("café", "bistro")]
-    store.want(PLAN, {}, {alike[0]: "k", **cells(1), alike[1]: "k"})
+    store.want(PLAN, {"title": "t"}, {alike[0]: "k", **cells(1), alike[1]: "k"})
     assert results(store) == [Result(alike[0]), Result(cell(1)), Result(alike[1])]
     store.fail("k", alike[0], "why", 1)
     assert results(store) == [
@@ -327,15 +331,15 @@ def test_cells_of_one_key_show_the_same_result(store: Store) -> None:
         Result(alike[1], OUTCOME, "", 2),
     ]
     assert store.finished() == {"k"}
-    store.want(PLAN, {}, {alike[1]: "k"})
+    store.want(PLAN, {"title": "t"}, {alike[1]: "k"})
     assert n_left_out(store) == 0  # the other is the same result
-    store.want(PLAN, {}, {})
+    store.want(PLAN, {"title": "t"}, {})
     assert n_left_out(store) == 1
 
 
 def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
-    store.want(PLAN, {}, cells(1, 2))
-    store.want("another", {}, cells(2, 3))
+    store.want(PLAN, {"title": "t"}, cells(1, 2))
+    store.want("another", {"title": "t"}, cells(2, 3))
     for number in (1, 2, 3, 4):
         store.finish(key(number), cell(number), OUTCOME, 1)
     store.fail(key(5), cell(5), "why", 1)  # no result
@@ -344,11 +348,11 @@ def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
         return {store.view(plan).n_left_out for plan in store.plans()}
 
     assert left_out() == {1}
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     assert left_out() == {1}
-    store.want("another", {}, cells(3, 4))
+    store.want("another", {"title": "t"}, cells(3, 4))
     assert left_out() == {1}
-    store.want("another", {}, {})
+    store.want("another", {"title": "t"}, {})
     assert left_out() == {3}
 
 
@@ -383,15 +387,15 @@ def test_a_view_is_of_one_moment(
 
 
 def test_sessions_are_numbered_in_turn(store: Store) -> None:
-    store.want(PLAN, {}, {})
+    store.want(PLAN, {"title": "t"}, {})
     numbers = [store.begin({"place": i}) for i in range(3)]
     assert len(set(numbers)) == 3
-    assert [one.values["place"] for one in sessions(store).values()] == [0, 1, 2]
+    assert [one["place"] for one in sessions(store).values()] == [0, 1, 2]
     assert list(sessions(store)) == numbers
 
 
 def test_the_time_of_an_image_is_a_mean_over_all_passes(store: Store) -> None:
-    store.want(PLAN, {}, {})
+    store.want(PLAN, {"title": "t"}, {})
     assert rates(store) == {}
     store.add_pass("a", 30, 3.0)
     store.add_pass("a", 10, 3)  # whole seconds must not make it a whole division
@@ -401,7 +405,7 @@ def test_the_time_of_an_image_is_a_mean_over_all_passes(store: Store) -> None:
 
 
 def test_threads_may_share_one(store: Store) -> None:
-    store.want(PLAN, {}, cells(*range(20)))
+    store.want(PLAN, {"title": "t"}, cells(*range(20)))
 
     def record(number: int) -> None:
         store.finish(key(number), cell(number), outcome(number), 1)
@@ -476,7 +480,7 @@ def test_an_empty_file_is_what_a_kill_leaves_of_a_new_one(path: Path, opened: ty
     path.write_bytes(b"")
     store = opened(path)
     assert store.finished() == set()
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, store.begin({}))
     assert results(Store.existing(path)) == [Result(cell(1), OUTCOME, "", 1)]
 
@@ -487,7 +491,7 @@ def test_a_file_says_whose_and_which_version_it_is(store: Store) -> None:
         assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)
 
 
-_NO_OBJECT = "a row is no JSON object"
+_NO_OBJECT = "(cannot be read as JSON|expected a JSON object)"
 DAMAGES = {
     "cut short": ("UPDATE cells SET outcome = substr(outcome, 1, 100)", _NO_OBJECT),
     "empty": ("UPDATE cells SET outcome = ''", _NO_OBJECT),
@@ -495,18 +499,18 @@ DAMAGES = {
     "too deep": (f"UPDATE cells SET outcome = '{'[' * 200_000}'", _NO_OBJECT),
     "bytes": ("UPDATE cells SET outcome = x'ff00ff'", _NO_OBJECT),
     "no UTF-8": ("UPDATE cells SET outcome = CAST(x'ff41' AS TEXT)", "Could not decode to UTF-8"),
-    "no fields": ("UPDATE cells SET outcome = '{}'", '"uses" is nothing, expected a string'),
+    "no fields": ("UPDATE cells SET outcome = '{}'", "missing required field uses"),
     "a negative count": (
         """UPDATE cells SET outcome = replace(outcome, '"n_val": 24', '"n_val": -1')""",
-        '"n_val" is -1, expected a whole number of at least 0',
+        r"\$\.n_val: expected int >= 0, got -1",
     ),
     "no number": (
         """UPDATE cells SET outcome = replace(outcome, '"n": 80', '"n": NaN')""",
-        r'scores\[1\]: "n" is nan, expected a whole number',
+        "cannot be read as JSON",
     ),
     "a cell without shots": (
         """UPDATE wanted SET cell = replace(cell, '"shots": 16', '"shots": 0')""",
-        '"shots" is 0, expected a whole number of at least 1',
+        r"\$\.shots: expected int >= 1, got 0",
     ),
     "a cell cut short": ("UPDATE wanted SET cell = substr(cell, 1, 20)", _NO_OBJECT),
     "a missing table": ("DROP TABLE cells", "no such table"),
@@ -515,7 +519,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_is_refused_by_the_name_of_the_file(store: Store, damage: str) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
     assert results(store) == [Result(cell(1), OUTCOME, "", 1)]
     statement, message = DAMAGES[damage]
@@ -541,7 +545,7 @@ def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_file_is_refused_by_its_name(store: Store, damage: str) -> None:
     numbers = range(8)
-    store.want(PLAN, {}, cells(*numbers))
+    store.want(PLAN, {"title": "t"}, cells(*numbers))
     for number in numbers:
         store.finish(key(number), cell(number), outcome(number), 1)
     content = store.path.read_bytes()
@@ -571,7 +575,7 @@ def closed_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())  # tmp_path lies in a folder that is the owner's alone
     try:
         store = Store(folder / "there.sqlite")
-        store.want(PLAN, {}, cells(1, 2))
+        store.want(PLAN, {"title": "t"}, cells(1, 2))
         store.finish(key(1), cell(1), OUTCOME, 1)
         store.path.chmod(0o444)
         folder.chmod(0o555)
@@ -606,7 +610,7 @@ def test_a_file_that_cannot_be_written_can_be_read(closed_folder: Path) -> None:
 
 
 def test_a_reader_waits_for_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.want(PLAN, {}, cells(1))
+    store.want(PLAN, {"title": "t"}, cells(1))
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     with raw(store.path) as database:
         database.execute("BEGIN IMMEDIATE")
@@ -629,7 +633,7 @@ def full_disk(largest: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("moment", ["row", "commit"])
 def test_what_finds_no_room_says_so_and_leaves_all_as_it_was(store: Store, moment: str) -> None:
-    store.want(PLAN, {}, cells(1, 2))
+    store.want(PLAN, {"title": "t"}, cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
     # SQLite's journal grows with the row, the file itself at the end.
     room = 512 if moment == "row" else store.path.stat().st_size
@@ -706,7 +710,7 @@ def test_two_processes_may_make_the_same_file_at_once(tmp_path: Path) -> None:
             # Two numbers of one file: neither has made it anew under the other.
             assert {one.line.recv() for one in both} == {1, 2}
             store = Store.existing(tmp_path / str(number))
-            store.want(PLAN, {}, {})
+            store.want(PLAN, {"title": "t"}, {})
             assert list(sessions(store)) == [1, 2]
 
 
@@ -759,8 +763,8 @@ def test_four_writers_lose_nothing_of_each_other(path: Path) -> None:
             one.line.send("go")
         assert [one.line.recv() for one in four] == ["done"] * 4
     store = Store.existing(path)
-    store.want(PLAN, {}, cells(*numbers))
-    writers = {session: one.integer("writer") for session, one in sessions(store).items()}
+    store.want(PLAN, {"title": "t"}, cells(*numbers))
+    writers = {session: int(str(one["writer"])) for session, one in sessions(store).items()}
     assert sorted(writers.values()) == [0, 1, 2, 3]
     for number, result in zip(numbers, results(store), strict=True):
         assert result.session is not None
@@ -808,7 +812,7 @@ def check(path: Path) -> None:
 def test_after_a_kill_all_that_was_recorded_is_there_and_whole(path: Path) -> None:
     moments = random.Random(0)
     everything = range(N_KILLS * N_MOST)
-    Store(path).want(PLAN, {}, cells(*everything))
+    Store(path).want(PLAN, {"title": "t"}, cells(*everything))
     expected = [Result(cell(number)) for number in everything]
     for turn in range(N_KILLS):
         with working(carry_out, path, turn * N_MOST) as (worker,):
@@ -852,7 +856,7 @@ def test_the_material_of_these_tests_is_larger_than_a_page(store: Store) -> None
     # A row within one page could hardly be half written.
     with raw(store.path) as database:
         (page,) = database.execute("PRAGMA page_size").fetchone()
-    document: Json = outcome(1).to_json()
+    document = plain(outcome(1))
     assert len(json.dumps(document)) > page < len(reason(1))
     assert len(CURVE) < 100
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
+from ztune.experiments.document import PlanDocument
 from ztune.experiments.standing import Record, standing_of, units_of
 from ztune.experiments.summary import (
     Measured,
@@ -24,7 +25,7 @@ from ztune.experiments.tables import (
     figures_table,
     standing_table,
 )
-from ztune.io.fields import Fields
+from ztune.io.schema import convert
 from ztune.types import Json
 
 NAMES = Names("a title", {}, {}, {}, {})
@@ -69,8 +70,12 @@ def test_the_harmonic_mean_is_taken_seed_by_seed() -> None:
     assert harmonic_mean(0.0, 0.5) == 0.0
 
 
+def document(values: dict[str, Json]) -> PlanDocument:
+    return convert(values, PlanDocument, "plan")
+
+
 def test_a_plan_may_say_nothing_but_its_title() -> None:
-    names = names_of(Fields({"title": "t", "methods": {"a": {"preset": "x"}}, "data": []}, "plan"))
+    names = names_of(document({"title": "t", "methods": {"a": {"preset": "x"}}, "data": {}}))
     assert (names.title, names.method_of("a"), names.of_data("d")) == ("t", "a", "d")
     assert (names.known_as, names.digests) == ({}, {})
 
@@ -82,7 +87,7 @@ def test_a_plan_says_what_its_data_and_models_are() -> None:
         "not read": {"found": None},
     }
     models: dict[str, Json] = {"clip": {"digest": "0a"}}
-    names = names_of(Fields({"title": "t", "data": data, "models": models}, "plan"))
+    names = names_of(document({"title": "t", "data": data, "models": models}))
     assert (names.known_as, names.digests) == ({"d": "dtd"}, {"clip": "0a"})
 
 

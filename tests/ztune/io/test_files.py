@@ -17,7 +17,6 @@ from ztune.data.sources import read_source
 from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.store import Store
 from ztune.io.config import configured
-from ztune.io.fields import Fields
 from ztune.io.files import (
     inside,
     new_folder,
@@ -96,40 +95,6 @@ def test_hostile_json_is_one_error(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(FormatError, match=r"x\.json"):
         read_json(path, "test")
-
-
-@pytest.mark.parametrize(
-    ("value", "accessor"),
-    [
-        ("nul\0", "text"),
-        ("\ud800", "text"),
-        (3, "text"),
-        (True, "number"),
-        (float("inf"), "number"),
-        (10**400, "number"),
-        ("1", "number"),
-        (True, "integer"),
-        (-1, "integer"),
-        (1.0, "integer"),
-        ([1, True], "integers"),
-        (["a", "\0"], "texts"),
-        ([1], "object"),
-        ([1], "objects"),
-        (1, "flag"),
-    ],
-)
-def test_a_wrong_field_is_named(value: object, accessor: str) -> None:
-    fields = Fields({"key": value}, "file x")  # type: ignore[dict-item]
-    with pytest.raises(FormatError, match=r'file x: "key" is .*, expected'):
-        getattr(fields, accessor)("key")
-    with pytest.raises(FormatError, match='"other" is nothing'):
-        getattr(fields, accessor)("other")
-
-
-@pytest.mark.parametrize("values", [[1, 2], [1, 2, "3"], [1, 2, 10**400], 5])
-def test_a_list_of_numbers_has_its_length(values: object) -> None:
-    with pytest.raises(FormatError, match="a list of 3 numbers"):
-        Fields({"mean": values}, "x").numbers("mean", 3)  # type: ignore[dict-item]
 
 
 def test_settings_are_read_as_their_fields_type() -> None:

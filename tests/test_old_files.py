@@ -1,0 +1,157 @@
+"""Files of older versions, as written then (tests/old_files/): they read, score and resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.conftest import DIGITS, MINI, Command
+from ztune.experiments.store import Store
+from ztune.io.tensors import read_tensors
+
+OLD = Path(__file__).parent / "old_files"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+KINDS = ["context", "mixture", "border", "decoder", "tokens", "head", "kernel"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the images that the old files were made with."""
+    root = tmp_path_factory.mktemp("old") / "digits"
+    for name in ("one", "two", "three"):
+        (root / name).mkdir(parents=True)
+        for image in sorted((DIGITS / name).iterdir())[:16]:
+            shutil.copy(image, root / name)
+    return root
+
+
+def restored(name: str, data: Path, out: Path) -> Path:
+    """Return a copy of an old file or folder whose paths lead to what is there now."""
+    place = out / name
+    if (OLD / name).is_dir():
+        shutil.copytree(OLD / name, place)
+    else:
+        shutil.copy(OLD / name, place)
+    for file in [place] if place.is_file() else place.rglob("*.json"):
+        text = file.read_text()
+        for word, path in (("@DATA@", data), ("@MINI@", MINI), ("@OUT@", out)):
+            text = text.replace(word, str(path))
+        file.write_text(text)
+    return place
+
+
+def require_equal(found: object, expected: object) -> None:
+    """Compare figures; another processor may classify an image of the 24 in another way."""
+    assert isinstance(found, dict)
+    assert isinstance(expected, dict)
+    assert found["n"] == expected["n"] == 24
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1.1 / 24)
+    assert set(found["per_class"]) == set(expected["per_class"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_artifact_scores_as_it_did(
+    kind: str, data: Path, ztune: Command, tmp_path: Path
+) -> None:
+    split = restored("split.json", data, tmp_path)
+    prompt = OLD / "artifacts" / f"{kind}.safetensors"
+    done = ztune("eval", MINI, "--prompt", prompt, "--split-file", split, "--quiet", "--json")
+    assert done.code == 0, done.err
+    require_equal(done.json, EXPECTED[kind])
+
+
+def test_an_old_run_that_is_finished_scores_as_it_did(
+    data: Path, ztune: Command, tmp_path: Path
+) -> None:
+    run = restored("finished", data, tmp_path)
+    scored = ztune("eval", run, "--snapshots", "--quiet", "--json")
+    assert scored.code == 0, scored.err
+    require_equal(scored.json, EXPECTED["finished"])
+    for found, expected in zip(scored.json["curve"], EXPECTED["finished"]["curve"], strict=True):
+        assert (found["queries"], found["seconds"]) == (expected["queries"], expected["seconds"])
+    again = ztune("tune", "--resume", run, "--json")
+    assert again.code == 0, again.err
+    assert again.json["queries"] == 120
+
+
+def test_an_old_run_that_was_stopped_resumes_to_the_same_result(
+    data: Path, ztune: Command, tmp_path: Path
+) -> None:
+    run = restored("stopped", data, tmp_path)
+    done = ztune("tune", "--resume", run, "--json")
+    assert done.code == 0, done.err
+    assert done.json["queries"] == 120
+    found, _ = read_tensors(run / "prompt.safetensors", "resumed")
+    expected, _ = read_tensors(OLD / "finished" / "prompt.safetensors", "expected")
+    same_machine = "not as when the run began" not in done.err
+    for name in ("context", "text_features", "logit_scale", "logit_bias"):
+        if same_machine:
+            assert np.array_equal(found[name], expected[name])
+        assert np.allclose(found[name], expected[name], atol=1e-3)
+    assert (run / "history.jsonl").read_text().count("\n") == (
+        OLD / "finished" / "history.jsonl"
+    ).read_text().count("\n")
+
+
+def test_an_old_comparison_keeps_its_cells_and_takes_more(
+    data: Path, ztune: Command, tmp_path: Path
+) -> None:
+    out = restored("compare", data, tmp_path)
+    (out / "logs").mkdir()  # git keeps no empty folder
+    before = json.loads((out / "compare.json").read_text())
+    words = (
+        "compare", MINI, "--data", data, "--shots", 3, "--threads", 1, "--queries", 40,
+        "--snapshots", 3, "--out", out, "--quiet", "--json",
+    )  # fmt: skip
+    same = ztune(*words, "--methods", "zip,gda", "--seeds", 1)
+    assert same.code == 0, same.err
+    assert same.json["cells"] == before["cells"]
+    more = ztune(*words, "--methods", "zip,gda,zero-shot", "--seeds", 1)
+    assert more.code == 0, more.err
+    assert [cell["method"] for cell in more.json["cells"]] == ["zip", "gda", "zero-shot"]
+    assert more.json["cells"][:2] == before["cells"]
+
+
+def test_an_old_bench_reports_and_resumes(data: Path, ztune: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(OLD / "bench", tmp_path, dirs_exist_ok=True)
+    out.mkdir()
+    shutil.move(tmp_path / "results.sqlite", out)
+    shutil.copytree(data, tmp_path / "digits")
+    shutil.copytree(MINI, tmp_path / "mini")
+    reported = ztune("bench", "report", out)
+    assert reported.code == 0, reported.err
+    keys = Store(out / "results.sqlite").finished()
+    before = Store(out / "results.sqlite").view("plan")
+    assert len(keys) == 2
+    words = ("bench", tmp_path / "plan.toml", "--out", out, "--provider", "cpu", "--resume")
+    done = ztune(*words, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["finished"], done.json["failed"]) == (4, 0)
+    after = Store(out / "results.sqlite").view("plan")
+    assert after.n_left_out == 0
+    assert keys < Store(out / "results.sqlite").finished()
+    kept = {result.cell: result.outcome for result in after.results}
+    for result in before.results:
+        assert result.outcome is None or kept[result.cell] == result.outcome
+
+
+def test_an_old_classifier_classifies(data: Path, ztune: Command, tmp_path: Path) -> None:
+    new, old = tmp_path / "new.onnx", tmp_path / "old.onnx"
+    prompt = OLD / "artifacts" / "context.safetensors"
+    assert ztune("pack", MINI, "--prompt", prompt, "--out", new).code == 0
+    model = onnx.load(str(new))
+    (entry,) = (entry for entry in model.metadata_props if entry.key == "ztune")
+    entry.value = (OLD / "classifier.json").read_text()
+    onnx.save(model, str(old))
+    split = restored("split.json", data, tmp_path)
+    figures = [
+        ztune("eval", packed, "--split-file", split, "--split", "all", "--quiet", "--json").json
+        for packed in (old, new)
+    ]
+    assert figures[0] == figures[1]
+    test = ztune("eval", old, "--split-file", split, "--quiet", "--json").json
+    require_equal(test, EXPECTED["context"])

@@ -1,0 +1,60 @@
+"""What files of older versions said in other words: the one place that knows these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ztune.types import Json
+
+T = TypeVar("T")
+Document = dict[str, Json]
+IMAGES_IN_KEYS = "pictures"
+"""In the digests that find a bench's results: another word would find none of the earlier ones."""
+_ARRAYS = {"tuning_pictures": "tuning_images", "sampler.pictures": "sampler.images"}
+_EXTRACTED = "parquet-pictures"
+
+
+def renamed_arrays(arrays: Mapping[str, T]) -> dict[str, T]:
+    """Return the arrays of an artifact, or of a run's state, by the names that they have now."""
+    return _renamed(arrays, _ARRAYS)
+
+
+def extracted_folder(data: Path, name: str) -> Path:
+    """Return where images of parquet files are: `name` below `data`, or where they once were."""
+    return data / (_EXTRACTED if (data / _EXTRACTED).is_dir() else name)
+
+
+def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _inside(document: Document, key: str, names: Mapping[str, str]) -> Document:
+    """Rename the keys of an object in a document; what is none is told where it is read."""
+    part: Any = document.get(key)
+    return {**document, key: _renamed(part, names)} if isinstance(part, dict) else document
+
+
+def _classifier(document: Document) -> Document:
+    return _renamed(document, {"tuning_pictures": "tuning_images"})
+
+
+def _run(document: Document) -> Document:
+    document = _inside(document, "calls", {"pictures": "image_features"})
+    document = _inside(document, "server", {"gives": "capabilities"})
+    return _renamed(document, {"request": "run_config", "broken_pictures": "broken_images"})
+
+
+def _comparison(document: Document) -> Document:
+    document = _inside(document, "request", {"pictures": "images"})
+    return _renamed(document, {"request": "compare_config", "access": "capabilities"})
+
+
+UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
+    "ztune-artifact": (dict,),
+    "ztune-classifier": (_classifier,),
+    "ztune-run": (_run,),
+    "ztune-compare": (_comparison,),
+}
+"""By format: what makes version 2 of version 1, version 3 of version 2, and so on."""

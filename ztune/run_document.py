@@ -1,0 +1,112 @@
+"""What run.json says: of a run from its first moment on, and once it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from ztune.io.schema import Count, convert
+from ztune.run_config import RunConfig
+from ztune.types import Json
+
+Status = Literal["running", "finished", "refused", "replaced"]
+
+
+class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """run.json before the run is finished; a field is left out as long as it is None."""
+
+    status: Status
+    method: str
+    package: str | None = None
+    """Name and version of the method's package; None: ztune's own."""
+    seed: Count
+    config: Mapping[str, Json]
+    """Every setting of the method; of a finished head those that it chose."""
+    provider: str
+    precision: str
+    model_id: str
+    bundle_digest: str
+    classes: int
+    versions: Mapping[str, Json]
+    machine: Mapping[str, Json]
+    run_config: RunConfig
+    image_forwards: Count | None = None
+    image_forwards_cached: Count | None = None
+    broken_images: Count | None = None
+    image_seconds: float | None = None
+    calls: Mapping[str, Json] | None = None
+    """How a round is cut into calls or requests."""
+    signal: Mapping[str, Json] | None = None
+
+
+class ValidationScore(Struct, frozen=True):
+    """Accuracy on the validation images."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    """95 %, Wilson."""
+    n: Count
+
+
+class ServerReport(Struct, frozen=True, kw_only=True):
+    """What was sent to a server; requests and bytes are of the process that finished the run."""
+
+    url: str
+    capabilities: tuple[str, ...]
+    sent: Count
+    possibly_billed_twice: Count
+    report_queries: Count
+    requests: Count
+    payload_mb_sent: float
+    payload_mb_received: float
+
+
+class RunReport(RunStart, frozen=True, kw_only=True):
+    """run.json of a finished run."""
+
+    image_forwards: Count
+    image_forwards_cached: Count
+    queries: Count
+    probe_queries: Count
+    text_forwards: Count
+    seconds: float
+    report_seconds: float
+    peak_memory_mb: float
+    result_bytes: Count
+    stop_reason: str
+    cuda_graph: str | None
+    """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
+    loss: str
+    train_loss: float
+    """In nats, over all training images and views."""
+    val_accuracy: float | None
+    validation: Mapping[str, ValidationScore]
+    """By name: zero-shot, tuned, gda; empty without validation images."""
+    gda_alpha: Json
+    server: ServerReport | None = None
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds from start to result, without the report that follows."""
+        return round(self.seconds - self.report_seconds, 3)
+
+
+def run_start(document: Mapping[str, Json], where: str) -> RunStart:
+    """Return what run.json says of a run that may not be finished.
+
+    Raises: FormatError naming what is wrong.
+    """
+    convert(
+        document.get("run_config"), RunConfig, f"{where}: run_config"
+    )  # that names unknown keys
+    return convert(document, RunReport if document.get("status") == "finished" else RunStart, where)
+
+
+def run_report(document: Mapping[str, Json], where: str) -> RunReport:
+    """Return what run.json says of a finished run.
+
+    Raises: FormatError naming what is wrong.
+    """
+    return convert(document, RunReport, where)
