@@ -202,12 +202,15 @@ def test_a_method_that_compare_json_names_is_no_path(
 ) -> None:
     document = read(copied / "compare.json")
     (first, *_) = document["cells"]
-    document["cells"] += [{**first, "method": name} for name in ("../../up", "/up", "..")]
-    (copied / "compare.json").write_text(json.dumps(document))
-    before = set(copied.parent.rglob("*"))
-    assert ztune(*words(data, copied, "--quiet")).code == 0
-    assert set(copied.parent.rglob("*")) == before
-    assert {method for method, _ in cells_of(copied)} <= {*METHODS}
+    for name in ("../../up", "/up", ".."):
+        cells = [*document["cells"], {**first, "method": name}]
+        (copied / "compare.json").write_text(json.dumps({**document, "cells": cells}))
+        before = set(copied.parent.rglob("*"))
+        result = ztune(*words(data, copied, "--quiet"))
+        assert result.code == 1
+        assert f'has results of the method "{name}", which is not installed' in result.err
+        assert set(copied.parent.rglob("*")) == before
+        assert len(cells_of(copied)) == len(cells)
 
 
 def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path) -> None:

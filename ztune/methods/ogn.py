@@ -33,8 +33,6 @@ PROMPTS = "prompts"
 """Why a run ended that has asked for the most prompts."""
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
 _LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
-
-
 _TOKENS = 4  # of a random prompt, unless words or settings say otherwise
 _LEAST_RANK = 40  # the rank gives way to images down to here
 
@@ -71,7 +69,6 @@ class OgnConfig(Answers):
     """Dimensions of the span of the prompts' logits that weights are sought in."""
     memory_mb: float = 512.0
     """Of the logits that are kept, in units of 10⁶ bytes; a fit takes about as much again."""
-
     init: str = "a photo of a"
     """Words of the first prompt; `random`: none."""
     n_context: int | None = None

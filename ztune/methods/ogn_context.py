@@ -63,7 +63,7 @@ _SURPRISES = 0.25, 4.0
 
 @dataclass(frozen=True)
 class OgnContextConfig(Answers, TextStart):
-    """Settings of the house: there is no published method of this name."""
+    """Defaults of our measurements: there is no published method of this name."""
 
     n_context: int = 8
     init: str = "random"

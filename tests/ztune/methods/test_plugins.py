@@ -110,6 +110,16 @@ def test_a_method_that_cannot_be_used_says_why_and_the_others_can(
     assert name not in needs_of_all()
 
 
+def test_a_comparison_of_all_methods_leaves_out_one_that_cannot_be_used(
+    site: Path, ztune: Command, tmp_path: Path
+) -> None:
+    wrong(site, "METHOD = 3")
+    words = ("compare", tmp_path / "no-bundle", "--data", tmp_path, "--out", tmp_path / "out")
+    warning, error = ztune(*words).err.splitlines()
+    assert warning.startswith('warning: method "random-search" of package broken 1.2: ')
+    assert "no-bundle" in error
+
+
 def test_a_name_of_ztune_is_taken_by_nobody_else(site: Path) -> None:
     wrong(site, SOURCE, "zip = ztune_random_search:METHOD")
     said = r'"zip" is one of ztune, and package broken 1.2 registers the same name \(uninstall'
