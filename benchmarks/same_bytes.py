@@ -5,8 +5,8 @@
 
 Each commit is unpacked into a folder of its own and runs `ztune tune` from there, with the packages
 of this environment; AFTER is the working tree unless it is named. Compared are the tensors and
-metadata of `prompt.safetensors`, the lines of `history.jsonl` less their seconds, and what `run.json` says was
-found. One JSON document; the exit code is 1 where anything differs.
+metadata of `prompt.safetensors`, the lines of `history.jsonl` less their seconds, and what
+`run.json` says was found. One JSON document; the exit code is 1 where anything differs.
 """
 
 from __future__ import annotations
