@@ -1,6 +1,7 @@
 """Files of older versions, as written then (tests/old_files/): they read, score and resume."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import onnx
 import pytest
 
 from tests.conftest import DIGITS, MINI, Command
+from ztune.data.parquet import extracted_below
 from ztune.experiments.store import Store
-from ztune.io.tensors import read_tensors
+from ztune.io.schema import current
+from ztune.io.tensors import read_tensors, write_tensors
+from ztune.types import Json
 
 OLD = Path(__file__).parent / "old_files"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
@@ -155,3 +159,50 @@ def test_an_old_classifier_classifies(data: Path, ztune: Command, tmp_path: Path
     assert figures[0] == figures[1]
     test = ztune("eval", old, "--split-file", split, "--quiet", "--json").json
     require_equal(test, EXPECTED["context"])
+
+
+def test_an_old_run_on_a_server_is_translated() -> None:
+    old: dict[str, Json] = {
+        "format": "ztune-run",
+        "version": 1,
+        "calls": {"candidates": 10, "pictures": "kept by the server"},
+        "server": {"url": "triton://a/b", "gives": ["loss"]},
+        "request": {"queries": 5},
+    }
+    assert current(old, "ztune-run", 2, "x") == {
+        "calls": {"candidates": 10, "image_features": "kept by the server"},
+        "server": {"url": "triton://a/b", "capabilities": ["loss"]},
+        "run_config": {"queries": 5},
+    }
+    damaged: dict[str, Json] = {**old, "calls": 3}
+    assert current(damaged, "ztune-run", 2, "x")["calls"] == 3  # named where it is read
+
+
+def test_images_that_were_extracted_once_are_used(tmp_path: Path) -> None:
+    assert extracted_below(tmp_path).name == "parquet-images"
+    (tmp_path / "parquet-pictures").mkdir()
+    assert extracted_below(tmp_path).name == "parquet-pictures"
+
+
+def test_a_newer_version_is_refused_in_one_line(data: Path, ztune: Command, tmp_path: Path) -> None:
+    run = restored("finished", data, tmp_path)
+    comparison = restored("compare", data, tmp_path)
+    bundle = Path(shutil.copytree(MINI, tmp_path / "bundle"))
+    prompt = tmp_path / "prompt.safetensors"
+    arrays, metadata = read_tensors(OLD / "artifacts" / "head.safetensors", "artifact")
+    write_tensors(prompt, arrays, {**metadata, "version": 9})
+    for file in (run / "run.json", comparison / "compare.json", bundle / "bundle.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "version": 9}))
+    split = restored("split.json", data, tmp_path)
+    commands = (
+        ("eval", run),
+        ("tune", "--resume", run),
+        ("compare", MINI, "--data", data, "--shots", 3, "--methods", "gda", "--out", comparison),
+        ("eval", bundle, "--data", data, "--split", "all"),
+        ("eval", MINI, "--prompt", prompt, "--split-file", split),
+    )
+    for words in commands:
+        done = ztune(*words)
+        assert done.code == 1
+        last = done.err.splitlines()[-1]
+        assert re.search(r"format version 9 is newer than this ztune reads \(\d\); upgrade", last)
