@@ -183,13 +183,13 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     one = tmp_path / "one-class"
     shutil.copytree(data / "one", one / "one")
     refused(tune(one), 'has only one class, "one"')
-    refused(tune(data, "--shots", 16), 'class "', "--shots 16 needs 16")
+    refused(tune(data, "--shots", 16), 'class "', "expected at least 16 (--shots)")
 
     text = data / "one" / "0.jpg"
     text.write_text("not an image")
     # Every image of the class is needed, so the broken one cannot be passed by.
     broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
-    refused(broken, 'class "three" has 8 images')
+    refused(broken, 'class "three" has 8 training images')
     for name in ("two", "three"):
         extra = sorted((DIGITS / name).iterdir())[20]
         shutil.copy(extra, data / name)
