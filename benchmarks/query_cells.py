@@ -114,4 +114,4 @@ def run_to_end(
     training.check()
     head = training.head()
     training.folder.create(plain(head), split.to_json())
-    return training, training.carry_out(head)
+    return training, training.run(head)

@@ -116,7 +116,7 @@ def initial_artifact(training: TrainingRun[RunFolder], config: TunedConfig) -> A
         changeable=False
     )
     start = compose(replace(run_config, keep="last"), config, model, model.bundle.embed_dim)
-    texts = model.sentences(run_config.templates, classes)
+    texts = model.encode_templates(run_config.templates, classes)
     task = open_task(run_config, training.split, encoded, model, config, start, texts)
     provenance = Provenance(
         model_id=model.bundle.model_id,
@@ -139,7 +139,7 @@ def _on_new_classes(
         spent = max(queries for queries in artifacts if queries <= at)
         artifact = artifacts[spent]
         if not isinstance(artifact, HeadArtifact):
-            classifier = model.refreshed(artifact, new.classes).classifier()
+            classifier = model.refresh(artifact, new.classes).classifier()
             points.append({"queries": spent, "accuracy": new.score(classifier).accuracy})
     return {
         "classes": len(new.classes),

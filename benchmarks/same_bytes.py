@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, document, parser, say, show
-from ztune.io.old_formats import renamed_arrays
+from ztune.io.old_formats import rename_arrays
 from ztune.io.tensors import read_tensors
 
 RUNS = {
@@ -105,7 +105,7 @@ def digest_of(artifact: Path) -> str:
     """Return a digest of an artifact's tensors and metadata, in any version of its format."""
     arrays, metadata = read_tensors(artifact, "artifact")
     digest = hashlib.sha256(json.dumps({**metadata, "version": None}, sort_keys=True).encode())
-    for name, array in sorted(renamed_arrays(arrays).items()):
+    for name, array in sorted(rename_arrays(arrays).items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()
 

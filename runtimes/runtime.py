@@ -59,7 +59,7 @@ class Runtime(Protocol):
 
     @property
     def missing(self) -> frozenset[str]:
-        """The capabilities of `ztune.access` that it lacks."""
+        """The capabilities of `ztune.capabilities` that it lacks."""
 
     @property
     def hint(self) -> str:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from tests.conftest import ROOT
-from ztune.io.toml import parsed_toml
+from ztune.io.toml import parse_toml
 
 EXAMPLE = ROOT / "examples" / "ztune_random_search"
 
@@ -23,7 +23,7 @@ def install_example(site: Path, version: str | None = None) -> None:
     """Install the example, in place of another version of it."""
     if site.exists():
         shutil.rmtree(site)
-    project = parsed_toml((EXAMPLE / "pyproject.toml").read_text(), "pyproject.toml")["project"]
+    project = parse_toml((EXAMPLE / "pyproject.toml").read_text(), "pyproject.toml")["project"]
     assert isinstance(project, dict)
     groups = project["entry-points"]
     assert isinstance(groups, dict)

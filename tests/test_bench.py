@@ -537,7 +537,7 @@ def test_a_plan_s_name_in_results_is_no_path(
     done = ztune("bench", "report", copied, "--out", tmp_path / "deep" / "er")
     assert done.code == 1
     assert done.err.startswith(f'error: report of "{copied}": ')
-    assert "names no file" in done.err
+    assert "invalid file name" in done.err
     assert {file.read_text() for file in victim.iterdir()} == {"mine"}
     assert not (tmp_path / "deep").exists()
 

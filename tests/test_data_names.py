@@ -71,7 +71,7 @@ def test_a_run_takes_the_published_lists(run: Path, root: Path) -> None:
     assert entries_of(run, "train") < listed(root, "train")
     assert entries_of(run, "val") <= listed(root, "val")
     said = (run / "said").read_text()
-    assert 'DTD: the papers take --template "{} texture.", this is with "a photo of a {}."' in said
+    assert 'DTD: the papers use --template "{} texture.", this run "a photo of a {}."' in said
 
 
 def test_what_is_not_as_published_is_said(
@@ -219,7 +219,7 @@ def test_a_drawn_split_is_kept_with_the_data(ztune: Command, root: Path, tmp_pat
         (("dtd", "--root", "nowhere"), ('root "', "nowhere", "does not exist")),
         (("dtd", "--root", "ROOT/dtd"), ("looks like the data set itself",)),
         (("food101", "--root", "ROOT"), ('data set "food101"', "does not exist")),
-        (("ROOT/dtd/images", "--root", "ROOT"), ("--root goes with the name of a data set",)),
+        (("ROOT/dtd/images", "--root", "ROOT"), ("--root requires a data set's name",)),
         (("dtd", "--root", "ROOT", "--names", "x.tsv"), ("omit --names",)),
     ],
 )

@@ -192,9 +192,9 @@ def test_what_cannot_be_classified(X: Any, message: str, packed: dict[str, Path]
     ("y", "message"),
     [
         (None, "`y` is missing"),
-        (["seven"], "`X` has 2 images and `y` 1 labels, expected as many"),
+        (["seven"], "`X` has 2 images and `y` 1 labels, expected equal numbers"),
         (["seven", "eleven"], "'eleven' is not among the classes of the classifier"),
-        ([7, 1], "`labels` are indices: give class names"),
+        ([7, 1], "`labels` are indices without `class_names`: pass class names"),
     ],
 )
 def test_labels_that_cannot_be_scored(
@@ -204,7 +204,7 @@ def test_labels_that_cannot_be_scored(
     with opened(packed["plain"]) as classifier:
         with pytest.raises(DataError, match=message):
             classifier.score(paths, y)
-        with pytest.raises(DataError, match="a split has its own labels"):
+        with pytest.raises(DataError, match="the split in `X` has labels"):
             classifier.score(test, ["seven"])
 
 

@@ -84,7 +84,7 @@ def test_parquet_files_with_other_formats_are_refused(
 ) -> None:
     rows = [(png(1), 0), (FOREIGN[kind], 1)]
     parquet_file(tmp_path / "train.parquet", rows)
-    with pytest.raises(DataError, match="of no known kind"):
+    with pytest.raises(DataError, match="unknown image format"):
         parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
     # A mark of a known kind before it chooses the suffix, never the decoder.
     parquet_file(tmp_path / "train.parquet", [(png(1), 0), (b"BM" + FOREIGN[kind], 1)])

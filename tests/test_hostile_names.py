@@ -279,7 +279,7 @@ def test_a_stop_shows_names(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ztune.training.TrainingRun.carry_out", stopped)
+    monkeypatch.setattr("ztune.training.TrainingRun.run", stopped)
     told = ztune("tune", MINI, "--data", data, *SMALL, "--out", tmp_path / "\x1b[2J")
     assert told.code == 130
     harmless(told, r"\x1b[2J", "ztune tune --resume")

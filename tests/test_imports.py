@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("ztune", "runtimes", "export")
-GROUND = {"types", "errors", "access", "printing", "progress", "io", "system"}
+GROUND = {"types", "errors", "capabilities", "printing", "progress", "io", "system"}
 """What everything may import, and what imports nothing but itself."""
 LAYERS = (
     {"cli"},
@@ -25,9 +25,9 @@ LAYERS = (
     {"model", "timing"},
     {"methods"},
     {"run"},
-    {"optim", "heads", "loop", "maps", "answers", "journal", "report_compare"},
+    {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare"},
     {"objective", "artifact", "data", "report", "budget"},
-    {"logits", "mixing", "remembered", "statistics"},
+    {"logits", "mixing", "text_cache", "statistics"},
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""

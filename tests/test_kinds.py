@@ -109,7 +109,7 @@ def test_one_thing_in_the_place_of_another(
 def test_an_address_without_its_scheme(place: str, suggested: str, ztune: Command) -> None:
     data = ("--data", DIGITS)
     for words in (("doctor", place), ("eval", place, *data), ("tune", place, *data, "--out", "x")):
-        told(ztune(*words), "does not exist", "a server has a scheme", suggested)
+        told(ztune(*words), "does not exist", "for a server add a scheme", suggested)
     with pytest.raises(FormatError, match=re.escape(suggested)):
         face.load(place)
 
@@ -148,7 +148,7 @@ def test_a_run_stands_for_its_artifact(ztune: Command, run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        ("running", "is not finished and has no prompt.safetensors yet (go on with: ztune tune"),
+        ("running", "is not finished and has no prompt.safetensors yet (resume with: ztune tune"),
         ("refused", "was refused before its first step"),
         (None, "is not finished"),
     ],

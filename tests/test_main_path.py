@@ -102,7 +102,7 @@ def test_classifier_predicts_what_the_run_predicts(
     split = Split.from_json(read_json(out / "split.json", "split"), "split")
     images = [split.file(entry) for entry in split.entries_of("test")]
     model = open_model(MINI, Execution())
-    classifier = model.refreshed(read_artifact(prompt)).classifier()
+    classifier = model.refresh(read_artifact(prompt)).classifier()
     items = [(image, sha256(image)) for image in images]
     features = model.features(items, cache, what="images").values[0]
     expected = [split.classes[c] for c in classifier.logits(features).argmax(axis=1)]
@@ -309,7 +309,7 @@ def test_resume_refuses_changed_images_and_another_bundle(ztune: Command, tmp_pa
     (bundle / "bundle.json").write_text(json.dumps({**manifest, "created_by": "someone"}))
     refused = ztune("tune", "--resume", out)
     assert refused.code == 1
-    assert "is not the one that the run began with" in refused.err
+    assert "is not the one that the run was started with" in refused.err
 
 
 def test_a_run_goes_on_and_is_evaluated_where_its_bundle_has_moved(

@@ -155,7 +155,7 @@ def test_every_method_is_tried_here() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_counts_exactly_what_it_did(method: str, run: Callable[..., Path]) -> None:
-    run("zero-shot")  # whoever comes first encodes the images
+    run("zero-shot")  # the first run encodes the images
     out = run(method)
     found = document(out)
     assert found["method"] == method
@@ -200,7 +200,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     name = "prompt.safetensors"
     assert (again / name).read_bytes() == (first / name).read_bytes()
     tune(other, method, "--seed", 2)
-    # The seed itself stands in the file as well: the tuned values are to differ.
+    # The file also has the seed, so compare the tuned values.
     found, others = (tensors(read_artifact(out / name))[0] for out in (first, other))
     # Zero-shot looks at no image.
     assert np.array_equal(found, others) == (method == "zero-shot")
@@ -278,7 +278,7 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
     assert done.code == 0, done.err
     assert done.json["classes"] == [*CLASSES, "four"]
     for warned in (scored, done):
-        assert ("one context does better" in warned.err) == (kind == "mixture")
+        assert ("one context works better" in warned.err) == (kind == "mixture")
     again = ztune("eval", packed, "--data", data, "--split", "all", "--quiet", "--json")
     assert again.json["accuracy"] == scored.json["accuracy"]
 
@@ -287,8 +287,8 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
 KILLED = """
 import os, signal, sys
 from ztune.cli.main import main
-from ztune.run import RunFolder, SavePace
-SavePace.due = lambda pace: True
+from ztune.run import RunFolder, SaveSchedule
+SaveSchedule.due = lambda pace: True
 save, left = RunFolder.save, [int(sys.argv[1])]
 def dying(folder, now):
     left[0] -= 1
@@ -324,7 +324,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
     assert not (out / "prompt.safetensors").exists()
     done = ztune("tune", "--resume", out, "--json")
     assert done.code == 0, done.err
-    assert "going on after" in done.err
+    assert "resuming after" in done.err
     found = document(out)
     for key in ("queries", "probe_queries", "text_forwards", "image_forwards", "train_loss"):
         assert found[key] == expected[key], key
@@ -423,11 +423,11 @@ def test_a_mixture_does_what_its_history_says(tune: Tune, tmp_path: Path, model:
     assert artifact.tokens.shape == (8, len(words))
     assert artifact.at_once == 2
     assert artifact.weights.sum() == pytest.approx(1, abs=1e-5)
-    again = model.mixed(artifact, artifact.classes)
+    again = model.mix(artifact, artifact.classes)
     np.testing.assert_array_equal(artifact.text_features, again)
 
 
-def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
+def test_a_mixture_is_encoded_again_for_another_bundle_or_other_classes_alone(
     run: Callable[..., Path], model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = read_artifact(run("ogn") / "prompt.safetensors")
@@ -437,20 +437,20 @@ def test_a_mixture_is_encoded_anew_for_another_bundle_or_other_classes_alone(
     )
     classes, turned_classes = artifact.classes, artifact.classes[::-1]
     encoded: list[tuple[str, ...]] = []
-    mixed = Model.mixed
+    mix = Model.mix
 
     def watched(model: Model, given: MixtureArtifact, classes: tuple[str, ...]) -> F32:
         encoded.append(classes)
-        return mixed(model, given, classes)
+        return mix(model, given, classes)
 
-    monkeypatch.setattr(Model, "mixed", watched)
-    assert model.refreshed(artifact) is artifact
-    assert model.refreshed(artifact, classes) is artifact
+    monkeypatch.setattr(Model, "mix", watched)
+    assert model.refresh(artifact) is artifact
+    assert model.refresh(artifact, classes) is artifact
     assert encoded == []
-    again = model.refreshed(elsewhere)
+    again = model.refresh(elsewhere)
     assert isinstance(again, MixtureArtifact)
     np.testing.assert_array_equal(again.text_features, artifact.text_features)
-    turned = model.refreshed(artifact, turned_classes)
+    turned = model.refresh(artifact, turned_classes)
     assert isinstance(turned, MixtureArtifact)
     assert turned.classes == turned_classes
     np.testing.assert_allclose(turned.text_features, artifact.text_features[::-1], atol=1e-5)
@@ -563,7 +563,7 @@ def test_templates_reach_visual_prompts_and_are_kept(
     artifact = read_artifact(tmp_path / "run" / "prompt.safetensors")
     assert isinstance(artifact, VisualArtifact)
     assert artifact.templates == templates
-    expected = model.sentences(templates, artifact.classes)
+    expected = model.encode_templates(templates, artifact.classes)
     np.testing.assert_allclose(artifact.text_features, expected, atol=1e-6)
     done = ztune("eval", tmp_path / "run", "--quiet", "--json")
     assert done.json["templates"] == list(templates)

@@ -52,7 +52,7 @@ def test_a_run_is_scored_where_its_images_are_now(ztune: Command, made: Path) ->
         run, data = away / "plain", away / "data"
         told(
             ztune("eval", run),
-            f'"{made / "data"}', "cannot be read", "image(s) in all", "name the folder where they",
+            f'"{made / "data"}', "cannot be read", "image(s) in total", "name their new folder",
             "with --data or --test-data",
         )  # fmt: skip
         for given in (data, data / "list.csv", away / "plain" / ".." / "data", away):
@@ -98,7 +98,7 @@ def stopped(ztune: Command, words: tuple[object, ...], monkeypatch: pytest.Monke
 
     save = RunFolder.save
     with monkeypatch.context() as patched:
-        patched.setattr("ztune.run.SavePace.due", lambda _: True)
+        patched.setattr("ztune.run.SaveSchedule.due", lambda _: True)
         patched.setattr(RunFolder, "save", stop)
         assert ztune(*words).code == 130
 

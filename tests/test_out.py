@@ -1,4 +1,4 @@
-"""Where a run goes: what lies there already, who else is at it, and a disk that is full."""
+"""Output folders of runs: existing content, concurrent processes, and full disks."""
 
 import contextlib
 import errno
@@ -60,7 +60,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_a_finished_run_is_said_to_be_finished(ztune: Command, run: Path) -> None:
     before = contents(run)
     result = ztune(*TUNE, "--seed", 2, "--out", run)
-    told(result, f'"{run}" is a run that is finished', "another --out", "replace it with --over")
+    told(result, f'"{run}" is a finished run', "another --out", "replace it with --over")
     assert "--resume" not in result.err
     assert contents(run) == before
 
@@ -68,7 +68,7 @@ def test_a_finished_run_is_said_to_be_finished(ztune: Command, run: Path) -> Non
 def test_an_unfinished_run_is_gone_on_with_or_replaced(ztune: Command, run: Path) -> None:
     set_status(run, "running")
     resume = f"ztune tune --resume {shlex.quote(str(run))}"
-    told(ztune(*TUNE, "--out", run), "is a run that is not finished", resume, "--overwrite")
+    told(ztune(*TUNE, "--out", run), "is an unfinished run", resume, "--overwrite")
     told(ztune("eval", run), "is not finished", resume)
     assert ztune(*shlex.split(resume)[1:], "--quiet").code == 0
 
@@ -112,11 +112,11 @@ def test_nothing_but_runs_is_overwritten(ztune: Command, run: Path, tmp_path: Pa
     document = json.loads((newer / "run.json").read_text())
     (newer / "run.json").write_text(json.dumps({**document, "version": 99}))
     for folder, said in (
-        (plain, "is no run, and --overwrite replaces runs alone"),
+        (plain, "is not a run, and --overwrite only replaces runs"),
         (foreign, "run.json was not written by ztune"),
         (newer, "newer than this ztune reads"),
-        (MINI, "is no run"),
-        (run / "run.json", "is no run"),
+        (MINI, "is not a run"),
+        (run / "run.json", "is not a run"),
     ):
         before = contents(folder)
         told(ztune(*TUNE, "--out", folder, "--overwrite"), said)
@@ -141,7 +141,10 @@ def test_a_disk_that_is_full_from_the_first_leaves_the_former_run(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(RunFolder, "write", full)
-    with pytest.raises(OSError, match="No space"), RunFolder(run).started({}, {}, overwrite=True):
+    with (
+        pytest.raises(OSError, match="No space"),
+        RunFolder(run).create_locked({}, {}, overwrite=True),
+    ):
         pass
     assert contents(run) == before
 
@@ -205,7 +208,7 @@ def test_a_run_that_may_not_be_written(
 
     monkeypatch.setattr(Path, "open", refuse)
     told(ztune("tune", "--resume", run), "cannot be written: Permission denied", "permissions")
-    told(ztune(*TUNE, "--out", run), "is a run that is finished")
+    told(ztune(*TUNE, "--out", run), "is a finished run")
 
 
 ZIP = (*TUNE, "--method", "zip", "--queries", 30)
@@ -236,7 +239,7 @@ def test_a_full_disk_names_the_file_and_says_how_to_go_on(
         return written(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr("ztune.run.SavePace.due", lambda _: True)
+        patched.setattr("ztune.run.SaveSchedule.due", lambda _: True)
         if at == "history":
             patched.setattr(RunFolder, "log", naming_log)
         elif at == "cache":

@@ -99,11 +99,13 @@ def test_it_is_tuned_and_scored(run: Ztune, site: Path, data: Path, tmp_path: Pa
     (out / "run.json").write_text(json.dumps({**document, "status": "running"}))
     install_example(site, "0.2.0")
     told(
-        run("tune", "--resume", out), "was begun with random-search of ztune-random-search 0.1.0",
+        run("tune", "--resume", out), "was started with random-search of ztune-random-search 0.1.0",
         "installed is ztune-random-search 0.2.0 (install that version, or start a new run)",
     )  # fmt: skip
     shutil.rmtree(site)
-    told(run("tune", "--resume", out), "search 0.1.0, installed is no such package (install that")
+    told(
+        run("tune", "--resume", out), "search 0.1.0, but no such package is installed (install that"
+    )
 
 
 def test_it_is_compared(run: Ztune, site: Path, data: Path, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_it_is_compared(run: Ztune, site: Path, data: Path, tmp_path: Path) -> N
     assert "random-search needs losses" in (out / "compare.md").read_text()
     install_example(site, "0.2.0")
     told(
-        run(*words), "was begun with random-search of ztune-random-search 0.1.0",
+        run(*words), "was started with random-search of ztune-random-search 0.1.0",
         "installed is ztune-random-search 0.2.0 (install that version, or name another --out)",
     )  # fmt: skip
     shutil.rmtree(site)

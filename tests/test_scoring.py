@@ -36,7 +36,7 @@ DECODER = VisualArtifact(
 def test_logits_that_are_not_finite_are_no_prediction(value: float) -> None:
     logits = np.eye(4, 3, dtype=np.float32)
     logits[2:, 1] = value
-    with pytest.raises(ZtuneError, match=r"logits that are not finite for image 3 of 4 \(2 such"):
+    with pytest.raises(ZtuneError, match=r"logits are not finite for image 3 of 4 \(2 such"):
         score(logits, np.zeros(4, np.int64), ("a", "b", "c"))
     assert score(logits[:2], np.arange(2), ("a", "b", "c")).accuracy == 1
 
@@ -53,7 +53,7 @@ def test_a_head_of_another_width_is_refused(ztune: Command, tmp_path: Path) -> N
     prompt = tmp_path / "prompt.safetensors"
     write_artifact(prompt, replace(HEAD, weight=np.ones((10, 7), np.float32)))
     line = refused(ztune, "--prompt", prompt)
-    assert "the artifact is for features of 7 values" in line
+    assert "the artifact has features of 7 values" in line
     assert f"gives {BUNDLE.embed_dim} (use the bundle it was tuned on)" in line
 
 
@@ -65,7 +65,7 @@ def test_an_extractor_that_nothing_needs_is_refused(
     write_artifact(prompt, artifact)
     line = refused(ztune, "--prompt", prompt, *named)
     assert "was tuned without an extractor; leave out --extractor" in line
-    assert "templates need no extractor; leave out --extractor" in refused(ztune, *named)
+    assert "templates use no extractor; leave out --extractor" in refused(ztune, *named)
 
 
 def test_a_folder_is_no_extractor(ztune: Command, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_run_in_fp32_measures_nothing(
     assert "signal-to-noise" not in done.err
     found = done.json["signal"]
     assert (found["verdict"], found["forced"]) == ("not needed", False)
-    assert found["reason"].startswith("fp32 leaves a signal far above the limit")
+    assert found["reason"].startswith("the signal in fp32 is far above the limit")
     assert (done.json["probe_queries"], done.json["text_forwards"]) == (0, 400)
 
 
@@ -119,7 +119,7 @@ def test_a_weak_signal_refuses_the_run_and_the_folder_may_be_used_again(
     assert sum(entry["role"] == "train" for entry in split["entries"]) == 50
     again = ztune(*TUNE, "--out", out)
     assert again.code == 1
-    assert "is a run that is finished" in again.err
+    assert "is a finished run" in again.err
 
 
 def test_force_goes_on_and_is_recorded(ztune: Command, tmp_path: Path, cache: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_what_was_measured(
     resumed = ztune("tune", "--resume", out)
     assert resumed.code == 0, resumed.err
     assert "signal-to-noise" not in resumed.err
-    assert "warning: a round is cut into other calls" in resumed.err
+    assert "a round is split into other calls" in resumed.err
     run = document(out)
     assert run["signal"] == finished["signal"]
     assert run["calls"] == finished["calls"]
@@ -166,7 +166,7 @@ def test_a_measurement_that_fails_stops_a_run_unless_forced(
     failed = ztune(*words)
     assert failed.code == 1
     (line,) = failed.err.splitlines()
-    assert line.endswith("in higher precision: no memory left (go on without it with --force)")
+    assert line.endswith("in higher precision: no memory left (continue without it with --force)")
     assert document(out)["status"] == "refused"
     assert ztune(*words, "--force").code == 0
     found = document(out)["signal"]
@@ -201,7 +201,7 @@ def test_a_reference_must_be_finer_and_of_the_same_model(
     manifest = json.loads((other / "bundle.json").read_text())
     (other / "bundle.json").write_text(json.dumps({**manifest, "model_id": "another"}))
     for bundle, named, message in (
-        (int8, other, "is of another model"),
+        (int8, other, "has another model"),
         (int8, int8, "is int8 for a bundle in int8, expected fp32"),
         (MINI, MINI, "is fp32 for a bundle in fp32"),
         (int8, tmp_path / "gone", "does not exist, expected a bundle"),
@@ -247,7 +247,7 @@ def test_a_closed_form_has_no_gate(ztune: Command, tmp_path: Path, cache: Path) 
     assert done.json["probe_queries"] == 0
     other = ztune(*TUNE, "--method", "gda", "--force", "--cache", cache, "--out", tmp_path / "b")
     assert other.code == 1
-    assert "gda has no steps, so no signal to measure: leave out" in other.err
+    assert "gda has no steps and no signal to measure: leave out" in other.err
 
 
 def test_a_killed_process_takes_the_measuring_one_and_its_folder_along(tmp_path: Path) -> None:
@@ -349,15 +349,15 @@ def test_a_method_that_takes_no_differences_has_no_gate(
     assert "signal-to-noise" not in done.err
     found = done.json["signal"]
     assert (found["verdict"], found["forced"]) == ("not needed", False)
-    assert "takes no differences of losses" in found["reason"]
+    assert "uses no differences of losses" in found["reason"]
     assert done.json["probe_queries"] == 0
     assert done.json["text_forwards"] == 40 * 10
     report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "ogn")
     assert report.code == 1
-    message = "ogn takes no differences of losses, so there is no signal to measure"
+    message = "ogn uses no differences of losses, so its signal cannot be measured"
     assert message in report.err
     report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "gda")
-    assert "gda has no steps, so there is no signal to measure" in report.err
+    assert "gda has no steps, so its signal cannot be measured" in report.err
 
 
 def test_directions_in_the_space_of_logits_are_differences(
@@ -380,6 +380,6 @@ def test_losses_alone_are_gated_as_the_steps_that_are_taken(
     words = (*TUNE, "--method", "ogn", "--set", "answers=loss", "--cache", cache)
     done = ztune(*words, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
-    assert "warning: losses alone leave no outputs to fit (answers=loss)" in done.err
+    assert "warning: answers=loss leaves no logits to fit" in done.err
     # It takes zip's steps, whose perturbation is the published one.
-    assert done.json["signal"]["reason"].startswith("fp32 leaves a signal")
+    assert done.json["signal"]["reason"].startswith("the signal in fp32")

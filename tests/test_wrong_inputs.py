@@ -20,7 +20,8 @@ from runtimes.bundle import load_bundle
 from runtimes.ort import OrtPromptEncoder
 from runtimes.visual import BorderPrompts, VisualPrompts
 from tests.conftest import DIGITS, MINI, Command, Result
-from ztune.access import (
+from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
+from ztune.capabilities import (
     CONTEXTS,
     EVERYTHING,
     FEATURES,
@@ -29,9 +30,8 @@ from ztune.access import (
     LOSS,
     PIXELS,
     TEXTS,
-    no_access,
+    missing_capability,
 )
-from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
 from ztune.cli.output import Output, fail
 from ztune.cli.parser import parser_of
@@ -126,7 +126,7 @@ def test_prompt_of_another_bundle(ztune: Command, data: Path, bundle: Path, tmp_
         "was made for model",
     )
     prompt.write_bytes(prompt.read_bytes()[:100])
-    refused(ztune("eval", out), "damaged or no file of ztune's")
+    refused(ztune("eval", out), "damaged or not written by ztune")
 
 
 def test_a_mixture_of_words_that_the_bundle_has_not(
@@ -144,7 +144,7 @@ def test_a_mixture_of_words_that_the_bundle_has_not(
     beyond = artifact.tokens.copy()
     beyond[1, 0] = n_words
 
-    names = tmp_path / "names.txt"  # in another order, so that texts are encoded anew
+    names = tmp_path / "names.txt"  # in another order, so that texts are encoded again
     names.write_text("two\nthree\none")
 
     def evaluated(tokens: I32) -> Result:
@@ -232,7 +232,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     assert (occupied / "mine.txt").exists()
     run = tmp_path / "run"
     assert tune(run).code == 0
-    refused(tune(run), "is a run that is finished", "--overwrite")
+    refused(tune(run), "is a finished run", "--overwrite")
     packed = tmp_path / "c.onnx"
     pack = ("pack", MINI, "--prompt", run / "prompt.safetensors", "--out")
     assert ztune(*pack, packed).code == 0
@@ -263,7 +263,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
             ("--memory-limit is 1 (MB), expected at least",),
         ),
         (("--preset", "best"), ('unknown preset "best"',)),
-        (("--template", "a photo"), ("must hold {} once",)),
+        (("--template", "a photo"), ("has 0 {}, expected one",)),
         (("--shots", 0), ("--shots is 0",)),
         (("--test-fraction", "most"), ('--test-fraction is "most"',)),
         (("--augment", -1), ("--augment is -1",)),
@@ -447,7 +447,7 @@ def require(
     name: str, given: frozenset[str], needs: Mapping[str, frozenset[str]], hint: str = ""
 ) -> None:
     if needs[name] - given:
-        raise no_access(name, given, needs, hint)
+        raise missing_capability(name, given, needs, hint)
 
 
 def able(given: frozenset[str], method: str, part: str = "both") -> set[str]:
@@ -537,14 +537,14 @@ def test_access_of_other_runtimes() -> None:
         ("ogn", ("--set", "ridge=0"), ("ridge is 0.0, expected more than 0",)),
         ("ogn", ("--set", "init="), ('initial context "" has no tokens',)),
         ("ogn", ("--keep", "best"), ("ogn has no single point to validate", "leave out --keep")),
-        ("ogn", ("--patience", 2), ("finds its weights by cross-validation", "and --patience")),
-        ("ogn", ("--reference", MINI), ("ogn takes no differences", "leave out --reference")),
-        ("ogn", ("--force",), ("ogn takes no differences", "--reference and --force")),
-        ("ogn", ("--augment", 2), ("ogn sees the same images in all rounds", "out --augment")),
+        ("ogn", ("--patience", 2), ("cross-validates its weights", "and --patience")),
+        ("ogn", ("--reference", MINI), ("ogn uses no differences", "leave out --reference")),
+        ("ogn", ("--force",), ("ogn uses no differences", "--reference and --force")),
+        ("ogn", ("--augment", 2), ("ogn uses the same images in all rounds", "out --augment")),
         (
             "ogn-context",
             ("--augment", 1),
-            ("ogn-context sees the same images in all rounds", "leave out --augment"),
+            ("ogn-context uses the same images in all rounds", "leave out --augment"),
         ),
         ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context needs init=",)),
         ("ogn", ("--set", "memory_mb=0"), ("memory_mb is 0.0, expected more than 0",)),
@@ -560,23 +560,23 @@ def test_access_of_other_runtimes() -> None:
         (
             "cma",
             ("--queries", 100, "--set", "intrinsic_dim=20000"),
-            ("full covariance of 20000 values takes 19", "out of reach", "separable covariance"),
+            ("full covariance of 20000 values takes 19", "too much", "separable covariance"),
         ),
         (
             "bptvlm",
             ("--queries", 5000, "--set", "covariance=full"),
-            ("full covariance of 4000 values", "hours for 333 generations", "out of reach"),
+            ("full covariance of 4000 values", "hours for 333 generations", "too much"),
         ),
         (
             "sharpzo",
             ("--queries", 30000, "--set", "intrinsic_dim=12000"),
-            ("full covariance of 12000 values takes 6.9 GB", "out of reach"),
+            ("full covariance of 12000 values takes 6.9 GB", "too much"),
         ),
         ("bptvlm", ("--set", "n_tokens=100000"), ("n_tokens is 100000", "at most 4096")),
         (
             "bptvlm",
             ("--set", "n_context=40", "--set", "text_dim=2000000"),
-            ("projecting 2000000 values", "out of reach"),
+            ("projecting 2000000 values", "too much"),
         ),
         ("cma", ("--set", "batch_size=4"), ("leave out batch_size, or set keep=mean",)),
         ("rgf", ("--set", "init_std=-1"), ("init_std is -1.0, expected at least 0",)),
@@ -587,7 +587,7 @@ def test_access_of_other_runtimes() -> None:
         ("zip", ("--keep", "first"), ('--keep is "first", expected last or best',)),
         ("zip", ("--patience", 0), ("--patience is 0, expected at least 1",)),
         ("zip", ("--keep", "best", "--validate-every", 0), ("--validate-every is 0",)),
-        ("zip", ("--validate-every", 5), ("goes with --keep best or --patience",)),
+        ("zip", ("--validate-every", 5), ("requires --keep best or --patience",)),
         ("zip", ("--snapshots", -1), ("--snapshots is -1, expected 0 or more",)),
         ("zip", ("--snapshots", "5,x"), ('--snapshots is "5,x"', "query counts as in 25,50")),
         ("zip", ("--snapshots", "0,5"), ('--snapshots is "0,5", expected a number',)),
@@ -597,7 +597,7 @@ def test_access_of_other_runtimes() -> None:
         ("gda", ("--patience", 2), ("gda has no steps: leave out --patience",)),
         ("gda", ("--snapshots", 2), ("gda has no steps: leave out --snapshots",)),
         ("gda", ("--reference", MINI), ("gda has no steps", "leave out --reference and --force")),
-        ("bar", ("--reference", MINI), ("bar encodes images anew", "leave out --reference")),
+        ("bar", ("--reference", MINI), ("bar re-encodes images", "leave out --reference")),
     ],
 )
 def test_wrong_settings_of_methods(
@@ -635,15 +635,15 @@ def test_a_coarse_bundle_and_images_that_change(ztune: Command, data: Path, tmp_
     words = ("tune", int8, "--data", data, "--shots", 2, "--queries", 6, "--method", "bar")
     refused(
         ztune(*words, "--out", out),
-        "the signal of images that are encoded anew cannot be measured",
+        "the signal cannot be measured when images are re-encoded",
         "the bundle is int8",
-        "use the fp32 bundle, or go on with --force",
+        "use the fp32 bundle, or continue with --force",
     )
     assert not (out / "prompt.safetensors").exists()
     assert json.loads((out / "run.json").read_text())["status"] == "refused"
     forced = ztune(*words, "--out", out, "--force")
     assert forced.code == 0, forced.err
-    assert "warning: the signal of images that are encoded anew" in forced.err
+    assert "warning: the signal cannot be measured when images" in forced.err
     document = json.loads((out / "run.json").read_text())
     assert document["signal"]["forced"] is True
     assert document["queries"] == 6

@@ -1,4 +1,4 @@
-"""Adapt a vision-language model where only forward passes are possible.
+"""Adapt a vision-language model with forward passes only.
 
     import ztune
     model = ztune.load("models/mini")
@@ -6,7 +6,7 @@
     clf = ztune.FewShotClassifier(model, method="zip", queries=5000).fit(train)
     clf.score(test)
 
-Nothing is loaded until a name is used, so that what lies below may import `ztune.types`.
+Names are loaded on first use, so lower layers can import `ztune.types`.
 """
 
 from __future__ import annotations

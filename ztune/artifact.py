@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ztune.errors import FormatError
 from ztune.io.files import read_json, write_bytes
 from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
-from ztune.io.old_formats import renamed_arrays
+from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
 from ztune.logits import FeatureClassifier, Kernel
@@ -27,8 +27,8 @@ MOST_TOKENS = 4096
 MOST_AT_ONCE = 65_536
 
 Fingerprints = NDArray[np.uint64]
-"""u64[n], sorted: the first 8 bytes of the SHA-256 of every image that tuning has seen, so that
-an evaluation can say when it scores one of them."""
+"""u64[n], sorted: the first 8 bytes of the SHA-256 of every training and validation image, so that
+an evaluation can report overlap."""
 
 
 def _none() -> Fingerprints:
@@ -37,7 +37,7 @@ def _none() -> Fingerprints:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an artifact comes from; every field is the same for the same run."""
+    """The origin of an artifact; equal runs give equal fields."""
 
     model_id: str
     bundle_digest: str
@@ -49,7 +49,7 @@ class Provenance:
 
 
 class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
-    """What a file says besides its tensors; every kind has a list of fields of its own."""
+    """The metadata of a file; each kind adds its own fields."""
 
     classes: tuple[str, ...]
     model_id: str
@@ -67,17 +67,17 @@ class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class ContextMetadata(Metadata, frozen=True, tag="context"):
-    """Of a ContextArtifact."""
+    """Metadata of a ContextArtifact."""
 
 
 class MixtureMetadata(Metadata, frozen=True, kw_only=True, tag="mixture"):
-    """Of a MixtureArtifact."""
+    """Metadata of a MixtureArtifact."""
 
     at_once: Annotated[int, Meta(ge=1, le=MOST_AT_ONCE)]
 
 
 class VisualMetadata(Metadata, frozen=True, kw_only=True, tag="visual"):
-    """Of a VisualArtifact."""
+    """Metadata of a VisualArtifact."""
 
     program: Literal["border", "decoder", "tokens"]
     templates: tuple[str, ...]
@@ -85,11 +85,11 @@ class VisualMetadata(Metadata, frozen=True, kw_only=True, tag="visual"):
 
 
 class HeadMetadata(Metadata, frozen=True, tag="head"):
-    """Of a HeadArtifact without a kernel."""
+    """Metadata of a HeadArtifact without a kernel."""
 
 
 class KernelMetadata(HeadMetadata, frozen=True, tag="kernel"):
-    """Of a HeadArtifact with a kernel."""
+    """Metadata of a HeadArtifact with a kernel."""
 
 
 AnyMetadata = ContextMetadata | MixtureMetadata | VisualMetadata | HeadMetadata | KernelMetadata
@@ -97,34 +97,34 @@ AnyMetadata = ContextMetadata | MixtureMetadata | VisualMetadata | HeadMetadata 
 
 @dataclass(frozen=True)
 class ContextArtifact:
-    """A tuned context and the text features it gives the classes it was tuned on."""
+    """A tuned context and the text features of its classes."""
 
     classes: tuple[str, ...]
     provenance: Provenance
     context: F32
-    """f32[m, d]: the context itself, never a latent and a seed."""
+    """f32[m, d]: the context embeddings, not a latent."""
     text_features: F32 | None
-    """f32[C, e], unit rows; None where a server gave losses alone."""
+    """f32[C, e], unit rows; None if the server returned losses only."""
     logit_scale: float
     logit_bias: float
     tuning_images: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
-        """Return what scores features.
+        """Return the classifier of image features.
 
-        Raises: FormatError where the text features are not known.
+        Raises: FormatError without text features.
         """
         if self.text_features is None:
             raise FormatError(
-                "the context was tuned where losses alone are given, so its text features are not "
-                "known (the bundle makes them: ztune pack BUNDLE, ztune eval BUNDLE)"
+                "the context was tuned with losses only, so it has no text features (compute them "
+                "from the bundle: ztune pack BUNDLE, ztune eval BUNDLE)"
             )
         return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
 
 
 @dataclass(frozen=True)
 class MixtureArtifact:
-    """Prompts of words and their weights; it serves other classes too."""
+    """A weighted mixture of token prompts; it serves other classes too."""
 
     classes: tuple[str, ...]
     provenance: Provenance
@@ -137,7 +137,7 @@ class MixtureArtifact:
     logit_scale: float
     logit_bias: float
     at_once: int
-    """Prompts encoded in a call, which low precision scales by what is in it."""
+    """Prompts encoded per call; in low precision the call's content affects the scaling."""
     tuning_images: Fingerprints = field(default_factory=_none)
 
     def classifier(self) -> FeatureClassifier:
@@ -146,7 +146,7 @@ class MixtureArtifact:
 
 @dataclass(frozen=True)
 class HeadArtifact:
-    """A closed-form classifier on image features; it serves no other classes."""
+    """A closed-form classifier on image features, for its own classes only."""
 
     classes: tuple[str, ...]
     provenance: Provenance
@@ -163,12 +163,12 @@ class HeadArtifact:
 
 @dataclass(frozen=True)
 class VisualArtifact:
-    """A visual prompt, with the text side it was tuned beside; it serves other classes too."""
+    """A visual prompt and its text features; it serves other classes too."""
 
     classes: tuple[str, ...]
     provenance: Provenance
     program: str
-    """border, decoder or tokens: what the values do to an image."""
+    """border, decoder or tokens: how the values change an image."""
     visual: F32
     """border f32[3, S, S] before its sigmoid; decoder f32[n]; tokens f32[n, w]."""
     text_features: F32
@@ -176,11 +176,11 @@ class VisualArtifact:
     logit_scale: float
     logit_bias: float
     context: F32 | None = None
-    """f32[m, d] where the text side was tuned as well."""
+    """f32[m, d] if the text side was tuned too."""
     templates: tuple[str, ...] = ()
-    """The hand-written sentences otherwise."""
+    """The hand-written templates otherwise."""
     statistics: F32 | None = None
-    """f32[2, n], a decoder's normalisation means and variances over the training images."""
+    """f32[2, n]: means and variances of a decoder's normalisation over the training images."""
     extractor: str = ""
     """SHA-256 of the decoder's own feature extractor; empty: the bundle's image tower."""
     tuning_images: Fingerprints = field(default_factory=_none)
@@ -190,7 +190,7 @@ class VisualArtifact:
 
 
 _N_STATISTICS = 144
-"""Channels that BlackVIP's decoder normalises."""
+"""Channels normalised by BlackVIP's decoder."""
 _LARGEST_FEATURE = 1e30
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
@@ -208,15 +208,15 @@ def classifier_of_texts(
 def write_artifact(path: Path, artifact: Artifact) -> None:
     """Write an artifact, whole or not at all.
 
-    Raises: FormatError naming a tensor that no reader would take, as it is not finite.
+    Raises: FormatError naming a tensor that is not finite.
     """
     write_bytes(path, artifact_bytes(artifact))
 
 
 def artifact_bytes(artifact: Artifact) -> bytes:
-    """Return an artifact's file; the same artifact gives the same bytes.
+    """Return an artifact's file content; equal artifacts give equal bytes.
 
-    Raises: FormatError naming a tensor that no reader would take, as it is not finite.
+    Raises: FormatError naming a tensor that is not finite.
     """
     own: dict[str, Any] = {}
     arrays: dict[str, NDArray[np.generic]] = {"tuning_images": artifact.tuning_images}
@@ -243,8 +243,8 @@ def artifact_bytes(artifact: Artifact) -> bytes:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FormatError(
-                f"artifact of {artifact.provenance.method}: tensor {name} holds values that are "
-                "not finite, and is not written (use other settings)"
+                f"artifact of {artifact.provenance.method}: tensor {name} has values that are not "
+                "finite; nothing was written (use other settings)"
             )
     metadata = _kind(artifact)(classes=artifact.classes, **vars(artifact.provenance), **own)
     return tensor_bytes(arrays, {"format": FORMAT, "version": VERSION, **plain(metadata)})
@@ -259,14 +259,14 @@ def _kind(artifact: Artifact) -> type[Metadata]:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Read and check an artifact completely; `path` is its file, or a run that is finished.
+    """Read and check an artifact; `path` is its file or a finished run.
 
-    Raises: FormatError when it is damaged, foreign, too new, or its parts do not fit together.
+    Raises: FormatError if it is damaged, foreign, too new or inconsistent.
     """
     path = _file_of(path)
     where = f'artifact "{path}"'
     arrays, document = read_tensors(path, where)
-    arrays = renamed_arrays(arrays)
+    arrays = rename_arrays(arrays)
     content, kinds = (
         current(document, FORMAT, VERSION, where),
         cast("type[AnyMetadata]", AnyMetadata),
@@ -284,9 +284,7 @@ def read_artifact(path: Path) -> Artifact:
         if any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
             raise FormatError(f"{where}: tensor {name} is {array.shape}, expected {shape}")
         if 0 in array.shape or not np.isfinite(array).all():
-            raise FormatError(
-                f"{where}: tensor {name} is empty or holds values that are not finite"
-            )
+            raise FormatError(f"{where}: tensor {name} is empty or has values that are not finite")
         return array
 
     def unit_rows(name: str, *shape: int | None) -> F32:
@@ -311,7 +309,9 @@ def read_artifact(path: Path) -> Artifact:
         if array is None or array.dtype != np.int32 or array.ndim != 2 or 0 in array.shape:
             raise FormatError(f"{where}: tensor tokens is missing, empty or not int32 of (K, m)")
         if array.min() < 0:
-            raise FormatError(f"{where}: tensor tokens has {array.min()}, expected ids from 0 on")
+            raise FormatError(
+                f"{where}: tensor tokens has {array.min()}, expected ids of at least 0"
+            )
         return array
 
     def statistics() -> F32:
@@ -352,7 +352,7 @@ def read_artifact(path: Path) -> Artifact:
                 f"{where}: tensor text_features has values too large for a classifier"
             )
     else:
-        # A context tuned where losses alone are given has none; a bundle makes them of it.
+        # Absent if the context was tuned with losses only; a bundle computes them.
         known = isinstance(found, VisualMetadata) or "text_features" in arrays
         text_features = unit_rows("text_features", C, None) if known else None
         logit_scale = positive("logit_scale")
@@ -370,7 +370,7 @@ def read_artifact(path: Path) -> Artifact:
             program = found.program
             templates = () if context is not None else found.templates
             if context is None and not (templates and all(t.count("{}") == 1 for t in templates)):
-                raise FormatError(f"{where}: expected templates that hold {{}} once each")
+                raise FormatError(f"{where}: expected templates with one {{}} each")
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
             visual = tensor("visual", *shape)
             if program == "tokens" and len(visual) > MOST_TOKENS:
@@ -398,9 +398,9 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def _file_of(path: Path) -> Path:
-    """Return the artifact's file: of a run, its result.
+    """Return the artifact's file; for a run, its result.
 
-    Raises: FormatError for a run without one, or another thing than a run or an artifact.
+    Raises: FormatError for a run without a result, or another kind of path.
     """
     kind = kind_of(path)
     if kind not in ("artifact", "file", "run"):
@@ -418,7 +418,7 @@ def _file_of(path: Path) -> Path:
         )
     if status != "finished":
         raise FormatError(
-            f'run "{path}" is not finished and has no prompt.safetensors yet (go on with: ztune '
+            f'run "{path}" is not finished and has no prompt.safetensors yet (resume with: ztune '
             f"tune --resume {quoted(path)})"
         )
     return path / "prompt.safetensors"

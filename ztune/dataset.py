@@ -1,4 +1,4 @@
-"""Labelled images as a caller has them: a folder, a list, a data set by name, or arrays."""
+"""Labelled images from a folder, a manifest, a named data set or arrays."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from ztune.progress import warn
 from ztune.types import I64
 
 MEMORY = Path("/in-memory").absolute()
-"""Where images that are in memory are said to lie; no file is read there."""
+"""The nominal folder of images in memory; no file is read there."""
 Labels = Sequence[str] | Sequence[int] | np.ndarray[Any, Any]
 Images = Sequence[ImageLike] | np.ndarray[Any, Any]
-"""Paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3], or features f32[N, e]."""
+"""Paths, Pillow images, u8[N, H, W, 3], a list of u8[H, W, 3], or features f32[N, e]."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a classifier is fitted on: training images, and validation images inside.
+    """Training images and their validation images, as `fit` takes them.
 
     >>> train = Dataset.from_folder("examples/digits").whole()
     >>> len(train), len(train.classes), train.template
@@ -42,9 +42,9 @@ class TrainingSet:
 
     split: Split
     template: str = TEMPLATE
-    """The hand-written prompt that goes with the classes, with {} for a name."""
+    """The template for the classes, with {} for a name."""
     held: Mapping[Path, Image.Image] = field(default_factory=dict)
-    """Images that are in memory, by the paths that stand for them."""
+    """Images in memory, by nominal path."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -52,13 +52,13 @@ class TrainingSet:
         return self.split.classes
 
     def __len__(self) -> int:
-        """Return the number of training images, those for validation left out."""
+        """Return the number of training images without validation images."""
         return len(self.split.entries_of("train"))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images; a file is not decoded before it is used.
+    """Labelled images; files are decoded on use.
 
     >>> data = Dataset.from_folder("examples/digits")
     >>> data.classes[:3], len(data)
@@ -74,28 +74,28 @@ class Dataset:
 
     @classmethod
     def from_folder(cls, path: Path | str, *, names: Path | str | None = None) -> Dataset:
-        """Return the images of a folder with a folder for each class.
+        """Return the images of a folder with one subfolder per class.
 
-        `root/class/*.jpg` or `root/{train,val,test}/class/*`; `names` is a file with lines of
+        `root/class/*.jpg` or `root/{train,val,test}/class/*`; each line of the file `names` is
         folder, tab, class name.
 
-        Raises: DataError for a folder that is not of this kind.
+        Raises: DataError for another layout.
         """
         return cls(read_source(str(Path(path)), None, None if names is None else Path(names)))
 
     @classmethod
     def from_manifest(cls, path: Path | str) -> Dataset:
-        """Return the images that a .csv or .jsonl list names, with path, label and perhaps split.
+        """Return the images of a .csv or .jsonl manifest with path, label and optional split.
 
-        Raises: DataError naming the line that is wrong.
+        Raises: DataError naming the invalid line.
         """
         return cls.from_folder(path)
 
     @classmethod
     def from_parquet(cls, path: Path | str) -> Dataset:
-        """Return the images in a folder of parquet files, as the Hugging Face hub has them.
+        """Return the images in a folder of parquet files in the Hugging Face hub's format.
 
-        They are extracted once, below the folder.
+        They are extracted once, into a subfolder.
 
         Raises: DataError; ConfigError without pyarrow.
         """
@@ -103,9 +103,9 @@ class Dataset:
 
     @classmethod
     def named(cls, name: str, root: Path | str) -> Dataset:
-        """Return a data set by a name that `ztune data list` shows, from the folder of all of them.
+        """Return a data set of `ztune data list` by name, from the folder of all data sets.
 
-        Raises: ConfigError for an unknown name; DataError for data that cannot be used.
+        Raises: ConfigError for an unknown name; DataError for unusable data.
         """
         spec = find_spec(name)
         return cls(read_source(spec.name, Path(root)), spec.template)
@@ -117,27 +117,27 @@ class Dataset:
         labels: Labels,
         class_names: Sequence[str] | None = None,
     ) -> Dataset:
-        """Return images that are in memory: u8[N, H, W, 3], a list of u8[H, W, 3], or Pillow's.
+        """Return images of u8[N, H, W, 3], or of a list of u8[H, W, 3], Pillow images or paths.
 
-        Paths may be among them. Labels are class names, or indices into `class_names`.
+        Labels are class names, or indices into `class_names`.
 
-        Raises: DataError for images or labels of another kind, or of different numbers.
+        Raises: DataError for other types, or different lengths.
         """
         given = class_names_of(class_names)
         names = labels_as_names(labels, given)
         images = as_rows(images)
         if len(images) != len(names):
             raise DataError(
-                f"`images` are {len(images)} and `labels` {len(names)}, expected as many"
+                f"got {len(images)} `images` and {len(names)} `labels`, expected equal numbers"
             )
         classes = tuple(sorted(set(names if given is None else given)))
         if len(classes) < 2:
-            raise DataError(f"`labels` are of {len(classes)} class(es), expected at least two")
+            raise DataError(f"`labels` have {len(classes)} class(es), expected at least two")
         paths = [Path(image).absolute() for image in images if isinstance(image, str | Path)]
         try:
             root = Path(os.path.commonpath([path.parent for path in paths])) if paths else MEMORY
-        except ValueError:  # of several drives
-            raise DataError("`images` lie on several drives, expected one") from None
+        except ValueError:  # on several drives
+            raise DataError("`images` are on several drives, expected one") from None
         held: dict[Path, Image.Image] = {}
         listed = []
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
@@ -167,13 +167,13 @@ class Dataset:
         test_fraction: float | Literal["auto"] = "auto",
         split_seed: int = 0,
     ) -> tuple[TrainingSet, LabelledImages]:
-        """Draw `shots` training images a class, validation images inside, and keep test images.
+        """Draw `shots` training images per class, validation images, and test images.
 
-        The images that `ztune tune` draws with the same numbers. `val` is the number of validation
-        images a class (None: min(shots, 4), or what is left); `test_fraction` of a class is kept
-        for testing (auto: half, where every class has at least 2 * (shots + val) images).
+        Equal to the split of `ztune tune` with these settings. `val` is the number of validation
+        images per class (None: min(shots, 4), or the remainder); `test_fraction` of a class is
+        kept for testing (auto: half if every class has at least 2 * (shots + val) images).
 
-        Raises: DataError for a class with too few images, or one image with two classes.
+        Raises: DataError for a class with too few images, or an image with two classes.
         """
         settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
         split = make_split(self.listing, settings, digest=self._digest)
@@ -182,16 +182,16 @@ class Dataset:
         return TrainingSet(split, self.template, self.held), self._tested(split)
 
     def whole(self, seed: int = 1) -> TrainingSet:
-        """Return all images as training images, none kept.
+        """Return all images as training images.
 
-        Files of a class are drawn in the order that `ztune tune` has with this seed; with images in
-        memory the order is that in which they were given.
+        Files of a class are in the order of `ztune tune` with this seed, images in memory in the
+        given order.
 
-        Raises: DataError for data with test images of its own, one image with two classes, or a
-            class without images.
+        Raises: DataError for data with its own test images, an image with two classes, or a class
+            without images.
         """
         if any(image.split not in (None, "train") for image in self.listing.images):
-            raise DataError("the data have validation or test images of their own: use split()")
+            raise DataError("the data already have validation or test images: use split()")
         order = None if self.held else seed
         return TrainingSet(
             training_split(self.listing, self._digest, order), self.template, self.held
@@ -209,9 +209,9 @@ class Dataset:
 def as_rows(values: Any) -> Any:
     """Return a sequence or array of images, features or labels.
 
-    Raises: DataError for what cannot be indexed, such as a generator or a set.
+    Raises: DataError for types without indexing, such as a generator or a set.
     """
-    if hasattr(values, "to_numpy"):  # of pandas
+    if hasattr(values, "to_numpy"):  # pandas
         return values.to_numpy()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
         raise DataError(f"{type(values).__name__} is not a list or an array")
@@ -219,25 +219,25 @@ def as_rows(values: Any) -> Any:
 
 
 def class_names_of(names: Any) -> list[str] | None:
-    """Return class names as a caller gives them, None where there are none.
+    """Return the given class names as a list, or None.
 
-    Raises: DataError for names that are no strings, or not different.
+    Raises: DataError for names that are not strings, or duplicates.
     """
     if names is None:
         return None
     found = [str(name) if isinstance(name, np.str_) else name for name in as_rows(names)]
     if not found or not all(isinstance(name, str) for name in found):
-        raise DataError("`class_names` are not strings, expected one for each class")
+        raise DataError("`class_names` are not strings, expected one string per class")
     if len(set(found)) < len(found):
-        raise DataError("`class_names` has a name twice, expected one for each class")
+        raise DataError("`class_names` has a duplicate, expected one name per class")
     return found
 
 
 def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
     """Return the class name of every label.
 
-    Raises: DataError for labels that are neither names nor whole numbers, numbers without
-        `class_names`, or out of their range.
+    Raises: DataError for labels that are neither names nor integers, indices without
+        `class_names`, or indices out of range.
     """
     values = as_rows(labels)
     values = values.tolist() if isinstance(values, np.ndarray) else list(values)
@@ -252,7 +252,7 @@ def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[s
         raise DataError(f"label {odd[0]!r} is {kind}, expected class names or indices")
     if names is None:
         raise DataError(
-            "`labels` are indices: give class names, or name the classes with `class_names`"
+            "`labels` are indices without `class_names`: pass class names, or add `class_names`"
         )
     if wrong := [value for value in values if not 0 <= value < len(names)]:
         raise DataError(f"label {wrong[0]} is out of range: there are {len(names)} names")
@@ -260,15 +260,15 @@ def labels_as_names(labels: Labels, class_names: Sequence[str] | None) -> list[s
 
 
 def listed_images(X: Images | LabelledImages) -> Sequence[ImageLike] | np.ndarray[Any, Any]:
-    """Return the images to classify, or features, at least one.
+    """Return the images or features to classify, at least one.
 
-    Raises: DataError for none, or one image that is not in a list.
+    Raises: DataError for an empty list, or a single image.
     """
     if isinstance(X, TrainingSet | Dataset):
-        raise DataError("`X` is to be fitted on: classify the test images of split(), or a list")
+        raise DataError("`X` is a training set, expected the test images of split(), or a list")
     images = X.images if isinstance(X, LabelledImages) else X
     if isinstance(images, str | Path | Image.Image):
-        raise DataError("`X` is one image, expected a list of images (put it into one)")
+        raise DataError("`X` is one image, expected a list of images")
     rows: Sequence[ImageLike] | np.ndarray[Any, Any] = as_rows(images)
     if not len(rows):
         raise DataError("`X` is empty, expected at least one image")
@@ -281,27 +281,27 @@ def true_labels(
     classes: tuple[str, ...],
     class_names: Sequence[str] | None = None,
 ) -> I64:
-    """Return i64[N], the labels to score by as indices into a classifier's classes.
+    """Return the true labels i64[N] as indices into a classifier's classes.
 
-    Those of a split, or `y`: class names, or indices into `class_names`.
+    They come from a split, or from `y`: class names, or indices into `class_names`.
 
-    Raises: DataError for labels that are missing, or cannot be used.
+    Raises: DataError for missing or unusable labels.
     """
     if isinstance(X, LabelledImages):
         if y is not None:
-            raise DataError("`y` goes with images; a split has its own labels")
+            raise DataError("`y` is given, but the split in `X` has labels: leave it out")
         return X.among(classes, "the classifier's classes")
     if y is None:
-        raise DataError("`y` is missing: labels go with images that are no split")
+        raise DataError("`y` is missing: pass labels, or a split as `X`")
     if len(X) != len(y):
-        raise DataError(f"`X` has {len(X)} images and `y` {len(y)} labels, expected as many")
+        raise DataError(f"`X` has {len(X)} images and `y` {len(y)} labels, expected equal numbers")
     return label_array(labels_as_names(y, class_names), classes)
 
 
 def label_array(names: Sequence[str], classes: Sequence[str]) -> I64:
-    """Return i64[N], the place of each name among the classes.
+    """Return i64[N], the index of each name among the classes.
 
-    Raises: DataError for one that is not among them.
+    Raises: DataError for an unknown name.
     """
     index = {name: place for place, name in enumerate(classes)}
     if unknown := sorted({*names} - {*index}):

@@ -1,4 +1,4 @@
-"""A packed `classifier.onnx` in one process: what `export_onnx` and `ztune pack` leave, at work."""
+"""A packed `classifier.onnx` of `export_onnx` or `ztune pack`, loaded in one process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ztune.types import F32
 def load_classifier(
     path: Path | str, *, provider: str = "auto", threads: int | None = None
 ) -> DeployedClassifier:
-    """Return a packed classifier at work; it needs no bundle.
+    """Load a packed classifier; no bundle is needed.
 
-    `provider` is auto, cpu, cuda or tensorrt; `threads` is a number of threads, without
+    `provider` is auto, cpu, cuda or tensorrt; `threads` is the number of threads, without
     spin-waiting (None: all cores).
 
-    Raises: FormatError for a file that is absent, damaged or not packed by ztune; ProviderError for
-        a provider that does not run it.
+    Raises: FormatError for a missing or damaged file, or one not packed by ztune; ProviderError for
+        a provider that cannot run it.
 
     >>> import tempfile, ztune
     >>> from pathlib import Path
@@ -41,10 +41,10 @@ def load_classifier(
 
 
 class DeployedClassifier:
-    """Classifies images with a packed classifier, for several threads at once.
+    """Classifies images with a packed classifier; thread-safe.
 
-    Images are paths, images of Pillow's, u8[N, H, W, 3], a list of u8[H, W, 3] of any sizes, or the
-    test part of a `Dataset`'s split. They are read as `ztune predict` reads them.
+    Images are paths, Pillow images, u8[N, H, W, 3], a list of u8[H, W, 3] of any sizes, or the test
+    part of a `Dataset`'s split. They are read as by `ztune predict`.
 
     >>> import ztune
     >>> sorted(name for name in vars(ztune.DeployedClassifier) if name.startswith("predict"))
@@ -62,47 +62,47 @@ class DeployedClassifier:
         self.close()
 
     def close(self) -> None:
-        """Give the session up, and its memory once no other thread is at work with it."""
+        """Close the session; memory is freed when no thread uses it."""
         self._classifier = None
 
     @property
     def classes_(self) -> np.ndarray[Any, Any]:
-        """Class names by the order of the columns: str[C]."""
+        """Class names in column order: str[C]."""
         return np.array(self._classes)
 
     def predict(self, X: Images | LabelledImages) -> np.ndarray[Any, Any]:
         """Return the class name of each image, str[N].
 
-        Raises: DataError for images that cannot be used; ClosedError.
+        Raises: DataError for unusable images; ClosedError.
         """
-        return np.asarray(self.classes_[self._classified(X)[0].argmax(axis=1)])
+        return np.asarray(self.classes_[self._classify(X)[0].argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
         """Return probabilities f32[N, C].
 
-        Raises: DataError for images that cannot be used; ClosedError.
+        Raises: DataError for unusable images; ClosedError.
         """
-        return self._classified(X)[1]
+        return self._classify(X)[1]
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
-        """Return logits f32[N, C]; of two classes f32[N], the second one's less the first's.
+        """Return logits f32[N, C]; with two classes f32[N], second minus first.
 
-        Raises: DataError for images that cannot be used; ClosedError.
+        Raises: DataError for unusable images; ClosedError.
         """
-        logits = self._classified(X)[0]
+        logits = self._classify(X)[0]
         return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
 
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
         """Return the accuracy on labelled images: those of a split, or X with class names y.
 
-        Raises: DataError for images or labels that cannot be used; ClosedError.
+        Raises: DataError for unusable images or labels; ClosedError.
         """
         labels = true_labels(X, y, self._classes)
-        return float((self._classified(X)[0].argmax(axis=1) == labels).mean())
+        return float((self._classify(X)[0].argmax(axis=1) == labels).mean())
 
-    def _classified(self, X: Images | LabelledImages) -> tuple[F32, F32]:
+    def _classify(self, X: Images | LabelledImages) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C]."""
-        classifier = self._classifier  # kept to the end of the call, whoever closes meanwhile
+        classifier = self._classifier  # another thread may close it during the call
         if classifier is None:
             raise ClosedError(
                 f'classifier "{self._path}" is closed: open it again with ztune.load_classifier'

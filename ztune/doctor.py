@@ -1,4 +1,4 @@
-"""Whether this machine, a bundle on it, or a server is sound, and how fast it is."""
+"""Checks and timings of this machine, a bundle or a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtimes.providers import NAMES, Execution, check_precision, probe
 from runtimes.remote.endpoint import named_server
 from runtimes.remote.settings import settings_from
 from runtimes.tokenizer import Tokenizer
-from ztune.access import TEXTS
+from ztune.capabilities import TEXTS
 from ztune.errors import ZtuneError
 from ztune.io.schema import plain
 from ztune.model import Model, connect_server
@@ -35,7 +35,7 @@ _EXTRAS = {
     "parquet": "pyarrow",
     "dev": "pytest",
 }
-"""A module that each extra installs."""
+"""A module that each extra installs, by extra."""
 
 
 def check_extras() -> dict[str, bool]:
@@ -44,7 +44,7 @@ def check_extras() -> dict[str, bool]:
 
 
 def check_providers() -> dict[str, str | None]:
-    """Return None for each provider that ran a small matrix product, else why it did not."""
+    """Return None for each provider that ran a small matrix product, else the reason."""
     result: dict[str, str | None] = {}
     for name in NAMES:
         try:
@@ -57,20 +57,20 @@ def check_providers() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class BundleCheck:
-    """What is known of a bundle on this machine."""
+    """Results of checking a bundle on this machine."""
 
     files: Mapping[str, str]
-    """`sound` for each file, else what is wrong with it."""
+    """By file: `sound`, or the error."""
     failures: Sequence[str]
     model_id: str
     precision: str
     provider: str | None
-    """The first of the working providers that runs the precision; None: none does."""
+    """The first working provider that runs the precision, or None."""
     parity: Mapping[str, Mapping[str, Parity]] | None = None
-    """Differences from torch by graph, `here` and `at_export`; None where it was not run."""
+    """Differences from torch by graph, `here` and `at_export`; None if not run."""
     seconds_per_query: float | None = None
     timed: str = ""
-    """What was timed."""
+    """Timings."""
 
     def to_json(self, path: Path) -> dict[str, Json]:
         document: dict[str, Json] = {
@@ -87,9 +87,9 @@ class BundleCheck:
 
 
 def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
-    """Check a bundle on the first of the working providers that can run its precision.
+    """Check a bundle on the first working provider that runs its precision.
 
-    Raises: FormatError where there is no bundle.
+    Raises: FormatError without a bundle.
     """
     bundle = load_bundle(path)
     failures: list[str] = []
@@ -124,7 +124,7 @@ def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
 
 
 def _able(precision: str, working: Sequence[str]) -> tuple[str | None, str]:
-    """Return the first working provider that runs a precision, or None and why none does."""
+    """Return the first working provider that runs a precision, or None and the reason."""
     reason = ""
     for provider in working:
         try:
@@ -138,7 +138,7 @@ def _able(precision: str, working: Sequence[str]) -> tuple[str | None, str]:
 
 @dataclass(frozen=True)
 class ServerCheck:
-    """What is known of a server that has passed all checks."""
+    """Results of a server that has passed all checks."""
 
     url: str
     models: Sequence[str]
@@ -149,7 +149,7 @@ class ServerCheck:
     parity: Mapping[str, float]
     """Largest difference from torch by model, over the wire."""
     reports_digest: bool
-    """Whether every answer says of which bundle it is."""
+    """Whether every answer reports its bundle's digest."""
     extensions: Sequence[str]
     seconds_per_query: float | None
 
@@ -157,9 +157,9 @@ class ServerCheck:
 def check_server(
     url: str, values: Mapping[str, Json], progress: Progress = SILENCE
 ) -> tuple[ServerCheck, str]:
-    """Return what is known of a server once it has passed all checks, and what was timed.
+    """Check and time a server.
 
-    Raises: ServerError for the first check that it does not pass, ConfigError for settings.
+    Raises: ServerError for the first failed check, ConfigError for settings.
     """
     from runtimes.remote.served import Served
 
@@ -190,12 +190,11 @@ def check_server(
 
 
 def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[str, Json], float]:
-    """Measure what a run would before its first step, without a run.
+    """Measure a run's signal without a run.
 
-    Returns the signal, what run.json would keep of it, and the published value of the setting that
-    it depends on.
+    Returns the signal, its entry for run.json, and the published value of its setting.
 
-    Raises: ConfigError for a method that has none; ZtuneError.
+    Raises: ConfigError for a method without a signal; ZtuneError.
     """
     _, split = read_split(run_config)
     with tempfile.TemporaryDirectory() as folder:

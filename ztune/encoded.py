@@ -1,4 +1,4 @@
-"""The images that a run may see: encoded once, and their pixels where a method changes them."""
+"""A run's training and validation images: features, and pixels for methods that change images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ztune.types import F32, I64, U8
 
 @dataclass(frozen=True)
 class Changeable:
-    """Images that are encoded anew under visual prompts."""
+    """Images that are re-encoded under visual prompts."""
 
     pixels: U8
     """u8[V, N, S, S, 3], on disk."""
     extracted: F32
-    """f32[V, N, k]: what a decoder sees of each."""
+    """f32[V, N, k]: a decoder's input features."""
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Training and validation images: never those kept for testing."""
+    """Encoded training and validation images, never test images."""
 
     features: F32
     """f32[V, N, e], the training images and their views."""
@@ -45,11 +45,11 @@ class EncodedSplit:
     n_cached: int
     n_broken: int
     changeable: Changeable | None = None
-    """The training images, where the method changes images."""
+    """The training images' pixels, if the method changes images."""
     val_changeable: Changeable | None = None
 
     def shots(self, text_features: F32, logit_scale: float, logit_bias: float) -> Shots:
-        """Return what a head is fitted on, beside hand-written prompts' f32[C, e]."""
+        """Return a head's input; `text_features` f32[C, e] are the templates'."""
         n_views = len(self.features)
         features = self.features.reshape(-1, self.features.shape[-1])
         held_out = None
@@ -59,9 +59,9 @@ class EncodedSplit:
         return Shots(features, labels, text_features, logit_scale, logit_bias, held_out, n_views)
 
     def costs(self, own_cache: bool, seconds: float) -> dict[str, int | float]:
-        """Return the image pass's cost; where a run is resumed, its first full pass's is kept.
+        """Return the image pass's cost; a resumed run keeps its first full pass's.
 
-        What is found in the run's own cache was encoded by this run, before a kill.
+        Images in the run's own cache were encoded by this run, before it was killed.
         """
         n_paid_before = self.n_cached if own_cache else 0
         return {
@@ -82,20 +82,20 @@ class SplitEncoder:
     model: Model
 
     def training(self) -> tuple[Features, I64]:
-        """Return the training images' features, and the labels i64[N] of those readable.
+        """Return the training images' features, and the labels i64[N] of readable ones.
 
-        Raises: ZtuneError for a class without any.
+        Raises: ZtuneError for a class without readable images.
         """
         train = self._encoded("train", "training images", self.run_config.augment)
         labels = self.split.labels("train")[train.kept]
         missing = sorted(set(range(len(self.split.classes))) - set(labels.tolist()))
         if missing:
             name = self.split.classes[missing[0]]
-            raise ZtuneError(f'class "{name}" has no image that can be read')
+            raise ZtuneError(f'class "{name}" has no readable image')
         return train, labels
 
     def encode(self, *, changeable: bool) -> EncodedSplit:
-        """Encode what tuning may see; with `changeable` keep the pixels as well."""
+        """Encode training and validation images; with `changeable` keep the pixels too."""
         n_views = self.run_config.augment
         train, labels = self.training()
         n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
@@ -140,7 +140,7 @@ class SplitEncoder:
     def _changeable(
         self, role: SplitName, encoded: Features, n_views: int
     ) -> tuple[Changeable, tuple[int, int]]:
-        """Return a role's images to change, and how many were encoded of how many wanted."""
+        """Return a role's changeable images, and how many were encoded of how many requested."""
         extracted, n_more = encoded.values, (0, 0)
         if self.run_config.extractor is not None:
             found = self._encoded(
@@ -167,6 +167,6 @@ class SplitEncoder:
 
 
 def fingerprints(split: Split) -> Any:
-    """Return u64[n], sorted: the first 8 bytes of the SHA-256 of every image that tunes."""
+    """Return the fingerprints u64[n] of the training and validation images, sorted."""
     entries = [*split.entries_of("train"), *split.entries_of("val")]
     return np.array(sorted(int(entry.sha256[:16], 16) for entry in entries), dtype=np.uint64)

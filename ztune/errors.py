@@ -1,63 +1,63 @@
-"""The errors a user can meet: each is one line that says what, got, expected and what to do."""
+"""Errors for users: one line that says what, got, expected and what to do."""
 
 
 class ZtuneError(Exception):
-    """Anything that the command line reports in one line and exits 1 for."""
+    """An error that the command line reports in one line, with exit code 1."""
 
 
 class DataError(ZtuneError):
-    """Images, folders, manifests or splits that cannot be used as they are."""
+    """Unusable images, folders, manifests or splits."""
 
 
 class StorageError(DataError):
-    """A file that cannot be written, on a full disk for instance."""
+    """A file that cannot be written, as on a full disk."""
 
 
 class FormatError(ZtuneError):
-    """A file of ours (bundle, artifact, run) that is damaged, foreign or too new."""
+    """A bundle, artifact or run that is damaged, foreign or too new."""
 
 
 class ProviderError(ZtuneError):
-    """An execution provider that was asked for and does not really run."""
+    """A requested execution provider that does not run."""
 
 
 class BudgetError(ZtuneError):
-    """A step that would cost more queries than are left."""
+    """A step that costs more queries than remain."""
 
 
 class NotFiniteError(ZtuneError):
-    """A candidate whose loss is infinite or no number."""
+    """A candidate whose loss is infinite or NaN."""
 
     def __init__(self, message: str, candidate: int):
         super().__init__(message)
         self.candidate = candidate
-        """Its place among those of one call, from 0."""
+        """Its index in the call, from 0."""
 
 
 class ConfigError(ZtuneError):
-    """A setting with an unknown name or an impossible value."""
+    """A setting with an unknown name or an invalid value."""
 
 
 class ServerError(ZtuneError):
-    """A server that cannot be reached, refuses, or answers what it must not."""
+    """A server that is unreachable, refuses, or sends an invalid answer."""
 
 
 class AwayError(ServerError):
-    """No server has answered for as long as was agreed."""
+    """No server has answered within `give_up`."""
 
 
 class NotFittedError(ZtuneError, ValueError, AttributeError):
-    """A classifier that is asked before it was fitted; scikit-learn's own where that is loaded."""
+    """A classifier used before fitting; also scikit-learn's error if that is loaded."""
 
 
 class ClosedError(ZtuneError):
-    """A model or a classifier that is asked after it was closed."""
+    """A model or classifier used after closing."""
 
 
 class ZtuneWarning(UserWarning):
-    """What a caller should know of a result, though there is one."""
+    """A condition that a caller should know about."""
 
 
 def how_to_install(extra: str) -> str:
-    """Return the command that installs an extra of pyproject.toml, as README gives it."""
+    """Return the command that installs an extra of pyproject.toml, as in README."""
     return f"pip install '.[{extra}]' in a checkout of ztune"

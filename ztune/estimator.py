@@ -1,4 +1,4 @@
-"""One estimator for every method: fit, predict, score, save, as scikit-learn's have it."""
+"""One scikit-learn-style estimator for every method: fit, predict, score, save."""
 
 from __future__ import annotations
 
@@ -48,23 +48,22 @@ _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "pa
 
 
 class FewShotClassifier:
-    """Fits a prompt or a head on a few labelled images, by forward passes alone.
+    """Fits a prompt or a head on a few labelled images, with forward passes only.
 
-    `method` is one of those that `ztune methods` lists, each with the paper it is from
-    (docs/methods.md); keyword arguments beyond the named ones are its settings, over the `preset`:
-    default, published or tuned. `queries` is the budget of a method that is tuned: candidates, each
-    evaluated on one batch; closed forms (`gda` and its like) spend none. `seed` is that of the
-    method. `templates` are hand-written prompts with {} for a class name; None: those of the data
-    set, else "a photo of a {}.". `keep` is "last", the last point, as published, or "best", that on
-    validation images; `patience` stops after so many validation passes without gain; `augment` is
-    the number of random views of each training image that are encoded once (None: the preset's).
+    `method` is a name from `ztune methods` (docs/methods.md); extra keyword arguments are its
+    settings, which override the `preset`: default, published or tuned. `queries` is the budget of
+    a tuned method: candidates, each evaluated on one batch; closed forms such as `gda` use none.
+    `seed` is the method's. `templates` are hand-written prompts with {} for a class name (None: the
+    data set's, else "a photo of a {}."). `keep` is "last" (as published) or "best" on validation
+    images; `patience` is the number of validation passes without gain before stopping; `augment`
+    is the number of cached random views per training image (None: the preset's).
 
     After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
     image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
-    has a dict for each step: step, queries, loss (nats), accuracy (0…1) and seconds; a closed form
-    leaves it empty.
+    has a dict per step: step, queries, loss (nats), accuracy (0…1) and seconds; it is empty for a
+    closed form.
 
-    Unknown methods and settings are refused by `fit`.
+    `fit` raises ConfigError for unknown methods and settings.
 
     >>> import ztune
     >>> model = ztune.load("models/mini", provider="cpu")
@@ -103,13 +102,13 @@ class FewShotClassifier:
         self._class_names: Sequence[str] | None = None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the arguments of the constructor, the method's settings included."""
+        """Return the constructor's arguments, including the method's settings."""
         return {**{name: getattr(self, name) for name in _OWN}, **self.settings}
 
     def set_params(self, **params: Any) -> FewShotClassifier:
-        """Change arguments of the constructor; a name that is none of its own is a setting.
+        """Change the constructor's arguments; other names are settings of the method.
 
-        They hold from the next `fit` on, which raises ConfigError for an unknown setting.
+        They apply from the next `fit`, which raises ConfigError for an unknown setting.
         """
         for name, value in params.items():
             if name in _OWN:
@@ -140,17 +139,16 @@ class FewShotClassifier:
         class_names: Sequence[str] | None = None,
         run_dir: Path | str | None = None,
     ) -> FewShotClassifier:
-        """Fit on a training set, on a whole Dataset, or on images or features with labels `y`.
+        """Fit on a training set, a whole Dataset, or images or features with labels `y`.
 
-        `X` is a list of paths, of images of Pillow's or of arrays u8[H, W, 3], an array
-        u8[N, H, W, 3], or unit features f32[N, e] as `Model.encode_images` gives them. `y` are N
-        labels: class names, or indices into `class_names`. With `run_dir` the fit leaves what
-        `ztune tune` leaves there, and goes on from it where it was stopped; else nothing touches
-        the disk.
+        `X` is a list of paths, Pillow images or arrays u8[H, W, 3], an array u8[N, H, W, 3], or
+        unit features f32[N, e] of `Model.encode_images`. `y` are N labels: class names, or indices
+        into `class_names`. `run_dir` is a run's folder as of `ztune tune`: an interrupted fit
+        resumes from it. Without it nothing is written to disk.
 
-        Raises: DataError for images or labels that cannot be used; ConfigError for an unknown
-            method or setting, too few queries, a method that needs images where features are given,
-            or a `run_dir` with another run; ServerError; ClosedError for a closed model.
+        Raises: DataError for unusable images or labels; ConfigError for an unknown method or
+            setting, too few queries, features for a method that needs images, or another run in
+            `run_dir`; ServerError; ClosedError for a closed model.
         """
         self.model.require_open()
         class_names = self.class_names if class_names is None else class_names
@@ -183,10 +181,10 @@ class FewShotClassifier:
         model: Model,
         features: EncodedSplit | None,
     ) -> RunReport:
-        """Start a run in a folder, go on with it, or find it finished."""
+        """Start a run in a folder, resume it, or read its result."""
         store = RunFolder(folder)
-        # One that was refused before its first step is replaced.
-        if not store.is_begun or store.read().get("status") == "refused":
+        # A run refused before its first step is replaced.
+        if not store.is_started or store.read().get("status") == "refused":
             return start_run_on(run_config, training.split, model, folder, features)
         with SavedRun.locked(folder) as saved:
             saved.require_same(run_config, training.split, model)
@@ -197,9 +195,9 @@ class FewShotClassifier:
             return saved.resume(model, features, files=files, roots=roots)
 
     def predict(self, X: Images | LabelledImages) -> np.ndarray[Any, Any]:
-        """Return the class name of each image or of each row of features, str[N].
+        """Return the class name of each image or row of features, str[N].
 
-        Raises: NotFittedError; DataError for images or features that cannot be used.
+        Raises: NotFittedError; DataError for unusable images or features.
         """
         classes = self.classes_
         return np.asarray(classes[self._logits(X).argmax(axis=1)])
@@ -207,32 +205,32 @@ class FewShotClassifier:
     def predict_proba(self, X: Images | LabelledImages) -> F32:
         """Return probabilities f32[N, C], the softmax of the logits, in the order of `classes_`.
 
-        Raises: NotFittedError; DataError for images or features that cannot be used.
+        Raises: NotFittedError; DataError for unusable images or features.
         """
         logits = self._logits(X).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
-        """Return logits f32[N, C], in the order of `classes_`; safe for several threads at once.
+        """Return logits f32[N, C], in the order of `classes_`; thread-safe.
 
-        Of two classes it is f32[N], the second one's less the first's, as scikit-learn has it. `X`
-        is what `fit` takes, less the labels, or the test images of a split.
+        With two classes it is f32[N], second minus first, as in scikit-learn. `X` is as for `fit`,
+        or the test images of a split.
 
-        Raises: NotFittedError; DataError for images or features that cannot be used; ClosedError
-            for images once the model is closed.
+        Raises: NotFittedError; DataError for unusable images or features; ClosedError for images
+            after the model was closed.
         """
         logits = self._logits(X)
         return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
 
     def _logits(self, X: Images | LabelledImages) -> F32:
-        """Return logits f32[N, C] for whatever can be classified."""
+        """Return logits f32[N, C] of images or features."""
         artifact, images = self._fitted(), listed_images(X)
         if _are_features(images):
             _require_width(images, self._model)
             if isinstance(artifact, VisualArtifact):
                 method = artifact.provenance.method
-                raise DataError(f"{method} changes images, so features cannot be classified")
+                raise DataError(f"{method} changes images: pass images, not features")
             return self._classifier.logits(unit_rows(finite(images)))
         parts = [
             self._logits_of(artifact, images[first : first + _BATCH], first)
@@ -243,8 +241,7 @@ class FewShotClassifier:
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
         """Return the accuracy, 0…1, on labelled images: those of a split, or X with labels y.
 
-        Raises: NotFittedError; DataError for images that cannot be used, or labels that are not
-            among the classes.
+        Raises: NotFittedError; DataError for unusable images or unknown labels.
         """
         labels = true_labels(X, y, self._fitted().classes, self._class_names)
         return float((self._logits(X).argmax(axis=1) == labels).mean())
@@ -258,7 +255,7 @@ class FewShotClassifier:
         return np.array(self._fitted().classes)
 
     def save(self, path: Path | str) -> None:
-        """Write the artifact, the file that `ztune tune` leaves as prompt.safetensors.
+        """Write the artifact, as prompt.safetensors of `ztune tune`.
 
         Raises: NotFittedError.
         """
@@ -267,21 +264,21 @@ class FewShotClassifier:
         write_artifact(Path(path), self._fitted())
 
     def load_artifact(self, path: Path | str) -> FewShotClassifier:
-        """Take an artifact that was tuned with this model, in place of fitting.
+        """Load an artifact that was tuned with this model, instead of fitting.
 
         `path` is its file, or the folder of a finished run.
 
-        Raises: FormatError for a damaged one; ConfigError for one of another model.
+        Raises: FormatError for a damaged artifact; ConfigError for another model's.
         """
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
-        self._take(self.model.refreshed(artifact), None, [], None)
+        self._take(self.model.refresh(artifact), None, [], None)
         return self
 
     def export_onnx(self, path: Path | str) -> None:
-        """Write one classifier.onnx: images in, probabilities out.
+        """Write classifier.onnx: images in, probabilities out.
 
-        Raises: NotFittedError; ConfigError where the bundle has no image tower here.
+        Raises: NotFittedError; ConfigError without a local image tower.
         """
         from export.classifier import pack
 
@@ -325,15 +322,17 @@ class FewShotClassifier:
         y: Labels | None,
         class_names: Sequence[str] | None,
     ) -> tuple[TrainingSet, EncodedSplit | None]:
-        """Return what to fit on, and where features are given these."""
+        """Return the training set, and the features if `X` has features."""
         if isinstance(X, TrainingSet | Dataset):
             if y is not None:
-                raise DataError("`y` goes with images; a data set has its own labels")
+                raise DataError("`y` is given, but the data set in `X` has labels: leave it out")
             return (X if isinstance(X, TrainingSet) else X.whole(self.seed)), None
         if isinstance(X, str | Path):
-            raise DataError("`X` is one path: read a folder or list with Dataset.from_folder")
+            raise DataError(
+                "`X` is one path, expected a list (read a folder with Dataset.from_folder)"
+            )
         if y is None:
-            raise DataError("`y` is missing: labels go with images and features")
+            raise DataError("`y` is missing: pass one label per image or row of features")
         if _are_features(X):
             return _from_features(np.asarray(X), y, class_names)
         return Dataset.from_arrays(X, y, class_names).whole(self.seed), None
@@ -344,7 +343,7 @@ class FewShotClassifier:
         if augment is None:
             augment = views_of(self.method, self.preset)
         if from_features and augment:
-            raise ConfigError("`augment` makes views of images, and `X` are features")
+            raise ConfigError("`augment` makes views of images, but `X` are features: leave it out")
         execution = self.model.execution
         settings = training.split.settings
         assert settings is not None
@@ -372,7 +371,7 @@ class FewShotClassifier:
             server=self.model.server,
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
-        run_config.check_method()  # an unknown setting is told before anything is opened
+        run_config.check_method()  # before anything is opened
         return run_config
 
     def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:
@@ -380,8 +379,8 @@ class FewShotClassifier:
         tuned = run_config.tuned_config
         if tuned is not None and tuned.program is not None:
             raise ConfigError(
-                f"{self.method} changes images, so `X` must be images (paths, images of Pillow's "
-                "or arrays u8), not features"
+                f"{self.method} changes images, so `X` must be images (paths, Pillow images or "
+                "arrays u8), not features"
             )
 
     def _logits_of(self, artifact: Artifact, images: Any, first: int) -> F32:
@@ -397,7 +396,7 @@ class FewShotClassifier:
         return self._classifier.logits(features)
 
     def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
-        """Return the image tower, and what a visual prompt changes it by; opened once."""
+        """Return the image tower and a visual prompt's program, opened once."""
         self._model.require_open()
         with self._opening:
             if self._images is None:
@@ -413,7 +412,7 @@ class FewShotClassifier:
 
 
 def _not_fitted(message: str) -> NotFittedError:
-    """Return an error that `except sklearn.exceptions.NotFittedError` catches too, where loaded."""
+    """Return an error that `except sklearn.exceptions.NotFittedError` also catches, if loaded."""
     theirs = sys.modules.get("sklearn.exceptions")
     if theirs is None:
         return NotFittedError(message)
@@ -426,7 +425,7 @@ def _joined(theirs: type[Exception]) -> type[NotFittedError]:
 
 
 def unit_rows(features: F32) -> F32:
-    """Return features f32[N, e] with unit rows; a model's own have them and stay as they are."""
+    """Return features f32[N, e] with unit rows; a model's features are returned unchanged."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return np.where(np.abs(lengths - 1) < 1e-5, features, features / lengths).astype(np.float32)
 
@@ -434,36 +433,36 @@ def unit_rows(features: F32) -> F32:
 def _require_width(features: Any, model: Model) -> None:
     width, own = np.shape(features)[-1], model.bundle.embed_dim
     if width != own:
-        raise DataError(f"`X` has features of {width} values, the model's have {own}")
+        raise DataError(f"`X` has features of {width} values, expected the model's {own}")
 
 
 def finite(features: Any) -> F32:
     """Return features as f32[N, e].
 
-    Raises: DataError for values that are not finite, or a row of zeros.
+    Raises: DataError for non-finite values, or a row of zeros.
     """
     rows = np.ascontiguousarray(features, dtype=np.float32)
     if not np.isfinite(rows).all() or not rows.any(axis=1).all():
-        raise DataError("`X` has features that are not finite, or all zero")
+        raise DataError("`X` has features that are not finite, or a row of zeros")
     return rows
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return a value of numpy's as Python's.
+    """Return a numpy value as a Python value.
 
-    Raises: ConfigError for what is no setting.
+    Raises: ConfigError for another type.
     """
     if isinstance(value, np.generic):
         return value.item()
     if value is not None and not isinstance(value, str | int | float | tuple | list):
-        raise ConfigError(f"`{name}` is {type(value).__name__}, expected a number, word or None")
+        raise ConfigError(f"`{name}` is {type(value).__name__}, expected a number, string or None")
     return value
 
 
 def _whole(name: str, value: Any) -> int:
     value = _plain(name, value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"`{name}` is {value!r}, expected a whole number of at least 0")
+        raise ConfigError(f"`{name}` is {value!r}, expected an integer of at least 0")
     return value
 
 
@@ -474,14 +473,16 @@ def _are_features(X: Any) -> bool:
 def _from_features(
     features: np.ndarray[Any, Any], y: Labels, class_names: Sequence[str] | None
 ) -> tuple[TrainingSet, EncodedSplit]:
-    """Return a training set of features f32[N, e]; those of a class stay in their order."""
+    """Return a training set of features f32[N, e], in their order within a class."""
     import hashlib
 
     names = labels_as_names(y, class_names)
     rows = finite(features)
     given = class_names_of(class_names)
     if len(rows) != len(names):
-        raise DataError(f"`X` has {len(rows)} rows and `y` {len(names)} labels, expected as many")
+        raise DataError(
+            f"`X` has {len(rows)} rows and `y` {len(names)} labels, expected equal numbers"
+        )
     classes = tuple(sorted(set(names if given is None else given)))
     labels = label_array(names, classes)
     seen: Counter[tuple[bytes, int]] = Counter()
@@ -489,12 +490,12 @@ def _from_features(
     for row, label in zip(rows, labels.tolist(), strict=True):
         content = row.tobytes()
         if any((content, other) in seen for other in range(len(classes)) if other != label):
-            raise DataError("`X` has the same features in two classes")
+            raise DataError("`X` has equal features in two classes")
         digests.append(hashlib.sha256(content + b"%d" % seen[content, label]).hexdigest())
         seen[content, label] += 1
     order = np.argsort(labels, kind="stable").tolist()
     if len(classes) < 2 or {*labels.tolist()} != {*range(len(classes))}:
-        raise DataError(f"`y` has labels of {len({*labels.tolist()})} class(es) of {len(classes)}")
+        raise DataError(f"`y` has {len({*labels.tolist()})} class(es), expected all {len(classes)}")
     entries = tuple(Entry("data", f"{n:09d}", digests[n], int(labels[n]), "train") for n in order)
     shots = int(np.bincount(labels).max())
     split = Split({"data": MEMORY}, classes, entries, SplitSettings(shots, 0, 0, 0, 0), ())

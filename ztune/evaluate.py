@@ -1,4 +1,4 @@
-"""Results scored on labelled images: those of a run, of a bundle, of a packed classifier."""
+"""Scores of runs, bundles and packed classifiers on labelled images."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from ztune.statistics import Score, score
 from ztune.task import open_program
 from ztune.types import F32, I64, Json
 
-_AT_ONCE = 32  # images whose pixels are in memory
+_AT_ONCE = 32  # images decoded at a time
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images to score: files with their SHA-256, class names, and what they are called."""
+    """Images to score: files with their SHA-256, labels and class names."""
 
     items: list[tuple[Path, str]]
     labels: I64
     classes: tuple[str, ...]
     split: str
     held: InMemoryImages = field(default_factory=dict)
-    """Images that are in memory, by the paths that stand for them."""
+    """Images in memory, by nominal path."""
 
     @property
     def images(self) -> list[ImageLike]:
-        """What to read: files, and images that are in memory."""
+        """The files and images to read."""
         return [self.held.get(path, path) for path, _ in self.items]
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class LabelledImages:
     def among(self, candidates: tuple[str, ...], whose: str) -> I64:
         """Return the labels as indices into other class names.
 
-        Raises: DataError naming a class that is not among them.
+        Raises: DataError naming an unknown class.
         """
         index = {name: i for i, name in enumerate(candidates)}
         unknown = [name for name in self.classes if name not in index]
@@ -62,12 +62,12 @@ class LabelledImages:
             raise DataError(
                 f'class "{unknown[0]}" of the images is not among {whose} '
                 f"({', '.join(candidates[:5])}{', ...' if len(candidates) > 5 else ''}); "
-                f"{len(unknown)} such class(es) in all"
+                f"{len(unknown)} unknown class(es) in total"
             )
         return np.array([index[self.classes[label]] for label in self.labels], dtype=np.int64)
 
     def n_tuned_on(self, fingerprints: Iterable[int]) -> int:
-        """Return how many of the images served tuning or validation."""
+        """Return how many of the images were used for training or validation."""
         known = {int(value) for value in fingerprints}
         return sum(int(digest[:16], 16) in known for _, digest in self.items)
 
@@ -75,11 +75,11 @@ class LabelledImages:
 def read_labelled(
     place: str, root: Path | None, names: Path | None, split: str, progress: Progress = SILENCE
 ) -> LabelledImages:
-    """Return the test images of a data set, or all of them with the split `all`.
+    """Return a data set's test images, or all images with the split `all`.
 
     `place` is a path, or with `root` the name of a data set.
 
-    Raises: DataError where there are none; ConfigError.
+    Raises: DataError without such images; ConfigError.
     """
     dataset = read_source(place, root, names, tuned=False)
     for note in dataset.notes:
@@ -88,8 +88,8 @@ def read_labelled(
         chosen = tuple(p for p in dataset.images if p.split == "test")
         if not chosen:
             raise DataError(
-                f'data "{place}" has no test images of its own (use `split=all`, or '
-                "`split_file=RUN/split.json` for those that a run kept)"
+                f'data "{place}" has no test images (use `split=all`, or '
+                "`split_file=RUN/split.json` for a run's test images)"
             )
         dataset = replace(dataset, images=chosen)
     digests = digest_images(dataset)
@@ -106,11 +106,11 @@ def labelled_of_split(
     test_data: Path | str | None = None,
     pipe: bool = False,
 ) -> LabelledImages:
-    """Return the test images of a run or its split file, or all of them with the split `all`.
+    """Return the test images of a run or split file, or all images with the split `all`.
 
-    `data` is where they are now, where they have moved; `test_data` those of a test set of its own.
+    `data` and `test_data` are new locations of moved images.
 
-    Raises: DataError where there are none, or one has changed; FormatError.
+    Raises: DataError without such images, or if one has changed; FormatError.
     """
     path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
@@ -129,7 +129,7 @@ def labelled_of_split(
         if data is None:
             raise
         raise DataError(
-            f"{error}; other images are scored with: ztune eval BUNDLE --data FOLDER --prompt RUN"
+            f"{error}; to score other images: ztune eval BUNDLE --data FOLDER --prompt RUN"
         ) from None
     items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
     labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
@@ -138,15 +138,15 @@ def labelled_of_split(
 
 @dataclass(frozen=True)
 class RunScores:
-    """A finished run's result on labelled images, and what it is compared with."""
+    """A finished run's scores on labelled images, and its baselines'."""
 
     artifact: Artifact
     zero_shot: Score
     tuned: Score
     kept: NDArray[np.bool_]
-    """Which of the images could be read."""
+    """Whether each image could be read."""
     curve: list[Json] | None
-    """The accuracy of every snapshot, where they were asked for."""
+    """The accuracy of every snapshot, if requested."""
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -167,9 +167,9 @@ def score_run(
 ) -> RunScores:
     """Score a finished run on labelled images, with the model that it was tuned on.
 
-    `cache` stands for the run's own.
+    `cache` replaces the run's own.
 
-    Raises: FormatError, DataError; ConfigError for an extractor that is not the run's.
+    Raises: FormatError, DataError; ConfigError for another extractor than the run's.
     """
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, model.bundle.model_id, folder.prompt, model.bundle.path)
@@ -187,7 +187,7 @@ def score_run(
     zero_shot = model.zero_shot(templates, artifact.classes)
 
     def scored(result: Artifact) -> Score:
-        return score(features.logits(model.refreshed(result)), labels, result.classes)
+        return score(features.logits(model.refresh(result)), labels, result.classes)
 
     before = score(zero_shot.logits(features.plain.values[0]), labels, artifact.classes)
     tuned = scored(artifact)
@@ -214,15 +214,15 @@ def score_bundle(
     extractor: Path | None = None,
     skip_broken: bool = False,
 ) -> tuple[Score, NDArray[np.bool_]]:
-    """Score an artifact, or hand-written templates, on images; return which could be read too.
+    """Score an artifact or templates on images; also return whether each could be read.
 
-    `candidates` are the class names to choose among, of which the artifact has the text features.
-    Features are kept in the folder `cache`; None: in memory.
+    `candidates` are the class names to choose from. Features are kept in the folder `cache`, or in
+    memory if it is None.
 
-    Raises: DataError; ConfigError for an extractor that is not the artifact's.
+    Raises: DataError; ConfigError for another extractor than the artifact's.
     """
     needed = extractor_for(artifact, extractor, None)
-    labels = images.among(candidates, "the class names to choose among")
+    labels = images.among(candidates, "the class names to choose from")
     features = encode_test(
         model,
         images.items,
@@ -241,7 +241,7 @@ def score_bundle(
 
 @dataclass(frozen=True)
 class TestFeatures:
-    """Images, as (file, SHA-256), and a bundle to score them with."""
+    """Encoded test images, and the model to score them with."""
 
     model: Model
     items: Sequence[tuple[Path, str]]
@@ -249,13 +249,13 @@ class TestFeatures:
     what: str
     skip_broken: bool
     plain: Features
-    """What the image tower says of them as they are."""
+    """Features of the unchanged images."""
     extractor: Path | None = None
 
     def logits(self, artifact: Artifact) -> F32:
-        """Return f32[n, C] of the images that can be read.
+        """Return logits f32[n, C] of the readable images.
 
-        Raises: ConfigError when the artifact was tuned with another extractor.
+        Raises: ConfigError if the artifact was tuned with another extractor.
         """
         classifier = artifact.classifier()
         if not isinstance(artifact, VisualArtifact):
@@ -284,7 +284,7 @@ class TestFeatures:
         ).values[0]
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield u8[n, S, S, 3] and the place of its first image."""
+        """Yield the index of a batch's first image, and its pixels u8[n, S, S, 3]."""
         encoder = self.model.images()
         kept = [item for item, keep in zip(self.items, self.plain.kept, strict=True) if keep]
         for first in range(0, len(kept), _AT_ONCE):
@@ -301,43 +301,43 @@ def encode_test(
     skip_broken: bool,
     extractor: Path | None = None,
 ) -> TestFeatures:
-    """Encode the images as they are."""
+    """Encode the unchanged images."""
     plain = model.features(items, cache, what=what, skip_broken=skip_broken)
     return TestFeatures(model, items, cache, what, skip_broken, plain, extractor)
 
 
 def extractor_for(artifact: Artifact | None, named: Path | None, known: str | None) -> Path | None:
-    """Return the checked extractor that the artifact needs: as `extractor` names it, else its run.
+    """Return the checked extractor that the artifact needs, from `named` or its run.
 
-    Raises: ConfigError, also when one was named and none is needed.
+    Raises: ConfigError, also if one is named but not needed.
     """
     if isinstance(artifact, VisualArtifact) and artifact.extractor:
         return required_extractor(artifact, named or (Path(known) if known else None))
     if named is not None:
-        what = "templates need no" if artifact is None else "the result was tuned without an"
+        what = "templates use no" if artifact is None else "the result was tuned without an"
         raise ConfigError(f"{what} extractor; leave out `extractor`")
     return None
 
 
 def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
-    """Return the extractor's file, checked to be the one that the artifact was tuned with.
+    """Check that a file is the extractor that the artifact was tuned with, and return it.
 
     Raises: ConfigError.
     """
     if path is None:
         raise ConfigError(
-            "the visual prompt was tuned with a feature extractor of its own: name it with "
+            "the visual prompt was tuned with a separate feature extractor: name it with "
             "`extractor=FILE`"
         )
     if not path.is_file():
-        state = "is no file" if path.exists() else "does not exist"
+        state = "is not a file" if path.exists() else "does not exist"
         raise ConfigError(
             f'the feature extractor "{path}" of the visual prompt {state}; put it back, or '
-            "name where it is now with `extractor=FILE`"
+            "name its new location with `extractor=FILE`"
         )
     if sha256(path) != artifact.extractor:
         raise ConfigError(
-            f'`extractor` "{path}" is not the one that the visual prompt was tuned with '
-            f"(SHA-256 {artifact.extractor[:12]}… expected)"
+            f'`extractor` "{path}" is not the extractor of the visual prompt '
+            f"(expected SHA-256 {artifact.extractor[:12]}…)"
         )
     return path

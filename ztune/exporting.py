@@ -1,4 +1,4 @@
-"""From an open_clip model to a bundle of ONNX graphs; needs torch, on a workstation."""
+"""Export of an open_clip model to a bundle of ONNX graphs; needs torch."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def export(
     licence: str = "unknown",
     progress: Progress = SILENCE,
 ) -> Bundle:
-    """Turn an open_clip model into a bundle in the new folder `out`, and return it.
+    """Export an open_clip model to a bundle in the new folder `out`, and return it.
 
     `model` is a name of open_clip's registry, `local-dir:PATH` or `hf-hub:ID`; `pretrained` a
-    published tag or a checkpoint file; `preprocess_from` a tag or JSON file that says how images
-    were prepared, where a checkpoint does not; `precision` fp32, fp16 (for GPUs) or int8 (for
-    CPUs); `image_tokens` adds the graph that visual tokens need, in fp32 alone; `random_weights` is
-    a seed, for tests. Each graph is compared with torch, and a difference above 1e-4 refuses the
-    bundle.
+    published tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing
+    of a checkpoint without one; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
+    tests. Each graph is compared with torch; a difference above 1e-4 is an error.
 
-    Raises: ConfigError for a model, weights or settings that cannot be, and without torch;
-        ZtuneError for a graph that differs from torch.
+    Raises: ConfigError for an invalid model, weights or settings, or without torch; ZtuneError for
+        a graph that differs from torch.
 
     >>> import ztune
     >>> bundle = ztune.export(  # doctest: +SKIP
@@ -58,7 +57,7 @@ def export(
         raise ConfigError(f'unknown `precision` "{precision}", expected {", ".join(PRECISIONS)}')
     if image_tokens and precision != "fp32":
         raise ConfigError(
-            f"`image_tokens` goes with `precision=fp32`, not {precision}: visual prompts are tuned "
+            f"`image_tokens` requires `precision=fp32`, got {precision}: visual prompts are tuned "
             "in 32 bits (leave one of the two out)"
         )
     out = Path(out)

@@ -1,4 +1,4 @@
-"""What a closed-form head is fitted on, how it chooses its settings, and what it gives back."""
+"""Inputs, results and hyper-parameter selection of closed-form heads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ztune.types import F32, F64, I64, Json
 T = TypeVar("T")
 
 Predict = Callable[[F64], Iterator[F64]]
-"""From unit features f64[N, e] to logits f64[N, C], once per setting of a grid, in its order."""
+"""Yields logits f64[N, C] of unit features f64[N, e], one per setting of a grid, in order."""
 
-# What a setting may be: far beyond what helps, and within what float64 solves and float32 holds.
+# Limits of a setting: far beyond useful values, within float64's and float32's range.
 LEAST, MOST = 1e-6, 1e6
 N_FOLDS = 4
-_ROWS = 2048  # images judged at a time: a kernel over 16,000 keys then takes 260 MB
+_ROWS = 2048  # images evaluated at a time: a kernel over 16,000 keys then takes 260 MB
 
 
 @dataclass(frozen=True)
 class Shots:
-    """The labelled images' features, and the hand-written prompts' text features."""
+    """Features of the labelled images, and text features of the templates."""
 
     features: F32
     """f32[n, e], unit rows; with views row v * n_images + i is view v of image i."""
@@ -39,7 +39,7 @@ class Shots:
     logit_scale: float
     logit_bias: float = 0.0
     held_out: tuple[F32, I64] | None = None
-    """Validation images f32[N, e] and their labels, where there are any."""
+    """Validation features f32[N, e] and their labels, or None."""
     n_views: int = 1
 
     @property
@@ -48,12 +48,12 @@ class Shots:
 
     @property
     def zero_shot(self) -> F64:
-        """The zero-shot classifier f64[C, e], the logit scale in it; the bias apart."""
+        """The zero-shot classifier f64[C, e] times the logit scale, without the bias."""
         return np.asarray(np.float64(self.logit_scale) * self.text_features.astype(np.float64))
 
     @property
     def images(self) -> tuple[F64, I64]:
-        """One unit row f64[n_images, e] and label an image: the mean direction of its views."""
+        """Unit rows f64[n_images, e], the mean direction of each image's views, and labels."""
         n_images = len(self.labels) // self.n_views
         views = self.features.astype(np.float64).reshape(self.n_views, n_images, -1)
         mean = views.mean(axis=0)
@@ -61,33 +61,32 @@ class Shots:
         return np.asarray(mean), self.labels[:n_images]
 
     def without(self, left_out: NDArray[np.bool_]) -> Shots:
-        """Return the shots less some images bool[n_images], all their views and validation."""
+        """Return the shots without some images bool[n_images] and without validation images."""
         kept = np.tile(~left_out, self.n_views)
         return replace(self, features=self.features[kept], labels=self.labels[kept], held_out=None)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head's classifier, and the settings that it comes from."""
+    """A head's classifier and its settings."""
 
     classifier: FeatureClassifier
     chosen: Mapping[str, Json]
-    """Every setting of the head and nothing else, those that were left open as it chose them."""
+    """All settings of the head, including those it chose."""
 
 
 def classifier_of(weight: F64, bias: F64, kernel: Kernel | None = None) -> FeatureClassifier:
-    """Round weight f64[C, e] and bias f64[C] once, at the very end."""
+    """Return the classifier of weight f64[C, e] and bias f64[C], rounded to float32."""
     return FeatureClassifier(weight.astype(np.float32), bias.astype(np.float32), kernel)
 
 
 def choose(
     grid: Sequence[T], default: T, fit: Callable[[Shots], Predict], shots: Shots, seed: int
 ) -> T:
-    """Return the setting with the best accuracy, then loss; the first of equals.
+    """Return the setting with the best accuracy, then loss; the first in a tie.
 
-    Judged on the validation images where there are any, else by stratified folds over the
-    training images, all views of an image in one. Where a class has a single image and nothing
-    can be held out, it is `default`.
+    Evaluated on the validation images if any, else by stratified cross-validation over the
+    training images, all views of an image in one fold; `default` if a class has a single image.
     """
     if len(grid) == 1:
         return grid[0]
@@ -115,7 +114,7 @@ def choose(
 
 
 def stratified_folds(shots: Shots, seed: int) -> I64 | None:
-    """Return the fold i64[n_images] of every image, or None where a class has only one."""
+    """Return the fold i64[n_images] of every image, or None if a class has a single image."""
     labels = shots.labels[: len(shots.labels) // shots.n_views]
     n_folds = min(N_FOLDS, int(np.bincount(labels, minlength=shots.n_classes).min()))
     if n_folds < 2:
@@ -128,14 +127,14 @@ def stratified_folds(shots: Shots, seed: int) -> I64 | None:
     return folds
 
 
-def options(value: float | None, grid: Sequence[float]) -> tuple[float, ...]:
-    """Return what is to be tried: the configured value alone, or the grid."""
+def grid_values(value: float | None, grid: Sequence[float]) -> tuple[float, ...]:
+    """Return the values to try: the configured value, or the grid."""
     return tuple(grid) if value is None else (value,)
 
 
 @contextmanager
-def solvable(method: str) -> Iterator[None]:
-    """Say in one line that a head's linear system has no solution; decorates its fit.
+def explain_singular(method: str) -> Iterator[None]:
+    """Turn a linear algebra error into one line; decorates a head's fit.
 
     Raises: ZtuneError.
     """
@@ -144,14 +143,14 @@ def solvable(method: str) -> Iterator[None]:
     except np.linalg.LinAlgError as error:
         raise ZtuneError(
             f"{method} cannot be fitted to these features with these settings ({error}); "
-            "use less extreme settings, or leave them open"
+            "use less extreme settings, or the defaults"
         ) from None
 
 
 def require_positive(name: str, value: float | None, *, or_zero: bool = False) -> None:
-    """Check a hyper-parameter that may be left open.
+    """Check an optional hyper-parameter.
 
-    Raises: ConfigError when it is no number, too small or too large.
+    Raises: ConfigError for NaN, or a value too small or too large.
     """
     if value is None or LEAST <= value <= MOST or (or_zero and value == 0):
         return

@@ -1,7 +1,7 @@
-"""What was sent to a server, written down before it goes.
+"""A write-ahead journal of the queries sent to a server.
 
-A step whose answers never became part of the saved state is sent again. What is charged stays the
-same; that a server may have been paid for it twice is known from here, also after a kill.
+A step whose answers are not in the saved state is sent again. Its charge stays the same; the
+journal records, across kills, that the server may have billed it twice.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ztune.errors import FormatError
 from ztune.io.files import flush_folder, read_bytes
 
 Step = int | None
-"""Queries charged before a step; None outside of one."""
+"""Queries charged before a step; None outside the steps."""
 
 
-class Counted:
-    """Counts requests with queries before they go to a server; nothing is written."""
+class RequestCounter:
+    """Counts requests with queries before they are sent, without writing a file."""
 
     def __init__(self, budget: Budget):
         self._budget = budget
@@ -44,17 +44,17 @@ class Counted:
         self._budget.send(n_queries, again=again)
 
 
-class Journal(Counted):
-    """Lines of a file, one for each request with queries in it; safe for several threads.
+class Journal(RequestCounter):
+    """A file with one line per request with queries; thread-safe.
 
-    A line says how many queries were charged before its step, which of the step's requests it is,
-    and how many queries it carries. Outside a step it says no step, and counts as a report.
+    A line has the queries charged before its step (none: a report outside the steps), the
+    request's index in the step, and its number of queries.
     """
 
     def __init__(self, path: Path, budget: Budget):
-        """Count what earlier processes have sent; a line cut short was never sent.
+        """Count the requests of earlier processes; a truncated line was never sent.
 
-        Raises: FormatError for a file that is no journal.
+        Raises: FormatError for a file that is not a journal.
         """
         super().__init__(budget)
         self._path = path
@@ -71,7 +71,7 @@ class Journal(Counted):
                 ) from None
 
     def __call__(self, part: int, n_queries: int) -> None:
-        """Write down that request `part` of the current step goes now."""
+        """Record request `part` of the current step before it is sent."""
         with self._lock:
             step = self._budget.queries if self._budget.in_step else None
             line = json.dumps([step, part, n_queries]).encode() + b"\n"
@@ -83,7 +83,7 @@ class Journal(Counted):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
                     os.fsync(file.fileno())
                 except OSError:
-                    file.truncate(before)  # half a line would spoil what another thread writes next
+                    file.truncate(before)  # a partial line would corrupt the next one
                     raise
             if is_new:
                 flush_folder(self._path.parent)

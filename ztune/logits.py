@@ -1,4 +1,4 @@
-"""From an image's feature to logits: what every artifact comes down to."""
+"""Classifiers from image features to logits, which all artifacts reduce to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ztune.types import F32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A part of the logits that looks at remembered images: exp(−sharpness (1 − f keysᵀ)) values.
+    """The cache part of the logits: exp(−sharpness (1 − f keysᵀ)) values.
 
     On unit features 1 − f·k is half the squared distance: this is an RBF kernel.
     """
@@ -30,7 +30,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class FeatureClassifier:
-    """Logits of unit features: `weight f + bias`, and a kernel's where there is one."""
+    """Logits of unit features: `weight f + bias`, plus a kernel's if any."""
 
     weight: F32
     """f32[C, e]"""

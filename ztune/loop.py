@@ -1,4 +1,4 @@
-"""The main path: ask, map, evaluate, tell, charge, save; until the budget is spent."""
+"""The tuning loop: ask, map, evaluate, tell, charge, save, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ztune.types import I64, Batch, Evaluation, Optimizer, Oracle, PromptMap, Pr
 
 @dataclass
 class Tuning:
-    """All that changes while a method runs; what a run saves after every step."""
+    """The mutable state of a run, saved after every step."""
 
     optimizer: Optimizer
     sampler: BatchSampler
     budget: Budget
     started: float
-    """When this process took the run up, by time.monotonic()."""
+    """Start of this process's part of the run, by time.monotonic()."""
     step: int = 0
     earlier: float = 0.0
-    """Seconds that earlier processes of a resumed run spent, up to the state they saved last."""
+    """Seconds spent by earlier processes of a resumed run, up to their last saved state."""
 
     @property
     def seconds(self) -> float:
@@ -38,14 +38,14 @@ Observer = Callable[[Tuning, Evaluation], None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The validation images, for passes that steer."""
+    """The validation images of validation passes."""
 
     oracle: Oracle
     n_images: int
 
     @property
     def batch(self) -> Batch:
-        """All of them; number 0, since it is none of the sampler's."""
+        """All validation images; number 0, since the sampler counts from 1."""
         every: I64 = np.arange(self.n_images, dtype=np.int64)
         return Batch(every, np.zeros_like(every), 0)
 
@@ -58,12 +58,12 @@ def tune(
     observe: Observer,
     held_out: HeldOut | None = None,
 ) -> str:
-    """Run until the optimizer has finished or no further round fits the budget; say which.
+    """Run until the optimizer has finished or the budget is spent; return the stop reason.
 
-    `observe` is called after each round with the state as it is then: it saves and shows, and stops
-    the run early by raising.
+    `observe` is called with the state after each round, to save and report it; it may raise to stop
+    the run.
 
-    Raises: NotFiniteError for a candidate without a loss, the state as before its round.
+    Raises: NotFiniteError for a candidate without a loss; the state is that before its round.
     """
     while True:
         reason = tuning.optimizer.finished()
@@ -76,17 +76,17 @@ def tune(
         answering, before = oracle, tuning.sampler.state()
         if proposal.validation:
             if held_out is None:
-                raise ConfigError("the method asks for validation images, and there are none")
+                raise ConfigError("the method needs validation images (`val`), and there are none")
             answering, batch = held_out.oracle, held_out.batch
         else:
             batch = tuning.sampler.current() if proposal.same_batch else tuning.sampler.next()
         try:
-            with np.errstate(over="ignore", invalid="ignore"):  # told in one line instead
+            with np.errstate(over="ignore", invalid="ignore"):  # reported in one line instead
                 prompts = prompt_map(proposal.points)
             _require_finite(prompts)
             evaluation = answering(prompts, batch)
         except NotFiniteError:
-            tuning.sampler.restore(before)  # the state to go on from has not drawn this batch
+            tuning.sampler.restore(before)  # the state to resume from has not drawn this batch
             raise
         tuning.optimizer.tell(evaluation)
         tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.images)))
@@ -95,9 +95,9 @@ def tune(
 
 
 def _require_finite(prompts: Prompts) -> None:
-    """Refuse candidates that a tower may answer with a loss although they are no numbers.
+    """Check that candidates are finite: a tower may return a loss even for NaN.
 
-    Raises: NotFiniteError naming the first.
+    Raises: NotFiniteError naming the first that is not.
     """
     for values in (prompts.contexts, prompts.visual):
         if values is not None and not np.isfinite(values).all():

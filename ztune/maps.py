@@ -1,4 +1,4 @@
-"""Maps that several methods share: onto contexts, and onto values that act on pixels."""
+"""Maps shared by several methods: onto contexts, and onto values that change pixels."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _MOST_BYTES = 4e9
 
 
 def require_room(dim: int, n_outputs: int) -> None:
-    """Refuse a projection f64[dim, n_outputs] that would not fit.
+    """Check that a projection f64[dim, n_outputs] fits in memory.
 
     Raises: ConfigError.
     """
     n_bytes = 8.0 * dim * n_outputs
     if n_bytes > _MOST_BYTES:
         raise ConfigError(
-            f"projecting {dim} values onto {n_outputs} takes {n_bytes / 1e9:.1f} GB, out of reach "
-            "here (use fewer values or tokens)"
+            f"projecting {dim} values onto {n_outputs} takes {n_bytes / 1e9:.1f} GB, too much "
+            "(use fewer values or tokens)"
         )
 
 
 class DirectContext:
-    """The point is the whole context: f64[m · d]."""
+    """The identity: the point is the flattened context, f64[m · d]."""
 
     def __init__(self, initial: F32):
         """Start from `initial` f32[m, d]."""
@@ -66,7 +66,7 @@ class LinearContext:
 
 
 class Pixels:
-    """The point itself, in the shape that acts on images: a border or a decoder's values."""
+    """The point, reshaped to a border or a decoder's values."""
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape

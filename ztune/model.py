@@ -1,4 +1,4 @@
-"""A model: one bundle at work, on this machine or on a server that has its graphs."""
+"""A model: a loaded bundle, run on this machine or on a server."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from runtimes.remote.endpoint import is_url, named_server
 from runtimes.remote.settings import settings_from, to_save
 from runtimes.runtime import LocalRuntime, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
-from ztune.access import described
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
+from ztune.capabilities import describe
 from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import Features, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
-from ztune.mixing import mixed_texts
+from ztune.mixing import mix_text_features
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, ImageEncoder, Json
 
@@ -43,15 +43,15 @@ _BATCH = 8
 
 
 @dataclass
-class Life:
-    """Whether a model was closed: one for it and all copies that `replace` makes."""
+class OpenState:
+    """Whether a model was closed, shared with its copies by `replace`."""
 
     closed: bool = False
 
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle, what answers for it, and where progress goes: what `load` returns.
+    """A loaded bundle with its runtime, as `load` returns it.
 
     >>> import ztune
     >>> with ztune.load("models/mini", provider="cpu") as model:
@@ -63,15 +63,15 @@ class Model:
 
     bundle: Bundle
     execution: Execution
-    """How graphs run on this machine."""
+    """Provider and threads for graphs on this machine."""
     progress: Progress = SILENCE
     served: Runtime | None = None
-    """The server that has the bundle's graphs; None: they run on this machine."""
+    """The server that runs the bundle's graphs; None: this machine."""
     held: InMemoryImages = field(default_factory=dict)
-    """Images that are in memory, by the paths that stand for them."""
+    """Images in memory, by nominal path."""
     server: Mapping[str, Json] = field(default_factory=dict)
-    """How a server was reached, as a run keeps it: without secrets."""
-    life: Life = field(default_factory=Life, repr=False)
+    """A server's settings as saved by a run, without secrets."""
+    life: OpenState = field(default_factory=OpenState, repr=False)
 
     def __enter__(self) -> Model:
         return self
@@ -80,22 +80,19 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Give the connection to a server up, and whatever needs forward passes."""
+        """Close the sessions and the connection to a server."""
         self.life.closed = True
         self.__dict__.pop("_prompt_graph", None)  # its session and memory
         if self.served is not None:
             self.served.close()
 
     def require_open(self) -> None:
-        """See that the model was not closed.
-
-        Raises: ClosedError.
-        """
+        """Raise ClosedError if the model was closed."""
         if self.life.closed:
             raise ClosedError(f"{self.where} is closed: load it again with ztune.load")
 
     def __deepcopy__(self, _memo: object) -> Model:
-        """Return the model itself: what copies a classifier's parameters shares it."""
+        """Return the model itself, so that copies of a classifier share it."""
         return self
 
     def __getstate__(self) -> dict[str, object]:
@@ -103,12 +100,12 @@ class Model:
 
     @property
     def where(self) -> str:
-        """What errors call it."""
+        """The model's name in errors."""
         return self._runtime.where
 
     @property
     def runtime(self) -> Runtime:
-        """What answers forward passes.
+        """The runtime of forward passes.
 
         Raises: ClosedError.
         """
@@ -120,7 +117,7 @@ class Model:
         return self.served or LocalRuntime(self.bundle, self.execution)
 
     def images(self) -> ImageEncoder:
-        """Return the image tower, which is opened when it is first used."""
+        """Return the image tower, opened on first use."""
         encoder = self.runtime.images()
         return InMemoryImageEncoder(encoder, self.bundle.image, self.held) if self.held else encoder
 
@@ -130,7 +127,7 @@ class Model:
 
     @property
     def prompt_graph(self) -> PromptGraph:
-        """The prompt graph, opened when first used: after the image tower is closed again.
+        """The prompt graph, opened on first use, after the image tower was closed.
 
         Raises: ClosedError.
         """
@@ -152,9 +149,9 @@ class Model:
         skip_broken: bool = False,
         extractor: Path | None = None,
     ) -> Features:
-        """Encode images, those cached left out; the tower is closed again afterwards.
+        """Encode images that are not cached, then close the tower.
 
-        `extractor` is another tower's ONNX file that takes the same pixels.
+        `extractor` is the ONNX file of another tower for the same pixels.
         """
         encoder = self.images()
         if extractor is not None:
@@ -175,15 +172,14 @@ class Model:
         return result
 
     def encode_images(self, images: Sequence[ImageLike]) -> F32:
-        """Return unit features f32[N, e] of paths, images of Pillow's or arrays u8[H, W, 3].
+        """Return unit features f32[N, e] of paths, Pillow images or arrays u8[H, W, 3].
 
-        The same bytes as a run's: batches always have the same size.
+        They are the same bytes as in a run, since batches have a fixed size.
 
-        Raises: DataError naming an image that cannot be read; ProviderError; ServerError;
-            ClosedError.
+        Raises: DataError naming an unreadable image; ProviderError; ServerError; ClosedError.
         """
         if isinstance(images, str | Path):
-            raise DataError("`images` are one path, expected a list of images")
+            raise DataError("`images` is one path, expected a list of images")
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
@@ -192,25 +188,25 @@ class Model:
             pixels += pixels[:1] * (_BATCH - len(pixels))
             parts.append(encoder.encode(np.stack(pixels))[: len(batch)])
         if not parts:
-            raise DataError("`images` are empty, expected at least one")
+            raise DataError("`images` is empty, expected at least one image")
         return np.concatenate(parts)
 
     def encode_texts(self, texts: Sequence[str]) -> F32:
         """Return unit features f32[N, e] of texts.
 
-        Raises: DataError for a text that is too long for the tower; ServerError; ClosedError.
+        Raises: DataError for a text too long for the tower; ServerError; ClosedError.
         """
         if isinstance(texts, str) or not len(texts):
-            raise DataError("`texts` are one text or none, expected a list of texts")
-        # One by one: two that are alike are no fault here, as two classes would be.
+            raise DataError("`texts` is one text or empty, expected a list of texts")
+        # One by one: unlike class names, texts may be equal.
         return np.concatenate([self.prompt_graph.encode_template("{}", (text,)) for text in texts])
 
-    def sentences(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
-        """Return unit features f32[C, e] of hand-written templates, the mean of several.
+    def encode_templates(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
+        """Return unit features f32[C, e] of the classes, averaged over the templates.
 
-        A template has {} where the name of a class goes.
+        A template has {} for a class name.
 
-        Raises: DataError for a text that is too long for the tower; ServerError.
+        Raises: DataError for a text too long for the tower; ServerError.
         """
         each = [self.prompt_graph.encode_template(template, classes) for template in templates]
         if len(each) == 1:
@@ -219,17 +215,17 @@ class Model:
         return np.asarray(mean / np.linalg.norm(mean, axis=-1, keepdims=True), dtype=np.float32)
 
     def zero_shot(self, templates: Sequence[str], classes: tuple[str, ...]) -> FeatureClassifier:
-        """Return the classifier of hand-written templates: features f32[N, e] to f32[N, C].
+        """Return the zero-shot classifier of templates: features f32[N, e] to f32[N, C].
 
-        Raises: DataError for a text that is too long for the tower; ServerError.
+        Raises: DataError for a text too long for the tower; ServerError.
         """
-        texts = self.sentences(templates, classes)
+        texts = self.encode_templates(templates, classes)
         return classifier_of_texts(texts, self.bundle.logit_scale, self.bundle.logit_bias)
 
     def spec(self, n_extracted: int) -> ModelSpec:
-        """Return what a method may know of the bundle before it asks anything.
+        """Return the bundle's properties that a method may use.
 
-        `n_extracted` is how many values of an image a decoder sees.
+        `n_extracted` is the size of a decoder's input features.
         """
         bundle, visual = self.bundle, self.bundle.visual
         patches = None
@@ -248,18 +244,16 @@ class Model:
             patches=patches,
         )
 
-    def refreshed(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:
-        """Return the artifact with text features from this bundle, for other classes if named.
+    def refresh(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:
+        """Recompute an artifact's text features with this bundle, for other classes if given.
 
-        Raises: DataError when a head is asked for classes that it was not fitted on, or the bundle
-            is not of its width.
+        Raises: DataError for a head with other classes, or a bundle of another width.
         """
         if isinstance(artifact, HeadArtifact):
             if artifact.weight.shape[1] != self.bundle.embed_dim:
                 raise DataError(
-                    f"the artifact is for features of {artifact.weight.shape[1]} values, the "
-                    f"bundle's image tower gives {self.bundle.embed_dim} (use the bundle it was "
-                    "tuned on)"
+                    f"the artifact has features of {artifact.weight.shape[1]} values, the bundle's "
+                    f"image tower has {self.bundle.embed_dim} (use the bundle it was tuned on)"
                 )
             if classes is not None and set(classes) != set(artifact.classes):
                 raise DataError(
@@ -273,20 +267,20 @@ class Model:
                 artifact.provenance.bundle_digest == self.bundle.digest
                 and wanted == artifact.classes
             ):
-                return artifact  # encoding all prompts again would give the same
+                return artifact  # encoding all prompts again gives the same
             if set(wanted) - set(artifact.classes):
                 warn(
-                    "a mixture's weights were found for the classes it was tuned on; for other "
-                    "class names one context does better (`method=ogn-context`)"
+                    "a mixture's weights were fitted to the classes it was tuned on; for other "
+                    "class names one context works better (`method=ogn-context`)"
                 )
-            texts = self.mixed(artifact, wanted)
+            texts = self.mix(artifact, wanted)
         elif artifact.context is None:
-            texts = self.sentences(artifact.templates, wanted)
+            texts = self.encode_templates(artifact.templates, wanted)
         else:
             if artifact.context.shape[1] != self.bundle.text.width:
                 raise DataError(
-                    f"the context has {artifact.context.shape[1]} values a token, the bundle's "
-                    f"text tower takes {self.bundle.text.width}"
+                    f"the context has {artifact.context.shape[1]} values per token, the bundle's "
+                    f"text tower has {self.bundle.text.width}"
                 )
             encoder = self.prompt_graph.encoder(wanted, len(artifact.context), 1)
             texts = encoder.encode(artifact.context[None])[0]
@@ -299,10 +293,10 @@ class Model:
             logit_bias=bundle.logit_bias,
         )
 
-    def mixed(self, artifact: MixtureArtifact, classes: tuple[str, ...]) -> F32:
-        """Return a mixture's text features f32[C, e], all its prompts encoded anew.
+    def mix(self, artifact: MixtureArtifact, classes: tuple[str, ...]) -> F32:
+        """Encode a mixture's prompts again and return its text features f32[C, e].
 
-        Raises: DataError when a token is not in this bundle's table.
+        Raises: DataError for a token that is not in this bundle's table.
         """
         tokens, at_once, table = artifact.tokens, artifact.at_once, token_table(self.bundle)
         if tokens.max() >= len(table):
@@ -312,7 +306,7 @@ class Model:
             )
         encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
         self.progress.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
-        return mixed_texts(encoder, table[tokens], artifact.weights, at_once)
+        return mix_text_features(encoder, table[tokens], artifact.weights, at_once)
 
 
 def load(
@@ -324,17 +318,17 @@ def load(
     progress: Progress = SILENCE,
     **server: Json,
 ) -> Model:
-    """Return a model at work: the bundle in a folder, or the one that a server's URL names.
+    """Load a model from a bundle's folder or a server's URL.
 
-    `provider` is auto, cpu, cuda or tensorrt; `threads` is a number of threads, without
-    spin-waiting (None: all cores); `memory_limit` is MB of the tuning's forward passes above the
-    weights. `progress` is told what is under way (ztune.progress.Progress). With a URL
-    (`triton://host:8001/NAME`, `http://…`) further arguments are settings of the server: client,
-    images, losses, deadline (s), give_up (s), tls_ca, token_file and so on (docs/remote.md). A
-    Model is a context manager; its graphs are opened when they are used.
+    `provider` is auto, cpu, cuda or tensorrt; `threads` is the number of threads, without
+    spin-waiting (None: all cores); `memory_limit` is the memory in MB of tuning's forward passes,
+    without the weights. `progress` receives progress reports (ztune.progress.Progress). With a URL
+    (`triton://host:8001/NAME`, `http://…`) further arguments are server settings: client, images,
+    losses, deadline (s), give_up (s), tls_ca, token_file and so on (docs/remote.md). A Model is a
+    context manager; its graphs are opened on use.
 
-    Raises: FormatError for a folder that is no bundle; ProviderError for a provider that does not
-        run; ServerError; ConfigError.
+    Raises: FormatError for a folder that is not a bundle; ProviderError for a provider that does
+        not run; ServerError; ConfigError.
 
     >>> import ztune
     >>> with ztune.load("models/mini", provider="cpu") as model:
@@ -343,7 +337,7 @@ def load(
     """
     if not is_url(place):
         if server:
-            raise ConfigError(f"`{next(iter(server))}` goes with a server's URL; leave it out")
+            raise ConfigError(f"`{next(iter(server))}` requires a server's URL; leave it out")
         execution = resolve_execution(provider, threads, progress, memory_limit)
         return open_model(Path(place), execution, progress)
     own = ("client", "images", "losses")
@@ -352,7 +346,7 @@ def load(
     here = (provider, threads, memory_limit)
     if here[2] is not None or (values.get("images") != "local" and here != ("auto", None, None)):
         raise ConfigError(
-            "how graphs run is the server's affair: leave out `provider`, `threads` and "
+            "the server decides how its graphs run: leave out `provider`, `threads` and "
             "`memory_limit`"
         )
     return open_served_model(
@@ -366,9 +360,9 @@ def load(
 
 
 def open_model(path: Path, execution: Execution, progress: Progress = SILENCE) -> Model:
-    """Load a bundle; its graphs are opened when they are used.
+    """Load a bundle; its graphs are opened on use.
 
-    Raises: FormatError, ProviderError when the provider cannot run the bundle's precision.
+    Raises: FormatError; ProviderError if the provider cannot run the bundle's precision.
     """
     bundle = load_bundle(path)
     check_precision(bundle.precision, execution.provider)
@@ -381,9 +375,9 @@ def connect_server(
     named: Endpoint | None,
     progress: Progress = SILENCE,
 ) -> Connected:
-    """Reach a server, fetch the client half where it is not named, and check both.
+    """Connect to a server, fetch the client half unless it is named, and check both.
 
-    `values` are server settings, `named` is the server that may be told secrets.
+    `values` are server settings, `named` is the server that may receive secrets.
 
     Raises: ServerError, ConfigError.
     """
@@ -410,9 +404,9 @@ def open_served_model(
     provider: str = "auto",
     threads: int | None = None,
 ) -> Model:
-    """Return a bundle at work on a server; `provider` and `threads` are of a local image tower.
+    """Load a bundle on a server; `provider` and `threads` are those of a local image tower.
 
-    Raises: ServerError, ConfigError; ProviderError where images are encoded here and cannot be.
+    Raises: ServerError, ConfigError; ProviderError if a local image tower cannot run.
     """
     from runtimes.remote.served import Served
 
@@ -436,9 +430,9 @@ def open_served_model(
 
 
 def _described(served: Served) -> str:
-    """Return the line that says what a server is and gives."""
+    """Return a line with a server's bundle and capabilities."""
     service = served.service
     return (
         f"server {service.location}: bundle {served.bundle.digest[:12]}…, "
-        f"{served.bundle.precision}; gives {described(served.access)}"
+        f"{served.bundle.precision}; provides {describe(served.access)}"
     )

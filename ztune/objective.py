@@ -1,4 +1,4 @@
-"""The few-shot loss as an oracle: images' features against the text features of candidates."""
+"""The few-shot loss as an oracle: image features against the text features of candidates."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def cross_entropy(logits: F32, labels: I64) -> F64:
 
 
 Loss = Callable[[F32, I64], F64]
-"""From logits f32[..., N, C] and labels i64[N] to f64[..., N] in nats."""
+"""Maps logits f32[..., N, C] and labels i64[N] to losses f64[..., N] in nats."""
 
 
 def focal_loss(gamma: float) -> Loss:
-    """Return −(1 − p)^γ log p of the label's probability p; cross-entropy where γ is 0.
+    """Return the loss −(1 − p)^γ log p of the label's probability p; γ = 0 is cross-entropy.
 
     Source: Lin et al., ICCV 2017, equation 4 (there with α = 1); BAR tunes with γ = 2.
     """
@@ -53,7 +53,7 @@ def _focal(gamma: float, logits: F32, labels: I64) -> F64:
 
 
 LOGITS_AT_ONCE = 20_000_000
-"""Some 25 bytes each while they are scored: half a gigabyte. Calls with more give no logits."""
+"""About 25 bytes each during scoring: half a gigabyte. Larger calls return no logits."""
 
 
 class NumpyScores:
@@ -67,10 +67,10 @@ class NumpyScores:
         logit_bias: float = 0.0,
         loss: Loss = cross_entropy,
     ):
-        """Take what gives the texts' features and the images'; logit_scale multiplies.
+        """Take sources of text and image features; logit_scale multiplies the cosines.
 
-        Texts are encoded from contexts, or hand-written sentences' unit features f32[C, e];
-        images are unit features f32[V, N, e], or encoded anew under visual prompts.
+        Texts are an encoder of contexts, or the templates' unit features f32[C, e]; images are
+        unit features f32[V, N, e], or an encoder under visual prompts.
         """
         self._texts = encoder
         self._features = features
@@ -78,11 +78,11 @@ class NumpyScores:
         self._bias = np.float32(logit_bias)
         self._loss = loss
 
-    @np.errstate(over="ignore", invalid="ignore")  # a loss that is not finite says all
+    @np.errstate(over="ignore", invalid="ignore")  # shows as a loss that is not finite
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         texts = self._encoded_texts(prompts)
-        # Many classes and images are scored some candidates at a time, and then without logits:
-        # those of 1,000 classes, 16,000 images and 40 candidates would take gigabytes.
+        # Large calls are scored in chunks of candidates and return no logits: those of 1,000
+        # classes, 16,000 images and 40 candidates would take gigabytes.
         together = max(1, LOGITS_AT_ONCE // (len(labels) * texts.shape[1]))
         if together >= len(prompts):
             return self._scored(texts, prompts.visual, batch, labels)
@@ -96,16 +96,15 @@ class NumpyScores:
         return Scores(losses, np.concatenate([part.accuracies for part in parts]))
 
     def _scored(self, texts: F32, visual: F32 | None, batch: Batch, labels: I64) -> Scores:
-        """Score candidates with texts f32[P, C, e], or f32[1, C, e] for all."""
+        """Score candidates with text features f32[P, C, e], or f32[1, C, e] for all."""
         if isinstance(self._features, np.ndarray):
             images = self._features[batch.views, batch.images]
-            # One product for all candidates: with few classes, many small ones cost more than they
-            # do.
+            # One product for all candidates: with few classes, many small products are slow.
             cosines = images @ texts.reshape(-1, texts.shape[-1]).T
             cosines = cosines.reshape(len(images), *texts.shape[:2]).transpose(1, 0, 2)
         else:
             if visual is None:
-                raise ConfigError("images under visual prompts were scored without any")
+                raise ConfigError("a method that changes images gave no visual prompts to score")
             cosines = self._features.encode(visual, batch) @ texts.transpose(0, 2, 1)
         logits = np.ascontiguousarray(self._scale * cosines + self._bias)
         losses = self._loss(logits, labels).mean(axis=-1)
@@ -113,26 +112,26 @@ class NumpyScores:
         return Scores(losses, accuracies, logits)
 
     def _encoded_texts(self, prompts: Prompts) -> F32:
-        """Return f32[P, C, e], or f32[1, C, e] where all candidates share the sentences."""
+        """Return f32[P, C, e], or f32[1, C, e] if all candidates share the templates."""
         if isinstance(self._texts, np.ndarray):
             return self._texts[None]
         if prompts.contexts is None:
-            raise ConfigError("contexts were to be encoded, and there are none")
+            raise ConfigError("a method that tunes text gave no contexts to encode")
         return self._texts.encode(prompts.contexts)
 
 
 class FewShotObjective:
-    """Softmax cross-entropy over the classes, also for models trained with another loss."""
+    """Softmax cross-entropy over the classes, whatever loss the model was trained with."""
 
     def __init__(self, scorer: Scorer, labels: I64):
-        """Take what scores, and the labels i64[N] of all its images."""
+        """Take a scorer and the labels i64[N] of all its images."""
         self._scorer = scorer
         self._labels = labels
 
     def __call__(self, prompts: Prompts, batch: Batch) -> Evaluation:
         """Evaluate P candidates on one batch.
 
-        Raises: NotFiniteError naming the candidate whose loss is not finite.
+        Raises: NotFiniteError naming a candidate whose loss is not finite.
         """
         labels = self._labels[batch.images]
         scores = self._scorer(prompts, batch, labels)
@@ -150,17 +149,17 @@ class FewShotObjective:
 def required_logits(evaluation: Evaluation) -> F32:
     """Return the logits f32[P, N, C] of an evaluation.
 
-    Raises: ConfigError where the oracle gave losses alone.
+    Raises: ConfigError if the oracle returned losses only.
     """
     if evaluation.logits is None:
-        raise ConfigError("the method needs the logits of every image, and got losses alone")
+        raise ConfigError("the method needs the logits of every image, got losses only")
     return evaluation.logits
 
 
 class BatchSampler:
-    """Batches of images: all of them where they fit, else a new order each epoch.
+    """Batches of images: all of them if they fit, else a new order each epoch.
 
-    The remainder of an epoch that fills no batch is dropped, as the published loops do.
+    An epoch's incomplete last batch is dropped, as in the published loops.
     """
 
     def __init__(self, n_images: int, batch_size: int, n_views: int, rng: np.random.Generator):
@@ -186,7 +185,7 @@ class BatchSampler:
         return self._current
 
     def current(self) -> Batch:
-        """Return the batch drawn last: a line search stays on its images."""
+        """Return the last batch again, for a line search."""
         return self._current or self.next()
 
     def state(self) -> State:

@@ -1,17 +1,16 @@
-"""Whether a precision leaves a signal: a method's differences of losses, against their rounding.
+"""The signal-to-noise ratio of a precision: a method's loss differences against rounding errors.
 
-
-A zeroth-order method lives off differences f(+) − f(−) of two computed losses (Spall 1992), and a
+A zeroth-order method uses differences f(+) − f(−) of two computed losses (Spall 1992), and a
 computed function is noisy (Moré and Wild 2011). Over random directions, at the method's own start,
-perturbation and distribution, with f̂ as computed in the precision that tunes and f by a reference:
+perturbation and distribution, with f̂ in the precision of tuning and f by a reference:
 
     signal = rms [f(+) − f(−)]      error = rms [(f̂(+) − f̂(−)) − (f(+) − f(−))]      both in nats
 
-An estimate's variance grows by the factor 1 + (error / signal)², so the ratio says what a precision
-costs: at 10 one query in a hundred, at 1 every other one. The signal is proportional to the
-perturbation as long as that is small; the error hardly depends on it.
+An estimate's variance grows by the factor 1 + (error / signal)², so the ratio gives the cost of a
+precision: at 10 one query in a hundred, at 1 every other one. The signal is proportional to a small
+perturbation; the error hardly depends on it.
 
-A run below fp32 measures it before its first step, `ztune doctor` for any precision.
+A run below fp32 measures the ratio before its first step; `ztune doctor` for any precision.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ import numpy as np
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import name_tokens
 from runtimes.reference import FINER, reference_features
-from ztune.answers import top_k_logits
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.methods.base import TunedConfig
 from ztune.model import Model
 from ztune.objective import cross_entropy
 from ztune.progress import Progress, warn
+from ztune.top_classes import top_k_logits
 from ztune.types import F32, F64, I64, Batch, Json, Optimizer, Oracle, PromptMap
 
 N_DIRECTIONS = 8
-"""Directions at least; whole rounds of the method's own size are measured."""
-# Found by tuning at ratios from 0.1 to 10⁶ (benchmarks/signal.py, docs/precision.md): from 10 on
-# every run came to what fp32 comes to, below 6 some did not; a ratio varies by two between seeds.
+"""Minimum number of directions; whole rounds of the method are measured."""
+# From tuning at ratios from 0.1 to 10⁶ (benchmarks/signal.py, docs/precision.md): from 10 every run
+# reached fp32's result, below 6 some did not; a ratio varies by a factor of two between seeds.
 LIMIT = 10.0
-# Beyond it losses bend: in the same measurements the ratio falls again, and tuning at 0.1 is worse
-# in every precision.
+# Losses are not linear above it: in the same measurements the ratio falls again, and tuning at 0.1
+# is worse in every precision.
 _LARGEST_ADVISED = 0.03
-# At this ratio the differences are rounding and nothing else.
+# At this ratio the differences are rounding errors only.
 _NO_SIGNAL = 1.5
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What one measurement gave."""
+    """The result of one measurement."""
 
     n_directions: int
     signal: float
@@ -72,9 +71,9 @@ class Signal:
         return "passed" if self.passed else "too weak"
 
     def perturbation_needed(self, perturbation: float) -> float | None:
-        """Return an estimate of the perturbation that gives twice the limit, rounded up.
+        """Estimate the perturbation for twice the limit, rounded up.
 
-        None where even the limit takes one so large that the loss is not linear over it.
+        None if even the limit needs one so large that the loss is not linear over it.
         """
         if not self.ratio > 0 or perturbation * self.limit / self.ratio > _LARGEST_ADVISED:
             return None
@@ -94,12 +93,12 @@ class Signal:
         }
 
 
-def compared(computed: F64, reference: F64) -> Signal:
-    """Return the signal of losses f64[2 D], each direction's + before its −."""
+def compare_losses(computed: F64, reference: F64) -> Signal:
+    """Return the signal of losses f64[2 D], + before − for each direction."""
     n_directions = len(reference) // 2
     exact = reference[0::2] - reference[1::2]
     error = _rms(computed[0::2] - computed[1::2] - exact)
-    # No difference of two losses is known better than their own spacing.
+    # A difference of two losses has at least the error of their floating-point spacing.
     least = float(np.spacing(np.abs(reference).max()))
     return Signal(n_directions, _rms(exact), max(error, least))
 
@@ -116,19 +115,19 @@ def measure(
     batch: Batch,
     rng: np.random.Generator,
 ) -> Signal:
-    """Probe the first step's own perturbations, drawn from `rng`, on one batch.
+    """Measure the signal of the first step's perturbations, drawn from `rng`, on one batch.
 
-    The optimizer stays as it is. `reference` returns the losses f64[P] of contexts f32[P, m, d] on
-    the same batch, as exactly as they are to be had.
+    The optimizer does not change. `reference` returns the most precise losses f64[P] of contexts
+    f32[P, m, d] on the same batch.
     """
     rounds = [prompt_map(points) for points in optimizer.probes(N_DIRECTIONS, rng)]
     computed = np.concatenate([oracle(prompts, batch).losses for prompts in rounds])
     contexts = [prompts.contexts for prompts in rounds if prompts.contexts is not None]
-    return compared(computed, reference(np.concatenate(contexts)))
+    return compare_losses(computed, reference(np.concatenate(contexts)))
 
 
 def probe_batch(n_images: int, batch_size: int, rng: np.random.Generator) -> Batch:
-    """Return all images where they fit a batch, else a random one, in their first view."""
+    """Return a batch of all images, or random ones if they exceed the batch size, first view."""
     n = min(n_images, batch_size)
     images = np.arange(n_images) if n == n_images else rng.permutation(n_images)[:n]
     return Batch(images.astype(np.int64), np.zeros(n, dtype=np.int64), 0)
@@ -142,10 +141,10 @@ def exact_losses(
     logit_bias: float,
     top_classes: int | None = None,
 ) -> F64:
-    """Return f64[P], the mean cross-entropy in nats, in double precision throughout.
+    """Return the mean cross-entropy f64[P] in nats, computed in float64.
 
-    Shapes: features f32[N, e], labels i64[N], texts f64[P, C, e]. `top_classes` is of how many
-    classes an answer tells the probabilities, where it is not of all.
+    Shapes: features f32[N, e], labels i64[N], texts f64[P, C, e]. `top_classes` is the number of
+    classes whose probabilities an answer has; None: all.
     """
     wide = features.astype(np.float64)
     losses = []
@@ -159,13 +158,13 @@ def exact_losses(
 
 @dataclass(frozen=True)
 class SignalCheck:
-    """What the signal is measured with besides the method's own parts."""
+    """Measures the signal of a method on a model."""
 
     model: Model
     classes: tuple[str, ...]
     seed: int
     reference: Bundle | None
-    """Answers as it is; None: the bundle's own graph in higher precision."""
+    """The reference bundle; None: the bundle's own graph in higher precision."""
 
     def measure(
         self,
@@ -176,11 +175,11 @@ class SignalCheck:
         features: F32,
         labels: I64,
     ) -> tuple[Signal, dict[str, Json]]:
-        """Return the signal on one batch of images f32[V, N, e], and what run.json keeps of it.
+        """Return the signal on one batch of images f32[V, N, e], and its entry in run.json.
 
-        Draws from a generator of its own: no other result depends on whether this was done.
+        It uses its own random generator, so other results do not depend on it.
 
-        Raises: ZtuneError when the reference cannot be had.
+        Raises: ZtuneError if the reference is not available.
         """
         started = time.monotonic()
         bundle = self.model.bundle
@@ -193,7 +192,7 @@ class SignalCheck:
             nonlocal n_candidates
             n_candidates = len(contexts)
             names = name_tokens(bundle.text, self.model.tokenizer, self.classes, contexts.shape[1])
-            self.model.progress.remark("measuring the signal that tuning would live off")
+            self.model.progress.remark("measuring the signal-to-noise ratio")
             try:
                 texts = reference_features(
                     self.reference or bundle,
@@ -217,8 +216,8 @@ class SignalCheck:
 
         signal = measure(optimizer, prompt_map, oracle, exact, batch, rng)
         finer = FINER[bundle.precision]
-        assert config.finest is not None
-        setting, perturbation = config.finest
+        assert config.perturbation_setting is not None
+        setting, perturbation = config.perturbation_setting
         return signal, {
             **signal.to_json(),
             "setting": setting,
@@ -233,9 +232,9 @@ class SignalCheck:
 
 
 def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
-    """Return the bundle that the signal is measured against, None for the bundle's own graph.
+    """Return the reference bundle of the signal, None for the bundle's own graph.
 
-    Raises: ConfigError when it is another model's, not fp32, or nothing finer than `bundle`.
+    Raises: ConfigError if it is another model's, not fp32, or not more precise than `bundle`.
     """
     if path is None:
         return None
@@ -246,7 +245,7 @@ def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
         raise ConfigError(f"`reference`: {error}") from None
     if reference.model_id != bundle.model_id:
         raise ConfigError(
-            f'`reference` "{path}" is of another model than "{bundle.path}" (name the fp32 bundle '
+            f'`reference` "{path}" has another model than "{bundle.path}" (name the fp32 bundle '
             "that it was derived from, or leave it out)"
         )
     if reference.precision != "fp32" or bundle.precision == "fp32":
@@ -257,8 +256,8 @@ def open_reference(path: str | None, bundle: Bundle) -> Bundle | None:
     return reference
 
 
-def described(signal: Signal, document: Mapping[str, Any]) -> str:
-    """Return the line that a person reads."""
+def describe_signal(signal: Signal, document: Mapping[str, Any]) -> str:
+    """Return the signal as a line of text."""
     return (
         f"signal-to-noise {signal.ratio:.2g} in {document['precision']} ({signal.n_directions} "
         f"directions, {document['setting']} {document['perturbation']:g}; limit {signal.limit:g})"
@@ -266,11 +265,11 @@ def described(signal: Signal, document: Mapping[str, Any]) -> str:
 
 
 def advice(signal: Signal, document: Mapping[str, Any], published: float) -> str:
-    """Return what to do about a signal below the limit; `published` is the setting's default."""
+    """Return a remedy for a signal below the limit; `published` is the setting's default."""
     setting, perturbation = document["setting"], document["perturbation"]
     ways = []
     if signal.ratio <= _NO_SIGNAL and perturbation < published:
-        # Losses that differ by rounding alone do not say how far they would have to be apart.
+        # Pure rounding errors do not allow an estimate of the perturbation needed.
         ways.append(f"the published {setting} (`settings` {setting}={published:g})")
     elif enough := signal.perturbation_needed(perturbation):
         ways.append(f"a larger {setting} (`settings` {setting}={enough:g})")
@@ -286,90 +285,92 @@ def require_signal(
     force: bool,
     progress: Progress,
 ) -> dict[str, Json]:
-    """Return what run.json keeps of the signal that `measured` gives; see `SignalCheck.measure`.
+    """Return the entry in run.json of the signal from `measured` (`SignalCheck.measure`).
 
     `published` is the default of the setting that the signal depends on.
 
-    Raises: RefusedError where it is below the limit or cannot be measured, and nobody forces it.
+    Raises: RefusedError if it is below the limit or cannot be measured, unless `force`.
     """
     try:
         signal, document = measured()
     except NoReferenceError as error:
         document = {"verdict": "not measured", "reason": str(error), "forced": force}
         if not force:
-            raise RefusedError(f"{error} (go on without it with `force`)", document) from None
+            raise RefusedError(f"{error} (continue without it with `force`)", document) from None
         warn(f"signal-to-noise was not measured: {error}")
         return document
-    progress.remark(described(signal, document))
+    progress.remark(describe_signal(signal, document))
     document["forced"] = force and not signal.passed
     if signal.passed:
         return document
     weak = (
         f"signal-to-noise is {signal.ratio:.2g} in {document['precision']}, below the limit of "
-        f"{signal.limit:g}: rounding errors would steer the steps "
+        f"{signal.limit:g}: rounding errors would dominate the steps "
         f"({advice(signal, document, published)}"
     )
     if not force:
-        raise RefusedError(f"{weak}, or go on with `force`)", document)
+        raise RefusedError(f"{weak}, or continue with `force`)", document)
     warn(f"{weak})")
     return document
 
 
-# Why a signal is not measured, and what to do about it.
-ENCODED_ANEW = (
-    "the signal of images that are encoded anew cannot be measured",
+# Reasons for not measuring a signal, and remedies.
+IMAGES_REENCODED = (
+    "the signal cannot be measured when images are re-encoded",
     "use the fp32 bundle",
 )
 SERVED = (
-    "the signal of a server's model cannot be measured without a bundle here",
+    "the signal of a server's model cannot be measured without a local bundle",
     "name the fp32 bundle with `reference`",
 )
 
 
-def unmeasured(reason: str, remedy: str, precision: str, *, force: bool) -> dict[str, Json]:
-    """Return what run.json keeps of a signal that is not measured, and why.
+def signal_unmeasured(reason: str, remedy: str, precision: str, *, force: bool) -> dict[str, Json]:
+    """Return the entry in run.json of a signal that is not measured.
 
-    Raises: RefusedError below fp32, where rounding errors might steer, and nobody forces it.
+    Raises: RefusedError below fp32, where rounding errors might dominate, unless `force`.
     """
     document: dict[str, Json] = {"verdict": "not measured", "reason": reason, "forced": False}
     if precision == "fp32":
         return document
     if not force:
         raise RefusedError(
-            f"{reason}, and the bundle is {precision} ({remedy}, or go on with `force`)",
+            f"{reason}, and the bundle is {precision} ({remedy}, or continue with `force`)",
             document,
         )
     warn(f"{reason}, and the bundle is {precision}")
     return {**document, "forced": True}
 
 
-# Why none has to be measured.
-NO_DIFFERENCES = "the method takes no differences of losses"
-FULL_PRECISION = "fp32 leaves a signal far above the limit"
+# Reasons for needing no measurement.
+NO_DIFFERENCES = "the method uses no differences of losses"
+FULL_PRECISION = "the signal in fp32 is far above the limit"
 
 
-def leaves_enough(precision: str, provider: str, perturbation: float, published: float) -> bool:
-    """Return whether a precision is known to leave enough signal at a perturbation.
+def precision_suffices(
+    precision: str, provider: str, perturbation: float, published: float
+) -> bool:
+    """Return whether a precision is known to give enough signal at a perturbation.
 
-    In fp32 the least ratio of any method at its published setting was 705 (rgf on the digits),
-    against a limit of 10; it is proportional to the setting as long as that is small
-    (docs/precision.md). TensorRT computes fp32 in TF32.
+    In fp32 the lowest ratio of any method at its published setting was 705 (rgf on the digits),
+    against a limit of 10; it is proportional to small values of the setting (docs/precision.md).
+    TensorRT computes fp32 in TF32.
     """
     full = precision == "fp32" and provider in ("cpu", "cuda")
     return full and perturbation >= published / 10
 
 
-def not_needed(reason: str) -> dict[str, Json]:
-    """Return what run.json keeps of a signal that nobody need measure, and why."""
+def signal_not_needed(reason: str) -> dict[str, Json]:
+    """Return the entry in run.json of a signal that needs no measurement."""
     return {"verdict": "not needed", "reason": reason, "forced": False}
 
 
 class NoReferenceError(ZtuneError):
-    """The reference could not be computed: nothing is known of the signal."""
+    """The reference could not be computed, so the signal is unknown."""
 
 
 class RefusedError(ZtuneError):
-    """A run whose signal is too weak or unknown, with what was measured."""
+    """A run whose signal is too weak or unknown, with the measurement."""
 
     def __init__(self, message: str, document: dict[str, Json]):
         super().__init__(message)

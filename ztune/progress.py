@@ -1,4 +1,4 @@
-"""What work that takes long tells of itself: nothing, unless a caller listens."""
+"""Progress reporting and warnings of long operations; silent by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ztune.errors import ZtuneWarning
 
 
 class Activity(Protocol):
-    """One activity under way, as a context manager."""
+    """A running activity, as a context manager."""
 
     def __enter__(self) -> Activity: ...
 
@@ -24,21 +24,21 @@ class Activity(Protocol):
     ) -> None: ...
 
     def update(self, done: int, text: str = "", unit: str = "") -> None:
-        """Take note that `done` of the total are done; `unit` follows the numbers."""
+        """Report that `done` of the total are done; `unit` follows the numbers."""
 
 
 class Progress(Protocol):
-    """Listens to work under way."""
+    """Receives progress reports."""
 
     def remark(self, text: str) -> None:
-        """Take note of one line that a person may like to know."""
+        """Report one line of information."""
 
     def activity(self, what: str, total: int) -> Activity:
-        """Return what is told how far `what` has come, of `total` steps."""
+        """Return the activity `what` of `total` steps, to report its progress to."""
 
 
 class Silence:
-    """Listens to nothing: the default everywhere, as Progress and as Activity."""
+    """Ignores all reports: the default, as Progress and as Activity."""
 
     def remark(self, text: str) -> None:
         pass
@@ -60,13 +60,13 @@ SILENCE = Silence()
 
 
 def warn(text: str) -> None:
-    """Warn of what must be heard, though the work goes on."""
+    """Issue a ZtuneWarning; the operation continues."""
     warnings.warn(text, ZtuneWarning, stacklevel=3)
 
 
 @contextlib.contextmanager
-def warnings_told(listener: Callable[[str], None]) -> Iterator[None]:
-    """Tell a listener what ztune warns of meanwhile, each time that it does."""
+def forward_warnings(listener: Callable[[str], None]) -> Iterator[None]:
+    """Forward every ztune warning inside the context to a listener."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", ZtuneWarning)
         others = warnings.showwarning

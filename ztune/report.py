@@ -1,4 +1,4 @@
-"""Images of a run: its curve, and the confusion tables before and after."""
+"""Plots of a run: its curve, and confusion tables before and after."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ INK, SOFT, ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
 
 def new_figure(width: float, height: float) -> Any:
     """Return an empty matplotlib figure, in inches."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces its font cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs its font cache
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def wrapped(text: str, inches: float, size: float) -> str:
-    """Return a text in lines that fit a width, its letters of a size in points."""
-    # 0.78 of the size is more than capitals take on average.
+def wrap_text(text: str, inches: float, size: float) -> str:
+    """Return a text wrapped to a width in inches, at a font size in points."""
+    # 0.78 of the size is above the average width of capitals.
     return textwrap.fill(printable(text), max(1, int(72 * inches / (0.78 * size))))
 
 
-def entitle(figure: Any, title: str) -> None:
-    """Write a title above a figure, which grows by every further line of it."""
-    lines = wrapped(title, figure.get_figwidth(), 11)
+def add_title(figure: Any, title: str) -> None:
+    """Write a title above a figure, which grows with each extra line."""
+    lines = wrap_text(title, figure.get_figwidth(), 11)
     figure.set_figheight(figure.get_figheight() + 0.19 * lines.count("\n"))
     figure.suptitle(lines, fontsize=11, color=INK, parse_math=False)
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, the same bytes for the same drawing."""
+    """Write a figure as PNG; equal figures give equal bytes."""
     with replacing(path) as temporary, warnings.catch_warnings():
-        # Scripts that the font lacks are drawn as boxes, which is no news for the terminal.
+        # Characters that the font lacks are drawn as boxes; the warning is of no use.
         missing = r"Glyph .* missing from|Matplotlib currently does not support .* natively"
         warnings.filterwarnings("ignore", missing, UserWarning)
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def _running_mean(values: F64, width: int) -> F64:
-    """Return the mean over `width` values centred at each place, fewer at the ends."""
+    """Return the mean over `width` values centred at each index, fewer at the ends."""
     window = np.ones(width)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
     return np.asarray(np.convolve(values, window, mode="same") / counts)
@@ -69,7 +69,7 @@ def draw_curve(
     history = [line for line in history if "validation" not in line]
     queries = np.array([line["queries"] for line in history], dtype=float)
     figure = new_figure(9, 3.6)
-    entitle(figure, title)
+    add_title(figure, title)
     width = max(1, min(len(history), 2 * (len(history) // 50) + 1))
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
@@ -81,7 +81,7 @@ def draw_curve(
         values = np.array([line[key] for line in history], dtype=float)
         axes.plot(queries, values, color=SOFT, linewidth=0.8, label="each step")
         results = [line for line in history if f"result_{key}" in line]
-        if results:  # a mixture: its candidates say nothing of how it does
+        if results:  # a mixture: its candidates do not show its accuracy
             at = [line["queries"] for line in results]
             found = [line[f"result_{key}"] for line in results]
             axes.plot(
@@ -104,7 +104,7 @@ def draw_curve(
         colour = ("#c1440e", "#4c7a34", "#7a4c9e")[index % 3]
         panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=printable(name))
     panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    # Beside the curve, never on it: it may lie anywhere between 0 and 1.
+    # Next to the curve, which may be anywhere between 0 and 1.
     legend = panels[1].legend(
         fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
     )

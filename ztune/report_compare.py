@@ -1,4 +1,4 @@
-"""Images of a comparison: accuracy on the way against what it cost, all methods in one panel."""
+"""Plots of a comparison: accuracy against cost, all methods in one panel."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ztune.printing import printable
-from ztune.report import INK, entitle, new_figure, write_figure
+from ztune.report import INK, add_title, new_figure, write_figure
 from ztune.types import F64
 
-# A method keeps its colour and mark whichever others are drawn beside it: they go by its place in
-# the table of methods. Neighbours differ in lightness as well, for print and for colour-blind eyes.
+# A method's colour and marker depend only on its index in the table of methods. Neighbours also
+# differ in lightness, for print and colour blindness.
 _COLOURS = (
     "#0b6e99", "#d1495b", "#8a5a00", "#e8a013", "#2e8b57", "#7a4c9e", "#e377c2", "#1f2430",
     "#46b3c4", "#c1440e", "#5b7d12", "#3d5a9e", "#00695c", "#b03a76", "#8a93a3",
@@ -21,9 +21,9 @@ _GREY = "#6b7280"
 _MARKS = "os^DvPX<>*hpd8H"
 N_COLOURS = len(_COLOURS)
 N_LOOKS = N_COLOURS * len(_MARKS)
-"""Places in the table that look different from each other."""
+"""Indices with distinct looks."""
 _WIDE = 2000
-"""Highest cost over lowest from which on there is room for powers of ten alone."""
+"""Ratio of highest to lowest cost from which only powers of ten are labelled."""
 _DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
 
 
@@ -33,7 +33,7 @@ class Line:
 
     name: str
     style: int
-    """Its place in the table of methods."""
+    """Its index in the table of methods."""
     cost: F64
     """More than 0."""
     mean: F64
@@ -43,25 +43,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A method without steps, or another accuracy to stay above."""
+    """The accuracy of a method without steps, or of a baseline."""
 
     name: str
     style: int | None
     """None: grey."""
     accuracy: float
     cost: float | None = None
-    """Where the level begins; None: it crosses the whole panel."""
+    """Start of the level; None: it crosses the whole panel."""
 
 
-def draw_against(
+def draw_accuracy_against_cost(
     cost: str, lines: Sequence[Line], levels: Sequence[Level], title: str, path: Path
 ) -> None:
-    """Draw accuracy in 0…1 against a cost on a logarithmic axis, a band over the seeds."""
+    """Draw accuracy in 0…1 against cost on a logarithmic axis, with a band over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     n_entries = len(lines) + len(levels)
     figure = new_figure(9.6, max(4.8, 0.21 * (n_entries + 4) + 1.2))
-    entitle(figure, title)
+    add_title(figure, title)
     axes = figure.subplots()
     axes.set_xscale("log")
     handles = {line.name: _draw_line(axes, line) for line in lines}
@@ -70,7 +70,7 @@ def draw_against(
     handles |= {level.name: _draw_level(axes, level, edge) for level in levels}
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel("accuracy on the test images")
-    axes.margins(y=0.05)  # anew: a level within the lines' margin would lie on the edge
+    axes.margins(y=0.05)  # reset: a level within the lines' margin would be on the edge
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE * low else (1,)))
@@ -87,39 +87,39 @@ def draw_against(
 
 
 def _draw_line(axes: Any, line: Line) -> Any:
-    look = look_of(line.style)
+    look = line_style(line.style)
     axes.fill_between(line.cost, line.low, line.high, color=look["color"], alpha=0.13, linewidth=0)
     (drawn,) = axes.plot(line.cost, line.mean, **look)
     return drawn
 
 
-def look_of(style: int) -> dict[str, Any]:
-    """Return matplotlib's settings of a method's line by its place in the table of methods."""
-    mark = _MARKS[_turn(style) % len(_MARKS)]
+def line_style(style: int) -> dict[str, Any]:
+    """Return matplotlib's settings of a method's line by its index in the table."""
+    mark = _MARKS[_cycle(style) % len(_MARKS)]
     return {"color": _COLOURS[style % N_COLOURS], "marker": mark, "markersize": 4, "linewidth": 1.4}
 
 
-def look_of_level(style: int) -> dict[str, Any]:
-    """Return matplotlib's settings of a method's level by its place in the table of methods."""
-    dashes = _DASHES[_turn(style) % len(_DASHES)]
+def level_style(style: int) -> dict[str, Any]:
+    """Return matplotlib's settings of a method's level by its index in the table."""
+    dashes = _DASHES[_cycle(style) % len(_DASHES)]
     return {"color": _COLOURS[style % N_COLOURS], "linestyle": (0, dashes), "linewidth": 1.2}
 
 
-def _turn(style: int) -> int:
-    """Return which mark or dashes a place takes: in every round of the colours another."""
+def _cycle(style: int) -> int:
+    """Return the marker or dash index, which changes with every cycle of the colours."""
     return sum(divmod(style, N_COLOURS))
 
 
-def look_of_prompts() -> dict[str, Any]:
-    """Return matplotlib's settings of the hand-written prompts' level."""
+def templates_style() -> dict[str, Any]:
+    """Return matplotlib's settings of the templates' level."""
     return {"color": _GREY, "linestyle": (0, (1, 1)), "linewidth": 1.2}
 
 
 def _draw_level(axes: Any, level: Level, edge: float) -> Any:
-    """Draw a level from what it cost to the edge: it is there from then on."""
+    """Draw a level from its cost to the right edge."""
     from matplotlib.lines import Line2D
 
-    look = look_of_prompts() if level.style is None else look_of_level(level.style)
+    look = templates_style() if level.style is None else level_style(level.style)
     if level.cost is None:
         axes.axhline(level.accuracy, **look)
         return Line2D([], [], **look)
@@ -131,7 +131,7 @@ def _draw_level(axes: Any, level: Level, edge: float) -> Any:
 def _add_legend(
     axes: Any, handles: dict[str, Any], lines: Sequence[Line], levels: Sequence[Level]
 ) -> None:
-    """Name everything beside the panel, the most accurate first."""
+    """Draw the legend next to the panel, the most accurate first."""
     from matplotlib.lines import Line2D
 
     ends = {line.name: float(line.mean[-1]) for line in lines}

@@ -1,7 +1,7 @@
-"""A run's folder: what it is doing, how far it is, and how to go on after a kill.
+"""A run's folder: settings, progress, saved state and results.
 
-`run.json` says what was asked and, at the end, what came out; `state.safetensors` is the state
-after the last saved step; `history.jsonl` has a line per step.
+`run.json` has the settings and, at the end, the results; `state.safetensors` is the last saved
+state; `history.jsonl` has a line per step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.files import naming, new_folder, read_json, write_json
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
-from ztune.io.old_formats import renamed_arrays
+from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, write_tensors
-from ztune.journal import Counted, Journal
+from ztune.journal import Journal, RequestCounter
 from ztune.loop import Tuning
 from ztune.printing import quoted
 from ztune.report import draw_curve
@@ -41,16 +41,15 @@ VERSION = 2
 
 
 REPLACED = "replaced"
-"""The status of a run whose place another was to take when that was stopped."""
+"""The status of a run whose replacement was interrupted."""
 _PLOTS = ("curve.png", "confusion.png")
 
 
-class SavePace:
-    """When to save next: at least a second after the last time, and ten times as long as it took.
+class SaveSchedule:
+    """Schedules saves: at least a second, and ten times a save's duration, after the last one.
 
-    Steps done again after a kill give the same numbers and cost nothing on a local model, while
-    flushing every one of them to the disk costs more than a small model does. A server bills them:
-    there every step is saved.
+    On a local model repeated steps after a kill give the same numbers for free, and flushing every
+    step can cost more than a small model. A server bills them, so there every step is saved.
     """
 
     def __init__(self, *, every_step: bool = False) -> None:
@@ -70,7 +69,7 @@ class SavePace:
 
 
 class _SavedState(Record, frozen=True):
-    """What the state file says besides its arrays."""
+    """The state file's document."""
 
     optimizer: Mapping[str, Json]
     sampler: Mapping[str, Json]
@@ -97,15 +96,15 @@ class RunFolder:
         self.lock = path / ".lock"
 
     def require_free(self, *, overwrite: bool = False) -> None:
-        """See that a run can begin here: there is none, or one that may be replaced.
+        """Check that a run can start here: there is none, or one that may be replaced.
 
-        Raises: ConfigError saying what is there and what to do; FormatError for a run.json that
-            ztune did not write.
+        Raises: ConfigError saying what is there and what to do; FormatError for a run.json not
+            written by ztune.
         """
         if not self.run.exists():
             if overwrite and self.path.exists() and not _is_empty(self.path):
                 raise ConfigError(
-                    f'output "{self.path}" is no run, and `overwrite` replaces runs alone (name '
+                    f'output "{self.path}" is not a run, and `overwrite` only replaces runs (name '
                     "another `out`)"
                 )
             return
@@ -114,21 +113,21 @@ class RunFolder:
             return
         if status == "finished":
             raise ConfigError(
-                f'output "{self.path}" is a run that is finished (name another `out`, or replace '
-                "it with `overwrite`)"
+                f'output "{self.path}" is a finished run (name another `out`, or replace it with '
+                "`overwrite`)"
             )
-        with self.locked():  # else another process is at work on it
+        with self.locked():  # else another process is working on it
             raise ConfigError(
-                f'output "{self.path}" is a run that is not finished (go on with: ztune tune '
+                f'output "{self.path}" is an unfinished run (resume with: ztune tune '
                 f"--resume {quoted(self.path)}; or name another `out`, or replace it with "
                 "`overwrite`)"
             )
 
     @contextlib.contextmanager
-    def started(
+    def create_locked(
         self, document: Mapping[str, Json], split: Mapping[str, Json], *, overwrite: bool = False
     ) -> Iterator[None]:
-        """Create a run as `create` does, and keep other processes from it meanwhile.
+        """Create a run as `create` does, locked against other processes.
 
         Raises: as `require_free` and `locked`.
         """
@@ -143,11 +142,11 @@ class RunFolder:
                 yield
 
     def create(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
-        """Make the folder with run.json and split.json in it, all or nothing.
+        """Create the folder with run.json and split.json, all or nothing.
 
         A run that was refused before its first step is replaced; its cache is kept.
 
-        Raises: ConfigError when it exists with something else in it, or cannot be made.
+        Raises: ConfigError if it has other content, or cannot be created.
         """
         if self.run.exists():
             self.require_free()
@@ -158,10 +157,10 @@ class RunFolder:
             write_json(work / self.split.name, dict(split))
 
     def _replace(self, document: Mapping[str, Json], split: Mapping[str, Json]) -> None:
-        """Put a new run in the place of one; its cache stays, and so does what no run writes.
+        """Replace a run by a new one; the cache and foreign files stay.
 
-        Whenever it is stopped, what is left is the former run, the new one, or neither: a run that
-        says that it was being replaced.
+        An interruption leaves the former run, the new one, or a run with the status of an
+        interrupted replacement.
         """
         self.write({**self.read(), "status": REPLACED})
         former = [self.state, self.history, self.prompt, self.journal, self.split]
@@ -173,10 +172,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from working on the same run.
+        """Lock the run against other processes.
 
-        Raises: ConfigError when one does; ZtuneError where the file system knows no locks;
-            FormatError where the lock is not a file.
+        Raises: ConfigError if another process has it; ZtuneError for a file system without locks;
+            FormatError if the lock is not a file.
         """
         _require_regular(self.lock, f'run "{self.path}"')
         try:
@@ -184,7 +183,7 @@ class RunFolder:
         except OSError as error:
             raise ZtuneError(
                 f'run "{self.path}" cannot be written: {error.strerror} (change its permissions, '
-                "or copy it to a folder that may be written)"
+                "or copy it to a writable folder)"
             ) from None
         with opened as file:
             try:
@@ -196,8 +195,7 @@ class RunFolder:
                         "with locks)"
                     ) from None
                 raise ConfigError(
-                    f'run "{self.path}" is being worked on by another process (wait for it, or '
-                    "stop it)"
+                    f'run "{self.path}" is in use by another process (wait for it, or stop it)'
                 ) from None
             yield
 
@@ -207,9 +205,8 @@ class RunFolder:
     def read(self) -> dict[str, Json]:
         """Return run.json's content, without format and version.
 
-        Raises: FormatError when this is no run, one of a newer format, or one that has something
-            else than a file under the name of one, or a link where a run writes: it may come from
-            somebody else, and would lead to other files.
+        Raises: FormatError if this is not a run, has a newer format, or has a non-file or a link
+            where a run writes: a link in an untrusted run could lead to other files.
         """
         where = f'run "{self.path}"'
         if not self.run.is_file():
@@ -220,13 +217,13 @@ class RunFolder:
         for path in (self.lock, self.history, self.journal, self.snapshots):
             if path.is_symlink():
                 raise FormatError(
-                    f'{where}: "{path.name}" is a link, and a run writes into its own folder (put '
-                    "what it leads to in its place)"
+                    f'{where}: "{path.name}" is a link, expected a file in the run\'s folder '
+                    "(replace it by its target)"
                 )
         return document
 
     @property
-    def is_begun(self) -> bool:
+    def is_started(self) -> bool:
         return self.run.exists()
 
     @property
@@ -238,20 +235,20 @@ class RunFolder:
         return f"the state before it is saved in {self.state}"
 
     def cache(self, named: str | None) -> FeatureStore:
-        """Return where features are kept: the folder that was named, else the run's own."""
+        """Return the store of features: the named folder, else the run's own."""
         return FeatureCache(Path(named) if named else self.path / "cache")
 
     def pixels(self, shape: tuple[int, ...]) -> U8:
-        """Return u8 of that shape in a file that goes when the process does.
+        """Return u8 of that shape, mapped to a temporary file.
 
-        Raises: ConfigError where the disk has no room for it.
+        Raises: ConfigError if the disk has too little space.
         """
-        with tempfile.TemporaryFile(dir=self.path) as file:  # the mapping lives on
+        with tempfile.TemporaryFile(dir=self.path) as file:  # the mapping outlives the file's name
             _reserve(file.fileno(), shape, self.path)
             return np.memmap(cast("Any", file), dtype=np.uint8, mode="w+", shape=shape)
 
-    def sending(self, budget: Budget) -> Journal:
-        """Return what notes each request with queries before it goes to a server."""
+    def open_journal(self, budget: Budget) -> Journal:
+        """Return the journal of requests with queries to a server."""
         return Journal(self.journal, budget)
 
     def keep(self, artifact: Artifact) -> int:
@@ -260,7 +257,7 @@ class RunFolder:
         return self.prompt.stat().st_size
 
     def keep_snapshot(self, artifact: Artifact, queries: int) -> None:
-        """Write what the run would result in after so many queries."""
+        """Write a snapshot of the result after so many queries."""
         self.snapshots.mkdir(exist_ok=True)
         write_artifact(self.snapshots / f"{queries:09d}.safetensors", artifact)
 
@@ -268,14 +265,14 @@ class RunFolder:
         draw_curve(self.read_history(), levels, title, self.path / "curve.png")
 
     def is_finished(self) -> bool:
-        """Return whether there is a run that was finished."""
+        """Return whether there is a finished run."""
         try:
             return self.read().get("status") == "finished"
-        except FormatError:  # not there, or damaged
+        except FormatError:  # missing or damaged
             return False
 
     def save(self, tuning: Tuning) -> None:
-        """Save the state after a step, whole or not at all, the history before it."""
+        """Save the history, then the state, each whole or not at all."""
         if self.history.exists():
             with self.history.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -296,16 +293,16 @@ class RunFolder:
         write_tensors(self.state, arrays, plain(saved))
 
     def restore(self, tuning: Tuning) -> None:
-        """Take up the saved state, if there is one, and cut the history back to it.
+        """Restore the saved state, if any, and truncate the history to it.
 
-        Raises: FormatError when the state is damaged.
+        Raises: FormatError if the state is damaged.
         """
         if not self.state.exists():
             self.history.unlink(missing_ok=True)
             return
         where = f'run "{self.path}": state'
         arrays, document = read_tensors(self.state, where)
-        arrays = renamed_arrays(arrays)
+        arrays = rename_arrays(arrays)
         saved = convert(document, _SavedState, where)
 
         def arrays_of(name: str) -> Mapping[str, NDArray[Any]]:
@@ -328,14 +325,14 @@ class RunFolder:
             file.write(json.dumps(history_line(tuning, evaluation)) + "\n")
 
     def lacks_snapshot(self, marks: Sequence[int], queries: int) -> bool:
-        """Return whether a mark that `queries` have reached has no snapshot at or behind it."""
+        """Return whether a mark reached by `queries` has no snapshot at or after it."""
         reached = [mark for mark in marks if mark <= queries]
         stems = [file.stem for file in self.snapshots.glob("*.safetensors")]
         written = [int(stem) for stem in stems if stem.isdecimal()]
         return bool(reached) and not any(n >= max(reached) for n in written)
 
     def read_history(self) -> list[dict[str, float]]:
-        """Return the history's lines; an unfinished last one is left out."""
+        """Return the history's complete lines."""
         if not self.history.exists():
             return []
         lines = self.history.read_text().splitlines(keepends=True)
@@ -343,7 +340,7 @@ class RunFolder:
 
 
 def history_line(tuning: Tuning, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what the history keeps of a round."""
+    """Return a round's entry in the history."""
     line: dict[str, Any] = {
         "step": tuning.step,
         "queries": tuning.budget.queries,
@@ -360,9 +357,9 @@ def history_line(tuning: Tuning, evaluation: Evaluation) -> dict[str, Any]:
 
 
 class MemoryRun:
-    """A run that leaves nothing on the disk, and that cannot be resumed."""
+    """A run in memory, which cannot be resumed."""
 
-    where_saved = "nothing of it is saved"
+    where_saved = "the state is not saved"
 
     def __init__(self) -> None:
         self.document: dict[str, Json] = {}
@@ -371,7 +368,7 @@ class MemoryRun:
         self._snapshots: list[int] = []
 
     @property
-    def is_begun(self) -> bool:
+    def is_started(self) -> bool:
         return bool(self.document)
 
     @property
@@ -390,8 +387,8 @@ class MemoryRun:
     def pixels(self, shape: tuple[int, ...]) -> U8:
         return np.empty(shape, dtype=np.uint8)
 
-    def sending(self, budget: Budget) -> Counted:
-        return Counted(budget)
+    def open_journal(self, budget: Budget) -> RequestCounter:
+        return RequestCounter(budget)
 
     def keep(self, artifact: Artifact) -> int:
         self.artifact = artifact
@@ -423,9 +420,9 @@ RunStore = RunFolder | MemoryRun
 
 
 def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
-    """Take the room of u8 `shape` on the disk: one that is full later ends a process wordlessly.
+    """Reserve disk space for u8 `shape`: a full disk would later kill the process without an error.
 
-    Raises: ConfigError where there is too little.
+    Raises: ConfigError if there is too little.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS, Windows
         return
@@ -434,8 +431,8 @@ def _reserve(file: int, shape: tuple[int, ...], folder: Path) -> None:
         os.posix_fallocate(file, 0, n_bytes)
     except OSError as error:
         raise ConfigError(
-            f"the pixels of {shape[0] * shape[1]} images and views take {n_bytes / 1e9:.1f} GB "
-            f'in "{folder}": {error.strerror} (name another `out`, or take fewer `augment` views)'
+            f"the pixels of {shape[0] * shape[1]} images and views need {n_bytes / 1e9:.1f} GB "
+            f'in "{folder}": {error.strerror} (name another `out`, or use fewer `augment` views)'
         ) from None
 
 
@@ -444,7 +441,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _require_regular(file: Path, where: str) -> None:
-    """Refuse a pipe or a device under a file's name: to open it could wait for ever."""
+    """Raise for a pipe or device, which could block when opened."""
     if file.exists() and not file.is_file():
         raise FormatError(f"{where}: {file.name} is not a regular file (remove it)")
 

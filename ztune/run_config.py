@@ -1,4 +1,4 @@
-"""What a run was asked to do, as it stands in run.json and is taken up again on resume."""
+"""The settings of a run, saved in run.json and restored on resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from ztune.types import Json
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one run; paths are absolute, so that it resumes from any folder."""
+    """The settings of one run, with absolute paths."""
 
     bundle: str
     data: str
-    """A path, or with `root` the name of a data set."""
+    """A path, or with `root` a data set's name."""
     method: str = "ogn"
     shots: int = 16
     queries: int = 5000
     seed: int = 1
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """The hand-written prompts of zero-shot figures, heads and visual prompts; their features are
-    averaged."""
+    """Templates for zero-shot, heads and visual prompts; their text features are averaged."""
     preset: str = "default"
     provider: str = "auto"
     threads: int | None = None
@@ -45,25 +44,25 @@ class RunConfig:
     augment: int = 0
     skip_broken: bool = False
     force: bool = False
-    """Go on below the signal check's limit."""
+    """Continue below the signal check's limit."""
     keep: str = "last"
     """The last point, as published, or the best on validation."""
     validate_every: int | None = None
-    """Queries between validation passes that steer; None: a fiftieth of the budget."""
+    """Queries between validation passes; None: a fiftieth of the budget."""
     patience: int | None = None
-    """Stop after so many validation passes without gain; None: never."""
+    """Validation passes without gain before stopping; None: never stop."""
     snapshots: int | str = 0
-    """Artifacts written on the way: a number of points, or the query counts, as in `25,50,100`."""
+    """Intermediate artifacts: their number, or query counts as in `25,50,100`."""
     extractor: str | None = None
-    """ONNX file whose features BlackVIP's decoder sees; None: the bundle's image tower."""
+    """ONNX feature extractor for BlackVIP's decoder; None: the bundle's image tower."""
     reference: str | None = None
-    """Bundle to measure the signal against; None: the bundle's own graph in higher precision."""
+    """Reference bundle of the signal; None: the bundle's own graph in higher precision."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """The method's settings that differ from its preset."""
     server: Mapping[str, Json] = field(default_factory=dict)
-    """How a server is reached where `bundle` is its URL, without secrets: runtimes/remote/."""
+    """Server settings if `bundle` is a URL, without secrets: runtimes/remote/."""
     root: str | None = None
-    """The folder that holds the data set of that name."""
+    """The folder of all named data sets."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -74,7 +73,9 @@ class RunConfig:
             raise ConfigError(f"`augment` is {self.augment}, expected 0 or more views")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ConfigError(f'`templates` "{template}" must hold {{}} once')
+                raise ConfigError(
+                    f'`templates` "{template}" has {template.count("{}")} {{}}, expected one'
+                )
         if self.keep not in ("last", "best"):
             raise ConfigError(f'`keep` is "{self.keep}", expected last or best')
         for name in ("validate_every", "patience"):
@@ -82,7 +83,7 @@ class RunConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"`{name}` is {value}, expected at least 1")
         if self.validate_every is not None and not self.validates:
-            raise ConfigError("`validate_every` goes with `keep=best` or `patience`")
+            raise ConfigError("`validate_every` requires `keep=best` or `patience`")
         if isinstance(self.snapshots, int) and self.snapshots < 0:
             raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
@@ -92,9 +93,9 @@ class RunConfig:
 
     @cached_property
     def method_config(self) -> Any:
-        """The method's configuration: its preset with the settings over it.
+        """The method's configuration: its preset overridden by the settings.
 
-        Raises: ConfigError, among others when the budget is less than one step.
+        Raises: ConfigError, also if the budget is less than one step.
         """
         method = find_method(self.method)
         config = method_config(method, self.settings, self.preset)
@@ -116,17 +117,17 @@ class RunConfig:
         return config
 
     def check_method(self) -> None:
-        """See that method, preset, settings and budget fit; raises as `method_config`."""
+        """Check method, preset, settings and budget; raises as `method_config`."""
         assert self.method_config is not None
 
     @property
     def tuned_config(self) -> TunedConfig | None:
-        """The configuration of a method that has steps; None of a closed form."""
+        """The configuration of a method with steps; None for a closed form."""
         return tuned_config(find_method(self.method), self.method_config)
 
     @property
     def validates(self) -> bool:
-        """Whether validation passes steer the run, so that they are charged."""
+        """Whether validation passes affect the run, so that they are charged."""
         return self.keep == "best" or self.patience is not None
 
     @property
@@ -134,16 +135,16 @@ class RunConfig:
         return self.validate_every or max(1, self.queries // 50)
 
     def snapshot_marks(self, spent: int) -> list[int]:
-        """Query counts of the snapshots: those named, or some denser at first, of `spent`."""
+        """Return the snapshots' query counts: those given, or denser at first, up to `spent`."""
         n = self.snapshots
         if isinstance(n, str):
             return _counts(n)
         return sorted({max(1, round(spent * (i / n) ** 2)) for i in range(1, n)})
 
     def split_settings(self) -> SplitSettings:
-        """Return what the split is made by.
+        """Return the settings of the split.
 
-        Raises: ConfigError for impossible numbers.
+        Raises: ConfigError for invalid numbers.
         """
         fraction = self.test_fraction
         if fraction != "auto":
@@ -161,7 +162,7 @@ class RunConfig:
 
 
 def _counts(listed: str) -> list[int]:
-    """Return query counts of a list like `25,50`, in order and each once.
+    """Return the sorted, distinct query counts of a list like `25,50`.
 
     Raises: ConfigError.
     """
@@ -174,27 +175,27 @@ def _counts(listed: str) -> list[int]:
 
 
 def place_of(data: str, root: Path | None) -> str:
-    """Return what `data` says as a run keeps it: a known name, else an absolute path.
+    """Return `data` for run.json: a known name, else an absolute path.
 
-    Raises: ConfigError for a name without `root`, or `root` without a name; DataError for a word
+    Raises: ConfigError for a name without `root`, or `root` without a name; DataError for a value
         that is neither name nor path.
     """
     if spec := find_named(data, root):
         return spec.name
     if root is not None:
         raise ConfigError(
-            f'`root` goes with the name of a data set, `data` "{data}" is a path (leave out '
-            "`root`, or see the names: ztune data list)"
+            f'`root` requires a data set\'s name, but `data` "{data}" is a path (leave out '
+            "`root`, or list the names: ztune data list)"
         )
     return str(Path(data).resolve())
 
 
 def remarks_on(run_config: RunConfig) -> list[str]:
-    """Return what the user should know of a request that is no error, one line each."""
+    """Return remarks on unusual settings, one line each."""
     if run_config.root is None:
         return []
     spec = find_spec(run_config.data)
     if run_config.templates == (spec.template,):
         return []
     mine = ", ".join(f'"{template}"' for template in run_config.templates)
-    return [f'{spec.title}: the papers take `templates` "{spec.template}", this is with {mine}']
+    return [f'{spec.title}: the papers use `templates` "{spec.template}", this run {mine}']

@@ -1,4 +1,4 @@
-"""What run.json says: of a run from its first moment on, and once it is finished."""
+"""The content of run.json at a run's start and once it is finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal["running", "finished", "refused", "replaced"]
 
 
 class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """run.json before the run is finished; a field is left out as long as it is None."""
+    """run.json before the run is finished; fields that are None are left out."""
 
     status: Status
     method: str
@@ -23,7 +23,7 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Name and version of the method's package; None: ztune's own."""
     seed: Count
     config: Mapping[str, Json]
-    """Every setting of the method; of a finished head those that it chose."""
+    """All settings of the method; for a finished head those that it chose."""
     provider: str
     precision: str
     model_id: str
@@ -37,7 +37,7 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     broken_images: Count | None = None
     image_seconds: float | None = None
     calls: Mapping[str, Json] | None = None
-    """How a round is cut into calls or requests."""
+    """How a round is split into calls or requests."""
     signal: Mapping[str, Json] | None = None
 
 
@@ -51,7 +51,7 @@ class ValidationScore(Struct, frozen=True):
 
 
 class ServerReport(Struct, frozen=True, kw_only=True):
-    """What was sent to a server; requests and bytes are of the process that finished the run."""
+    """Traffic with a server; requests and bytes are those of the last process."""
 
     url: str
     capabilities: tuple[str, ...]
@@ -77,36 +77,36 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     result_bytes: Count
     stop_reason: str
     cuda_graph: str | None
-    """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
+    """Whether a round was captured as a CUDA graph, or why not; None on a CPU."""
     loss: str
     train_loss: float
     """In nats, over all training images and views."""
     val_accuracy: float | None
     validation: Mapping[str, ValidationScore]
-    """By name: zero-shot, tuned, gda; empty without validation images."""
+    """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     server: ServerReport | None = None
 
     @property
     def own_seconds(self) -> float:
-        """Seconds from start to result, without the report that follows."""
+        """Seconds from start to result, without the final report."""
         return round(self.seconds - self.report_seconds, 3)
 
 
 def run_start(document: Mapping[str, Json], where: str) -> RunStart:
-    """Return what run.json says of a run that may not be finished.
+    """Return the content of run.json of a run that may be unfinished.
 
-    Raises: FormatError naming what is wrong.
+    Raises: FormatError naming the invalid field.
     """
     convert(
         document.get("run_config"), RunConfig, f"{where}: run_config"
-    )  # that names unknown keys
+    )  # which names unknown keys
     return convert(document, RunReport if document.get("status") == "finished" else RunStart, where)
 
 
 def run_report(document: Mapping[str, Json], where: str) -> RunReport:
-    """Return what run.json says of a finished run.
+    """Return the content of run.json of a finished run.
 
-    Raises: FormatError naming what is wrong.
+    Raises: FormatError naming the invalid field.
     """
     return convert(document, RunReport, where)

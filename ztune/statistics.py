@@ -14,8 +14,8 @@ _Z = 1.959964  # the normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of n images are right."""
+class Proportion:
+    """The number of correct images of n."""
 
     n_right: int
     n: int
@@ -36,7 +36,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a classifier does on n labelled images."""
+    """A classifier's results on n labelled images."""
 
     predictions: I64
     """i64[n]"""
@@ -55,16 +55,16 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson score interval of the accuracy."""
-        return Share(int((self.predictions == self.labels).sum()), self.n).interval
+        return Proportion(int((self.predictions == self.labels).sum()), self.n).interval
 
     @property
     def class_accuracy(self) -> float:
-        """The mean over the classes that have images of their accuracies, in 0…1."""
+        """The mean accuracy over classes with images, in 0…1."""
         right = self.predictions == self.labels
         return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
 
     def per_class(self) -> dict[str, dict[str, float]]:
-        """Return accuracy and n of every class that has images."""
+        """Return accuracy and n of every class with images."""
         result = {}
         for c, name in enumerate(self.classes):
             own = self.labels == c
@@ -74,21 +74,21 @@ class Score:
         return result
 
     def confusion(self) -> I64:
-        """Return i64[C, C]: images of class (row) taken for class (column)."""
+        """Return i64[C, C]: images of class (row) classified as class (column)."""
         table = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
         np.add.at(table, (self.labels, self.predictions), 1)
         return table
 
 
 def score(logits: F32, labels: I64, classes: tuple[str, ...]) -> Score:
-    """Compare the largest of logits f32[n, C] with labels i64[n].
+    """Compare the argmax of logits f32[n, C] with labels i64[n].
 
-    Raises: ZtuneError where logits are not finite, since none of them is the largest then.
+    Raises: ZtuneError for logits that are not finite.
     """
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(broken):
         raise ZtuneError(
-            f"the classifier gives logits that are not finite for image {broken[0] + 1} of "
-            f"{len(logits)} ({len(broken)} such images in all; tune again, with other settings)"
+            f"the classifier's logits are not finite for image {broken[0] + 1} of {len(logits)} "
+            f"({len(broken)} such images in total; tune again with other settings)"
         )
     return Score(logits.argmax(axis=1).astype(np.int64), labels, classes)

@@ -1,4 +1,4 @@
-"""Figures about this machine and process."""
+"""Properties of this machine and process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def peak_memory_mb() -> float:
 
 
 def return_free_memory() -> None:
-    """Have the C library give memory that is free back to the system; glibc keeps it otherwise."""
+    """Return free heap memory to the system, which glibc would keep."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -41,17 +41,17 @@ def return_free_memory() -> None:
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
-    """Keep numpy's matrix products on the calling thread while the context lasts.
+    """Run numpy's matrix products on the calling thread inside the context.
 
-    ONNX Runtime's threads spin between two calls, and a second BLAS thread would wait for them: on
-    2 cores a ZIP step at 10 classes took 174 ms instead of 79.
+    ONNX Runtime's threads spin between calls and block a second BLAS thread: on 2 cores a ZIP step
+    at 10 classes took 174 ms instead of 79.
     """
     limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
     return limits
 
 
 def versions() -> dict[str, str]:
-    """Return ztune's, Python's and the installed packages' versions by name."""
+    """Return the versions of ztune, Python and the installed packages by name."""
     found = {"ztune": importlib.metadata.version("ztune"), "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -62,12 +62,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that runs, marked where files differ from it.
+    """Return the commit of the running checkout, marked if files differ from it.
 
-    None where ztune was installed from a package, or there is no git.
+    None if ztune was installed from a package, or without git.
     """
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
-    if not (_ROOT / ".git").exists():  # the git of a folder above says nothing about us
+    if not (_ROOT / ".git").exists():  # a parent folder's repository is not ztune's
         return None
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -77,7 +77,7 @@ def commit() -> str | None:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Return what a result depends on: system, processor type, usable cores, memory in GB."""
+    """Return system, processor type, usable cores and memory in GB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": f"{platform.system()} {platform.release()}",

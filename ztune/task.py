@@ -1,4 +1,4 @@
-"""A few-shot task at work: a method at its start, and what answers its prompts on a split."""
+"""A few-shot task: a method's map and optimizer, and the oracle on a split."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from runtimes.visual import (
     TokenPrompts,
     VisualPrompts,
 )
-from ztune.access import LOGITS, TEXTS
-from ztune.answers import TopClasses
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
@@ -25,20 +23,22 @@ from ztune.artifact import (
     Provenance,
     VisualArtifact,
 )
+from ztune.capabilities import LOGITS, TEXTS
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
-from ztune.methods.base import TunedConfig, built
-from ztune.mixing import mixed_texts
+from ztune.methods.base import TunedConfig, build_method
+from ztune.mixing import mix_text_features
 from ztune.model import Model
 from ztune.objective import FewShotObjective, NumpyScores, cross_entropy, focal_loss
 from ztune.optim.validation import EarlyStop, Validated
-from ztune.remembered import RememberingEncoder
 from ztune.run_config import RunConfig
-from ztune.statistics import Share
+from ztune.statistics import Proportion
 from ztune.system import one_blas_thread
+from ztune.text_cache import CachedTextEncoder
+from ztune.top_classes import TopClasses
 from ztune.types import (
     F32,
     F64,
@@ -57,29 +57,29 @@ from ztune.types import (
 
 @dataclass(frozen=True)
 class MethodStart:
-    """A tuned method's map and optimizer before the first query: made once for a run."""
+    """A tuned method's map and optimizer before the first query, made once per run."""
 
     prompt_map: PromptMap
     optimizer: Optimizer
     first: Prompts
-    """What the first point is sent as: it tells how many tokens a context has."""
+    """The prompts of the first point, which show the context length."""
 
     @property
     def n_context(self) -> int | None:
-        """Tokens of a context; None where no text is tuned."""
+        """Tokens of a context; None if no text is tuned."""
         return None if self.first.contexts is None else int(self.first.contexts.shape[1])
 
 
 def compose(
     run_config: RunConfig, config: TunedConfig, model: Model, n_extracted: int
 ) -> MethodStart:
-    """Return a method's map and optimizer at their start, the optimizer wrapped as asked for.
+    """Return a method's map and optimizer at their start, with validation and early stopping.
 
-    `n_extracted` is how many values of an image a decoder sees.
+    `n_extracted` is the size of a decoder's input features.
     """
     with one_blas_thread():
         spec = model.spec(n_extracted)
-        prompt_map, optimizer = built(config, spec, run_config.queries, run_config.seed)
+        prompt_map, optimizer = build_method(config, spec, run_config.queries, run_config.seed)
         if run_config.validates:
             every = run_config.queries_between_validations
             optimizer = Validated(optimizer, every, run_config.keep)
@@ -90,7 +90,7 @@ def compose(
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """A tuned method at its start, and what answers it on the images of one split."""
+    """A tuned method at its start, and its oracle on the images of one split."""
 
     model: Model
     split: Split
@@ -100,9 +100,9 @@ class FewShotTask:
     templates: tuple[str, ...]
     extractor: str | None
     texts: TextEncoder | F32
-    """Encodes contexts; or the hand-written prompts' f32[C, e]."""
-    remembered: RememberingEncoder | None
-    """The encoder of a method whose result mixes the prompts that it has tried."""
+    """The encoder of contexts, or the templates' features f32[C, e]."""
+    remembered: CachedTextEncoder | None
+    """The caching encoder of a method whose result is a mixture."""
     images: VisualPrompts | None
     """Encodes images under visual prompts."""
     objective: FewShotObjective
@@ -121,12 +121,12 @@ class FewShotTask:
         return None if isinstance(self.texts, np.ndarray) else self.texts
 
     def prompts(self, point: F64) -> Prompts:
-        """Return what one point f64[dim] sends."""
-        with np.errstate(over="ignore", invalid="ignore"):  # told in one line where it matters
+        """Return the prompts of one point f64[dim]."""
+        with np.errstate(over="ignore", invalid="ignore"):  # reported in one line where it matters
             return self.prompt_map(point[None])
 
     def result(self, provenance: Provenance) -> Artifact:
-        """Return what the method chooses by now."""
+        """Return the method's current recommendation as an artifact."""
         optimizer = self.optimizer
         if isinstance(optimizer, Mixing):
             return self._mixture(optimizer.mixture(), provenance)
@@ -137,14 +137,14 @@ class FewShotTask:
         encoder = self.remembered
         contexts = self.prompt_map(mixture.points).contexts
         if encoder is None or contexts is None:
-            raise ZtuneError("a mixture is of contexts, and there are none")
+            raise ZtuneError("a mixture needs a method that tunes contexts")
         weights = mixture.weights.astype(np.float32)
         return MixtureArtifact(
             self.split.classes,
             provenance,
             mixture.points.astype(np.int32),
             weights,
-            mixed_texts(encoder, contexts, weights, self.config.round_size),
+            mix_text_features(encoder, contexts, weights, self.config.round_size),
             bundle.logit_scale,
             bundle.logit_bias,
             self.config.round_size,
@@ -152,7 +152,7 @@ class FewShotTask:
         )
 
     def _artifact(self, point: F64, provenance: Provenance) -> Artifact:
-        """Return what a point f64[dim] is worth keeping as."""
+        """Return the artifact of a point f64[dim]."""
         bundle, classes, seen = self.model.bundle, self.split.classes, fingerprints(self.split)
         prompts = self.prompts(point)
         context = None if prompts.contexts is None else prompts.contexts[0]
@@ -167,7 +167,7 @@ class FewShotTask:
                 raise ZtuneError("the method tunes neither texts nor images")
             return ContextArtifact(classes, provenance, context, texts, scale, bias, seen)
         if texts is None:
-            raise ZtuneError("a visual prompt stands beside text features, and there are none")
+            raise ZtuneError("a visual prompt needs text features, and there are none")
         statistics = None
         if isinstance(self.images, DecoderPrompts):
             statistics = self.images.statistics(prompts.visual[0], _tuned_on(self.encoded))
@@ -187,9 +187,9 @@ class FewShotTask:
         )
 
     def val_features(self, artifact: Artifact) -> F32 | None:
-        """Return unit features f32[n, e] of the validation images as the artifact changes them.
+        """Return unit features f32[n, e] of the validation images under the artifact.
 
-        None without such images.
+        None without validation images.
         """
         changeable, images = self.encoded.val_changeable, self.images
         if not isinstance(artifact, VisualArtifact) or changeable is None or images is None:
@@ -199,18 +199,18 @@ class FewShotTask:
         visual = artifact.visual[None]
         return images.encode(visual, changeable.pixels[0], changeable.extracted[0])[0]
 
-    def val_share(self) -> Share | None:
-        """Return how many validation images are right by the runtime's own count."""
+    def val_share(self) -> Proportion | None:
+        """Return the validation accuracy as computed by the runtime."""
         if self.held_out is None:
             return None
         held_out = self.held_out
         prompts = self.prompts(self.optimizer.recommend())
         accuracy = held_out.oracle(prompts, held_out.batch).accuracies[0]
         n = held_out.n_images
-        return Share(round(float(accuracy) * n), n)
+        return Proportion(round(float(accuracy) * n), n)
 
     def train_loss(self, result: Artifact) -> float:
-        """Return the loss over all training images and views: a final report, free of charge."""
+        """Return the loss over all training images and views, as a final report (not charged)."""
         if isinstance(result, MixtureArtifact):
             classifier = result.classifier()
             views = [classifier.logits(view) for view in self.encoded.features]
@@ -238,12 +238,12 @@ def open_task(
     start: MethodStart,
     text_features: F32 | None,
 ) -> FewShotTask:
-    """Open what answers a method on a split.
+    """Open a method's task on a split.
 
-    `text_features` f32[C, e] are those of the hand-written prompts.
+    `text_features` f32[C, e] are those of the templates.
 
-    Raises: ZtuneError for a method that tunes no text where there are no text features;
-        ProviderError, ServerError.
+    Raises: ZtuneError without text features for a method that tunes no text; ProviderError,
+        ServerError.
     """
     texts: TextEncoder | F32
     if start.n_context is not None:
@@ -251,7 +251,7 @@ def open_task(
     elif text_features is not None:
         texts = text_features
     else:
-        raise ZtuneError("the method tunes no texts, and there are no sentences")
+        raise ZtuneError("a method that tunes no text needs templates, and there are none")
     images = None
     if config.program is not None:
         changeable = encoded.changeable
@@ -259,7 +259,7 @@ def open_task(
         images = open_program(model, config.program, n_extracted)
     remembered = None
     if config.mixes and not isinstance(texts, np.ndarray):
-        remembered = RememberingEncoder(texts)
+        remembered = CachedTextEncoder(texts)
     objective = _objective(
         model, config, remembered or texts, _seen(encoded, images), encoded.labels
     )
@@ -286,7 +286,7 @@ def open_task(
 
 
 def _seen(encoded: EncodedSplit, images: VisualPrompts | None) -> F32 | PromptedImages:
-    """Return what the loss of the training images is computed on."""
+    """Return the training images for the loss: features, or an encoder under visual prompts."""
     if images is None:
         return encoded.features
     changeable = _required(encoded.changeable)
@@ -296,7 +296,7 @@ def _seen(encoded: EncodedSplit, images: VisualPrompts | None) -> F32 | Prompted
 def _seen_held_out(
     encoded: EncodedSplit, val_features: F32, images: VisualPrompts | None
 ) -> F32 | PromptedImages:
-    """Return what the loss of the validation images is computed on."""
+    """Return the validation images for the loss, as `_seen` does for training."""
     if images is None:
         return val_features[None]
     changeable = _required(encoded.val_changeable)
@@ -307,14 +307,14 @@ def _seen_held_out(
 
 
 def _tuned_on(encoded: EncodedSplit) -> F32:
-    """Return what a decoder sees of all training images and views, f32[V * N, k]."""
+    """Return a decoder's inputs f32[V * N, k] of all training images and views."""
     extracted = _required(encoded.changeable).extracted
     return extracted.reshape(-1, extracted.shape[-1])
 
 
 def _required(changeable: Changeable | None) -> Changeable:
     if changeable is None:
-        raise ZtuneError("the method changes images, and their pixels were not kept")
+        raise ZtuneError("the method changes images, but their pixels were not kept")
     return changeable
 
 
@@ -325,7 +325,7 @@ def _objective(
     features: F32 | PromptedImages,
     labels: I64,
 ) -> FewShotObjective:
-    """Return what computes losses: the host, or where the texts are if they alone change."""
+    """Return the objective on the runtime's device if only texts change, else on the host."""
     scorer: Scorer | None = None
     if isinstance(features, np.ndarray) and not isinstance(texts, np.ndarray):
         logits = LOGITS in config.needs
@@ -342,8 +342,8 @@ def open_program(
 ) -> VisualPrompts:
     """Open the image tower under border, decoder or tokens.
 
-    `n_extracted` is k of the features f32[N, k] that a decoder sees; `statistics` f32[2, n] fixes
-    its normalisation.
+    `n_extracted` is k of a decoder's input features f32[N, k]; `statistics` f32[2, n] fixes its
+    normalisation.
     """
     bundle, execution = model.bundle, model.execution
     if program == "border":

@@ -1,4 +1,4 @@
-"""How long a text query takes: what `ztune doctor` reports and `ztune compare` plans with."""
+"""Timing of text queries, for `ztune doctor` and `ztune compare`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LEAST_CALLS, _LEAST_SECONDS = 3, 0.5
 
 @dataclass(frozen=True)
 class TextTime:
-    """Seconds of a round of N_CANDIDATES candidates with N_CONTEXT context tokens."""
+    """Seconds per round of N_CANDIDATES candidates with N_CONTEXT context tokens."""
 
     first: float
-    """Of the first round, the graph's preparation included."""
+    """The first round, including the graph's preparation."""
     later: float
-    """The median of the rounds after it."""
+    """The median of the later rounds."""
 
     @property
     def per_query(self) -> float:
@@ -29,7 +29,7 @@ class TextTime:
 
 
 def time_text_queries(graph: PromptGraph, classes: Sequence[str], width: int) -> TextTime:
-    """Time rounds of candidates over these classes; `width` is that of a token embedding."""
+    """Time rounds of candidates on these classes; `width` is the token embedding's."""
     contexts = np.zeros((N_CANDIDATES, N_CONTEXT, width), dtype=np.float32)
     started = time.perf_counter()
     encoder = graph.encoder(tuple(classes), N_CONTEXT, N_CANDIDATES)

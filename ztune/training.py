@@ -1,4 +1,4 @@
-"""One run from a split to its artifact: started, saved on the way, taken up again, finished."""
+"""One run from a split to its artifact: start, save, resume, finish."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
 from runtimes.remote.served import RequestPlan, Served
-from ztune.access import TEXTS
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
@@ -24,6 +23,7 @@ from ztune.artifact import (
     classifier_of_texts,
 )
 from ztune.budget import Budget
+from ztune.capabilities import TEXTS
 from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
@@ -44,30 +44,30 @@ from ztune.methods.registry import find_method
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
-    ENCODED_ANEW,
     FULL_PRECISION,
+    IMAGES_REENCODED,
     NO_DIFFERENCES,
     SERVED,
     RefusedError,
     Signal,
     SignalCheck,
-    leaves_enough,
-    not_needed,
     open_reference,
+    precision_suffices,
     require_signal,
-    unmeasured,
+    signal_not_needed,
+    signal_unmeasured,
 )
 from ztune.progress import warn
-from ztune.run import MemoryRun, RunFolder, SavePace
+from ztune.run import MemoryRun, RunFolder, SaveSchedule
 from ztune.run_config import RunConfig, remarks_on
 from ztune.run_document import RunReport, RunStart, ServerReport, ValidationScore, run_start
-from ztune.statistics import Score, Share, score
+from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, compose, open_task
 from ztune.types import F32, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
-# What the last bits of a result depend on.
+# Keys of run.json that affect the last bits of a result.
 _ARITHMETIC = (
     "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
 )  # fmt: skip
@@ -77,23 +77,23 @@ def start_run(
     run_config: RunConfig,
     model: Model,
     path: Path,
-    begun: Callable[[], None] = lambda: None,
+    on_start: Callable[[], None] = lambda: None,
     *,
     overwrite: bool = False,
 ) -> RunReport:
     """Start a run in a new folder and finish it; return run.json's content.
 
-    `begun` is called once there is a run that could be resumed. With `overwrite` a run that is
-    there already is removed, once what can be known before the first image is read is checked.
+    `on_start` is called once the run can be resumed. `overwrite` replaces an existing run after all
+    checks that need no images.
 
-    Raises: ZtuneError for whatever cannot be as it was asked for, before anything is written;
-        RefusedError where the precision leaves no signal.
+    Raises: ZtuneError for an impossible request, before anything is written; RefusedError if the
+        precision leaves too little signal.
     """
     RunFolder(path).require_free(overwrite=overwrite)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         model.progress.remark(remark)
-    return start_run_on(run_config, split, model, path, begun=begun, overwrite=overwrite)
+    return start_run_on(run_config, split, model, path, on_start=on_start, overwrite=overwrite)
 
 
 def start_run_on(
@@ -102,14 +102,13 @@ def start_run_on(
     model: Model,
     path: Path,
     encoded: EncodedSplit | None = None,
-    begun: Callable[[], None] = lambda: None,
+    on_start: Callable[[], None] = lambda: None,
     *,
     overwrite: bool = False,
 ) -> RunReport:
     """Start a run on a split in a new folder and finish it; return run.json's content.
 
-    `encoded` are the split's features, where they are known already; `overwrite` is as for
-    `start_run`.
+    `encoded` are the split's features, if known; `overwrite` is as for `start_run`.
 
     Raises: as `start_run`.
     """
@@ -117,8 +116,8 @@ def start_run_on(
     run = TrainingRun(run_config, split, folder, model, encoded)
     run.check(new=True)
     head = run.head()
-    with folder.started(plain(head), split.to_json(), overwrite=overwrite):
-        begun()
+    with folder.create_locked(plain(head), split.to_json(), overwrite=overwrite):
+        on_start()
         return run.finish(head)
 
 
@@ -126,33 +125,33 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
     yield from remarks_on(run_config)
     if run_config.preset == "published" and run_config.augment:
         yield (
-            "preset published: random crops anew each step are approximated by "
+            "preset published: new random crops in each step are approximated by "
             f"{run_config.augment} cached views per image"
         )
     if dataset.ignored:
-        yield f"files that are no images of a class, left alone: {dataset.ignored}"
+        yield f"files ignored, not images of a class: {dataset.ignored}"
     yield from split.notes
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
-        f"{len(split.classes)} classes: {counts[0]} images to tune with, {counts[1]} for "
-        f"validation, {counts[2]} kept for testing; {HOW_DRAWN[split.sampler]}"
+        f"{len(split.classes)} classes: {counts[0]} training, {counts[1]} validation and "
+        f"{counts[2]} test images; {HOW_DRAWN[split.sampler]}"
     )
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run that was begun, as its folder has it."""
+    """A started run, read from its folder."""
 
     folder: RunFolder
     head: RunStart
-    """What run.json says; a RunReport of a run that is finished."""
+    """The content of run.json; a RunReport for a finished run."""
 
     @classmethod
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[SavedRun]:
-        """Yield the run of a folder while no other process may work on it.
+        """Yield a folder's run, locked against other processes.
 
-        Raises: FormatError for a folder without a run; ConfigError where a process works on it.
+        Raises: FormatError for a folder without a run; ConfigError if another process has it.
         """
         folder = RunFolder(path)
         folder.read()
@@ -161,13 +160,13 @@ class SavedRun:
 
     @cached_property
     def run_config(self) -> RunConfig:
-        """What the run was asked for, with the method's settings as they were then."""
+        """The run's settings, with the method's settings as of its start."""
         return replace(self.head.run_config, settings=self.head.config)
 
     def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
-        """See that a run was begun with the same model, method, settings and images.
+        """Check that the run was started with the same model, method, settings and images.
 
-        Raises: ConfigError naming what differs.
+        Raises: ConfigError naming the differences.
         """
         where, then = f'run "{self.folder.path}"', self.head.run_config
         own = ("method", "queries", "seed", "templates", "keep", "patience", "augment", "force")
@@ -179,10 +178,10 @@ class SavedRun:
         if model.bundle.digest != self.head.bundle_digest:
             differ.append("model")
         if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
-            differ.append("images (or by a ztune that divided them in another way)")
+            differ.append("images (or by a ztune version that splits them differently)")
         if differ:
             raise ConfigError(
-                f'run "{self.folder.path}" was begun with other {", ".join(differ)} (give the '
+                f'run "{self.folder.path}" was started with other {", ".join(differ)} (use the '
                 "same, name another `run_dir`, or remove that folder)"
             )
 
@@ -194,24 +193,22 @@ class SavedRun:
         files: bool = True,
         roots: Mapping[str, Path] | None = None,
     ) -> RunReport:
-        """Finish the run as it was begun; return run.json's content.
+        """Finish the run; return run.json's content.
 
-        `encoded` are the split's features, where they are known already; without `files` its images
-        are in memory. `roots` are folders that they have moved to (`resolve_roots`), which the run
-        keeps.
+        `encoded` are the split's features, if known; without `files` its images are in memory.
+        `roots` are the new folders of moved images (`resolve_roots`), which the run keeps.
 
-        Raises: FormatError for another model than the run began with, or a damaged folder;
-            ZtuneError for images that have changed.
+        Raises: FormatError for another model, or a damaged folder; ZtuneError for changed images.
         """
         if model.bundle.digest != self.head.bundle_digest:
             raise FormatError(
-                f"{model.where} is not the one that the run began with (put it back, or start a "
-                "new run)"
+                f"{model.where} is not the one that the run was started with (put it back, or "
+                "start a new run)"
             )
         if self.head.package != (now := package_of(self.run_config.method)):
             raise ConfigError(
-                f'run "{self.folder.path}" was begun with {self.run_config.method} of '
-                f"{self.head.package or 'ztune'}, installed is {now or 'no such package'} "
+                f'run "{self.folder.path}" was started with {self.run_config.method} of '
+                f"{self.head.package or 'ztune'}, but {now or 'no such package'} is installed "
                 "(install that version, or start a new run)"
             )
         self._warn_of_changes()
@@ -234,11 +231,11 @@ class SavedRun:
             f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
         ]
         if changed:
-            warn(f"not as when the run began, so bytes may differ: {'; '.join(changed)}")
+            warn(f"results may differ, changed since the run started: {'; '.join(changed)}")
 
 
 def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Listing, Split]:
-    """Return the images that a run names, and how they are divided.
+    """Return a run's images and their split.
 
     Raises: ConfigError, DataError.
     """
@@ -254,26 +251,26 @@ def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Lis
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method leaves behind."""
+    """The result of a method, with its costs."""
 
     artifact: Artifact
     earlier_seconds: float
-    """Spent by earlier processes of a resumed run."""
+    """Seconds spent by earlier processes of a resumed run."""
     train_loss: float
     """In nats, over all training images and views."""
     val_features: F32 | None
-    """f32[n, e] of the validation images, as the artifact changes them."""
+    """f32[n, e] of the validation images under the artifact."""
     ended: float
-    """When the steps had ended and the report began, by time.monotonic()."""
+    """End of the steps, before the report, by time.monotonic()."""
     cuda_graph: str | None = None
-    """Whether a round was captured as a CUDA graph, and if not why; None on a CPU."""
-    share: Share | None = None
-    """Of validation images right by the server's count, where it gives losses alone."""
+    """Whether a round was captured as a CUDA graph, or why not; None on a CPU."""
+    share: Proportion | None = None
+    """Validation accuracy as computed by a server that returns losses only."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What a result is compared with; nothing where texts' features are not given."""
+    """Baselines of the result; empty without text features."""
 
     classifiers: Mapping[str, FeatureClassifier]
     gda_alpha: Json
@@ -289,16 +286,16 @@ class TrainingRun(Generic[Store]):
     folder: Store
     model: Model
     encoded: EncodedSplit | None = None
-    """The split's features, where they are known before the run."""
+    """The split's features, if known before the run."""
 
     @property
     def tuned(self) -> TunedConfig | None:
-        """The configuration of a method that has steps."""
+        """The configuration of a method with steps."""
         return self.run_config.tuned_config
 
     @cached_property
     def start(self) -> MethodStart:
-        """The map and the optimizer of a method that has steps: those that the run will use."""
+        """The map and optimizer of a method with steps, made once for the run."""
         assert self.tuned is not None
         n_extracted = self.model.bundle.embed_dim
         if self.run_config.extractor is not None:
@@ -310,12 +307,12 @@ class TrainingRun(Generic[Store]):
     def published(self) -> float:
         """The published value of the setting that the signal depends on."""
         assert self.tuned is not None
-        finest = type(self.tuned)().finest
-        assert finest is not None
-        return finest[1]
+        setting = type(self.tuned)().perturbation_setting
+        assert setting is not None
+        return setting[1]
 
     def head(self) -> RunStart:
-        """Return what run.json says from the first moment on."""
+        """Return run.json's content at the start."""
         run_config, bundle = self.run_config, self.model.bundle
         return RunStart(
             status="running",
@@ -334,16 +331,16 @@ class TrainingRun(Generic[Store]):
         )
 
     def check(self, *, new: bool = False) -> None:
-        """See that the run can be made, before anything is written; see `RunChecks.check`.
+        """Check the run before anything is written; see `RunChecks.check`.
 
-        A `new` run may take the place of another, whose signal is not its own.
+        A `new` run ignores the signal of a run that it replaces.
         """
         measured = not new and self._signal_is_known()
         RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
 
     def finish(self, head: RunStart) -> RunReport:
-        """Run to the end from whatever is saved and draw the curve; return run.json's content."""
-        report = self.carry_out(head)
+        """Run to the end from the saved state and draw the curve; return run.json's content."""
+        report = self.run(head)
         if self.tuned is not None:
             self._draw_curve(report.validation)
         return report
@@ -360,10 +357,10 @@ class TrainingRun(Generic[Store]):
         )
         self.folder.draw_curve(levels, title)
 
-    def carry_out(self, head: RunStart) -> RunReport:
-        """Run to the end from whatever is saved, write all results; return run.json's content.
+    def run(self, head: RunStart) -> RunReport:
+        """Run to the end from the saved state and write the results; return run.json's content.
 
-        `head` holds what run.json says from the first moment on.
+        `head` is run.json's content at the start.
         """
         started = time.monotonic()
         run_config = self.run_config
@@ -376,22 +373,22 @@ class TrainingRun(Generic[Store]):
             head = structs.replace(head, **costs)
         self.folder.write(plain(head))
         budget = Budget(run_config.queries, image_forwards=head.image_forwards or 0)
-        with self._journalled(budget) as served:
+        with self._journal_queries(budget) as served:
             texts = None
             if TEXTS not in self.model.runtime.missing:
-                texts = self.model.sentences(run_config.templates, self.split.classes)
+                texts = self.model.encode_templates(run_config.templates, self.split.classes)
             baselines = self._baselines(texts, encoded)
-            return_free_memory()  # what the image tower and the fit have left
+            return_free_memory()  # of the image tower and the fit
             if self.tuned is not None:
                 with one_blas_thread():
                     task = self._task(self.tuned, encoded, texts)
-                    head = self._planned(head, task)
+                    head = self._with_plan(head, task)
                     head = self._with_signal(head, task, budget)
-                    outcome = self._tuned(task, budget, started)
+                    outcome = self._tune(task, budget, started)
             else:
-                outcome = self._fitted(encoded, texts)
+                outcome = self._fit(encoded, texts)
         artifact = outcome.artifact
-        scores = self._validated(outcome, baselines, encoded)
+        scores = self._validate(outcome, baselines, encoded)
         n_bytes = self.folder.keep(artifact)
         known = {
             **structs.asdict(head),
@@ -423,25 +420,25 @@ class TrainingRun(Generic[Store]):
         return report
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
-        """Measure the signal alone: what `ztune doctor` reports."""
+        """Measure the signal only, for `ztune doctor`."""
         config = self.tuned
-        if config is None or config.program is not None or config.finest is None:
-            what = "has no steps" if config is None else "encodes images anew"
-            if config is not None and config.finest is None:
-                what = "takes no differences of losses"
-            raise ConfigError(f"{self.run_config.method} {what}, so there is no signal to measure")
+        if config is None or config.program is not None or config.perturbation_setting is None:
+            what = "has no steps" if config is None else "re-encodes images"
+            if config is not None and config.perturbation_setting is None:
+                what = "uses no differences of losses"
+            raise ConfigError(f"{self.run_config.method} {what}, so its signal cannot be measured")
         train, labels = self._encoder.training()
         none = np.zeros(0, dtype=np.int64)
         encoded = EncodedSplit(train.values, labels, None, none, 0, 0, 0)
-        return self._measured(self._task(config, encoded, None))
+        return self._measure_signal(self._task(config, encoded, None))
 
     def _signal_is_known(self) -> bool:
-        """Return whether this run was begun and measured its signal before."""
-        if not self.folder.is_begun:
+        """Return whether this run has started and measured its signal."""
+        if not self.folder.is_started:
             return False
         return "signal" in self.folder.read() or self.folder.has_state
 
-    def _measured(self, task: FewShotTask) -> tuple[Signal, dict[str, Json]]:
+    def _measure_signal(self, task: FewShotTask) -> tuple[Signal, dict[str, Json]]:
         reference = open_reference(self.run_config.reference, self.model.bundle)
         check = SignalCheck(self.model, self.split.classes, self.run_config.seed, reference)
         return check.measure(
@@ -453,8 +450,8 @@ class TrainingRun(Generic[Store]):
             task.encoded.labels,
         )
 
-    def _planned(self, head: RunStart, task: FewShotTask) -> RunStart:
-        """Return run.json's content with how a round is cut into calls, which a run keeps."""
+    def _with_plan(self, head: RunStart, task: FewShotTask) -> RunStart:
+        """Return run.json's content with the plan of calls per round, which a run keeps."""
         if task.encoder is None:
             return head
         calls = task.encoder.plan.to_json()
@@ -463,36 +460,36 @@ class TrainingRun(Generic[Store]):
         before = head.calls or calls
         if any(before.get(key) != value for key, value in calls.items()):
             warn(
-                f"a round is cut into other calls ({calls}) than when the run began ({before}), so "
-                "bytes may differ"
+                f"results may differ: a round is split into other calls ({calls}) than when the "
+                f"run started ({before})"
             )
         return structs.replace(head, calls=calls)
 
     def _with_signal(self, head: RunStart, task: FewShotTask, budget: Budget) -> RunStart:
         """Return run.json's content with the signal, measured once, before the first step.
 
-        Raises: RefusedError, and leaves a run that may be started anew.
+        Raises: RefusedError; the refused run may be started again.
         """
         force, progress = self.run_config.force, self.model.progress
         precision = self.model.bundle.precision
         if head.signal is None and not self.folder.has_state:
             try:
-                if task.config.finest is None:
-                    signal = not_needed(NO_DIFFERENCES)
+                if task.config.perturbation_setting is None:
+                    signal = signal_not_needed(NO_DIFFERENCES)
                 elif task.images is not None:
-                    signal = unmeasured(*ENCODED_ANEW, precision, force=force)
+                    signal = signal_unmeasured(*IMAGES_REENCODED, precision, force=force)
                 elif self.model.served is not None and self.run_config.reference is None:
-                    signal = unmeasured(*SERVED, precision, force=force)
-                elif leaves_enough(
+                    signal = signal_unmeasured(*SERVED, precision, force=force)
+                elif precision_suffices(
                     precision,
                     self.model.execution.provider,
-                    task.config.finest[1],
+                    task.config.perturbation_setting[1],
                     self.published,
                 ):
-                    signal = not_needed(FULL_PRECISION)
+                    signal = signal_not_needed(FULL_PRECISION)
                 else:
                     signal = require_signal(
-                        lambda: self._measured(task),
+                        lambda: self._measure_signal(task),
                         published=self.published,
                         force=force,
                         progress=progress,
@@ -511,20 +508,20 @@ class TrainingRun(Generic[Store]):
         return head
 
     @contextlib.contextmanager
-    def _journalled(self, budget: Budget) -> Iterator[Served | None]:
-        """Write down whatever goes to a server as a query; yield None where there is no server."""
+    def _journal_queries(self, budget: Budget) -> Iterator[Served | None]:
+        """Record queries to a server in the journal; yield None without a server."""
         served = self.model.served
         if not isinstance(served, Served):
             yield None
             return
-        served.service.sending = self.folder.sending(budget)
+        served.service.sending = self.folder.open_journal(budget)
         try:
             yield served
         finally:
             served.service.sending = None
 
     def _baselines(self, texts: F32 | None, encoded: EncodedSplit) -> Baselines:
-        """Return what a result is compared with: hand-written prompts and GDA."""
+        """Return the baselines: zero-shot and GDA."""
         bundle, began = self.model.bundle, time.monotonic()
         if texts is None:
             return Baselines({}, None, 0.0)
@@ -539,24 +536,21 @@ class TrainingRun(Generic[Store]):
         return SplitEncoder(self.run_config, self.split, self.folder, self.model)
 
     def _task(self, config: TunedConfig, encoded: EncodedSplit, texts: F32 | None) -> FewShotTask:
-        """Return the method at its start, and what evaluates it.
-
-        `texts` f32[C, e] are the hand-written prompts'.
-        """
+        """Open the method's task; `texts` are the templates' features f32[C, e]."""
         return open_task(
             self.run_config, self.split, encoded, self.model, config, self.start, texts
         )
 
-    def _tuned(self, task: FewShotTask, budget: Budget, started: float) -> Outcome:
-        """Spend the queries, from the saved state where there is one."""
+    def _tune(self, task: FewShotTask, budget: Budget, started: float) -> Outcome:
+        """Tune from the saved state, if any, until the budget is spent."""
         run_config, config = self.run_config, task.config
         n_views, n_images = task.encoded.features.shape[:2]
         size = config.images_of(n_images, len(self.split.classes))
         wanted = min(config.batch_size or n_images, n_images)
         if size < wanted:
             warn(
-                f"logits are kept of {size} images instead of {wanted}: more would take more "
-                "than memory_mb"
+                f"using logits of {size} images instead of {wanted}, to stay within memory_mb "
+                "(increase memory_mb to use more)"
             )
         sampler = BatchSampler(
             n_images,
@@ -570,7 +564,7 @@ class TrainingRun(Generic[Store]):
         if config.notice:
             warn(config.notice)
         if tuning.step:
-            progress.remark(f"going on after {tuning.budget.queries} of {spent} queries")
+            progress.remark(f"resuming after {tuning.budget.queries} of {spent} queries")
 
         def artifact(stop_reason: str) -> Artifact:
             provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
@@ -578,10 +572,10 @@ class TrainingRun(Generic[Store]):
 
         marks = run_config.snapshot_marks(spent)
         if tuning.step and self.folder.lacks_snapshot(marks, tuning.budget.queries):
-            # Saved, and stopped before it was written.
+            # The state was saved, but the run stopped before the snapshot was written.
             self.folder.keep_snapshot(artifact("snapshot"), tuning.budget.queries)
         marks = [m for m in marks if m > tuning.budget.queries]
-        saving = SavePace(every_step=self.model.served is not None)
+        saving = SaveSchedule(every_step=self.model.served is not None)
         with progress.activity("tuning", spent) as ticker:
 
             def observe(now: Tuning, evaluation: Evaluation) -> None:
@@ -592,7 +586,7 @@ class TrainingRun(Generic[Store]):
                 if reached or saving.due():
                     with saving:
                         self.folder.save(now)
-                if reached:  # after it: a server may be away by now, and the step was answered
+                if reached:  # after saving: the server may be unreachable by now
                     self.folder.keep_snapshot(artifact("snapshot"), now.budget.queries)
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
@@ -609,7 +603,7 @@ class TrainingRun(Generic[Store]):
                     f"query {budget.queries + error.candidate + 1}, {error}; "
                     f"{self.folder.where_saved}"
                 ) from None
-        self.folder.save(tuning)  # what follows is a report, and may fail
+        self.folder.save(tuning)  # before the report, which may fail
         ended = time.monotonic()
         result = artifact(stop_reason)
         try:
@@ -626,12 +620,12 @@ class TrainingRun(Generic[Store]):
             share = task.val_share()
         return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph, share)
 
-    def _fitted(self, encoded: EncodedSplit, texts: F32 | None) -> Outcome:
+    def _fit(self, encoded: EncodedSplit, texts: F32 | None) -> Outcome:
         method, bundle = find_method(self.run_config.method), self.model.bundle
         assert isinstance(method, HeadMethod)
         assert texts is not None
         shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        fitted = method.fitted(self.run_config.method_config, shots, self.run_config.seed)
+        fitted = method.fit_shots(self.run_config.method_config, shots, self.run_config.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
         artifact = HeadArtifact(
@@ -645,9 +639,9 @@ class TrainingRun(Generic[Store]):
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
         return Outcome(artifact, 0.0, float(losses.mean()), encoded.val_features, time.monotonic())
 
-    def _validated(
+    def _validate(
         self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
-    ) -> dict[str, Score | Share]:
+    ) -> dict[str, Score | Proportion]:
         """Return the scores on the validation images by name; empty without such images."""
         features, labels, classes = encoded.val_features, encoded.val_labels, self.split.classes
         if outcome.share is not None:

@@ -1,4 +1,4 @@
-"""Array aliases and the seams of the house as protocols; no logic.
+"""Array aliases and the interfaces as protocols; no logic.
 
 Shapes are written `f32[P, C, e]` with P candidates, C classes, N images, m context tokens, d the
 text width, e the embedding size, V cached views of an image and S the side of a square image.
@@ -22,15 +22,15 @@ U8 = NDArray[np.uint8]
 if TYPE_CHECKING:
     Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 else:
-    Json = Any  # what reads documents takes no type that refers to itself
+    Json = Any  # msgspec takes no recursive type
 
 
 class ImageEncoder(Protocol):
-    """Images to unit features, the same bytes whatever images share a call."""
+    """Encodes images to unit features; the bytes do not depend on the other images of a call."""
 
     @property
     def identity(self) -> str:
-        """All that changes a feature: weights, preprocessing, provider, precision, version."""
+        """All that affects features: weights, preprocessing, provider, precision, version."""
 
     def read(self, path: Path, view: np.random.Generator | None) -> U8:
         """Return u8[S, S, 3]: the centre crop, or a random crop and flip drawn from `view`."""
@@ -40,7 +40,7 @@ class ImageEncoder(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """Contexts to the unit text features of the classes it was made for."""
+    """Encodes contexts to the unit text features of fixed classes."""
 
     def encode(self, contexts: F32) -> F32:
         """Return f32[P, C, e] for contexts f32[P, m, d]."""
@@ -48,13 +48,13 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Prompts:
-    """What P candidates change: the text tower's input, the image tower's, or both."""
+    """P candidates' inputs to the text tower, the image tower or both."""
 
     contexts: F32 | None = None
-    """f32[P, m, d] before every class name; None where hand-written sentences stand instead."""
+    """f32[P, m, d] before every class name; None: templates are used."""
     visual: F32 | None = None
-    """f32[P, ...] that changes the images, so that they are encoded anew: image tokens [P, n, w],
-    a border [P, 3, S, S] or a decoder's values [P, n]. None leaves them as they are."""
+    """f32[P, ...] under which images are re-encoded: image tokens [P, n, w], a border [P, 3, S, S]
+    or a decoder's values [P, n]. None: images are unchanged."""
 
     def __len__(self) -> int:
         part = self.contexts if self.contexts is not None else self.visual
@@ -69,14 +69,14 @@ class PromptedImages(Protocol):
 
 
 class PromptMap(Protocol):
-    """From the optimised values to what is sent."""
+    """Maps optimised values to prompts."""
 
     @property
     def dim(self) -> int:
-        """How many values are optimised (δ in the papers)."""
+        """The number of optimised values (δ in the papers)."""
 
     def __call__(self, points: F64) -> Prompts:
-        """Return what P points f64[P, dim] send."""
+        """Return the prompts of P points f64[P, dim]."""
 
 
 @dataclass(frozen=True)
@@ -84,30 +84,30 @@ class Proposal:
     """Points to evaluate on the same images, in one call."""
 
     points: F64
-    """f64[P, dim], a copy of the optimizer's own."""
+    """f64[P, dim], a copy of the optimizer's."""
     same_batch: bool = False
-    """Keep the images of the round before (a line search)."""
+    """Keep the images of the previous round (a line search)."""
     mid_step: bool = False
-    """More of a step that was begun: what the optimizer recommends is still the point before it."""
+    """Part of an unfinished step: the optimizer still recommends the previous point."""
     validation: bool = False
-    """Evaluate on all validation images instead: a pass that steers, and is charged."""
+    """Evaluate on all validation images instead, as a charged validation pass."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which cached images a step sees."""
+    """The cached images of a step."""
 
     images: I64
     """i64[N]: rows of the feature table."""
     views: I64
-    """i64[N]: which cached view of each."""
+    """i64[N]: the cached view of each."""
     number: int
-    """Counts the batches drawn, from 1."""
+    """The batch's number, from 1."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an oracle answers to one proposal."""
+    """An oracle's answer to one proposal."""
 
     losses: F64
     """f64[P] in nats, mean over the images of the batch."""
@@ -117,30 +117,30 @@ class Evaluation:
     """i64[N]."""
     batch_number: int
     logits: F32 | None = None
-    """f32[P, N, C] where the oracle gives them."""
+    """f32[P, N, C], or None if the oracle does not return them."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well candidates classify one batch."""
+    """Losses and accuracies of candidates on one batch."""
 
     losses: F64
-    """f64[P] in nats, mean over the images of the batch; not finite where a candidate broke."""
+    """f64[P] in nats, mean over the images of the batch; not finite for a failed candidate."""
     accuracies: F64
     """f64[P] in 0…1."""
     logits: F32 | None = None
-    """f32[P, N, C] where they were computed on the host."""
+    """f32[P, N, C] if computed on the host."""
 
 
 class Scorer(Protocol):
-    """Prompts to losses: the forward passes, and the comparison of texts with images."""
+    """Computes losses of prompts: forward passes, then text against image features."""
 
     def __call__(self, prompts: Prompts, batch: Batch, labels: I64) -> Scores:
         """Score P candidates on a batch whose images have the labels i64[N]."""
 
 
 class Oracle(Protocol):
-    """Forward passes behind losses: the only thing that a tuned method may ask."""
+    """Evaluates prompts with forward passes; the only access of a tuned method to the model."""
 
     def __call__(self, prompts: Prompts, batch: Batch) -> Evaluation:
         """Evaluate P candidates on one batch."""
@@ -157,45 +157,45 @@ class Mixture:
 
 
 State = tuple[Mapping[str, NDArray[Any]], Mapping[str, Json]]
-"""Arrays by name and plain values by name: all of an optimizer or sampler, its generator too."""
+"""The complete state of an optimizer or sampler: arrays by name and plain values by name."""
 
 
 class Optimizer(Protocol):
-    """Ask for points, tell their losses; nothing else is known of the function."""
+    """Ask for points, tell their losses."""
 
     def ask(self) -> Proposal:
         """Return the next points; asking again gives the same."""
 
     def tell(self, evaluation: Evaluation) -> None:
-        """Take the answers in the order of ask."""
+        """Take the losses, in the order of `ask`."""
 
     def finished(self) -> str | None:
-        """Return why there is nothing more to ask, None while there is."""
+        """Return the stop reason, or None if there is more to ask."""
         return None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
-        """Return rounds f64[R, P, dim] such as the next `ask` may give, drawn from `rng` instead.
+        """Return rounds f64[R, P, dim] distributed as the next `ask`, drawn from `rng`.
 
-        Each is pairs of points whose difference in loss the method lives off, + before −; together
-        at least `n_directions` of them. The optimizer stays as it is.
+        Each has pairs of points, + before −, whose loss differences the method uses; at least
+        `n_directions` pairs in total. The optimizer does not change.
         """
 
     def recommend(self) -> F64:
         """Return f64[dim], the method's published choice."""
 
     def state(self) -> State:
-        """Return all that is needed to go on as if never stopped."""
+        """Return the state for an exact resume."""
 
     def restore(self, state: State) -> None:
-        """Take over a state saved by `state` of the same configuration."""
+        """Restore a state saved by `state` with the same configuration."""
 
 
 @runtime_checkable
 class Mixing(Protocol):
-    """What an optimizer has whose result is no single point."""
+    """An optimizer whose result is a mixture of points."""
 
     def mixture(self) -> Mixture:
         """Return the method's choice."""
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss (nats) and accuracy of the last choice on the training images, if new."""
+        """Return training loss (nats) and accuracy of the last choice, if new."""

@@ -29,7 +29,7 @@ class RandomSearchConfig(TextStart):
         require(self, 0, "radius", above=True)
 
     @property
-    def finest(self) -> tuple[str, float]:
+    def perturbation_setting(self) -> tuple[str, float]:
         return "radius", self.radius
 
     @property

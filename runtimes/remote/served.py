@@ -17,7 +17,16 @@ from runtimes.remote.contract import BATCH, IMAGE, PROMPT, SCORE, Tensor, Tensor
 from runtimes.remote.service import Question, Service
 from runtimes.remote.transport import Array
 from runtimes.tokenizer import Tokenizer
-from ztune.access import CONTEXTS, EVERYTHING, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS, TEXTS
+from ztune.capabilities import (
+    CONTEXTS,
+    EVERYTHING,
+    FEATURES,
+    IMAGE_TOKENS,
+    LOGITS,
+    LOSS,
+    PIXELS,
+    TEXTS,
+)
 from ztune.errors import ConfigError, ServerError
 from ztune.types import F32, I64, U8, Batch, ImageEncoder, Json, PromptEncoder, Prompts, Scores
 

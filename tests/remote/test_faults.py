@@ -252,7 +252,7 @@ def test_a_server_that_comes_back_with_another_model(
     )  # fmt: skip
     done = history(out)
     refused = ztune("tune", "--resume", out, "--quiet")
-    one_error(refused.code, refused.err, "is not the one that the run began with")
+    one_error(refused.code, refused.err, "is not the one that the run was started with")
     assert history(out) == done >= 20
 
     mortal.kill()

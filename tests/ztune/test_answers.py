@@ -1,14 +1,14 @@
-"""What is known of logits from a few classes, texts that are remembered, and their weighted sum."""
+"""Logits known for the top classes only, cached text features and their weighted sum."""
 
 import numpy as np
 import pytest
 
-from ztune import remembered
-from ztune.answers import TopClasses, top_k_logits
+from ztune import text_cache
 from ztune.errors import DataError
-from ztune.mixing import mixed_texts
+from ztune.mixing import mix_text_features
 from ztune.objective import NumpyScores, cross_entropy
-from ztune.remembered import RememberingEncoder
+from ztune.text_cache import CachedTextEncoder
+from ztune.top_classes import TopClasses, top_k_logits
 from ztune.types import F32, F64, I64, Batch, Prompts, Scores
 
 
@@ -43,7 +43,7 @@ def test_the_top_classes_keep_their_probabilities_and_the_rest_is_shared(k: int)
 
 @pytest.mark.parametrize("k", [6, 7, 100])
 def test_all_classes_tell_all_but_a_constant(k: int) -> None:
-    for scale in (1, 100):  # of CLIP's logits, most probabilities are nothing beside the first
+    for scale in (1, 100):  # with CLIP's scale most probabilities are negligible
         moved = scale * LOGITS - top_k_logits(scale * LOGITS, k)
         np.testing.assert_allclose(moved, moved[..., :1] * np.ones(6), atol=1e-4 * scale)
 
@@ -107,14 +107,14 @@ def contexts(n: int, seed: int = 4) -> F32:
 
 def test_what_was_encoded_is_not_encoded_again() -> None:
     encoder = Encoder()
-    remembering = RememberingEncoder(encoder)
+    remembering = CachedTextEncoder(encoder)
     first, other = contexts(3), contexts(3, seed=5)
     expected = encoder.encode(first)
     encoder.calls.clear()
     for _ in range(3):
         found = remembering.encode(first.copy())
         np.testing.assert_array_equal(found, expected)
-        found[:] = np.nan  # whoever asked may do with it what they like
+        found[:] = np.nan  # the caller may change its copy
     assert encoder.calls == [3]
     np.testing.assert_array_equal(remembering.encode(other), encoder.encode(other))
     assert encoder.calls == [3, 3, 3]
@@ -125,9 +125,9 @@ def test_what_was_encoded_is_not_encoded_again() -> None:
 
 def test_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 3 * 4 * 4  # bytes of a context's features
-    monkeypatch.setattr(remembered, "_MOST_BYTES", 5 * one)
+    monkeypatch.setattr(text_cache, "_MOST_BYTES", 5 * one)
     encoder = Encoder()
-    remembering = RememberingEncoder(encoder)
+    remembering = CachedTextEncoder(encoder)
     for seed in (1, 2, 3):  # 2 and 2 contexts fit, 2 more do not
         remembering.encode(contexts(2, seed))
     remembering.encode(contexts(1, 4))
@@ -147,7 +147,7 @@ def test_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mixtures_texts_are_the_weighted_sum(at_once: int) -> None:
     encoder, given = Encoder(), contexts(11)
     weights = (100 * rng(6).standard_normal(11)).astype(np.float32)
-    found = mixed_texts(encoder, given, weights, at_once)
+    found = mix_text_features(encoder, given, weights, at_once)
     assert found.dtype == np.float32
     assert max(encoder.calls) <= at_once
     assert sum(encoder.calls) == 11
@@ -174,7 +174,7 @@ def test_weights_that_cancel_leave_what_float32_would_lose(at_once: int) -> None
     weights = np.concatenate([np.full(499, 3e5), [0.25], np.full(500, -3e5), [3e5]])
     weights = weights.astype(np.float32)
     given = np.zeros((len(weights), 2, 3), np.float32)
-    found = mixed_texts(Fixed(texts), given, weights, at_once)
+    found = mix_text_features(Fixed(texts), given, weights, at_once)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, 0.25 * texts, atol=1e-6)
     naive = np.zeros_like(texts)
@@ -187,18 +187,20 @@ def test_weights_that_cancel_leave_what_float32_would_lose(at_once: int) -> None
 def test_a_sum_that_is_not_finite_is_refused(weights: list[float]) -> None:
     texts = np.array([[0.6, 0.8], [1, 0]], np.float32)
     with pytest.raises(DataError, match="not finite or far too large: its weights are damaged"):
-        mixed_texts(Fixed(texts), np.zeros((2, 2, 3), np.float32), np.array(weights, np.float32), 2)
+        mix_text_features(
+            Fixed(texts), np.zeros((2, 2, 3), np.float32), np.array(weights, np.float32), 2
+        )
     # Large on the way, and none in the end.
     opposite = np.array([3e38, 3e38, -3e38, -3e38], np.float32)
-    found = mixed_texts(Fixed(texts), np.zeros((4, 2, 3), np.float32), opposite, 1)
+    found = mix_text_features(Fixed(texts), np.zeros((4, 2, 3), np.float32), opposite, 1)
     np.testing.assert_array_equal(found, 0)
 
 
 def test_calls_that_were_made_before_mix_for_nothing() -> None:
     encoder, given = Encoder(), contexts(12)
-    remembering = RememberingEncoder(encoder)
+    remembering = CachedTextEncoder(encoder)
     for first in range(0, 12, 4):
         remembering.encode(given[first : first + 4])
     encoder.calls.clear()
-    mixed_texts(remembering, given, np.ones(12, np.float32), 4)
+    mix_text_features(remembering, given, np.ones(12, np.float32), 4)
     assert encoder.calls == []

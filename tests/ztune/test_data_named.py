@@ -413,12 +413,12 @@ def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
         ({"rows": [(None, 0)]}, "row 0: holds no image"),
         ({"rows": [(b"\x89PNG", 0), (b"\x89PNG", 2)]}, "row 1: label is 2, expected 0 to 1"),
         ({"rows": [(b"\x89PNG", None)]}, "row 0: label is None"),
-        ({"rows": [(b"<svg/>", 0)]}, "of no known kind"),
-        ({"rows": []}, "hold no labelled images"),
-        ({"names": None}, "do not name the classes"),
-        ({"names": [1]}, "do not name the classes"),
-        ({"metadata": b"{"}, "metadata do not tell the features"),
-        ({"metadata": b"null"}, "metadata do not tell the features"),
+        ({"rows": [(b"<svg/>", 0)]}, "unknown image format"),
+        ({"rows": []}, "no labelled images in"),
+        ({"names": None}, "no class names of"),
+        ({"names": [1]}, "no class names of"),
+        ({"metadata": b"{"}, "no `features` metadata"),
+        ({"metadata": b"null"}, "no `features` metadata"),
         ({"metadata": b'{"info": {"features": {}}}'}, "expected a column of images"),
     ],
 )
@@ -434,7 +434,7 @@ def test_wrong_parquet(tmp_path: Path, change: dict[str, object], message: str) 
 def test_a_damaged_parquet_file(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_text("no")
-    with pytest.raises(DataError, match="is no parquet file"):
+    with pytest.raises(DataError, match="not a parquet file"):
         parquet.extract([tmp_path / "x.parquet"], tmp_path / "out")
 
 

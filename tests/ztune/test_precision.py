@@ -6,10 +6,10 @@ import pytest
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.precision import (
     Signal,
-    compared,
+    compare_losses,
     exact_losses,
-    leaves_enough,
     measure,
+    precision_suffices,
     probe_batch,
 )
 from ztune.types import F32, F64, Batch, Evaluation, Prompts
@@ -18,22 +18,22 @@ from ztune.types import F32, F64, Batch, Evaluation, Prompts
 def test_ratio_and_rms_are_those_of_the_pairs_differences() -> None:
     reference = np.array([1.0, 0.6, 2.0, 2.3])  # differences 0.4 and −0.3
     computed = np.array([1.1, 0.6, 2.0, 2.4])  # off by 0.1 and −0.1
-    signal = compared(computed, reference)
+    signal = compare_losses(computed, reference)
     assert signal.n_directions == 2
     assert signal.signal == pytest.approx(np.sqrt((0.16 + 0.09) / 2))
     assert signal.error == pytest.approx(0.1)
     assert signal.ratio == pytest.approx(np.sqrt(0.125) / 0.1)
     assert not signal.passed
     # What both signs have in common moves no step.
-    assert compared(reference + 0.7, reference).ratio > 1e12
+    assert compare_losses(reference + 0.7, reference).ratio > 1e12
 
 
 def test_without_any_difference_the_ratio_is_nought_or_finite() -> None:
     same = np.full(4, 2.0)
-    assert compared(same, same).ratio == 0
-    assert compared(same, same).perturbation_needed(0.01) is None
+    assert compare_losses(same, same).ratio == 0
+    assert compare_losses(same, same).perturbation_needed(0.01) is None
     reference = np.array([2.0, 2.1])
-    assert np.isfinite(compared(reference, reference).ratio)
+    assert np.isfinite(compare_losses(reference, reference).ratio)
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_exact_losses_know_of_an_answer_what_it_tells() -> None:
 def test_what_need_not_be_measured(
     precision: str, provider: str, perturbation: float, enough: bool
 ) -> None:
-    assert leaves_enough(precision, provider, perturbation, 0.01) == enough
+    assert precision_suffices(precision, provider, perturbation, 0.01) == enough

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.report import draw_confusion, draw_curve
-from ztune.report_compare import Level, Line, draw_against
+from ztune.report_compare import Level, Line, draw_accuracy_against_cost
 from ztune.statistics import Score
 
 
@@ -109,7 +109,9 @@ def test_names_on_a_plot_are_printable(tmp_path: Path, monkeypatch: pytest.Monke
     draw_confusion({name: score}, path)
     draw_curve([{"queries": 1.0, "loss": 1.0, "accuracy": 0.5}], {name: 0.4}, name, path)
     two = np.array([1.0, 2.0])
-    draw_against("queries", [Line(name, 0, two, two, two, two)], [Level(name, 1, 0.5)], name, path)
+    draw_accuracy_against_cost(
+        "queries", [Line(name, 0, two, two, two, two)], [Level(name, 1, 0.5)], name, path
+    )
     draw_over_shots([Panel(name, (Track(name, 0, two, two, two),), 0.5)] * 2, name, path)
     assert sum(r"\x1b[2J\u202e" in text for text in texts) >= 12
     assert not [text for text in texts if set(text) & set("\x1b\u202e")]

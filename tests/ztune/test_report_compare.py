@@ -18,10 +18,10 @@ from ztune.report_compare import (
     N_LOOKS,
     Level,
     Line,
-    draw_against,
-    look_of,
-    look_of_level,
-    look_of_prompts,
+    draw_accuracy_against_cost,
+    level_style,
+    line_style,
+    templates_style,
 )
 
 COST = np.array([1.0, 10.0, 100.0])
@@ -35,7 +35,7 @@ def _curve(title: str, path: Path) -> None:
 
 
 def _against(title: str, path: Path) -> None:
-    draw_against("queries", [LINE], [], title, path)
+    draw_accuracy_against_cost("queries", [LINE], [], title, path)
 
 
 def _over_shots(title: str, path: Path) -> None:
@@ -57,12 +57,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_no_two_looks_are_equal() -> None:
-    looks = [look_of(style) for style in range(N_LOOKS)]
+    looks = [line_style(style) for style in range(N_LOOKS)]
     assert len({(look["color"], look["marker"]) for look in looks}) == N_LOOKS == N_COLOURS**2
     assert len(METHODS) <= N_LOOKS
-    levels = [look_of_prompts(), *(look_of_level(style) for style in range(90))]
+    levels = [templates_style(), *(level_style(style) for style in range(90))]
     assert len({(look["color"], look["linestyle"]) for look in levels}) == len(levels)
-    assert look_of(N_LOOKS) == look_of(0)
+    assert line_style(N_LOOKS) == line_style(0)
 
 
 @pytest.mark.parametrize("draw", [_curve, _against, _over_shots])
@@ -113,7 +113,9 @@ def test_no_level_lies_on_the_edge_of_a_panel(
 ) -> None:
     panel = Panel("p", (TRACK,), level)
     draw_over_shots([panel, panel, panel], "t", tmp_path / "shots.png")
-    draw_against("queries", [LINE], [Level("gda", 11, level)], "t", tmp_path / "against.png")
+    draw_accuracy_against_cost(
+        "queries", [LINE], [Level("gda", 11, level)], "t", tmp_path / "against.png"
+    )
     for axes in [axes for figure in figures for axes in figure.axes]:
         low, high = axes.get_ylim()
         room = 0.04 * (high - low)

@@ -14,7 +14,7 @@ from ztune.loop import Tuning
 from ztune.methods.ogn import OgnConfig, PromptMixture
 from ztune.objective import BatchSampler
 from ztune.optim.spsa import Spsa, SpsaConfig
-from ztune.run import RunFolder, SavePace
+from ztune.run import RunFolder, SaveSchedule
 from ztune.types import Evaluation, Optimizer
 
 
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_quick_save_is_due_each_second(clock: Clock) -> None:
-    pace = SavePace()
+    pace = SaveSchedule()
     for _ in range(3):
         assert not pace.due()
         clock.now += 0.9
@@ -49,7 +49,7 @@ def test_a_quick_save_is_due_each_second(clock: Clock) -> None:
 
 
 def test_a_slow_save_is_due_after_ten_times_what_it_took(clock: Clock) -> None:
-    pace = SavePace()
+    pace = SaveSchedule()
     clock.now += 5
     with pace:
         clock.now += 3
@@ -64,7 +64,7 @@ def test_a_slow_save_is_due_after_ten_times_what_it_took(clock: Clock) -> None:
 
 
 def test_a_save_that_fails_is_told_and_not_tried_again_at_once(clock: Clock) -> None:
-    pace = SavePace()
+    pace = SaveSchedule()
     clock.now += 2
     with pytest.raises(OSError, match="disk full"), pace:
         raise OSError("disk full")

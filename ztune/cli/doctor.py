@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtimes.remote.endpoint import is_url
-from ztune.access import described
+from ztune.capabilities import describe
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.server import (
@@ -134,7 +134,7 @@ def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
     said = "with every answer" if found.reports_digest else "not with every answer"
     rows = [
         ("models", ", ".join(found.models)),
-        ("capabilities", described(found.capabilities)),
+        ("capabilities", describe(found.capabilities)),
         ("bundle", f"{found.bundle_digest[:12]}…, {found.precision}, told {said}"),
     ]
     differences = [(part, f"{value:.1e}") for part, value in found.parity.items()]
@@ -157,14 +157,14 @@ def _signal(
     from ztune.cli.request import run_config_of, settings_of
     from ztune.doctor import measure_signal
     from ztune.model import open_model
-    from ztune.precision import advice, described
+    from ztune.precision import advice, describe_signal
 
     if arguments.method is None:
         arguments.method = _METHOD
     run_config = run_config_of(arguments, settings_of(arguments))
     model = open_model(arguments.bundle, Execution(provider), output)
     signal, document, published = measure_signal(run_config, model)
-    line = f"{described(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"
+    line = f"{describe_signal(signal, document)}: {signal.verdict}, {document['seconds']:.1f} s"
     if not signal.passed:
         line += f"; {advice(signal, document, published)}"
     return document, line

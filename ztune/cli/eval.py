@@ -11,7 +11,7 @@ import numpy as np
 
 from runtimes.remote.endpoint import is_url, named_server
 from runtimes.remote.settings import merged
-from ztune.access import TEXTS
+from ztune.capabilities import TEXTS
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.server import (
@@ -222,7 +222,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         known = set(images.classes) <= set(artifact.classes)
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "those it was tuned on"
-        artifact = model.refreshed(artifact, candidates)
+        artifact = model.refresh(artifact, candidates)
         candidates, fingerprints = artifact.classes, artifact.tuning_images.tolist()
         name = f"prompt {arguments.prompt.name}"
     else:

@@ -14,7 +14,7 @@ from ztune.cli.output import OptionOf, Output, fail, show_traceback, with_option
 from ztune.cli.parser import VERBS, module_of, option_finder, parser_of, refuse
 from ztune.errors import ZtuneError
 from ztune.printing import holds_password
-from ztune.progress import warnings_told
+from ztune.progress import forward_warnings
 
 # How a command goes on after a full disk.
 _AGAIN = {
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
     try:
         output = Output(arguments.quiet, arguments.json, option_of)
-        with warnings_told(output.warn):
+        with forward_warnings(output.warn):
             module_of(verb).run(arguments, output)
     except ZtuneError as error:
         if arguments.debug:

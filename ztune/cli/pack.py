@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     artifact = read_artifact(arguments.prompt)
     require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
     classes = read_class_list(arguments.classes) if arguments.classes else None
-    artifact = model.refreshed(artifact, classes)
+    artifact = model.refresh(artifact, classes)
     extractor = None
     if isinstance(artifact, VisualArtifact) and artifact.extractor:
         extractor = required_extractor(artifact, arguments.extractor)

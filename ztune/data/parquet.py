@@ -1,15 +1,15 @@
-"""Data sets in the parquet form of the Hugging Face hub, from local files.
+"""Data sets in the Hugging Face hub's parquet format, from local files.
 
-Images lie in a column of structs {bytes, path}, labels are integers in another, and the file's
-own metadata say which columns these are and what the classes are called. The images are extracted
-once, to a folder beside the files, which then serves like any other:
+Images are in a column of structs {bytes, path}, labels are integers in another; the file's metadata
+name both columns and the classes. The images are extracted once, to a folder next to the files,
+which is then used like any other:
 
     images/train/00000000.png ...
     manifest.jsonl        as `data` takes it
     split.json            the same as lists with labels (coop.py), in the order of the rows
     source.json           which files it was made from
 
-The name of an image in the data is not used: a data set must not choose where this program writes.
+The image names in the data are not used: a data set must not choose where files are written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns hold what, and the names of the classes."""
+    """The columns of images and labels, and the class names."""
 
     image: str
     label: str
@@ -52,7 +52,7 @@ class _Columns:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a data set: in its folder or in `data/` below."""
+    """Return the parquet files of a data set, in its folder or in `data/`."""
     for place in (folder, folder / "data"):
         if found := sorted(path for path in place.glob("*.parquet") if path.is_file()):
             return found
@@ -67,11 +67,11 @@ def extracted_below(folder: Path) -> Path:
 def extract(files: Sequence[Path], out: Path) -> Path:
     """Write the images of these files to the folder `out`, all or nothing, and return it.
 
-    Where `out` was made from the same files (names and sizes) it is left as it is. Rows with the
-    label -1, which mark an unlabelled test set, are left out.
+    An `out` made from the same files (names and sizes) is kept. Rows with the label -1 (an
+    unlabelled test set) are left out.
 
-    Raises: DataError when pyarrow is missing, `out` was made from other files, a file is no
-        parquet, or its metadata or rows are not those of labelled images.
+    Raises: DataError without pyarrow, if `out` was made from other files, or for a file that is not
+        parquet or has no labelled images.
     """
     source = {path.name: path.stat().st_size for path in files}
     if out.exists():
@@ -92,7 +92,7 @@ def extract(files: Sequence[Path], out: Path) -> Path:
             opened = _opened(parquet, path, where)
             columns = _columns(opened.schema_arrow, where)
             if known is not None and columns != known:
-                raise DataError(f"{where}: other columns or classes than {files[0].name}")
+                raise DataError(f"{where}: columns or classes differ from {files[0].name}")
             known = columns
             role = (_role(path) if divided else None) or "train"
             for content, label in _rows(opened, columns, where):
@@ -102,7 +102,7 @@ def extract(files: Sequence[Path], out: Path) -> Path:
                 lists[role].append(Item(name, label, columns.names[label]))
         split = CoopSplit(*(tuple(lists[role]) for role in SPLITS))
         if not any(split.counts.values()):
-            raise DataError(f"parquet: {', '.join(source)} hold no labelled images")
+            raise DataError(f"parquet: no labelled images in {', '.join(source)}")
         rows = (
             {"path": item.path, "label": item.name, **({"split": role} if divided else {})}
             for role, item in split
@@ -126,7 +126,7 @@ def _source(folder: Path) -> object:
 
 
 def _parquet() -> Any:
-    """Import what reads parquet; only those who have such files need it."""
+    """Import pyarrow's parquet module, an optional dependency."""
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -141,17 +141,17 @@ def _opened(parquet: Any, path: Path, where: str) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise DataError(f"{where}: is no parquet file ({error})") from None
+        raise DataError(f"{where}: not a parquet file ({error})") from None
 
 
 def _role(path: Path) -> SplitName | None:
-    """Return the part that a file name tells, as in train-00000-of-00002.parquet."""
+    """Return the role in a file name such as train-00000-of-00002.parquet."""
     match = _PART.fullmatch(path.name.removesuffix(".parquet"))
     return SPLIT_NAMES[match[1]] if match else None
 
 
 def _columns(schema: Any, where: str) -> _Columns:
-    """Read the features that the Hugging Face library writes into a file's metadata."""
+    """Read the features that the Hugging Face library writes to a file's metadata."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
         features = info["info"]["features"]
@@ -161,12 +161,12 @@ def _columns(schema: Any, where: str) -> _Columns:
         names = features[label]["names"] if label is not None else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DataError(
-            f"{where}: its metadata do not tell the features as the Hugging Face library does"
+            f"{where}: no `features` metadata of the Hugging Face library found"
         ) from None
     if image is None or label is None or not {image, label} <= set(schema.names):
-        raise DataError(f"{where}: expected a column of images and one of class labels")
+        raise DataError(f"{where}: expected one column of images and one of class labels")
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
-        raise DataError(f'{where}: its metadata do not name the classes of "{label}"')
+        raise DataError(f'{where}: no class names of "{label}" in the metadata')
     return _Columns(image, label, tuple(names))
 
 
@@ -178,7 +178,7 @@ def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, i
                 continue
             content = image.get("bytes") if isinstance(image, dict) else None
             if not isinstance(content, bytes):
-                raise DataError(f"{where}, row {place}: holds no image, or only a path to one")
+                raise DataError(f"{where}, row {place}: no image, or only a path to one")
             if not isinstance(label, int) or not 0 <= label < len(columns.names):
                 raise DataError(
                     f"{where}, row {place}: label is {label!r}, expected 0 to "
@@ -186,7 +186,7 @@ def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, i
                 )
             yield content, label
     except (OSError, ValueError) as error:
-        raise DataError(f"{where}: is damaged ({error})") from None
+        raise DataError(f"{where}: damaged file ({error})") from None
 
 
 def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
@@ -195,10 +195,10 @@ def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
 
 
 def _kind(content: bytes, where: str) -> str:
-    """Return the suffix for an image, by its first bytes."""
+    """Return the file suffix of an image by its first bytes."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
     for start, suffix in _KINDS:
         if content.startswith(start):
             return suffix
-    raise DataError(f"{where}: an image is of no known kind (it begins {content[:8]!r})")
+    raise DataError(f"{where}: unknown image format (it starts with {content[:8]!r})")

@@ -1,4 +1,4 @@
-"""Which images train, validate and test: drawn once (splitter.py), checked on resume.
+"""The training, validation and test images of a run: drawn once (splitter.py), checked on resume.
 
 A split file lists every image with its digest, class and role.
 """
@@ -24,28 +24,28 @@ VERSION = 1
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Sampler = Literal["hash", "coop"]
 HOW_DRAWN: dict[Sampler, str] = {
-    "hash": "drawn by hash, as one's own images are",
+    "hash": "drawn by hash, as for custom images",
     "coop": "drawn by coop, as published",
 }
-"""What a run says of its images."""
+"""How the images were drawn, by sampler."""
 Progress = Callable[[int, int], None]
-"""Called with how many are done, and of how many."""
+"""Called with the number done and the total."""
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """What is asked for, per class."""
+    """Settings of a split, per class."""
 
     shots: int
     n_val: int | None = None
-    """None: min(shots, 4), or what is left after the shots."""
+    """None: min(shots, 4), or the images left after the shots."""
     test_fraction: float | Literal["auto"] = "auto"
-    """Share of one's own images that is kept for testing, by hash. auto: half, where every class
-    has at least 2 * (shots + n_val) images and its shots among those not kept; else none."""
+    """Fraction of custom images used for testing, drawn by hash. auto: half if every class has at
+    least 2 * (shots + n_val) images and enough others for its shots; else none."""
     split_seed: int = 0
-    """Chooses the test images of one's own."""
+    """Seed of the test images of custom data."""
     seed: int = 1
-    """Chooses the shots, then the validation images."""
+    """Seed of the shots, then the validation images."""
 
     def __post_init__(self) -> None:
         if self.shots < 1:
@@ -67,33 +67,33 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class Entry:
-    """One image and what it is for."""
+    """One image and its role."""
 
     root: str
-    """Which of the split's roots it lies under: data, or test (from `test_data`)."""
+    """The name of its root in the split: data, or test (from `test_data`)."""
     path: str
     """Relative to that root, with forward slashes."""
     sha256: str
-    """Of the file's content."""
+    """SHA-256 of the file's content."""
     label: int
     role: SplitName
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one run, roles never overlapping; `split.json` on disk."""
+    """The images of one run in disjoint roles; `split.json` on disk."""
 
     roots: Mapping[str, Path]
     """Absolute folders by name."""
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
-    """By role, then class; within a class the shots in the order drawn, test images by path."""
+    """By role, then class; within a class shots in the order drawn, test images by path."""
     settings: SplitSettings | None
-    """None: of images to score on, of which none was drawn."""
+    """None: the images are only scored, none was drawn."""
     notes: tuple[str, ...]
-    """What the user should be told, one line each."""
+    """Remarks for the user, one line each."""
     sampler: Sampler = "hash"
-    """What drew the shots."""
+    """The sampler of the shots."""
 
     def entries_of(self, role: SplitName) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.role == role)
@@ -112,7 +112,7 @@ class Split:
     def check_unchanged(self, progress: Progress | None = None) -> None:
         """Compare every image with its recorded digest.
 
-        Raises: DataError naming the first that is missing or changed, and how many are.
+        Raises: DataError naming the first missing or changed image, and their number.
         """
         wrong = []
         for done, entry in enumerate(self.entries, 1):
@@ -127,7 +127,7 @@ class Split:
         if wrong:
             raise DataError(
                 f"{wrong[0]} since the split was made, {len(wrong)} of {len(self.entries)} "
-                "image(s) in all (put them back, name the folder where they are now with `data` or "
+                "image(s) in total (put them back, name their new folder with `data` or "
                 "`test_data`, or start a new run)"
             )
 
@@ -147,7 +147,7 @@ class Split:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Json], where: str) -> Split:
-        """Check all of a split file but the images themselves (`check_unchanged`).
+        """Read and check a split file; `check_unchanged` checks the images.
 
         Raises: FormatError naming `where` and the field.
         """
@@ -171,7 +171,7 @@ class Split:
                 raise FormatError(f"{where}: $.entries[{i}]: path {one.path!r} leaves its root")
             label = label_of[one.class_]
             entries.append(Entry(one.root, one.path, one.sha256, label, one.role))
-        # Published lists may hold an image twice, even with two classes.
+        # Published lists may have an image twice, even with two classes.
         others = [entry.sha256 for entry in entries if entry.role != "test"]
         tested = {entry.sha256 for entry in entries if entry.role == "test"}
         twice = len(set(others)) < len(others) or not tested.isdisjoint(others)
@@ -186,7 +186,7 @@ class Split:
 
 
 class _Entry(Record, frozen=True):
-    """An entry as the file has it."""
+    """An entry of the file."""
 
     root: str
     path: str
@@ -199,7 +199,7 @@ class _Content(Record, frozen=True, kw_only=True):
     """`split.json`."""
 
     sampler: Sampler = "hash"
-    """Absent in files from before the samplers had a name: of one's own images, without copies."""
+    """Absent in old files: then custom images without duplicates."""
     roots: Mapping[str, str]
     classes: tuple[str, ...]
     settings: SplitSettings | None

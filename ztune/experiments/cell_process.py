@@ -25,7 +25,7 @@ from ztune.io.config import as_json
 from ztune.io.schema import convert, decoded, plain
 from ztune.model import open_model
 from ztune.printing import printable, printable_lines
-from ztune.progress import Silence, warnings_told
+from ztune.progress import Silence, forward_warnings
 from ztune.report import draw_confusion
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
@@ -142,7 +142,7 @@ def main() -> int:
     with log.open("a") as file:
         progress = Log(file)
         try:
-            with warnings_told(progress.remark):
+            with forward_warnings(progress.remark):
                 asked = decoded(sys.stdin.read(), "cell")
                 answer = _scored(run, convert(asked, RunConfig, "cell"), progress)
         except (ZtuneError, OSError) as error:

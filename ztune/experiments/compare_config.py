@@ -49,7 +49,8 @@ class CompareConfig:
             return replace(run_config, snapshots=0, force=False)
         return replace(
             run_config,
-            force=run_config.force and config.finest is not None,  # else there is no gate to force
+            force=run_config.force
+            and config.perturbation_setting is not None,  # else there is no gate to force
             queries=run_config.queries if config.program is None else self.pixel_queries,
             augment=views_of(method, run_config.preset),
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import resolve_execution
-from ztune.access import CONTEXTS
+from ztune.capabilities import CONTEXTS
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_files
 from ztune.data.split import HOW_DRAWN, ROLES, Split

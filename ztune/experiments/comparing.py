@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from ztune.access import described
+from ztune.capabilities import describe
 from ztune.errors import ConfigError
 from ztune.experiments.comparison import (
     COLUMNS,
@@ -40,7 +40,7 @@ from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, method_names, needs_of
 from ztune.printing import without_marks
 from ztune.progress import warn
-from ztune.report_compare import Level, Line, draw_against
+from ztune.report_compare import Level, Line, draw_accuracy_against_cost
 from ztune.run import RunFolder
 from ztune.run_document import RunReport
 from ztune.system import machine, versions
@@ -155,7 +155,7 @@ class Folder:
     def _require_the_same_packages(self) -> None:
         for cell in self.cells:
             run, now = RunFolder(self.run_of(cell.method, cell.seed)), package_of(cell.method)
-            if now and run.is_begun and (then := run.read().get("package")) != now:
+            if now and run.is_started and (then := run.read().get("package")) != now:
                 raise ConfigError(
                     f'comparison "{self.path}" was begun with {cell.method} of {then or "ztune"}, '
                     f"installed is {now} (install that version, or name another `out`)"
@@ -295,7 +295,7 @@ def footnotes(folder: Folder) -> list[str]:
 def _access(folder: Folder, name: str) -> str:
     """Return what a method needs as it was configured here."""
     method, own = find_method(name), folder.asked.settings.get(name, {})
-    return described(needs_of(method, method_config(method, own, folder.asked.preset)))
+    return describe(needs_of(method, method_config(method, own, folder.asked.preset)))
 
 
 def access_sentences(folder: Folder) -> list[str]:
@@ -355,7 +355,7 @@ def _draw(folder: Folder) -> None:
         ]
         levels += _hand_written(folder, levels)
         path = folder.path / f"accuracy-{cost}.png"
-        draw_against(cost, lines, levels, f"{title(folder)}{over}", path)
+        draw_accuracy_against_cost(cost, lines, levels, f"{title(folder)}{over}", path)
 
 
 def _hand_written(folder: Folder, levels: list[Level]) -> list[Level]:

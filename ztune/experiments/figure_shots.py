@@ -10,8 +10,8 @@ from typing import Any
 
 from ztune.experiments.tables import HAND_WRITTEN
 from ztune.printing import printable
-from ztune.report import INK, entitle, new_figure, wrapped, write_figure
-from ztune.report_compare import look_of, look_of_prompts
+from ztune.report import INK, add_title, new_figure, wrap_text, write_figure
+from ztune.report_compare import line_style, templates_style
 from ztune.types import F64
 
 _WIDTH = 9.6
@@ -48,7 +48,7 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     main = max(4.8, 0.21 * (len(first.tracks) + 3) + 1.2)
     heights = [main, *([2.1 * n_rows] if small else [])]
     figure = new_figure(_WIDTH, sum(heights))
-    entitle(figure, title)
+    add_title(figure, title)
     areas = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = areas[0].subplots()
     _add_legend(axes, first, _draw(axes, first, inches=0.75 * _WIDTH))
@@ -70,13 +70,13 @@ def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str
 
     handles = {}
     for track in panel.tracks:
-        look = look_of(track.style)
+        look = line_style(track.style)
         low, high = track.mean - track.deviation, track.mean + track.deviation
         axes.fill_between(track.shots, low, high, color=look["color"], alpha=0.13, linewidth=0)
         scaled = {"markersize": size * look["markersize"], "linewidth": size * look["linewidth"]}
         (handles[track.name],) = axes.plot(track.shots, track.mean, **{**look, **scaled})
     if panel.hand_written is not None:
-        handles[HAND_WRITTEN] = axes.axhline(panel.hand_written, **look_of_prompts())
+        handles[HAND_WRITTEN] = axes.axhline(panel.hand_written, **templates_style())
     shots = sorted({float(k) for track in panel.tracks for k in track.shots})
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [f"{k:.0f}" for k in shots])
@@ -85,7 +85,7 @@ def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str
     axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     points = 10 * (size + 1) / 2
-    title = wrapped(panel.title, inches, points)
+    title = wrap_text(panel.title, inches, points)
     axes.set_title(title, fontsize=points, color=INK, parse_math=False)
     axes.tick_params(labelsize=10 if size == 1 else 7.5)
     axes.grid(alpha=0.25)

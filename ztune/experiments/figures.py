@@ -18,7 +18,7 @@ from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
 from ztune.methods.registry import method_names
-from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_against
+from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_accuracy_against_cost
 from ztune.types import F64
 
 _LONGEST = 200  # bytes of a plot's name, which file systems limit, without number and ending
@@ -179,7 +179,7 @@ def _draw_cost(
     over = _over_seeds([sheet.measured(line.name, data, part, shots).n for line in lines])
     classes = ", base classes" if part == "base" else ""
     what = f"{names.of_data(data)} on {sheet.model}{classes}"
-    draw_against(cost, lines, levels, f"{what}, {counted(shots, 'shot')}{over}", path)
+    draw_accuracy_against_cost(cost, lines, levels, f"{what}, {counted(shots, 'shot')}{over}", path)
     return [Drawn(path, f"accuracy against {cost}, {what}")]
 
 

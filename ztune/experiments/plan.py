@@ -39,7 +39,7 @@ from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
 from ztune.io.config import T, as_json, configured
 from ztune.io.files import is_plain_name
-from ztune.io.toml import parsed_toml
+from ztune.io.toml import parse_toml
 from ztune.methods.registry import PRESETS, find_method, method_config, views_of
 from ztune.types import Json
 
@@ -267,7 +267,7 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         state = "is no file" if path.exists() else "does not exist"
         raise ConfigError(f"{where} {state}")
-    file = configured(_File, parsed_toml(read_text(path, where), where), where)
+    file = configured(_File, parse_toml(read_text(path, where), where), where)
     for key in ("methods", "protocols", "data"):
         if not getattr(file, key):
             raise ConfigError(f'{where} lacks "{key}"')

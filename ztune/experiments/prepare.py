@@ -289,7 +289,7 @@ class Preparation:
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
         # Where no losses are compared there is no limit to go below.
-        gated = tuned is not None and tuned.finest is not None
+        gated = tuned is not None and tuned.perturbation_setting is not None
         run_config = RunConfig(
             str(bundle.path),
             str(task.source.root),

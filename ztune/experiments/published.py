@@ -13,7 +13,7 @@ from ztune.data.named import NAMED
 from ztune.errors import FormatError
 from ztune.experiments.protocols import PROTOCOLS
 from ztune.io.schema import AtLeastOne, Record, convert
-from ztune.io.toml import parsed_toml
+from ztune.io.toml import parse_toml
 from ztune.methods.registry import METHODS
 
 AVERAGE = "average of 11"
@@ -62,7 +62,7 @@ def published_in(text: str) -> tuple[Published, ...]:
 
     Raises: FormatError naming the series and the field that is wrong; ConfigError for no TOML.
     """
-    file = convert(parsed_toml(text, _FILE), _File, _FILE)
+    file = convert(parse_toml(text, _FILE), _File, _FILE)
     return tuple(figure for i, one in enumerate(file.series) for figure in _figures(file, one, i))
 
 

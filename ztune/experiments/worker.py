@@ -46,7 +46,7 @@ from ztune.io.schema import convert, plain
 from ztune.methods.plugins import package_of
 from ztune.model import Model
 from ztune.printing import printable_lines, reason_of, without_marks
-from ztune.progress import warnings_told
+from ztune.progress import forward_warnings
 from ztune.run import RunFolder
 from ztune.run_document import RunReport, run_start
 from ztune.statistics import Score, score
@@ -98,7 +98,7 @@ class Worker:
         self._encoders.clear()  # their memory is the runs' from here on
         started = time.monotonic()
         warnings: list[str] = []
-        with warnings_told(warnings.append):
+        with forward_warnings(warnings.append):
             answer = self._carry_out(task)
         seconds = time.monotonic() - started
         return replace(answer, seconds=seconds, warnings=tuple(warnings))
@@ -290,9 +290,9 @@ class Worker:
             return score(logits, encoded.labels, classes)
         if isinstance(result, VisualArtifact) and result.context is None:
             # Its texts are hand-written ones: those of the part's own data set.
-            result = model.refreshed(replace(result, templates=part.templates), classes)
+            result = model.refresh(replace(result, templates=part.templates), classes)
         elif result.classes != classes:
-            result = model.refreshed(result, classes)
+            result = model.refresh(result, classes)
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
         gallery = encode_test(
@@ -310,10 +310,10 @@ def _finished(training: TrainingRun[RunFolder]) -> RunReport:
             return found
     training.check()
     if found is not None and found.status == "running":
-        return training.carry_out(found)
+        return training.run(found)
     head = training.head()
     folder.create(plain(head), training.split.to_json())
-    return training.carry_out(head)
+    return training.run(head)
 
 
 def _kept(place: Path, key: str) -> Outcome | None:

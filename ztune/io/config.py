@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses filled from `key=value` words or a saved JSON object, by name."""
+"""Settings: frozen dataclasses filled by name from `key=value` strings or a JSON object."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:  # numpy is loaded with it
 T = TypeVar("T")
 _TABLE = Mapping[str, Any]
 _NAMES: dict[Any, str] = {
-    tuple[str, ...]: "a list of words",
-    tuple[int, ...]: "a list of whole numbers",
+    tuple[str, ...]: "a list of strings",
+    tuple[int, ...]: "a list of integers",
     tuple[_TABLE, ...]: "a list of tables",
     _TABLE: "a table",
-    Mapping[str, str]: "a table of words",
+    Mapping[str, str]: "a table of strings",
 }
 _WORDS: dict[str, Json] = {"none": None, "null": None, "true": True, "false": False}
 
 
 def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
-    """Return `kind` with `settings` over its defaults; words are read as the field's type.
+    """Return `kind` with `settings` over its defaults; strings are parsed as the field's type.
 
-    Raises: ConfigError for an unknown key, listing the known ones, or a value of another type.
+    Raises: ConfigError for an unknown key, listing the known ones, or a wrong type.
     """
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
@@ -54,7 +54,7 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question behind a word that is not known; empty where no known one is near."""
+    """Return " (did you mean …?)" for an unknown word, or "" without a near match."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -78,7 +78,7 @@ def _converted(value: Json, hint: Any, where: str) -> Json:
 
 
 def _readings(value: Json) -> Iterator[Json]:
-    """Yield what a value may mean, a word last as itself: the first that fits a type is taken."""
+    """Yield the parsed values of a string, in order of preference, then the value itself."""
     if isinstance(value, str):
         if value in _WORDS:
             yield _WORDS[value]
@@ -96,7 +96,7 @@ def as_json(config: Any) -> dict[str, Json]:
 
 
 def require(config: object, least: float, *names: str, above: bool = False) -> None:
-    """Check that settings are at least, or `above`, a number; None is a setting left open.
+    """Check that settings are at least, or `above`, a number, or None.
 
     Raises: ConfigError.
     """

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, read where they are files, and names that stay inside."""
+"""Atomic writes, reads of regular files only, and names confined to a folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ztune.errors import ConfigError, FormatError
 from ztune.io.schema import decoded
 from ztune.types import Json
 
-_LONGEST_NAME = 255  # bytes, of most file systems
+_LONGEST_NAME = 255  # bytes, on most file systems
 
 
 @contextlib.contextmanager
 def naming(path: Path, others: Path | None = None) -> Iterator[None]:
-    """Have the system's errors name `path`: those of a write name no file, or the one `others`."""
+    """Add `path` to OS errors that name no file, or the file `others`."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def naming(path: Path, others: Path | None = None) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success flush it and rename it to `path`.
 
-    Whoever reads `path` sees the old file or the whole new one, also after a kill or a power cut.
+    A reader of `path` sees the old or the complete new file, even after a kill or power loss.
 
     Raises: OSError naming `path`.
     """
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            # mkstemp makes files private to the user; what we leave behind follows the umask.
+            # mkstemp makes files private to the user; the result follows the umask.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             flush_folder(path.parent)
@@ -63,8 +63,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` on success, all or nothing.
 
-    Raises: ConfigError when `path` exists and is not an empty folder, cannot be made, or is made by
-        another process meanwhile.
+    Raises: ConfigError if `path` exists and is not an empty folder, cannot be created, or is
+        created by another process in between.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(
@@ -85,9 +85,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _move_to(work: Path, path: Path) -> None:
-    """Rename a folder to `path`, where there is nothing or an empty folder.
+    """Rename a folder to `path`, which is missing or an empty folder.
 
-    Raises: ConfigError when another process has put something there.
+    Raises: ConfigError if another process has created it.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -97,13 +97,13 @@ def _move_to(work: Path, path: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise ConfigError(
-            f'output "{path}" has just been made by another process (try again, or name another '
+            f'output "{path}" was just created by another process (try again, or name another '
             "`out`)"
         ) from None
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system lets a folder be flushed."""
+    """Flush a folder, so that a rename survives power loss, if the system supports it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -119,7 +119,7 @@ def _umask() -> int:
 
 
 def user_cache(name: str) -> Path:
-    """Return this user's cache folder of that name, below XDG_CACHE_HOME where it is absolute."""
+    """Return this user's cache folder of that name, in XDG_CACHE_HOME if it is absolute."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (given if given.is_absolute() else Path.home() / ".cache") / "ztune" / name
 
@@ -139,11 +139,11 @@ def write_json(path: Path, value: Json) -> None:
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file, or a link to one, to read its bytes.
 
-    What a file or a folder names may be a pipe, which is waited for, or a device without an end.
+    An untrusted name may be a pipe, which blocks, or an endless device.
 
-    Raises: OSError when it is neither.
+    Raises: OSError for another kind of file.
     """
-    # Looked at once it is open, so that nothing else can take its place in between.
+    # Checked after opening, so that it cannot be replaced in between.
     file = io.FileIO(path, opener=_without_waiting)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -156,7 +156,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_bytes(path: Path, *, pipe: bool = False) -> bytes:
-    """Return the content of a regular file, or, with `pipe`, of whatever a person has named.
+    """Return the content of a regular file, or of any file with `pipe`.
 
     Raises: OSError.
     """
@@ -167,7 +167,7 @@ def read_bytes(path: Path, *, pipe: bool = False) -> bytes:
 def read_json(path: Path, what: str, *, pipe: bool = False) -> dict[str, Json]:
     """Read a JSON object; `pipe` as for `read_bytes`.
 
-    Raises: FormatError naming `what` when the file is absent, or as `decoded`.
+    Raises: FormatError naming `what` if the file is missing, or as `decoded`.
     """
     try:
         content = read_bytes(path, pipe=pipe)
@@ -179,15 +179,15 @@ def read_json(path: Path, what: str, *, pipe: bool = False) -> dict[str, Json]:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """Return the path of `name` in `folder`: a name that a file gives leads nowhere else.
+    """Return the path of an untrusted `name` in `folder`.
 
-    Raises: FormatError naming `where` for what is no plain name, on any system, or is a link that
+    Raises: FormatError naming `where` for a name that is not plain on every system, or a link that
         leaves the folder.
     """
     if not is_plain_name(name):
         raise FormatError(
-            f"{where}: {name[:80]!r} names no file, expected a name without slash or backslash, at "
-            f"most {_LONGEST_NAME} bytes long"
+            f"{where}: invalid file name {name[:80]!r}, expected no slash or backslash, at "
+            f"most {_LONGEST_NAME} bytes"
         )
     if not resolves_inside(folder.resolve(), name):
         raise FormatError(f'{where}: "{folder / name}" is a link that leaves its folder')
@@ -195,17 +195,17 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def is_plain_name(name: str) -> bool:
-    """Tell whether a text can name a file of a folder, and nothing outside of it."""
+    """Return whether a text is a file name without a path."""
     forbidden = "/\\\0:" if os.name == "nt" else "/\\\0"
     try:
         n_bytes = len(name.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # an unpaired surrogate
         return False
     return 0 < n_bytes <= _LONGEST_NAME and name not in (".", "..") and not {*forbidden} & {*name}
 
 
 def resolves_inside(root: Path, path: str) -> bool:
-    """Tell whether a path, links followed, stays below `root`, which is resolved already."""
+    """Return whether a path, with links resolved, is inside `root`, which is resolved."""
     try:
         return (root / path).resolve().is_relative_to(root)
     except (OSError, RuntimeError):  # links in a circle

@@ -1,4 +1,4 @@
-"""A numpy generator's whole state as plain JSON, so that a resumed run draws the same numbers."""
+"""A numpy generator's state as JSON, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ztune.types import Json
 
 
 def generator_to_json(rng: np.random.Generator) -> Json:
-    """Return the PCG64 state; its 128-bit integers as strings."""
+    """Return the PCG64 state, with 128-bit integers as strings."""
     state = rng.bit_generator.state
     return {
         "kind": state["bit_generator"],
@@ -21,12 +21,12 @@ def generator_to_json(rng: np.random.Generator) -> Json:
 
 
 def generator_from_json(value: Json) -> np.random.Generator:
-    """Return a generator that goes on where the saved one was.
+    """Return a generator in a saved state.
 
-    Raises: FormatError when the state is no PCG64 state.
+    Raises: FormatError for an invalid PCG64 state.
     """
     if not isinstance(value, dict) or value.get("kind") != "PCG64":
-        raise FormatError("saved generator is no PCG64 state (file damaged)")
+        raise FormatError("saved generator: not a PCG64 state (file damaged)")
     try:
         bits = np.random.PCG64()
         bits.state = {
@@ -36,5 +36,5 @@ def generator_from_json(value: Json) -> np.random.Generator:
             "uinteger": int(str(value["uinteger"])),
         }
     except (KeyError, ValueError, OverflowError) as error:
-        raise FormatError(f"saved generator cannot be read ({error})") from None
+        raise FormatError(f"saved generator: invalid state ({error})") from None
     return np.random.Generator(bits)

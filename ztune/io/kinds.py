@@ -1,4 +1,4 @@
-"""What lies at a path: a bundle, a run, an artifact, an ONNX file, something else or nothing."""
+"""The kind of a path: a bundle, a run, an artifact, an ONNX file, another file or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal[
 ]
 
 RUN_FORMAT = "ztune-run"
-"""What the run.json of a run calls itself."""
+"""The `format` of run.json."""
 _MARKS: dict[str, Kind] = {
     "bundle.json": "bundle",
     "run.json": "run",
@@ -33,7 +33,7 @@ _KINDS: dict[Kind, str] = {
     "file": "is a file",
     "nothing": "does not exist",
 }
-# What was meant, the file that a folder lacks which is none, and how to get one.
+# By expected kind: its name, the file that marks its folder, and how to make one.
 _EXPECTED: dict[Expected, tuple[str, str, str]] = {
     "bundle": ("a bundle", "bundle.json", "make one with: ztune export --help"),
     "run": ("a run", "run.json", "make one with: ztune tune BUNDLE --data FOLDER --out RUN"),
@@ -55,12 +55,12 @@ _EXPECTED: dict[Expected, tuple[str, str, str]] = {
 }  # fmt: skip
 _PACK_IT = "make one with: ztune pack BUNDLE --prompt {path} --out classifier.onnx"
 _TUNE_IT = "make one with: ztune tune {path} --data FOLDER --out RUN"
-# What to do about one kind in the place of another, where more can be said.
+# Specific advice by expected and actual kind.
 _ADVICE: dict[tuple[Expected, Kind], str] = {
-    ("bundle", "run"): "give the bundle that it was tuned on; to go on with the run: ztune tune "
+    ("bundle", "run"): "give the bundle that it was tuned on; to resume the run: ztune tune "
     "--resume {path}",
     ("bundle", "artifact"): "give the bundle that it was tuned on",
-    ("bundle", "onnx"): "give the folder of a bundle; images are classified with: ztune predict "
+    ("bundle", "onnx"): "give the folder of a bundle; to classify images: ztune predict "
     "{path} IMAGE",
     ("run", "bundle"): _TUNE_IT,
     ("run", "artifact"): "give the folder of its run",
@@ -71,14 +71,14 @@ _ADVICE: dict[tuple[Expected, Kind], str] = {
     ("classifier", "artifact"): _PACK_IT,
     ("scored", "artifact"): "score it with: ztune eval BUNDLE --data FOLDER --prompt {path}",
 }
-# HOST:PORT or HOST:PORT/NAME, at the end of what may have become an absolute path.
+# HOST:PORT or HOST:PORT/NAME, possibly at the end of an absolute path.
 _ADDRESS = re.compile(
     r"(?:^|/)((?:[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})((?:/[\w.-]+){0,2})/?$"
 )
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what lies at a path, by the names of files."""
+    """Return the kind of a path, judged by file names."""
     if path.is_dir():
         found = (kind for name, kind in _MARKS.items() if (path / name).is_file())
         return next(found, "folder")
@@ -89,7 +89,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def wrong_kind(path: Path, expected: Expected) -> FormatError:
-    """Return the error that says what a path is, what was expected there, and what to do."""
+    """Return the error with a path's kind, the expected kind, and what to do."""
     kind = kind_of(path)
     what, mark, advice = _EXPECTED[expected]
     advice = _ADVICE.get((expected, kind), advice).format(path=quoted(path))
@@ -97,5 +97,5 @@ def wrong_kind(path: Path, expected: Expected) -> FormatError:
     address = _ADDRESS.search(path.as_posix())
     if kind == "nothing" and expected in ("bundle", "scored") and address:
         place = f"{address[1]}{address[2] or '/NAME'}"
-        advice = f"a server has a scheme: triton://{place} for gRPC, http://{place} for HTTP"
+        advice = f"for a server add a scheme: triton://{place} for gRPC, http://{place} for HTTP"
     return FormatError(f'"{path}" {found}, expected {what} ({advice})')

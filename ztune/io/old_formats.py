@@ -1,4 +1,4 @@
-"""What files of older versions said in other words: the one place that knows these."""
+"""Renames of keys and arrays in files of older versions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ztune.types import Json
 T = TypeVar("T")
 Document = dict[str, Json]
 IMAGES_IN_KEYS = "pictures"
-"""In the digests that find a bench's results: another word would find none of the earlier ones."""
+"""Used in the digests that find a bench's results; a change would lose earlier results."""
 _ARRAYS = {"tuning_pictures": "tuning_images", "sampler.pictures": "sampler.images"}
 _EXTRACTED = "parquet-pictures"
 
 
-def renamed_arrays(arrays: Mapping[str, T]) -> dict[str, T]:
-    """Return the arrays of an artifact, or of a run's state, by the names that they have now."""
+def rename_arrays(arrays: Mapping[str, T]) -> dict[str, T]:
+    """Return the arrays of an artifact or a run's state by their current names."""
     return _renamed(arrays, _ARRAYS)
 
 
 def extracted_folder(data: Path, name: str) -> Path:
-    """Return where images of parquet files are: `name` below `data`, or where they once were."""
+    """Return the folder of images from parquet files: `data`/`name`, or its earlier place."""
     return data / (_EXTRACTED if (data / _EXTRACTED).is_dir() else name)
 
 
@@ -31,7 +31,7 @@ def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
 
 
 def _inside(document: Document, key: str, names: Mapping[str, str]) -> Document:
-    """Rename the keys of an object in a document; what is none is told where it is read."""
+    """Rename the keys of an object in a document; another type is an error where it is read."""
     part: Any = document.get(key)
     return {**document, key: _renamed(part, names)} if isinstance(part, dict) else document
 
@@ -57,4 +57,4 @@ UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
     "ztune-run": (_run,),
     "ztune-compare": (_comparison,),
 }
-"""By format: what makes version 2 of version 1, version 3 of version 2, and so on."""
+"""By format: the upgrades from version 1 to 2, 2 to 3, and so on."""

@@ -1,6 +1,6 @@
-"""Typed values from documents: every file of ours is read here, and an error names the place.
+"""Schemas of all file formats: typed values from JSON documents, with errors that name the place.
 
-A dataclass or `Record` is the one list of a format's fields: `convert` reads it, `plain` writes it.
+A dataclass or `Record` defines a format's fields: `convert` reads it, `plain` writes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON object whose keys are the fields: all of them, and no other."""
+    """A JSON object with exactly the fields as keys."""
 
 
 class _Version(Record, frozen=True):
@@ -40,14 +40,17 @@ class _Version(Record, frozen=True):
 
 
 def decoded(text: bytes | str, where: str) -> dict[str, Json]:
-    """Return the JSON object of a text, whose numbers are finite and whose strings have no NUL.
+    """Parse a JSON object with finite numbers and strings without NUL.
 
     Raises: FormatError naming `where`.
     """
     try:
         raw = text.encode() if isinstance(text, str) else text
         value = msgspec.json.decode(raw)
-    except (ValueError, RecursionError) as error:  # also no UTF-8, half a surrogate pair, too deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also invalid UTF-8, unpaired surrogates, too deep
         raise FormatError(f"{where}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
@@ -57,11 +60,11 @@ def decoded(text: bytes | str, where: str) -> dict[str, Json]:
 
 
 def current(document: Mapping[str, Json], form: str, newest: int, where: str) -> dict[str, Json]:
-    """Return a document of the format `form` as its newest version has it.
+    """Return a document of the format `form`, upgraded to the newest version.
 
-    `format` and `version` are left out; an older version is brought up to date.
+    `format` and `version` are left out.
 
-    Raises: FormatError for another program's document, and for one of a newer version.
+    Raises: FormatError for another format, or a newer version.
     """
     if document.get("format") != form:
         raise FormatError(
@@ -82,7 +85,7 @@ def current(document: Mapping[str, Json], form: str, newest: int, where: str) ->
 
 
 def convert(value: object, kind: type[T], where: str) -> T:
-    """Return plain JSON as `kind`: a Record, a dataclass or any type of plain values.
+    """Convert plain JSON to `kind`: a Record, a dataclass or a type of plain values.
 
     Raises: FormatError, as `WHERE: $.queries: expected int, got str (file damaged or …)`.
     """
@@ -90,14 +93,14 @@ def convert(value: object, kind: type[T], where: str) -> T:
         _refuse_unknown(value, kind)
         made: T = msgspec.convert(value, kind)
     except msgspec.ValidationError as problem:
-        raise FormatError(f"{where}: {_told(str(problem), value, kind)} ({_DAMAGED})") from None
-    except ConfigError as problem:  # of a dataclass that checks itself
+        raise FormatError(f"{where}: {_explain(str(problem), value, kind)} ({_DAMAGED})") from None
+    except ConfigError as problem:  # from a dataclass's own checks
         raise FormatError(f"{where}: {problem} ({_DAMAGED})") from None
     return made
 
 
 def plain(value: Any) -> dict[str, Json]:
-    """Return a Record or dataclass as a JSON object.
+    """Convert a Record or dataclass to a JSON object.
 
     Raises: ValueError for a number that is not finite.
     """
@@ -106,7 +109,7 @@ def plain(value: Any) -> dict[str, Json]:
 
 
 def _refuse_unknown(value: object, kind: Any) -> None:
-    """See that a dataclass is given fields alone, as msgspec sees for a Record."""
+    """Reject unknown keys of a dataclass, as msgspec does for a Record."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         known = {field.name for field in dataclasses.fields(kind)}
         for key in value:
@@ -114,8 +117,8 @@ def _refuse_unknown(value: object, kind: Any) -> None:
                 raise msgspec.ValidationError(f"Object contains unknown field `{key}`")
 
 
-def _told(problem: str, value: Any, kind: Any) -> str:
-    """Return msgspec's words with the place first, what was found there, and what may be there."""
+def _explain(problem: str, value: Any, kind: Any) -> str:
+    """Return msgspec's message with the place first, then what was found and expected."""
     found = _PLACED.fullmatch(problem)
     assert found is not None
     said, place = found[1].replace("`", ""), found[2] or "$"
@@ -137,7 +140,7 @@ def _told(problem: str, value: Any, kind: Any) -> str:
 
 
 def _options(kind: Any, value: Any) -> Iterator[Any]:
-    """Yield the types of a union; of Records that name their kind the one that `value` names."""
+    """Yield the types of a union, or only the tagged Record that `value` names."""
     types: tuple[Any, ...] = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     tagged = [one for one in types if getattr(one, "tag_field", None)]
     given = value if isinstance(value, dict) else {}
@@ -145,7 +148,7 @@ def _options(kind: Any, value: Any) -> Iterator[Any]:
 
 
 def _parts(kind: Any, name: str, value: Any) -> Iterator[Any]:
-    """Yield the types that a field, or with an empty name an item, of a type may have."""
+    """Yield the types of a field, or with an empty name of an item."""
     for one in _options(kind, value):
         if name and name == getattr(one, "tag_field", None):
             yield inspect.LiteralType((one.tag,))

@@ -1,4 +1,4 @@
-"""Named arrays and one JSON document in a safetensors file, the same bytes for the same content."""
+"""Named arrays and a JSON document in a safetensors file; equal content gives equal bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ztune.io.files import write_bytes
 from ztune.io.schema import decoded
 from ztune.types import Json
 
-# safetensors writes the keys of its metadata in an order that changes from process to process;
-# one key holding a whole document with sorted keys keeps the bytes equal.
+# safetensors writes metadata keys in an order that varies between processes; a single key with a
+# sorted document keeps the bytes equal.
 _KEY = "ztune"
 
 
@@ -39,7 +39,7 @@ def tensor_bytes(arrays: Mapping[str, NDArray[Any]], document: Mapping[str, Json
 def read_tensors(path: Path, what: str) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:
     """Read what `write_tensors` wrote.
 
-    Raises: FormatError naming `what` when the file is absent, damaged, or not one of ours.
+    Raises: FormatError naming `what` if the file is missing, damaged or foreign.
     """
     if not path.is_file():
         raise FormatError(f"{what}: {path} does not exist")
@@ -50,6 +50,6 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, NDArray[Any]], dict[s
         text = metadata[_KEY]
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise FormatError(
-            f"{what}: {path} is damaged or no file of ztune's ({type(error).__name__}: {error})"
+            f"{what}: {path} is damaged or not written by ztune ({type(error).__name__}: {error})"
         ) from None
     return arrays, decoded(text, f"{what}: {path}: {_KEY} metadata")

@@ -1,4 +1,4 @@
-"""TOML, read the same on every Python that there is support for."""
+"""TOML parsing, the same on every supported Python."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ else:
     import tomli as tomllib
 
 
-def parsed_toml(text: str, where: str) -> dict[str, Any]:
-    """Return what a TOML text holds.
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Parse a TOML text.
 
-    Raises: ConfigError naming `where` and what is no TOML.
+    Raises: ConfigError naming `where` and the syntax error.
     """
     try:
         document: dict[str, Any] = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise ConfigError(f"{where}: no TOML ({error})") from None
+    except (ValueError, RecursionError) as error:  # a number too long, nesting too deep
+        raise ConfigError(f"{where}: invalid TOML ({error})") from None
     return document

@@ -1,11 +1,11 @@
-"""How much of its logits an endpoint gives to the methods that fit them."""
+"""Settings of methods that fit logits, for endpoints that return fewer than all logits."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
 
-from ztune.access import CONTEXTS, LOGITS, LOSS
+from ztune.capabilities import CONTEXTS, LOGITS, LOSS
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
 from ztune.methods.zip import ZipConfig
@@ -14,22 +14,22 @@ from ztune.objective import LOGITS_AT_ONCE
 _TOP = re.compile(r"top-([1-9][0-9]{0,5})")
 
 
-class LossesOnly(ZipConfig):
-    """ZIP, where an endpoint gives losses and nothing else."""
+class LossesOnlyConfig(ZipConfig):
+    """ZIP, for an endpoint that returns only losses."""
 
     notice = (
-        "losses alone leave no outputs to fit (answers=loss): tuning by ZIP's steps instead, which "
-        "take many times the queries"
+        "answers=loss leaves no logits to fit: tuning with ZIP instead, which needs many "
+        "times the queries"
     )
 
 
 @dataclass(frozen=True)
-class Answers(TunedConfig):
-    """How much of its logits the endpoint gives away."""
+class AnswersConfig(TunedConfig):
+    """Settings shared by methods that fit logits."""
 
     answers: str = "logits"
-    """logits; top-K: the probabilities of its K most probable classes; label: the most probable
-    class and its probability; loss: no more than the loss, so that ZIP's steps are taken."""
+    """logits; top-K: the probabilities of the K most probable classes; label: the most probable
+    class and its probability; loss: only the loss, which falls back to ZIP."""
     needs = frozenset((LOSS, CONTEXTS, LOGITS))
     keeps_batch = True
 
@@ -43,13 +43,13 @@ class Answers(TunedConfig):
             changed.remove("answers")
             if changed:
                 raise ConfigError(
-                    f"answers=loss leaves nothing to fit and takes ZIP's steps: leave out "
-                    f"{', '.join(changed)} (or tune with `method=zip` and its settings)"
+                    f"answers=loss falls back to ZIP, which does not use {', '.join(changed)}: "
+                    "leave them out (or use `method=zip` and its settings)"
                 )
 
     @property
     def in_effect(self) -> TunedConfig:
-        return LossesOnly() if self.answers == "loss" else self
+        return LossesOnlyConfig() if self.answers == "loss" else self
 
     @property
     def top_classes(self) -> int | None:
@@ -59,7 +59,7 @@ class Answers(TunedConfig):
         return int(found[1]) if found else None
 
     def images_within(self, n_images: int, n_classes: int, memory_mb: float, rows: int) -> int:
-        """Return how many images a batch has, so that their logits fit into memory.
+        """Return the batch size whose logits fit in memory.
 
         `rows` f32[N, C] are kept, and an answer has those of a whole round.
         """

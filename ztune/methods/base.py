@@ -1,8 +1,8 @@
-"""What every method has: a line in the table, settings, and what it may know of a model.
+"""The interface of methods: entries of the table, settings, and the model's properties.
 
-The settings of a tuned method compose a map and an optimizer. Their defaults are the published
-ones, where a paper has tuned prompts so. What a method needs of a runtime, how many candidates it
-sends at once and what its first step costs are known before anything is opened.
+A tuned method's settings compose a map and an optimizer; their defaults are the published ones,
+if a paper has tuned prompts this way. The capabilities that a method needs, its candidates per
+round and the cost of its first step are known before anything is opened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ztune.access import CONTEXTS, LOSS
+from ztune.capabilities import CONTEXTS, LOSS
 from ztune.errors import ConfigError
 from ztune.heads import Fitted, Shots
 from ztune.io.config import require
@@ -30,20 +30,20 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_+-]*")
 
 @dataclass(frozen=True)
 class Patches:
-    """The image tower's patch embedding, where the tower takes extra tokens."""
+    """The patch embedding of an image tower that takes extra tokens."""
 
     width: int
-    """Values of a token."""
+    """Values per token."""
     n_values: int
-    """Pixels of a patch times channels."""
+    """Pixels per patch times channels."""
     mean: float
-    """Of the patch embedding's weights."""
+    """Standard deviation of the patch embedding's weights."""
     std: float
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a method may know of a model before it asks anything."""
+    """The properties of a model that a method may use before its first query."""
 
     text_width: int
     token_table: F32
@@ -57,14 +57,14 @@ class ModelSpec:
     ids_of_words: Callable[[str], I64]
     """The ids i64[m] of a text's tokens, rows of the table."""
     words: Callable[[], I64]
-    """The ids i64[v] that stand for text, sorted; a vocabulary has its frequent ones first."""
+    """The sorted ids i64[v] of text tokens; a vocabulary starts with frequent ones."""
 
     @property
     def token_std(self) -> float:
         """The standard deviation of all token embeddings."""
         parts = np.array_split(self.token_table, max(1, len(self.token_table) // 4096))
         total, squares = 0.0, 0.0
-        for part in parts:  # a table of 100 MB is read, not held
+        for part in parts:  # in chunks, since the table may take 100 MB
             wide = part.astype(np.float64)
             total, squares = total + wide.sum(), squares + (wide**2).sum()
         n = self.token_table.size
@@ -72,24 +72,24 @@ class ModelSpec:
 
 
 class TunedConfig(Protocol):
-    """A tuned method's settings, and how they become a map and an optimizer.
+    """A tuned method's settings, which build its map and optimizer.
 
-    A dataclass that derives from this takes the defaults of what it does not define.
+    A dataclass that derives from this inherits the defaults below.
     """
 
     @property
     def batch_size(self) -> int | None:
-        """Images of a batch; None: all of them in every round."""
+        """Images per batch; None: all of them in every round."""
         return None
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the runtime must give."""
+        """The capabilities that the method needs."""
         return frozenset((LOSS, CONTEXTS))
 
     @property
     def program(self) -> str | None:
-        """What its visual prompt is (border, decoder or tokens); None where it tunes text alone."""
+        """The kind of visual prompt (border, decoder or tokens); None if only text is tuned."""
         return None
 
     @property
@@ -104,71 +104,71 @@ class TunedConfig(Protocol):
 
     @property
     def mixes(self) -> bool:
-        """Whether the result is a mixture of prompts: its optimizer is Mixing."""
+        """Whether the result is a mixture of prompts, with a Mixing optimizer."""
         return False
 
     @property
     def keeps_batch(self) -> bool:
-        """Whether all rounds see the images and views of the first."""
+        """Whether all rounds use the images and views of the first."""
         return False
 
     @property
     def top_classes(self) -> int | None:
-        """Of how many classes an answer tells the probabilities; None: of all."""
+        """The number of classes whose probabilities an answer has; None: all."""
         return None
 
     @property
     def notice(self) -> str:
-        """What a person should know before the first query; empty for most."""
+        """A warning before the first query, or an empty string."""
         return ""
 
     @property
     def in_effect(self) -> TunedConfig:
-        """The configuration to tune with: another one where these settings fall back to it."""
+        """The configuration to tune with, which may be a fallback of these settings."""
         return self
 
     @property
     @abstractmethod
-    def finest(self) -> tuple[str, float] | None:
-        """The setting that says how far apart two points are whose losses are compared.
+    def perturbation_setting(self) -> tuple[str, float] | None:
+        """Name and value of the setting for the distance of points whose losses are compared.
 
-        None where no differences of neighbouring points are taken.
+        None if the method uses no differences of neighbouring points.
         """
 
     @property
     @abstractmethod
     def round_size(self) -> int:
-        """The most candidates of one call."""
+        """The maximum number of candidates per call."""
 
     def images_of(self, n_images: int, n_classes: int) -> int:
-        """Return how many of the training images a batch has."""
+        """Return the number of training images per batch."""
         return min(self.batch_size or n_images, n_images)
 
     @abstractmethod
     def step_queries(self) -> int:
-        """Return what the first step costs: the least budget."""
+        """Return the queries of the first step, the minimum budget."""
 
     def spends(self, queries: int) -> int:
-        """Return how much of a budget the method uses at most."""
+        """Return the part of a budget that the method uses at most."""
         return queries
 
     def own_seconds(self, queries: int) -> float:
-        """Return roughly what the optimizer's own arithmetic takes, where that is worth a word."""
+        """Return the approximate seconds of the optimizer's own computation, if significant."""
         return 0.0
 
     @abstractmethod
     def build(self, spec: ModelSpec, queries: int, seed: int) -> Composition:
-        """Return map and optimizer at their start, for a budget of `queries`."""
+        """Return the initial map and optimizer for a budget of `queries`."""
 
 
 @dataclass(frozen=True)
 class TextStart(TunedConfig):
-    """The start of methods that tune a context alone."""
+    """Settings of methods that tune a context only."""
 
     n_context: int = 4
-    """m: context tokens at a random start; words given as `init` count themselves."""
+    """m: context tokens with init=random; otherwise the words of `init` define it."""
     init: str = "a photo of a"
-    """`random`: N(0, init_std²); anything else is taken as words."""
+    """`random`: N(0, init_std²); otherwise a text."""
     init_std: float = 0.02
     batch_size: int | None = None
 
@@ -177,7 +177,7 @@ class TextStart(TunedConfig):
         require(self, 0, "init_std")
 
     def initial(self, spec: ModelSpec, seed: int) -> F32:
-        """Return the start f32[m, d], shared by all classes."""
+        """Return the initial context f32[m, d], shared by all classes."""
         if self.init != "random":
             return spec.context_of_words(self.init)
         rng = np.random.default_rng([seed, INITIAL])
@@ -202,10 +202,10 @@ class Generations(CmaConfig, TunedConfig):
     @property
     @abstractmethod
     def n_values(self) -> int:
-        """How many values are optimised."""
+        """The number of optimised values."""
 
     @property
-    def finest(self) -> tuple[str, float]:
+    def perturbation_setting(self) -> tuple[str, float]:
         return "sigma", self.sigma
 
     @property
@@ -220,7 +220,7 @@ class Generations(CmaConfig, TunedConfig):
         return own_seconds(self.covariance, self.n_values, size, queries // size)
 
     def check_reach(self, queries: int) -> None:
-        """Refuse a size that would not come to an end, before anything of that size is made."""
+        """Check that the size is feasible, before anything is allocated."""
         size = self.round_size
         check_reach(self.covariance, self.n_values, size, queries // size)
 
@@ -230,7 +230,7 @@ class Generations(CmaConfig, TunedConfig):
 
 @dataclass(frozen=True)
 class TunedMethod:
-    """A method that asks for losses.
+    """A method that tunes prompts with losses.
 
     Raises: ConfigError naming what is missing.
     """
@@ -239,11 +239,11 @@ class TunedMethod:
     title: str
     paper: str
     config: type[Any]
-    """Builds a TunedConfig."""
+    """A dataclass that is a TunedConfig."""
     augment: int = 0
     """Cached random views per training image in preset `published`."""
     tuned: Mapping[str, Json] = field(default_factory=dict)
-    """Settings of preset `tuned`; empty where the published ones were not beaten."""
+    """Settings of preset `tuned`; empty if nothing improved on the published ones."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -259,7 +259,7 @@ class TunedMethod:
 
 @dataclass(frozen=True)
 class HeadMethod:
-    """A method in closed form on image features.
+    """A closed-form method on image features.
 
     Raises: ConfigError naming what is missing.
     """
@@ -278,10 +278,10 @@ class HeadMethod:
     def serves_new_classes(self) -> bool:
         return False
 
-    def fitted(self, config: Any, shots: Shots, seed: int) -> Fitted:
+    def fit_shots(self, config: Any, shots: Shots, seed: int) -> Fitted:
         """Fit to the shots.
 
-        Raises: ConfigError where `fit` returns something else; what `fit` raises.
+        Raises: ConfigError if `fit` returns another type; errors of `fit`.
         """
         found = self.fit(config, shots, seed)
         if not isinstance(found, Fitted):
@@ -296,7 +296,7 @@ Method = TunedMethod | HeadMethod
 
 
 def _check(method: Method) -> None:
-    """See that a line of the table is complete."""
+    """Check that an entry of the table is complete."""
     name, config = method.name, method.config
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ConfigError(
@@ -319,16 +319,16 @@ def _check(method: Method) -> None:
 
 
 def _missing(protocol: type, given: object) -> list[str]:
-    """Return which members of a protocol an object or a class lacks."""
+    """Return the members of a protocol that an object or class lacks."""
     members = [name for name in vars(protocol) if name == "__call__" or not name.startswith("_")]
     abstract = getattr(given, "__abstractmethods__", ())
     return [name for name in members if name in abstract or not hasattr(given, name)]
 
 
-def built(config: TunedConfig, spec: ModelSpec, queries: int, seed: int) -> Composition:
-    """Return a method's map and optimizer at their start.
+def build_method(config: TunedConfig, spec: ModelSpec, queries: int, seed: int) -> Composition:
+    """Return a method's initial map and optimizer.
 
-    Raises: ConfigError where `build` returns something else; what `build` raises.
+    Raises: ConfigError if `build` returns another type; errors of `build`.
     """
     pair, what = config.build(spec, queries, seed), f"{type(config).__name__}.build"
     if not (isinstance(pair, tuple) and len(pair) == 2):

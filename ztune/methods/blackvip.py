@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.access import FEATURES, LOSS, PIXELS
+from ztune.capabilities import FEATURES, LOSS, PIXELS
 from ztune.io.config import require
 from ztune.maps import Pixels
 from ztune.methods.base import INITIAL, STEPS, Composition, ModelSpec, TunedConfig, TunedMethod

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.access import CONTEXTS, IMAGE_TOKENS, LOSS, PIXELS
 from ztune.artifact import MOST_TOKENS
+from ztune.capabilities import CONTEXTS, IMAGE_TOKENS, LOSS, PIXELS
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.maps import LinearContext, require_room
@@ -39,7 +39,7 @@ class LinearTokens:
 
 
 class TextAndImage:
-    """A text map on the first values of the point, an image map on the others."""
+    """A text map on the first values of the point and an image map on the others."""
 
     def __init__(self, text: PromptMap, image: PromptMap):
         self._text, self._image = text, image
@@ -66,7 +66,7 @@ class BptVlmConfig(Generations):
     vision_dim: int = 2000
     population: int | None = 15
     covariance: str = "separable"
-    """The full one takes minutes a generation at 4,000 values."""
+    """The full covariance takes minutes per generation at 4,000 values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,9 @@ class BptVlmConfig(Generations):
         if self.part != "text":
             patches = spec.patches
             if patches is None:
-                raise ConfigError("the image tower takes no extra tokens")
+                raise ConfigError(
+                    "the image tower takes no extra tokens (export it with `image_tokens`)"
+                )
             ratio = patches.n_values / self.vision_dim
             mean, std = patches.mean * ratio, patches.std * np.sqrt(ratio)
             width = patches.width

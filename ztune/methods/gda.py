@@ -16,9 +16,9 @@ from ztune.heads import (
     Shots,
     choose,
     classifier_of,
-    options,
+    explain_singular,
+    grid_values,
     require_positive,
-    solvable,
 )
 from ztune.methods.base import HeadMethod
 from ztune.types import F32, F64, I64
@@ -29,7 +29,7 @@ DEFAULT_ALPHA = 1.0
 
 @dataclass(frozen=True)
 class GdaConfig:
-    """alpha weighs the Gaussian part; null chooses it on held-out images."""
+    """alpha weights the Gaussian part; null chooses it on held-out images."""
 
     alpha: float | None = None
 
@@ -55,10 +55,10 @@ def gaussian_classifier(features: F32, labels: I64, n_classes: int) -> tuple[F64
     return W, b
 
 
-@solvable("gda")
+@explain_singular("gda")
 def fit_gda(config: GdaConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `zero-shot + alpha (W f + b)`, one affine map."""
-    alphas = options(config.alpha, ALPHAS)
+    alphas = grid_values(config.alpha, ALPHAS)
 
     def fit(training: Shots) -> Predict:
         W, b = gaussian_classifier(training.features, training.labels, training.n_classes)

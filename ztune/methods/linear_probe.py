@@ -1,7 +1,7 @@
-"""Multinomial logistic regression on image features; the texts are not used.
+"""Multinomial logistic regression on image features, without texts.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-ICML 2021, section 3.2 and appendix A: the strength of an L2 penalty is searched, and nothing else.
+ICML 2021, section 3.2 and appendix A: only the strength of an L2 penalty is searched.
 
     minimise  ½ ‖W‖² + C Σᵢ CE(W fᵢ + b, yᵢ),    b without penalty.
 """
@@ -19,9 +19,9 @@ from ztune.heads import (
     Shots,
     choose,
     classifier_of,
-    options,
+    explain_singular,
+    grid_values,
     require_positive,
-    solvable,
 )
 from ztune.methods.base import HeadMethod
 from ztune.types import F32, F64, I64
@@ -29,7 +29,7 @@ from ztune.types import F32, F64, I64
 CS = tuple(float(c) for c in np.logspace(-1, 3, 9))
 DEFAULT_C = 10.0
 MAX_ITERATIONS = 1000
-# Of the gradient's norm at 0. Comparing settings needs fewer digits than the result has.
+# Relative to the gradient's norm at 0. Comparing settings needs less precision than the result.
 _TOLERANCE = 1e-6
 _COARSE_TOLERANCE = 1e-3
 _MEMORY = 10
@@ -37,7 +37,7 @@ _MEMORY = 10
 
 @dataclass(frozen=True)
 class LinearProbeConfig:
-    """C weighs the loss against the penalty; null chooses it on held-out images, else 10."""
+    """C weights the loss against the penalty; null chooses it on held-out images, else 10."""
 
     C: float | None = None
 
@@ -56,8 +56,8 @@ def logistic_regression(
     """Return θ f64[n_classes, e + 1], the last column the bias, from `first` or 0 on.
 
     With X = [F 1], the Hessian is at most ½ C XᵀX + diag(1 … 1, 0) = L Lᵀ for each class. In the
-    variables φ = θ L it is therefore at most the identity, whatever C and however the features lie
-    in a cone, and L-BFGS needs few steps. Shapes: features f32[n, e], labels i64[n].
+    variables φ = θ L it is therefore at most the identity for any C and any features, and L-BFGS
+    needs few steps. Shapes: features f32[n, e], labels i64[n].
     """
     X = np.concatenate([features.astype(np.float64), np.ones((len(labels), 1))], axis=1)
     penalised = np.ones(X.shape[1])
@@ -95,7 +95,7 @@ def logistic_regression(
             if new_loss <= loss + 1e-4 * step * slope or step < 1e-6:
                 break
             step /= 2
-        if new_loss >= loss:  # float64 has no smaller loss to offer
+        if new_loss >= loss:  # no further progress in float64
             break
         pairs = [*pairs, (new_phi - phi, new_gradient - gradient)][-_MEMORY:]
         phi, loss, gradient = new_phi, new_loss, new_gradient
@@ -117,15 +117,15 @@ def _inverse_hessian_times(gradient: F64, pairs: list[tuple[F64, F64]]) -> F64:
     return np.asarray(q)
 
 
-@solvable("linear-probe")
+@explain_singular("linear-probe")
 def fit_linear_probe(config: LinearProbeConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `W f + b`, all views as images of their own.
+    """Return logits `W f + b`, fitted to all views as separate images.
 
-    The grid is fitted from the strongest penalty on, each from the solution before. Heavy with many
-    classes: of 16 images of 1,000 classes at e = 512, an iteration is 33 GFLOP and the grid takes
-    about a thousand, for each fold; set C, or bring validation images.
+    The grid is fitted from the strongest penalty, each warm-started from the last. It is slow with
+    many classes: with 16 images of 1,000 classes at e = 512, an iteration is 33 GFLOP and the grid
+    takes about a thousand per fold; set C, or use validation images.
     """
-    Cs = options(config.C, CS)
+    Cs = grid_values(config.C, CS)
 
     def fit(training: Shots) -> Predict:
         path: list[F64] = []

@@ -1,4 +1,4 @@
-"""LP++: a linear probe whose weights blend images and texts, class by class.
+"""LP++: a linear probe whose weights blend images and texts per class.
 
 Source: Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP", CVPR 2024,
 arXiv 2404.02285.
@@ -10,9 +10,9 @@ its logits is diag(p) − p pᵀ, and no larger than I/2 for any p. By the chain
     L has a Hessian in w    of at most  γ_w = ½ λmax(FᵀF / n),
     L has a Hessian in α    of at most  diag(γ_α),  γ_αk = ½ meanᵢ (fᵢ·t_k)².
 
-A gradient step of 1/γ in a block minimises a quadratic that touches L from above: the loss never
-rises, whatever the data, and no step size is searched. The paper's own bounds use a quarter, the
-largest second derivative in one logit, and one γ_α for all classes.
+A gradient step of 1/γ in a block minimises a quadratic upper bound of L: the loss never rises, and
+no step size is searched. The paper's bounds use a quarter, the largest second derivative in one
+logit, and one γ_α for all classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.heads import Fitted, Shots, classifier_of, solvable
+from ztune.heads import Fitted, Shots, classifier_of, explain_singular
 from ztune.methods.base import HeadMethod
 from ztune.types import F64, I64
 
@@ -31,7 +31,7 @@ _ROWS = 16_384  # images at a time: 130 MB of probabilities for 1,000 classes
 
 @dataclass(frozen=True)
 class LpPlusConfig:
-    """iterations: of both blocks. Early stopping regularises; nothing is left to validation."""
+    """iterations: of both blocks. Early stopping regularises; no validation is used."""
 
     iterations: int = 300
 
@@ -42,7 +42,7 @@ class LpPlusConfig:
 
 @dataclass
 class BlendedProbe:
-    """The two blocks w f64[C, e] and α f64[C], and the steps that lower their loss."""
+    """The two blocks w f64[C, e] and α f64[C], with their descent steps."""
 
     F: F64
     """f64[n, e], unit rows."""
@@ -59,7 +59,7 @@ class BlendedProbe:
         squares = np.zeros(len(self.t))
         for rows in self._chunks():
             squares += ((self.F[rows] @ self.t.T) ** 2).sum(axis=0)
-        # A class's cosines may all be 0, and its α then has no effect.
+        # If all cosines of a class are 0, its α has no effect.
         self._alpha_bound = np.maximum(squares / (2 * n), np.finfo(np.float64).tiny)
 
     def descend(self) -> None:
@@ -102,7 +102,7 @@ class BlendedProbe:
 
 
 def start(shots: Shots) -> BlendedProbe:
-    """Return the published start: w the classes' means, one α for all from the data.
+    """Return the published start: w from the class means, one α for all classes.
 
     α⁰ = 2.5 scale · mean_k mean_{i in k} f_i·t_k, at least 0. The published factor is 250, for
     models whose logit scale is 100.
@@ -113,12 +113,12 @@ def start(shots: Shots) -> BlendedProbe:
     return BlendedProbe(F, shots.labels, t, w, np.full(shots.n_classes, alpha))
 
 
-@solvable("lp++")
+@explain_singular("lp++")
 def fit_lp_plus(config: LpPlusConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `f (w + α t)`, all views as images of their own.
+    """Return logits `f (w + α t)`, fitted to all views as separate images.
 
-    Each iteration is four products of [n, e] by [e, C]: of 16 images of 1,000 classes at e = 512,
-    some minutes in all on a few cores.
+    Each iteration is four products of [n, e] by [e, C]: with 16 images of 1,000 classes at e = 512,
+    a few minutes in total on a few cores.
     """
     probe = start(shots)
     for _ in range(config.iterations):

@@ -1,12 +1,12 @@
-"""A mixture of prompts: the Gauss–Newton step taken exactly, between prompts instead of along one.
+"""A mixture of prompts: an exact Gauss–Newton step between prompts instead of along one.
 
 Near a context c, Gauss–Newton replaces the logits of c + Σ_k a_k v_k by Z(c) + Σ_k a_k G_k, which
-is true only for short steps: the text tower bends. A classifier made of several prompts' text
-features has no such limit. With W = Σ_j w_j T(c_j), an image's logits are Σ_j w_j Z(c_j), whatever
-w, so the weights that minimise the cross-entropy of the labelled images come from a convex
-problem on logits that were paid for once (`ztune.optim.convex`). Prompts far apart serve better
-than neighbours: they are random tokens of the vocabulary around the class name, as in Roth et al.,
-"Waffling around for performance", ICCV 2023, which averages such prompts without labels.
+holds only for short steps, since the text tower is not linear. A classifier of several prompts'
+text features has no such limit. With W = Σ_j w_j T(c_j), an image's logits are Σ_j w_j Z(c_j) for
+any w, so the weights that minimise the cross-entropy of the labelled images solve a convex problem
+on logits queried once (`ztune.optim.convex`). Distant prompts work better than neighbours: they are
+random tokens of the vocabulary before the class name, as in Roth et al., "Waffling around for
+performance", ICCV 2023, which averages such prompts without labels.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from numpy.typing import NDArray
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.methods.answers import Answers
+from ztune.methods.answers import AnswersConfig
 from ztune.methods.base import STEPS, Composition, ModelSpec, TunedMethod
 from ztune.objective import cross_entropy, required_logits
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.logit_span import LogitSpan
-from ztune.optim.ridge_path import cross_validated
+from ztune.optim.ridge_path import cross_validate_ridge
 from ztune.types import F32, F64, I64, Evaluation, Mixture, Prompts, Proposal, State
 
 PROMPTS = "prompts"
-"""Why a run ended that has asked for the most prompts."""
-_SHORT_TOKENS = 0.01  # of a byte-pair vocabulary are single characters, at its beginning
-_LONG_FIT = 1e9  # products in a curvature: some 20 ms, of which a fit has two dozen
-_TOKENS = 4  # of a random prompt, unless words or settings say otherwise
-_LEAST_RANK = 40  # the rank gives way to images down to here
+"""The stop reason after most_prompts prompts."""
+_SHORT_TOKENS = 0.01  # of a byte-pair vocabulary, at its start, are single characters
+_LONG_FIT = 1e9  # products in a curvature: about 20 ms, and a fit has two dozen
+_TOKENS = 4  # per random prompt, by default
+_LEAST_RANK = 40  # the rank is reduced in favour of images down to this
 
 
 class VocabularyContext:
-    """context = table[point]: token ids f64[m], whole numbers."""
+    """context = table[point], with integer token ids f64[m]."""
 
     def __init__(self, table: F32, n_tokens: int):
         """Take the token table f32[vocabulary, d] and m."""
@@ -54,28 +54,28 @@ class VocabularyContext:
 
 
 @dataclass(frozen=True)
-class OgnConfig(Answers):
-    """Random prompts mixed by weights from a convex fit to the training images' logits."""
+class OgnConfig(AnswersConfig):
+    """Random prompts, weighted by a convex fit to the training images' logits."""
 
     ridge: float | None = None
-    """On the weights, relative to the logits' mean square; none: by cross-validation."""
+    """Ridge on the weights, relative to the logits' mean square; none: by cross-validation."""
     tolerance: float = 2.5
-    """Standard errors by which lighter ridges may be worse on held-out images and still count."""
+    """Standard errors by which lighter ridges may be worse on held-out images."""
     n_prompts: int = 10
-    """Of one round; the first has the words of the start among them."""
+    """Prompts per round; the first round includes the initial prompt."""
     most_prompts: int | None = 1000
-    """After which the run ends; none: the budget alone says when."""
+    """Prompts after which the run ends; none: when the budget is spent."""
     rank: int = 160
-    """Dimensions of the span of the prompts' logits that weights are sought in."""
+    """Dimensions of the span of the prompts' logits in which weights are fitted."""
     memory_mb: float = 512.0
-    """Of the logits that are kept, in units of 10⁶ bytes; a fit takes about as much again."""
+    """Memory of the kept logits in units of 10⁶ bytes; a fit needs about as much again."""
     init: str = "a photo of a"
-    """Words of the first prompt; `random`: none."""
+    """Text of the first prompt; `random`: none."""
     n_context: int | None = None
-    """m of the random prompts, with init=random; none: as many as the words have, 4 without."""
+    """m of the random prompts with init=random; none: 4."""
     batch_size: int | None = None
-    """Images, the same in all rounds; none: as many as memory_mb allows."""
-    mixes, finest = True, None
+    """Images, the same in all rounds; none: as many as fit in memory_mb."""
+    mixes, perturbation_setting = True, None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,9 @@ class OgnConfig(Answers):
         require(self, 0, "memory_mb", "ridge", above=True)
         require(self, 0, "tolerance")
         if self.n_context is not None and self.init != "random":
-            raise ConfigError("the words of init count their tokens: n_context needs init=random")
+            raise ConfigError(
+                "n_context requires init=random: otherwise the text of init defines it"
+            )
 
     @property
     def round_size(self) -> int:
@@ -102,7 +104,7 @@ class OgnConfig(Answers):
         return min(queries, self.n_prompts * math.ceil(self.most_prompts / self.n_prompts))
 
     def rank_of(self, n_logits: int) -> int:
-        """Return the rank that memory allows for so many logits of a prompt."""
+        """Return the rank that memory allows for so many logits per prompt."""
         rows = int(self.memory_mb * 1e6) // (4 * max(1, n_logits))
         return max(1, min(self.rank, (rows - self.n_prompts) // 2))
 
@@ -116,11 +118,10 @@ class OgnConfig(Answers):
 
 
 class PromptMixture:
-    """Asks for random prompts; its choice are the weights of all that were answered.
+    """Asks for random prompts and fits weights to all of them.
 
-    Points are token ids f64[m]. The first prompt is the start's words, where there are any. Weights
-    start from the mean of that prompt and the mean of all, and move from there as far as the ridge
-    lets them.
+    Points are token ids f64[m]. The first prompt is the initial text, if any. Weights start from
+    the mean of that prompt and the mean of all, regularised by the ridge.
     """
 
     def __init__(
@@ -132,10 +133,10 @@ class PromptMixture:
         budget: int,
         rng: np.random.Generator,
     ):
-        """Take the token ids i64[m] of the start's words or None, m, and the ids to draw from.
+        """Take the initial text's token ids i64[m] or None, m, and the ids to draw from.
 
-        `budget` is what may be spent, so that the last round is known. `vocabulary` i64[v] is
-        sorted by frequency, as byte-pair vocabularies are.
+        `budget` defines the last round. `vocabulary` i64[v] is sorted by frequency, as byte-pair
+        vocabularies are.
         """
         self._config = config
         self._words = words
@@ -153,7 +154,7 @@ class PromptMixture:
     def _drawn(self) -> F64:
         """Return the token ids f64[P, m] of the next round.
 
-        Log-uniform in the rank, which gives every word about the share that it has in texts (Zipf).
+        Log-uniform in the rank, which approximates word frequencies in texts (Zipf).
         """
         shape = (self._config.n_prompts, self._n_tokens)
         least = max(1.0, _SHORT_TOKENS * len(self._vocabulary))
@@ -182,23 +183,25 @@ class PromptMixture:
         return PROMPTS if most is not None and len(self._prompts) >= most else None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
-        raise ConfigError("a mixture of prompts compares no neighbouring points: nothing to probe")
+        raise ConfigError(
+            "a mixture of prompts compares no neighbouring points, so it has no probes"
+        )
 
     def recommend(self) -> F64:
-        """Return f64[m], the prompt with the largest weight: of a mixture a part, no result."""
+        """Return f64[m], the prompt with the largest weight, which is not the method's result."""
         mixture = self.mixture()
         return np.array(mixture.points[mixture.weights.argmax()])
 
     def mixture(self) -> Mixture:
-        """Return all prompts and their weights; before the first answer the start alone."""
+        """Return all prompts and their weights; before the first answer the initial prompt."""
         if not len(self._prompts):
             return Mixture(self._next[:1].copy(), np.ones(1))
         return Mixture(self._prompts.copy(), self._chosen().weights.copy())
 
     def fitted(self) -> tuple[float, float] | None:
-        """Return loss and accuracy on the training images after 1, 2, 4, 8… rounds and the last.
+        """Return training loss and accuracy after 1, 2, 4, 8… rounds and the last.
 
-        None in between, and midway where the fit would take seconds: many images and classes.
+        None otherwise, or before the end if a fit would take seconds (many images and classes).
         """
         n_rounds = len(self._prompts) // self._config.n_prompts
         r = min(self._span.rank, len(self._prompts))
@@ -225,7 +228,7 @@ class PromptMixture:
         basis, mixing = self._span.contrasts()
         problem = SoftmaxProblem(base.astype(np.float32), basis, self._labels)
         c = self._config
-        b = cross_validated(problem, self._span.mean_square, c.ridge, c.tolerance)
+        b = cross_validate_ridge(problem, self._span.mean_square, c.ridge, c.tolerance)
         logits = problem.logits(b)
         loss = float(cross_entropy(logits, self._labels).mean())
         accuracy = float((logits.argmax(axis=-1) == self._labels).mean())
@@ -263,7 +266,7 @@ class PromptMixture:
 
 @dataclass(frozen=True)
 class Choice:
-    """Weights of all prompts, and how well they do on the training images."""
+    """Weights of all prompts, and their training loss and accuracy."""
 
     weights: F64
     loss: float

@@ -1,6 +1,6 @@
-"""Gauss–Newton in the space of logits: probes measure directions, softmax knows the curvature.
+"""Gauss–Newton in the space of logits: probes measure the Jacobian, softmax gives the curvature.
 
-The black box answers with logits Z(c) of all images, and the loss is their cross-entropy. A round
+The black box returns logits Z(c) of all images, and the loss is their cross-entropy. A round
 is two proposals on the same images, K and 3 queries:
 
 1. Probes c + ε v_k, v_k orthonormal and orthogonal to the directions kept, measure rows of the
@@ -9,15 +9,15 @@ is two proposals on the same images, K and 3 queries:
 
        a = argmin meanᵢ CE(Zᵢ + Σ_k a_k G_kᵢ, yᵢ) + ½ aᵀ (λ τ² I + h P) a,
 
-   a convex problem that costs no query. The best one is accepted if its loss is lower.
+   a convex problem without queries. The best one is accepted if its loss is lower.
 
-Rows of earlier rounds belong to points that c has left. A Kalman filter carries them on: given the
+Rows of earlier rounds were measured at other points. A Kalman filter updates them: given the
 answers, the rows are normal about G, with a covariance P over directions that is the same for each
-logit. A step a adds the drift q ‖a‖² I to P. What the logits did along the best trial measures a G
-and corrects it (a secant update), and tells q by how far it was from what P and q foretold.
+logit. A step a adds the drift q ‖a‖² I to P. The change of the logits along the best trial measures
+and corrects a G (a secant update), and its deviation from the prediction by P and q adapts q.
 
-τ² is the mean square of G, which makes λ a number without unit. h is the mean over the images of
-tr(diag p − p pᵀ): ½ h aᵀ P a is what an error of variance aᵀ P a in each logit adds to the loss.
+τ² is the mean square of G, which makes λ dimensionless. h is the mean over the images of
+tr(diag p − p pᵀ): ½ h aᵀ P a is the loss from an error of variance aᵀ P a in each logit.
 
 Sources: Cartis and Roberts, Math. Prog. Comp. 11, 2019 (derivative-free Gauss–Newton); Marquardt
 1963 (λ); Schraudolph, Neural Computation 14, 2002 (the convex problem); Kalman 1960 (P). The loop:
@@ -38,53 +38,53 @@ from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.io.generator import generator_from_json, generator_to_json
 from ztune.maps import DirectContext
-from ztune.methods.answers import Answers
+from ztune.methods.answers import AnswersConfig
 from ztune.methods.base import STEPS, Composition, ModelSpec, TextStart, TunedMethod
 from ztune.objective import required_logits
 from ztune.optim.convex import SoftmaxProblem, softmax
 from ztune.types import F32, F64, I64, Evaluation, Optimizer, Proposal, State
 
 _TRIALS = ((0.25, 4), (1.0, 2), (4.0, 2))
-"""Of each trial, the factor on λ and how many Newton steps; each starts where the last ended."""
+"""Factor on λ and number of Newton steps per trial; each is warm-started from the last."""
 _ROUNDS_KEPT = 4
-"""Of Jacobian rows, at least: with fewer the filter has nothing to carry on."""
+"""Minimum number of Jacobian rows that the filter needs."""
 _REFUSED = 16.0
-"""On λ where no trial gained."""
+"""Factor on λ if no trial improved."""
 _DAMPINGS = 1e-8, 1e4
 _SCALE_MEMORY = 0.7
-"""Share of the old τ² in the new."""
+"""Weight of the old τ² in the new."""
 _LEAST_SCALE = 1e-12
-"""Of τ²: logits that nothing moves would leave the convex problem without curvature."""
+"""Minimum of τ²: constant logits would leave the convex problem without curvature."""
 _FIRST_DRIFT = 0.3
-"""q at the start, as a share of τ²."""
+"""Initial q, as a fraction of τ²."""
 _SURPRISES = 0.25, 4.0
-"""Limits of the ratio of a trial's squared error to what was predicted."""
+"""Limits of the ratio of a trial's squared error to the prediction."""
 
 
 @dataclass(frozen=True)
-class OgnContextConfig(Answers, TextStart):
-    """Defaults of our measurements: there is no published method of this name."""
+class OgnContextConfig(AnswersConfig, TextStart):
+    """Defaults from ztune's measurements; the method is unpublished."""
 
     n_context: int = 8
     init: str = "random"
     init_std: float = 0.005
     n_directions: int = 10
-    """K: probes a round; a round costs n_directions + 3 queries, the first one more."""
+    """K: probes per round of n_directions + 3 queries (the first: one more)."""
     perturbation: float = 0.01
-    """ε: the length of a probe's move."""
+    """ε: the length of a probe's step."""
     damping: float = 1e-3
-    """λ at the first round, in units of the mean square of G."""
+    """λ in the first round, in units of the mean square of G."""
     memory: int = 120
-    """Directions kept at most, this round's among them; those of the least variance stay."""
+    """Maximum number of directions kept, including this round's; those of least variance stay."""
     memory_mb: float = 256.0
-    """Limit on G, f32[H, N, C] for H directions, in units of 10⁶ bytes: fewer are kept where
-    4 H N C bytes are more, though never fewer than n_directions."""
+    """Limit on G, f32[H, N, C] for H directions, in units of 10⁶ bytes: it reduces H, but not
+    below n_directions."""
     kalman: bool = True
-    """Keep directions from round to round; else each starts anew (plain Gauss–Newton)."""
+    """Keep directions between rounds; otherwise plain Gauss–Newton."""
 
     def __post_init__(self) -> None:
         TextStart.__post_init__(self)
-        Answers.__post_init__(self)
+        AnswersConfig.__post_init__(self)
         require(self, 1, "n_directions")
         require(self, 0, "perturbation", "damping", "memory_mb", above=True)
         if self.memory < self.n_directions:
@@ -93,7 +93,7 @@ class OgnContextConfig(Answers, TextStart):
             )
 
     @property
-    def finest(self) -> tuple[str, float]:
+    def perturbation_setting(self) -> tuple[str, float]:
         return "perturbation", self.perturbation
 
     @property
@@ -114,7 +114,7 @@ class OgnContextConfig(Answers, TextStart):
 
 
 class GaussNewton(Optimizer):
-    """c ← c + Σ_k a_k b_k with a of the convex problem above, where that lowers the loss."""
+    """c ← c + Σ_k a_k b_k with a from the convex problem above, if that lowers the loss."""
 
     def __init__(self, config: OgnContextConfig, start: F64, rng: np.random.Generator):
         self._config = config
@@ -128,13 +128,13 @@ class GaussNewton(Optimizer):
         self._drift = 0.0  # q
         self._directions = np.zeros((0, len(start)))  # B f64[H, δ], this round's last
         self._covariance = np.zeros((0, 0))  # P f64[H, H]
-        # G f32[capacity, N C], of which H rows are in use: made once, as it may be large.
+        # G f32[capacity, N C], of which H rows are in use; allocated once, since it may be large.
         self._jacobian = np.zeros((0, 0), np.float32)
         self._steps: F64 | None = None  # a f64[trials, H], None while the probes are due
         self._begin_round()
 
     def _capacity(self) -> int:
-        """Return how many directions there is room for."""
+        """Return the maximum number of directions in memory."""
         c = self._config
         if self._logits is None or not c.kalman:
             return self._n_probes
@@ -142,7 +142,7 @@ class GaussNewton(Optimizer):
         return max(self._n_probes, int(min(c.memory, fitting, len(self._point))))
 
     def _begin_round(self) -> None:
-        """Make room and draw the next probes."""
+        """Drop directions beyond the capacity and draw the next probes."""
         room = self._capacity() - self._n_probes
         if len(self._directions) > room:
             kept = np.sort(np.argsort(np.diag(self._covariance), kind="stable")[:room])
@@ -152,14 +152,14 @@ class GaussNewton(Optimizer):
                 self._jacobian[new] = self._jacobian[old]
         drawn = self._draw(self._rng, self._directions)
         self._directions = np.concatenate([self._directions, drawn])
-        # No variance: what is measured at c itself is exact.
+        # No variance: measurements at c are exact.
         self._covariance = np.pad(self._covariance, (0, self._n_probes))
         self._steps = None
 
     def _draw(self, rng: np.random.Generator, kept: F64) -> F64:
-        """Return v f64[K, δ], uniform among orthonormal ones that are orthogonal to those kept."""
+        """Return random orthonormal v f64[K, δ], orthogonal to the kept directions."""
         drawn = rng.standard_normal((self._n_probes, len(self._point)))
-        for _ in range(2):  # once leaves rounding of the size of what it takes away
+        for _ in range(2):  # twice, for rounding errors
             drawn -= drawn @ kept.T @ kept
         return np.ascontiguousarray(np.linalg.qr(drawn.T)[0].T)
 
@@ -170,7 +170,7 @@ class GaussNewton(Optimizer):
         moves = self._config.perturbation * self._directions[-self._n_probes :]
         if self._logits is None:
             moves = np.concatenate([np.zeros((1, len(self._point))), moves])
-        # Logits are compared across rounds: all of them see the images of the first.
+        # Logits are compared across rounds, so all use the images of the first.
         return Proposal(self._point + moves, same_batch=self._logits is not None)
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
@@ -183,9 +183,9 @@ class GaussNewton(Optimizer):
         return np.stack(rounds)
 
     def tell(self, evaluation: Evaluation) -> None:
-        """Take the answers in the order of ask.
+        """Take the answers in the order of `ask`.
 
-        Raises: ConfigError where they come without logits.
+        Raises: ConfigError without logits.
         """
         logits = required_logits(evaluation)
         if self._steps is None:
@@ -210,7 +210,7 @@ class GaussNewton(Optimizer):
         self._steps = self._solve(self._logits, labels)
 
     def _solve(self, logits: F32, labels: I64) -> F64:
-        """Return the trials' steps a f64[trials, H], of the least damping first."""
+        """Return the trials' steps a f64[trials, H], from the smallest damping."""
         H = len(self._directions)
         problem = SoftmaxProblem(logits, self._rows().reshape(H, *logits.shape), labels)
         p = softmax(logits)
@@ -223,7 +223,7 @@ class GaussNewton(Optimizer):
         return np.stack(steps)
 
     def _rows(self) -> F32:
-        """Return G f32[H, N C], no copy."""
+        """Return a view of G, f32[H, N C]."""
         return self._jacobian[: len(self._directions)]
 
     def _take_trials(self, losses: F64, logits: F32, steps: F64) -> None:
@@ -243,7 +243,7 @@ class GaussNewton(Optimizer):
         """Update G, P and q by the change of the logits f32[N, C] along a step a f64[H]."""
         square = float(a @ a)
         error = moved.ravel() - a.astype(np.float32) @ self._rows()
-        # The mean of the Jacobian along a is the one at its middle, ‖a‖ / 2 from where G is known.
+        # The mean Jacobian along a is that at its midpoint, ‖a‖ / 2 from where G was measured.
         half = square / 4
         predicted = float(a @ self._covariance @ a) + self._drift * half * square
         ratio = float(np.square(error).mean()) / max(predicted, 1e-30)

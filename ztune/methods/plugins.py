@@ -1,7 +1,7 @@
 """Methods of other packages: entry points of the group `ztune.methods`.
 
-An entry point has the name of the method and loads to a TunedMethod or a HeadMethod. Names are read
-when a method is looked up, and a package is imported when its own method is.
+An entry point has the method's name and loads a TunedMethod or a HeadMethod. Looking up a method
+reads the names and imports only that method's package.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def entry_points() -> dict[str, list[metadata.EntryPoint]]:
 
 
 def package_of(name: str) -> str | None:
-    """Return name and version of the package that a method is from; None: of ztune itself."""
+    """Return name and version of a method's package; None for ztune itself."""
     found = entry_points().get(name)
     return " and ".join(map(_package, found)) if found else None
 
@@ -40,7 +40,7 @@ def _package(point: metadata.EntryPoint) -> str:
 def load(name: str) -> Method:
     """Return the method of an entry point.
 
-    Raises: ConfigError naming the package and what to do, where there is no such method.
+    Raises: ConfigError naming the package and what to do.
     """
     point, *others = entry_points()[name]
     what = f'method "{name}" of package {_package(point)}'
@@ -51,7 +51,7 @@ def load(name: str) -> Method:
     try:
         method = point.load()
         if isinstance(method, TunedMethod | HeadMethod):
-            configured(method.config, {}, "")  # its defaults make sense
+            configured(method.config, {}, "")  # checks its defaults
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(

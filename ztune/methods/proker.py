@@ -3,19 +3,19 @@
 Source: Bendou et al., "ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language
 Models", CVPR 2025, arXiv 2501.11175.
 
-Of all functions near the zero-shot f₀ in the kernel's space it takes the one that minimises
+It minimises, over functions near the zero-shot f₀ in the kernel's space,
 
     Σᵢ ‖f(xᵢ) − yᵢ‖² + ridge ‖f − f₀‖²,    y one-hot.
 
-With g = f − f₀ this is ordinary kernel ridge regression of the residuals, so that
+With g = f − f₀ this is kernel ridge regression of the residuals, so
 
     f(x) = f₀(x) + k(x, X) (K + ridge I)⁻¹ (Y − f₀(X)),    k(x, x') = exp(−beta (1 − x·x')).
 
-Scale: f₀ are the cosines f·t themselves, as in the published experiments, since one-hot targets are
-of their size and logits of a hundred are not. The published code divides K by the ridge only inside
-the inverse, which weighs the residual part by one more factor of the ridge; the minimiser above
-does not. Logits are `scale f`: the order of the classes does not depend on it, their probabilities
-do. With a ridge without bound and the model's own scale they are the zero-shot logits.
+Scale: f₀ are the cosines f·t, as in the published experiments, since one-hot targets have their
+size, unlike logits of a hundred. The published code divides K by the ridge only inside the inverse,
+which weights the residual part by another factor of the ridge; the minimiser above does not. Logits
+are `scale f`, which affects probabilities but not the order of the classes. In the limit of a large
+ridge and with the model's scale they are the zero-shot logits.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ztune.heads import (
     Shots,
     choose,
     classifier_of,
-    options,
+    explain_singular,
+    grid_values,
     require_positive,
-    solvable,
 )
 from ztune.logits import Kernel
 from ztune.methods.base import HeadMethod
@@ -45,8 +45,8 @@ SCALES = (1.0, 0.5, 0.2, 0.1, 0.05)  # of the model's own logit scale
 DEFAULT_BETA = 2.0
 DEFAULT_RIDGE = 1.0
 
-# Images on which beta and ridge are chosen. The ridge is the images' noise over the kernel's
-# variance and does not grow with their number, so that fewer can choose it for all.
+# Images on which beta and ridge are chosen. The ridge is the ratio of noise to kernel variance and
+# does not depend on the number of images, so a subset is enough.
 _MOST = 4096
 
 
@@ -54,8 +54,7 @@ _MOST = 4096
 class ProkerConfig:
     """beta is the kernel's sharpness, scale the logits per unit of f.
 
-    null chooses on held-out images; where there are none it is 2, a ridge of 1, and the model's
-    own logit scale.
+    null chooses on held-out images; without any it is beta 2, ridge 1 and the model's logit scale.
     """
 
     beta: float | None = None
@@ -70,7 +69,7 @@ class ProkerConfig:
 def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) -> F64:
     """Return (K + ridge I)⁻¹ R, f64[n, C], of unit rows f64[n, e] and R f64[n, C]."""
     system = keys @ keys.T
-    # In place: of 16,000 images this matrix alone takes 2 GB.
+    # In place: with 16,000 images this matrix takes 2 GB.
     system -= 1
     system *= beta
     np.exp(system, out=system)
@@ -78,15 +77,15 @@ def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) 
     return np.linalg.solve(system, residuals)
 
 
-@solvable("proker")
+@explain_singular("proker")
 def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `scale f` as above; a key is the mean direction of an image's views.
 
-    Time grows with n³ and memory with n²: of 16 images of 1,000 classes, one dense system of
-    16,000 unknowns, a few minutes and 5 GB. beta and ridge are chosen on at most 4,096 images.
+    Time is O(n³) and memory O(n²): with 16 images of 1,000 classes a dense system of 16,000
+    unknowns, a few minutes and 5 GB. beta and ridge are chosen on at most 4,096 images.
     """
-    betas, ridges = options(config.beta, BETAS), options(config.ridge, RIDGES)
-    scales = options(config.scale, [shots.logit_scale * factor for factor in SCALES])
+    betas, ridges = grid_values(config.beta, BETAS), grid_values(config.ridge, RIDGES)
+    scales = grid_values(config.scale, [shots.logit_scale * factor for factor in SCALES])
     grid = [(b, r, s) for b in betas for r in ridges for s in scales]
     default = (
         DEFAULT_BETA if config.beta is None else config.beta,
@@ -126,7 +125,7 @@ def fit_proker(config: ProkerConfig, shots: Shots, seed: int) -> Fitted:
 
 
 def _thinned(keys: F64, labels: I64, n_classes: int) -> tuple[F64, I64]:
-    """Keep the first few images of each class, as many as the limit lets."""
+    """Keep the first images of each class, up to the limit."""
     if len(labels) <= _MOST:
         return keys, labels
     per_class = max(1, _MOST // n_classes)

@@ -1,11 +1,11 @@
-"""The table of methods: a tuned method is a map and an optimizer, a closed-form one is a head."""
+"""The table of methods: tuned methods (map and optimizer) and closed-form heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ztune.access import FEATURES, TEXTS, described
+from ztune.capabilities import FEATURES, TEXTS, describe
 from ztune.errors import ConfigError
 from ztune.io.config import as_json, configured, nearest
 from ztune.methods import (
@@ -32,8 +32,8 @@ from ztune.methods.plugins import entry_points, load, package_of
 from ztune.types import Json
 
 PRESETS = ("default", "published", "tuned")
-"""default: the published optimizer on centre crops. published: with the published random crops too.
-tuned: settings that did better in our measurements, where there are such (docs/methods.md)."""
+"""default: the published optimizer on centre crops. published: also the published random crops.
+tuned: settings that were better in ztune's measurements, if any (docs/methods.md)."""
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
@@ -42,22 +42,22 @@ METHODS: dict[str, Method] = {
         *(gda, tip_adapter, lp_plus, proker, linear_probe, zero_shot),
     )
 }
-"""The methods of ztune itself; those of other packages are found by name (`plugins.py`)."""
+"""ztune's own methods; those of other packages are found by name (`plugins.py`)."""
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods, ztune's own first; nothing is loaded."""
+    """Return the names of all methods, ztune's own first, without loading them."""
     return [*METHODS, *(name for name in entry_points() if name not in METHODS)]
 
 
 def find_method(name: str) -> Method:
     """Return a method, of ztune or of another package.
 
-    Raises: ConfigError listing the known names, or saying why a package's method cannot be used.
+    Raises: ConfigError listing the known names, or the reason why a method is unusable.
     """
     if name in METHODS and (package := package_of(name)):
         raise ConfigError(
-            f'method "{name}" is one of ztune, and package {package} registers the same name '
+            f'package {package} registers the name of ztune\'s own method "{name}" '
             "(uninstall that package, or rename its method)"
         )
     if name in METHODS:
@@ -69,7 +69,7 @@ def find_method(name: str) -> Method:
 
 
 def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
-    """Return all methods by name, and by name why others cannot be used."""
+    """Return all usable methods by name, and the errors of the others by name."""
     found: dict[str, Method] = {}
     failed: dict[str, ConfigError] = {}
     for name in method_names():
@@ -81,15 +81,15 @@ def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
 
 
 def views_of(name: str, preset: str) -> int:
-    """Return how many cached views of each image a preset asks for."""
+    """Return a preset's number of cached views per image."""
     method = find_method(name)
     return method.augment if preset == "published" and isinstance(method, TunedMethod) else 0
 
 
 def method_config(method: Method, settings: Mapping[str, Json], preset: str = "default") -> Any:
-    """Return the method's configuration: `settings` over its preset.
+    """Return the method's configuration: its preset overridden by `settings`.
 
-    Raises: ConfigError for a setting that it does not have, or a value that it cannot take.
+    Raises: ConfigError for an unknown setting or an invalid value.
     """
     chosen: dict[str, Json] = {}
     if preset == "tuned" and isinstance(method, TunedMethod):
@@ -98,7 +98,7 @@ def method_config(method: Method, settings: Mapping[str, Json], preset: str = "d
 
 
 def tuned_config(method: Method, config: Any) -> TunedConfig | None:
-    """Return a tuned method's configuration, None for a head's."""
+    """Return a tuned method's configuration, or None for a head."""
     if not isinstance(method, TunedMethod):
         return None
     tuned: TunedConfig = config.in_effect
@@ -106,18 +106,18 @@ def tuned_config(method: Method, config: Any) -> TunedConfig | None:
 
 
 def needs_of(method: Method, config: Any) -> frozenset[str]:
-    """Return what the runtime must give a method so configured."""
+    """Return the capabilities that a configured method needs."""
     tuned = tuned_config(method, config)
     return frozenset((FEATURES, TEXTS)) if tuned is None else tuned.needs
 
 
 def needs_of_all() -> dict[str, frozenset[str]]:
-    """Return what every method needs with its defaults."""
+    """Return the capabilities that every method needs with its defaults."""
     return {name: needs_of(method, method.config()) for name, method in usable_methods()[0].items()}
 
 
 def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
-    """Return what each preset changes; a preset that changes nothing is left out."""
+    """Return the settings of each preset, without empty ones."""
     default, tuned = (as_json(method_config(method, {}, name)) for name in ("default", "tuned"))
     changes: dict[str, dict[str, Json]] = {
         "published": {"augment": views} if (views := views_of(method.name, "published")) else {},
@@ -127,7 +127,7 @@ def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
 
 
 def method_to_json(method: Method) -> dict[str, Json]:
-    """Return what there is to know of a method, with its default settings."""
+    """Return a method's description and default settings."""
     config = method.config()
     needs = needs_of(method, config)
     document: dict[str, Json] = {
@@ -136,7 +136,7 @@ def method_to_json(method: Method) -> dict[str, Json]:
         "paper": method.paper,
         "package": package_of(method.name),
         "needs": [*sorted(needs)],
-        "capabilities": described(needs),
+        "capabilities": describe(needs),
         "serves_new_classes": method.serves_new_classes(),
         "settings": as_json(config),
         "presets": {name: dict(changes) for name, changes in preset_changes(method).items()},

@@ -1,7 +1,7 @@
 """Random gradient-free steps on the context's own values.
 
 Source: Nesterov and Spokoiny, Foundations of Computational Mathematics 17, 2017. No paper tunes
-prompts so: the step sizes are those of our measurements (docs/methods.md), all else is BAR's.
+prompts this way: step sizes are from ztune's measurements (docs/methods.md), the rest is BAR's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ztune.optim.rgf import Rgf, RgfConfig
 
 @dataclass(frozen=True)
 class DirectRgfConfig(RgfConfig, TextStart):
-    """The context's own values by random gradient-free steps (Nesterov and Spokoiny 2017)."""
+    """Random gradient-free steps on the context's values (Nesterov and Spokoiny 2017)."""
 
     batch_size: int | None = 128
     step_size: float = 0.1

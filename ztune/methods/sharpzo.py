@@ -1,15 +1,15 @@
 """A sharpness-aware evolution strategy as warm-up, then sparse zeroth-order steps.
 
-Source: Yang et al. 2025 (SharpZO, arXiv 2506.20990), followed where the published code departs from
-it. That code
+Source: Yang et al. 2025 (SharpZO, arXiv 2506.20990). Where the published code differs, the paper is
+followed. That code
 - averages the radius over 40 copies of the perturbation: here ‖ε*‖ = ρ;
-- draws a population after `tell` that nobody evaluates: here every one drawn is evaluated;
-- never resets the sum of gradients between prunings: here each score takes fresh differences;
+- draws a population after `tell` that is not evaluated: here each one is evaluated;
+- never resets the sum of gradients between prunings: here each score uses new differences;
 - keeps the coordinates of the lowest scores: here the highest;
-- reads the test accuracy while it trains: here only validation images can stop the warm-up.
+- uses the test accuracy during training: here only validation images can stop the warm-up.
 
-Coordinate-wise differences are many points (1,024 at 512 values), and are asked a few at a time on
-the same images: one call of bounded memory each, and a run can be saved between them.
+Coordinate-wise differences are many points (1,024 at 512 values), evaluated in chunks on the same
+images: calls have bounded memory, and a run can be saved between them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ztune.types import F64, I64, Evaluation, Json, Optimizer, Proposal, State
 
 @dataclass(frozen=True)
 class SharpZoConfig(TextStart):
-    """The paper's settings; σ and T_c are chosen per data set there."""
+    """The paper's settings; the paper chooses σ and T_c per data set."""
 
     intrinsic_dim: int = 512
     projection_std: float = 1.0
-    """Of the fixed projection's entries; published as 1 or 0.2, by data set."""
+    """Standard deviation of the projection's entries; published as 1 or 0.2, by data set."""
     population: int = 40
     sigma: float = 0.4
     """σ of the warm-up's CMA-ES, 0.1 to 1 in the paper."""
@@ -48,16 +48,16 @@ class SharpZoConfig(TextStart):
     warmup_steps: int = 100
     """T_c, 100 to 500 in the paper."""
     warmup_patience: int | None = None
-    """End the warm-up early after as many validations without a gain (10 in the paper); each step
-    of it then costs one query more. None never does."""
+    """Validations without a gain that end the warm-up early (10 in the paper), at one more query
+    per step; None: never."""
     warmup_gain: float = 0.01
-    """The least gain in validation accuracy that counts."""
+    """The minimum gain in validation accuracy."""
     step_size: float = 1e-3
     """η of the sparse steps."""
     prune_every: int = 200
     """K: sparse steps between prunings."""
     keep_fraction: float = 0.5
-    """Coordinates that a pruning keeps."""
+    """Fraction of coordinates kept by a pruning."""
     probes_per_call: int = 32
     """Points of coordinate-wise differences in one proposal; even."""
 
@@ -71,11 +71,11 @@ class SharpZoConfig(TextStart):
             raise ConfigError(f"keep_fraction is {self.keep_fraction}, expected in (0, 1]")
         if self.probes_per_call < 2 or self.probes_per_call % 2:
             raise ConfigError(
-                f"probes_per_call is {self.probes_per_call}, expected an even number from 2 on"
+                f"probes_per_call is {self.probes_per_call}, expected an even number of at least 2"
             )
 
     @property
-    def finest(self) -> tuple[str, float]:
+    def perturbation_setting(self) -> tuple[str, float]:
         return "smoothing", self.smoothing
 
     @property
@@ -83,7 +83,7 @@ class SharpZoConfig(TextStart):
         return max(self.population, self.probes_per_call)
 
     def step_queries(self) -> int:
-        """Return 2 δ + λ, and one where a validation follows: 1,064 at the defaults."""
+        """Return 2 δ + λ, plus one if a validation follows: 1,064 by default."""
         return 2 * self.intrinsic_dim + self.population + (self.warmup_patience is not None)
 
     @property
@@ -106,23 +106,23 @@ class SharpZoConfig(TextStart):
         return prompt_map, SharpZo(self, prompt_map.start(), steps)
 
 
-# What the next proposal is for.
+# The purpose of the next proposal.
 _DIFFERENCES, _POPULATION, _VALIDATION, _PAIR = "differences", "population", "validation", "pair"
 
 
 class SharpZo(Optimizer):
     """Warm-up: CMA-ES on L(x_i + ε*), ε* = ρ g / ‖g‖, with g of coordinate-wise central differences
-    at its mean; it is told the losses as those of x_i.
+    at its mean; it takes the losses as those of x_i.
 
     Then, from its mean: w ← w − η ĝ, ĝ = (L(w + µu) − L(w − µu)) / 2µ · u, u ~ N(0, I) on the
-    coordinates kept. At first and every K steps those of the highest w² · zscore(g²) are chosen.
+    coordinates kept. They are chosen first and every K steps by the highest w² · zscore(g²).
     """
 
     def __init__(self, config: SharpZoConfig, start: F64, rng: np.random.Generator):
         self._config = config
         self._rng = rng
         dim = len(start)
-        # Of its own generator, so that each of the two can be saved and go on alone.
+        # CMA-ES has its own generator, so that both states can be saved separately.
         seed = int(rng.integers(2**63))
         self._cma: Cma | None = self._new_cma(start, np.random.default_rng(seed))
         self._patience = (
@@ -131,7 +131,7 @@ class SharpZo(Optimizer):
             else Patience(config.warmup_patience, config.warmup_gain)
         )
         self._point = start.astype(np.float64)  # the CMA mean, then w
-        self._slopes = np.zeros(dim)  # g, as far as it is known
+        self._slopes = np.zeros(dim)  # g, as far as measured
         self._n_slopes = 0
         self._kept = np.ones(dim)
         self._direction = np.zeros(dim)  # u
@@ -145,7 +145,7 @@ class SharpZo(Optimizer):
         return Cma(CmaConfig(c.population, c.sigma, "full", "mean", c.bound), start, rng)
 
     def _coordinate_pairs(self, coordinates: range | I64) -> F64:
-        """Return f64[2 n, δ]: the point moved by +µ along each coordinate before by −µ."""
+        """Return f64[2 n, δ]: the point moved by +µ, then −µ, along each coordinate."""
         index = np.asarray(coordinates, dtype=np.int64)
         points = np.repeat(self._point[None], 2 * len(index), axis=0)
         pair = np.arange(len(index))
@@ -244,7 +244,7 @@ class SharpZo(Optimizer):
             self._begin_pair()
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
-        """Return rounds of coordinate-wise pairs, the method's finest difference."""
+        """Return rounds of coordinate-wise pairs, which have the smallest differences."""
         dim = len(self._point)
         n_pairs = min(self._config.probes_per_call // 2, dim)
         rounds = range(-(-n_directions // n_pairs))
@@ -293,27 +293,27 @@ class SharpZo(Optimizer):
 
 
 def _scaled(vector: F64) -> F64:
-    """Return `vector` with a largest magnitude of 1: its squares neither over- nor underflow."""
+    """Return `vector` scaled to a largest magnitude of 1, so that squares do not overflow."""
     largest = float(np.abs(vector).max())
     return np.asarray(vector / largest if largest > 0 else vector)
 
 
 def unit(vector: F64) -> F64:
-    """Return vector / ‖vector‖; nought stays nought."""
+    """Return vector / ‖vector‖, or zero for zero."""
     scaled = _scaled(vector)
     norm = float(np.linalg.norm(scaled))
     return scaled / norm if norm > 0 else scaled
 
 
 def kept(point: F64, slopes: F64, fraction: float) -> F64:
-    """Return f64[δ], 1 where w² · zscore(g²) is among the highest, else 0.
+    """Return the mask f64[δ] of the coordinates with the highest w² · zscore(g²).
 
-    Equal scores, as where w is nought or all slopes are equal, are told apart by g², then by index.
+    Ties, such as for w = 0 or equal slopes, are broken by g², then by index.
     """
     squares = _scaled(slopes) ** 2
     deviations = squares - squares.mean()
     spread = float(np.sqrt((deviations**2).mean()))
-    # Equal slopes leave rounding alone, and no score must come of that.
+    # Equal slopes would leave only rounding errors as scores.
     zscores = deviations / spread if spread > 1e-12 else np.zeros_like(squares)
     scores = _scaled(point) ** 2 * zscores
     best_first = np.lexsort((-squares, -scores))

@@ -1,6 +1,6 @@
 """Plain SPSA on the context's own values.
 
-Source: Spall, IEEE Trans. Automatic Control 37, 1992; the decays are those that Spall 1998 advises.
+Source: Spall, IEEE Trans. Automatic Control 37, 1992, with the decays of Spall 1998.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ztune.optim.spsa import Spsa, SpsaConfig
 
 @dataclass(frozen=True)
 class DirectSpsaConfig(SpsaConfig, TextStart):
-    """The context's own values by plain SPSA (Spall 1992), its decays as Spall 1998 advises."""
+    """Plain SPSA on the context's values (Spall 1992), with the decays of Spall 1998."""
 
     step_decay: float = 0.602
     perturbation_decay: float = 0.101

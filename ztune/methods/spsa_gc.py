@@ -14,7 +14,7 @@ from ztune.methods.spsa import DirectSpsaConfig
 
 @dataclass(frozen=True)
 class SpsaGcConfig(DirectSpsaConfig):
-    """The context's own values by SPSA with gradient correction (BlackVIP's optimizer)."""
+    """SPSA with gradient correction (BlackVIP's optimizer) on the context's values."""
 
     step_decay: float = 0.4
     perturbation_decay: float = 0.1

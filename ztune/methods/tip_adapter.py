@@ -1,4 +1,4 @@
-"""Tip-Adapter without training: remembered images vote beside the zero-shot logits.
+"""Training-free Tip-Adapter: cached training features added to the zero-shot logits.
 
 Source: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
 ECCV 2022, arXiv 2207.09519.
@@ -17,15 +17,15 @@ from ztune.heads import (
     Shots,
     choose,
     classifier_of,
-    options,
+    grid_values,
     require_positive,
 )
 from ztune.logits import Kernel
 from ztune.methods.base import HeadMethod
 from ztune.types import F64
 
-# The paper searches linearly on its data sets' validation images, alpha from 0.1 and beta from
-# 0.1 to 7 or so; these steps are geometric, and reach as far as models of another logit scale need.
+# The paper searches linearly on validation images, alpha from 0.1 and beta from 0.1 to about 7;
+# these grids are geometric, and cover models with other logit scales.
 ALPHAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 BETAS = (0.5, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, 20.0)
 DEFAULT_ALPHA = 1.0
@@ -34,9 +34,9 @@ DEFAULT_BETA = 5.5
 
 @dataclass(frozen=True)
 class TipConfig:
-    """alpha weighs the images' votes, beta is their sharpness.
+    """alpha weights the cache, beta is its sharpness.
 
-    null chooses on held-out images; where there are none it is the paper's 1 and 5.5.
+    null chooses on held-out images; without any it is the paper's 1 and 5.5.
     """
 
     alpha: float | None = None
@@ -50,10 +50,10 @@ class TipConfig:
 def fit_tip(config: TipConfig, shots: Shots, seed: int) -> Fitted:
     """Return logits `zero-shot + alpha exp(−beta (1 − f Kᵀ)) V`, V one-hot.
 
-    A key is the mean direction of an image's views, as the paper's. The classifier keeps every
-    image: f32[n, e] keys and f32[n, C] values, 96 MB for 16 images of 1,000 classes at e = 512.
+    A key is the mean direction of an image's views, as in the paper. The classifier keeps keys
+    f32[n, e] and values f32[n, C]: 96 MB for 16 images of 1,000 classes at e = 512.
     """
-    alphas, betas = options(config.alpha, ALPHAS), options(config.beta, BETAS)
+    alphas, betas = grid_values(config.alpha, ALPHAS), grid_values(config.beta, BETAS)
     grid = [(alpha, beta) for beta in betas for alpha in alphas]
     default = (
         DEFAULT_ALPHA if config.alpha is None else config.alpha,
@@ -83,7 +83,7 @@ def fit_tip(config: TipConfig, shots: Shots, seed: int) -> Fitted:
 
 METHOD = HeadMethod(
     name="tip-adapter",
-    title="a cache of the training features beside zero-shot, training-free",
+    title="a cache of the training features added to zero-shot, training-free",
     paper="Zhang et al., ECCV 2022 (arXiv 2207.09519)",
     config=TipConfig,
     fit=fit_tip,

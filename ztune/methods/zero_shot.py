@@ -1,4 +1,4 @@
-"""The hand-written sentences' own classifier, which every other method has to beat."""
+"""The zero-shot classifier of the templates, the baseline of all methods."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ztune.methods.base import HeadMethod
 
 @dataclass(frozen=True)
 class ZeroShotConfig:
-    """Nothing to set."""
+    """No settings."""
 
 
 def fit_zero_shot(config: ZeroShotConfig, shots: Shots, seed: int) -> Fitted:
-    """Return logits `scale f tᵀ + bias`; no image and no label is looked at."""
+    """Return logits `scale f tᵀ + bias`, without using images or labels."""
     bias = np.full(shots.n_classes, shots.logit_bias)
     return Fitted(classifier_of(shots.zero_shot, bias), {})
 

@@ -46,9 +46,9 @@ def fastfood(x: F64, signs: F64, permutation: I64, gaussian: F64, width: int) ->
     D = len(signs)
     padded = np.zeros((*x.shape[:-1], D))
     padded[..., : x.shape[-1]] = x
-    mixed = gaussian * walsh_hadamard(signs * padded)[..., permutation]
+    product = gaussian * walsh_hadamard(signs * padded)[..., permutation]
     divisor = np.sqrt(D * np.sum(gaussian**2)) * np.sqrt(width / D)
-    return np.asarray(walsh_hadamard(mixed)[..., :width] / divisor)
+    return np.asarray(walsh_hadamard(product)[..., :width] / divisor)
 
 
 class ZipMap:
@@ -60,23 +60,23 @@ class ZipMap:
     def __init__(self, initial: F32, intrinsic_dim: int, rank: int, rng: np.random.Generator):
         """Draw the fixed transforms for `initial` f32[m, d].
 
-        Raises: ConfigError when intrinsic_dim leaves no value per token, or too many to compute.
+        Raises: ConfigError if intrinsic_dim gives no value per token, or too many.
         """
         m, d = initial.shape
         q = intrinsic_dim // m
         if not 1 <= q <= _MOST_PER_TOKEN:
             raise ConfigError(
-                f"intrinsic_dim {intrinsic_dim} over {m} context tokens gives {q} values a token, "
+                f"intrinsic_dim {intrinsic_dim} gives {q} values for each of {m} context tokens, "
                 f"expected 1 to {_MOST_PER_TOKEN} (set intrinsic_dim between {m} and "
                 f"{m * _MOST_PER_TOKEN})"
             )
-        # The next power of two >= d, as published; a narrow tower may have more values than that.
+        # The next power of two >= d, as published; q may be larger in a narrow tower.
         D = 1 << (max(d, q) - 1).bit_length()
         if rank < 1:
             raise ConfigError(f"rank is {rank}, expected at least 1")
         self.m, self.q, self.rank = m, q, rank
         self._initial = initial.astype(np.float64)
-        # Fastfood is linear and fixed, so its rows are computed once: a step is then one product.
+        # Fastfood is linear and fixed: its matrix is computed once, and a step is one product.
         self._basis = np.empty((m, q, d))
         for i in range(m):
             signs = rng.choice([-1.0, 1.0], size=D)
@@ -107,7 +107,7 @@ class ZipMap:
 
 @dataclass(frozen=True)
 class ZipConfig(SpsaConfig, TextStart):
-    """The settings of SPSA are those of SpsaConfig."""
+    """ZIP's settings, with those of SpsaConfig."""
 
     n_context: int = 8
     init: str = "random"

@@ -2,7 +2,7 @@
 
 Equation numbers are those of Hansen's tutorial (arXiv 1604.00772). The separable form is Ros and
 Hansen 2008: C stays diagonal, weights are positive only, and it learns (n + 2) / 3 times as fast.
-Only the order of the losses counts. The loop, whole:
+Only the order of the losses matters. The complete loop:
 
     optimizer = Cma(CmaConfig(sigma=0.5), start, np.random.default_rng(1))
     for _ in range(300):
@@ -25,13 +25,13 @@ from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 COVARIANCES = ("full", "separable")
 KEEPS = ("best", "mean")
 _RESAMPLINGS = 100
-"""Draws outside the bound before a candidate is clipped to it."""
+"""Draws outside the bound before a candidate is clipped."""
 _LEAST = 1e-8
-"""Keeps the denominators of (46) and (52) from nought."""
+"""Keeps the denominators of (46) and (52) above zero."""
 _SIGMAS = 1e-32, 1e32
-"""Limits of σ: a slope without end drives it up for ever, and squares must not overflow."""
-# Beyond these a covariance is refused: bytes of its matrices, and hours of its eigendecompositions,
-# of which a core of 2026 does some 10¹⁰ operations in a second.
+"""Limits of σ, which grows without end on an unbounded slope; squares must not overflow."""
+# Limits of a covariance: bytes of its matrices, and hours of its eigendecompositions, at some 10¹⁰
+# operations per second on a core of 2026.
 _MOST_BYTES, _MOST_HOURS, _OPERATIONS_A_SECOND = 4e9, 5, 1e10
 
 
@@ -40,18 +40,18 @@ class CmaConfig:
     """The tutorial's defaults."""
 
     population: int | None = None
-    """λ; None is 4 + ⌊3 ln n⌋ (48). A step costs as many queries."""
+    """λ, queries per step; None is 4 + ⌊3 ln n⌋ (48)."""
     sigma: float = 1.0
-    """σ at the start."""
+    """Initial σ."""
     covariance: str = "full"
-    """`full`, or `separable` where n is too large for n² values (see `cost_of`)."""
+    """`full`, or `separable` for n too large for n² values (see `cost_of`)."""
     keep: str = "best"
-    """What is recommended: `best`, the first of the lowest loss so far, or `mean`."""
+    """The recommendation: `best`, the first candidate of the lowest loss so far, or `mean`."""
     bound: float | None = None
     """Candidates stay in [−bound, bound]^n."""
 
     def __post_init__(self) -> None:
-        # Three leave one parent, and with it the rank-μ update's rate (58) is nought.
+        # Three leave one parent, with a rank-μ rate (58) of zero.
         require(self, 4, "population")
         require(self, 0, "sigma", "bound", above=True)
         if self.covariance not in COVARIANCES:
@@ -73,35 +73,35 @@ def default_population(dim: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What CMA-ES itself needs, beside the forward passes."""
+    """The cost of CMA-ES without the forward passes."""
 
     bytes: float
-    """Memory at its peak."""
+    """Peak memory."""
     flops: float
     """Per generation."""
 
 
 def cost_of(dim: int, covariance: str, population: int | None = None) -> Cost:
-    """Return an estimate, good to a factor of two, for refusing sizes that are out of reach."""
+    """Return an estimate, good to a factor of two, for rejecting infeasible sizes."""
     n, size = float(dim), default_population(dim) if population is None else population
     samples = 3 * size * n  # z, y and x
     if covariance == "separable":
         return Cost(8 * (samples + 8 * n), 12 * size * n)
-    # C, B, B·D, and what the eigendecomposition takes: a copy and 2 n² of work space. It makes
-    # about 9 n³ operations; C out of B and D is 2 n³ more.
+    # C, B, B·D, and the eigendecomposition's copy and 2 n² of work space. It takes about 9 n³
+    # operations, C from B and D another 2 n³.
     return Cost(8 * (6 * n**2 + samples), 11 * n**3 + 8 * size * n**2)
 
 
 def own_seconds(covariance: str, dim: int, population: int, n_generations: int) -> float:
-    """Return roughly what so many generations take, beside the forward passes."""
+    """Return the approximate seconds of so many generations without the forward passes."""
     cost = cost_of(dim, covariance, population)
     return cost.flops * max(1, n_generations) / _OPERATIONS_A_SECOND
 
 
 def check_reach(covariance: str, dim: int, population: int, n_generations: int) -> None:
-    """Refuse a size of CMA-ES that would not come to an end.
+    """Check that CMA-ES of this size is feasible.
 
-    Raises: ConfigError saying what it would take.
+    Raises: ConfigError with the required memory and time.
     """
     n_bytes = cost_of(dim, covariance, population).bytes
     hours = own_seconds(covariance, dim, population, n_generations) / 3600
@@ -109,16 +109,16 @@ def check_reach(covariance: str, dim: int, population: int, n_generations: int) 
         raise ConfigError(
             f"CMA-ES with a {covariance} covariance of {dim} values takes "
             f"{n_bytes / 1e9:.1f} GB and some {hours:.0f} hours for {n_generations} generations, "
-            "out of reach here (use fewer values, or a separable covariance where there is one)"
+            "too much (use fewer values, or a separable covariance if available)"
         )
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Weights and learning rates; all follow from n and λ."""
+    """Weights and learning rates, which depend on n and λ only."""
 
     weights: F64
-    """w f64[λ], best candidate's first; the first μ are positive and sum to 1."""
+    """w f64[λ], from the best candidate on; the first μ are positive and sum to 1."""
     mu: int
     mu_eff: float
     c_sigma: float
@@ -154,7 +154,7 @@ class _Rates:
             rank_one = 2 / (mu_eff * (n + math.sqrt(2)) ** 2)
             rank_mu = min(1.0, (2 * mu_eff - 1) / ((n + 2) ** 2 + mu_eff))
             c_mu = (n + 2) / 3 * (rank_one + (1 - 1 / mu_eff) * rank_mu)
-            # Few values and many candidates take the rate beyond 1, and C below nought.
+            # With few values and many candidates the rate exceeds 1, and C becomes negative.
             c_mu = min(1 - c_1, c_mu)
             c_sigma = (mu_eff + 2) / (n + mu_eff + 3)
             c_c = 4 / (n + 4)
@@ -164,7 +164,7 @@ class _Rates:
 
 
 class Cma(Optimizer):
-    """x_k ~ N(m, σ² C), and m, σ and C learn from the better half's moves."""
+    """x_k ~ N(m, σ² C), where m, σ and C are updated from the moves of the better half."""
 
     def __init__(self, config: CmaConfig, start: F64, rng: np.random.Generator):
         n = len(start)
@@ -178,7 +178,7 @@ class Cma(Optimizer):
         self._chi_n = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # E‖N(0, I)‖
         self._mean = start.astype(np.float64)
         self._sigma = config.sigma
-        # C = B D² Bᵀ is kept as its eigendecomposition alone; B is I in the separable form.
+        # C = B D² Bᵀ is stored as its eigendecomposition; B is I in the separable form.
         self._D = np.ones(n)
         self._B = np.eye(n) if config.covariance == "full" else None
         self._p_sigma = np.zeros(n)
@@ -186,31 +186,31 @@ class Cma(Optimizer):
         self._generation = 0
         self._best = self._mean.copy()
         self._best_loss: float | None = None
-        self._points = self._sampled()
+        self._points = self._sample()
 
-    def _stretched(self, z: F64) -> F64:
+    def _stretch(self, z: F64) -> F64:
         """Return y = B D z for each row of z: N(0, C) from N(0, I) (39)."""
         y = z * self._D
         return y if self._B is None else np.asarray(y @ self._B.T)
 
-    def _whitened(self, y: F64) -> F64:
+    def _whiten(self, y: F64) -> F64:
         """Return C^(−1/2) y = B D⁻¹ Bᵀ y for each row of y."""
         if self._B is None:
             return np.asarray(y / self._D)
         return np.asarray(((y @ self._B) / self._D) @ self._B.T)
 
-    def _sampled(self) -> F64:
+    def _sample(self) -> F64:
         """Return x f64[λ, n] (38–40)."""
         shape = len(self._rates.weights), len(self._mean)
         bound = self._config.bound
         if bound is None:
             z = self._rng.standard_normal(shape)
-            return np.asarray(self._mean + self._sigma * self._stretched(z))
+            return np.asarray(self._mean + self._sigma * self._stretch(z))
         points = np.empty(shape)
         for x in points:
             for _ in range(_RESAMPLINGS + 1):
                 z = self._rng.standard_normal((1, shape[1]))
-                x[:] = self._mean + self._sigma * self._stretched(z)[0]
+                x[:] = self._mean + self._sigma * self._stretch(z)[0]
                 if np.abs(x).max() <= bound:
                     break
         return points.clip(-bound, bound)
@@ -223,22 +223,22 @@ class Cma(Optimizer):
         rounds = []
         for _ in range(-(-n_directions // n_pairs)):
             z = rng.standard_normal((n_pairs, len(self._mean)))
-            moves = self._sigma * self._stretched(z)
+            moves = self._sigma * self._stretch(z)
             pairs = np.stack([self._mean + moves, self._mean - moves], axis=1)
             rounds.append(pairs.reshape(-1, len(self._mean)))
         return np.stack(rounds)
 
     def tell(self, evaluation: Evaluation) -> None:
-        """Take one loss per point asked, measured there or, as SharpZO does, beside it."""
+        """Take one loss per point, measured at it or, in SharpZO, near it."""
         losses, size = evaluation.losses, len(self._points)
         if len(losses) != size:
-            raise ValueError(f"{len(losses)} losses told, expected {size}")
+            raise ValueError(f"got {len(losses)} losses, expected {size}")
         order = np.argsort(losses, kind="stable")
         least = float(losses[order[0]])
         if self._best_loss is None or least < self._best_loss:
             self._best, self._best_loss = self._points[order[0]].copy(), least
         self._learn((self._points[order] - self._mean) / self._sigma)
-        self._points = self._sampled()
+        self._points = self._sample()
 
     def _learn(self, y: F64) -> None:
         """Update m, σ and C from the moves y f64[λ, n], best first."""
@@ -247,15 +247,15 @@ class Cma(Optimizer):
         y_w = r.weights[: r.mu] @ y[: r.mu]  # (41)
         self._mean = self._mean + self._sigma * y_w  # (42), c_m = 1 (54)
 
-        whitened = self._whitened(np.concatenate([y_w[None], y]))
+        whitened = self._whiten(np.concatenate([y_w[None], y]))
         gain = math.sqrt(r.c_sigma * (2 - r.c_sigma) * r.mu_eff)
         self._p_sigma = (1 - r.c_sigma) * self._p_sigma + gain * whitened[0]  # (43)
         length = float(np.linalg.norm(self._p_sigma))
         sigma = self._sigma * math.exp(r.c_sigma / r.d_sigma * (length / self._chi_n - 1))  # (44)
 
-        # While the path is too long, σ grows already: C then does not take it in.
-        settled = math.sqrt(1 - (1 - r.c_sigma) ** (2 * (self._generation + 1)))
-        h_sigma = float(length / settled < (1.4 + 2 / (n + 1)) * self._chi_n)
+        # While the path is too long, σ already grows, so C ignores the path.
+        convergence = math.sqrt(1 - (1 - r.c_sigma) ** (2 * (self._generation + 1)))
+        h_sigma = float(length / convergence < (1.4 + 2 / (n + 1)) * self._chi_n)
         gain = h_sigma * math.sqrt(r.c_c * (2 - r.c_c) * r.mu_eff)
         self._p_c = (1 - r.c_c) * self._p_c + gain * y_w  # (45)
         lengths = (whitened[1:] ** 2).sum(axis=1)
@@ -297,12 +297,12 @@ class Cma(Optimizer):
         self._rng = generator_from_json(values["generator"])
 
     def _arrays(self) -> tuple[str, ...]:
-        # B is saved too: eigenvectors of equal values are not unique, and another thread count may
-        # find others.
+        # B is saved too: eigenvectors of equal eigenvalues are not unique and may depend on the
+        # number of threads.
         names = ("mean", "D", "p_sigma", "p_c", "best", "points")
         return names if self._B is None else (*names, "B")
 
 
 def _roots(values: F64) -> F64:
-    """Return √values, where rounding may have left some at or below nought."""
+    """Return √values, with values that rounding made non-positive clipped."""
     return np.asarray(np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values.max())))

@@ -4,7 +4,7 @@ Logits are Z + Σ_k a_k D_k, linear in a; their cross-entropy is convex in them,
 
     min over a of  meanᵢ CE(Zᵢ + Σ_k a_k D_kᵢ, yᵢ) + ½ aᵀ R a.
 
-Newton's method with the exact curvature Dᵀ (diag p − p pᵀ) D needs no further query. Source of the
+Newton's method with the exact curvature Dᵀ (diag p − p pᵀ) D needs no queries. Source of the
 curvature: the generalised Gauss–Newton matrix, Schraudolph, Neural Computation 14, 2002, section 3.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from ztune.objective import cross_entropy
 from ztune.types import F32, F64, I64
 
-_ENOUGH = 1e-6  # nats that a Newton step must still win
+_ENOUGH = 1e-6  # minimum gain of a Newton step in nats
 _SUFFICIENT = 1e-4  # share of the predicted decrease (Armijo)
 _SHORTEST = 1e-3
 _VALUES_AT_ONCE = 4_000_000  # weighted copies of the directions: 16 MB
@@ -54,14 +54,14 @@ class Terms:
     def step(self, a: F64, ridge: F64) -> F64:
         """Return Newton's step f64[K] from a on the mean loss with a ridge f64[K, K]."""
         matrix = self.curvature / self.n + ridge
-        # What no image sees and no ridge holds is left where it is.
+        # Directions without curvature and ridge do not move.
         matrix[np.diag_indices_from(matrix)] += 1e-10 * np.trace(matrix) / len(matrix) + 1e-30
         return np.asarray(-np.linalg.solve(matrix, self.gradient / self.n + ridge @ a))
 
 
 @dataclass(frozen=True)
 class SoftmaxProblem:
-    """Logits linear in a, and the labels that they are to predict."""
+    """Logits linear in a, and their labels."""
 
     base: F32
     """Z f32[N, C]."""
@@ -77,7 +77,7 @@ class SoftmaxProblem:
         return self.base + moved.reshape(self.base.shape)
 
     def rows(self, chosen: np.ndarray) -> SoftmaxProblem:
-        """Return the problem of some of the images."""
+        """Return the problem of a subset of the images."""
         return SoftmaxProblem(self.base[chosen], self.directions[:, chosen], self.labels[chosen])
 
     def loss(self, a: F64, ridge: F64) -> float:
@@ -111,15 +111,15 @@ class SoftmaxProblem:
         a = start
         for _ in range(n_steps):
             before = a
-            a, gained = self.stepped(a, self.terms(a), ridge)
+            a, gained = self.take_newton_step(a, self.terms(a), ridge)
             if a is before or gained < _ENOUGH:
                 break
         return a
 
-    def stepped(self, a: F64, terms: Terms, ridge: F64) -> tuple[F64, float]:
-        """Return where one step of Newton's method with backtracking leads, and what it gains.
+    def take_newton_step(self, a: F64, terms: Terms, ridge: F64) -> tuple[F64, float]:
+        """Return the point after one Newton step with backtracking, and its gain.
 
-        `terms` are those at a, of all images; a itself comes back where nothing is gained.
+        `terms` are those of all images at a; a is returned if nothing is gained.
         """
         value = float(terms.loss / terms.n + 0.5 * a @ ridge @ a)
         step = terms.step(a, ridge)
@@ -134,7 +134,7 @@ class SoftmaxProblem:
 
 
 def total(terms: Sequence[Terms]) -> Terms:
-    """Return the terms of all images from those of their parts, at the same a."""
+    """Return the sum of the terms of parts of the images, at the same a."""
     whole = terms[0]
     for one in terms[1:]:
         whole = whole + one

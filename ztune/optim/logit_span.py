@@ -1,4 +1,4 @@
-"""What many prompts' logits span, kept in a few combinations."""
+"""A low-rank basis of the logits of many prompts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from ztune.types import F32, F64
 
 _NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
-_LEAST_ENERGY = 1e-30  # of logits that tell no class from another
+_LEAST_ENERGY = 1e-30  # of logits that do not distinguish classes
 
 
 @dataclass
 class LogitSpan:
-    """Logits of K prompts on the same images, kept as at most 2 · rank combinations of them."""
+    """Logits of K prompts on the same images, kept as at most 2 · rank linear combinations."""
 
     rank: int
     rows: F32
@@ -24,14 +24,14 @@ class LogitSpan:
     total: F64
     """f64[N, C]: Σ_j Z_j."""
     squares: float
-    """Sum of the squares of all logits."""
+    """Sum of squares of all logits."""
 
     @classmethod
     def empty(cls, rank: int) -> LogitSpan:
         return cls(rank, np.zeros((0, 0, 0), np.float32), np.zeros((0, 0)), np.zeros((0, 0)), 0.0)
 
     def add(self, logits: F32) -> None:
-        """Take the logits f32[P, N, C] of further prompts."""
+        """Add the logits f32[P, N, C] of more prompts."""
         new = logits - logits.mean(axis=-1, keepdims=True)
         self.squares += float((new.astype(np.float64) ** 2).sum())
         if not len(self.mixing):
@@ -47,7 +47,7 @@ class LogitSpan:
             self.rows, self.mixing = _combined(turn, self.rows), self.mixing @ turn
 
     def _principal(self) -> F64:
-        """Return f64[R, r], the combinations of rows with the most energy, at most `rank`."""
+        """Return f64[R, r], the at most `rank` combinations of rows with the most energy."""
         flat = self.rows.reshape(len(self.rows), -1)
         values, vectors = np.linalg.eigh((flat @ flat.T).astype(np.float64))
         values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
@@ -58,13 +58,13 @@ class LogitSpan:
     def contrasts(self) -> tuple[F32, F64]:
         """Return a basis f32[r, N, C] and its mixing f64[K, r], whose columns sum to 0.
 
-        What all prompts have in common is left out: weights that move along the basis keep their
-        sum, and with it the part of the text features that does not depend on the prompt.
+        The component common to all prompts is left out: weights moved along the basis keep their
+        sum, and so the part of the text features that does not depend on the prompt.
         """
         turn = self._principal()
         sums = (self.mixing @ turn).sum(axis=0)
         r = len(sums)
-        # An orthonormal basis of what is orthogonal to the sums: the rest of a complete one.
+        # An orthonormal basis of the orthogonal complement of the sums.
         whole, _ = np.linalg.qr(np.concatenate([sums[:, None], np.eye(r)], axis=1))
         turn = turn @ whole[:, 1:r]
         return _combined(turn, self.rows), self.mixing @ turn

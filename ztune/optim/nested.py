@@ -1,4 +1,4 @@
-"""The state of an optimizer inside another: arrays as `name.array`, values as one value `name`."""
+"""The state of a nested optimizer: arrays as `name.array`, values as one value `name`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def put_state(name: str, state: State) -> tuple[dict[str, NDArray[Any]], dict[st
 
 
 def get_state(name: str, state: State) -> State:
-    """Return the inner state again.
+    """Return the inner state.
 
-    Raises: FormatError when the value `name` holds none.
+    Raises: FormatError if the value `name` is missing or invalid.
     """
     arrays, values = state
     inner = values[name]
     if not isinstance(inner, dict):
-        raise FormatError(f'saved optimizer: "{name}" is no state (file damaged)')
+        raise FormatError(f'saved optimizer: invalid state "{name}" (file damaged)')
     start = f"{name}."
     own = {key[len(start) :]: value for key, value in arrays.items() if key.startswith(start)}
     return own, inner

@@ -26,7 +26,7 @@ class RgfConfig:
     """After n_steps."""
     step_power: float = 0.9
     perturbation: float = 0.01
-    """β: the length of a probe's move."""
+    """β: the length of a probe's step."""
     n_directions: int = 5
     """Probes averaged per step; a step costs n_directions + 1 queries."""
 
@@ -35,8 +35,8 @@ class RgfConfig:
         require(self, 0, "step_size", "last_step_size", "step_power", "perturbation", above=True)
 
     @property
-    def finest(self) -> tuple[str, float]:
-        """The setting that says how far a probe is from the point."""
+    def perturbation_setting(self) -> tuple[str, float]:
+        """Name and value of the probe distance."""
         return "perturbation", self.perturbation
 
     @property
@@ -65,7 +65,7 @@ class Rgf(Optimizer):
 
     def _advance(self) -> None:
         # Directions are five times the size of the point (6 MB for an image's border): the state
-        # keeps the generator they come from instead.
+        # has their generator's state instead.
         self._drawn_from = generator_to_json(self._rng)
         self._directions = self._draw(self._rng)
 

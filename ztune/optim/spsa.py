@@ -1,7 +1,7 @@
 """Simultaneous perturbation with averaged pairs, intrinsic-dimensional clipping and momentum.
 
 Source: Spall 1992 for the estimator; Park et al. 2025 (ZIP, arXiv 2504.06838) for the schedule and
-the clipping; Oh et al. 2023 (BlackVIP, arXiv 2303.14773) for the momentum. The loop, whole:
+the clipping; Oh et al. 2023 (BlackVIP, arXiv 2303.14773) for the momentum. The loop:
 
     optimizer = Spsa(SpsaConfig(), start, np.random.default_rng(1))
     for _ in range(500):
@@ -33,9 +33,9 @@ class SpsaConfig:
     """c in c_k = c / k^perturbation_decay."""
     perturbation_decay: float = 0.1
     n_pairs: int = 5
-    """Two-sided estimates averaged per step; a step costs 2 * n_pairs queries."""
+    """Two-sided estimates averaged per step of 2 * n_pairs queries."""
     clip: bool = True
-    """Scale the gradient back to norm √δ where it is longer."""
+    """Clip the gradient to norm √δ."""
     momentum: float = 0.0
     """β of SPSA-GC, 0.8 in BlackVIP; 0 is plain SPSA."""
 
@@ -47,8 +47,8 @@ class SpsaConfig:
             raise ConfigError(f"momentum is {self.momentum}, expected in [0, 1)")
 
     @property
-    def finest(self) -> tuple[str, float]:
-        """The setting that says how far apart a pair's points are."""
+    def perturbation_setting(self) -> tuple[str, float]:
+        """Name and value of the distance of a pair's points."""
         return "perturbation", self.perturbation
 
     @property
@@ -103,7 +103,7 @@ class Spsa(Optimizer):
         differences = (plus - minus)[:, None] / (2 * self._scale * self._perturbations)
         gradient: F64 = differences.mean(axis=0)
         if c.clip:
-            gradient = clipped(gradient, float(np.sqrt(len(gradient))))
+            gradient = clip_norm(gradient, float(np.sqrt(len(gradient))))
         if c.momentum:
             self._momentum = c.momentum * self._momentum + gradient
             gradient = gradient + c.momentum * self._momentum
@@ -132,7 +132,7 @@ class Spsa(Optimizer):
         self._rng = generator_from_json(values["generator"])
 
 
-def clipped(gradient: F64, limit: float) -> F64:
-    """Return `gradient` rescaled to norm `limit` (√δ in ZIP, section 4.3) where it is longer."""
+def clip_norm(gradient: F64, limit: float) -> F64:
+    """Return `gradient` clipped to norm `limit` (√δ in ZIP, section 4.3)."""
     norm = float(np.linalg.norm(gradient))
     return np.asarray(gradient * (limit / norm) if norm >= limit else gradient)

@@ -1,4 +1,4 @@
-"""Validation passes that steer a run, and early stopping by them: wrappers around any optimizer.
+"""Validation passes and early stopping, as wrappers around any optimizer.
 
 optimizer = EarlyStop(Validated(inner, every=500, keep="best"), patience=10)
 """
@@ -12,7 +12,7 @@ from ztune.optim.nested import get_state, put_state
 from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 KEEPS = ("best", "last")
-# Accuracies are fractions of images, and 0.57 − 0.56 is a little less than 0.01.
+# Accuracies are fractions, and 0.57 − 0.56 is slightly less than 0.01 in floating point.
 _ROUNDING = 1e-12
 
 
@@ -51,11 +51,10 @@ class Patience:
 
 
 class Validated:
-    """Has the inner recommendation validated now and then, and keeps the best of them.
+    """Validates the inner recommendation periodically, and keeps the best.
 
-    A pass comes once `every` queries were told since the last one, and then between two steps of
-    the inner optimizer, where its recommendation changes. A pass that the inner one asks for itself
-    goes through to it and counts as one.
+    A pass follows at least `every` queries after the last one, between two steps of the inner
+    optimizer. The inner optimizer's own validation passes count too.
     """
 
     def __init__(self, inner: Optimizer, every: int, keep: str = "best"):

@@ -23,7 +23,7 @@ from runtimes.tokenizer import Tokenizer
 from tests.conftest import DIGITS, MINI
 from tests.servers.mlserver import MlServer, mlserver_environment
 from tests.servers.triton import TritonServer, triton_environment
-from ztune import access
+from ztune import capabilities
 from ztune.errors import ConfigError, ServerError
 from ztune.objective import NumpyScores
 from ztune.types import F32, I64, Batch, Prompts
@@ -199,15 +199,15 @@ def test_losses_alone_give_no_features(
 
 
 def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
-    text = {access.LOSS, access.CONTEXTS}
+    text = {capabilities.LOSS, capabilities.CONTEXTS}
     for name, given in (
-        ("all", {*text, access.LOGITS, access.TEXTS, access.FEATURES}),
-        ("logits", {*text, access.LOGITS, access.TEXTS}),
+        ("all", {*text, capabilities.LOGITS, capabilities.TEXTS, capabilities.FEATURES}),
+        ("logits", {*text, capabilities.LOGITS, capabilities.TEXTS}),
         ("losses", text),
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
         assert served.access == given
-        assert served.missing == access.EVERYTHING - given
+        assert served.missing == capabilities.EVERYTHING - given
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
 

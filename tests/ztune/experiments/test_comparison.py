@@ -33,7 +33,7 @@ from ztune.experiments.comparison import (
     summarise,
     table_row,
 )
-from ztune.report_compare import Level, Line, draw_against
+from ztune.report_compare import Level, Line, draw_accuracy_against_cost
 from ztune.run_config import RunConfig
 from ztune.run_document import RunReport
 from ztune.types import Json
@@ -270,7 +270,7 @@ def test_images_of_many_methods_of_one_and_of_none(tmp_path: Path) -> None:
         "again": (many, levels),
     }.items():
         path = tmp_path / f"{name}.png"
-        draw_against("seconds", lines, flat, "a title of $^$ and 猫", path)
+        draw_accuracy_against_cost("seconds", lines, flat, "a title of $^$ and 猫", path)
         with Image.open(path) as image:
             assert image.width > image.height > 400
     assert (tmp_path / "many.png").read_bytes() == (tmp_path / "again.png").read_bytes()

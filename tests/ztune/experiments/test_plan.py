@@ -21,7 +21,7 @@ from ztune.experiments.plan import (
     read_plan,
 )
 from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
-from ztune.io.toml import parsed_toml
+from ztune.io.toml import parse_toml
 from ztune.methods.registry import find_method
 
 PLANS = sorted((ROOT / "plans").glob("*.toml"))
@@ -417,9 +417,9 @@ def test_transfers_that_would_share_cells_are_refused(tmp_path: Path, more: str)
     ["[data", "a = ", "a = 1\na = 2", "{}", "a = " + "[" * 100_000, "a = 1" + "0" * 5000, "a = '"],
 )
 def test_what_is_no_toml(tmp_path: Path, text: str) -> None:
-    assert refused(tmp_path, text).startswith("no TOML (")
-    with pytest.raises(ConfigError, match=r"^here: no TOML \("):
-        parsed_toml(text, "here")
+    assert refused(tmp_path, text).startswith("invalid TOML (")
+    with pytest.raises(ConfigError, match=r"^here: invalid TOML \("):
+        parse_toml(text, "here")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

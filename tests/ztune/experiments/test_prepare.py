@@ -22,7 +22,7 @@ from ztune.experiments.plan import read_plan
 from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
 from ztune.experiments.worker import Settings, Worker
 from ztune.io.files import sha256
-from ztune.progress import SILENCE, Progress, warnings_told
+from ztune.progress import SILENCE, Progress, forward_warnings
 
 HEAD = """
 title = "{title}"
@@ -95,7 +95,7 @@ def prepare(tmp_path: Path, warnings: list[str]) -> Prepare:
         path.write_text(text)
         out = out or tmp_path / f"out-{n}"
         preparation = Preparation(read_plan(path), only, root, out, provider, progress)
-        with warnings_told(warnings.append):
+        with forward_warnings(warnings.append):
             prepared = preparation.prepare()
         assert not out.exists(), "whoever prepares writes nothing"
         return prepared

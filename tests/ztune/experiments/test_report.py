@@ -32,7 +32,7 @@ from ztune.experiments.summary import Names
 from ztune.experiments.tables import Table, Word
 from ztune.io.config import as_json
 from ztune.methods.registry import METHODS
-from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, look_of, look_of_level
+from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, level_style, line_style
 
 HALVES = {"base": 0.8, "new": 0.4}
 MIXED = (
@@ -336,7 +336,7 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
         drawn[path.name] = tuple(rest)
         path.write_bytes(b"")
 
-    monkeypatch.setattr(figures, "draw_against", note)
+    monkeypatch.setattr(figures, "draw_accuracy_against_cost", note)
     monkeypatch.setattr(figures, "draw_over_shots", note)
     return drawn
 
@@ -475,12 +475,12 @@ def test_all_labels_of_a_method_look_different_while_they_can(
         list(METHODS).index(one) for one in ("gda", *labels)
     ]
     assert set(styles) == {*more, *labels}
-    looks = {tuple(look_of(style).items()) for style in styles.values()}
+    looks = {tuple(line_style(style).items()) for style in styles.values()}
     assert len(looks) == min(n + len(labels), N_LOOKS)
     if len(styles) <= N_COLOURS - len(labels):
         assert len({place % N_COLOURS for place in styles.values()}) >= len(styles) - 1
     if n <= 40:
-        levels = {str(look_of_level(style)) for style in styles.values()}
+        levels = {str(level_style(style)) for style in styles.values()}
         assert len(levels) == len(styles)
 
 

@@ -1,4 +1,4 @@
-"""What a method lacks is said in one sentence."""
+"""An error in one line names what a method lacks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from ztune.methods.base import (
     ModelSpec,
     TextStart,
     TunedMethod,
-    built,
+    build_method,
 )
 from ztune.methods.gda import GdaConfig, fit_gda
 from ztune.methods.zip import ZipConfig
@@ -24,7 +24,7 @@ from ztune.types import F32
 
 @dataclass(frozen=True)
 class Unfinished(TextStart):
-    """Has no build, no round_size, no step_queries and no finest."""
+    """Has no build, no round_size, no step_queries and no perturbation_setting."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def test_what_a_line_of_the_table_lacks(changed: dict[str, Any], said: str) -> N
 
 
 def test_what_the_settings_of_a_tuned_method_lack() -> None:
-    said = r"Unfinished lacks finest, round_size, step_queries, build \(derive it from"
+    said = (
+        r"Unfinished lacks perturbation_setting, round_size, step_queries, build \(derive it from"
+    )
     with pytest.raises(ConfigError, match=said):
         TunedMethod(**{**TUNED, "config": Unfinished})
     with pytest.raises(ConfigError, match=r"GdaConfig lacks batch_size, needs, .*, build"):
@@ -76,10 +78,10 @@ def test_what_a_closed_form_must_give() -> None:
         HeadMethod(**{**HEAD, "fit": None})
     features: F32 = np.eye(2, 4, dtype=np.float32)
     shots = Shots(features, np.arange(2), features, 1.0)
-    assert HeadMethod(**HEAD).fitted(GdaConfig(), shots, 0).chosen == {"alpha": 1.0}
+    assert HeadMethod(**HEAD).fit_shots(GdaConfig(), shots, 0).chosen == {"alpha": 1.0}
     wrong = HeadMethod(**{**HEAD, "fit": lambda *_: features})
     with pytest.raises(ConfigError, match=r'method "new": fit returned ndarray, expected ztune'):
-        wrong.fitted(GdaConfig(), shots, 0)
+        wrong.fit_shots(GdaConfig(), shots, 0)
 
 
 def test_what_a_build_must_give() -> None:
@@ -88,7 +90,7 @@ def test_what_a_build_must_give() -> None:
         4, table, lambda _: table[:2], 8, lambda g: g.random(3), None,
         lambda _: np.arange(2), lambda: np.arange(9),
     )  # fmt: skip
-    parts: Any = built(ZipConfig(), spec, 100, 1)
+    parts: Any = build_method(ZipConfig(), spec, 100, 1)
     context = DirectContext(table[:2])
 
     def building(found: Any) -> ZipConfig:
@@ -105,4 +107,4 @@ def test_what_a_build_must_give() -> None:
         ((context, context), r"DirectContext lacks ask, tell, .*restore of a Optimizer"),
     ):
         with pytest.raises(ConfigError, match=said):
-            built(building(found), spec, 100, 1)
+            build_method(building(found), spec, 100, 1)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from runtimes import decoder
-from ztune.access import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
+from ztune.capabilities import CONTEXTS, FEATURES, IMAGE_TOKENS, LOGITS, LOSS, PIXELS
 from ztune.errors import ConfigError
-from ztune.methods.answers import Answers
+from ztune.methods.answers import AnswersConfig
 from ztune.methods.bar import BarConfig
 from ztune.methods.base import ModelSpec, Patches, TunedConfig, TunedMethod
 from ztune.methods.blackvip import BlackVipConfig
@@ -40,7 +40,7 @@ D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
 N_WORDS = 4
 QUERIES = 5000
 TUNED = {name: method for name, method in METHODS.items() if isinstance(method, TunedMethod)}
-# Beside the defaults, other shapes of the same method.
+# Besides the defaults, other shapes of the same method.
 CONFIGS: dict[str, TunedConfig] = {
     **{name: method.config() for name, method in TUNED.items()},
     **{f"{n} tuned": method_config(m, {}, "tuned") for n, m in TUNED.items() if m.tuned},
@@ -55,7 +55,7 @@ CONFIGS: dict[str, TunedConfig] = {
     "sharpzo large population": SharpZoConfig(intrinsic_dim=5, population=50),
     "rgf one": DirectRgfConfig(n_directions=1, init="random"),
     "ogn one": OgnConfig(n_prompts=1, init="random", n_context=3),
-    "ogn losses alone": OgnConfig(answers="loss").in_effect,
+    "ogn with losses only": OgnConfig(answers="loss").in_effect,
     "ogn-context one": OgnContextConfig(n_directions=1, init="three words here"),
 }
 
@@ -140,7 +140,7 @@ def test_map_and_optimizer_fit_and_send_what_the_program_says(config: TunedConfi
         assert prompts.contexts.shape == (len(points), n_context, D)
     # A focal loss is computed from logits; the cross-entropy is asked for.
     assert (LOSS in config.needs) == (config.focal == 0)
-    assert (LOGITS in config.needs) == (config.focal != 0 or isinstance(config, Answers))
+    assert (LOGITS in config.needs) == (config.focal != 0 or isinstance(config, AnswersConfig))
     assert config.mixes == isinstance(optimizer, Mixing)
     assert (PIXELS in config.needs) == (config.program is not None)
     assert (IMAGE_TOKENS in config.needs) == (config.program == "tokens")
@@ -163,7 +163,7 @@ def test_the_first_step_costs_what_is_said_in_calls_of_the_size_that_is_said(
     assert spent == config.step_queries()
     # A new step, on new images, but where logits are compared across steps.
     proposal = optimizer.ask()
-    assert proposal.same_batch == isinstance(config, Answers)
+    assert proposal.same_batch == isinstance(config, AnswersConfig)
     assert not proposal.mid_step
     if isinstance(optimizer, Mixing):
         mixture = optimizer.mixture()
@@ -179,7 +179,7 @@ def test_the_largest_call_is_as_large_as_is_said(config: TunedConfig) -> None:
         proposal = optimizer.ask()
         largest, spent = max(largest, len(proposal.points)), spent + len(proposal.points)
         answer(optimizer, proposal.points)
-    # What stands in `round_size` is what memory is planned for.
+    # Memory is planned for `round_size`.
     bound = config.round_size
     if isinstance(config, SharpZoConfig):
         bound = max(config.population, min(config.probes_per_call, 2 * config.intrinsic_dim))
@@ -202,14 +202,14 @@ def test_a_seed_decides_everything(config: TunedConfig) -> None:
 
 
 def test_the_finest_setting_is_one_of_its_own(config: TunedConfig) -> None:
-    finest = config.finest
-    if finest is None:
+    setting = config.perturbation_setting
+    if setting is None:
         assert config.mixes
         _, optimizer = config.build(towers(), QUERIES, 1)
         with pytest.raises(ConfigError, match="compares no neighbouring points"):
             optimizer.probes(1, np.random.default_rng(0))
     else:
-        name, value = finest
+        name, value = setting
         assert getattr(config, name) == value > 0
 
 
@@ -382,7 +382,7 @@ def test_a_covariance_out_of_reach_is_refused_before_anything_is_made(
     config: TunedConfig, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cma, "__init__", lambda *_: pytest.fail("it was made"))
-    with pytest.raises(ConfigError, match=r"out of reach here .*separable covariance"):
+    with pytest.raises(ConfigError, match=r"too much .*separable covariance"):
         config.build(towers(), queries, 1)
 
 
@@ -424,11 +424,11 @@ def test_losses_alone_are_tuned_by_the_steps_of_zip() -> None:
 
 def test_no_other_method_mixes_or_hides_classes() -> None:
     for name, config in CONFIGS.items():
-        if not isinstance(config, Answers):
+        if not isinstance(config, AnswersConfig):
             assert (config.mixes, config.keeps_batch, config.top_classes) == (
                 False, False, None,
             ), name  # fmt: skip
-            assert bool(config.notice) == (name == "ogn losses alone")
+            assert bool(config.notice) == (name == "ogn with losses only")
             assert config.spends(1234) == 1234
             assert config.images_of(40, 3) == min(40, config.batch_size or 40)
     assert ZipConfig().images_of(1000, 3) == 128

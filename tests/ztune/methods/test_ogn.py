@@ -158,7 +158,7 @@ def test_words_are_drawn_by_zipfs_law_from_the_vocabulary() -> None:
     # Single characters, one in a hundred of the vocabulary, are left out.
     assert ranks.min() == 19
     assert ranks.max() == len(vocabulary) - 1
-    # As many of the next 180 as of all the rest.
+    # The next 180 get the same number as all the others.
     assert (ranks < 199).mean() == pytest.approx(0.5, abs=0.01)
     assert np.unique(drawn, axis=0).shape[0] > 3990
 
@@ -225,7 +225,7 @@ def test_logits_stay_within_their_memory() -> None:
 
 def test_losses_alone_are_refused() -> None:
     optimizer = make()
-    with pytest.raises(ConfigError, match="needs the logits of every image, and got losses"):
+    with pytest.raises(ConfigError, match="needs the logits of every image, got losses"):
         optimizer.tell(Evaluation(np.ones(5), np.ones(5), LABELS, 1))
     assert optimizer.fitted() is None
 

@@ -215,7 +215,7 @@ def test_a_quadratic_of_mostly_inert_coordinates_is_improved_and_they_are_pruned
         sharp.tell(evaluation(sparse(sharp.ask().points)))
     assert sparse(sharp.recommend()[None])[0] < 0.05 * before
     moved = np.flatnonzero(sharp.recommend() != after_warmup)
-    assert len(moved) <= 16  # 20 % of 24 are 5, chosen anew four times
+    assert len(moved) <= 16  # 20 % of 24 are 5, chosen four times
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -217,5 +217,5 @@ def test_impossible_settings_are_refused() -> None:
         CmaConfig(bound=-1.0)
     with pytest.raises(ConfigError, match=r"bound is 1\.0, expected at least the start's 2"):
         Cma(CmaConfig(bound=1.0), np.array([0.0, -2.0]), np.random.default_rng(0))
-    with pytest.raises(ValueError, match="3 losses told, expected 4"):
+    with pytest.raises(ValueError, match="got 3 losses, expected 4"):
         Cma(CmaConfig(4), np.zeros(2), np.random.default_rng(0)).tell(evaluation(np.zeros(3)))

@@ -326,9 +326,9 @@ def test_probes_are_those_that_each_method_lives_off() -> None:
     np.testing.assert_allclose(samples[0, 0::2], 1 + 0.5 * normals, rtol=1e-12)
 
     config = SharpZoConfig(smoothing=0.01, probes_per_call=4)
-    finest = SharpZo(config, start, rng(0)).probes(5, rng(1))
-    assert finest.shape == (3, 4, 9)
-    moves = finest - 1
+    rounds = SharpZo(config, start, rng(0)).probes(5, rng(1))
+    assert rounds.shape == (3, 4, 9)
+    moves = rounds - 1
     assert (np.count_nonzero(moves, axis=2) == 1).all()
     np.testing.assert_allclose(moves[:, 0::2].sum(axis=2), 0.01, rtol=1e-9)
     np.testing.assert_allclose(moves[:, 1::2], -moves[:, 0::2], atol=1e-15)

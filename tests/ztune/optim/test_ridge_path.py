@@ -9,7 +9,7 @@ from ztune.optim.ridge_path import (
     RIDGES,
     _held_out_losses,
     _within,
-    cross_validated,
+    cross_validate_ridge,
     fold_of_each,
 )
 from ztune.types import F64, I64
@@ -35,12 +35,12 @@ def problem(labels: I64, seed: int = 0) -> SoftmaxProblem:
 
 def fixed(given: SoftmaxProblem) -> F64:
     """Return the solutions f64[ridges, r] with each ridge alone, the heaviest first."""
-    return np.stack([cross_validated(given, 1.0, float(share), TOLERANCE) for share in RIDGES])
+    return np.stack([cross_validate_ridge(given, 1.0, float(share), TOLERANCE) for share in RIDGES])
 
 
 def chosen_ridge(given: SoftmaxProblem) -> float:
     """Return the ridge of the least loss on images left out."""
-    found = cross_validated(given, 1.0, None, 0.0)
+    found = cross_validate_ridge(given, 1.0, None, 0.0)
     gaps = np.linalg.norm(fixed(given) - found, axis=1) / np.linalg.norm(found)
     assert gaps.min() < 0.01
     return float(RIDGES[gaps.argmin()])
@@ -54,9 +54,9 @@ def test_noise_gets_a_heavy_ridge_and_what_generalises_a_light_one(seed: int) ->
     assert chosen_ridge(noise) >= 1
     none = np.zeros((20, 20))
     # With the tolerance of the house, images that are new lose less than by either end.
-    lost = new_noise.loss(cross_validated(noise, 1.0, None, TOLERANCE), none)
+    lost = new_noise.loss(cross_validate_ridge(noise, 1.0, None, TOLERANCE), none)
     assert lost < new_noise.loss(fixed(noise)[-1], none) - 0.05
-    lost = new_clean.loss(cross_validated(clean, 1.0, None, TOLERANCE), none)
+    lost = new_clean.loss(cross_validate_ridge(clean, 1.0, None, TOLERANCE), none)
     assert lost < new_clean.loss(fixed(clean)[0], none) - 0.1
 
 
@@ -72,10 +72,10 @@ def test_a_tolerance_takes_the_mean_of_the_best_and_all_lighter_ones_within_it()
     given, _ = halves(problem(labels, 1))
     best = int(np.searchsorted(-RIDGES, -chosen_ridge(given)))
     assert 0 < best < len(RIDGES) - 1
-    found = cross_validated(given, 1.0, None, 1e9)
+    found = cross_validate_ridge(given, 1.0, None, 1e9)
     np.testing.assert_allclose(found, fixed(given)[best:].mean(axis=0), atol=2e-3)
     lengths = [
-        np.linalg.norm(cross_validated(given, 1.0, None, tolerance))
+        np.linalg.norm(cross_validate_ridge(given, 1.0, None, tolerance))
         for tolerance in (0.0, 1.0, 3.0, 1e9)
     ]
     assert lengths == sorted(lengths)
@@ -120,12 +120,12 @@ def test_folds_are_even_over_the_classes() -> None:
 def test_one_image_of_a_class_leaves_nothing_to_validate_on() -> None:
     rows = np.arange(C)
     given = problem(np.arange(80) % C).rows(rows)
-    found = cross_validated(given, 1.0, None, TOLERANCE)
-    fixed = cross_validated(given, 1.0, 0.1, TOLERANCE)
+    found = cross_validate_ridge(given, 1.0, None, TOLERANCE)
+    fixed = cross_validate_ridge(given, 1.0, 0.1, TOLERANCE)
     np.testing.assert_array_equal(found, fixed)
     assert np.linalg.norm(found) > 0
     # Ridges are in units of what the logits are in.
-    other = cross_validated(given, 0.5, 0.2, TOLERANCE)
+    other = cross_validate_ridge(given, 0.5, 0.2, TOLERANCE)
     np.testing.assert_array_equal(other, fixed)
 
 
@@ -133,7 +133,7 @@ def test_a_ridge_is_judged_by_its_paired_difference_from_the_best() -> None:
     common = 10 * rng(0).standard_normal(200) ** 2
     small = rng(1).standard_normal(200)
     small = (small - small.mean()) / small.std()
-    # Beside an image's own losses the difference is nothing, and yet it is sure.
+    # The difference is small against the spread of the losses, yet significant.
     worse = common + 0.01 + 0.02 * small
     assert worse.mean() - common.mean() < 0.02 * common.std() / np.sqrt(200)
     assert not _within(worse, common, 2.5)

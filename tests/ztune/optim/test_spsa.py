@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ztune.errors import ConfigError, FormatError
 from ztune.io.generator import generator_from_json, generator_to_json
-from ztune.optim.spsa import Spsa, SpsaConfig, clipped
+from ztune.optim.spsa import Spsa, SpsaConfig, clip_norm
 from ztune.types import F64, Evaluation, Json
 
 
@@ -98,7 +98,7 @@ def test_without_momentum_nothing_is_remembered() -> None:
 def test_clipping_never_leaves_more_than_the_root_of_the_dimension(values: list[float]) -> None:
     gradient = np.array(values)
     limit = float(np.sqrt(len(gradient)))
-    result = clipped(gradient, limit)
+    result = clip_norm(gradient, limit)
     assert np.linalg.norm(result) <= limit * (1 + 1e-12)
     if np.linalg.norm(gradient) < limit:
         np.testing.assert_array_equal(result, gradient)

@@ -1,4 +1,4 @@
-"""What an endpoint still tells that says less than its logits: probabilities of its top classes."""
+"""Scores from an endpoint that returns only the probabilities of its top classes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ztune.types import I64, Batch, Prompts, Scorer, Scores
 
 Real = TypeVar("Real", np.float32, np.float64)
 
-_LEAST = 1e-6  # probability of a class that the endpoint says nothing of
+_LEAST = 1e-6  # minimum probability of a class that the endpoint leaves out
 
 
 def top_k_logits(logits: NDArray[Real], k: int) -> NDArray[Real]:
-    """Return log-probabilities [..., C] as known from the k most probable classes alone.
+    """Return log-probabilities [..., C] estimated from the k most probable classes.
 
-    What the endpoint leaves out is shared by the other classes evenly. Logits [..., C] whose k is C
-    or more come back as log-probabilities, which differ by a constant for each image.
+    The other classes share the remaining probability evenly. With k ≥ C these are the
+    log-probabilities of the logits [..., C].
     """
     C = logits.shape[-1]
     moved = logits.astype(np.float64)
@@ -36,7 +36,7 @@ def top_k_logits(logits: NDArray[Real], k: int) -> NDArray[Real]:
 
 
 class TopClasses:
-    """Scores as an endpoint's top k probabilities tell them (a Scorer)."""
+    """Scores computed from an endpoint's top k probabilities (a Scorer)."""
 
     def __init__(self, scorer: Scorer, k: int):
         self._scorer = scorer

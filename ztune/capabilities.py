@@ -1,4 +1,4 @@
-"""What a method needs of a runtime, and what a runtime gives: matched before the first query."""
+"""Capabilities that a method needs and a runtime provides, matched before the first query."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Mapping
 from ztune.errors import ConfigError
 
 LOSS = "loss"
-"""One number a candidate."""
+"""One loss per candidate."""
 CONTEXTS = "contexts"
-"""The text tower takes embeddings before the class names."""
+"""The text tower takes context embeddings before the class names."""
 LOGITS = "logits"
-"""Logits of every image and class."""
+"""Logits per image and class."""
 TEXTS = "texts"
-"""Features of texts, which images are compared with on the host."""
+"""Text features, compared with image features on the host."""
 FEATURES = "features"
-"""Image features, to be read once."""
+"""Image features, read once."""
 PIXELS = "pixels"
-"""Changed images may be sent and are encoded anew with every query."""
+"""Changed images can be sent and encoded with every query."""
 IMAGE_TOKENS = "image tokens"
 """The image tower takes extra tokens."""
 
 EVERYTHING = frozenset((LOSS, CONTEXTS, LOGITS, TEXTS, FEATURES, PIXELS, IMAGE_TOKENS))
-_SENTENCES = {
+_PHRASES = {
     LOSS: "losses",
     LOGITS: "logits",
     CONTEXTS: "text prompts as embeddings",
@@ -33,23 +33,23 @@ _SENTENCES = {
 }
 
 
-def described(needs: Iterable[str]) -> str:
-    """Return a phrase for a person, in the order of access given away."""
-    return ", ".join(_SENTENCES[need] for need in _SENTENCES if need in set(needs))
+def describe(needs: Iterable[str]) -> str:
+    """Return the capabilities as a phrase, from the least to the most revealing."""
+    return ", ".join(_PHRASES[need] for need in _PHRASES if need in set(needs))
 
 
-def no_access(
+def missing_capability(
     name: str, given: frozenset[str], needs: Mapping[str, frozenset[str]], hint: str = ""
 ) -> ConfigError:
-    """Return the error of a method that needs more than a runtime gives.
+    """Return the error for a method that needs capabilities that a runtime lacks.
 
-    `needs` is what every method of the table needs, this one as it is configured. The error names
-    what is missing and the methods that would work.
+    `needs` maps each method to its capabilities, this one as configured. The error names the
+    missing capabilities and the methods that would work.
     """
     missing = needs[name] - given
     able = [other for other, wanted in needs.items() if wanted <= given]
     works = f"methods that would work: {', '.join(able)}" if able else "no method would work"
     return ConfigError(
-        f'method "{name}" needs {described(missing)}, which this runtime does not give'
+        f'method "{name}" needs {describe(missing)}, which this runtime does not provide'
         f"{f' ({hint})' if hint else ''}; {works}"
     )

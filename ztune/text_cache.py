@@ -1,4 +1,4 @@
-"""Text features that were encoded before: a result made of earlier candidates costs no forward."""
+"""A cache of text features, so that a result made of earlier candidates costs no forward pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ztune.types import F32, PromptEncoder
 _MOST_BYTES = 256_000_000
 
 
-class RememberingEncoder:
-    """Keeps what an encoder answers to whole calls, as far as memory allows (a PromptEncoder).
+class CachedTextEncoder:
+    """Caches an encoder's results by whole calls, within a memory limit (a PromptEncoder).
 
-    The same contexts in the same call give the same bytes with or without it.
+    Equal calls give equal bytes with or without it.
     """
 
     def __init__(self, encoder: PromptEncoder):
