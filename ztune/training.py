@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
-from runtimes.remote.served import RequestPlan, Served
+from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.access import TEXTS
 from ztune.artifact import (
     Artifact,
@@ -459,7 +459,7 @@ class TrainingRun(Generic[Store]):
             return head
         calls = task.encoder.plan.to_json()
         if isinstance(task.encoder.plan, RequestPlan):
-            self.model.progress.remark(task.encoder.plan.described())
+            self.model.progress.remark(task.encoder.plan.describe())
         before = head.calls or calls
         if any(before.get(key) != value for key, value in calls.items()):
             warn(
@@ -511,17 +511,17 @@ class TrainingRun(Generic[Store]):
         return head
 
     @contextlib.contextmanager
-    def _journalled(self, budget: Budget) -> Iterator[Served | None]:
+    def _journalled(self, budget: Budget) -> Iterator[ServerRuntime | None]:
         """Write down whatever goes to a server as a query; yield None where there is no server."""
         served = self.model.served
-        if not isinstance(served, Served):
+        if not isinstance(served, ServerRuntime):
             yield None
             return
-        served.service.sending = self.folder.sending(budget)
+        served.service.on_send = self.folder.sending(budget)
         try:
             yield served
         finally:
-            served.service.sending = None
+            served.service.on_send = None
 
     def _baselines(self, texts: F32 | None, encoded: EncodedSplit) -> Baselines:
         """Return what a result is compared with: hand-written prompts and GDA."""
@@ -675,7 +675,7 @@ class TrainingRun(Generic[Store]):
         )
 
 
-def _server_report(served: Served, budget: Budget) -> ServerReport:
+def _server_report(served: ServerRuntime, budget: Budget) -> ServerReport:
     service = served.service
     sent, received = service.payload_bytes
     return ServerReport(
