@@ -38,8 +38,8 @@ from benchmarks.remote_ways import (
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import Execution
-from runtimes.remote.connect import Connected
-from runtimes.remote.served import Served
+from runtimes.remote.connect import CheckedService
+from runtimes.remote.served import ServerRuntime
 from tests.servers.triton import TritonServer, triton_environment
 from ztune.budget import Budget
 from ztune.journal import Journal
@@ -112,7 +112,7 @@ def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
 
 def steps(
     bundle: Bundle,
-    doors: Mapping[str, Connected],
+    doors: Mapping[str, CheckedService],
     server: TritonServer,
     n_classes: int,
     extent: Extent,
@@ -203,7 +203,7 @@ def apart(name: str, one: Sequence[float], other: Sequence[float]) -> dict[str, 
 
 
 def bookkeeping(
-    bundle: Bundle, connected: Connected, folder: Path, extent: Extent
+    bundle: Bundle, connected: CheckedService, folder: Path, extent: Extent
 ) -> dict[str, Any]:
     """Return what a run writes down at every step, apart and in whole steps of 10 classes."""
     served = Way(GRPC, "auto").served(connected)
@@ -216,9 +216,9 @@ def bookkeeping(
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(n_steps):
         for name, run in runs.items():
-            served.service.sending = run.journal
+            served.service.on_send = run.journal
             taken[name].append(run.step())
-            served.service.sending = None
+            served.service.on_send = None
     kept = runs["remote_kept"]
     found: dict[str, Any] = {
         "classes": 10,
@@ -284,7 +284,7 @@ def file_system(folder: Path) -> str:
 
 
 def image_pass(
-    bundle: Bundle, doors: Mapping[str, Connected], extent: Extent
+    bundle: Bundle, doors: Mapping[str, CheckedService], extent: Extent
 ) -> list[dict[str, Any]]:
     """Return images a second of the image tower on this machine and over each transport."""
     S, random = bundle.image.size, np.random.default_rng(0)
@@ -313,7 +313,7 @@ def image_pass(
     ]
 
 
-def cut(task: Task, served: Served) -> list[F32]:
+def cut(task: Task, served: ServerRuntime) -> list[F32]:
     """Return a round's contexts as they go out in requests."""
     contexts = task.step(0)[0].contexts
     assert contexts is not None

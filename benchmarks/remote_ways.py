@@ -21,10 +21,10 @@ from export.triton import Serving, export_triton
 from runtimes.bundle import Bundle
 from runtimes.ort import OrtPromptGraph
 from runtimes.providers import Execution, onnxruntime
-from runtimes.remote.connect import Connected, connect
+from runtimes.remote.connect import CheckedService, connect
 from runtimes.remote.contract import PROMPT, SCORE
 from runtimes.remote.endpoint import Connection
-from runtimes.remote.served import Served, ServedPromptEncoder
+from runtimes.remote.served import ServerPromptEncoder, ServerRuntime
 from runtimes.remote.service import Service
 from runtimes.tokenizer import Tokenizer
 from tests.servers.proxy import Proxy
@@ -61,9 +61,9 @@ class Way:
     def __str__(self) -> str:
         return f"{self.transport}, {self.losses}"
 
-    def served(self, connected: Connected) -> Served:
+    def served(self, connected: CheckedService) -> ServerRuntime:
         """Return the server at work."""
-        return Served(connected.service, connected.bundle, losses=self.losses)
+        return ServerRuntime(connected.service, connected.bundle, losses=self.losses)
 
 
 WAYS = tuple(Way(transport, losses) for transport in TRANSPORTS for losses in ("here", "server"))
@@ -124,18 +124,18 @@ class Task:
         graph = OrtPromptGraph(self.bundle, Tokenizer(self.bundle), Execution("cpu", threads))
         return self.on_host(graph.encoder(self.classes, self.n_context, self.n_candidates))
 
-    def encoder(self, served: Served) -> ServedPromptEncoder:
+    def encoder(self, served: ServerRuntime) -> ServerPromptEncoder:
         """Return the encoder of a round on a server."""
         graph = served.prompts(Tokenizer(self.bundle))
         return graph.encoder(self.classes, self.n_context, self.n_candidates)
 
-    def remotely(self, served: Served) -> Oracle:
+    def remotely(self, served: ServerRuntime) -> Oracle:
         """Return losses as a run on that server computes them."""
         encoder = self.encoder(served)
         scorer = served.scorer(encoder, self.features, self.labels, logits=False)
         return self.on_host(encoder) if scorer is None else FewShotObjective(scorer, self.labels)
 
-    def computed(self, served: Served, repository: Path, threads: int) -> Oracle:
+    def computed(self, served: ServerRuntime, repository: Path, threads: int) -> Oracle:
         """Return the same losses by the served graphs themselves, opened in this process.
 
         Cut into the same calls, on as many threads, with the server's options: what a step takes
@@ -164,7 +164,7 @@ def _session(repository: Path, part: str, threads: int) -> Any:
 class _Texts:
     """The served prompt graph in this process (a PromptEncoder)."""
 
-    encoder: ServedPromptEncoder
+    encoder: ServerPromptEncoder
     session: Any
 
     def encode(self, contexts: F32) -> F32:
@@ -173,14 +173,14 @@ class _Texts:
             self.session.run(asked, {"contexts": part, "tokens": tokens})[0]
             for part in self.encoder.parts(contexts)
         ]
-        return np.ascontiguousarray(np.concatenate(parts)[:, self.encoder.places])
+        return np.ascontiguousarray(np.concatenate(parts)[:, self.encoder.class_columns])
 
 
 @dataclass(frozen=True)
 class _Losses:
     """The served score graph in this process (a Scorer)."""
 
-    encoder: ServedPromptEncoder
+    encoder: ServerPromptEncoder
     session: Any
     features: F32
     labels: I64
@@ -191,7 +191,7 @@ class _Losses:
         given = {
             "tokens": encoder.tokens,
             "features": self.features[batch.images],
-            "labels": encoder.places[labels],
+            "labels": encoder.class_columns[labels],
         }
         asked = ["losses", "correct", "digest"]
         parts = [
@@ -218,7 +218,7 @@ def address(transport: str, server: TritonServer) -> str:
 
 
 @contextlib.contextmanager
-def opened(bundle: Bundle, transport: str, place: str) -> Iterator[Connected]:
+def opened(bundle: Bundle, transport: str, place: str) -> Iterator[CheckedService]:
     """Connect to a server as `ztune tune` does, and check it."""
     scheme = "http" if transport == HTTP else "triton"
 

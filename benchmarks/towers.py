@@ -29,7 +29,7 @@ from runtimes.bundle import (
     VERSION,
     Manifest,
     Precision,
-    files_of,
+    list_files,
     load_bundle,
 )
 from ztune.io.files import new_folder, write_json
@@ -212,7 +212,7 @@ def _describe(loaded: LoadedClip, folder: Path, precision: Precision) -> None:
         logit_bias=0.0,
         precision=precision,
         parity={},
-        files=files_of(folder),
+        files=list_files(folder),
     )
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain(manifest)})
 

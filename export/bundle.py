@@ -44,8 +44,8 @@ from runtimes.bundle import (
     Manifest,
     Parity,
     VisualSpec,
-    describe,
-    files_of,
+    compact_json,
+    list_files,
     load_bundle,
 )
 from runtimes.providers import onnxruntime
@@ -198,7 +198,7 @@ def _manifest(
         precision="fp32",
         visual=visual_spec(loaded) if (folder / IMAGE_PROMPTED).exists() else None,
         parity=parity,
-        files=files_of(folder),
+        files=list_files(folder),
     )
     versions = {
         "ztune": metadata.version("ztune"),
@@ -225,7 +225,7 @@ def model_id(loaded: LoadedClip) -> str:
     digest = hashlib.sha256()
     text = {key: value for key, value in plain(loaded.text).items() if key != "graph"}
     for part in (loaded.config, plain(loaded.image), text):
-        digest.update(describe(part).encode())
+        digest.update(compact_json(part).encode())
     digest.update(hashlib.sha256(loaded.tokenizer_json.encode()).digest())
     for name, tensor in sorted(loaded.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

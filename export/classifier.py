@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from export.nodes import Nodes, normalise, pixels_to_float
 from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
-from runtimes.bundle import IMAGE_PROMPTED, Bundle, describe
+from runtimes.bundle import IMAGE_PROMPTED, Bundle, compact_json
 from runtimes.classifier import FORMAT, VERSION, ClassifierMetadata
 from ztune.artifact import Artifact, VisualArtifact
 from ztune.errors import DataError, FormatError
@@ -114,7 +114,7 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
         tuning_images=tuple(f"{int(value):016x}" for value in artifact.tuning_images),
     )
     return {
-        "ztune": describe({"format": FORMAT, "version": VERSION, **plain(metadata)}),
+        "ztune": compact_json({"format": FORMAT, "version": VERSION, **plain(metadata)}),
         "class_names": json.dumps(list(artifact.classes), ensure_ascii=False),
     }
 

@@ -18,7 +18,7 @@ from runtimes.bundle import (
     PARITY,
     Bundle,
     Parity,
-    files_of,
+    list_files,
     load_bundle,
 )
 from runtimes.ort import parity_figures
@@ -101,7 +101,7 @@ def _write_files(
         **{key: value for key, value in bundle.manifest.items() if key != "visual"},
         "precision": precision,
         "parity": plain(parity),
-        "files": plain(files_of(folder)),
+        "files": plain(list_files(folder)),
         "derived_from": bundle.digest,
     }
     write_json(folder / MANIFEST, manifest)

@@ -30,15 +30,15 @@ _OPSET, _IR = 20, 10
 
 def image_graph(bundle: Bundle) -> ModelProto:
     """Return `pixels` f32[N, 3, S, S] to `features` f32[N, e] and `digest` u8[N, 32]."""
-    return _answering_for(bundle, "image", "pixels")
+    return _with_digest(bundle, "image", "pixels")
 
 
 def text_graph(bundle: Bundle) -> ModelProto:
     """Return `tokens` i64[B, L] to `features` f32[B, e] and `digest` u8[B, 32]."""
-    return _answering_for(bundle, "text", "tokens")
+    return _with_digest(bundle, "text", "tokens")
 
 
-def _answering_for(bundle: Bundle, name: str, given: str) -> ModelProto:
+def _with_digest(bundle: Bundle, name: str, given: str) -> ModelProto:
     """Return a bundle's graph with a digest for each row of its input `given`."""
     model = read_graph(bundle.file(f"{name}.onnx"))
     g = Nodes("served")
@@ -56,10 +56,10 @@ def prompt_graph(bundle: Bundle) -> ModelProto:
 
     A row of `tokens` is a class name with what closes a text, filled up with -1.
     """
-    g, model, features = _texts(bundle)
+    g, model, features = _embed_tokens(bundle)
     g.node("Identity", [features], "features")
     outputs = [_value("features", _FLOAT, "P", "C", bundle.embed_dim)]
-    return _finished(bundle, g, model, _text_inputs(bundle), outputs)
+    return _finish(bundle, g, model, _text_inputs(bundle), outputs)
 
 
 def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
@@ -68,7 +68,7 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
     Inputs as of `prompt_graph`, `features` f32[N, e] and `labels` i64[N]; outputs `losses` f64[P]
     in nats, `correct` i64[P] images, `digest`, and `logits` f32[P, N, C] where they are offered.
     """
-    g, model, texts = _texts(bundle)
+    g, model, texts = _embed_tokens(bundle)
     scoring, constants = scoring_nodes(bundle.logit_scale, bundle.logit_bias)
     g.node("Identity", [texts], "texts")
     # As many images as labels, or it is an error: one label would do for all otherwise.
@@ -87,7 +87,7 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
     outputs = [_value("losses", _DOUBLE, "P"), _value("correct", _INT64, "P")]
     if logits:
         outputs.append(_value("logits", _FLOAT, "P", "N", "C"))
-    return _finished(bundle, g, model, inputs, outputs)
+    return _finish(bundle, g, model, inputs, outputs)
 
 
 def client_graph(bundle: Bundle) -> ModelProto:
@@ -110,10 +110,10 @@ def client_graph(bundle: Bundle) -> ModelProto:
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR,
     )
-    return _finished(bundle, g, model, [_value("slice", _INT64, 2)], outputs)
+    return _finish(bundle, g, model, [_value("slice", _INT64, 2)], outputs)
 
 
-def _texts(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
+def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     """Return the prompt graph behind token ids: its nodes, its model, its output's name."""
     model = read_graph(bundle.file("prompt.onnx"))
     tower = Subgraph(model.graph, "prompt.")
@@ -208,7 +208,7 @@ def _text_inputs(bundle: Bundle) -> list[Any]:
     ]
 
 
-def _finished(
+def _finish(
     bundle: Bundle, g: Nodes, model: ModelProto, inputs: list[Any], outputs: list[Any]
 ) -> ModelProto:
     """Return the model with these nodes instead of its own, and the digest among its outputs."""

@@ -67,7 +67,7 @@ class Serving:
             )
 
 
-class Word(str):
+class EnumName(str):
     """A value that stands without quotation marks in a configuration: an enumeration's name."""
 
     __slots__ = ()
@@ -167,7 +167,7 @@ def _config(
     batch = _batch(bundle) if model.batched else 0
     group: dict[str, Value] = {
         "count": serving.instances,
-        "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU"),
+        "kind": EnumName("KIND_GPU" if on_gpu else "KIND_CPU"),
     }
     config: dict[str, Value] = {
         "name": name,
@@ -233,7 +233,7 @@ def _tensor(value: Any, batched: bool) -> dict[str, Value]:
     dims = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
     return {
         "name": value.name,
-        "data_type": Word(_TYPES[kind.elem_type]),
+        "data_type": EnumName(_TYPES[kind.elem_type]),
         "dims": dims[1:] if batched else dims,
     }
 
@@ -244,7 +244,7 @@ def _warmup(model: _Model, graph: ModelProto) -> dict[str, Value]:
     inputs: list[Value] = []
     for name, shape in model.largest.items():
         given: dict[str, Value] = {
-            "data_type": Word(types[name]),
+            "data_type": EnumName(types[name]),
             "dims": list(shape[1:] if model.batched else shape),
             "zero_data": True,
         }
@@ -266,7 +266,7 @@ def _lines(message: Mapping[str, Value], indent: str = "") -> Iterator[str]:
                 yield f"{indent}}}"
             elif isinstance(one, bool):
                 yield f"{indent}{key}: {str(one).lower()}"
-            elif isinstance(one, int | Word):
+            elif isinstance(one, int | EnumName):
                 yield f"{indent}{key}: {one}"
             else:
                 quoted = str(one).replace("\\", "\\\\").replace('"', '\\"')

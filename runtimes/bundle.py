@@ -186,7 +186,7 @@ class Bundle(Manifest, frozen=True, kw_only=True):
             )
 
 
-def files_of(folder: Path) -> dict[str, BundleFile]:
+def list_files(folder: Path) -> dict[str, BundleFile]:
     """Return what a manifest says of the files of a folder, by name."""
     return {
         file.name: BundleFile(sha256(file), file.stat().st_size)
@@ -282,6 +282,6 @@ def _external_locations(graph: Path) -> Iterator[str]:
                 yield entry.value
 
 
-def describe(value: Mapping[str, Json]) -> str:
+def compact_json(value: Mapping[str, Json]) -> str:
     """Return compact JSON with sorted keys: the same bytes for the same content."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -37,7 +37,7 @@ from ztune.io.tensors import read_tensors, write_tensors
 from ztune.printing import reason_of
 from ztune.types import F32, F64
 
-FINER = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
+REFERENCE_PRECISION = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
 """The precision of the reference, by the precision that is measured."""
 # Without a double kernel on ONNX Runtime's CPU, as of 1.32.
 _SINGLE_ONLY = {
@@ -48,12 +48,12 @@ _ASKED, _ANSWER = "asked.safetensors", "answer.safetensors"
 _PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
 
 
-class Asked(Record, frozen=True):
+class ReferenceRequest(Record, frozen=True):
     """What the process is asked, with its arrays; see `reference_features`."""
 
     bundle: str
     n_together: int
-    as_it_is: bool
+    unrefined: bool
     threads: int | None
     memory_limit: int | None
 
@@ -65,20 +65,20 @@ def reference_features(
     n_together: int,
     execution: Execution,
     *,
-    as_it_is: bool = False,
+    unrefined: bool = False,
 ) -> F64:
     """Return unit text features f64[P, C, e] of contexts f32[P, m, d] in the finer precision.
 
     `names` are checked ids by class, `n_together` is the size of a round, which the plan of calls
     is made for; of `execution` the threads and the memory limit are kept, where doubles take twice
-    what they are counted as. `as_it_is` runs the graph of `bundle` without refining it.
+    what they are counted as. `unrefined` runs the graph of `bundle` without refining it.
 
     Raises: ZtuneError in one line, whatever the process died of.
     """
-    asked = Asked(
+    asked = ReferenceRequest(
         bundle=str(bundle.path.resolve()),
         n_together=n_together,
-        as_it_is=as_it_is,
+        unrefined=unrefined,
         threads=execution.threads,
         memory_limit=execution.memory_limit,
     )
@@ -89,16 +89,16 @@ def reference_features(
             "lengths": np.array([len(ids) for ids in names]),
         }
         write_tensors(Path(folder, _ASKED), arrays, plain(asked))
-        code, said = _waited_for(python_command(_PROGRAM, folder))
+        code, said = _run_process(python_command(_PROGRAM, folder))
         if code:
             lines = said.strip().splitlines()
-            why = lines[-1] if lines and code > 0 else _ended(code)
+            why = lines[-1] if lines and code > 0 else _exit_reason(code)
             raise ZtuneError(f'reference of bundle "{bundle.path}" in higher precision: {why}')
         answer, _ = read_tensors(Path(folder, _ANSWER), "reference")
     return np.asarray(answer["features"], dtype=np.float64)
 
 
-def _waited_for(command: list[str]) -> tuple[int, str]:
+def _run_process(command: list[str]) -> tuple[int, str]:
     """Run a process; return its exit code and what it wrote to stderr.
 
     It lives no longer than this one: what interrupts the wait kills it, and should this process be
@@ -115,7 +115,7 @@ def _waited_for(command: list[str]) -> tuple[int, str]:
             raise
 
 
-def _ended(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code < 0:
         return f"its process was stopped by signal {-code} (for want of memory, perhaps)"
     return f"its process ended with {code} and said nothing"
@@ -123,7 +123,7 @@ def _ended(code: int) -> str:
 
 def main(folder: str) -> int:
     """Answer what the parent process left in `folder`; return 1 with one line on stderr if not."""
-    threading.Thread(target=_end_with_the_parent, args=(folder,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(folder,), daemon=True).start()
     try:
         _answer(Path(folder))
     except (ZtuneError, OSError, MemoryError) as error:
@@ -132,7 +132,7 @@ def main(folder: str) -> int:
     return 0
 
 
-def _end_with_the_parent(folder: str) -> None:
+def _exit_with_parent(folder: str) -> None:
     os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
@@ -140,11 +140,11 @@ def _end_with_the_parent(folder: str) -> None:
 
 def _answer(folder: Path) -> None:
     arrays, document = read_tensors(folder / _ASKED, "reference")
-    asked = convert(document, Asked, "reference")
+    asked = convert(document, ReferenceRequest, "reference")
     bundle = load_bundle(Path(asked.bundle))
     parts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
     names = [tuple(part.tolist()) for part in parts]
-    session = _open(bundle, asked.as_it_is, asked.threads)
+    session = _open(bundle, asked.unrefined, asked.threads)
     features = _encode(
         session, bundle, names, arrays["contexts"], asked.n_together, asked.memory_limit
     )
@@ -174,13 +174,13 @@ def _encode(
     return features
 
 
-def _open(bundle: Bundle, as_it_is: bool, threads: int | None) -> Any:
+def _open(bundle: Bundle, unrefined: bool, threads: int | None) -> Any:
     import onnx
 
     path = bundle.file("prompt.onnx")
     model = onnx.load(str(path), load_external_data=False)
-    if not as_it_is:
-        model = derived(model, bundle.precision)
+    if not unrefined:
+        model = to_reference_graph(model, bundle.precision)
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -203,7 +203,7 @@ def _open(bundle: Bundle, as_it_is: bool, threads: int | None) -> Any:
         raise ZtuneError(f"cannot be opened: {reason_of(error)}") from None
 
 
-def derived(model: Any, precision: str) -> Any:
+def to_reference_graph(model: Any, precision: str) -> Any:
     """Turn the prompt graph of a bundle in `precision` into its reference, in place; return it.
 
     Raises: FormatError for a graph that is not built as the exporter and the quantizer build them.

@@ -60,7 +60,7 @@ def ours(path: Path) -> set[str]:
     return found - {"ztune", "runtimes", "export"}
 
 
-def files_of(room: str) -> list[Path]:
+def list_files(room: str) -> list[Path]:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
     return files
@@ -72,7 +72,7 @@ def room_of(path: Path) -> str:
 
 @pytest.mark.parametrize("room", ["runtimes", "export"])
 def test_rooms_import_only_what_the_design_allows(room: str) -> None:
-    for path in files_of(room):
+    for path in list_files(room):
         for name in ours(path):
             fits = any(name == one or name.startswith(f"{one}.") for one in ALLOWED[room])
             assert fits, f"{path.relative_to(ROOT)} imports {name}"
@@ -81,12 +81,12 @@ def test_rooms_import_only_what_the_design_allows(room: str) -> None:
 def test_every_room_of_ztune_is_on_a_floor() -> None:
     placed = [room for layer in LAYERS for room in layer]
     assert len(placed) == len(set(placed))
-    assert {room_of(path) for path in files_of("ztune")} - {"__init__"} <= set(placed)
+    assert {room_of(path) for path in list_files("ztune")} - {"__init__"} <= set(placed)
 
 
 def test_arrows_run_down() -> None:
     floor = {room: level for level, layer in enumerate(LAYERS) for room in layer}
-    for path in files_of("ztune"):
+    for path in list_files("ztune"):
         room = room_of(path)
         if room == "__init__":
             continue
@@ -114,7 +114,7 @@ def test_the_face_loads_export_only_when_it_is_used() -> None:
 def test_nothing_imports_the_command_line() -> None:
     """Benchmarks call `ztune` as a process, where they do."""
     for room in ("ztune", "runtimes", "export", "benchmarks", "examples/mini_clip"):
-        for path in files_of(room):
+        for path in list_files(room):
             if path.is_relative_to(ROOT / "ztune" / "cli"):
                 continue
             named = {name for name in imported(path) if name.startswith("ztune.cli")}
@@ -126,7 +126,7 @@ def test_no_files_import_each_other() -> None:
     names = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for room in (*ROOMS, "benchmarks")
-        for path in files_of(room)
+        for path in list_files(room)
     }
     edges = {name: imported(path) & names.keys() - {name} for name, path in names.items()}
     while leaves := {name for name, targets in edges.items() if not targets & edges.keys()}:
@@ -155,7 +155,7 @@ def test_no_flag_of_the_command_line_is_named_below_it() -> None:
     flag = re.compile(r"(?<![\w-])--[a-z]")
     command = re.compile(r"(ztune [a-z-]+|ray start) |^--(always|abbrev=12|dirty)$")
     for room in ROOMS:
-        for path in files_of(room):
+        for path in list_files(room):
             if path.is_relative_to(ROOT / "ztune" / "cli") or path.name == "python_backend.py":
                 continue
             for line, text in texts_in(ast.parse(path.read_text())):
@@ -182,7 +182,7 @@ except AttributeError as error:
 
 @pytest.mark.parametrize("room", ["ztune", "runtimes"])
 def test_a_device_never_imports_torch(room: str) -> None:
-    for path in files_of(room):
+    for path in list_files(room):
         tops = {name.split(".")[0] for name in imported(path)}
         assert not tops & {"torch", "torchvision", "open_clip", "timm", "transformers"}, path
 
@@ -196,7 +196,7 @@ def test_packing_needs_no_torch() -> None:
 
 def test_pickle_and_eval_occur_nowhere() -> None:
     for room in ROOMS:
-        for path in files_of(room):
+        for path in list_files(room):
             tree = ast.parse(path.read_text())
             assert not {"pickle", "dill", "marshal"} & imported(path), path
             # Files of joblib are pickles; its processes are what a bench's workers are.
@@ -215,7 +215,7 @@ def test_onnx_runtime_is_loaded_without_its_telemetry() -> None:
     importing = {
         str(path.relative_to(ROOT))
         for room in (*ROOMS, "benchmarks")
-        for path in files_of(room)
+        for path in list_files(room)
         if any(name.split(".")[0] == "onnxruntime" for name in imported(path))
     }
     own = {"runtimes/providers.py", "export/python_backend.py"}
@@ -235,7 +235,7 @@ def test_onnx_runtime_is_loaded_without_its_telemetry() -> None:
 def test_what_is_printed_passes_one_place() -> None:
     """There, and nowhere else, texts of others are made printable for a terminal."""
     writing = {"print", "rich.console", "rich.progress", "sys.stderr.write", "sys.stdout.write"}
-    for path in files_of("ztune"):
+    for path in list_files("ztune"):
         if path != ROOT / "ztune" / "cli" / "output.py":
             tree = ast.parse(path.read_text())
             called = {ast.unparse(one.func) for one in ast.walk(tree) if isinstance(one, ast.Call)}
@@ -296,7 +296,7 @@ def test_predict_loads_only_what_it_needs(tmp_path: Path) -> None:
 
 def test_images_are_opened_with_a_list_of_formats_everywhere() -> None:
     for room in (*ROOMS, "benchmarks"):
-        for path in files_of(room):
+        for path in list_files(room):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                     assert "formats" in {word.arg for word in node.keywords}, path

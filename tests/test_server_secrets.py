@@ -166,7 +166,7 @@ def test_a_host_in_a_run_s_file_is_told_no_secret(
     taken.move_to(strange)
     done = taken.ask(verb, *given)
     host = f"ZTUNE_TOKEN_HOST={strange.grpc}"
-    refused(done, f"triton://{strange.grpc} is named by the run's file alone", host, "--bundle URL")
+    refused(done, f"triton://{strange.grpc}, which only the run's file names", host, "--bundle URL")
     assert strange.calls == {}
     # Where a person says so it goes there.
     assert taken.ask(verb, *given, url=url_of(strange)).code == 0
@@ -179,9 +179,9 @@ def test_the_run_s_own_server_is_named_again(
 ) -> None:
     refused(taken.ask(verb), "no valid token")  # asked without any secret, as before
     monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
-    refused(taken.ask(verb), f"triton://{home.grpc} is named by the run's file alone")
+    refused(taken.ask(verb), f"triton://{home.grpc}, which only the run's file names")
     monkeypatch.setenv("ZTUNE_TOKEN_HOST", "elsewhere.example")
-    refused(taken.ask(verb), "is named by the run's file alone")
+    refused(taken.ask(verb), "which only the run's file names")
     done = taken.ask(verb, url=url_of(home))
     assert done.code == 0, done.err
 
@@ -279,7 +279,7 @@ def test_a_run_s_file_says_not_whose_certificates_are_trusted(
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             return Result(done.returncode, done.stdout, done.stderr)
 
-        refused(ask("--give-up", "1"), "TLS failed", "--tls-ca", "which no run keeps")
+        refused(ask("--give-up", "1"), "TLS failed", "--tls-ca", "runs do not save them")
         assert strange.told == set()
         done = ask("--tls-ca", str(made.authority))
         assert done.code == 0, done.err

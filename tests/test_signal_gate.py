@@ -261,7 +261,7 @@ def test_a_killed_process_takes_the_measuring_one_and_its_folder_along(tmp_path:
     )
     program = (
         "import sys; from runtimes import reference; "
-        f"reference._waited_for([sys.executable, '-c', {child!r}])"
+        f"reference._run_process([sys.executable, '-c', {child!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 60

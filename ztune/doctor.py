@@ -11,8 +11,8 @@ from pathlib import Path
 from runtimes.bundle import Parity, load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
 from runtimes.providers import NAMES, Execution, check_precision, probe
-from runtimes.remote.endpoint import named_server
-from runtimes.remote.settings import settings_from
+from runtimes.remote.endpoint import parse_named_server
+from runtimes.remote.settings import parse_settings
 from runtimes.tokenizer import Tokenizer
 from ztune.capabilities import TEXTS
 from ztune.errors import ZtuneError
@@ -161,12 +161,12 @@ def check_server(
 
     Raises: ServerError for the first failed check, ConfigError for settings.
     """
-    from runtimes.remote.served import Served
+    from runtimes.remote.served import ServerRuntime
 
-    connected = connect_server(url, values, named_server(url), progress)
+    connected = connect_server(url, values, parse_named_server(url), progress)
     service, bundle = connected.service, connected.bundle
     try:
-        served = Served(service, bundle, losses=settings_from(values).losses)
+        served = ServerRuntime(service, bundle, losses=parse_settings(values).losses)
         seconds, timed = None, ""
         if TEXTS in served.access:
             graph = served.prompts(Tokenizer(bundle))
@@ -180,7 +180,7 @@ def check_server(
             model_id=bundle.model_id,
             precision=bundle.precision,
             parity=connected.parity,
-            reports_digest=all(offer.tells_digest for offer in service.offers.values()),
+            reports_digest=all(offer.reports_digest for offer in service.offers.values()),
             extensions=sorted(service.extensions),
             seconds_per_query=seconds,
         )

@@ -18,8 +18,8 @@ from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.prompts import embed_words, token_table, tokenize_words
 from runtimes.providers import Execution, check_precision, resolve_execution
-from runtimes.remote.endpoint import is_url, named_server
-from runtimes.remote.settings import settings_from, to_save
+from runtimes.remote.endpoint import is_url, parse_named_server
+from runtimes.remote.settings import parse_settings, settings_to_save
 from runtimes.runtime import LocalRuntime, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
@@ -34,9 +34,9 @@ from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, ImageEncoder, Json
 
 if TYPE_CHECKING:
-    from runtimes.remote.connect import Connected
+    from runtimes.remote.connect import CheckedService
     from runtimes.remote.endpoint import Endpoint
-    from runtimes.remote.served import Served
+    from runtimes.remote.served import ServerRuntime
 
 
 _BATCH = 8
@@ -352,7 +352,7 @@ def load(
     return open_served_model(
         str(place),
         values,
-        named_server(place),
+        parse_named_server(place),
         progress,
         provider=provider,
         threads=threads,
@@ -374,7 +374,7 @@ def connect_server(
     values: Mapping[str, Json],
     named: Endpoint | None,
     progress: Progress = SILENCE,
-) -> Connected:
+) -> CheckedService:
     """Connect to a server, fetch the client half unless it is named, and check both.
 
     `values` are server settings, `named` is the server that may receive secrets.
@@ -383,12 +383,12 @@ def connect_server(
     """
     from runtimes.remote.connect import connect
 
-    settings = settings_from(values)
+    settings = parse_settings(values)
     client = None if settings.client is None else Path(settings.client)
     with progress.activity("fetching the client half", 100) as ticker:
         return connect(
             url,
-            replace(settings.connected(), named=named),
+            replace(settings.to_connection(), named=named),
             client,
             progress.remark,
             lambda done, total: ticker.update(done * 100 // max(1, total), unit=" %"),
@@ -408,9 +408,9 @@ def open_served_model(
 
     Raises: ServerError, ConfigError; ProviderError if a local image tower cannot run.
     """
-    from runtimes.remote.served import Served
+    from runtimes.remote.served import ServerRuntime
 
-    settings, images = settings_from(values), None
+    settings, images = parse_settings(values), None
     execution = Execution("cpu", threads)
     if settings.images == "local":
         execution = resolve_execution(provider, threads, progress)
@@ -421,15 +421,15 @@ def open_served_model(
             check_precision(bundle.precision, execution.provider)
             bundle.file("image.onnx")
             images = OrtImageEncoder(bundle, execution)
-        served = Served(connected.service, bundle, images, settings.losses)
+        served = ServerRuntime(connected.service, bundle, images, settings.losses)
     except ZtuneError:
         connected.service.close()
         raise
     progress.remark(_described(served))
-    return Model(bundle, execution, progress, served, server=to_save(values))
+    return Model(bundle, execution, progress, served, server=settings_to_save(values))
 
 
-def _described(served: Served) -> str:
+def _described(served: ServerRuntime) -> str:
     """Return a line with a server's bundle and capabilities."""
     service = served.service
     return (

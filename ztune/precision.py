@@ -26,7 +26,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import name_tokens
-from runtimes.reference import FINER, reference_features
+from runtimes.reference import REFERENCE_PRECISION, reference_features
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.methods.base import TunedConfig
 from ztune.model import Model
@@ -200,7 +200,7 @@ class SignalCheck:
                     contexts,
                     config.round_size,
                     self.model.execution,
-                    as_it_is=self.reference is not None,
+                    unrefined=self.reference is not None,
                 )
             except ZtuneError as error:
                 raise NoReferenceError(str(error)) from None
@@ -215,7 +215,7 @@ class SignalCheck:
             )
 
         signal = measure(optimizer, prompt_map, oracle, exact, batch, rng)
-        finer = FINER[bundle.precision]
+        finer = REFERENCE_PRECISION[bundle.precision]
         assert config.perturbation_setting is not None
         setting, perturbation = config.perturbation_setting
         return signal, {

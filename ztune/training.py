@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
-from runtimes.remote.served import RequestPlan, Served
+from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
@@ -456,7 +456,7 @@ class TrainingRun(Generic[Store]):
             return head
         calls = task.encoder.plan.to_json()
         if isinstance(task.encoder.plan, RequestPlan):
-            self.model.progress.remark(task.encoder.plan.described())
+            self.model.progress.remark(task.encoder.plan.describe())
         before = head.calls or calls
         if any(before.get(key) != value for key, value in calls.items()):
             warn(
@@ -508,17 +508,17 @@ class TrainingRun(Generic[Store]):
         return head
 
     @contextlib.contextmanager
-    def _journal_queries(self, budget: Budget) -> Iterator[Served | None]:
+    def _journal_queries(self, budget: Budget) -> Iterator[ServerRuntime | None]:
         """Record queries to a server in the journal; yield None without a server."""
         served = self.model.served
-        if not isinstance(served, Served):
+        if not isinstance(served, ServerRuntime):
             yield None
             return
-        served.service.sending = self.folder.open_journal(budget)
+        served.service.on_send = self.folder.open_journal(budget)
         try:
             yield served
         finally:
-            served.service.sending = None
+            served.service.on_send = None
 
     def _baselines(self, texts: F32 | None, encoded: EncodedSplit) -> Baselines:
         """Return the baselines: zero-shot and GDA."""
@@ -669,7 +669,7 @@ class TrainingRun(Generic[Store]):
         )
 
 
-def _server_report(served: Served, budget: Budget) -> ServerReport:
+def _server_report(served: ServerRuntime, budget: Budget) -> ServerReport:
     service = served.service
     sent, received = service.payload_bytes
     return ServerReport(

@@ -1,6 +1,6 @@
-"""What the models of one bundle on a server take and give; docs/serving.md specifies it.
+"""Inputs and outputs of a bundle's models on a server, as docs/serving.md specifies them.
 
-A server says what it offers in each model's metadata; this checks it against the bundle.
+A server lists them in each model's metadata; they are checked against the bundle.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ztune.types import Json
 
 IMAGE, TEXT, PROMPT, SCORE, CLIENT = "image", "text", "prompt", "score", "client"
 BATCH = 8
-"""Images, or texts, of a request. A server puts no more into a call than a client asks for at
-once, and so never others' beside them: sums of another shape may round differently."""
+"""Images or texts per request, and the largest batch of a server: a full request is never batched
+with another client's, which could change rounding."""
 PARTS = (IMAGE, TEXT, PROMPT, SCORE, CLIENT)
 
 
@@ -40,21 +40,21 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server says of one model."""
+    """Inputs and outputs of one model, as the server reports them."""
 
     inputs: Tensors
     outputs: Tensors
 
     @property
-    def tells_digest(self) -> bool:
-        """Whether each answer says which bundle's it is."""
+    def reports_digest(self) -> bool:
+        """Whether each answer contains the bundle's digest."""
         return "digest" in self.outputs
 
 
-def offer_of(metadata: Mapping[str, Json], where: str) -> Offer:
-    """Return what a model's metadata says.
+def parse_offer(metadata: Mapping[str, Json], where: str) -> Offer:
+    """Parse a model's metadata.
 
-    Raises: ServerError when it is none.
+    Raises: ServerError when it is invalid.
     """
 
     def tensors(key: str) -> Tensors:
@@ -69,14 +69,14 @@ def offer_of(metadata: Mapping[str, Json], where: str) -> Offer:
                     str(entry["datatype"]), tuple(int(str(size)) for size in shape)
                 )
             except (AssertionError, KeyError, ValueError):
-                raise ServerError(f"{where}: metadata of {key} cannot be read") from None
+                raise ServerError(f"{where}: invalid {key} in its metadata") from None
         return found
 
     return Offer(tensors("inputs"), tensors("outputs"))
 
 
-def needed(part: str, bundle: Bundle) -> tuple[Tensors, Tensors]:
-    """Return the inputs and outputs that a model must have for this bundle."""
+def required_tensors(part: str, bundle: Bundle) -> tuple[Tensors, Tensors]:
+    """Return the inputs and outputs that a model of this bundle must have."""
     d, e, S = bundle.text.width, bundle.embed_dim, bundle.image.size
     texts = {"contexts": Tensor("FP32", (-1, -1, d)), "tokens": Tensor("INT64", (-1, -1))}
     features = {"features": Tensor("FP32", (-1, e))}
@@ -98,11 +98,11 @@ def needed(part: str, bundle: Bundle) -> tuple[Tensors, Tensors]:
 
 
 def check_offer(part: str, offer: Offer, bundle: Bundle, where: str) -> None:
-    """See that a model takes and gives what this bundle's would.
+    """Check a model's inputs and outputs against the bundle.
 
-    Raises: ServerError naming the first tensor that is missing or another.
+    Raises: ServerError naming the first tensor that is missing or different.
     """
-    inputs, outputs = needed(part, bundle)
+    inputs, outputs = required_tensors(part, bundle)
     for kind, wanted, found in (
         ("input", inputs, offer.inputs),
         ("output", outputs, offer.outputs),
@@ -110,19 +110,18 @@ def check_offer(part: str, offer: Offer, bundle: Bundle, where: str) -> None:
         for name, tensor in wanted.items():
             if name not in found:
                 raise ServerError(
-                    f'{where} has no {kind} "{name}" (models of another program? make them with: '
-                    "ztune export-triton)"
+                    f'{where} has no {kind} "{name}" (make the models with: ztune export-triton)'
                 )
             got = found[name]
             if got.datatype != tensor.datatype or not _fits(got.shape, tensor.shape):
                 raise ServerError(
                     f'{where}: {kind} "{name}" is {got.datatype}{list(got.shape)}, expected '
-                    f"{tensor.datatype}{list(tensor.shape)} (another model than the client half's)"
+                    f"{tensor.datatype}{list(tensor.shape)} (the client half is of another model)"
                 )
 
 
 def _fits(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    if not got:  # a server need not know shapes
+    if not got:  # a server may omit shapes
         return True
     return len(got) == len(wanted) and all(
         g == w or -1 in (g, w) for g, w in zip(got, wanted, strict=True)

@@ -23,22 +23,22 @@ from runtimes.remote.transport import (
     Array,
     CallError,
     Request,
-    as_object,
-    described,
-    kind_by_words,
     one_line,
     read_arrays,
-    without_secrets,
+    redact,
+    refine_kind,
+    require_object,
+    to_client_tensors,
 )
 from ztune.errors import ConfigError
 from ztune.types import Json
 
-# What gRPC says of a port that is connected to and does not speak it, and of a server that dies.
+# gRPC's errors for a port of another protocol, and for a server that dies.
 _NO_GRPC = ("SETTINGS frame", "Socket closed", "Connection reset")
-# What gRPC's words on TLS begin with, and what is said instead of the rest.
+# Starts of gRPC's TLS errors, and the text that replaces the rest.
 _TLS_WORDS = {
     "CERTIFICATE_VERIFY_FAILED: ": "",
-    "Hostname Verification Check failed": "the certificate is another host's",
+    "Hostname Verification Check failed": "the certificate is for another host",
     "WRONG_VERSION_NUMBER": NO_TLS,
     "TSI_DATA_CORRUPTED": BROKEN_OFF,
     "Tls handshake failed": "",
@@ -50,7 +50,7 @@ class GrpcTransport:
     """KServe-v2 over gRPC."""
 
     def __init__(self, endpoint: Endpoint, connection: Connection):
-        # Its own words on standard error say the same as the error that is raised, at length.
+        # gRPC would log on stderr what the raised error says.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import tritonclient.grpc as client
 
@@ -61,23 +61,23 @@ class GrpcTransport:
         self._compression = None if connection.compression == "none" else connection.compression
         if endpoint.secure and connection.insecure:
             raise ConfigError(
-                "gRPC checks certificates always: leave out `insecure` (name the server's own "
-                "certificate with `tls_ca`, or use https://)"
+                "`insecure` is not supported by gRPC, which always checks certificates (give the "
+                "server's own certificate with `tls_ca`, or use https://)"
             )
         if endpoint.secure:
-            # gRPC itself tells of unusable files only when it connects.
+            # gRPC itself reports unusable files only when it connects.
             self._context = connection.ssl_context()
         options = [
-            # These replace all defaults of the client, its message sizes among them.
+            # These replace all defaults of the client, including its message sizes.
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", transport.LARGEST_ANSWER),
-            # A server that comes back is found within a second; by default, within two minutes.
+            # Reconnect within a second of a restart; the default is two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
-            # We send a request again ourselves, where it is counted.
+            # Service retries, and counts it.
             ("grpc.enable_retries", 0),
-            # Nobody but the server that was named: a proxy would see what is not encrypted.
+            # No proxy: it would see what is not encrypted.
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
@@ -96,9 +96,9 @@ class GrpcTransport:
         try:
             self._client = self._connect()
             self._opened.add(self._client)
-        except Exception as error:  # grpc raises its own kinds, for certificates and keys
+        except Exception as error:  # grpc raises its own types for certificates and keys
             raise ConfigError(
-                f"the files of `tls_ca`, `tls_cert` and `tls_key` cannot be used ({error})"
+                f"invalid file of `tls_ca`, `tls_cert` or `tls_key`: {error}"
             ) from None
 
     def ready(self, seconds: float) -> bool:
@@ -111,17 +111,19 @@ class GrpcTransport:
             raise CallError(str(error), kind) from None
 
     def server(self, seconds: float) -> dict[str, Json]:
-        return as_object(self._call("get_server_metadata", seconds, as_json=True))
+        return require_object(self._call("get_server_metadata", seconds, as_json=True))
 
     def model(self, name: str, version: str, seconds: float) -> dict[str, Json]:
-        metadata = as_object(self._call("get_model_metadata", seconds, name, version, as_json=True))
+        metadata = require_object(
+            self._call("get_model_metadata", seconds, name, version, as_json=True)
+        )
         if not self._call("is_model_ready", seconds, name, version):
             raise CallError(f'{self.endpoint}: model "{name}" is not ready', "loading")
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
         module = self._client_module
-        inputs, outputs = described(module, request)
+        inputs, outputs = to_client_tensors(module, request)
         result = self._call(
             "infer",
             seconds,
@@ -139,11 +141,8 @@ class GrpcTransport:
             for client in list(self._opened):
                 client.close()
 
-    def _leave(self, client: Any) -> None:
-        """Ask over a new connection from now on: this one may be dead without a sign of it.
-
-        What others still await of it goes on; it closes with the last of them.
-        """
+    def _reconnect(self, client: Any) -> None:
+        """Replace a connection that may be dead; its pending calls continue."""
         with self._lock:
             if client is self._client and not self._closed:
                 self._client = self._connect()
@@ -159,7 +158,7 @@ class GrpcTransport:
             )
         except InferenceServerException as error:
             if str(error.status()).endswith("DEADLINE_EXCEEDED"):
-                self._leave(client)
+                self._reconnect(client)
             raise self._failure(error) from None
         except ValueError as error:  # the channel is closed
             raise CallError(f"{self.endpoint}: {one_line(error)}", "away") from None
@@ -181,34 +180,34 @@ class GrpcTransport:
         kind = kinds.get(code.rpartition(".")[2], "refused")
         if "Received message larger than max" in text:
             kind = "refused"
-        kind = kind_by_words(text, kind)
+        kind = refine_kind(text, kind)
         if code.endswith("DEADLINE_EXCEEDED"):
             text = "no answer within the deadline"
         if code.endswith("UNIMPLEMENTED"):
-            text = "it does not offer this (UNIMPLEMENTED)"
+            text = "the server does not implement this call (UNIMPLEMENTED)"
         if any(words in text for words in _NO_GRPC) and self._speaks_http:
             scheme = "https" if self.endpoint.secure else "http"
             text = f"the port speaks HTTP, not gRPC (use {scheme}://{self.endpoint.address})"
             kind = "foreign"
         elif "SETTINGS frame" in text:
-            kind, text = "foreign", "what listens there does not answer as a gRPC server"
+            kind, text = "foreign", "not a gRPC server"
         for mark, words in _TLS_WORDS.items():
             if mark in str(error.message()):
                 text = f"TLS failed: {words or text.removesuffix(': OK')}"
                 break
-        return without_secrets(CallError(f"{self.endpoint}: {text}", kind), self._headers)
+        return redact(CallError(f"{self.endpoint}: {text}", kind), self._headers)
 
     @functools.cached_property
     def _speaks_http(self) -> bool:
-        """Whether the port answers a plain HTTP/1.1 request, which has no secret in it."""
+        """Whether the port answers an HTTP/1.1 request (sent without secrets)."""
         host, port = self.endpoint.host, self.endpoint.port
-        asked = http.client.HTTPConnection(host, port, timeout=5)
+        probe = http.client.HTTPConnection(host, port, timeout=5)
         if self.endpoint.secure:
-            asked = http.client.HTTPSConnection(host, port, timeout=5, context=self._context)
-        with contextlib.closing(asked):
+            probe = http.client.HTTPSConnection(host, port, timeout=5, context=self._context)
+        with contextlib.closing(probe):
             try:
-                asked.request("GET", "/v2/health/live")
-                asked.getresponse()
+                probe.request("GET", "/v2/health/live")
+                probe.getresponse()
             except (OSError, http.client.HTTPException, ValueError):
                 return False
         return True

@@ -1,11 +1,11 @@
-"""Requests over HTTP/1.1: bodies by tritonclient, the exchange by aiohttp.
+"""Requests over HTTP/1.1: tritonclient builds and parses bodies, aiohttp sends them.
 
-tritonclient's own HTTP clients lack four guarantees, each held by a test of
-tests/runtimes/remote/test_transport.py: a deadline over a whole answer
+tritonclient's own HTTP clients lack four guarantees, each tested in
+tests/runtimes/remote/test_transport.py: a deadline for the whole answer
 (test_a_deadline_is_over_the_whole_answer), a limit on the bytes of an answer before they are in
 memory (test_an_http_answer_that_is_too_large, test_a_small_body_that_unpacks_to_a_large_one), no
-redirect that takes tensors and token elsewhere (test_a_redirect_is_not_followed), and `close` from
-another thread (test_closing_ends_an_http_call). aiohttp lacks one, that a late answer is not taken
+redirect that sends tensors and token elsewhere (test_a_redirect_is_not_followed), and `close` from
+another thread (test_closing_ends_an_http_call). aiohttp lacks one: a late answer must not be taken
 for the next request's (test_what_comes_unasked_is_no_answer_to_the_next_question): `_Connector`.
 """
 
@@ -37,33 +37,33 @@ from runtimes.remote.transport import (
     Array,
     CallError,
     Request,
-    as_object,
-    described,
-    kind_by_words,
     one_line,
     read_arrays,
-    unreadable,
-    without_secrets,
+    redact,
+    refine_kind,
+    require_object,
+    to_client_tensors,
+    unreadable_answer,
 )
 from ztune.types import Json
 
 _LARGEST_METADATA = 10_000_000
-# What is asked for a server's health, and the statuses of one that is not ready yet: Triton's is
-# 400 to the second, a proxy's 503. Any other says what is wrong, or that no such server answers.
+# Health paths and the statuses that mean not ready yet: Triton's 400 for the second, a proxy's 503.
+# Other statuses are errors.
 _HEALTH = {"/v2/health/live": (503,), "/v2/health/ready": (400, 503)}
-# The beginning of a SETTINGS frame, with which a gRPC server answers, as aiohttp's error quotes it.
+# Start of the SETTINGS frame that a gRPC server sends, as quoted by aiohttp's error.
 _SETTINGS = re.compile(r"\\x00\\x00.{1,4}\\x04")
 _ALERTS = {
     "WRONG_VERSION_NUMBER": NO_TLS,
     "RECORD_LAYER_FAILURE": NO_TLS,
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server wants a certificate of this client",
-    "TLSV1_ALERT_UNKNOWN_CA": "the server does not know this client's authority",
-    "TLSV1_ALERT_BAD_CERTIFICATE": "the server does not take this client's certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server requires a client certificate",
+    "TLSV1_ALERT_UNKNOWN_CA": "the server does not trust the authority of the client certificate",
+    "TLSV1_ALERT_BAD_CERTIFICATE": "the server rejects the client certificate",
 }
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Gives a connection again only if nothing came on it that was not asked for."""
+    """Reuses a connection only if no unexpected bytes arrived on it."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -76,7 +76,7 @@ class _Connector(aiohttp.TCPConnector):
                 self._used.add(connection.protocol)
                 return connection
             try:
-                # The loop first reads what has arrived, in the second of two turns for certain.
+                # The event loop reads pending bytes by its second iteration at the latest.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
@@ -88,9 +88,9 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class HttpTransport:
-    """KServe-v2 over HTTP/1.1 with the binary tensor extension, or without as JSON.
+    """KServe-v2 over HTTP/1.1, with binary tensors, or JSON for servers without that extension.
 
-    Exchanges run in an event loop in a thread of its own; callers wait for them.
+    Exchanges run in an event loop in a separate thread; callers wait for them.
     """
 
     def __init__(self, endpoint: Endpoint, connection: Connection):
@@ -116,8 +116,8 @@ class HttpTransport:
                 return False
             if status != 200:
                 error = _http_failure(f"{self.endpoint}{path}", status, content)
-                kind = error.kind if error.passing or error.kind == "denied" else "foreign"
-                raise without_secrets(CallError(str(error), kind), self._headers)
+                kind = error.kind if error.retryable or error.kind == "denied" else "foreign"
+                raise redact(CallError(str(error), kind), self._headers)
         return True
 
     def server(self, seconds: float) -> dict[str, Json]:
@@ -135,7 +135,7 @@ class HttpTransport:
         return metadata
 
     def infer(self, request: Request, seconds: float) -> dict[str, Array]:
-        inputs, outputs = described(client, request, binary_data=self.binary)
+        inputs, outputs = to_client_tensors(client, request, binary_data=self.binary)
         body, json_size = client.InferenceServerClient.generate_request_body(inputs, outputs)
         headers = {"Content-Type": "application/octet-stream" if json_size else "application/json"}
         if json_size:
@@ -153,8 +153,8 @@ class HttpTransport:
             result = client.InferenceServerClient.parse_response_body(
                 content, header_length=None if length is None else int(length)
             )
-        except Exception as error:  # tritonclient raises many kinds for a body that is none
-            raise unreadable(self.endpoint, error) from None
+        except Exception as error:  # tritonclient raises many types for invalid bodies
+            raise unreadable_answer(self.endpoint, error) from None
         return read_arrays(self.endpoint, result, request)
 
     def close(self) -> None:
@@ -178,9 +178,9 @@ class HttpTransport:
     def _json(self, path: str, seconds: float) -> dict[str, Json]:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
         try:
-            return as_object(json.loads(content))
+            return require_object(json.loads(content))
         except (ValueError, RecursionError):
-            raise CallError(f"{self.endpoint}{path}: the answer is no JSON", "refused") from None
+            raise CallError(f"{self.endpoint}{path}: the answer is not JSON", "refused") from None
 
     def _exchange(
         self,
@@ -210,11 +210,11 @@ class HttpTransport:
         except Exception as error:
             raise self._failure(error) from None
         finally:
-            future.cancel()  # where the caller was interrupted
+            future.cancel()  # if the caller was interrupted
         self._answered = True
         content = self._unpacked(content, answered.get("content-encoding", ""), largest)
         if failing and status != 200:
-            raise without_secrets(_http_failure(self.endpoint, status, content), self._headers)
+            raise redact(_http_failure(self.endpoint, status, content), self._headers)
         return status, content, answered
 
     async def _exchanged(
@@ -248,16 +248,16 @@ class HttpTransport:
             return response.status, bytes(content), response.headers
 
     def _too_large(self, largest: int) -> CallError:
-        return CallError(f"{self.endpoint}: an answer of more than {largest} bytes", "refused")
+        return CallError(f"{self.endpoint}: the answer is larger than {largest} bytes", "refused")
 
     def _failure(self, error: Exception) -> Exception:
-        # Before 3.11 asyncio's and concurrent.futures' are other kinds than the built-in one.
+        # Before 3.11 asyncio.TimeoutError is not the built-in one.
         if isinstance(error, asyncio.TimeoutError):
             return CallError(f"{self.endpoint}: no answer within the deadline", "away")
         if isinstance(error, concurrent.futures.CancelledError):
             return CallError(f"{self.endpoint}: the connection was closed", "away")
         if isinstance(error, aiohttp.ClientResponseError):
-            kind, text = "foreign", "what answers there does not speak HTTP"
+            kind, text = "foreign", "not an HTTP server"
             if _SETTINGS.search(error.message):
                 scheme = "tritons" if self.endpoint.secure else "triton"
                 text = f"the port speaks gRPC, not HTTP (use {scheme}://{self.endpoint.address})"
@@ -270,7 +270,7 @@ class HttpTransport:
             reason = _ALERTS.get(reason, one_line(reason))
             return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
         if self._context is not None and not self._answered:
-            # Since TLS 1.3 a client's certificate is refused after its first request is sent.
+            # With TLS 1.3 a client certificate is rejected after the first request is sent.
             broken = (aiohttp.ServerDisconnectedError, ConnectionResetError)
             if isinstance(error, broken) or isinstance(cause, broken):
                 return CallError(f"{self.endpoint}: TLS failed: {BROKEN_OFF}", "away")
@@ -281,25 +281,25 @@ class HttpTransport:
         return CallError(f"{self.endpoint}: {one_line(text) or type(error).__name__}", "away")
 
     def _unpacked(self, content: bytes, kind: str, largest: int) -> bytes:
-        """Return a body without its compression, and never more of it than `largest` bytes."""
+        """Decompress a body, up to `largest` bytes."""
         if kind in ("", "identity"):
             return content
-        unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, told by its first bytes
+        unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, by the first bytes
         try:
             unpacked = unpacker.decompress(content, largest + 1)
         except zlib.error as error:
-            raise unreadable(self.endpoint, error) from None
+            raise unreadable_answer(self.endpoint, error) from None
         if len(unpacked) > largest:
             raise self._too_large(largest)
         if not unpacker.eof:
-            raise unreadable(self.endpoint, f"{kind} without its end")
+            raise unreadable_answer(self.endpoint, f"truncated {kind}")
         return unpacked
 
 
 def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallError:
     try:
-        told = json.loads(content)
-        text = str(told.get("error") or told["detail"])
+        document = json.loads(content)
+        text = str(document.get("error") or document["detail"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = http.client.responses.get(status, "")
     text = f"{one_line(text)} (HTTP {status})"
@@ -314,7 +314,7 @@ def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallErr
         kind = "away"
     elif status >= 500:
         kind = "broken"
-    return CallError(f"{where}: {text}", kind_by_words(text, kind))
+    return CallError(f"{where}: {text}", refine_kind(text, kind))
 
 
 def _compressed(body: bytes, kind: str) -> bytes:

@@ -1,4 +1,4 @@
-"""How a server in a bundle's place is reached, as a run keeps it and a command may change it."""
+"""Server settings that a run saves and a command may change."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ztune.types import Json
 _PLAIN = ("client", "images", "losses")
 _NOT_SAVED = ("tls_ca", "tls_cert", "tls_key", "token_file", "basic_auth_file", "insecure")
 REMOVED = {
-    "endpoints": "put the servers behind one URL, of a Kubernetes Service or a proxy "
+    "endpoints": "put the servers behind one URL of a Kubernetes Service or a proxy "
     "(docs/serving.md)",
-    "shared_memory": "leave it out, tensors always go over the network",
+    "shared_memory": "leave it out; tensors are always sent over the network",
 }
-"""Settings of earlier versions, and what to do instead."""
+"""Removed settings, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What was asked for beside the URL; files' paths, never what is in them."""
+    """Settings besides the URL; secrets only as paths of their files."""
 
     client: str | None = None
-    """Folder of the client half; None: fetched from the server."""
+    """Folder of the client half; None: download it from the server."""
     images: str = "server"
-    """server, or local: by the image tower of the bundle that `client` names."""
+    """Where images are encoded: server, or local with the image tower of `client`."""
     losses: str = "auto"
-    """Where they are computed: here, server, or auto."""
+    """Where losses are computed: here, server, or auto."""
     connection: Mapping[str, Json] = field(default_factory=dict)
     """Fields of a Connection that differ from its defaults."""
 
@@ -40,19 +40,19 @@ class ServerSettings:
         if self.images == "local" and self.client is None:
             raise ConfigError("`images=local` needs `client=BUNDLE`, a bundle with image.onnx")
 
-    def connected(self) -> Connection:
-        """Return how the server is spoken to.
+    def to_connection(self) -> Connection:
+        """Return the connection settings.
 
-        Raises: ConfigError for a value that cannot be.
+        Raises: ConfigError for an invalid value.
         """
         return configured(Connection, dict(self.connection), "server settings")
 
 
-def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that a run keeps, and that are taken from it, without removed ones.
+def settings_to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings that a run saves, also read from runs of older versions.
 
-    Where secrets lie, whose certificates are trusted, and what is accepted unverified is said with
-    each command, since a run's folder may come from somebody else.
+    Paths of secrets, trusted certificates and `insecure` must be given with each command, since a
+    run's folder may come from another user.
     """
     connection = settings.get("connection", {})
     kept = connection.items() if isinstance(connection, dict) else ()
@@ -61,23 +61,25 @@ def to_save(settings: Mapping[str, Json]) -> dict[str, Json]:
     return {**plain, "connection": {k: v for k, v in kept if k not in left_out}}
 
 
-def merged(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a run's saved settings with what is asked for now in their place."""
-    saved = to_save(saved)  # older versions kept more
+def merge_settings(saved: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a run's saved settings, overridden by the given ones."""
+    saved = settings_to_save(saved)  # older versions saved more
     connections = [values.get("connection", {}) for values in (saved, given)]
     connection = {k: v for one in connections if isinstance(one, dict) for k, v in one.items()}
     return {**saved, **given, **({"connection": connection} if connection else {})}
 
 
-def settings_from(values: Mapping[str, Json]) -> ServerSettings:
-    """Return saved settings.
+def parse_settings(values: Mapping[str, Json]) -> ServerSettings:
+    """Parse saved settings.
 
-    Raises: ConfigError for an unknown one, or a value that cannot be.
+    Raises: ConfigError for an unknown one or an invalid value.
     """
     known = {f.name for f in fields(ServerSettings)}
     connection = values.get("connection", {})
     if set(values) - known or not isinstance(connection, dict):
-        raise ConfigError(f"server settings {dict(values)!r} cannot be read")
+        raise ConfigError(
+            f"invalid server settings {dict(values)!r} (expected {', '.join(sorted(known))})"
+        )
     for name, instead in REMOVED.items():
         if name in connection:
             raise ConfigError(f"`{name}` was removed: {instead}")

@@ -1,7 +1,4 @@
-"""One request to one server and its answer: what the KServe-v2 protocol's two transports share.
-
-Whatever goes wrong is one CallError, for both.
-"""
+"""What the gRPC and HTTP transports of the KServe-v2 protocol share; both raise CallError."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from ztune.errors import ServerError
 from ztune.types import Json
 
 LARGEST_ANSWER = 1_000_000_000
-"""Bytes of an answer that are read at most."""
+"""Maximum bytes of an answer."""
 DATATYPES: Mapping[str, str] = {
     "float32": "FP32",
     "float64": "FP64",
     "int64": "INT64",
     "uint8": "UINT8",
 }
-NUMPY_TYPES = {ours: np.dtype(name) for name, ours in DATATYPES.items()}
+NUMPY_TYPES = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
 Array = np.ndarray[Any, Any]
-BROKEN_OFF = "the server broke it off (does it want a certificate, or another one?)"
-NO_TLS = "what answers there speaks no TLS"
+BROKEN_OFF = "the server closed the connection (is a client certificate missing or wrong?)"
+NO_TLS = "the server does not use TLS"
 
 
 class CallError(Exception):
@@ -36,19 +33,19 @@ class CallError(Exception):
     def __init__(self, message: str, kind: str):
         super().__init__(message)
         self.kind = kind
-        """away: no answer; busy: the server says later; broken: it failed inside, or what it says
-        cannot be read; foreign: what answers is not a KServe-v2 server; missing: no such model;
-        loading: a model that is not ready; denied: who we are; refused: the request itself."""
+        """away: no answer; busy: retry later; broken: internal error or unreadable answer;
+        foreign: not a KServe-v2 server; missing: no such model; loading: model not ready;
+        denied: not authorised; refused: invalid request."""
 
     @property
-    def passing(self) -> bool:
-        """Whether the same request may be answered later."""
+    def retryable(self) -> bool:
+        """Whether the same request may succeed later."""
         return self.kind in ("away", "busy", "broken", "foreign")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model."""
+    """An inference request to one model."""
 
     model: str
     inputs: Mapping[str, Array]
@@ -61,12 +58,12 @@ class Transport(Protocol):
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where the server is."""
+        """The server's address."""
 
     def ready(self, seconds: float) -> bool:
         """Return whether the server is live and ready.
 
-        Raises: CallError when it does not answer, or not as a KServe-v2 server.
+        Raises: CallError when it does not answer or is not a KServe-v2 server.
         """
 
     def server(self, seconds: float) -> dict[str, Json]:
@@ -85,11 +82,11 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Give the connection up; what is on its way ends at once, without an answer."""
+        """Close the connection; pending requests end at once, without an answer."""
 
 
-def described(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:
-    """Return a request's inputs and outputs as tritonclient wants them."""
+def to_client_tensors(module: Any, request: Request, **options: Any) -> tuple[list[Any], list[Any]]:
+    """Return a request's inputs and outputs as tritonclient's objects."""
     inputs = []
     for name, array in request.inputs.items():
         given = module.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
@@ -99,7 +96,7 @@ def described(module: Any, request: Request, **options: Any) -> tuple[list[Any],
 
 
 def read_arrays(endpoint: Endpoint, result: Any, request: Request) -> dict[str, Array]:
-    """Return the outputs that were asked for.
+    """Return the requested outputs.
 
     Raises: CallError.
     """
@@ -109,25 +106,27 @@ def read_arrays(endpoint: Endpoint, result: Any, request: Request) -> dict[str, 
             array: Array | None = None
             if result.get_output(name) is not None:
                 array = result.as_numpy(name)
-        except Exception as error:  # bytes that do not fill the shape, no shape, no known type
-            raise unreadable(endpoint, error) from None
+        except Exception as error:  # wrong number of bytes, no shape, unknown type
+            raise unreadable_answer(endpoint, error) from None
         if array is None:
-            raise CallError(f'{endpoint}: {request.model}: the answer lacks "{name}"', "refused")
+            raise CallError(
+                f'{endpoint}: {request.model}: no output "{name}" in the answer', "refused"
+            )
         arrays[name] = array
     return arrays
 
 
-def unreadable(endpoint: Endpoint, reason: object) -> CallError:
+def unreadable_answer(endpoint: Endpoint, reason: object) -> CallError:
     return CallError(f"{endpoint}: unreadable answer ({one_line(reason)})", "broken")
 
 
-def kind_by_words(text: str, kind: str) -> str:
-    """Return the kind of a failure whose code says less than its words; codes differ by server."""
+def refine_kind(text: str, kind: str) -> str:
+    """Refine an error's kind by its text, since codes differ by server."""
     return "missing" if kind in ("refused", "broken") and "unknown model" in text else kind
 
 
-def without_secrets(error: CallError, headers: Mapping[str, str]) -> CallError:
-    """Return an error that repeats nothing of what authorised the request, should a server do."""
+def redact(error: CallError, headers: Mapping[str, str]) -> CallError:
+    """Remove the request's secrets from an error, in case the server repeats them."""
     text = str(error)
     for value in headers.values():
         for secret in (value, value.partition(" ")[2]):
@@ -135,15 +134,15 @@ def without_secrets(error: CallError, headers: Mapping[str, str]) -> CallError:
     return CallError(text, error.kind)
 
 
-def as_object(value: Any) -> dict[str, Json]:
+def require_object(value: Any) -> dict[str, Json]:
     if not isinstance(value, dict):
-        raise CallError("metadata is no object", "refused")
+        raise CallError("metadata is not a JSON object", "refused")
     return value
 
 
 def one_line(text: object) -> str:
-    """Return an error's own words in one line: of gRPC's, what the last of its causes says."""
-    # What a server says may be anything: no control characters reach a terminal.
+    """Return an error's text in one line; for gRPC the text of its last cause."""
+    # No control characters from a server may reach a terminal.
     printable = "".join(c if c.isprintable() else " " for c in str(text))
     words = " ".join(printable.split())
     for mark in ("last error: ", "CERTIFICATE_VERIFY_FAILED: "):
@@ -152,19 +151,19 @@ def one_line(text: object) -> str:
     return re.sub(r"^[A-Z]+: (ipv4|ipv6):\S+: ", "", words)[:300]
 
 
-def server_error(error: CallError) -> ServerError:
-    """Return what a person reads of a CallError, and what to do about it."""
+def to_server_error(error: CallError) -> ServerError:
+    """Convert a CallError, adding what to do about it."""
     hints = {
-        "away": "is the address right, and the server up?",
-        "busy": "the server has too much to do",
+        "away": "check the address, and that the server is running",
+        "busy": "the server is overloaded; retry later",
         "broken": "see the server's log",
-        "foreign": "is this a KServe-v2 server, and the address right?",
+        "foreign": "expected a KServe-v2 server; check the address",
         "denied": "give a token with ZTUNE_TOKEN or `token_file`, or basic auth with "
         "ZTUNE_BASIC_AUTH or `basic_auth_file`",
     }
     hint = hints.get(error.kind)
     if "TLS failed" in str(error):
-        hint = "see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps"
+        hint = "check `tls_ca`, `tls_cert` and `tls_key`; runs do not save them"
     if NO_TLS in str(error):
         hint = "use triton:// or http:// for a server without TLS"
     if "(use " in str(error):

@@ -25,7 +25,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
 from runtimes.prompts import embed_words
 from runtimes.providers import Execution
-from runtimes.reference import derived
+from runtimes.reference import to_reference_graph
 from runtimes.tokenizer import Tokenizer
 from tests.export.small_models import ARCHITECTURES, small_config, small_model, write_model
 from ztune.errors import ConfigError, FormatError, ZtuneError
@@ -59,7 +59,7 @@ def session(bundle: Bundle, graph: str) -> Any:
 def test_every_prompt_graph_has_a_reference_in_double_precision(exported: Exported) -> None:
     _, bundle = exported
     given, expected = parity_inputs(bundle.file("parity.safetensors"), "prompt")
-    model = derived(onnx.load(bundle.file("prompt.onnx")), "fp32")
+    model = to_reference_graph(onnx.load(bundle.file("prompt.onnx")), "fp32")
     double = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )

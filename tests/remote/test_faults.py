@@ -247,8 +247,8 @@ def test_a_server_that_comes_back_with_another_model(
     mortal.start()
     err = process.communicate(timeout=120)[1]
     one_error(
-        process.returncode, err, "answers with another model than the run began with",
-        "put the former one back",
+        process.returncode, err, "now serves bundle",
+        "restore that bundle",
     )  # fmt: skip
     done = history(out)
     refused = ztune("tune", "--resume", out, "--quiet")

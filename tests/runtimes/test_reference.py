@@ -16,7 +16,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
 from runtimes.prompts import name_tokens
 from runtimes.providers import Execution
-from runtimes.reference import derived, reference_features
+from runtimes.reference import reference_features, to_reference_graph
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
 from ztune.errors import FormatError, ZtuneError
@@ -35,10 +35,10 @@ def contexts(n: int) -> F32:
     return (0.02 * rng.standard_normal((n, 4, 64))).astype(np.float32)
 
 
-def refined(bundle: Bundle, n: int = 6, as_it_is: bool = False, **execution: Any) -> F64:
+def refined(bundle: Bundle, n: int = 6, unrefined: bool = False, **execution: Any) -> F64:
     names = name_tokens(bundle.text, Tokenizer(bundle), WORDS, 4)
     return reference_features(
-        bundle, names, contexts(n), 2, Execution(**execution), as_it_is=as_it_is
+        bundle, names, contexts(n), 2, Execution(**execution), unrefined=unrefined
     )
 
 
@@ -60,7 +60,7 @@ def run(model: Any, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
 def test_fp32_is_refined_to_double_precision() -> None:
     bundle = load_bundle(MINI)
     given, _ = parity_inputs(bundle.file("parity.safetensors"), "prompt")
-    model = derived(onnx.load(bundle.file("prompt.onnx")), "fp32")
+    model = to_reference_graph(onnx.load(bundle.file("prompt.onnx")), "fp32")
     computed = run(model, given)
     # Independently of ONNX Runtime: numpy in double precision. Gelu alone is in single precision.
     expected = ReferenceEvaluator(model).run(None, given)[0]
@@ -92,7 +92,7 @@ def test_int8_is_refined_to_its_weights_in_fp32(int8: Bundle) -> None:
     n_products = sum(node.op_type == "MatMulInteger" for node in rounded.graph.node)
     assert n_rounded == n_products > 0
     before = run(rounded, given)
-    model = derived(rounded, "int8")
+    model = to_reference_graph(rounded, "int8")
     operators = {node.op_type for node in model.graph.node}
     assert not operators & {"MatMulInteger", "DynamicQuantizeLinear"}
     np.testing.assert_allclose(run(model, given), exact, atol=2e-6)
@@ -118,7 +118,7 @@ def test_fp16_is_refined_to_its_weights_in_fp32() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     x = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
-    computed = run(derived(model, "fp16"), {"x": x})
+    computed = run(to_reference_graph(model, "fp16"), {"x": x})
     assert computed.dtype == np.float32
     np.testing.assert_allclose(computed, 3 * (x @ weight.astype(np.float32)), rtol=1e-5, atol=1e-6)
 
@@ -127,19 +127,19 @@ def test_the_process_answers_as_the_graph_whatever_its_calls(int8: Bundle) -> No
     one_by_one = np.concatenate([refined(int8, n)[n - 1 :] for n in (1, 2, 3)])
     np.testing.assert_allclose(refined(int8, 3, threads=1), one_by_one, atol=1e-6)
     # A bundle named as the reference is run as it is.
-    np.testing.assert_array_equal(refined(load_bundle(MINI), as_it_is=True).shape, (6, 5, 128))
+    np.testing.assert_array_equal(refined(load_bundle(MINI), unrefined=True).shape, (6, 5, 128))
     np.testing.assert_allclose(
-        refined(load_bundle(MINI), as_it_is=True), own(load_bundle(MINI)), atol=1e-6
+        refined(load_bundle(MINI), unrefined=True), own(load_bundle(MINI)), atol=1e-6
     )
 
 
 def test_a_graph_of_another_make_is_refused(int8: Bundle) -> None:
     with pytest.raises(FormatError, match="no product in int8"):
-        derived(onnx.load(load_bundle(MINI).file("prompt.onnx")), "int8")
+        to_reference_graph(onnx.load(load_bundle(MINI).file("prompt.onnx")), "int8")
     strange = onnx.load(int8.file("prompt.onnx"))
     next(n for n in strange.graph.node if n.op_type == "DynamicQuantizeLinear").op_type = "Abs"
     with pytest.raises(FormatError, match="is not quantized in it"):
-        derived(strange, "int8")
+        to_reference_graph(strange, "int8")
 
 
 def test_whatever_the_process_dies_of_is_one_line(

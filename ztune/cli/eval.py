@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.remote.endpoint import is_url, named_server
-from runtimes.remote.settings import merged
+from runtimes.remote.endpoint import is_url, parse_named_server
+from runtimes.remote.settings import merge_settings
 from ztune.capabilities import TEXTS
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
@@ -169,8 +169,8 @@ def _model(
 
     if is_url(target):
         given = server_settings(arguments)
-        settings = merged(saved or {}, given)
-        named = named_server(arguments.bundle or arguments.target)
+        settings = merge_settings(saved or {}, given)
+        named = parse_named_server(arguments.bundle or arguments.target)
         provider, threads = arguments.provider, arguments.threads
         if settings.get("images") != "local" and (provider, threads) != ("auto", None):
             raise ConfigError(

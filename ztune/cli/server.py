@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from runtimes.remote.endpoint import Connection, is_url
-from runtimes.remote.settings import ServerSettings, settings_from
+from runtimes.remote.settings import ServerSettings, parse_settings
 from ztune.errors import ConfigError
 from ztune.types import Json
 
@@ -84,7 +84,7 @@ def server_settings(arguments: argparse.Namespace) -> dict[str, Json]:
     connection = {name: value for name, value in given.items() if name in _CONNECTION}
     if connection:
         settings["connection"] = connection
-    settings_from(settings).connected()
+    parse_settings(settings).to_connection()
     return settings
 
 

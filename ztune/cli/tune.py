@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtimes.remote.endpoint import is_url, named_server
-from runtimes.remote.settings import merged, to_save
+from runtimes.remote.endpoint import is_url, parse_named_server
+from runtimes.remote.settings import merge_settings, settings_to_save
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.cli.request import run_config_of, settings_of
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
         server = server_settings(arguments)
-        run_config = run_config_of(arguments, settings_of(arguments), to_save(server))
+        run_config = run_config_of(arguments, settings_of(arguments), settings_to_save(server))
         if arguments.augment is None:
             run_config = replace(run_config, augment=views_of(run_config.method, run_config.preset))
         overwrite = arguments.overwrite
@@ -182,7 +182,7 @@ def _served(
     """
     from ztune.model import open_served_model
 
-    settings = merged(run_config.server, server)
+    settings = merge_settings(run_config.server, server)
     local = settings.get("images") == "local"
     for name in ("provider", "threads", "memory_limit"):
         asked = getattr(run_config, name) != getattr(type(run_config), name)
@@ -193,7 +193,7 @@ def _served(
     return open_served_model(
         url,
         settings,
-        named_server(named),
+        parse_named_server(named),
         output,
         provider=run_config.provider,
         threads=run_config.threads,

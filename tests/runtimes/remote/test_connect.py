@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
-from runtimes.remote.connect import Connected, _text_of, connect
-from runtimes.remote.endpoint import Connection, named_server
-from runtimes.remote.served import Served
+from runtimes.remote.connect import CheckedService, _text_ids, connect
+from runtimes.remote.endpoint import Connection, parse_named_server
+from runtimes.remote.served import ServerRuntime
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
 from tests.servers.bundles import GRAPHS, model_of, models_of
@@ -52,7 +52,7 @@ class Client:
     def __init__(self) -> None:
         self.remarks: list[str] = []
         self.progress: list[tuple[int, int]] = []
-        self.opened: list[Connected] = []
+        self.opened: list[CheckedService] = []
 
     def __call__(
         self,
@@ -60,10 +60,10 @@ class Client:
         path: str = "mini",
         client: Path | None = None,
         **settings: Any,
-    ) -> Connected:
+    ) -> CheckedService:
         chosen: dict[str, Any] = {"deadline": 10.0, "give_up": 2.0} | settings
         address = f"triton://{server.grpc}"
-        chosen["named"] = named_server(f"{address}/{path}")
+        chosen["named"] = parse_named_server(f"{address}/{path}")
         made = connect(
             f"{address}/{path}",
             Connection(**chosen),
@@ -173,7 +173,9 @@ def test_a_damaged_half_in_the_cache(
         file.unlink()
     else:
         file.write_bytes(content)
-    with pytest.raises(ServerError, match=r"is damaged \(remove it, and it is fetched again\)"):
+    with pytest.raises(
+        ServerError, match=r"is damaged \(remove it; the next command downloads it again\)"
+    ):
         reach(fake)
     shutil.rmtree(cache / bundle.digest)
     assert reach(fake).bundle.digest == bundle.digest
@@ -217,7 +219,9 @@ def test_two_processes_that_fetch_the_same_half(
 def test_a_cache_that_cannot_be_written(fake: FakeServer, reach: Client, cache: Path) -> None:
     cache.parent.parent.mkdir(parents=True, exist_ok=True)
     cache.parent.write_text("a file where a folder should be")
-    with pytest.raises(ConfigError, match=r"cannot keep the client half .*; set XDG_CACHE_HOME"):
+    with pytest.raises(
+        ConfigError, match=r"client half cannot be cached in .* \(set XDG_CACHE_HOME"
+    ):
         reach(fake)
 
 
@@ -229,7 +233,9 @@ def test_sizes_that_cannot_be(fake: FakeServer, reach: Client, models: dict[str,
             return {**true.function(given), "sizes": np.array(sizes)}
 
         fake.models["mini_client"] = true._replace(function=lying)
-        with pytest.raises(ServerError, match=r"a client half of .* bytes"):
+        with pytest.raises(
+            ServerError, match=r"invalid sizes of the client half's files: .* bytes"
+        ):
             reach(fake)
 
 
@@ -246,11 +252,11 @@ def test_a_half_shipped_by_hand(fake: FakeServer, reach: Client, half: Path, cac
 
 def test_a_half_of_another_bundle(fake: FakeServer, reach: Client, half: Path) -> None:
     other = other_half(half)
-    with pytest.raises(ServerError, match=r"serves another bundle than `client` .*, not "):
+    with pytest.raises(ServerError, match=r"serves bundle .*…, expected .*… of `client`"):
         reach(fake, client=other)
     # Without the client model the first answer says it.
     del fake.models["mini_client"]
-    with pytest.raises(ServerError, match="another model than the run began with"):
+    with pytest.raises(ServerError, match="now serves bundle"):
         reach(fake, client=other)
 
 
@@ -301,7 +307,7 @@ def test_some_models_do(fake: FakeServer, reach: Client, half: Path) -> None:
             "inputs",
             "tokens",
             None,
-            r'model "mini_prompt" has no input "tokens" \(models of',
+            r'model "mini_prompt" has no input "tokens" \(make the models',
         ),
         ("score", "outputs", "losses", None, 'model "mini_score" has no output "losses"'),
         (
@@ -312,7 +318,13 @@ def test_some_models_do(fake: FakeServer, reach: Client, half: Path) -> None:
             r'"pixels" is FP32\[-1, 3, 32, 32\]',
         ),
         ("prompt", "inputs", "contexts", {"shape": [-1, -1, 512]}, r"expected FP32\[-1, -1, 64\]"),
-        ("text", "outputs", "features", {"shape": [-1, 64]}, r"expected FP32\[-1, 128\] \(another"),
+        (
+            "text",
+            "outputs",
+            "features",
+            {"shape": [-1, 64]},
+            r"expected FP32\[-1, 128\] \(the client half",
+        ),
         ("score", "outputs", "losses", {"datatype": "FP32"}, r"is FP32\[-1\], expected FP64\[-1\]"),
         ("prompt", "outputs", "features", {"shape": [-1, 128]}, r"expected FP32\[-1, -1, 128\]"),
     ],
@@ -353,7 +365,7 @@ def test_a_server_that_is_not_ready_or_wants_a_token(
 
 def test_addresses_that_are_wrong(fake: FakeServer, reach: Client) -> None:
     fake.close()
-    with pytest.raises(ServerError, match="is the address right, and the server up"):
+    with pytest.raises(ServerError, match="check the address, and that the server is running"):
         reach(fake)
 
 
@@ -374,7 +386,9 @@ def test_other_weights_under_the_right_digest(
     fake: FakeServer, reach: Client, bundle: Bundle, part: str
 ) -> None:
     fake.models[f"mini_{part}"] = perturbed(bundle, part)
-    with pytest.raises(ServerError, match=f'"mini_{part}" differs from torch by .*, more than'):
+    with pytest.raises(
+        ServerError, match=f'"mini_{part}" differs from torch by .*, expected at most'
+    ):
         reach(fake)
 
 
@@ -398,14 +412,14 @@ def test_a_server_without_digests_is_looked_at_when_it_comes_back(
     def silent(model: FakeModel) -> FakeModel:
         return model._replace(outputs=[t for t in model.outputs if t.name != "digest"])
 
-    with pytest.raises(ServerError, match='model "mini_client" tells no digest'):
+    with pytest.raises(ServerError, match='model "mini_client" has no output "digest"'):
         fake.models["mini_client"] = silent(fake.models["mini_client"])
         reach(fake)
     for part in GRAPHS:
         fake.models[f"mini_{part}"] = silent(fake.models[f"mini_{part}"])
     service = reach(fake, client=half, give_up=30).service
-    assert any("do not say which bundle answers" in remark for remark in reach.remarks)
-    assert service.prove is not None
+    assert any("report no bundle digest" in remark for remark in reach.remarks)
+    assert service.verify is not None
 
     failures = [1]
 
@@ -415,7 +429,9 @@ def test_a_server_without_digests_is_looked_at_when_it_comes_back(
             raise FailedError(grpc.StatusCode.UNAVAILABLE, "gone")
         return honest
 
-    encoder = Served(service, bundle).prompts(Tokenizer(bundle)).encoder(("one", "two"), 4, 1)
+    encoder = (
+        ServerRuntime(service, bundle).prompts(Tokenizer(bundle)).encoder(("one", "two"), 4, 1)
+    )
     contexts = np.zeros((1, 4, bundle.text.width), np.float32)
     expected = encoder.encode(contexts)
     fake.hook = once
@@ -435,7 +451,7 @@ def test_a_swapped_bundle_during_the_start(
     fake.models["mini_prompt"] = true._replace(
         function=lambda given: {**true.function(given), "digest": np.zeros(32, np.uint8)}
     )
-    with pytest.raises(ServerError, match="answers with another model than the run began with"):
+    with pytest.raises(ServerError, match="now serves bundle"):
         reach(fake)
 
 
@@ -454,4 +470,4 @@ def test_a_texts_own_ids_are_found_in_its_padded_sequence(
 ) -> None:
     spec = replace(load_bundle(MINI).text, prefix_ids=prefix, suffix_ids=suffix, pad_id=pad)
     own = tuple(i for i in row if i not in {*prefix, *suffix, pad})
-    assert _text_of(spec, np.array(row)) == own
+    assert _text_ids(spec, np.array(row)) == own

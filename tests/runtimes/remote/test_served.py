@@ -16,9 +16,9 @@ from export.weights import write_graph
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph
 from runtimes.providers import Execution
-from runtimes.remote.connect import Connected, connect
+from runtimes.remote.connect import CheckedService, connect
 from runtimes.remote.endpoint import Connection
-from runtimes.remote.served import Served, ServedPromptEncoder, ServedScores
+from runtimes.remote.served import ServerPromptEncoder, ServerRuntime, ServerScorer
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import DIGITS, MINI
 from tests.servers.mlserver import MlServer, mlserver_environment
@@ -89,9 +89,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def connected(bundle: Bundle, cache: Path) -> Iterator[Any]:
     """Connect to servers; what is left open when the test ends is closed."""
-    opened: list[Connected] = []
+    opened: list[CheckedService] = []
 
-    def connecting(url: str, client: Path | None = MINI, **settings: Any) -> Served:
+    def connecting(url: str, client: Path | None = MINI, **settings: Any) -> ServerRuntime:
         chosen: dict[str, Any] = {"deadline": 20.0, "give_up": 20.0}
         made = connect(
             url,
@@ -101,7 +101,7 @@ def connected(bundle: Bundle, cache: Path) -> Iterator[Any]:
             lambda done, total: None,
         )
         opened.append(made)
-        return Served(made.service, made.bundle)
+        return ServerRuntime(made.service, made.bundle)
 
     yield connecting
     for one in opened:
@@ -114,9 +114,9 @@ def contexts(bundle: Bundle, n: int = N_CANDIDATES, m: int = N_CONTEXT, seed: in
 
 
 def encoder(
-    served: Served, losses: str = "auto", n: int = N_CANDIDATES, m: int = N_CONTEXT
-) -> ServedPromptEncoder:
-    chosen = Served(served.service, served.bundle, losses=losses)
+    served: ServerRuntime, losses: str = "auto", n: int = N_CANDIDATES, m: int = N_CONTEXT
+) -> ServerPromptEncoder:
+    chosen = ServerRuntime(served.service, served.bundle, losses=losses)
     return chosen.prompts(Tokenizer(served.bundle)).encoder(WORDS, m, n)
 
 
@@ -124,7 +124,7 @@ def local_encoder(bundle: Bundle, n: int = N_CANDIDATES, m: int = N_CONTEXT) -> 
     return OrtPromptGraph(bundle, Tokenizer(bundle), Execution(threads=1)).encoder(WORDS, m, n)
 
 
-def in_requests_of(encoder: ServedPromptEncoder, n: int) -> ServedPromptEncoder:
+def in_requests_of(encoder: ServerPromptEncoder, n: int) -> ServerPromptEncoder:
     encoder.plan = replace(encoder.plan, n_candidates=n)
     return encoder
 
@@ -192,10 +192,10 @@ def test_losses_alone_give_no_features(
     triton: TritonServer, connected: Any, bundle: Bundle
 ) -> None:
     served = connected(f"triton://{triton.grpc}/losses")
-    with pytest.raises(ServerError, match="gives no text features, losses alone"):
+    with pytest.raises(ServerError, match="offers losses, but no text features"):
         encoder(served).encode(contexts(bundle))
-    with pytest.raises(ConfigError, match="the server gives no text features"):
-        Served(served.service, bundle, losses="here")
+    with pytest.raises(ConfigError, match="the server offers none"):
+        ServerRuntime(served.service, bundle, losses="here")
 
 
 def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
@@ -235,12 +235,14 @@ def batches() -> list[Batch]:
     ]
 
 
-def check_scores(served: Served, bundle: Bundle, *, logits: bool, cut: int | None = None) -> None:
+def check_scores(
+    served: ServerRuntime, bundle: Bundle, *, logits: bool, cut: int | None = None
+) -> None:
     features, labels = images(bundle)
     own = encoder(served, "server")
     if cut:
         in_requests_of(own, cut)
-    scores = ServedScores(own, features, labels, logits=logits)
+    scores = ServerScorer(own, features, labels, logits=logits)
     host = NumpyScores(local_encoder(bundle), features, bundle.logit_scale, bundle.logit_bias)
     given, right = Prompts(contexts(bundle)), 0.0
     for batch in batches():
@@ -292,7 +294,7 @@ def test_the_plan_says_how_many_bytes_a_request_has(
     before = own.plan.n_bytes
     scorer = served.scorer(own, features, labels, logits=False)
     assert own.plan.n_bytes == before + N_IMAGES * (4 * bundle.embed_dim + 8)
-    assert f", {own.plan.n_bytes / 1e6:.3g} MB each; losses computed by" in own.plan.described()
+    assert f", {own.plan.n_bytes / 1e6:.3g} MB each; losses computed by" in own.plan.describe()
     sent = served.service.payload_bytes[0]
     scorer(Prompts(contexts(bundle)), batches()[0], labels)
     assert served.service.payload_bytes[0] - sent == own.plan.n_bytes
@@ -336,7 +338,7 @@ def test_who_computes_losses(triton: TritonServer, connected: Any, bundle: Bundl
         ("losses", "auto", True, False),
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
-        chosen = Served(served.service, bundle, losses=losses)
+        chosen = ServerRuntime(served.service, bundle, losses=losses)
         own = chosen.prompts(Tokenizer(bundle)).encoder(WORDS, N_CONTEXT, N_CANDIDATES)
         scorer = chosen.scorer(own, features, labels, logits=logits)
         assert (scorer is not None) == by_server, (name, losses, logits)

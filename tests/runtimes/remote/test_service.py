@@ -12,7 +12,7 @@ import pytest
 
 from runtimes.remote import contract
 from runtimes.remote.endpoint import Connection, parse_location
-from runtimes.remote.service import Ask, Question, Service
+from runtimes.remote.service import Infer, ModelRequest, Service
 from tests.servers import fake as fakes
 from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer, Tensor, put
 from tests.servers.proxy import FaultProxy
@@ -74,11 +74,11 @@ def serving(
         service.close()
 
 
-def question(number: int = 1, n: int = 2) -> Question:
+def model_request(number: int = 1, n: int = 2) -> ModelRequest:
     contexts = np.full((n, 1, 2), number, np.float32)
     tokens = np.zeros((1, 1), np.int64)
     wanted = {"features": contract.Tensor("FP32", (n, 1, 2))}
-    return Question("prompt", {"contexts": contexts, "tokens": tokens}, wanted, n)
+    return ModelRequest("prompt", {"contexts": contexts, "tokens": tokens}, wanted, n)
 
 
 def numbers(answers: Sequence[dict[str, Any]]) -> list[float]:
@@ -107,18 +107,18 @@ def test_it_is_asked_until_it_answers(fake: Fake, code: str) -> None:
     remarks: list[str] = []
     sent: list[tuple[int, int]] = []
     with serving(fake.grpc, remark=remarks.append) as service:
-        service.sending = lambda part, n: sent.append((part, n))
+        service.on_send = lambda part, n: sent.append((part, n))
         fake.hook = failing(code, 3)
-        assert numbers(service.ask([question(7, n=3)])) == [21]
+        assert numbers(service.infer([model_request(7, n=3)])) == [21]
         assert fake.calls["ModelInfer"] == 4
         assert sent == [(0, 3)] * 4  # written down each time it goes
         assert len(remarks) == 2
         assert "so it is" in remarks[0]
-        assert "trying again for 20 s" in remarks[0]
+        assert "retrying for up to 20 s" in remarks[0]
         assert remarks[1].endswith("answers again")
         # Nothing is left of it: the next one goes at once.
         n_ready = fake.calls["ServerReady"]
-        service.ask([question()])
+        service.infer([model_request()])
         assert fake.calls["ServerReady"] == n_ready
         assert (service.requests, service.payload_bytes[1]) == (2, 3 * 8 + 2 * 8 + 2 * 32)
 
@@ -128,19 +128,19 @@ def test_it_is_written_down_before_it_goes(fake: Fake) -> None:
         raise OSError("no space")
 
     with serving(fake.grpc) as service:
-        service.sending = full
-        for questions in ([question()], [question(), question()]):
+        service.on_send = full
+        for requests in ([model_request()], [model_request(), model_request()]):
             with pytest.raises(OSError, match="no space"):
-                service.ask(questions)
+                service.infer(requests)
         assert fake.seen == []
-        service.sending = lambda part, n: fake.seen.append(-10 - part)
-        service.ask([question(number) for number in (5, 6)])
+        service.on_send = lambda part, n: fake.seen.append(-10 - part)
+        service.infer([model_request(number) for number in (5, 6)])
         assert sorted(fake.seen) == [-11, -10, 5, 6]
         assert fake.seen.index(5) > fake.seen.index(-10)
         assert fake.seen.index(6) > fake.seen.index(-11)
         # What holds no query is not written down.
         fake.seen.clear()
-        service.ask([Question("prompt", question(9).inputs, question(9).outputs)])
+        service.infer([ModelRequest("prompt", model_request(9).inputs, model_request(9).outputs)])
         assert fake.seen == [9]
 
 
@@ -156,7 +156,7 @@ def test_it_is_given_up_after_the_agreed_time(fake: Fake, silent: bool) -> None:
         fake.hook = wait if silent else failing("UNAVAILABLE")
         began = time.monotonic()
         with pytest.raises(AwayError, match=r"no answer for 0\.6 s \(triton://.*: (so it|no answ)"):
-            service.ask([question()])
+            service.infer([model_request()])
         assert 0.6 <= time.monotonic() - began < 8  # the server would answer after ten
     release.set()
 
@@ -166,7 +166,9 @@ def test_a_server_that_is_not_ready_is_sent_nothing(fake: Fake) -> None:
         fake.hook = failing("UNAVAILABLE", 1)
         fake.ready = False
         asked: list[float] = []
-        thread = threading.Thread(target=lambda: asked.extend(numbers(service.ask([question()]))))
+        thread = threading.Thread(
+            target=lambda: asked.extend(numbers(service.infer([model_request()])))
+        )
         before = fake.calls.get("ServerReady", 0)
         thread.start()
         until = time.monotonic() + 30
@@ -199,7 +201,7 @@ def test_a_server_that_never_is_ready_again(fake: Fake) -> None:
         fake.hook = failing("UNAVAILABLE")
         fake.ready = False
         with pytest.raises(AwayError, match=r"no answer for 0\.5 s"):
-            service.ask([question()])
+            service.infer([model_request()])
         assert fake.calls["ModelInfer"] == 1
 
 
@@ -209,9 +211,9 @@ def test_a_server_that_never_is_ready_again(fake: Fake) -> None:
 def test_what_would_fail_again_is_not_repeated(fake: Fake, code: str) -> None:
     with serving(fake.grpc) as service:
         fake.hook = failing(code)
-        for questions in ([question()], [question(), question()]):
+        for requests in ([model_request()], [model_request(), model_request()]):
             with pytest.raises(ServerError) as caught:
-                service.ask(questions)
+                service.infer(requests)
             assert not isinstance(caught.value, AwayError)
             assert "\n" not in str(caught.value)
         assert fake.calls["ModelInfer"] <= 3
@@ -221,10 +223,10 @@ def test_a_server_that_fails_inside_is_asked_five_times(fake: Fake) -> None:
     with serving(fake.grpc, give_up=60) as service:
         fake.hook = failing("INTERNAL", words="out of memory")
         with pytest.raises(ServerError, match=r"out of memory \(see the server's log\)"):
-            service.ask([question()])
+            service.infer([model_request()])
         assert fake.calls["ModelInfer"] == 5
         fake.hook = None
-        assert numbers(service.ask([question()])) == [3]
+        assert numbers(service.infer([model_request()])) == [3]
 
 
 @pytest.mark.parametrize(
@@ -241,9 +243,9 @@ def test_a_server_that_fails_inside_is_asked_five_times(fake: Fake) -> None:
         (
             "digest",
             digest(OTHER),
-            r"another model than the run began with \(bundle 000000000000…, ",
+            r"now serves bundle 000000000000…, ",
         ),
-        ("digest", digest(DIGEST[:31] + b"x"), "expected 000102030405…; put the former one back"),
+        ("digest", digest(DIGEST[:31] + b"x"), "expected 000102030405… .restore that bundle"),
         ("digest", digest(DIGEST * 2), r'"digest" is uint8\[64\], expected uint8\[32\]'),
         ("digest", np.zeros(32, np.int64), r'"digest" is int64\[32\], expected uint8\[32\]'),
     ],
@@ -258,7 +260,7 @@ def test_an_answer_of_another_kind_is_refused(
     with serving(fake.grpc) as service:
         fake.hook = spoil
         with pytest.raises(ServerError, match=words):
-            service.ask([question()])
+            service.infer([model_request()])
         assert fake.calls["ModelInfer"] == 1
 
 
@@ -269,16 +271,16 @@ def test_each_row_says_whose_it_is(fake: Fake) -> None:
         [Tensor("features", "FP32", [-1, 2]), Tensor("digest", "UINT8", [-1, 32])],
         lambda given: {"features": np.ones((3, 2), np.float32), "digest": rows},
     )
-    asking = Question(
+    asking = ModelRequest(
         "text",
         {"tokens": np.zeros((3, 2), np.int64)},
         {"features": contract.Tensor("FP32", (3, 2))},
     )
     with serving(fake.grpc) as service:
-        assert service.ask([asking])[0]["features"].sum() == 6
+        assert service.infer([asking])[0]["features"].sum() == 6
         rows[2, 31] = 0
-        with pytest.raises(ServerError, match="another model than the run began with"):
-            service.ask([asking])
+        with pytest.raises(ServerError, match="now serves bundle"):
+            service.infer([asking])
 
 
 def test_a_server_that_comes_back_as_another_one_ends_the_run(fake: Fake) -> None:
@@ -290,13 +292,13 @@ def test_a_server_that_comes_back_as_another_one_ends_the_run(fake: Fake) -> Non
         FaultProxy(fake.grpc, 0, 0, 0) as proxy,
         serving(proxy.address, give_up=20) as service,
     ):
-        service.ask([question()])
+        service.infer([model_request()])
         proxy.refuse()
         timer = threading.Timer(0.3, proxy.refuse, (False,))
         fake.hook = other
         timer.start()
-        with pytest.raises(ServerError, match="another model than the run began with"):
-            service.ask([question()])
+        with pytest.raises(ServerError, match="now serves bundle"):
+            service.infer([model_request()])
         timer.join()
 
 
@@ -304,29 +306,29 @@ def test_a_server_that_reports_no_digest_is_proved_when_it_is_back() -> None:
     with Fake(tells=False) as fake, serving(fake.grpc, give_up=20) as service:
         proved: list[float] = []
 
-        def prove(ask: Ask) -> None:
-            proved.extend(numbers([ask(question(50))]))
+        def verify(ask: Infer) -> None:
+            proved.extend(numbers([ask(model_request(50))]))
 
-        service.prove = prove
-        service.ask([question(1), question(2)])
+        service.verify = verify
+        service.infer([model_request(1), model_request(2)])
         assert proved == []
         fake.hook = failing("UNAVAILABLE", 1)
-        assert numbers(service.ask([question(1)])) == [3]
+        assert numbers(service.infer([model_request(1)])) == [3]
         assert proved == [150]
 
         # What fails while it is proved is a server that is still away, ...
         fake.hook = failing("UNAVAILABLE", 2)
-        assert numbers(service.ask([question(1)])) == [3]
+        assert numbers(service.infer([model_request(1)])) == [3]
         assert proved == [150, 150]
 
         # ... and what looks wrong ends the run.
-        def wrong(ask: Ask) -> None:
+        def wrong(ask: Infer) -> None:
             raise ServerError("it is another model")
 
-        service.prove = wrong
+        service.verify = wrong
         fake.hook = failing("UNAVAILABLE", 1)
         with pytest.raises(ServerError, match="it is another model"):
-            service.ask([question(1)])
+            service.infer([model_request(1)])
 
 
 # -- many at once, and the end ---------------------------------------------------------------------
@@ -359,9 +361,9 @@ def test_no_more_than_agreed_are_on_their_way(fake: Fake, n: int) -> None:
     crowd = Crowd(n)
     with serving(fake.grpc, max_inflight=n) as service:
         fake.hook = crowd
-        asked = [question(number) for number in range(9)]
+        asked = [model_request(number) for number in range(9)]
         answers: list[float] = []
-        thread = threading.Thread(target=lambda: answers.extend(numbers(service.ask(asked))))
+        thread = threading.Thread(target=lambda: answers.extend(numbers(service.infer(asked))))
         thread.start()
         assert crowd.full.wait(30)
         time.sleep(0.1)  # for one too many to arrive
@@ -381,7 +383,7 @@ def test_closing_ends_what_is_on_its_way(fake: Fake, n: int) -> None:
 
         def ask() -> None:
             try:
-                service.ask([question()] * n)
+                service.infer([model_request()] * n)
             except BaseException as error:
                 errors.append(error)
 
@@ -397,7 +399,7 @@ def test_closing_ends_what_is_on_its_way(fake: Fake, n: int) -> None:
         crowd.release.set()
         assert crowd.total == min(n, 2)
         with pytest.raises(AwayError, match="stopped"):
-            service.ask([question()])
+            service.infer([model_request()])
     assert errors
 
 
@@ -418,7 +420,7 @@ def test_closing_while_nobody_answers(fake: Fake) -> None:
 
         def ask() -> None:
             with pytest.raises(AwayError) as caught:
-                service.ask([question()] * 3)
+                service.infer([model_request()] * 3)
             errors.append(str(caught.value))
 
         thread = threading.Thread(target=ask)
@@ -447,13 +449,13 @@ def test_an_interrupted_round_sends_nothing_more(fake: Fake, n: int) -> None:
     with serving(fake.grpc, max_inflight=2) as service:
         fake.hook = crowd
         with pytest.raises(KeyboardInterrupt):
-            service.ask([question()] * n)
+            service.infer([model_request()] * n)
             time.sleep(5)
         crowd.release.set()
         time.sleep(0.2)  # for what is still on its way, and what should not follow
         assert crowd.total == min(n, 2)
         fake.hook = None
-        assert numbers(service.ask([question(4), question(5)])) == [12, 15]
+        assert numbers(service.infer([model_request(4), model_request(5)])) == [12, 15]
 
 
 def test_after_a_failed_round_nothing_of_it_is_sent_again(fake: Fake) -> None:
@@ -467,7 +469,7 @@ def test_after_a_failed_round_nothing_of_it_is_sent_again(fake: Fake) -> None:
     with serving(fake.grpc, give_up=60) as service:
         fake.hook = hook
         with pytest.raises(ServerError, match="so it is"):
-            service.ask([question(number) for number in range(4)])
+            service.infer([model_request(number) for number in range(4)])
         time.sleep(0.3)
         n_sent = fake.calls["ModelInfer"]
         time.sleep(0.7)

@@ -22,7 +22,7 @@ from runtimes.remote.endpoint import Connection, parse_location
 from runtimes.remote.grpc_transport import GrpcTransport
 from runtimes.remote.http_transport import HttpTransport
 from runtimes.remote.service import open_transport
-from runtimes.remote.transport import CallError, Request, Transport, server_error
+from runtimes.remote.transport import CallError, Request, Transport, to_server_error
 from tests.servers.fake import FailedError, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, Pair, TlsProxy, make_certificates
@@ -151,7 +151,7 @@ def test_what_each_grpc_status_means(fake: FakeServer) -> None:
             fake.hook = fail
             error = failure(lambda: asked.infer(ASK, SECONDS))
             assert error.kind == kind, name
-            assert error.passing == (kind in ("away", "busy", "broken"))
+            assert error.retryable == (kind in ("away", "busy", "broken"))
             assert fake.grpc in str(error)
             if name not in ("DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
                 assert "some [31m words" in str(error)
@@ -231,7 +231,7 @@ def test_a_grpc_answer_must_hold_what_was_asked_for(fake: FakeServer) -> None:
     with opened(f"triton://{fake.grpc}") as asked:
         fake.hook = lacking
         error = failure(lambda: asked.infer(ASK, SECONDS))
-        assert (error.kind, 'lacks "y"' in str(error)) == ("refused", True)
+        assert (error.kind, 'no output "y"' in str(error)) == ("refused", True)
         for hook in (short, odd, empty, foreign):
             fake.hook = hook
             error = failure(lambda: asked.infer(ASK, SECONDS))
@@ -255,7 +255,7 @@ def test_a_grpc_token_is_sent_and_asked_for(
         for call in (lambda: asked.ready(SECONDS), lambda: asked.infer(ASK, SECONDS)):
             error = failure(call)
             assert error.kind == "denied"
-            assert "ZTUNE_TOKEN or `token_file`" in str(server_error(error))
+            assert "ZTUNE_TOKEN or `token_file`" in str(to_server_error(error))
     monkeypatch.setenv("ZTUNE_TOKEN", "wrong")
     with opened(f"triton://{fake.grpc}") as asked:
         error = failure(lambda: asked.infer(ASK, SECONDS))
@@ -317,7 +317,7 @@ def test_nobody_there(scheme: str) -> None:
             f"{scheme}://127.0.0.1:{port}: Connection refused",
             f"{scheme}://127.0.0.1:{port}: Failed to connect to remote host: Connection refused",
         )
-        assert "is the address right" in str(server_error(error))
+        assert "check the address" in str(to_server_error(error))
 
 
 # -- HTTP ------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_a_server_that_is_not_ready_and_one_that_wants_a_token(
         web.answer = always(says({"error": "who is it?"}, 401))
         error = failure(lambda: asked.ready(SECONDS))
         assert (error.kind, "who is it?" in str(error)) == ("denied", True)
-        assert "ZTUNE_TOKEN" in str(server_error(error))
+        assert "ZTUNE_TOKEN" in str(to_server_error(error))
         assert "authorization" not in web.asked[-1].headers
         web.answer = lambda one: Reply(200 if one.path == "/v2/models/double" else 400, b"{}")
         assert failure(lambda: asked.model("double", "", SECONDS)).kind == "loading"
@@ -504,7 +504,7 @@ def test_an_http_answer_that_is_too_large(web: WebServer, monkeypatch: pytest.Mo
         ):
             web.answer = always(reply)
             error = failure(lambda: asked.infer(ASK, SECONDS))
-            assert (error.kind, "more than 1000 bytes" in str(error)) == ("refused", True)
+            assert (error.kind, "larger than 1000 bytes" in str(error)) == ("refused", True)
         web.answer = serve
         assert len(asked.infer(ASK, SECONDS)["y"]) == 3
         monkeypatch.setattr(http_transport, "_LARGEST_METADATA", 10)
@@ -519,7 +519,7 @@ def test_an_http_answer_that_is_too_large(web: WebServer, monkeypatch: pytest.Mo
         (Reply(200, b"\xff\xfe"), "broken", "unreadable answer"),
         (says([1]), "broken", "unreadable answer"),
         (says({"outputs": [{"name": "y"}]}), "broken", "unreadable answer"),
-        (says({"outputs": []}), "refused", 'lacks "y"'),
+        (says({"outputs": []}), "refused", 'no output "y"'),
         (says({}), "broken", "unreadable answer"),
         (binary(2 * X, shape=[4]), "broken", "unreadable answer"),
         (binary(2 * X, datatype="FP64"), "broken", "unreadable answer"),
@@ -549,15 +549,20 @@ def test_metadata_that_is_none(web: WebServer) -> None:
 @pytest.mark.parametrize(
     ("live", "ready", "kind", "said"),
     [
-        (404, 404, "foreign", "/v2/health/live: Not Found (HTTP 404) (is this a KServe-v2 server"),
-        (400, 400, "foreign", "/v2/health/live: Bad Request (HTTP 400) (is this a KServe-v2 ser"),
-        (302, 200, "foreign", "/v2/health/live: Found (HTTP 302) (is this a KServe-v2 server"),
-        (200, 404, "foreign", "/v2/health/ready: Not Found (HTTP 404) (is this a KServe-v2"),
+        (404, 404, "foreign", "/v2/health/live: Not Found (HTTP 404) (expected a KServe-v2 server"),
+        (400, 400, "foreign", "/v2/health/live: Bad Request (HTTP 400) (expected a KServe-v2 ser"),
+        (302, 200, "foreign", "/v2/health/live: Found (HTTP 302) (expected a KServe-v2 server"),
+        (200, 404, "foreign", "/v2/health/ready: Not Found (HTTP 404) (expected a KServe-v2"),
         (401, 401, "denied", "Unauthorized (HTTP 401) (give a token with ZTUNE_TOKEN"),
         (200, 403, "denied", "Forbidden (HTTP 403) (give a token with ZTUNE_TOKEN"),
         (500, 500, "broken", "Internal Server Error (HTTP 500) (see the server's log)"),
-        (502, 502, "away", "Bad Gateway (HTTP 502) (is the address right, and the server up?)"),
-        (429, 429, "busy", "Too Many Requests (HTTP 429) (the server has too much to do)"),
+        (
+            502,
+            502,
+            "away",
+            "Bad Gateway (HTTP 502) (check the address, and that the server is running)",
+        ),
+        (429, 429, "busy", "Too Many Requests (HTTP 429) (the server is overloaded; retry later)"),
     ],
 )
 def test_a_status_of_the_health_says_what_is_wrong(
@@ -568,7 +573,7 @@ def test_a_status_of_the_health_says_what_is_wrong(
     with opened(f"http://{web.address}") as asked:
         error = failure(lambda: asked.ready(SECONDS))
         assert error.kind == kind
-        assert said in str(server_error(error))
+        assert said in str(to_server_error(error))
 
 
 @pytest.mark.parametrize("secured", [False, True])
@@ -590,9 +595,9 @@ def test_one_protocol_at_the_port_of_the_other(
         ):
             with opened(f"{scheme}://{address}", **given) as asked:
                 error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
-            assert (error.kind, error.passing) == ("foreign", True)
+            assert (error.kind, error.retryable) == ("foreign", True)
             expected = f"{scheme}://{address}: the port speaks {words} (use {other}://{address})"
-            assert str(server_error(error)) == expected
+            assert str(to_server_error(error)) == expected
     assert all("authorization" not in one.headers for one in web.asked)
 
 
@@ -628,12 +633,12 @@ def test_a_port_of_neither(greeting: bytes) -> None:
         connection.recv(1 << 16)
 
     with listening(greet) as address:
-        for scheme, said in (("triton", "gRPC server"), ("http", "does not speak HTTP")):
+        for scheme, said in (("triton", "gRPC server"), ("http", "not an HTTP server")):
             with opened(f"{scheme}://{address}") as asked:
                 error = failure(lambda one=asked: one.ready(SECONDS))  # type: ignore[misc]
             assert error.kind == "foreign"
             assert said in str(error)
-            assert "is this a KServe-v2 server" in str(server_error(error))
+            assert "expected a KServe-v2 server" in str(to_server_error(error))
 
 
 def test_an_http_server_that_closes_what_is_no_http() -> None:
@@ -656,7 +661,7 @@ def test_a_grpc_server_of_something_else() -> None:
         with opened(f"triton://127.0.0.1:{port}") as asked:
             error = failure(lambda: asked.ready(SECONDS))
         assert error.kind == "foreign"
-        assert "UNIMPLEMENTED) (is this a KServe-v2 server" in str(server_error(error))
+        assert "UNIMPLEMENTED) (expected a KServe-v2 server" in str(to_server_error(error))
     finally:
         server.stop(None).wait()
 
@@ -800,7 +805,7 @@ def secure(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     [
         ("valid", ""),
         ("expired", "TLS failed: certificate has expired"),
-        ("wrong_host", "TLS failed: (the certificate is another host's|IP address mismatch)"),
+        ("wrong_host", "TLS failed: (the certificate is for another host|IP address mismatch)"),
         ("unknown", "TLS failed: unable to get local issuer certificate"),
     ],
 )
@@ -828,19 +833,19 @@ def check_tls(asked: Transport, words: str) -> None:
     error = failure(lambda: asked.infer(ASK, SECONDS))
     assert error.kind == "away"
     assert re.search(words, str(error)), str(error)
-    assert len(str(server_error(error))) < 200
-    hint = "(see `tls_ca`, `tls_cert` and `tls_key`, which no run keeps)"
-    if "speaks no TLS" in words:
+    assert len(str(to_server_error(error))) < 200
+    hint = "(check `tls_ca`, `tls_cert` and `tls_key`; runs do not save them)"
+    if "does not use TLS" in words:
         hint = "(use triton:// or http:// for a server without TLS)"
-    assert str(server_error(error)).endswith(hint)
+    assert str(to_server_error(error)).endswith(hint)
 
 
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
         ("client", ""),
-        ("stranger", "TLS failed: the server (broke it off|does not know this client's authority)"),
-        (None, "TLS failed: the server (broke it off|wants a certificate of this client)"),
+        ("stranger", "TLS failed: the server (closed the connection|does not trust the authority)"),
+        (None, "TLS failed: the server (closed the connection|requires a client certificate)"),
     ],
 )
 def test_a_client_is_who_its_certificate_says(
@@ -859,7 +864,7 @@ def test_a_client_is_who_its_certificate_says(
 def test_a_server_without_tls(secure: tuple[str, str], certificates: Certificates) -> None:
     scheme, address = secure
     with opened(f"{scheme}://{address}", **settings(certificates)) as asked:
-        check_tls(asked, "TLS failed: what answers there speaks no TLS")
+        check_tls(asked, "TLS failed: the server does not use TLS")
 
 
 def test_insecure_is_for_https_alone(secure: tuple[str, str], certificates: Certificates) -> None:
@@ -872,7 +877,7 @@ def test_insecure_is_for_https_alone(secure: tuple[str, str], certificates: Cert
                 check_tls(asked, "")
         else:
             with (
-                pytest.raises(ConfigError, match="leave out `insecure`"),
+                pytest.raises(ConfigError, match="`insecure` is not supported"),
                 opened(url, insecure=True),
             ):
                 pass
@@ -889,7 +894,7 @@ def test_files_that_are_no_certificates(
         settings(certificates, other),
     ):
         with (
-            pytest.raises(ConfigError, match="cannot be used"),
+            pytest.raises(ConfigError, match="invalid file of"),
             opened(f"{scheme}://{address}", **given),
         ):
             pass
