@@ -20,7 +20,7 @@ from tests.conftest import DIGITS, MINI, ROOT, Command
 from ztune.cli.main import main
 from ztune.dataset import Dataset
 from ztune.experiments.store import Result, Store
-from ztune.experiments.worker import MOST_DEATHS, _deaths
+from ztune.experiments.worker import MAX_ATTEMPTS, _earlier_attempts
 from ztune.run import RunFolder
 
 PLAN = """
@@ -589,14 +589,14 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     copied: Path, plan: Path, ztune: Command
 ) -> None:
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
+    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     forget(copied)
     words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     done = ztune(*words)
     assert done.code == 1
     reasons = [one.reason for one in results(copied) if one.reason]
     assert reasons
-    assert all(f"ended {MOST_DEATHS} times" in reason for reason in reasons)
+    assert all(f"ended {MAX_ATTEMPTS} times" in reason for reason in reasons)
     assert ztune(*words).code == 0, "asked for again, it is tried again"
 
 
@@ -605,7 +605,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 ) -> None:
     """It may have been another's doing: that of a worker beside it."""
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * (MOST_DEATHS - 1))
+    (place / "deaths").write_text("0 as if killed\n" * (MAX_ATTEMPTS - 1))
     forget(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
@@ -614,9 +614,9 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 
 def test_attempts_that_get_further_are_not_counted(copied: Path, plan: Path) -> None:
     place = place_of(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
+    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     (place / "run" / "state.safetensors").write_bytes(b"saved since")
-    assert _deaths(place) == []
+    assert _earlier_attempts(place) == []
 
 
 def test_an_edited_plan_goes_on_with_what_it_shares(

@@ -18,8 +18,8 @@ from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.main import main
 from ztune.experiments.cell_process import CellError, reason, run_cell
 from ztune.experiments.compare_config import CompareConfig
-from ztune.experiments.compare_run import job_of
-from ztune.experiments.comparison import Job
+from ztune.experiments.compare_run import workload_of
+from ztune.experiments.comparison import Workload
 from ztune.methods.base import HeadMethod
 from ztune.methods.registry import METHODS, find_method, method_config, tuned_config
 from ztune.run import RunFolder
@@ -310,12 +310,12 @@ def test_an_interrupted_cell_is_taken_up_again(
     assert f"\nresume {out / 'runs' / 'zip-1'}\n" in (out / "logs" / "zip-1.log").read_text()
 
 
-def job(method: str, **settings: Json) -> Job:
+def job(method: str, **settings: Json) -> Workload:
     found = find_method(method)
     config = tuned_config(found, method_config(found, settings, "published"))
     assert config is not None
     run_config = RunConfig(str(MINI), "photos", method=method, queries=3000, snapshots=2)
-    return job_of(config, run_config, n_train=20, n_test=50)
+    return workload_of(config, run_config, n_train=20, n_test=50)
 
 
 def test_a_cell_is_estimated_by_what_it_sends() -> None:

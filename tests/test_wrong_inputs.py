@@ -35,7 +35,7 @@ from ztune.artifact import MixtureArtifact, read_artifact, write_artifact
 from ztune.cli import tune
 from ztune.cli.output import Output, fail
 from ztune.cli.parser import parser_of
-from ztune.cli.request import run_config_of, settings_of
+from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedMethod
 from ztune.methods.bptvlm import BptVlmConfig

@@ -16,7 +16,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.experiments.plan import Plan
-    from ztune.experiments.prepare import Only
+    from ztune.experiments.prepare import CellFilter
     from ztune.experiments.store import Result
 
 USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
@@ -100,7 +100,7 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.experiments.bench import RESULTS, Workers, run_plan
 
     plan = _plan(arguments)
-    only = _only(arguments, plan)
+    only = _cell_filter(arguments, plan)
     n_workers = 1 if arguments.workers is None else arguments.workers
     workers = Workers(n_workers, arguments.ray, arguments.gpus)
     out = arguments.out.resolve()
@@ -121,14 +121,16 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
         raise KeyboardInterrupt(
             "go on with the same command and --resume" if begun else "no run was started"
         ) from None
-    _tell(results.cells, arguments.out, results.report, output)
+    _print_results(results.cells, arguments.out, results.report, output)
     if results.n_missing:
         raise ZtuneError(
             f"{results.n_missing} cell(s) have no result, see above; --resume tries them again"
         )
 
 
-def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: Output) -> None:
+def _print_results(
+    results: Sequence[Result], out: Path, files: Sequence[Path], output: Output
+) -> None:
     """Give the counts of the plan's cells, and where the report lies."""
     counts = {
         "cells": len(results),
@@ -176,12 +178,12 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return replace(plan, models=named or plan.models)
 
 
-def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
+def _cell_filter(arguments: argparse.Namespace, plan: Plan) -> CellFilter:
     """Return which cells are asked for.
 
     Raises: ConfigError for a word that the plan does not have.
     """
-    from ztune.experiments.prepare import Only
+    from ztune.experiments.prepare import CellFilter
 
     known: dict[str, list[str]] = {
         "methods": [*plan.methods],
@@ -199,7 +201,7 @@ def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
             if word not in there:
                 raise ConfigError(f'--{name}: the plan has no "{word}"; it has: {", ".join(there)}')
         chosen[name] = words
-    return Only(
+    return CellFilter(
         chosen["methods"], chosen["data"], _numbers(chosen["shots"]), _numbers(chosen["seeds"])
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
-from ztune.cli.request import run_config_of, settings_from_words
+from ztune.cli.run_settings import run_config_of, settings_from_words
 from ztune.errors import ConfigError, ZtuneError
 from ztune.methods.registry import find_method, method_names, usable_methods
 from ztune.progress import warn
@@ -17,7 +17,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.experiments.compare_config import CompareConfig
-    from ztune.experiments.comparing import Folder
+    from ztune.experiments.compare_folder import Folder
 
 USAGE = ("BUNDLE --data FOLDER|NAME --out FOLDER [options]",)
 EXAMPLE = """\
@@ -82,16 +82,16 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _lines(folder: Folder) -> list[str | Table]:
     """Return what a person reads of a comparison."""
-    from ztune.experiments import comparing
+    from ztune.experiments import compare_folder
     from ztune.experiments.comparison import COLUMNS
 
     return [
-        Table(comparing.title(folder), COLUMNS, comparing.table_rows(folder)),
+        Table(compare_folder.title(folder), COLUMNS, compare_folder.table_rows(folder)),
         "",
-        *comparing.failures(folder),
-        *comparing.footnotes(folder),
+        *compare_folder.failures(folder),
+        *compare_folder.footnotes(folder),
         "",
-        *comparing.access_sentences(folder),
+        *compare_folder.describe_needs(folder),
         "",
         f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
     ]

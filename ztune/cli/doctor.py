@@ -154,7 +154,7 @@ def _signal(
 ) -> tuple[dict[str, Json], str]:
     """Measure what `ztune tune` would before its first step, without a run."""
     from runtimes.providers import Execution
-    from ztune.cli.request import run_config_of, settings_of
+    from ztune.cli.run_settings import run_config_of, settings_of
     from ztune.doctor import measure_signal
     from ztune.model import open_model
     from ztune.precision import advice, described

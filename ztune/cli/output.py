@@ -124,7 +124,7 @@ class Ticker:
         )
 
     def __enter__(self) -> Ticker:
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._first: int | None = None
         if self._live:
             self._progress.start()
@@ -150,8 +150,8 @@ class Ticker:
         line = printable(", ".join(part for part in parts if part))
         if self._live:
             self._progress.update(self._task, completed=done, text=line)
-        elif now - self._told >= self._PLAIN_INTERVAL:
-            self._told = now
+        elif now - self._last_line >= self._PLAIN_INTERVAL:
+            self._last_line = now
             self._console.print(f"{self._what}: {line}")
 
 

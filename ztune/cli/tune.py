@@ -12,7 +12,7 @@ from runtimes.remote.endpoint import is_url, named_server
 from runtimes.remote.settings import merged, to_save
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
-from ztune.cli.request import run_config_of, settings_of
+from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.cli.server import (
     SERVER,
     add_server_arguments,
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         overwrite = arguments.overwrite
         report = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
-    _judge(report, output)
+    _warn_if_no_gain(report, output)
     output.result(plain(report), _lines(report, path))
 
 
@@ -126,18 +126,18 @@ def _start(
     from ztune.model import open_model
     from ztune.training import start_run
 
-    # Wrong settings and numbers are told before anything is opened.
+    # Wrong settings and numbers are reported before anything is opened.
     run_config.check_method()
     run_config.split_settings()
     if is_url(run_config.bundle):
-        model = _served(run_config, run_config.bundle, run_config.bundle, server, output)
+        model = _open_server(run_config, run_config.bundle, run_config.bundle, server, output)
     else:
         execution = resolve_execution(
             run_config.provider, run_config.threads, output, run_config.memory_limit
         )
         model = open_model(Path(run_config.bundle), execution, output)
-    with model, _told_how_to_resume(out, run_config.bundle) as told:
-        return start_run(run_config, model, out, told.begin, overwrite=overwrite)
+    with model, ResumeHint(out, run_config.bundle) as hint:
+        return start_run(run_config, model, out, hint.begin, overwrite=overwrite)
 
 
 def _resume(
@@ -166,14 +166,14 @@ def _resume(
                 f"{quoted(path)}"
             )
         with (
-            _reopened(saved, moved_bundle, server, output) as model,
-            _told_how_to_resume(path, moved_bundle) as told,
+            _reopen(saved, moved_bundle, server, output) as model,
+            ResumeHint(path, moved_bundle) as hint,
         ):
-            told.begin()
+            hint.begin()
             return saved.resume(model, roots=roots)
 
 
-def _served(
+def _open_server(
     run_config: RunConfig, url: str, named: Path | str | None, server: Settings, output: Output
 ) -> Model:
     """Return the server's bundle at work; `named` is the URL where the command itself gives it.
@@ -200,7 +200,7 @@ def _served(
     )
 
 
-def _reopened(
+def _reopen(
     saved: SavedRun, moved_bundle: Path | str | None, server: Settings, output: Output
 ) -> Model:
     """Return the bundle or server that a run began with, or has moved to, at work as it was.
@@ -219,7 +219,7 @@ def _reopened(
     if server and not is_url(bundle):
         raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
     if is_url(bundle):
-        return _served(run_config, str(bundle), moved_bundle, server, output)
+        return _open_server(run_config, str(bundle), moved_bundle, server, output)
     if not Path(bundle).is_dir():
         raise FormatError(
             f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
@@ -232,7 +232,7 @@ def _reopened(
     return Model(load_bundle(Path(bundle)), execution, output)
 
 
-class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
+class ResumeHint:
     """Give an interruption of a run that was begun the command that goes on.
 
     A URL that this command named is in it, since secrets go nowhere else.
@@ -240,18 +240,18 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
 
     def __init__(self, path: Path, named: Path | str | None):
         url = f"{quoted(str(named))} " if named and is_url(named) else ""
-        self._begun = False
+        self._started = False
         self._command = f"ztune tune {url}--resume {quoted(path)}"
 
     def begin(self) -> None:
         """Take note that there is a run from now on."""
-        self._begun = True
+        self._started = True
 
-    def __enter__(self) -> _told_how_to_resume:
+    def __enter__(self) -> ResumeHint:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not self._begun:
+        if not self._started:
             return
         if isinstance(error, ServerError):
             done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
@@ -267,7 +267,7 @@ class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
             ) from None
 
 
-def _judge(report: RunReport, output: Output) -> None:
+def _warn_if_no_gain(report: RunReport, output: Output) -> None:
     """Warn where tuning was not worth it."""
     found = report.validation
     if not found or report.method == "zero-shot":

@@ -17,10 +17,10 @@ from ztune.errors import ConfigError
 from ztune.experiments.driver import Driver
 from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
 from ztune.experiments.plan import Plan
-from ztune.experiments.prepare import RECIPE, Only, Preparation, Prepared
+from ztune.experiments.prepare import RECIPE, CellFilter, Preparation, Prepared
 from ztune.experiments.report import write_report
 from ztune.experiments.store import Result, Store
-from ztune.experiments.worker import Settings, forget_deaths
+from ztune.experiments.worker import Settings, clear_attempts
 from ztune.io.children import empty_working_folder
 from ztune.io.files import inside, write_json
 from ztune.progress import SILENCE, Progress, warn
@@ -74,7 +74,7 @@ def run_plan(
     plan: Plan,
     out: Path,
     *,
-    only: Only,
+    only: CellFilter,
     workers: Workers,
     root: Path | None = None,
     provider: str | None = None,
@@ -107,11 +107,11 @@ def run_plan(
     try:
         with empty_working_folder(), contextlib.closing(workers.executor(settings)) as executor:
             prepared = Preparation(plan, only, root, out, found, progress).prepare()
-            store = _begun(out, plan, prepared, found, progress)
-            session = store.begin(_circumstances(executor, found, command))
+            store = _save_plan(out, plan, prepared, found, progress)
+            session = store.begin(_session_document(executor, found, command))
             n_missing = Driver(prepared, only, store, session, executor, progress).run()
     except KeyboardInterrupt:
-        forget_deaths(out)
+        clear_attempts(out)
         raise
     view = store.view(plan.name)
     return PlanResults(view.results, write_report(view, report), n_missing)
@@ -155,7 +155,9 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f'output "{out}" exists and is not empty (name another `out`)')
 
 
-def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress) -> Store:
+def _save_plan(
+    out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress
+) -> Store:
     """Write down what is to be done."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
     store = Store(out / RESULTS)  # first: from here on it is a bench to resume
@@ -168,7 +170,7 @@ def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: P
             f'"{plan.title}" takes the place of "{earlier}" in the report: their files are both '
             f"called {plan.name}"
         )
-    store.want(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
+    store.set_plan(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
@@ -178,7 +180,7 @@ def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: P
     return store
 
 
-def _circumstances(executor: Executor, provider: str, command: str) -> dict[str, Json]:
+def _session_document(executor: Executor, provider: str, command: str) -> dict[str, Json]:
     return {
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,

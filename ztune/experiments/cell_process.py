@@ -59,7 +59,7 @@ def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
                 pass
         except ConfigError as error:
             raise BusyError(str(error)) from None
-    scored = _answer_of_child(run, run_config, log)
+    scored = _run_child(run, run_config, log)
     if scored.error is not None:
         raise CellError(scored.error)
     try:
@@ -68,7 +68,7 @@ def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
         raise CellError(str(error)) from None
 
 
-def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
+def _run_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
     """Return what `main` answers; where this process is interrupted, so is the other.
 
     Raises: CellError where it ends without an answer.
@@ -126,12 +126,12 @@ class Log(Silence):
         self._file.flush()
 
     def activity(self, what: str, total: int) -> Log:
-        self._what, self._total, self._told = what, total, time.monotonic()
+        self._what, self._total, self._last_line = what, total, time.monotonic()
         return self
 
     def update(self, done: int, text: str = "", unit: str = "") -> None:
-        if time.monotonic() - self._told >= self._INTERVAL:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_line >= self._INTERVAL:
+            self._last_line = time.monotonic()
             self.remark(f"{self._what}: {done}/{self._total}{unit} {text}")
 
 
@@ -144,7 +144,7 @@ def main() -> int:
         try:
             with warnings_told(progress.remark):
                 asked = decoded(sys.stdin.read(), "cell")
-                answer = _scored(run, convert(asked, RunConfig, "cell"), progress)
+                answer = _run_and_score(run, convert(asked, RunConfig, "cell"), progress)
         except (ZtuneError, OSError) as error:
             progress.remark(f"error: {error}")
             answer = CellScore(error=str(error))
@@ -162,7 +162,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _scored(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
+def _run_and_score(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
     """Start or resume a run, or find it finished; return its score on the test images."""
     folder = RunFolder(run)
     status = folder.read().get("status") if folder.run.is_file() else None

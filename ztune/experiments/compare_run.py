@@ -22,8 +22,8 @@ from ztune.data.splitter import digest_file
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.cell_process import BusyError, CellError, run_cell
 from ztune.experiments.compare_config import CompareConfig
-from ztune.experiments.comparing import Folder, write_results
-from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
+from ztune.experiments.compare_folder import Folder, write_results
+from ztune.experiments.comparison import Cell, Rates, Workload, duration, estimated_seconds
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.model import Model, open_model
@@ -96,19 +96,19 @@ class CellRunner:
 
     def run(self) -> None:
         config = self.config
-        able = [method for method in config.methods if self._is_able(method)]
+        runnable = [method for method in config.methods if self._can_run(method)]
         # Seed by seed, so that an interrupted comparison has something of every method.
         todo = [
             (method, seed)
             for seed in config.seeds
-            for method in able
+            for method in runnable
             if not self.folder.has(method, seed)
         ]
         if not todo:
             return
         rates = self.folder.head.rates or measured_rates(self.model, self.split, config.base)
-        self.folder.note_rates(rates)
-        times = {method: self._seconds(method, rates) for method in able}
+        self.folder.save_rates(rates)
+        times = {method: self._seconds(method, rates) for method in runnable}
         self._announce(todo, times, rates)
         for seed in dict.fromkeys(seed for _, seed in todo):
             self._encode(seed)
@@ -129,7 +129,7 @@ class CellRunner:
             rest = f"; about {duration(left)} left" if left else ""
             self.progress.remark(f"{head}: {result}, {duration(seconds)}{rest}")
 
-    def _is_able(self, method: str) -> bool:
+    def _can_run(self, method: str) -> bool:
         """Say whether a method can run at all; where not, its cells have failed."""
         seed = self.config.seeds[0]
         place = RunFolder(self.folder.run_of(method, seed))
@@ -149,7 +149,7 @@ class CellRunner:
         found = find_method(method)
         config = tuned_config(found, method_config(found, run_config.settings, run_config.preset))
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
-        job = Job() if config is None else job_of(config, run_config, n_train, n_test)
+        job = Workload() if config is None else workload_of(config, run_config, n_train, n_test)
         return estimated_seconds(job, rates)
 
     def _announce(
@@ -181,7 +181,7 @@ class CellRunner:
             run_cell(run, self._run_config("zero-shot", seed), self.folder.log("images", seed))
         except CellError as error:
             raise ZtuneError(f"the images cannot be encoded: {error}") from None
-        self.folder.note_images(seed, run_report(RunFolder(run).read(), f'run "{run}"'))
+        self.folder.save_image_costs(seed, run_report(RunFolder(run).read(), f'run "{run}"'))
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
         """Run a cell; return it with the seconds that it took, its scoring included.
@@ -202,12 +202,12 @@ class CellRunner:
         return replace(self.config.run_config(method, seed), cache=str(self.folder.cache.resolve()))
 
 
-def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Job:
+def workload_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Workload:
     """Return what a tuned method will send."""
     anew = config.program is not None
     spent = config.spends(run_config.queries)
     n_snapshots = min(len(run_config.snapshot_marks(spent)), spent // config.round_size)
-    return Job(
+    return Workload(
         spent,
         changes_texts=CONTEXTS in config.needs,
         images_per_query=min(config.batch_size or n_train, n_train) if anew else 0,

@@ -213,7 +213,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What a cell sends, as far as it is known before it starts."""
 
     queries: int = 0
@@ -230,7 +230,7 @@ class Job:
 _PROCESS_SECONDS = 2.0
 
 
-def estimated_seconds(job: Job, rates: Rates) -> float:
+def estimated_seconds(job: Workload, rates: Rates) -> float:
     """Return about how long a cell takes."""
     texts = job.queries * rates.text_query * job.changes_texts
     images = job.queries * job.images_per_query * rates.encoding + job.n_scored * rates.image

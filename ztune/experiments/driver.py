@@ -10,7 +10,7 @@ from ztune.experiments.cells import Outcome
 from ztune.experiments.comparison import duration
 from ztune.experiments.executors import Executor
 from ztune.experiments.jobs import Encoded, Job, JobResult
-from ztune.experiments.prepare import Only, Prepared, encodings
+from ztune.experiments.prepare import CellFilter, Prepared, encodings
 from ztune.experiments.store import Store
 from ztune.progress import Progress, warn
 
@@ -23,7 +23,7 @@ class Driver:
     """Carries out the cells of a plan that have no result yet."""
 
     prepared: Prepared
-    only: Only
+    only: CellFilter
     store: Store
     session: int
     executor: Executor
@@ -32,7 +32,9 @@ class Driver:
     def run(self) -> int:
         """Return how many of the cells that were asked for still have no result."""
         finished = self.store.finished()
-        asked = [key for cell, key in self.prepared.cells.items() if key and self.only.takes(cell)]
+        asked = [
+            key for cell, key in self.prepared.cells.items() if key and self.only.matches(cell)
+        ]
         n_finished = sum(key in finished for key in asked)
         wanted = set(asked) - finished
         jobs = [
@@ -49,7 +51,7 @@ class Driver:
         if not jobs:
             return 0
         self._encode(jobs)
-        self._carry_out(jobs)
+        self._run_jobs(jobs)
         finished = self.store.finished()
         return sum(key not in finished for key in asked)
 
@@ -73,18 +75,18 @@ class Driver:
             each = 1000 * seconds / n
             self.progress.remark(f"encoded {n:,} images with {models[digest]}, {each:.2g} ms each")
 
-    def _carry_out(self, jobs: Sequence[Job]) -> None:
+    def _run_jobs(self, jobs: Sequence[Job]) -> None:
         """Record what becomes of every job, and say it."""
-        teller, pauses = Teller(self.progress, len(jobs)), iter(_PAUSES)
+        reporter, pauses = ProgressReporter(self.progress, len(jobs)), iter(_PAUSES)
         waiting = list(jobs)
         while waiting:
-            left = [job for batch in _batches(waiting) for job in self._left_over(batch, teller)]
+            left = [job for batch in _batches(waiting) for job in self._unfinished(batch, reporter)]
             if {(job.run, job.alone) for job in left} == {(job.run, job.alone) for job in waiting}:
-                teller.wait(len(left))
+                reporter.wait(len(left))
                 time.sleep(next(pauses, _PAUSES[-1]))
             waiting = left
 
-    def _left_over(self, batch: Sequence[Job], teller: Teller) -> Iterator[Job]:
+    def _unfinished(self, batch: Sequence[Job], reporter: ProgressReporter) -> Iterator[Job]:
         """Carry jobs out; yield those that are to be asked for again."""
         for answer, job in self._answers(batch):
             if answer.busy:
@@ -93,7 +95,7 @@ class Driver:
                 yield replace(job, alone=True)
             else:
                 self._record(job, answer)
-                teller.tell(job, answer)
+                reporter.tell(job, answer)
 
     def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[JobResult, Job]]:
         for place, answer in self.executor.perform(jobs):
@@ -115,7 +117,7 @@ def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 @dataclass
-class Teller:
+class ProgressReporter:
     """Tells a user how far a bench is."""
 
     progress: Progress

@@ -79,7 +79,7 @@ class Joblib:
 
         left, losses = dict(enumerate(tasks)), 0
         while left:
-            calls = [delayed(_performed)(self._settings, n, task) for n, task in left.items()]
+            calls = [delayed(_perform)(self._settings, n, task) for n, task in left.items()]
             # One at a time: a task that waits in a worker's own queue would be lost with it.
             pool = Parallel(
                 self.workers, backend="loky", return_as="generator_unordered", batch_size=1
@@ -110,7 +110,7 @@ def _worker(settings: Settings) -> Worker:
     return Worker(settings)
 
 
-def _performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | JobResult]:
+def _perform(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | JobResult]:
     return place, _worker(settings).perform(task)
 
 
@@ -187,13 +187,13 @@ class Ray:
         Raises: ZtuneError where actors are lost again and again before any answer.
         """
         waiting = list(enumerate(tasks))[::-1]
-        under_way: dict[Any, tuple[Any, int]] = {}
+        running: dict[Any, tuple[Any, int]] = {}
         losses = 0
         for _ in range(min(self.workers, len(tasks))):
-            self._give(self._actor(), waiting, under_way)
-        while under_way:
-            (ready, *_), _ = self._ray.wait(list(under_way), num_returns=1)
-            actor, place = under_way.pop(ready)
+            self._submit(self._actor(), waiting, running)
+        while running:
+            (ready, *_), _ = self._ray.wait(list(running), num_returns=1)
+            actor, place = running.pop(ready)
             try:
                 answer = self._ray.get(ready)
             except self._ray.exceptions.RayTaskError:
@@ -211,17 +211,17 @@ class Ray:
                 losses = 0
                 yield place, answer
             if waiting:
-                self._give(actor, waiting, under_way)
+                self._submit(actor, waiting, running)
 
     def _actor(self) -> Any:
         remote = self._ray.remote(num_cpus=self._settings.threads, num_gpus=self._cluster.gpus)
         return remote(Worker).remote(self._settings)
 
-    def _give(
-        self, actor: Any, waiting: list[tuple[int, Task]], under_way: dict[Any, tuple[Any, int]]
+    def _submit(
+        self, actor: Any, waiting: list[tuple[int, Task]], running: dict[Any, tuple[Any, int]]
     ) -> None:
         place, task = waiting.pop()
-        under_way[actor.perform.remote(task)] = actor, place
+        running[actor.perform.remote(task)] = actor, place
 
     def close(self) -> None:
         self._ray.shutdown()

@@ -15,18 +15,18 @@ from ztune.experiments.tables import DASH, HAND_WRITTEN, Table, Word, shown
 class Pair:
     """A published figure and what was measured in its place."""
 
-    theirs: Published
+    published: Published
     label: str
     """The plan's name of the method."""
     model: str
-    ours: Measured
+    measured: Measured
     queries: float | None
     """Mean over the cells; None where nothing was tuned."""
 
     @property
-    def distance(self) -> float:
-        """How far ours is above theirs, in points."""
-        return 100 * (self.ours.mean or 0.0) - self.theirs.accuracy
+    def difference(self) -> float:
+        """How far measured is above theirs, in points."""
+        return 100 * (self.measured.mean or 0.0) - self.published.accuracy
 
 
 def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names) -> list[Pair]:
@@ -55,11 +55,11 @@ def _pair(figure: Published, sheet: Sheet, label: str, names: Names) -> Pair | N
     if not all(one in known for one in wanted):
         return None
     data = [known[one] for one in wanted]
-    ours = average([_measured(sheet, label, one, figure.shots) for one in data])
-    if ours.mean is None:
+    measured = average([_measured(sheet, label, one, figure.shots) for one in data])
+    if measured.mean is None:
         return None
     outcomes = [o for one in data for o in sheet.outcomes(label, one, figure.shots)]
-    return Pair(figure, label, sheet.model, ours, mean_of(o.queries for o in outcomes))
+    return Pair(figure, label, sheet.model, measured, mean_of(o.queries for o in outcomes))
 
 
 def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
@@ -68,40 +68,40 @@ def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
     return sheet.measured(label, data, "test", shots)
 
 
-def beside_table(pairs: Sequence[Pair]) -> Table | None:
+def matched_table(pairs: Sequence[Pair]) -> Table | None:
     """Return the pairs as a table; None without any."""
     rows = [
         tuple(
             Word(text)
             for text in (
                 pair.label,
-                _shown(pair.theirs.data),
-                _source(pair.theirs),
-                f"{pair.theirs.accuracy:.1f}",
-                pair.theirs.model,
-                pair.theirs.budget or DASH,
-                shown(pair.label, pair.ours),
+                _shown(pair.published.data),
+                _source(pair.published),
+                f"{pair.published.accuracy:.1f}",
+                pair.published.model,
+                pair.published.budget or DASH,
+                shown(pair.label, pair.measured),
                 pair.model,
                 DASH if pair.queries is None else f"{pair.queries:,.0f}",
-                f"{pair.distance:+.1f}".replace("-", "−"),
+                f"{pair.difference:+.1f}".replace("-", "−"),
             )
         )
         for pair in pairs
     ]
     columns = (
-        "method", "data set", "paper", "theirs, %", "their model", "their budget", "ours, %",
-        "our model", "our queries", "ours − theirs, points",
+        "method", "data set", "paper", "theirs, %", "their model", "their budget", "measured, %",
+        "our model", "our queries", "measured − theirs, points",
     )  # fmt: skip
     notes = [
         "With another model the distance compares the models as much as the methods.",
-        *origins([pair.theirs for pair in pairs]),
+        *origins([pair.published for pair in pairs]),
     ]
     return Table("Measured here as well", columns, tuple(rows), tuple(notes)) if rows else None
 
 
 def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Table | None:
     """Return the published figures that nothing was measured for, a row per series."""
-    matched = [pair.theirs for pair in pairs]
+    matched = [pair.published for pair in pairs]
     left = [figure for figure in figures if figure not in matched]
     if not left:
         return None

@@ -31,7 +31,7 @@ from ztune.experiments.protocols import (
     task_of,
     tested_split,
 )
-from ztune.experiments.store import readable
+from ztune.experiments.store import escape_surrogates
 from ztune.io.config import as_json
 from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
@@ -50,7 +50,7 @@ _MOST_ENCODINGS = 32
 
 
 @dataclass(frozen=True)
-class Only:
+class CellFilter:
     """Which of a plan's cells are to be carried out now; None: all of them."""
 
     methods: tuple[str, ...] | None = None
@@ -58,7 +58,7 @@ class Only:
     shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
-    def takes(self, cell: Cell) -> bool:
+    def matches(self, cell: Cell) -> bool:
         return all(
             wanted is None or value in wanted
             for wanted, value in (
@@ -121,7 +121,7 @@ class Preparation:
     """What is read once and serves many cells."""
 
     plan: Plan
-    only: Only
+    only: CellFilter
     root: Path | None
     out: Path
     provider: str
@@ -146,18 +146,18 @@ class Preparation:
         cells: dict[Cell, str | None] = {
             cell: None for draw in self.plan.draws() for cell in self.plan.cells_of(draw)
         }
-        if not any(map(self.only.takes, cells)):
+        if not any(map(self.only.matches, cells)):
             raise ConfigError(
                 "no cell of the plan has all that `methods`, `data`, `shots` and `seeds` ask for"
             )
         # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
         # them from before would take images for the same that may have changed since.
-        asked = {cell.data for cell in filter(self.only.takes, cells)}
+        asked = {cell.data for cell in filter(self.only.matches, cells)}
         tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in asked]
         for _, task in tasks:
             for remark in remarks_on(task):
                 shots = f"{task.shots} shot{'' if task.shots == 1 else 's'}"
-                self._say(task.source.name, f"{shots}: {remark}")
+                self._add_remark(task.source.name, f"{shots}: {remark}")
         self._digests.read(_files(task for _, task in tasks), self.progress)
         jobs: dict[str, Job] = {}
         for draw, task in tasks:
@@ -174,12 +174,12 @@ class Preparation:
             self._tested,
             {name: bundle.digest for name, bundle in bundles.items()},
             {
-                name: Found(self._known_as[name], [*map(readable, self._remarks[name])])
+                name: Found(self._known_as[name], [*map(escape_surrogates, self._remarks[name])])
                 for name in self._sources
             },
         )
 
-    def _say(self, data: str, remark: str) -> None:
+    def _add_remark(self, data: str, remark: str) -> None:
         """Say something of a data set once: it may be true of many tasks."""
         if remark not in self._remarks[data]:
             self._remarks[data].append(remark)
@@ -207,7 +207,9 @@ class Preparation:
                 str(self.plan.resolved(entry.path)), None, names, tuned=False, pipe=False
             )
             if listing.ignored:
-                self._say(name, f"files left alone, not images of a class: {listing.ignored}")
+                self._add_remark(
+                    name, f"files left alone, not images of a class: {listing.ignored}"
+                )
             files = (listing.root.resolve() / image.path for image in listing.images)
             self._digests.read(files, self.progress)
         elif self.root is None:
@@ -220,7 +222,7 @@ class Preparation:
             listing, template = read_source(spec.name, self.root, tuned=False), spec.template
         self._known_as[name] = find_spec(name).name if listing.is_published else None
         for remark in listing.notes:
-            self._say(name, remark)
+            self._add_remark(name, remark)
         listing = replace(listing, root=listing.root.resolve())
         source = Source(name, listing, (entry.template or template,), self._digests)
         self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
@@ -270,8 +272,8 @@ class Preparation:
         jobs: dict[str, Job],
     ) -> str:
         """Put a cell to the run that it is scored from; return its key."""
-        run_config = self._request(cell, task, bundle, self.plan.methods[cell.method])
-        run = key_of(_tuned_with(run_config, bundle, split))
+        run_config = self._run_config_for(cell, task, bundle, self.plan.methods[cell.method])
+        run = key_of(_run_key_values(run_config, bundle, split))
         scored_on: list[Json] = [
             {"part": p.name, IMAGES_IN_KEYS: p.split_file.stem, "templates": list(p.templates)}
             for p in parts
@@ -284,7 +286,9 @@ class Preparation:
             jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored), package)
         return key
 
-    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> RunConfig:
+    def _run_config_for(
+        self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan
+    ) -> RunConfig:
         execution = self.plan.execution
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
@@ -331,7 +335,7 @@ _MATTERS = (
 )  # fmt: skip
 
 
-def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str, Json]:
+def _run_key_values(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str, Json]:
     """Return all that a run's result depends on."""
     asked = as_json(run_config)
     values = {name: asked[name] for name in _MATTERS}

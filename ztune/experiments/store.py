@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ztune.errors import FormatError, StorageError
 from ztune.experiments.cells import Cell, Outcome
-from ztune.experiments.document import PlanDocument, asked, with_found
+from ztune.experiments.plan_document import PlanDocument, asked, with_found
 from ztune.io.config import as_json
 from ztune.io.schema import T, convert, decoded, plain
 from ztune.types import Json
@@ -180,7 +180,7 @@ class Store:
             done = database.execute("INSERT INTO sessions (document) VALUES (?)", [_text(document)])
         return int(done.lastrowid or 0)
 
-    def want(
+    def set_plan(
         self,
         plan: str,
         document: Mapping[str, Json],
@@ -218,7 +218,7 @@ class Store:
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
         """Record why a cell has no result, where it has none."""
-        self._record(key, cell, session, None, readable(reason) or "no reason was given")
+        self._record(key, cell, session, None, escape_surrogates(reason) or "no reason was given")
 
     def _record(
         self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
@@ -292,7 +292,7 @@ class Store:
         return convert(decoded(text, self._where), kind, self._where)
 
 
-def readable(text: str) -> str:
+def escape_surrogates(text: str) -> str:
     """Return a text that SQLite takes: half a surrogate pair, from the name of a file, is none."""
     return text.encode(errors="backslashreplace").decode()
 

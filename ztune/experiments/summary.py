@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ztune.experiments.cells import Outcome, PartScore
 from ztune.experiments.comparison import deviation_of
-from ztune.experiments.document import PlanDocument
+from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
 from ztune.experiments.store import Result
 

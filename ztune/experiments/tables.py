@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ztune.experiments.standing import TIE, Standing
+from ztune.experiments.ranking import TIE, Ranking
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -292,16 +292,16 @@ def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
     return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
 
 
-def standing_table(standing: Standing) -> Table | None:
+def ranking_table(ranking: Ranking) -> Table | None:
     """Return wins, ties and losses, row against column; None for fewer than two methods."""
-    methods = standing.methods
+    methods = ranking.methods
     if len(methods) < 2:
         return None
-    ranks = standing.ranks
+    ranks = ranking.ranks
     best = min((rank for rank in ranks.values() if rank is not None), default=None)
     rows = []
     for one in methods:
-        against = [str(standing.records[one, o]) if o != one else "·" for o in methods]
+        against = [str(ranking.records[one, o]) if o != one else "·" for o in methods]
         rank = ranks[one]
         last = Word(DASH) if rank is None else Word(f"{rank:.2f}", rank == best)
         rows.append((Word(one), *map(Word, against), last))
@@ -309,7 +309,7 @@ def standing_table(standing: Standing) -> Table | None:
         "Row against column: wins / ties / losses over data sets and shots that both have, by the "
         "mean over their common seeds (of H where there is base and new, of the targets' mean in "
         f"a transfer); a tie is within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, "
-        f"mean over {counted(standing.n_shared, 'combination')} of data set and shots that all of "
+        f"mean over {counted(ranking.n_shared, 'combination')} of data set and shots that all of "
         "these methods share."
     )
     columns = ("method", *methods, "mean rank")

@@ -54,9 +54,9 @@ from ztune.system import one_blas_thread
 from ztune.training import TrainingRun
 from ztune.types import F32, I64, ImageEncoder
 
-MOST_DEATHS = 3
+MAX_ATTEMPTS = 3
 """Attempts at a run that end a process before the run is given up."""
-DEATHS = "deaths"
+ATTEMPTS = "deaths"
 _PARTS_BYTES = 512 << 20
 """Of encoded parts that are kept, at least the last."""
 
@@ -87,7 +87,7 @@ class Worker:
     """One process's models and encoded parts."""
 
     settings: Settings
-    _benches: dict[Path, Model] = field(default_factory=dict)
+    _models: dict[Path, Model] = field(default_factory=dict)
     _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
 
@@ -99,24 +99,24 @@ class Worker:
         started = time.monotonic()
         warnings: list[str] = []
         with warnings_told(warnings.append):
-            answer = self._carry_out(task)
+            answer = self._run_job(task)
         seconds = time.monotonic() - started
         return replace(answer, seconds=seconds, warnings=tuple(warnings))
 
-    def _bench(self, bundle: Path) -> Model:
-        if bundle not in self._benches:
+    def _model(self, bundle: Path) -> Model:
+        if bundle not in self._models:
             settings = self.settings
             execution = Execution(settings.provider, settings.threads, settings.memory_limit)
             loaded = load_bundle(bundle)
             check_precision(loaded.precision, execution.provider)
-            self._benches[bundle] = Model(loaded, execution)
-        return self._benches[bundle]
+            self._models[bundle] = Model(loaded, execution)
+        return self._models[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:
         started = time.monotonic()
         try:
             if task.bundle not in self._encoders:
-                self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
+                self._encoders[task.bundle] = self._model(task.bundle).runtime.images()
             found = encode_files(
                 self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
             )
@@ -124,7 +124,7 @@ class Worker:
             return Encoded(task.bundle_digest, 0, 0.0)
         return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
 
-    def _carry_out(self, job: Job) -> JobResult:
+    def _run_job(self, job: Job) -> JobResult:
         place = self.settings.out / "runs" / job.run
         place.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -145,10 +145,10 @@ class Worker:
             missing = [one for one in job.cells if one.key not in outcomes]
             if not missing:
                 return JobResult(outcomes)
-            deaths = _deaths(place)
-            if len(deaths) == MOST_DEATHS - 1 and not job.alone:
+            attempts = _earlier_attempts(place)
+            if len(attempts) == MAX_ATTEMPTS - 1 and not job.alone:
                 return JobResult(alone=True)
-            with _noted(place, deaths), one_blas_thread():
+            with _recorded_attempt(place, attempts), one_blas_thread():
                 training, run = self._tuned(job, place)
                 for one in missing:
                     found = self._scored_or_not(training, run, one, place)
@@ -163,7 +163,7 @@ class Worker:
 
     def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], RunReport]:
         """Return the run finished, and what run.json says."""
-        model = self._bench(Path(job.run_config.bundle))
+        model = self._model(Path(job.run_config.bundle))
         if model.bundle.digest != job.bundle_digest:
             raise FormatError(
                 f'bundle "{model.bundle.path}" is not the one that the bench began with'
@@ -295,10 +295,10 @@ class Worker:
             result = model.refreshed(result, classes)
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
-        gallery = encode_test(
+        test_features = encode_test(
             model, encoded.split.items("test"), part.cache, what=part.name, skip_broken=False
         )
-        return score(gallery.logits(result), encoded.labels, classes)
+        return score(test_features.logits(result), encoded.labels, classes)
 
 
 def _finished(training: TrainingRun[RunFolder]) -> RunReport:
@@ -342,15 +342,15 @@ def _reason(error: Exception, place: Path) -> str:
     return f"{type(error).__name__}: {reason_of(error)}"
 
 
-def _deaths(place: Path) -> list[str]:
+def _earlier_attempts(place: Path) -> list[str]:
     """Return the notes that attempts left which got no further than the one before.
 
     Raises: ZtuneError where they are too many; asked for once more, it is tried again.
     """
-    path = place / DEATHS
+    path = place / ATTEMPTS
     notes = path.read_text().splitlines() if path.exists() else []
     notes = [note for note in notes if note.split()[:1] == [_reached(place)]]
-    if len(notes) >= MOST_DEATHS:
+    if len(notes) >= MAX_ATTEMPTS:
         path.unlink()
         raise ZtuneError(
             f"its process ended {len(notes)} times without a word (killed, or out of memory?)"
@@ -358,12 +358,12 @@ def _deaths(place: Path) -> list[str]:
     return notes
 
 
-def forget_deaths(out: Path) -> None:
+def clear_attempts(out: Path) -> None:
     """Take notes back, since whoever stopped a bench ended its processes on purpose.
 
     Those of runs that another process is at stay.
     """
-    for note in (out / "runs").glob(f"*/{DEATHS}"):
+    for note in (out / "runs").glob(f"*/{ATTEMPTS}"):
         with contextlib.suppress(ZtuneError), RunFolder(note.parent).locked():
             note.unlink(missing_ok=True)
 
@@ -375,9 +375,9 @@ def _reached(place: Path) -> str:
 
 
 @contextlib.contextmanager
-def _noted(place: Path, earlier: Sequence[str]) -> Iterator[None]:
+def _recorded_attempt(place: Path, earlier: Sequence[str]) -> Iterator[None]:
     """Note an attempt, and take the notes back when it ends in whatever way but a kill."""
-    path = place / DEATHS
+    path = place / ATTEMPTS
     note = f"{_reached(place)} {time.strftime('%Y-%m-%dT%H:%M:%S')} process {os.getpid()}"
     path.write_text("\n".join([*earlier, note]) + "\n")
     try:

@@ -112,7 +112,7 @@ def store_of(
         },
         "methods": {label: {"uses": name} for label, name in (uses or {}).items()},
     }
-    store.want(PLAN, document, cells)
+    store.set_plan(PLAN, document, cells)
     return store
 
 

@@ -103,7 +103,7 @@ def test_serial_begins_a_task_when_the_one_before_was_taken(
         assert made[0].asked == tasks(n)
 
 
-# In processes of this machine. What follows takes the place of `_performed` in a worker.
+# In processes of this machine. What follows takes the place of `_perform` in a worker.
 
 
 def performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded]:
@@ -155,7 +155,7 @@ def joblib(settings: Settings) -> Iterator[Joblib]:
 def test_joblib_answers_in_processes_of_its_own_until_it_is_closed(
     joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", performed)
+    monkeypatch.setattr(executors, "_perform", performed)
     assert (joblib.name, joblib.workers) == ("joblib", 2)
     assert answers(joblib, 0) == []
     workers = set()
@@ -176,7 +176,7 @@ def test_joblib_answers_in_processes_of_its_own_until_it_is_closed(
 def test_joblib_gives_out_again_what_was_lost_with_a_process(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", perilous)
+    monkeypatch.setattr(executors, "_perform", perilous)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)  # there are two, with an answer in between
     found = []
     for place, one in joblib.perform(tasks(2)):
@@ -189,7 +189,7 @@ def test_joblib_gives_out_again_what_was_lost_with_a_process(
 def test_joblib_gives_up_when_nothing_but_losses_comes(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", deadly)
+    monkeypatch.setattr(executors, "_perform", deadly)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)
     message = "^the workers were lost 2 times without an answer .*take fewer `workers`"
     with pytest.raises(ZtuneError, match=message):
@@ -200,13 +200,13 @@ def test_joblib_gives_up_when_nothing_but_losses_comes(
 def test_a_process_has_one_worker_for_all_its_tasks(
     settings: Settings, made: list[StubWorker]
 ) -> None:
-    found = [executors._performed(settings, place, task) for place, task in enumerate(tasks(3))]
+    found = [executors._perform(settings, place, task) for place, task in enumerate(tasks(3))]
     assert found == in_order(3)
     (worker,) = made
     assert worker.settings == settings
     # A process that outlives its bench is asked by the next one for something else.
     other = Settings(settings.out / "other", "cpu", THREADS, None)
-    executors._performed(other, 0, tasks(1)[0])
+    executors._perform(other, 0, tasks(1)[0])
     assert [one.settings for one in made] == [settings, other]
 
 
@@ -513,7 +513,7 @@ def test_joblib_does_not_wait_for_tasks_when_it_is_closed(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As after an error of the driver, whose traceback keeps `perform` as it stands.
-    monkeypatch.setattr(executors, "_performed", slow)
+    monkeypatch.setattr(executors, "_perform", slow)
     under_way = joblib.perform(tasks(2))
     assert next(under_way) == in_order(1)[0]
     joblib.close()

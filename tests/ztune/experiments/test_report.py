@@ -17,8 +17,8 @@ from PIL import Image
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, curve, digest_of, store_of
 from ztune.experiments import figures
 from ztune.experiments.cells import key_of
-from ztune.experiments.document import DataDocument
 from ztune.experiments.figures import styles_of
+from ztune.experiments.plan_document import DataDocument
 from ztune.experiments.render import (
     as_csv,
     as_latex,
@@ -95,11 +95,11 @@ def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
     other = store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
     store.begin({**first, "began": "2026-02-06T00:00:00"})  # found nothing to do
     cells = [result.cell for result in view.results[:3]]
-    store.want(PLAN, {"title": "less"}, dict(zip(cells, "klm", strict=True)))
+    store.set_plan(PLAN, {"title": "less"}, dict(zip(cells, "klm", strict=True)))
     for cell, key, session in zip(cells, "klm", (1, alike_too, other), strict=True):
         store.finish(key, cell, OUTCOME, session)
     text = write_report(store.view(PLAN), tmp_path / "report")[0].read_text()
-    lines = text[text.index("## Circumstances") :].splitlines()
+    lines = text[text.index("## Environment") :].splitlines()
     assert "- Left out: 6 results that no plan has." in lines
     (alike,) = [line for line in lines if "2026-02-03" in line]
     assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (2 cells of this report)")
@@ -126,7 +126,7 @@ def test_a_report_is_of_one_plan(tmp_path: Path) -> None:
     cell = store.view(PLAN).results[-1].cell
     key = key_of(as_json(cell))
     # Two cells may be the same but for what the plan calls them, and share a result.
-    store.want("other", {"title": "other"}, {cell: key, replace(cell, method="again"): key})
+    store.set_plan("other", {"title": "other"}, {cell: key, replace(cell, method="again"): key})
     text = write_report(store.view("other"), tmp_path / "report")[0].read_text()
     assert text.startswith("# other\n\n2 of 2 cells finished.\n")
     assert "Left out" not in text

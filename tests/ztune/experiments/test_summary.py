@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
-from ztune.experiments.document import PlanDocument
-from ztune.experiments.standing import Record, standing_of, units_of
+from ztune.experiments.plan_document import PlanDocument
+from ztune.experiments.ranking import Record, rank_methods, units_of
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -23,7 +23,7 @@ from ztune.experiments.tables import (
     accuracy_tables,
     costs_table,
     figures_table,
-    standing_table,
+    ranking_table,
 )
 from ztune.io.schema import convert
 from ztune.types import Json
@@ -235,15 +235,15 @@ def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:
         Row("a", "z", (0.2, 0.2)), Row("b", "z", (0.4, 0.4)), Row("c", "z", ("broke", None)),
         Row("failed", "z", ("broke", "broke")),
     )  # fmt: skip
-    standing = standing_of(units_of(found))
-    assert standing.methods == ("a", "b", "c")
-    assert standing.records["a", "b"] == Record(1, 1, 1)
-    assert standing.records["b", "a"] == Record(1, 1, 1)
-    assert standing.records["c", "a"] == Record(1, 0, 1)
-    assert standing.n_shared == 2
+    ranking = rank_methods(units_of(found))
+    assert ranking.methods == ("a", "b", "c")
+    assert ranking.records["a", "b"] == Record(1, 1, 1)
+    assert ranking.records["b", "a"] == Record(1, 1, 1)
+    assert ranking.records["c", "a"] == Record(1, 0, 1)
+    assert ranking.n_shared == 2
     # x: 1.5, 1.5, 3; y: 2, 3, 1.
-    assert standing.ranks == {"a": 1.75, "b": 2.25, "c": 2.0}
-    table = standing_table(standing)
+    assert ranking.ranks == {"a": 1.75, "b": 2.25, "c": 2.0}
+    table = ranking_table(ranking)
     assert table is not None
     assert texts(table)["a"] == ["·", "1 / 1 / 1", "1 / 0 / 1", "*1.75*"]
     (note,) = table.notes
@@ -260,6 +260,6 @@ def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> 
     assert [(sheet.protocol, sheet.model) for sheet in found] == [
         ("few-shot", "clip"), ("few-shot", "other"), ("base-to-new", "clip"),
     ]  # fmt: skip
-    standing = standing_of(units_of(found))
-    assert standing.records["a", "b"] == Record(0, 0, 0)
-    assert standing.ranks == {"a": None, "b": None}
+    ranking = rank_methods(units_of(found))
+    assert ranking.records["a", "b"] == Record(0, 0, 0)
+    assert ranking.ranks == {"a": None, "b": None}

@@ -59,7 +59,7 @@ class SeedImages(Struct, frozen=True):
     peak_memory_mb: float
 
 
-class Asked(Struct, frozen=True):
+class ReportedConfig(Struct, frozen=True):
     """What a report says of what was asked for; see `CompareConfig.to_json`."""
 
     bundle: str
@@ -89,7 +89,9 @@ class Folder:
     def __init__(self, path: Path, head: Head, cells: list[Cell]):
         self.path = path
         self.head = head
-        self.asked = convert(head.compare_config, Asked, f'comparison "{path}": compare_config')
+        self.config = convert(
+            head.compare_config, ReportedConfig, f'comparison "{path}": compare_config'
+        )
         self.cells = cells
         self.cache = path / "cache"
 
@@ -199,12 +201,12 @@ class Folder:
     def has_images(self, seed: int) -> bool:
         return any(one.seed == seed for one in self.head.images)
 
-    def note_images(self, seed: int, run: RunReport) -> None:
+    def save_image_costs(self, seed: int, run: RunReport) -> None:
         """Keep what encoding a seed's images took."""
         took = SeedImages(seed, run.image_forwards, run.image_seconds or 0.0, run.peak_memory_mb)
-        self._note(images=(*self.head.images, took))
+        self._save(images=(*self.head.images, took))
 
-    def _note(self, **changes: Any) -> None:
+    def _save(self, **changes: Any) -> None:
         self.head = structs.replace(self.head, **changes)
         self.write()
 
@@ -219,8 +221,8 @@ class Folder:
             return ImagePass(seconds / n_images, memory)
         return ImagePass(rates.image if rates else 0.0, memory)
 
-    def note_rates(self, rates: Rates) -> None:
-        self._note(rates=rates)
+    def save_rates(self, rates: Rates) -> None:
+        self._save(rates=rates)
 
     @property
     def rows(self) -> list[Row]:
@@ -234,7 +236,7 @@ class Folder:
             "version": VERSION,
             **plain(self.head),
             "table": [row_to_json(row) for row in self.rows],
-            "capabilities": {row.method: _access(self, row.method) for row in self.rows},
+            "capabilities": {row.method: _capabilities(self, row.method) for row in self.rows},
             "cells": [cell_to_json(cell, images) for cell in self.cells],
         }
 
@@ -244,7 +246,7 @@ class Folder:
 
 def write_results(folder: Folder, command: str) -> dict[str, Json]:
     """Write compare.json, compare.md and the plots; return compare.json's content."""
-    folder._note(command=command)
+    folder._save(command=command)
     write_bytes(folder.path / "compare.md", "\n".join([*_markdown(folder), ""]).encode())
     if any(cell.figures for cell in folder.cells):
         _draw(folder)
@@ -252,7 +254,7 @@ def write_results(folder: Folder, command: str) -> dict[str, Json]:
 
 
 def title(folder: Folder) -> str:
-    asked = folder.asked
+    asked = folder.config
     return f"{Path(asked.data).name} on {Path(asked.bundle).name}, {asked.shots} shots"
 
 
@@ -292,14 +294,14 @@ def footnotes(folder: Folder) -> list[str]:
     ]
 
 
-def _access(folder: Folder, name: str) -> str:
+def _capabilities(folder: Folder, name: str) -> str:
     """Return what a method needs as it was configured here."""
-    method, own = find_method(name), folder.asked.settings.get(name, {})
-    return described(needs_of(method, method_config(method, own, folder.asked.preset)))
+    method, own = find_method(name), folder.config.settings.get(name, {})
+    return described(needs_of(method, method_config(method, own, folder.config.preset)))
 
 
-def access_sentences(folder: Folder) -> list[str]:
-    return [f"{row.method} needs {_access(folder, row.method)}." for row in folder.rows]
+def describe_needs(folder: Folder) -> list[str]:
+    return [f"{row.method} needs {_capabilities(folder, row.method)}." for row in folder.rows]
 
 
 def _markdown(folder: Folder) -> list[str]:
@@ -312,13 +314,13 @@ def _markdown(folder: Folder) -> list[str]:
         "",
         *_listed([in_markdown(without_marks(line)) for line in failures(folder)]),
         *_listed(footnotes(folder)),
-        *_listed(access_sentences(folder)),
+        *_listed(describe_needs(folder)),
         "![accuracy against queries](accuracy-queries.png)",
         "![accuracy against seconds](accuracy-seconds.png)",
         "",
         f"Command: {code_in_markdown(head.command)}",
         "",
-        f"Begun {head.began}, provider {folder.asked.provider}; "
+        f"Begun {head.began}, provider {folder.config.provider}; "
         + ", ".join(in_markdown(f"{name} {value}") for name, value in there.items())
         + ".",
     ]

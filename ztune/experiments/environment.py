@@ -11,7 +11,7 @@ from ztune.printing import one_line
 from ztune.types import Json
 
 
-def state(results: Sequence[Result]) -> str:
+def describe_progress(results: Sequence[Result]) -> str:
     """Return in one sentence how many cells are finished, failed and missing."""
     finished = sum(result.outcome is not None for result in results)
     failed = sum(bool(result.reason) for result in results)
@@ -24,14 +24,14 @@ def state(results: Sequence[Result]) -> str:
     return ", ".join(words) + "."
 
 
-def remarks(view: View) -> list[str]:
+def list_remarks(view: View) -> list[str]:
     """Return a line of Markdown for all that the plan's document finds unusual about the data."""
     found = view.document.found
     said = [f"{name}: {one}" for name, data in found.items() for one in data.remarks]
     return [in_markdown(remark) for remark in said]
 
 
-def failures(results: Sequence[Result]) -> list[str]:
+def list_failures(results: Sequence[Result]) -> list[str]:
     """Return a line of Markdown per reason and what it befell, in plan order."""
     groups: dict[tuple[str, str], dict[int, list[int]]] = {}
     for result in results:
@@ -55,7 +55,7 @@ def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
     )
 
 
-def circumstances(view: View) -> list[str]:
+def describe_environment(view: View) -> list[str]:
     """Return lines of Markdown: what else the file holds, then when, where and with what it ran."""
     results = view.results
     lines = []

@@ -32,7 +32,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Ranking:
     """All methods that have a figure in any unit, against each other."""
 
     methods: tuple[str, ...]
@@ -54,7 +54,7 @@ def units_of(sheets: Iterable[Sheet]) -> list[Unit]:
     ]
 
 
-def standing_of(units: Sequence[Unit]) -> Standing:
+def rank_methods(units: Sequence[Unit]) -> Ranking:
     """Return the records of all pairs, and the ranks over the units that all methods share."""
     named = dict.fromkeys(method for unit in units for method in unit)
     methods = tuple(m for m in named if any(m in unit and unit[m].n for unit in units))
@@ -66,7 +66,7 @@ def standing_of(units: Sequence[Unit]) -> Standing:
     }
     ranks = [found for unit in units if (found := ranks_in(unit, methods)) is not None]
     means = {method: mean_of(found[method] for found in ranks) for method in methods}
-    return Standing(methods, records, len(ranks), means)
+    return Ranking(methods, records, len(ranks), means)
 
 
 def lead(unit: Unit, one: str, other: str) -> float | None:
