@@ -250,7 +250,7 @@ def test_resuming_a_finished_bench_does_nothing(copied: Path, plan: Path, ztune:
     before = ended(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
-    assert f"{N_CELLS} are finished, 0 to do" in done.err
+    assert f"{N_CELLS} finished, 0 to do" in done.err
     assert ended(copied) == before
 
 
@@ -381,7 +381,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(
         assert child.poll() is None, "it waits"
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 0, said
-    assert "another process works on 1 run(s): waiting for it" in said
+    assert "waiting for another process that has 1 run(s)" in said
     assert all(one.outcome for one in results(copied))
 
 
@@ -417,7 +417,7 @@ def test_a_plan_of_the_same_name_takes_the_place_of_another(
     other.write_text(plan.read_text().replace("Three digits", "Other words"))
     done = ztune("bench", other, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0
-    assert '"Other words" takes the place of "Three digits" in the report' in done.err
+    assert '"Other words" replaces "Three digits" in the report' in done.err
 
 
 def spoilt(data: Path) -> str:
@@ -504,7 +504,7 @@ def test_names_are_no_part_of_a_result(copied: Path, plan: Path, ztune: Command)
     words = ("--out", copied, "--resume", "--provider", "cpu", "--model", f"other={MINI}")
     done = ztune("bench", plan, *words)
     assert done.code == 0, done.err
-    assert f"{N_CELLS} are finished, 0 to do" in done.err
+    assert f"{N_CELLS} finished, 0 to do" in done.err
     assert {(one.cell.model, one.cell.method) for one in results(copied)} >= {("other", "mine")}
 
 
@@ -596,7 +596,7 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     assert done.code == 1
     reasons = [one.reason for one in results(copied) if one.reason]
     assert reasons
-    assert all(f"ended {MAX_ATTEMPTS} times" in reason for reason in reasons)
+    assert all(f"died {MAX_ATTEMPTS} times" in reason for reason in reasons)
     assert ztune(*words).code == 0, "asked for again, it is tried again"
 
 
@@ -627,7 +627,7 @@ def test_an_edited_plan_goes_on_with_what_it_shares(
     edited.write_text(plan.read_text().replace("seeds = [1, 2]", "seeds = [2, 3]"))
     done = ztune("bench", edited, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
-    assert f"{N_CELLS // 2} are finished, {N_CELLS // 2} to do" in done.err
+    assert f"{N_CELLS // 2} finished, {N_CELLS // 2} to do" in done.err
     assert {one.cell.seed for one in results(copied)} == {2, 3}
     later = ended(copied)
     assert all(later[run] == moment for run, moment in before.items())
@@ -651,7 +651,7 @@ def test_a_plan_is_carried_out_in_parts(
     assert ztune("bench", plan, "--out", out, "--methods", "gda", *only).code == 0
     words = ("--methods", "zip", "--methods", "gda", "--seeds", "2")
     done = ztune("bench", plan, "--out", out, "--resume", *words, *only)
-    assert "of 2 asked for 1 are finished, 1 to do" in done.err
+    assert "2 requested: 1 finished, 1 to do" in done.err
     found = {(one.cell.method, one.cell.seed) for one in results(out) if one.outcome}
     assert found == {("gda", 1), ("gda", 2), ("zip", 2)}
     assert f"3 of {N_CELLS} cells finished" in done.out
@@ -696,7 +696,7 @@ WRONG = [
     (("bench", "{plan}"), 1, "--out OUT"),
     (("bench", "{plan}", "more", "--out", "x"), 1, "one plan"),
     (("bench", "{plan}", "--out", "{out}"), 1, "--resume"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "to go on with"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "has no results.sqlite"),
     (("bench", "{plan}", "--out", "{empty}/x", "--workers", "0"), 1, "--workers is 0"),
     (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"), 1, "--gpus goes with --ray"),
     (("bench", "{plan}", "--out", "{empty}/x", "--ray", "local"), 1, "--provider"),

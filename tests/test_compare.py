@@ -186,7 +186,7 @@ def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, cop
     with RunFolder(copied / "runs" / "gda-1").locked():
         result = ztune(*words(data, copied))
     assert result.code == 1
-    assert "gda, seed 1: left alone, run " in result.err
+    assert "gda, seed 1: skipped, run " in result.err
     assert result.err.splitlines()[-1] == (
         "error: 1 of 4 cell(s) are being worked on by another process; the same command tries "
         "them again"
@@ -208,7 +208,7 @@ def test_a_method_that_compare_json_names_is_no_path(
         before = set(copied.parent.rglob("*"))
         result = ztune(*words(data, copied, "--quiet"))
         assert result.code == 1
-        assert f'has results of the method "{name}", which is not installed' in result.err
+        assert f'has results of method "{name}", which is not installed' in result.err
         assert set(copied.parent.rglob("*")) == before
         assert len(cells_of(copied)) == len(cells)
 
@@ -300,7 +300,7 @@ def test_an_interrupted_cell_is_taken_up_again(
     os.kill(compare.pid, getattr(signal, name))
     _, said = compare.communicate(timeout=120)
     assert compare.returncode == 130
-    assert said.splitlines()[-1] == "error: stopped (go on with the same command)"
+    assert said.splitlines()[-1] == "error: stopped (resume with the same command)"
     assert read(out / "runs" / "zip-1" / "run.json")["status"] == "running"
     log = (out / "logs" / "zip-1.log").read_text()
     assert log.endswith("stopped\n")  # it was told, not killed
@@ -356,10 +356,10 @@ def test_a_preset_has_its_views() -> None:
         (("--methods", ""), ("--methods",)),
         (("--methods", "zip,zip"), ("--methods names zip twice",)),
         (("--seeds", "1,2,1"), ("--seeds names 1 twice",)),
-        (("--seeds", "1,01"), ("names a seed twice",)),
+        (("--seeds", "1,01"), ("has a duplicate seed",)),
         (("--seeds", ""), ("--seeds",)),
-        (("--seeds", "-1"), ('--seeds has "-1"',)),
-        (("--seeds", "1,b"), ('--seeds has "b"',)),
+        (("--seeds", "-1"), ('--seeds: invalid seed "-1"',)),
+        (("--seeds", "1,b"), ('--seeds: invalid seed "b"',)),
         (("--queries", 0), ("--queries is 0",)),
         (("--pixel-queries", 0), ("--pixel-queries is 0",)),
         (("--shots", 0), ("--shots is 0",)),

@@ -275,8 +275,8 @@ def test_errors_of_writing_name_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     ("words", "again"),
     [
         (("bench", "plans/smoke.toml", "--out"), "with the same command and --resume)"),
-        (("compare", MINI, "--data", DIGITS, "--out"), "and go on with the same command)"),
-        (("quantize", MINI, "--out"), "(free some space, and try again)"),
+        (("compare", MINI, "--data", DIGITS, "--out"), "then resume with the same command)"),
+        (("quantize", MINI, "--out"), "(free some space, then try again)"),
     ],
 )
 def test_a_full_disk_in_other_verbs(

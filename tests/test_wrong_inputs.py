@@ -248,7 +248,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--method", "magic"), ('unknown method "magic"', "known: ogn, ogn-context, zip")),
         (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
-        (("--set", "rank"), ('--set takes key=value, got "rank"',)),
+        (("--set", "rank"), ('--set is "rank", expected KEY=VALUE',)),
         (("--set", "n_context=30"), ("n_context needs init=random",)),
         (
             ("--set", "n_context=30", "--init", "random"),

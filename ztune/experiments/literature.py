@@ -1,4 +1,4 @@
-"""Published figures beside what was measured here."""
+"""Published figures compared with this report's."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ztune.experiments.tables import DASH, HAND_WRITTEN, Table, Word, shown
 
 @dataclass(frozen=True)
 class Pair:
-    """A published figure and what was measured in its place."""
+    """A published figure and the measured one."""
 
     published: Published
     label: str
-    """The plan's name of the method."""
+    """Name of the method in the plan."""
     model: str
     measured: Measured
     queries: float | None
-    """Mean over the cells; None where nothing was tuned."""
+    """Mean over the cells; None without tuning."""
 
     @property
     def difference(self) -> float:
-        """How far measured is above theirs, in points."""
+        """Measured minus published, in points."""
         return 100 * (self.measured.mean or 0.0) - self.published.accuracy
 
 
 def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names) -> list[Pair]:
-    """Return every published figure with each of our measurements of it, in the figures' order."""
+    """Return every published figure with each measurement of it, in the figures' order."""
     return [
         pair
         for figure in figures
@@ -42,7 +42,7 @@ def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names
 
 
 def _labels(figure: Published, sheet: Sheet, names: Names) -> list[str]:
-    """Return the plan's names of a figure's method; prompts are scored with every method."""
+    """Return the plan's names of a figure's method; templates are scored with every method."""
     if figure.method is None:
         return []
     labels = [label for label in sheet.methods if names.method_of(label) == figure.method]
@@ -69,7 +69,7 @@ def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
 
 
 def matched_table(pairs: Sequence[Pair]) -> Table | None:
-    """Return the pairs as a table; None without any."""
+    """Return the pairs as a table; None without pairs."""
     rows = [
         tuple(
             Word(text)
@@ -89,18 +89,18 @@ def matched_table(pairs: Sequence[Pair]) -> Table | None:
         for pair in pairs
     ]
     columns = (
-        "method", "data set", "paper", "theirs, %", "their model", "their budget", "measured, %",
-        "our model", "our queries", "measured − theirs, points",
+        "method", "data set", "paper", "published, %", "published model", "published budget",
+        "measured, %", "model", "queries", "difference, points",
     )  # fmt: skip
     notes = [
-        "With another model the distance compares the models as much as the methods.",
+        "If the models differ, so do the figures: the difference is not due to the method alone.",
         *origins([pair.published for pair in pairs]),
     ]
-    return Table("Measured here as well", columns, tuple(rows), tuple(notes)) if rows else None
+    return Table("Reproduced figures", columns, tuple(rows), tuple(notes)) if rows else None
 
 
 def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Table | None:
-    """Return the published figures that nothing was measured for, a row per series."""
+    """Return the published figures without a measurement, a row per series."""
     matched = [pair.published for pair in pairs]
     left = [figure for figure in figures if figure not in matched]
     if not left:
@@ -120,11 +120,11 @@ def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Tabl
     ]
     columns = ("paper", "model", "budget", *map(_shown, data))
     notes = tuple(origins(left))
-    return Table("Not measured here: the papers' accuracy, %", columns, tuple(rows), notes)
+    return Table("Published figures not measured here: accuracy, %", columns, tuple(rows), notes)
 
 
 def origins(figures: Sequence[Published]) -> list[str]:
-    """Return where the figures stand, a line per origin."""
+    """Return the figures' sources, a line each."""
     titles: dict[str, dict[str, None]] = {}
     for figure in figures:
         titles.setdefault(figure.origin, {})[figure.title] = None
@@ -132,7 +132,7 @@ def origins(figures: Sequence[Published]) -> list[str]:
 
 
 def _source(figure: Published) -> str:
-    """Return what the papers call a method and where it was published, a name once."""
+    """Return a method's published name and paper, without repetition."""
     if figure.paper.startswith(f"{figure.title},"):
         return figure.paper
     return f"{figure.title}: {figure.paper}"

@@ -42,7 +42,8 @@ from ztune.run_config import RunConfig
         ),
         (
             ("eval", "m", "--shared-memory=on"),
-            "option --shared-memory was removed: leave it out, tensors always go over the network",
+            "option --shared-memory was removed: leave it out, tensors are always sent over "
+            "the network",
         ),
         (("tune", "--shots", "many"), "argument --shots: invalid int value: 'many'"),
         (("tune", "--\x1b[2J"), r"unknown option --\x1b[2J"),

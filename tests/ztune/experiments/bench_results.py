@@ -85,7 +85,7 @@ def store_of(
     """
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / "results.sqlite")
-    session = store.begin(SESSION)
+    session = store.begin_session(SESSION)
     cells = {}
     for row in rows:
         for seed, found in enumerate(row.accuracy, start=1):

@@ -71,7 +71,7 @@ def carried_out(folder: Path, stub: Stub, only: CellFilter | None = None) -> tup
     prepared = Prepared(cells, jobs, {}, {"m": "digest"}, {})
     store = Store(folder / "results.sqlite")
     store.set_plan("plan", {"title": "t"}, cells)
-    session = store.begin({})
+    session = store.begin_session({})
     course = Driver(prepared, only or CellFilter(), store, session, stub, SILENCE)
     return course.run(), store
 

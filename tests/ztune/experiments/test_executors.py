@@ -191,7 +191,7 @@ def test_joblib_gives_up_when_nothing_but_losses_comes(
 ) -> None:
     monkeypatch.setattr(executors, "_perform", deadly)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)
-    message = "^the workers were lost 2 times without an answer .*take fewer `workers`"
+    message = "^the workers were killed 2 times without a result .*use fewer `workers`"
     with pytest.raises(ZtuneError, match=message):
         answers(joblib, 1)
     assert n_attempts(settings, 0) == 2
@@ -458,7 +458,7 @@ def test_ray_names_an_address_that_cannot_be_reached(
 ) -> None:
     stub = StubRay()
     stub.unreachable = kind(words)
-    message = f'^Ray at "there:6379" cannot be reached: {said or kind.__name__}$'
+    message = f'^cannot reach Ray at "there:6379": {said or kind.__name__}$'
     with pytest.raises(ConfigError, match=message):
         connect(stub, 1)
 
@@ -469,7 +469,7 @@ def test_an_address_where_nothing_listens_is_told_at_once(settings: Settings) ->
         taken.bind(("127.0.0.1", 0))  # and does not listen
         port = taken.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            message = f'^Ray at "{address}" cannot be reached: .*refused'
+            message = f'^cannot reach Ray at "{address}": .*refused'
             with pytest.raises(ConfigError, match=message):
                 Ray(settings, Cluster(address, 1))
 

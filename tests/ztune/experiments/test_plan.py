@@ -233,9 +233,9 @@ def test_an_unknown_key_lists_the_known_ones(
 def test_what_a_plan_must_have(tmp_path: Path, lacking: str) -> None:
     parts = {"data": DATA, "methods": METHODS, "protocols": FEW_SHOT}
     parts.pop(lacking)
-    assert refused(tmp_path, "".join(parts.values())) == f"lacks {lacking}"
+    assert refused(tmp_path, "".join(parts.values())) == f'lacks "{lacking}"'
     empty = {"protocols": "protocols = []\n", "data": "[data]\n", "methods": "[methods]\n"}
-    assert refused(tmp_path, empty[lacking] + "".join(parts.values())) == f"lacks {lacking}"
+    assert refused(tmp_path, empty[lacking] + "".join(parts.values())) == f'lacks "{lacking}"'
 
 
 def top(line: str) -> str:
@@ -284,8 +284,8 @@ def execution(line: str) -> str:
         (top("seeds = [true]"), "protocols[0]: seeds is"),
         (top("seeds = [1.0]"), "protocols[0]: seeds is"),
         (top("seeds = []"), "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (top("seeds = [1, 2, 1]"), "protocols[0]: seeds has an entry twice"),
-        (top("seeds = [-1]"), "protocols[0]: shots are at least 1 and seeds at least 0"),
+        (top("seeds = [1, 2, 1]"), "protocols[0]: seeds has a duplicate entry"),
+        (top("seeds = [-1]"), "protocols[0]: expected shots of at least 1 and seeds of at least 0"),
         (top('models = "../models/mini"'), 'models are name = "bundle"'),
         (top("models = { mini = 1 }"), 'models are name = "bundle"'),
         (top('models = { mini = { path = "x" } }'), 'models are name = "bundle"'),
@@ -350,16 +350,25 @@ def execution(line: str) -> str:
         (LEAST + 'shots = ["4"]\n', "protocols[0]: shots is"),
         (LEAST + "shots = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
         (LEAST + "shots = [0]\n", "protocols[0]: shots are at least 1"),
-        (LEAST + "shots = [4, 4]\n", "protocols[0]: shots has an entry twice"),
+        (LEAST + "shots = [4, 4]\n", "protocols[0]: shots has a duplicate entry"),
         (LEAST + "seeds = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (LEAST + "seeds = [-1]\n", "protocols[0]: shots are at least 1 and seeds at least 0"),
+        (
+            LEAST + "seeds = [-1]\n",
+            "protocols[0]: expected shots of at least 1 and seeds of at least 0",
+        ),
         (LEAST + "methods = []\n", "protocols[0]: shots, seeds, methods and data must not"),
         (LEAST + 'methods = "zip"\n', "protocols[0]: methods is 'zip'"),
-        (LEAST + 'methods = ["zip", "zip"]\n', "protocols[0]: methods has an entry twice"),
-        (LEAST + 'methods = ["zop"]\n', 'protocols[0]: "zop" is not among [methods] (zip, gda)'),
+        (LEAST + 'methods = ["zip", "zip"]\n', "protocols[0]: methods has a duplicate entry"),
+        (
+            LEAST + 'methods = ["zop"]\n',
+            'protocols[0]: "zop" is not in [methods] (expected zip, gda)',
+        ),
         (LEAST + "data = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (LEAST + 'data = ["dtd", "dtd"]\n', "protocols[0]: data has an entry twice"),
-        (LEAST + 'data = ["svhn"]\n', 'protocols[0]: "svhn" is not among [data] (dtd, eurosat)'),
+        (LEAST + 'data = ["dtd", "dtd"]\n', "protocols[0]: data has a duplicate entry"),
+        (
+            LEAST + 'data = ["svhn"]\n',
+            'protocols[0]: "svhn" is not in [data] (expected dtd, eurosat)',
+        ),
         (LEAST + FEW_SHOT + "shots = [0]\n", "protocols[1]: shots are at least 1"),
         (LEAST + 'source = "dtd"\n', "protocols[0]: few-shot takes data, and neither source nor"),
         (LEAST + 'targets = ["dtd"]\n', "protocols[0]: few-shot takes data, and neither source"),
@@ -373,15 +382,15 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, messag
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "takes source and targets, and no data"),
-        ('source = "dtd"', "takes source and targets, and no data"),
-        ('targets = ["dtd"]', "takes source and targets, and no data"),
-        ('source = "dtd"\ntargets = []', "takes source and targets, and no data"),
+        ("", "takes source and targets, not data"),
+        ('source = "dtd"', "takes source and targets, not data"),
+        ('targets = ["dtd"]', "takes source and targets, not data"),
+        ('source = "dtd"\ntargets = []', "takes source and targets, not data"),
         ('source = "dtd"\ntargets = ["eurosat"]\ndata = ["dtd"]', "takes source and targets, and"),
         ('source = "dtd"\ntargets = ["eurosat", "dtd"]', 'the source "dtd" is among the targets'),
-        ('source = "dtd"\ntargets = ["eurosat", "eurosat"]', "targets has an entry twice"),
-        ('source = "svhn"\ntargets = ["dtd"]', '"svhn" is not among [data] (dtd, eurosat)'),
-        ('source = "dtd"\ntargets = ["svhn"]', '"svhn" is not among [data] (dtd, eurosat)'),
+        ('source = "dtd"\ntargets = ["eurosat", "eurosat"]', "targets has a duplicate entry"),
+        ('source = "svhn"\ntargets = ["dtd"]', '"svhn" is not in [data] (expected dtd, eurosat)'),
+        ('source = "dtd"\ntargets = ["svhn"]', '"svhn" is not in [data] (expected dtd, eurosat)'),
         ('source = ["dtd"]\ntargets = ["eurosat"]', "source is"),
         ('source = "dtd"\ntargets = "eurosat"', "targets is"),
     ],
@@ -434,7 +443,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + LEAST.encode())  # as some editors begin a file
     assert list(read_plan(path).data) == ["dtd", "eurosat"]
     path.write_text("")
-    with pytest.raises(ConfigError, match="lacks methods"):
+    with pytest.raises(ConfigError, match='lacks "methods"'):
         read_plan(path)
 
 

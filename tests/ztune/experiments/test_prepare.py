@@ -795,7 +795,7 @@ def test_a_worker_with_another_version_of_a_methods_package_refuses(
     answer = worker.perform(replace(job, package="ztune-zip 1.0"))
     assert isinstance(answer, JobResult)
     (reason,) = answer.reasons.values()
-    assert "zip is of ztune here, and of ztune-zip 1.0 where the bench began" in reason
+    assert "zip is of ztune here, expected ztune-zip 1.0 as at the start of the bench" in reason
 
 
 def test_remarks_are_collected(prepare: Prepare, tmp_path: Path) -> None:

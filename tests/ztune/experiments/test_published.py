@@ -90,7 +90,7 @@ def test_coops_data_sets_are_eleven_known_ones() -> None:
     ("old", "new", "says"),
     [
         ("47.8", "147.8", r"\$\.series\[0\]\.accuracy\[\.\.\.\]: expected float <= 100"),
-        ("dtd =", "dtdd =", '"dtdd" is unknown'),
+        ("dtd =", "dtdd =", 'unknown data set "dtdd"'),
         ('method = "zip"', 'method = "zipp"', "zipp"),
         (
             'arxiv = "2504.06838"',

@@ -76,7 +76,7 @@ def n_left_out(store: Store) -> int:
 
 
 def sessions(store: Store) -> dict[int, Session]:
-    """Return the circumstances of all cells, whatever plan has them."""
+    """Return the sessions of all cells, of any plan."""
     return dict(store.view(PLAN).sessions)
 
 
@@ -107,7 +107,7 @@ def raw(path: Path) -> Iterator[sqlite3.Connection]:
 def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Store) -> None:
     store.set_plan(PLAN, {"title": "t"}, cells(3, 1, 2))
     assert results(store) == [Result(cell(3)), Result(cell(1)), Result(cell(2))]
-    first, second = store.begin({}), store.begin({})
+    first, second = store.begin_session({}), store.begin_session({})
     store.finish(key(2), cell(2), OUTCOME, second)
     store.fail(key(3), cell(3), "no images in “café”", first)
     assert results(store) == [
@@ -120,7 +120,7 @@ def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Sto
 
 def test_what_was_recorded_is_there_for_the_next_process(store: Store, path: Path) -> None:
     store.set_plan(PLAN, {"title": "é", "models": {"m": {"more": [1, None]}}}, cells(1))
-    number = store.begin({"host": "ä", "versions": {"numpy": "2"}})
+    number = store.begin_session({"host": "ä", "versions": {"numpy": "2"}})
     store.finish(key(1), cell(1), OUTCOME, number)
     store.add_pass("m", 10, 5.0)
     for again in (Store(path), Store.existing(path)):
@@ -159,7 +159,7 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
         # A file name that is no UTF-8 comes like this from the system, into the error's message.
         ("image \udcff.png", "image \\udcff.png"),
         # What an assertion without words says; empty, the cell would look as if nobody had tried.
-        ("", "no reason was given"),
+        ("", "no reason given"),
     ],
 )
 def test_any_reason_can_be_recorded(store: Store, given: str, kept: str) -> None:
@@ -174,7 +174,7 @@ def test_an_outcome_that_cannot_be_written_leaves_the_cell_as_it_was(store: Stor
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=float("nan")), 2)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.begin({"x": float("inf")})
+        store.begin_session({"x": float("inf")})
     assert results(store) == [Result(cell(1), None, "first", 1)]
     assert sessions(store) == {}
 
@@ -224,12 +224,12 @@ def test_a_cell_has_the_name_that_the_latest_plan_gives_it(store: Store) -> None
 def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
     assert store.finished() == set()
     for opened in (store, Store.existing(path)):
-        with pytest.raises(FormatError, match=f'^results "{path}": no plan was carried out yet$'):
+        with pytest.raises(FormatError, match=f'^results "{path}": no plan was run yet$'):
             opened.plans()
-        with pytest.raises(FormatError, match=f'^results "{path}": there is no plan "{PLAN}"$'):
+        with pytest.raises(FormatError, match=f'^results "{path}": unknown plan "{PLAN}"$'):
             opened.view(PLAN)
     # What is there without a plan, the first one finds.
-    number = store.begin({"host": "h"})
+    number = store.begin_session({"host": "h"})
     store.finish(key(1), cell(1), OUTCOME, number)
     store.set_plan(PLAN, {"title": "t"}, {})
     assert store.plans() == [PLAN]
@@ -241,7 +241,7 @@ def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
 def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     store.set_plan("z", {"title": "last"}, cells(3, 1))
     store.set_plan("a", {"title": "first"}, cells(1, 2))
-    number = store.begin({"host": "h"})
+    number = store.begin_session({"host": "h"})
     store.finish(key(1), cell(1), outcome(1), number)
     store.fail(key(2), cell(2), "why", number)
     store.add_pass("m", 4, 1.0)
@@ -309,7 +309,7 @@ def test_an_edited_plan_keeps_nothing_that_was_not_read(
 @pytest.mark.parametrize("name", ["b", "A plan", "a", "a pla_", "%", ""])
 def test_a_plan_that_is_not_there_is_named(store: Store, name: str) -> None:
     store.set_plan(PLAN, {"title": "t"}, cells(1))
-    with pytest.raises(FormatError, match=f'^results "{store.path}": there is no plan "{name}"$'):
+    with pytest.raises(FormatError, match=f'^results "{store.path}": unknown plan "{name}"$'):
         store.view(name)
 
 
@@ -388,7 +388,7 @@ def test_a_view_is_of_one_moment(
 
 def test_sessions_are_numbered_in_turn(store: Store) -> None:
     store.set_plan(PLAN, {"title": "t"}, {})
-    numbers = [store.begin({"place": i}) for i in range(3)]
+    numbers = [store.begin_session({"place": i}) for i in range(3)]
     assert len(set(numbers)) == 3
     assert [one["place"] for one in sessions(store).values()] == [0, 1, 2]
     assert list(sessions(store)) == numbers
@@ -419,7 +419,7 @@ def test_threads_may_share_one(store: Store) -> None:
 
 
 def test_a_file_that_is_not_there_is_not_made_by_a_reader(path: Path) -> None:
-    with pytest.raises(FormatError, match=f'^results "{path}": there is no such file'):
+    with pytest.raises(FormatError, match=f'^results "{path}" do not exist'):
         Store.existing(path)
     assert not path.exists()
     with pytest.raises(FormatError, match="there is no such file"):
@@ -448,7 +448,9 @@ def test_a_database_of_another_program_is_refused_and_kept(path: Path, statement
         database.execute(statement)
     before = path.read_bytes()
     for opened in (Store, Store.existing):
-        with pytest.raises(FormatError, match=f'^results "{path}": this is no file of ztune bench'):
+        with pytest.raises(
+            FormatError, match=f'^results "{path}": not a results file of ztune bench'
+        ):
             opened(path)
     assert path.read_bytes() == before
 
@@ -481,7 +483,7 @@ def test_an_empty_file_is_what_a_kill_leaves_of_a_new_one(path: Path, opened: ty
     store = opened(path)
     assert store.finished() == set()
     store.set_plan(PLAN, {"title": "t"}, cells(1))
-    store.finish(key(1), cell(1), OUTCOME, store.begin({}))
+    store.finish(key(1), cell(1), OUTCOME, store.begin_session({}))
     assert results(Store.existing(path)) == [Result(cell(1), OUTCOME, "", 1)]
 
 
@@ -535,7 +537,7 @@ def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(
     store: Store, table: str, text: str
 ) -> None:
     store.set_plan(PLAN, {"title": "t"}, {})
-    store.begin({"host": "h"})
+    store.begin_session({"host": "h"})
     with raw(store.path) as database:
         database.execute(f"UPDATE {table} SET document = ?", [text])
     with pytest.raises(FormatError, match=f'^results "{store.path}": {_NO_OBJECT}'):
@@ -698,7 +700,7 @@ def create(folder: Path, _: int, line: Connection) -> None:
     line.send("ready")
     for number in range(N_TOGETHER):
         line.recv()
-        line.send(Store(folder / str(number)).begin({}))
+        line.send(Store(folder / str(number)).begin_session({}))
 
 
 def test_two_processes_may_make_the_same_file_at_once(tmp_path: Path) -> None:
@@ -732,7 +734,7 @@ def test_a_file_is_not_seen_half_made(
 
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
-    assert Store(path).begin({}) == 1
+    assert Store(path).begin_session({}) == 1
     assert next(paths, None) is None
 
 
@@ -743,7 +745,7 @@ def record(path: Path, writer: int, line: Connection) -> None:
     line.send("ready")
     line.recv()
     store = Store(path)
-    session = store.begin({"writer": writer})
+    session = store.begin_session({"writer": writer})
     mine = list(range(writer * N_SHARED, writer * N_SHARED + N_EACH))
     random.Random(writer).shuffle(mine)
     for place, number in enumerate(mine):
@@ -782,7 +784,7 @@ N_KILLS, N_MOST = 20, 100
 def carry_out(path: Path, first: int, line: Connection) -> None:
     """Fail and then finish one cell after the other, and say so of each."""
     store = Store(path)
-    session = store.begin({"first": first})
+    session = store.begin_session({"first": first})
     for number in range(first, first + N_MOST):
         store.fail(key(number), cell(number), reason(number), session)
         line.send(Result(cell(number), None, reason(number), session))
@@ -847,7 +849,7 @@ def test_after_a_kill_while_files_are_made_each_can_be_taken_up(tmp_path: Path) 
         paths = [tmp_path / f"{turn}-{number}.sqlite" for number in range(n_made + 1)]
         assert all(path.stat().st_size > 0 for path in paths[:-1])
         for path in paths:  # the last one may be absent, empty, or with a journal beside it
-            assert Store(path).begin({}) == 1
+            assert Store(path).begin_session({}) == 1
             check(path)
         assert len(list(tmp_path.glob(f"{turn}-*"))) == len(paths)
 

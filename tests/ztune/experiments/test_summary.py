@@ -247,7 +247,7 @@ def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:
     assert table is not None
     assert texts(table)["a"] == ["·", "1 / 1 / 1", "1 / 0 / 1", "*1.75*"]
     (note,) = table.notes
-    assert "mean over 2 combinations of data set and shots that all of these methods share." in note
+    assert "mean over 2 combinations of data set and shots that all methods have." in note
 
 
 def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> None:
