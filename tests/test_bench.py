@@ -1,4 +1,4 @@
-"""`ztune bench`: plans carried out here, in processes and on Ray; killed, and gone on with."""
+"""`ztune bench`: plans run here, in processes and on Ray; killed, and resumed."""
 
 import contextlib
 import errno
@@ -89,7 +89,7 @@ def plan(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def serial(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the whole plan, carried out in this process."""
+    """Return the whole plan, run in this process."""
     out = tmp_path_factory.mktemp("bench") / "serial"
     assert main(["bench", str(plan), "--out", str(out), "--provider", "cpu", "--quiet"]) == 0
     return out
@@ -313,7 +313,7 @@ def test_a_killed_worker_is_replaced(
 def test_a_run_that_was_killed_goes_on_from_its_state(
     plan: Path, tmp_path: Path, begun: Begin, serial: Path
 ) -> None:
-    """A long run is not begun anew: its history goes on, and its seconds are those of both."""
+    """A long run is not restarted: its history continues, and its seconds are those of both."""
     out, longer = tmp_path / "out", tmp_path / "plan.toml"
     text = plan.read_text().replace("queries = 60", "queries = 4000")
     longer.write_text(text)
@@ -338,7 +338,7 @@ def test_a_run_that_was_killed_goes_on_from_its_state(
 def test_two_drivers_share_one_folder(
     serial: Path, plan: Path, tmp_path: Path, begun: Begin
 ) -> None:
-    """Each run is carried out by one of them; together they have all."""
+    """Each run is made by one of them; together they have all."""
     out = tmp_path / "out"
     first = begun(plan, out)
     wait_for((out / "results.sqlite").exists)
@@ -672,7 +672,7 @@ def test_a_report_mixes_no_results_of_other_images(
     done = ztune(*words, "--methods", "gda", "--resume")
     assert done.code == 0
     assert [one.cell.method for one in results(out) if one.outcome] == ["gda"]
-    assert "2 result(s) in results.sqlite are of no plan any more" in done.err
+    assert "2 result(s) in results.sqlite belong to no plan" in done.err
 
 
 def test_json_is_one_document(copied: Path, plan: Path, ztune: Command) -> None:
@@ -698,13 +698,17 @@ WRONG = [
     (("bench", "{plan}", "--out", "{out}"), 1, "--resume"),
     (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "has no results.sqlite"),
     (("bench", "{plan}", "--out", "{empty}/x", "--workers", "0"), 1, "--workers is 0"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"), 1, "--gpus goes with --ray"),
+    (
+        ("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"),
+        1,
+        "--gpus applies only with --ray",
+    ),
     (("bench", "{plan}", "--out", "{empty}/x", "--ray", "local"), 1, "--provider"),
     (("bench", "{plan}", "--out", "{empty}/x", "--methods", "rgf"), 1, "it has: zip, gda"),
     (("bench", "{plan}", "--out", "{empty}/x", "--seeds", "7"), 1, "it has: 1, 2"),
     (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "nan", "--ray", "auto"), 1, "expected 0"),
     (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "1.5", "--ray", "auto"), 1, "whole"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--root", "{plan}"), 1, "is no folder"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--root", "{plan}"), 1, "is not a folder"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "={data}"), 1, "a name has no slash"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "a/b={data}"), 1, "a name has no slash"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "a="), 1, "names no bundle"),

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.main import main
-from ztune.experiments.cell_process import CellError, reason, run_cell
+from ztune.experiments.cell_process import CellError, exit_reason, run_cell
 from ztune.experiments.compare_config import CompareConfig
 from ztune.experiments.compare_run import workload_of
 from ztune.experiments.comparison import Workload
@@ -246,7 +246,7 @@ def test_another_request_is_refused(
     content = image.read_bytes()
     try:
         shutil.copy(next(iter((DIGITS / "nine").iterdir())), image)
-        assert "was begun with other images" in refused()
+        assert "was started with other images" in refused()
     finally:
         image.write_bytes(content)
 
@@ -354,8 +354,8 @@ def test_a_preset_has_its_views() -> None:
         (("--methods", "zip,best"), ('unknown method "best"', "zip, sharpzo")),
         (("--methods", "zip,,gda"), ("--methods", "zip,,gda")),
         (("--methods", ""), ("--methods",)),
-        (("--methods", "zip,zip"), ("--methods names zip twice",)),
-        (("--seeds", "1,2,1"), ("--seeds names 1 twice",)),
+        (("--methods", "zip,zip"), ("--methods: duplicate zip",)),
+        (("--seeds", "1,2,1"), ("--seeds: duplicate 1",)),
         (("--seeds", "1,01"), ("has a duplicate seed",)),
         (("--seeds", ""), ("--seeds",)),
         (("--seeds", "-1"), ('--seeds: invalid seed "-1"',)),
@@ -402,10 +402,10 @@ def test_a_folder_of_something_else_is_left_alone(
 
 
 def test_why_a_process_failed() -> None:
-    assert reason(-9, "tuning: 3/40\n") == "killed by signal 9 (out of memory?)"
-    assert reason(-11, "") == "killed by signal 11"
-    assert reason(1, "Traceback\n  ...\nMemoryError\n\n") == "MemoryError"
-    assert reason(3, "") == "exit code 3"
+    assert exit_reason(-9, "tuning: 3/40\n") == "killed by signal 9 (out of memory?)"
+    assert exit_reason(-11, "") == "killed by signal 11"
+    assert exit_reason(1, "Traceback\n  ...\nMemoryError\n\n") == "MemoryError"
+    assert exit_reason(3, "") == "exit code 3"
 
 
 def test_a_process_reports_its_own_error_alone(tmp_path: Path) -> None:

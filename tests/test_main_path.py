@@ -158,7 +158,7 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
     assert done.code == 0, done.err
     assert done.json["n"] == 1797 - done.json["broken_images"]
     assert done.json["tuning_images"] == 200
-    assert "200 of these 1797 images served tuning" in done.err
+    assert "200 of these 1797 images were used for tuning" in done.err
     assert done.json["candidates"] == 11
     assert f"candidates: 11 classes (of {names})" in done.err
 
@@ -278,7 +278,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.decode().splitlines()[-1] == (
-        f"error: stopped (go on with: ztune tune --resume {out})"
+        f"error: stopped (resume with: ztune tune --resume {out})"
     )
 
 

@@ -247,7 +247,7 @@ def test_a_full_disk_names_the_file_and_says_how_to_go_on(
     name = {"state": "state.safetensors", "prompt": "prompt.safetensors", "history":
             "history.jsonl", "cache": ".features"}[at]  # fmt: skip
     again = f"ztune tune --resume {shlex.quote(str(out))}"
-    told(result, name, "No space left on device", f"then go on with: {again})")
+    told(result, name, "No space left on device", f"then resume with: {again})")
     assert ztune(*shlex.split(again)[1:], "--quiet").code == 0
     kept = "prompt.safetensors"
     assert (out / kept).read_bytes() == (whole / kept).read_bytes()

@@ -120,7 +120,7 @@ def test_it_is_compared(run: Ztune, site: Path, data: Path, tmp_path: Path) -> N
     assert "random-search needs losses" in (out / "compare.md").read_text()
     install_example(site, "0.2.0")
     told(
-        run(*words), "was begun with random-search of ztune-random-search 0.1.0",
+        run(*words), "was started with random-search of ztune-random-search 0.1.0",
         "got ztune-random-search 0.2.0 (install that version, or use another --out)",
     )  # fmt: skip
     shutil.rmtree(site)

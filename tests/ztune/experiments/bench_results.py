@@ -45,7 +45,7 @@ SESSION: dict[str, Json] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method on one data set: an accuracy per seed, or by part; None: not carried out."""
+    """A method on one data set: an accuracy per seed, or by part; None: not run."""
 
     method: str
     data: str

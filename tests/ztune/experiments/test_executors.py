@@ -95,7 +95,7 @@ def test_serial_answers_in_order_with_one_worker(
 def test_serial_begins_a_task_when_the_one_before_was_taken(
     settings: Settings, made: list[StubWorker]
 ) -> None:
-    # What was carried out is recorded before anything else can fail.
+    # What was run is recorded before anything else can fail.
     under_way = Serial(settings).perform(tasks(3))
     assert made[0].asked == []
     for n in (1, 2, 3):

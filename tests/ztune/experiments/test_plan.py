@@ -189,7 +189,7 @@ def test_paths_are_relative_to_the_plans_folder(
 
 @pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/photos"])
 def test_what_is_no_path_is_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(ConfigError, match=r"a-plan.toml.*is no path"):
+    with pytest.raises(ConfigError, match=r"a-plan.toml.*invalid path"):
         plan_of(tmp_path, LEAST).resolved(path)
 
 
@@ -303,9 +303,12 @@ def execution(line: str) -> str:
         (data("photos = {}"), 'data "photos": unknown data set "photos" (known: caltech101,'),
         (data('photos = { template = "{}" }'), 'data "photos": unknown data set "photos"'),
         (data('dtd = { template = "a texture" }'), 'data "dtd": template "a texture" must'),
-        (data('dtd = { template = "{} or {}" }'), 'data "dtd": template "{} or {}" must hold'),
-        (data('dtd = { template = "" }'), 'data "dtd": template "" must hold {} once'),
-        (data('dtd = { names = "n.txt" }'), 'data "dtd": names go with a path'),
+        (
+            data('dtd = { template = "{} or {}" }'),
+            'data "dtd": template "{} or {}": expected {} exactly once',
+        ),
+        (data('dtd = { template = "" }'), 'data "dtd": template "": expected {} exactly once'),
+        (data('dtd = { names = "n.txt" }'), 'data "dtd": names applies only with path'),
         (data('"../up" = { path = "x" }'), 'data "../up": a name has no slash'),
         (data(f'"{"x" * 256}" = {{ path = "x" }}'), f'data "{"x" * 256}": a name has no slash'),
         (data('"a\\\\b" = { path = "x" }'), 'data "a\\b": a name has no slash'),
@@ -435,7 +438,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     with pytest.raises(ConfigError, match=r'plan ".*plan.toml" does not exist'):
         read_plan(path)
-    with pytest.raises(ConfigError, match=f'plan "{re.escape(str(tmp_path))}" is no file'):
+    with pytest.raises(ConfigError, match=f'plan "{re.escape(str(tmp_path))}" is not a file'):
         read_plan(tmp_path)
     path.write_bytes(LEAST.encode("utf-16"))
     with pytest.raises(DataError, match=r'plan ".*plan.toml" is not UTF-8 text'):

@@ -560,9 +560,7 @@ def test_a_data_set_by_name_needs_a_root(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = known()
-    with pytest.raises(
-        ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'
-    ):
+    with pytest.raises(ConfigError, match=r'data "dtd" of the plan needs `root=DIR`'):
         prepare(text)
     with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
         prepare(text, root=tmp_path / "nowhere")

@@ -172,8 +172,8 @@ def test_base_to_new_tables(tmp_path: Path) -> None:
     # Seed 1: base (0.8 + 0.4)/2, new 0.4, H 0.48; seed 2: both 0.4. Mean 0.44, deviation 0.08/√2.
     assert texts(over)["m"] == ["50.0 ± 14.1", "40.0 ± 0.0", "44.0 ± 5.7"]
     assert texts(over)["head"] == ["*70.0 (1 of 2)*", "–", "–"]
-    assert any("averages over the data sets" in note for note in over.notes)
-    assert not any("averages over the data sets" in note for note in on_a.notes)
+    assert any("harmonic mean of the averages" in note for note in over.notes)
+    assert not any("harmonic mean of the averages" in note for note in on_a.notes)
 
 
 def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
