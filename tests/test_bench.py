@@ -1,4 +1,4 @@
-"""`ztune bench`: plans carried out here, in processes and on Ray; killed, and gone on with."""
+"""`ztune bench`: plans run here, in processes and on Ray; killed, and resumed."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ from tests.conftest import DIGITS, MINI, ROOT, Command
 from ztune.cli.main import main
 from ztune.dataset import Dataset
 from ztune.experiments.store import Result, Store
-from ztune.experiments.worker import MOST_DEATHS, _deaths
+from ztune.experiments.worker import MAX_ATTEMPTS, _earlier_attempts
 from ztune.run import RunFolder
 
 PLAN = """
@@ -89,7 +89,7 @@ def plan(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def serial(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the whole plan, carried out in this process."""
+    """Return the whole plan, run in this process."""
     out = tmp_path_factory.mktemp("bench") / "serial"
     assert main(["bench", str(plan), "--out", str(out), "--provider", "cpu", "--quiet"]) == 0
     return out
@@ -250,7 +250,7 @@ def test_resuming_a_finished_bench_does_nothing(copied: Path, plan: Path, ztune:
     before = ended(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
-    assert f"{N_CELLS} are finished, 0 to do" in done.err
+    assert f"{N_CELLS} finished, 0 to do" in done.err
     assert ended(copied) == before
 
 
@@ -313,7 +313,7 @@ def test_a_killed_worker_is_replaced(
 def test_a_run_that_was_killed_goes_on_from_its_state(
     plan: Path, tmp_path: Path, begun: Begin, serial: Path
 ) -> None:
-    """A long run is not begun anew: its history goes on, and its seconds are those of both."""
+    """A long run is not restarted: its history continues, and its seconds are those of both."""
     out, longer = tmp_path / "out", tmp_path / "plan.toml"
     text = plan.read_text().replace("queries = 60", "queries = 4000")
     longer.write_text(text)
@@ -338,7 +338,7 @@ def test_a_run_that_was_killed_goes_on_from_its_state(
 def test_two_drivers_share_one_folder(
     serial: Path, plan: Path, tmp_path: Path, begun: Begin
 ) -> None:
-    """Each run is carried out by one of them; together they have all."""
+    """Each run is made by one of them; together they have all."""
     out = tmp_path / "out"
     first = begun(plan, out)
     wait_for((out / "results.sqlite").exists)
@@ -381,7 +381,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(
         assert child.poll() is None, "it waits"
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 0, said
-    assert "another process works on 1 run(s): waiting for it" in said
+    assert "waiting for another process that has 1 run(s)" in said
     assert all(one.outcome for one in results(copied))
 
 
@@ -417,7 +417,7 @@ def test_a_plan_of_the_same_name_takes_the_place_of_another(
     other.write_text(plan.read_text().replace("Three digits", "Other words"))
     done = ztune("bench", other, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0
-    assert '"Other words" takes the place of "Three digits" in the report' in done.err
+    assert '"Other words" replaces "Three digits" in the report' in done.err
 
 
 def spoilt(data: Path) -> str:
@@ -504,7 +504,7 @@ def test_names_are_no_part_of_a_result(copied: Path, plan: Path, ztune: Command)
     words = ("--out", copied, "--resume", "--provider", "cpu", "--model", f"other={MINI}")
     done = ztune("bench", plan, *words)
     assert done.code == 0, done.err
-    assert f"{N_CELLS} are finished, 0 to do" in done.err
+    assert f"{N_CELLS} finished, 0 to do" in done.err
     assert {(one.cell.model, one.cell.method) for one in results(copied)} >= {("other", "mine")}
 
 
@@ -589,14 +589,14 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     copied: Path, plan: Path, ztune: Command
 ) -> None:
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
+    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     forget(copied)
     words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     done = ztune(*words)
     assert done.code == 1
     reasons = [one.reason for one in results(copied) if one.reason]
     assert reasons
-    assert all(f"ended {MOST_DEATHS} times" in reason for reason in reasons)
+    assert all(f"died {MAX_ATTEMPTS} times" in reason for reason in reasons)
     assert ztune(*words).code == 0, "asked for again, it is tried again"
 
 
@@ -605,7 +605,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 ) -> None:
     """It may have been another's doing: that of a worker beside it."""
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * (MOST_DEATHS - 1))
+    (place / "deaths").write_text("0 as if killed\n" * (MAX_ATTEMPTS - 1))
     forget(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
@@ -614,9 +614,9 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 
 def test_attempts_that_get_further_are_not_counted(copied: Path, plan: Path) -> None:
     place = place_of(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MOST_DEATHS)
+    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     (place / "run" / "state.safetensors").write_bytes(b"saved since")
-    assert _deaths(place) == []
+    assert _earlier_attempts(place) == []
 
 
 def test_an_edited_plan_goes_on_with_what_it_shares(
@@ -627,7 +627,7 @@ def test_an_edited_plan_goes_on_with_what_it_shares(
     edited.write_text(plan.read_text().replace("seeds = [1, 2]", "seeds = [2, 3]"))
     done = ztune("bench", edited, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
-    assert f"{N_CELLS // 2} are finished, {N_CELLS // 2} to do" in done.err
+    assert f"{N_CELLS // 2} finished, {N_CELLS // 2} to do" in done.err
     assert {one.cell.seed for one in results(copied)} == {2, 3}
     later = ended(copied)
     assert all(later[run] == moment for run, moment in before.items())
@@ -651,7 +651,7 @@ def test_a_plan_is_carried_out_in_parts(
     assert ztune("bench", plan, "--out", out, "--methods", "gda", *only).code == 0
     words = ("--methods", "zip", "--methods", "gda", "--seeds", "2")
     done = ztune("bench", plan, "--out", out, "--resume", *words, *only)
-    assert "of 2 asked for 1 are finished, 1 to do" in done.err
+    assert "2 requested: 1 finished, 1 to do" in done.err
     found = {(one.cell.method, one.cell.seed) for one in results(out) if one.outcome}
     assert found == {("gda", 1), ("gda", 2), ("zip", 2)}
     assert f"3 of {N_CELLS} cells finished" in done.out
@@ -672,7 +672,7 @@ def test_a_report_mixes_no_results_of_other_images(
     done = ztune(*words, "--methods", "gda", "--resume")
     assert done.code == 0
     assert [one.cell.method for one in results(out) if one.outcome] == ["gda"]
-    assert "2 result(s) in results.sqlite are of no plan any more" in done.err
+    assert "2 result(s) in results.sqlite belong to no plan" in done.err
 
 
 def test_json_is_one_document(copied: Path, plan: Path, ztune: Command) -> None:
@@ -696,15 +696,19 @@ WRONG = [
     (("bench", "{plan}"), 1, "--out OUT"),
     (("bench", "{plan}", "more", "--out", "x"), 1, "one plan"),
     (("bench", "{plan}", "--out", "{out}"), 1, "--resume"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "to go on with"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--resume"), 1, "has no results.sqlite"),
     (("bench", "{plan}", "--out", "{empty}/x", "--workers", "0"), 1, "--workers is 0"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"), 1, "--gpus goes with --ray"),
+    (
+        ("bench", "{plan}", "--out", "{empty}/x", "--gpus", "0.5"),
+        1,
+        "--gpus applies only with --ray",
+    ),
     (("bench", "{plan}", "--out", "{empty}/x", "--ray", "local"), 1, "--provider"),
     (("bench", "{plan}", "--out", "{empty}/x", "--methods", "rgf"), 1, "it has: zip, gda"),
     (("bench", "{plan}", "--out", "{empty}/x", "--seeds", "7"), 1, "it has: 1, 2"),
     (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "nan", "--ray", "auto"), 1, "expected 0"),
     (("bench", "{plan}", "--out", "{empty}/x", "--gpus", "1.5", "--ray", "auto"), 1, "whole"),
-    (("bench", "{plan}", "--out", "{empty}/x", "--root", "{plan}"), 1, "is no folder"),
+    (("bench", "{plan}", "--out", "{empty}/x", "--root", "{plan}"), 1, "is not a folder"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "={data}"), 1, "a name has no slash"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "a/b={data}"), 1, "a name has no slash"),
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "a="), 1, "names no bundle"),

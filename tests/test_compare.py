@@ -16,10 +16,10 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.main import main
-from ztune.experiments.cell_process import CellError, reason, run_cell
+from ztune.experiments.cell_process import CellError, exit_reason, run_cell
 from ztune.experiments.compare_config import CompareConfig
-from ztune.experiments.compare_run import job_of
-from ztune.experiments.comparison import Job
+from ztune.experiments.compare_run import workload_of
+from ztune.experiments.comparison import Workload
 from ztune.methods.base import HeadMethod
 from ztune.methods.registry import METHODS, find_method, method_config, tuned_config
 from ztune.run import RunFolder
@@ -186,7 +186,7 @@ def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, cop
     with RunFolder(copied / "runs" / "gda-1").locked():
         result = ztune(*words(data, copied))
     assert result.code == 1
-    assert "gda, seed 1: left alone, run " in result.err
+    assert "gda, seed 1: skipped, run " in result.err
     assert result.err.splitlines()[-1] == (
         "error: 1 of 4 cell(s) are being worked on by another process; the same command tries "
         "them again"
@@ -208,7 +208,7 @@ def test_a_method_that_compare_json_names_is_no_path(
         before = set(copied.parent.rglob("*"))
         result = ztune(*words(data, copied, "--quiet"))
         assert result.code == 1
-        assert f'has results of the method "{name}", which is not installed' in result.err
+        assert f'has results of method "{name}", which is not installed' in result.err
         assert set(copied.parent.rglob("*")) == before
         assert len(cells_of(copied)) == len(cells)
 
@@ -246,7 +246,7 @@ def test_another_request_is_refused(
     content = image.read_bytes()
     try:
         shutil.copy(next(iter((DIGITS / "nine").iterdir())), image)
-        assert "was begun with other images" in refused()
+        assert "was started with other images" in refused()
     finally:
         image.write_bytes(content)
 
@@ -300,7 +300,7 @@ def test_an_interrupted_cell_is_taken_up_again(
     os.kill(compare.pid, getattr(signal, name))
     _, said = compare.communicate(timeout=120)
     assert compare.returncode == 130
-    assert said.splitlines()[-1] == "error: stopped (go on with the same command)"
+    assert said.splitlines()[-1] == "error: stopped (resume with the same command)"
     assert read(out / "runs" / "zip-1" / "run.json")["status"] == "running"
     log = (out / "logs" / "zip-1.log").read_text()
     assert log.endswith("stopped\n")  # it was told, not killed
@@ -310,12 +310,12 @@ def test_an_interrupted_cell_is_taken_up_again(
     assert f"\nresume {out / 'runs' / 'zip-1'}\n" in (out / "logs" / "zip-1.log").read_text()
 
 
-def job(method: str, **settings: Json) -> Job:
+def job(method: str, **settings: Json) -> Workload:
     found = find_method(method)
     config = tuned_config(found, method_config(found, settings, "published"))
     assert config is not None
     run_config = RunConfig(str(MINI), "photos", method=method, queries=3000, snapshots=2)
-    return job_of(config, run_config, n_train=20, n_test=50)
+    return workload_of(config, run_config, n_train=20, n_test=50)
 
 
 def test_a_cell_is_estimated_by_what_it_sends() -> None:
@@ -354,12 +354,12 @@ def test_a_preset_has_its_views() -> None:
         (("--methods", "zip,best"), ('unknown method "best"', "zip, sharpzo")),
         (("--methods", "zip,,gda"), ("--methods", "zip,,gda")),
         (("--methods", ""), ("--methods",)),
-        (("--methods", "zip,zip"), ("--methods names zip twice",)),
-        (("--seeds", "1,2,1"), ("--seeds names 1 twice",)),
-        (("--seeds", "1,01"), ("names a seed twice",)),
+        (("--methods", "zip,zip"), ("--methods: duplicate zip",)),
+        (("--seeds", "1,2,1"), ("--seeds: duplicate 1",)),
+        (("--seeds", "1,01"), ("has a duplicate seed",)),
         (("--seeds", ""), ("--seeds",)),
-        (("--seeds", "-1"), ('--seeds has "-1"',)),
-        (("--seeds", "1,b"), ('--seeds has "b"',)),
+        (("--seeds", "-1"), ('--seeds: invalid seed "-1"',)),
+        (("--seeds", "1,b"), ('--seeds: invalid seed "b"',)),
         (("--queries", 0), ("--queries is 0",)),
         (("--pixel-queries", 0), ("--pixel-queries is 0",)),
         (("--shots", 0), ("--shots is 0",)),
@@ -402,10 +402,10 @@ def test_a_folder_of_something_else_is_left_alone(
 
 
 def test_why_a_process_failed() -> None:
-    assert reason(-9, "tuning: 3/40\n") == "killed by signal 9 (out of memory?)"
-    assert reason(-11, "") == "killed by signal 11"
-    assert reason(1, "Traceback\n  ...\nMemoryError\n\n") == "MemoryError"
-    assert reason(3, "") == "exit code 3"
+    assert exit_reason(-9, "tuning: 3/40\n") == "killed by signal 9 (out of memory?)"
+    assert exit_reason(-11, "") == "killed by signal 11"
+    assert exit_reason(1, "Traceback\n  ...\nMemoryError\n\n") == "MemoryError"
+    assert exit_reason(3, "") == "exit code 3"
 
 
 def test_a_process_reports_its_own_error_alone(tmp_path: Path) -> None:

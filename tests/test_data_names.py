@@ -146,7 +146,7 @@ def test_copies_in_a_published_set_stay_and_are_counted(
     assert scored.code == 0, scored.err
     assert scored.json["n"] == 12
     assert scored.json["tuning_images"] == 2
-    assert "served tuning or validation" in scored.err
+    assert "were used for tuning or validation" in scored.err
 
     # The same images in a folder are refused: one of each can be removed there.
     own = tmp_path / "own"
@@ -239,8 +239,8 @@ def test_wrong_words(
 
 def test_a_root_without_data(ztune: Command, run: Path, root: Path, tmp_path: Path) -> None:
     given = ("--root", root, "--quiet")
-    refused(ztune("tune", MINI, *given, "--out", tmp_path / "x"), "tune needs --data")
-    refused(ztune("eval", MINI, *given), "eval needs either --data")
+    refused(ztune("tune", MINI, *given, "--out", tmp_path / "x"), "--data is required")
+    refused(ztune("eval", MINI, *given), "--data FOLDER or --split-file RUN/split.json is required")
     split = ("--split-file", run / "split.json")
     refused(ztune("eval", MINI, *split, *given), "leave out --root")
     refused(ztune("eval", run, *given), "a run brings its own images", "leave out --root")

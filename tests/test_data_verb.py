@@ -56,7 +56,7 @@ def test_a_check_for_people(ztune: Command, tmp_path: Path) -> None:
     folder = build(tmp_path, "dtd")
     result = ztune("data", "check", "DTD", "--root", tmp_path)
     assert result.code == 0
-    assert "made now from the data set's own files (--prepare saves it)" in result.out
+    assert "generated from the data set's files (--prepare saves it)" in result.out
     assert [line.split() for line in result.out.splitlines() if line.startswith("train")] == [
         ["train", "10", "2,820"]
     ]

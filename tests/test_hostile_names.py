@@ -357,7 +357,7 @@ def test_a_password_on_the_command_line_is_kept_nowhere(
         told = ztune(*words(address), *more)
         assert told.code == 1
         assert told.out == ""
-        assert told.err.startswith("error: an address on the command line holds no user or")
+        assert told.err.startswith("error: URLs must not contain a user or")
         assert SECRET not in told.err
     assert list(tmp_path.iterdir()) == []
 

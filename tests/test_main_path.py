@@ -158,9 +158,9 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
     assert done.code == 0, done.err
     assert done.json["n"] == 1797 - done.json["broken_images"]
     assert done.json["tuning_images"] == 200
-    assert "200 of these 1797 images served tuning" in done.err
+    assert "200 of these 1797 images were used for tuning" in done.err
     assert done.json["candidates"] == 11
-    assert f"choosing among 11 classes (of {names})" in done.err
+    assert f"candidates: 11 classes (of {names})" in done.err
 
     two, other = tmp_path / "two", tmp_path / "other"
     for name, called in (("one", "one"), ("three", "three"), ("four", "IV")):
@@ -168,11 +168,11 @@ def test_a_context_serves_other_class_names(ztune: Command, tmp_path: Path, cach
         if called == name:
             shutil.copytree(DIGITS / name, two / called)
     prompt = ("--split", "all", "--prompt", out / "prompt.safetensors", "--json", "--cache", cache)
-    for data, n, whose in ((two, 10, "those it was tuned on"), (other, 3, "the images' own")):
+    for data, n, whose in ((two, 10, "of the prompt"), (other, 3, "of the images")):
         done = ztune("eval", MINI, "--data", data, *prompt)
         assert done.code == 0, done.err
         assert done.json["candidates"] == n
-        assert f"choosing among {n} classes ({whose})" in done.err
+        assert f"candidates: {n} classes ({whose})" in done.err
 
     few = tmp_path / "few.txt"
     few.write_text("zero\none\n")
@@ -278,7 +278,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.decode().splitlines()[-1] == (
-        f"error: stopped (go on with: ztune tune --resume {out})"
+        f"error: stopped (resume with: ztune tune --resume {out})"
     )
 
 

@@ -467,14 +467,14 @@ def test_a_mixture_that_takes_no_more_prompts_says_so(
     ended = "the method takes no more (most_prompts)"
     done = ztune(*given, "--queries", 100, "--snapshots", 2, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert f"ended before 100 queries: {ended}" in done.out
+    assert f"stopped before 100 queries: {ended}" in done.out
     # Marks are of what is spent: a fourth of it, not of the budget.
     files = [file.name for file in (tmp_path / "run" / "snapshots").iterdir()]
     assert files == ["000000002.safetensors"]
     done = ztune(*given, "--queries", 7, "--out", tmp_path / "short")
     assert done.code == 0, done.err
     assert document(tmp_path / "short")["queries"] == 6
-    assert "ended before" not in done.out
+    assert "stopped before" not in done.out
 
 
 def test_the_less_an_endpoint_tells_the_other_the_result(

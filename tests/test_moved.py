@@ -67,7 +67,9 @@ def test_a_run_is_scored_where_its_images_are_now(ztune: Command, made: Path) ->
             ztune("eval", run, "--data", data, "--test-data", away / "test"),
             "the run has no separate folder of test images: omit --test-data",
         )
-        told(ztune("eval", MINI, "--data", data, "--test-data", data), "--test-data goes with")
+        told(
+            ztune("eval", MINI, "--data", data, "--test-data", data), "--test-data applies only to"
+        )
         told(ztune("eval", away / "two"), f'"{made / "test"}', "9 of 9")
         assert ztune("eval", away / "two", "--test-data", away / "test").code == 0
         assert ztune("eval", away / "two", "--split", "all").code == 1

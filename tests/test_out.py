@@ -250,7 +250,7 @@ def test_a_full_disk_names_the_file_and_says_how_to_go_on(
     name = {"state": "state.safetensors", "prompt": "prompt.safetensors", "history":
             "history.jsonl", "cache": ".features"}[at]  # fmt: skip
     again = f"ztune tune --resume {shlex.quote(str(out))}"
-    told(result, name, "No space left on device", f"then go on with: {again})")
+    told(result, name, "No space left on device", f"then resume with: {again})")
     assert ztune(*shlex.split(again)[1:], "--quiet").code == 0
     kept = "prompt.safetensors"
     assert (out / kept).read_bytes() == (whole / kept).read_bytes()
@@ -278,8 +278,8 @@ def test_errors_of_writing_name_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     ("words", "again"),
     [
         (("bench", "plans/smoke.toml", "--out"), "with the same command and --resume)"),
-        (("compare", MINI, "--data", DIGITS, "--out"), "and go on with the same command)"),
-        (("quantize", MINI, "--out"), "(free some space, and try again)"),
+        (("compare", MINI, "--data", DIGITS, "--out"), "then resume with the same command)"),
+        (("quantize", MINI, "--out"), "(free some space, then try again)"),
     ],
 )
 def test_a_full_disk_in_other_verbs(

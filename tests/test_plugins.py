@@ -123,12 +123,12 @@ def test_it_is_compared(run: Ztune, site: Path, data: Path, tmp_path: Path) -> N
     install_example(site, "0.2.0")
     told(
         run(*words), "was started with random-search of ztune-random-search 0.1.0",
-        "installed is ztune-random-search 0.2.0 (install that version, or name another --out)",
+        "got ztune-random-search 0.2.0 (install that version, or use another --out)",
     )  # fmt: skip
     shutil.rmtree(site)
     told(
         run(*words[:4], "--methods", "zip", *words[6:]),
-        'has results of the method "random-search", which is not installed',
+        'has results of method "random-search", which is not installed',
     )
 
 

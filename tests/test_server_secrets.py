@@ -203,7 +203,7 @@ def test_the_command_to_go_on_with_has_the_url_that_was_named(
     url = url_of(strange) if named else None
     # A file's URL is not put into a person's mouth.
     words = f"{url} --resume" if named else "--resume"
-    refused(taken.resume(url=url), f"go on with: ztune tune {words} {taken.stopped}")
+    refused(taken.resume(url=url), f"resume with: ztune tune {words} {taken.stopped}")
 
 
 @pytest.mark.parametrize("verb", ["tune", "eval"])

@@ -232,7 +232,7 @@ def test_an_interruption_ends_the_measuring_process_too(tmp_path: Path, cache: P
     process.send_signal(signal.SIGTERM)  # to this process alone
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("error: stopped (go on with: ztune tune --resume")
+    assert err.splitlines()[-1].startswith("error: stopped (resume with: ztune tune --resume")
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert document(out)["status"] == "running"

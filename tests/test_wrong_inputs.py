@@ -35,7 +35,7 @@ from ztune.capabilities import (
 from ztune.cli import tune
 from ztune.cli.output import Output, fail
 from ztune.cli.parser import parser_of
-from ztune.cli.request import run_config_of, settings_of
+from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedMethod
 from ztune.methods.bptvlm import BptVlmConfig
@@ -248,7 +248,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--method", "magic"), ('unknown method "magic"', "known: ogn, ogn-context, zip")),
         (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
-        (("--set", "rank"), ('--set takes key=value, got "rank"',)),
+        (("--set", "rank"), ('--set is "rank", expected KEY=VALUE',)),
         (("--set", "n_context=30"), ("n_context needs init=random",)),
         (
             ("--set", "n_context=30", "--init", "random"),
@@ -270,7 +270,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--seed", -1), ("--seed",)),
         (("--test-data", "nowhere"), ("nowhere", "does not exist")),
         (("--names", "nowhere"), ("nowhere",)),
-        (("--resume", "somewhere"), ("--resume takes everything from the run",)),
+        (("--resume", "somewhere"), ("does not apply to --resume",)),
     ],
 )
 def test_wrong_settings(
@@ -282,14 +282,16 @@ def test_wrong_settings(
 
 
 def test_wrong_targets(ztune: Command, data: Path, tmp_path: Path) -> None:
-    refused(ztune("tune", MINI, "--out", tmp_path / "x"), "tune needs --data")
+    refused(ztune("tune", MINI, "--out", tmp_path / "x"), "--data is required")
     refused(ztune("tune", "--resume", tmp_path), "is a folder without run.json")
     refused(ztune("eval", tmp_path / "x"), "does not exist")
     refused(ztune("eval", data), "is a folder without run.json and bundle.json")
     refused(ztune("eval", MINI), "--data FOLDER or --split-file")
     refused(ztune("eval", MINI, "--data", data), "has no test images", "--split all")
     names, split = tmp_path / "names.txt", tmp_path / "split.json"
-    refused(ztune("eval", MINI, "--split-file", split, "--names", names), "leave out --names")
+    refused(
+        ztune("eval", MINI, "--split-file", split, "--names", names), "--names does not apply to"
+    )
     other = tmp_path / "c.onnx"
     other.write_text("no graph")
     refused(ztune("predict", other, data), "cannot be opened")
@@ -361,10 +363,10 @@ def test_names_are_for_data_only(ztune: Command, data: Path, tmp_path: Path) -> 
     assert tuned.code == 0, tuned.err
     assert ztune("pack", MINI, "--prompt", out / "prompt.safetensors", "--out", packed).code == 0
     names.write_text("one\teins\ntwo\tzwei\nthree\tdrei\n")
-    refused(ztune("eval", out, "--names", names), "leave out --names")
+    refused(ztune("eval", out, "--names", names), "--names does not apply to")
     for target in (MINI, packed):
         given = ("eval", target, "--split-file", out / "split.json", "--names", names)
-        refused(ztune(*given), "leave out --names")
+        refused(ztune(*given), "--names does not apply to")
 
 
 def test_an_images_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`ztune bench`: a plan of many cells run, on one machine or many, and the report."""
+"""`ztune bench`: run a plan on one or many machines and write the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.experiments.plan import Plan
-    from ztune.experiments.prepare import Only
+    from ztune.experiments.prepare import CellFilter
     from ztune.experiments.store import Result
 
 USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
@@ -31,7 +31,10 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="+", metavar="PLAN.toml|report OUT", help="run a plan, or report on one"
+        "words",
+        nargs="+",
+        metavar="PLAN.toml|report OUT",
+        help="plan to run, or results to report on",
     )
     parser.add_argument("--out", type=Path, metavar="OUT", help="folder for results")
     add(parser, "--root")
@@ -39,17 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]BUNDLE",
-        help="bundle in place of the plan's; several with names",
+        help="replace the plan's models; repeat with names",
+    )
+    parser.add_argument("--resume", action="store_true", help="run only missing and failed cells")
+    parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="run workers on a Ray cluster: auto, HOST:PORT or local"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="run what is missing or failed, and nothing else"
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1)")
-    parser.add_argument(
-        "--ray", metavar="ADDRESS", help="workers are Ray's: auto, HOST:PORT, or local"
-    )
-    parser.add_argument(
-        "--gpus", type=float, metavar="SHARE", help="of a Ray worker, as in 0.25 (default: 0)"
+        "--gpus", type=float, metavar="SHARE", help="GPUs per Ray worker, such as 0.25 (default: 0)"
     )
     add(
         parser,
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option,
             metavar="LIST",
             action="append",
-            help=f"only cells with these {what} of the plan, as in a,b",
+            help=f"run only these {what} of the plan, such as a,b",
         )
 
 
@@ -75,11 +76,11 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         return
     if len(arguments.words) > 1:
         raise ConfigError(
-            "bench takes one plan, or the word report and the folder of results: ztune bench "
-            "PLAN.toml --out OUT, ztune bench report OUT"
+            "expected one plan (ztune bench PLAN.toml --out OUT) or one folder of results (ztune "
+            "bench report OUT)"
         )
     if arguments.out is None:
-        raise ConfigError("bench needs --out OUT, the folder for results")
+        raise ConfigError("--out OUT is required: the folder for results")
     _run_plan(arguments, output)
 
 
@@ -89,8 +90,8 @@ def _report(arguments: argparse.Namespace, output: Output) -> None:
     others = [option for name, option in arguments.given.items() if name != "out"]
     if len(arguments.words) != 2 or others:
         raise ConfigError(
-            "bench report takes the folder of results, and where the report goes: ztune bench "
-            f"report OUT --out DIR{f' (leave out {others[0]})' if others else ''}"
+            "bench report takes only a folder of results and --out: ztune bench report OUT --out "
+            f"DIR{f' (leave out {others[0]})' if others else ''}"
         )
     files = [str(file) for file in write_reports(Path(arguments.words[1]), arguments.out)]
     output.result({"files": list(files)}, files)
@@ -100,7 +101,7 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.experiments.bench import RESULTS, Workers, run_plan
 
     plan = _plan(arguments)
-    only = _only(arguments, plan)
+    only = _cell_filter(arguments, plan)
     n_workers = 1 if arguments.workers is None else arguments.workers
     workers = Workers(n_workers, arguments.ray, arguments.gpus)
     out = arguments.out.resolve()
@@ -117,19 +118,21 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
             progress=output,
         )
     except KeyboardInterrupt:
-        begun = (out / RESULTS).exists()
+        started = (out / RESULTS).exists()
         raise KeyboardInterrupt(
-            "go on with the same command and --resume" if begun else "no run was started"
+            "resume with the same command and --resume" if started else "no run was started"
         ) from None
-    _tell(results.cells, arguments.out, results.report, output)
+    _print_results(results.cells, arguments.out, results.report, output)
     if results.n_missing:
         raise ZtuneError(
-            f"{results.n_missing} cell(s) have no result, see above; --resume tries them again"
+            f"{results.n_missing} cell(s) have no result, see above (retry with --resume)"
         )
 
 
-def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: Output) -> None:
-    """Give the counts of the plan's cells, and where the report lies."""
+def _print_results(
+    results: Sequence[Result], out: Path, files: Sequence[Path], output: Output
+) -> None:
+    """Print the counts of the plan's cells and the path of the report."""
     counts = {
         "cells": len(results),
         "finished": sum(one.outcome is not None for one in results),
@@ -143,13 +146,13 @@ def _tell(results: Sequence[Result], out: Path, files: Sequence[Path], output: O
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
     again = f"ztune bench report {quoted(out)}"
-    lines.append(f"{files[0]} (write it again with: {again})")
+    lines.append(f"{files[0]} (rewrite it with: {again})")
     document: dict[str, Json] = {**counts, "failures": failed}
     output.result({**document, "report": [str(file) for file in files]}, lines)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    """Return the plan, with the models that were named in place of its own.
+    """Return the plan, with --model replacing its models.
 
     Raises: ConfigError.
     """
@@ -157,7 +160,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
     plan = read_plan(Path(arguments.words[0]))
     if arguments.root is not None and not arguments.root.is_dir():
-        raise ConfigError(f'--root "{arguments.root}" is no folder')
+        raise ConfigError(f'--root "{arguments.root}" is not a folder')
     named: dict[str, str] = {}
     for word in arguments.model or []:
         name, equals, bundle = word.partition("=")
@@ -165,23 +168,25 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         name = name if equals else path.name
         check_name(name, f'--model "{word}"')
         if not bundle and equals:
-            raise ConfigError(f'--model "{word}" names no bundle: --model NAME=BUNDLE')
+            raise ConfigError(f'--model "{word}" has no bundle (expected --model NAME=BUNDLE)')
         if name in named:
-            raise ConfigError(f'--model names "{name}" twice (give names: --model NAME=BUNDLE)')
+            raise ConfigError(
+                f'duplicate --model name "{name}" (use different names: --model NAME=BUNDLE)'
+            )
         named[name] = str(path)
     if not named and not plan.models:
         raise ConfigError(
-            f'plan "{plan.path}" leaves the model to you: add --model BUNDLE (from ztune export)'
+            f'plan "{plan.path}" names no model: add --model BUNDLE (from ztune export)'
         )
     return replace(plan, models=named or plan.models)
 
 
-def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
-    """Return which cells are asked for.
+def _cell_filter(arguments: argparse.Namespace, plan: Plan) -> CellFilter:
+    """Return the requested cells.
 
-    Raises: ConfigError for a word that the plan does not have.
+    Raises: ConfigError for a value that the plan does not have.
     """
-    from ztune.experiments.prepare import Only
+    from ztune.experiments.prepare import CellFilter
 
     known: dict[str, list[str]] = {
         "methods": [*plan.methods],
@@ -197,9 +202,11 @@ def _only(arguments: argparse.Namespace, plan: Plan) -> Only:
             words = tuple(word.strip() for part in given for word in part.split(","))
         for word in words or ():
             if word not in there:
-                raise ConfigError(f'--{name}: the plan has no "{word}"; it has: {", ".join(there)}')
+                raise ConfigError(
+                    f'--{name}: the plan has no "{word}" (expected {", ".join(there)})'
+                )
         chosen[name] = words
-    return Only(
+    return CellFilter(
         chosen["methods"], chosen["data"], _numbers(chosen["shots"]), _numbers(chosen["seeds"])
     )
 

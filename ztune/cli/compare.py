@@ -1,4 +1,4 @@
-"""`ztune compare`: every method on the same images, with the cost and accuracy of each."""
+"""`ztune compare`: cost and accuracy of methods on the same images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
-from ztune.cli.request import run_config_of, settings_from_words
+from ztune.cli.run_settings import run_config_of, settings_from_words
 from ztune.errors import ConfigError, ZtuneError
 from ztune.methods.registry import find_method, method_names, usable_methods
 from ztune.progress import warn
@@ -17,7 +17,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.experiments.compare_config import CompareConfig
-    from ztune.experiments.comparing import Folder
+    from ztune.experiments.compare_folder import Folder
 
 USAGE = ("BUNDLE --data FOLDER|NAME --out FOLDER [options]",)
 EXAMPLE = """\
@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(first, "--data", required=True)
     add(first, "--root")
     first.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="new, or one to resume"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="new folder, or comparison to resume",
     )
     first.add_argument(
         "--methods",
@@ -46,16 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pixel-queries",
         type=int,
         metavar="N",
-        help="of methods that encode images with every query (default: as --queries)",
+        help="budget of methods that encode images with every query (default: --queries)",
     )
     add(first, "--template", "--provider")
     data = parser.add_argument_group("data")
     add(data, "--names", "--val", "--test-fraction", "--test-data", "--split-seed", "--skip-broken")
     method = parser.add_argument_group("method")
     add(method, "--preset")
-    add(method, "--set", metavar="METHOD.KEY=VALUE", help="one method's setting")
+    add(method, "--set", metavar="METHOD.KEY=VALUE", help="setting of one method")
     method.add_argument(
-        "--snapshots", type=int, metavar="N", default=12, help="points of a curve (default: 12)"
+        "--snapshots",
+        type=int,
+        metavar="N",
+        default=12,
+        help="points per accuracy curve (default: 12)",
     )
     machine = parser.add_argument_group("machine")
     add(machine, "--threads", "--memory-limit", "--force")
@@ -68,37 +76,37 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     try:
         folder = run_comparison(config, arguments.out, arguments.command, output)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("go on with the same command") from None
+        raise KeyboardInterrupt("resume with the same command") from None
     output.result(folder.document(), _lines(folder))
     wanted = {(m, s) for m in config.methods for s in config.seeds}
     failed = [c for c in folder.cells if c.figures is None and (c.method, c.seed) in wanted]
     n_busy = len(wanted - {(c.method, c.seed) for c in folder.cells})
     if failed or n_busy:
-        busy = f"{n_busy} of {len(wanted)} cell(s) are being worked on by another process"
-        lacking = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
-        lacking += [busy] if n_busy else []
-        raise ZtuneError(f"{'; '.join(lacking)}; the same command tries them again")
+        busy = f"{n_busy} of {len(wanted)} cell(s) are running in another process"
+        missing = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
+        missing += [busy] if n_busy else []
+        raise ZtuneError(f"{'; '.join(missing)} (retry with the same command)")
 
 
 def _lines(folder: Folder) -> list[str | Table]:
-    """Return what a person reads of a comparison."""
-    from ztune.experiments import comparing
+    """Return the comparison as text."""
+    from ztune.experiments import compare_folder
     from ztune.experiments.comparison import COLUMNS
 
     return [
-        Table(comparing.title(folder), COLUMNS, comparing.table_rows(folder)),
+        Table(compare_folder.title(folder), COLUMNS, compare_folder.table_rows(folder)),
         "",
-        *comparing.failures(folder),
-        *comparing.footnotes(folder),
+        *compare_folder.failures(folder),
+        *compare_folder.footnotes(folder),
         "",
-        *comparing.access_sentences(folder),
+        *compare_folder.describe_needs(folder),
         "",
         f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
     ]
 
 
 def _config(arguments: argparse.Namespace) -> CompareConfig:
-    """Return what is asked for, checked as far as it can be without opening anything."""
+    """Return the requested comparison, checked without opening any file."""
     from ztune.experiments.compare_config import CompareConfig
 
     if arguments.methods == "all":
@@ -111,10 +119,10 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
     seeds = []
     for word in _listed(arguments.seeds, "--seeds"):
         if not word.isdecimal():
-            raise ConfigError(f'--seeds has "{word}", expected whole numbers such as 1,2,3')
+            raise ConfigError(f'--seeds: invalid seed "{word}" (expected integers such as 1,2,3)')
         seeds.append(int(word))
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {arguments.seeds} names a seed twice")
+        raise ConfigError(f"--seeds {arguments.seeds} has a duplicate seed")
     base = run_config_of(arguments, {})
     pixel_queries = base.queries if arguments.pixel_queries is None else arguments.pixel_queries
     settings = _settings(arguments.settings or ())
@@ -124,16 +132,16 @@ def _config(arguments: argparse.Namespace) -> CompareConfig:
 
 
 def _listed(text: str, option: str) -> list[str]:
-    """Return the words between commas, in order.
+    """Return the values of a comma-separated list.
 
-    Raises: ConfigError for an empty list or word, or the same word twice.
+    Raises: ConfigError for an empty list or value, or a duplicate.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise ConfigError(f'{option} is "{text}", expected a list such as a,b,c')
     twice = sorted({word for word in words if words.count(word) > 1})
     if twice:
-        raise ConfigError(f"{option} names {twice[0]} twice")
+        raise ConfigError(f"{option}: duplicate {twice[0]}")
     return words
 
 
@@ -143,6 +151,6 @@ def _settings(words: Sequence[str]) -> dict[str, dict[str, Json]]:
     for word in words:
         name, dot, setting = word.partition(".")
         if not dot or "=" in name:
-            raise ConfigError(f'--set takes METHOD.KEY=VALUE here, got "{word}"')
+            raise ConfigError(f'--set is "{word}", expected METHOD.KEY=VALUE')
         settings.setdefault(find_method(name).name, {}).update(settings_from_words([setting]))
     return settings

@@ -1,4 +1,4 @@
-"""`ztune data`: which data sets are known by name, and whether one is there as it was published."""
+"""`ztune data`: list the known data sets, and check a local copy against the published one."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ EXAMPLE = """\
   ztune data check caltech101 --root /data
   ztune data check dtd --root /data --prepare"""
 
-_SHOWN = 5  # missing images that are named
+_SHOWN = 5  # missing images listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("list", "check"), help="list them all, or check one")
+    parser.add_argument("what", choices=("list", "check"), help="list all data sets, or check one")
     parser.add_argument("name", nargs="?", metavar="NAME", help="the data set to check")
-    add(parser, "--root", help="folder that holds all data sets, one each")
+    add(parser, "--root", help="folder with one subfolder per data set")
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help="save what is missing and can be made: a split, the images of parquet files",
+        help="write missing files that can be generated: the split, images from parquet files",
     )
     parser.add_argument(
-        "--skip-copies", action="store_true", help="do not compare the contents of images"
+        "--skip-copies", action="store_true", help="do not look for duplicate images by content"
     )
 
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         tickers: list[Ticker] = []
 
         def progress(done: int, total: int) -> None:
-            if not tickers:  # how many there are to compare is known only now
+            if not tickers:  # the total is known only now
                 tickers.append(stack.enter_context(output.activity("compare images", total)))
             tickers[0].update(done)
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _list(root: Path | None, output: Output) -> None:
     if root is not None and not root.is_dir():
-        raise DataError(f'root "{root}" does not exist, or is no folder')
+        raise DataError(f'root "{root}" is not a folder')
     documents: list[Json] = []
     rows = []
     for spec in NAMED.values():
@@ -84,9 +84,9 @@ def _list(root: Path | None, output: Output) -> None:
         documents.append(document)
         rows.append(row)
     columns = ["data set", "folder", "classes", *SPLITS, "template"]
-    columns += ["there"] if root is not None else []
+    columns += ["present"] if root is not None else []
     listing = Table("", columns, rows, words=("folder", "template"))
-    closing = "is one there, and whole? ztune data check NAME --root DIR"
+    closing = "check a local copy: ztune data check NAME --root DIR"
     output.result({"data": documents}, [listing, "", closing])
 
 
@@ -94,7 +94,7 @@ def _lines(found: CheckReport) -> list[str | Table]:
     spec, data = found.spec, found.data
     lines: list[str | Table] = [f"{spec.title}: {_where(found)}"]
     if found.present:
-        lines.append(f"there: {', '.join(found.present)}")
+        lines.append(f"present: {', '.join(found.present)}")
     if found.absent:
         lines.append(f"missing: {', '.join(found.absent)}")
     if data is None:
@@ -126,9 +126,9 @@ def _split(found: CheckReport) -> str:
     if source is not None and found.folder is not None:
         return source.relative_to(found.folder).as_posix()
     if found.saved is not None:
-        return f"made now, saved as {found.saved.name}"
+        return f"generated, saved as {found.saved.name}"
     if found.spec.drawn:
-        return "made now from the data set's own files (--prepare saves it)"
+        return "generated from the data set's files (--prepare saves it)"
     return "the data set's own"
 
 

@@ -1,4 +1,4 @@
-"""`ztune doctor`: what this machine really runs, and whether a bundle is sound on it."""
+"""`ztune doctor`: check which providers run here, and a bundle's numerical parity."""
 
 from __future__ import annotations
 
@@ -34,17 +34,23 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="to check on this machine"
+        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="bundle or server to check"
     )
-    signal = parser.add_argument_group("the signal that tuning would have")
-    add(signal, "--data", type=Path, metavar="FOLDER", help="measure the signal on these images")
+    signal = parser.add_argument_group("signal-to-noise ratio of tuning")
+    add(
+        signal,
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="measure the signal-to-noise ratio on these images",
+    )
     add(signal, "--names", "--shots", "--seed", "--set", "--init", "--reference")
-    add(signal, "--method", help=f"whose signal (default: {_METHOD})")
+    add(signal, "--method", help=f"method to measure (default: {_METHOD})")
     add_server_arguments(parser)
 
 
 _AT = ("here", "at_export")
-# The method whose signal is looked at unless told: ztune's own default compares no two points.
+# The default method of the signal check: ztune's own default (ogn) compares no two points.
 _METHOD = "zip"
 
 
@@ -57,8 +63,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         require_no_server_options(arguments)
     elif of_signal:
         raise ConfigError(
-            "the signal is measured with a bundle on this machine: leave out --data and what goes "
-            "with it"
+            "the signal-to-noise ratio needs a local bundle: leave out --data and its options"
         )
     if of_signal and None in (arguments.bundle, arguments.data):
         raise ConfigError(
@@ -79,7 +84,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         Table("extras", ("", ""), [(k, "installed" if v else "no") for k, v in installed.items()]),
         "",
         Table(
-            "providers (each asked to run a small matrix product)",
+            "providers (each runs a small matrix product)",
             ("", ""),
             [(name, "runs" if reason is None else reason) for name, reason in providers.items()],
         ),
@@ -98,7 +103,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         lines += _bundle_lines(arguments.bundle, found)
         if arguments.data is not None:
             if failures:
-                lines += ["", "signal-to-noise: not measured, since the bundle is not sound here"]
+                lines += ["", "signal-to-noise ratio: not measured, the bundle failed its checks"]
             else:
                 measured, line = _signal(arguments, str(found.provider), output)
                 document["signal"] = measured
@@ -107,7 +112,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     document["ok"] = bool(working or is_url(arguments.bundle)) and not failures
     output.result(document, lines)
     if not document["ok"] and not failures:
-        raise ZtuneError("no provider works here: " + "; ".join(str(v) for v in providers.values()))
+        raise ZtuneError(
+            "no provider works on this machine: " + "; ".join(str(v) for v in providers.values())
+        )
     if failures:
         raise ZtuneError("; ".join(failures))
 
@@ -131,30 +138,30 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
 
 
 def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
-    said = "with every answer" if found.reports_digest else "not with every answer"
+    said = "in every response" if found.reports_digest else "not in every response"
     rows = [
         ("models", ", ".join(found.models)),
         ("capabilities", describe(found.capabilities)),
-        ("bundle", f"{found.bundle_digest[:12]}…, {found.precision}, told {said}"),
+        ("bundle", f"{found.bundle_digest[:12]}…, {found.precision}, reported {said}"),
     ]
     differences = [(part, f"{value:.1e}") for part, value in found.parity.items()]
     lines: list[str | Table] = [
         "",
         Table(f"server {found.url}", ("", ""), rows),
         "",
-        Table("largest difference from torch", ("model", "over the wire"), differences),
+        Table("largest difference from torch", ("model", "over the network"), differences),
     ]
     if timed:
-        lines += ["", f"{found.seconds_per_query:.5f} s per query ({timed}, with the wire)"]
+        lines += ["", f"{found.seconds_per_query:.5f} s per query ({timed}, network included)"]
     return lines
 
 
 def _signal(
     arguments: argparse.Namespace, provider: str, output: Output
 ) -> tuple[dict[str, Json], str]:
-    """Measure what `ztune tune` would before its first step, without a run."""
+    """Run the signal check of `ztune tune` without a run."""
     from runtimes.providers import Execution
-    from ztune.cli.request import run_config_of, settings_of
+    from ztune.cli.run_settings import run_config_of, settings_of
     from ztune.doctor import measure_signal
     from ztune.model import open_model
     from ztune.precision import advice, describe_signal

@@ -52,14 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         parser,
         "--data",
-        help="labelled images, or their name with --root; of a run, where its own have moved",
+        help="labelled images, or a data set's name with --root; for a run: where its images moved",
     )
     add(parser, "--root")
-    add(parser, "--test-data", help="a run's test images, where they have moved")
-    parser.add_argument("--split", choices=("test", "all"), help="which of them (default: test)")
+    add(parser, "--test-data", help="for a run: where its test images moved")
+    parser.add_argument(
+        "--split", choices=("test", "all"), help="images to evaluate (default: test)"
+    )
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
-        "--bundle", type=place, metavar="DIR|URL", help="a run's bundle or server, where it moved"
+        "--bundle",
+        type=place,
+        metavar="DIR|URL",
+        help="for a run: where its bundle or server moved",
     )
     parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="a result of ztune tune")
     add(parser, "--template", "--extractor")
@@ -67,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--snapshots", action="store_true", help="also evaluate a run's intermediate snapshots"
     )
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names to choose among, one a line"
+        "--classes", type=Path, metavar="FILE", help="candidate class names, one per line"
     )
     add(parser, "--names", "--cache", "--skip-broken", "--provider", "--threads")
     add_server_arguments(parser)
@@ -96,19 +101,19 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     for name in ("root", "split_file", "prompt", "classes", "names"):
         if name in arguments.given:
             raise ConfigError(
-                f"a run brings its own images and prompt; leave out {arguments.given[name]} "
-                "(or evaluate its bundle)"
+                f"{arguments.given[name]} does not apply to a run, which has its own images and "
+                "prompt (leave it out, or evaluate the bundle)"
             )
     folder = RunFolder(arguments.target)
     head = folder.read()
     if head.get("status") == "refused":
         raise ConfigError(
             f'run "{folder.path}" was refused before its first step, see "signal" in its run.json '
-            "(start it anew with other settings)"
+            "(start it again with other settings)"
         )
     if head.get("status") != "finished":
         raise ConfigError(
-            f'run "{folder.path}" is not finished (go on with: ztune tune --resume '
+            f'run "{folder.path}" is not finished (resume with: ztune tune --resume '
             f"{quoted(folder.path)})"
         )
     run_config = run_report(head, f'run "{folder.path}": run.json').run_config
@@ -121,8 +126,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
-            f'the run\'s bundle "{place_now}" is gone; put it back, or name where it is now with '
-            "--bundle DIR"
+            f'the run\'s bundle "{place_now}" does not exist (give its new path with --bundle DIR)'
         )
     templates = tuple(arguments.templates or run_config.templates)
     with _model(arguments, place_now, output, run_config.server) as model:
@@ -140,7 +144,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     try:
         draw_confusion(found.scores, folder.path / "confusion.png")
     except OSError as error:
-        output.warn(f"confusion.png is not drawn: {error.strerror}")
+        output.warn(f"cannot write confusion.png: {error.strerror}")
     document = _document(found.tuned, images, found.kept, found.artifact.tuning_images)
     if found.curve is not None:
         document["curve"] = found.curve
@@ -160,7 +164,7 @@ def _model(
     output: Output,
     saved: Mapping[str, Json] | None = None,
 ) -> Model:
-    """Return a bundle or a server's at work; `saved` is how a run reached its server.
+    """Open a bundle or server; `saved` are the run's server settings.
 
     Raises: ConfigError for an option that does not go with it.
     """
@@ -174,7 +178,7 @@ def _model(
         provider, threads = arguments.provider, arguments.threads
         if settings.get("images") != "local" and (provider, threads) != ("auto", None):
             raise ConfigError(
-                "how graphs run is the server's affair: leave out --provider and --threads"
+                "the server decides how graphs run: leave out --provider and --threads"
             )
         model = open_served_model(
             str(target), settings, named, output, provider=provider, threads=threads
@@ -182,8 +186,8 @@ def _model(
         if TEXTS in model.runtime.missing:
             model.close()
             raise ConfigError(
-                f"{target} gives losses alone, no text features to score images by (use the "
-                "bundle itself: ztune eval RUN --bundle DIR, or ztune eval BUNDLE --prompt FILE)"
+                f"{target} provides only losses, and scoring needs text features (use the bundle: "
+                "ztune eval RUN --bundle DIR, or ztune eval BUNDLE --prompt FILE)"
             )
         return model
     require_no_server_options(arguments)
@@ -192,16 +196,16 @@ def _model(
 
 
 def _check_bundle_options(arguments: argparse.Namespace) -> None:
-    """Refuse what does not go with a bundle.
+    """Refuse options that do not apply to a bundle.
 
     Raises: ConfigError.
     """
     if arguments.prompt is not None and arguments.templates is not None:
-        raise ConfigError("give --prompt or --template, not both")
+        raise ConfigError("--prompt and --template exclude each other (give one)")
     if arguments.bundle is not None:
-        raise ConfigError("--bundle goes with a run; here the bundle is already named")
+        raise ConfigError("--bundle applies only to a run (leave it out)")
     if arguments.snapshots:
-        raise ConfigError("--snapshots goes with a run")
+        raise ConfigError("--snapshots applies only to a run (leave it out)")
 
 
 def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) -> None:
@@ -210,7 +214,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
     from ztune.evaluate import score_bundle
 
     images = _labelled(arguments, output)
-    candidates, whose = images.classes, "the images' own"
+    candidates, whose = images.classes, "of the images"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
     fingerprints: Iterable[int] = ()
@@ -221,13 +225,13 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
         known = set(images.classes) <= set(artifact.classes)
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
-            candidates, whose = artifact.classes, "those it was tuned on"
+            candidates, whose = artifact.classes, "of the prompt"
         artifact = model.refresh(artifact, candidates)
         candidates, fingerprints = artifact.classes, artifact.tuning_images.tolist()
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
-    output.remark(f"choosing among {len(candidates)} classes ({whose})")
+    output.remark(f"candidates: {len(candidates)} classes ({whose})")
     result, kept = score_bundle(
         model,
         images,
@@ -249,7 +253,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     for name in ("prompt", "templates", "classes", "cache", "bundle", "extractor", "snapshots"):
         if name in arguments.given:
             option = arguments.given[name]
-            raise ConfigError(f"a classifier is complete in itself; leave out {option}")
+            raise ConfigError(f"{option} does not apply to a packed classifier (leave it out)")
     classifier = open_classifier(
         arguments.target, resolve_execution(arguments.provider, arguments.threads, output)
     )
@@ -267,15 +271,19 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     from ztune.evaluate import labelled_of_split, read_labelled
 
     if arguments.data is None and arguments.split_file is None:
-        raise ConfigError("eval needs either --data FOLDER or --split-file RUN/split.json")
+        raise ConfigError("--data FOLDER or --split-file RUN/split.json is required")
     if arguments.test_data is not None and arguments.split_file is None:
-        raise ConfigError("--test-data goes with a run or --split-file; leave it out")
+        raise ConfigError("--test-data applies only to a run or --split-file (leave it out)")
     split = arguments.split or "test"
     if arguments.split_file is not None:
         if arguments.names is not None:
-            raise ConfigError("a split file brings its own class names; leave out --names")
+            raise ConfigError(
+                "--names does not apply to --split-file, which has class names (leave it out)"
+            )
         if arguments.root is not None:
-            raise ConfigError("a split file knows where its images are; leave out --root")
+            raise ConfigError(
+                "--root does not apply to --split-file, which has paths (leave it out)"
+            )
         return labelled_of_split(
             arguments.split_file,
             split,
@@ -305,8 +313,8 @@ def _document(
 def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
     if document["tuning_images"]:
         output.warn(
-            f"{document['tuning_images']} of these {document['n']} images served tuning or "
-            "validation: this is no test figure"
+            f"{document['tuning_images']} of these {document['n']} images were used for "
+            "tuning or validation: this is not a test accuracy"
         )
     rows = [
         (name, f"{s.accuracy:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}")

@@ -1,4 +1,4 @@
-"""`ztune export`: the only verb that needs torch, unless it copies a bundle's client half."""
+"""`ztune export`: export a bundle (the only verb that needs torch), or copy its client half."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip's name")
-    parser.add_argument("--pretrained", metavar="TAG|FILE", help="published tag, or a checkpoint")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizers JSON file")
-    parser.add_argument("--pad-id", type=int, metavar="N", help="where the tokenizer names none")
+    parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip model")
     parser.add_argument(
-        "--preprocess-from", metavar="TAG|JSON", help="whose mean, std and resizing a FILE follows"
+        "--pretrained", metavar="TAG|FILE", help="pretrained tag or checkpoint file"
     )
     parser.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="no weights at all: for tests"
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (Hugging Face tokenizers)"
     )
     parser.add_argument(
-        "--licence", default="unknown", metavar="TEXT", help="of the weights, for the manifest"
+        "--pad-id", type=int, metavar="N", help="padding token, if the tokenizer defines none"
+    )
+    parser.add_argument(
+        "--preprocess-from",
+        metavar="TAG|JSON",
+        help="preprocessing (mean, std, resizing) of a checkpoint file",
+    )
+    parser.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="random weights, for tests"
+    )
+    parser.add_argument(
+        "--licence",
+        default="unknown",
+        metavar="TEXT",
+        help="licence of the weights, for the manifest",
     )
     parser.add_argument(
         "--precision", default="fp32", help="fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"
@@ -36,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-tokens",
         action="store_true",
-        help="add the image graph that visual tokens need (open_clip's own ViTs, fp32)",
+        help="add the image graph for visual prompts (open_clip ViTs, fp32)",
     )
     parser.add_argument(
         "--client",
         type=Path,
         metavar="BUNDLE",
-        help="instead of --model: the half of this bundle that a server's client needs",
+        help="instead of --model: copy the part of this bundle that a server's client needs",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="a new folder")
 
@@ -52,7 +63,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         _export_client_half(arguments, output)
         return
     if arguments.model is None:
-        raise ConfigError("nothing to export: give --model NAME, or --client BUNDLE")
+        raise ConfigError("--model NAME or --client BUNDLE is required")
     from ztune.exporting import export
 
     bundle = export(
@@ -85,11 +96,11 @@ def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:
     kept = ("client", "out")
     of_model = [option for name, option in arguments.given.items() if name not in kept]
     if of_model:
-        raise ConfigError(f"--client copies an existing bundle: leave out {', '.join(of_model)}")
+        raise ConfigError(f"--client copies an existing bundle (leave out {', '.join(of_model)})")
     half = export_client(load_bundle(arguments.client), arguments.out)
     size = sum((half.path / name).stat().st_size for name in CLIENT_FILES)
     lines = [
         f"{half.path}: {size / 1e6:.1f} MB, client half of bundle {half.digest[:12]}…",
-        "It tunes against the server that has the graphs.",
+        "Use it with --client to tune against a server.",
     ]
     output.result(dict(half.manifest), lines)

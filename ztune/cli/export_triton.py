@@ -1,4 +1,4 @@
-"""`ztune export-triton`: a bundle as the model repository of a Triton server."""
+"""`ztune export-triton`: write a Triton model repository from a bundle."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="that the server will have")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle to serve")
     parser.add_argument("--out", required=True, type=Path, metavar="REPO", help="a new folder")
-    parser.add_argument("--name", help="of the models, before _image, _score … (the folder's)")
+    parser.add_argument("--name", help="prefix of the models' names (default: the bundle's folder)")
     parser.add_argument(
         "--backend",
         default="onnxruntime",
@@ -28,13 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accelerator", default="none", help="none (default: CPUs), cuda or tensorrt"
     )
     parser.add_argument(
-        "--instances", type=int, default=1, metavar="N", help="of each model (1; per GPU)"
+        "--instances",
+        type=int,
+        default=1,
+        metavar="N",
+        help="instances per model, and per GPU (default: 1)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="cores of an instance on CPUs")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per instance")
     parser.add_argument(
         "--access",
         default="features",
-        help="what of the text side is told: features (default), logits or losses",
+        help="most that the server returns: features (default), logits or losses",
     )
 
 

@@ -1,4 +1,4 @@
-"""The `ztune` command: one verb, one file; errors become one line here."""
+"""The `ztune` command: dispatch a verb, print an error as one line."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ztune.errors import ZtuneError
 from ztune.printing import holds_password
 from ztune.progress import forward_warnings
 
-# How a command goes on after a full disk.
+# How to resume a command after a full disk.
 _AGAIN = {
-    "bench": "and go on with the same command and --resume",
-    "compare": "and go on with the same command",
+    "bench": "then resume with the same command and --resume",
+    "compare": "then resume with the same command",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return 0, 1 for an error (2 for wrong usage), 130 when interrupted."""
-    # Without this, a warning of tokenizers' about forking reaches the user.
+    # Otherwise tokenizers warns about forking.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.excepthook = lambda _kind, error, _trace: show_traceback(error)
     words = sys.argv[1:] if argv is None else argv
-    # None is named before this: whatever comes after may print an argument or keep it in a file.
+    # First, since later code may print an argument or save it to a file.
     if any("://" in word and holds_password(word) for word in words):
         fail(
-            "an address on the command line holds no user or password: put a server's into "
-            "ZTUNE_BASIC_AUTH (user:password) or a file (--basic-auth-file)"
+            "URLs must not contain a user or password (use ZTUNE_BASIC_AUTH=user:password or "
+            "--basic-auth-file)"
         )
         return 1
     if not words or words[0] not in VERBS:
@@ -70,14 +70,14 @@ def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
         fail(f"stopped{f' ({stop})' if str(stop) else ''}")
         return 130
     except BrokenPipeError:
-        # The reader of our output went away; there is no one left to tell.
+        # The reader of the output is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a folder that may not be written or read
+    except OSError as error:  # disk full, permission denied, …
         if arguments.debug:
             show_traceback(error)
         where = f'"{error.filename}": ' if error.filename else ""
-        again = _AGAIN.get(verb, "and try again")
+        again = _AGAIN.get(verb, "then try again")
         full = f" (free some space, {again})" if error.errno == errno.ENOSPC else ""
         fail(f"{where}{error.strerror or error}{full}")
         return 1

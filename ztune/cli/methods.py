@@ -1,4 +1,4 @@
-"""`ztune methods`: what there is, from which paper, what it needs, and its settings."""
+"""`ztune methods`: list the methods with paper, required capabilities and settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one method and its settings")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show one method and its settings")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         return
     methods, failed = usable_methods()
     documents = [method_to_json(method) for method in methods.values()]
-    columns: tuple[str, ...] = ("method", "what it is", "from", "needs", "new classes")
+    columns: tuple[str, ...] = ("method", "description", "paper", "needs", "new classes")
     rows: list[tuple[str, ...]] = [
         (
             m.name,
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         rows = [(*row, package) for row, package in zip(rows, packages, strict=True)]
     lines: list[str | Table] = [Table("", columns, rows, words=columns)]
     if failed:
-        lines += ["", "cannot be used:", *map(str, failed.values())]
-    closing = "settings of one: ztune methods NAME; all of them on your images: ztune compare"
+        lines += ["", "unusable methods:", *map(str, failed.values())]
+    closing = "settings: ztune methods NAME; compare on your images: ztune compare"
     failures: dict[str, Json] = {name: str(error) for name, error in failed.items()}
     output.result({"methods": list(documents), "failed": failures}, [*lines, "", closing])
 
@@ -55,17 +55,17 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
     settings = as_json(method.config())
     lines: list[str | Table] = [
         f"{method.name}: {method.title}",
-        f"from {method.paper}",
-        *([f"package {document['package']}"] if document["package"] else []),
-        f"needs {document['capabilities']}",
-        "serves new class names"
+        f"paper: {method.paper}",
+        *([f"package: {document['package']}"] if document["package"] else []),
+        f"needs: {document['capabilities']}",
+        "supports new class names"
         if method.serves_new_classes()
-        else "serves only the classes it was fitted on",
+        else "supports only the classes it was fitted on",
     ]
     if "first_step_queries" in document:
-        lines.append(f"its first step costs {document['first_step_queries']} queries")
+        lines.append(f"first step: {document['first_step_queries']} queries")
     if document.get("encodes_images_every_query"):
-        lines.append("encodes the images of a batch anew with every query")
+        lines.append("encodes the images of a batch with every query")
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         lines += ["", Table("", ("setting", "default"), rows)]

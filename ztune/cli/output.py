@@ -1,4 +1,4 @@
-"""What a person sees: results on standard output, everything else on standard error."""
+"""Terminal output: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ztune.printing import printable, printable_lines
 
-if TYPE_CHECKING:  # rich is loaded where something is shown: help and wrong usage do without
+if TYPE_CHECKING:  # rich is slow to load: help and usage errors do without
     import rich.table
     from rich.console import Console
 
     from ztune.types import Json
 
 OptionOf = Callable[[str], str | None]
-"""Returns what stands on the command line for an argument of the library, if anything does."""
+"""Maps an argument of the library to its command-line option, None without one."""
 
 
 def _none(_argument: str) -> None:
@@ -29,9 +29,9 @@ def _none(_argument: str) -> None:
 
 
 class Output:
-    """Where a verb writes; `quiet` drops progress and remarks, `as_json` the human result.
+    """A verb's output, and the library's Progress.
 
-    It is the Progress that the library tells what is under way.
+    `quiet` drops progress and remarks; `as_json` prints results as JSON instead of text.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False, option_of: OptionOf = _none):
@@ -41,35 +41,35 @@ class Output:
         self.as_json = as_json
         self._option_of = option_of
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show
+            if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot encode
                 stream.reconfigure(errors="backslashreplace")
         # A class may be called ":dog:" or "[red]".
         self._errors = Console(
             stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False
         )
-        # What goes to a file or another program is never folded to some terminal's width.
+        # Output to a file or pipe is not wrapped.
         width = None if sys.stdout.isatty() else 400
         self._results = Console(
             width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
         )
 
     def remark(self, text: str) -> None:
-        """Say something on the way."""
+        """Print a remark."""
         if not self.quiet:
             self._errors.print(printable(with_options(text, self._option_of)))
 
     def warn(self, text: str) -> None:
-        """Say what must be heard, also with --quiet."""
+        """Print a warning, also with --quiet."""
         self._errors.print(printable(with_options(f"warning: {text}", self._option_of)))
 
     def result(self, document: Mapping[str, Json], lines: Sequence[str | Table] = ()) -> None:
-        """Give the verb's result: one JSON document, or lines and tables for people."""
+        """Print the verb's result: one JSON document, or lines and tables."""
         if self.as_json:
             print(json.dumps(document, allow_nan=False), flush=True)  # noqa: T201
             return
         for line in lines:
             if isinstance(line, Table):
-                self._results.print(line.shown(self._option_of))
+                self._results.print(line.to_rich(self._option_of))
             else:
                 self._results.print(printable(with_options(line, self._option_of)))
 
@@ -78,16 +78,14 @@ class Output:
         return Ticker(self._errors, what, total, self.quiet)
 
 
-# What stands in quotation marks is somebody's name or path, and none of ours; in a command that is
-# suggested, these are a shell's.
+# Quoted text (double quotes, or a shell's single quotes) is a name or path: it stays as it is.
 _ARGUMENT = re.compile(r"\"[^\"]*\"|(?<= )'[^']*'|`([a-z_]+)(?:=([^`]*))?`")
 
 
 def with_options(text: str, option_of: OptionOf) -> str:
-    """Return what the library says of its arguments in the words of the command line.
+    """Replace `name` and `name=value` in a library message by command-line options.
 
-    It writes `name` or `name=value`. An argument that there is no option for is shown without its
-    marks.
+    An argument without an option loses only its backticks.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -124,7 +122,7 @@ class Ticker:
         )
 
     def __enter__(self) -> Ticker:
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._first: int | None = None
         if self._live:
             self._progress.start()
@@ -136,7 +134,7 @@ class Ticker:
             self._progress.stop()
 
     def update(self, done: int, text: str = "", unit: str = "") -> None:
-        """Show that `done` of the total are done; the rate counts from this process's start."""
+        """Show progress; the rate counts only what this process did."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -150,8 +148,8 @@ class Ticker:
         line = printable(", ".join(part for part in parts if part))
         if self._live:
             self._progress.update(self._task, completed=done, text=line)
-        elif now - self._told >= self._PLAIN_INTERVAL:
-            self._told = now
+        elif now - self._last_line >= self._PLAIN_INTERVAL:
+            self._last_line = now
             self._console.print(f"{self._what}: {line}")
 
 
@@ -163,10 +161,10 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: tuple[str, ...] = ()
-    """Columns besides the first that hold words, which read from the left."""
+    """Further left-aligned columns."""
 
-    def shown(self, option_of: OptionOf) -> rich.table.Table:
-        """Return it as rich prints it, with arguments in the words of the command line."""
+    def to_rich(self, option_of: OptionOf) -> rich.table.Table:
+        """Return a rich table, with arguments as command-line options."""
         import rich.table
 
         named = any(self.columns)
@@ -178,7 +176,6 @@ class Table:
             show_header=named,
         )
         for index, column in enumerate(self.columns):
-            # Figures stand in line from the right.
             figures = index and named and column not in self.words
             justify: Literal["left", "right"] = "right" if figures else "left"
             result.add_column(printable(column), justify=justify, overflow="fold")
@@ -188,11 +185,11 @@ class Table:
 
 
 def fail(message: str) -> None:
-    """Write the one line that a person gets when a command cannot do what was asked."""
+    """Print an error in one line."""
     one_line = re.sub(r"\s*\n\s*", " ", message.strip())  # two spaces may be part of a path
     sys.stderr.write(f"error: {printable(one_line)}\n")
 
 
 def show_traceback(error: BaseException) -> None:
-    """Write where an error comes from."""
+    """Print the traceback of an error."""
     sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))

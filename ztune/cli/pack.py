@@ -17,16 +17,24 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="that the result is of")
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="bundle that the prompt was tuned on"
+    )
     parser.add_argument(
         "--prompt", required=True, type=Path, metavar="RUN|FILE", help="a result of ztune tune"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="classifier.onnx")
     parser.add_argument(
-        "--resize", action="store_true", help="take images of any size and resize in the graph"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file to write, such as classifier.onnx",
     )
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="other class names, one a line"
+        "--resize", action="store_true", help="accept images of any size, and resize in the graph"
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="other class names, one per line"
     )
     add(parser, "--extractor")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
@@ -44,7 +52,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
     out: Path = arguments.out
     if out.exists() and not arguments.force:
-        raise ConfigError(f'"{out}" exists (use --force to replace it, or name another --out)')
+        raise ConfigError(f'"{out}" exists (use --force to replace it, or another --out)')
     model = open_model(
         arguments.bundle, resolve_execution(arguments.provider, arguments.threads, output), output
     )
@@ -56,7 +64,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     if isinstance(artifact, VisualArtifact) and artifact.extractor:
         extractor = required_extractor(artifact, arguments.extractor)
     elif arguments.extractor is not None:
-        raise ConfigError("the result was tuned without an extractor; leave out --extractor")
+        raise ConfigError(
+            "--extractor does not apply: the prompt was tuned without one (leave it out)"
+        )
     pack(model.bundle, artifact, out, resize=arguments.resize, extractor=extractor)
     size = model.bundle.image.size
     shape = "N, H, W, 3" if arguments.resize else f"N, {size}, {size}, 3"

@@ -1,4 +1,4 @@
-"""The parsers of `ztune` and of its verbs, and what they answer to a word that is wrong."""
+"""The argument parsers of `ztune` and its verbs, with hints for misspelt words."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from ztune.printing import printable
 
 VERBS = {
     "export": "turn an open_clip model into a bundle of ONNX graphs (needs torch)",
-    "export-triton": "make the model repository of a Triton server from a bundle",
+    "export-triton": "write a Triton model repository from a bundle",
     "tune": "tune a prompt, or fit a head, from a few labelled images",
-    "eval": "measure a run, a bundle or a classifier on labelled images",
-    "pack": "fold a bundle's image tower and a result into one classifier.onnx",
+    "eval": "evaluate a run, bundle or classifier on labelled images",
+    "pack": "merge a bundle's image tower and a tuned prompt into one classifier.onnx",
     "predict": "classify images with a classifier.onnx",
     "quantize": "derive an int8 or fp16 bundle from an fp32 one",
     "bench": "run a plan of methods, data sets, protocols and seeds, and tabulate the results",
     "compare": "run several methods on the same images and tabulate their cost and accuracy",
-    "data": "list the data sets known by name, or check one of them",
+    "data": "list the named data sets, or check a local copy",
     "methods": "list the methods, what they need and their settings",
-    "doctor": "check this machine, and a bundle on it",
+    "doctor": "check this machine, a bundle or a server",
 }
 
 # Options of earlier versions, and what to do instead.
 _REMOVED = {
     "--endpoint": "put the servers behind one URL, a Kubernetes Service or a proxy "
     "(docs/serving.md)",
-    "--shared-memory": "leave it out, tensors always go over the network",
+    "--shared-memory": "leave it out, tensors are always sent over the network",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with a short usage line; an error names the nearest right word."""
+    """A parser whose errors suggest the nearest valid word."""
 
     own: tuple[argparse.Action, ...] = ()
-    """What a verb takes besides what every verb does."""
+    """The verb's own options, without those of every verb."""
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Return the arguments; `given` has the verb's own options that differ from their defaults.
 
         Exits with 2 for wrong usage.
         """
-        # Before argparse would ask for what else is missing.
+        # First, since argparse would report missing arguments instead.
         for word in takewhile(lambda word: word != "--", words):
             name = word.partition("=")[0]
             if name in _REMOVED:
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in name and not self.has(name):
                 self.error(f"unknown option {name}{self._hint(name)}")
         if "" in words:
-            self.error("an argument is empty (is a variable of the shell unset?)")
+            self.error("an argument is empty (unset shell variable?)")
         arguments, others = self.parse_known_args(words)
         if others:
             self.error(f'unexpected "{others[0]}"')
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def has(self, name: str) -> bool:
-        """Return whether an option is called so, or begins so."""
+        """Return whether `name` is an option or the prefix of one."""
         return any(flag.startswith(name) for flag in self._option_string_actions)
 
     def _hint(self, name: str) -> str:
@@ -82,15 +82,15 @@ class Parser(argparse.ArgumentParser):
             hints += [f"{name} is an option of {', '.join(there)}"] if there else []
         return f" ({' '.join(hints)})" if hints else ""
 
-    def shown(self, argument: str) -> str | None:
-        """Return what stands on the command line for an argument of the library, if anything."""
+    def option_for(self, argument: str) -> str | None:
+        """Return the option or metavar of a library argument, None without one."""
         for action in self._actions:
             if action.dest == argument:
                 return action.option_strings[-1] if action.option_strings else str(action.metavar)
         return None
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2, repeating no argument's effect on a terminal."""
+        """Exit with 2; control characters of arguments are escaped."""
         super().error(f"{printable(message)}\nsee: {self.prog} --help")
 
 
@@ -107,8 +107,10 @@ def parser_of(verb: str) -> Parser:
     )
     module.add_arguments(parser)
     parser.own = tuple(parser._actions)
-    every = parser.add_argument_group("every verb")
-    every.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    every = parser.add_argument_group("common options")
+    every.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
     every.add_argument("--quiet", action="store_true", help="no progress, no remarks")
     every.add_argument("--debug", action="store_true", help="show the traceback of an error")
     every.add_argument("-h", "--help", action="help", help="show this help and exit")
@@ -127,27 +129,27 @@ def flags_of(verb: str) -> frozenset[str]:
 
 
 def option_finder(parser: Parser, verb: str) -> Callable[[str], str | None]:
-    """Return what finds the option for an argument of the library, None where there is none.
+    """Return a function from an argument of the library to its option, None without one.
 
-    An error may advise what is an option of another verb, but not of a plan's.
+    An error may suggest an option of another verb, except in bench, where it may be a plan's key.
     """
 
     @functools.cache
     def find(argument: str) -> str | None:
-        shown = parser.shown(argument)
+        shown = parser.option_for(argument)
         others = (parser_of(other) for other in VERBS if verb != "bench")
-        return shown or next((s for one in others if (s := one.shown(argument))), None)
+        return shown or next((s for one in others if (s := one.option_for(argument))), None)
 
     return find
 
 
 def refuse(words: Sequence[str]) -> NoReturn:
-    """Answer words that name no verb: help and version are shown, all else is wrong usage."""
+    """Handle arguments without a verb: show help or version, else exit with 2."""
     listed = "\n".join(f"  {name:<15}{summary}" for name, summary in VERBS.items())
     top = Parser(
         prog="ztune",
         usage="ztune VERB ... [options]",
-        description="Adapt a vision-language model where only forward passes are possible.",
+        description="Adapt CLIP-like vision-language models with forward passes only.",
         epilog=f"verbs:\n{listed}\n\nsee: ztune VERB --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -162,8 +164,8 @@ def refuse(words: Sequence[str]) -> NoReturn:
 
 
 def version() -> str:
-    """Return the version of the distribution; of a checkout that is not installed, its own."""
-    from importlib import metadata  # for no other command, since it takes long to load
+    """Return the installed version, or that of the checkout."""
+    from importlib import metadata  # slow to load
 
     try:
         return metadata.version("ztune")

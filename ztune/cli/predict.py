@@ -1,4 +1,4 @@
-"""`ztune predict`: class and probability of images, with nothing but a classifier.onnx."""
+"""`ztune predict`: classify images with a classifier.onnx alone."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _BATCH = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("classifier", type=Path, metavar="classifier.onnx", help="from ztune pack")
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="what to classify"
+        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="images to classify"
     )
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown")
+    parser.add_argument(
+        "--top", type=int, default=3, metavar="N", help="classes per image (default: 3)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     add(parser, "--skip-broken", "--provider", "--threads")
 
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     predictions: list[Json] = []
     rows = []
     shown = [path for path, keep in zip(paths, kept, strict=True) if keep]
-    # Ranked by logits: probabilities near 0 and 1 are rounded to the same number.
+    # Ranked by logits: probabilities near 0 and 1 round to the same number.
     for path, order, row in zip(
         shown, np.argsort(-logits, axis=1, kind="stable"), probabilities, strict=True
     ):
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _images(named: Sequence[Path]) -> list[Path]:
-    """Return the images named, and those below folders named, in order.
+    """Return the given images and all images below the given folders, in order.
 
     Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
         images.
@@ -78,11 +80,11 @@ def _images(named: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in named:
         if not is_utf8(str(path)):
-            raise DataError(f"image {str(path)!r}: its name is not UTF-8 (rename it)")
+            raise DataError(f"image {str(path)!r}: the name is not UTF-8 (rename it)")
         if path.is_dir():
             below, _ = images_below(path, f'folder "{path}"')
             if not below:
-                raise DataError(f'folder "{path}" holds no images')
+                raise DataError(f'folder "{path}" contains no images')
             found += below
         elif path.exists():
             found.append(path)

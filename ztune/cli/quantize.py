@@ -1,4 +1,4 @@
-"""`ztune quantize`: the same model in another precision, derived on the device."""
+"""`ztune quantize`: derive an int8 or fp16 bundle from an fp32 one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     before, after = (sum(file.bytes for file in b.files.values()) / 1e6 for b in (bundle, result))
     lines = [f"{result.path}: {result.precision}, {after:.1f} MB instead of {before:.1f} MB"]
     lines += [
-        f"  {graph}.onnx: worst cosine to torch {figures['cosine']:.5f}"
+        f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.5f}"
         for graph, figures in result.parity.items()
     ]
     output.result(dict(result.manifest), lines)

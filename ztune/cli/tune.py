@@ -1,4 +1,4 @@
-"""`ztune tune`: from a bundle and a folder of images to a prompt."""
+"""`ztune tune`: tune a prompt or fit a head on labelled images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import merge_settings, settings_to_save
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
-from ztune.cli.request import run_config_of, settings_of
+from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.cli.server import (
     SERVER,
     add_server_arguments,
@@ -46,7 +46,11 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="from ztune export, or served"
+        "bundle",
+        nargs="?",
+        type=place,
+        metavar="BUNDLE|URL",
+        help="bundle from ztune export, or a server",
     )
     first = parser.add_argument_group("most needed")
     add(first, "--data", "--root")
@@ -58,25 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--augment", type=int, metavar="K", help="cached random views per training image"
     )
-    add(data, "--cache", help="where features are kept (default: inside RUN)")
+    add(data, "--cache", help="cache folder for features (default: inside RUN)")
     add(data, "--skip-broken")
-    data.add_argument("--overwrite", action="store_true", help="replace the run that --out has")
+    data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
     add(method, "--preset", "--set", "--init")
     method.add_argument(
-        "--keep", metavar="WHICH", help="last point (default), or best on validation"
+        "--keep", metavar="WHICH", help="point to keep: last (default), or best on validation"
     )
     method.add_argument(
-        "--validate-every", type=int, metavar="N", help="queries between such validations"
+        "--validate-every", type=int, metavar="N", help="queries between validations"
     )
     method.add_argument(
-        "--patience", type=int, metavar="N", help="stop after N validations without gain"
+        "--patience", type=int, metavar="N", help="stop after N validations without improvement"
     )
     method.add_argument(
         "--snapshots",
         type=_number_or_list,
         metavar="N|N,N",
-        help="points of a curve: N - 1 intermediate artifacts, or those after so many queries each",
+        help="save N - 1 intermediate snapshots, or one after each of these numbers of queries",
     )
     add(method, "--extractor")
     machine = parser.add_argument_group("machine")
@@ -85,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _number_or_list(word: str) -> int | str:
-    """Return what the word behind --snapshots asks for; a RunConfig checks it."""
+    """Return the value of --snapshots; RunConfig checks it."""
     return int(word) if word.lstrip("-").isdecimal() else word
 
 
@@ -93,7 +97,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
         for name, option in arguments.given.items():
             if name not in ("resume", "data", "test_data", *SERVER):
-                raise ConfigError(f"--resume takes everything from the run; leave out {option}")
+                raise ConfigError(
+                    f"{option} does not apply to --resume (leave it out: the run has its settings)"
+                )
         server = server_settings(arguments)
         roots = resolve_roots(arguments.data, arguments.test_data)
         report = _resume(arguments.resume, arguments.bundle, server, roots, output)
@@ -101,7 +107,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     else:
         for name, shown in (("bundle", "BUNDLE"), ("data", "--data"), ("out", "--out")):
             if getattr(arguments, name) is None:
-                raise ConfigError(f"tune needs {shown} (see: ztune tune --help)")
+                raise ConfigError(f"{shown} is required (see: ztune tune --help)")
         if not is_url(arguments.bundle):
             require_no_server_options(arguments)
         server = server_settings(arguments)
@@ -111,12 +117,12 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         overwrite = arguments.overwrite
         report = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
-    _judge(report, output)
+    _warn_if_no_gain(report, output)
     output.result(plain(report), _lines(report, path))
 
 
 Settings = Mapping[str, Json]
-"""How a server is reached: what the options of this very command say of it."""
+"""Server options of this command."""
 
 
 def _start(
@@ -126,18 +132,18 @@ def _start(
     from ztune.model import open_model
     from ztune.training import start_run
 
-    # Wrong settings and numbers are told before anything is opened.
+    # Invalid settings are reported before anything is opened.
     run_config.check_method()
     run_config.split_settings()
     if is_url(run_config.bundle):
-        model = _served(run_config, run_config.bundle, run_config.bundle, server, output)
+        model = _open_server(run_config, run_config.bundle, run_config.bundle, server, output)
     else:
         execution = resolve_execution(
             run_config.provider, run_config.threads, output, run_config.memory_limit
         )
         model = open_model(Path(run_config.bundle), execution, output)
-    with model, _told_how_to_resume(out, run_config.bundle) as told:
-        return start_run(run_config, model, out, told.begin, overwrite=overwrite)
+    with model, ResumeHint(out, run_config.bundle) as hint:
+        return start_run(run_config, model, out, hint.begin, overwrite=overwrite)
 
 
 def _resume(
@@ -156,39 +162,39 @@ def _resume(
             return saved.head
         if saved.head.status == REPLACED:
             raise ConfigError(
-                f'run "{path}" was being replaced when it was stopped, and neither run is left; '
-                "start it again with the same command"
+                f'run "{path}" was stopped while it was being replaced, and neither run is left '
+                "(start it again with the same command)"
             )
         if saved.head.status == "refused":
             raise ConfigError(
                 f'run "{path}" was refused before its first step, see "signal" in its run.json; '
-                "start it anew with other settings: ztune tune BUNDLE --data FOLDER --out "
+                "start it again with other settings: ztune tune BUNDLE --data FOLDER --out "
                 f"{quoted(path)}"
             )
         with (
-            _reopened(saved, moved_bundle, server, output) as model,
-            _told_how_to_resume(path, moved_bundle) as told,
+            _reopen(saved, moved_bundle, server, output) as model,
+            ResumeHint(path, moved_bundle) as hint,
         ):
-            told.begin()
+            hint.begin()
             return saved.resume(model, roots=roots)
 
 
-def _served(
+def _open_server(
     run_config: RunConfig, url: str, named: Path | str | None, server: Settings, output: Output
 ) -> Model:
-    """Return the server's bundle at work; `named` is the URL where the command itself gives it.
+    """Open a server; `named` is its URL if the command gives it.
 
-    Raises: ConfigError for an option that is the server's own affair.
+    Raises: ConfigError for an option that the server decides.
     """
     from ztune.model import open_served_model
 
     settings = merge_settings(run_config.server, server)
     local = settings.get("images") == "local"
     for name in ("provider", "threads", "memory_limit"):
-        asked = getattr(run_config, name) != getattr(type(run_config), name)
-        if asked and (name == "memory_limit" or not local):
+        changed = getattr(run_config, name) != getattr(type(run_config), name)
+        if changed and (name == "memory_limit" or not local):
             raise ConfigError(
-                f"how graphs run is the server's affair: leave out --{name.replace('_', '-')}"
+                f"the server decides how graphs run: leave out --{name.replace('_', '-')}"
             )
     return open_served_model(
         url,
@@ -200,12 +206,13 @@ def _served(
     )
 
 
-def _reopened(
+def _reopen(
     saved: SavedRun, moved_bundle: Path | str | None, server: Settings, output: Output
 ) -> Model:
-    """Return the bundle or server that a run began with, or has moved to, at work as it was.
+    """Open a run's bundle or server, or the one that it moved to.
 
-    Raises: FormatError when it is gone, ConfigError when it is of the other kind.
+    Raises: FormatError if it does not exist, ConfigError for a bundle instead of a server or the
+        other way round.
     """
     from runtimes.bundle import load_bundle
     from runtimes.providers import Execution, resolve
@@ -215,15 +222,15 @@ def _reopened(
     bundle = moved_bundle or run_config.bundle
     if is_url(bundle) != is_url(run_config.bundle):
         kind = "a server (URL)" if is_url(run_config.bundle) else "a bundle (folder)"
-        raise ConfigError(f'the run was tuned on {kind}, "{bundle}" is none')
+        raise ConfigError(f'"{bundle}" is not {kind}, and the run was tuned on one')
     if server and not is_url(bundle):
-        raise ConfigError("the run was tuned on a bundle: leave out the options of a server")
+        raise ConfigError("server options do not apply to a run tuned on a bundle (leave them out)")
     if is_url(bundle):
-        return _served(run_config, str(bundle), moved_bundle, server, output)
+        return _open_server(run_config, str(bundle), moved_bundle, server, output)
     if not Path(bundle).is_dir():
         raise FormatError(
-            f'the run\'s bundle "{bundle}" is gone; put it back, or name where it is now: '
-            f"ztune tune BUNDLE --resume {quoted(saved.folder.path)}"
+            f'the run\'s bundle "{bundle}" does not exist (give its new path: '
+            f"ztune tune BUNDLE --resume {quoted(saved.folder.path)})"
         )
     provider, _ = resolve(saved.head.provider)
     execution = Execution(
@@ -232,51 +239,51 @@ def _reopened(
     return Model(load_bundle(Path(bundle)), execution, output)
 
 
-class _told_how_to_resume:  # noqa: N801 - reads as a phrase behind `with`
-    """Give an interruption of a run that was begun the command that goes on.
+class ResumeHint:
+    """Add to an interruption of a started run the command that resumes it.
 
-    A URL that this command named is in it, since secrets go nowhere else.
+    It repeats a URL given in this command, since secrets are sent only to such servers.
     """
 
     def __init__(self, path: Path, named: Path | str | None):
         url = f"{quoted(str(named))} " if named and is_url(named) else ""
-        self._begun = False
+        self._started = False
         self._command = f"ztune tune {url}--resume {quoted(path)}"
 
     def begin(self) -> None:
-        """Take note that there is a run from now on."""
-        self._begun = True
+        """Note that the run has started."""
+        self._started = True
 
-    def __enter__(self) -> _told_how_to_resume:
+    def __enter__(self) -> ResumeHint:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not self._begun:
+        if not self._started:
             return
         if isinstance(error, ServerError):
-            done = "every step that was answered is saved, " if isinstance(error, AwayError) else ""
-            raise ServerError(f"{error}; {done}go on with: {self._command}") from None
+            done = "all completed steps are saved, " if isinstance(error, AwayError) else ""
+            raise ServerError(f"{error}; {done}resume with: {self._command}") from None
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"go on with: {self._command}") from None
+            raise KeyboardInterrupt(f"resume with: {self._command}") from None
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             where = f'"{error.filename}": ' if error.filename else ""
             error = StorageError(f"{where}{error.strerror or error}")
         if isinstance(error, StorageError):
             raise StorageError(
-                f"{error} (make room or mend the folder, then go on with: {self._command})"
+                f"{error} (free some space or repair the folder, then resume with: {self._command})"
             ) from None
 
 
-def _judge(report: RunReport, output: Output) -> None:
-    """Warn where tuning was not worth it."""
+def _warn_if_no_gain(report: RunReport, output: Output) -> None:
+    """Warn if tuning did not beat the hand-written prompt."""
     found = report.validation
     if not found or report.method == "zero-shot":
         return
     tuned, zero_shot = found["tuned"].accuracy, found.get("zero-shot")
     if zero_shot is not None and tuned <= zero_shot.accuracy:
         output.warn(
-            f"on the validation images the result ({tuned:.1%}) does not beat the hand-written "
-            f"prompt ({zero_shot.accuracy:.1%})"
+            f"the result ({tuned:.1%}) does not beat the hand-written prompt "
+            f"({zero_shot.accuracy:.1%}) on the validation images"
         )
 
 
@@ -293,17 +300,17 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             low, high = part.interval
             rows.append((shown, f"{part.accuracy:.1%}", f"{low:.1%} to {high:.1%}"))
     if rows:
-        chosen = "heads chose their settings on them"
+        chosen = "used to choose the settings of heads"
         if report.run_config.keep == "best":
-            chosen += ", and the run its point"
+            chosen += " and the point of the run"
         title = f"accuracy on {validation['tuned'].n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
     else:
-        lines.append("no validation images, so nothing to compare with here (see: ztune eval)")
+        lines.append("no validation images (measure test accuracy with: ztune eval)")
     if server := report.server:
         lines.append(
-            f"server {server.url}: {server.sent} queries sent, of these "
-            f"{server.possibly_billed_twice} possibly billed twice; "
+            f"server {server.url}: {server.sent} queries sent "
+            f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
     lines.append(
@@ -312,10 +319,12 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
     if report.stop_reason == PROMPTS:
-        asked = report.run_config.queries
-        lines.append(f"ended before {asked} queries: the method takes no more (most_prompts)")
+        budget = report.run_config.queries
+        lines.append(
+            f"stopped before {budget} queries: the method's limit is reached (most_prompts)"
+        )
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     lines.append(
-        f"{path / 'prompt.safetensors'} (measure it with: ztune eval {quoted(path)}{where})"
+        f"{path / 'prompt.safetensors'} (evaluate it with: ztune eval {quoted(path)}{where})"
     )
     return lines

@@ -1,7 +1,7 @@
-"""A plan run on one machine or many, into a folder of results and a report.
+"""Run a plan on one or many machines, into a folder of results and a report.
 
-OUT/results.sqlite   what was asked for and every result      OUT/report/PLAN/   tables and plots
-OUT/splits/          the images of each part that is tested   OUT/runs/          see worker.py
+OUT/results.sqlite   plans and results                OUT/report/PLAN/   tables and plots
+OUT/splits/          the test images of each part     OUT/runs/          see worker.py
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ztune.errors import ConfigError
 from ztune.experiments.driver import Driver
 from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
 from ztune.experiments.plan import Plan
-from ztune.experiments.prepare import RECIPE, Only, Preparation, Prepared
+from ztune.experiments.prepare import RECIPE, CellFilter, Preparation, Prepared
 from ztune.experiments.report import write_report
 from ztune.experiments.store import Result, Store
-from ztune.experiments.worker import Settings, forget_deaths
+from ztune.experiments.worker import Settings, clear_attempts
 from ztune.io.children import empty_working_folder
 from ztune.io.files import inside, write_json
 from ztune.progress import SILENCE, Progress, warn
@@ -33,27 +33,27 @@ _REPORT = "report"
 
 @dataclass(frozen=True)
 class Workers:
-    """Where a plan's runs are made: here, in processes of this machine, or on a Ray cluster."""
+    """Where a plan runs: in this process, in processes of this machine, or on a Ray cluster."""
 
     n: int = 1
     ray: str | None = None
-    """As ray.init takes an address; None: this machine."""
+    """Address for ray.init; None: this machine."""
     gpus: float | None = None
-    """Of each of Ray's workers."""
+    """Per Ray worker."""
 
     def __post_init__(self) -> None:
         share = self.gpus
         if self.n < 1:
             raise ConfigError(f"`workers` is {self.n}, expected at least 1")
         if share is not None and self.ray is None:
-            raise ConfigError("`gpus` goes with `ray`")
+            raise ConfigError("`gpus` applies only with `ray`")
         if share is not None and not (0 <= share <= 1 or (share > 1 and share.is_integer())):
-            raise ConfigError(f"`gpus` is {share:g}, expected 0 to 1, or a whole number")
+            raise ConfigError(f"`gpus` is {share:g}, expected 0 to 1, or an integer")
 
     def executor(self, settings: Settings) -> Executor:
-        """Start them.
+        """Start the workers.
 
-        Raises: ConfigError for a package that is not installed, or a cluster that is not reached.
+        Raises: ConfigError for a missing package or an unreachable cluster.
         """
         if self.ray is not None:
             return Ray(settings, Cluster(self.ray, self.n, self.gpus or 0.0))
@@ -62,19 +62,19 @@ class Workers:
 
 @dataclass(frozen=True)
 class PlanResults:
-    """What there is of a plan after a bench."""
+    """A plan's results and report."""
 
     cells: Sequence[Result]
     report: Sequence[Path]
     n_missing: int
-    """Cells that were asked for and have no result."""
+    """Requested cells without a result."""
 
 
 def run_plan(
     plan: Plan,
     out: Path,
     *,
-    only: Only,
+    only: CellFilter,
     workers: Workers,
     root: Path | None = None,
     provider: str | None = None,
@@ -82,15 +82,14 @@ def run_plan(
     command: str = "",
     progress: Progress = SILENCE,
 ) -> PlanResults:
-    """Run what is asked for of a plan, into the folder `out`, and report on it.
+    """Run the requested cells of a plan into the folder `out`, and write the report.
 
-    `root` holds the data sets known by name, `provider` stands for the plan's, `command` is what
-    the results say that they were made with.
+    `root` has the named data sets, `provider` replaces the plan's, `command` is recorded.
 
-    Raises: ConfigError, DataError, FormatError for what cannot be; ZtuneError where all workers are
+    Raises: ConfigError, DataError, FormatError for invalid input; ZtuneError if all workers are
         lost.
     """
-    # Workers do not run in the working folder: from here on every path is absolute.
+    # Workers run in another working folder, so every path is absolute.
     plan, out = replace(plan, path=plan.path.resolve()), out.resolve()
     root = None if root is None else root.resolve()
     _check_out(out, resume)
@@ -98,7 +97,7 @@ def run_plan(
     asked = provider or plan.execution.provider
     if workers.ray is not None and asked == "auto":
         raise ConfigError(
-            "Ray's workers may have other devices than this machine: name `provider=cpu` or cuda"
+            "Ray workers may have other devices than this machine: set `provider=cpu` or cuda"
         )
     found, why = (asked, "") if workers.ray is not None else resolve(asked)
     if why:
@@ -107,18 +106,18 @@ def run_plan(
     try:
         with empty_working_folder(), contextlib.closing(workers.executor(settings)) as executor:
             prepared = Preparation(plan, only, root, out, found, progress).prepare()
-            store = _begun(out, plan, prepared, found, progress)
-            session = store.begin(_circumstances(executor, found, command))
+            store = _save_plan(out, plan, prepared, found, progress)
+            session = store.begin_session(_session_document(executor, found, command))
             n_missing = Driver(prepared, only, store, session, executor, progress).run()
     except KeyboardInterrupt:
-        forget_deaths(out)
+        clear_attempts(out)
         raise
     view = store.view(plan.name)
     return PlanResults(view.results, write_report(view, report), n_missing)
 
 
 def write_reports(results: Path, folder: Path | None = None) -> list[Path]:
-    """Report on every plan of a folder of results, into `folder` or below the results.
+    """Write the report of every plan in a folder of results, below it or in `folder`.
 
     Raises: FormatError.
     """
@@ -128,57 +127,59 @@ def write_reports(results: Path, folder: Path | None = None) -> list[Path]:
 
 
 def _report_folder(results: Path, plan: str, named: Path | None = None) -> Path:
-    """Return where a plan's report goes: into a folder of its name below what the user named.
+    """Return the folder of a plan's report.
 
-    Raises: FormatError for a plan whose name, from a file of results, is no folder's name there.
+    Raises: FormatError for a plan's name, from a file of results, that is not a folder name.
     """
     where = f'report of "{results}"'
     return inside(named or inside(results, _REPORT, where), plan, where)
 
 
 def _check_out(out: Path, resume: bool) -> None:
-    """See that there are results to resume, or none yet.
+    """Check that there are results to resume, or none yet.
 
-    Raises: ConfigError, and FormatError for results that this program cannot resume.
+    Raises: ConfigError; FormatError for unreadable results.
     """
     results = out / RESULTS
     if resume:
         if not results.is_file():
-            raise ConfigError(f'`resume`: "{out}" has no {RESULTS} to go on with')
+            raise ConfigError(f'`resume`: "{out}" has no {RESULTS}')
         Store.existing(results)
         return
     if results.exists():
         raise ConfigError(
-            f'"{out}" has results already (add `resume` to go on with them, or name another `out`)'
+            f'"{out}" already has results (add `resume` to continue, or use another `out`)'
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f'output "{out}" exists and is not empty (name another `out`)')
+        raise ConfigError(f'output "{out}" exists and is not empty (use another `out`)')
 
 
-def _begun(out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress) -> Store:
-    """Write down what is to be done."""
+def _save_plan(
+    out: Path, plan: Plan, prepared: Prepared, provider: str, progress: Progress
+) -> Store:
+    """Record the plan and its cells."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
-    store = Store(out / RESULTS)  # first: from here on it is a bench to resume
+    store = Store(out / RESULTS)  # first: from here on the bench can be resumed
     for file, split in prepared.tested.items():
         write_json(file, split.to_json())
     document = plan.to_json(prepared.digests, prepared.found)
     earlier = store.title_of(plan.name)
     if earlier not in (None, plan.title):
         warn(
-            f'"{plan.title}" takes the place of "{earlier}" in the report: their files are both '
-            f"called {plan.name}"
+            f'"{plan.title}" replaces "{earlier}" in the report: both plan files are named '
+            f"{plan.name}"
         )
-    store.want(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
+    store.set_plan(plan.name, {**document, "provider": provider, "recipe": RECIPE}, prepared.cells)
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
-            f"{n_left_out} result(s) in {store.path.name} are of no plan any more: images, "
-            "settings, the plan, or how ztune divides images have changed since"
+            f"{n_left_out} result(s) in {store.path.name} belong to no plan: images, settings, the "
+            "plan or the splitter have changed"
         )
     return store
 
 
-def _circumstances(executor: Executor, provider: str, command: str) -> dict[str, Json]:
+def _session_document(executor: Executor, provider: str, command: str) -> dict[str, Json]:
     return {
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,

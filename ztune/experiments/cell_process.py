@@ -1,6 +1,6 @@
-"""One cell of a comparison: a run, started or resumed, and its score on the test images.
+"""One cell of a comparison: start or resume its run, and score it on the test images.
 
-In a process of its own, so that peak memory and failures are the cell's.
+Each cell has its own process, which isolates peak memory and failures.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ _INTERRUPTED = 130
 
 
 class CellError(ZtuneError):
-    """A cell's process that did not succeed; the message is its reason in one line."""
+    """A failed cell; the message is the reason in one line."""
 
 
 class BusyError(ZtuneError):
-    """A cell whose run another process is working on: no failure of its method."""
+    """A cell whose run is locked by another process."""
 
 
 def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
-    """Start or resume a run in a process of its own, score it, return its figures.
+    """Start or resume a run in its own process, score it, and return its figures.
 
-    Raises: CellError; BusyError where another process works on the run.
+    Raises: CellError; BusyError if another process has locked the run.
     """
     folder = RunFolder(run)
     if run.is_dir():
         try:
-            with folder.locked():  # and at once free for the process that follows
+            with folder.locked():  # released at once for the child process
                 pass
         except ConfigError as error:
             raise BusyError(str(error)) from None
-    scored = _answer_of_child(run, run_config, log)
+    scored = _run_child(run, run_config, log)
     if scored.error is not None:
         raise CellError(scored.error)
     try:
@@ -68,19 +68,19 @@ def run_cell(run: Path, run_config: RunConfig, log: Path) -> Figures:
         raise CellError(str(error)) from None
 
 
-def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
-    """Return what `main` answers; where this process is interrupted, so is the other.
+def _run_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
+    """Return the score that `main` prints; an interrupt also stops the child.
 
-    Raises: CellError where it ends without an answer.
+    Raises: CellError if the child ends without a score.
     """
-    said_before = log.stat().st_size if log.exists() else 0
+    offset = log.stat().st_size if log.exists() else 0
     with log.open("ab") as errors:
         child = subprocess.Popen(
             python_command(_PROGRAM, str(run), str(log)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            # Ctrl-C reaches this process alone, which then stops the other once.
+            # Ctrl-C reaches only this process, which then stops the child once.
             start_new_session=True,
         )
         try:
@@ -90,8 +90,8 @@ def _answer_of_child(run: Path, run_config: RunConfig, log: Path) -> CellScore:
             raise
     if child.returncode:
         with log.open("rb") as said:
-            said.seek(said_before)
-            raise CellError(reason(child.returncode, said.read().decode(errors="replace")))
+            said.seek(offset)
+            raise CellError(exit_reason(child.returncode, said.read().decode(errors="replace")))
     return convert(decoded(out, "cell"), CellScore, "cell")
 
 
@@ -104,19 +104,19 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         child.communicate()
 
 
-def reason(code: int, said: str) -> str:
-    """Return why a process ended without an answer, in one line."""
+def exit_reason(code: int, log: str) -> str:
+    """Return in one line why a process ended."""
     if code < 0:
         hint = " (out of memory?)" if -code == _KILLED else ""
         return f"killed by signal {-code}{hint}"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {code}"
 
 
 class Log(Silence):
-    """A cell's log: a line for each remark, and now and then one of an activity."""
+    """A cell's log: a line per remark, and every few seconds one of progress."""
 
-    _INTERVAL = 5.0  # seconds between lines of an activity
+    _INTERVAL = 5.0  # seconds between progress lines
 
     def __init__(self, file: IO[str]):
         self._file = file
@@ -126,25 +126,25 @@ class Log(Silence):
         self._file.flush()
 
     def activity(self, what: str, total: int) -> Log:
-        self._what, self._total, self._told = what, total, time.monotonic()
+        self._what, self._total, self._last_line = what, total, time.monotonic()
         return self
 
     def update(self, done: int, text: str = "", unit: str = "") -> None:
-        if time.monotonic() - self._told >= self._INTERVAL:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_line >= self._INTERVAL:
+            self._last_line = time.monotonic()
             self.remark(f"{self._what}: {done}/{self._total}{unit} {text}")
 
 
 def main() -> int:
-    """Answer what a cell's process is asked: argv says where, standard input has the RunConfig."""
+    """Run one cell: paths in argv, RunConfig on standard input, score on standard output."""
     signal.signal(signal.SIGTERM, _interrupt)
     run, log = map(Path, sys.argv[1:])
     with log.open("a") as file:
         progress = Log(file)
         try:
             with forward_warnings(progress.remark):
-                asked = decoded(sys.stdin.read(), "cell")
-                answer = _scored(run, convert(asked, RunConfig, "cell"), progress)
+                request = convert(decoded(sys.stdin.read(), "cell"), RunConfig, "cell")
+                answer = _run_and_score(run, request, progress)
         except (ZtuneError, OSError) as error:
             progress.remark(f"error: {error}")
             answer = CellScore(error=str(error))
@@ -162,8 +162,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _scored(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
-    """Start or resume a run, or find it finished; return its score on the test images."""
+def _run_and_score(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
+    """Start or resume a run if it is not finished; return its score on the test images."""
     folder = RunFolder(run)
     status = folder.read().get("status") if folder.run.is_file() else None
     execution = resolve_execution(
@@ -174,7 +174,7 @@ def _scored(run: Path, run_config: RunConfig, progress: Log) -> CellScore:
             progress.remark(f"resume {run}")
             with SavedRun.locked(run) as saved:
                 saved.resume(model)
-        elif status != "finished":  # not begun, or refused before its first step
+        elif status != "finished":  # not started, or refused before its first step
             progress.remark(f"start {run}: {json.dumps(as_json(run_config))}")
             start_run(run_config, model, run)
         progress.remark(f"score {run}")

@@ -1,7 +1,7 @@
-"""A cell of a table and what came of it.
+"""A cell and its outcome.
 
 A cell is one method tuned on one data set with some shots and one seed, under one protocol. Its key
-is a digest of everything that its figures depend on, so that a result is never taken for another's.
+is a digest of everything that its figures depend on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ztune.types import Json
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell is called; two cells of a plan differ in at least one of these."""
+    """A cell's name, unique in its plan."""
 
     protocol: str
     model: str
-    """Its name in the plan; so are the next two."""
+    """Name in the plan, as are the next two."""
     data: str
-    """What is tuned on."""
+    """The data set to tune on."""
     method: str
     shots: AtLeastOne
     seed: Count
@@ -36,24 +36,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class PartScore:
-    """How well a result does on the images of one part."""
+    """Accuracy of a result on one part."""
 
     part: str
-    """test, base or new; the name of the data set where that is another than was tuned on."""
+    """test, base or new; in a transfer, the name of the target data set."""
     n: Count
     classes: Count
     zero_shot: float
-    """Accuracy of the hand-written prompts, in 0…1."""
+    """Accuracy of the templates, in 0…1."""
     zero_shot_class_accuracy: float
-    """Mean over the classes of their accuracies."""
+    """Mean per-class accuracy."""
     accuracy: float | None
-    """None where the method serves only the classes that it was tuned on."""
+    """None if the method supports only the classes that it was tuned on."""
     class_accuracy: float | None
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a method had reached midway, on the first part."""
+    """A point of the accuracy curve, on the first part."""
 
     queries: Count
     seconds: float | None
@@ -62,32 +62,32 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one finished cell measured.
+    """The result of a finished cell.
 
-    Nothing of it but the seconds and what was found encoded differs from run to run.
+    Only the seconds and the cached image forwards differ from run to run.
     """
 
     uses: str
-    """The method's name in the table of methods."""
+    """Name of the method."""
     config: Mapping[str, Json]
     run: str
-    """The folder of its run, below runs/."""
+    """Folder of its run, below runs/."""
     artifact: str
-    """SHA-256 of the result's file."""
+    """SHA-256 of the artifact."""
     result_bytes: Count
     n_train: Count
     n_val: Count
     copies: Count
-    """Images of the parts that equal one tuned on or validated on, byte by byte."""
+    """Test images that are byte-identical to a training or validation image."""
     queries: Count
     probe_queries: Count
     text_forwards: Count
     image_forwards: Count
-    """Images and views that go through the image tower, found encoded or not."""
+    """Images and views through the image tower, cached ones included."""
     image_forwards_cached: Count
-    """Those of them that were found encoded, so that `seconds` leaves them out."""
+    """Those found in the cache, which `seconds` excludes."""
     seconds: float
-    """From start to result, without the report and without scoring."""
+    """From start to result, without report and scoring."""
     stop_reason: str
     train_loss: float
     scores: tuple[PartScore, ...]
@@ -96,7 +96,7 @@ class Outcome:
     """In order of queries, the result itself last; empty for a method without steps."""
 
     def repeatable(self) -> dict[str, Json]:
-        """Return all that is the same whenever and wherever the cell is carried out."""
+        """Return the fields that are equal in every run of the cell."""
         document = plain(self)
         del document["seconds"], document["image_forwards_cached"]
         document["curve"] = [[p.queries, p.accuracy] for p in self.curve]
@@ -104,6 +104,6 @@ class Outcome:
 
 
 def key_of(document: Mapping[str, Json]) -> str:
-    """Return the digest of a JSON object, 32 hexadecimal digits; the order of keys is no matter."""
+    """Return the digest of a JSON object, 32 hexadecimal digits, whatever the order of keys."""
     text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What a comparison is asked for."""
+"""The configuration of a comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ztune.types import Json
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The methods and seeds to compare, and what all of their runs have alike."""
+    """The methods and seeds to compare, and their common settings."""
 
     base: RunConfig
     methods: tuple[str, ...]
@@ -23,10 +23,10 @@ class CompareConfig:
     pixel_queries: int
     """The budget of methods that encode images with every query."""
     settings: Mapping[str, Mapping[str, Json]]
-    """Of each method that has any."""
+    """By method."""
 
     def check(self) -> None:
-        """See that names and values fit, before anything is opened.
+        """Check names and values without opening any file.
 
         Raises: ConfigError.
         """
@@ -35,12 +35,12 @@ class CompareConfig:
         self.base.split_settings()
         for method in (*self.methods, *self.settings):
             self.run_config(method, self.seeds[0])
-        idle = [name for name in self.settings if name not in self.methods]
-        if idle:
-            raise ConfigError(f"`settings` {idle[0]}.… is for a method that `methods` leaves out")
+        unused = [name for name in self.settings if name not in self.methods]
+        if unused:
+            raise ConfigError(f"`settings` {unused[0]}.…: {unused[0]} is not among `methods`")
 
     def run_config(self, method: str, seed: int) -> RunConfig:
-        """Return what one cell's run is asked for."""
+        """Return one cell's RunConfig."""
         settings = self.settings.get(method, {})
         found = find_method(method)
         config = tuned_config(found, method_config(found, settings, self.base.preset))
@@ -50,13 +50,13 @@ class CompareConfig:
         return replace(
             run_config,
             force=run_config.force
-            and config.perturbation_setting is not None,  # else there is no gate to force
+            and config.perturbation_setting is not None,  # else there is no signal check
             queries=run_config.queries if config.program is None else self.pixel_queries,
             augment=views_of(method, run_config.preset),
         )
 
     def to_json(self, bundle_digest: str, images: str) -> dict[str, Json]:
-        """Return what must be the same for cells to stand in one table."""
+        """Return the settings that all cells of a table must share."""
         own = ("method", "seed", "cache", "settings")
         common = {k: v for k, v in as_json(self.base).items() if k not in own}
         document: dict[str, Json] = json.loads(json.dumps(common))

@@ -1,4 +1,4 @@
-"""A comparison under way: what it will take, then cell by cell what is still missing."""
+"""Run a comparison: estimate the time, then run the missing cells."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ztune.data.splitter import digest_file
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.cell_process import BusyError, CellError, run_cell
 from ztune.experiments.compare_config import CompareConfig
-from ztune.experiments.comparing import Folder, write_results
-from ztune.experiments.comparison import Cell, Job, Rates, duration, estimated_seconds
+from ztune.experiments.compare_folder import Folder, write_results
+from ztune.experiments.comparison import Cell, Rates, Workload, duration, estimated_seconds
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.model import Model, open_model
@@ -38,12 +38,11 @@ from ztune.training import TrainingRun, read_split
 def run_comparison(
     config: CompareConfig, out: Path, command: str, progress: Progress = SILENCE
 ) -> Folder:
-    """Run what a comparison in the folder `out` is still missing; return the folder.
+    """Run the missing cells of the comparison in the folder `out`, and return it.
 
-    `command` is what its report says that it was made with.
+    `command` is recorded in the report.
 
-    Raises: ConfigError where `out` has something else in it; DataError without test images;
-        ZtuneError.
+    Raises: ConfigError if `out` has other contents; DataError without test images; ZtuneError.
     """
     base = config.base
     execution = resolve_execution(base.provider, base.threads, progress, base.memory_limit)
@@ -62,16 +61,16 @@ def run_comparison(
 
 
 def _first_split(config: CompareConfig) -> tuple[Split, str]:
-    """Return the first seed's split, and a digest of what any seed is drawn from and tested on.
+    """Return the first seed's split, and a digest of all seeds' images.
 
-    Raises: DataError when no images are kept for testing.
+    Raises: DataError without test images.
     """
     digest = functools.cache(digest_file)
     dataset, split = read_split(config.run_config(config.methods[0], config.seeds[0]), digest)
     test = split.entries_of("test")
     if not test:
         raise DataError(
-            f'data "{config.base.data}" leaves no images to test on (use more images, fewer '
+            f'data "{config.base.data}" leaves no test images (add images or use fewer '
             "`shots`, `test_fraction` or `test_data`)"
         )
     if dataset.lists is not None:  # published lists may name a million images
@@ -86,7 +85,7 @@ def _first_split(config: CompareConfig) -> tuple[Split, str]:
 
 @dataclass(frozen=True)
 class CellRunner:
-    """Runs what a comparison is still missing, cell by cell."""
+    """Runs the missing cells of a comparison."""
 
     config: CompareConfig
     model: Model
@@ -96,19 +95,19 @@ class CellRunner:
 
     def run(self) -> None:
         config = self.config
-        able = [method for method in config.methods if self._is_able(method)]
-        # Seed by seed, so that an interrupted comparison has something of every method.
+        runnable = [method for method in config.methods if self._can_run(method)]
+        # Seed by seed: an interrupted comparison then has results of every method.
         todo = [
             (method, seed)
             for seed in config.seeds
-            for method in able
+            for method in runnable
             if not self.folder.has(method, seed)
         ]
         if not todo:
             return
         rates = self.folder.head.rates or measured_rates(self.model, self.split, config.base)
-        self.folder.note_rates(rates)
-        times = {method: self._seconds(method, rates) for method in able}
+        self.folder.save_rates(rates)
+        times = {method: self._seconds(method, rates) for method in runnable}
         self._announce(todo, times, rates)
         for seed in dict.fromkeys(seed for _, seed in todo):
             self._encode(seed)
@@ -119,7 +118,7 @@ class CellRunner:
             try:
                 cell, seconds = self._cell(method, seed)
             except BusyError as error:
-                self.progress.remark(f"{head}: left alone, {error}")
+                self.progress.remark(f"{head}: skipped, {error}")
                 continue
             expected, took = expected + times[method], took + seconds
             left = sum(times[m] for m, _ in todo[number:]) * took / expected
@@ -129,8 +128,8 @@ class CellRunner:
             rest = f"; about {duration(left)} left" if left else ""
             self.progress.remark(f"{head}: {result}, {duration(seconds)}{rest}")
 
-    def _is_able(self, method: str) -> bool:
-        """Say whether a method can run at all; where not, its cells have failed."""
+    def _can_run(self, method: str) -> bool:
+        """Return whether a method can run; if not, record its cells as failed."""
         seed = self.config.seeds[0]
         place = RunFolder(self.folder.run_of(method, seed))
         try:
@@ -144,49 +143,49 @@ class CellRunner:
         return True
 
     def _seconds(self, method: str, rates: Rates) -> float:
-        """Return about how long a cell takes, its score on the test images included."""
+        """Estimate a cell's seconds, with scoring."""
         run_config = self.config.run_config(method, self.config.seeds[0])
         found = find_method(method)
         config = tuned_config(found, method_config(found, run_config.settings, run_config.preset))
         n_train, n_test = len(self.split.entries_of("train")), len(self.split.entries_of("test"))
-        job = Job() if config is None else job_of(config, run_config, n_train, n_test)
+        job = Workload() if config is None else workload_of(config, run_config, n_train, n_test)
         return estimated_seconds(job, rates)
 
     def _announce(
         self, todo: Sequence[tuple[str, int]], times: Mapping[str, float], rates: Rates
     ) -> None:
-        """Say how long it will take before it starts."""
+        """Print the estimated time."""
         say, n_classes = self.progress.remark, len(self.split.classes)
         encoded = len({seed for _, seed in todo}) * len(self.split.entries) * rates.image
         total = encoded + sum(times[method] for method, _ in todo)
         say(
-            f"about {duration(total)} for {len(todo)} cell(s), after "
-            f"{1000 * rates.text_query:.2g} ms a text query of {n_classes} classes and "
-            f"{1000 * rates.image:.2g} ms an image on this machine"
+            f"about {duration(total)} for {len(todo)} cell(s), at "
+            f"{1000 * rates.text_query:.2g} ms per text query of {n_classes} classes and "
+            f"{1000 * rates.image:.2g} ms per image"
         )
         for method in dict.fromkeys(method for method, _ in todo):
             n_cells = sum(m == method for m, _ in todo)
             say(f"  {method:<14}{n_cells} × {duration(times[method])}")
 
     def _encode(self, seed: int) -> None:
-        """Encode one seed's images for all cells, in a process of its own.
+        """Encode one seed's images for all cells, in its own process.
 
         Raises: ZtuneError.
         """
         if self.folder.has_images(seed):
             return
-        self.progress.remark(f"encoding the images of seed {seed}")
+        self.progress.remark(f"encode the images of seed {seed}")
         run = self.folder.images_of(seed)
         try:
             run_cell(run, self._run_config("zero-shot", seed), self.folder.log("images", seed))
         except CellError as error:
-            raise ZtuneError(f"the images cannot be encoded: {error}") from None
-        self.folder.note_images(seed, run_report(RunFolder(run).read(), f'run "{run}"'))
+            raise ZtuneError(f"cannot encode the images: {error}") from None
+        self.folder.save_image_costs(seed, run_report(RunFolder(run).read(), f'run "{run}"'))
 
     def _cell(self, method: str, seed: int) -> tuple[Cell, float]:
-        """Run a cell; return it with the seconds that it took, its scoring included.
+        """Run a cell; return it with its seconds, scoring included.
 
-        Raises: BusyError, and takes no note of the cell.
+        Raises: BusyError, without recording the cell.
         """
         started = time.monotonic()
         run, log = self.folder.run_of(method, seed), self.folder.log(method, seed)
@@ -198,35 +197,35 @@ class CellRunner:
         return cell, time.monotonic() - started
 
     def _run_config(self, method: str, seed: int) -> RunConfig:
-        """Return what a cell's run is asked for; all share one cache."""
+        """Return a cell's RunConfig, with the common cache."""
         return replace(self.config.run_config(method, seed), cache=str(self.folder.cache.resolve()))
 
 
-def job_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Job:
-    """Return what a tuned method will send."""
-    anew = config.program is not None
+def workload_of(config: TunedConfig, run_config: RunConfig, n_train: int, n_test: int) -> Workload:
+    """Return the workload of a tuned method."""
+    encodes = config.program is not None
     spent = config.spends(run_config.queries)
     n_snapshots = min(len(run_config.snapshot_marks(spent)), spent // config.round_size)
-    return Job(
+    return Workload(
         spent,
         changes_texts=CONTEXTS in config.needs,
-        images_per_query=min(config.batch_size or n_train, n_train) if anew else 0,
-        n_scored=n_test * (1 + n_snapshots) if anew else 0,
+        images_per_query=min(config.batch_size or n_train, n_train) if encodes else 0,
+        n_scored=n_test * (1 + n_snapshots) if encodes else 0,
         own_seconds=config.own_seconds(run_config.queries),
     )
 
 
-_IMAGES = 8  # that are timed: one batch at most
+_IMAGES = 8  # images to time: one batch at most
 
 
 def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
-    """Time a few calls of both towers on this data; what a first call takes longer is opening.
+    """Time a few calls of both towers; the extra time of a first call counts as opening.
 
-    Raises: ZtuneError when an image cannot be read, or a class name does not fit.
+    Raises: ZtuneError for an unreadable image or a class name that is too long.
     """
     items = split.items("train")[:_IMAGES]
     first_images, images, encoding = _image_times(model, items, run_config.skip_broken)
-    own = Model(model.bundle, model.execution)  # its graph goes when it does
+    own = Model(model.bundle, model.execution)  # frees its graph
     texts = time_text_queries(own.prompt_graph, split.classes, model.bundle.text.width)
     opening = max(0.0, first_images - images) + max(0.0, texts.first - texts.later)
     return Rates(texts.per_query, images / len(items), encoding / len(items), opening)
@@ -235,7 +234,7 @@ def measured_rates(model: Model, split: Split, run_config: RunConfig) -> Rates:
 def _image_times(
     model: Model, items: Sequence[tuple[Path, str]], skip_broken: bool
 ) -> tuple[float, float, float]:
-    """Return what reading and encoding images takes first, then again, and encoding alone."""
+    """Return the seconds to read and encode images, first and again, and to encode only."""
     encoder = OrtImageEncoder(model.bundle, model.execution)
 
     def encode() -> None:

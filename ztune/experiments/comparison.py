@@ -1,7 +1,7 @@
-"""Methods side by side: cells of a comparison, their summary, and what they will take.
+"""The cells of a comparison, their summary, and an estimate of their time.
 
 A cell is one method with one seed. Images are encoded once for all cells, so a cell's own figures
-leave out what it found encoded; a method is charged for it all the same, as if it ran alone.
+exclude cached images; a method is charged for them, as if it ran alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ztune.types import F64, Json
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a method had reached midway, on the test images."""
+    """A point of the accuracy curve, on the test images."""
 
     queries: Count
     seconds: float
@@ -32,7 +32,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one finished cell measured: its own process, with images found encoded left out."""
+    """Figures of a finished cell's process, without cached images."""
 
     accuracy: float
     n_test: Count
@@ -41,9 +41,9 @@ class Figures:
     probe_queries: Count
     text_forwards: Count
     image_forwards: Count
-    """Images that this cell encoded, those that it encoded anew included."""
+    """Images that this cell encoded, repeats included."""
     image_forwards_cached: Count
-    """Images that it found encoded."""
+    """Images read from the cache."""
     own_seconds: float
     """From start to result, without the report that follows."""
     own_peak_memory_mb: float
@@ -64,14 +64,14 @@ class Cell:
     method: str
     seed: int
     figures: Figures | None = None
-    """None where the cell failed."""
+    """None if the cell failed."""
     reason: str = ""
     """Why it failed, in one line."""
 
 
 @dataclass(frozen=True)
 class ImagePass:
-    """What encoding the images took, measured in processes of their own."""
+    """Cost of encoding the images, measured in separate processes."""
 
     seconds_per_image: float
     peak_memory_mb: float
@@ -81,7 +81,7 @@ class ImagePass:
         return figures.own_seconds + self.unpaid(figures)
 
     def unpaid(self, figures: Figures) -> float:
-        """Return the seconds that encoding would have taken where the cell found it done."""
+        """Return the seconds that encoding the cached images would have taken."""
         return figures.image_forwards_cached * self.seconds_per_image
 
     def memory_mb(self, figures: Figures) -> float:
@@ -95,9 +95,9 @@ class Row:
 
     method: str
     seeds: tuple[int, ...]
-    """Those that finished; every figure is over these."""
+    """Finished seeds, which every figure is over."""
     accuracy: float | None
-    """Mean, None where no seed finished; so are the others."""
+    """Mean, None without a finished seed, as are the others."""
     deviation: float | None
     """Sample standard deviation; None for fewer than two seeds."""
     queries: int | None
@@ -120,7 +120,7 @@ def deviation_of(values: Sequence[float]) -> float | None:
 
 
 def summarise(cells: Iterable[Cell], images: ImagePass) -> list[Row]:
-    """Return a row per method, the most accurate first, those without a result last."""
+    """Return a row per method, most accurate first, those without a result last."""
     by_method: dict[str, list[Cell]] = {}
     for cell in cells:
         by_method.setdefault(cell.method, []).append(cell)
@@ -157,7 +157,7 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class MeanCurve:
-    """Accuracy on the way, over the seeds of a method; all arrays f64[n]."""
+    """A method's accuracy curve over its seeds; all arrays f64[n]."""
 
     queries: F64
     seconds: F64
@@ -168,9 +168,9 @@ class MeanCurve:
 
 
 def mean_curve(cells: Iterable[Cell], images: ImagePass) -> MeanCurve | None:
-    """Return one method's curve; None where no cell has one.
+    """Return one method's curve; None if no cell has one.
 
-    Seeds are brought to the same query counts by interpolation, over the range that all have.
+    Seeds are interpolated to the same query counts, over their common range.
     """
     curves = []
     for cell in cells:
@@ -200,45 +200,45 @@ def mean_curve(cells: Iterable[Cell], images: ImagePass) -> MeanCurve | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine was measured to take, in seconds."""
+    """Measured times of this machine, in seconds."""
 
     text_query: float
     """One candidate through the text tower, for all classes."""
     image: float
-    """One image read and through the image tower."""
+    """Reading one image and encoding it."""
     encoding: float
-    """One image through the image tower alone, as where it is encoded anew with every query."""
+    """Encoding one image that is already read."""
     opening: float
-    """Both towers opened."""
+    """Opening both towers."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a cell sends, as far as it is known before it starts."""
+class Workload:
+    """Estimated work of a cell."""
 
     queries: int = 0
     changes_texts: bool = False
     images_per_query: int = 0
-    """Encoded anew with every query; 0 where the method leaves images as they are."""
+    """Images encoded with every query; 0 without visual prompts."""
     n_scored: int = 0
     """Test images under a visual prompt, over the result and all snapshots."""
     own_seconds: float = 0.0
-    """Of the optimizer's own arithmetic."""
+    """The optimizer's own arithmetic."""
 
 
-# Two interpreters, and what a finished run draws and writes.
+# Two interpreters, and the plots and files of a finished run.
 _PROCESS_SECONDS = 2.0
 
 
-def estimated_seconds(job: Job, rates: Rates) -> float:
-    """Return about how long a cell takes."""
+def estimated_seconds(job: Workload, rates: Rates) -> float:
+    """Estimate a cell's seconds."""
     texts = job.queries * rates.text_query * job.changes_texts
     images = job.queries * job.images_per_query * rates.encoding + job.n_scored * rates.image
     return _PROCESS_SECONDS + 2 * rates.opening + texts + images + job.own_seconds
 
 
 def duration(seconds: float) -> str:
-    """Return a span for a person: two figures at most."""
+    """Return a duration to two significant digits."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 99.5 * 60:
@@ -253,7 +253,7 @@ COLUMNS = (
 
 
 def table_row(row: Row, *, new_classes: bool) -> tuple[str, ...]:
-    """Return a row's words under COLUMNS; a figure that there is none of is a dash."""
+    """Return a row's text under COLUMNS; a missing figure is a dash."""
     if row.accuracy is None:
         return (row.method, "failed", f"0 of {len(row.failures)}", *"–" * 6, _yes(new_classes))
     accuracy = f"{row.accuracy:.1%}"
@@ -277,13 +277,13 @@ def _yes(answer: bool) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, first column to the left, the others to the right."""
+    """Return a table in Markdown, first column left-aligned, the others right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def cell_to_json(cell: Cell, images: ImagePass) -> dict[str, Json]:
-    """Return a cell as compare.json has it, with what it is charged beside what it measured."""
+    """Return a cell for compare.json, with measured and charged figures."""
     head: dict[str, Json] = {"method": cell.method, "seed": cell.seed}
     figures = cell.figures
     if figures is None:
@@ -300,7 +300,7 @@ def cell_to_json(cell: Cell, images: ImagePass) -> dict[str, Json]:
 
 
 class _CellHead(Struct, frozen=True):
-    """What compare.json says of any cell."""
+    """The fields of every cell in compare.json."""
 
     method: str
     seed: Count
@@ -309,7 +309,7 @@ class _CellHead(Struct, frozen=True):
 
 
 def cell_from_json(values: Mapping[str, Json], where: str) -> Cell:
-    """Read a cell back; of its figures those that were measured.
+    """Read a cell with its measured figures.
 
     Raises: FormatError naming the field.
     """
@@ -322,7 +322,7 @@ def cell_from_json(values: Mapping[str, Json], where: str) -> Cell:
 
 
 class CellScore(Record, frozen=True, kw_only=True):
-    """What a cell's process answers: how its result does on the test images, or what failed."""
+    """Output of a cell's process: test accuracy, or the error."""
 
     error: str | None = None
     accuracy: float = 0.0
@@ -332,7 +332,7 @@ class CellScore(Record, frozen=True, kw_only=True):
 
 
 def figures_of(run: RunReport, score: CellScore) -> Figures:
-    """Return what a run's run.json and the evaluation of its test images say."""
+    """Return the figures of a run and its score."""
     curve = [point for point in score.curve if point.queries < run.queries]
     if run.queries:
         curve.append(CurvePoint(run.queries, run.own_seconds, score.accuracy))
@@ -354,7 +354,7 @@ def figures_of(run: RunReport, score: CellScore) -> Figures:
 
 
 def row_to_json(row: Row) -> dict[str, Json]:
-    """Return a row as compare.json has it."""
+    """Return a row for compare.json."""
     document = as_json(row)
     document["seeds"] = list(row.seeds)
     document["failures"] = [{"seed": seed, "reason": reason} for seed, reason in row.failures]
@@ -362,7 +362,7 @@ def row_to_json(row: Row) -> dict[str, Json]:
 
 
 def differences(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
-    """Return in words how two requests differ."""
+    """Return the differences of two configurations as text."""
     keys = [*then, *(key for key in now if key not in then)]
     return [
         f"{key} was {then.get(key)!r}, now {now.get(key)!r}"

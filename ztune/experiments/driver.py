@@ -1,4 +1,4 @@
-"""The course of a bench: images are encoded, then what is missing is carried out and recorded."""
+"""The driver of a bench: encode the images, run the missing cells, record the results."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from ztune.experiments.cells import Outcome
 from ztune.experiments.comparison import duration
 from ztune.experiments.executors import Executor
 from ztune.experiments.jobs import Encoded, Job, JobResult
-from ztune.experiments.prepare import Only, Prepared, encodings
+from ztune.experiments.prepare import CellFilter, Prepared, encodings
 from ztune.experiments.store import Store
 from ztune.progress import Progress, warn
 
 _PAUSES = (1.0, 2.0, 5.0, 15.0)
-"""Seconds before a run is asked for again that another process works on; the last for ever."""
+"""Seconds before each retry of a run that another process has locked; the last repeats."""
 
 
 @dataclass(frozen=True)
 class Driver:
-    """Carries out the cells of a plan that have no result yet."""
+    """Runs the cells of a plan that have no result yet."""
 
     prepared: Prepared
-    only: Only
+    only: CellFilter
     store: Store
     session: int
     executor: Executor
     progress: Progress
 
     def run(self) -> int:
-        """Return how many of the cells that were asked for still have no result."""
+        """Run the requested cells; return how many have no result."""
         finished = self.store.finished()
-        asked = [key for cell, key in self.prepared.cells.items() if key and self.only.takes(cell)]
-        n_finished = sum(key in finished for key in asked)
-        wanted = set(asked) - finished
+        requested = [
+            key for cell, key in self.prepared.cells.items() if key and self.only.matches(cell)
+        ]
+        n_finished = sum(key in finished for key in requested)
+        wanted = set(requested) - finished
         jobs = [
             replace(job, cells=cells)
             for job in self.prepared.jobs
@@ -42,19 +44,19 @@ class Driver:
         ]
         say = self.progress.remark
         say(
-            f"{len(self.prepared.cells)} cells in the plan; of {len(asked)} asked for "
-            f"{n_finished} are finished, {len(asked) - n_finished} to do in {len(jobs)} run(s), "
-            f"{self.executor.workers} at once ({self.executor.name})"
+            f"{len(self.prepared.cells)} cells in the plan, {len(requested)} requested: "
+            f"{n_finished} finished, {len(requested) - n_finished} to do in {len(jobs)} run(s), "
+            f"{self.executor.workers} at a time ({self.executor.name})"
         )
         if not jobs:
             return 0
         self._encode(jobs)
-        self._carry_out(jobs)
+        self._run_jobs(jobs)
         finished = self.store.finished()
-        return sum(key not in finished for key in asked)
+        return sum(key not in finished for key in requested)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        """Encode all images that the jobs share, for as many workers as there are."""
+        """Encode the images of all jobs, with all workers."""
         tasks = encodings(jobs, self.prepared.tested)
         total = sum(len(task.items) for task in tasks)
         took: dict[str, tuple[int, float]] = {}
@@ -71,21 +73,23 @@ class Driver:
         for digest, (n, seconds) in took.items():
             self.store.add_pass(digest, n, seconds)
             each = 1000 * seconds / n
-            self.progress.remark(f"encoded {n:,} images with {models[digest]}, {each:.2g} ms each")
+            self.progress.remark(
+                f"encoded {n:,} images with {models[digest]}, {each:.2g} ms per image"
+            )
 
-    def _carry_out(self, jobs: Sequence[Job]) -> None:
-        """Record what becomes of every job, and say it."""
-        teller, pauses = Teller(self.progress, len(jobs)), iter(_PAUSES)
+    def _run_jobs(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs; record and report their results."""
+        reporter, pauses = ProgressReporter(self.progress, len(jobs)), iter(_PAUSES)
         waiting = list(jobs)
         while waiting:
-            left = [job for batch in _batches(waiting) for job in self._left_over(batch, teller)]
+            left = [job for batch in _batches(waiting) for job in self._unfinished(batch, reporter)]
             if {(job.run, job.alone) for job in left} == {(job.run, job.alone) for job in waiting}:
-                teller.wait(len(left))
+                reporter.report_waiting(len(left))
                 time.sleep(next(pauses, _PAUSES[-1]))
             waiting = left
 
-    def _left_over(self, batch: Sequence[Job], teller: Teller) -> Iterator[Job]:
-        """Carry jobs out; yield those that are to be asked for again."""
+    def _unfinished(self, batch: Sequence[Job], reporter: ProgressReporter) -> Iterator[Job]:
+        """Run jobs; yield those to retry."""
         for answer, job in self._answers(batch):
             if answer.busy:
                 yield job
@@ -93,7 +97,7 @@ class Driver:
                 yield replace(job, alone=True)
             else:
                 self._record(job, answer)
-                teller.tell(job, answer)
+                reporter.report(job, answer)
 
     def _answers(self, jobs: Sequence[Job]) -> Iterator[tuple[JobResult, Job]]:
         for place, answer in self.executor.perform(jobs):
@@ -109,28 +113,28 @@ class Driver:
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Return what may be under way at once: what is to be alone is a batch of its own."""
+    """Return groups of jobs that may run at the same time."""
     together = [job for job in jobs if not job.alone]
     return ([together] if together else []) + [[job] for job in jobs if job.alone]
 
 
 @dataclass
-class Teller:
-    """Tells a user how far a bench is."""
+class ProgressReporter:
+    """Reports the progress of a bench."""
 
     progress: Progress
     n_jobs: int
     _n_done: int = 0
-    _heard: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
     _waits: bool = False
     _started: float = field(default_factory=time.monotonic)
 
-    def tell(self, job: Job, answer: JobResult) -> None:
-        """Say what became of a job, and each of its warnings once in a bench."""
+    def report(self, job: Job, answer: JobResult) -> None:
+        """Report a job's result, and each warning once per bench."""
         self._n_done += 1
         for warning in dict.fromkeys(answer.warnings):
-            if warning not in self._heard:
-                self._heard.add(warning)
+            if warning not in self._warned:
+                self._warned.add(warning)
                 warn(f"{job.cells[0].cell}: {warning}")
         each = (time.monotonic() - self._started) / self._n_done
         left = each * (self.n_jobs - self._n_done)
@@ -143,11 +147,11 @@ class Teller:
                 f"({duration(answer.seconds)}{rest})"
             )
 
-    def wait(self, n: int) -> None:
-        """Say once that nothing goes on here."""
+    def report_waiting(self, n: int) -> None:
+        """Report once that all remaining runs are locked."""
         if not self._waits:
             self._waits = True
-            self.progress.remark(f"another process works on {n} run(s): waiting for it")
+            self.progress.remark(f"waiting for another process that has {n} run(s)")
 
 
 def _accuracies(outcome: Outcome) -> str:

@@ -1,7 +1,6 @@
-"""Where tasks of a bench are performed: in this process, in several of this machine, or on Ray.
+"""Executors of a bench: this process, several processes of this machine, or Ray.
 
-All three give the same answers; they differ in how many tasks are under way at once. A worker that
-is killed takes its task with it, which is then given to another: how often, workers count.
+All three give the same results. The task of a killed worker is retried; workers count attempts.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from ztune.printing import reason_of
 _PATIENCE = 10.0
 """Seconds for a connection to a cluster."""
 _MOST_LOSSES = 5
-"""Times that all workers may be lost without a single answer in between."""
+"""Times that all workers may be lost in a row without a result."""
 
 
 class Executor(Protocol):
-    """Performs tasks in any order."""
+    """Runs tasks in any order."""
 
     name: str
     workers: int
 
     def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
-        """Yield the place of a task and what came of it, as they end."""
+        """Yield a task's index and result, in order of completion."""
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Stop the workers."""
 
 
 class Serial:
-    """The process itself, one task after another."""
+    """Runs tasks in this process."""
 
     name = "serial"
     workers = 1
@@ -55,14 +54,14 @@ class Serial:
 
 
 class Joblib:
-    """Processes of this machine, each with its own models."""
+    """Runs tasks in processes of this machine, each with its own models."""
 
     name = "joblib"
 
     def __init__(self, settings: Settings, workers: int):
-        """Say how many; they start with the first task.
+        """Set the number of workers; they start with the first task.
 
-        Raises: ConfigError where joblib is not installed.
+        Raises: ConfigError if joblib is not installed.
         """
         if importlib.util.find_spec("joblib") is None:
             raise ConfigError(f"`workers` needs joblib: {how_to_install('joblib')}")
@@ -70,17 +69,17 @@ class Joblib:
         self._settings = settings
 
     def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
-        """Yield answers; where a worker was killed, all are started anew.
+        """Yield results; if a worker is killed, restart all.
 
-        Raises: ZtuneError where they are lost again and again before any answer.
+        Raises: ZtuneError if workers are repeatedly lost without a result.
         """
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         left, losses = dict(enumerate(tasks)), 0
         while left:
-            calls = [delayed(_performed)(self._settings, n, task) for n, task in left.items()]
-            # One at a time: a task that waits in a worker's own queue would be lost with it.
+            calls = [delayed(_perform)(self._settings, n, task) for n, task in left.items()]
+            # One at a time: a task queued in a worker would be lost with it.
             pool = Parallel(
                 self.workers, backend="loky", return_as="generator_unordered", batch_size=1
             )
@@ -93,48 +92,47 @@ class Joblib:
                 losses += 1
                 if losses > _MOST_LOSSES:
                     raise ZtuneError(
-                        f"the workers were lost {losses} times without an answer (out of memory? "
-                        "take fewer `workers`)"
+                        f"the workers were killed {losses} times without a result (out of memory? "
+                        "use fewer `workers`)"
                     ) from None
 
     def close(self) -> None:
         from joblib.externals.loky import get_reusable_executor
 
-        # As it is: made for other settings, loky would first wait for all that is under way.
+        # reuse=True: with other settings, loky would first wait for all running tasks.
         get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 @functools.lru_cache(maxsize=1)
 def _worker(settings: Settings) -> Worker:
-    """Return this process's worker: one for all of its tasks."""
+    """Return this process's worker."""
     return Worker(settings)
 
 
-def _performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | JobResult]:
+def _perform(settings: Settings, place: int, task: Task) -> tuple[int, Encoded | JobResult]:
     return place, _worker(settings).perform(task)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which Ray cluster, and what of it a worker takes."""
+    """A Ray cluster and the resources of a worker."""
 
     address: str
-    """As ray.init takes it; local starts one on this machine."""
+    """Address for ray.init; local starts a cluster on this machine."""
     workers: int
     gpus: float = 0.0
-    """Of a worker; a fraction lets several share one."""
+    """Per worker; several workers can share a GPU."""
 
 
 class Ray:
-    """Actors of a Ray cluster, each with its own models; all see the same folders."""
+    """Runs tasks in actors of a Ray cluster, each with its own models, on a shared file system."""
 
     name = "ray"
 
     def __init__(self, settings: Settings, cluster: Cluster):
         """Connect, or start a cluster.
 
-        Raises: ConfigError where ray is not installed, the cluster cannot be reached or is too
-            small.
+        Raises: ConfigError if ray is missing, or the cluster is unreachable or too small.
         """
         try:
             import ray
@@ -158,51 +156,51 @@ class Ray:
         except (ConnectionError, ValueError, RuntimeError) as error:
             if cluster.address == "auto" and isinstance(error, ConnectionError):
                 raise ConfigError(
-                    "no Ray cluster runs on this machine (start one with ray start --head, name an "
+                    "no Ray cluster runs on this machine (start one with ray start --head, give an "
                     "address, or use `ray=local`)"
                 ) from None
             raise ConfigError(
-                f'Ray at "{cluster.address}" cannot be reached: {reason_of(error)}'
+                f'cannot reach Ray at "{cluster.address}": {reason_of(error)}'
             ) from None
         self._check_size()
 
     def _check_size(self) -> None:
-        """Refuse more workers than the cluster has room for: they would wait for ever.
+        """Refuse more workers than the cluster has resources for: they would wait forever.
 
         Raises: ConfigError.
         """
-        there = self._ray.cluster_resources()
-        asked = {"CPU": float(self._settings.threads), "GPU": self._cluster.gpus}
-        for kind, each in asked.items():
-            if each * self.workers > there.get(kind, 0.0) + 1e-9:
+        available = self._ray.cluster_resources()
+        wanted = {"CPU": float(self._settings.threads), "GPU": self._cluster.gpus}
+        for kind, each in wanted.items():
+            if each * self.workers > available.get(kind, 0.0) + 1e-9:
                 self.close()
                 raise ConfigError(
-                    f"{self.workers} workers with {each:g} {kind} each do not fit the cluster, "
-                    f"which has {there.get(kind, 0.0):g} (take fewer `workers`, or a smaller share)"
+                    f"{self.workers} workers with {each:g} {kind} each exceed the cluster's "
+                    f"{available.get(kind, 0.0):g} (use fewer `workers` or a smaller share)"
                 )
 
     def perform(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Encoded | JobResult]]:
-        """Yield answers; an actor that was lost is replaced, and its task given out again.
+        """Yield results; replace a lost actor and retry its task.
 
-        Raises: ZtuneError where actors are lost again and again before any answer.
+        Raises: ZtuneError if actors are repeatedly lost without a result.
         """
         waiting = list(enumerate(tasks))[::-1]
-        under_way: dict[Any, tuple[Any, int]] = {}
+        running: dict[Any, tuple[Any, int]] = {}
         losses = 0
         for _ in range(min(self.workers, len(tasks))):
-            self._give(self._actor(), waiting, under_way)
-        while under_way:
-            (ready, *_), _ = self._ray.wait(list(under_way), num_returns=1)
-            actor, place = under_way.pop(ready)
+            self._submit(self._actor(), waiting, running)
+        while running:
+            (ready, *_), _ = self._ray.wait(list(running), num_returns=1)
+            actor, place = running.pop(ready)
             try:
                 answer = self._ray.get(ready)
             except self._ray.exceptions.RayTaskError:
-                raise  # what our own code raised
-            except self._ray.exceptions.RayError as error:  # killed, by Ray itself or another
+                raise  # raised by ztune
+            except self._ray.exceptions.RayError as error:  # the worker was killed
                 losses += 1
                 if losses > _MOST_LOSSES * self.workers:
                     raise ZtuneError(
-                        f"{losses} workers were lost without an answer (out of memory? take fewer "
+                        f"{losses} workers were killed without a result (out of memory? use fewer "
                         f"`workers`): {reason_of(error)}"
                     ) from None
                 waiting.append((place, tasks[place]))
@@ -211,24 +209,24 @@ class Ray:
                 losses = 0
                 yield place, answer
             if waiting:
-                self._give(actor, waiting, under_way)
+                self._submit(actor, waiting, running)
 
     def _actor(self) -> Any:
         remote = self._ray.remote(num_cpus=self._settings.threads, num_gpus=self._cluster.gpus)
         return remote(Worker).remote(self._settings)
 
-    def _give(
-        self, actor: Any, waiting: list[tuple[int, Task]], under_way: dict[Any, tuple[Any, int]]
+    def _submit(
+        self, actor: Any, waiting: list[tuple[int, Task]], running: dict[Any, tuple[Any, int]]
     ) -> None:
         place, task = waiting.pop()
-        under_way[actor.perform.remote(task)] = actor, place
+        running[actor.perform.remote(task)] = actor, place
 
     def close(self) -> None:
         self._ray.shutdown()
 
 
 def _check_address(address: str) -> None:
-    """See whether anything listens: Ray itself tries for a quarter of an hour.
+    """Check that a server listens: Ray itself would try for 15 minutes.
 
     Raises: ConfigError.
     """
@@ -237,4 +235,4 @@ def _check_address(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
         except (OSError, OverflowError) as error:
-            raise ConfigError(f'Ray at "{address}" cannot be reached: {error}') from None
+            raise ConfigError(f'cannot reach Ray at "{address}": {error}') from None

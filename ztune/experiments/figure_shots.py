@@ -1,4 +1,4 @@
-"""The plot of accuracy over shots: the average large, every data set small."""
+"""The plot of accuracy over shots: a large panel for the average, a small one per data set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ztune.report_compare import line_style, templates_style
 from ztune.types import F64
 
 _WIDTH = 9.6
-"""Of the figure, in inches."""
+"""Width of the figure, in inches."""
 _COLUMNS = 4
-"""Small panels side by side."""
+"""Small panels per row."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Track:
 
     name: str
     style: int
-    """Its place in the table of methods."""
+    """Index in the table of methods."""
     shots: F64
     mean: F64
     deviation: F64
@@ -34,7 +34,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one pair of axes shows; accuracies in 0…1."""
+    """The contents of one panel; accuracies in 0…1."""
 
     title: str
     tracks: tuple[Track, ...]
@@ -65,7 +65,7 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
 
 
 def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str, Any]:
-    """Draw a panel, its title no wider than so many inches; return what was drawn by name."""
+    """Draw a panel with its title wrapped at `inches`; return handles by name."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     handles = {}
@@ -81,7 +81,7 @@ def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [f"{k:.0f}" for k in shots])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(y=0.05)  # anew: a level within the tracks' margin would lie on the edge
+    axes.margins(y=0.05)  # again: a level within the tracks' margin would be on the edge
     axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     points = 10 * (size + 1) / 2
@@ -94,7 +94,7 @@ def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str
 
 
 def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
-    """Name everything beside the panel, the most accurate at its most shots first."""
+    """Add a legend, ordered by accuracy at the most shots."""
     ends = {track.name: float(track.mean[-1]) for track in panel.tracks}
     if panel.hand_written is not None:
         ends[HAND_WRITTEN] = panel.hand_written
@@ -106,7 +106,7 @@ def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
         frameon=False,
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
-        title="at its most shots",
+        title="at the most shots",
         title_fontsize=8,
         alignment="left",
     )

@@ -1,4 +1,4 @@
-"""The report's plots: accuracy over shots, and on the way against queries and seconds."""
+"""The report's plots: accuracy over shots, and accuracy curves over queries and seconds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ztune.methods.registry import method_names
 from ztune.report_compare import N_COLOURS, N_LOOKS, Level, Line, draw_accuracy_against_cost
 from ztune.types import F64
 
-_LONGEST = 200  # bytes of a plot's name, which file systems limit, without number and ending
+_LONGEST = 200  # bytes of a plot's name, without number and suffix
 _OURS = re.compile(r"accuracy-(shots|queries|seconds)(-[\w.+-]+)?\.png")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A plot that was written."""
+    """A written plot."""
 
     path: Path
     caption: str
@@ -36,7 +36,7 @@ class Drawn:
 def draw_all(
     sheets: Sequence[Sheet], names: Names, per_image: Mapping[str, float], folder: Path
 ) -> list[Drawn]:
-    """Draw what there is something for, and return it; `per_image` in seconds by model."""
+    """Draw all plots that have data; `per_image` in seconds by model."""
     styles = styles_of([method for sheet in sheets for method in sheet.methods], names)
     few = [sheet for sheet in sheets if sheet.protocol == "few-shot"]
     halves = [sheet for sheet in sheets if sheet.protocol == "base-to-new"]
@@ -55,19 +55,18 @@ def draw_all(
 
 
 def remove_others(drawn: Iterable[Drawn], folder: Path) -> None:
-    """Remove plots from a folder that an earlier report drew and this one did not."""
+    """Remove plots of an earlier report that this one did not draw."""
     kept = [one.path for one in drawn]
     for path in [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]:
-        # By file: where "DTD.png" and "dtd.png" are one, it keeps the name that it had first.
+        # By file: on some file systems "DTD.png" and "dtd.png" are the same.
         if path.is_file() and not any(path.samefile(one) for one in kept):
             path.unlink()
 
 
 def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
-    """Return what every method looks like: its place in the table of methods.
+    """Return a style per method: its index in the table of methods.
 
-    A further label of the same method gets a place that no other has, while there are any, in a
-    colour that as few others as possible have.
+    A further label of the same method gets an unused style, in the least used colour.
     """
     places = {name: place for place, name in enumerate(method_names())}
     styles: dict[str, int] = {}
@@ -91,10 +90,7 @@ def styles_of(labels: Iterable[str], names: Names) -> dict[str, int]:
 def _named(
     stem: str, sheets: Sequence[Sheet], sheet: Sheet, taken: set[str], data: str | None = None
 ) -> str:
-    """Return a file's name: with the model's where there are several, and the data set's.
-
-    A name that is taken gets a number; the one returned is added to them.
-    """
+    """Return an unused file name, with model and data set if several; add it to `taken`."""
     parts = [stem]
     if len(sheets) > 1:
         parts.append(sheet.model)
@@ -103,14 +99,14 @@ def _named(
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
     name = name.encode()[:_LONGEST].decode(errors="ignore")
     numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    # Some file systems take "DTD" and "dtd" for one.
+    # Some file systems ignore case.
     free = next(one for one in numbered if one.casefold() not in taken)
     taken.add(free.casefold())
     return f"{free}.png"
 
 
 def _draw_shots(sheet: Sheet, names: Names, styles: Mapping[str, int], path: Path) -> list[Drawn]:
-    """Draw accuracy over shots, averaged and by data set; nothing for one number of shots."""
+    """Draw accuracy over shots, averaged and by data set, if there are several numbers of shots."""
     data = [one for one in sheet.data if sheet.shots_with(one) == sheet.shots]
     if len(sheet.shots) < 2 or not data:
         return []
@@ -157,7 +153,7 @@ def _draw_cost(
     per_image: float,
     path: Path,
 ) -> list[Drawn]:
-    """Draw accuracy against a cost at the most shots; nothing without a method that has steps."""
+    """Draw accuracy against a cost at the most shots, if any method has steps."""
     shots = sheet.shots_with(data)[-1]
     part = "base" if sheet.protocol == "base-to-new" else "test"
     lines, levels = [], []
@@ -184,7 +180,7 @@ def _draw_cost(
 
 
 def _over_seeds(counts: Sequence[int]) -> str:
-    """Return what a title says of the numbers of seeds behind the lines."""
+    """Return the part of a title about seeds."""
     if max(counts) == 1:
         return ""
     up_to = "" if min(counts) == max(counts) else "up to "
@@ -192,14 +188,14 @@ def _over_seeds(counts: Sequence[int]) -> str:
 
 
 def _level_cost(cost: str, outcomes: Sequence[Outcome], per_image: float) -> float | None:
-    """Return where a level begins; None where it costs nothing that the axis can show."""
+    """Return a level's cost; None if it is 0, which a logarithmic axis cannot show."""
     if cost == "seconds":
         return mean_of(seconds_alone(one, per_image) for one in outcomes) or None
     return mean_of(one.queries for one in outcomes) or None
 
 
 def _curve(outcomes: Sequence[Outcome], part: str, per_image: float) -> MeanCurve | None:
-    """Return a method's mean curve, with the images that it found encoded charged to it."""
+    """Return a method's mean curve, with cached images charged."""
     images = ImagePass(per_image, math.nan)
     cells = [
         _as_compared(seed, outcome, score)
@@ -211,7 +207,7 @@ def _curve(outcomes: Sequence[Outcome], part: str, per_image: float) -> MeanCurv
 
 
 def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
-    """Return an outcome as `ztune compare` has it; memory is not measured here."""
+    """Return an outcome as a cell of a comparison; memory is not measured here."""
     points = [
         CurvePoint(point.queries, _seconds_at(point, outcome), point.accuracy)
         for point in outcome.curve
@@ -235,14 +231,14 @@ def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
 
 
 def _seconds_at(point: Point, outcome: Outcome) -> float:
-    """Return when a point was reached; of the result itself that is known in any case."""
+    """Return the seconds of a point, always known for the result itself."""
     if point.seconds is not None:
         return point.seconds
     return outcome.seconds if point is outcome.curve[-1] else math.nan
 
 
 def _line(name: str, style: int, cost: str, curve: MeanCurve) -> Line | None:
-    """Return a curve over a cost, without what a logarithmic axis cannot show."""
+    """Return a curve over a cost, without points at cost 0 (logarithmic axis)."""
     costs: F64 = curve.seconds if cost == "seconds" else curve.queries
     shown = np.isfinite(costs) & (costs > 0)
     if not shown.any():

@@ -1,7 +1,7 @@
-"""What a bench's workers are asked to do and what they answer; all of it travels between processes.
+"""Tasks and results that the driver and the workers of a bench exchange.
 
-A job is one run of tuning, with the cells that are scored from its result: those of several
-protocols may share one run.
+A job is one tuning run with the cells scored from its result; cells of several protocols may share
+a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ztune.run_config import RunConfig
 
 
 def key_of_tested(split: Split) -> str:
-    """Return what figures on test images depend on: contents, classes and order, not the place."""
+    """Return a digest of test images: contents, classes and order, not paths."""
     return key_of(
         {
             "classes": list(split.classes),
@@ -28,13 +28,13 @@ def key_of_tested(split: Split) -> str:
 
 @dataclass(frozen=True)
 class ScoredPart:
-    """A part of a task, as a worker scores it."""
+    """A part to score."""
 
     name: str
     split_file: Path
     """Its test images."""
     templates: tuple[str, ...]
-    """Hand-written prompts of its own data set."""
+    """Of its own data set."""
     cache: Path
 
 
@@ -46,23 +46,23 @@ class CellJob:
     cell: Cell
     parts: tuple[ScoredPart, ...]
     curve: bool
-    """Whether the results on the way are scored too, on the first part."""
+    """Whether snapshots are also scored, on the first part."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, and the cells that are scored from its result."""
+    """One run, and the cells scored from its result."""
 
     run: str
-    """Its key, and the name of its folder."""
+    """Key and folder name."""
     run_config: RunConfig
     bundle_digest: str
     split: Split
     cells: tuple[CellJob, ...]
     package: str | None = None
-    """Name and version of the package that the method is from; None: of ztune itself."""
+    """Name and version of the method's package; None: ztune."""
     alone: bool = False
-    """Whether no other task is under way, so that a lost process is this job's own doing."""
+    """Whether it runs without other tasks, which isolates the cause of a killed process."""
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,27 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What encoding took."""
+    """Cost of encoding."""
 
     bundle_digest: str
     n: int
-    """Images that were not found encoded."""
+    """Images that were not in the cache."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What became of a job."""
+    """The result of a job."""
 
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
-    """By the keys of cells."""
+    """By cell key."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """Why cells failed."""
+    """Failures by cell key."""
     warnings: tuple[str, ...] = ()
     busy: bool = False
-    """Another process works on the run, so that nothing was done."""
+    """Not run: another process has locked the run."""
     alone: bool = False
-    """Processes were lost with it before: nothing was done, it is to be asked for alone."""
+    """Not run: earlier attempts were killed, so retry it without other tasks."""
     seconds: float = 0.0
 
 

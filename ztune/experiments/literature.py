@@ -1,4 +1,4 @@
-"""Published figures beside what was measured here."""
+"""Published figures compared with this report's."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ztune.experiments.tables import DASH, HAND_WRITTEN, Table, Word, shown
 
 @dataclass(frozen=True)
 class Pair:
-    """A published figure and what was measured in its place."""
+    """A published figure and the measured one."""
 
-    theirs: Published
+    published: Published
     label: str
-    """The plan's name of the method."""
+    """Name of the method in the plan."""
     model: str
-    ours: Measured
+    measured: Measured
     queries: float | None
-    """Mean over the cells; None where nothing was tuned."""
+    """Mean over the cells; None without tuning."""
 
     @property
-    def distance(self) -> float:
-        """How far ours is above theirs, in points."""
-        return 100 * (self.ours.mean or 0.0) - self.theirs.accuracy
+    def difference(self) -> float:
+        """Measured minus published, in points."""
+        return 100 * (self.measured.mean or 0.0) - self.published.accuracy
 
 
 def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names) -> list[Pair]:
-    """Return every published figure with each of our measurements of it, in the figures' order."""
+    """Return every published figure with each measurement of it, in the figures' order."""
     return [
         pair
         for figure in figures
@@ -42,7 +42,7 @@ def pairs_of(figures: Iterable[Published], sheets: Sequence[Sheet], names: Names
 
 
 def _labels(figure: Published, sheet: Sheet, names: Names) -> list[str]:
-    """Return the plan's names of a figure's method; prompts are scored with every method."""
+    """Return the plan's names of a figure's method; templates are scored with every method."""
     if figure.method is None:
         return []
     labels = [label for label in sheet.methods if names.method_of(label) == figure.method]
@@ -55,11 +55,11 @@ def _pair(figure: Published, sheet: Sheet, label: str, names: Names) -> Pair | N
     if not all(one in known for one in wanted):
         return None
     data = [known[one] for one in wanted]
-    ours = average([_measured(sheet, label, one, figure.shots) for one in data])
-    if ours.mean is None:
+    measured = average([_measured(sheet, label, one, figure.shots) for one in data])
+    if measured.mean is None:
         return None
     outcomes = [o for one in data for o in sheet.outcomes(label, one, figure.shots)]
-    return Pair(figure, label, sheet.model, ours, mean_of(o.queries for o in outcomes))
+    return Pair(figure, label, sheet.model, measured, mean_of(o.queries for o in outcomes))
 
 
 def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
@@ -68,40 +68,40 @@ def _measured(sheet: Sheet, label: str, data: str, shots: int) -> Measured:
     return sheet.measured(label, data, "test", shots)
 
 
-def beside_table(pairs: Sequence[Pair]) -> Table | None:
-    """Return the pairs as a table; None without any."""
+def matched_table(pairs: Sequence[Pair]) -> Table | None:
+    """Return the pairs as a table; None without pairs."""
     rows = [
         tuple(
             Word(text)
             for text in (
                 pair.label,
-                _shown(pair.theirs.data),
-                _source(pair.theirs),
-                f"{pair.theirs.accuracy:.1f}",
-                pair.theirs.model,
-                pair.theirs.budget or DASH,
-                shown(pair.label, pair.ours),
+                _shown(pair.published.data),
+                _source(pair.published),
+                f"{pair.published.accuracy:.1f}",
+                pair.published.model,
+                pair.published.budget or DASH,
+                shown(pair.label, pair.measured),
                 pair.model,
                 DASH if pair.queries is None else f"{pair.queries:,.0f}",
-                f"{pair.distance:+.1f}".replace("-", "−"),
+                f"{pair.difference:+.1f}".replace("-", "−"),
             )
         )
         for pair in pairs
     ]
     columns = (
-        "method", "data set", "paper", "theirs, %", "their model", "their budget", "ours, %",
-        "our model", "our queries", "ours − theirs, points",
+        "method", "data set", "paper", "published, %", "published model", "published budget",
+        "measured, %", "model", "queries", "difference, points",
     )  # fmt: skip
     notes = [
-        "With another model the distance compares the models as much as the methods.",
-        *origins([pair.theirs for pair in pairs]),
+        "If the models differ, so do the figures: the difference is not due to the method alone.",
+        *origins([pair.published for pair in pairs]),
     ]
-    return Table("Measured here as well", columns, tuple(rows), tuple(notes)) if rows else None
+    return Table("Reproduced figures", columns, tuple(rows), tuple(notes)) if rows else None
 
 
 def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Table | None:
-    """Return the published figures that nothing was measured for, a row per series."""
-    matched = [pair.theirs for pair in pairs]
+    """Return the published figures without a measurement, a row per series."""
+    matched = [pair.published for pair in pairs]
     left = [figure for figure in figures if figure not in matched]
     if not left:
         return None
@@ -120,11 +120,11 @@ def unmatched_table(figures: Sequence[Published], pairs: Sequence[Pair]) -> Tabl
     ]
     columns = ("paper", "model", "budget", *map(_shown, data))
     notes = tuple(origins(left))
-    return Table("Not measured here: the papers' accuracy, %", columns, tuple(rows), notes)
+    return Table("Published figures not measured here: accuracy, %", columns, tuple(rows), notes)
 
 
 def origins(figures: Sequence[Published]) -> list[str]:
-    """Return where the figures stand, a line per origin."""
+    """Return the figures' sources, a line each."""
     titles: dict[str, dict[str, None]] = {}
     for figure in figures:
         titles.setdefault(figure.origin, {})[figure.title] = None
@@ -132,7 +132,7 @@ def origins(figures: Sequence[Published]) -> list[str]:
 
 
 def _source(figure: Published) -> str:
-    """Return what the papers call a method and where it was published, a name once."""
+    """Return a method's published name and paper, without repetition."""
     if figure.paper.startswith(f"{figure.title},"):
         return figure.paper
     return f"{figure.title}: {figure.paper}"

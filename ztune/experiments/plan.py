@@ -1,16 +1,16 @@
-"""A plan: which models, data sets, protocols and methods make the cells of a bench; a TOML file.
+"""A plan: the models, data sets, protocols and methods of a bench, in a TOML file.
 
     title = "ZIP, few-shot"
-    seeds = [1, 2, 3]                       # of everything; so are the next three
+    seeds = [1, 2, 3]                       # default of all, as are the next three
     queries = 5000
     preset = "published"
-    curve = 12                              # points of accuracy on the way; 0: the result alone
+    curve = 12                              # points of the accuracy curve; 0: only the result
 
-    [models]                                # name = bundle; `models` given take their place
+    [models]                                # name = bundle; replaced by --model
     clip = "../bundles/vit-b-16"
 
     [data]
-    caltech101 = {}                         # known by name, below `root`
+    caltech101 = {}                         # a named data set, below `root`
     photos = { path = "../photos", template = "a photo of a {}." }
 
     [methods]
@@ -46,30 +46,30 @@ from ztune.types import Json
 
 @dataclass(frozen=True)
 class DataPlan:
-    """A data set, by a known name or a path."""
+    """A data set, by name or path."""
 
     path: str | None = None
-    """Folder or manifest; None: the entry's name is a known one, below the common root."""
+    """Folder or manifest; None: a named data set below the root."""
     template: str | None = None
-    """Hand-written prompt; None: the published one of a known name."""
+    """None: the published template of a named data set."""
     names: str | None = None
     """File with lines of folder<TAB>class name."""
 
     def __post_init__(self) -> None:
         if self.template is not None and self.template.count("{}") != 1:
-            raise ConfigError(f'template "{self.template}" must hold {{}} once')
+            raise ConfigError(f'template "{self.template}": expected {{}} exactly once')
         if self.names is not None and self.path is None:
-            raise ConfigError("names go with a path: a known data set brings its class names")
+            raise ConfigError("names applies only with path: a named data set has its class names")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a data set that was read."""
+    """Findings on a data set that was read."""
 
     known_as: str | None
-    """Its name in data/named.py, where the images are those that papers use; else None."""
+    """Name in data/named.py if the images are the published ones, else None."""
     remarks: Sequence[str]
-    """What is unusual about it, a line each."""
+    """Anomalies, a line each."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ class MethodPlan:
     """A method with its settings."""
 
     uses: str
-    """Its name in the table of methods."""
+    """Name of the method."""
     queries: int
     preset: str
     curve: int
     augment: int | None = None
-    """Random views per image; None: those of the preset."""
+    """Random views per image; None: as in the preset."""
     settings: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         method = find_method(self.uses)
         if self.preset not in PRESETS:
-            raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
+            raise ConfigError(f'unknown preset "{self.preset}" (expected {", ".join(PRESETS)})')
         for name, least in (("queries", 1), ("curve", 0), ("augment", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -103,51 +103,51 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class ProtocolPlan:
-    """A protocol on data sets of the plan."""
+    """A protocol and its data sets, shots, seeds and methods."""
 
     kind: str
     shots: tuple[int, ...]
     seeds: tuple[int, ...]
     methods: tuple[str, ...]
     data: tuple[str, ...] = ()
-    """What is tuned on, and tested; of a transfer empty."""
+    """Data sets to tune and test on; empty for a transfer."""
     source: str | None = None
-    """What a transfer tunes on."""
+    """The data set that a transfer tunes on."""
     targets: tuple[str, ...] = ()
-    """What a transfer tests on."""
+    """The data sets that a transfer tests on."""
 
     def __post_init__(self) -> None:
         if self.kind not in PROTOCOLS:
             raise ConfigError(f'kind is "{self.kind}", expected {" or ".join(PROTOCOLS)}')
         if self.kind in TRANSFERS:
             if self.source is None or not self.targets or self.data:
-                raise ConfigError(f"{self.kind} takes source and targets, and no data")
+                raise ConfigError(f"{self.kind} takes source and targets, not data")
             if self.source in self.targets:
                 raise ConfigError(f'the source "{self.source}" is among the targets')
         elif self.source is not None or self.targets:
-            raise ConfigError(f"{self.kind} takes data, and neither source nor targets")
+            raise ConfigError(f"{self.kind} takes data, not source and targets")
         for name in ("shots", "seeds", "methods", "data", "targets"):
             values: Sequence[Any] = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ConfigError(f"{name} has an entry twice")
+                raise ConfigError(f"{name} has a duplicate entry")
         if not self.methods or not self.seeds or not self.shots or not (self.data or self.targets):
             raise ConfigError("shots, seeds, methods and data must not be empty")
         if min(self.shots) < 1 or min(self.seeds) < 0:
-            raise ConfigError("shots are at least 1 and seeds at least 0")
+            raise ConfigError("expected shots of at least 1 and seeds of at least 0")
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The data sets that are tuned on."""
+        """The data sets to tune on."""
         return self.data if self.source is None else (self.source,)
 
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How cells run; a result's last bits depend on it."""
+    """How cells run; the last bits of a result depend on it."""
 
     provider: str = "auto"
     threads: int = 1
-    """Of one worker."""
+    """Per worker."""
     memory_limit: int | None = None
     force: bool = False
     """Tune below the signal-to-noise limit."""
@@ -171,7 +171,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a bench is to carry out."""
+    """The configuration of a bench."""
 
     path: Path
     title: str
@@ -183,9 +183,7 @@ class Plan:
     execution: ExecutionPlan
 
     def draws(self) -> Iterator[Draw]:
-        """Yield what images are drawn for, in order: seed by seed, so that a bench that is
-        stopped has something of everything.
-        """
+        """Yield all draws, seed by seed: a stopped bench then has results of everything."""
         for protocol in self.protocols:
             for seed in protocol.seeds:
                 for source in protocol.sources:
@@ -199,25 +197,24 @@ class Plan:
                 yield Cell(draw.protocol.kind, model, draw.source, method, draw.shots, draw.seed)
 
     def resolved(self, path: str) -> Path:
-        """Return what a path of the plan means.
+        """Return the absolute path of a path in the plan.
 
-        Raises: ConfigError for what is no path here.
+        Raises: ConfigError for an invalid path.
         """
         try:
             return (self.path.parent / Path(path).expanduser()).resolve()
-        except (RuntimeError, ValueError) as error:  # a home of nobody; a character of no path
-            raise ConfigError(f'plan "{self.path}": {path!r} is no path ({error})') from None
+        except (RuntimeError, ValueError) as error:  # an unknown home folder; an invalid character
+            raise ConfigError(f'plan "{self.path}": invalid path {path!r} ({error})') from None
 
     @property
     def name(self) -> str:
-        """What its results and report go by: the file's name."""
+        """The file's name, which names results and report."""
         return self.path.stem
 
     def to_json(self, bundles: Mapping[str, str], found: Mapping[str, Found]) -> dict[str, Json]:
-        """Return what a report should know of it; folders of data and models are left out.
+        """Return the plan for reports, without folders of data and models.
 
-        `bundles` are the digests of its models, `found` what is known of the data sets that were
-        read.
+        `bundles` has the digests of its models, `found` the findings on the data sets read.
         """
         return {
             "plan": self.path.name,
@@ -243,7 +240,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """A plan's file; what stands there for all methods or protocols is read with each of them."""
+    """A plan's file; defaults of methods and protocols are checked with each of them."""
 
     title: str | None = None
     seeds: Any = (1, 2, 3)
@@ -258,14 +255,14 @@ class _File:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read and check a plan; bundles and images are not looked for yet.
+    """Read and check a plan, without its bundles and images.
 
-    Raises: ConfigError naming the key, method or setting that is wrong, and those there are;
-        DataError for a file that is no text.
+    Raises: ConfigError naming the invalid key, method or setting, and the valid ones; DataError
+        for a file that is not text.
     """
     where = f'plan "{path}"'
     if not path.is_file():
-        state = "is no file" if path.exists() else "does not exist"
+        state = "is not a file" if path.exists() else "does not exist"
         raise ConfigError(f"{where} {state}")
     file = configured(_File, parse_toml(read_text(path, where), where), where)
     for key in ("methods", "protocols", "data"):
@@ -306,14 +303,13 @@ def _tables(
 
 
 def check_name(name: str, where: str) -> None:
-    """Refuse what cannot name a folder of OUT, or stand in a list like `zip,gda`.
+    """Refuse names that cannot be a folder of OUT or part of a list like `zip,gda`.
 
     Raises: ConfigError naming `where`.
     """
     if not is_plain_name(name) or name != name.strip() or "," in name:
         raise ConfigError(
-            f"{where}: a name has no slash, comma or blank at its ends, and is neither empty nor "
-            "longer than a file's name"
+            f"{where}: invalid name (expected a file name without comma and outer blanks)"
         )
 
 
@@ -323,7 +319,7 @@ def _data(name: str, entry: Mapping[str, Any], where: str) -> DataPlan:
         try:
             find_spec(name)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}, and no path is given") from None
+            raise ConfigError(f"{where}: {error} (or give a path)") from None
     return data
 
 
@@ -348,12 +344,12 @@ def _protocol(
         for name in names:
             if name not in known:
                 listed = ", ".join(known)
-                raise ConfigError(f'{where}: "{name}" is not among [{kind}] ({listed})')
+                raise ConfigError(f'{where}: "{name}" is not in [{kind}] (expected {listed})')
     return protocol
 
 
 def _check_transfers(protocols: Sequence[ProtocolPlan], where: str) -> None:
-    """Refuse transfers whose cells are called alike: in tables one would hide the other."""
+    """Refuse transfers whose cells have the same names, which tables could not tell apart."""
     for i, one in enumerate(protocols):
         for j, other in enumerate(protocols[:i]):
             if (
@@ -367,7 +363,7 @@ def _check_transfers(protocols: Sequence[ProtocolPlan], where: str) -> None:
             ):
                 raise ConfigError(
                     f"{where}: protocols[{j}] and protocols[{i}] share cells of {one.kind} from "
-                    f'"{one.source}" and have other targets (name all targets in one of them)'
+                    f'"{one.source}" with different targets (list all targets in one of them)'
                 )
 
 
@@ -378,7 +374,7 @@ def _configured(kind: type[T], entry: Mapping[str, Any], where: str) -> T:
 
 @contextlib.contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Say with an error where in the plan it is, once."""
+    """Prefix an error with its place in the plan, once."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""From a plan to jobs: data sets read, images drawn and digested, every cell given its key."""
+"""Turn a plan into jobs: read data sets, draw and digest images, compute the cells' keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ztune.experiments.protocols import (
     task_of,
     tested_split,
 )
-from ztune.experiments.store import readable
+from ztune.experiments.store import escape_surrogates
 from ztune.io.config import as_json
 from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
@@ -42,23 +42,23 @@ from ztune.run_config import RunConfig
 from ztune.types import Json
 
 RECIPE = 2
-"""Part of every key: raised when the same plan would give other figures."""
+"""Part of every key: incremented when the same plan would give other figures."""
 _LEAST_ENCODED = 512
-"""Images of one task, where there are so many."""
+"""Minimum images per task."""
 _MOST_ENCODINGS = 32
-"""Tasks of one data set: enough for several workers, and each reads what is encoded already."""
+"""Maximum tasks per data set, since each reads the cache."""
 
 
 @dataclass(frozen=True)
-class Only:
-    """Which of a plan's cells are to be carried out now; None: all of them."""
+class CellFilter:
+    """The requested cells of a plan; None: all."""
 
     methods: tuple[str, ...] | None = None
     data: tuple[str, ...] | None = None
     shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
-    def takes(self, cell: Cell) -> bool:
+    def matches(self, cell: Cell) -> bool:
         return all(
             wanted is None or value in wanted
             for wanted, value in (
@@ -72,7 +72,7 @@ class Only:
 
 @dataclass
 class Digests:
-    """SHA-256 of images, each file read once."""
+    """SHA-256 of images, each read once."""
 
     known: dict[Path, str] = field(default_factory=dict)
 
@@ -80,9 +80,9 @@ class Digests:
         return self.known[path]
 
     def read(self, paths: Iterable[Path], progress: Progress) -> None:
-        """Read files, several at once.
+        """Read files in parallel.
 
-        Raises: DataError naming one that cannot be read.
+        Raises: DataError naming an unreadable file.
         """
         new = [path for path in dict.fromkeys(paths) if path not in self.known]
         if not new:
@@ -100,28 +100,28 @@ class Digests:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All cells of a plan in its order with their keys, and the jobs that carry them out.
+    """All cells of a plan in order with their keys, and the jobs that run them.
 
-    Two cells have one key where they are the same but for what the plan calls them.
+    Cells that differ only in their names share a key.
     """
 
     cells: Mapping[Cell, str | None]
-    """None: of a data set that nobody asked for, so that it was not read."""
+    """None: the data set was not requested and not read."""
     jobs: tuple[Job, ...]
     tested: Mapping[Path, Split]
-    """Images to score on, and the files for them; not yet written."""
+    """Test images by split file, not yet written."""
     digests: Mapping[str, str]
-    """Of the bundles, by the plan's names of models."""
+    """Of the bundles, by model name."""
     found: Mapping[str, Found]
-    """What is known of the data sets that were read."""
+    """Findings on the data sets that were read."""
 
 
 @dataclass
 class Preparation:
-    """What is read once and serves many cells."""
+    """Prepares a plan; data sets are read once for all cells."""
 
     plan: Plan
-    only: Only
+    only: CellFilter
     root: Path | None
     out: Path
     provider: str
@@ -137,27 +137,25 @@ class Preparation:
     _copies: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def prepare(self) -> Prepared:
-        """Read what is asked for of the plan and make jobs of it. Nothing is written to OUT.
+        """Read the requested data and return jobs. Nothing is written to OUT.
 
-        Raises: ConfigError, DataError, FormatError for a bundle, data set or setting that cannot be
-            used, or where nothing is asked for.
+        Raises: ConfigError, DataError, FormatError for an invalid bundle, data set or setting, or
+            if no cell is requested.
         """
         bundles = {name: self._bundle(path) for name, path in self.plan.models.items()}
         cells: dict[Cell, str | None] = {
             cell: None for draw in self.plan.draws() for cell in self.plan.cells_of(draw)
         }
-        if not any(map(self.only.takes, cells)):
-            raise ConfigError(
-                "no cell of the plan has all that `methods`, `data`, `shots` and `seeds` ask for"
-            )
-        # Whatever is read gives all of its cells a key, asked for or not: a report that had some of
-        # them from before would take images for the same that may have changed since.
-        asked = {cell.data for cell in filter(self.only.takes, cells)}
-        tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in asked]
+        if not any(map(self.only.matches, cells)):
+            raise ConfigError("no cell of the plan matches `methods`, `data`, `shots` and `seeds`")
+        # All cells of a data set that is read get a key, requested or not: keys from before would
+        # hide changes of its images.
+        requested = {cell.data for cell in filter(self.only.matches, cells)}
+        tasks = [(draw, self._task(draw)) for draw in self.plan.draws() if draw.source in requested]
         for _, task in tasks:
             for remark in remarks_on(task):
                 shots = f"{task.shots} shot{'' if task.shots == 1 else 's'}"
-                self._say(task.source.name, f"{shots}: {remark}")
+                self._add_remark(task.source.name, f"{shots}: {remark}")
         self._digests.read(_files(task for _, task in tasks), self.progress)
         jobs: dict[str, Job] = {}
         for draw, task in tasks:
@@ -165,7 +163,7 @@ class Preparation:
             parts = [self._scored_part(part) for part in task.parts]
             self._count_copies(task, split)
             for cell in self.plan.cells_of(draw):
-                if cells[cell] is None:  # else another protocol of the plan names it too
+                if cells[cell] is None:  # else another protocol has the same cell
                     cells[cell] = self._add(cell, task, split, parts, bundles[cell.model], jobs)
         self._warn_of_copies()
         return Prepared(
@@ -174,13 +172,13 @@ class Preparation:
             self._tested,
             {name: bundle.digest for name, bundle in bundles.items()},
             {
-                name: Found(self._known_as[name], [*map(readable, self._remarks[name])])
+                name: Found(self._known_as[name], [*map(escape_surrogates, self._remarks[name])])
                 for name in self._sources
             },
         )
 
-    def _say(self, data: str, remark: str) -> None:
-        """Say something of a data set once: it may be true of many tasks."""
+    def _add_remark(self, data: str, remark: str) -> None:
+        """Add a remark on a data set, once for all its tasks."""
         if remark not in self._remarks[data]:
             self._remarks[data].append(remark)
             self.progress.remark(f"{data}: {remark}")
@@ -198,7 +196,7 @@ class Preparation:
     def _read_source(self, name: str, entry: DataPlan) -> Source:
         """Read a data set of the plan.
 
-        Raises: ConfigError where it is known by name and there is no root; DataError.
+        Raises: ConfigError for a named data set without root; DataError.
         """
         template = TEMPLATE
         if entry.path is not None:
@@ -207,20 +205,20 @@ class Preparation:
                 str(self.plan.resolved(entry.path)), None, names, tuned=False, pipe=False
             )
             if listing.ignored:
-                self._say(name, f"files left alone, not images of a class: {listing.ignored}")
+                self._add_remark(name, f"ignored files, not images of a class: {listing.ignored}")
             files = (listing.root.resolve() / image.path for image in listing.images)
             self._digests.read(files, self.progress)
         elif self.root is None:
             raise ConfigError(
-                f'data "{name}" of the plan is known by name: add `root=DIR`, the folder that '
-                "holds it (or give its path in the plan)"
+                f'data "{name}" of the plan needs `root=DIR`, the folder of named data sets '
+                "(or give its path in the plan)"
             )
         else:
             spec = find_spec(name)
             listing, template = read_source(spec.name, self.root, tuned=False), spec.template
         self._known_as[name] = find_spec(name).name if listing.is_published else None
         for remark in listing.notes:
-            self._say(name, remark)
+            self._add_remark(name, remark)
         listing = replace(listing, root=listing.root.resolve())
         source = Source(name, listing, (entry.template or template,), self._digests)
         self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
@@ -232,7 +230,7 @@ class Preparation:
         return task_of(protocol.kind, self._source(draw.source), targets, draw.shots, draw.seed)
 
     def _count_copies(self, task: Task, split: Split) -> None:
-        """Count the images of every part that are also tuned on, byte by byte."""
+        """Count the test images of every part that are byte-identical to tuning images."""
         tuned_on = {entry.sha256 for entry in split.entries}
         for part in task.parts:
             root = part.source.root
@@ -244,8 +242,8 @@ class Preparation:
             if most := max(counts):
                 how_many = f"{most}" if min(counts) == most else f"{min(counts)} to {most}"
                 remark = (
-                    f"{part}: {how_many} of the images to test on equal one that is tuned on, "
-                    "byte by byte (they stay; each result counts its own)"
+                    f"{part}: {how_many} test images are byte-identical to a tuning image "
+                    "(they are kept, and counted in each result)"
                 )
                 self._remarks[data].append(remark)
                 warn(f"{data}: {remark}")
@@ -269,9 +267,9 @@ class Preparation:
         bundle: Bundle,
         jobs: dict[str, Job],
     ) -> str:
-        """Put a cell to the run that it is scored from; return its key."""
-        run_config = self._request(cell, task, bundle, self.plan.methods[cell.method])
-        run = key_of(_tuned_with(run_config, bundle, split))
+        """Add a cell to its job; return its key."""
+        run_config = self._run_config_for(cell, task, bundle, self.plan.methods[cell.method])
+        run = key_of(_run_key_values(run_config, bundle, split))
         scored_on: list[Json] = [
             {"part": p.name, IMAGES_IN_KEYS: p.split_file.stem, "templates": list(p.templates)}
             for p in parts
@@ -284,11 +282,13 @@ class Preparation:
             jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored), package)
         return key
 
-    def _request(self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan) -> RunConfig:
+    def _run_config_for(
+        self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan
+    ) -> RunConfig:
         execution = self.plan.execution
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
-        # Where no losses are compared there is no limit to go below.
+        # Without compared losses there is no signal check.
         gated = tuned is not None and tuned.perturbation_setting is not None
         run_config = RunConfig(
             str(bundle.path),
@@ -309,7 +309,7 @@ class Preparation:
             settings=method.settings,
         )
         try:
-            run_config.check_method()  # a budget that is too small is told before anything starts
+            run_config.check_method()  # reports a budget that is too small early
         except ConfigError as error:
             raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
         return run_config
@@ -324,19 +324,19 @@ def _files(tasks: Iterable[Task]) -> Iterable[Path]:
                 yield part.source.root / item.path
 
 
-# What of a request changes a result, beside its configuration and images.
-_MATTERS = (
+# The fields of a RunConfig that change a result, besides settings and images.
+_RELEVANT = (
     "method", "queries", "seed", "templates", "provider", "threads", "memory_limit", "augment",
     "force", "snapshots",
 )  # fmt: skip
 
 
-def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str, Json]:
-    """Return all that a run's result depends on."""
-    asked = as_json(run_config)
-    values = {name: asked[name] for name in _MATTERS}
+def _run_key_values(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str, Json]:
+    """Return everything that a run's result depends on."""
+    document = as_json(run_config)
+    values = {name: document[name] for name in _RELEVANT}
     if isinstance(find_method(run_config.method), HeadMethod):
-        del values["queries"]  # it spends none
+        del values["queries"]  # heads spend none
     if package := package_of(run_config.method):
         values["package"] = package
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]
@@ -351,7 +351,7 @@ def _tuned_with(run_config: RunConfig, bundle: Bundle, split: Split) -> dict[str
 
 
 def encodings(jobs: Sequence[Job], tested: Mapping[Path, Split]) -> list[Encoding]:
-    """Return the images that the jobs need encoded as they are, each once, in tasks."""
+    """Return tasks that encode all images of the jobs once."""
     wanted: dict[tuple[Path, str, Path], dict[str, Path]] = {}
     for job in jobs:
         bundle = Path(job.run_config.bundle), job.bundle_digest

@@ -1,13 +1,13 @@
-"""The papers' protocols: which images tune, and which test what has come of it.
+"""The papers' protocols: which images are for tuning, and which for testing.
 
-few-shot              so many shots per class; all test images
+few-shot              K shots per class; all test images
 base-to-new           tuned on the first half of the classes; their test images, and the others'
 cross-data-set        tuned on all classes of a source; the test images of other data sets
 out-of-distribution   the same with variants of the source: its classes, or some of them
 
-Shots are drawn as in every other place (data/splitter.py): of published lists as CoOp does it
-(arXiv 2109.01134). Classes are divided as CoCoOp does it (arXiv 2203.05557), see data/coop.py. A
-task is complete in itself: what is tuned never sees the images of its parts.
+Shots are drawn by data/splitter.py: from published lists as in CoOp (arXiv 2109.01134). Classes are
+divided as in CoCoOp (arXiv 2203.05557), see data/coop.py. Tuning never sees the test images of a
+task's parts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ztune.errors import DataError
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-data-set", "out-of-distribution")
 TRANSFERS = ("cross-data-set", "out-of-distribution")
-"""Those that tune on one data set and test on others."""
+"""Protocols that tune on one data set and test on others."""
 _SHOWN = 5  # names in a message
 
 
@@ -43,23 +43,23 @@ class Source:
     name: str
     listing: Listing
     templates: tuple[str, ...]
-    """Hand-written prompts of its classes."""
+    """Templates of its classes."""
     digest: Digest = digest_file
 
     @property
     def root(self) -> Path:
-        """What the lists' paths are relative to; absolute."""
+        """Absolute root of the lists' paths."""
         return self.listing.root.resolve()
 
     @property
     def sampler(self) -> Sampler:
-        """What draws its shots."""
+        """The sampler of its shots."""
         return "hash" if self.listing.lists is None else "coop"
 
     def draw(self, shots: int, seed: int) -> CoopSplit:
-        """Draw shots and validation images, with all test images: those of `ztune tune`.
+        """Draw shots and validation images, with all test images, as in `ztune tune`.
 
-        Raises: DataError where there are too few, or none to test on.
+        Raises: DataError for too few images, or no test images.
         """
         if self.listing.lists is not None:
             return few_shot(self.listing.lists, shots, seed)
@@ -69,7 +69,7 @@ class Source:
         return lists_of(split)
 
     def to_test(self) -> CoopSplit:
-        """Return lists with all classes and the test images, to test on what another gave."""
+        """Return lists of all classes and test images, as the target of a transfer."""
         listing = self.listing
         if listing.lists is not None:
             return listing.lists
@@ -87,13 +87,13 @@ def lists_of(split: Split) -> CoopSplit:
 
 @dataclass(frozen=True)
 class Part:
-    """Images to score a result on."""
+    """Images to score."""
 
     name: str
-    """test, base or new; a data set's name where it is not the source."""
+    """test, base or new; in a transfer, the target data set."""
     source: Source
     lists: CoopSplit
-    """All that there is of its classes; only `test` is scored."""
+    """All images of its classes; only `test` is scored."""
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -101,20 +101,20 @@ class Part:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes that an image may be taken for, those without test images included."""
+        """The candidate classes, those without test images included."""
         return classes_of([item for _, item in self.lists])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one result is tuned on and scored on."""
+    """The images to tune on, and the parts to score."""
 
     protocol: str
     source: Source
     shots: int
     seed: int
     drawn: CoopSplit
-    """Images to tune with and to validate on; no others."""
+    """Training and validation images only."""
     parts: tuple[Part, ...]
 
     @property
@@ -123,7 +123,7 @@ class Task:
 
 
 def classes_of(items: Sequence[Item]) -> tuple[str, ...]:
-    """Return the class names as templates take them, sorted by code point, each once."""
+    """Return the unique class names for templates, sorted by code point."""
     return tuple(sorted({display_name(item.name) for item in items}))
 
 
@@ -132,10 +132,10 @@ def task_of(
 ) -> Task:
     """Draw a protocol's task; `targets` are those of a transfer, none otherwise.
 
-    Raises: DataError where the source cannot be tuned on, or a part has nothing to test on.
+    Raises: DataError without tuning images, or for a part without enough test classes.
     """
     if not any(image.split in (None, "train") for image in source.listing.images):
-        raise DataError(f'data set "{source.name}" has no images to tune with, only to test on')
+        raise DataError(f'data set "{source.name}" has only test images, none to tune on')
     drawn = source.draw(shots, seed)
     if protocol == "base-to-new":
         base, new = base_and_new(drawn)
@@ -149,13 +149,13 @@ def task_of(
         if (n := len(classes_of(part.items))) < 2:
             raise DataError(
                 f'data set "{part.source.name}" has test images of {n} {_group(part)}class(es), '
-                "at least 2 are needed"
+                "expected at least 2"
             )
     return Task(protocol, source, shots, seed, CoopSplit(drawn.train, drawn.val), tuple(parts))
 
 
 def _group(part: Part) -> str:
-    """Return which classes a message is about, with a space, where there are several groups."""
+    """Return `base ` or `new `, empty for other parts."""
     return "" if part.name == "test" else f"{part.name} "
 
 
@@ -166,25 +166,22 @@ def remarks_on(task: Task) -> list[str]:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])
             remarks.append(
-                f"{len(untested)} {_group(part)}class(es) have no test images, and are wrong "
-                f"answers: {named}"
+                f"{len(untested)} {_group(part)}class(es) have no test images, and remain "
+                f"candidates: {named}"
             )
     if task.protocol == "out-of-distribution":
         for part in task.parts:
             if unknown := sorted(set(part.classes) - set(task.classes)):
                 named = ", ".join(unknown[:_SHOWN])
                 remarks.append(
-                    f"{len(unknown)} of {len(part.classes)} classes of {part.name} are none of "
-                    f"{task.source.name}'s: {named} (is it a variant of it?)"
+                    f"{len(unknown)} of {len(part.classes)} classes of {part.name} are missing in "
+                    f"{task.source.name}: {named} (is {part.name} a variant of it?)"
                 )
     return remarks
 
 
 def split_of(task: Task, digest: Digest) -> Split:
-    """Return the images to tune with as a run takes them.
-
-    One that published lists have twice, or under two roles, stays so.
-    """
+    """Return the tuning images as a run's split; duplicates in published lists are kept."""
     root = task.source.root
     entries = entries_of_lists(task.drawn, root, task.classes, digest)
     settings = SplitSettings(task.shots, test_fraction=0.0, seed=task.seed)
@@ -194,7 +191,7 @@ def split_of(task: Task, digest: Digest) -> Split:
 
 
 def tested_split(part: Part, digest: Digest) -> Split:
-    """Return the images that a part is scored on, in their order."""
+    """Return a part's test images, in order."""
     root = part.source.root
     tested = CoopSplit(test=part.items)
     entries = entries_of_lists(tested, root, part.classes, digest)

@@ -1,4 +1,4 @@
-"""What papers printed of methods, read from published.toml and checked."""
+"""Figures that papers print, read from published.toml and checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AVERAGED = (
     "caltech101", "oxfordpets", "flowers102", "food101", "fgvcaircraft", "sun397", "dtd",
     "eurosat", "ucf101", "stanfordcars", "imagenet",
 )  # fmt: skip
-"""CoOp's data sets, which published averages are over."""
+"""CoOp's data sets, for published averages."""
 _FILE = "published.toml"
 
 
@@ -30,18 +30,18 @@ class Published:
     """One figure that a paper prints."""
 
     method: str | None
-    """Its name in the table of methods; None: not one of ours."""
+    """Name of the method; None: not implemented."""
     title: str
-    """What the papers call it."""
+    """Name in the papers."""
     paper: str
-    """Where the method was published, with the number at arXiv."""
+    """The paper that introduced the method, with its arXiv number."""
     origin: str
-    """Where the figure stands, as far as that is known."""
+    """Source of the figure, as far as known."""
     protocol: str
     model: str
     shots: int
     budget: str
-    """Queries or steps; empty where there are none, or it was not noted."""
+    """Queries or steps; empty if none or unknown."""
     data: str
     """A name of data/named.py, or AVERAGE."""
     accuracy: float
@@ -51,23 +51,23 @@ class Published:
 def published() -> tuple[Published, ...]:
     """Return all published figures, in the file's order.
 
-    Raises: FormatError naming the series and the field that is wrong.
+    Raises: FormatError naming the series and the field.
     """
     text = resources.files("ztune.experiments").joinpath(_FILE).read_text(encoding="utf-8")
     return published_in(text)
 
 
 def published_in(text: str) -> tuple[Published, ...]:
-    """Return the figures of a text in the form of published.toml.
+    """Return the figures of a text in the format of published.toml.
 
-    Raises: FormatError naming the series and the field that is wrong; ConfigError for no TOML.
+    Raises: FormatError naming the series and the field; ConfigError for invalid TOML.
     """
     file = convert(parse_toml(text, _FILE), _File, _FILE)
     return tuple(figure for i, one in enumerate(file.series) for figure in _figures(file, one, i))
 
 
 class _Series(Record, frozen=True, kw_only=True):
-    """What one paper prints of one method."""
+    """Figures of one method in one paper."""
 
     method: str | None = None
     title: str
@@ -97,7 +97,7 @@ def _figures(file: _File, series: _Series, number: int) -> list[Published]:
         *(("data set", data, (AVERAGE, *NAMED)) for data in series.accuracy),
     ):
         if name not in known:
-            raise FormatError(f'{where}: {what} "{name}" is unknown')
+            raise FormatError(f'{where}: unknown {what} "{name}"')
     budget = [f"{n:,} {what}" for what in ("queries", "steps") if (n := getattr(series, what))]
     return [
         Published(

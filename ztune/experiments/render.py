@@ -18,22 +18,22 @@ _LATEX = {
     "[": "{[}", "*": "{*}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "–": "--", "·": r"$\cdot$", "×": r"$\times$", "−": "$-$",
 }  # fmt: skip
-# An underscore within a word emphasises nothing, and a name is easier to read without strokes.
+# An underscore within a word needs no escape.
 _MARKDOWN = re.compile(
-    r"[\\`*\[<&~$]|(?<![^\W_])_|_(?![^\W_])|^>|^(?:[-+]|#+)(?=\s|$)"  # last: what begins a block
+    r"[\\`*\[<&~$]|(?<![^\W_])_|_(?![^\W_])|^>|^(?:[-+]|#+)(?=\s|$)"  # last: starts of blocks
 )
 
-# Some spreadsheets take the wide forms of East Asian keyboards, too.
+# Some spreadsheets also accept full-width forms.
 _FORMULA = re.compile(r"[\t\r]|\s*[=+@\uff1d\uff0b\uff0d\uff20-]")
 
 
 def in_markdown(text: str) -> str:
-    """Return a text that Markdown shows as it is, in one line."""
+    """Return a text escaped for Markdown, in one line."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
 def code_in_markdown(text: str) -> str:
-    """Return a text as code in one line, whatever back ticks it has."""
+    """Return a text as inline code, with backticks handled."""
     text = one_line(text)
     fence = "`"
     while fence in text:
@@ -43,7 +43,7 @@ def code_in_markdown(text: str) -> str:
 
 
 def as_markdown(table: Table, level: int) -> list[str]:
-    """Return a table's lines under a heading of some level, a blank line last."""
+    """Return a table's lines under a heading, with a final blank line."""
     columns = [in_markdown(column) for column in table.columns]
     rows = [[_marked(word) for word in row] for row in table.rows]
     notes = [f"- {in_markdown(note)}" for note in table.notes]
@@ -62,8 +62,8 @@ def _marked(word: Word) -> str:
 
 
 def in_latex(text: str) -> str:
-    """Return a text that LaTeX prints as it is, in one line."""
-    # An accent that stands by itself, as some file systems have it, is no letter to LaTeX.
+    """Return a text escaped for LaTeX, in one line."""
+    # LaTeX needs composed accents; some file systems decompose them.
     signs = unicodedata.normalize("NFC", one_line(text))
     return "".join(_LATEX.get(sign, sign) for sign in signs)
 
@@ -90,9 +90,9 @@ def _set(word: Word) -> str:
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Return rows under their columns; a figure that there is none of is empty.
+    """Return rows as CSV; a missing figure is empty.
 
-    A text that a spreadsheet would run as a formula has an apostrophe before it.
+    A text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

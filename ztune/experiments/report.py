@@ -5,34 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ztune.experiments.circumstances import circumstances, failures, remarks, state
-from ztune.experiments.figures import Drawn, draw_all, remove_others
-from ztune.experiments.listing import (
+from ztune.experiments.csv_rows import (
     CELL_COLUMNS,
     TABLE_COLUMNS,
     cell_rows,
     part_columns,
     table_rows,
 )
-from ztune.experiments.literature import beside_table, pairs_of, unmatched_table
+from ztune.experiments.environment import (
+    describe_environment,
+    describe_progress,
+    list_failures,
+    list_remarks,
+)
+from ztune.experiments.figures import Drawn, draw_all, remove_others
+from ztune.experiments.literature import matched_table, pairs_of, unmatched_table
 from ztune.experiments.published import published
+from ztune.experiments.ranking import rank_methods, units_of
 from ztune.experiments.render import as_csv, as_latex, as_markdown, in_markdown
-from ztune.experiments.standing import standing_of, units_of
 from ztune.experiments.store import View
 from ztune.experiments.summary import Names, Sheet, names_of, sheets_of
-from ztune.experiments.tables import Table, accuracy_tables, costs_table, standing_table
+from ztune.experiments.tables import Table, accuracy_tables, costs_table, ranking_table
 from ztune.io.files import write_bytes
 
-LATEX_HEAD = r"""% Tables of ztune bench: copy those that you need. They need \usepackage{booktabs},
-% and \usepackage[T1]{fontenc} for names beyond ASCII; letters that T1 lacks need LuaLaTeX."""
+LATEX_HEAD = r"""% Tables of ztune bench. They need \usepackage{booktabs}, and for non-ASCII names
+% \usepackage[T1]{fontenc}; characters outside T1 need LuaLaTeX."""
 
 
 def write_report(view: View, folder: Path) -> list[Path]:
-    """Write the report of what there is so far, and return its files, report.md first.
+    """Write the report of all results so far, and return its files, report.md first.
 
-    Plots of ours that an earlier report left there and this one does not draw are removed.
+    Plots of an earlier report that this one does not draw are removed.
 
-    Raises: FormatError for a plan's document without a title, or with remarks that are no strings.
+    Raises: FormatError for a plan's document without a title, or with invalid remarks.
     """
     names, results = names_of(view.document), view.results
     rates = {
@@ -62,15 +67,15 @@ def _markdown(
     drawn: Sequence[Drawn],
 ) -> list[str]:
     results = view.results
-    lines = [f"# {in_markdown(names.title)}", "", in_markdown(state(results)), ""]
-    lines += _listed("Data", remarks(view))
+    lines = [f"# {in_markdown(names.title)}", "", in_markdown(describe_progress(results)), ""]
+    lines += _listed("Data", list_remarks(view))
     for sheet in sheets:
         lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names, rates)]
     lines += _overall(sheets)
-    lines += _beside(sheets, names)
+    lines += _literature(sheets, names)
     lines += _plots(drawn)
-    lines += _listed("Failures", failures(results))
-    return lines + _listed("Circumstances", circumstances(view))
+    lines += _listed("Failures", list_failures(results))
+    return lines + _listed("Environment", describe_environment(view))
 
 
 def _heading(sheet: Sheet) -> str:
@@ -85,35 +90,35 @@ def _main_tables(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list
 def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:
     tables = _main_tables(sheet, names, rates)
     if not tables:
-        return ["No cell is finished.", ""]
-    if (standing := standing_table(standing_of(units_of([sheet])))) is not None:
-        tables.append(standing)
+        return ["No finished cell.", ""]
+    if (ranking := ranking_table(rank_methods(units_of([sheet])))) is not None:
+        tables.append(ranking)
     explained = (
         "Accuracy: mean ± sample standard deviation over the seeds, in points, on the test "
-        "images; the best mean of a column is bold, and whatever reads the same."
+        "images; the best mean of a column is bold, with ties."
     )
     return [explained, "", *(line for table in tables for line in as_markdown(table, 3))]
 
 
 def _overall(sheets: Sequence[Sheet]) -> list[str]:
-    """Return wins, ties and losses over all protocols and models, where there are several."""
-    table = standing_table(standing_of(units_of(sheets))) if len(sheets) > 1 else None
+    """Return wins, ties and losses over all protocols and models, if there are several."""
+    table = ranking_table(rank_methods(units_of(sheets))) if len(sheets) > 1 else None
     if table is None:
         return []
     return ["## All protocols and models", "", *as_markdown(table, 3)]
 
 
-def _beside(sheets: Sequence[Sheet], names: Names) -> list[str]:
+def _literature(sheets: Sequence[Sheet], names: Names) -> list[str]:
     figures = published()
     pairs = pairs_of(figures, sheets, names)
-    tables = (beside_table(pairs), unmatched_table(figures, pairs))
+    tables = (matched_table(pairs), unmatched_table(figures, pairs))
     shown = [line for table in tables if table is not None for line in as_markdown(table, 3)]
     figure = figures[0]
     said = (
-        f"What papers print of {figure.protocol} with {figure.shots} shots per class and "
-        f"{figure.model}, over CoOp's 11 data sets where it is an average."
+        f"Published {figure.protocol} figures with {figure.shots} shots per class and "
+        f"{figure.model}; averages are over CoOp's 11 data sets."
     )
-    return ["## Beside the papers", "", said, "", *shown]
+    return ["## Published figures", "", said, "", *shown]
 
 
 def _plots(drawn: Sequence[Drawn]) -> list[str]:

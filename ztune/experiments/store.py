@@ -1,12 +1,12 @@
-"""Results of a bench in one SQLite file, whole after any kill and open to several writers.
+"""Results of a bench in one SQLite file: crash-safe, with several writers.
 
-    cells     a row per cell that was carried out: finished, or failed with its reason
-    plans     documents of plans by name, each as it was last given
-    wanted    the cells of every plan in its order, under its names; several may share one result
-    sessions  when, where and with which versions cells were carried out
-    passes    how long encoding images took with a bundle, so that a cell can be charged for it
+    cells     a row per cell that was run: finished, or failed with its reason
+    plans     the latest document of every plan, by name
+    wanted    the cells of every plan, in order and by name; several may share a result
+    sessions  date, machine and versions of runs
+    passes    seconds of encoding images with a bundle, which cells are charged for
 
-A finished cell is never replaced: by a failure, nor by a second result of another process.
+A finished cell is never replaced, neither by a failure nor by another result.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from ztune.errors import FormatError, StorageError
 from ztune.experiments.cells import Cell, Outcome
-from ztune.experiments.document import PlanDocument, asked, with_found
+from ztune.experiments.plan_document import PlanDocument, with_findings, without_findings
 from ztune.io.config import as_json
 from ztune.io.schema import T, convert, decoded, plain
 from ztune.types import Json
 
 APPLICATION = 0x7A74756E
-"""SQLite's application_id of our files."""
+"""SQLite application_id."""
 VERSION = 2
 _PATIENCE = 120.0
 """Seconds to wait for another writer."""
@@ -57,7 +57,7 @@ SELECT bundle, sum(seconds) / sum(images) FROM passes GROUP BY bundle HAVING sum
 
 @dataclass(frozen=True)
 class Result:
-    """A cell and what came of it: an outcome, a reason why there is none, or neither yet."""
+    """A cell with its outcome, the reason of its failure, or neither yet."""
 
     cell: Cell
     outcome: Outcome | None = None
@@ -66,42 +66,41 @@ class Result:
 
 
 Session = Mapping[str, Json]
-"""When, where and with what cells were carried out; nothing of it need be there."""
+"""Date, machine and versions of a run; every field may be missing."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a report of one plan is about, all of it of one moment."""
+    """A consistent snapshot of one plan's results."""
 
     plan: str
     document: PlanDocument
-    """The plan, as it was last given."""
+    """The latest version of the plan."""
     results: tuple[Result, ...]
-    """Its cells in its order, each with what came of it so far."""
+    """Its cells, in order."""
     n_left_out: int
-    """Finished cells that no plan has."""
+    """Finished cells of no plan."""
     sessions: Mapping[int, Session]
-    """Circumstances by their number."""
+    """By id."""
     rates: Mapping[str, float]
-    """Seconds that encoding an image takes, by the bundle's digest; absent where none was."""
+    """Seconds to encode an image, by bundle digest."""
 
 
 class Store:
     """The file of results; every method is one transaction."""
 
     def __init__(self, path: Path):
-        """Take up the file, or make it.
+        """Open or create the file.
 
-        Raises: FormatError when it is none of ours, or of a version that this program cannot read.
+        Raises: FormatError for a foreign file or another version.
         """
         self.path = path
         self._where = f'results "{path}"'
-        if path.exists() and not (path.is_file() or path.is_dir()):  # SQLite itself names a folder
+        if path.exists() and not (path.is_file() or path.is_dir()):  # SQLite reports a folder
             raise FormatError(f"{self._where}: not a regular file")
-        # Looked at first without a lock: whoever only reads waits for no writer, and needs no
-        # permission to write.
+        # Checked first without a lock: readers need no write permission and wait for no writer.
         with self._open() as database:
-            database.execute("BEGIN")  # to see one moment of a file that another makes right now
+            database.execute("BEGIN")  # a consistent read while another process creates it
             if not self._is_new(database):
                 return
         with self._changing() as database:
@@ -113,28 +112,30 @@ class Store:
 
     @classmethod
     def existing(cls, path: Path) -> Store:
-        """Take up a file that is there.
+        """Open an existing file.
 
         Raises: FormatError.
         """
         if not path.is_file():
-            raise FormatError(f'results "{path}": there is no such file')
+            raise FormatError(f'results "{path}" do not exist')
         return cls(path)
 
     def _is_new(self, database: sqlite3.Connection) -> bool:
-        # A view or trigger of somebody's file could work without end; ours has none.
+        # A view or trigger in a foreign file could run without end.
         odd = "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
         if database.execute(odd).fetchone()[0]:
-            raise FormatError(f"{self._where}: it has views or triggers (not written by ztune)")
+            raise FormatError(
+                f"{self._where}: unexpected views or triggers (not written by ztune bench)"
+            )
         tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         (application,) = database.execute("PRAGMA application_id").fetchone()
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if not (tables or application or version):
             return True
         if application != APPLICATION:
-            raise FormatError(f"{self._where}: this is no file of ztune bench")
+            raise FormatError(f"{self._where}: not a results file of ztune bench")
         if version != VERSION:
-            age, what = ("older", "keep it, and name another `out`")
+            age, what = ("older", "use another `out`")
             if version > VERSION:
                 age, what = ("newer", "upgrade ztune")
             raise FormatError(
@@ -156,40 +157,40 @@ class Store:
         except sqlite3.Error as error:
             if "full" in str(error):
                 raise StorageError(
-                    f"{self._where}: {error} (free some space, and go on with the same command and "
-                    "`resume`)"
+                    f"{self._where}: {error} (free some space, then resume with the same command "
+                    "and `resume`)"
                 ) from None
             raise FormatError(f"{self._where}: {error}") from None
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
-        """Yield the file with nobody else writing to it; all that is done counts, or nothing."""
+        """Yield the database in an exclusive write transaction."""
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
             except BaseException:
-                if database.in_transaction:  # a full disk ends it by itself
+                if database.in_transaction:  # a full disk ends it
                     database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
 
-    def begin(self, document: Mapping[str, Json]) -> int:
-        """Note the circumstances of cells to come; return what they refer to them by."""
+    def begin_session(self, document: Mapping[str, Json]) -> int:
+        """Add a session; return its id."""
         with self._changing() as database:
             done = database.execute("INSERT INTO sessions (document) VALUES (?)", [_text(document)])
         return int(done.lastrowid or 0)
 
-    def want(
+    def set_plan(
         self,
         plan: str,
         document: Mapping[str, Json],
         cells: Mapping[Cell, str | None],
     ) -> None:
-        """Set the cells of a plan, with their keys and in order.
+        """Set a plan's document and its cells, with keys and in order.
 
-        As long as the plan asks for the same, what is null because its data were not read stays as
-        it was: keys of cells, and what was `found` of the document's data.
+        While the plan is unchanged, null values of data that were not read (keys, `found`) keep
+        their earlier values.
         """
         names = [(_text(as_json(cell)), key) for cell, key in cells.items()]
         with self._changing() as database:
@@ -197,9 +198,9 @@ class Store:
             known: dict[str, str | None] = {}
             if found is not None:
                 earlier = decoded(found[0], self._where)
-                if asked(earlier) == asked(document):
+                if without_findings(earlier) == without_findings(document):
                     known = dict(database.execute(_KEYS, [plan]).fetchall())
-                    document = with_found(document, earlier)
+                    document = with_findings(document, earlier)
             rows = [
                 (plan, place, known.get(cell) if key is None else key, cell)
                 for place, (cell, key) in enumerate(names)
@@ -213,12 +214,12 @@ class Store:
             )
 
     def finish(self, key: str, cell: Cell, outcome: Outcome, session: int) -> None:
-        """Record what a cell measured, where nobody has."""
+        """Record a cell's outcome, unless it has one."""
         self._record(key, cell, session, _text(plain(outcome)), None)
 
     def fail(self, key: str, cell: Cell, reason: str, session: int) -> None:
-        """Record why a cell has no result, where it has none."""
-        self._record(key, cell, session, None, readable(reason) or "no reason was given")
+        """Record why a cell failed, unless it has an outcome."""
+        self._record(key, cell, session, None, escape_surrogates(reason) or "no reason given")
 
     def _record(
         self, key: str, cell: Cell, session: int, outcome: str | None, reason: str | None
@@ -232,47 +233,47 @@ class Store:
             )
 
     def add_pass(self, bundle: str, images: int, seconds: float) -> None:
-        """Note that encoding so many images took so many seconds of one worker."""
+        """Add the seconds that one worker took to encode images."""
         with self._changing() as database:
             database.execute("INSERT INTO passes VALUES (?, ?, ?)", [bundle, images, seconds])
 
     def finished(self) -> set[str]:
-        """Return the keys of all cells that have an outcome, whatever plan has them."""
+        """Return the keys of all finished cells, of any plan."""
         query = "SELECT key FROM cells WHERE outcome IS NOT NULL"
         with self._open() as database:
             return {str(key) for (key,) in database.execute(query)}
 
     def plans(self) -> list[str]:
-        """Return the names of the plans that were given.
+        """Return the names of all plans.
 
-        Raises: FormatError where there was none.
+        Raises: FormatError without plans.
         """
         with self._open() as database:
             names = [str(name) for (name,) in database.execute(_PLANS)]
         if not names:
-            raise FormatError(f"{self._where}: no plan was carried out yet")
+            raise FormatError(f"{self._where}: no plan was run yet")
         return names
 
     def title_of(self, plan: str) -> str | None:
-        """Return the title that a plan had when it was last given; None where it was not."""
+        """Return a plan's title, None for an unknown plan."""
         with self._open() as database:
             found = database.execute(_DOCUMENT, [plan]).fetchone()
         return None if found is None else self._read(found[0], PlanDocument).title
 
     def view(self, plan: str) -> View:
-        """Return what there is of a plan.
+        """Return a plan's results.
 
-        Raises: FormatError for an unknown plan, or a row that does not read.
+        Raises: FormatError for an unknown plan or an invalid row.
         """
         with self._open() as database:
-            database.execute("BEGIN")  # one moment
+            database.execute("BEGIN")  # a consistent read
             found = database.execute(_DOCUMENT, [plan]).fetchone()
             cells = database.execute(_RESULTS, [plan]).fetchall()
             (n_left_out,) = database.execute(_LEFT_OUT).fetchone()
             sessions = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
             rates = database.execute(_RATES).fetchall()
         if found is None:
-            raise FormatError(f'{self._where}: there is no plan "{plan}"')
+            raise FormatError(f'{self._where}: unknown plan "{plan}"')
         return View(
             plan,
             self._read(found[0], PlanDocument),
@@ -292,8 +293,8 @@ class Store:
         return convert(decoded(text, self._where), kind, self._where)
 
 
-def readable(text: str) -> str:
-    """Return a text that SQLite takes: half a surrogate pair, from the name of a file, is none."""
+def escape_surrogates(text: str) -> str:
+    """Escape unpaired surrogates (of file names), which SQLite refuses."""
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,7 +1,7 @@
-"""Figures over seeds: what a table, a plot or a comparison of methods is made of.
+"""Figures over seeds, for tables, plots and rankings.
 
-A sheet is everything of one protocol and one model. Accuracies are in 0…1; a figure that a cell
-does not have (it failed, was not carried out, or its method does not serve the part) is absent.
+A sheet has all results of one protocol and one model. Accuracies are in 0…1; the figure of a cell
+that failed, was not run, or whose method does not support the part is absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ztune.experiments.cells import Outcome, PartScore
 from ztune.experiments.comparison import deviation_of
-from ztune.experiments.document import PlanDocument
+from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
 from ztune.experiments.store import Result
 
@@ -44,13 +44,13 @@ class Measured:
 
 
 def mean_of(values: Iterable[float]) -> float | None:
-    """Return the mean, None of nothing."""
+    """Return the mean, None of no values."""
     found = list(values)
     return math.fsum(found) / len(found) if found else None
 
 
 def combined(parts: Sequence[Measured], by: Callable[..., float]) -> Measured:
-    """Return `by` of all parts' figures, seed by seed, for the seeds that every part has."""
+    """Return `by` of all parts' figures, seed by seed, over their common seeds."""
     if not parts:
         return Measured({}, 0)
     seeds = [seed for seed in parts[0].by_seed if all(seed in part.by_seed for part in parts)]
@@ -59,7 +59,7 @@ def combined(parts: Sequence[Measured], by: Callable[..., float]) -> Measured:
 
 
 def average(parts: Sequence[Measured]) -> Measured:
-    """Return the mean of the parts, seed by seed; of a missing part there is none."""
+    """Return the mean of the parts, seed by seed, over their common seeds."""
     return combined(parts, lambda *figures: math.fsum(figures) / len(figures))
 
 
@@ -70,17 +70,17 @@ def harmonic_mean(base: float, new: float) -> float:
 
 @dataclass(frozen=True)
 class Names:
-    """How the plan calls things."""
+    """The names of a plan."""
 
     title: str
     uses: Mapping[str, str]
-    """Label of a method in the plan: name in the table of methods."""
+    """Method label in the plan: name of the method."""
     data: Mapping[str, str]
-    """Name of a data set: what to show."""
+    """Data set: title."""
     known_as: Mapping[str, str]
-    """Name of a data set: its name in data/named.py, where it was meant by that."""
+    """Data set: name in data/named.py, if it is that one."""
     digests: Mapping[str, str]
-    """Name of a model: the digest of its bundle."""
+    """Model: digest of its bundle."""
 
     def of_data(self, name: str) -> str:
         return self.data.get(name, name)
@@ -90,7 +90,7 @@ class Names:
 
 
 def names_of(plan: PlanDocument) -> Names:
-    """Return what the plan's document says of names; all but the title may be absent."""
+    """Return the names of a plan's document; all but the title may be missing."""
     return Names(
         plan.title,
         uses={name: one.uses for name, one in plan.methods.items() if one.uses},
@@ -143,7 +143,7 @@ class Sheet:
     def of(
         self, method: str | None = None, data: str | None = None, shots: int | None = None
     ) -> tuple[Result, ...]:
-        """Return the results of a method, data set and number of shots; None: of all."""
+        """Return the results of a method, data set and number of shots; None: all."""
         return tuple(
             result
             for result in self.results
@@ -159,7 +159,7 @@ class Sheet:
         return tuple(sorted({result.cell.shots for result in self.of(data=data)}))
 
     def parts(self, data: str | None = None) -> tuple[str, ...]:
-        """Return the names of the parts that any finished cell has, in the protocol's order."""
+        """Return the parts of all finished cells, in the protocol's order."""
         return tuple(
             dict.fromkeys(score.part for one in self.outcomes(data=data) for score in one.scores)
         )
@@ -183,10 +183,10 @@ class Sheet:
     def hand_written(
         self, data: str, part: str, shots: int, of: Accessor = zero_shot_of
     ) -> Measured:
-        """Return the hand-written prompts' figure, as any method's cell measured it.
+        """Return the templates' figure, which every cell measures.
 
-        A seed without a finished cell gets the mean of the others: the prompts have no seed, and
-        a part's images are the same for all where the protocol does not draw them.
+        A seed without a finished cell gets the mean of the others: templates have no seed, and
+        unless the protocol draws them, a part's images are the same for all seeds.
         """
         found: dict[int, list[float]] = {}
         results = self.of(data=data, shots=shots)
@@ -203,7 +203,7 @@ class Sheet:
         return Measured(filled, len(filled))
 
     def of_unit(self, method: str, data: str, shots: int) -> Measured:
-        """Return the one figure that methods are compared by on a data set with some shots.
+        """Return the figure by which methods are ranked on a data set.
 
         few-shot: the accuracy; base-to-new: the harmonic mean; transfers: the targets' mean.
         """
@@ -224,7 +224,7 @@ def _on(result: Result, part: str, of: Accessor) -> float | None:
 
 
 def sheets_of(results: Sequence[Result]) -> list[Sheet]:
-    """Return a sheet for every protocol and model there are cells of, in plan order."""
+    """Return a sheet per protocol and model, in plan order."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.cell.protocol, result.cell.model), []).append(result)
@@ -233,7 +233,7 @@ def sheets_of(results: Sequence[Result]) -> list[Sheet]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a method's finished cells with its most shots cost, means over them."""
+    """Mean costs of a method's finished cells at its most shots."""
 
     method: str
     shots: int
@@ -243,17 +243,17 @@ class Costs:
     text_forwards: float
     image_forwards: float
     seconds: float
-    """As if each cell had encoded its own images."""
+    """As if each cell had encoded its images."""
     result_bytes: float
 
 
 def seconds_alone(outcome: Outcome, per_image: float) -> float:
-    """Return a cell's seconds as if it had encoded its own images; `per_image` in seconds."""
+    """Return a cell's seconds as if it had encoded its images; `per_image` in seconds."""
     return outcome.seconds + outcome.image_forwards_cached * per_image
 
 
 def costs_of(sheet: Sheet, method: str, per_image: float) -> Costs | None:
-    """Return a method's costs at its most shots, None where no cell of it finished."""
+    """Return a method's costs at its most shots, None without finished cells."""
     finished = [result.cell.shots for result in sheet.of(method) if result.outcome is not None]
     if not finished:
         return None

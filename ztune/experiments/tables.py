@@ -1,7 +1,7 @@
-"""The report's tables as rows of words, whatever they are rendered as.
+"""The report's tables, independent of their rendering.
 
 Accuracies are per cent, mean ± sample standard deviation over the seeds; the best mean of a column
-is bold, and so is every one that reads the same.
+is bold, with ties.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ztune.experiments.standing import TIE, Standing
+from ztune.experiments.ranking import TIE, Ranking
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -26,12 +26,12 @@ from ztune.experiments.summary import (
 
 HAND_WRITTEN = "hand-written prompts"
 DASH = "–"
-_NO_SPREAD = 1e-9  # of prompts that know no seeds, up to rounding
+_NO_SPREAD = 1e-9  # of templates, which have no seed, up to rounding
 
 
 @dataclass(frozen=True)
 class Word:
-    """What stands in one place of a table."""
+    """The text of one table entry."""
 
     text: str
     bold: bool = False
@@ -39,13 +39,13 @@ class Word:
 
 @dataclass(frozen=True)
 class Table:
-    """Words in rows; the first column names the row."""
+    """Rows of text; the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Word, ...], ...]
     notes: tuple[str, ...] = ()
-    """What a reader must know of the words."""
+    """Footnotes."""
 
 
 Lines = Mapping[str, Sequence[Measured]]
@@ -53,7 +53,7 @@ Lines = Mapping[str, Sequence[Measured]]
 
 
 def accuracy_tables(sheet: Sheet, names: Names) -> list[Table]:
-    """Return a sheet's tables of accuracies; none where no cell finished."""
+    """Return a sheet's tables of accuracies; empty without finished cells."""
     if not sheet.outcomes():
         return []
     if sheet.protocol == "few-shot":
@@ -66,7 +66,7 @@ def accuracy_tables(sheet: Sheet, names: Names) -> list[Table]:
 def figures_table(
     title: str, columns: Sequence[str], lines: Lines, notes: Sequence[str] = ()
 ) -> Table:
-    """Return figures of accuracy as a table, with what its marks mean."""
+    """Return accuracies as a table, with notes on its marks."""
     best = [_best(column) for column in zip(*lines.values(), strict=True)]
     rows = [
         (
@@ -81,17 +81,17 @@ def figures_table(
     found = [figure for line in lines.values() for figure in line if figure.n]
     if partial := [figure for figure in found if not figure.is_whole]:
         mark = _seeds(partial[0])
-        notes = [*notes, f"{mark}: over those of the plan's seeds that are finished."]
+        notes = [*notes, f"{mark}: over the finished seeds of the plan."]
     return Table(title, ("method", *columns), tuple(rows), tuple(notes))
 
 
 def percent(figure: Measured) -> str:
-    """Return a mean as tables show it; a dash where there is none."""
+    """Return a mean in per cent, or a dash."""
     return DASH if figure.mean is None else f"{100 * figure.mean:.1f}"
 
 
 def spread(figure: Measured) -> str:
-    """Return mean ± deviation, and how many seeds where some are missing."""
+    """Return mean ± deviation, with the number of seeds if some are missing."""
     words = [percent(figure)]
     if figure.deviation is not None:
         words.append(f"± {100 * figure.deviation:.1f}")
@@ -105,7 +105,7 @@ def _seeds(figure: Measured) -> str:
 
 
 def _best(column: Sequence[Measured]) -> str | None:
-    """Return the highest mean of a column as it reads; None where nothing competes."""
+    """Return the highest mean of a column as text; None for fewer than two."""
     found = [figure for figure in column if figure.mean is not None]
     if len(found) < 2:
         return None
@@ -113,7 +113,7 @@ def _best(column: Sequence[Measured]) -> str | None:
 
 
 def shown(label: str, figure: Measured) -> str:
-    """Return a row's figure; prompts that know no seeds are shown without a deviation."""
+    """Return a row's figure; templates without seeds have no deviation."""
     fixed = label == HAND_WRITTEN and (figure.deviation or 0.0) < _NO_SPREAD
     return percent(figure) if fixed else spread(figure)
 
@@ -123,24 +123,24 @@ def _lines(
     of_method: Callable[[str], list[Measured]],
     hand_written: list[Measured],
 ) -> dict[str, list[Measured]]:
-    """Return the figures of every row; a method that the plan asks for none of them has no row."""
+    """Return the figures of every row; a method without requested cells has none."""
     lines = {method: of_method(method) for method in sheet.methods}
-    asked = {name: line for name, line in lines.items() if any(one.n_wanted for one in line)}
-    return {HAND_WRITTEN: hand_written, **asked}
+    requested = {name: line for name, line in lines.items() if any(one.n_wanted for one in line)}
+    return {HAND_WRITTEN: hand_written, **requested}
 
 
 def _with_average(lines: Lines, columns: Sequence[str]) -> tuple[Lines, list[str], list[str]]:
-    """Return lines and columns with their average, and a note where a method has none."""
+    """Return lines and columns with their average, and a note if one is missing."""
     if len(columns) < 2:
         return lines, list(columns), []
     whole = {label: [*line, average(line)] for label, line in lines.items()}
     gaps = any(line[-1].mean is None for line in whole.values())
-    note = f"{DASH} under average: no seed is finished for all columns."
+    note = f"{DASH} under average: no seed is finished in all columns."
     return whole, [*columns, "average"], [note] if gaps else []
 
 
 def counted(n: int, what: str) -> str:
-    """Return a number of things in words, as `1 cell` and `2,000 cells`."""
+    """Return a count with its noun, as `1 cell` and `2,000 cells`."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
@@ -171,7 +171,7 @@ def _by_data(sheet: Sheet, names: Names, shots: int, *, of_classes: bool = False
 
 
 def _over_shots(sheet: Sheet, names: Names) -> Table | None:
-    """Return methods × shots over the data sets that have them all; None for one number."""
+    """Return methods × shots over the data sets with all of them; None for one number."""
     data = [one for one in sheet.data if sheet.shots_with(one) == sheet.shots]
     if len(sheet.shots) < 2 or not data:
         return None
@@ -187,7 +187,7 @@ def _over_shots(sheet: Sheet, names: Names) -> Table | None:
 
 
 def over_data(sheet: Sheet, method: str | None, data: Sequence[str], shots: int) -> Measured:
-    """Return few-shot accuracy averaged over data sets; None: of the hand-written prompts."""
+    """Return few-shot accuracy averaged over data sets; method None: of the templates."""
     if method is None:
         return average([sheet.hand_written(one, "test", shots) for one in data])
     return average([sheet.measured(method, one, "test", shots) for one in data])
@@ -216,9 +216,9 @@ def _halves(sheet: Sheet, title: str, data: Sequence[str], shots: int) -> Table:
         lambda method: columns(lambda one, part: sheet.measured(method, one, part, shots)),
         columns(lambda one, part: sheet.hand_written(one, part, shots)),
     )
-    notes = [f"{DASH}: not carried out, failed, or no use for classes that it was not tuned on."]
+    notes = [f"{DASH}: not run, failed, or no support for classes that it was not tuned on."]
     if len(data) > 1:
-        notes.append("H of an average: of the averages over the data sets, seed by seed.")
+        notes.append("H of an average: harmonic mean of the averages, seed by seed.")
     gaps = any(figure.mean is None for line in lines.values() for figure in line)
     return figures_table(
         f"{title}, {_n_shots(shots)}: accuracy, %",
@@ -238,7 +238,7 @@ def _transfer_tables(sheet: Sheet, names: Names) -> list[Table]:
 
 
 def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
-    """Return methods × what they were tested on."""
+    """Return methods × test data."""
     parts = sheet.parts(source)
     lines = _lines(
         sheet,
@@ -251,9 +251,9 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
 
 
 def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
-    """Return methods × costs, None where no cell finished; `per_image` in seconds.
+    """Return methods × costs, None without finished cells; `per_image` in seconds.
 
-    Each method stands at its most shots: a mean over all would compare unlike cells.
+    Costs are at each method's most shots: a mean over all would mix unlike cells.
     """
     found = [costs_of(sheet, method, per_image or 0.0) for method in sheet.methods]
     rows = [
@@ -275,42 +275,40 @@ def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
         if one is not None
     ]
     columns = (
-        "method", "shots", "cells", "queries", "of them probes", "text forwards", "image forwards",
-        "seconds", "bytes of result",
+        "method", "shots", "cells", "queries", "probe queries", "text forwards", "image forwards",
+        "seconds", "result bytes",
     )  # fmt: skip
     charged = (
-        "cells share encoded images, so each is charged "
-        f"{1000 * per_image:.2g} ms for every image that it found encoded, as if it had "
-        "encoded its own."
+        "cells share a cache, so each is charged "
+        f"{1000 * per_image:.2g} ms per cached image, as if it had encoded it."
         if per_image is not None
-        else "what encoding images took was not recorded, so images found encoded are free."
+        else "the cost of encoding was not recorded, so cached images are free."
     )
     notes = (
-        "Means over the finished cells with the most shots that a method has.",
+        "Means over a method's finished cells at its most shots.",
         f"Seconds: {charged}",
     )
     return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
 
 
-def standing_table(standing: Standing) -> Table | None:
+def ranking_table(ranking: Ranking) -> Table | None:
     """Return wins, ties and losses, row against column; None for fewer than two methods."""
-    methods = standing.methods
+    methods = ranking.methods
     if len(methods) < 2:
         return None
-    ranks = standing.ranks
+    ranks = ranking.ranks
     best = min((rank for rank in ranks.values() if rank is not None), default=None)
     rows = []
     for one in methods:
-        against = [str(standing.records[one, o]) if o != one else "·" for o in methods]
+        against = [str(ranking.records[one, o]) if o != one else "·" for o in methods]
         rank = ranks[one]
         last = Word(DASH) if rank is None else Word(f"{rank:.2f}", rank == best)
         rows.append((Word(one), *map(Word, against), last))
     note = (
-        "Row against column: wins / ties / losses over data sets and shots that both have, by the "
-        "mean over their common seeds (of H where there is base and new, of the targets' mean in "
-        f"a transfer); a tie is within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, "
-        f"mean over {counted(standing.n_shared, 'combination')} of data set and shots that all of "
-        "these methods share."
+        "Row against column: wins / ties / losses over common data sets and shots, by the mean "
+        "over common seeds (of H in base-to-new, of the targets' mean in a transfer); a tie is "
+        f"within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, mean over "
+        f"{counted(ranking.n_shared, 'combination')} of data set and shots that all methods have."
     )
     columns = ("method", *methods, "mean rank")
     return Table("Wins / ties / losses", columns, tuple(rows), (note,))

@@ -1,11 +1,10 @@
-"""What one process of a bench does: encode images, carry out runs, score their results.
+"""A worker of a bench: encode images, run jobs, score their results.
 
-    OUT/runs/KEY/run/         the run of `ztune tune`, gone on with where a kill left it
-    OUT/runs/KEY/CELL.json    the outcome of a cell, until and after the driver has recorded it
-    OUT/runs/KEY/deaths       a line per attempt that did not come to an end of its own, while none
-                              gets further than the one before
+    OUT/runs/KEY/run/         the run of `ztune tune`, resumed after a kill
+    OUT/runs/KEY/CELL.json    the outcome of a cell, also after the driver has recorded it
+    OUT/runs/KEY/deaths       a line per killed attempt in a row without progress
 
-Models stay open from cell to cell; so do the encoded images and prompts of the last few parts.
+Models stay open from cell to cell, as do the encoded images and prompts of the last few parts.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ from ztune.system import one_blas_thread
 from ztune.training import TrainingRun
 from ztune.types import F32, I64, ImageEncoder
 
-MOST_DEATHS = 3
-"""Attempts at a run that end a process before the run is given up."""
-DEATHS = "deaths"
+MAX_ATTEMPTS = 3
+"""Killed attempts without progress after which a run fails."""
+ATTEMPTS = "deaths"
 _PARTS_BYTES = 512 << 20
-"""Of encoded parts that are kept, at least the last."""
+"""Limit of the encoded parts that are kept; the last is always kept."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all workers have alike."""
+    """Settings of all workers."""
 
     out: Path
     provider: str
@@ -87,44 +86,44 @@ class Worker:
     """One process's models and encoded parts."""
 
     settings: Settings
-    _benches: dict[Path, Model] = field(default_factory=dict)
+    _models: dict[Path, Model] = field(default_factory=dict)
     _encoders: dict[Path, ImageEncoder] = field(default_factory=dict)
     _parts: dict[tuple[Path, ScoredPart], EncodedPart] = field(default_factory=dict)
 
     def perform(self, task: Task) -> Encoded | JobResult:
-        """Do what is asked; what goes wrong with a job is part of the answer."""
+        """Run a task; a job's errors are part of its result."""
         if isinstance(task, Encoding):
             return self._encode(task)
-        self._encoders.clear()  # their memory is the runs' from here on
+        self._encoders.clear()  # frees memory for the runs
         started = time.monotonic()
         warnings: list[str] = []
         with forward_warnings(warnings.append):
-            answer = self._carry_out(task)
+            answer = self._run_job(task)
         seconds = time.monotonic() - started
         return replace(answer, seconds=seconds, warnings=tuple(warnings))
 
-    def _bench(self, bundle: Path) -> Model:
-        if bundle not in self._benches:
+    def _model(self, bundle: Path) -> Model:
+        if bundle not in self._models:
             settings = self.settings
             execution = Execution(settings.provider, settings.threads, settings.memory_limit)
             loaded = load_bundle(bundle)
             check_precision(loaded.precision, execution.provider)
-            self._benches[bundle] = Model(loaded, execution)
-        return self._benches[bundle]
+            self._models[bundle] = Model(loaded, execution)
+        return self._models[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:
         started = time.monotonic()
         try:
             if task.bundle not in self._encoders:
-                self._encoders[task.bundle] = self._bench(task.bundle).runtime.images()
+                self._encoders[task.bundle] = self._model(task.bundle).runtime.images()
             found = encode_files(
                 self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
             )
-        except ZtuneError:  # every cell that needs these images fails with the same reason
+        except ZtuneError:  # every cell that needs these images will fail and report it
             return Encoded(task.bundle_digest, 0, 0.0)
         return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
 
-    def _carry_out(self, job: Job) -> JobResult:
+    def _run_job(self, job: Job) -> JobResult:
         place = self.settings.out / "runs" / job.run
         place.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -137,7 +136,7 @@ class Worker:
             return self._answer(job, place)
 
     def _answer(self, job: Job, place: Path) -> JobResult:
-        """Tune what is asked for and score it; a cell's failure is no failure of the others."""
+        """Tune and score; a cell's failure does not affect the others."""
         outcomes: dict[str, Outcome] = {}
         reasons: dict[str, str] = {}
         try:
@@ -145,10 +144,10 @@ class Worker:
             missing = [one for one in job.cells if one.key not in outcomes]
             if not missing:
                 return JobResult(outcomes)
-            deaths = _deaths(place)
-            if len(deaths) == MOST_DEATHS - 1 and not job.alone:
+            attempts = _earlier_attempts(place)
+            if len(attempts) == MAX_ATTEMPTS - 1 and not job.alone:
                 return JobResult(alone=True)
-            with _noted(place, deaths), one_blas_thread():
+            with _recorded_attempt(place, attempts), one_blas_thread():
                 training, run = self._tuned(job, place)
                 for one in missing:
                     found = self._scored_or_not(training, run, one, place)
@@ -162,27 +161,27 @@ class Worker:
         return JobResult(outcomes, reasons)
 
     def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], RunReport]:
-        """Return the run finished, and what run.json says."""
-        model = self._bench(Path(job.run_config.bundle))
+        """Return the finished run and its report."""
+        model = self._model(Path(job.run_config.bundle))
         if model.bundle.digest != job.bundle_digest:
             raise FormatError(
-                f'bundle "{model.bundle.path}" is not the one that the bench began with'
+                f'bundle "{model.bundle.path}" has changed since the bench was started'
             )
         method = job.run_config.method
         if (package := package_of(method)) != job.package:
             raise ConfigError(
-                f"{method} is of {package or 'ztune'} here, and of {job.package or 'ztune'} where "
-                "the bench began (install the same version)"
+                f"{method} is of {package or 'ztune'} here, expected {job.package or 'ztune'} as "
+                "at the start of the bench (install the same version)"
             )
         training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
         run = _finished(training)
-        training.folder.state.unlink(missing_ok=True)  # of no more use
+        training.folder.state.unlink(missing_ok=True)  # no longer needed
         return training, run
 
     def _scored_or_not(
         self, training: TrainingRun[RunFolder], run: RunReport, cell: CellJob, place: Path
     ) -> Outcome | str:
-        """Score a cell and keep its outcome; return that, or why there is none."""
+        """Score a cell and save its outcome; return it, or the reason of a failure."""
         try:
             outcome = self._scored(training, run, cell, place.name)
             write_json(place / f"{cell.key}.json", plain(outcome))
@@ -242,7 +241,7 @@ class Worker:
                 yield Point(spent, seconds.get(spent), found.accuracy)
 
     def _part(self, model: Model, part: ScoredPart) -> EncodedPart:
-        """Return a part encoded; the last few are kept."""
+        """Return an encoded part; the last few are kept."""
         place = model.bundle.path, part
         if place not in self._parts:
             where = f'split "{part.split_file}"'
@@ -256,7 +255,7 @@ class Worker:
         return self._parts[place]
 
     def _make_room(self, n_bytes: int) -> None:
-        """Forget the oldest parts until another of so many bytes has room."""
+        """Drop the oldest parts until `n_bytes` fit."""
         while self._parts and n_bytes + self._bytes_kept() > _PARTS_BYTES:
             del self._parts[next(iter(self._parts))]
 
@@ -280,7 +279,7 @@ class Worker:
     def _score(
         self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> Score | None:
-        """Score a result among a part's classes; None for a head that does not know them all."""
+        """Score a result among a part's classes; None for a head without all of them."""
         classes = encoded.split.classes
         if isinstance(result, HeadArtifact):
             if not set(classes) <= set(result.classes):
@@ -289,20 +288,20 @@ class Worker:
             logits = result.classifier().logits(encoded.features)[:, columns]
             return score(logits, encoded.labels, classes)
         if isinstance(result, VisualArtifact) and result.context is None:
-            # Its texts are hand-written ones: those of the part's own data set.
+            # It uses templates: those of the part's data set.
             result = model.refresh(replace(result, templates=part.templates), classes)
         elif result.classes != classes:
             result = model.refresh(result, classes)
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
-        gallery = encode_test(
+        test_features = encode_test(
             model, encoded.split.items("test"), part.cache, what=part.name, skip_broken=False
         )
-        return score(gallery.logits(result), encoded.labels, classes)
+        return score(test_features.logits(result), encoded.labels, classes)
 
 
 def _finished(training: TrainingRun[RunFolder]) -> RunReport:
-    """Begin a run, go on with it, or find it done; return run.json's content."""
+    """Start or resume a run if it is not finished; return its report."""
     folder, found = training.folder, None
     if folder.run.is_file():
         found = run_start(folder.read(), f'run "{folder.path}"')
@@ -317,10 +316,7 @@ def _finished(training: TrainingRun[RunFolder]) -> RunReport:
 
 
 def _kept(place: Path, key: str) -> Outcome | None:
-    """Return the outcome that an earlier process left, whose driver may not have recorded it.
-
-    One that does not read is none: the run is scored again.
-    """
+    """Return the outcome saved by an earlier process; None if missing or damaged."""
     path = place / f"{key}.json"
     if not path.is_file():
         return None
@@ -332,9 +328,9 @@ def _kept(place: Path, key: str) -> Outcome | None:
 
 
 def _reason(error: Exception, place: Path) -> str:
-    """Return an error in one line; what a user cannot know of leaves its traceback."""
+    """Return an error in one line; save the traceback of an unexpected one."""
     if isinstance(error, ZtuneError):
-        hint = f" (remove {place} to begin the run anew)" if str(place) in str(error) else ""
+        hint = f" (remove {place} to restart the run)" if str(place) in str(error) else ""
         return without_marks(f"{error}{hint}")
     (place / "traceback.txt").write_text(
         printable_lines("".join(traceback.format_exception(error)))
@@ -342,45 +338,43 @@ def _reason(error: Exception, place: Path) -> str:
     return f"{type(error).__name__}: {reason_of(error)}"
 
 
-def _deaths(place: Path) -> list[str]:
-    """Return the notes that attempts left which got no further than the one before.
+def _earlier_attempts(place: Path) -> list[str]:
+    """Return the records of killed attempts since the last progress.
 
-    Raises: ZtuneError where they are too many; asked for once more, it is tried again.
+    Raises: ZtuneError for too many, and resets them, so that a resumed bench retries.
     """
-    path = place / DEATHS
+    path = place / ATTEMPTS
     notes = path.read_text().splitlines() if path.exists() else []
     notes = [note for note in notes if note.split()[:1] == [_reached(place)]]
-    if len(notes) >= MOST_DEATHS:
+    if len(notes) >= MAX_ATTEMPTS:
         path.unlink()
         raise ZtuneError(
-            f"its process ended {len(notes)} times without a word (killed, or out of memory?)"
+            f"the worker process died {len(notes)} times without an error message (killed, or out "
+            "of memory?)"
         )
     return notes
 
 
-def forget_deaths(out: Path) -> None:
-    """Take notes back, since whoever stopped a bench ended its processes on purpose.
-
-    Those of runs that another process is at stay.
-    """
-    for note in (out / "runs").glob(f"*/{DEATHS}"):
+def clear_attempts(out: Path) -> None:
+    """Remove the records of attempts that stopping the bench ended, except of locked runs."""
+    for note in (out / "runs").glob(f"*/{ATTEMPTS}"):
         with contextlib.suppress(ZtuneError), RunFolder(note.parent).locked():
             note.unlink(missing_ok=True)
 
 
 def _reached(place: Path) -> str:
-    """Return what differs as soon as a run has saved its state again."""
+    """Return a mark that changes when a run saves its state."""
     state = RunFolder(place / "run").state
     return str(state.stat().st_mtime_ns if state.exists() else 0)
 
 
 @contextlib.contextmanager
-def _noted(place: Path, earlier: Sequence[str]) -> Iterator[None]:
-    """Note an attempt, and take the notes back when it ends in whatever way but a kill."""
-    path = place / DEATHS
+def _recorded_attempt(place: Path, earlier: Sequence[str]) -> Iterator[None]:
+    """Record an attempt, and remove all records unless it is killed."""
+    path = place / ATTEMPTS
     note = f"{_reached(place)} {time.strftime('%Y-%m-%dT%H:%M:%S')} process {os.getpid()}"
     path.write_text("\n".join([*earlier, note]) + "\n")
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # a driver that is stopped takes all notes back
+        path.unlink(missing_ok=True)  # a stopped driver calls clear_attempts

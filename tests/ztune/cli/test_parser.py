@@ -42,7 +42,8 @@ from ztune.run_config import RunConfig
         ),
         (
             ("eval", "m", "--shared-memory=on"),
-            "option --shared-memory was removed: leave it out, tensors always go over the network",
+            "option --shared-memory was removed: leave it out, tensors are always sent over "
+            "the network",
         ),
         (("tune", "--shots", "many"), "argument --shots: invalid int value: 'many'"),
         (("tune", "--\x1b[2J"), r"unknown option --\x1b[2J"),
@@ -82,7 +83,7 @@ def test_a_wrong_verb_is_answered_with_the_nearest(
 
 
 def test_the_beginning_of_an_option_is_enough(ztune: Command) -> None:
-    assert "tune needs BUNDLE" in ztune("tune", "--quer", "4").err
+    assert "BUNDLE is required" in ztune("tune", "--quer", "4").err
     assert parser_of("tune").read(["--quer", "4"]).queries == 4
 
 
@@ -153,7 +154,7 @@ def test_a_run_takes_its_fields_and_no_list_beside_them() -> None:
 
 def test_every_field_of_a_server_is_an_option() -> None:
     for verb in ("tune", "eval", "doctor"):
-        group = next(g for g in parser_of(verb)._action_groups if str(g.title).startswith("a serv"))
+        group = next(g for g in parser_of(verb)._action_groups if str(g.title).startswith("server"))
         assert {action.dest for action in group._group_actions} == {*server.SERVER}
 
 

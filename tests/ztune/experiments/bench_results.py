@@ -45,7 +45,7 @@ SESSION: dict[str, Json] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method on one data set: an accuracy per seed, or by part; None: not carried out."""
+    """A method on one data set: an accuracy per seed, or by part; None: not run."""
 
     method: str
     data: str
@@ -85,7 +85,7 @@ def store_of(
     """
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / "results.sqlite")
-    session = store.begin(SESSION)
+    session = store.begin_session(SESSION)
     cells = {}
     for row in rows:
         for seed, found in enumerate(row.accuracy, start=1):
@@ -112,7 +112,7 @@ def store_of(
         },
         "methods": {label: {"uses": name} for label, name in (uses or {}).items()},
     }
-    store.want(PLAN, document, cells)
+    store.set_plan(PLAN, document, cells)
     return store
 
 

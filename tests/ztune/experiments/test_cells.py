@@ -42,7 +42,7 @@ OUTCOME = Outcome(
     curve=CURVE,
 )
 VARYING = ("seconds", "image_forwards_cached")
-"""What may differ when a cell is carried out again; the seconds of the curve are tested apart."""
+"""What may differ when a cell is run again; the seconds of the curve are tested apart."""
 
 
 def through_json(record: object) -> dict[str, Json]:

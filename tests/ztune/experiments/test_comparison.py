@@ -19,8 +19,8 @@ from ztune.experiments.comparison import (
     CurvePoint,
     Figures,
     ImagePass,
-    Job,
     Rates,
+    Workload,
     cell_from_json,
     cell_to_json,
     deviation_of,
@@ -225,11 +225,11 @@ def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:
 
 def test_the_estimate_adds_what_a_cell_sends() -> None:
     rates = Rates(text_query=0.01, image=0.3, encoding=0.2, opening=1.0)
-    nothing = estimated_seconds(Job(), rates)
+    nothing = estimated_seconds(Workload(), rates)
     assert nothing > 2 * rates.opening
-    texts = Job(queries=1000, changes_texts=True)
+    texts = Workload(queries=1000, changes_texts=True)
     assert estimated_seconds(texts, rates) - nothing == pytest.approx(10)
-    images = Job(queries=100, images_per_query=16, n_scored=50)
+    images = Workload(queries=100, images_per_query=16, n_scored=50)
     assert estimated_seconds(images, rates) - nothing == pytest.approx(320 + 15)
     both = replace(images, changes_texts=True)
     assert estimated_seconds(both, rates) - nothing == pytest.approx(320 + 15 + 1)

@@ -11,7 +11,7 @@ from ztune.data.split import Split, SplitSettings
 from ztune.experiments.cells import Cell, Outcome
 from ztune.experiments.driver import Driver
 from ztune.experiments.jobs import CellJob, Encoded, Job, JobResult, Task
-from ztune.experiments.prepare import Only, Prepared
+from ztune.experiments.prepare import CellFilter, Prepared
 from ztune.experiments.store import Store
 from ztune.progress import SILENCE
 from ztune.run_config import RunConfig
@@ -59,7 +59,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def carried_out(folder: Path, stub: Stub, only: Only | None = None) -> tuple[int, Store]:
+def carried_out(folder: Path, stub: Stub, only: CellFilter | None = None) -> tuple[int, Store]:
     """Return how many cells are left, and the results."""
     split = Split({"data": folder}, ("a", "b"), (), SplitSettings(shots=1), ())
     run_config = RunConfig("bundle", "data", cache="cache")
@@ -70,9 +70,9 @@ def carried_out(folder: Path, stub: Stub, only: Only | None = None) -> tuple[int
     cells: dict[Cell, str | None] = {cell_of(run): f"key of {run}" for run in stub.answers}
     prepared = Prepared(cells, jobs, {}, {"m": "digest"}, {})
     store = Store(folder / "results.sqlite")
-    store.want("plan", {"title": "t"}, cells)
-    session = store.begin({})
-    course = Driver(prepared, only or Only(), store, session, stub, SILENCE)
+    store.set_plan("plan", {"title": "t"}, cells)
+    session = store.begin_session({})
+    course = Driver(prepared, only or CellFilter(), store, session, stub, SILENCE)
     return course.run(), store
 
 
@@ -95,7 +95,7 @@ def test_what_is_carried_out_is_recorded(tmp_path: Path, pauses: list[float]) ->
 
 
 def test_only_what_is_asked_for_is_carried_out(tmp_path: Path) -> None:
-    lacking, store = carried_out(tmp_path, Stub(a=[], b=[done("b")]), Only(methods=("b",)))
+    lacking, store = carried_out(tmp_path, Stub(a=[], b=[done("b")]), CellFilter(methods=("b",)))
     assert lacking == 0
     assert outcomes(store) == {"a": "", "b": OUTCOME}
 

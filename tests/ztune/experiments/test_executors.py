@@ -95,7 +95,7 @@ def test_serial_answers_in_order_with_one_worker(
 def test_serial_begins_a_task_when_the_one_before_was_taken(
     settings: Settings, made: list[StubWorker]
 ) -> None:
-    # What was carried out is recorded before anything else can fail.
+    # What was run is recorded before anything else can fail.
     under_way = Serial(settings).perform(tasks(3))
     assert made[0].asked == []
     for n in (1, 2, 3):
@@ -103,7 +103,7 @@ def test_serial_begins_a_task_when_the_one_before_was_taken(
         assert made[0].asked == tasks(n)
 
 
-# In processes of this machine. What follows takes the place of `_performed` in a worker.
+# In processes of this machine. What follows takes the place of `_perform` in a worker.
 
 
 def performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded]:
@@ -155,7 +155,7 @@ def joblib(settings: Settings) -> Iterator[Joblib]:
 def test_joblib_answers_in_processes_of_its_own_until_it_is_closed(
     joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", performed)
+    monkeypatch.setattr(executors, "_perform", performed)
     assert (joblib.name, joblib.workers) == ("joblib", 2)
     assert answers(joblib, 0) == []
     workers = set()
@@ -176,7 +176,7 @@ def test_joblib_answers_in_processes_of_its_own_until_it_is_closed(
 def test_joblib_gives_out_again_what_was_lost_with_a_process(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", perilous)
+    monkeypatch.setattr(executors, "_perform", perilous)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)  # there are two, with an answer in between
     found = []
     for place, one in joblib.perform(tasks(2)):
@@ -189,9 +189,9 @@ def test_joblib_gives_out_again_what_was_lost_with_a_process(
 def test_joblib_gives_up_when_nothing_but_losses_comes(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_performed", deadly)
+    monkeypatch.setattr(executors, "_perform", deadly)
     monkeypatch.setattr(executors, "_MOST_LOSSES", 1)
-    message = "^the workers were lost 2 times without an answer .*take fewer `workers`"
+    message = "^the workers were killed 2 times without a result .*use fewer `workers`"
     with pytest.raises(ZtuneError, match=message):
         answers(joblib, 1)
     assert n_attempts(settings, 0) == 2
@@ -200,13 +200,13 @@ def test_joblib_gives_up_when_nothing_but_losses_comes(
 def test_a_process_has_one_worker_for_all_its_tasks(
     settings: Settings, made: list[StubWorker]
 ) -> None:
-    found = [executors._performed(settings, place, task) for place, task in enumerate(tasks(3))]
+    found = [executors._perform(settings, place, task) for place, task in enumerate(tasks(3))]
     assert found == in_order(3)
     (worker,) = made
     assert worker.settings == settings
     # A process that outlives its bench is asked by the next one for something else.
     other = Settings(settings.out / "other", "cpu", THREADS, None)
-    executors._performed(other, 0, tasks(1)[0])
+    executors._perform(other, 0, tasks(1)[0])
     assert [one.settings for one in made] == [settings, other]
 
 
@@ -458,7 +458,7 @@ def test_ray_names_an_address_that_cannot_be_reached(
 ) -> None:
     stub = StubRay()
     stub.unreachable = kind(words)
-    message = f'^Ray at "there:6379" cannot be reached: {said or kind.__name__}$'
+    message = f'^cannot reach Ray at "there:6379": {said or kind.__name__}$'
     with pytest.raises(ConfigError, match=message):
         connect(stub, 1)
 
@@ -469,7 +469,7 @@ def test_an_address_where_nothing_listens_is_told_at_once(settings: Settings) ->
         taken.bind(("127.0.0.1", 0))  # and does not listen
         port = taken.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            message = f'^Ray at "{address}" cannot be reached: .*refused'
+            message = f'^cannot reach Ray at "{address}": .*refused'
             with pytest.raises(ConfigError, match=message):
                 Ray(settings, Cluster(address, 1))
 
@@ -513,7 +513,7 @@ def test_joblib_does_not_wait_for_tasks_when_it_is_closed(
     settings: Settings, joblib: Joblib, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As after an error of the driver, whose traceback keeps `perform` as it stands.
-    monkeypatch.setattr(executors, "_performed", slow)
+    monkeypatch.setattr(executors, "_perform", slow)
     under_way = joblib.perform(tasks(2))
     assert next(under_way) == in_order(1)[0]
     joblib.close()

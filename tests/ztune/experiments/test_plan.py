@@ -189,7 +189,7 @@ def test_paths_are_relative_to_the_plans_folder(
 
 @pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/photos"])
 def test_what_is_no_path_is_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(ConfigError, match=r"a-plan.toml.*is no path"):
+    with pytest.raises(ConfigError, match=r"a-plan.toml.*invalid path"):
         plan_of(tmp_path, LEAST).resolved(path)
 
 
@@ -284,8 +284,8 @@ def execution(line: str) -> str:
         (top("seeds = [true]"), "protocols[0]: seeds is"),
         (top("seeds = [1.0]"), "protocols[0]: seeds is"),
         (top("seeds = []"), "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (top("seeds = [1, 2, 1]"), "protocols[0]: seeds has an entry twice"),
-        (top("seeds = [-1]"), "protocols[0]: shots are at least 1 and seeds at least 0"),
+        (top("seeds = [1, 2, 1]"), "protocols[0]: seeds has a duplicate entry"),
+        (top("seeds = [-1]"), "protocols[0]: expected shots of at least 1 and seeds of at least 0"),
         (top('models = "../models/mini"'), "models is"),
         (top("models = { mini = 1 }"), "models is"),
         (top('models = { mini = { path = "x" } }'), "models is"),
@@ -303,9 +303,12 @@ def execution(line: str) -> str:
         (data("photos = {}"), 'data "photos": unknown data set "photos" (known: caltech101,'),
         (data('photos = { template = "{}" }'), 'data "photos": unknown data set "photos"'),
         (data('dtd = { template = "a texture" }'), 'data "dtd": template "a texture" must'),
-        (data('dtd = { template = "{} or {}" }'), 'data "dtd": template "{} or {}" must hold'),
-        (data('dtd = { template = "" }'), 'data "dtd": template "" must hold {} once'),
-        (data('dtd = { names = "n.txt" }'), 'data "dtd": names go with a path'),
+        (
+            data('dtd = { template = "{} or {}" }'),
+            'data "dtd": template "{} or {}": expected {} exactly once',
+        ),
+        (data('dtd = { template = "" }'), 'data "dtd": template "": expected {} exactly once'),
+        (data('dtd = { names = "n.txt" }'), 'data "dtd": names applies only with path'),
         (data('"../up" = { path = "x" }'), 'data "../up": a name has no slash'),
         (data(f'"{"x" * 256}" = {{ path = "x" }}'), f'data "{"x" * 256}": a name has no slash'),
         (data('"a\\\\b" = { path = "x" }'), 'data "a\\b": a name has no slash'),
@@ -350,16 +353,25 @@ def execution(line: str) -> str:
         (LEAST + 'shots = ["4"]\n', "protocols[0]: shots is"),
         (LEAST + "shots = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
         (LEAST + "shots = [0]\n", "protocols[0]: shots are at least 1"),
-        (LEAST + "shots = [4, 4]\n", "protocols[0]: shots has an entry twice"),
+        (LEAST + "shots = [4, 4]\n", "protocols[0]: shots has a duplicate entry"),
         (LEAST + "seeds = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (LEAST + "seeds = [-1]\n", "protocols[0]: shots are at least 1 and seeds at least 0"),
+        (
+            LEAST + "seeds = [-1]\n",
+            "protocols[0]: expected shots of at least 1 and seeds of at least 0",
+        ),
         (LEAST + "methods = []\n", "protocols[0]: shots, seeds, methods and data must not"),
         (LEAST + 'methods = "zip"\n', "protocols[0]: methods is 'zip'"),
-        (LEAST + 'methods = ["zip", "zip"]\n', "protocols[0]: methods has an entry twice"),
-        (LEAST + 'methods = ["zop"]\n', 'protocols[0]: "zop" is not among [methods] (zip, gda)'),
+        (LEAST + 'methods = ["zip", "zip"]\n', "protocols[0]: methods has a duplicate entry"),
+        (
+            LEAST + 'methods = ["zop"]\n',
+            'protocols[0]: "zop" is not in [methods] (expected zip, gda)',
+        ),
         (LEAST + "data = []\n", "protocols[0]: shots, seeds, methods and data must not be empty"),
-        (LEAST + 'data = ["dtd", "dtd"]\n', "protocols[0]: data has an entry twice"),
-        (LEAST + 'data = ["svhn"]\n', 'protocols[0]: "svhn" is not among [data] (dtd, eurosat)'),
+        (LEAST + 'data = ["dtd", "dtd"]\n', "protocols[0]: data has a duplicate entry"),
+        (
+            LEAST + 'data = ["svhn"]\n',
+            'protocols[0]: "svhn" is not in [data] (expected dtd, eurosat)',
+        ),
         (LEAST + FEW_SHOT + "shots = [0]\n", "protocols[1]: shots are at least 1"),
         (LEAST + 'source = "dtd"\n', "protocols[0]: few-shot takes data, and neither source nor"),
         (LEAST + 'targets = ["dtd"]\n', "protocols[0]: few-shot takes data, and neither source"),
@@ -373,15 +385,15 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, messag
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "takes source and targets, and no data"),
-        ('source = "dtd"', "takes source and targets, and no data"),
-        ('targets = ["dtd"]', "takes source and targets, and no data"),
-        ('source = "dtd"\ntargets = []', "takes source and targets, and no data"),
+        ("", "takes source and targets, not data"),
+        ('source = "dtd"', "takes source and targets, not data"),
+        ('targets = ["dtd"]', "takes source and targets, not data"),
+        ('source = "dtd"\ntargets = []', "takes source and targets, not data"),
         ('source = "dtd"\ntargets = ["eurosat"]\ndata = ["dtd"]', "takes source and targets, and"),
         ('source = "dtd"\ntargets = ["eurosat", "dtd"]', 'the source "dtd" is among the targets'),
-        ('source = "dtd"\ntargets = ["eurosat", "eurosat"]', "targets has an entry twice"),
-        ('source = "svhn"\ntargets = ["dtd"]', '"svhn" is not among [data] (dtd, eurosat)'),
-        ('source = "dtd"\ntargets = ["svhn"]', '"svhn" is not among [data] (dtd, eurosat)'),
+        ('source = "dtd"\ntargets = ["eurosat", "eurosat"]', "targets has a duplicate entry"),
+        ('source = "svhn"\ntargets = ["dtd"]', '"svhn" is not in [data] (expected dtd, eurosat)'),
+        ('source = "dtd"\ntargets = ["svhn"]', '"svhn" is not in [data] (expected dtd, eurosat)'),
         ('source = ["dtd"]\ntargets = ["eurosat"]', "source is"),
         ('source = "dtd"\ntargets = "eurosat"', "targets is"),
     ],
@@ -426,7 +438,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     with pytest.raises(ConfigError, match=r'plan ".*plan.toml" does not exist'):
         read_plan(path)
-    with pytest.raises(ConfigError, match=f'plan "{re.escape(str(tmp_path))}" is no file'):
+    with pytest.raises(ConfigError, match=f'plan "{re.escape(str(tmp_path))}" is not a file'):
         read_plan(tmp_path)
     path.write_bytes(LEAST.encode("utf-16"))
     with pytest.raises(DataError, match=r'plan ".*plan.toml" is not UTF-8 text'):

@@ -19,7 +19,7 @@ from ztune.errors import ConfigError, DataError, FormatError, ZtuneError
 from ztune.experiments.cells import Cell
 from ztune.experiments.jobs import JobResult
 from ztune.experiments.plan import read_plan
-from ztune.experiments.prepare import Only, Preparation, Prepared, encodings
+from ztune.experiments.prepare import CellFilter, Preparation, Prepared, encodings
 from ztune.experiments.worker import Settings, Worker
 from ztune.io.files import sha256
 from ztune.progress import SILENCE, Progress, forward_warnings
@@ -66,7 +66,7 @@ def data(tmp_path: Path) -> Path:
 
 
 Prepare = Callable[..., Prepared]
-EVERYTHING = Only()
+EVERYTHING = CellFilter()
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def prepare(tmp_path: Path, warnings: list[str]) -> Prepare:
         root: Path | None = None,
         progress: Progress = SILENCE,
         out: Path | None = None,
-        only: Only = EVERYTHING,
+        only: CellFilter = EVERYTHING,
     ) -> Prepared:
         nonlocal n
         n += 1
@@ -442,17 +442,17 @@ def test_only_methods_with_a_limit_are_forced(data: Path, prepare: Prepare) -> N
 @pytest.mark.parametrize(
     ("only", "takes"),
     [
-        (Only(), True),
-        (Only(methods=("zip", "gda"), data=("digits",), shots=(4, 2), seeds=(1,)), True),
-        (Only(methods=("gda",)), False),
-        (Only(data=("other",)), False),
-        (Only(shots=(4,)), False),
-        (Only(methods=("zip",), seeds=(2,)), False),
-        (Only(seeds=()), False),
+        (CellFilter(), True),
+        (CellFilter(methods=("zip", "gda"), data=("digits",), shots=(4, 2), seeds=(1,)), True),
+        (CellFilter(methods=("gda",)), False),
+        (CellFilter(data=("other",)), False),
+        (CellFilter(shots=(4,)), False),
+        (CellFilter(methods=("zip",), seeds=(2,)), False),
+        (CellFilter(seeds=()), False),
     ],
 )
-def test_only_some_cells(only: Only, takes: bool) -> None:
-    assert only.takes(Cell("few-shot", "mini", "digits", "zip", 2, 1)) == takes
+def test_only_some_cells(only: CellFilter, takes: bool) -> None:
+    assert only.matches(Cell("few-shot", "mini", "digits", "zip", 2, 1)) == takes
 
 
 # What is said
@@ -560,9 +560,7 @@ def test_a_data_set_by_name_needs_a_root(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = known()
-    with pytest.raises(
-        ConfigError, match=r'data "dtd" of the plan is known by name: add `root=DIR`'
-    ):
+    with pytest.raises(ConfigError, match=r'data "dtd" of the plan needs `root=DIR`'):
         prepare(text)
     with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
         prepare(text, root=tmp_path / "nowhere")
@@ -761,7 +759,7 @@ def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None
     text += '[[protocols]]\nkind = "few-shot"\ndata = ["absent"]\nshots = [2]\nseeds = [1]\n'
     with pytest.raises(DataError, match="does not exist"):
         prepare(text)
-    prepared = prepare(text, only=Only(data=("digits",), seeds=(2,)))
+    prepared = prepare(text, only=CellFilter(data=("digits",), seeds=(2,)))
     keyed = {cell: key for cell, key in prepared.cells.items() if key is not None}
     assert {(cell.data, cell.seed) for cell in keyed} == {("digits", 1), ("digits", 2)}
     assert {(c.data, c.seed) for c in prepared.cells} == {
@@ -774,7 +772,7 @@ def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None
 
 def test_nothing_asked_for_is_an_error(data: Path, prepare: Prepare) -> None:
     with pytest.raises(ConfigError, match="no cell of the plan has all that `methods`, `data`"):
-        prepare(few_shot(data), only=Only(seeds=(7,)))
+        prepare(few_shot(data), only=CellFilter(seeds=(7,)))
 
 
 def test_queries_do_not_matter_to_a_head(data: Path, prepare: Prepare) -> None:
@@ -795,7 +793,7 @@ def test_a_worker_with_another_version_of_a_methods_package_refuses(
     answer = worker.perform(replace(job, package="ztune-zip 1.0"))
     assert isinstance(answer, JobResult)
     (reason,) = answer.reasons.values()
-    assert "zip is of ztune here, and of ztune-zip 1.0 where the bench began" in reason
+    assert "zip is of ztune here, expected ztune-zip 1.0 as at the start of the bench" in reason
 
 
 def test_remarks_are_collected(prepare: Prepare, tmp_path: Path) -> None:

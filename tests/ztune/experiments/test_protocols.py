@@ -202,7 +202,7 @@ def test_a_source_must_have_images_to_tune_with() -> None:
     untrained = source("dog", "cat", train=0)
     for protocol in PROTOCOLS:
         targets = (source("hen", "cow", name="farm"),) if protocol in TRANSFERS else ()
-        with pytest.raises(DataError, match='"pets" has no images to tune with, only to test on'):
+        with pytest.raises(DataError, match='"pets" has only test images, none to tune on'):
             task_of(protocol, untrained, targets, 1, 1)
 
 
@@ -291,7 +291,7 @@ def test_classes_of_a_variant_that_the_source_lacks_are_told_of() -> None:
     many = source("dog", *(f"thing {n}" for n in range(7)), name="sketches")
     farm = source("cat", "dog", name="farm")
     (remark,) = remarks_on(task_of("out-of-distribution", pets, (farm, many), 1, 1))
-    assert remark.startswith("7 of 8 classes of sketches are none of pets's: thing 0, thing 1")
+    assert remark.startswith("7 of 8 classes of sketches are missing in pets: thing 0, thing 1")
     assert "thing 4" in remark
     assert "thing 5" not in remark, "a few names are enough"
 
@@ -404,5 +404,5 @@ def test_every_known_name_is_a_source_or_a_target(tmp_path: Path) -> None:
     for_testing = [name for name in NAMED if not TREES[name].counts[0]]
     assert for_testing == ["imagenetv2", "imagenetsketch", "imageneta", "imagenetr"]
     for name in for_testing:
-        with pytest.raises(DataError, match="no images to tune with"):
+        with pytest.raises(DataError, match="only test images, none to tune on"):
             task_of("few-shot", known(tmp_path, name), (), 1, 1)

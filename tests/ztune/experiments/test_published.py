@@ -8,7 +8,7 @@ import pytest
 from tests.ztune.experiments.bench_results import PLAN, Row, store_of
 from ztune.data.named import NAMED
 from ztune.errors import ConfigError, FormatError
-from ztune.experiments.literature import beside_table, pairs_of, unmatched_table
+from ztune.experiments.literature import matched_table, pairs_of, unmatched_table
 from ztune.experiments.published import AVERAGE, AVERAGED, Published, published, published_in
 from ztune.experiments.summary import Names, Sheet, sheets_of
 from ztune.methods.registry import METHODS
@@ -90,7 +90,7 @@ def test_coops_data_sets_are_eleven_known_ones() -> None:
     ("old", "new", "says"),
     [
         ("47.8", "147.8", r"\$\.series\[0\]\.accuracy\[\.\.\.\]: expected float <= 100"),
-        ("dtd =", "dtdd =", '"dtdd" is unknown'),
+        ("dtd =", "dtdd =", 'unknown data set "dtdd"'),
         ('method = "zip"', 'method = "zipp"', "zipp"),
         (
             'arxiv = "2504.06838"',
@@ -138,9 +138,14 @@ def test_ours_stands_beside_theirs_with_the_distance(tmp_path: Path) -> None:
     theirs = [figure("dtd", 47.8), figure("eurosat", 64.6), figure("ucf101", 69.8)]
     theirs.append(figure("flowers102", 70.4))
     (pair,) = pairs_of(theirs, found, names)
-    assert (pair.theirs.data, pair.label, pair.model, pair.queries) == ("dtd", "mine", "clip", 100)
-    assert pair.distance == pytest.approx(-2.8)
-    table = beside_table([pair])
+    assert (pair.published.data, pair.label, pair.model, pair.queries) == (
+        "dtd",
+        "mine",
+        "clip",
+        100,
+    )
+    assert pair.difference == pytest.approx(-2.8)
+    table = matched_table([pair])
     assert table is not None
     assert [word.text for word in table.rows[0]] == [
         "mine", "DTD", "ZIP, 2025 (arXiv 1)", "47.8", "B", "5 queries", "45.0 ± 7.1", "clip",
@@ -157,15 +162,15 @@ def test_an_average_is_compared_only_where_all_eleven_are_there(tmp_path: Path) 
     rows = [Row("mine", name, (0.1 * (k % 2),)) for k, name in enumerate(AVERAGED)]
     theirs = [figure(AVERAGE, 40.0)]
     (pair,) = pairs_of(theirs, sheets(tmp_path / "all", *rows), NAMES)
-    assert pair.ours.mean == pytest.approx(0.5 / 11)
+    assert pair.measured.mean == pytest.approx(0.5 / 11)
     assert pairs_of(theirs, sheets(tmp_path / "ten", *rows[1:]), NAMES) == []
 
 
 def test_prompts_stand_beside_the_papers_zero_shot_with_whatever_method(tmp_path: Path) -> None:
     found = sheets(tmp_path, Row("mine", "dtd", (0.9, 0.8), zero_shot=0.44))
     (pair,) = pairs_of([figure("dtd", 40.0, "zero-shot")], found, NAMES)
-    assert pair.distance == pytest.approx(4.0)
-    table = beside_table([pair])
+    assert pair.difference == pytest.approx(4.0)
+    table = matched_table([pair])
     assert table is not None
     assert [word.text for word in table.rows[0][6:]] == ["44.0", "clip", "–", "+4.0"]
 
@@ -174,7 +179,7 @@ def test_a_method_that_we_lack_is_listed_without_ours(tmp_path: Path) -> None:
     found = sheets(tmp_path, Row("mine", "dtd", (0.9,)))
     theirs = [figure("dtd", 79.0, None)]
     assert pairs_of(theirs, found, NAMES) == []
-    assert beside_table([]) is None
+    assert matched_table([]) is None
     assert unmatched_table([], []) is None
     assert unmatched_table(theirs, []) is not None
 
@@ -184,4 +189,4 @@ def test_a_data_set_that_is_only_called_like_a_known_one_is_not_paired(tmp_path:
     names = replace(NAMES, data={"photos": "DTD"}, known_as={})
     assert pairs_of([figure("dtd", 47.8)], found, names) == []
     (pair,) = pairs_of([figure("dtd", 47.8)], found, replace(names, known_as={"photos": "dtd"}))
-    assert pair.ours.mean == 0.4
+    assert pair.measured.mean == 0.4

@@ -17,8 +17,8 @@ from PIL import Image
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, curve, digest_of, store_of
 from ztune.experiments import figures
 from ztune.experiments.cells import key_of
-from ztune.experiments.document import DataDocument
 from ztune.experiments.figures import styles_of
+from ztune.experiments.plan_document import DataDocument
 from ztune.experiments.render import (
     as_csv,
     as_latex,
@@ -59,11 +59,11 @@ def table_rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_what_is_missing_and_what_failed_is_said(tmp_path: Path) -> None:
     text, _ = report(tmp_path, MIXED)
-    assert "6 of 9 cells finished, 2 failed, 1 cell not carried out yet." in text
+    assert "6 of 9 cells finished, 2 failed, 1 cell not run yet." in text
     assert "| zip | 45.0 ± 7.1 (2 of 3) |" in text
     assert "| gda | **60.0 (1 of 3)** |" in text
     assert "few-shot, clip, dtd, gda, 16 shots (seeds 2, 3): ran | out of memory" in text
-    assert "\n- 1 cell not carried out yet.\n" in text
+    assert "\n- 1 cell not run yet.\n" in text
     for heading in ("few-shot, clip", "base-to-new, clip", "out-of-distribution, clip"):
         assert f"\n## {heading}\n" in text
 
@@ -74,7 +74,7 @@ def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
     view = store.view(PLAN)
     text = write_report(view, tmp_path / "report")[0].read_text()
     assert (
-        "not carried out yet.\n\n## Data\n\n"
+        "not run yet.\n\n## Data\n\n"
         "- dtd: 2 test images equal \\<tuned> ones\n"
         "- dtd: # x has \\*few\\* images\n\n## few-shot, clip\n"
     ) in text
@@ -91,16 +91,18 @@ def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
     store = store_of(tmp_path, MIXED)
     view = store.view(PLAN)
     first = view.sessions[1]
-    alike_too = store.begin({**first, "began": "2026-02-04T00:00:00"})
-    other = store.begin({"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"})
-    store.begin({**first, "began": "2026-02-06T00:00:00"})  # found nothing to do
+    alike_too = store.begin_session({**first, "began": "2026-02-04T00:00:00"})
+    other = store.begin_session(
+        {"began": "2026-02-05T00:00:00", "commit": None, "command": "a `b`"}
+    )
+    store.begin_session({**first, "began": "2026-02-06T00:00:00"})  # found nothing to do
     cells = [result.cell for result in view.results[:3]]
-    store.want(PLAN, {"title": "less"}, dict(zip(cells, "klm", strict=True)))
+    store.set_plan(PLAN, {"title": "less"}, dict(zip(cells, "klm", strict=True)))
     for cell, key, session in zip(cells, "klm", (1, alike_too, other), strict=True):
         store.finish(key, cell, OUTCOME, session)
     text = write_report(store.view(PLAN), tmp_path / "report")[0].read_text()
-    lines = text[text.index("## Circumstances") :].splitlines()
-    assert "- Left out: 6 results that no plan has." in lines
+    lines = text[text.index("## Environment") :].splitlines()
+    assert "- Left out: 6 results of no plan." in lines
     (alike,) = [line for line in lines if "2026-02-03" in line]
     assert alike.startswith("- 2026-02-03T04:05:06, 2026-02-04T00:00:00 (2 cells of this report)")
     for words in (
@@ -114,8 +116,8 @@ def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_yet_is_a_report(tmp_path: Path) -> None:
     text, files = report(tmp_path, [Row("zip", "dtd", (None, "broke"))])
-    assert "0 of 2 cells finished, 1 failed, 1 cell not carried out yet." in text
-    assert "No cell is finished." in text
+    assert "0 of 2 cells finished, 1 failed, 1 cell not run yet." in text
+    assert "No finished cell." in text
     assert {path.name for path in files} == {"report.md", "tables.csv", "cells.csv", "tables.tex"}
     assert [row["status"] for row in table_rows(tmp_path, "cells.csv")] == ["missing", "failed"]
     assert table_rows(tmp_path, "tables.csv") == []
@@ -126,7 +128,7 @@ def test_a_report_is_of_one_plan(tmp_path: Path) -> None:
     cell = store.view(PLAN).results[-1].cell
     key = key_of(as_json(cell))
     # Two cells may be the same but for what the plan calls them, and share a result.
-    store.want("other", {"title": "other"}, {cell: key, replace(cell, method="again"): key})
+    store.set_plan("other", {"title": "other"}, {cell: key, replace(cell, method="again"): key})
     text = write_report(store.view("other"), tmp_path / "report")[0].read_text()
     assert text.startswith("# other\n\n2 of 2 cells finished.\n")
     assert "Left out" not in text
@@ -138,7 +140,7 @@ def test_one_thing_is_no_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     steps = curve((10, 2.0, 0.2), (100, 9.0, 0.8))
     rows = [Row(name, "dtd", (0.5,), shots=1, outcome=steps) for name in ("zip", "gda")]
     text, _ = report(tmp_path, [*rows, Row("zip", "dtd", ("broke",), protocol="base-to-new")])
-    assert "mean over 1 combination of data set and shots that all of these" in text
+    assert "mean over 1 combination of data set and shots that all methods" in text
     said = text + (tmp_path / "report" / "tables.tex").read_text()
     said += "".join(title for _, _, _, title in drawn.values())
     assert not re.findall(r"(?<![\d.,–-])1 (?:shot|cell|seed|set|data set|combination)s\b", said)
@@ -147,7 +149,7 @@ def test_one_thing_is_no_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
     text, _ = report(tmp_path, [Row("mine", "Textures", (0.5,))], uses={"mine": "zip"},
                      known_as={"Textures": "dtd"})  # fmt: skip
-    beside = text[text.index("## Beside the papers") :]
+    beside = text[text.index("## Published figures") :]
     ours = next(line for line in beside.splitlines() if line.startswith("| mine | DTD |"))
     assert "| 47.8 | ViT-B/16 | 5,000 queries | 50.0 | clip | 100 | +2.2 |" in ours
     assert "CoOp, with gradients" in beside

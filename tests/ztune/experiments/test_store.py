@@ -27,7 +27,7 @@ from tests.ztune.experiments.test_cells import CELL, CURVE, OUTCOME
 from ztune.errors import FormatError
 from ztune.experiments import store as module
 from ztune.experiments.cells import Cell, Outcome, Point, key_of
-from ztune.experiments.document import PlanDocument
+from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.store import APPLICATION, VERSION, Result, Session, Store, View
 from ztune.io.config import as_json
 from ztune.io.schema import decoded, plain
@@ -76,7 +76,7 @@ def n_left_out(store: Store) -> int:
 
 
 def sessions(store: Store) -> dict[int, Session]:
-    """Return the circumstances of all cells, whatever plan has them."""
+    """Return the sessions of all cells, of any plan."""
     return dict(store.view(PLAN).sessions)
 
 
@@ -105,9 +105,9 @@ def raw(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(3, 1, 2))
+    store.set_plan(PLAN, {"title": "t"}, cells(3, 1, 2))
     assert results(store) == [Result(cell(3)), Result(cell(1)), Result(cell(2))]
-    first, second = store.begin({}), store.begin({})
+    first, second = store.begin_session({}), store.begin_session({})
     store.finish(key(2), cell(2), OUTCOME, second)
     store.fail(key(3), cell(3), "no images in “café”", first)
     assert results(store) == [
@@ -119,8 +119,8 @@ def test_results_are_the_wanted_cells_in_order_with_what_came_of_them(store: Sto
 
 
 def test_what_was_recorded_is_there_for_the_next_process(store: Store, path: Path) -> None:
-    store.want(PLAN, {"title": "é", "models": {"m": {"more": [1, None]}}}, cells(1))
-    number = store.begin({"host": "ä", "versions": {"numpy": "2"}})
+    store.set_plan(PLAN, {"title": "é", "models": {"m": {"more": [1, None]}}}, cells(1))
+    number = store.begin_session({"host": "ä", "versions": {"numpy": "2"}})
     store.finish(key(1), cell(1), OUTCOME, number)
     store.add_pass("m", 10, 5.0)
     for again in (Store(path), Store.existing(path)):
@@ -133,7 +133,7 @@ def test_what_was_recorded_is_there_for_the_next_process(store: Store, path: Pat
 
 
 def test_a_finished_cell_is_never_replaced(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
     store.fail(key(1), cell(1), "too late", 2)
     store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=9.0), 3)
@@ -141,7 +141,7 @@ def test_a_finished_cell_is_never_replaced(store: Store) -> None:
 
 
 def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     store.fail(key(1), cell(1), "second", 2)
     assert results(store) == [Result(cell(1), None, "second", 2)]
@@ -159,41 +159,41 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
         # A file name that is no UTF-8 comes like this from the system, into the error's message.
         ("image \udcff.png", "image \\udcff.png"),
         # What an assertion without words says; empty, the cell would look as if nobody had tried.
-        ("", "no reason was given"),
+        ("", "no reason given"),
     ],
 )
 def test_any_reason_can_be_recorded(store: Store, given: str, kept: str) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), given, 1)
     assert results(store) == [Result(cell(1), None, kept, 1)]
 
 
 def test_an_outcome_that_cannot_be_written_leaves_the_cell_as_it_was(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     store.fail(key(1), cell(1), "first", 1)
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.finish(key(1), cell(1), dataclasses.replace(OUTCOME, train_loss=float("nan")), 2)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.begin({"x": float("inf")})
+        store.begin_session({"x": float("inf")})
     assert results(store) == [Result(cell(1), None, "first", 1)]
     assert sessions(store) == {}
 
 
-def test_a_plan_given_anew_replaces_what_it_was_and_no_result(store: Store) -> None:
-    store.want(PLAN, {"title": "first"}, cells(1, 2, 3))
+def test_a_plan_given_again_replaces_what_it_was_and_no_result(store: Store) -> None:
+    store.set_plan(PLAN, {"title": "first"}, cells(1, 2, 3))
     for number in (1, 2):
         store.finish(key(number), cell(number), outcome(number), 1)
     store.fail(key(3), cell(3), "why", 1)
     assert n_left_out(store) == 0
-    store.want(PLAN, {"title": "second"}, cells(4, 2))
+    store.set_plan(PLAN, {"title": "second"}, cells(4, 2))
     assert document(store) == {"title": "second"}
     assert results(store) == [Result(cell(4)), Result(cell(2), outcome(2), "", 1)]
     assert store.finished() == {key(1), key(2)}
     assert n_left_out(store) == 1  # the failure is no result that is left out
-    store.want(PLAN, {"title": "none"}, {})
+    store.set_plan(PLAN, {"title": "none"}, {})
     assert results(store) == []
     assert n_left_out(store) == 2
-    store.want(PLAN, {"title": "first"}, cells(3, 1))
+    store.set_plan(PLAN, {"title": "first"}, cells(3, 1))
     assert results(store) == [
         Result(cell(3), None, "why", 1),
         Result(cell(1), outcome(1), "", 1),
@@ -202,11 +202,11 @@ def test_a_plan_given_anew_replaces_what_it_was_and_no_result(store: Store) -> N
 
 
 def test_a_plan_that_cannot_be_written_leaves_what_it_was(store: Store) -> None:
-    store.want(PLAN, {"title": "first"}, cells(1))
+    store.set_plan(PLAN, {"title": "first"}, cells(1))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.want(PLAN, {"x": float("nan")}, cells(2))
+        store.set_plan(PLAN, {"x": float("nan")}, cells(2))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.want("another", {"x": float("nan")}, cells(2))
+        store.set_plan("another", {"x": float("nan")}, cells(2))
     assert store.plans() == [PLAN]
     assert document(store) == {"title": "first"}
     assert results(store) == [Result(cell(1))]
@@ -216,22 +216,22 @@ def test_a_cell_has_the_name_that_the_latest_plan_gives_it(store: Store) -> None
     # Names are not part of what a figure depends on, so a renamed model keeps its results.
     renamed = dataclasses.replace(CELL, model="another name")
     store.finish("k", CELL, OUTCOME, 1)
-    store.want(PLAN, {"title": "t"}, {CELL: "k"})
-    store.want(PLAN, {"title": "t"}, {renamed: "k"})
+    store.set_plan(PLAN, {"title": "t"}, {CELL: "k"})
+    store.set_plan(PLAN, {"title": "t"}, {renamed: "k"})
     assert results(store) == [Result(renamed, OUTCOME, "", 1)]
 
 
 def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
     assert store.finished() == set()
     for opened in (store, Store.existing(path)):
-        with pytest.raises(FormatError, match=f'^results "{path}": no plan was carried out yet$'):
+        with pytest.raises(FormatError, match=f'^results "{path}": no plan was run yet$'):
             opened.plans()
-        with pytest.raises(FormatError, match=f'^results "{path}": there is no plan "{PLAN}"$'):
+        with pytest.raises(FormatError, match=f'^results "{path}": unknown plan "{PLAN}"$'):
             opened.view(PLAN)
     # What is there without a plan, the first one finds.
-    number = store.begin({"host": "h"})
+    number = store.begin_session({"host": "h"})
     store.finish(key(1), cell(1), OUTCOME, number)
-    store.want(PLAN, {"title": "t"}, {})
+    store.set_plan(PLAN, {"title": "t"}, {})
     assert store.plans() == [PLAN]
     assert results(store) == []
     assert list(sessions(store)) == [number]
@@ -239,9 +239,9 @@ def test_before_the_first_plan_there_is_none(store: Store, path: Path) -> None:
 
 
 def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
-    store.want("z", {"title": "last"}, cells(3, 1))
-    store.want("a", {"title": "first"}, cells(1, 2))
-    number = store.begin({"host": "h"})
+    store.set_plan("z", {"title": "last"}, cells(3, 1))
+    store.set_plan("a", {"title": "first"}, cells(1, 2))
+    number = store.begin_session({"host": "h"})
     store.finish(key(1), cell(1), outcome(1), number)
     store.fail(key(2), cell(2), "why", number)
     store.add_pass("m", 4, 1.0)
@@ -250,11 +250,11 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     last = view("z", PlanDocument("last"), (Result(cell(3)), both))
     assert store.view("z") == last
     assert store.view("a") == view("a", PlanDocument("first"), (both, alone))
-    store.want("a", {"title": "anew"}, cells(2))
+    store.set_plan("a", {"title": "again"}, cells(2))
     assert store.view("z") == last
-    assert store.view("a") == view("a", PlanDocument("anew"), (alone,))
+    assert store.view("a") == view("a", PlanDocument("again"), (alone,))
     assert store.plans() == ["z", "a"]
-    store.want("z", {"title": "anew"}, {})
+    store.set_plan("z", {"title": "again"}, {})
     assert store.plans() == ["z", "a"]  # in the order that they were first given
     assert results(store, "a") == [alone]
     assert results(store, "z") == []
@@ -270,17 +270,17 @@ def asking(**data: Json) -> dict[str, Json]:
 
 
 def test_what_was_not_read_stays_as_it_was(store: Store) -> None:
-    store.want(PLAN, asking(a="of a", b=None), {cell(1): key(1), cell(2): None})
+    store.set_plan(PLAN, asking(a="of a", b=None), {cell(1): key(1), cell(2): None})
     store.finish(key(1), cell(1), OUTCOME, 1)
     both = {cell(2): key(2), cell(1): None}
-    store.want(PLAN, {**asking(a=None, b="of b"), "title": "x"}, both)
+    store.set_plan(PLAN, {**asking(a=None, b="of b"), "title": "x"}, both)
     assert results(store) == [Result(cell(2)), Result(cell(1), OUTCOME, "", 1)]
     assert document(store)["data"] == asking(a="of a", b="of b")["data"]
     assert n_left_out(store) == 0
-    store.want(PLAN, asking(a="anew", b=None), {cell(2): None, cell(1): "other"})
+    store.set_plan(PLAN, asking(a="again", b=None), {cell(2): None, cell(1): "other"})
     assert results(store) == [Result(cell(2)), Result(cell(1))]
-    assert document(store)["data"] == asking(a="anew", b="of b")["data"]
-    store.want("other", asking(a=None), {cell(1): None})
+    assert document(store)["data"] == asking(a="again", b="of b")["data"]
+    store.set_plan("other", asking(a=None), {cell(1): None})
     assert results(store, "other") == [Result(cell(1))], "a plan of its own"
 
 
@@ -296,9 +296,9 @@ def test_an_edited_plan_keeps_nothing_that_was_not_read(
     store: Store, changed: dict[str, Json]
 ) -> None:
     """Its other cells may mean something else by the same names."""
-    store.want(PLAN, asking(a="of a"), cells(1, 2))
+    store.set_plan(PLAN, asking(a="of a"), cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
-    store.want(PLAN, {**asking(a=None), **changed}, {cell(1): None, cell(2): key(2)})
+    store.set_plan(PLAN, {**asking(a=None), **changed}, {cell(1): None, cell(2): key(2)})
     assert results(store) == [Result(cell(1)), Result(cell(2))]
     (entry,) = cast(dict[str, Json], document(store)["data"]).values()
     assert isinstance(entry, dict)
@@ -308,15 +308,15 @@ def test_an_edited_plan_keeps_nothing_that_was_not_read(
 
 @pytest.mark.parametrize("name", ["b", "A plan", "a", "a pla_", "%", ""])
 def test_a_plan_that_is_not_there_is_named(store: Store, name: str) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
-    with pytest.raises(FormatError, match=f'^results "{store.path}": there is no plan "{name}"$'):
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
+    with pytest.raises(FormatError, match=f'^results "{store.path}": unknown plan "{name}"$'):
         store.view(name)
 
 
 def test_cells_of_one_key_show_the_same_result(store: Store) -> None:
     # A key has what a figure depends on: two names for one data set, or two methods alike in all.
     alike = [dataclasses.replace(CELL, data=name) for name in ("café", "bistro")]
-    store.want(PLAN, {"title": "t"}, {alike[0]: "k", **cells(1), alike[1]: "k"})
+    store.set_plan(PLAN, {"title": "t"}, {alike[0]: "k", **cells(1), alike[1]: "k"})
     assert results(store) == [Result(alike[0]), Result(cell(1)), Result(alike[1])]
     store.fail("k", alike[0], "why", 1)
     assert results(store) == [
@@ -331,15 +331,15 @@ def test_cells_of_one_key_show_the_same_result(store: Store) -> None:
         Result(alike[1], OUTCOME, "", 2),
     ]
     assert store.finished() == {"k"}
-    store.want(PLAN, {"title": "t"}, {alike[1]: "k"})
+    store.set_plan(PLAN, {"title": "t"}, {alike[1]: "k"})
     assert n_left_out(store) == 0  # the other is the same result
-    store.want(PLAN, {"title": "t"}, {})
+    store.set_plan(PLAN, {"title": "t"}, {})
     assert n_left_out(store) == 1
 
 
 def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1, 2))
-    store.want("another", {"title": "t"}, cells(2, 3))
+    store.set_plan(PLAN, {"title": "t"}, cells(1, 2))
+    store.set_plan("another", {"title": "t"}, cells(2, 3))
     for number in (1, 2, 3, 4):
         store.finish(key(number), cell(number), OUTCOME, 1)
     store.fail(key(5), cell(5), "why", 1)  # no result
@@ -348,11 +348,11 @@ def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
         return {store.view(plan).n_left_out for plan in store.plans()}
 
     assert left_out() == {1}
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     assert left_out() == {1}
-    store.want("another", {"title": "t"}, cells(3, 4))
+    store.set_plan("another", {"title": "t"}, cells(3, 4))
     assert left_out() == {1}
-    store.want("another", {"title": "t"}, {})
+    store.set_plan("another", {"title": "t"}, {})
     assert left_out() == {3}
 
 
@@ -360,7 +360,7 @@ def test_only_what_no_plan_has_is_left_out(store: Store) -> None:
 def test_a_view_is_of_one_moment(
     store: Store, statement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.want(PLAN, {"title": "before"}, cells(1, 2))
+    store.set_plan(PLAN, {"title": "before"}, cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
     before = store.view(PLAN)
     writers = iter([Store(store.path)])
@@ -372,7 +372,7 @@ def test_a_view_is_of_one_moment(
             if sql.startswith(statement):
                 for other in writers:  # once
                     with contextlib.suppress(FormatError):  # where it would have to wait
-                        other.want(PLAN, {"title": "after"}, cells(3))
+                        other.set_plan(PLAN, {"title": "after"}, cells(3))
             return super().execute(sql, *values)
 
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
@@ -380,22 +380,22 @@ def test_a_view_is_of_one_moment(
         patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
         seen = store.view(PLAN)
     assert next(writers, None) is None
-    store.want(PLAN, {"title": "after"}, cells(3))
+    store.set_plan(PLAN, {"title": "after"}, cells(3))
     after = store.view(PLAN)
     assert before.n_left_out != after.n_left_out
     assert seen in (before, after)
 
 
 def test_sessions_are_numbered_in_turn(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, {})
-    numbers = [store.begin({"place": i}) for i in range(3)]
+    store.set_plan(PLAN, {"title": "t"}, {})
+    numbers = [store.begin_session({"place": i}) for i in range(3)]
     assert len(set(numbers)) == 3
     assert [one["place"] for one in sessions(store).values()] == [0, 1, 2]
     assert list(sessions(store)) == numbers
 
 
 def test_the_time_of_an_image_is_a_mean_over_all_passes(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, {})
+    store.set_plan(PLAN, {"title": "t"}, {})
     assert rates(store) == {}
     store.add_pass("a", 30, 3.0)
     store.add_pass("a", 10, 3)  # whole seconds must not make it a whole division
@@ -405,7 +405,7 @@ def test_the_time_of_an_image_is_a_mean_over_all_passes(store: Store) -> None:
 
 
 def test_threads_may_share_one(store: Store) -> None:
-    store.want(PLAN, {"title": "t"}, cells(*range(20)))
+    store.set_plan(PLAN, {"title": "t"}, cells(*range(20)))
 
     def record(number: int) -> None:
         store.finish(key(number), cell(number), outcome(number), 1)
@@ -419,10 +419,10 @@ def test_threads_may_share_one(store: Store) -> None:
 
 
 def test_a_file_that_is_not_there_is_not_made_by_a_reader(path: Path) -> None:
-    with pytest.raises(FormatError, match=f'^results "{path}": there is no such file'):
+    with pytest.raises(FormatError, match=f'^results "{path}" do not exist'):
         Store.existing(path)
     assert not path.exists()
-    with pytest.raises(FormatError, match="there is no such file"):
+    with pytest.raises(FormatError, match="do not exist"):
         Store.existing(path.parent)
 
 
@@ -448,7 +448,9 @@ def test_a_database_of_another_program_is_refused_and_kept(path: Path, statement
         database.execute(statement)
     before = path.read_bytes()
     for opened in (Store, Store.existing):
-        with pytest.raises(FormatError, match=f'^results "{path}": this is no file of ztune bench'):
+        with pytest.raises(
+            FormatError, match=f'^results "{path}": not a results file of ztune bench'
+        ):
             opened(path)
     assert path.read_bytes() == before
 
@@ -456,8 +458,8 @@ def test_a_database_of_another_program_is_refused_and_kept(path: Path, statement
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (0, f"format version 0 is older than this ztune's {VERSION} .keep it, and name another"),
-        (1, f"format version 1 is older than this ztune's {VERSION} .keep it, and name another"),
+        (0, f"format version 0 is older than this ztune's {VERSION} .use another"),
+        (1, f"format version 1 is older than this ztune's {VERSION} .use another"),
         (VERSION + 1, f"format version {VERSION + 1} is newer than .*'s {VERSION} .upgrade ztune"),
     ],
 )
@@ -480,8 +482,8 @@ def test_an_empty_file_is_what_a_kill_leaves_of_a_new_one(path: Path, opened: ty
     path.write_bytes(b"")
     store = opened(path)
     assert store.finished() == set()
-    store.want(PLAN, {"title": "t"}, cells(1))
-    store.finish(key(1), cell(1), OUTCOME, store.begin({}))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
+    store.finish(key(1), cell(1), OUTCOME, store.begin_session({}))
     assert results(Store.existing(path)) == [Result(cell(1), OUTCOME, "", 1)]
 
 
@@ -519,7 +521,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_is_refused_by_the_name_of_the_file(store: Store, damage: str) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     store.finish(key(1), cell(1), OUTCOME, 1)
     assert results(store) == [Result(cell(1), OUTCOME, "", 1)]
     statement, message = DAMAGES[damage]
@@ -534,8 +536,8 @@ def test_a_damaged_row_is_refused_by_the_name_of_the_file(store: Store, damage: 
 def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(
     store: Store, table: str, text: str
 ) -> None:
-    store.want(PLAN, {"title": "t"}, {})
-    store.begin({"host": "h"})
+    store.set_plan(PLAN, {"title": "t"}, {})
+    store.begin_session({"host": "h"})
     with raw(store.path) as database:
         database.execute(f"UPDATE {table} SET document = ?", [text])
     with pytest.raises(FormatError, match=f'^results "{store.path}": {_NO_OBJECT}'):
@@ -545,7 +547,7 @@ def test_a_damaged_plan_or_session_is_refused_by_the_name_of_the_file(
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_file_is_refused_by_its_name(store: Store, damage: str) -> None:
     numbers = range(8)
-    store.want(PLAN, {"title": "t"}, cells(*numbers))
+    store.set_plan(PLAN, {"title": "t"}, cells(*numbers))
     for number in numbers:
         store.finish(key(number), cell(number), outcome(number), 1)
     content = store.path.read_bytes()
@@ -575,7 +577,7 @@ def closed_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())  # tmp_path lies in a folder that is the owner's alone
     try:
         store = Store(folder / "there.sqlite")
-        store.want(PLAN, {"title": "t"}, cells(1, 2))
+        store.set_plan(PLAN, {"title": "t"}, cells(1, 2))
         store.finish(key(1), cell(1), OUTCOME, 1)
         store.path.chmod(0o444)
         folder.chmod(0o555)
@@ -610,7 +612,7 @@ def test_a_file_that_cannot_be_written_can_be_read(closed_folder: Path) -> None:
 
 
 def test_a_reader_waits_for_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1))
+    store.set_plan(PLAN, {"title": "t"}, cells(1))
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     with raw(store.path) as database:
         database.execute("BEGIN IMMEDIATE")
@@ -633,7 +635,7 @@ def full_disk(largest: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("moment", ["row", "commit"])
 def test_what_finds_no_room_says_so_and_leaves_all_as_it_was(store: Store, moment: str) -> None:
-    store.want(PLAN, {"title": "t"}, cells(1, 2))
+    store.set_plan(PLAN, {"title": "t"}, cells(1, 2))
     store.finish(key(1), cell(1), OUTCOME, 1)
     # SQLite's journal grows with the row, the file itself at the end.
     room = 512 if moment == "row" else store.path.stat().st_size
@@ -646,14 +648,14 @@ def test_what_finds_no_room_says_so_and_leaves_all_as_it_was(store: Store, momen
 
 
 def test_what_fails_midway_leaves_all_as_it_was(store: Store) -> None:
-    store.want(PLAN, {"title": "first"}, cells(1, 2))
+    store.set_plan(PLAN, {"title": "first"}, cells(1, 2))
     with raw(store.path) as database:
         database.execute(
             "CREATE TRIGGER no_plan BEFORE INSERT ON plans BEGIN SELECT RAISE(ABORT, 'no'); END"
         )
     for plan in (PLAN, "another"):
         with pytest.raises(FormatError, match=f'^results "{store.path}": no$'):
-            store.want(plan, {"title": "second"}, cells(3))
+            store.set_plan(plan, {"title": "second"}, cells(3))
     assert store.plans() == [PLAN]
     assert document(store) == {"title": "first"}
     assert results(store) == [Result(cell(1)), Result(cell(2))]
@@ -698,7 +700,7 @@ def create(folder: Path, _: int, line: Connection) -> None:
     line.send("ready")
     for number in range(N_TOGETHER):
         line.recv()
-        line.send(Store(folder / str(number)).begin({}))
+        line.send(Store(folder / str(number)).begin_session({}))
 
 
 def test_two_processes_may_make_the_same_file_at_once(tmp_path: Path) -> None:
@@ -707,10 +709,10 @@ def test_two_processes_may_make_the_same_file_at_once(tmp_path: Path) -> None:
         for number in range(N_TOGETHER):
             for one in both:
                 one.line.send("go")
-            # Two numbers of one file: neither has made it anew under the other.
+            # Two numbers of one file: neither has replaced it under the other.
             assert {one.line.recv() for one in both} == {1, 2}
             store = Store.existing(tmp_path / str(number))
-            store.want(PLAN, {"title": "t"}, {})
+            store.set_plan(PLAN, {"title": "t"}, {})
             assert list(sessions(store)) == [1, 2]
 
 
@@ -732,7 +734,7 @@ def test_a_file_is_not_seen_half_made(
 
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
-    assert Store(path).begin({}) == 1
+    assert Store(path).begin_session({}) == 1
     assert next(paths, None) is None
 
 
@@ -743,7 +745,7 @@ def record(path: Path, writer: int, line: Connection) -> None:
     line.send("ready")
     line.recv()
     store = Store(path)
-    session = store.begin({"writer": writer})
+    session = store.begin_session({"writer": writer})
     mine = list(range(writer * N_SHARED, writer * N_SHARED + N_EACH))
     random.Random(writer).shuffle(mine)
     for place, number in enumerate(mine):
@@ -763,7 +765,7 @@ def test_four_writers_lose_nothing_of_each_other(path: Path) -> None:
             one.line.send("go")
         assert [one.line.recv() for one in four] == ["done"] * 4
     store = Store.existing(path)
-    store.want(PLAN, {"title": "t"}, cells(*numbers))
+    store.set_plan(PLAN, {"title": "t"}, cells(*numbers))
     writers = {session: int(str(one["writer"])) for session, one in sessions(store).items()}
     assert sorted(writers.values()) == [0, 1, 2, 3]
     for number, result in zip(numbers, results(store), strict=True):
@@ -782,7 +784,7 @@ N_KILLS, N_MOST = 20, 100
 def carry_out(path: Path, first: int, line: Connection) -> None:
     """Fail and then finish one cell after the other, and say so of each."""
     store = Store(path)
-    session = store.begin({"first": first})
+    session = store.begin_session({"first": first})
     for number in range(first, first + N_MOST):
         store.fail(key(number), cell(number), reason(number), session)
         line.send(Result(cell(number), None, reason(number), session))
@@ -812,7 +814,7 @@ def check(path: Path) -> None:
 def test_after_a_kill_all_that_was_recorded_is_there_and_whole(path: Path) -> None:
     moments = random.Random(0)
     everything = range(N_KILLS * N_MOST)
-    Store(path).want(PLAN, {"title": "t"}, cells(*everything))
+    Store(path).set_plan(PLAN, {"title": "t"}, cells(*everything))
     expected = [Result(cell(number)) for number in everything]
     for turn in range(N_KILLS):
         with working(carry_out, path, turn * N_MOST) as (worker,):
@@ -847,7 +849,7 @@ def test_after_a_kill_while_files_are_made_each_can_be_taken_up(tmp_path: Path) 
         paths = [tmp_path / f"{turn}-{number}.sqlite" for number in range(n_made + 1)]
         assert all(path.stat().st_size > 0 for path in paths[:-1])
         for path in paths:  # the last one may be absent, empty, or with a journal beside it
-            assert Store(path).begin({}) == 1
+            assert Store(path).begin_session({}) == 1
             check(path)
         assert len(list(tmp_path.glob(f"{turn}-*"))) == len(paths)
 
@@ -870,5 +872,5 @@ def test_a_file_with_views_is_refused(tmp_path: Path) -> None:
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i, i FROM n"
         database.execute(f"CREATE VIEW plans (name, document) AS {endless}")
         database.commit()
-    with pytest.raises(FormatError, match="it has views or triggers"):
+    with pytest.raises(FormatError, match="unexpected views or triggers"):
         Store.existing(path)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
-from ztune.experiments.document import PlanDocument
-from ztune.experiments.standing import Record, standing_of, units_of
+from ztune.experiments.plan_document import PlanDocument
+from ztune.experiments.ranking import Record, rank_methods, units_of
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -23,7 +23,7 @@ from ztune.experiments.tables import (
     accuracy_tables,
     costs_table,
     figures_table,
-    standing_table,
+    ranking_table,
 )
 from ztune.io.schema import convert
 from ztune.types import Json
@@ -172,8 +172,8 @@ def test_base_to_new_tables(tmp_path: Path) -> None:
     # Seed 1: base (0.8 + 0.4)/2, new 0.4, H 0.48; seed 2: both 0.4. Mean 0.44, deviation 0.08/√2.
     assert texts(over)["m"] == ["50.0 ± 14.1", "40.0 ± 0.0", "44.0 ± 5.7"]
     assert texts(over)["head"] == ["*70.0 (1 of 2)*", "–", "–"]
-    assert any("averages over the data sets" in note for note in over.notes)
-    assert not any("averages over the data sets" in note for note in on_a.notes)
+    assert any("harmonic mean of the averages" in note for note in over.notes)
+    assert not any("harmonic mean of the averages" in note for note in on_a.notes)
 
 
 def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
@@ -235,19 +235,19 @@ def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:
         Row("a", "z", (0.2, 0.2)), Row("b", "z", (0.4, 0.4)), Row("c", "z", ("broke", None)),
         Row("failed", "z", ("broke", "broke")),
     )  # fmt: skip
-    standing = standing_of(units_of(found))
-    assert standing.methods == ("a", "b", "c")
-    assert standing.records["a", "b"] == Record(1, 1, 1)
-    assert standing.records["b", "a"] == Record(1, 1, 1)
-    assert standing.records["c", "a"] == Record(1, 0, 1)
-    assert standing.n_shared == 2
+    ranking = rank_methods(units_of(found))
+    assert ranking.methods == ("a", "b", "c")
+    assert ranking.records["a", "b"] == Record(1, 1, 1)
+    assert ranking.records["b", "a"] == Record(1, 1, 1)
+    assert ranking.records["c", "a"] == Record(1, 0, 1)
+    assert ranking.n_shared == 2
     # x: 1.5, 1.5, 3; y: 2, 3, 1.
-    assert standing.ranks == {"a": 1.75, "b": 2.25, "c": 2.0}
-    table = standing_table(standing)
+    assert ranking.ranks == {"a": 1.75, "b": 2.25, "c": 2.0}
+    table = ranking_table(ranking)
     assert table is not None
     assert texts(table)["a"] == ["·", "1 / 1 / 1", "1 / 0 / 1", "*1.75*"]
     (note,) = table.notes
-    assert "mean over 2 combinations of data set and shots that all of these methods share." in note
+    assert "mean over 2 combinations of data set and shots that all methods have." in note
 
 
 def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> None:
@@ -260,6 +260,6 @@ def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> 
     assert [(sheet.protocol, sheet.model) for sheet in found] == [
         ("few-shot", "clip"), ("few-shot", "other"), ("base-to-new", "clip"),
     ]  # fmt: skip
-    standing = standing_of(units_of(found))
-    assert standing.records["a", "b"] == Record(0, 0, 0)
-    assert standing.ranks == {"a": None, "b": None}
+    ranking = rank_methods(units_of(found))
+    assert ranking.records["a", "b"] == Record(0, 0, 0)
+    assert ranking.ranks == {"a": None, "b": None}

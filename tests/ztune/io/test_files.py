@@ -10,7 +10,7 @@ import pytest
 
 from tests.foreign import NOT_REGULAR
 from ztune.budget import Budget
-from ztune.cli.request import settings_from_words
+from ztune.cli.run_settings import settings_from_words
 from ztune.data.cache import FeatureLog
 from ztune.data.manifests import read_class_list, read_names, read_text
 from ztune.data.sources import read_source

@@ -1,6 +1,6 @@
-"""A plan as the file of results holds it: what it asks for, and what was found of its data.
+"""A plan in the file of results: its configuration, and findings on its data.
 
-`Plan.to_json` writes it. What was found of a data set is null until somebody asked for it.
+`Plan.to_json` writes it. The findings on a data set are null until it is read.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from ztune.types import Json
 
 
 class DataDocument(Struct, frozen=True):
-    """What a report should know of a data set."""
+    """A data set, as reports use it."""
 
     title: str | None = None
     found: Found | None = None
 
 
 class MethodDocument(Struct, frozen=True):
-    """What a report should know of a method."""
+    """A method, as reports use it."""
 
     uses: str | None = None
 
 
 class ModelDocument(Struct, frozen=True):
-    """What a report should know of a model."""
+    """A model, as reports use it."""
 
     digest: str | None = None
 
 
 class PlanDocument(Struct, frozen=True):
-    """What a report should know of a plan; the rest of its document is ignored."""
+    """A plan, as reports use it; other fields are ignored."""
 
     title: str
     data: Mapping[str, DataDocument] = {}
@@ -43,7 +43,7 @@ class PlanDocument(Struct, frozen=True):
 
     @property
     def found(self) -> dict[str, Found]:
-        """What is known of the data sets that were read, by name."""
+        """Findings on the data sets that were read, by name."""
         return {name: one.found for name, one in self.data.items() if one.found is not None}
 
 
@@ -53,8 +53,8 @@ def _data(document: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
     return {name: entry for name, entry in named if isinstance(entry, dict)}
 
 
-def asked(document: Mapping[str, Json]) -> Json:
-    """Return what a plan's document asks for, without its title and what was found of its data."""
+def without_findings(document: Mapping[str, Json]) -> Json:
+    """Return a plan's document without its title and the findings on its data."""
     data: dict[str, Json] = {
         name: {key: value for key, value in entry.items() if key != "found"}
         for name, entry in _data(document).items()
@@ -63,8 +63,8 @@ def asked(document: Mapping[str, Json]) -> Json:
     return plain
 
 
-def with_found(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a document in which what was not found now is what was found earlier."""
+def with_findings(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a document with its missing findings taken from an earlier one."""
     before = _data(earlier)
     data: dict[str, Json] = {
         name: entry

@@ -1,4 +1,4 @@
-"""What the arguments of a verb ask a run for."""
+"""A RunConfig and method settings from command-line arguments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ def run_config_of(
     settings: Mapping[str, Json],
     server: Mapping[str, Json] | None = None,
 ) -> RunConfig:
-    """Return what was asked for: each field of a run that has an option, by its name.
-
-    What was not asked for keeps the run's own defaults.
-    """
+    """Return the requested run: an option sets the field of its name, others keep their default."""
     values: dict[str, Any] = {"settings": settings, "server": server or {}}
     for field in fields(RunConfig):
         value = getattr(arguments, field.name, None)
@@ -35,7 +32,7 @@ def run_config_of(
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Json]:
-    """Return the method's settings that --set and --init give."""
+    """Return the method settings of --set and --init."""
     settings = settings_from_words(arguments.settings or ())
     return settings if arguments.init is None else {**settings, "init": arguments.init}
 
@@ -49,6 +46,6 @@ def settings_from_words(words: Iterable[str]) -> dict[str, Json]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f'--set takes key=value, got "{word}"')
+            raise ConfigError(f'--set is "{word}", expected KEY=VALUE')
         settings[key.strip().replace("-", "_")] = value
     return settings

@@ -1,4 +1,4 @@
-"""Rows of the CSV files: accuracies in 0…1, means to seven digits, all else as measured."""
+"""Rows of the CSV files: accuracies in 0…1, means rounded to seven digits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CELL_COLUMNS = (
     "image_forwards_cached", "seconds", "seconds_alone",
 )  # fmt: skip
 HARMONIC = "harmonic mean"
-"""Stands for a part in the rows of base-to-new's H."""
+"""Part name in the rows of base-to-new's H."""
 _PLAIN = (
     "run", "artifact", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
     "copies",
@@ -101,7 +101,7 @@ def _spread(figure: Measured) -> Row:
 
 
 def part_columns(results: Sequence[Result]) -> list[str]:
-    """Return the columns of all parts that any cell was scored on, as `test accuracy`."""
+    """Return the columns of all scored parts, as `test accuracy`."""
     parts = dict.fromkeys(
         score.part
         for result in results
@@ -114,7 +114,7 @@ def part_columns(results: Sequence[Result]) -> list[str]:
 def cell_rows(
     results: Sequence[Result], names: Names, per_image: Mapping[str, float]
 ) -> Iterator[Row]:
-    """Yield a row per cell of the plan, carried out or not."""
+    """Yield a row per cell of the plan, run or not."""
     for result in results:
         cell, outcome = result.cell, result.outcome
         status = "finished" if outcome else "failed" if result.reason else "missing"

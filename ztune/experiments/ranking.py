@@ -1,4 +1,4 @@
-"""Methods against each other: wins, ties and losses over units, and ranks.
+"""Pairwise wins, ties and losses of methods over units, and mean ranks.
 
 A unit is one data set with some shots under one protocol with one model; methods are compared by
 Sheet.of_unit, over the seeds that both have.
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from ztune.experiments.summary import Measured, Sheet, mean_of
 
 TIE = 0.001
-"""Accuracies no further apart are a tie: 0.1 percentage points."""
+"""Largest difference of accuracy that counts as a tie: 0.1 percentage points."""
 _ROUNDING = 1e-9
 
 Unit = Mapping[str, Measured]
-"""What every method has in one unit; empty figures included."""
+"""Figures of all methods in one unit, empty ones included."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """How one method did against another."""
+    """Wins, ties and losses of one method against another."""
 
     wins: int
     ties: int
@@ -32,16 +32,16 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """All methods that have a figure in any unit, against each other."""
+class Ranking:
+    """Records and ranks of all methods that have a figure."""
 
     methods: tuple[str, ...]
     records: Mapping[tuple[str, str], Record]
     """By method and opponent."""
     n_shared: int
-    """Units in which every two methods can be compared."""
+    """Units in which all methods can be compared."""
     ranks: Mapping[str, float | None]
-    """Mean over the shared units, 1 is best; None where there is no such unit."""
+    """Mean over the shared units, 1 is best; None without such units."""
 
 
 def units_of(sheets: Iterable[Sheet]) -> list[Unit]:
@@ -54,8 +54,8 @@ def units_of(sheets: Iterable[Sheet]) -> list[Unit]:
     ]
 
 
-def standing_of(units: Sequence[Unit]) -> Standing:
-    """Return the records of all pairs, and the ranks over the units that all methods share."""
+def rank_methods(units: Sequence[Unit]) -> Ranking:
+    """Return the records of all pairs, and the mean ranks over shared units."""
     named = dict.fromkeys(method for unit in units for method in unit)
     methods = tuple(m for m in named if any(m in unit and unit[m].n for unit in units))
     records = {
@@ -66,11 +66,11 @@ def standing_of(units: Sequence[Unit]) -> Standing:
     }
     ranks = [found for unit in units if (found := ranks_in(unit, methods)) is not None]
     means = {method: mean_of(found[method] for found in ranks) for method in methods}
-    return Standing(methods, records, len(ranks), means)
+    return Ranking(methods, records, len(ranks), means)
 
 
 def lead(unit: Unit, one: str, other: str) -> float | None:
-    """Return by how much `one` is above `other`, 0 for a tie, None without a common seed."""
+    """Return the difference of `one` and `other`, 0 for a tie, None without a common seed."""
     if one not in unit or other not in unit:
         return None
     mine, theirs = unit[one], unit[other]
@@ -88,9 +88,9 @@ def _record(leads: Sequence[float | None]) -> Record:
 
 
 def ranks_in(unit: Unit, methods: Sequence[str]) -> dict[str, float] | None:
-    """Return each method's rank in a unit, None where two of them cannot be compared.
+    """Return each method's rank in a unit: 1 + losses + ties / 2.
 
-    One more than how many are above it, a tie counting half.
+    None if two methods cannot be compared.
     """
     ranks = {}
     for method in methods:

@@ -1,4 +1,4 @@
-"""What a report says besides figures: how far the bench is, what failed, and where it ran."""
+"""The text of a report: progress, remarks, failures and environment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ztune.printing import one_line
 from ztune.types import Json
 
 
-def state(results: Sequence[Result]) -> str:
-    """Return in one sentence how many cells are finished, failed and missing."""
+def describe_progress(results: Sequence[Result]) -> str:
+    """Return how many cells are finished, failed and missing."""
     finished = sum(result.outcome is not None for result in results)
     failed = sum(bool(result.reason) for result in results)
     missing = len(results) - finished - failed
@@ -20,19 +20,19 @@ def state(results: Sequence[Result]) -> str:
     if failed:
         words.append(f"{failed:,} failed")
     if missing:
-        words.append(f"{counted(missing, 'cell')} not carried out yet")
+        words.append(f"{counted(missing, 'cell')} not run yet")
     return ", ".join(words) + "."
 
 
-def remarks(view: View) -> list[str]:
-    """Return a line of Markdown for all that the plan's document finds unusual about the data."""
+def list_remarks(view: View) -> list[str]:
+    """Return the remarks on the data, a line of Markdown each."""
     found = view.document.found
     said = [f"{name}: {one}" for name, data in found.items() for one in data.remarks]
     return [in_markdown(remark) for remark in said]
 
 
-def failures(results: Sequence[Result]) -> list[str]:
-    """Return a line of Markdown per reason and what it befell, in plan order."""
+def list_failures(results: Sequence[Result]) -> list[str]:
+    """Return a line of Markdown per reason and group of cells, in plan order."""
     groups: dict[tuple[str, str], dict[int, list[int]]] = {}
     for result in results:
         if result.reason:
@@ -47,7 +47,7 @@ def failures(results: Sequence[Result]) -> list[str]:
 
 
 def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
-    """Return which cells failed, as `16 shots (seeds 1, 2)`."""
+    """Return the failed cells, as `16 shots (seeds 1, 2)`."""
     return ", ".join(
         f"{counted(shots, 'shot')} (seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))})"
@@ -55,32 +55,32 @@ def _shots_and_seeds(group: Mapping[int, Sequence[int]]) -> str:
     )
 
 
-def circumstances(view: View) -> list[str]:
-    """Return lines of Markdown: what else the file holds, then when, where and with what it ran."""
+def describe_environment(view: View) -> list[str]:
+    """Return lines of Markdown: remarks on the cells, then date, machine and versions."""
     results = view.results
     lines = []
     if view.n_left_out:
-        lines.append(f"Left out: {counted(view.n_left_out, 'result')} that no plan has.")
+        lines.append(f"Left out: {counted(view.n_left_out, 'result')} of no plan.")
     if missing := sum(result.outcome is None and not result.reason for result in results):
-        lines.append(f"{counted(missing, 'cell')} not carried out yet.")
+        lines.append(f"{counted(missing, 'cell')} not run yet.")
     copies = sum(result.outcome.copies > 0 for result in results if result.outcome is not None)
     if copies:
         lines.append(
-            f"In {counted(copies, 'cell')} a test image equals one tuned or validated on, byte "
-            "by byte (cells.csv, column copies)."
+            f"{counted(copies, 'cell')} with a test image that is byte-identical to a training or "
+            "validation image (cells.csv, column copies)."
         )
     return lines + _sessions(view.sessions, results)
 
 
 def _sessions(sessions: Mapping[int, Session], results: Sequence[Result]) -> list[str]:
-    """Return a line for all sessions that were alike, with what they have in common.
+    """Return a line per group of equal sessions.
 
-    Sessions without a cell of this report are those of other plans, or found nothing to do.
+    Sessions without a cell of this report are left out.
     """
-    at_work = {result.session for result in results}
+    used = {result.session for result in results}
     groups: dict[str, list[int]] = {}
     for number, session in sessions.items():
-        if number not in at_work:
+        if number not in used:
             continue
         groups.setdefault(_setting(session), []).append(number)
     return [
@@ -96,7 +96,7 @@ def _began(session: Session) -> str:
 
 
 def _setting(values: Session) -> str:
-    """Return everything of a session but when it began; what it does not say is left out."""
+    """Return a session without its date; missing fields are left out."""
     command = _plain(values.get("command"))
     words = [code_in_markdown(command)] if command else []
     workers = values.get("workers")

@@ -1,8 +1,8 @@
-"""A comparison's folder: compare.json, the runs of its cells, and the table and plots made of them.
+"""A comparison's folder: compare.json, the runs of its cells, the table and the plots.
 
-compare.json   what was asked, every cell, every number      compare.md    the table
-runs/          one run per cell, and those that encode        cache/        images, encoded once
-logs/          what each cell's processes said                *.png         the plots
+compare.json   configuration, cells and figures               compare.md    the table
+runs/          one run per cell, and those that encode        cache/        encoded images
+logs/          the log of each cell                           *.png         the plots
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ VERSION = 2
 
 
 class SeedImages(Struct, frozen=True):
-    """What encoding a seed's images took."""
+    """Cost of encoding a seed's images."""
 
     seed: Count
     image_forwards: Count
@@ -59,8 +59,8 @@ class SeedImages(Struct, frozen=True):
     peak_memory_mb: float
 
 
-class Asked(Struct, frozen=True):
-    """What a report says of what was asked for; see `CompareConfig.to_json`."""
+class ReportedConfig(Struct, frozen=True):
+    """The fields of `CompareConfig.to_json` that a report shows."""
 
     bundle: str
     data: str
@@ -71,7 +71,7 @@ class Asked(Struct, frozen=True):
 
 
 class Head(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """compare.json without the cells and what follows from them."""
+    """compare.json without the cells and the table."""
 
     began: str
     compare_config: Mapping[str, Json]
@@ -84,20 +84,22 @@ class Head(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Folder:
-    """The files of one comparison, and what compare.json says so far."""
+    """The files of one comparison."""
 
     def __init__(self, path: Path, head: Head, cells: list[Cell]):
         self.path = path
         self.head = head
-        self.asked = convert(head.compare_config, Asked, f'comparison "{path}": compare_config')
+        self.config = convert(
+            head.compare_config, ReportedConfig, f'comparison "{path}": compare_config'
+        )
         self.cells = cells
         self.cache = path / "cache"
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Json], counts: Mapping[str, int]) -> Folder:
-        """Make the folder, or take up one that was made for the same request.
+        """Make the folder, or open one of the same configuration.
 
-        Raises: ConfigError when it holds something else, naming what differs.
+        Raises: ConfigError naming the differences.
         """
         if not (path / "compare.json").is_file():
             head = Head(
@@ -121,9 +123,9 @@ class Folder:
 
     @classmethod
     def read(cls, path: Path) -> Folder:
-        """Return what is there.
+        """Read an existing comparison.
 
-        Raises: FormatError when compare.json is damaged, foreign or too new.
+        Raises: FormatError if compare.json is damaged, foreign or too new.
         """
         where = f'comparison "{path}"'
         document = current(read_json(path / "compare.json", where), FORMAT, VERSION, where)
@@ -132,8 +134,8 @@ class Folder:
         for cell in cells:
             if cell.method not in method_names():
                 raise ConfigError(
-                    f'{where} has results of the method "{cell.method}", which is not installed '
-                    "(install its package, or name another `out`)"
+                    f'{where} has results of method "{cell.method}", which is not installed '
+                    "(install its package, or use another `out`)"
                 )
         return cls(path, convert(document, Head, where), cells)
 
@@ -143,13 +145,13 @@ class Folder:
         changed = differences(then, now)
         if changed:
             raise ConfigError(
-                f'comparison "{self.path}" was begun with another request: {"; ".join(changed)} '
-                "(repeat it, or name another `out`; methods and seeds may be added)"
+                f'comparison "{self.path}" was started with other settings: {"; ".join(changed)} '
+                "(use the same settings, or another `out`; methods and seeds may be added)"
             )
         if not same_images:
             raise ConfigError(
-                f'comparison "{self.path}" was begun with other images, or by a ztune that divided '
-                "them in another way (name another `out`)"
+                f'comparison "{self.path}" was started with other images, or with a version of '
+                "ztune that splits them differently (use another `out`)"
             )
 
     def _require_the_same_packages(self) -> None:
@@ -157,19 +159,19 @@ class Folder:
             run, now = RunFolder(self.run_of(cell.method, cell.seed)), package_of(cell.method)
             if now and run.is_started and (then := run.read().get("package")) != now:
                 raise ConfigError(
-                    f'comparison "{self.path}" was begun with {cell.method} of {then or "ztune"}, '
-                    f"installed is {now} (install that version, or name another `out`)"
+                    f'comparison "{self.path}" was started with {cell.method} of '
+                    f"{then or 'ztune'}, got {now} (install that version, or use another `out`)"
                 )
 
     def _warn_of_changes(self) -> None:
         then = {**self.head.versions, **self.head.machine}
         changed = differences(then, {**versions(), **machine()})
         if changed:
-            warn(f"not as when the comparison began: {'; '.join(changed)}")
+            warn(f"changed since the comparison was started: {'; '.join(changed)}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from working on the same comparison."""
+        """Lock the comparison against other processes."""
         with RunFolder(self.path).locked():
             yield
 
@@ -184,13 +186,13 @@ class Folder:
         return self.path / "logs" / f"{name}-{seed}.log"
 
     def has(self, method: str, seed: int) -> bool:
-        """Say whether a cell is finished and its run still there."""
+        """Return whether a cell is finished and its run exists."""
         found = [c for c in self.cells if (c.method, c.seed) == (method, seed)]
         run = RunFolder(self.run_of(method, seed))
         return bool(found and found[0].figures) and run.is_finished()
 
     def add(self, cell: Cell) -> None:
-        """Take a cell in place of what was known of it, and save."""
+        """Add or replace a cell, and save."""
         others = [c for c in self.cells if (c.method, c.seed) != (cell.method, cell.seed)]
         order = method_names()
         self.cells = sorted([*others, cell], key=lambda c: (order.index(c.method), c.seed))
@@ -199,18 +201,18 @@ class Folder:
     def has_images(self, seed: int) -> bool:
         return any(one.seed == seed for one in self.head.images)
 
-    def note_images(self, seed: int, run: RunReport) -> None:
-        """Keep what encoding a seed's images took."""
+    def save_image_costs(self, seed: int, run: RunReport) -> None:
+        """Save the cost of encoding a seed's images."""
         took = SeedImages(seed, run.image_forwards, run.image_seconds or 0.0, run.peak_memory_mb)
-        self._note(images=(*self.head.images, took))
+        self._save(images=(*self.head.images, took))
 
-    def _note(self, **changes: Any) -> None:
+    def _save(self, **changes: Any) -> None:
         self.head = structs.replace(self.head, **changes)
         self.write()
 
     @property
     def images(self) -> ImagePass:
-        """What encoding took over all seeds; the rate measured at first where no pass was whole."""
+        """Cost of encoding over all seeds; without a finished pass, the rate measured first."""
         passes, rates = self.head.images, self.head.rates
         n_images = sum(one.image_forwards for one in passes)
         seconds = sum(one.image_seconds for one in passes)
@@ -219,8 +221,8 @@ class Folder:
             return ImagePass(seconds / n_images, memory)
         return ImagePass(rates.image if rates else 0.0, memory)
 
-    def note_rates(self, rates: Rates) -> None:
-        self._note(rates=rates)
+    def save_rates(self, rates: Rates) -> None:
+        self._save(rates=rates)
 
     @property
     def rows(self) -> list[Row]:
@@ -234,7 +236,7 @@ class Folder:
             "version": VERSION,
             **plain(self.head),
             "table": [row_to_json(row) for row in self.rows],
-            "capabilities": {row.method: _access(self, row.method) for row in self.rows},
+            "capabilities": {row.method: _capabilities(self, row.method) for row in self.rows},
             "cells": [cell_to_json(cell, images) for cell in self.cells],
         }
 
@@ -244,7 +246,7 @@ class Folder:
 
 def write_results(folder: Folder, command: str) -> dict[str, Json]:
     """Write compare.json, compare.md and the plots; return compare.json's content."""
-    folder._note(command=command)
+    folder._save(command=command)
     write_bytes(folder.path / "compare.md", "\n".join([*_markdown(folder), ""]).encode())
     if any(cell.figures for cell in folder.cells):
         _draw(folder)
@@ -252,7 +254,7 @@ def write_results(folder: Folder, command: str) -> dict[str, Json]:
 
 
 def title(folder: Folder) -> str:
-    asked = folder.asked
+    asked = folder.config
     return f"{Path(asked.data).name} on {Path(asked.bundle).name}, {asked.shots} shots"
 
 
@@ -279,32 +281,32 @@ def footnotes(folder: Folder) -> list[str]:
     per_image = 1000 * folder.images.seconds_per_image
     return [
         f"accuracy: on {n_test} test images of {n_classes} classes, mean ± sample standard "
-        "deviation over the seeds, in points. Methods share a seed's images, and none saw the "
-        "test images.",
-        "queries: candidates evaluated on a batch. text forwards: class prompts encoded, the "
-        "signal check's probes included, the hand-written sentences' one pass left out.",
-        "image forwards: images that its run encoded or found encoded: training and validation "
-        "images, and those encoded anew.",
-        "image forwards, seconds, peak MB: as if each method ran alone. The cells share encoded "
-        f"images, so each is charged {per_image:.2g} ms for an image that it found encoded, "
-        "and at least the memory of the pass that encoded it. Seconds end with the last step: the "
-        "run's report and the scoring on test images are left out.",
+        "deviation over the seeds, in points. All methods tune on the same images per seed, "
+        "never on test images.",
+        "queries: candidates evaluated on a batch. text forwards: encoded class prompts, with the "
+        "signal check's probes, without the one pass of the templates.",
+        "image forwards: images encoded by the run or read from the cache: training and "
+        "validation images, and those encoded with every query.",
+        "image forwards, seconds, peak MB: as if each method ran alone. The cells share a cache, "
+        f"so each is charged {per_image:.2g} ms per cached image, and at least the memory of the "
+        "pass that encoded it. Seconds end with the last step, without the run's report and the "
+        "scoring on test images.",
     ]
 
 
-def _access(folder: Folder, name: str) -> str:
-    """Return what a method needs as it was configured here."""
-    method, own = find_method(name), folder.asked.settings.get(name, {})
-    return describe(needs_of(method, method_config(method, own, folder.asked.preset)))
+def _capabilities(folder: Folder, name: str) -> str:
+    """Return the capabilities that a method needs with its settings."""
+    method, own = find_method(name), folder.config.settings.get(name, {})
+    return describe(needs_of(method, method_config(method, own, folder.config.preset)))
 
 
-def access_sentences(folder: Folder) -> list[str]:
-    return [f"{row.method} needs {_access(folder, row.method)}." for row in folder.rows]
+def describe_needs(folder: Folder) -> list[str]:
+    return [f"{row.method} needs {_capabilities(folder, row.method)}." for row in folder.rows]
 
 
 def _markdown(folder: Folder) -> list[str]:
     head = folder.head
-    there = {**head.machine, **head.versions}
+    environment = {**head.machine, **head.versions}
     return [
         f"# {in_markdown(title(folder))}",
         "",
@@ -312,14 +314,14 @@ def _markdown(folder: Folder) -> list[str]:
         "",
         *_listed([in_markdown(without_marks(line)) for line in failures(folder)]),
         *_listed(footnotes(folder)),
-        *_listed(access_sentences(folder)),
+        *_listed(describe_needs(folder)),
         "![accuracy against queries](accuracy-queries.png)",
         "![accuracy against seconds](accuracy-seconds.png)",
         "",
         f"Command: {code_in_markdown(head.command)}",
         "",
-        f"Begun {head.began}, provider {folder.asked.provider}; "
-        + ", ".join(in_markdown(f"{name} {value}") for name, value in there.items())
+        f"Started {head.began}, provider {folder.config.provider}; "
+        + ", ".join(in_markdown(f"{name} {value}") for name, value in environment.items())
         + ".",
     ]
 
@@ -359,7 +361,7 @@ def _draw(folder: Folder) -> None:
 
 
 def _hand_written(folder: Folder, levels: list[Level]) -> list[Level]:
-    """Return the level of the hand-written prompt, where it is no method of the comparison."""
+    """Return the level of the templates, unless zero-shot is among the methods."""
     found = [c.figures.zero_shot_accuracy for c in folder.cells if c.figures is not None]
     if any(level.name == "zero-shot" for level in levels):
         return []
