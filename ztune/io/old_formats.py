@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ztune.types import Json
@@ -12,18 +11,14 @@ T = TypeVar("T")
 Document = dict[str, Json]
 IMAGES_IN_KEYS = "pictures"
 """In the digests that find a bench's results: another word would find none of the earlier ones."""
+PARQUET_FOLDER = "parquet-pictures"
+"""Where images of parquet files were extracted to."""
 _ARRAYS = {"tuning_pictures": "tuning_images", "sampler.pictures": "sampler.images"}
-_EXTRACTED = "parquet-pictures"
 
 
 def renamed_arrays(arrays: Mapping[str, T]) -> dict[str, T]:
     """Return the arrays of an artifact, or of a run's state, by the names that they have now."""
     return _renamed(arrays, _ARRAYS)
-
-
-def extracted_folder(data: Path, name: str) -> Path:
-    """Return where images of parquet files are: `name` below `data`, or where they once were."""
-    return data / (_EXTRACTED if (data / _EXTRACTED).is_dir() else name)
 
 
 def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
