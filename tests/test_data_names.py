@@ -115,7 +115,7 @@ def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> Non
     assert "dtd on mini, 2 shots" in done.out
     assert "the papers take --template" in done.err
     document = json.loads((out / "compare.json").read_text())
-    assert document["run_config"]["root"] == str(root)
+    assert document["compare_config"]["root"] == str(root)
     assert document["counts"]["test"] == 12
     assert {cell["method"] for cell in document["cells"] if "accuracy" in cell} == {
         "zero-shot", "gda",

@@ -65,7 +65,7 @@ class Journal(RequestCounter):
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._count(*msgspec.json.decode(line, type=tuple[Step, int, int]))
-            except (ValueError, RecursionError):
+            except (msgspec.MsgspecError, RecursionError):
                 raise FormatError(
                     f"{path}, line {number}: invalid journal entry (file damaged)"
                 ) from None

@@ -378,7 +378,7 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
         read_named("dtd", tmp_path, save=False)
     assert f"(ztune data check dtd --root {tmp_path} --prepare)" in str(caught.value)
     data = read_named("dtd", tmp_path)
-    extracted = folder / parquet.EXTRACTED
+    extracted = folder / parquet.EXTRACTED[0]
     assert data.root == extracted
     assert data.classes == ("banded", "zig zagged")
     assert counts_of(data) == (6, 0, 2)

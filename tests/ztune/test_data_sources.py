@@ -282,7 +282,7 @@ def test_a_folder_of_parquet_files(here: Path) -> None:
     (here / "mine" / ".cache").mkdir()
     dataset = read_source(str(here / "mine"), None)
     assert read_source(str(here / "mine"), None) == dataset
-    extracted = here / "mine" / parquet.EXTRACTED
+    extracted = here / "mine" / parquet.EXTRACTED[0]
     assert dataset.root == extracted
     assert dataset.classes == ("banded", "zig zagged")
     assert len(dataset.images) == 14
@@ -312,7 +312,7 @@ def test_parquet_files_beside_class_folders_are_left_alone(here: Path) -> None:
     put(here / "mine", ["features.parquet"])
     listing = read_source("mine", None)
     assert (listing.classes, listing.ignored) == (("a", "b"), 1)
-    assert not (here / "mine" / parquet.EXTRACTED).exists()
+    assert not (here / "mine" / parquet.EXTRACTED[0]).exists()
 
 
 # Published lists, copies included

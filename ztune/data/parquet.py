@@ -26,9 +26,10 @@ from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
 from ztune.data.manifests import SPLIT_NAMES, SplitName
 from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
-from ztune.io.old_formats import extracted_folder
+from ztune.io.old_formats import PARQUET_FOLDER
 
-EXTRACTED = "parquet-images"
+EXTRACTED = ("parquet-images", PARQUET_FOLDER)
+"""Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
 _BATCH = 64  # rows held in memory at once
 _PART = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:-\d+-of-\d+.*)?")
@@ -60,8 +61,9 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def extracted_below(folder: Path) -> Path:
-    """Return the folder for the images of a data set's parquet files."""
-    return extracted_folder(folder, EXTRACTED)
+    """Return the folder for the images of a data set's parquet files, an older one if it exists."""
+    new, old = (folder / name for name in EXTRACTED)
+    return old if old.is_dir() else new
 
 
 def extract(files: Sequence[Path], out: Path) -> Path:

@@ -107,7 +107,7 @@ def _describe_deviations(data: NamedData) -> tuple[str, ...]:
     """Return how a named data set differs from what was published, one line each."""
     title, remarks = data.spec.title, []
     if not data.has_published_lists:
-        extracted = data.root == parquet.extracted_below(data.root.parent)
+        extracted = data.root.name in parquet.EXTRACTED
         remarks.append(
             f"{title} has no published split file here, so its train, val and test are "
             f"{'those of its parquet files' if extracted else 'drawn by ztune'}"
@@ -123,7 +123,6 @@ def _extract_parquet(path: Path) -> Path:
     if not path.is_dir():
         return path
     folders = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    extracted = parquet.extracted_below(path)
-    if folders - {"data", extracted.name} or not (files := parquet.parquet_files(path)):
+    if folders - {"data", *parquet.EXTRACTED} or not (files := parquet.parquet_files(path)):
         return path
-    return parquet.extract(files, extracted) / parquet.MANIFEST
+    return parquet.extract(files, parquet.extracted_below(path)) / parquet.MANIFEST

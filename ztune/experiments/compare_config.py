@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ztune.errors import ConfigError
 from ztune.io.config import as_json
+from ztune.io.schema import plain
 from ztune.methods.registry import find_method, method_config, tuned_config, views_of
 from ztune.run_config import RunConfig
 from ztune.types import Json
@@ -59,12 +59,10 @@ class CompareConfig:
         """Return the settings that all cells of a table must share."""
         own = ("method", "seed", "cache", "settings")
         common = {k: v for k, v in as_json(self.base).items() if k not in own}
-        document: dict[str, Json] = json.loads(json.dumps(common))
-        settings: dict[str, Json] = {name: dict(own) for name, own in self.settings.items()}
         return {
-            **document,
+            **plain(common),
             "pixel_queries": self.pixel_queries,
-            "settings": settings,
+            "settings": plain(self.settings),
             "bundle_digest": bundle_digest,
             "images": images,
         }

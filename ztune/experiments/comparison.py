@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-from ztune.io.config import as_json
-from ztune.io.schema import Count, Record, convert
+from ztune.io.schema import Count, Record, convert, plain
 from ztune.run_document import RunReport
 from ztune.types import F64, Json
 
@@ -291,8 +290,7 @@ def cell_to_json(cell: Cell, images: ImagePass) -> dict[str, Json]:
     return {
         **head,
         "status": "finished",
-        **as_json(figures),
-        "curve": [as_json(point) for point in figures.curve],
+        **plain(figures),
         "image_forwards_needed": figures.image_forwards_needed,
         "seconds": round(images.seconds(figures), 3),
         "peak_memory_mb": round(images.memory_mb(figures), 1),
@@ -355,10 +353,8 @@ def figures_of(run: RunReport, score: CellScore) -> Figures:
 
 def row_to_json(row: Row) -> dict[str, Json]:
     """Return a row for compare.json."""
-    document = as_json(row)
-    document["seeds"] = list(row.seeds)
-    document["failures"] = [{"seed": seed, "reason": reason} for seed, reason in row.failures]
-    return document
+    failures: list[Json] = [{"seed": seed, "reason": reason} for seed, reason in row.failures]
+    return {**plain(row), "failures": failures}
 
 
 def differences(then: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from msgspec import Struct
 
 from ztune.experiments.plan import Found
+from ztune.io.schema import plain
 from ztune.types import Json
 
 
@@ -59,8 +59,7 @@ def without_findings(document: Mapping[str, Json]) -> Json:
         name: {key: value for key, value in entry.items() if key != "found"}
         for name, entry in _data(document).items()
     }
-    plain: Json = json.loads(json.dumps({**document, "title": "", "data": data}))
-    return plain
+    return plain({**document, "title": "", "data": data})
 
 
 def with_findings(document: Mapping[str, Json], earlier: Mapping[str, Json]) -> dict[str, Json]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ztune.types import Json
@@ -12,18 +11,14 @@ T = TypeVar("T")
 Document = dict[str, Json]
 IMAGES_IN_KEYS = "pictures"
 """Used in the digests that find a bench's results; a change would lose earlier results."""
+PARQUET_FOLDER = "parquet-pictures"
+"""Earlier folder of images extracted from parquet files."""
 _ARRAYS = {"tuning_pictures": "tuning_images", "sampler.pictures": "sampler.images"}
-_EXTRACTED = "parquet-pictures"
 
 
 def rename_arrays(arrays: Mapping[str, T]) -> dict[str, T]:
     """Return the arrays of an artifact or a run's state by their current names."""
     return _renamed(arrays, _ARRAYS)
-
-
-def extracted_folder(data: Path, name: str) -> Path:
-    """Return the folder of images from parquet files: `data`/`name`, or its earlier place."""
-    return data / (_EXTRACTED if (data / _EXTRACTED).is_dir() else name)
 
 
 def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:

@@ -47,10 +47,7 @@ def decoded(text: bytes | str, where: str) -> dict[str, Json]:
     try:
         raw = text.encode() if isinstance(text, str) else text
         value = msgspec.json.decode(raw)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also invalid UTF-8, unpaired surrogates, too deep
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # also invalid UTF-8
         raise FormatError(f"{where}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
