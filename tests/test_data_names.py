@@ -92,7 +92,7 @@ def test_no_remark_where_the_template_is_the_papers(
     words = ("--data", "dtd", "--root", root, "--template", SPEC.template, *FEW)
     done = ztune("tune", MINI, *words, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert "the papers take" not in done.err
+    assert "the papers use" not in done.err
 
 
 def test_eval_scores_on_the_published_test_images(ztune: Command, run: Path, root: Path) -> None:
@@ -113,7 +113,7 @@ def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> Non
     done = ztune(*words, "--methods", "zero-shot,gda", "--seeds", 1)
     assert done.code == 0, done.err
     assert "dtd on mini, 2 shots" in done.out
-    assert "the papers take --template" in done.err
+    assert "the papers use --template" in done.err
     document = json.loads((out / "compare.json").read_text())
     assert document["compare_config"]["root"] == str(root)
     assert document["counts"]["test"] == 12

@@ -346,7 +346,7 @@ def test_names_that_do_not_exist(model: Model, train: Any) -> None:
         ztune.Dataset.from_folder(DIGITS).split(shots=5000)
     with pytest.raises(ZtuneError, match=r"does not exist|is not a folder"):
         ztune.load("no-such-bundle")
-    with pytest.raises(ConfigError, match="`token_file` goes with a server"):
+    with pytest.raises(ConfigError, match="`token_file` requires a server"):
         ztune.load(MINI, token_file="x")
 
 
@@ -470,8 +470,8 @@ def test_a_failed_fit_leaves_the_old_one(model: Model, train: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"queries": "60"}, "`queries` is '60', expected a whole number"),
-        ({"seed": -1}, "`seed` is -1, expected a whole number"),
+        ({"queries": "60"}, "`queries` is '60', expected an integer"),
+        ({"seed": -1}, "`seed` is -1, expected an integer"),
         ({"seed": 1.5}, "`seed` is 1.5"),
         ({"step_size": object()}, "`step_size` is object"),
         ({"augment": 2}, "`augment` makes views of images"),
@@ -506,7 +506,7 @@ def test_labels_of_all_kinds(model: Model, train: Any) -> None:
             fitted.predict_proba(features), expected.predict_proba(features)
         )
     wrong: tuple[tuple[Any, str], ...] = (
-        (["a", "a"], "has a name twice"),
+        (["a", "a"], "has a duplicate"),
         ([1, 2], "are not strings"),
         ("ab", "str is not a list"),
     )
@@ -532,7 +532,7 @@ def test_a_model_is_shared_and_not_pickled(model: Model) -> None:
     for texts in wrong:
         with pytest.raises(DataError, match="`texts`"):
             model.encode_texts(texts)
-    with pytest.raises(DataError, match="`images` are one path"):
+    with pytest.raises(DataError, match="`images` is one path"):
         model.encode_images("a.png")
 
 

@@ -623,7 +623,7 @@ def test_a_decoder_sees_another_extractors_features(
     for words in (whole, pack):
         for more, part in (
             ((), "name it with --extractor FILE"),
-            (("--extractor", wrong), "is not the one that the visual prompt was tuned with"),
+            (("--extractor", wrong), "is not the extractor of the visual prompt"),
             (("--extractor", tmp_path / "none.onnx"), "none.onnx"),
         ):
             refused = ztune(*words, *more, "--quiet")

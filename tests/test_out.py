@@ -128,7 +128,7 @@ def test_a_run_that_another_process_is_at_is_left_alone(ztune: Command, run: Pat
     before = contents(run)
     with RunFolder(run).locked():
         for more in ((), ("--overwrite",)):
-            told(ztune(*TUNE, "--out", run, *more), "is being worked on by another process")
+            told(ztune(*TUNE, "--out", run, *more), "is in use by another process")
     assert contents(run) == before
 
 
@@ -181,7 +181,9 @@ def test_two_that_begin_at_once(tmp_path: Path, ztune: Command) -> None:
     """The other has made the folder while this one was preparing its own."""
     out = tmp_path / "out"
     with (
-        pytest.raises(ConfigError, match=r"made by another process \(try again, or name another"),
+        pytest.raises(
+            ConfigError, match=r"created by another process \(try again, or name another"
+        ),
         new_folder(out),
     ):
         out.mkdir()

@@ -54,7 +54,7 @@ def test_a_head_of_another_width_is_refused(ztune: Command, tmp_path: Path) -> N
     write_artifact(prompt, replace(HEAD, weight=np.ones((10, 7), np.float32)))
     line = refused(ztune, "--prompt", prompt)
     assert "the artifact has features of 7 values" in line
-    assert f"gives {BUNDLE.embed_dim} (use the bundle it was tuned on)" in line
+    assert f"has {BUNDLE.embed_dim} (use the bundle it was tuned on)" in line
 
 
 @pytest.mark.parametrize("artifact", [HEAD, replace(DECODER, extractor="")])
@@ -72,6 +72,6 @@ def test_a_folder_is_no_extractor(ztune: Command, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.safetensors"
     write_artifact(prompt, DECODER)
     line = refused(ztune, "--prompt", prompt, "--extractor", tmp_path)
-    assert f'extractor "{tmp_path}" of the visual prompt is no file' in line
+    assert f'extractor "{tmp_path}" of the visual prompt is not a file' in line
     gone = refused(ztune, "--prompt", prompt, "--extractor", tmp_path / "none.onnx")
     assert "does not exist" in gone

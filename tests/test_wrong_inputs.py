@@ -249,7 +249,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
         (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
         (("--set", "rank"), ('--set is "rank", expected KEY=VALUE',)),
-        (("--set", "n_context=30"), ("n_context needs init=random",)),
+        (("--set", "n_context=30"), ("n_context requires init=random",)),
         (
             ("--set", "n_context=30", "--init", "random"),
             ("is too long", "shorten the context or the name"),
@@ -548,7 +548,7 @@ def test_access_of_other_runtimes() -> None:
             ("--augment", 1),
             ("ogn-context uses the same images in all rounds", "leave out --augment"),
         ),
-        ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context needs init=",)),
+        ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context requires init=",)),
         ("ogn", ("--set", "memory_mb=0"), ("memory_mb is 0.0, expected more than 0",)),
         ("ogn", ("--extractor", "x"), ("ogn has no decoder", "leave out --extractor")),
         ("cma", ("--queries", 50, "--set", "population=60"), ("--queries 50 is less", "costs 60")),

@@ -321,7 +321,7 @@ def test_certificates(
 
 @pytest.mark.parametrize("method", ["ogn", "gda", "bar"])
 def test_what_losses_alone_do_not_serve(method: str, frugal: str, tune: Tune) -> None:
-    line = tune(frugal, "--method", method, says=(f'method "{method}" needs', "does not give"))
+    line = tune(frugal, "--method", method, says=(f'method "{method}" needs', "does not provide"))
     able = line.rpartition("methods that would work: ")[2].split(", ")
     assert "zip" in able
     assert not {"ogn", "gda", "bar"} & set(able)

@@ -213,7 +213,7 @@ def test_a_truncated_artifact_is_refused_at_every_length(tmp_path: Path) -> None
     cut = tmp_path / "cut"
     for length in range(0, len(raw), 7):
         cut.write_bytes(raw[:length])
-        with pytest.raises(FormatError, match="damaged or no file"):
+        with pytest.raises(FormatError, match="damaged or not written"):
             read_artifact(cut)
 
 
@@ -302,7 +302,7 @@ def test_changed_tensors_are_refused(
         ("mixture", "tokens", np.ones(3, np.int32), r"not int32 of \(K, m\)"),
         ("mixture", "tokens", np.ones((0, 2), np.int32), "tokens is missing, empty or"),
         ("mixture", "tokens", np.ones((3, 0), np.int32), "tokens is missing, empty or"),
-        ("mixture", "tokens", np.array([[1], [-3], [2]], np.int32), "has -3, expected ids from 0"),
+        ("mixture", "tokens", np.array([[1], [-3], [2]], np.int32), "has -3, expected ids of"),
         ("mixture", "tokens", np.ones((4, 2), np.int32), r"weights is \(3,\), expected \(4,\)"),
         ("mixture", "weights", None, "tensor weights is missing"),
         ("mixture", "weights", np.ones(2, np.float32), r"weights is \(2,\), expected \(3,\)"),

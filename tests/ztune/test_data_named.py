@@ -419,7 +419,7 @@ def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
         ({"names": [1]}, "no class names of"),
         ({"metadata": b"{"}, "no `features` metadata"),
         ({"metadata": b"null"}, "no `features` metadata"),
-        ({"metadata": b'{"info": {"features": {}}}'}, "expected a column of images"),
+        ({"metadata": b'{"info": {"features": {}}}'}, "expected one column of images"),
     ],
 )
 def test_wrong_parquet(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -418,7 +418,7 @@ def test_losses_alone_are_tuned_by_the_steps_of_zip() -> None:
         assert needs_of(method, config) == {LOSS, CONTEXTS}
         assert (tuned.step_queries(), tuned.round_size) == (10, 10)
         assert "answers=loss" in tuned.notice
-        assert "ZIP's steps" in tuned.notice
+        assert "tuning with ZIP" in tuned.notice
     assert ZipConfig().notice == ""
 
 
@@ -450,9 +450,9 @@ def test_a_mixtures_prompts_are_as_long_as_its_words() -> None:
         config = method_config(find_method("ogn"), settings)
         assert config.build(towers(), QUERIES, 1)[1].ask().points.shape == (10, n_tokens)
     for init in ("a photo of a", "two words"):
-        with pytest.raises(ConfigError, match="n_context needs init=random"):
+        with pytest.raises(ConfigError, match="n_context requires init=random"):
             method_config(find_method("ogn"), {"n_context": 2, "init": init})
-    with pytest.raises(ConfigError, match="n_context needs init=random"):
+    with pytest.raises(ConfigError, match="n_context requires init=random"):
         OgnConfig(n_context=4)
 
 
