@@ -144,7 +144,7 @@ def test_a_mixture_of_words_that_the_bundle_has_not(
     beyond = artifact.tokens.copy()
     beyond[1, 0] = n_words
 
-    names = tmp_path / "names.txt"  # in another order, so that texts are encoded anew
+    names = tmp_path / "names.txt"  # in another order, so that texts are encoded again
     names.write_text("two\nthree\none")
 
     def evaluated(tokens: I32) -> Result:
