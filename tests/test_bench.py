@@ -61,7 +61,7 @@ targets = ["again"]
 shots = [2]
 methods = ["zip", "gda"]
 """
-Begin = Callable[..., "subprocess.Popen[str]"]
+StartBench = Callable[..., "subprocess.Popen[str]"]
 N_CELLS = 12 + 6 + 4 + 4
 """Few-shot, base-to-new and the two transfers."""
 N_RUNS = 12 + 6 + 2
@@ -105,7 +105,7 @@ def results(out: Path) -> tuple[Result, ...]:
 
 
 def repeatable(out: Path) -> dict[str, object]:
-    """Return all that must not differ between two ways to carry a plan out."""
+    """Return all that must not differ between two ways to run a plan."""
     found: dict[str, object] = {}
     for one in results(out):
         assert one.outcome is not None, f"{one.cell}: {one.reason}"
@@ -131,8 +131,8 @@ def words_of(plan: Path, out: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture
-def begun() -> Iterator[Begin]:
-    """Start benches in processes of their own; what is left of them goes with the test."""
+def start_bench() -> Iterator[StartBench]:
+    """Start benches in their own processes, killed after the test."""
     children: list[subprocess.Popen[str]] = []
 
     def begin(plan: Path, out: Path, *more: object) -> "subprocess.Popen[str]":
@@ -155,8 +155,8 @@ def begun() -> Iterator[Begin]:
             child.stdout.close()
 
 
-def carried_out(plan: Path, out: Path, *more: object) -> str:
-    """Carry a plan out in a process of its own; return what it said."""
+def run_bench(plan: Path, out: Path, *more: object) -> str:
+    """Run a plan in its own process; return its output."""
     done = subprocess.run(words_of(plan, out, *more), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -258,7 +258,7 @@ def test_resuming_a_finished_bench_does_nothing(copied: Path, plan: Path, ztune:
 def test_workers_give_the_same_bytes(
     serial: Path, plan: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
-    carried_out(plan, tmp_path / "out", *more)
+    run_bench(plan, tmp_path / "out", *more)
     assert repeatable(tmp_path / "out") == repeatable(serial)
     assert artifacts(tmp_path / "out") == artifacts(serial)
 
@@ -268,19 +268,19 @@ def test_a_killed_driver_loses_nothing(
     serial: Path,
     plan: Path,
     tmp_path: Path,
-    begun: Begin,
+    start_bench: StartBench,
     more: tuple[object, ...],
 ) -> None:
     out = tmp_path / "out"
-    child = begun(plan, out, *more)
+    child = start_bench(plan, out, *more)
     wait_for(lambda: n_finished(out) >= 5)
     _kill([child.pid])  # joblib's workers end what they are at, and are waited for
     child.wait()
     recorded = {one.cell: one for one in results(out) if one.outcome}
     times = {one.outcome.run: ended(out)[one.outcome.run] for one in results(out) if one.outcome}
     assert 5 <= len(recorded) < N_CELLS
-    said = carried_out(plan, out, "--resume", *more)
-    assert f"of {N_CELLS} asked for {len(recorded)} are finished" in said
+    said = run_bench(plan, out, "--resume", *more)
+    assert f"{N_CELLS} requested: {len(recorded)} finished" in said
     assert repeatable(out) == repeatable(serial)
     assert artifacts(out) == artifacts(serial)
     later = ended(out)
@@ -295,11 +295,11 @@ def test_a_killed_worker_is_replaced(
     serial: Path,
     plan: Path,
     tmp_path: Path,
-    begun: Begin,
+    start_bench: StartBench,
     more: tuple[object, ...],
 ) -> None:
     out = tmp_path / "out"
-    child = begun(plan, out, *more)
+    child = start_bench(plan, out, *more)
     wait_for(lambda: n_finished(out) >= 3)
     victims = workers_of(child.pid)
     assert victims
@@ -311,14 +311,14 @@ def test_a_killed_worker_is_replaced(
 
 
 def test_a_run_that_was_killed_goes_on_from_its_state(
-    plan: Path, tmp_path: Path, begun: Begin, serial: Path
+    plan: Path, tmp_path: Path, start_bench: StartBench, serial: Path
 ) -> None:
     """A long run is not restarted: its history continues, and its seconds are those of both."""
     out, longer = tmp_path / "out", tmp_path / "plan.toml"
     text = plan.read_text().replace("queries = 60", "queries = 4000")
     longer.write_text(text)
     only = ("--methods", "zip", "--shots", "2", "--seeds", "1")
-    child = begun(longer, out, *only)
+    child = start_bench(longer, out, *only)
     wait_for(lambda: bool(list((out / "runs").glob("*/run/state.safetensors"))))
     _kill([child.pid])
     child.wait()
@@ -328,21 +328,21 @@ def test_a_run_that_was_killed_goes_on_from_its_state(
     assert 0 < n_before < 400
     (deaths,) = (out / "runs").glob("*/deaths")
     assert len(deaths.read_text().splitlines()) == 1
-    carried_out(longer, out, "--resume", *only)
+    run_bench(longer, out, "--resume", *only)
     assert not deaths.exists()
     whole = tmp_path / "whole"
-    carried_out(longer, whole, *only)
+    run_bench(longer, whole, *only)
     assert artifacts(out) == artifacts(whole)
 
 
 def test_two_drivers_share_one_folder(
-    serial: Path, plan: Path, tmp_path: Path, begun: Begin
+    serial: Path, plan: Path, tmp_path: Path, start_bench: StartBench
 ) -> None:
     """Each run is made by one of them; together they have all."""
     out = tmp_path / "out"
-    first = begun(plan, out)
+    first = start_bench(plan, out)
     wait_for((out / "results.sqlite").exists)
-    second = begun(plan, out, "--resume")
+    second = start_bench(plan, out, "--resume")
     said = [child.communicate(timeout=300)[0] for child in (first, second)]
     assert repeatable(out) == repeatable(serial), said
     assert artifacts(out) == artifacts(serial)
@@ -370,12 +370,12 @@ def forget(out: Path) -> None:
 
 
 def test_a_run_that_another_process_is_at_is_waited_for(
-    plan: Path, begun: Begin, copied: Path
+    plan: Path, start_bench: StartBench, copied: Path
 ) -> None:
     place = emptied(copied, "bar")
     forget(copied)
     with RunFolder(place).locked():
-        child = begun(plan, copied, "--resume")
+        child = start_bench(plan, copied, "--resume")
         wait_for(lambda: n_finished(copied) == N_CELLS - 1)
         time.sleep(1.5)
         assert child.poll() is None, "it waits"
@@ -575,7 +575,7 @@ def test_a_wrong_plan_leaves_nothing_behind(plan: Path, tmp_path: Path, ztune: C
     assert not out.exists()
 
 
-def test_the_smoke_plan_is_carried_out(tmp_path: Path, ztune: Command) -> None:
+def test_the_smoke_plan_runs(tmp_path: Path, ztune: Command) -> None:
     """Only its fastest methods: the whole takes half a minute."""
     out = tmp_path / "out"
     done = ztune("bench", ROOT / "plans" / "smoke.toml", "--out", out, "--methods", "gda,lp++")
@@ -597,13 +597,13 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     reasons = [one.reason for one in results(copied) if one.reason]
     assert reasons
     assert all(f"died {MAX_ATTEMPTS} times" in reason for reason in reasons)
-    assert ztune(*words).code == 0, "asked for again, it is tried again"
+    assert ztune(*words).code == 0, "a repeated command tries it again"
 
 
 def test_a_run_that_was_twice_killed_is_tried_alone(
     copied: Path, plan: Path, ztune: Command, serial: Path
 ) -> None:
-    """It may have been another's doing: that of a worker beside it."""
+    """It may have been another's doing: that of another worker."""
     place = emptied(copied, "zip")
     (place / "deaths").write_text("0 as if killed\n" * (MAX_ATTEMPTS - 1))
     forget(copied)
@@ -642,10 +642,8 @@ def test_only_some_cells(plan: Path, tmp_path: Path, ztune: Command) -> None:
     assert [(cell.method, cell.seed, cell.shots) for cell in done] == [("gda", 2, 1)]
 
 
-def test_a_plan_is_carried_out_in_parts(
-    serial: Path, plan: Path, tmp_path: Path, ztune: Command
-) -> None:
-    """What an earlier command asked for stays in the report of a later one that asks for less."""
+def test_a_plan_runs_in_parts(serial: Path, plan: Path, tmp_path: Path, ztune: Command) -> None:
+    """The cells of an earlier command stay in the report of a later one with fewer cells."""
     out = tmp_path / "out"
     only = ("--shots", "1", "--provider", "cpu")
     assert ztune("bench", plan, "--out", out, "--methods", "gda", *only).code == 0
@@ -661,7 +659,7 @@ def test_a_plan_is_carried_out_in_parts(
 def test_a_report_mixes_no_results_of_other_images(
     data: Path, plan: Path, tmp_path: Path, ztune: Command
 ) -> None:
-    """Images change, and a command asks for some methods only: the others wait for theirs."""
+    """Images change, and a command requests some methods only: the others are left for later."""
     own = Path(shutil.copytree(data, tmp_path / "digits"))
     own_plan, out = tmp_path / "plan.toml", tmp_path / "out"
     own_plan.write_text(plan.read_text().replace(str(data), str(own)))
@@ -749,15 +747,15 @@ def test_results_of_an_older_version_are_refused(copied: Path, plan: Path, ztune
 
 
 def test_an_interrupted_bench_says_how_to_go_on(
-    plan: Path, tmp_path: Path, begun: Begin, serial: Path
+    plan: Path, tmp_path: Path, start_bench: StartBench, serial: Path
 ) -> None:
     out = tmp_path / "out"
-    child = begun(plan, out, "--workers", 2)
+    child = start_bench(plan, out, "--workers", 2)
     wait_for(lambda: n_finished(out) >= 3)
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 130
     assert "--resume" in said
     assert "Traceback" not in said
-    carried_out(plan, out, "--resume")
+    run_bench(plan, out, "--resume")
     assert repeatable(out) == repeatable(serial)

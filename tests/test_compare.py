@@ -303,7 +303,7 @@ def test_an_interrupted_cell_is_taken_up_again(
     assert said.splitlines()[-1] == "error: stopped (resume with the same command)"
     assert read(out / "runs" / "zip-1" / "run.json")["status"] == "running"
     log = (out / "logs" / "zip-1.log").read_text()
-    assert log.endswith("stopped\n")  # it was told, not killed
+    assert log.endswith("stopped\n")  # it was interrupted, not killed
     result = ztune(*command, "--quiet", "--json")
     assert result.code == 0, result.err
     assert result.json["cells"][0]["queries"] == 60_000

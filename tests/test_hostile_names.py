@@ -147,9 +147,9 @@ def test_names_in_a_file_of_tensors(ztune: Command, run: Path, tmp_path: Path) -
     header["\x1b[2J"] = {"dtype": "\x9b0m", "shape": [0], "data_offsets": [0, 0]}
     changed = json.dumps(header).encode()
     prompt.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
-    told = ztune(*words)
-    assert told.code == 1
-    harmless(told, "error: ")
+    result = ztune(*words)
+    assert result.code == 1
+    harmless(result, "error: ")
 
 
 def bad(*_: Any) -> NoReturn:
@@ -186,9 +186,9 @@ def test_what_a_server_says_is_shown(
             ("tune", where, "--data", DIGITS, "--shots", 2, "--out", tmp_path / "run"),
             ("eval", where, "--data", DIGITS, "--split", "all"),
         ):
-            told = ztune(*words, *half)
-            assert told.code == 1
-            harmless(told, "error: ")
+            result = ztune(*words, *half)
+            assert result.code == 1
+            harmless(result, "error: ")
 
 
 PLAN = """
@@ -247,18 +247,18 @@ def test_compare_shows_names(ztune: Command, data: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_wrong_usage_shows_what_was_typed(words: tuple[str, ...], ztune: Command) -> None:
-    told = ztune(*words)
-    assert told.code == 2
-    harmless(told, r"\x1b[2J")
+    result = ztune(*words)
+    assert result.code == 2
+    harmless(result, r"\x1b[2J")
 
 
 def test_a_traceback_shows_names(ztune: Command, tmp_path: Path) -> None:
-    told = ztune("eval", tmp_path / "\x1b[2J", "--debug")
-    assert told.err.startswith("Traceback (most recent call last):\n  File ")
-    harmless(told, r"\x1b[2J")
+    result = ztune("eval", tmp_path / "\x1b[2J", "--debug")
+    assert result.err.startswith("Traceback (most recent call last):\n  File ")
+    harmless(result, r"\x1b[2J")
 
 
-def test_an_error_that_nobody_caught_shows_names() -> None:
+def test_an_uncaught_error_shows_names() -> None:
     program = r"""
 import sys
 import ztune.cli.methods as verb
@@ -280,9 +280,9 @@ def test_a_stop_shows_names(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ztune.training.TrainingRun.run", stopped)
-    told = ztune("tune", MINI, "--data", data, *SMALL, "--out", tmp_path / "\x1b[2J")
-    assert told.code == 130
-    harmless(told, r"\x1b[2J", "ztune tune --resume")
+    result = ztune("tune", MINI, "--data", data, *SMALL, "--out", tmp_path / "\x1b[2J")
+    assert result.code == 130
+    harmless(result, r"\x1b[2J", "ztune tune --resume")
 
 
 def test_progress_shows_names_on_a_terminal(
@@ -354,11 +354,11 @@ def test_a_password_on_the_command_line_is_kept_nowhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for more in ((), ("--json",), ("--debug",)):
-        told = ztune(*words(address), *more)
-        assert told.code == 1
-        assert told.out == ""
-        assert told.err.startswith("error: URLs must not contain a user or")
-        assert SECRET not in told.err
+        result = ztune(*words(address), *more)
+        assert result.code == 1
+        assert result.out == ""
+        assert result.err.startswith("error: URLs must not contain a user or")
+        assert SECRET not in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -372,8 +372,8 @@ def test_an_address_that_lost_a_slash_is_shown_without_its_password(
     verb: str, ztune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = ztune(*TAKING[verb](ADDRESS.replace("//", "/")))
-    assert SECRET not in told.out + told.err
+    result = ztune(*TAKING[verb](ADDRESS.replace("//", "/")))
+    assert SECRET not in result.out + result.err
 
 
 def test_a_saved_address_is_shown_without_its_password(

@@ -1,4 +1,4 @@
-"""Results of a bench by hand: a store with the cells that a test asks for."""
+"""Results of a bench by hand: a store with the cells of a test."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +65,7 @@ def score(part: str, accuracy: float | None, zero_shot: float) -> PartScore:
 
 
 def digest_of(model: str) -> str:
-    """Return what stands for the digest of a model's bundle."""
+    """Return a stand-in for the digest of a model's bundle."""
     return f"digest of {model}"
 
 

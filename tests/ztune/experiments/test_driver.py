@@ -1,4 +1,4 @@
-"""The course of a bench: what is asked for again, alone or later, and what is recorded and said."""
+"""The driver of a bench: which jobs it retries, alone or later, and what it records and reports."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -59,7 +59,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def carried_out(folder: Path, stub: Stub, only: CellFilter | None = None) -> tuple[int, Store]:
+def run_driver(folder: Path, stub: Stub, only: CellFilter | None = None) -> tuple[int, Store]:
     """Return how many cells are left, and the results."""
     split = Split({"data": folder}, ("a", "b"), (), SplitSettings(shots=1), ())
     run_config = RunConfig("bundle", "data", cache="cache")
@@ -72,8 +72,8 @@ def carried_out(folder: Path, stub: Stub, only: CellFilter | None = None) -> tup
     store = Store(folder / "results.sqlite")
     store.set_plan("plan", {"title": "t"}, cells)
     session = store.begin_session({})
-    course = Driver(prepared, only or CellFilter(), store, session, stub, SILENCE)
-    return course.run(), store
+    driver = Driver(prepared, only or CellFilter(), store, session, stub, SILENCE)
+    return driver.run(), store
 
 
 def outcomes(store: Store) -> dict[str, Outcome | str]:
@@ -81,22 +81,22 @@ def outcomes(store: Store) -> dict[str, Outcome | str]:
     return {one.cell.method: one.outcome or one.reason for one in store.view("plan").results}
 
 
-def test_what_is_carried_out_is_recorded(tmp_path: Path, pauses: list[float]) -> None:
+def test_results_are_recorded(tmp_path: Path, pauses: list[float]) -> None:
     stub = Stub(a=[done("a")], b=[failed("b"), done("b")], c=[done("c")])
-    lacking, store = carried_out(tmp_path, stub)
-    assert lacking == 1
+    missing, store = run_driver(tmp_path, stub)
+    assert missing == 1
     assert outcomes(store) == {"a": OUTCOME, "b": "a reason", "c": OUTCOME}
     assert stub.asked == [["a", "b", "c"]]
-    lacking, store = carried_out(tmp_path, stub)
-    assert lacking == 0
+    missing, store = run_driver(tmp_path, stub)
+    assert missing == 0
     assert stub.asked[1:] == [["b"]], "only what has no result"
     assert outcomes(store) == dict.fromkeys("abc", OUTCOME)
     assert pauses == []
 
 
-def test_only_what_is_asked_for_is_carried_out(tmp_path: Path) -> None:
-    lacking, store = carried_out(tmp_path, Stub(a=[], b=[done("b")]), CellFilter(methods=("b",)))
-    assert lacking == 0
+def test_only_requested_cells_run(tmp_path: Path) -> None:
+    missing, store = run_driver(tmp_path, Stub(a=[], b=[done("b")]), CellFilter(methods=("b",)))
+    assert missing == 0
     assert outcomes(store) == {"a": "", "b": OUTCOME}
 
 
@@ -104,23 +104,23 @@ def test_a_run_in_other_hands_is_asked_for_after_the_others(
     tmp_path: Path, pauses: list[float]
 ) -> None:
     stub = Stub(a=[BUSY, BUSY, BUSY, done("a")], b=[done("b")], c=[BUSY, BUSY, done("c")])
-    lacking, store = carried_out(tmp_path, stub)
-    assert lacking == 0
+    missing, store = run_driver(tmp_path, stub)
+    assert missing == 0
     assert outcomes(store) == dict.fromkeys("abc", OUTCOME)
     assert stub.asked == [["a", "b", "c"], ["a", "c"], ["a", "c"], ["a"]]
     assert pauses == [1.0], "no pause where something was done"
 
 
 def test_pauses_grow_while_nothing_can_be_done(tmp_path: Path, pauses: list[float]) -> None:
-    lacking, _ = carried_out(tmp_path, Stub(a=[*[BUSY] * 6, done("a")]))
-    assert lacking == 0
+    missing, _ = run_driver(tmp_path, Stub(a=[*[BUSY] * 6, done("a")]))
+    assert missing == 0
     assert pauses == [1.0, 2.0, 5.0, 15.0, 15.0, 15.0]
 
 
 def test_what_lost_its_process_is_asked_for_alone(tmp_path: Path, pauses: list[float]) -> None:
     stub = Stub(a=[ALONE, done("a")], b=[ALONE, failed("b")], c=[done("c")])
-    lacking, store = carried_out(tmp_path, stub)
-    assert lacking == 1
+    missing, store = run_driver(tmp_path, stub)
+    assert missing == 1
     assert stub.asked == [["a", "b", "c"], ["a!"], ["b!"]]
     assert outcomes(store) == {"a": OUTCOME, "b": "a reason", "c": OUTCOME}
     assert pauses == []
@@ -130,7 +130,7 @@ def test_batches_of_which_none_can_be_had_are_no_busy_loop(
     tmp_path: Path, pauses: list[float]
 ) -> None:
     stub = Stub(a=[ALONE, BUSY, BUSY, done("a")], b=[BUSY, BUSY, BUSY, done("b")])
-    lacking, _ = carried_out(tmp_path, stub)
-    assert lacking == 0
+    missing, _ = run_driver(tmp_path, stub)
+    assert missing == 0
     assert stub.asked == [["a", "b"], ["b"], ["a!"], ["b"], ["a!"], ["b"], ["a!"]]
     assert pauses == [1.0, 2.0]

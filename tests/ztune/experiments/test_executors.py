@@ -112,7 +112,7 @@ def performed(settings: Settings, place: int, task: Task) -> tuple[int, Encoded]
 
 
 def perilous(settings: Settings, place: int, task: Task) -> tuple[int, Encoded]:
-    """Once the task before was answered, kill the process; when asked for again, answer."""
+    """Once the task before was answered, kill the process; at the next attempt, answer."""
     if place:
         wait_for((settings.out / f"answered-{place - 1}").exists)
     if attempt(settings, place) == 1:
@@ -216,7 +216,7 @@ def test_joblib_says_how_to_install_it(settings: Settings, monkeypatch: pytest.M
         Joblib(settings, 2)
 
 
-# On Ray, which a stub stands for.
+# On Ray, replaced by a stub.
 
 
 class RayError(Exception):
@@ -347,7 +347,7 @@ def test_ray_answers_each_task_once_on_no_more_actors_than_asked_for(
     executor = connect(stub, 3, 0.25)
     assert (executor.name, executor.workers) == ("ray", 3)
     assert each_once(answers(executor, n), n)
-    assert stub.given == tasks(n)  # begun in order
+    assert stub.given == tasks(n)  # started in order
     takes = {"num_cpus": THREADS, "num_gpus": 0.25}
     assert stub.actors == [(takes, settings)] * min(n, 3)
     assert stub.most_at_once == min(n, 3)
@@ -361,7 +361,7 @@ def test_ray_starts_a_cluster_here_as_large_as_the_workers_need(connect: Connect
     connect(here, 2, address="local")
     assert here.options["address"] == "local"
     assert here.options["num_cpus"] == 2 * THREADS
-    # One that is there has its size, which ray.init refuses to be told.
+    # One that is there has its size, which ray.init refuses as an argument.
     connect(there, 2, address="ray://host:10001")
     assert there.options["address"] == "ray://host:10001"
     assert "num_cpus" not in there.options
@@ -421,7 +421,7 @@ def test_ray_raises_what_a_task_raised_as_it_is(connect: Connect) -> None:
     with pytest.raises(RayTaskError) as caught:
         answers(connect(stub, 1), 5)
     assert caught.value is error
-    assert stub.given == tasks(2)  # and asks for nothing more
+    assert stub.given == tasks(2)  # and requests nothing more
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -500,11 +500,11 @@ def test_the_errors_of_the_stub_are_related_as_those_of_ray() -> None:
 
 def slow(settings: Settings, place: int, task: Task) -> tuple[int, Encoded]:
     if place:
-        (settings.out / "begun").touch()
+        (settings.out / "started").touch()
         time.sleep(10)
         (settings.out / "ended").touch()
     else:
-        wait_for((settings.out / "begun").exists)
+        wait_for((settings.out / "started").exists)
     return place, answer(task)
 
 

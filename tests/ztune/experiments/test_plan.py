@@ -485,7 +485,7 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     assert found["execution"] == {
         "provider": "cpu", "threads": 2, "memory_limit": 300, "force": True,
     }  # fmt: skip
-    # Where the plan lies does not matter to it.
+    # The path of the plan does not matter.
     (tmp_path / "other").mkdir()
     assert (
         plan_of(tmp_path / "other", text).to_json(digests, {"photos": found_of_photos}) == document

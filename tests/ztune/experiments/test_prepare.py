@@ -97,7 +97,7 @@ def prepare(tmp_path: Path, warnings: list[str]) -> Prepare:
         preparation = Preparation(read_plan(path), only, root, out, provider, progress)
         with forward_warnings(warnings.append):
             prepared = preparation.prepare()
-        assert not out.exists(), "whoever prepares writes nothing"
+        assert not out.exists(), "preparation writes nothing"
         return prepared
 
     return call
@@ -176,7 +176,7 @@ def test_a_key_changes_with_what_changes_the_figures(
 
 
 def test_no_two_changes_give_one_key(data: Path, prepare: Prepare) -> None:
-    """Values of different settings do not stand in for each other."""
+    """Values of different settings are not mixed up."""
     ways: list[dict[str, object]] = [
         {}, {"seed": 3}, {"shots": 3}, {"threads": 3}, {"curve": 3}, {"settings": "rank = 3"},
         {"more": ", augment = 3"}, {"preset": "published"}, {"queries": 43},
@@ -436,7 +436,7 @@ def test_only_methods_with_a_limit_are_forced(data: Path, prepare: Prepare) -> N
     ]  # fmt: skip
 
 
-# What is asked for now
+# Requested cells
 
 
 @pytest.mark.parametrize(
@@ -564,7 +564,7 @@ def test_a_data_set_by_name_needs_a_root(
         prepare(text)
     with pytest.raises(DataError, match=r'root ".*nowhere" does not exist'):
         prepare(text, root=tmp_path / "nowhere")
-    # A folder of that name beside the plan is not what is meant.
+    # A folder of that name next to the plan is not used.
     built(tmp_path, "dtd")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="add `root=DIR`"):

@@ -1,4 +1,4 @@
-"""Figures of papers: the data file's form, and what is put beside them."""
+"""Figures of papers: the data file's form, and the measured ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +126,7 @@ def sheets(folder: Path, *rows: Row) -> list[Sheet]:
     return sheets_of(store_of(folder, rows).view(PLAN).results)
 
 
-def test_ours_stands_beside_theirs_with_the_distance(tmp_path: Path) -> None:
+def test_measured_and_published_figures_with_their_difference(tmp_path: Path) -> None:
     found = sheets(
         tmp_path,
         Row("mine", "dtd", (0.40, 0.50)),
@@ -166,7 +166,7 @@ def test_an_average_is_compared_only_where_all_eleven_are_there(tmp_path: Path) 
     assert pairs_of(theirs, sheets(tmp_path / "ten", *rows[1:]), NAMES) == []
 
 
-def test_prompts_stand_beside_the_papers_zero_shot_with_whatever_method(tmp_path: Path) -> None:
+def test_templates_are_compared_with_zero_shot_whatever_the_method(tmp_path: Path) -> None:
     found = sheets(tmp_path, Row("mine", "dtd", (0.9, 0.8), zero_shot=0.44))
     (pair,) = pairs_of([figure("dtd", 40.0, "zero-shot")], found, NAMES)
     assert pair.difference == pytest.approx(4.0)

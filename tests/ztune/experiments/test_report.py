@@ -87,7 +87,7 @@ def test_what_is_unusual_about_the_data_is_said_first(tmp_path: Path) -> None:
         assert "## Data" not in text
 
 
-def test_circumstances_are_told_once_for_sessions_alike(tmp_path: Path) -> None:
+def test_equal_sessions_are_listed_once(tmp_path: Path) -> None:
     store = store_of(tmp_path, MIXED)
     view = store.view(PLAN)
     first = view.sessions[1]
@@ -146,13 +146,13 @@ def test_one_thing_is_no_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not re.findall(r"(?<![\d.,–-])1 (?:shot|cell|seed|set|data set|combination)s\b", said)
 
 
-def test_the_papers_figures_stand_beside_ours(tmp_path: Path) -> None:
+def test_published_figures_are_compared(tmp_path: Path) -> None:
     text, _ = report(tmp_path, [Row("mine", "Textures", (0.5,))], uses={"mine": "zip"},
                      known_as={"Textures": "dtd"})  # fmt: skip
-    beside = text[text.index("## Published figures") :]
-    ours = next(line for line in beside.splitlines() if line.startswith("| mine | DTD |"))
+    published = text[text.index("## Published figures") :]
+    ours = next(line for line in published.splitlines() if line.startswith("| mine | DTD |"))
     assert "| 47.8 | ViT-B/16 | 5,000 queries | 50.0 | clip | 100 | +2.2 |" in ours
-    assert "CoOp, with gradients" in beside
+    assert "CoOp, with gradients" in published
 
 
 def test_tables_csv_has_a_row_per_part(tmp_path: Path) -> None:

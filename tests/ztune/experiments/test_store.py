@@ -1,4 +1,4 @@
-"""Results in one file: what was recorded stays, whoever else writes and whenever one is killed."""
+"""Results in one file: what was recorded stays, with other writers and after a kill."""
 
 import contextlib
 import dataclasses
@@ -158,7 +158,7 @@ def test_a_failure_is_replaced_by_what_comes_later(store: Store) -> None:
         ("x" * 100_000, "x" * 100_000),
         # A file name that is no UTF-8 comes like this from the system, into the error's message.
         ("image \udcff.png", "image \\udcff.png"),
-        # What an assertion without words says; empty, the cell would look as if nobody had tried.
+        # What an assertion without words says; empty, the cell would look as if it was not run.
         ("", "no reason given"),
     ],
 )
@@ -439,7 +439,7 @@ def test_a_file_that_is_no_database_is_refused_and_kept(path: Path, content: byt
     "statement",
     [
         "CREATE TABLE cells (key TEXT PRIMARY KEY)",
-        f"PRAGMA application_id = {APPLICATION - 1}",  # without a table: still somebody's
+        f"PRAGMA application_id = {APPLICATION - 1}",  # without a table: still foreign
         "PRAGMA user_version = 1",
     ],
 )
@@ -574,7 +574,7 @@ def unprivileged() -> Iterator[None]:
 @pytest.fixture
 def closed_folder() -> Iterator[Path]:
     """Return a folder whose files, and which itself, can be read and not written."""
-    folder = Path(tempfile.mkdtemp())  # tmp_path lies in a folder that is the owner's alone
+    folder = Path(tempfile.mkdtemp())  # tmp_path is in a private folder
     try:
         store = Store(folder / "there.sqlite")
         store.set_plan(PLAN, {"title": "t"}, cells(1, 2))
@@ -604,7 +604,7 @@ def test_a_path_that_cannot_be_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_can_be_read(closed_folder: Path) -> None:
-    # Reports are made of results on a shared disk, or of those somebody else has recorded.
+    # Reports are made of results on a shared disk, or of another user.
     store = Store.existing(closed_folder / "there.sqlite")
     assert results(store) == [Result(cell(1), OUTCOME, "", 1), Result(cell(2))]
     with pytest.raises(FormatError, match=f'^results "{store.path}": .*(readonly|unable)'):
@@ -781,7 +781,7 @@ def test_four_writers_lose_nothing_of_each_other(path: Path) -> None:
 N_KILLS, N_MOST = 20, 100
 
 
-def carry_out(path: Path, first: int, line: Connection) -> None:
+def record_results(path: Path, first: int, line: Connection) -> None:
     """Fail and then finish one cell after the other, and say so of each."""
     store = Store(path)
     session = store.begin_session({"first": first})
@@ -817,7 +817,7 @@ def test_after_a_kill_all_that_was_recorded_is_there_and_whole(path: Path) -> No
     Store(path).set_plan(PLAN, {"title": "t"}, cells(*everything))
     expected = [Result(cell(number)) for number in everything]
     for turn in range(N_KILLS):
-        with working(carry_out, path, turn * N_MOST) as (worker,):
+        with working(record_results, path, turn * N_MOST) as (worker,):
             said = killed(worker, moments)
         for result in said:
             expected[result.cell.seed] = result
@@ -848,7 +848,7 @@ def test_after_a_kill_while_files_are_made_each_can_be_taken_up(tmp_path: Path) 
             n_made = killed(worker, moments)[-1] + 1
         paths = [tmp_path / f"{turn}-{number}.sqlite" for number in range(n_made + 1)]
         assert all(path.stat().st_size > 0 for path in paths[:-1])
-        for path in paths:  # the last one may be absent, empty, or with a journal beside it
+        for path in paths:  # the last one may be absent, empty, or with a journal next to it
             assert Store(path).begin_session({}) == 1
             check(path)
         assert len(list(tmp_path.glob(f"{turn}-*"))) == len(paths)
