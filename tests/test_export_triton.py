@@ -90,7 +90,7 @@ def test_defaults(ztune: Command, tmp_path: Path) -> None:
         (("--access", "all"), ('--access is "all"', "features, logits, losses")),
         (("--instances", 0), ("--instances is 0",)),
         (("--threads", 0), ("--threads is 0",)),
-        (("--name", "a/b"), ('"a/b" cannot name models', "--name NAME")),
+        (("--name", "a/b"), ('invalid model name "a/b"', "--name NAME")),
         (("--backend", "python", "--accelerator", "tensorrt"), ("--backend onnxruntime",)),
     ],
 )

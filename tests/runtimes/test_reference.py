@@ -153,7 +153,7 @@ def test_whatever_the_process_dies_of_is_one_line(
         reference_features(int8, names, np.zeros((2, 4, 32), np.float32), 2, Execution())
     assert "\n" not in str(raised.value)
     for program, message in (
-        ("import os; os.kill(os.getpid(), 9)", "stopped by signal 9"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
         ("raise SystemExit(3)", "exited with code 3 and no message"),
         ("print('x'); 1 / 0", "ZeroDivisionError: division by zero"),
     ):
