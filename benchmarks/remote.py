@@ -1,6 +1,6 @@
-"""What a server costs: the same steps on this machine and over each transport, in turns.
+"""Measure the overhead of a server: the same steps locally and over each transport.
 
-    make triton-env                                 # once: a real Triton
+    make triton-env                                 # once: installs Triton
     python -m benchmarks.remote BUNDLE              # C = 10, 100 and 1,000
     python -m benchmarks.remote BUNDLE --quick      # within 40 s for a small model
 
@@ -30,10 +30,10 @@ from benchmarks.remote_ways import (
     LOCAL,
     TRANSPORTS,
     WAYS,
-    Counted,
+    ServerCounts,
     Task,
     Way,
-    opened,
+    open_connection,
 )
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtImageEncoder
@@ -48,55 +48,57 @@ from ztune.run import RunFolder
 from ztune.system import one_blas_thread
 from ztune.types import F32, Evaluation, ImageEncoder, Oracle
 
-# At most so many steps of one way follow each other, as they do in a run, before the next way's.
+# Maximum consecutive steps of one way before the next way's.
 _BURST = 5
 _PAUSE = 0.02
-_IMAGES_AT_ONCE = 8  # as the image pass of a run has them
+_IMAGES_AT_ONCE = 8  # as in a run's image pass
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured."""
+    """The size of the measurement."""
 
     classes: tuple[int, ...]
     queries: int
-    """Of every way with 10 classes; fewer by as much as there are more classes."""
+    """Queries per way with 10 classes; inversely proportional to the classes above that."""
     threads: int
     least_steps: int = 7
     bookkeeping_steps: int = 200
     n_images: int = 128
 
     def steps(self, n_classes: int, n_candidates: int) -> int:
-        """Return the steps of every way with so many classes."""
+        """Return the steps per way."""
         most = self.queries * 10 // (n_candidates * max(10, n_classes))
         return max(self.least_steps, most)
 
 
 def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
     """Measure everything and return the document."""
-    begun, spec = time.perf_counter(), bundle.text
+    start, spec = time.perf_counter(), bundle.text
     with tempfile.TemporaryDirectory(prefix="remote-") as name, one_blas_thread():
         folder = Path(name)
-        repository = ways.repository_of(bundle, folder / "repository", extent.threads)
-        with ways.started(repository) as server:
+        repository = ways.export_repository(bundle, folder / "repository", extent.threads)
+        with ways.start_server(repository) as server:
             say(f"server ready after {server.start_s:.1f} s")
-            about = ways.told(server, "/v2")
+            about = ways.get_json(server, "/v2")
             rows = []
             with contextlib.ExitStack() as stack:
-                doors = {
-                    name: stack.enter_context(opened(bundle, name, ways.address(name, server)))
+                connections = {
+                    name: stack.enter_context(
+                        open_connection(bundle, name, ways.address(name, server))
+                    )
                     for name in TRANSPORTS
                 }
                 for n_classes in extent.classes:
-                    rows += steps(bundle, doors, server, n_classes, extent)
-                kept = bookkeeping(bundle, doors[GRPC], folder, extent)
-                images = image_pass(bundle, doors, extent)
-            # Apart from what is timed: the proxy would take its share of a core.
+                    rows += steps(bundle, connections, server, n_classes, extent)
+                kept = bookkeeping(bundle, connections[GRPC], folder, extent)
+                images = image_pass(bundle, connections, extent)
+            # Separate from the timing: the proxy uses CPU time.
             wire = ways.wire_bytes(bundle, server, extent.classes, n_steps=1)
     for row in rows:
         row |= wire.get((row["classes"], row.pop("way")), {})
     return document(
-        begun,
+        start,
         model={
             "width": spec.width,
             "embed_dim": bundle.embed_dim,
@@ -112,23 +114,23 @@ def measure(bundle: Bundle, extent: Extent) -> dict[str, Any]:
 
 def steps(
     bundle: Bundle,
-    doors: Mapping[str, CheckedService],
+    connections: Mapping[str, CheckedService],
     server: TritonServer,
     n_classes: int,
     extent: Extent,
 ) -> list[dict[str, Any]]:
-    """Return a row for each way to evaluate a round of so many classes."""
+    """Return a row for each way to evaluate a round of `n_classes`."""
     n_candidates = Task(bundle, n_classes, 1).n_candidates
     n_steps = extent.steps(n_classes, n_candidates)
     task = Task(bundle, n_classes, n_steps)
-    services = {way: way.served(doors[way.transport]) for way in WAYS}
-    oracles: dict[object, Oracle] = {LOCAL: task.locally(extent.threads)}
+    services = {way: way.served(connections[way.transport]) for way in WAYS}
+    oracles: dict[object, Oracle] = {LOCAL: task.local_oracle(extent.threads)}
     for losses in ("here", "server"):
         served = services[Way(GRPC, losses)]
-        oracles[losses] = task.computed(served, server.repository, extent.threads)
-    oracles |= {way: task.remotely(services[way]) for way in WAYS}
-    taken, accounts = in_turns(task, oracles, n_steps, lambda: ways.counted(server))
-    plan = task.encoder(Way(GRPC, "auto").served(doors[GRPC])).plan
+        oracles[losses] = task.in_process_oracle(served, server.repository, extent.threads)
+    oracles |= {way: task.server_oracle(services[way]) for way in WAYS}
+    taken, accounts = alternate(task, oracles, n_steps, lambda: ways.read_counts(server))
+    plan = task.encoder(Way(GRPC, "auto").served(connections[GRPC])).plan
     rows: list[dict[str, Any]] = []
     for key in (LOCAL, *WAYS):
         seconds = statistics.median(taken[key])
@@ -149,10 +151,10 @@ def steps(
                 "transport": key.transport,
                 "losses": key.losses,
                 "auto": key.losses == plan.losses,
-                "requests_per_step": len(cut(task, services[key])),
+                "requests_per_step": len(split_contexts(task, services[key])),
                 "computing_seconds": statistics.median(taken[key.losses]),
-                **apart("overhead_ms", taken[key], taken[key.losses]),
-                **apart("over_local_ms", taken[key], taken[LOCAL]),
+                **difference("overhead_ms", taken[key], taken[key.losses]),
+                **difference("over_local_ms", taken[key], taken[LOCAL]),
                 **accounts[key].figures(),
             }
             words += f", overhead {row['overhead_ms']:.2f} ms"
@@ -161,21 +163,21 @@ def steps(
     return rows
 
 
-def in_turns(
-    task: Task, oracles: Mapping[object, Oracle], n_steps: int, account: Callable[[], Counted]
-) -> tuple[dict[object, list[float]], dict[object, Counted]]:
-    """Evaluate the same steps by every oracle; return seconds of each, and the server's account.
+def alternate(
+    task: Task, oracles: Mapping[object, Oracle], n_steps: int, account: Callable[[], ServerCounts]
+) -> tuple[dict[object, list[float]], dict[object, ServerCounts]]:
+    """Evaluate the same steps by every oracle; return the seconds and the server's counts of each.
 
-    They take turns of a few steps, and each turn begins with another of them.
+    Oracles alternate every few steps, each time in another order.
     """
     taken: dict[object, list[float]] = {key: [] for key in oracles}
-    accounts = dict.fromkeys(oracles, Counted())
+    accounts = dict.fromkeys(oracles, ServerCounts())
     for oracle in oracles.values():
-        # The first opens connections and shows ONNX Runtime how much memory such a call needs,
-        # which the second takes.
+        # The first call opens connections and lets ONNX Runtime plan its memory, which the second
+        # allocates.
         oracle(*task.step(0))
         oracle(*task.step(0))
-    order, burst = list(oracles), burst_of(n_steps)
+    order, burst = list(oracles), burst_size(n_steps)
     for first in range(0, n_steps, burst):
         order.append(order.pop(0))
         for key in order:
@@ -190,13 +192,13 @@ def in_turns(
     return taken, accounts
 
 
-def burst_of(n_steps: int) -> int:
-    """Return the steps of a turn: few where there are few, so that there are several turns."""
+def burst_size(n_steps: int) -> int:
+    """Return the consecutive steps of one oracle, at most a fifth of all."""
     return max(1, min(_BURST, n_steps // 5))
 
 
-def apart(name: str, one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Return by how many milliseconds the same steps took longer: the median, and the quartiles."""
+def difference(name: str, one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Return how many milliseconds longer the same steps took: median and quartiles."""
     differences = [1e3 * (a - b) for a, b in zip(one, other, strict=True)]
     low, middle, high = np.quantile(differences, (0.25, 0.5, 0.75))
     return {name: float(middle), f"{name}_quartiles": [float(low), float(high)]}
@@ -205,13 +207,13 @@ def apart(name: str, one: Sequence[float], other: Sequence[float]) -> dict[str, 
 def bookkeeping(
     bundle: Bundle, connected: CheckedService, folder: Path, extent: Extent
 ) -> dict[str, Any]:
-    """Return what a run writes down at every step, apart and in whole steps of 10 classes."""
+    """Return the cost of a run's files per step, alone and in whole steps of 10 classes."""
     served = Way(GRPC, "auto").served(connected)
     task, n_steps = Task(bundle, 10, 1), extent.bookkeeping_steps
     runs = {
-        "local": _Steps(task, task.locally(extent.threads)),
-        "remote": _Steps(task, task.remotely(served)),
-        "remote_kept": _Steps(task, task.remotely(served), folder / "run"),
+        "local": _Steps(task, task.local_oracle(extent.threads)),
+        "remote": _Steps(task, task.server_oracle(served)),
+        "remote_kept": _Steps(task, task.server_oracle(served), folder / "run"),
     }
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(n_steps):
@@ -227,24 +229,24 @@ def bookkeeping(
         **{f"{name}_ms": statistics.median(times) for name, times in kept.written.items()},
     }
     found |= {f"{name}_step_ms": 1e3 * statistics.median(taken[name]) for name in runs}
-    found |= apart("keeping_ms", taken["remote_kept"], taken["remote"])
-    found |= apart("whole_over_local_ms", taken["remote_kept"], taken["local"])
+    found |= difference("keeping_ms", taken["remote_kept"], taken["remote"])
+    found |= difference("whole_over_local_ms", taken["remote_kept"], taken["local"])
     say(f"journal {found['journal_ms']:.2f} ms, history {found['history_ms']:.2f} ms, state "
         f"{found['state_ms']:.2f} ms a step on {found['file_system']}")  # fmt: skip
     return found
 
 
 class _Steps:
-    """A ZIP run that is made step by step, and what it writes down."""
+    """A ZIP run executed step by step, with the times of its writes."""
 
     def __init__(self, task: Task, oracle: Oracle, folder: Path | None = None):
-        """Take what evaluates; with a folder, keep what a run on a server keeps."""
+        """Start a run; with a folder, write what a run on a server writes."""
         self._oracle, self._n_classes = oracle, len(task.classes)
         self._map, optimizer = task.composition()
         self._each = task.n_candidates
         self._tuning = Tuning(optimizer, task.sampler(), Budget(0), time.monotonic())
         self.written: dict[str, list[float]] = {"journal": [], "history": [], "state": []}
-        """Milliseconds of each, by step."""
+        """Milliseconds per step."""
         self.journal: Callable[[int, int], None] | None = None
         self._folder: RunFolder | None = None
         if folder is not None:
@@ -254,7 +256,7 @@ class _Steps:
             self.journal = lambda *words: self._write("journal", lambda: journal(*words))
 
     def step(self) -> float:
-        """Make one step and return its seconds: ask, map, evaluate, tell, and what is kept."""
+        """Run one step and return its seconds: ask, map, evaluate, tell, write."""
         budget = self._tuning.budget
         budget.limit += self._each
         start = time.perf_counter()
@@ -274,7 +276,7 @@ class _Steps:
 
 
 def file_system(folder: Path) -> str:
-    """Return the kind of the file system that a folder stands on."""
+    """Return the type of a folder's file system."""
     mounts = [
         (len(one.mountpoint), one.fstype)
         for one in psutil.disk_partitions(all=True)
@@ -284,15 +286,15 @@ def file_system(folder: Path) -> str:
 
 
 def image_pass(
-    bundle: Bundle, doors: Mapping[str, CheckedService], extent: Extent
+    bundle: Bundle, connections: Mapping[str, CheckedService], extent: Extent
 ) -> list[dict[str, Any]]:
-    """Return images a second of the image tower on this machine and over each transport."""
+    """Return images per second of the image tower, local and over each transport."""
     S, random = bundle.image.size, np.random.default_rng(0)
     pixels = random.integers(0, 256, (extent.n_images, S, S, 3), dtype=np.uint8)
     parts = np.array_split(pixels, max(1, len(pixels) // _IMAGES_AT_ONCE))
     encoders: dict[str, ImageEncoder]
     encoders = {LOCAL: OrtImageEncoder(bundle, Execution("cpu", extent.threads))}
-    encoders |= {name: Way(name, "auto").served(doors[name]).images() for name in TRANSPORTS}
+    encoders |= {name: Way(name, "auto").served(connections[name]).images() for name in TRANSPORTS}
 
     def whole(encoder: ImageEncoder) -> Callable[[], None]:
         def encode() -> None:
@@ -313,8 +315,8 @@ def image_pass(
     ]
 
 
-def cut(task: Task, served: ServerRuntime) -> list[F32]:
-    """Return a round's contexts as they go out in requests."""
+def split_contexts(task: Task, served: ServerRuntime) -> list[F32]:
+    """Return a round's contexts, split into requests."""
     contexts = task.step(0)[0].contexts
     assert contexts is not None
     return task.encoder(served).parts(contexts)
@@ -324,10 +326,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("bundle", type=Path)
     arguments.add_argument("--classes", help="numbers of classes (default: 10,100,1000)")
-    arguments.add_argument(
-        "--queries", type=int, help="of every way, at 10 classes (default: 1000)"
-    )
-    arguments.add_argument("--threads", type=int, default=1, help="of server and of local graphs")
+    arguments.add_argument("--queries", type=int, help="per way, with 10 classes (default: 1000)")
+    arguments.add_argument("--threads", type=int, default=1, help="of server and local graphs")
     given = arguments.parse_args()
     try:
         triton_environment()

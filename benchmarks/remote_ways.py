@@ -1,6 +1,6 @@
-"""The ways to evaluate a round: on this machine, or on a server by each transport, and their costs.
+"""The ways to evaluate a round: locally, or on a server over each transport.
 
-What is compared sees the same prompts and the same images, step by step.
+All ways evaluate the same prompts and images in each step.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ ZIP = ZipConfig()
 IMAGES, SHOTS = 128, 16
 LOCAL = "local"
 GRPC, HTTP = TRANSPORTS = ("grpc", "http")
-# Only what is in the repository is served, as its configurations say.
+# Serve exactly the repository with its configurations.
 SERVER_OPTIONS = (
     "--model-control-mode=none",
     "--strict-readiness=true",
     "--disable-auto-complete-config",
 )
-# Rounds of many classes take longer than a tuning run would wait.
+# Rounds of many classes take longer than a run's default deadline.
 _DEADLINE, _START_SECONDS = 600.0, 300.0
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a server is asked for losses."""
+    """How losses are computed with a server."""
 
     transport: str
     losses: str
-    """here: text features cross the wire; server: images' features and losses do."""
+    """here: the server sends text features; server: it gets image features and sends losses."""
 
     def __str__(self) -> str:
         return f"{self.transport}, {self.losses}"
 
     def served(self, connected: CheckedService) -> ServerRuntime:
-        """Return the server at work."""
+        """Return the server's runtime."""
         return ServerRuntime(connected.service, connected.bundle, losses=self.losses)
 
 
@@ -70,10 +70,10 @@ WAYS = tuple(Way(transport, losses) for transport in TRANSPORTS for losses in ("
 
 
 class Task:
-    """Rounds of ZIP's candidates on texts, and images with random unit features."""
+    """Rounds of ZIP's candidates, and images with random unit features."""
 
     def __init__(self, bundle: Bundle, n_classes: int, n_steps: int, config: ZipConfig = ZIP):
-        """Draw the prompts and the images of some steps, which all ways go through in turn."""
+        """Draw the prompts and images of the steps."""
         random = np.random.default_rng(0)
         self._config = config
         self.bundle, self.classes = bundle, classes_named(n_classes)
@@ -98,52 +98,53 @@ class Task:
         return int(contexts.shape[1])
 
     def composition(self) -> Composition:
-        """Return ZIP's map and optimizer at their start."""
+        """Return ZIP's initial map and optimizer."""
         bundle = self.bundle
         towers = Model(bundle, Execution()).spec(bundle.embed_dim)
         return self._config.build(towers, queries=5000, seed=0)
 
     def sampler(self) -> BatchSampler:
-        """Return what draws batches of the images."""
+        """Return the sampler of image batches."""
         return BatchSampler(self.features.shape[1], IMAGES, 1, np.random.default_rng(0))
 
     def step(self, number: int) -> tuple[Prompts, Batch]:
-        """Return what a step evaluates."""
+        """Return the prompts and batch of a step."""
         return self._prompts[number % len(self._prompts)], self._batches[
             number % len(self._batches)
         ]
 
-    def on_host(self, encoder: PromptEncoder) -> Oracle:
-        """Return losses computed by numpy from an encoder's text features."""
+    def numpy_oracle(self, encoder: PromptEncoder) -> Oracle:
+        """Return an oracle with losses computed by numpy from an encoder's text features."""
         bundle = self.bundle
         scores = NumpyScores(encoder, self.features, bundle.logit_scale, bundle.logit_bias)
         return FewShotObjective(scores, self.labels)
 
-    def locally(self, threads: int) -> Oracle:
-        """Return losses as a run on this machine computes them."""
+    def local_oracle(self, threads: int) -> Oracle:
+        """Return the oracle of a local run."""
         graph = OrtPromptGraph(self.bundle, Tokenizer(self.bundle), Execution("cpu", threads))
-        return self.on_host(graph.encoder(self.classes, self.n_context, self.n_candidates))
+        return self.numpy_oracle(graph.encoder(self.classes, self.n_context, self.n_candidates))
 
     def encoder(self, served: ServerRuntime) -> ServerPromptEncoder:
         """Return the encoder of a round on a server."""
         graph = served.prompts(Tokenizer(self.bundle))
         return graph.encoder(self.classes, self.n_context, self.n_candidates)
 
-    def remotely(self, served: ServerRuntime) -> Oracle:
-        """Return losses as a run on that server computes them."""
+    def server_oracle(self, served: ServerRuntime) -> Oracle:
+        """Return the oracle of a run on that server."""
         encoder = self.encoder(served)
         scorer = served.scorer(encoder, self.features, self.labels, logits=False)
-        return self.on_host(encoder) if scorer is None else FewShotObjective(scorer, self.labels)
+        return (
+            self.numpy_oracle(encoder) if scorer is None else FewShotObjective(scorer, self.labels)
+        )
 
-    def computed(self, served: ServerRuntime, repository: Path, threads: int) -> Oracle:
-        """Return the same losses by the served graphs themselves, opened in this process.
+    def in_process_oracle(self, served: ServerRuntime, repository: Path, threads: int) -> Oracle:
+        """Return an oracle that runs the served graphs in this process.
 
-        Cut into the same calls, on as many threads, with the server's options: what a step takes
-        beyond this is spent on asking.
+        Same calls, threads and options as on the server: the rest of a step's time is overhead.
         """
         encoder = self.encoder(served)
         if encoder.plan.losses == "here":
-            return self.on_host(_Texts(encoder, _session(repository, PROMPT, threads)))
+            return self.numpy_oracle(_Texts(encoder, _session(repository, PROMPT, threads)))
         session = _session(repository, SCORE, threads)
         scorer: Scorer = _Losses(encoder, session, self.features[0], self.labels)
         return FewShotObjective(scorer, self.labels)
@@ -201,24 +202,24 @@ class _Losses:
         return Scores(losses, correct / len(labels))
 
 
-def repository_of(bundle: Bundle, out: Path, threads: int) -> Path:
+def export_repository(bundle: Bundle, out: Path, threads: int) -> Path:
     """Write the bundle's Triton repository for the Python backend."""
     export_triton(bundle, out, NAME, Serving(backend="python", threads=threads))
     return out
 
 
-def started(repository: Path) -> TritonServer:
-    """Return a server of the repository that is ready."""
+def start_server(repository: Path) -> TritonServer:
+    """Start a server of the repository and wait until it is ready."""
     return TritonServer(repository, args=SERVER_OPTIONS, wait_s=_START_SECONDS)
 
 
 def address(transport: str, server: TritonServer) -> str:
-    """Return where a transport finds a server, as HOST:PORT."""
+    """Return a server's HOST:PORT for a transport."""
     return server.http if transport == HTTP else server.grpc
 
 
 @contextlib.contextmanager
-def opened(bundle: Bundle, transport: str, place: str) -> Iterator[CheckedService]:
+def open_connection(bundle: Bundle, transport: str, place: str) -> Iterator[CheckedService]:
     """Connect to a server as `ztune tune` does, and check it."""
     scheme = "http" if transport == HTTP else "triton"
 
@@ -236,18 +237,18 @@ def opened(bundle: Bundle, transport: str, place: str) -> Iterator[CheckedServic
 def wire_bytes(
     bundle: Bundle, server: TritonServer, classes: Sequence[int], n_steps: int
 ) -> dict[tuple[int, Way], dict[str, float]]:
-    """Return bytes of a query as they pass a proxy, and of its tensors alone."""
+    """Return bytes per query, counted by a proxy, and those of its tensors alone."""
     found: dict[tuple[int, Way], dict[str, float]] = {}
     for transport in TRANSPORTS:
         with (
             Proxy(address(transport, server)) as proxy,
-            opened(bundle, transport, proxy.address) as connected,
+            open_connection(bundle, transport, proxy.address) as connected,
         ):
             for n_classes in classes:
                 task = Task(bundle, n_classes, min(3, n_steps))
                 for way in WAYS:
                     if way.transport == transport:
-                        oracle = task.remotely(way.served(connected))
+                        oracle = task.server_oracle(way.served(connected))
                         found[n_classes, way] = _counted_bytes(
                             task, oracle, proxy, connected.service, n_steps
                         )
@@ -258,41 +259,41 @@ def _counted_bytes(
     task: Task, oracle: Oracle, proxy: Proxy, service: Service, n_steps: int
 ) -> dict[str, float]:
     def counts() -> list[int]:
-        time.sleep(0.05)  # what passed last is counted after it was passed on
+        time.sleep(0.05)  # the proxy counts bytes after forwarding them
         return [proxy.sent, proxy.received, *service.payload_bytes]
 
     oracle(*task.step(0))
-    begun = counts()
+    before = counts()
     for number in range(n_steps):
         oracle(*task.step(number))
-    n_bytes = [end - start for end, start in zip(counts(), begun, strict=True)]
+    n_bytes = [end - start for end, start in zip(counts(), before, strict=True)]
     names = ("wire_sent", "wire_received", "payload_sent", "payload_received")
     each = n_steps * task.n_candidates
     return {f"{name}_bytes_per_query": n / each for name, n in zip(names, n_bytes, strict=True)}
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What Triton counts of its models, added up."""
+class ServerCounts:
+    """Triton's statistics, summed over models."""
 
     requests: int = 0
     request_ns: int = 0
-    """From a request's arrival to its answer."""
+    """From the arrival of requests to their answers."""
     model_ns: int = 0
-    """In the model: its process was asked, and has answered."""
+    """Inside the model's process."""
 
-    def __sub__(self, earlier: Counted) -> Counted:
-        return Counted(*(a - b for a, b in zip(self._all, earlier._all, strict=True)))
+    def __sub__(self, earlier: ServerCounts) -> ServerCounts:
+        return ServerCounts(*(a - b for a, b in zip(self._all, earlier._all, strict=True)))
 
-    def __add__(self, other: Counted) -> Counted:
-        return Counted(*(a + b for a, b in zip(self._all, other._all, strict=True)))
+    def __add__(self, other: ServerCounts) -> ServerCounts:
+        return ServerCounts(*(a + b for a, b in zip(self._all, other._all, strict=True)))
 
     @property
     def _all(self) -> tuple[int, int, int]:
         return self.requests, self.request_ns, self.model_ns
 
     def figures(self) -> dict[str, float | None]:
-        """Return milliseconds of a request, mean; None where none was made."""
+        """Return mean milliseconds per request; None without requests."""
         n = self.requests
         return {
             "server_request_ms": round(self.request_ns / n / 1e6, 3) if n else None,
@@ -300,18 +301,18 @@ class Counted:
         }
 
 
-def counted(server: TritonServer) -> Counted:
-    """Ask Triton for its own account of what evaluates rounds."""
-    total = Counted()
+def read_counts(server: TritonServer) -> ServerCounts:
+    """Read Triton's statistics of the models that evaluate rounds."""
+    total = ServerCounts()
     for part in (PROMPT, SCORE):
-        for one in told(server, f"/v2/models/{NAME}_{part}/stats")["model_stats"]:
+        for one in get_json(server, f"/v2/models/{NAME}_{part}/stats")["model_stats"]:
             whole, model = (one["inference_stats"][k] for k in ("success", "compute_infer"))
-            total += Counted(int(whole["count"]), int(whole["ns"]), int(model["ns"]))
+            total += ServerCounts(int(whole["count"]), int(whole["ns"]), int(model["ns"]))
     return total
 
 
-def told(server: TritonServer, path: str) -> dict[str, Any]:
-    """Return what a server answers to one plain question."""
+def get_json(server: TritonServer, path: str) -> dict[str, Any]:
+    """Return the JSON answer to a GET request."""
     host, _, port = server.http.rpartition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
     try:

@@ -111,7 +111,7 @@ def digest_of(artifact: Path) -> str:
 
 
 def compare(task: Task, trees: dict[str, Path], methods: list[str], work: Path) -> list[Any]:
-    """Return a row for each method: both commits' results, and the differences."""
+    """Return a row per method: both commits' results and their differences."""
     rows = []
     for method in methods:
         found = {}

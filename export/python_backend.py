@@ -61,7 +61,7 @@ class TritonPythonModel:
         wanted = list(request.requested_output_names())
         try:
             values = self._session.run(wanted, feeds)
-        except Exception as error:  # onnxruntime raises its own kinds for inputs that do not fit
+        except Exception as error:  # onnxruntime raises its own types for invalid inputs
             words = " ".join(str(error).split())[:500]
             refusal = backend.TritonError(words, backend.TritonError.INVALID_ARG)
             return backend.InferenceResponse(output_tensors=[], error=refusal)

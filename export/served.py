@@ -1,7 +1,7 @@
-"""The graphs that a server runs: those of a bundle, fed by token ids and answering losses.
+"""Build the graphs for a server: a bundle's graphs with token ids as input and losses as output.
 
-Every answer carries `digest`, the SHA-256 of the bundle's manifest, so that a client sees with each
-one which export gave it. docs/serving.md specifies inputs and outputs. Needs onnx, but no torch.
+Every answer has `digest`, the SHA-256 of the bundle's manifest, which identifies the export.
+docs/serving.md specifies inputs and outputs. Needs onnx, but not torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _with_digest(bundle: Bundle, name: str, given: str) -> ModelProto:
 def prompt_graph(bundle: Bundle) -> ModelProto:
     """Return `contexts` f32[P, m, d] and `tokens` i64[C, n] to `features` f32[P, C, e], `digest`.
 
-    A row of `tokens` is a class name with what closes a text, filled up with -1.
+    A row of `tokens` is a class name with `suffix_ids`, padded with -1.
     """
     g, model, features = _embed_tokens(bundle)
     g.node("Identity", [features], "features")
@@ -63,15 +63,15 @@ def prompt_graph(bundle: Bundle) -> ModelProto:
 
 
 def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
-    """Return contexts and class tokens before images' features and labels to losses.
+    """Return contexts, class tokens, image features and labels to losses.
 
-    Inputs as of `prompt_graph`, `features` f32[N, e] and `labels` i64[N]; outputs `losses` f64[P]
-    in nats, `correct` i64[P] images, `digest`, and `logits` f32[P, N, C] where they are offered.
+    Inputs of `prompt_graph`, `features` f32[N, e] and `labels` i64[N]; outputs `losses` f64[P] in
+    nats, `correct` i64[P] images, `digest`, and with `logits` also `logits` f32[P, N, C].
     """
     g, model, texts = _embed_tokens(bundle)
     scoring, constants = scoring_nodes(bundle.logit_scale, bundle.logit_bias)
     g.node("Identity", [texts], "texts")
-    # As many images as labels, or it is an error: one label would do for all otherwise.
+    # An error unless there is one label per image: a single label would be broadcast.
     size = g.constant([bundle.embed_dim], np.int64)
     shape = g.node("Concat", [g.node("Shape", ["labels"]), size], axis=0)
     g.node("Reshape", ["features", shape], "images", allowzero=1)
@@ -93,8 +93,8 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
 def client_graph(bundle: Bundle) -> ModelProto:
     """Return `slice` i64[2] (start, length) to `bytes` u8[length] of the client half.
 
-    The half is its files behind each other, in the order of CLIENT_FILES; `sizes` i64[files] are
-    theirs in bytes. A slice ends where the files do.
+    The half is the concatenation of CLIENT_FILES; `sizes` i64[files] are their bytes. Slices are
+    truncated at the end.
     """
     parts = [read_bytes(bundle.path / "bundle.json")]
     parts += [read_bytes(bundle.file(name)) for name in CLIENT_FILES[1:]]
@@ -114,7 +114,7 @@ def client_graph(bundle: Bundle) -> ModelProto:
 
 
 def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
-    """Return the prompt graph behind token ids: its nodes, its model, its output's name."""
+    """Return the prompt graph with token ids as input: its nodes, model and output name."""
     model = read_graph(bundle.file("prompt.onnx"))
     tower = Subgraph(model.graph, "prompt.")
     g = Nodes("served")
@@ -122,8 +122,8 @@ def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     feeds = (_prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds)(g, bundle, table)
     given = [value.name for value in model.graph.input]
     features = tower.insert(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
-    # What was known of shapes stays known: without it some fusions do not happen, and the sums of a
-    # server are others than those of a bundle on the same machine.
+    # Keep shape information: without it ONNX Runtime skips some fusions, and a server would round
+    # differently from a bundle on the same machine.
     for value in model.graph.input[1:]:
         value.name = feeds[value.name]
     for value in [*model.graph.value_info, *model.graph.output]:
@@ -133,7 +133,7 @@ def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
 
 
 def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
-    """What runtimes.prompts makes of class tokens for a prefix graph, as nodes."""
+    """Build the feeds of a prefix graph from class tokens, like runtimes.prompts."""
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     first, flat = g.constant([0], np.int64), g.constant([-1], np.int64)
     real = g.node("GreaterOrEqual", ["tokens", zero])  # [C, n]
@@ -161,7 +161,7 @@ def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
 
 
 def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
-    """What runtimes.prompts makes of class tokens for a sequence graph, as nodes."""
+    """Build the feeds of a sequence graph from class tokens, like runtimes.prompts."""
     spec = bundle.text
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     length = g.constant([spec.context_length], np.int64)
@@ -175,7 +175,7 @@ def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
     n_prefix = g.constant([len(spec.prefix_ids)], np.int64)
     n_name = g.node("Shape", ["tokens"], start=1, end=2)
     n_before = g.node("Add", [n_prefix, n_context])
-    # Less than nothing where a sequence is too long: an error then, never cut.
+    # Negative if a sequence is too long: an error, never truncated.
     n_padding = g.node("Sub", [length, g.node("Add", [n_before, n_name])])
     parts = [column(placeholder_id(spec), n_context), "tokens", column(-1, n_padding)]
     if spec.prefix_ids:
@@ -186,7 +186,7 @@ def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
     g.nodes.append(helper.make_node("Unique", [ids], ["ids.used", "", "ids.place"], sorted=1))
     shape = g.node("Shape", [ids])
     place = g.node("Add", [g.node("Reshape", ["ids.place", shape]), n_context])
-    # In the context's places stand the context's rows: 0 ... m - 1.
+    # At the context's positions are the context's rows: 0 ... m - 1.
     before = g.constant(len(spec.prefix_ids), np.int64)
     steps = g.node("Range", [zero, g.constant(spec.context_length, np.int64), one])
     within = g.node("Sub", [steps, before])
@@ -211,7 +211,7 @@ def _text_inputs(bundle: Bundle) -> list[Any]:
 def _finish(
     bundle: Bundle, g: Nodes, model: ModelProto, inputs: list[Any], outputs: list[Any]
 ) -> ModelProto:
-    """Return the model with these nodes instead of its own, and the digest among its outputs."""
+    """Replace the model's nodes, inputs and outputs; add the digest."""
     g.node("Identity", [g.constant(_digest(bundle), np.uint8)], "digest")
     graph = model.graph
     del graph.node[:], graph.input[:], graph.output[:]

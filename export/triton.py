@@ -1,4 +1,4 @@
-"""A bundle as a Triton model repository: graphs, and configurations that leave nothing open."""
+"""Export a bundle as a Triton model repository: graphs and complete configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ztune.io.files import new_folder
 BACKENDS = ("onnxruntime", "python")
 ACCELERATORS = {"none": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
 ACCESS = ("features", "logits", "losses")
-"""What of the text side is given away: everything, logits and losses, or losses alone."""
+"""What the server exposes of the text side: everything, logits and losses, or only losses."""
 _QUEUE_MICROSECONDS = 1000
 _PYTHON_BACKEND = Path(__file__).with_name("python_backend.py")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -42,9 +42,9 @@ class Serving:
     """onnxruntime, or python: the same graphs inside Triton's Python backend."""
     accelerator: str = "none"
     instances: int = 1
-    """Of each model."""
+    """Instances of each model."""
     threads: int | None = None
-    """Of an instance on CPUs; None: as many as there are cores."""
+    """Threads of an instance on CPUs; None: all cores."""
     access: str = "features"
 
     def __post_init__(self) -> None:
@@ -62,13 +62,13 @@ class Serving:
                 raise ConfigError(f"`{name}` is {value}, expected at least 1")
         if self.backend == "python" and self.accelerator == "tensorrt":
             raise ConfigError(
-                "`accelerator=tensorrt` goes with `backend=onnxruntime` (the Python backend runs "
-                "graphs on cpu or cuda)"
+                "`accelerator=tensorrt` needs `backend=onnxruntime` (the Python backend runs "
+                "graphs on CPU or CUDA)"
             )
 
 
 class EnumName(str):
-    """A value that stands without quotation marks in a configuration: an enumeration's name."""
+    """The name of an enumeration's value, written without quotation marks."""
 
     __slots__ = ()
 
@@ -81,11 +81,11 @@ class _Model:
     part: str
     graph: Callable[[Bundle], ModelProto]
     largest: Mapping[str, Sequence[int]]
-    """Shapes of the warm-up; a batched model's first dimension is the batch."""
+    """Shapes of the warm-up; the first dimension of a batched model is the batch."""
     batched: bool = False
     on_cpu: bool = False
     whole: bool = False
-    """Whether TensorRT can run it: no operator whose output's size depends on values."""
+    """Whether TensorRT can run the graph: no output sizes that depend on values."""
 
 
 def export_triton(
@@ -95,16 +95,16 @@ def export_triton(
     serving: Serving | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Write the model repository of a bundle to the new folder `out`; return its models' names.
+    """Write the model repository of a bundle to the new folder `out`; return the models' names.
 
-    Raises: ConfigError for a name that is no model's, an `out` that holds something, or a precision
-    that the accelerator cannot run.
+    Raises: ConfigError for an invalid name, an `out` that is not empty, or a precision that the
+        accelerator cannot run.
     """
     serving = serving or Serving()
     name = bundle.path.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f'"{name}" cannot name models, expected letters, digits, - and _ (use `name=NAME`)'
+            f'invalid model name "{name}", expected letters, digits, - and _ (use `name=NAME`)'
         )
     _check_accelerator(bundle, serving)
     names = []
@@ -145,7 +145,7 @@ def _models(bundle: Bundle, serving: Serving) -> Iterator[_Model]:
 
 
 def _batch(bundle: Bundle) -> int:
-    # Dynamic int8 scales activations over a whole call: no image has company.
+    # Dynamic int8 scales activations over a whole call, so images are encoded one by one.
     return 1 if bundle.precision == "int8" else BATCH
 
 
@@ -193,7 +193,7 @@ def _config(
         "precision": bundle.precision,
     }
     if on_gpu and serving.backend == "onnxruntime":
-        # With any parameters at all the backend takes it from here alone; 1 is HEURISTIC.
+        # With any parameters given, the backend reads it only from here; 1 is HEURISTIC.
         parameters["cudnn_conv_algo_search"] = "1"
     if serving.threads is not None and not on_gpu:
         parameters["intra_op_thread_count"] = str(serving.threads)
@@ -208,11 +208,11 @@ def _accelerators(bundle: Bundle, model: _Model, name: str, serving: Serving) ->
     if serving.accelerator == "cuda" or not model.whole:
         return [cuda]
     settings = {
-        # 16 bit is allowed where the graph itself is in 16 bit; its norms stay in 32 bit there too.
+        # FP16 only for fp16 graphs, whose norms stay in FP32.
         "precision_mode": "FP16" if bundle.precision == "fp16" else "FP32",
         "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
-        # ONNX Runtime tells engines apart by the graph's structure, not by its weights.
+        # ONNX Runtime identifies engines by the graph's structure, not by its weights.
         "trt_engine_cache_path": f"/tmp/ztune-{name}-{bundle.digest[:16]}",
     }
     for which, n in (("min", 1), ("opt", BATCH), ("max", BATCH)):
@@ -239,7 +239,7 @@ def _tensor(value: Any, batched: bool) -> dict[str, Value]:
 
 
 def _warmup(model: _Model, graph: ModelProto) -> dict[str, Value]:
-    """Return one call of the usual size with zeros, which are valid ids, labels and pixels."""
+    """Return a call of typical size with zeros, which are valid ids, labels and pixels."""
     types = {value.name: _TYPES[value.type.tensor_type.elem_type] for value in graph.graph.input}
     inputs: list[Value] = []
     for name, shape in model.largest.items():
@@ -254,12 +254,12 @@ def _warmup(model: _Model, graph: ModelProto) -> dict[str, Value]:
 
 
 def _lines(message: Mapping[str, Value], indent: str = "") -> Iterator[str]:
-    """Yield a protobuf message in its text form: repeated fields as several of one name."""
+    """Yield the lines of a protobuf message in text format."""
     for key, value in message.items():
-        several: Sequence[Value] = [value]
+        values: Sequence[Value] = [value]
         if isinstance(value, Sequence) and not isinstance(value, str):
-            several = value
-        for one in several:
+            values = value
+        for one in values:
             if isinstance(one, Mapping):
                 yield f"{indent}{key} {{"
                 yield from _lines(one, f"{indent}  ")

@@ -1,6 +1,5 @@
-"""The bundle's manifest, `bundle.json`: its one definition, read and checked here.
+"""Read and check a bundle: a folder with the graphs of one exported model and their manifest.
 
-A bundle is a folder with the graphs of one exported model and all that a device needs to use them.
 docs/formats.md specifies it.
 """
 
@@ -29,17 +28,17 @@ MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
 IMAGE_PROMPTED = "image_prompted.onnx"
 CLIENT_FILES = (MANIFEST, "tokenizer.json", "token_table.npy", PARITY)
-"""What a client of a server needs of the bundle that is served: its light half, without graphs."""
-# Bytes of weights above which they go beside a graph: ONNX Runtime maps such a file, while it holds
-# a graph's own bytes twice as it opens. A ViT-B/32 image pass peaks at 545 MB instead of 770.
+"""The client half: the files of a served bundle that its client needs, without graphs."""
+# Bytes of weights above which they are external data: ONNX Runtime maps that file, but holds a
+# graph's own bytes twice while opening. A ViT-B/32 image pass peaks at 545 MB instead of 770.
 EXTERNAL_THRESHOLD = 16_000_000
-# As a path, in which two slashes are one.
+# In a path, where two slashes become one.
 _URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 Size = Annotated[int, Meta(ge=1, le=65536)]
-"""A width or a length: what is allocated by it stays small."""
+"""A width or length; bounded, so that allocations stay small."""
 Channels = Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -51,7 +50,7 @@ class ImageSpec:
     size: Annotated[int, Meta(ge=1, le=4096)]
     """Side of the square input in pixels."""
     mean: Channels
-    """Per channel, of values in 0…1."""
+    """Per channel, for values in 0…1."""
     std: Annotated[tuple[Positive, ...], Meta(min_length=3, max_length=3)]
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "longest", "squash"]
@@ -69,17 +68,17 @@ class TextSpec:
     context_length: Annotated[int, Meta(ge=2, le=65536)]
     """Tokens of a whole sequence."""
     prefix_ids: tuple[Count, ...]
-    """Before the text, [SOS] for most; empty for SigLIP."""
+    """Before the text: usually [SOS]; empty for SigLIP."""
     suffix_ids: tuple[Count, ...]
     """After the text: [EOT]."""
     pad_id: Count
     cleaning: Literal["lower", "whitespace", "canonicalize", "none"]
-    """What is done to a text before its tokenizer."""
+    """Applied to a text before tokenization."""
     causal: bool
     pooling: Literal["argmax", "eos", "last", "first", "class"]
-    """Where the tower reads its feature."""
+    """The position of the feature."""
     graph: Literal["prefix", "sequence"]
-    """prefix: `prompt.onnx` shares the context's states between classes; sequence: it does not."""
+    """Whether `prompt.onnx` shares the context's states between classes (prefix) or not."""
 
 
 @dataclass(frozen=True)
@@ -89,34 +88,34 @@ class VisualSpec:
     width: Size
     """Size w of a token."""
     patch_values: AtLeastOne
-    """How many values of an image make a patch."""
+    """Values per image patch."""
     patch_mean: float
-    """Of the weights from a patch to its token."""
+    """Mean of the patch embedding's weights."""
     patch_std: Positive
 
 
 @dataclass(frozen=True)
 class BundleFile:
-    """What the manifest says of one file."""
+    """A file's entry in the manifest."""
 
     sha256: str
     bytes: Count
 
 
 class Parity(TypedDict):
-    """How far a graph is from torch, as measured at export: the worst of its cases."""
+    """The largest difference of a graph from torch, measured at export."""
 
     cosine: float
     max_abs: float
 
 
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`bundle.json`; what else stands there is ignored."""
+    """`bundle.json`; unknown keys are ignored."""
 
     model_id: str
     """Digest of weights, architecture, tokenizer and preprocessing; equal across precisions."""
     source: Mapping[str, str]
-    """model, pretrained and licence of the weights, as far as known."""
+    """model, pretrained and licence of the weights, if known."""
     image: ImageSpec
     text: TextSpec
     embed_dim: Size
@@ -132,23 +131,23 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Bundle(Manifest, frozen=True, kw_only=True):
-    """A checked manifest and the folder that it describes."""
+    """A checked manifest and its folder."""
 
     path: Path
     digest: str
-    """SHA-256 of bundle.json itself: this very export."""
+    """SHA-256 of bundle.json, which identifies the export."""
     manifest: Mapping[str, Json]
     """The whole of bundle.json."""
 
     @property
     def is_client_half(self) -> bool:
-        """Whether none of the graphs is here that the manifest lists."""
+        """Whether all graphs of the manifest are absent."""
         return not any((self.path / name).is_file() for name in self.files if ".onnx" in name)
 
     def file(self, name: str) -> Path:
-        """Return the path of one file after checking size, digest and where it keeps its tensors.
+        """Return the path of a file after checking size, digest and external data.
 
-        Raises: FormatError when the bundle has no such file, or it was damaged or replaced.
+        Raises: FormatError when the file is missing, damaged or replaced.
         """
         if name not in self.files:
             raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
@@ -169,25 +168,24 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         if not path.is_file():
             if ".onnx" in name and self.is_client_half:
                 raise FormatError(
-                    f"{where} is not here: this is the client half of a bundle, which tunes only "
-                    "against the server that has the graphs (name that server, or the whole bundle)"
+                    f"{where} is missing: this is the client half of a bundle, without graphs (use "
+                    "its server, or the whole bundle)"
                 )
             raise FormatError(f"{where} is missing (export again)")
         found = path.stat().st_size
         if found != listed.bytes:
             raise FormatError(
-                f"{where} has {found} bytes, bundle.json says {listed.bytes} "
-                "(file damaged or replaced; export again)"
+                f"{where} has {found} bytes, expected {listed.bytes} "
+                "(corrupted or replaced; export again)"
             )
         if sha256(path) != listed.sha256:
             raise FormatError(
-                f"{where}: SHA-256 differs from bundle.json "
-                "(file damaged or replaced; export again)"
+                f"{where}: SHA-256 differs from bundle.json (corrupted or replaced; export again)"
             )
 
 
 def list_files(folder: Path) -> dict[str, BundleFile]:
-    """Return what a manifest says of the files of a folder, by name."""
+    """Return the manifest entries of a folder's files, by name."""
     return {
         file.name: BundleFile(sha256(file), file.stat().st_size)
         for file in sorted(folder.iterdir())
@@ -195,9 +193,9 @@ def list_files(folder: Path) -> dict[str, BundleFile]:
 
 
 def load_bundle(path: Path) -> Bundle:
-    """Read and check the manifest in folder `path`; the files are checked when they are used.
+    """Read and check the manifest in folder `path`; files are checked when used.
 
-    Raises: FormatError when it is no bundle, one of a newer format, or cannot be read.
+    Raises: FormatError when it is not a bundle, has a newer format, or cannot be read.
     """
     with reading(f'bundle "{path}"'):
         return _load(path)
@@ -205,7 +203,7 @@ def load_bundle(path: Path) -> Bundle:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn the system's errors on reading into a FormatError that names `what`."""
+    """Convert an OSError to a FormatError that names `what`."""
     try:
         yield
     except OSError as error:
@@ -216,7 +214,7 @@ def _load(path: Path) -> Bundle:
     if (url := _URL.search(str(path))) and not path.exists():
         raise FormatError(
             f'"{url[2]}://{url[3]}" is a server, expected the folder of a bundle (ztune tune, eval '
-            "and doctor take servers)"
+            "and doctor accept servers)"
         )
     if not (path / MANIFEST).is_file():
         raise wrong_kind(path, "bundle")
@@ -228,22 +226,22 @@ def _load(path: Path) -> Bundle:
             raise FormatError(f"{where}: file name {name!r} is not a plain name")
     if (IMAGE_PROMPTED in manifest.files) != (manifest.visual is not None):
         raise FormatError(
-            f'{where}: "visual" and {IMAGE_PROMPTED} belong together, one of them is missing '
-            "(export again)"
+            f'{where}: only one of "visual" and {IMAGE_PROMPTED} is present, expected both or '
+            "neither (export again)"
         )
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     return Bundle(path=path, digest=sha256(path / MANIFEST), manifest=raw, **fields)
 
 
 def check_external_data(graph: Path, allowed: str | None) -> None:
-    """Refuse a graph that keeps tensors in any file but `allowed`, before ONNX Runtime sees it.
+    """Refuse a graph with external data in a file other than `allowed`, before opening it.
 
-    Raises: FormatError naming the location, or when the file is no ONNX graph.
+    Raises: FormatError naming the location, or when the file is not an ONNX graph.
     """
     if graph.stat().st_size == 0:
         raise FormatError(f"{graph} is empty")
-    # A tensor outside its file says so with the key "location". A file without this word has none,
-    # and need not be parsed, which would take its whole size in memory.
+    # External data has the key "location". A file without this word has none, and is not parsed,
+    # which would take its whole size in memory.
     with (
         open_regular(graph) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -253,20 +251,20 @@ def check_external_data(graph: Path, allowed: str | None) -> None:
     for location in _external_locations(graph):
         if location != allowed:
             raise FormatError(
-                f"{graph} keeps tensors in {location!r}, "
+                f"{graph} stores tensors in {location!r}, "
                 f"expected {allowed or 'all in one file'} (export again)"
             )
 
 
 def _external_locations(graph: Path) -> Iterator[str]:
-    """Yield where each tensor outside the file is, wherever in the graph it stands."""
+    """Yield the external location of each tensor, including those in subgraphs and attributes."""
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(str(graph), load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise FormatError(f"{graph} is no ONNX graph ({error})") from None
+        raise FormatError(f"{graph} is not an ONNX graph: {error}") from None
 
     def tensors(message: Any) -> Iterator[Any]:
         if isinstance(message, onnx.TensorProto):

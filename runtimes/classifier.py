@@ -1,4 +1,4 @@
-"""A packed `classifier.onnx`: read what it says of itself, and run it on images."""
+"""Open a packed `classifier.onnx` and run it on images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCH = 32  # images of one call
 
 
 class ClassifierMetadata(Record, frozen=True):
-    """What a classifier says of itself, in its ONNX metadata."""
+    """A classifier's ONNX metadata."""
 
     classes: tuple[str, ...]
     image: ImageSpec
@@ -43,7 +43,7 @@ class ClassifierMetadata(Record, frozen=True):
     seed: Count
     queries: Count
     tuning_images: tuple[Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")], ...]
-    """First 8 bytes of the SHA-256 of every image that tuning has seen, in hexadecimal."""
+    """First 8 bytes of the SHA-256 of every image used for tuning, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class Classifier:
     method: str
     precision: str
     tuning_images: tuple[int, ...]
-    """First 8 bytes of the SHA-256 of every image that tuning has seen."""
+    """First 8 bytes of the SHA-256 of every image used for tuning."""
     session: Any
 
     @property
     def takes_batches(self) -> bool:
-        """Whether several images may share a call.
+        """Whether a call may have several images.
 
-        A graph that resizes takes one at a time, since their sizes differ; so does int8, where the
-        activations' scale is taken over a whole call.
+        Not if the graph resizes, since sizes differ, nor for int8, which scales activations over a
+        whole call.
         """
         return not self.resize and self.precision != "int8"
 
     def read(self, image: ImageLike, name: str = "image") -> U8:
-        """Return an image as the graph takes it: u8[S, S, 3], or u8[H, W, 3] with `resize`.
+        """Return an image as the graph's input: u8[S, S, 3], or u8[H, W, 3] with `resize`.
 
-        `name` is what errors call one in memory.
+        `name` is used in errors for images in memory.
 
         Raises: DataError for an image that cannot be read.
         """
@@ -91,8 +91,8 @@ class Classifier:
 def open_classifier(path: Path, execution: Execution) -> Classifier:
     """Open and check a classifier.
 
-    Raises: FormatError when the file is absent, damaged or not packed by ztune, or when its
-        metadata do not fit its graph.
+    Raises: FormatError when the file is missing, damaged or not packed by ztune, or when its
+        metadata do not match its graph.
     """
     where = f'classifier "{path}"'
     with reading(where):
@@ -105,7 +105,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         session = open_session(path, execution)
     except ProviderError as error:
         raise FormatError(
-            f"{where} cannot be opened (damaged, or no ONNX file?): {error}"
+            f"{where} cannot be opened (corrupted, or not an ONNX file?): {error}"
         ) from None
     text = session.get_modelmeta().custom_metadata_map.get("ztune")
     if text is None:
@@ -127,9 +127,9 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
 
 
 def _check_precision(path: Path, provider: str) -> None:
-    """Refuse what the provider cannot run before it is opened, which has crashed where it cannot.
+    """Refuse a precision that the provider cannot run before opening, which could crash.
 
-    The metadata are compact JSON and stand in the file as they are.
+    The file contains the metadata as compact, uncompressed JSON.
     """
     with (
         open_regular(path) as file,
@@ -143,14 +143,14 @@ def _check_precision(path: Path, provider: str) -> None:
 def _check_graph(session: Any, classes: tuple[str, ...], where: str) -> None:
     n = len(classes)
     if len(set(classes)) < max(n, 2):
-        raise FormatError(f"{where}: expected at least two classes, each named once (pack again)")
+        raise FormatError(f"{where}: expected at least two different classes (pack again)")
     inputs = {value.name: value.type for value in session.get_inputs()}
     outputs = {value.name: value.shape[-1:] for value in session.get_outputs()}
     scores = [outputs.get(name) for name in ("logits", "probabilities")]
     if inputs != {"pixels": "tensor(uint8)"} or scores != [[n], [n]]:
         raise FormatError(
-            f"{where}: its graph does not take pixels u8 and give logits and probabilities of "
-            f"{n} classes, as its metadata say (changed since it was packed; pack again)"
+            f"{where}: inputs or outputs do not match the metadata, expected pixels u8, and "
+            f"logits and probabilities of {n} classes (changed after packing; pack again)"
         )
 
 
@@ -160,9 +160,9 @@ def classify(
     skip_broken: bool,
     progress: Progress = SILENCE,
 ) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """Return logits and probabilities f32[n, C] of the images that can be read, and which.
+    """Return logits and probabilities f32[n, C] of the readable images, and which those are.
 
-    Raises: DataError naming a broken image, unless `skip_broken` (then when all are).
+    Raises: DataError naming a broken image; with `skip_broken` only when all are broken.
     """
     kept = np.ones(len(paths), dtype=np.bool_)
 
@@ -190,7 +190,7 @@ def classify(
 
 
 def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> tuple[F32, F32]:
-    """Return logits and probabilities f32[n, C] of images as `Classifier.read` gives them."""
+    """Return logits and probabilities f32[n, C] of images from `Classifier.read`."""
     waiting, size = iter(pixels), _BATCH if classifier.takes_batches else 1
     nothing: F32 = np.zeros((0, len(classifier.classes)), dtype=np.float32)
     results = [(nothing, nothing)]

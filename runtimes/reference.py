@@ -1,15 +1,15 @@
-"""A bundle's prompt graph in higher precision, run in a process of its own on the CPU.
+"""A bundle's prompt graph in higher precision, run in a separate process on the CPU.
 
-How far a precision's losses are from exact ones is measured against this graph. It is derived from
-the bundle's own file, whose weights stay as they are and are widened inside the graph:
+The reference for a precision's error. It is derived from the bundle's graph; the weights are
+unchanged and cast inside the graph:
 
     int8 -> fp32   products with the dequantized weights and unquantized activations
     fp16 -> fp32   the same weights, computed in single precision
-    fp32 -> fp64   the same weights, computed in double precision; what ONNX Runtime's CPU has no
-                   double kernel for (Gelu, Erf and a few more) is computed in single precision
+    fp32 -> fp64   the same weights, computed in double precision, except operators without a
+                   double CPU kernel in ONNX Runtime (Gelu, Erf and a few more)
 
-It takes several times the memory of the graph that tunes, and is needed for a second: hence the
-process of its own, so that nothing of it stays with the one that tunes.
+It takes several times the memory of the tuning graph for about a second: the separate process frees
+that memory.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from ztune.printing import reason_of
 from ztune.types import F32, F64
 
 REFERENCE_PRECISION = {"int8": "fp32", "fp16": "fp32", "fp32": "fp64"}
-"""The precision of the reference, by the precision that is measured."""
+"""The precision of the reference, by the measured precision."""
 # Without a double kernel on ONNX Runtime's CPU, as of 1.32.
 _SINGLE_ONLY = {
     "Attention", "Conv", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
     "PRelu", "Softplus", "Softsign",
 }  # fmt: skip
-_ASKED, _ANSWER = "asked.safetensors", "answer.safetensors"
+_REQUEST, _RESPONSE = "request.safetensors", "response.safetensors"
 _PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
 
 
 class ReferenceRequest(Record, frozen=True):
-    """What the process is asked, with its arrays; see `reference_features`."""
+    """The input of the process besides its arrays; see `reference_features`."""
 
     bundle: str
     n_together: int
-    unrefined: bool
+    bundle_precision: bool
     threads: int | None
     memory_limit: int | None
 
@@ -65,20 +65,20 @@ def reference_features(
     n_together: int,
     execution: Execution,
     *,
-    unrefined: bool = False,
+    bundle_precision: bool = False,
 ) -> F64:
-    """Return unit text features f64[P, C, e] of contexts f32[P, m, d] in the finer precision.
+    """Return unit text features f64[P, C, e] of contexts f32[P, m, d] in the reference precision.
 
-    `names` are checked ids by class, `n_together` is the size of a round, which the plan of calls
-    is made for; of `execution` the threads and the memory limit are kept, where doubles take twice
-    what they are counted as. `unrefined` runs the graph of `bundle` without refining it.
+    `names` are checked ids by class; `n_together` is the size of a round, which determines the
+    calls. `execution` gives threads and the memory limit, where doubles take twice what is counted.
+    `bundle_precision` runs the graph in the bundle's precision instead.
 
-    Raises: ZtuneError in one line, whatever the process died of.
+    Raises: ZtuneError in one line for any failure of the process.
     """
     asked = ReferenceRequest(
         bundle=str(bundle.path.resolve()),
         n_together=n_together,
-        unrefined=unrefined,
+        bundle_precision=bundle_precision,
         threads=execution.threads,
         memory_limit=execution.memory_limit,
     )
@@ -88,21 +88,21 @@ def reference_features(
             "tokens": np.concatenate([np.array(ids, dtype=np.int64) for ids in names]),
             "lengths": np.array([len(ids) for ids in names]),
         }
-        write_tensors(Path(folder, _ASKED), arrays, plain(asked))
+        write_tensors(Path(folder, _REQUEST), arrays, plain(asked))
         code, said = _run_process(python_command(_PROGRAM, folder))
         if code:
             lines = said.strip().splitlines()
             why = lines[-1] if lines and code > 0 else _exit_reason(code)
             raise ZtuneError(f'reference of bundle "{bundle.path}" in higher precision: {why}')
-        answer, _ = read_tensors(Path(folder, _ANSWER), "reference")
+        answer, _ = read_tensors(Path(folder, _RESPONSE), "reference")
     return np.asarray(answer["features"], dtype=np.float64)
 
 
 def _run_process(command: list[str]) -> tuple[int, str]:
-    """Run a process; return its exit code and what it wrote to stderr.
+    """Run a process; return its exit code and stderr.
 
-    It lives no longer than this one: what interrupts the wait kills it, and should this process be
-    killed itself, the end of the pipe tells the other.
+    It never outlives this process: an interrupt kills it, and if this process is killed, it exits
+    at the end of its stdin.
     """
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdin=pipe, stdout=nowhere, stderr=pipe, text=True) as process:
@@ -117,12 +117,12 @@ def _run_process(command: list[str]) -> tuple[int, str]:
 
 def _exit_reason(code: int) -> str:
     if code < 0:
-        return f"its process was stopped by signal {-code} (for want of memory, perhaps)"
-    return f"its process ended with {code} and said nothing"
+        return f"its process was killed by signal {-code} (perhaps out of memory)"
+    return f"its process exited with code {code} and no message"
 
 
 def main(folder: str) -> int:
-    """Answer what the parent process left in `folder`; return 1 with one line on stderr if not."""
+    """Process the request in `folder`; on failure return 1 with one line on stderr."""
     threading.Thread(target=_exit_with_parent, args=(folder,), daemon=True).start()
     try:
         _answer(Path(folder))
@@ -139,16 +139,16 @@ def _exit_with_parent(folder: str) -> None:
 
 
 def _answer(folder: Path) -> None:
-    arrays, document = read_tensors(folder / _ASKED, "reference")
+    arrays, document = read_tensors(folder / _REQUEST, "reference")
     asked = convert(document, ReferenceRequest, "reference")
     bundle = load_bundle(Path(asked.bundle))
     parts = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
     names = [tuple(part.tolist()) for part in parts]
-    session = _open(bundle, asked.unrefined, asked.threads)
+    session = _open(bundle, asked.bundle_precision, asked.threads)
     features = _encode(
         session, bundle, names, arrays["contexts"], asked.n_together, asked.memory_limit
     )
-    write_tensors(folder / _ANSWER, {"features": features}, {})
+    write_tensors(folder / _RESPONSE, {"features": features}, {})
 
 
 def _encode(
@@ -159,7 +159,7 @@ def _encode(
     n_together: int,
     limit: int | None,
 ) -> F64:
-    """Return features f64[P, C, e], in the calls of the plan for rounds of `n_together`."""
+    """Return features f64[P, C, e], in the calls planned for rounds of `n_together`."""
     spec, n_context = bundle.text, contexts.shape[1]
     sizes = Sizes(n_context, spec.width, bundle.embed_dim, spec.graph == "prefix")
     plan = make_plan(name_lengths(spec, names), sizes, n_together, "cpu", limit)
@@ -174,19 +174,19 @@ def _encode(
     return features
 
 
-def _open(bundle: Bundle, unrefined: bool, threads: int | None) -> Any:
+def _open(bundle: Bundle, bundle_precision: bool, threads: int | None) -> Any:
     import onnx
 
     path = bundle.file("prompt.onnx")
     model = onnx.load(str(path), load_external_data=False)
-    if not unrefined:
+    if not bundle_precision:
         model = to_reference_graph(model, bundle.precision)
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    # Fusions are for speed, and made for single precision; folding widens the weights once.
+    # Fusions are made for single precision; constant folding casts the weights once.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -199,20 +199,22 @@ def _open(bundle: Bundle, unrefined: bool, threads: int | None) -> Any:
         return ort.InferenceSession(
             model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # ONNX Runtime raises many types, all of them final here
+    except Exception as error:  # ONNX Runtime raises many types
         raise ZtuneError(f"cannot be opened: {reason_of(error)}") from None
 
 
 def to_reference_graph(model: Any, precision: str) -> Any:
-    """Turn the prompt graph of a bundle in `precision` into its reference, in place; return it.
+    """Convert the prompt graph of a bundle in `precision` to its reference, in place; return it.
 
-    Raises: FormatError for a graph that is not built as the exporter and the quantizer build them.
+    Raises: FormatError for a graph that the exporter and quantizer do not produce.
     """
     from onnx import TensorProto
 
     if model.functions or any(a.HasField("g") for n in model.graph.node for a in n.attribute):
-        raise FormatError("a prompt graph with functions or branches has no reference")
-    del model.graph.value_info[:]  # types that will not hold any more
+        raise FormatError(
+            "a prompt graph with functions or branches has no reference (export again)"
+        )
+    del model.graph.value_info[:]  # types that no longer hold
     if precision == "int8":
         _dequantize(model.graph)
     elif precision == "fp16":
@@ -240,7 +242,7 @@ def _dequantize(graph: Any) -> None:
     def only_user(name: str, operator: str) -> Any:
         found = users.get(name, [])
         if len(found) != 1 or found[0].op_type != operator:
-            raise FormatError(f"{name!r} of an int8 prompt graph has no single {operator} after it")
+            raise FormatError(f"int8 prompt graph: {name!r} is not followed by a single {operator}")
         return found[0]
 
     weights: list[Any] = []
@@ -251,14 +253,14 @@ def _dequantize(graph: Any) -> None:
             continue
         quantize = made_by.get(node.input[0])
         if quantize is None or quantize.op_type != "DynamicQuantizeLinear":
-            raise FormatError(f"{node.input[0]!r} of an int8 prompt graph is not quantized in it")
+            raise FormatError(f"int8 prompt graph: {node.input[0]!r} is not quantized in it")
         cast = only_user(node.output[0], "Cast")
         rescale = only_user(cast.output[0], "Mul")
         scales = made_by[next(name for name in rescale.input if name != cast.output[0])]
         scale = next((name for name in scales.input if name in constants), None)
         if scale is None or quantize.output[1] not in scales.input:
             raise FormatError(
-                f"{rescale.output[0]!r} of an int8 prompt graph is scaled unlike ours"
+                f"int8 prompt graph: {rescale.output[0]!r} has an unknown scale (quantize again)"
             )
         wide = f"{rescale.output[0]}:weight"
         of_weight = node.input[1]
@@ -277,7 +279,7 @@ def _dequantize(graph: Any) -> None:
         )
         replaced |= {id(part) for part in (node, quantize, cast, scales)}
     if not products:
-        raise FormatError("an int8 prompt graph has no product in int8")
+        raise FormatError("int8 prompt graph: no MatMulInteger (quantize again)")
     kept = [products.get(id(node), node) for node in graph.node if id(node) not in replaced]
     nodes = [*weights, *kept]
     del graph.node[:]
@@ -285,7 +287,7 @@ def _dequantize(graph: Any) -> None:
 
 
 def _widen(graph: Any, narrow: int, wide: int) -> None:
-    """Compute in `wide` whatever is computed in `narrow`; inputs are taken in single precision."""
+    """Replace type `narrow` by `wide` in the graph; inputs are in single precision."""
     from onnx import TensorProto, helper
 
     renamed: dict[str, str] = {}

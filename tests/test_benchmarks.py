@@ -14,7 +14,7 @@ import ztune
 from benchmarks import gpu, harness, predict, remote, remote_ways, scaling, speed
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
-from benchmarks.remote_ways import WAYS, Counted, Task, Way
+from benchmarks.remote_ways import WAYS, ServerCounts, Task, Way
 from benchmarks.towers import Size, lean
 from runtimes.bundle import load_bundle
 from runtimes.providers import Execution
@@ -199,22 +199,22 @@ def test_every_way_evaluates_the_same_steps_in_turns() -> None:
 
         return answer
 
-    account = iter(Counted(n, n * 2_000_000, n * 1_000_000) for n in range(100))
+    account = iter(ServerCounts(n, n * 2_000_000, n * 1_000_000) for n in range(100))
     oracles: dict[object, Any] = {name: oracle(name) for name in "ab"}
-    taken, accounts = remote.in_turns(task, oracles, 7, lambda: next(account))
+    taken, accounts = remote.alternate(task, oracles, 7, lambda: next(account))
     # Two rounds of each warm up, and are not timed.
     assert seen["a"] == seen["b"] == [1, 1, *range(1, 8)]
     assert "".join(order) == "aabb" + "baab" * 3 + "ba"
     assert [len(times) for times in taken.values()] == [7, 7]
-    assert accounts["a"] == Counted(7, 14_000_000, 7_000_000)
+    assert accounts["a"] == ServerCounts(7, 14_000_000, 7_000_000)
     assert accounts["a"].figures() == {"server_request_ms": 2.0, "server_model_ms": 1.0}
 
 
 def test_differences_are_of_the_same_step() -> None:
-    found = remote.apart("ms", [0.013, 0.102, 0.012], [0.011, 0.101, 0.009])
+    found = remote.difference("ms", [0.013, 0.102, 0.012], [0.011, 0.101, 0.009])
     assert found["ms"] == pytest.approx(2)
     assert found["ms_quartiles"] == pytest.approx([1.5, 2.5])
-    assert [remote.burst_of(n) for n in (1, 7, 20, 1000)] == [1, 1, 4, 5]
+    assert [remote.burst_size(n) for n in (1, 7, 20, 1000)] == [1, 1, 4, 5]
     extent = remote.Extent((10,), queries=1000, threads=1)
     assert [extent.steps(C, 10) for C in (3, 10, 100, 1000)] == [100, 100, 10, 7]
 
@@ -249,15 +249,18 @@ def test_ways_to_ask() -> None:
 def test_remote_document(tmp_path: Path) -> None:
     triton_environment()  # skips without
     bundle = load_bundle(MINI)
-    repository = remote_ways.repository_of(bundle, tmp_path / "repository", 1)
+    repository = remote_ways.export_repository(bundle, tmp_path / "repository", 1)
     task = Task(bundle, 5, 2)
-    with remote_ways.started(repository) as server:
+    with remote_ways.start_server(repository) as server:
         for way in (Way("grpc", "here"), Way("http", "server")):
             place = remote_ways.address(way.transport, server)
-            with remote_ways.opened(bundle, way.transport, place) as connected:
+            with remote_ways.open_connection(bundle, way.transport, place) as connected:
                 served = way.served(connected)
-                expected = task.locally(1)(*task.step(1)).losses
-                for oracle in (task.remotely(served), task.computed(served, repository, 1)):
+                expected = task.local_oracle(1)(*task.step(1)).losses
+                for oracle in (
+                    task.server_oracle(served),
+                    task.in_process_oracle(served, repository, 1),
+                ):
                     assert oracle(*task.step(1)).losses == pytest.approx(expected, abs=1e-4)
     extent = remote.Extent(
         (3,),

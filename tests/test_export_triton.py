@@ -90,7 +90,7 @@ def test_defaults(ztune: Command, tmp_path: Path) -> None:
         (("--access", "all"), ('--access is "all"', "features, logits, losses")),
         (("--instances", 0), ("--instances is 0",)),
         (("--threads", 0), ("--threads is 0",)),
-        (("--name", "a/b"), ('"a/b" cannot name models', "--name NAME")),
+        (("--name", "a/b"), ('invalid model name "a/b"', "--name NAME")),
         (("--backend", "python", "--accelerator", "tensorrt"), ("--backend onnxruntime",)),
     ],
 )
@@ -144,7 +144,7 @@ def test_the_client_half_says_what_it_is(ztune: Command, tmp_path: Path) -> None
 
 
 def test_a_client_half_that_is_asked_for_graphs(half: Path, tmp_path: Path) -> None:
-    message = r"prompt\.onnx is not here: this is the client half of a bundle, which tunes only"
+    message = r"prompt\.onnx is missing: this is the client half of a bundle, without"
     with pytest.raises(FormatError, match=message):
         load_bundle(half).file("prompt.onnx")
     # One graph that is missing among others is damage.

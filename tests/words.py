@@ -1,4 +1,4 @@
-"""List what a reader meets: public names and messages; and find words that the field does not use.
+"""List public names and messages, and find words that the field does not use.
 
 python -m tests.words            # every public name of ztune.*, every message
 python -m tests.words --stilted  # lines with a word that has a usual one instead
@@ -14,12 +14,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ("ztune", "runtimes", "export", "benchmarks", "examples")
-PROSE = ("*.md", "docs/**/*.md", "plans/*.toml", "examples/**/*.md", "benchmarks/*.md")
+PROSE = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/**/*.md",
+    "plans/*.toml",
+    "examples/**/*.md",
+    "benchmarks/*.md",
+)
 OLD_FORMATS = ROOT / "ztune" / "io" / "old_formats.py"
 """Where the words of earlier versions are read."""
 USUAL = {
     r"pictures?": "image",
-    r"(?:is|are|was|were) no [a-z]": "is not a ...",
+    r"(?<!there )(?:is|are|was|were) no (?!longer|more)[a-z]": "is not a ...",
     r"anew": "again",
     r"beside": "next to, with",
     r"(?:carry|carries|carried|carrying) out": "run",
@@ -32,16 +39,32 @@ USUAL = {
     r"sentences?": "template, text",
     r"upon": "on",
     r"none of ours|of ours": "of ztune",
-    r"stands? (?:in|at|behind|for|beside|there|above|below)": "is in",
+    r"stands? (?:in|at|behind|beside|there|above|below)": "is in",
     r"somebody|nobody": "another user, no process",
     r"by far": "much",
     r"meanwhile": "in between",
     r"begun": "started",
     r"goes? on with|go on with": "resume with, continue with",
+    r"begins? with none of": "unknown",
+    r"on (?:their|its) way": "in flight, concurrent",
+    r"of one's own|of (?:its|their) very own": "local, separate",
+    r"for want of": "without",
+    r"lives? off": "use",
+    r"midway": "intermediate",
+    r"dear(?:er|est)": "more expensive",
+    r"g(?:ive|ives|iven|ave) away": "expose",
+    r"tells? (?:no|nothing|of|apart)": "reports, distinguishes",
+    r"(?:is|are|be|was|were) told": "gets, is reported",
+    r"(?:has|have) no company": "is alone in its batch",
+    r"the former one": "the previous one",
+    r"half a character": "an unpaired surrogate",
+    r"at the next occasion": "when convenient",
 }
-_STILTED = re.compile(
-    "|".join(rf"\b(?:{word})\b" if word[-1] != "]" else rf"\b{word}" for word in USUAL), re.I
-)
+"""Patterns of words and phrases, and the usual ones; matched as whole words."""
+_STILTED = {
+    re.compile(rf"\b(?:{word})" + r"\b" * (word[-1] != "]"), re.I): usual
+    for word, usual in USUAL.items()
+}
 _RAISED = ("Error", "warn", "remark", "exit", "fail", "CallError", "add_argument")
 
 
@@ -55,11 +78,12 @@ def prose_files() -> list[Path]:
     return sorted({path for pattern in PROSE for path in ROOT.glob(pattern)})
 
 
-def stilted(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, word and line wherever a file has a word of USUAL's keys."""
+def stilted(path: Path) -> Iterator[tuple[int, str, str, str]]:
+    """Yield line number, word, usual word and line wherever a file has a word of USUAL."""
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        for found in _STILTED.finditer(line):
-            yield number, found[0], line.strip()
+        for word, usual in _STILTED.items():
+            for found in word.finditer(line):
+                yield number, found[0], usual, line.strip()
 
 
 def public_names(path: Path) -> Iterator[str]:
@@ -78,7 +102,7 @@ def public_names(path: Path) -> Iterator[str]:
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of what is raised, warned of, remarked or shown as help."""
+    """Yield line number and text of errors, warnings, remarks and help."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue
@@ -92,7 +116,7 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text(node: ast.expr) -> str:
-    """Return a string with {} for whatever is put into it, empty for another expression."""
+    """Return a string literal, {} for its expressions; empty for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -103,10 +127,10 @@ def _text(node: ast.expr) -> str:
 
 
 def main() -> None:
-    """Print the list that was asked for."""
+    """Print the requested list."""
     if "--stilted" in sys.argv[1:]:
         for path in (*source_files(), *prose_files()):
-            for number, word, line in stilted(path):
+            for number, word, _, line in stilted(path):
                 sys.stdout.write(f"{path.relative_to(ROOT)}:{number}: {word}: {line}\n")
         return
     for path in source_files():

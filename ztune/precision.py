@@ -200,7 +200,7 @@ class SignalCheck:
                     contexts,
                     config.round_size,
                     self.model.execution,
-                    unrefined=self.reference is not None,
+                    bundle_precision=self.reference is not None,
                 )
             except ZtuneError as error:
                 raise NoReferenceError(str(error)) from None

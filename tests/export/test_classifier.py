@@ -224,7 +224,7 @@ def test_large_towers_have_external_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(classifier.classify(pixels)[0], expected, atol=1e-6)
     moved = tmp_path / "elsewhere.onnx"
     moved.write_bytes(out.read_bytes())
-    with pytest.raises(FormatError, match=r"keeps tensors in 'c\.onnx\.data'"):
+    with pytest.raises(FormatError, match=r"stores tensors in 'c\.onnx\.data'"):
         open_classifier(moved, Execution())
 
 
@@ -287,7 +287,7 @@ def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
     ("change", "message"),
     [
         (lambda _, d: d.update(classes=d["classes"][:-1]), f"of {E - 1} classes, as its metadata"),
-        (lambda _, d: d.update(classes=["same"] * E), "each named once"),
+        (lambda _, d: d.update(classes=["same"] * E), "at least two different classes"),
         (lambda _, d: d.update(classes=["one"]), "at least two classes"),
         (lambda g, _: g.output.pop(), "give logits and probabilities"),
         (lambda g, _: g.output[0].type.tensor_type.ClearField("shape"), None),

@@ -232,7 +232,7 @@ def test_tensorrt_builds_for_one_to_all_rows_and_one_bundle(
         ({"threads": -1}, r"`threads` is -1, expected at least 1$"),
         (
             {"backend": "python", "accelerator": "tensorrt"},
-            r"`accelerator=tensorrt` goes with `backend=onnxruntime`",
+            r"`accelerator=tensorrt` needs `backend=onnxruntime`",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_precision_that_the_accelerator_cannot_run(
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "_a", "a.b", "a b", 'a"b', "ä", "a\n"])
 def test_names_that_are_no_models(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name models, expected letters, digits, - and _"):
+    with pytest.raises(ConfigError, match="expected letters, digits, - and _"):
         export_triton(load_bundle(MINI), tmp_path / "out", name)
     assert not list(tmp_path.iterdir())
 

@@ -180,7 +180,7 @@ def test_an_extractor_with_weights_in_another_file_is_refused(tmp_path: Path) ->
     model = onnx.load(str(extractor(path, mini.image.size)))
     onnx.save(model, str(path), save_as_external_data=True, location="e.onnx.data")
     own = dataclasses.replace(artifact_of("decoder", mini, K), extractor=sha256(path))
-    with pytest.raises(FormatError, match=r"keeps tensors in 'e.onnx.data', expected all in one"):
+    with pytest.raises(FormatError, match=r"stores tensors in 'e.onnx.data', expected all in one"):
         pack(mini, own, tmp_path / "c.onnx", extractor=path)
     assert not (tmp_path / "c.onnx").exists()
 

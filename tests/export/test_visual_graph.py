@@ -163,8 +163,8 @@ def change(folder: Path, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("visual", None, '"visual" and image_prompted.onnx belong together'),
-        ("files/image_prompted.onnx", None, '"visual" and image_prompted.onnx belong together'),
+        ("visual", None, 'only one of "visual" and image_prompted.onnx'),
+        ("files/image_prompted.onnx", None, 'only one of "visual" and image_prompted.onnx'),
         ("visual/width", 0, '"width" is 0'),
         ("visual/width", 10**7, "expected at most 65536"),
         ("visual/patch_values", 0.5, '"patch_values" is 0.5'),

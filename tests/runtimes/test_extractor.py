@@ -175,5 +175,5 @@ def test_weights_outside_its_folder_are_not_read(tmp_path: Path, bundle: Bundle)
             if entry.key == "location":
                 entry.value = "../elsewhere.data"
     path.write_bytes(escaping.SerializeToString())
-    with pytest.raises(ZtuneError, match=r"e\.onnx keeps tensors in .*elsewhere"):
+    with pytest.raises(ZtuneError, match=r"e\.onnx stores tensors in .*elsewhere"):
         OrtExtractor(path, bundle, Execution())

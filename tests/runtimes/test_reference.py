@@ -35,10 +35,10 @@ def contexts(n: int) -> F32:
     return (0.02 * rng.standard_normal((n, 4, 64))).astype(np.float32)
 
 
-def refined(bundle: Bundle, n: int = 6, unrefined: bool = False, **execution: Any) -> F64:
+def refined(bundle: Bundle, n: int = 6, bundle_precision: bool = False, **execution: Any) -> F64:
     names = name_tokens(bundle.text, Tokenizer(bundle), WORDS, 4)
     return reference_features(
-        bundle, names, contexts(n), 2, Execution(**execution), unrefined=unrefined
+        bundle, names, contexts(n), 2, Execution(**execution), bundle_precision=bundle_precision
     )
 
 
@@ -127,14 +127,16 @@ def test_the_process_answers_as_the_graph_whatever_its_calls(int8: Bundle) -> No
     one_by_one = np.concatenate([refined(int8, n)[n - 1 :] for n in (1, 2, 3)])
     np.testing.assert_allclose(refined(int8, 3, threads=1), one_by_one, atol=1e-6)
     # A bundle named as the reference is run as it is.
-    np.testing.assert_array_equal(refined(load_bundle(MINI), unrefined=True).shape, (6, 5, 128))
+    np.testing.assert_array_equal(
+        refined(load_bundle(MINI), bundle_precision=True).shape, (6, 5, 128)
+    )
     np.testing.assert_allclose(
-        refined(load_bundle(MINI), unrefined=True), own(load_bundle(MINI)), atol=1e-6
+        refined(load_bundle(MINI), bundle_precision=True), own(load_bundle(MINI)), atol=1e-6
     )
 
 
 def test_a_graph_of_another_make_is_refused(int8: Bundle) -> None:
-    with pytest.raises(FormatError, match="no product in int8"):
+    with pytest.raises(FormatError, match="no MatMulInteger"):
         to_reference_graph(onnx.load(load_bundle(MINI).file("prompt.onnx")), "int8")
     strange = onnx.load(int8.file("prompt.onnx"))
     next(n for n in strange.graph.node if n.op_type == "DynamicQuantizeLinear").op_type = "Abs"
@@ -151,8 +153,8 @@ def test_whatever_the_process_dies_of_is_one_line(
         reference_features(int8, names, np.zeros((2, 4, 32), np.float32), 2, Execution())
     assert "\n" not in str(raised.value)
     for program, message in (
-        ("import os; os.kill(os.getpid(), 9)", "stopped by signal 9"),
-        ("raise SystemExit(3)", "ended with 3 and said nothing"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("raise SystemExit(3)", "exited with code 3 and no message"),
         ("print('x'); 1 / 0", "ZeroDivisionError: division by zero"),
     ):
         monkeypatch.setattr(reference, "_PROGRAM", program)
