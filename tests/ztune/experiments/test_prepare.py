@@ -514,7 +514,7 @@ def test_what_is_unusual_is_said_once(
     built(tmp_path, "dtd")
     prepare(known(seeds="1, 2", shots="2, 9"), root=tmp_path, progress=Output())
     said = capfd.readouterr().err.splitlines()
-    short = [line for line in said if "have fewer than 9 images" in line]
+    short = [line for line in said if "have fewer than 9 training images" in line]
     assert len(short) == 1
     assert short[0].startswith("dtd: 9 shots: 2 class(es)")
     assert len([line for line in said if "drawn by ztune" in line]) == 1
@@ -594,7 +594,7 @@ def test_an_image_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: Pa
     manifest = divided(data, tmp_path / "list.csv")
     lost = file_of(prepare(few_shot(manifest)), "test")
     lost.unlink()
-    with pytest.raises(DataError, match=r"list.csv.*is missing"):
+    with pytest.raises(DataError, match=r"list.csv.*missing image"):
         prepare(few_shot(manifest))
     # A folder of a known name lists its images; this one vanishes after the lists were read.
     built(tmp_path, "dtd")
