@@ -470,7 +470,7 @@ def test_copies_in_published_lists_are_counted_and_kept(
         copy[0].write_bytes(source.read_bytes())
     prepared = prepare(known(), root=tmp_path)
     (warning,) = warnings
-    assert warning.startswith("dtd: test: 2 of the images to test on equal one that is tuned")
+    assert warning.startswith("dtd: test: 2 test images are byte-identical to a tuning image")
     (job,) = prepared.jobs
     (split,) = scored_on(prepared)
     assert len(split.entries) == len(before.entries), "they stay"
@@ -494,7 +494,7 @@ def test_copies_are_counted_seed_by_seed(
     file_of_test.write_bytes(sometimes.read_bytes())
     prepare(plan, root=tmp_path)
     (warning,) = warnings
-    assert "dtd: test: 0 to 1 of the images" in warning
+    assert "dtd: test: 0 to 1 test images" in warning
 
 
 def test_copies_in_ones_own_images_are_refused(data: Path, prepare: Prepare) -> None:
@@ -514,7 +514,7 @@ def test_what_is_unusual_is_said_once(
     built(tmp_path, "dtd")
     prepare(known(seeds="1, 2", shots="2, 9"), root=tmp_path, progress=Output())
     said = capfd.readouterr().err.splitlines()
-    short = [line for line in said if "have fewer than 9 images" in line]
+    short = [line for line in said if "have fewer than 9 training images" in line]
     assert len(short) == 1
     assert short[0].startswith("dtd: 9 shots: 2 class(es)")
     assert len([line for line in said if "drawn by ztune" in line]) == 1
@@ -567,7 +567,7 @@ def test_a_data_set_by_name_needs_a_root(
     # A folder of that name next to the plan is not used.
     built(tmp_path, "dtd")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="add `root=DIR`"):
+    with pytest.raises(ConfigError, match="needs `root=DIR`"):
         prepare(text)
 
 
@@ -594,7 +594,7 @@ def test_an_image_that_cannot_be_read(data: Path, prepare: Prepare, tmp_path: Pa
     manifest = divided(data, tmp_path / "list.csv")
     lost = file_of(prepare(few_shot(manifest)), "test")
     lost.unlink()
-    with pytest.raises(DataError, match=r"list.csv.*is missing"):
+    with pytest.raises(DataError, match=r"list.csv.*missing image"):
         prepare(few_shot(manifest))
     # A folder of a known name lists its images; this one vanishes after the lists were read.
     built(tmp_path, "dtd")
@@ -771,7 +771,7 @@ def test_what_is_not_asked_for_is_not_read(data: Path, prepare: Prepare) -> None
 
 
 def test_nothing_asked_for_is_an_error(data: Path, prepare: Prepare) -> None:
-    with pytest.raises(ConfigError, match="no cell of the plan has all that `methods`, `data`"):
+    with pytest.raises(ConfigError, match="no cell of the plan matches `methods`, `data`"):
         prepare(few_shot(data), only=CellFilter(seeds=(7,)))
 
 

@@ -306,7 +306,7 @@ def test_classes_without_test_images_are_told_of() -> None:
         assert "cat" in task.classes
         assert "cat" in task.parts[0].classes
         (remark,) = remarks_on(task)
-        assert remark.startswith(f"1 {part}class(es) have no test images, and are wrong")
+        assert remark.startswith(f"1 {part}class(es) have no test images, and remain")
         assert remark.endswith(": cat")
 
 
