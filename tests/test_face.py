@@ -338,7 +338,7 @@ def test_names_that_do_not_exist(model: Model, train: Any) -> None:
         ztune.FewShotClassifier(model, method="zap").fit(train)
     with pytest.raises(ConfigError, match=r'no setting "step_sise" \(did you mean step_size\?\)'):
         classifier(model, "zip", step_sise=1).fit(train)
-    with pytest.raises(DataError, match=r"`X` is one path: .* Dataset\.from_folder"):
+    with pytest.raises(DataError, match=r"`X` is one path, .* Dataset\.from_folder"):
         classifier(model, "gda").fit(str(DIGITS))
     with pytest.raises(NotFittedError, match="not fitted yet"):
         classifier(model, "zip").predict(["a.png"])

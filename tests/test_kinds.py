@@ -119,7 +119,7 @@ def test_an_address_without_its_scheme(place: str, suggested: str, ztune: Comman
 )
 def test_a_scheme_with_a_slip(url: str, ztune: Command) -> None:
     for words in (("doctor", url), ("eval", url, "--data", DIGITS)):
-        told(ztune(*words), f'"{url}" expected one of triton://, tritons://, http://')
+        told(ztune(*words), f'"{url}", expected one of triton://, tritons://, http://')
 
 
 def test_what_only_looks_like_an_address_is_a_path(tmp_path: Path) -> None:

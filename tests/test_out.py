@@ -113,7 +113,7 @@ def test_nothing_but_runs_is_overwritten(ztune: Command, run: Path, tmp_path: Pa
     (newer / "run.json").write_text(json.dumps({**document, "version": 99}))
     for folder, said in (
         (plain, "is not a run, and --overwrite only replaces runs"),
-        (foreign, "run.json was not written by ztune"),
+        (foreign, "not written by ztune"),
         (newer, "newer than this ztune reads"),
         (MINI, "is not a run"),
         (run / "run.json", "is not a run"),

@@ -59,7 +59,7 @@ def test_a_run_says_its_signal_and_counts_its_cost(
     out = tmp_path / "run"
     done = ztune(*TUNE, *MEASURED, "--cache", cache, "--out", out)
     assert done.code == 0, done.err
-    (line,) = (line for line in done.err.splitlines() if "signal-to-noise" in line)
+    (line,) = (line for line in done.err.splitlines() if "directions" in line)
     assert "in fp32 (10 directions, perturbation 5e-05; limit" in line
     run = document(out)
     found = run["signal"]

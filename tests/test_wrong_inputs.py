@@ -489,7 +489,7 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
     ):
         require("gda", given, needs_of_all(), "ask for them")
     # Images may be changed, and yet no logits come back.
-    with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not give'):
+    with pytest.raises(ConfigError, match='"bar" needs logits, which this runtime does not'):
         require("bar", given | {PIXELS}, needs_of_all())
     for method in LOGIT_METHODS:
         with pytest.raises(ConfigError, match=f'"{method}" needs logits, which this runtime does'):
@@ -625,9 +625,9 @@ def test_validation_images_that_a_method_asks_for(
         "tune", MINI, "--data", data, "--shots", 8, "--method", "zip", "--queries", 100,
         "--out", out,
     )  # fmt: skip
-    refused(ztune(*words, "--keep", "best"), "needs validation images")
+    refused(ztune(*words, "--keep", "best"), "need validation images")
     small = ("--method", "sharpzo", "--set", "intrinsic_dim=10", "--set", "population=4")
-    refused(ztune(*words, *small, "--set", "warmup_patience=2"), "needs validation images")
+    refused(ztune(*words, *small, "--set", "warmup_patience=2"), "need validation images")
     assert not out.exists()
 
 

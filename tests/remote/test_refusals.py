@@ -328,7 +328,7 @@ def test_what_losses_alone_do_not_serve(method: str, frugal: str, tune: Tune) ->
 
 
 def test_text_features_that_are_not_given(frugal: str, tune: Tune) -> None:
-    tune(frugal, "--losses", "here", says=("--losses here", "no text features"))
+    tune(frugal, "--losses", "here", says=("--losses here", "needs text features"))
 
 
 def test_visual_prompts_are_not_for_servers(triton: TritonServer, tune: Tune) -> None:

@@ -410,7 +410,7 @@ def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": [(None, 0)]}, "row 0: holds no image"),
+        ({"rows": [(None, 0)]}, "row 0: no image"),
         ({"rows": [(b"\x89PNG", 0), (b"\x89PNG", 2)]}, "row 1: label is 2, expected 0 to 1"),
         ({"rows": [(b"\x89PNG", None)]}, "row 0: label is None"),
         ({"rows": [(b"<svg/>", 0)]}, "unknown image format"),
