@@ -286,12 +286,12 @@ def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _, d: d.update(classes=d["classes"][:-1]), f"of {E - 1} classes, as its metadata"),
+        (lambda _, d: d.update(classes=d["classes"][:-1]), f"of {E - 1} classes"),
         (lambda _, d: d.update(classes=["same"] * E), "at least two different classes"),
-        (lambda _, d: d.update(classes=["one"]), "at least two classes"),
-        (lambda g, _: g.output.pop(), "give logits and probabilities"),
+        (lambda _, d: d.update(classes=["one"]), "at least two different classes"),
+        (lambda g, _: g.output.pop(), "and logits and probabilities"),
         (lambda g, _: g.output[0].type.tensor_type.ClearField("shape"), None),
-        (of_type(TensorProto.FLOAT), "take pixels u8"),
+        (of_type(TensorProto.FLOAT), "expected pixels u8"),
     ],
 )
 def test_metadata_that_do_not_fit_the_graph(

@@ -210,7 +210,7 @@ def test_a_bare_checkpoint_takes_what_published_weights_agree_on(
     with pytest.raises(ConfigError, match="expected an object with mean, std and optional"):
         load_clip("Tiny", str(checkpoint), preprocess_from=str(file))
     file.write_text(json.dumps({"mean": [0, 0], "std": [1, 1, 1]}))
-    with pytest.raises(FormatError, match='"mean" is'):
+    with pytest.raises(FormatError, match=r"\$\.mean: expected array of length >= 3"):
         load_clip("Tiny", str(checkpoint), preprocess_from=str(file))
     with pytest.raises(
         ConfigError, match=r"neither a file nor a tag of Tiny \(tags: openai, laion\)"
