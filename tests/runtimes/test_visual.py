@@ -1,9 +1,9 @@
 """Compare visual prompts on the embedded bundle with the papers' formulas in numpy."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -204,7 +204,7 @@ def test_candidates_of_another_shape_are_refused(
 
 
 def test_a_bundle_without_the_graph_is_refused() -> None:
-    without = dataclasses.replace(BUNDLE, visual=None)
+    without = msgspec.structs.replace(BUNDLE, visual=None)
     with pytest.raises(FormatError, match=r"has no image_prompted\.onnx.*`image_tokens`"):
         TokenPrompts(without, CPU)
 

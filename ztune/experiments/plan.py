@@ -349,7 +349,7 @@ def _protocol(
 
 
 def _check_transfers(protocols: Sequence[ProtocolPlan], where: str) -> None:
-    """Refuse transfers whose cells have the same names, which tables could not tell apart."""
+    """Refuse transfers whose cells have the same names, which tables could not distinguish."""
     for i, one in enumerate(protocols):
         for j, other in enumerate(protocols[:i]):
             if (

@@ -54,7 +54,7 @@ def test_a_method_of_another_package_is_one_of_the_table(site: Path, ztune: Comm
     listed = ztune("methods").out
     assert listed.splitlines()[0].split()[-1] == "package"
     assert any(line.split()[-2:] == ["ztune-random-search", "0.1.0"] for line in listed.split("\n"))
-    assert "package ztune-random-search 0.1.0\n" in ztune("methods", "random-search").out
+    assert "package: ztune-random-search 0.1.0\n" in ztune("methods", "random-search").out
     documents = ztune("methods", "--json").json
     assert documents["methods"][-1]["name"] == "random-search"
     assert documents["failed"] == {}

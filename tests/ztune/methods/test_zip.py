@@ -114,7 +114,9 @@ def test_more_values_than_the_width_are_padded_to_their_own_power_of_two() -> No
 
 
 def test_a_latent_of_an_impossible_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"9000 over 1 context .*set intrinsic_dim between 1 and"):
+    with pytest.raises(
+        ConfigError, match=r"9000 values for each of 1 context .*set intrinsic_dim between 1 and"
+    ):
         ZipMap(np.zeros((1, 100), np.float32), 9000, 5, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="gives 0 values for each of"):
         ZipMap(np.zeros((8, 100), np.float32), 5, 5, np.random.default_rng(0))
