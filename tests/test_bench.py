@@ -326,10 +326,10 @@ def test_a_run_that_was_killed_goes_on_from_its_state(
     run = state.parent
     n_before = len((run / "history.jsonl").read_text().splitlines())
     assert 0 < n_before < 400
-    (deaths,) = (out / "runs").glob("*/deaths")
-    assert len(deaths.read_text().splitlines()) == 1
+    (attempts,) = (out / "runs").glob("*/attempts")
+    assert len(attempts.read_text().splitlines()) == 1
     run_bench(longer, out, "--resume", *only)
-    assert not deaths.exists()
+    assert not attempts.exists()
     whole = tmp_path / "whole"
     run_bench(longer, whole, *only)
     assert artifacts(out) == artifacts(whole)
@@ -589,7 +589,7 @@ def test_a_run_that_always_kills_its_process_is_given_up(
     copied: Path, plan: Path, ztune: Command
 ) -> None:
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
+    (place / "attempts").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     forget(copied)
     words = ("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     done = ztune(*words)
@@ -605,7 +605,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 ) -> None:
     """It may have been another's doing: that of another worker."""
     place = emptied(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * (MAX_ATTEMPTS - 1))
+    (place / "attempts").write_text("0 as if killed\n" * (MAX_ATTEMPTS - 1))
     forget(copied)
     done = ztune("bench", plan, "--out", copied, "--resume", "--provider", "cpu")
     assert done.code == 0, done.err
@@ -614,7 +614,7 @@ def test_a_run_that_was_twice_killed_is_tried_alone(
 
 def test_attempts_that_get_further_are_not_counted(copied: Path, plan: Path) -> None:
     place = place_of(copied, "zip")
-    (place / "deaths").write_text("0 as if killed\n" * MAX_ATTEMPTS)
+    (place / "attempts").write_text("0 as if killed\n" * MAX_ATTEMPTS)
     (place / "run" / "state.safetensors").write_bytes(b"saved since")
     assert _earlier_attempts(place) == []
 

@@ -2,7 +2,7 @@
 
     OUT/runs/KEY/run/         the run of `ztune tune`, resumed after a kill
     OUT/runs/KEY/CELL.json    the outcome of a cell, also after the driver has recorded it
-    OUT/runs/KEY/deaths       a line per killed attempt in a row without progress
+    OUT/runs/KEY/attempts     a line per killed attempt in a row without progress
 
 Models stay open from cell to cell, as do the encoded images and prompts of the last few parts.
 """
@@ -55,7 +55,7 @@ from ztune.types import F32, I64, ImageEncoder
 
 MAX_ATTEMPTS = 3
 """Killed attempts without progress after which a run fails."""
-ATTEMPTS = "deaths"
+ATTEMPTS = "attempts"
 _PARTS_BYTES = 512 << 20
 """Limit of the encoded parts that are kept; the last is always kept."""
 
