@@ -188,8 +188,7 @@ def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, cop
     assert result.code == 1
     assert "gda, seed 1: skipped, run " in result.err
     assert result.err.splitlines()[-1] == (
-        "error: 1 of 4 cell(s) are being worked on by another process; the same command tries "
-        "them again"
+        "error: 1 of 4 cell(s) are running in another process (retry with the same command)"
     )
     assert "failed" not in "".join(line for line in result.out.splitlines() if "gda" in line)
     assert ("gda", 1) not in cells_of(copied)

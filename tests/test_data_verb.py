@@ -83,7 +83,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(ztune: Command, tmp_path: P
     result = ztune("data", "check", "sun397", "--root", tmp_path)
     assert result.code == 1
     assert "missing: Training_01.txt" in result.out
-    assert "there: SUN397, ClassName.txt, Testing_01.txt" in result.out
+    assert "present: SUN397, ClassName.txt, Testing_01.txt" in result.out
     assert "split file(s) with an unexpected name: split_zhou_SUN.json" in result.err
 
 
@@ -161,7 +161,7 @@ def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:
         (("check", "dtx", "--root", "."), 'unknown data set "dtx" (known: caltech101, '),
         (("check", "dtd", "--root", "no/where"), 'root "no/where" does not exist'),
         (("list", "dtd"), "takes no name"),
-        (("list", "--root", "no/where"), "does not exist"),
+        (("list", "--root", "no/where"), "is not a folder"),
     ],
 )
 def test_wrong_words(ztune: Command, words: tuple[str, ...], message: str) -> None:
