@@ -243,8 +243,8 @@ def test_a_root_without_data(ztune: Command, run: Path, root: Path, tmp_path: Pa
     refused(ztune("eval", MINI, *given), "--data FOLDER or --split-file RUN/split.json is required")
     split = ("--split-file", run / "split.json")
     refused(ztune("eval", MINI, *split, *given), "--root does not apply to --split-file")
-    refused(ztune("eval", run, *given), "a run brings its own images", "leave out --root")
-    refused(ztune("tune", "--resume", run, *given), "leave out --root")
+    refused(ztune("eval", run, *given), "--root does not apply to a run")
+    refused(ztune("tune", "--resume", run, *given), "--root does not apply to --resume")
     assert ztune("compare", MINI, *given, "--out", tmp_path / "x").code == 2
 
 
