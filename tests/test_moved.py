@@ -115,7 +115,7 @@ def test_a_run_goes_on_where_its_images_are_now(
     resume = ("tune", "--resume", out, "--quiet")
     told(ztune(*resume), "cannot be read", "with --data")
     told(ztune(*resume, "--data", tmp_path), "cannot be read", "with --data")
-    told(ztune(*resume, "--shots", 3), "leave out --shots")
+    told(ztune(*resume, "--shots", 3), "--shots does not apply to --resume")
     done = ztune(*resume, "--data", new)
     assert done.code == 0, done.err
     name = "prompt.safetensors"

@@ -155,7 +155,7 @@ def test_a_stop_while_replacing_is_told(
     with monkeypatch.context() as patched:
         patched.setattr("ztune.run.write_json", stopped_at("split.json"))
         assert ztune(*TUNE, "--seed", 2, "--out", run, "--overwrite").code == 130
-    told(ztune("tune", "--resume", run), "was being replaced when it was stopped", "same command")
+    told(ztune("tune", "--resume", run), "was stopped while it was being replaced", "same command")
     assert ztune("eval", run).code == 1
     assert ztune(*TUNE, "--seed", 2, "--out", run).code == 0
 

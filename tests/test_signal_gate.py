@@ -154,7 +154,7 @@ def test_a_resumed_run_keeps_what_was_measured(
     assert (run["probe_queries"], run["text_forwards"]) == (20, 600)
     refused = ztune("tune", "--resume", out, "--force")
     assert refused.code == 1
-    assert "leave out --force" in refused.err
+    assert "--force does not apply to --resume" in refused.err
 
 
 def test_a_measurement_that_fails_stops_a_run_unless_forced(
@@ -316,7 +316,7 @@ def test_the_doctor_says_why_no_provider_runs_a_precision(ztune: Command, tmp_pa
     assert report.code == 1
     assert "an fp16 bundle cannot run on cpu" in report.err
     assert "prompt.onnx" in report.out
-    assert "signal-to-noise: not measured" in report.out
+    assert "signal-to-noise ratio: not measured" in report.out
 
 
 def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, cache: Path) -> None:

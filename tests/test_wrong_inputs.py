@@ -96,7 +96,7 @@ def test_bundle_problems(ztune: Command, data: Path, bundle: Path, tmp_path: Pat
     prompt = bundle / "prompt.onnx"
     whole = prompt.read_bytes()
     prompt.write_bytes(whole[: len(whole) // 2])
-    refused(tune(bundle), "prompt.onnx has", "bundle.json says", "export again")
+    refused(tune(bundle), "prompt.onnx has", "expected 671588", "export again")
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1
     prompt.write_bytes(changed)
