@@ -464,7 +464,7 @@ def test_a_mixture_that_takes_no_more_prompts_says_so(
         "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
         *settings("n_prompts=2", "most_prompts=8"), "--quiet",
     )  # fmt: skip
-    ended = "the method takes no more (most_prompts)"
+    ended = "the method's limit is reached (most_prompts)"
     done = ztune(*given, "--queries", 100, "--snapshots", 2, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     assert f"stopped before 100 queries: {ended}" in done.out
@@ -688,4 +688,4 @@ def test_extractors_that_do_not_fit_are_refused(
         "--out", tmp_path / "c.onnx",
     )  # fmt: skip
     assert refused.code == 1
-    assert "leave out --extractor" in refused.err
+    assert "--extractor does not apply" in refused.err

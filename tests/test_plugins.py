@@ -100,7 +100,7 @@ def test_it_is_tuned_and_scored(run: Ztune, site: Path, data: Path, tmp_path: Pa
     install_example(site, "0.2.0")
     told(
         run("tune", "--resume", out), "was started with random-search of ztune-random-search 0.1.0",
-        "installed is ztune-random-search 0.2.0 (install that version, or start a new run)",
+        "but ztune-random-search 0.2.0 is installed (install that version, or start a new run)",
     )  # fmt: skip
     shutil.rmtree(site)
     told(
