@@ -31,10 +31,7 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="PLAN.toml|report OUT",
-        help="plan to run, or results to report on",
+        "words", nargs="+", metavar="PLAN.toml|report OUT", help="plan to run, or results to show"
     )
     parser.add_argument("--out", type=Path, metavar="OUT", help="folder for results")
     add(parser, "--root")
@@ -46,18 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="run only missing and failed cells")
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: 1)")
-    parser.add_argument(
-        "--ray", metavar="ADDRESS", help="run workers on a Ray cluster: auto, HOST:PORT or local"
-    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="Ray cluster: auto, HOST:PORT or local")
     parser.add_argument(
         "--gpus", type=float, metavar="SHARE", help="GPUs per Ray worker, such as 0.25 (default: 0)"
     )
-    add(
-        parser,
-        "--provider",
-        default=None,
-        help="auto, cpu, cuda or tensorrt (default: the plan's)",
-    )
+    add(parser, "--provider", default=None, help="provider (default: the plan's)")
     for option, what in (
         ("--methods", "methods"), ("--data", "data sets"), ("--shots", "shots"),
         ("--seeds", "seeds"),

@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write missing files that can be generated: the split, images from parquet files",
     )
-    parser.add_argument(
-        "--skip-copies", action="store_true", help="do not look for duplicate images by content"
-    )
+    parser.add_argument("--skip-copies", action="store_true", help="do not compare image contents")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:

@@ -33,9 +33,7 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="bundle or server to check"
-    )
+    parser.add_argument("bundle", nargs="?", type=place, metavar="BUNDLE|URL", help="what to check")
     signal = parser.add_argument_group("signal-to-noise ratio of tuning")
     add(
         signal,
@@ -112,9 +110,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     document["ok"] = bool(working or is_url(arguments.bundle)) and not failures
     output.result(document, lines)
     if not document["ok"] and not failures:
-        raise ZtuneError(
-            "no provider works on this machine: " + "; ".join(str(v) for v in providers.values())
-        )
+        raise ZtuneError("no provider works here: " + "; ".join(str(v) for v in providers.values()))
     if failures:
         raise ZtuneError("; ".join(failures))
 

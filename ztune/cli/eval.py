@@ -52,13 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         parser,
         "--data",
-        help="labelled images, or a data set's name with --root; for a run: where its images moved",
+        help="labelled images, or a name with --root; for a run: where its images moved",
     )
     add(parser, "--root")
     add(parser, "--test-data", help="for a run: where its test images moved")
-    parser.add_argument(
-        "--split", choices=("test", "all"), help="images to evaluate (default: test)"
-    )
+    parser.add_argument("--split", choices=("test", "all"), help="images (default: test)")
     parser.add_argument("--split-file", type=Path, metavar="FILE", help="a run's split.json")
     parser.add_argument(
         "--bundle",
@@ -66,14 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|URL",
         help="for a run: where its bundle or server moved",
     )
-    parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="a result of ztune tune")
+    parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="run or prompt")
     add(parser, "--template", "--extractor")
-    parser.add_argument(
-        "--snapshots", action="store_true", help="also evaluate a run's intermediate snapshots"
-    )
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="candidate class names, one per line"
-    )
+    parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add(parser, "--names", "--cache", "--skip-broken", "--provider", "--threads")
     add_server_arguments(parser)
 

@@ -18,23 +18,17 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip model")
-    parser.add_argument(
-        "--pretrained", metavar="TAG|FILE", help="pretrained tag or checkpoint file"
-    )
+    parser.add_argument("--pretrained", metavar="TAG|FILE", help="pretrained tag or checkpoint")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (Hugging Face tokenizers)"
     )
-    parser.add_argument(
-        "--pad-id", type=int, metavar="N", help="padding token, if the tokenizer defines none"
-    )
+    parser.add_argument("--pad-id", type=int, metavar="N", help="padding token, if not defined")
     parser.add_argument(
         "--preprocess-from",
         metavar="TAG|JSON",
         help="preprocessing (mean, std, resizing) of a checkpoint file",
     )
-    parser.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="random weights, for tests"
-    )
+    parser.add_argument("--random-weights", type=int, metavar="SEED", help="random weights (tests)")
     parser.add_argument(
         "--licence",
         default="unknown",

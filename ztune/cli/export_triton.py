@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         help="onnxruntime (default), or python: onnxruntime inside Triton's Python backend",
     )
-    parser.add_argument(
-        "--accelerator", default="none", help="none (default: CPUs), cuda or tensorrt"
-    )
+    parser.add_argument("--accelerator", default="none", help="none (default), cuda or tensorrt")
     parser.add_argument(
         "--instances",
         type=int,

@@ -30,13 +30,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     documents = [method_to_json(method) for method in methods.values()]
     columns: tuple[str, ...] = ("method", "description", "paper", "needs", "new classes")
     rows: list[tuple[str, ...]] = [
-        (
-            m.name,
-            m.title,
-            m.paper,
-            str(one["capabilities"]),
-            "yes" if m.serves_new_classes() else "no",
-        )
+        (m.name, m.title, m.paper, str(one["capabilities"]), ("no", "yes")[m.serves_new_classes()])
         for m, one in zip(methods.values(), documents, strict=True)
     ]
     packages = [str(one["package"] or "ztune") for one in documents]

@@ -17,9 +17,7 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "bundle", type=Path, metavar="BUNDLE", help="bundle that the prompt was tuned on"
-    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle of the prompt")
     parser.add_argument(
         "--prompt", required=True, type=Path, metavar="RUN|FILE", help="a result of ztune tune"
     )
@@ -30,12 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file to write, such as classifier.onnx",
     )
-    parser.add_argument(
-        "--resize", action="store_true", help="accept images of any size, and resize in the graph"
-    )
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="other class names, one per line"
-    )
+    parser.add_argument("--resize", action="store_true", help="accept images of any size")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add(parser, "--extractor")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     add(parser, "--provider", default="cpu", help="auto, cpu (default), cuda or tensorrt")

@@ -108,9 +108,7 @@ def parser_of(verb: str) -> Parser:
     module.add_arguments(parser)
     parser.own = tuple(parser._actions)
     every = parser.add_argument_group("common options")
-    every.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+    every.add_argument("--json", action="store_true", help="one JSON document on standard output")
     every.add_argument("--quiet", action="store_true", help="no progress, no remarks")
     every.add_argument("--debug", action="store_true", help="show the traceback of an error")
     every.add_argument("-h", "--help", action="help", help="show this help and exit")

@@ -23,9 +23,7 @@ _BATCH = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("classifier", type=Path, metavar="classifier.onnx", help="from ztune pack")
-    parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="images to classify"
-    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="to classify")
     parser.add_argument(
         "--top", type=int, default=3, metavar="N", help="classes per image (default: 3)"
     )

@@ -15,9 +15,7 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="an fp32 bundle")
-    parser.add_argument(
-        "--precision", default="int8", help="int8 (default, for CPUs) or fp16 (for GPUs)"
-    )
+    parser.add_argument("--precision", default="int8", help="int8 (default, CPUs) or fp16 (GPUs)")
     parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="a new folder")
 
 

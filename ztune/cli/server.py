@@ -59,9 +59,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="maximum size of a request's tensors (default: 64)",
     )
-    group.add_argument(
-        "--compression", metavar="KIND", help="compression: none (default), gzip or deflate"
-    )
+    group.add_argument("--compression", metavar="KIND", help="none (default), gzip or deflate")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="trusted CA certificates")
     group.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="client certificate, for mutual TLS"

@@ -59,20 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     first.add_argument("--resume", type=Path, metavar="RUN", help="resume a stopped run")
     data = parser.add_argument_group("data and files")
     add(data, "--names", "--val", "--test-fraction", "--test-data", "--split-seed")
-    data.add_argument(
-        "--augment", type=int, metavar="K", help="cached random views per training image"
-    )
+    data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
     add(data, "--cache", help="cache folder for features (default: inside RUN)")
     add(data, "--skip-broken")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
     add(method, "--preset", "--set", "--init")
-    method.add_argument(
-        "--keep", metavar="WHICH", help="point to keep: last (default), or best on validation"
-    )
-    method.add_argument(
-        "--validate-every", type=int, metavar="N", help="queries between validations"
-    )
+    method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
+    method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
         "--patience", type=int, metavar="N", help="stop after N validations without improvement"
     )
