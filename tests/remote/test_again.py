@@ -89,10 +89,10 @@ def test_losses_alone_measure_nothing_and_encode_nothing(
         assert f"ztune eval {out} --bundle DIR" in done.out
         before = worked(server, "image")
         refused = ztune("eval", out, "--quiet")
-        one_error(refused.code, refused.err, "losses alone", "--bundle DIR")
+        one_error(refused.code, refused.err, "only losses", "--bundle DIR")
         data = ("--data", "examples/digits", "--split", "all", "--quiet")
         refused = ztune("eval", url_of(server), *data)
-        one_error(refused.code, refused.err, "losses alone", "ztune eval BUNDLE --prompt FILE")
+        one_error(refused.code, refused.err, "only losses", "ztune eval BUNDLE --prompt FILE")
         # The start's parity asks for two images each time, and nobody for more.
         assert worked(server, "image") - before == 4
     measured = ztune("eval", out, "--bundle", "models/mini", "--json", "--quiet")
