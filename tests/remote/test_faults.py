@@ -212,8 +212,8 @@ def test_a_server_that_stays_away(
     assert give_up - 0.2 < time.monotonic() - began < give_up + 30
     one_error(
         process.returncode, err, f"no answer for {give_up:g} s",
-        "every step that was answered is saved",
-        f"go on with: ztune tune {url_of(mortal, protocol)} --resume {out}",
+        "all completed steps are saved",
+        f"resume with: ztune tune {url_of(mortal, protocol)} --resume {out}",
     )  # fmt: skip
     assert document(out)["status"] == "running"
 

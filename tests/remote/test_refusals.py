@@ -130,7 +130,10 @@ def test_models_that_are_not_there(protocol: str, triton: TritonServer, tune: Tu
         ("triton://{}", ("no valid model name", "scheme://host:port/NAME")),
         ("triton://{}/mini/new", ('invalid version "new"',)),
         ("triton://127.0.0.1/mini", ("has no host or port",)),
-        ("http://me:s3cr3t-t0k3n@{}/mini", ("no user or password", "ZTUNE_BASIC_AUTH")),
+        (
+            "http://me:s3cr3t-t0k3n@{}/mini",
+            ("must not contain a user or password", "ZTUNE_BASIC_AUTH"),
+        ),
         ("http://{}/mini?token=s3cr3t-t0k3n", ("? or #", "ZTUNE_TOKEN")),
         ("http://{}/mini#s3cr3t-t0k3n", ("? or #", "ZTUNE_TOKEN")),
     ],
@@ -153,9 +156,12 @@ def test_addresses(address: str, says: tuple[str, ...], triton: TritonServer, tu
         (("--tls-cert", "x.pem"), ("only one of --tls-cert and --tls-key",)),
         (("--token-file", "/nowhere/token"), ("--token-file", "cannot be read")),
         (("--client", "/nowhere/bundle"), ("/nowhere/bundle", "does not exist, expected a bundle")),
-        (("--provider", "cpu"), ("the server's affair", "leave out --provider")),
-        (("--threads", 1), ("the server's affair", "leave out --threads")),
-        (("--memory-limit", 100), ("the server's affair", "leave out --memory-limit")),
+        (("--provider", "cpu"), ("the server decides how graphs run", "leave out --provider")),
+        (("--threads", 1), ("the server decides how graphs run", "leave out --threads")),
+        (
+            ("--memory-limit", 100),
+            ("the server decides how graphs run", "leave out --memory-limit"),
+        ),
     ],
 )
 def test_options(
@@ -185,7 +191,7 @@ def test_options(
     ids=lambda words: str(words[0]).strip("-"),
 )
 def test_options_of_a_server_with_a_folder(words: tuple[object, ...], tune: Tune) -> None:
-    tune(MINI, *words, says=(f"{words[0]} goes with a server's URL",))
+    tune(MINI, *words, says=(f"{words[0]} applies only to a server's URL",))
 
 
 def test_another_client_half(triton: TritonServer, tune: Tune, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_run_that_ends_with_a_request_on_its_way(
         if how == signal.SIGINT:
             assert process.returncode == 130
             command = f"ztune tune {url(proxy.address, protocol)} --resume {out}"
-            assert err.splitlines()[-1] == f"error: stopped (go on with: {command})"
+            assert err.splitlines()[-1] == f"error: stopped (resume with: {command})"
             # The deadline of the request on its way is 30 seconds.
             assert seconds < 5
         else:
