@@ -232,7 +232,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     with pytest.raises(ZtuneError, match=r"text.onnx differs from torch by") as refused:
         export_bundle(loaded, tmp_path / "bundle")
     # The figures are those of a perturbation of 0.001, except for the last bits.
-    found = re.search(r"by (\S+) \(1 - cosine (\S+)\), at most 0.0001", str(refused.value))
+    found = re.search(r"by (\S+) \(1 - cosine (\S+)\), expected at most 0.0001", str(refused.value))
     assert found, refused.value
     assert 1e-4 < float(found[1]) < 1e-3
     assert 1e-7 < float(found[2]) < 1e-6
@@ -271,7 +271,7 @@ from pathlib import Path
 from export.bundle import export_bundle
 from export.clip import load_clip
 def stop(line):
-    if line.startswith("image.onnx: differs"):
+    if line.startswith("image.onnx: maximum difference"):
         os.kill(os.getpid(), signal.SIGKILL)
 export_bundle(load_clip("local-dir:{model}"), Path({str(tmp_path / "bundle")!r}), progress=stop)
 """
