@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -222,7 +223,7 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
             "not a graph without branches or functions, with one input",
             extractor=MINI / name,
         )
-    without = dataclasses.replace(mini, visual=None, files={
+    without = msgspec.structs.replace(mini, visual=None, files={
         name: entry for name, entry in mini.files.items() if name != "image_prompted.onnx"
     })  # fmt: skip
     with pytest.raises(FormatError, match=r"has no image_prompted\.onnx"):
