@@ -165,12 +165,12 @@ def change(folder: Path, key: str, value: object) -> None:
     [
         ("visual", None, 'only one of "visual" and image_prompted.onnx'),
         ("files/image_prompted.onnx", None, 'only one of "visual" and image_prompted.onnx'),
-        ("visual/width", 0, '"width" is 0'),
-        ("visual/width", 10**7, "expected at most 65536"),
-        ("visual/patch_values", 0.5, '"patch_values" is 0.5'),
-        ("visual/patch_mean", "0", "expected a finite number"),
-        ("visual/patch_std", 0, '"patch_std" is not positive'),
-        ("visual", [], '"visual" is'),
+        ("visual/width", 0, r"\$\.visual\.width: expected int >= 1, got 0"),
+        ("visual/width", 10**7, "expected int <= 65536"),
+        ("visual/patch_values", 0.5, "expected int, got float"),
+        ("visual/patch_mean", "0", "expected float, got str"),
+        ("visual/patch_std", 0, "expected float > 0.0, got 0"),
+        ("visual", [], r"\$\.visual: expected object"),
     ],
 )
 def test_a_wrong_manifest_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
