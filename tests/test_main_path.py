@@ -334,4 +334,4 @@ def test_a_run_goes_on_and_is_evaluated_where_its_bundle_has_moved(
     assert (out / "prompt.safetensors").read_bytes() == before
     refused = ztune("tune", "--resume", out, "--queries", 9000)
     assert refused.code == 1
-    assert "leave out --queries" in refused.err
+    assert "--queries does not apply to --resume" in refused.err

@@ -200,4 +200,4 @@ def test_the_command_adds_it_on_demand(ztune: Command, tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "b").visual is not None
     refused = ztune(*words, "--precision", "int8", "--out", tmp_path / "c")
     assert refused.code == 1
-    assert "--image-tokens goes with --precision fp32" in refused.err
+    assert "--image-tokens requires --precision fp32" in refused.err
