@@ -170,12 +170,12 @@ def test_an_old_run_on_a_server_is_translated() -> None:
         "request": {"queries": 5},
     }
     assert current(old, "ztune-run", 2, "x") == {
-        "calls": {"candidates": 10, "image_features": "kept by the server"},
+        "calls": {"candidates": 10, "pictures": "kept by the server"},
         "server": {"url": "triton://a/b", "capabilities": ["loss"]},
         "run_config": {"queries": 5},
     }
-    damaged: dict[str, Json] = {**old, "calls": 3}
-    assert current(damaged, "ztune-run", 2, "x")["calls"] == 3  # named where it is read
+    damaged: dict[str, Json] = {**old, "server": 3}
+    assert current(damaged, "ztune-run", 2, "x")["server"] == 3  # named where it is read
 
 
 def test_images_that_were_extracted_once_are_used(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ztune.training import TrainingRun, read_split
 from ztune.types import Json
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_TIMED = f"{len(_WORDS)} classes, {N_CONTEXT} context tokens, text side"
+TIMED = f"{len(_WORDS)} classes, {N_CONTEXT} context tokens, text side"
 _EXTRAS = {
     "cpu or gpu": "onnxruntime",
     "export": "open_clip",
@@ -69,8 +69,7 @@ class BundleCheck:
     parity: Mapping[str, Mapping[str, Parity]] | None = None
     """Differences from torch by graph, `here` and `at_export`; None if not run."""
     seconds_per_query: float | None = None
-    timed: str = ""
-    """Timings."""
+    """Of TIMED; None if not run."""
 
     def to_json(self, path: Path) -> dict[str, Json]:
         document: dict[str, Json] = {
@@ -119,7 +118,7 @@ def check_bundle(path: Path, working: Sequence[str]) -> BundleCheck:
     model = Model(bundle, Execution(provider))
     seconds = time_text_queries(model.prompt_graph, _WORDS, bundle.text.width).per_query
     return BundleCheck(
-        files, failures, bundle.model_id, bundle.precision, provider, parity, seconds, _TIMED
+        files, failures, bundle.model_id, bundle.precision, provider, parity, seconds
     )
 
 
@@ -152,11 +151,10 @@ class ServerCheck:
     """Whether every answer reports its bundle's digest."""
     extensions: Sequence[str]
     seconds_per_query: float | None
+    """Of TIMED, network included; None without text features."""
 
 
-def check_server(
-    url: str, values: Mapping[str, Json], progress: Progress = SILENCE
-) -> tuple[ServerCheck, str]:
+def check_server(url: str, values: Mapping[str, Json], progress: Progress = SILENCE) -> ServerCheck:
     """Check and time a server.
 
     Raises: ServerError for the first failed check, ConfigError for settings.
@@ -167,12 +165,11 @@ def check_server(
     service, bundle = connected.service, connected.bundle
     try:
         served = ServerRuntime(service, bundle, losses=parse_settings(values).losses)
-        seconds, timed = None, ""
+        seconds = None
         if TEXTS in served.access:
             graph = served.prompts(Tokenizer(bundle))
             seconds = time_text_queries(graph, _WORDS, bundle.text.width).per_query
-            timed = _TIMED
-        found = ServerCheck(
+        return ServerCheck(
             url=str(service.location),
             models=[service.model(part) for part in service.offers],
             capabilities=sorted(served.access),
@@ -186,7 +183,6 @@ def check_server(
         )
     finally:
         service.close()
-    return found, timed
 
 
 def measure_signal(run_config: RunConfig, model: Model) -> tuple[Signal, dict[str, Json], float]:

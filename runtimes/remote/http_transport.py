@@ -207,7 +207,7 @@ class HttpTransport:
             )
         try:
             status, content, answered = future.result()
-        except Exception as error:
+        except Exception as error:  # aiohttp, TLS or the system: `_failure` tells which
             raise self._failure(error) from None
         finally:
             future.cancel()  # if the caller was interrupted

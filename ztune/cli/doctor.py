@@ -91,9 +91,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     failures: list[str] = []
     if is_url(arguments.bundle):
         url = str(arguments.bundle)
-        server, timed = check_server(url, server_settings(arguments), output)
+        server = check_server(url, server_settings(arguments), output)
         document["server"] = plain(server)
-        lines += _server_lines(server, timed)
+        lines += _server_lines(server)
     elif arguments.bundle is not None and working:
         found = check_bundle(arguments.bundle, working)
         failures = list(found.failures)
@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
+    from ztune.doctor import TIMED
     lines: list[str | Table] = ["", Table(f"bundle {path}", ("", ""), list(found.files.items()))]
     if found.parity is None:
         return lines
@@ -129,11 +130,12 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
         "",
         Table(title, ("graph", "here", "at export"), rows),
         "",
-        f"{found.seconds_per_query:.5f} s per query ({found.timed})",
+        f"{found.seconds_per_query:.5f} s per query ({TIMED})",
     ]
 
 
-def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
+def _server_lines(found: ServerCheck) -> list[str | Table]:
+    from ztune.doctor import TIMED
     said = "in every response" if found.reports_digest else "not in every response"
     rows = [
         ("models", ", ".join(found.models)),
@@ -147,8 +149,8 @@ def _server_lines(found: ServerCheck, timed: str) -> list[str | Table]:
         "",
         Table("largest difference from torch", ("model", "over the network"), differences),
     ]
-    if timed:
-        lines += ["", f"{found.seconds_per_query:.5f} s per query ({timed}, network included)"]
+    if found.seconds_per_query is not None:
+        lines += ["", f"{found.seconds_per_query:.5f} s per query ({TIMED}, network included)"]
     return lines
 
 

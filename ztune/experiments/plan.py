@@ -6,7 +6,7 @@
     preset = "published"
     curve = 12                              # points of the accuracy curve; 0: only the result
 
-    [models]                                # name = bundle; `models` given replace them
+    [models]                                # name = bundle
     clip = "../bundles/vit-b-16"
 
     [data]

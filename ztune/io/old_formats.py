@@ -36,7 +36,6 @@ def _classifier(document: Document) -> Document:
 
 
 def _run(document: Document) -> Document:
-    document = _inside(document, "calls", {"pictures": "image_features"})
     document = _inside(document, "server", {"gives": "capabilities"})
     return _renamed(document, {"request": "run_config", "broken_pictures": "broken_images"})
 

@@ -37,7 +37,7 @@ class Patches:
     n_values: int
     """Pixels per patch times channels."""
     mean: float
-    """Standard deviation of the patch embedding's weights."""
+    """Mean of the patch embedding's weights; `std` is their standard deviation."""
     std: float
 
 

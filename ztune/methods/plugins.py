@@ -12,6 +12,7 @@ from importlib import metadata
 from ztune.errors import ConfigError
 from ztune.io.config import configured
 from ztune.methods.base import HeadMethod, Method, TunedMethod
+from ztune.printing import one_line
 
 GROUP = "ztune.methods"
 
@@ -53,7 +54,7 @@ def load(name: str) -> Method:
         if isinstance(method, TunedMethod | HeadMethod):
             configured(method.config, {}, "")  # checks its defaults
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ConfigError(
             f"{what} cannot be loaded from {point.value}: {reason} (repair or uninstall it)"
         ) from error
