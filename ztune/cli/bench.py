@@ -135,10 +135,9 @@ def _print_results(
     lines.append(
         f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
     )
-    again = f"ztune bench report {quoted(out)}"
-    lines.append(f"{files[0]} (rewrite it with: {again})")
-    document: dict[str, Json] = {**counts, "failures": failed}
-    output.result({**document, "report": [str(file) for file in files]}, lines)
+    lines.append(f"{files[0]} (rewrite it with: ztune bench report {quoted(out)})")
+    report = [str(file) for file in files]
+    output.result({**counts, "failures": failed, "report": list(report)}, lines)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
     from ztune.doctor import TIMED
+
     lines: list[str | Table] = ["", Table(f"bundle {path}", ("", ""), list(found.files.items()))]
     if found.parity is None:
         return lines
@@ -136,6 +137,7 @@ def _bundle_lines(path: Path, found: BundleCheck) -> list[str | Table]:
 
 def _server_lines(found: ServerCheck) -> list[str | Table]:
     from ztune.doctor import TIMED
+
     said = "in every response" if found.reports_digest else "not in every response"
     rows = [
         ("models", ", ".join(found.models)),
