@@ -90,7 +90,7 @@ def draw_curve(
                 "o-",
                 color=ACCENT,
                 markersize=4,
-                label="result by then,\ntraining images",
+                label="current result,\ntraining images",
             )
             axes.set_xscale("log")
         else:

@@ -55,7 +55,7 @@ def test_a_mixtures_curve_is_of_its_results(
     draw_curve(history, {"zero-shot": 0.4}, "a title", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.width > image.height > 100
-    results = [one for one in drawn if one[3] == "result by then,\ntraining images"]
+    results = [one for one in drawn if one[3] == "current result,\ntraining images"]
     at = [10.0, 20, 40, 80, 160]
     assert [(x, y) for _, x, y, _ in results] == [
         (at, [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]),
