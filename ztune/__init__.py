@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ztune.dataset import Dataset
     from ztune.deployed import DeployedClassifier, load_classifier
     from ztune.estimator import FewShotClassifier
+    from ztune.experiments.bench import run_plan
     from ztune.exporting import export
     from ztune.model import Model, load
 
@@ -29,6 +30,7 @@ __all__ = [
     "export",
     "load",
     "load_classifier",
+    "run_plan",
 ]
 _HOMES = {
     "Dataset": "ztune.dataset",
@@ -38,6 +40,7 @@ _HOMES = {
     "export": "ztune.exporting",
     "load": "ztune.model",
     "load_classifier": "ztune.deployed",
+    "run_plan": "ztune.experiments.bench",
 }
 
 

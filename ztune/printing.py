@@ -53,6 +53,15 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def duration(seconds: float) -> str:
+    """Return a duration to two significant digits."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def printable_lines(text: str) -> str:
     """Return a multi-line text with each line printable."""
     return "\n".join(map(printable, text.split("\n")))

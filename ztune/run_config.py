@@ -10,7 +10,7 @@ from typing import Any
 
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
-from ztune.data.split import SplitSettings
+from ztune.data.split import SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import PRESETS, find_method, method_config, tuned_config
@@ -146,16 +146,8 @@ class RunConfig:
 
         Raises: ConfigError for invalid numbers.
         """
-        fraction = self.test_fraction
-        if fraction != "auto":
-            try:
-                share = float(fraction)
-            except ValueError:
-                raise ConfigError(
-                    f'`test_fraction` is "{fraction}", expected auto or a number in [0, 1)'
-                ) from None
-            return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
-        return SplitSettings(self.shots, self.val, "auto", self.split_seed, self.seed)
+        share = parse_test_fraction(self.test_fraction)
+        return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
 
     def cache_folder(self, run: Path) -> Path:
         return Path(self.cache) if self.cache else run / "cache"

@@ -25,6 +25,10 @@ def peak_memory_mb() -> float:
     """Return the process's peak resident memory in MB (10⁶ bytes)."""
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset) / 1e6
+    if sys.platform == "linux":
+        # ru_maxrss would include the memory of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,8 +16,7 @@ from ztune.progress import warn
 from ztune.types import Json
 
 if TYPE_CHECKING:
-    from ztune.experiments.compare_config import CompareConfig
-    from ztune.experiments.compare_folder import Folder
+    from ztune.experiments.compare import CompareConfig
 
 USAGE = ("BUNDLE --data FOLDER|NAME --out FOLDER [options]",)
 EXAMPLE = """\
@@ -70,44 +69,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.experiments.compare_run import run_comparison
+    from ztune.experiments.compare import run_comparison
+    from ztune.experiments.compare_report import COLUMNS, Report
 
-    config = _config(arguments)
     try:
-        folder = run_comparison(config, arguments.out, arguments.command, output)
+        comparison = run_comparison(_config(arguments), arguments.out, arguments.command, output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("resume with the same command") from None
-    output.result(folder.document(), _lines(folder))
-    wanted = {(m, s) for m in config.methods for s in config.seeds}
-    failed = [c for c in folder.cells if c.figures is None and (c.method, c.seed) in wanted]
-    n_busy = len(wanted - {(c.method, c.seed) for c in folder.cells})
-    if failed or n_busy:
-        busy = f"{n_busy} of {len(wanted)} cell(s) are running in another process"
-        missing = [f"{len(failed)} of {len(wanted)} cell(s) failed, see above"] if failed else []
-        missing += [busy] if n_busy else []
-        raise ZtuneError(f"{'; '.join(missing)} (retry with the same command)")
-
-
-def _lines(folder: Folder) -> list[str | Table]:
-    """Return the comparison as text."""
-    from ztune.experiments import compare_folder
-    from ztune.experiments.comparison import COLUMNS
-
-    return [
-        Table(compare_folder.title(folder), COLUMNS, compare_folder.table_rows(folder)),
+    report = Report(comparison)
+    report.write()
+    lines: list[str | Table] = [
+        Table(report.title, COLUMNS, [row.cells() for row in report.rows]),
         "",
-        *compare_folder.failures(folder),
-        *compare_folder.footnotes(folder),
+        *report.failures(),
+        *report.footnotes(),
         "",
-        *compare_folder.describe_needs(folder),
+        *report.needs(),
         "",
-        f"{folder.path / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
+        f"{arguments.out / 'compare.md'}, compare.json, accuracy-queries.png, accuracy-seconds.png",
     ]
+    output.result(report.to_json(), lines)
+    if n := comparison.n_missing:
+        n_cells = len(comparison.config.methods) * len(comparison.config.seeds)
+        raise ZtuneError(
+            f"{n} of {n_cells} cell(s) failed, see above (retry with the same command)"
+        )
 
 
 def _config(arguments: argparse.Namespace) -> CompareConfig:
     """Return the requested comparison, checked without opening any file."""
-    from ztune.experiments.compare_config import CompareConfig
+    from ztune.experiments.compare import CompareConfig
 
     if arguments.methods == "all":
         usable, failed = usable_methods()

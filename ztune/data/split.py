@@ -65,6 +65,21 @@ class SplitSettings:
         return min(self.shots, 4) if self.n_val is None else self.n_val
 
 
+def parse_test_fraction(value: float | str) -> float | Literal["auto"]:
+    """Return a number, or auto.
+
+    Raises: ConfigError.
+    """
+    if value == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(
+            f'`test_fraction` is "{value}", expected auto or a number in [0, 1)'
+        ) from None
+
+
 @dataclass(frozen=True)
 class Entry:
     """One image and its role."""

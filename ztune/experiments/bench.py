@@ -14,12 +14,15 @@ from pathlib import Path
 
 from runtimes.providers import resolve
 from ztune.errors import ConfigError
+from ztune.experiments.csv_rows import cell_rows
 from ztune.experiments.driver import Driver
 from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
-from ztune.experiments.plan import Plan
+from ztune.experiments.isolated import Isolated
+from ztune.experiments.plan import Plan, read_plan
 from ztune.experiments.prepare import RECIPE, CellFilter, Preparation, Prepared
-from ztune.experiments.report import write_report
-from ztune.experiments.store import Result, Store
+from ztune.experiments.report import seconds_per_image, write_report
+from ztune.experiments.store import Result, Store, View
+from ztune.experiments.summary import names_of
 from ztune.experiments.worker import Settings, clear_attempts
 from ztune.io.children import empty_working_folder
 from ztune.io.files import inside, write_json
@@ -53,8 +56,15 @@ class Workers:
     def executor(self, settings: Settings) -> Executor:
         """Start the workers.
 
-        Raises: ConfigError for a missing package or an unreachable cluster.
+        Raises: ConfigError for a missing package or an unreachable cluster, or several workers of
+            isolated runs.
         """
+        if settings.isolated:
+            if self.n > 1 or self.ray is not None:
+                raise ConfigError(
+                    "`isolate` of the plan runs one process at a time: omit `workers`"
+                )
+            return Isolated(settings)
         if self.ray is not None:
             return Ray(settings, Cluster(self.ray, self.n, self.gpus or 0.0))
         return Serial(settings) if self.n == 1 else Joblib(settings, self.n)
@@ -64,19 +74,29 @@ class Workers:
 class PlanResults:
     """A plan's results and report."""
 
-    cells: Sequence[Result]
+    view: View
     report: Sequence[Path]
+    """Its files, report.md first."""
     n_missing: int
     """Requested cells without a result."""
 
+    @property
+    def cells(self) -> Sequence[Result]:
+        return self.view.results
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return a flat row per cell, as in cells.csv: for a data frame."""
+        names = names_of(self.view.document)
+        return list(cell_rows(self.view.results, names, seconds_per_image(self.view)))
+
 
 def run_plan(
-    plan: Plan,
-    out: Path,
+    plan: Plan | Path | str,
+    out: Path | str,
     *,
-    only: CellFilter,
-    workers: Workers,
-    root: Path | None = None,
+    only: CellFilter | None = None,
+    workers: Workers | int = 1,
+    root: Path | str | None = None,
     provider: str | None = None,
     resume: bool = False,
     command: str = "",
@@ -84,17 +104,47 @@ def run_plan(
 ) -> PlanResults:
     """Run the requested cells of a plan into the folder `out`, and write the report.
 
-    `root` has the named data sets, `provider` replaces the plan's, `command` is recorded.
+    `plan` is a TOML file (docs/bench.md), `only` selects cells (default: all), `workers` is a
+    number of processes or `Workers`, `root` has the named data sets, `provider` replaces the
+    plan's. With `resume`, finished cells keep their results. `command` is recorded.
+
+        results = ztune.run_plan("plans/smoke.toml", "runs/smoke")
+        pandas.DataFrame(results.rows())
 
     Raises: ConfigError, DataError, FormatError for invalid input; ZtuneError if all workers are
         lost.
+    """
+    plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+    out = Path(out).resolve()
+    report = _report_folder(out, plan.name)
+    workers = Workers(workers) if isinstance(workers, int) else workers
+    root = None if root is None else Path(root)
+    only = only or CellFilter()
+    view, n_missing = run_cells(plan, out, only, workers, root, provider, resume, command, progress)
+    return PlanResults(view, write_report(view, report), n_missing)
+
+
+def run_cells(
+    plan: Plan,
+    out: Path,
+    only: CellFilter,
+    workers: Workers,
+    root: Path | None,
+    provider: str | None,
+    resume: bool,
+    command: str,
+    progress: Progress,
+) -> tuple[View, int]:
+    """Run a plan as `run_plan` does, without a report.
+
+    Return its results and the number of requested cells without one.
     """
     # Workers run in another working folder, so every path is absolute.
     plan, out = replace(plan, path=plan.path.resolve()), out.resolve()
     root = None if root is None else root.resolve()
     _check_out(out, resume)
-    report = _report_folder(out, plan.name)
-    asked = provider or plan.execution.provider
+    execution = plan.execution
+    asked = provider or execution.provider
     if workers.ray is not None and asked == "auto":
         raise ConfigError(
             "Ray workers may have other devices than this machine: set `provider=cpu` or cuda"
@@ -102,7 +152,7 @@ def run_plan(
     found, why = (asked, "") if workers.ray is not None else resolve(asked)
     if why:
         progress.remark(why)
-    settings = Settings(out, found, plan.execution.threads, plan.execution.memory_limit)
+    settings = Settings(out, found, execution.threads, execution.memory_limit, execution.isolate)
     try:
         with empty_working_folder(), contextlib.closing(workers.executor(settings)) as executor:
             prepared = Preparation(plan, only, root, out, found, progress).prepare()
@@ -112,8 +162,7 @@ def run_plan(
     except KeyboardInterrupt:
         clear_attempts(out)
         raise
-    view = store.view(plan.name)
-    return PlanResults(view.results, write_report(view, report), n_missing)
+    return store.view(plan.name), n_missing
 
 
 def write_reports(results: Path, folder: Path | None = None) -> list[Path]:

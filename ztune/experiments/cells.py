@@ -64,7 +64,7 @@ class Point:
 class Outcome:
     """The result of a finished cell.
 
-    Only the seconds and the cached image forwards differ from run to run.
+    Only the seconds, the peak memory and the cached image forwards differ from run to run.
     """
 
     uses: str
@@ -94,11 +94,14 @@ class Outcome:
     """In the order of the protocol: base before new; targets as the plan lists them."""
     curve: tuple[Point, ...]
     """In order of queries, the result itself last; empty for a method without steps."""
+    peak_memory_mb: float | None = None
+    """Of the run's process; None if that process had other tasks."""
 
     def repeatable(self) -> dict[str, Json]:
         """Return the fields that are equal in every run of the cell."""
         document = plain(self)
-        del document["seconds"], document["image_forwards_cached"]
+        for name in ("seconds", "peak_memory_mb", "image_forwards_cached"):
+            del document[name]
         document["curve"] = [[p.queries, p.accuracy] for p in self.curve]
         return document
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ztune.experiments.cells import Outcome
-from ztune.experiments.comparison import duration
 from ztune.experiments.executors import Executor
 from ztune.experiments.jobs import Encoded, Job, JobResult
 from ztune.experiments.prepare import CellFilter, Prepared, encodings
 from ztune.experiments.store import Store
-from ztune.progress import Progress, warn
+from ztune.printing import duration
+from ztune.progress import Activity, Progress, warn
 
 _PAUSES = (1.0, 2.0, 5.0, 15.0)
 """Seconds before each retry of a run that another process has locked; the last repeats."""
@@ -59,19 +59,20 @@ class Driver:
         """Encode the images of all jobs, with all workers."""
         tasks = encodings(jobs, self.prepared.tested)
         total = sum(len(task.items) for task in tasks)
-        took: dict[str, tuple[int, float]] = {}
+        took: dict[str, list[Encoded]] = {}
         done = 0
         with self.progress.activity("encode images", total) as ticker:
             for place, encoded in self.executor.perform(tasks):
                 assert isinstance(encoded, Encoded)
                 done += len(tasks[place].items)
                 ticker.update(done)
-                n, seconds = took.get(encoded.bundle_digest, (0, 0.0))
                 if encoded.n:
-                    took[encoded.bundle_digest] = n + encoded.n, seconds + encoded.seconds
+                    took.setdefault(encoded.bundle_digest, []).append(encoded)
         models = {digest: name for name, digest in self.prepared.digests.items()}
-        for digest, (n, seconds) in took.items():
-            self.store.add_pass(digest, n, seconds)
+        for digest, passes in took.items():
+            n, seconds = sum(one.n for one in passes), sum(one.seconds for one in passes)
+            peaks = [one.peak_memory_mb for one in passes if one.peak_memory_mb is not None]
+            self.store.add_pass(digest, n, seconds, max(peaks, default=None))
             each = 1000 * seconds / n
             self.progress.remark(
                 f"encoded {n:,} images with {models[digest]}, {each:.2g} ms per image"
@@ -79,16 +80,19 @@ class Driver:
 
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
         """Run all jobs; record and report their results."""
-        reporter, pauses = ProgressReporter(self.progress, len(jobs)), iter(_PAUSES)
-        waiting = list(jobs)
-        while waiting:
-            left = [job for batch in _batches(waiting) for job in self._unfinished(batch, reporter)]
-            if {(job.run, job.alone) for job in left} == {(job.run, job.alone) for job in waiting}:
-                reporter.report_waiting(len(left))
-                time.sleep(next(pauses, _PAUSES[-1]))
-            waiting = left
+        waiting, pauses = list(jobs), iter(_PAUSES)
+        with self.progress.activity("runs", len(jobs)) as ticker:
+            reporter = ProgressReporter(self.progress, ticker, len(jobs))
+            while waiting:
+                left = [one for jobs in _batches(waiting) for one in self._left(jobs, reporter)]
+                if [(job.run, job.alone) for job in left] == [
+                    (job.run, job.alone) for job in waiting
+                ]:
+                    reporter.report_waiting(len(left))
+                    time.sleep(next(pauses, _PAUSES[-1]))
+                waiting = left
 
-    def _unfinished(self, batch: Sequence[Job], reporter: ProgressReporter) -> Iterator[Job]:
+    def _left(self, batch: Sequence[Job], reporter: ProgressReporter) -> Iterator[Job]:
         """Run jobs; yield those to retry."""
         for answer, job in self._answers(batch):
             if answer.busy:
@@ -123,6 +127,7 @@ class ProgressReporter:
     """Reports the progress of a bench."""
 
     progress: Progress
+    ticker: Activity
     n_jobs: int
     _n_done: int = 0
     _warned: set[str] = field(default_factory=set)
@@ -132,6 +137,7 @@ class ProgressReporter:
     def report(self, job: Job, answer: JobResult) -> None:
         """Report a job's result, and each warning once per bench."""
         self._n_done += 1
+        self.ticker.update(self._n_done)
         for warning in dict.fromkeys(answer.warnings):
             if warning not in self._warned:
                 self._warned.add(warning)

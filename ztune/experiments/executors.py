@@ -143,7 +143,7 @@ class Ray:
         self._settings, self._cluster = settings, cluster
         _check_address(cluster.address)
         local = cluster.address == "local"
-        sizes = {"num_cpus": cluster.workers * settings.threads} if local else {}
+        sizes = {"num_cpus": cluster.workers * (settings.threads or 1)} if local else {}
         try:
             ray.init(
                 address=cluster.address,
@@ -170,7 +170,7 @@ class Ray:
         Raises: ConfigError.
         """
         available = self._ray.cluster_resources()
-        wanted = {"CPU": float(self._settings.threads), "GPU": self._cluster.gpus}
+        wanted = {"CPU": float(self._settings.threads or 1), "GPU": self._cluster.gpus}
         for kind, each in wanted.items():
             if each * self.workers > available.get(kind, 0.0) + 1e-9:
                 self.close()
@@ -212,7 +212,7 @@ class Ray:
                 self._submit(actor, waiting, running)
 
     def _actor(self) -> Any:
-        remote = self._ray.remote(num_cpus=self._settings.threads, num_gpus=self._cluster.gpus)
+        remote = self._ray.remote(num_cpus=self._settings.threads or 1, num_gpus=self._cluster.gpus)
         return remote(Worker).remote(self._settings)
 
     def _submit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ztune.experiments.cells import Outcome, PartScore, Point
-from ztune.experiments.comparison import Cell, CurvePoint, Figures, ImagePass, MeanCurve, mean_curve
+from ztune.experiments.cells import Outcome
+from ztune.experiments.curves import MeanCurve, mean_curve
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
@@ -48,9 +47,11 @@ def draw_all(
     for sheet in few or halves:
         rate = per_image.get(sheet.model, 0.0)
         for data in sheet.data:
+            if not any(one.curve for one in sheet.outcomes(data=data)):
+                continue
             for cost in ("queries", "seconds"):
                 path = folder / _named(f"accuracy-{cost}", few or halves, sheet, taken, data)
-                drawn += _draw_cost(cost, sheet, data, names, styles, rate, path)
+                drawn += draw_cost(cost, sheet, data, names, styles, rate, path)
     return drawn
 
 
@@ -144,7 +145,7 @@ def _track(name: str, style: int, shots: Sequence[int], figures: Sequence[Measur
     )
 
 
-def _draw_cost(
+def draw_cost(
     cost: str,
     sheet: Sheet,
     data: str,
@@ -153,26 +154,27 @@ def _draw_cost(
     per_image: float,
     path: Path,
 ) -> list[Drawn]:
-    """Draw accuracy against a cost at the most shots, if any method has steps."""
+    """Draw accuracy against a cost at the most shots, if any method has a result."""
     shots = sheet.shots_with(data)[-1]
     part = "base" if sheet.protocol == "base-to-new" else "test"
     lines, levels = [], []
     for method in sheet.methods:
         found = sheet.measured(method, data, part, shots)
         outcomes = sheet.outcomes(method, data, shots)
-        curve = _curve(outcomes, part, per_image)
+        curve = mean_curve(outcomes, per_image)
         if curve is not None and (line := _line(method, styles[method], cost, curve)) is not None:
             lines.append(line)
         elif found.mean is not None and not any(one.curve for one in outcomes):
             levels.append(
                 Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_image))
             )
-    if not lines:
+    if not lines and not levels:
         return []
     prompts = sheet.hand_written(data, part, shots).mean
     if prompts is not None and not any(names.method_of(one.name) == "zero-shot" for one in levels):
         levels.append(Level(HAND_WRITTEN, None, prompts))
-    over = _over_seeds([sheet.measured(line.name, data, part, shots).n for line in lines])
+    counts = [sheet.measured(one.name, data, part, shots).n for one in lines]
+    over = _over_seeds(counts) if lines else ""
     classes = ", base classes" if part == "base" else ""
     what = f"{names.of_data(data)} on {sheet.model}{classes}"
     draw_accuracy_against_cost(cost, lines, levels, f"{what}, {counted(shots, 'shot')}{over}", path)
@@ -192,49 +194,6 @@ def _level_cost(cost: str, outcomes: Sequence[Outcome], per_image: float) -> flo
     if cost == "seconds":
         return mean_of(seconds_alone(one, per_image) for one in outcomes) or None
     return mean_of(one.queries for one in outcomes) or None
-
-
-def _curve(outcomes: Sequence[Outcome], part: str, per_image: float) -> MeanCurve | None:
-    """Return a method's mean curve, with cached images charged."""
-    images = ImagePass(per_image, math.nan)
-    cells = [
-        _as_compared(seed, outcome, score)
-        for seed, outcome in enumerate(outcomes)
-        for score in outcome.scores
-        if score.part == part
-    ]
-    return mean_curve(cells, images)
-
-
-def _as_compared(seed: int, outcome: Outcome, score: PartScore) -> Cell:
-    """Return an outcome as a cell of a comparison; memory is not measured here."""
-    points = [
-        CurvePoint(point.queries, _seconds_at(point, outcome), point.accuracy)
-        for point in outcome.curve
-    ]
-    figures = Figures(
-        accuracy=math.nan if score.accuracy is None else score.accuracy,
-        n_test=score.n,
-        zero_shot_accuracy=score.zero_shot,
-        queries=outcome.queries,
-        probe_queries=outcome.probe_queries,
-        text_forwards=outcome.text_forwards,
-        image_forwards=outcome.image_forwards - outcome.image_forwards_cached,
-        image_forwards_cached=outcome.image_forwards_cached,
-        own_seconds=outcome.seconds,
-        own_peak_memory_mb=math.nan,
-        result_bytes=outcome.result_bytes,
-        stop_reason=outcome.stop_reason,
-        curve=tuple(points),
-    )
-    return Cell(outcome.uses, seed, figures)
-
-
-def _seconds_at(point: Point, outcome: Outcome) -> float:
-    """Return the seconds of a point, always known for the result itself."""
-    if point.seconds is not None:
-        return point.seconds
-    return outcome.seconds if point is outcome.curve[-1] else math.nan
 
 
 def _line(name: str, style: int, cost: str, curve: MeanCurve) -> Line | None:

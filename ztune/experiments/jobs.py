@@ -36,6 +36,7 @@ class ScoredPart:
     templates: tuple[str, ...]
     """Of its own data set."""
     cache: Path
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Encoded:
     n: int
     """Images that were not in the cache."""
     seconds: float
+    peak_memory_mb: float | None = None
+    """Of its process; None if that process had other tasks."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from typing import Any
 
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
+from ztune.data.split import SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
@@ -50,16 +51,50 @@ class DataPlan:
 
     path: str | None = None
     """Folder or manifest; None: a named data set below the root."""
-    template: str | None = None
-    """None: the published template of a named data set."""
+    template: str | tuple[str, ...] | None = None
+    """Templates, averaged; None: the published template of a named data set."""
     names: str | None = None
     """File with lines of folder<TAB>class name."""
+    test_data: str | None = None
+    """Folder or manifest of the test images; None: those of the data set, or drawn from it."""
+    test_fraction: float | str = "auto"
+    split_seed: int = 0
+    val: int | None = None
+    """Validation images per class, as are the two above: settings of data/splitter.py."""
+    skip_broken: bool = False
+    """Leave out images that cannot be read; else they are an error."""
 
     def __post_init__(self) -> None:
-        if self.template is not None and self.template.count("{}") != 1:
-            raise ConfigError(f'template "{self.template}": expected {{}} exactly once')
+        for template in self.templates or ():
+            if template.count("{}") != 1:
+                raise ConfigError(f'template "{template}": expected {{}} exactly once')
         if self.names is not None and self.path is None:
             raise ConfigError("names applies only with path: a named data set has its class names")
+        self.split_settings(1, 0)
+
+    @property
+    def templates(self) -> tuple[str, ...] | None:
+        return (self.template,) if isinstance(self.template, str) else self.template
+
+    def split_settings(self, shots: int, seed: int) -> SplitSettings:
+        """Return the settings of the splitter.
+
+        Raises: ConfigError.
+        """
+        share = parse_test_fraction(self.test_fraction)
+        return SplitSettings(shots, self.val, share, self.split_seed, seed)
+
+    @property
+    def place(self) -> str:
+        """A digest of the fields that determine the images, without the folder's content."""
+        fields = as_json(self)
+        defaults = as_json(DataPlan(self.path, names=self.names))
+        changed = {
+            key: value
+            for key, value in fields.items()
+            if value != defaults[key] and key not in ("template", "skip_broken")
+        }
+        return key_of({"path": self.path, "names": self.names, **changed})
 
 
 @dataclass(frozen=True)
@@ -86,14 +121,19 @@ class MethodPlan:
     settings: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        method = find_method(self.uses)
+        find_method(self.uses)
         if self.preset not in PRESETS:
             raise ConfigError(f'unknown preset "{self.preset}" (expected {", ".join(PRESETS)})')
         for name, least in (("queries", 1), ("curve", 0), ("augment", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}, expected at least {least}")
-        method_config(method, self.settings, self.preset)
+        assert self.config is not None  # reports an invalid setting
+
+    @property
+    def config(self) -> Any:
+        """The method's configuration."""
+        return method_config(find_method(self.uses), self.settings, self.preset)
 
     @property
     def views(self) -> int:
@@ -146,11 +186,13 @@ class ExecutionPlan:
     """How cells run; the last bits of a result depend on it."""
 
     provider: str = "auto"
-    threads: int = 1
-    """Per worker."""
+    threads: int | None = 1
+    """Per worker; None: all cores."""
     memory_limit: int | None = None
     force: bool = False
     """Tune below the signal-to-noise limit."""
+    isolate: bool = False
+    """Each run in a process of its own, which measures its peak memory."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_limit"):
@@ -226,15 +268,16 @@ class Plan:
             "data": {
                 name: {
                     "title": find_spec(name).title if one.path is None else name,
-                    "template": one.template,
-                    "place": key_of({"path": one.path, "names": one.names}),
+                    "template": as_json(one)["template"],
+                    "place": one.place,
                     "found": as_json(found[name]) if name in found else None,
                 }
                 for name, one in self.data.items()
             },
             "methods": {name: as_json(one) for name, one in self.methods.items()},
             "protocols": [as_json(one) for one in self.protocols],
-            "execution": as_json(self.execution),
+            # Without what does not change results.
+            "execution": {k: v for k, v in as_json(self.execution).items() if k != "isolate"},
         }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
+from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
@@ -77,6 +78,8 @@ class Digests:
     known: dict[Path, str] = field(default_factory=dict)
 
     def __call__(self, path: Path) -> str:
+        if path not in self.known:
+            self.known[path] = digest_file(path)
         return self.known[path]
 
     def read(self, paths: Iterable[Path], progress: Progress) -> None:
@@ -198,7 +201,7 @@ class Preparation:
 
         Raises: ConfigError for a named data set without root; DataError.
         """
-        template = TEMPLATE
+        template, test_listing = TEMPLATE, None
         if entry.path is not None:
             names = None if entry.names is None else self.plan.resolved(entry.names)
             listing = read_source(
@@ -206,8 +209,7 @@ class Preparation:
             )
             if listing.ignored:
                 self._add_remark(name, f"ignored files, not images of a class: {listing.ignored}")
-            files = (listing.root.resolve() / image.path for image in listing.images)
-            self._digests.read(files, self.progress)
+            self._digest_images(listing)
         elif self.root is None:
             raise ConfigError(
                 f'data "{name}" of the plan needs `root=DIR`, the folder of named data sets '
@@ -219,10 +221,27 @@ class Preparation:
         self._known_as[name] = find_spec(name).name if listing.is_published else None
         for remark in listing.notes:
             self._add_remark(name, remark)
-        listing = replace(listing, root=listing.root.resolve())
-        source = Source(name, listing, (entry.template or template,), self._digests)
+        if entry.test_data is not None:
+            place = str(self.plan.resolved(entry.test_data))
+            names = None if entry.names is None else self.plan.resolved(entry.names)
+            test_listing = read_source(place, None, names, tuned=False, pipe=False)
+            test_listing = replace(test_listing, root=test_listing.root.resolve())
+            self._digest_images(test_listing)
+        source = Source(
+            name,
+            replace(listing, root=listing.root.resolve()),
+            entry.templates or (template,),
+            self._digests,
+            entry.split_settings(1, 0),
+            test_listing,
+            entry.skip_broken,
+        )
         self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
         return source
+
+    def _digest_images(self, listing: Listing) -> None:
+        files = (listing.root.resolve() / image.path for image in listing.images)
+        self._digests.read(files, self.progress)
 
     def _task(self, draw: Draw) -> Task:
         protocol = draw.protocol
@@ -255,7 +274,9 @@ class Preparation:
             file = self.out / "splits" / f"{key_of_tested(split)}.json"
             self._tested[file] = split
             cache = self.out / "cache" / part.source.name / "test"
-            self._parts[place] = ScoredPart(part.name, file, part.source.templates, cache)
+            self._parts[place] = ScoredPart(
+                part.name, file, part.source.templates, cache, part.source.skip_broken
+            )
         return self._parts[place]
 
     def _add(
@@ -304,6 +325,7 @@ class Preparation:
             memory_limit=execution.memory_limit,
             cache=str(self.out / "cache" / task.source.name / "tune"),
             augment=method.views,
+            skip_broken=task.source.skip_broken,
             force=execution.force and gated,
             snapshots=0 if tuned is None else method.curve,
             settings=method.settings,

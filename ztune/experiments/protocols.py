@@ -13,7 +13,7 @@ task's parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit, Item, base_and_new, display_name, few_shot
@@ -45,6 +45,11 @@ class Source:
     templates: tuple[str, ...]
     """Templates of its classes."""
     digest: Digest = digest_file
+    settings: SplitSettings = field(default_factory=lambda: SplitSettings(1))
+    """Settings of the splitter; shots and seed are replaced."""
+    test_listing: Listing | None = None
+    """Test images of another folder."""
+    skip_broken: bool = False
 
     @property
     def root(self) -> Path:
@@ -56,24 +61,35 @@ class Source:
         """The sampler of its shots."""
         return "hash" if self.listing.lists is None else "coop"
 
-    def draw(self, shots: int, seed: int) -> CoopSplit:
+    def draw(self, shots: int, seed: int) -> tuple[CoopSplit, tuple[str, ...]]:
         """Draw shots and validation images, with all test images, as in `ztune tune`.
+
+        Return them with remarks.
 
         Raises: DataError for too few images, or no test images.
         """
-        if self.listing.lists is not None:
-            return few_shot(self.listing.lists, shots, seed)
-        split = make_split(self.listing, SplitSettings(shots, seed=seed), digest=self.digest)
+        settings = replace(self.settings, shots=shots, seed=seed)
+        if self.listing.lists is not None and self.test_listing is None:
+            drawn = few_shot(self.listing.lists, shots, seed, settings.n_val)
+            return drawn, tuple(describe_shortages(drawn, shots, settings.n_val))
+        split = make_split(self.listing, settings, self.test_listing, self.digest)
         if not split.entries_of("test"):
             raise DataError(f'data set "{self.name}": {"; ".join(split.notes)}')
-        return lists_of(split)
+        return lists_of(split), tuple(n for n in split.notes if n not in self.listing.notes)
+
+    @property
+    def tested(self) -> Source:
+        """The source of the test images."""
+        if self.test_listing is None:
+            return self
+        return replace(self, listing=self.test_listing, test_listing=None)
 
     def to_test(self) -> CoopSplit:
         """Return lists of all classes and test images, as the target of a transfer."""
         listing = self.listing
         if listing.lists is not None:
             return listing.lists
-        return to_coop_split(listing) if listing.has_splits else self.draw(1, 0)
+        return to_coop_split(listing) if listing.has_splits else self.draw(1, 0)[0]
 
 
 def lists_of(split: Split) -> CoopSplit:
@@ -116,6 +132,8 @@ class Task:
     drawn: CoopSplit
     """Training and validation images only."""
     parts: tuple[Part, ...]
+    remarks: tuple[str, ...] = ()
+    """On the images drawn."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,13 +154,13 @@ def task_of(
     """
     if not any(image.split in (None, "train") for image in source.listing.images):
         raise DataError(f'data set "{source.name}" has only test images, none to tune on')
-    drawn = source.draw(shots, seed)
+    drawn, remarks = source.draw(shots, seed)
     if protocol == "base-to-new":
         base, new = base_and_new(drawn)
         drawn = base
-        parts = [Part("base", source, base), Part("new", source, new)]
+        parts = [Part("base", source.tested, base), Part("new", source.tested, new)]
     elif protocol == "few-shot":
-        parts = [Part("test", source, drawn)]
+        parts = [Part("test", source.tested, drawn)]
     else:
         parts = [Part(target.name, target, target.to_test()) for target in targets]
     for part in parts:
@@ -151,7 +169,8 @@ def task_of(
                 f'data set "{part.source.name}" has test images of {n} {_group(part)}class(es), '
                 "expected at least 2"
             )
-    return Task(protocol, source, shots, seed, CoopSplit(drawn.train, drawn.val), tuple(parts))
+    tuned_on = CoopSplit(drawn.train, drawn.val)
+    return Task(protocol, source, shots, seed, tuned_on, tuple(parts), remarks)
 
 
 def _group(part: Part) -> str:
@@ -161,7 +180,7 @@ def _group(part: Part) -> str:
 
 def remarks_on(task: Task) -> list[str]:
     """Return what is unusual about a task, a line each."""
-    remarks = describe_shortages(task.drawn, task.shots)
+    remarks = [*task.remarks]
     for part in task.parts:
         if untested := sorted(set(part.classes) - set(classes_of(part.items))):
             named = ", ".join(untested[:_SHOWN])

@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from ztune.experiments.comparison import markdown_table
 from ztune.experiments.tables import Table, Word
 from ztune.printing import one_line, printable_lines
 
@@ -40,6 +39,12 @@ def code_in_markdown(text: str) -> str:
         fence += "`"
     room = " " if "`" in (text[:1], text[-1:]) else ""
     return f"{fence}{room}{text}{room}{fence}"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table in Markdown, first column left-aligned, the others right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def as_markdown(table: Table, level: int) -> list[str]:

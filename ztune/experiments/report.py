@@ -40,9 +40,7 @@ def write_report(view: View, folder: Path) -> list[Path]:
     Raises: FormatError for a plan's document without a title, or with invalid remarks.
     """
     names, results = names_of(view.document), view.results
-    rates = {
-        model: view.rates[digest] for model, digest in names.digests.items() if digest in view.rates
-    }
+    rates = seconds_per_image(view)
     sheets = sheets_of(results)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_all(sheets, names, rates, folder)
@@ -57,6 +55,16 @@ def write_report(view: View, folder: Path) -> list[Path]:
         write_bytes(folder / name, text.encode())
     remove_others(drawn, folder)
     return [*(folder / name for name in texts), *(one.path for one in drawn)]
+
+
+def seconds_per_image(view: View) -> dict[str, float]:
+    """Return the seconds to encode an image by model, where measured."""
+    digests = names_of(view.document).digests
+    return {
+        model: view.passes[digest].seconds_per_image
+        for model, digest in digests.items()
+        if digest in view.passes
+    }
 
 
 def _markdown(

@@ -27,7 +27,9 @@ from ztune.types import Json
 
 APPLICATION = 0x7A74756E
 """SQLite application_id."""
-VERSION = 2
+VERSION = 3
+_OLDEST = 2
+"""Without the peak memory of passes."""
 _PATIENCE = 120.0
 """Seconds to wait for another writer."""
 _TABLES = """
@@ -37,7 +39,8 @@ CREATE TABLE plans (name TEXT PRIMARY KEY, document TEXT NOT NULL);
 CREATE TABLE wanted (plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT, cell TEXT NOT NULL,
                      PRIMARY KEY (plan, place));
 CREATE TABLE sessions (id INTEGER PRIMARY KEY, document TEXT NOT NULL);
-CREATE TABLE passes (bundle TEXT NOT NULL, images INTEGER NOT NULL, seconds REAL NOT NULL);
+CREATE TABLE passes (bundle TEXT NOT NULL, images INTEGER NOT NULL, seconds REAL NOT NULL,
+                     peak_memory_mb REAL);
 """
 _PLANS = "SELECT name FROM plans ORDER BY rowid"
 _DOCUMENT = "SELECT document FROM plans WHERE name = ?"
@@ -50,8 +53,9 @@ _LEFT_OUT = """
 SELECT count(*) FROM cells
 WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted WHERE key IS NOT NULL)
 """
-_RATES = """
-SELECT bundle, sum(seconds) / sum(images) FROM passes GROUP BY bundle HAVING sum(images) > 0
+_PASSES = """
+SELECT bundle, sum(seconds) / sum(images), {memory} FROM passes
+GROUP BY bundle HAVING sum(images) > 0
 """
 
 
@@ -63,6 +67,15 @@ class Result:
     outcome: Outcome | None = None
     reason: str = ""
     session: int | None = None
+
+
+@dataclass(frozen=True)
+class ImagePass:
+    """Cost of encoding images with one model."""
+
+    seconds_per_image: float
+    peak_memory_mb: float | None
+    """None unless measured in processes of its own."""
 
 
 Session = Mapping[str, Json]
@@ -82,8 +95,8 @@ class View:
     """Finished cells of no plan."""
     sessions: Mapping[int, Session]
     """By id."""
-    rates: Mapping[str, float]
-    """Seconds to encode an image, by bundle digest."""
+    passes: Mapping[str, ImagePass]
+    """By bundle digest."""
 
 
 class Store:
@@ -129,12 +142,12 @@ class Store:
             )
         tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         (application,) = database.execute("PRAGMA application_id").fetchone()
-        (version,) = database.execute("PRAGMA user_version").fetchone()
+        version = _version(database)
         if not (tables or application or version):
             return True
         if application != APPLICATION:
             raise FormatError(f"{self._where}: not a results file of ztune bench")
-        if version != VERSION:
+        if not _OLDEST <= version <= VERSION:
             age, what = ("older", "use another `out`")
             if version > VERSION:
                 age, what = ("newer", "upgrade ztune")
@@ -168,6 +181,9 @@ class Store:
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             try:
+                if _version(database) == _OLDEST:
+                    database.execute("ALTER TABLE passes ADD COLUMN peak_memory_mb REAL")
+                    database.execute(f"PRAGMA user_version = {VERSION}")
                 yield database
             except BaseException:
                 if database.in_transaction:  # a full disk ends it
@@ -232,10 +248,13 @@ class Store:
                 [key, _text(as_json(cell)), session, outcome, reason],
             )
 
-    def add_pass(self, bundle: str, images: int, seconds: float) -> None:
-        """Add the seconds that one worker took to encode images."""
+    def add_pass(
+        self, bundle: str, images: int, seconds: float, peak_memory_mb: float | None = None
+    ) -> None:
+        """Add the cost of encoding images."""
+        row = [bundle, images, seconds, peak_memory_mb]
         with self._changing() as database:
-            database.execute("INSERT INTO passes VALUES (?, ?, ?)", [bundle, images, seconds])
+            database.execute("INSERT INTO passes VALUES (?, ?, ?, ?)", row)
 
     def finished(self) -> set[str]:
         """Return the keys of all finished cells, of any plan."""
@@ -271,7 +290,8 @@ class Store:
             cells = database.execute(_RESULTS, [plan]).fetchall()
             (n_left_out,) = database.execute(_LEFT_OUT).fetchone()
             sessions = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
-            rates = database.execute(_RATES).fetchall()
+            memory = "NULL" if _version(database) == _OLDEST else "max(peak_memory_mb)"
+            passes = database.execute(_PASSES.format(memory=memory)).fetchall()
         if found is None:
             raise FormatError(f'{self._where}: unknown plan "{plan}"')
         return View(
@@ -280,7 +300,7 @@ class Store:
             tuple(self._result(*row) for row in cells),
             int(n_left_out),
             {int(number): decoded(document, self._where) for number, document in sessions},
-            {str(bundle): float(rate) for bundle, rate in rates},
+            {str(bundle): ImagePass(float(rate), memory) for bundle, rate, memory in passes},
         )
 
     def _result(
@@ -291,6 +311,11 @@ class Store:
 
     def _read(self, text: str, kind: type[T]) -> T:
         return convert(decoded(text, self._where), kind, self._where)
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def escape_surrogates(text: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ztune.experiments.cells import Outcome, PartScore
-from ztune.experiments.comparison import deviation_of
 from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
 from ztune.experiments.store import Result
@@ -47,6 +46,14 @@ def mean_of(values: Iterable[float]) -> float | None:
     """Return the mean, None of no values."""
     found = list(values)
     return math.fsum(found) / len(found) if found else None
+
+
+def deviation_of(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation (n - 1), None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def combined(parts: Sequence[Measured], by: Callable[..., float]) -> Measured:

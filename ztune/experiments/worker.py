@@ -49,7 +49,7 @@ from ztune.progress import forward_warnings
 from ztune.run import RunFolder
 from ztune.run_document import RunReport, run_start
 from ztune.statistics import Score, score
-from ztune.system import one_blas_thread
+from ztune.system import one_blas_thread, peak_memory_mb
 from ztune.training import TrainingRun
 from ztune.types import F32, I64, ImageEncoder
 
@@ -66,8 +66,14 @@ class Settings:
 
     out: Path
     provider: str
-    threads: int
+    threads: int | None
     memory_limit: int | None
+    isolated: bool = False
+    """Whether every task has a process of its own, so that its peak memory is known."""
+
+    def peak_memory_mb(self) -> float | None:
+        """Return the peak memory of the task in progress; None if it is not known."""
+        return round(peak_memory_mb(), 1) if self.isolated else None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,16 @@ class EncodedPart:
     """f32[n, e]"""
     labels: I64
     zero_shot: Score
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished run."""
+
+    training: TrainingRun[RunFolder]
+    report: RunReport
+    peak_memory_mb: float | None
+    """None if it is not known, or the run was finished by an earlier process."""
 
 
 @dataclass
@@ -121,7 +137,8 @@ class Worker:
             )
         except ZtuneError:  # every cell that needs these images will fail and report it
             return Encoded(task.bundle_digest, 0, 0.0)
-        return Encoded(task.bundle_digest, found.n_encoded, time.monotonic() - started)
+        seconds, peak = time.monotonic() - started, self.settings.peak_memory_mb()
+        return Encoded(task.bundle_digest, found.n_encoded, seconds, peak)
 
     def _run_job(self, job: Job) -> JobResult:
         place = self.settings.out / "runs" / job.run
@@ -148,9 +165,9 @@ class Worker:
             if len(attempts) == MAX_ATTEMPTS - 1 and not job.alone:
                 return JobResult(alone=True)
             with _recorded_attempt(place, attempts), one_blas_thread():
-                training, run = self._tuned(job, place)
+                tuned = self._tuned(job, place)
                 for one in missing:
-                    found = self._scored_or_not(training, run, one, place)
+                    found = self._scored_or_not(tuned, one, place)
                     if isinstance(found, str):
                         reasons[one.key] = found
                     else:
@@ -160,8 +177,8 @@ class Worker:
             reasons = {one.key: reason for one in job.cells if one.key not in outcomes}
         return JobResult(outcomes, reasons)
 
-    def _tuned(self, job: Job, place: Path) -> tuple[TrainingRun[RunFolder], RunReport]:
-        """Return the finished run and its report."""
+    def _tuned(self, job: Job, place: Path) -> Tuned:
+        """Start or resume a run if it is not finished, and return it."""
         model = self._model(Path(job.run_config.bundle))
         if model.bundle.digest != job.bundle_digest:
             raise FormatError(
@@ -174,25 +191,23 @@ class Worker:
                 "at the start of the bench (install the same version)"
             )
         training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
-        run = _finished(training)
+        was_finished = training.folder.is_finished()
+        report = _finished(training)
         training.folder.state.unlink(missing_ok=True)  # no longer needed
-        return training, run
+        return Tuned(training, report, None if was_finished else self.settings.peak_memory_mb())
 
-    def _scored_or_not(
-        self, training: TrainingRun[RunFolder], run: RunReport, cell: CellJob, place: Path
-    ) -> Outcome | str:
+    def _scored_or_not(self, tuned: Tuned, cell: CellJob, place: Path) -> Outcome | str:
         """Score a cell and save its outcome; return it, or the reason of a failure."""
         try:
-            outcome = self._scored(training, run, cell, place.name)
+            outcome = self._scored(tuned, cell, place.name)
             write_json(place / f"{cell.key}.json", plain(outcome))
         except Exception as error:
             return _reason(error, place)
         return outcome
 
-    def _scored(
-        self, training: TrainingRun[RunFolder], run: RunReport, cell: CellJob, key: str
-    ) -> Outcome:
+    def _scored(self, tuned: Tuned, cell: CellJob, key: str) -> Outcome:
         """Score a finished run's result on the parts of a cell."""
+        training, run = tuned.training, tuned.report
         result = read_artifact(training.folder.prompt)
         parts = [self._part(training.model, part) for part in cell.parts]
         scores = [
@@ -227,6 +242,7 @@ class Worker:
             train_loss=run.train_loss,
             scores=tuple(scores),
             curve=tuple(curve),
+            peak_memory_mb=tuned.peak_memory_mb,
         )
 
     def _snapshots(
@@ -246,8 +262,9 @@ class Worker:
         if place not in self._parts:
             where = f'split "{part.split_file}"'
             split = Split.from_json(read_json(part.split_file, where), where)
-            found = model.features(split.items("test"), part.cache, what=part.name)
-            labels = split.labels("test")
+            items = split.items("test")
+            found = model.features(items, part.cache, what=part.name, skip_broken=part.skip_broken)
+            labels = split.labels("test")[found.kept]
             zero_shot = model.zero_shot(part.templates, split.classes)
             before = score(zero_shot.logits(found.values[0]), labels, split.classes)
             self._make_room(found.values.nbytes)
@@ -295,7 +312,11 @@ class Worker:
         if not isinstance(result, VisualArtifact):
             return score(result.classifier().logits(encoded.features), encoded.labels, classes)
         test_features = encode_test(
-            model, encoded.split.items("test"), part.cache, what=part.name, skip_broken=False
+            model,
+            encoded.split.items("test"),
+            part.cache,
+            what=part.name,
+            skip_broken=part.skip_broken,
         )
         return score(test_features.logits(result), encoded.labels, classes)
 

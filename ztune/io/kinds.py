@@ -19,8 +19,8 @@ RUN_FORMAT = "ztune-run"
 _MARKS: dict[str, Kind] = {
     "bundle.json": "bundle",
     "run.json": "run",
-    "results.sqlite": "bench",
     "compare.json": "comparison",
+    "results.sqlite": "bench",
 }
 _KINDS: dict[Kind, str] = {
     "bundle": "is a bundle",

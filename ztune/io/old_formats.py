@@ -40,15 +40,9 @@ def _run(document: Document) -> Document:
     return _renamed(document, {"request": "run_config", "broken_pictures": "broken_images"})
 
 
-def _comparison(document: Document) -> Document:
-    document = _inside(document, "request", {"pictures": "images"})
-    return _renamed(document, {"request": "compare_config", "access": "capabilities"})
-
-
 UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
     "ztune-artifact": (dict,),
     "ztune-classifier": (_classifier,),
     "ztune-run": (_run,),
-    "ztune-compare": (_comparison,),
 }
 """By format: the upgrades from version 1 to 2, 2 to 3, and so on."""
