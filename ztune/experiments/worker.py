@@ -53,6 +53,7 @@ from ztune.system import one_blas_thread, peak_memory_mb
 from ztune.training import TrainingRun
 from ztune.types import F32, I64, ImageEncoder
 
+Training = TrainingRun[RunFolder]
 MAX_ATTEMPTS = 3
 """Killed attempts without progress after which a run fails."""
 ATTEMPTS = "attempts"
@@ -91,7 +92,7 @@ class EncodedPart:
 class Tuned:
     """A finished run."""
 
-    training: TrainingRun[RunFolder]
+    training: Training
     report: RunReport
     peak_memory_mb: float | None
     """None if it is not known, or the run was finished by an earlier process."""
@@ -246,7 +247,7 @@ class Worker:
         )
 
     def _snapshots(
-        self, training: TrainingRun[RunFolder], part: ScoredPart, encoded: EncodedPart, queries: int
+        self, training: Training, part: ScoredPart, encoded: EncodedPart, queries: int
     ) -> Iterator[Point]:
         seconds = {int(line["queries"]): line["seconds"] for line in training.folder.read_history()}
         for file in sorted(training.folder.snapshots.glob("*.safetensors")):
@@ -280,11 +281,7 @@ class Worker:
         return sum(part.features.nbytes for part in self._parts.values())
 
     def _part_score(
-        self,
-        training: TrainingRun[RunFolder],
-        result: Artifact,
-        part: ScoredPart,
-        encoded: EncodedPart,
+        self, training: Training, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> PartScore:
         found, before = self._score(training, result, part, encoded), encoded.zero_shot
         return PartScore(
@@ -298,11 +295,7 @@ class Worker:
         )
 
     def _score(
-        self,
-        training: TrainingRun[RunFolder],
-        result: Artifact,
-        part: ScoredPart,
-        encoded: EncodedPart,
+        self, training: Training, result: Artifact, part: ScoredPart, encoded: EncodedPart
     ) -> Score | None:
         """Score a result among a part's classes; None for a head without all of them."""
         model, classes = training.model, encoded.split.classes
@@ -330,7 +323,7 @@ class Worker:
         return score(test_features.logits(result), encoded.labels, classes)
 
 
-def _finished(training: TrainingRun[RunFolder]) -> RunReport:
+def _finished(training: Training) -> RunReport:
     """Start or resume a run if it is not finished; return its report."""
     folder, found = training.folder, None
     if folder.run.is_file():
