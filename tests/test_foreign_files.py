@@ -144,7 +144,7 @@ def test_names_and_plans_and_classifiers_that_are_none(
         ("bench", tmp_path / "plan.toml", "--out", tmp_path / "out"),
         ("predict", tmp_path / "a.onnx", data),
         ("tune", MINI, "--data", data, "--out", tmp_path / "out", "--method", "blackvip",
-         "--shots", 2, "--queries", 20, "--extractor", tmp_path / "extractor.onnx"),
+         "--shots", 2, "--queries", 20, "--set", f"extractor={tmp_path / 'extractor.onnx'}"),
     ):  # fmt: skip
         refused(*words)
 

@@ -27,10 +27,14 @@ from ztune.artifact import (
     VisualArtifact,
     read_artifact,
 )
+from ztune.dataset import Dataset
+from ztune.deployed import load_classifier
+from ztune.errors import ConfigError
+from ztune.estimator import FewShotClassifier
 from ztune.io.files import sha256
 from ztune.methods.base import HeadMethod, TunedMethod
 from ztune.methods.registry import METHODS
-from ztune.model import Model, open_model
+from ztune.model import Model, load, open_model
 from ztune.types import F32
 
 CLASSES = ("one", "two", "three")
@@ -607,7 +611,7 @@ def test_a_decoder_sees_another_extractors_features(
     extractor, wrong, out = tmp_path / "e.onnx", tmp_path / "wrong.onnx", tmp_path / "run"
     write_extractor(extractor)
     write_extractor(wrong, 12)
-    found = tune(out, "blackvip", "--extractor", extractor, own_cache=True)
+    found = tune(out, "blackvip", "--set", f"extractor={extractor}", own_cache=True)
     # Both networks see every image once.
     assert found["image_forwards"] == 2 * (N_TRAIN + N_VAL) + 20 * N_TRAIN
     prompt, packed = out / "prompt.safetensors", tmp_path / "classifier.onnx"
@@ -615,40 +619,47 @@ def test_a_decoder_sees_another_extractors_features(
     assert isinstance(artifact, VisualArtifact)
     assert artifact.extractor == sha256(extractor)
     assert artifact.visual.shape == (decoder.n_values(27, 24),)
+    # An artifact names the extractor by its content, so that equal runs have equal artifacts.
+    assert artifact.provenance.config["extractor"] == sha256(extractor)
+    assert found["config"] == artifact.provenance.config
+    assert found["run_config"]["settings"]["extractor"] == str(extractor)
 
     measured = ztune("eval", out, "--quiet", "--json")
     assert measured.code == 0, measured.err
-    whole = ("eval", MINI, "--data", data, "--split", "all", "--prompt", prompt)
-    pack = ("pack", MINI, "--prompt", prompt, "--out", packed)
-    for words in (whole, pack):
-        for more, part in (
-            ((), "name it with --extractor FILE"),
-            (("--extractor", wrong), "is not the extractor of the visual prompt"),
-            (("--extractor", tmp_path / "none.onnx"), "none.onnx"),
-        ):
-            refused = ztune(*words, *more, "--quiet")
-            assert refused.code == 1
-            (line,) = refused.err.splitlines()
-            assert part in line
-    assert not packed.exists()
-    assert ztune(*whole, "--extractor", extractor, "--quiet").code == 0
-    done = ztune(*pack, "--extractor", extractor)
-    assert done.code == 0, done.err
+    # The run next to the prompt says where its extractor is.
+    bare = tmp_path / "alone" / "prompt.safetensors"
+    bare.parent.mkdir()
+    shutil.copy(prompt, bare)
+    for place in (out, prompt, bare):
+        verbs: tuple[tuple[object, ...], ...] = (
+            ("eval", MINI, "--data", data, "--split", "all", "--prompt", place),
+            ("pack", MINI, "--prompt", place, "--out", packed, "--force"),
+        )
+        for words in verbs:
+            done = ztune(*words, "--quiet")
+            assert (done.code == 0) == (place != bare), done.err
+            if place == bare:
+                (line,) = done.err.splitlines()
+                assert f'no run.json next to "{bare}"' in line
+                assert "ztune eval RUN" in line
     again = ztune("eval", packed, "--split-file", out / "split.json", "--quiet", "--json")
     assert again.json["per_class"] == measured.json["per_class"]
 
-    # A run remembers where its extractor was; that one may have moved.
+    # It has to be there, and the same.
     moved = extractor.rename(tmp_path / "moved.onnx")
-    gone = ztune("eval", out, "--quiet")
-    assert gone.code == 1
-    (line,) = gone.err.splitlines()
-    assert str(extractor) in line
-    assert "--extractor" in line
-    assert ztune("eval", out, "--extractor", moved, "--quiet").code == 0
+    for words in (("eval", out), ("eval", MINI, "--data", data, "--split", "all", "--prompt", out)):
+        gone = ztune(*words, "--quiet")
+        assert gone.code == 1
+        (line,) = gone.err.splitlines()
+        assert f'"{extractor}", which does not exist or has changed' in line
+    shutil.copy(wrong, extractor)
+    assert "has changed (expected SHA-256" in ztune("eval", out, "--quiet").err
+    moved.rename(extractor)
+    assert ztune("eval", out, "--quiet").code == 0
 
     # The bundle's own tower under another name is the default in disguise.
     shutil.copy(MINI / "image.onnx", extractor)
-    tune(tmp_path / "own", "blackvip", "--extractor", extractor)
+    tune(tmp_path / "own", "blackvip", "--set", f"extractor={extractor}")
     own = read_artifact(tmp_path / "own" / "prompt.safetensors")
     plain = read_artifact(run("blackvip") / "prompt.safetensors")
     assert isinstance(own, VisualArtifact)
@@ -658,34 +669,55 @@ def test_a_decoder_sees_another_extractors_features(
     np.testing.assert_allclose(own.visual, plain.visual, atol=1e-3)
 
 
-def test_extractors_that_do_not_fit_are_refused(
-    ztune: Command, data: Path, run: Callable[..., Path], tmp_path: Path
+def test_an_extractor_in_python_and_in_comparisons(
+    ztune: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    extractor, prompt = tmp_path / "e.onnx", tmp_path / "alone" / "prompt.safetensors"
+    write_extractor(extractor)
+    prompt.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    train, test = Dataset.from_folder(data).split(shots=2, seed=1)
+    with load(MINI, provider="cpu", threads=1) as model:
+        classifier = FewShotClassifier(model, method="blackvip", queries=20, extractor="e.onnx")
+        expected = classifier.fit(train).predict_proba(test)
+        classifier.save(prompt)
+        with pytest.raises(ConfigError, match=r"no run\.json next to"):
+            FewShotClassifier(model, method="blackvip").load_artifact(prompt)
+        loaded = FewShotClassifier(model, method="blackvip", extractor=extractor)
+        loaded.load_artifact(prompt)
+        np.testing.assert_array_equal(loaded.predict_proba(test), expected)
+        accuracy = loaded.score(test)
+        loaded.export_onnx(tmp_path / "classifier.onnx")
+        with load_classifier(tmp_path / "classifier.onnx", provider="cpu") as packed:
+            np.testing.assert_allclose(packed.predict_proba(test.images), expected, atol=1e-4)
+    compared = ztune(
+        "compare", MINI, "--data", data, "--shots", 2, "--queries", 20, "--seeds", 1, "--methods",
+        "blackvip", "--set", "blackvip.extractor=e.onnx", "--out", "out", "--provider", "cpu",
+        "--threads", 1, "--quiet", "--json",
+    )  # fmt: skip
+    assert compared.code == 0, compared.err
+    (cell,) = compared.json["cells"]
+    assert cell["accuracy"] == accuracy
+
+
+def test_extractors_that_do_not_fit_are_refused(ztune: Command, data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_text("no graph")
     out = tmp_path / "run"
     words = ("tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5)
     for method, extractor, parts in (
-        ("zip", MINI / "image.onnx", ("zip has no decoder", "leave out --extractor")),
-        ("bar", MINI / "image.onnx", ("bar has no decoder", "leave out --extractor")),
-        ("gda", MINI / "image.onnx", ("gda has no steps", "leave out --extractor")),
+        ("zip", MINI / "image.onnx", ('method "zip" has no setting "extractor"',)),
+        ("gda", MINI / "image.onnx", ('method "gda" has no setting "extractor"',)),
         ("blackvip", MINI / "text.onnx", ("text.onnx", "expected one input f32[N, 3, 24, 24]")),
         ("blackvip", MINI / "image_prompted.onnx", ("expected one input f32[N, 3, 24, 24]",)),
         ("blackvip", broken, ("broken.onnx", "cannot be opened")),
         ("blackvip", tmp_path / "none.onnx", ("none.onnx", "does not exist")),
     ):
         refused = ztune(
-            *words, "--method", method, "--extractor", extractor, "--out", out, "--quiet"
+            *words, "--method", method, "--set", f"extractor={extractor}", "--out", out, "--quiet"
         )
         assert refused.code == 1
         (line,) = refused.err.splitlines()
         for part in parts:
             assert part in line, line
         assert not out.exists()
-    prompt = run("zip") / "prompt.safetensors"
-    refused = ztune(
-        "pack", MINI, "--prompt", prompt, "--extractor", MINI / "image.onnx",
-        "--out", tmp_path / "c.onnx",
-    )  # fmt: skip
-    assert refused.code == 1
-    assert "--extractor does not apply" in refused.err

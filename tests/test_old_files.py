@@ -159,6 +159,19 @@ def test_an_old_run_on_a_server_is_translated() -> None:
     assert current(damaged, "ztune-run", 2, "x")["server"] == 3  # named where it is read
 
 
+def test_a_runs_extractor_moves_to_the_settings_of_its_method() -> None:
+    def upgraded(run_config: Json) -> Json:
+        old: dict[str, Json] = {"format": "ztune-run", "version": 2, "run_config": run_config}
+        return current(old, "ztune-run", 3, "x")["run_config"]
+
+    assert upgraded({"queries": 5, "extractor": None}) == {"queries": 5}
+    assert upgraded({"extractor": "/e.onnx", "settings": {"clip": "true"}}) == {
+        "settings": {"clip": "true", "extractor": "/e.onnx"}
+    }
+    assert upgraded(3) == 3  # named where it is read
+    assert upgraded({"extractor": "x", "settings": 3}) == {"settings": 3}
+
+
 def test_images_that_were_extracted_once_are_used(tmp_path: Path) -> None:
     assert extracted_below(tmp_path).name == "parquet-images"
     (tmp_path / "parquet-pictures").mkdir()

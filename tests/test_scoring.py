@@ -8,7 +8,7 @@ import pytest
 
 from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
-from ztune.artifact import Artifact, HeadArtifact, Provenance, VisualArtifact, write_artifact
+from ztune.artifact import HeadArtifact, Provenance, VisualArtifact, write_artifact
 from ztune.errors import ZtuneError
 from ztune.statistics import score
 
@@ -57,21 +57,9 @@ def test_a_head_of_another_width_is_refused(ztune: Command, tmp_path: Path) -> N
     assert f"has {BUNDLE.embed_dim} (use the bundle it was tuned on)" in line
 
 
-@pytest.mark.parametrize("artifact", [HEAD, replace(DECODER, extractor="")])
-def test_an_extractor_that_nothing_needs_is_refused(
-    artifact: Artifact, ztune: Command, tmp_path: Path
-) -> None:
-    prompt, named = tmp_path / "prompt.safetensors", ("--extractor", MINI / "image.onnx")
-    write_artifact(prompt, artifact)
-    line = refused(ztune, "--prompt", prompt, *named)
-    assert "was tuned without an extractor; leave out --extractor" in line
-    assert "templates use no extractor; leave out --extractor" in refused(ztune, *named)
-
-
-def test_a_folder_is_no_extractor(ztune: Command, tmp_path: Path) -> None:
+def test_an_extractor_needs_a_run(ztune: Command, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.safetensors"
     write_artifact(prompt, DECODER)
-    line = refused(ztune, "--prompt", prompt, "--extractor", tmp_path)
-    assert f'extractor "{tmp_path}" of the visual prompt is not a file' in line
-    gone = refused(ztune, "--prompt", prompt, "--extractor", tmp_path / "none.onnx")
-    assert "does not exist" in gone
+    assert f'no run.json next to "{prompt}", which names the feature' in refused(
+        ztune, "--prompt", prompt
+    )

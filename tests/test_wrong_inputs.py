@@ -550,7 +550,7 @@ def test_access_of_other_runtimes() -> None:
         ),
         ("ogn", ("--set", "init=a photo", "--set", "n_context=2"), ("n_context requires init=",)),
         ("ogn", ("--set", "memory_mb=0"), ("memory_mb is 0.0, expected more than 0",)),
-        ("ogn", ("--extractor", "x"), ("ogn has no decoder", "leave out --extractor")),
+        ("ogn", ("--set", "extractor=x"), ('method "ogn" has no setting "extractor"',)),
         ("cma", ("--queries", 50, "--set", "population=60"), ("--queries 50 is less", "costs 60")),
         ("bptvlm", ("--queries", 50, "--set", "population=51"), ("costs 51",)),
         (

@@ -144,7 +144,7 @@ class SplitEncoder:
         extracted, n_more = encoded.values, (0, 0)
         if self.run_config.extractor is not None:
             found = self._encoded(
-                role, "images for the extractor", n_views, Path(self.run_config.extractor)
+                role, "images for the extractor", n_views, self.run_config.extractor
             )
             extracted = found.values
             n_more = found.n_encoded, extracted.shape[0] * extracted.shape[1]

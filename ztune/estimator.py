@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.extractor import OrtExtractor
 from runtimes.preprocess import crop, read_image
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.split import Entry, Split, SplitSettings
@@ -30,7 +31,7 @@ from ztune.dataset import (
 )
 from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
-from ztune.evaluate import LabelledImages, required_extractor
+from ztune.evaluate import LabelledImages, find_extractor
 from ztune.logits import FeatureClassifier
 from ztune.methods.registry import views_of
 from ztune.model import Model
@@ -170,7 +171,7 @@ class FewShotClassifier:
             assert store.artifact is not None
             artifact = store.artifact
             history = store.read_history()
-        self._take(artifact, report, history, class_names)
+        self._take(artifact, report, history, class_names, run_config.extractor)
         return self
 
     def _run_in(
@@ -268,11 +269,14 @@ class FewShotClassifier:
 
         `path` is its file, or the folder of a finished run.
 
-        Raises: FormatError for a damaged artifact; ConfigError for another model's.
+        Raises: FormatError for a damaged artifact; ConfigError for another model's, or without the
+            feature extractor that it was tuned with (setting `extractor`).
         """
         artifact = read_artifact(Path(path))
         require_same_model(artifact, self.model.bundle.model_id, Path(path), self.model.bundle.path)
-        self._take(self.model.refresh(artifact), None, [], None)
+        named = self.settings.get("extractor")
+        extractor = find_extractor(artifact, Path(path), Path(named).resolve() if named else None)
+        self._take(self.model.refresh(artifact), None, [], None, extractor)
         return self
 
     def export_onnx(self, path: Path | str) -> None:
@@ -283,7 +287,7 @@ class FewShotClassifier:
         from export.classifier import pack
 
         artifact = self._fitted()
-        pack(self._model.bundle, artifact, Path(path))
+        pack(self._model.bundle, artifact, Path(path), extractor=self._extractor)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -296,8 +300,9 @@ class FewShotClassifier:
         report: RunReport | None,
         history: list[dict[str, float]],
         class_names: Sequence[str] | None,
+        extractor: Path | None,
     ) -> None:
-        self._artifact, self._model = artifact, self.model
+        self._artifact, self._model, self._extractor = artifact, self.model, extractor
         self._class_names = class_names_of(class_names)
         self._images: ImageEncoder | None = None
         self._program: Any = None
@@ -396,18 +401,20 @@ class FewShotClassifier:
         return self._classifier.logits(features)
 
     def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
-        """Return the image tower and a visual prompt's program, opened once."""
+        """Return what gives features, and a visual prompt's program, opened once."""
         self._model.require_open()
         with self._opening:
             if self._images is None:
+                model = self._model
+                images, width = model.images(), model.bundle.embed_dim
+                if self._extractor is not None:
+                    images = OrtExtractor(self._extractor, model.bundle, model.execution)
+                    width = images.width()
                 if isinstance(artifact, VisualArtifact):
-                    if artifact.extractor:
-                        required_extractor(artifact, None)
-                    width = self._model.bundle.embed_dim
                     self._program = open_program(
-                        self._model, artifact.program, width, artifact.statistics
+                        model, artifact.program, width, artifact.statistics
                     )
-                self._images = self._model.images()
+                self._images = images
             return self._images, self._program
 
 
@@ -454,6 +461,8 @@ def _plain(name: str, value: Any) -> Any:
     """
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Path):
+        return str(value)
     if value is not None and not isinstance(value, str | int | float | tuple | list):
         raise ConfigError(f"`{name}` is {type(value).__name__}, expected a number, string or None")
     return value

@@ -25,6 +25,7 @@ from ztune.model import Model
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.run_document import run_start
 from ztune.statistics import Score, score
 from ztune.task import open_program
 from ztune.types import F32, I64, Json
@@ -161,7 +162,6 @@ def score_run(
     *,
     templates: tuple[str, ...],
     cache: Path | None = None,
-    extractor: Path | None = None,
     skip_broken: bool = False,
     snapshots: bool = False,
 ) -> RunScores:
@@ -169,7 +169,7 @@ def score_run(
 
     `cache` replaces the run's own.
 
-    Raises: FormatError, DataError; ConfigError for another extractor than the run's.
+    Raises: FormatError, DataError; ConfigError if the run's extractor is not there.
     """
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, model.bundle.model_id, folder.prompt, model.bundle.path)
@@ -180,7 +180,7 @@ def score_run(
         cache or run_config.cache_folder(folder.path),
         what="test images",
         skip_broken=skip_broken or run_config.skip_broken,
-        extractor=extractor_for(artifact, extractor, run_config.extractor),
+        extractor=find_extractor(artifact, folder.path),
     )
     kept = features.plain.kept
     labels = labels[kept]
@@ -217,11 +217,10 @@ def score_bundle(
     """Score an artifact or templates on images; also return whether each could be read.
 
     `candidates` are the class names to choose from. Features are kept in the folder `cache`, or in
-    memory if it is None.
+    memory if it is None. `extractor` is the artifact's (`find_extractor`).
 
-    Raises: DataError; ConfigError for another extractor than the artifact's.
+    Raises: DataError.
     """
-    needed = extractor_for(artifact, extractor, None)
     labels = images.among(candidates, "the class names to choose from")
     features = encode_test(
         model,
@@ -229,7 +228,7 @@ def score_bundle(
         MemoryCache() if cache is None else cache,
         what="images",
         skip_broken=skip_broken,
-        extractor=needed,
+        extractor=extractor,
     )
     if artifact is not None:
         logits = features.logits(artifact)
@@ -251,16 +250,14 @@ class TestFeatures:
     plain: Features
     """Features of the unchanged images."""
     extractor: Path | None = None
+    """The extractor that the artifacts were tuned with."""
 
     def logits(self, artifact: Artifact) -> F32:
-        """Return logits f32[n, C] of the readable images.
-
-        Raises: ConfigError if the artifact was tuned with another extractor.
-        """
+        """Return logits f32[n, C] of the readable images."""
         classifier = artifact.classifier()
         if not isinstance(artifact, VisualArtifact):
             return classifier.logits(self.plain.values[0])
-        extracted = self._extracted(artifact)
+        extracted = self._extracted()
         width = extracted.shape[-1]
         images = open_program(self.model, artifact.program, width, artifact.statistics)
         parts = []
@@ -271,16 +268,15 @@ class TestFeatures:
                 ticker.update(first + len(pixels))
         return classifier.logits(np.concatenate(parts))
 
-    def _extracted(self, artifact: VisualArtifact) -> F32:
-        if not artifact.extractor:
+    def _extracted(self) -> F32:
+        if self.extractor is None:
             return self.plain.values[0]
-        extractor = required_extractor(artifact, self.extractor)
         return self.model.features(
             self.items,
             self.cache,
             what=f"{self.what} for the extractor",
             skip_broken=self.skip_broken,
-            extractor=extractor,
+            extractor=self.extractor,
         ).values[0]
 
     def _pixels(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -306,38 +302,28 @@ def encode_test(
     return TestFeatures(model, items, cache, what, skip_broken, plain, extractor)
 
 
-def extractor_for(artifact: Artifact | None, named: Path | None, known: str | None) -> Path | None:
-    """Return the checked extractor that the artifact needs, from `named` or its run.
+def find_extractor(artifact: Artifact, path: Path, named: Path | None = None) -> Path | None:
+    """Return the extractor that an artifact was tuned with: `named`, or its run's.
 
-    Raises: ConfigError, also if one is named but not needed.
+    `path` is a run, its result or its snapshot. None: the artifact needs no extractor.
+
+    Raises: ConfigError for a missing or different file, or if no run is found.
     """
-    if isinstance(artifact, VisualArtifact) and artifact.extractor:
-        return required_extractor(artifact, named or (Path(known) if known else None))
-    if named is not None:
-        what = "templates use no" if artifact is None else "the result was tuned without an"
-        raise ConfigError(f"{what} extractor; leave out `extractor`")
-    return None
-
-
-def required_extractor(artifact: VisualArtifact, path: Path | None) -> Path:
-    """Check that a file is the extractor that the artifact was tuned with, and return it.
-
-    Raises: ConfigError.
-    """
-    if path is None:
+    if not isinstance(artifact, VisualArtifact) or not artifact.extractor:
+        return None
+    extractor = named
+    if extractor is None:
+        places = (path, *path.absolute().parents[:2])
+        run = next((place for place in places if (place / "run.json").is_file()), None)
+        if run is None:
+            raise ConfigError(
+                f'no run.json next to "{path}", which names the feature extractor that the visual '
+                "prompt was tuned with (use the artifact in its run's folder, or: ztune eval RUN)"
+            )
+        extractor = run_start(RunFolder(run).read(), f'run "{run}": run.json').run_config.extractor
+    if extractor is None or not extractor.is_file() or sha256(extractor) != artifact.extractor:
         raise ConfigError(
-            "the visual prompt was tuned with a separate feature extractor: name it with "
-            "`extractor=FILE`"
+            f'the visual prompt was tuned with the feature extractor "{extractor}", which does not '
+            f"exist or has changed (expected SHA-256 {artifact.extractor[:12]}…; put it back)"
         )
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f'the feature extractor "{path}" of the visual prompt {state}; put it back, or '
-            "name its new location with `extractor=FILE`"
-        )
-    if sha256(path) != artifact.extractor:
-        raise ConfigError(
-            f'`extractor` "{path}" is not the extractor of the visual prompt '
-            f"(expected SHA-256 {artifact.extractor[:12]}…)"
-        )
-    return path
+    return extractor

@@ -37,7 +37,7 @@ from ztune.report import draw_curve
 from ztune.types import U8, Evaluation, Json, Mixing
 
 FORMAT = RUN_FORMAT
-VERSION = 2
+VERSION = 3
 
 
 REPLACED = "replaced"

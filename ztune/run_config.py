@@ -53,12 +53,10 @@ class RunConfig:
     """Validation passes without gain before stopping; None: never stop."""
     snapshots: int | str = 0
     """Intermediate artifacts: their number, or query counts as in `25,50,100`."""
-    extractor: str | None = None
-    """ONNX feature extractor for BlackVIP's decoder; None: the bundle's image tower."""
     reference: str | None = None
     """Reference bundle of the signal; None: the bundle's own graph in higher precision."""
     settings: Mapping[str, Json] = field(default_factory=dict)
-    """The method's settings that differ from its preset."""
+    """The method's settings that differ from its preset; `extractor` becomes an absolute path."""
     server: Mapping[str, Json] = field(default_factory=dict)
     """Server settings if `bundle` is a URL, without secrets: runtimes/remote/."""
     root: str | None = None
@@ -90,6 +88,7 @@ class RunConfig:
             _counts(self.snapshots)
         if self.validates and self.val == 0:
             raise ConfigError("`keep=best` and `patience` need validation images (`val`)")
+        object.__setattr__(self, "settings", absolute_paths(self.settings))
 
     @cached_property
     def method_config(self) -> Any:
@@ -101,7 +100,7 @@ class RunConfig:
         config = method_config(method, self.settings, self.preset)
         tuned = tuned_config(method, config)
         if tuned is None:
-            for name in ("keep", "patience", "snapshots", "extractor"):
+            for name in ("keep", "patience", "snapshots"):
                 if getattr(self, name) != getattr(RunConfig, name):
                     raise ConfigError(f"{self.method} has no steps: leave out `{name}`")
             return config
@@ -112,8 +111,6 @@ class RunConfig:
                 f"`queries` {self.queries} is less than {what} of {self.method}, which costs "
                 f"{least}"
             )
-        if self.extractor is not None and tuned.program != "decoder":
-            raise ConfigError(f"{self.method} has no decoder: leave out `extractor`")
         return config
 
     def check_method(self) -> None:
@@ -124,6 +121,12 @@ class RunConfig:
     def tuned_config(self) -> TunedConfig | None:
         """The configuration of a method with steps; None for a closed form."""
         return tuned_config(find_method(self.method), self.method_config)
+
+    @property
+    def extractor(self) -> Path | None:
+        """The decoder's feature extractor; None: the bundle's image tower."""
+        tuned = self.tuned_config
+        return None if tuned is None or tuned.extractor is None else Path(tuned.extractor)
 
     @property
     def validates(self) -> bool:
@@ -164,6 +167,21 @@ def _counts(listed: str) -> list[int]:
             f'`snapshots` is "{listed}", expected a number, or query counts as in 25,50,100'
         )
     return sorted({int(part) for part in parts})
+
+
+def absolute_paths(settings: Mapping[str, Json], folder: Path = Path()) -> Mapping[str, Json]:
+    """Return a method's settings; a path of `extractor` is taken relative to `folder`.
+
+    Raises: ConfigError for an invalid path.
+    """
+    path = settings.get("extractor")
+    if not isinstance(path, str) or path in ("none", "null"):
+        return settings
+    try:
+        place = (folder / Path(path).expanduser()).resolve()
+    except (RuntimeError, ValueError) as error:  # an unknown home folder; an invalid character
+        raise ConfigError(f"`extractor`: invalid path {path!r} ({error})") from None
+    return {**settings, "extractor": str(place)}
 
 
 def place_of(data: str, root: Path | None) -> str:

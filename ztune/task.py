@@ -98,7 +98,7 @@ class FewShotTask:
     config: TunedConfig
     start: MethodStart
     templates: tuple[str, ...]
-    extractor: str | None
+    extractor: Path | None
     texts: TextEncoder | F32
     """The encoder of contexts, or the templates' features f32[C, e]."""
     remembered: CachedTextEncoder | None
@@ -182,7 +182,7 @@ class FewShotTask:
             context,
             () if context is not None else self.templates,
             statistics,
-            sha256(Path(self.extractor)) if self.extractor else "",
+            "" if self.extractor is None else sha256(self.extractor),
             seen,
         )
 

@@ -32,7 +32,6 @@ from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import Digest, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
-from ztune.io.config import as_json
 from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
@@ -40,7 +39,7 @@ from ztune.loop import Tuning, tune
 from ztune.methods.base import HeadMethod, TunedConfig
 from ztune.methods.gda import GdaConfig, fit_gda
 from ztune.methods.plugins import package_of
-from ztune.methods.registry import find_method
+from ztune.methods.registry import find_method, settings_of_result
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
@@ -161,7 +160,10 @@ class SavedRun:
     @cached_property
     def run_config(self) -> RunConfig:
         """The run's settings, with the method's settings as of its start."""
-        return replace(self.head.run_config, settings=self.head.config)
+        own, settings = self.head.run_config, self.head.config
+        if "extractor" in own.settings:  # config has its SHA-256
+            settings = {**settings, "extractor": own.settings["extractor"]}
+        return replace(own, settings=settings)
 
     def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
         """Check that the run was started with the same model, method, settings and images.
@@ -298,8 +300,7 @@ class TrainingRun(Generic[Store]):
         """The map and optimizer of a method with steps, made once for the run."""
         assert self.tuned is not None
         n_extracted = self.model.bundle.embed_dim
-        if self.run_config.extractor is not None:
-            extractor = Path(self.run_config.extractor)
+        if (extractor := self.run_config.extractor) is not None:
             n_extracted = OrtExtractor(extractor, self.model.bundle, self.model.execution).width()
         return compose(self.run_config, self.tuned, self.model, n_extracted)
 
@@ -319,7 +320,7 @@ class TrainingRun(Generic[Store]):
             method=run_config.method,
             package=package_of(run_config.method),
             seed=run_config.seed,
-            config=as_json(run_config.method_config),
+            config=settings_of_result(find_method(run_config.method), run_config.method_config),
             provider=self.model.runtime.provider,
             precision=bundle.precision,
             model_id=bundle.model_id,
@@ -567,7 +568,8 @@ class TrainingRun(Generic[Store]):
             progress.remark(f"resuming after {tuning.budget.queries} of {spent} queries")
 
         def artifact(stop_reason: str) -> Artifact:
-            provenance = self._provenance(tuning.budget.queries, stop_reason, as_json(config))
+            settings = settings_of_result(find_method(run_config.method), config)
+            provenance = self._provenance(tuning.budget.queries, stop_reason, settings)
             return task.result(provenance)
 
         marks = run_config.snapshot_marks(spent)

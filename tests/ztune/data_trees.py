@@ -43,15 +43,6 @@ def classes_below(images: str, *names: str, n: int = 10) -> Callable[[Path], Non
     return build
 
 
-def pets(folder: Path) -> None:
-    kinds = {"Abyssinian": 1, "great_pyrenees": 2}  # underscores and capitals in image names
-    names = {kind: [f"{kind}_{n}" for n in range(1, 9)] for kind in kinds}
-    put(folder / "images", (f"{name}.jpg" for part in names.values() for name in part))
-    for file, place in (("trainval", slice(5)), ("test", slice(5, 8))):
-        text = [f"{name} {kinds[kind]} 1 1" for kind in kinds for name in names[kind][place]]
-        lines(folder, f"annotations/{file}.txt", *text)
-
-
 def aircraft(folder: Path) -> None:
     variants = ("Boeing 707-320", "An-12", "F/A-18")  # in the list's own order
     lines(folder, "variants.txt", *variants)
@@ -59,39 +50,6 @@ def aircraft(folder: Path) -> None:
         text = [f"{1000 + 10 * place + n:07} {name}" for n, name in enumerate(variants)]
         lines(folder, f"images_variant_{split}.txt", *text)
         put(folder / "images", (f"{line.split()[0]}.jpg" for line in text))
-
-
-def sun397(folder: Path) -> None:
-    names = ("/a/abbey", "/a/athletic_field/outdoor", "/y/youth_hostel")
-    lines(folder, "ClassName.txt", *names)
-    for file, numbers in (("Training", range(5)), ("Testing", range(5, 8))):
-        text = [f"{name}/sun_{n}.jpg" for name in names for n in numbers]
-        lines(folder, f"{file}_01.txt", *text)
-        put(folder / "SUN397", (path[1:] for path in text))
-
-
-def ucf101(folder: Path) -> None:
-    actions = ("ApplyEyeMakeup", "Archery", "YoYo")
-    renamed = {"ApplyEyeMakeup": "Apply_Eye_Makeup", "Archery": "Archery", "YoYo": "Yo_Yo"}
-    lists = "ucfTrainTestlist"
-    lines(folder, f"{lists}/classInd.txt", *(f"{n} {a}" for n, a in enumerate(actions, 1)))
-    for file, numbers in (("train", range(5)), ("test", range(5, 7))):
-        videos = [(n, action, f"v_{action}_g{i:02}_c01") for n, action in enumerate(actions, 1)
-                  for i in numbers]  # fmt: skip
-        # The list of training videos has labels, the other has none.
-        label = file == "train"
-        text = [f"{a}/{video}.avi{f' {n}' if label else ''}" for n, a, video in videos]
-        lines(folder, f"{lists}/{file}list01.txt", *text)
-        put(folder / "UCF-101-midframes", (f"{renamed[a]}/{v}.jpg" for _, a, v in videos))
-
-
-def flowers(folder: Path) -> None:
-    put(folder / "jpg", (f"image_{n:05}.jpg" for n in range(1, 9)))
-
-
-def cars(folder: Path) -> None:
-    put(folder, (f"cars_train/{n:05}.jpg" for n in range(1, 7)))
-    put(folder, (f"cars_test/{n:05}.jpg" for n in range(1, 3)))
 
 
 WORD_NETS = ("n01440764 tench", "n02012849 crane", "n03126707 crane", "n04356056 sunglasses")
@@ -137,13 +95,26 @@ def clevr(folder: Path) -> None:
         put(folder / "images" / split, (str(scene["image_filename"]) for scene in scenes))
 
 
-def listed(path: str, *parts: tuple[int, int, str], first: int = 1) -> list[list[Json]]:
-    """Return entries for n images each of (n, label, name), numbered on."""
-    entries: list[list[Json]] = []
-    for n, label, name in parts:
-        for _ in range(n):
-            entries.append([path.format(first + len(entries)), label, name])
-    return entries
+def listed(images: str, *names: str, pattern: str = "{name}_{n}.jpg") -> Tree:
+    """Return a data set with a published split: of each class 2 to train, 1 to validate, 2 to test.
+
+    The split lists the classes in reverse order, since labels decide, not the order.
+    """
+    places = {"train": range(2), "val": range(2, 3), "test": range(3, 5)}
+    split: dict[str, list[list[Json]]] = {
+        role: [
+            [pattern.format(name=name, n=n), label, name]
+            for label, name in reversed(list(enumerate(names)))
+            for n in numbers
+        ]
+        for role, numbers in places.items()
+    }
+
+    def build(folder: Path) -> None:
+        put(folder / images, (str(entry[0]) for entries in split.values() for entry in entries))
+
+    classes = tuple(name.replace("_", " ") for name in names)
+    return Tree(build, classes, (2 * len(names), len(names), 2 * len(names)), split)
 
 
 TREES: dict[str, Tree] = {
@@ -154,24 +125,16 @@ TREES: dict[str, Tree] = {
         ),
         ("face", "airplane", "gerenuk", "wild cat"), (20, 8, 12),
     ),
-    "oxfordpets": Tree(pets, ("abyssinian", "great pyrenees"), (8, 2, 6)),
-    "flowers102": Tree(
-        flowers, ("pink primrose", "sword lily"), (4, 2, 2),
-        {
-            "train": listed("image_{:05}.jpg", (2, 1, "sword lily"), (2, 0, "pink primrose")),
-            "val": listed(
-                "image_{:05}.jpg", (1, 0, "pink primrose"), (1, 1, "sword lily"), first=5
-            ),
-            "test": listed(
-                "image_{:05}.jpg", (1, 0, "pink primrose"), (1, 1, "sword lily"), first=7
-            ),
-        },
-    ),
+    "oxfordpets": listed("images", "abyssinian", "great_pyrenees"),
+    "flowers102": listed("jpg", "pink primrose", "sword lily"),
     "food101": Tree(
         classes_below("images", "apple_pie", "waffles"), ("apple pie", "waffles"), (10, 4, 6)
     ),
     "fgvcaircraft": Tree(aircraft, ("Boeing 707-320", "An-12", "F/A-18"), (3, 3, 3)),
-    "sun397": Tree(sun397, ("abbey", "outdoor athletic field", "youth hostel"), (12, 3, 9)),
+    "sun397": listed(
+        "SUN397", "abbey", "outdoor athletic_field", "youth_hostel",
+        pattern="{name[0]}/{name}/sun_{n}.jpg",
+    ),
     "dtd": Tree(
         classes_below("images", "banded", "zigzagged"), ("banded", "zigzagged"), (10, 4, 6)
     ),
@@ -179,17 +142,12 @@ TREES: dict[str, Tree] = {
         classes_below("2750", "AnnualCrop", "SeaLake"), ("Annual Crop Land", "Sea or Lake"),
         (10, 4, 6),
     ),
-    "ucf101": Tree(ucf101, ("Apply Eye Makeup", "Archery", "Yo Yo"), (12, 3, 6)),
-    "stanfordcars": Tree(
-        cars, ("2000 AM General Hummer SUV", "2012 smart fortwo Convertible"), (4, 2, 2),
-        {
-            "train": listed("cars_train/{:05}.jpg", (2, 0, "2000 AM General Hummer SUV"),
-                            (2, 1, "2012 smart fortwo Convertible")),
-            "val": listed("cars_train/{:05}.jpg", (1, 0, "2000 AM General Hummer SUV"),
-                          (1, 1, "2012 smart fortwo Convertible"), first=5),
-            "test": listed("cars_test/{:05}.jpg", (1, 0, "2000 AM General Hummer SUV"),
-                           (1, 1, "2012 smart fortwo Convertible")),
-        },
+    "ucf101": listed(
+        "UCF-101-midframes", "Apply_Eye_Makeup", "Archery", "Yo_Yo", pattern="{name}/v_{n}.jpg"
+    ),
+    "stanfordcars": listed(
+        "", "2000 AM General Hummer SUV", "2012 smart fortwo Convertible",
+        pattern="cars_train/{name}_{n}.jpg",
     ),
     "imagenet": Tree(imagenet, ("tench", "crane", "crane", "sunglasses"), (12, 0, 4)),
     "svhn": Tree(svhn, tuple("0123456789"), (70, 30, 40)),

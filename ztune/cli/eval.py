@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a run: where its bundle or server moved",
     )
     parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="run or prompt")
-    add(parser, "--template", "--extractor")
+    add(parser, "--template")
     parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add(parser, "--names", "--cache", "--skip-broken", "--provider", "--threads")
@@ -131,7 +131,6 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             model,
             templates=templates,
             cache=arguments.cache,
-            extractor=arguments.extractor,
             skip_broken=arguments.skip_broken,
             snapshots=arguments.snapshots,
         )
@@ -205,18 +204,19 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
 def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) -> None:
     from ztune.artifact import HeadArtifact, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
-    from ztune.evaluate import score_bundle
+    from ztune.evaluate import find_extractor, score_bundle
 
     images = _labelled(arguments, output)
     candidates, whose = images.classes, "of the images"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
     fingerprints: Iterable[int] = ()
-    artifact = None
+    artifact, extractor = None, None
     templates = tuple(arguments.templates or ("a photo of a {}.",))
     if arguments.prompt is not None:
         artifact = read_artifact(arguments.prompt)
         require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
+        extractor = find_extractor(artifact, arguments.prompt)
         known = set(images.classes) <= set(artifact.classes)
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "of the prompt"
@@ -233,7 +233,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         artifact=artifact,
         templates=templates,
         cache=arguments.cache,
-        extractor=arguments.extractor,
+        extractor=extractor,
         skip_broken=arguments.skip_broken,
     )
     document = _document(result, images, kept, fingerprints)
@@ -244,7 +244,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import classify, open_classifier
     from runtimes.providers import resolve_execution
 
-    for name in ("prompt", "templates", "classes", "cache", "bundle", "extractor", "snapshots"):
+    for name in ("prompt", "templates", "classes", "cache", "bundle", "snapshots"):
         if name in arguments.given:
             option = arguments.given[name]
             raise ConfigError(f"{option} does not apply to a packed classifier (leave it out)")

@@ -54,11 +54,6 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "help": "template of zero-shot, heads and visual prompts; several are averaged "
         '(default: "a photo of a {}.")',
     },
-    "--extractor": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "ONNX feature extractor for the decoder of blackvip",
-    },
     # machine
     "--provider": {
         "default": "auto",

@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resize", action="store_true", help="accept images of any size")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
-    add(parser, "--extractor")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     add(parser, "--provider", default="cpu", help="auto, cpu (default), cuda or tensorrt")
     add(parser, "--threads")
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
     from runtimes.providers import resolve_execution
-    from ztune.artifact import VisualArtifact, read_artifact, require_same_model
+    from ztune.artifact import read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
-    from ztune.evaluate import required_extractor
+    from ztune.evaluate import find_extractor
     from ztune.model import open_model
 
     out: Path = arguments.out
@@ -54,13 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     require_same_model(artifact, model.bundle.model_id, arguments.prompt, model.bundle.path)
     classes = read_class_list(arguments.classes) if arguments.classes else None
     artifact = model.refresh(artifact, classes)
-    extractor = None
-    if isinstance(artifact, VisualArtifact) and artifact.extractor:
-        extractor = required_extractor(artifact, arguments.extractor)
-    elif arguments.extractor is not None:
-        raise ConfigError(
-            "--extractor does not apply: the prompt was tuned without one (leave it out)"
-        )
+    extractor = find_extractor(artifact, arguments.prompt)
     pack(model.bundle, artifact, out, resize=arguments.resize, extractor=extractor)
     size = model.bundle.image.size
     shape = "N, H, W, 3" if arguments.resize else f"N, {size}, {size}, 3"

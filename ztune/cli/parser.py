@@ -35,6 +35,8 @@ VERBS = {
 _REMOVED = {
     "--endpoint": "put the servers behind one URL, a Kubernetes Service or a proxy "
     "(docs/serving.md)",
+    "--extractor": "tune with --set extractor=FILE (compare: --set blackvip.extractor=FILE); eval "
+    "and pack take the file from the run",
     "--shared-memory": "leave it out, tensors are always sent over the network",
 }
 

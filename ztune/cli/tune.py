@@ -76,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|N,N",
         help="save N - 1 intermediate snapshots, or one after each of these numbers of queries",
     )
-    add(method, "--extractor")
     machine = parser.add_argument_group("machine")
     add(machine, "--threads", "--memory-limit", "--reference", "--force")
     add_server_arguments(parser)

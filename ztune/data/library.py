@@ -125,7 +125,7 @@ def load_named(spec: Spec, root: Path, save: bool) -> NamedData:
     if missing or spec.make is None:
         raise DataError(
             f'data set "{spec.name}" in "{folder}": missing {", ".join(missing)} '
-            f"(from {spec.page}: {spec.obtain})"
+            f"({spec.instructions})"
         )
     split = spec.make(folder, images, random.Random(SEED))
     if not any(split.counts.values()):
@@ -151,8 +151,7 @@ def data_folder(spec: Spec, root: Path) -> Path:
             f'this one "{spec.folder}")'
         )
     raise DataError(
-        f'data set "{spec.name}": "{folder}" does not exist (create it; from {spec.page}: '
-        f"{spec.obtain})"
+        f'data set "{spec.name}": "{folder}" does not exist (create it; {spec.instructions})'
     )
 
 

@@ -71,12 +71,21 @@ class Spec:
         """The file of a split made here; a published one has priority."""
         return f"split_ztune_{self.title}.json"
 
+    @property
+    def instructions(self) -> str:
+        """What to download, from where, and where to put it; "it" is the data set's folder."""
+        images = f"from {self.page}: {self.obtain}"
+        if self.make is not None:
+            return images
+        return f"download {self.splits[0]}, linked in {_COOP_SPLITS}, into it; images {images}"
+
 
 def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 _PHOTO = "a photo of a {}."
+_COOP_SPLITS = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 _CLASS_NAMES = "classnames.txt, CoOp's list of folders and class names"
 
 # Folders, split files, class names and templates: KaiyangZhou/CoOp (DATASETS.md, datasets/*.py,
@@ -101,17 +110,14 @@ SPECS: tuple[Spec, ...] = (
         "OxfordPets", "oxford_pets", "images", 37, Counts(2944, 736, 3669),
         "a photo of a {}, a type of pet.",
         page="https://www.robots.ox.ac.uk/~vgg/data/pets/",
-        obtain="extract images.tar.gz and annotations.tar.gz of the page into it",
+        obtain="extract images.tar.gz into it",
         splits=("split_zhou_OxfordPets.json",),
-        make=official.oxford_pets,
-        needs=("annotations/trainval.txt", "annotations/test.txt"),
     ),
     Spec(
         "Flowers102", "oxford_flowers", "jpg", 102, Counts(4093, 1633, 2463),
         "a photo of a {}, a type of flower.",
         page="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        obtain="extract 102flowers.tgz of the page into it; its labels are a .mat file, which is "
-        "not read here, so CoOp's split file is needed as well",
+        obtain="extract 102flowers.tgz into it",
         splits=("split_zhou_OxfordFlowers.json",),
         also=("OxfordFlowers",),
     ),
@@ -138,10 +144,8 @@ SPECS: tuple[Spec, ...] = (
     Spec(
         "SUN397", "sun397", "SUN397", 397, Counts(15880, 3970, 19850), _PHOTO,
         page="https://vision.princeton.edu/projects/2010/SUN/",
-        obtain="extract SUN397.tar.gz and Partitions.zip of the page into it",
+        obtain="extract SUN397.tar.gz into it",
         splits=("split_zhou_SUN397.json",),
-        make=official.sun397,
-        needs=("ClassName.txt", "Training_01.txt", "Testing_01.txt"),
     ),
     Spec(
         "DTD", "dtd", "images", 47, Counts(2820, 1128, 1692), "{} texture.",
@@ -171,18 +175,13 @@ SPECS: tuple[Spec, ...] = (
         "a photo of a person doing {}.",
         page="https://www.crcv.ucf.edu/data/UCF101.php",
         obtain="extract CoOp's UCF-101-midframes.zip into it (one frame of every video of the "
-        "page), and the page's lists of action recognition (ucfTrainTestlist)",
+        "page)",
         splits=("split_zhou_UCF101.json",),
-        make=official.ucf101,
-        needs=tuple(
-            f"ucfTrainTestlist/{n}.txt" for n in ("classInd", "trainlist01", "testlist01")
-        ),
     ),
     Spec(
         "StanfordCars", "stanford_cars", "", 196, Counts(6509, 1635, 8041), _PHOTO,
         page="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-        obtain="extract cars_train.tgz and cars_test.tgz of the page into it; the labels are .mat "
-        "files, which are not read here, so CoOp's split file is needed as well",
+        obtain="extract cars_train.tgz and cars_test.tgz into it",
         splits=("split_zhou_StanfordCars.json",),
     ),
     Spec(

@@ -8,7 +8,6 @@ sorted by name instead of file-system order, and the seed differs.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -36,22 +35,6 @@ def class_folders(ignored: Collection[str] = ()) -> Maker:
     return make
 
 
-def oxford_pets(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
-    """Read annotations/{trainval,test}.txt: `Abyssinian_1 1 1 1` is image, label from 1, ..."""
-
-    def listed(name: str) -> list[Item]:
-        items = []
-        for where, line in _lines(folder / "annotations" / name):
-            parts = line.split()
-            breed = parts[0].rpartition("_")[0].lower()
-            if len(parts) < 2 or not parts[1].isdecimal() or int(parts[1]) < 1 or not breed:
-                raise DataError(f'{where}: expected "Breed_12 1 1 1", got {line!r}')
-            items.append(_item(f"{parts[0]}.jpg", int(parts[1]) - 1, breed, where))
-        return items
-
-    return _split_val(listed("trainval.txt"), listed("test.txt"), generator, folder)
-
-
 def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSplit:
     """Read images_variant_{train,val,test}.txt: `1025794 707-320`; labels as in variants.txt."""
     label_of = {line: n for n, (_, line) in enumerate(_lines(folder / "variants.txt"))}
@@ -66,56 +49,6 @@ def aircraft(folder: Path, _images: Path, _generator: random.Random) -> CoopSpli
         return tuple(items)
 
     return CoopSplit(listed("train"), listed("val"), listed("test"))
-
-
-def sun397(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
-    """Read Training_01.txt and Testing_01.txt: `/a/abbey/sun_x.jpg`; labels as in ClassName.txt.
-
-    The parts of a class name are reversed: `/a/athletic_field/outdoor` is outdoor athletic field.
-    """
-    label_of = {
-        line.removeprefix("/"): n for n, (_, line) in enumerate(_lines(folder / "ClassName.txt"))
-    }
-
-    def listed(name: str) -> list[Item]:
-        items = []
-        for where, line in _lines(folder / name):
-            path = line.removeprefix("/")
-            category = path.rpartition("/")[0]
-            if category not in label_of:
-                raise DataError(f"{where}: {category!r} is not in ClassName.txt")
-            words = " ".join(reversed(category.split("/")[1:]))
-            items.append(_item(path, label_of[category], words, where))
-        return items
-
-    return _split_val(listed("Training_01.txt"), listed("Testing_01.txt"), generator, folder)
-
-
-def ucf101(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
-    """Read ucfTrainTestlist: `ApplyEyeMakeup/v_x.avi 1` is Apply_Eye_Makeup/v_x.jpg.
-
-    The images are the middle frames of the videos, one each.
-    """
-    lists = folder / "ucfTrainTestlist"
-    label_of = {}
-    for where, line in _lines(lists / "classInd.txt"):
-        number, _, action = line.partition(" ")
-        if not number.isdecimal() or int(number) < 1 or not action:
-            raise DataError(f'{where}: expected "1 ApplyEyeMakeup", got {line!r}')
-        label_of[action] = int(number) - 1
-
-    def listed(name: str) -> list[Item]:
-        items = []
-        for where, line in _lines(lists / name):
-            action, _, video = line.split()[0].partition("/")
-            if action not in label_of:
-                raise DataError(f"{where}: {action!r} is not in classInd.txt")
-            words = "_".join(re.findall("[A-Z][^A-Z]*", action))
-            path = f"{words}/{video.removesuffix('.avi')}.jpg"
-            items.append(_item(path, label_of[action], words, where))
-        return items
-
-    return _split_val(listed("trainlist01.txt"), listed("testlist01.txt"), generator, folder)
 
 
 def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
@@ -156,7 +89,8 @@ def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
             for path in found[number]
         ]
 
-    return _split_val(listed(trained), listed(tested), generator, folder)
+    train, val = hold_out_val(listed(trained), VAL_FRACTION, generator, f'folder "{folder}"')
+    return CoopSplit(train, val, tuple(listed(tested)))
 
 
 def svhn(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
@@ -247,13 +181,6 @@ def _class_names(folder: Path) -> dict[str, str]:
             raise DataError(f'{where}: expected a new "n01440764 tench", got {line!r}')
         names[word_net] = name.strip()
     return names
-
-
-def _split_val(
-    trainval: list[Item], test: list[Item], generator: random.Random, folder: Path
-) -> CoopSplit:
-    train, val = hold_out_val(trainval, VAL_FRACTION, generator, f'folder "{folder}"')
-    return CoopSplit(train, val, tuple(test))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

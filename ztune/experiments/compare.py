@@ -23,7 +23,7 @@ from ztune.experiments.prepare import CellFilter
 from ztune.experiments.store import Result, View
 from ztune.methods.registry import find_method, method_config, tuned_config
 from ztune.progress import SILENCE, Progress
-from ztune.run_config import RunConfig, remarks_on
+from ztune.run_config import RunConfig, absolute_paths, remarks_on
 from ztune.types import Json
 
 PLAN = "compare"
@@ -60,7 +60,7 @@ class CompareConfig:
 
         Raises: ConfigError.
         """
-        settings, method = self.settings.get(name, {}), find_method(name)
+        settings, method = absolute_paths(self.settings.get(name, {})), find_method(name)
         config = tuned_config(method, method_config(method, settings, self.base.preset))
         encodes = config is not None and config.program is not None
         queries = self.pixel_queries if encodes else self.base.queries

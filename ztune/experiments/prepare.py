@@ -37,9 +37,9 @@ from ztune.io.config import as_json
 from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
-from ztune.methods.registry import find_method, method_config, tuned_config
+from ztune.methods.registry import find_method, method_config, settings_of_result, tuned_config
 from ztune.progress import Progress, warn
-from ztune.run_config import RunConfig
+from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import Json
 
 RECIPE = 2
@@ -342,7 +342,7 @@ class Preparation:
             skip_broken=task.source.skip_broken,
             force=execution.force and gated,
             snapshots=0 if tuned is None else method.curve,
-            settings=method.settings,
+            settings=absolute_paths(method.settings, self.plan.path.parent),
         )
         try:
             run_config.check_method()  # reports a budget that is too small early
@@ -379,7 +379,7 @@ def _run_key_values(run_config: RunConfig, bundle: Bundle, split: Split) -> dict
     return {
         **values,
         "recipe": RECIPE,
-        "config": as_json(run_config.method_config),
+        "config": settings_of_result(find_method(run_config.method), run_config.method_config),
         "bundle": bundle.digest,
         "classes": list(split.classes),
         "entries": entries,

@@ -29,7 +29,7 @@ from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_files
 from ztune.data.split import Split
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.evaluate import encode_test
+from ztune.evaluate import encode_test, find_extractor
 from ztune.experiments.cells import Outcome, PartScore, Point
 from ztune.experiments.jobs import (
     CellJob,
@@ -211,7 +211,7 @@ class Worker:
         result = read_artifact(training.folder.prompt)
         parts = [self._part(training.model, part) for part in cell.parts]
         scores = [
-            self._part_score(training.model, result, part, encoded)
+            self._part_score(training, result, part, encoded)
             for part, encoded in zip(cell.parts, parts, strict=True)
         ]
         seconds, queries = run.own_seconds, run.queries
@@ -252,7 +252,7 @@ class Worker:
         for file in sorted(training.folder.snapshots.glob("*.safetensors")):
             snapshot = read_artifact(file)
             spent = snapshot.provenance.queries
-            found = self._score(training.model, snapshot, part, encoded)
+            found = self._score(training, snapshot, part, encoded)
             if found is not None and spent < queries:
                 yield Point(spent, seconds.get(spent), found.accuracy)
 
@@ -280,9 +280,13 @@ class Worker:
         return sum(part.features.nbytes for part in self._parts.values())
 
     def _part_score(
-        self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
+        self,
+        training: TrainingRun[RunFolder],
+        result: Artifact,
+        part: ScoredPart,
+        encoded: EncodedPart,
     ) -> PartScore:
-        found, before = self._score(model, result, part, encoded), encoded.zero_shot
+        found, before = self._score(training, result, part, encoded), encoded.zero_shot
         return PartScore(
             part=part.name,
             n=before.n,
@@ -294,10 +298,14 @@ class Worker:
         )
 
     def _score(
-        self, model: Model, result: Artifact, part: ScoredPart, encoded: EncodedPart
+        self,
+        training: TrainingRun[RunFolder],
+        result: Artifact,
+        part: ScoredPart,
+        encoded: EncodedPart,
     ) -> Score | None:
         """Score a result among a part's classes; None for a head without all of them."""
-        classes = encoded.split.classes
+        model, classes = training.model, encoded.split.classes
         if isinstance(result, HeadArtifact):
             if not set(classes) <= set(result.classes):
                 return None
@@ -317,6 +325,7 @@ class Worker:
             part.cache,
             what=part.name,
             skip_broken=part.skip_broken,
+            extractor=find_extractor(result, training.folder.path),
         )
         return score(test_features.logits(result), encoded.labels, classes)
 

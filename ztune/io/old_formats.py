@@ -40,9 +40,21 @@ def _run(document: Document) -> Document:
     return _renamed(document, {"request": "run_config", "broken_pictures": "broken_images"})
 
 
+def _move_extractor(document: Document) -> Document:
+    """Move the extractor of a run's settings to those of its method."""
+    run_config: Any = document.get("run_config")
+    if not isinstance(run_config, dict) or "extractor" not in run_config:
+        return document
+    kept = {key: value for key, value in run_config.items() if key != "extractor"}
+    settings = kept.get("settings", {})
+    if run_config["extractor"] is not None and isinstance(settings, dict):
+        kept["settings"] = {**settings, "extractor": run_config["extractor"]}
+    return {**document, "run_config": kept}
+
+
 UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
     "ztune-artifact": (dict,),
     "ztune-classifier": (_classifier,),
-    "ztune-run": (_run,),
+    "ztune-run": (_run, _move_extractor),
 }
 """By format: the upgrades from version 1 to 2, 2 to 3, and so on."""

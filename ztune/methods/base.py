@@ -93,6 +93,11 @@ class TunedConfig(Protocol):
         return None
 
     @property
+    def extractor(self) -> str | None:
+        """The ONNX file whose features a decoder gets; None: the bundle's image tower."""
+        return None
+
+    @property
     def focal(self) -> float:
         """γ of the focal loss; 0 is cross-entropy."""
         return 0.0

@@ -25,6 +25,8 @@ class BlackVipConfig(SpsaConfig, TunedConfig):
     clip: bool = False
     momentum: float = 0.8
     batch_size: int | None = 128
+    extractor: str | None = None
+    """The decoder's feature extractor, an ONNX file; None: the bundle's image tower."""
     needs = frozenset((LOSS, PIXELS, FEATURES))
     program = "decoder"
 

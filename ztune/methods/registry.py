@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ztune.capabilities import FEATURES, TEXTS, describe
 from ztune.errors import ConfigError
 from ztune.io.config import as_json, configured, nearest
+from ztune.io.files import sha256
 from ztune.methods import (
     bar,
     blackvip,
@@ -103,6 +105,24 @@ def tuned_config(method: Method, config: Any) -> TunedConfig | None:
         return None
     tuned: TunedConfig = config.in_effect
     return tuned
+
+
+def settings_of_result(method: Method, config: Any) -> dict[str, Json]:
+    """Return the settings that a result depends on: an extractor by its SHA-256, not its path.
+
+    Raises: ConfigError for an extractor that cannot be read.
+    """
+    settings, tuned = as_json(config), tuned_config(method, config)
+    if tuned is not None and "extractor" in settings:
+        del settings["extractor"]
+        if tuned.extractor is not None:
+            try:
+                settings["extractor"] = sha256(Path(tuned.extractor))
+            except OSError as error:
+                raise ConfigError(
+                    f'extractor "{tuned.extractor}" cannot be read: {error.strerror or error}'
+                ) from None
+    return settings
 
 
 def needs_of(method: Method, config: Any) -> frozenset[str]:

@@ -45,6 +45,14 @@ from ztune.run_config import RunConfig
             "option --shared-memory was removed: leave it out, tensors are always sent over "
             "the network",
         ),
+        *(
+            (
+                (verb, "m", "--extractor", "f.onnx"),
+                "option --extractor was removed: tune with --set extractor=FILE (compare: --set "
+                "blackvip.extractor=FILE); eval and pack take the file from the run",
+            )
+            for verb in ("tune", "eval", "pack", "compare", "predict")
+        ),
         (("tune", "--shots", "many"), "argument --shots: invalid int value: 'many'"),
         (("tune", "--\x1b[2J"), r"unknown option --\x1b[2J"),
         (("pack",), "the following arguments are required: BUNDLE, --prompt, --out"),

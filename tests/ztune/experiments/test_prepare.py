@@ -22,6 +22,8 @@ from ztune.experiments.plan import read_plan
 from ztune.experiments.prepare import CellFilter, Preparation, Prepared, encodings
 from ztune.experiments.worker import Settings, Worker
 from ztune.io.files import sha256
+from ztune.methods.blackvip import BlackVipConfig
+from ztune.methods.registry import METHODS, settings_of_result
 from ztune.progress import SILENCE, Progress, forward_warnings
 
 HEAD = """
@@ -289,6 +291,25 @@ def test_settings_count_as_they_are_in_effect(data: Path, prepare: Prepare) -> N
     assert prepare(few_shot(data, settings="rank = 5, clip = true")).cells == prepare(
         few_shot(data, settings="clip = true, rank = 5")
     ).cells  # fmt: skip
+
+
+def test_a_key_changes_with_an_extractors_content_and_not_its_place(
+    data: Path, prepare: Prepare, tmp_path: Path
+) -> None:
+    def prepared(settings: str) -> Prepared:
+        text = few_shot(data, settings=settings)
+        return prepare(text.replace("zip", "blackvip"))
+
+    plain = prepared("")
+    assert "extractor" not in settings_of_result(METHODS["blackvip"], BlackVipConfig())
+    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / f"{name}.onnx").write_text(content)
+    first, second, third = (prepared(f'extractor = "{name}.onnx"') for name in "abc")
+    assert key_of_one(first) == key_of_one(second)
+    assert len({key_of_one(one) for one in (plain, first, third)}) == 3
+    assert first.jobs[0].run_config.extractor == tmp_path / "a.onnx"
+    with pytest.raises(ConfigError, match=r'extractor ".*/none.onnx" cannot be read: No such file'):
+        prepared('extractor = "none.onnx"')
 
 
 def test_a_key_does_not_change_with_folders(data: Path, prepare: Prepare, tmp_path: Path) -> None:
