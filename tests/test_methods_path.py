@@ -20,7 +20,6 @@ from onnx import TensorProto, helper
 from runtimes import decoder
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI, Command
-from ztune import training
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
@@ -32,6 +31,7 @@ from ztune.artifact import (
 from ztune.io.files import sha256
 from ztune.loop import Tuning
 from ztune.methods.base import HeadMethod, TunedMethod
+from ztune.methods.gda import fit_gda
 from ztune.methods.registry import METHODS
 from ztune.model import Model, open_model
 from ztune.run import RunFolder, SaveSchedule
@@ -349,18 +349,18 @@ def test_seconds_only_increase_up_to_the_result(
     ztune: Command, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The history and the result count from the same start, without the baselines."""
-    fit, log = training.fit_gda, RunFolder.log
+    log = RunFolder.log
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.4)
-        return fit(*arguments)
+        return fit_gda(*arguments)
 
     def stop(folder: RunFolder, now: Tuning, evaluation: Evaluation) -> None:
         if now.step == 3:
             raise KeyboardInterrupt
         log(folder, now, evaluation)
 
-    monkeypatch.setattr(training, "fit_gda", slow)
+    monkeypatch.setattr("ztune.training.fit_gda", slow)
     monkeypatch.setattr(SaveSchedule, "due", lambda _: True)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     tune(whole, "zip", "--queries", 60)
