@@ -305,7 +305,7 @@ class Preparation:
             cache=str(self.out / "cache" / task.source.name / "tune"),
             augment=method.views,
             force=execution.force and gated,
-            snapshots=0 if tuned is None else method.curve,
+            snapshots=0 if tuned is None else method.snapshots,
             settings=method.settings,
         )
         try:
