@@ -341,7 +341,7 @@ class Preparation:
             augment=method.views,
             skip_broken=task.source.skip_broken,
             force=execution.force and gated,
-            snapshots=0 if tuned is None else method.curve,
+            snapshots=0 if tuned is None else method.snapshots,
             settings=absolute_paths(method.settings, self.plan.path.parent),
         )
         try:
