@@ -1,41 +1,39 @@
-"""Derive image sets: changed images, and some classes of a set in CoOp's layout.
+"""Write the image sets of plans/queries.toml and plans/queries-study.toml, once.
 
-They are written once as PNG, with the same bytes for the same Pillow and NumPy versions.
+    python -m benchmarks.query_images FOLDER
+
+FOLDER has `cifar10`, `cifar10-negative`, `pacs-photo` and `pacs-sketch`, folders of class folders,
+and Caltech101 as a named data set. The sets are links and changed copies, with the same bytes for
+the same versions of Pillow and NumPy.
 """
 
 from __future__ import annotations
 
-import io
+import argparse
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from benchmarks.measure import ROOT, say
 from runtimes.preprocess import open_image
-from ztune.data.folders import read_dataset
-from ztune.errors import DataError
-from ztune.io.files import new_folder, read_json
+from ztune.data.sources import read_source
+from ztune.errors import DataError, ZtuneError
+from ztune.io.files import new_folder
 
+OUT = ROOT / "runs" / "query-images"
+_CALTECH = "caltech101"
 _BLUR = 32
 """The radius of the blur is an image's short side divided by this."""
 _NOISE = 40.0
 """Standard deviation of the noise, of 255."""
-_JPEG_QUALITY = 5
-_BITS = 2
-"""Bits per channel after posterizing."""
 
 Change = Callable[[Image.Image, int], Image.Image]
 """From an RGB image and its seed to an RGB image."""
-
-
-def _edges(image: Image.Image, _seed: int) -> Image.Image:
-    return ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES).convert("RGB")
-
-
-def _blur(image: Image.Image, _seed: int) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) / _BLUR))
 
 
 def _noise(image: Image.Image, seed: int) -> Image.Image:
@@ -44,84 +42,100 @@ def _noise(image: Image.Image, seed: int) -> Image.Image:
     return Image.fromarray(np.clip(np.round(pixels + noise), 0, 255).astype(np.uint8))
 
 
-def _jpeg(image: Image.Image, _seed: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=_JPEG_QUALITY)
-    return Image.open(file, formats=["JPEG"]).convert("RGB")
-
-
 CHANGES: Mapping[str, Change] = {
+    "none": lambda image, _: image,
     "grey": lambda image, _: ImageOps.grayscale(image).convert("RGB"),
     "rotated": lambda image, _: image.transpose(Image.Transpose.ROTATE_90),
-    "upside-down": lambda image, _: image.transpose(Image.Transpose.ROTATE_180),
     "negative": lambda image, _: ImageOps.invert(image),
-    "posterized": lambda image, _: ImageOps.posterize(image, _BITS),
-    "edges": _edges,
-    "blur": _blur,
+    "edges": lambda image, _: (
+        ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES).convert("RGB")
+    ),
+    "blur": lambda image, _: image.filter(ImageFilter.GaussianBlur(min(image.size) / _BLUR)),
     "noise": _noise,
-    "jpeg": _jpeg,
 }
 
 
-def change_images(source: Path, change: str, out: Path) -> Path:
-    """Write every image of the data set `source`, changed, to `out` unless it exists; return it.
+@dataclass(frozen=True)
+class ImageSet:
+    """A set made from another."""
 
-    Raises: DataError for an image that cannot be read.
+    source: str
+    change: str = "none"
+    n_classes: int = 0
+    """The first classes of Caltech101; 0: a folder of class folders."""
+
+    def files(self, images: Path) -> Iterator[tuple[Path, Path]]:
+        """Yield each image and its path in the set; Caltech101's val images are for training.
+
+        Raises: DataError.
+        """
+        if not self.n_classes:
+            listing = read_source(str(images / self.source), None)
+            for image in listing.images:
+                yield listing.root / image.path, Path(image.path).with_suffix(".png")
+            return
+        listing = read_source(self.source, images)
+        for role, item in listing.lists or ():
+            if item.label < self.n_classes:
+                to = Path("test" if role == "test" else "train", item.name, Path(item.path).name)
+                yield listing.root / item.path, to.with_suffix(".png")
+
+
+SETS = {
+    "cifar10": ImageSet("cifar10"),
+    "cifar10-negative": ImageSet("cifar10-negative"),
+    "cifar10-grey": ImageSet("cifar10", "grey"),
+    "cifar10-rotated": ImageSet("cifar10", "rotated"),
+    "cifar10-noise": ImageSet("cifar10", "noise"),
+    "cifar10-blur": ImageSet("cifar10", "blur"),
+    "pacs-photo": ImageSet("pacs-photo"),
+    "pacs-photo-negative": ImageSet("pacs-photo", "negative"),
+    "pacs-photo-edges": ImageSet("pacs-photo", "edges"),
+    "pacs-sketch": ImageSet("pacs-sketch"),
+    "pacs-sketch-rotated": ImageSet("pacs-sketch", "rotated"),
+    "caltech-20": ImageSet(_CALTECH, n_classes=20),
+    "caltech-50-edges": ImageSet(_CALTECH, "edges", n_classes=50),
+}
+
+
+def write_set(one: ImageSet, images: Path, out: Path) -> None:
+    """Write a set to the folder `out`; an unchanged folder of class folders becomes a link.
+
+    Raises: DataError for a missing set or an invalid image.
     """
-    root = source.absolute()
-    images = read_dataset(root).images
-    files = ((root / one.path, Path(one.path).with_suffix(".png")) for one in images)
-    return _write_images(out, files, CHANGES[change])
+    if one.change == "none" and not one.n_classes:
+        source = (images / one.source).resolve()
+        if not source.is_dir():
+            raise DataError(f'"{source}" does not exist (expected a folder of class folders)')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.symlink_to(source)
+        return
+    with new_folder(out) as work:
+        for source, target in one.files(images):
+            (work / target).parent.mkdir(parents=True, exist_ok=True)
+            with open_image(source) as image:
+                plain = image.convert("RGB")
+            changed = CHANGES[one.change](plain, zlib.crc32(target.as_posix().encode()))
+            changed.save(work / target, "PNG")
 
 
-def select_coop_classes(source: Path, classes: slice, out: Path) -> Path:
-    """Write some classes of a set in CoOp's layout to `out` unless it exists; return it.
-
-    `classes` are indices in the order of the split file. Folders: `train`, with its train and val,
-    and `test`.
-
-    Raises: DataError, FormatError when the set is not as expected.
-    """
-    listings = sorted(source.glob("split_zhou_*.json"))
-    folders = sorted(path for path in source.iterdir() if path.is_dir())
-    if len(listings) != 1 or len(folders) != 1:
-        raise DataError(
-            f'"{source}" is not in CoOp\'s layout (expected one split_zhou_*.json and one folder '
-            "of images)"
-        )
-    split = read_json(listings[0], "split file")
-    listed = [(role, *row) for role in ("train", "val", "test") for row in _rows(split, role)]
-    chosen = set(sorted({label for _, _, label, _ in listed})[classes])
-    files = [
-        (folders[0] / path, Path("test" if role == "test" else "train", name, Path(path).name))
-        for role, path, label, name in listed
-        if label in chosen
-    ]
-    return _write_images(out, ((path, to.with_suffix(".png")) for path, to in files), None)
-
-
-def _rows(split: Mapping[str, object], role: str) -> list[tuple[str, int, str]]:
-    """Return (path, label, class name) of one part of a split file."""
-    rows = split.get(role)
-    if not isinstance(rows, list):
-        raise DataError(f'the split file has no list "{role}"')
-    return [(str(path), int(label), str(name)) for path, label, name in rows]
-
-
-def _write_images(out: Path, files: Iterable[tuple[Path, Path]], change: Change | None) -> Path:
-    """Write images (from, to below `out`) atomically."""
-    if out.is_dir():
-        return out
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: where the plans look")
+    arguments = parser.parse_args(words)
     try:
-        with new_folder(out) as work:
-            for source, target in files:
-                (work / target).parent.mkdir(parents=True, exist_ok=True)
-                with open_image(source) as image:
-                    plain = image.convert("RGB")
-                if change is not None:
-                    plain = change(plain, zlib.crc32(target.as_posix().encode()))
-                plain.save(work / target, "PNG")
-    except OSError:
-        if not out.is_dir():  # else another process wrote the same
-            raise
-    return out
+        for name, one in SETS.items():
+            if not (arguments.out / name).exists():
+                say(name)
+                write_set(one, arguments.images, arguments.out / name)
+    except ZtuneError as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import ztune
 from export.quantize import quantize_bundle
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.prompts import feeds, name_tokens, token_table
@@ -173,6 +173,16 @@ def signal(
     if model.bundle.precision == "fp16":
         model = _Fp16Model(model.bundle, model.execution, full=full)
     return TrainingRun(run_config, split, RunFolder(folder / "no-run"), model).signal()[1]
+
+
+def ztune(*words: object) -> dict[str, Any]:
+    """Run one `ztune` command and return its JSON document."""
+    command = [sys.executable, "-m", "ztune.cli.main", *map(str, words), "--json", "--quiet"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
 
 
 def tuned(

@@ -1,23 +1,24 @@
-"""The measurement of queries: derived image sets, queries to a target, cells and report."""
+"""The measurement of queries: image sets, queries to a target, and the report of real cells."""
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import query_cells
-from benchmarks.queries import main
-from benchmarks.query_cells import Cell, claim, snapshot_queries
-from benchmarks.query_figures import ZIP, figures_of, ratio_of, ratios_of, reached, read_results
-from benchmarks.query_images import CHANGES, change_images, select_coop_classes
-from benchmarks.query_labels import EVERY, GRID, LABELS, QUERIES
-from benchmarks.query_tasks import TASKS
+from benchmarks import query_images
+from benchmarks.queries import Curve, Task, main, reached, report, study_rows, tasks_of
+from benchmarks.query_images import CHANGES, SETS, ImageSet, write_set
+from tests.conftest import DIGITS, MINI
+from tests.ztune.experiments.bench_results import PLAN, Row, curve, store_of
+from ztune.cli.main import main as ztune
 from ztune.errors import DataError
-from ztune.io.files import write_json
+from ztune.experiments.cells import Outcome
+from ztune.experiments.store import Store
 
 
 def image(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
@@ -25,264 +26,228 @@ def image(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def write_images(root: Path, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image(number).save(root / name)
+
+
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Return two classes of two images."""
-    for number, name in enumerate(("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png")):
-        file = tmp_path / "photos" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image(number).save(file)
-    return tmp_path / "photos"
+def images(tmp_path: Path) -> Path:
+    """Return the folder that all sets are made from, each with two classes."""
+    folder = tmp_path / "images"
+    for name in ("cifar10", "cifar10-negative", "pacs-photo", "pacs-sketch"):
+        write_images(folder / name, ("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"))
+    caltech = folder / "caltech-101"
+    rows: dict[str, list[list[object]]] = {"train": [], "val": [], "test": []}
+    for label in range(60):
+        for number, part in enumerate(rows):
+            # Labels are not in the order of names.
+            rows[part].append([f"c{99 - label}/{number}.jpg", label, f"c{99 - label}"])
+    listed = [str(path) for part in rows.values() for path, *_ in part]
+    write_images(caltech / "101_ObjectCategories", listed)
+    (caltech / "split_zhou_Caltech101.json").write_text(json.dumps(rows))
+    return folder
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_changed_images(change: str, photos: Path, tmp_path: Path) -> None:
-    one, other = (change_images(photos, change, tmp_path / name) for name in ("one", "other"))
-    files = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+@pytest.mark.parametrize("change", CHANGES.keys() - {"none"})
+def test_changed_images(change: str, images: Path, tmp_path: Path) -> None:
+    photos, outs = images / "cifar10", (tmp_path / "one", tmp_path / "other")
+    for out in outs:
+        write_set(ImageSet("cifar10", change), images, out)
+    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*.png"))
     assert files == sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     for file in files:
-        assert (one / file).read_bytes() == (other / file).read_bytes()
-        with Image.open(photos / file) as before, Image.open(one / file) as after:
+        assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes()
+        with Image.open(photos / file) as before, Image.open(outs[0] / file) as after:
             assert after.mode == "RGB"
             assert sorted(after.size) == sorted(before.size)
             assert after.tobytes() != before.tobytes()
 
 
-def test_changes_match_their_names(photos: Path) -> None:
+def test_changes_match_their_names() -> None:
     source = image(1)
     twice = CHANGES["negative"](CHANGES["negative"](source, 0), 0)
     assert twice.tobytes() == source.tobytes()
     turned = np.rot90(np.asarray(source))
     assert np.array_equal(np.asarray(CHANGES["rotated"](source, 0)), turned)
-    assert np.array_equal(np.asarray(CHANGES["upside-down"](source, 0)), np.rot90(turned))
     grey = np.asarray(CHANGES["grey"](source, 0))
     assert (grey == grey[..., :1]).all()
-    assert len(np.unique(np.asarray(CHANGES["posterized"](source, 0)))) <= 4
     plain = Image.new("RGB", (9, 9), (90, 90, 90))
     assert not np.asarray(CHANGES["edges"](plain, 0))[1:-1, 1:-1].any()
     first, second = (np.asarray(CHANGES["noise"](plain, seed)) for seed in (1, 2))
     assert not np.array_equal(first, second)
 
 
-def test_a_changed_set_is_written_once(photos: Path, tmp_path: Path) -> None:
-    out = change_images(photos, "grey", tmp_path / "grey")
-    (out / "cat" / "a.png").unlink()
-    assert change_images(photos, "grey", out) == out
-    assert not (out / "cat" / "a.png").exists()
-
-
-def test_classes_of_a_set_in_coop_layout(tmp_path: Path) -> None:
-    root, names = tmp_path / "set", ("yak", "ant", "bee", "cow")
-    rows: dict[str, list[list[object]]] = {"train": [], "val": [], "test": []}
-    for label, name in enumerate(names):
-        (root / "101" / name).mkdir(parents=True)
-        for number, part in enumerate(rows):
-            image(10 * label + number).save(root / "101" / name / f"{number}.jpg")
-            rows[part].append([f"{name}/{number}.jpg", label, f"{name}_name"])
-    (root / "split_zhou_Set.json").write_text(json.dumps(rows))
-    # In the order of the split file, not of the names.
-    out = select_coop_classes(root, slice(0, 2), tmp_path / "base")
-    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
-    assert found == [
-        "test/ant_name/2.png", "test/yak_name/2.png",
-        "train/ant_name/0.png", "train/ant_name/1.png",
-        "train/yak_name/0.png", "train/yak_name/1.png",
-    ]  # fmt: skip
-    with pytest.raises(DataError, match=r"split_zhou_\*\.json"):
-        select_coop_classes(root / "101", slice(0, 2), tmp_path / "other")
-
-
-def test_the_table_of_tasks() -> None:
-    for task in TASKS.values():
-        assert task.change is None or task.change in CHANGES
-        assert task.template.count("{}") == 1
-    new = TASKS["caltech-base"].of_new_classes
-    assert new is not None
-    assert new.classes == slice(50, 100)
-    assert new.of_new_classes is None
-
-
-def test_a_target_is_reached_when_it_is_kept() -> None:
-    rising = np.linspace(0.1, 0.5, len(GRID))
-    assert reached(rising, rising[4], rising=True) == GRID[4]
-    assert reached(rising, 0.05, rising=True) == 0
-    assert reached(rising, 0.6, rising=True) is None
-    dip = rising.copy()
-    dip[9] = 0.0
-    assert reached(dip, rising[4], rising=True) == GRID[10]
-    assert reached(-rising, -rising[4], rising=False) == GRID[4]
-    assert [ratio_of(one) for one in (5000, 250, None)] == [1, 20, 0]
-    assert ratio_of(0) == np.inf
-
-
-def test_each_point_has_the_last_whole_candidate_batch_within_it() -> None:
-    for size in (1, 6, 10, 20, 24):
-        rounds = range(0, QUERIES + 1, size)
-        seen = [
-            next(spent for spent in rounds if spent >= mark)
-            for mark in map(int, snapshot_queries(size, QUERIES).split(","))
-        ]
-        assert seen == [at - at % size for at in GRID if size <= at < QUERIES]
-
-
-def test_a_claimed_cell_is_left_alone(tmp_path: Path) -> None:
-    cell = Cell("digits", "gda", 1)
-    with claim(cell, tmp_path) as run, claim(cell, tmp_path) as other:
-        assert run is not None
-        assert other is None
-        run.mkdir()
-        (run / "left").touch()
-        place = run.parent
-    assert not place.exists()
-    # Files of a killed process are deleted.
-    (place / "run").mkdir(parents=True)
-    (place / "run" / "run.json").touch()
-    with claim(cell, tmp_path) as run:
-        assert run is not None
-        assert not run.exists()
-
-
-def test_one_real_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    short = {name: replace(label, queries=50) for name, label in EVERY.items()}
-    monkeypatch.setattr(query_cells, "EVERY", short)
-    monkeypatch.setattr(query_cells, "GRID", (0, 10, 25, 50))
-    words = ["run", "--out", str(tmp_path), "--tasks", "digits", "--seeds", "2"]
-    assert main([*words, "--labels", "gda,zip-128"]) == 0
-    said = capfd.readouterr().err
-    assert "[2/2] digits, zip-128, seed 2: " in said
-    file = tmp_path / "cells" / "digits" / "zip-128-2.json"
-    assert not list((tmp_path / "runs").iterdir())
-    cell = json.loads(file.read_text())
-    assert [point["queries"] for point in cell["curve"]] == [0, 10, 20, 50]
-    assert (cell["classes"], cell["n_train"], cell["queries"]) == (10, 160, 50)
-    start, *_, end = cell["curve"]
-    assert end["train_loss"] < start["train_loss"]
-    assert all(0 < point["class_accuracy"] < 1 for point in cell["curve"])
-    tuned, head = read_results(tmp_path)[::-1]
-    assert (tuned.label, head.label) == ("zip-128", "gda")
-    assert head.zero_shot == tuned.zero_shot
-    assert [point.queries for point in head.curve] == [0]
-    written = file.stat().st_mtime_ns
-    assert main([*words, "--labels", "zip-128"]) == 0
-    assert file.stat().st_mtime_ns == written
-
-
-def test_missing_arguments_are_reported(tmp_path: Path, capfd: Any) -> None:
-    words = ["run", "--out", str(tmp_path), "--seeds", "1", "--labels"]
-    assert main([*words, "gda", "--tasks", "cifar10"]) == 1
-    assert "task cifar10 needs --images DIR" in capfd.readouterr().err
-    assert main([*words, "gdb", "--tasks", "digits"]) == 1
-    assert '--labels: unknown "gdb"' in capfd.readouterr().err
-    assert main(["report", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 1
-    assert "contains no cells" in capfd.readouterr().err
-
-
-def made_up(
-    out: Path, label: str, task: str, curve: list[tuple[int, float]], n_train: int = 160
+def test_all_sets_are_written_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Write a label's cells of two seeds, a point up and down; the loss is one less accuracy."""
-    for seed in (1, 2):
-        off = 0.01 * (2 * seed - 3)
-
-        def point(queries: int, accuracy: float) -> dict[str, Any]:
-            return {
-                "queries": queries,
-                "accuracy": accuracy,
-                "class_accuracy": accuracy,
-                "train_loss": 1 - accuracy,
-            }
-
-        document: dict[str, Any] = {
-            "task": task,
-            "label": label,
-            "seed": seed,
-            "classes": 10,
-            "n_train": n_train,
-            "n_test": 100,
-            "zero_shot": point(0, 0.3),
-            "curve": [point(queries, accuracy + off) for queries, accuracy in curve],
-            "seconds": 1.5,
-            "commit": "0123abc",
-            "date": "2026-11-23",
-            "machine": {"cores": 2, "processor": "x86_64"},
-            "versions": {"python": "3.11", "numpy": "2", "onnxruntime": "1"},
-        }
-        if task == "caltech-base":
-            served = [] if curve[-1][0] == 0 else [(500, 0.2), (5000, 0.6)]
-            document["new_classes"] = {
-                "zero_shot": 0.4,
-                "curve": [{"queries": at, "accuracy": value} for at, value in served],
-            }
-        file = Cell(task, label, seed).file(out)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, document)
+    words = [os.path.relpath(images), "--out", str(tmp_path / "sets")]
+    assert query_images.main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == sorted(SETS)
+    assert (tmp_path / "sets" / "cifar10" / "cat" / "a.png").is_file()
+    few = tmp_path / "sets" / "caltech-20"
+    # The first labels, not the first names; val images are for training.
+    assert {path.name for path in (few / "test").iterdir()} == {f"c{n}" for n in range(80, 100)}
+    assert sorted(path.name for path in (few / "train" / "c99").iterdir()) == ["0.png", "1.png"]
+    (few / "train" / "c99" / "0.png").unlink()
+    assert query_images.main(words) == 0
+    assert not (few / "train" / "c99" / "0.png").exists()
+    assert capsys.readouterr().err.splitlines() == list(SETS)
 
 
-SLOW, FAST = [(0, 0.25), (2000, 0.35), (5000, 0.4)], [(0, 0.25), (240, 0.4), (4990, 0.45)]
+def test_a_missing_set_is_reported(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "pacs-sketch").rename(images / "sketches")
+    assert query_images.main([str(images), "--out", str(tmp_path / "sets")]) == 1
+    assert 'pacs-sketch" does not exist (expected a folder of class' in capsys.readouterr().err
 
 
-@pytest.fixture
-def cells(tmp_path: Path) -> Path:
-    """Return made-up cells: CMA is where ZIP ends after 240 queries, on the digits it never is."""
-    out = tmp_path / "out"
-    for task in ("cifar10", "caltech-base"):
-        made_up(out, "gda", task, [(0, 0.5)])
-        made_up(out, "zip-128", task, SLOW)
-        made_up(out, "cma", task, FAST)
-    made_up(out, "zip-full", "cifar10", SLOW)
-    made_up(out, "zip-full", "caltech-base", SLOW)
-    made_up(out, "gda", "digits", [(0, 0.5)], n_train=80)
-    made_up(out, "zip-128", "digits", SLOW, n_train=80)
-    made_up(out, "cma", "digits", [(0, 0.25), (5000, 0.3)], n_train=80)
-    made_up(out, "zip-128", "cifar10-4shot", [(0, 0.3), (5000, 0.31)])
-    return out
+def test_a_curve_has_the_last_result_within_the_queries() -> None:
+    one = Curve({0: 0.1, 10: 0.2, 30: 0.3})
+    assert [one.after(n) for n in (0, 9, 10, 29, 30, 999)] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    assert one.end == 30
 
 
-def test_figures_of_cells(cells: Path) -> None:
-    tasks = {task.task: task for task in figures_of(read_results(cells))}
-    assert list(tasks) == [task for task in TASKS if task in tasks]
-    # 240 queries are within the grid's 250.
-    assert tasks["cifar10"].queries("cma", "accuracy") == 250
-    assert tasks["cifar10"].queries("cma", "train_loss") == 250
-    assert tasks["digits"].queries("cma", "accuracy") is None
-    # Fewer images than a batch: every step of zip-128 has them all.
-    assert tasks["digits"].series["zip-full"] == tasks["digits"].series[ZIP]
-    assert "zip-full" not in tasks["cifar10-4shot"].series
-    assert not tasks["cifar10-4shot"].counts("accuracy")
-    assert tasks["cifar10-4shot"].counts("train_loss")
-    ratios = {one.label: one for one in ratios_of(list(tasks.values()), "accuracy")}
-    assert sorted(ratios["cma"].ratios) == [0, 20, 20]
-    assert (ratios["cma"].median, ratios["cma"].n_reached) == (20, 2)
-    assert ratios["cma"].share(20) == pytest.approx(2 / 3)
-    assert "gda" not in ratios
-    assert ratios[ZIP].ratios == (1, 1, 1)
+def test_a_target_is_reached_when_the_mean_stays_at_it() -> None:
+    rising = Curve({0: 0.1, 10: 0.2, 30: 0.3})
+    assert reached([rising], 0.2) == 10
+    assert reached([rising], 0.1) == 0
+    assert reached([rising], 0.31) is None
+    dip = Curve({0: 0.1, 10: 0.3, 20: 0.1, 40: 0.4})
+    assert reached([dip], 0.2) == 40
+    assert reached([dip], 0.35) == 40
+    # The mean of 0.2 and 0.3 after 10 queries, of 0.2 and 0.1 after 20, of 0.3 and 0.1 after 30.
+    assert reached([rising, dip], 0.2) == 30
+    assert reached([rising, dip], 0.25) == 40
+    assert reached([Curve({0: 0.1, 10: 0.1 + 0.2})], 0.3) == 10, "rounding does not matter"
 
 
-def test_report_of_cells(cells: Path, tmp_path: Path) -> None:
-    docs = tmp_path / "docs"
-    assert main(["report", str(cells), "--docs", str(docs)]) == 0
-    summary, tasks = ((docs / name).read_text() for name in ("summary.md", "tasks.md"))
-    assert "| cma | 3 | 2 | 20 × | never | 67% | 67% |" in summary
-    assert "## Mean test accuracy over tasks (3), %" in summary
-    assert "| gda | 50.0 | – | – | – | – | – |" in summary
-    # 0.4 on the classes tuned on, 0.2 and 0.6 on others.
-    assert "| cma | 40.0 | 20.0 | 26.7 | 45.0 | 60.0 | 51.4 |" in summary
-    assert "| gda | 50.0 | 40.0" not in summary
-    assert "| cma | 2 | 25.0 ± 1.4 | 25.0 ± 1.4 | 40.0 ± 1.4 |" in tasks
-    assert "| 250 (20 ×) | 250 (20 ×) |" in tasks
-    assert "| zip-full (as zip-128) |" in tasks
-    assert "ZIP gains less than 2 points" in tasks
-    images = {path.name for path in docs.glob("*.png")}
-    assert images == {
-        "summary.png",
-        *(f"{task.name}.png" for task in (cells / "cells").iterdir()),
+def test_ratios() -> None:
+    slow, fast = Curve({0: 0.25, 1000: 0.4}), Curve({0: 0.25, 50: 0.4, 100: 0.45})
+    head = Curve({0: 0.5})
+    task = Task("a", {"zip": {1: slow, 2: slow}, "fast": {2: fast, 3: head}, "head": {1: head}})
+    assert task.ratio("fast", "zip") == 20, "of the seed that both have"
+    assert task.ratio("zip", "fast") == 0
+    assert task.ratio("zip", "zip") == 1
+    assert Task("b", {"zip": {1: slow}, "fast": {2: fast}}).ratio("fast", "zip") == 0
+    assert (task.is_tuned("fast"), task.is_tuned("head"), task.is_tuned("x")) == (
+        True,
+        False,
+        False,
+    )
+    assert task.counts("zip")
+    assert not task.counts("x")
+    for end, counts in ((0.269, False), (0.27, True)):
+        assert Task("c", {"zip": {1: Curve({0: 0.25, 9: end})}}).counts("zip") == counts
+
+
+def test_differences_are_paired() -> None:
+    def cells(accuracies: Mapping[int, float]) -> dict[int, Curve]:
+        return {seed: Curve({0: 0.1, 100: one, 500: one}) for seed, one in accuracies.items()}
+
+    tasks = [
+        Task("a", {"ogn": cells({1: 0.5, 2: 0.7}), "changed": cells({1: 0.52, 2: 0.76})}),
+        Task("b", {"ogn": cells({1: 0.1}), "changed": cells({1: 0.11, 2: 0.9})}),
+        Task("c", {"changed": cells({1: 0.9})}),
+    ]
+    # Differences of 2, 6 and 1 points: mean 3, deviation 2.646, over the root of 3.
+    changed = "46.3 (+3.0 ± 1.5)"
+    assert study_rows(tasks, "ogn", {"changed": "ogn", "zip-128": "zip", "later": "ogn"}) == [
+        ["ogn", "3", "43.3", "43.3"],
+        ["changed", "3", changed, changed],
+        ["later", "0", "–", "–"],
+    ]
+    assert study_rows(tasks, "zip", {"changed": "ogn"}) == []
+
+
+def outcome(queries: int, *points: tuple[int, float]) -> Outcome:
+    return replace(curve(*((n, None, one) for n, one in points)), queries=queries)
+
+
+SLOW, FAST = outcome(5000, (2000, 0.35)), outcome(4990, (240, 0.4), (490, 0.41))
+
+
+def test_report_of_cells(tmp_path: Path) -> None:
+    rows = [
+        *(Row("zip-128", name, [0.39, 0.41], outcome=SLOW, zero_shot=0.3) for name in "ab"),
+        Row("cma", "a", [0.44, 0.46], outcome=FAST, zero_shot=0.3),
+        Row("cma", "b", [0.36, 0.36], outcome=SLOW, zero_shot=0.3),
+        *(Row("gda", name, [0.5, 0.5], outcome=outcome(0), zero_shot=0.3) for name in "ab"),
+        Row("zip-128", "flat", [0.31], outcome=SLOW, zero_shot=0.3, shots=1),
+        Row("cma", "a", ["failed"], shots=4),
+        Row("cma", "a", [{"c": 0.9}], protocol="cross-data-set", outcome=SLOW),
+        Row(
+            "zip-128", "a", [{"base": 0.5, "new": 0.2}], protocol="base-to-new", outcome=SLOW,
+            zero_shot=0.3,
+        ),
+    ]  # fmt: skip
+    view = store_of(tmp_path, rows, uses={"zip-128": "zip", "cma": "cma"}).view(PLAN)
+    text = "\n".join(report(view))
+    # 5,000 over 240, and over never.
+    assert "| cma | 2 | 1 | never | never | 50% | 50% |" in text
+    assert "| zip-128 | 3 | 3 | 1 × | 1 × | 0% | 0% |" in text
+    assert "| a, 16 shots | 1 × | 20.8 × |" in text
+    assert "| b, 16 shots | 1 × | never |" in text
+    assert "| a, 16 shots, base-to-new | 1 × | – |" in text
+    assert "Left out: flat, 1 shot." in text
+    assert "Mean accuracy over tasks (2)" in text
+    assert "| cma | 30.0 | 30.0 | 35.0 | 35.5 | 35.5 | 40.5 |" in text
+    assert "| gda | 50.0 | – | – | – | – | – |" in text
+    assert "One thing at a time" not in text
+    assert {task.name for task in tasks_of(view)} == {
+        "a, 16 shots", "b, 16 shots", "flat, 1 shot", "a, 16 shots, base-to-new",
+    }  # fmt: skip
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "out")]) == 1
+    assert "do not exist" in capsys.readouterr().err
+    view = store_of(tmp_path, [Row("zip", "a", [None])]).view(PLAN)
+    with pytest.raises(DataError, match='plan "plan" has no finished cells'):
+        report(view)
+
+
+TINY = f"""
+title = "A tiny plan"
+seeds = [1, 2]
+queries = 40
+curve = [10, 25]
+[execution]
+force = true
+[models]
+mini = "{MINI}"
+[data]
+digits = {{ path = "{DIGITS}" }}
+[methods]
+zip-128 = {{ uses = "zip" }}
+ogn = {{}}
+ogn-rank-4 = {{ uses = "ogn", settings = {{ rank = 4 }} }}
+gda = {{}}
+[[protocols]]
+kind = "few-shot"
+shots = [4]
+"""
+
+
+def test_a_real_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    words = ["bench", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert ztune(words) == 0
+    assert ztune([*words, "--resume"]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# A tiny plan"
+    # Rounds of 10: the result after 30 is the first one after 25.
+    (task,) = tasks_of(Store.existing(tmp_path / "out" / "results.sqlite").view("tiny"))
+    assert {name: [*own[2].accuracies] for name, own in task.curves.items()} == {
+        "zip-128": [0, 10, 30, 40], "ogn": [0, 10, 30, 40], "ogn-rank-4": [0, 10, 30, 40],
+        "gda": [0],
+    }  # fmt: skip
+    starts = {
+        one.after(0) for name, own in task.curves.items() if name != "gda" for one in own.values()
     }
-    for line in (summary + tasks).splitlines():
-        if line.startswith("!["):
-            assert line[line.index("(") + 1 : -1] in images
-
-
-def test_every_label_can_be_drawn() -> None:
-    from benchmarks.query_plots import _LEVELS, _LINES
-
-    assert set(_LINES) | set(_LEVELS) == set(LABELS)
+    assert len(starts) == 1, "all start from zero-shot"
+    assert any(line.startswith("| ogn-rank-4 | 2 | ") for line in lines)

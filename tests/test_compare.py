@@ -1,10 +1,12 @@
 """`ztune compare` and `ztune methods` on the embedded bundle and a few real digits."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,15 +18,13 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, Command
 from ztune.cli.main import main
-from ztune.experiments.cell_process import CellError, exit_reason, run_cell
-from ztune.experiments.compare_config import CompareConfig
-from ztune.experiments.compare_run import workload_of
-from ztune.experiments.comparison import Workload
+from ztune.experiments.compare import CompareConfig, plan_of
+from ztune.experiments.isolated import exit_reason
+from ztune.experiments.prepare import CellFilter, Preparation
 from ztune.methods.base import HeadMethod
-from ztune.methods.registry import METHODS, find_method, method_config, tuned_config
-from ztune.run import RunFolder
+from ztune.methods.registry import METHODS
+from ztune.progress import SILENCE
 from ztune.run_config import RunConfig
-from ztune.types import Json
 
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]
 
@@ -66,19 +66,25 @@ def cells_of(out: Path) -> dict[tuple[str, int], Any]:
     return {(c["method"], c["seed"]): c for c in read(out / "compare.json")["cells"]}
 
 
+def run_of(out: Path, method: str, seed: int) -> Path:
+    return out / str(cells_of(out)[method, seed]["run"])
+
+
 def test_every_number_of_a_cell_is_its_runs(finished: Path, ztune: Command) -> None:
     cells = cells_of(finished)
     for method, seed in CELLS:
-        cell, path = cells[method, seed], finished / "runs" / f"{method}-{seed}"
+        cell, path = cells[method, seed], run_of(finished, method, seed)
         run = read(path / "run.json")
         assert (run["method"], run["seed"], run["status"]) == (method, seed, "finished")
-        for name in ("queries", "text_forwards", "image_forwards", "result_bytes", "stop_reason"):
+        for name in ("queries", "text_forwards", "result_bytes", "stop_reason"):
             assert cell[name] == run[name], name
-        tuning = run["seconds"] - run["report_seconds"]
-        assert cell["own_seconds"] == pytest.approx(tuning, abs=0.001)
-        scored = ztune("eval", path, "--quiet", "--json").json
+        assert cell["own_seconds"] == pytest.approx(run["seconds"] - run["report_seconds"], abs=0.1)
+        assert run["peak_memory_mb"] <= cell["own_peak_memory_mb"] + 0.1
+        split = next((finished / "splits").iterdir())
+        words = ("eval", MINI, "--split-file", split, "--quiet", "--json")
+        scored = ztune(*words, "--prompt", path).json
         assert cell["accuracy"] == scored["accuracy"]
-        assert cell["zero_shot_accuracy"] == scored["zero_shot_accuracy"]
+        assert cell["zero_shot_accuracy"] == ztune(*words).json["accuracy"]
         assert cell["n_test"] == scored["n"] == 24
     assert cells["zip", 1]["queries"] == 40
     assert cells["gda", 1]["queries"] == cells["gda", 1]["text_forwards"] == 0
@@ -86,23 +92,16 @@ def test_every_number_of_a_cell_is_its_runs(finished: Path, ztune: Command) -> N
 
 def test_images_are_encoded_once_and_charged_to_all(finished: Path) -> None:
     document = read(finished / "compare.json")
-    (first, second) = document["images"]
-    assert first["image_forwards"] == 3 * 4
-    n_encoded = first["image_forwards"] + second["image_forwards"]
-    rate = (first["image_seconds"] + second["image_seconds"]) / n_encoded
+    rate, memory = (document["images"][k] for k in ("seconds_per_image", "peak_memory_mb"))
+    assert rate > 0
     for cell in (cells_of(finished)[key] for key in CELLS):
-        assert cell["image_forwards"] == 0
-        assert cell["image_forwards_needed"] == 3 * 4
+        assert cell["image_forwards"] == cell["image_forwards_cached"] == 3 * 4
         assert cell["seconds"] == pytest.approx(cell["own_seconds"] + 12 * rate, abs=0.002)
-        peak = max(cell["own_peak_memory_mb"], *(one["peak_memory_mb"] for one in (first, second)))
-        assert cell["peak_memory_mb"] == peak
+        assert cell["peak_memory_mb"] == max(cell["own_peak_memory_mb"], memory)
 
 
 def test_methods_share_a_seeds_images(finished: Path) -> None:
-    splits = {
-        key: read(finished / "runs" / f"{key[0]}-{key[1]}" / "split.json")["entries"]
-        for key in CELLS
-    }
+    splits = {key: read(run_of(finished, *key) / "split.json")["entries"] for key in CELLS}
     assert splits["zip", 1] == splits["gda", 1]
     assert splits["zip", 2] == splits["gda", 2]
     assert splits["zip", 1] != splits["zip", 2]
@@ -125,7 +124,8 @@ def test_the_table_is_sorted_and_says_what_failed(finished: Path) -> None:
     assert rows[2]["accuracy"] is None
     assert [one["seed"] for one in rows[2]["failures"]] == [1, 2]
     assert "costs 1064" in rows[2]["failures"][0]["reason"]
-    assert not (finished / "runs" / "sharpzo-1").exists()
+    assert len([*(finished / "runs").iterdir()]) == len(CELLS)
+    assert document["counts"] == {"classes": 3, "train": 6, "val": 6, "test": 24}
     text = (finished / "compare.md").read_text()
     listed = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert listed == ["method", "---", *(row["method"] for row in rows)]
@@ -139,115 +139,114 @@ def test_the_table_is_sorted_and_says_what_failed(finished: Path) -> None:
 
 def test_the_same_command_goes_on(ztune: Command, data: Path, copied: Path) -> None:
     before = cells_of(copied)
-    prompt = copied / "runs" / "zip-2" / "prompt.safetensors"
-    bytes_before = prompt.read_bytes()
-    untouched = copied / "runs" / "zip-1" / "run.json"
+    run = run_of(copied, "zip", 2)
+    prompt = (run / "prompt.safetensors").read_bytes()
+    untouched = run_of(copied, "zip", 1) / "run.json"
     written = untouched.stat().st_mtime_ns
-    shutil.rmtree(prompt.parent)
+    shutil.rmtree(run.parent)
+    with contextlib.closing(sqlite3.connect(copied / "results.sqlite")) as store, store:
+        store.execute("DELETE FROM cells WHERE outcome LIKE ?", [f"%{run.parent.name}%"])
     result = ztune(*words(data, copied, "--json"))
     assert result.code == 0, result.err
-    assert "[1/1] zip, seed 2" in result.err
-    assert prompt.read_bytes() == bytes_before
+    assert "4 requested: 3 finished, 1 to do" in result.err
+    assert "zip, seed 2: test " in result.err
+    assert (run / "prompt.safetensors").read_bytes() == prompt
     assert untouched.stat().st_mtime_ns == written
     after = {(c["method"], c["seed"]): c for c in result.json["cells"]}
     assert after["zip", 1] == before["zip", 1]
     assert after["zip", 2]["accuracy"] == before["zip", 2]["accuracy"]
-    assert after["zip", 2]["image_forwards_needed"] == 12
     assert result.json == read(copied / "compare.json")
     lines = ztune(*words(data, copied)).out.splitlines()
     shown = [line.split()[0] for line in lines[2 : 2 + len(result.json["table"])]]
     assert shown == [row["method"] for row in result.json["table"]]
 
 
-def test_a_failed_cell_is_told_and_tried_again(ztune: Command, data: Path, copied: Path) -> None:
-    run = copied / "runs" / "gda-1" / "run.json"
-    whole = run.read_text()
-    run.write_text("{")
-    result = ztune(*words(data, copied, "--quiet"))
+def test_a_failed_cell_is_told_and_tried_again(ztune: Command, data: Path, tmp_path: Path) -> None:
+    photos = Path(shutil.copytree(data, tmp_path / "photos"))
+    out = tmp_path / "out"
+    whole = next((DIGITS / "four").iterdir()).read_bytes()
+    for n in range(8):  # some are drawn for testing
+        (photos / "one" / f"broken-{n}.png").write_bytes(whole[: 100 + n])
+    result = ztune(*words(photos, out, "--quiet", "--test-fraction", 0.5))
     assert result.code == 1
-    (error,) = result.err.splitlines()
-    assert error.startswith("error: 1 of 4 cell(s) failed")
-    assert "gda failed with seed 1: " in result.out
-    cell = cells_of(copied)["gda", 1]
+    assert result.err.splitlines()[-1].startswith("error: 4 of 4 cell(s) failed")
+    assert "gda failed with seed" in result.out
+    cell = cells_of(out)["gda", 1]
     assert cell["status"] == "failed"
-    assert "cannot be read as JSON" in cell["reason"]
-    (row,) = (r for r in read(copied / "compare.json")["table"] if r["method"] == "gda")
-    assert row["seeds"] == [2]
-    assert row["deviation"] is None
-    run.write_text(whole)
-    assert ztune(*words(data, copied, "--quiet")).code == 0
-    assert cells_of(copied)["gda", 1]["status"] == "finished"
+    assert "broken-" in cell["reason"]
+    skipped = ztune(*words(photos, out, "--quiet", "--test-fraction", 0.5, "--skip-broken"))
+    assert skipped.code == 0, skipped.err
+    assert cells_of(out)["gda", 1]["status"] == "finished"
 
 
-def test_a_cell_of_another_process_is_left_alone(ztune: Command, data: Path, copied: Path) -> None:
-    document = read(copied / "compare.json")
-    document["cells"] = [c for c in document["cells"] if (c["method"], c["seed"]) != ("gda", 1)]
-    (copied / "compare.json").write_text(json.dumps(document))
-    with RunFolder(copied / "runs" / "gda-1").locked():
-        result = ztune(*words(data, copied))
-    assert result.code == 1
-    assert "gda, seed 1: skipped, run " in result.err
-    assert result.err.splitlines()[-1] == (
-        "error: 1 of 4 cell(s) are running in another process (retry with the same command)"
-    )
-    assert "failed" not in "".join(line for line in result.out.splitlines() if "gda" in line)
-    assert ("gda", 1) not in cells_of(copied)
-    assert ztune(*words(data, copied, "--quiet")).code == 0
-    assert cells_of(copied)["gda", 1]["status"] == "finished"
-
-
-def test_a_method_that_compare_json_names_is_no_path(
-    ztune: Command, data: Path, copied: Path
+def test_a_killed_process_is_a_failed_cell(
+    ztune: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = read(copied / "compare.json")
-    (first, *_) = document["cells"]
-    for name in ("../../up", "/up", ".."):
-        cells = [*document["cells"], {**first, "method": name}]
-        (copied / "compare.json").write_text(json.dumps({**document, "cells": cells}))
-        before = set(copied.parent.rglob("*"))
-        result = ztune(*words(data, copied, "--quiet"))
-        assert result.code == 1
-        assert f'has results of method "{name}", which is not installed' in result.err
-        assert set(copied.parent.rglob("*")) == before
-        assert len(cells_of(copied)) == len(cells)
+    out = tmp_path / "out"
+    program = "ztune.experiments.isolated._PROGRAM"
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "import os; os.kill(os.getpid(), 9)")
+        result = ztune(*words(data, out, "--quiet", methods="gda"))
+    assert result.code == 1
+    assert "gda failed with seeds 1, 2: killed by signal 9 (out of memory?)" in result.out
+    assert ztune(*words(data, out, "--quiet", methods="gda")).code == 0
 
 
 def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path) -> None:
-    more = ("--methods", "zero-shot,gda", "--seeds", "2,3", "--quiet", "--json")
+    more = ("--methods", "zip,zero-shot,gda", "--seeds", "1,2,3", "--json")
     result = ztune(*words(data, copied)[:-4], *more)
     assert result.code == 0, result.err
+    assert "9 requested: 4 finished, 5 to do" in result.err
     rows = {row["method"]: row for row in result.json["table"]}
-    assert rows["zero-shot"]["seeds"] == [2, 3]
-    assert rows["gda"]["seeds"] == [1, 2, 3]
-    assert rows["zip"]["seeds"] == [1, 2]
+    assert [rows[name]["seeds"] for name in ("zip", "zero-shot", "gda")] == [[1, 2, 3]] * 3
     (cell,) = (c for c in result.json["cells"] if (c["method"], c["seed"]) == ("zero-shot", 2))
     assert cell["accuracy"] == cell["zero_shot_accuracy"]
 
 
-def test_another_request_is_refused(
+def test_other_settings_and_images_are_other_cells(
     ztune: Command, data: Path, copied: Path, tmp_path: Path
 ) -> None:
-    before = (copied / "compare.json").read_bytes()
-
-    def refused(*more: object, images: Path = data) -> str:
-        result = ztune(*words(images, copied, *more, "--quiet"))
-        assert result.code == 1
-        assert (copied / "compare.json").read_bytes() == before
-        (line,) = result.err.splitlines()
-        return line
-
-    assert "queries was 40, now 60" in refused("--queries", 60)
-    assert "pixel_queries was 40, now 10" in refused("--pixel-queries", 10)
-    assert "settings was {}, now {'zip': {'rank': '2'}}" in refused("--set", "zip.rank=2")
+    for more in (("--queries", 60), ("--set", "zip.rank=2")):
+        result = ztune(*words(data, copied, *more, methods="zip"))
+        assert result.code == 0, result.err
+        assert "2 requested: 0 finished, 2 to do" in result.err
+        assert "belong to no plan: images, settings" in result.err
+    again = ztune(*words(data, copied, methods="zip"))
+    assert "2 requested: 2 finished, 0 to do" in again.err
     other = Path(shutil.copytree(data, tmp_path / "other"))
-    assert "data was " in refused(images=other)
-    image = next(iter((data / "one").iterdir()))
-    content = image.read_bytes()
-    try:
-        shutil.copy(next(iter((DIGITS / "nine").iterdir())), image)
-        assert "was started with other images" in refused()
-    finally:
-        image.write_bytes(content)
+    next(iter((other / "one").iterdir())).unlink()
+    result = ztune(*words(other, copied, methods="gda"))
+    assert "2 requested: 0 finished, 2 to do" in result.err
+
+
+def test_test_images_of_another_folder(ztune: Command, data: Path, tmp_path: Path) -> None:
+    out, tested = tmp_path / "out", tmp_path / "tested"
+    for name in ("one", "two", "three"):
+        (tested / name).mkdir(parents=True)
+        for image in sorted((DIGITS / name).iterdir())[20:25]:
+            shutil.copy(image, tested / name)
+    result = ztune(*words(data, out, "--test-data", tested, "--json", methods="gda"))
+    assert result.code == 0, result.err
+    assert result.json["counts"] == {"classes": 3, "train": 6, "val": 6, "test": 15}
+    run = tmp_path / "run"
+    single = ("--method", "gda", "--shots", 2, "--seed", 1, "--test-data", tested, "--out", run)
+    assert ztune("tune", MINI, "--data", data, *single).code == 0
+    cell = next(c for c in result.json["cells"] if c["seed"] == 1)
+    assert ztune("eval", run, "--json").json["accuracy"] == cell["accuracy"]
+
+
+def test_a_comparison_of_an_older_version_is_left_alone(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "compare.json"
+    shutil.copy(Path(__file__).parent / "old_files" / "compare.json", old)
+    before = old.read_bytes()
+    result = ztune(*words(data, tmp_path, "--quiet"))
+    assert result.code == 1
+    assert "is a comparison of another version of ztune" in result.err
+    assert "use another --out" in result.err
+    assert [file.name for file in tmp_path.iterdir()] == ["compare.json"]
+    assert old.read_bytes() == before
 
 
 def test_what_the_bundle_does_not_give_fails_without_a_run(
@@ -265,16 +264,16 @@ def test_what_the_bundle_does_not_give_fails_without_a_run(
     assert result.code == 1
     assert "bptvlm failed with seed 1: " in result.out
     assert "extra tokens in the image tower" in result.out
-    assert list((out / "runs").iterdir()) == []
+    assert not [*out.rglob("run.json")]
 
 
-def test_access_is_that_of_the_settings(ztune: Command, data: Path, tmp_path: Path) -> None:
+def test_capabilities_are_those_of_the_settings(ztune: Command, data: Path, tmp_path: Path) -> None:
     options = ("--shots", 2, "--seeds", 1, "--methods", "bptvlm", "--queries", 15, "--quiet")
     out, text_alone = tmp_path / "out", ("--set", "bptvlm.part=text")
     result = ztune("compare", MINI, "--data", data, "--out", out, *options, *text_alone, "--json")
     assert result.code == 0, result.err
     assert result.json["capabilities"] == {"bptvlm": "losses, text prompts as embeddings"}
-    assert result.json["cells"][0]["image_forwards_needed"] == 12
+    assert result.json["cells"][0]["image_forwards"] == 12
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
@@ -291,8 +290,8 @@ def test_an_interrupted_cell_is_taken_up_again(
         stderr=subprocess.PIPE,
         text=True,
     )
-    history, deadline = out / "runs" / "zip-1" / "history.jsonl", time.monotonic() + 120
-    while not (history.exists() and history.stat().st_size > 5000):
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size > 5000 for file in out.rglob("history.jsonl")):
         assert compare.poll() is None, compare.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -300,51 +299,32 @@ def test_an_interrupted_cell_is_taken_up_again(
     _, said = compare.communicate(timeout=120)
     assert compare.returncode == 130
     assert said.splitlines()[-1] == "error: stopped (resume with the same command)"
-    assert read(out / "runs" / "zip-1" / "run.json")["status"] == "running"
-    log = (out / "logs" / "zip-1.log").read_text()
-    assert log.endswith("stopped\n")  # it was interrupted, not killed
+    (run,) = out.rglob("run.json")
+    assert read(run)["status"] == "running"  # it was interrupted, not killed
+    n_steps = (run.parent / "history.jsonl").read_text().count("\n")
+    assert not [*out.rglob("attempts")]
     result = ztune(*command, "--quiet", "--json")
     assert result.code == 0, result.err
     assert result.json["cells"][0]["queries"] == 60_000
-    assert f"\nresume {out / 'runs' / 'zip-1'}\n" in (out / "logs" / "zip-1.log").read_text()
+    assert read(run)["status"] == "finished"
+    assert (run.parent / "history.jsonl").read_text().count("\n") > n_steps
 
 
-def job(method: str, **settings: Json) -> Workload:
-    found = find_method(method)
-    config = tuned_config(found, method_config(found, settings, "published"))
-    assert config is not None
-    run_config = RunConfig(str(MINI), "photos", method=method, queries=3000, snapshots=2)
-    return workload_of(config, run_config, n_train=20, n_test=50)
+def test_a_gate_is_forced_where_there_is_one(data: Path, tmp_path: Path) -> None:
+    base = RunConfig(str(MINI), str(data), shots=2, force=True)
+    config = CompareConfig(base, ("ogn", "zip", "gda", "ogn-context"), (1,), 15, {})
+    plan = plan_of(config, tmp_path)
+    jobs = Preparation(plan, CellFilter(), None, tmp_path, "cpu", SILENCE).prepare().jobs
+    forced = {job.run_config.method: job.run_config.force for job in jobs}
+    assert forced == {"ogn": False, "gda": False, "zip": True, "ogn-context": True}
 
 
-def test_a_cell_is_estimated_by_what_it_sends() -> None:
-    text = job("bptvlm", part="text")
-    assert (text.changes_texts, text.images_per_query, text.n_scored) == (True, 0, 0)
-    vision = job("bptvlm", part="vision")
-    assert (vision.changes_texts, vision.images_per_query, vision.n_scored) == (False, 20, 100)
-    assert job("bptvlm").changes_texts
-    assert job("zip").changes_texts
-    assert not job("bar").changes_texts
-    full = job("cma", covariance="full")
-    assert full.own_seconds > 10 * job("cma", covariance="separable").own_seconds > 0
-    assert job("zip").own_seconds == 0
-    assert (job("zip").queries, job("ogn").queries) == (3000, 1000)
-    assert job("ogn", most_prompts=None).queries == 3000
-
-
-def test_a_gate_is_forced_where_there_is_one() -> None:
-    base = RunConfig(str(MINI), "photos", force=True)
-    config = CompareConfig(base, ("ogn", "zip", "gda"), (1,), 15, {})
-    for method, force in (("ogn", False), ("gda", False), ("zip", True), ("ogn-context", True)):
-        assert config.run_config(method, 1).force == force
-
-
-def test_a_preset_has_its_views() -> None:
-    config = CompareConfig(
-        RunConfig(str(MINI), "photos", preset="published"), ("zip", "gda"), (1,), 15, {}
-    )
-    assert config.run_config("zip", 1).augment == 16
-    assert config.run_config("gda", 1).augment == 0
+def test_a_preset_has_its_views_and_pixels_their_budget() -> None:
+    base = RunConfig(str(MINI), "photos", preset="published", queries=500)
+    config = CompareConfig(base, ("zip", "gda", "bar"), (1,), 15, {})
+    assert config.method_plan("zip").views == 16
+    assert config.method_plan("gda").views == 0
+    assert [config.method_plan(name).queries for name in ("zip", "bar")] == [500, 15]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +349,7 @@ def test_a_preset_has_its_views() -> None:
         (("--set", "zip.rnk=3"), ('no setting "rnk"', "rank")),
         (("--set", "zip.rank=0"), ("rank is 0",)),
         (("--set", "bar.focal_gamma=1"), ("--set bar", "bar is not among --methods")),
-        (("--test-fraction", 0), ("leaves no test images",)),
+        (("--test-fraction", 0), ("no test set: --test-fraction is 0",)),
         (("--data", "nowhere"), ("nowhere",)),
     ],
 )
@@ -405,28 +385,6 @@ def test_why_a_process_failed() -> None:
     assert exit_reason(-11, "") == "killed by signal 11"
     assert exit_reason(1, "Traceback\n  ...\nMemoryError\n\n") == "MemoryError"
     assert exit_reason(3, "") == "exit code 3"
-
-
-def test_a_process_reports_its_own_error_alone(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("error: of an earlier process\n")
-    run_config = RunConfig(str(tmp_path / "nowhere"), str(DIGITS), provider="cpu")
-    with pytest.raises(CellError, match=r"^\".*nowhere\" does not exist, expected a bundle"):
-        run_cell(tmp_path / "run", run_config, log)
-    first, *_, last = log.read_text().splitlines()
-    assert first == "error: of an earlier process"
-    assert last.startswith('error: "')
-
-
-def test_a_process_that_ends_without_an_answer_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "ztune.experiments.cell_process._PROGRAM", "import os; os.kill(os.getpid(), 9)"
-    )
-    run_config = RunConfig(str(MINI), str(DIGITS), provider="cpu")
-    with pytest.raises(CellError, match=r"^killed by signal 9 \(out of memory\?\)$"):
-        run_cell(tmp_path / "run", run_config, tmp_path / "log")
 
 
 def test_methods_lists_the_whole_table(ztune: Command) -> None:

@@ -11,6 +11,8 @@ from tests.conftest import DIGITS, MINI, Command, Result
 from tests.ztune.test_data_named import parquet_file
 from ztune.data.library import read_named
 from ztune.data.named import NAMED
+from ztune.data.split import Split
+from ztune.io.files import read_json
 
 FEW = ("--shots", 2, "--method", "gda")
 CLASSES = ("one", "two", "three")
@@ -115,16 +117,13 @@ def test_compare_takes_a_name(ztune: Command, root: Path, tmp_path: Path) -> Non
     assert "dtd on mini, 2 shots" in done.out
     assert "the papers use --template" in done.err
     document = json.loads((out / "compare.json").read_text())
-    assert document["compare_config"]["root"] == str(root)
     assert document["counts"]["test"] == 12
     assert {cell["method"] for cell in document["cells"] if "accuracy" in cell} == {
         "zero-shot", "gda",
     }  # fmt: skip
-    assert entries_of(out / "runs" / "gda-1", "test") == listed(root, "test")
-    # Another folder of the same name would be another comparison.
-    other = Path(shutil.copytree(root, tmp_path / "other"))
-    again = [other if word == root else word for word in words]
-    refused(ztune(*again, "--methods", "gda", "--seeds", 1, "--quiet"), "root was")
+    (tested,) = (out / "splits").iterdir()
+    split = Split.from_json(read_json(tested, "split"), "split")
+    assert {entry.path for entry in split.entries} == listed(root, "test")
 
 
 def test_copies_in_a_published_set_stay_and_are_counted(

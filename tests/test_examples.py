@@ -15,7 +15,9 @@ from ztune import errors
 
 PAGE = ROOT / "docs" / "python.md"
 NOTEBOOK = ROOT / "examples" / "few_shot.ipynb"
-FACE = ("ztune.model", "ztune.dataset", "ztune.estimator", "ztune.deployed")
+FACE = (
+    "ztune.model", "ztune.dataset", "ztune.estimator", "ztune.deployed", "ztune.experiments.bench",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -24,6 +26,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models").symlink_to(MINI.parent)
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "digits").symlink_to(DIGITS)
+    (tmp_path / "plans").symlink_to(ROOT / "plans")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -229,12 +229,10 @@ def test_compare_shows_names(ztune: Command, data: Path, tmp_path: Path) -> None
     done = ztune(*words, *settings, "--out", out)
     assert done.code == 1, "sharpzo's first step costs more"
     harmless(done, r"\x1b[31mdata on mini", r"\x1b[31mout", "sharpzo failed")
-    for file in (out / "compare.md", *out.glob("**/*.log")):
-        text = file.read_text()
-        assert [sign for sign in text if not sign.isprintable() and sign != "\n"] == [], file
     text = (out / "compare.md").read_text()
+    assert [sign for sign in text if not sign.isprintable() and sign != "\n"] == []
     assert text.startswith(r"# \\x1b\[31mdata on mini")
-    assert r"Command: ``ztune compare" in text
+    assert r": ``ztune compare" in text
 
 
 @pytest.mark.parametrize(

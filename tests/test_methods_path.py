@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +33,14 @@ from ztune.deployed import load_classifier
 from ztune.errors import ConfigError
 from ztune.estimator import FewShotClassifier
 from ztune.io.files import sha256
+from ztune.loop import Tuning
 from ztune.methods.base import HeadMethod, TunedMethod
+from ztune.methods.gda import fit_gda
 from ztune.methods.registry import METHODS
 from ztune.model import Model, load, open_model
-from ztune.types import F32
+from ztune.run import RunFolder, SaveSchedule
+from ztune.run_document import run_report
+from ztune.types import F32, Evaluation
 
 CLASSES = ("one", "two", "three")
 N_TRAIN, N_VAL, N_TEST = 6, 3, 17
@@ -342,6 +347,43 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_costs(
     assert files == sorted(path.relative_to(out) for path in (out / "snapshots").iterdir())
     for name in (Path("prompt.safetensors"), *files):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_seconds_only_increase_up_to_the_result(
+    ztune: Command, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The history and the result count from the same start, without the baselines."""
+    log = RunFolder.log
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.4)
+        return fit_gda(*arguments)
+
+    def stop(folder: RunFolder, now: Tuning, evaluation: Evaluation) -> None:
+        if now.step == 3:
+            raise KeyboardInterrupt
+        log(folder, now, evaluation)
+
+    monkeypatch.setattr("ztune.training.fit_gda", slow)
+    monkeypatch.setattr(SaveSchedule, "due", lambda _: True)
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    tune(whole, "zip", "--queries", 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", stop)
+        with pytest.raises(AssertionError, match="stopped"):
+            tune(out, "zip", "--queries", 60)
+    assert ztune("tune", "--resume", out).code == 0
+    for run in (whole, out):
+        report = run_report(document(run), "run.json")
+        seconds = [*(line["seconds"] for line in history(run)), report.own_seconds]
+        assert len(seconds) == 7
+        assert seconds == sorted(seconds)
+        assert seconds[-1] - seconds[-2] < 0.3
+        assert report.report_seconds > 0.4
+        assert report.seconds == pytest.approx(report.own_seconds + report.report_seconds)
+    head = tmp_path / "head"
+    tune(head, "gda")
+    assert run_report(document(head), "run.json").own_seconds >= 0
 
 
 @pytest.mark.parametrize("method", ["zip", "bptvlm", "bar", "blackvip"])

@@ -100,25 +100,6 @@ def test_an_old_run_that_was_stopped_resumes_to_the_same_result(
     ).read_text().count("\n")
 
 
-def test_an_old_comparison_keeps_its_cells_and_takes_more(
-    data: Path, ztune: Command, tmp_path: Path
-) -> None:
-    out = restored("compare", data, tmp_path)
-    (out / "logs").mkdir()  # git keeps no empty folder
-    before = json.loads((out / "compare.json").read_text())
-    words = (
-        "compare", MINI, "--data", data, "--shots", 3, "--threads", 1, "--queries", 40,
-        "--snapshots", 3, "--out", out, "--quiet", "--json",
-    )  # fmt: skip
-    same = ztune(*words, "--methods", "zip,gda", "--seeds", 1)
-    assert same.code == 0, same.err
-    assert same.json["cells"] == before["cells"]
-    more = ztune(*words, "--methods", "zip,gda,zero-shot", "--seeds", 1)
-    assert more.code == 0, more.err
-    assert [cell["method"] for cell in more.json["cells"]] == ["zip", "gda", "zero-shot"]
-    assert more.json["cells"][:2] == before["cells"]
-
-
 def test_an_old_bench_reports_and_resumes(data: Path, ztune: Command, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(OLD / "bench", tmp_path, dirs_exist_ok=True)
@@ -199,18 +180,16 @@ def test_images_that_were_extracted_once_are_used(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_in_one_line(data: Path, ztune: Command, tmp_path: Path) -> None:
     run = restored("finished", data, tmp_path)
-    comparison = restored("compare", data, tmp_path)
     bundle = Path(shutil.copytree(MINI, tmp_path / "bundle"))
     prompt = tmp_path / "prompt.safetensors"
     arrays, metadata = read_tensors(OLD / "artifacts" / "head.safetensors", "artifact")
     write_tensors(prompt, arrays, {**metadata, "version": 9})
-    for file in (run / "run.json", comparison / "compare.json", bundle / "bundle.json"):
+    for file in (run / "run.json", bundle / "bundle.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "version": 9}))
     split = restored("split.json", data, tmp_path)
     commands = (
         ("eval", run),
         ("tune", "--resume", run),
-        ("compare", MINI, "--data", data, "--shots", 3, "--methods", "gda", "--out", comparison),
         ("eval", bundle, "--data", data, "--split", "all"),
         ("eval", MINI, "--prompt", prompt, "--split-file", split),
     )

@@ -22,14 +22,14 @@ class Tuning:
     sampler: BatchSampler
     budget: Budget
     started: float
-    """Start of this process's part of the run, by time.monotonic()."""
+    """Start of this process's part of the run, by time.monotonic(), plus its baselines' seconds."""
     step: int = 0
     earlier: float = 0.0
     """Seconds spent by earlier processes of a resumed run, up to their last saved state."""
 
     @property
     def seconds(self) -> float:
-        """Wall time of the whole run so far."""
+        """Wall time of the whole run so far, without the baselines."""
         return self.earlier + time.monotonic() - self.started
 
 

@@ -17,6 +17,8 @@ from ztune.statistics import Score
 from ztune.types import F64
 
 INK, SOFT, ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
+_NEAR, _LONG = 1.5, 20
+"""Pixels: lines closer than the first hide each other, which shows from the second on."""
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -49,6 +51,76 @@ def write_figure(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
+def show_per_cent(axis: Any) -> None:
+    """Label an axis of accuracies in 0…1 in per cent, each tick with its exact value."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")
+
+
+def show_logarithmic(axes: Any, wide: float) -> None:
+    """Make a drawn panel's x axis logarithmic, with numbers at its ticks instead of powers.
+
+    If it ends at more than `wide` times its start, only powers of ten are labelled.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 8 * low:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < wide * low else (1,)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def outline_coinciding(drawn: Sequence[Any]) -> None:
+    """Widen the lines of a panel that later ones lie on, so that they show as an outline."""
+    for line in drawn:
+        line.axes.autoscale_view()  # which the transforms wait for
+    paths = [line.get_transform().transform(line.get_xydata()) for line in drawn]
+    n_above = [sum(_hides(b, a) for b in paths[i + 1 :]) for i, a in enumerate(paths)]
+    step = min(2.4, 9 / max([1, *n_above]))
+    for line, n in zip(drawn, n_above, strict=True):
+        line.set_linewidth(line.get_linewidth() + step * n)
+        line.set_markersize(line.get_markersize() + step * n)
+
+
+def _hides(other: F64, one: F64) -> bool:
+    """Return whether a line, f64[n, 2] in pixels, hides `one`, or a visible length of it."""
+    low, high = max(one[0, 0], other[0, 0]), min(one[-1, 0], other[-1, 0])
+    if low > high:
+        return False
+    x = np.unique(np.clip(np.concatenate([one[:, 0], other[:, 0]]), low, high))
+    gap = np.interp(x, *one.T) - np.interp(x, *other.T)
+    near = np.abs(gap) < _NEAR
+    length = np.diff(x)[near[1:] & near[:-1]].sum()
+    return bool(near.any() and length >= min(_LONG, one[-1, 0] - one[0, 0]))
+
+
+def add_legend(axes: Any, groups: Mapping[str, Sequence[tuple[Any, str]]]) -> None:
+    """Draw a legend next to a panel: (line, text) under the heading of each group, if any."""
+    from matplotlib.lines import Line2D
+
+    shown: list[tuple[Any, str]] = []
+    for heading, entries in groups.items():
+        if heading and entries:
+            shown.append((Line2D([], [], linestyle="none"), heading))
+        shown += entries
+    legend = axes.legend(
+        *zip(*shown, strict=True),
+        fontsize=8,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+        if text.get_text() in groups:
+            text.set_color(INK)
+            text.set_fontweight("bold")
+
+
 def _running_mean(values: F64, width: int) -> F64:
     """Return the mean over `width` values centred at each index, fewer at the ends."""
     window = np.ones(width)
@@ -79,8 +151,10 @@ def draw_curve(
         strict=True,
     ):
         values = np.array([line[key] for line in history], dtype=float)
-        axes.plot(queries, values, color=SOFT, linewidth=0.8, label="each step")
         results = [line for line in history if f"result_{key}" in line]
+        alone = width == 1 and not results
+        colour, mark = (ACCENT, ".") if alone else (SOFT, "")
+        axes.plot(queries, values, color=colour, marker=mark, linewidth=0.8, label="each step")
         if results:  # a mixture: its candidates do not show its accuracy
             at = [line["queries"] for line in results]
             found = [line[f"result_{key}"] for line in results]
@@ -92,8 +166,8 @@ def draw_curve(
                 markersize=4,
                 label="current result,\ntraining images",
             )
-            axes.set_xscale("log")
-        else:
+            show_logarithmic(axes, wide=200)
+        elif not alone:
             mean_label = f"mean of {width} steps"
             axes.plot(queries, _running_mean(values, width), color=ACCENT, label=mean_label)
         axes.set_xlabel("queries")
@@ -103,13 +177,10 @@ def draw_curve(
     for index, (name, level) in enumerate(levels.items()):
         colour = ("#c1440e", "#4c7a34", "#7a4c9e")[index % 3]
         panels[1].axhline(level, color=colour, linestyle="--", linewidth=1, label=printable(name))
-    panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    show_per_cent(panels[1].yaxis)
     # Next to the curve, which may be anywhere between 0 and 1.
-    legend = panels[1].legend(
-        fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    add_legend(panels[1], {"": [(line, line.get_label()) for line in panels[1].get_lines()]})
+    outline_coinciding(panels[1].get_lines()[-len(levels) :] if levels else [])
     write_figure(figure, path)
 
 

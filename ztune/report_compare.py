@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ztune.printing import printable
-from ztune.report import INK, add_title, new_figure, write_figure
+from ztune.report import (
+    add_legend,
+    add_title,
+    new_figure,
+    outline_coinciding,
+    show_logarithmic,
+    show_per_cent,
+    write_figure,
+)
 from ztune.types import F64
 
 # A method's colour and marker depend only on its index in the table of methods. Neighbours also
@@ -22,8 +32,6 @@ _MARKS = "os^DvPX<>*hpd8H"
 N_COLOURS = len(_COLOURS)
 N_LOOKS = N_COLOURS * len(_MARKS)
 """Indices with distinct looks."""
-_WIDE = 2000
-"""Ratio of highest to lowest cost from which only powers of ten are labelled."""
 _DASHES = ((6, 2), (2, 1.5), (6, 2, 1.5, 2), (9, 3), (4, 1.5, 1.5, 1.5, 1.5, 1.5), (1, 2.5))
 
 
@@ -39,6 +47,8 @@ class Line:
     mean: F64
     low: F64
     high: F64
+    accuracy: float | None = None
+    """As in the tables, for the legend; None: the last of `mean`."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,15 @@ class Level:
 def draw_accuracy_against_cost(
     cost: str, lines: Sequence[Line], levels: Sequence[Level], title: str, path: Path
 ) -> None:
-    """Draw accuracy in 0…1 against cost on a logarithmic axis, with a band over seeds."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """Draw accuracy in 0…1 against cost on a logarithmic axis, with a band over seeds.
 
+    Costs never decrease along a line: a point of an older run with less than the one before is
+    drawn at the same cost.
+    """
     n_entries = len(lines) + len(levels)
     figure = new_figure(9.6, max(4.8, 0.21 * (n_entries + 4) + 1.2))
     add_title(figure, title)
     axes = figure.subplots()
-    axes.set_xscale("log")
     handles = {line.name: _draw_line(axes, line) for line in lines}
     costs = [line.cost[-1] for line in lines] + [level.cost or 0.0 for level in levels]
     edge = 1.1 * max(costs, default=1.0)
@@ -71,25 +82,33 @@ def draw_accuracy_against_cost(
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel("accuracy on the test images")
     axes.margins(y=0.05)  # reset: a level within the lines' margin would be on the edge
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE * low else (1,)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    show_per_cent(axes.yaxis)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if not lines and all(level.cost is None for level in levels):
-        axes.set_xscale("linear")
+    if lines or any(level.cost is not None for level in levels):
+        show_logarithmic(axes, wide=2000)
+    else:
         axes.set_xticks([])
         axes.set_xlabel(f"no method spends {cost}")
-    _add_legend(axes, handles, lines, levels)
+    ends = {x.name: float(x.mean[-1]) if x.accuracy is None else x.accuracy for x in lines}
+    starts = {level.name: level.accuracy for level in levels}
+    add_legend(
+        axes,
+        {
+            heading: [(handles[name], f"{group[name]:.1%}  {printable(name)}") for name in order]
+            for heading, group in (("tuned, at the end", ends), ("without steps", starts))
+            for order in [sorted(group, key=lambda name: -group[name])]
+        },
+    )
+    outline_coinciding(axes.get_lines())
     write_figure(figure, path)
 
 
 def _draw_line(axes: Any, line: Line) -> Any:
     look = line_style(line.style)
-    axes.fill_between(line.cost, line.low, line.high, color=look["color"], alpha=0.13, linewidth=0)
-    (drawn,) = axes.plot(line.cost, line.mean, **look)
+    cost = np.maximum.accumulate(line.cost)
+    axes.fill_between(cost, line.low, line.high, color=look["color"], alpha=0.13, linewidth=0)
+    (drawn,) = axes.plot(cost, line.mean, **look)
     return drawn
 
 
@@ -126,29 +145,3 @@ def _draw_level(axes: Any, level: Level, edge: float) -> Any:
     mark: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
     axes.plot([level.cost, edge], [level.accuracy] * 2, markevery=[0], **look, **mark)
     return Line2D([], [], **look, **mark)
-
-
-def _add_legend(
-    axes: Any, handles: dict[str, Any], lines: Sequence[Line], levels: Sequence[Level]
-) -> None:
-    """Draw the legend next to the panel, the most accurate first."""
-    from matplotlib.lines import Line2D
-
-    ends = {line.name: float(line.mean[-1]) for line in lines}
-    starts = {level.name: level.accuracy for level in levels}
-    shown, words = [], []
-    for heading, group in (("tuned, at the end", ends), ("without steps", starts)):
-        if group:
-            shown.append(Line2D([], [], linestyle="none"))
-            words.append(heading)
-        for name, accuracy in sorted(group.items(), key=lambda item: -item[1]):
-            shown.append(handles[name])
-            words.append(f"{accuracy:.1%}  {printable(name)}")
-    legend = axes.legend(
-        shown, words, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-        if text.get_text() in ("tuned, at the end", "without steps"):
-            text.set_color(INK)
-            text.set_fontweight("bold")

@@ -89,7 +89,7 @@ class RunReport(RunStart, frozen=True, kw_only=True):
 
     @property
     def own_seconds(self) -> float:
-        """Seconds from start to result, without the final report."""
+        """Seconds from start to last step, as in the history, without baselines and report."""
         return round(self.seconds - self.report_seconds, 3)
 
 

@@ -256,8 +256,8 @@ class Outcome:
     """The result of a method, with its costs."""
 
     artifact: Artifact
-    earlier_seconds: float
-    """Seconds spent by earlier processes of a resumed run."""
+    seconds: float
+    """Seconds up to the end of the steps, without the baselines, over all processes of the run."""
     train_loss: float
     """In nats, over all training images and views."""
     val_features: F32 | None
@@ -385,9 +385,9 @@ class TrainingRun(Generic[Store]):
                     task = self._task(self.tuned, encoded, texts)
                     head = self._with_plan(head, task)
                     head = self._with_signal(head, task, budget)
-                    outcome = self._tune(task, budget, started)
+                    outcome = self._tune(task, budget, started + baselines.seconds)
             else:
-                outcome = self._fit(encoded, texts)
+                outcome = self._fit(encoded, texts, started + baselines.seconds)
         artifact = outcome.artifact
         scores = self._validate(outcome, baselines, encoded)
         n_bytes = self.folder.keep(artifact)
@@ -397,13 +397,15 @@ class TrainingRun(Generic[Store]):
             "config": artifact.provenance.config,
             "image_forwards": budget.image_forwards,
         }
+        seconds = round(outcome.seconds, 3)
+        report_seconds = round(baselines.seconds + time.monotonic() - outcome.ended, 3)
         report = RunReport(
             **known,
             queries=budget.queries,
             probe_queries=budget.probe_queries,
             text_forwards=budget.text_forwards,
-            seconds=round(outcome.earlier_seconds + time.monotonic() - started, 3),
-            report_seconds=round(baselines.seconds + time.monotonic() - outcome.ended, 3),
+            seconds=round(seconds + report_seconds, 3),
+            report_seconds=report_seconds,
             peak_memory_mb=round(peak_memory_mb(), 1),
             result_bytes=n_bytes,
             stop_reason=artifact.provenance.stop_reason,
@@ -606,7 +608,7 @@ class TrainingRun(Generic[Store]):
                     f"{self.folder.where_saved}"
                 ) from None
         self.folder.save(tuning)  # before the report, which may fail
-        ended = time.monotonic()
+        seconds, ended = tuning.seconds, time.monotonic()
         result = artifact(stop_reason)
         try:
             loss = task.train_loss(result)
@@ -620,9 +622,9 @@ class TrainingRun(Generic[Store]):
         share = None
         if isinstance(result, ContextArtifact) and result.text_features is None:
             share = task.val_share()
-        return Outcome(result, tuning.earlier, loss, features, ended, cuda_graph, share)
+        return Outcome(result, seconds, loss, features, ended, cuda_graph, share)
 
-    def _fit(self, encoded: EncodedSplit, texts: F32 | None) -> Outcome:
+    def _fit(self, encoded: EncodedSplit, texts: F32 | None, started: float) -> Outcome:
         method, bundle = find_method(self.run_config.method), self.model.bundle
         assert isinstance(method, HeadMethod)
         assert texts is not None
@@ -639,7 +641,8 @@ class TrainingRun(Generic[Store]):
             classifier.kernel,
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
-        return Outcome(artifact, 0.0, float(losses.mean()), encoded.val_features, time.monotonic())
+        loss, ended = float(losses.mean()), time.monotonic()
+        return Outcome(artifact, ended - started, loss, encoded.val_features, ended)
 
     def _validate(
         self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit

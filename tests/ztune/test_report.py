@@ -66,9 +66,12 @@ def test_a_mixtures_curve_is_of_its_results(
     for line in history:
         line.pop("result_loss", None)
         line.pop("result_accuracy", None)
-    draw_curve(history, {}, "a title", tmp_path / "curve.png")
-    assert sum("mean of" in label for *_, label in drawn) == 2
+    draw_curve(history * 3, {}, "a title", tmp_path / "curve.png")
+    assert sum("mean of 3" in label for *_, label in drawn) == 2
     assert {scale for scale, *_ in drawn} == {"linear"}
+    drawn.clear()
+    draw_curve(history, {}, "a title", tmp_path / "curve.png")  # a mean of 1 step would hide them
+    assert [label for *_, label in drawn] == ["each step"] * 2
 
 
 @pytest.mark.parametrize("n", [2, 12, 100])

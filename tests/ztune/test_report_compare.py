@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ztune import report, report_compare
 from ztune.experiments import figure_shots
@@ -121,3 +123,127 @@ def test_no_level_lies_on_the_edge_of_a_panel(
         room = 0.04 * (high - low)
         assert low + room < min(level, 0.3)
         assert max(level, 0.6) < high - room
+
+
+def _legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_a_method_with_fewer_shots_is_not_ranked(figures: list[Any], tmp_path: Path) -> None:
+    tracks = [
+        Track(name, i, np.array(shots), np.array(mean), np.zeros(len(shots)))
+        for i, (name, shots, mean) in enumerate(
+            [("one", [1.0], [0.9]), ("low", [1.0, 16.0], [0.8, 0.6]), ("top", [16.0], [0.7])]
+        )
+    ]
+    draw_over_shots([Panel("p", tuple(tracks), 0.65)], "t", tmp_path / "a.png")
+    assert _legend(figures[0]) == [
+        "with 16 shots", "70.0%  top", "65.0%  hand-written prompts", "60.0%  low",
+        "with fewer, not ranked", "90.0%  one, 1 shot",
+    ]  # fmt: skip
+
+
+def test_the_legend_has_the_tables_accuracies(figures: list[Any], tmp_path: Path) -> None:
+    """The curve of several seeds ends with the first of them, at other accuracies."""
+    lines = [replace(LINE, accuracy=0.7), replace(LINE, name="ogn", accuracy=0.8)]
+    draw_accuracy_against_cost("queries", lines, [], "t", tmp_path / "a.png")
+    assert _legend(figures[0])[1:] == ["80.0%  ogn", "70.0%  zip"]
+
+
+@pytest.mark.parametrize(
+    ("top", "end"),
+    [(0.3, 10.5), (0.301, 17.0), (0.32, 60.0), (0.35, 900.0), (0.4, 5000.0), (0.9, 3e6)],
+)
+def test_ticks_are_labelled_with_their_values(
+    top: float, end: float, figures: list[Any], tmp_path: Path
+) -> None:
+    accuracy, cost = np.array([0.3, top]), np.array([10.0, end])
+    line = Line("zip", 2, cost, accuracy, accuracy, accuracy)
+    draw_accuracy_against_cost("seconds", [line], [], "t", tmp_path / "against.png")
+    track = Track("zip", 2, np.array([1.0, 16.0]), accuracy, 0 * accuracy)
+    draw_over_shots([Panel("p", (track,), 0.3)] * 2, "t", tmp_path / "shots.png")
+    steps = [
+        {"queries": q, "loss": 1.0, "accuracy": a} for q, a in zip(cost, accuracy, strict=True)
+    ]
+    draw_curve(steps, {}, "t", tmp_path / "curve.png")
+    results = [{**step, "result_loss": 1.0, "result_accuracy": 0.3} for step in steps]
+    draw_curve(results, {}, "t", tmp_path / "mixture.png")
+    against, shots, curve, mixture = (figure.axes for figure in figures)
+    per_cent = [axes.yaxis for axes in (*against, *shots, curve[1], mixture[1])]
+    plain = [axes.xaxis for axes in (*against, *shots, *mixture)]
+    for axis, scale in [*((one, 100) for one in per_cent), *((one, 1) for one in plain)]:
+        low, high = sorted(axis.get_view_interval())
+        ticks = [
+            (at, text.replace(",", "").removesuffix("%"))
+            for at, text in zip(
+                axis.get_ticklocs(),
+                axis.get_major_formatter().format_ticks(axis.get_ticklocs()),
+                strict=True,
+            )
+            if low <= at <= high
+        ]
+        assert len(ticks) >= 2
+        assert [float(text) for _, text in ticks] == pytest.approx([scale * at for at, _ in ticks])
+
+
+def _against_equal(path: Path) -> list[str]:
+    lines = [replace(LINE, name=str(i), style=i) for i in range(3)]
+    draw_accuracy_against_cost("queries", lines, [], "t", path)
+    return [line_style(i)["color"] for i in range(3)]
+
+
+def _level_on_line(path: Path) -> list[str]:
+    flat = 0 * COST + 0.5
+    line = Line("zip", 2, COST, flat, flat, flat)
+    draw_accuracy_against_cost("queries", [line], [Level("gda", 11, 0.5, 5.0)], "t", path)
+    return [line_style(2)["color"], level_style(11)["color"]]
+
+
+def _equal_levels(path: Path) -> list[str]:
+    levels = [Level(str(i), i, 0.45) for i in range(3)]
+    draw_accuracy_against_cost("queries", [LINE], levels, "t", path)
+    return [level_style(i)["color"] for i in range(3)]
+
+
+def _equal_tracks(path: Path) -> list[str]:
+    tracks = tuple(replace(TRACK, name=str(i), style=i) for i in range(3))
+    draw_over_shots([Panel("p", tracks, None)], "t", path)
+    return [line_style(i)["color"] for i in range(3)]
+
+
+def _levels_of_a_run(path: Path) -> list[str]:
+    steps = [{"queries": q, "loss": 1.0, "accuracy": 0.3} for q in (1.0, 2.0)]
+    draw_curve(steps, {"a": 0.5, "b": 0.5, "c": 0.5}, "t", path)
+    return ["#c1440e", "#4c7a34", "#7a4c9e"]
+
+
+@pytest.mark.parametrize(
+    "draw", [_against_equal, _level_on_line, _equal_levels, _equal_tracks, _levels_of_a_run]
+)
+def test_lines_that_coincide_all_show(draw: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    colours = draw(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=float)
+    panel = pixels[:, : int(0.7 * pixels.shape[1])]  # left of the legend
+    for colour in colours:
+        there = np.abs(panel - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).max(axis=2) < 40
+        assert there.any(axis=0).sum() > 60, colour
+
+
+def test_lines_that_cross_or_meet_in_a_point_are_not_widened(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    down = replace(LINE, name="down", style=3, mean=ACCURACY[::-1])
+    draw_accuracy_against_cost(
+        "queries", [LINE, down], [Level("gda", 11, 0.4)], "t", tmp_path / "a"
+    )
+    assert {line.get_linewidth() for line in figures[0].axes[0].get_lines()} == {1.2, 1.4}
+
+
+def test_the_time_axis_never_runs_backwards(figures: list[Any], tmp_path: Path) -> None:
+    """Older runs counted the baselines in their history, but not in their results."""
+    line = replace(LINE, cost=np.array([1.0, 3.0, 2.5]))
+    draw_accuracy_against_cost("seconds", [line], [], "t", tmp_path / "a.png")
+    (drawn,) = figures[0].axes[0].get_lines()
+    assert list(drawn.get_xdata()) == [1, 3, 3]
+    assert list(drawn.get_ydata()) == list(ACCURACY)

@@ -16,7 +16,6 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.experiments.plan import Plan
-    from ztune.experiments.prepare import CellFilter
     from ztune.experiments.store import Result
 
 USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
@@ -91,7 +90,6 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.experiments.bench import RESULTS, Workers, run_plan
 
     plan = _plan(arguments)
-    only = _cell_filter(arguments, plan)
     n_workers = 1 if arguments.workers is None else arguments.workers
     workers = Workers(n_workers, arguments.ray, arguments.gpus)
     out = arguments.out.resolve()
@@ -99,7 +97,10 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
         results = run_plan(
             plan,
             out,
-            only=only,
+            methods=_words(arguments.methods),
+            data=_words(arguments.data),
+            shots=_numbers(arguments.shots, "--shots"),
+            seeds=_numbers(arguments.seeds, "--seeds"),
             workers=workers,
             root=arguments.root,
             provider=arguments.provider,
@@ -170,35 +171,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return replace(plan, models=named or plan.models)
 
 
-def _cell_filter(arguments: argparse.Namespace, plan: Plan) -> CellFilter:
-    """Return the requested cells.
-
-    Raises: ConfigError for a value that the plan does not have.
-    """
-    from ztune.experiments.prepare import CellFilter
-
-    known: dict[str, list[str]] = {
-        "methods": [*plan.methods],
-        "data": [*dict.fromkeys(name for p in plan.protocols for name in p.sources)],
-        "shots": [*dict.fromkeys(str(n) for p in plan.protocols for n in p.shots)],
-        "seeds": [*dict.fromkeys(str(n) for p in plan.protocols for n in p.seeds)],
-    }
-    chosen: dict[str, tuple[str, ...] | None] = {}
-    for name, there in known.items():
-        given = getattr(arguments, name)
-        words = None
-        if given is not None:
-            words = tuple(word.strip() for part in given for word in part.split(","))
-        for word in words or ():
-            if word not in there:
-                raise ConfigError(
-                    f'--{name}: the plan has no "{word}" (expected {", ".join(there)})'
-                )
-        chosen[name] = words
-    return CellFilter(
-        chosen["methods"], chosen["data"], _numbers(chosen["shots"]), _numbers(chosen["seeds"])
-    )
+def _words(given: Sequence[str] | None) -> list[str] | None:
+    """Return the values of a repeatable, comma-separated option."""
+    return None if given is None else [w.strip() for part in given for w in part.split(",")]
 
 
-def _numbers(words: Sequence[str] | None) -> tuple[int, ...] | None:
-    return None if words is None else tuple(int(word) for word in words)
+def _numbers(given: Sequence[str] | None, option: str) -> list[int] | None:
+    words = _words(given)
+    for word in words or ():
+        if not word.isdecimal():
+            raise ConfigError(f'{option}: invalid number "{word}" (expected a list such as 1,2)')
+    return None if words is None else [int(word) for word in words]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ztune.printing import printable, printable_lines
+from ztune.printing import duration, printable, printable_lines
 
 if TYPE_CHECKING:  # rich is slow to load: help and usage errors do without
     import rich.table
@@ -144,7 +144,8 @@ class Ticker:
         left = (self._total - done) / rate if rate > 0 else 0.0
         parts = [f"{done}/{self._total}{unit}", text]
         if rate > 0:
-            parts += [f"{rate:.0f}{unit}/s", f"{left:.0f} s left"]
+            parts += [f"{rate:.0f}{unit}/s"] if rate >= 1 else []
+            parts.append(f"{duration(left)} left")
         line = printable(", ".join(part for part in parts if part))
         if self._live:
             self._progress.update(self._task, completed=done, text=line)

@@ -94,7 +94,10 @@ def run_plan(
     plan: Plan | Path | str,
     out: Path | str,
     *,
-    only: CellFilter | None = None,
+    methods: Sequence[str] | None = None,
+    data: Sequence[str] | None = None,
+    shots: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     workers: Workers | int = 1,
     root: Path | str | None = None,
     provider: str | None = None,
@@ -104,12 +107,16 @@ def run_plan(
 ) -> PlanResults:
     """Run the requested cells of a plan into the folder `out`, and write the report.
 
-    `plan` is a TOML file (docs/bench.md), `only` selects cells (default: all), `workers` is a
-    number of processes or `Workers`, `root` has the named data sets, `provider` replaces the
-    plan's. With `resume`, finished cells keep their results. `command` is recorded.
+    `plan` is a TOML file (docs/bench.md). `methods`, `data`, `shots` and `seeds` select cells of it
+    (default: all). `workers` is a number of processes or `Workers`, `root` has the named data sets,
+    `provider` replaces the plan's. With `resume`, finished cells keep their results. `command` is
+    recorded.
 
-        results = ztune.run_plan("plans/smoke.toml", "runs/smoke")
-        pandas.DataFrame(results.rows())
+    >>> import ztune
+    >>> part = {"methods": ["gda"], "shots": [1, 4], "seeds": [1]}
+    >>> results = ztune.run_plan("plans/smoke.toml", "runs/smoke", **part)
+    >>> [row["status"] for row in results.rows() if row["protocol"] == "few-shot"][:1]
+    ['missing']
 
     Raises: ConfigError, DataError, FormatError for invalid input; ZtuneError if all workers are
         lost.
@@ -119,7 +126,9 @@ def run_plan(
     report = _report_folder(out, plan.name)
     workers = Workers(workers) if isinstance(workers, int) else workers
     root = None if root is None else Path(root)
-    only = only or CellFilter()
+    chosen = (None if one is None else tuple(one) for one in (methods, data, shots, seeds))
+    only = CellFilter(*chosen)  # type: ignore[arg-type]
+    only.check(plan)
     view, n_missing = run_cells(plan, out, only, workers, root, provider, resume, command, progress)
     return PlanResults(view, write_report(view, report), n_missing)
 

@@ -114,8 +114,7 @@ def run_comparison(
     started = (out / RESULTS).is_file()
     if not started and (out / "compare.json").is_file():
         raise ConfigError(
-            f'comparison "{out}" was made by an older ztune, which kept no {RESULTS} (use another '
-            "`out`)"
+            f'"{out}" is a comparison of another version of ztune (use another `out`)'
         )
     root = None if config.base.root is None else Path(config.base.root)
     plan = plan_of(replace(config, methods=able), out)

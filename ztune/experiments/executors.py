@@ -1,6 +1,7 @@
 """Executors of a bench: this process, several processes of this machine, or Ray.
 
-All three give the same results. The task of a killed worker is retried; workers count attempts.
+All give the same results. The task of a killed worker is retried; workers count attempts. For a
+process per run see isolated.py.
 """
 
 from __future__ import annotations
@@ -125,7 +126,11 @@ class Cluster:
 
 
 class Ray:
-    """Runs tasks in actors of a Ray cluster, each with its own models, on a shared file system."""
+    """Runs tasks in actors of a Ray cluster, each with its own models, on a shared file system.
+
+    joblib's Ray backend (joblib 1.6, Ray 2.60) does not serve: it returns results only when all
+    tasks are done, and a killed actor ends the call.
+    """
 
     name = "ray"
 

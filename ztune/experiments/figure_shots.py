@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ztune.experiments.tables import HAND_WRITTEN
+from ztune.experiments.tables import HAND_WRITTEN, counted
 from ztune.printing import printable
-from ztune.report import INK, add_title, new_figure, wrap_text, write_figure
+from ztune.report import (
+    INK,
+    add_legend,
+    add_title,
+    new_figure,
+    outline_coinciding,
+    show_per_cent,
+    wrap_text,
+    write_figure,
+)
 from ztune.report_compare import line_style, templates_style
 from ztune.types import F64
 
@@ -45,13 +54,13 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     """Draw the first panel large with a legend, the others small below it."""
     first, small = panels[0], panels[1:]
     n_rows = math.ceil(len(small) / _COLUMNS)
-    main = max(4.8, 0.21 * (len(first.tracks) + 3) + 1.2)
+    main = max(4.8, 0.21 * (len(first.tracks) + 4) + 1.2)
     heights = [main, *([2.1 * n_rows] if small else [])]
     figure = new_figure(_WIDTH, sum(heights))
     add_title(figure, title)
     areas = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = areas[0].subplots()
-    _add_legend(axes, first, _draw(axes, first, inches=0.75 * _WIDTH))
+    _draw(axes, first, inches=0.75 * _WIDTH)
     axes.set_xlabel("shots per class (logarithmic)")
     axes.set_ylabel("accuracy on the test images")
     if small:
@@ -64,12 +73,12 @@ def draw_over_shots(panels: Sequence[Panel], title: str, path: Path) -> None:
     write_figure(figure, path)
 
 
-def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str, Any]:
-    """Draw a panel with its title wrapped at `inches`; return handles by name."""
+def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> None:
+    """Draw a panel with its title wrapped at `inches`; the large one (size 1) has a legend."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     handles = {}
-    for track in panel.tracks:
+    for track in sorted(panel.tracks, key=lambda one: len(one.shots)):  # a point goes below
         look = line_style(track.style)
         low, high = track.mean - track.deviation, track.mean + track.deviation
         axes.fill_between(track.shots, low, high, color=look["color"], alpha=0.13, linewidth=0)
@@ -83,32 +92,37 @@ def _draw(axes: Any, panel: Panel, inches: float, size: float = 1.0) -> dict[str
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(y=0.05)  # again: a level within the tracks' margin would be on the edge
     axes.yaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    show_per_cent(axes.yaxis)
     points = 10 * (size + 1) / 2
     title = wrap_text(panel.title, inches, points)
     axes.set_title(title, fontsize=points, color=INK, parse_math=False)
     axes.tick_params(labelsize=10 if size == 1 else 7.5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return handles
+    if size == 1:
+        _add_legend(axes, panel, handles)
+    outline_coinciding(axes.get_lines())
 
 
 def _add_legend(axes: Any, panel: Panel, handles: dict[str, Any]) -> None:
-    """Add a legend, ordered by accuracy at the most shots."""
-    ends = {track.name: float(track.mean[-1]) for track in panel.tracks}
+    """Add a legend: ordered by accuracy at the most shots, then the methods that lack it."""
+    most = max((float(track.shots[-1]) for track in panel.tracks), default=0.0)
+    ends = {t.name: float(t.mean[-1]) for t in panel.tracks if t.shots[-1] == most}
     if panel.hand_written is not None:
         ends[HAND_WRITTEN] = panel.hand_written
-    order = sorted(ends, key=lambda name: -ends[name])
-    legend = axes.legend(
-        [handles[name] for name in order],
-        [f"{100 * ends[name]:.1f}%  {printable(name)}" for name in order],
-        fontsize=8,
-        frameon=False,
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        title="at the most shots",
-        title_fontsize=8,
-        alignment="left",
+    ranked = sorted(ends.items(), key=lambda item: -item[1])
+    fewer = [track for track in panel.tracks if track.name not in ends]
+
+    def entry(name: str, accuracy: float, end: str = "") -> tuple[Any, str]:
+        return handles[name], f"{accuracy:.1%}  {printable(name)}{end}"
+
+    add_legend(
+        axes,
+        {
+            f"with {counted(int(most), 'shot')}": [entry(*item) for item in ranked],
+            "with fewer, not ranked": [
+                entry(t.name, float(t.mean[-1]), f", {counted(int(t.shots[-1]), 'shot')}")
+                for t in fewer
+            ],
+        },
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)

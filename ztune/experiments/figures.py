@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,8 @@ def _panel(sheet: Sheet, data: Sequence[str], title: str, styles: Mapping[str, i
         if any(figure.n for figure in figures)
     ]
     prompts = [over_data(sheet, None, data, shots).mean for shots in sheet.shots]
-    return Panel(title, tuple(tracks), mean_of(one for one in prompts if one is not None))
+    found = [one for one in prompts if one is not None]
+    return Panel(title, tuple(tracks), found[-1] if found else None)
 
 
 def _track(name: str, style: int, shots: Sequence[int], figures: Sequence[Measured]) -> Track:
@@ -163,7 +164,7 @@ def draw_cost(
         outcomes = sheet.outcomes(method, data, shots)
         curve = mean_curve(outcomes, per_image)
         if curve is not None and (line := _line(method, styles[method], cost, curve)) is not None:
-            lines.append(line)
+            lines.append(replace(line, accuracy=found.mean))
         elif found.mean is not None and not any(one.curve for one in outcomes):
             levels.append(
                 Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_image))

@@ -4,7 +4,8 @@
     seeds = [1, 2, 3]                       # default of all, as are the next three
     queries = 5000
     preset = "published"
-    curve = 12                              # points of the accuracy curve; 0: only the result
+    curve = 12                              # points of the accuracy curve; 0: only the result;
+                                            # or a list of query counts
 
     [models]                                # name = bundle
     clip = "../bundles/vit-b-16"
@@ -115,7 +116,8 @@ class MethodPlan:
     """Name of the method."""
     queries: int
     preset: str
-    curve: int
+    curve: int | tuple[int, ...]
+    """Points of the accuracy curve, or their query counts."""
     augment: int | None = None
     """Random views per image; None: as in the preset."""
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -126,8 +128,11 @@ class MethodPlan:
             raise ConfigError(f'unknown preset "{self.preset}" (expected {", ".join(PRESETS)})')
         for name, least in (("queries", 1), ("curve", 0), ("augment", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name} is {value}, expected at least {least}")
+        if isinstance(self.curve, tuple) and min(self.curve, default=0) < 1:
+            listed = list(self.curve)
+            raise ConfigError(f"curve is {listed}, expected a number, or query counts from 1 on")
         assert self.config is not None  # reports an invalid setting
 
     @property
@@ -139,6 +144,15 @@ class MethodPlan:
     def views(self) -> int:
         """Cached random views per training image."""
         return views_of(self.uses, self.preset) if self.augment is None else self.augment
+
+    @property
+    def snapshots(self) -> int | str:
+        """The curve's points as in RunConfig."""
+        return (
+            self.curve
+            if isinstance(self.curve, int)
+            else ",".join(map(str, sorted(set(self.curve))))
+        )
 
 
 @dataclass(frozen=True)

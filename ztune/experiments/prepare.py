@@ -59,6 +59,20 @@ class CellFilter:
     shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
+    def check(self, plan: Plan) -> None:
+        """Raise ConfigError for a value that the plan does not have."""
+        known: dict[str, Iterable[object]] = {
+            "methods": plan.methods,
+            "data": [name for p in plan.protocols for name in p.sources],
+            "shots": [n for p in plan.protocols for n in p.shots],
+            "seeds": [n for p in plan.protocols for n in p.seeds],
+        }
+        for name, there in known.items():
+            for value in getattr(self, name) or ():
+                if value not in there:
+                    listed = ", ".join(map(str, dict.fromkeys(there)))
+                    raise ConfigError(f'`{name}`: the plan has no "{value}" (expected {listed})')
+
     def matches(self, cell: Cell) -> bool:
         return all(
             wanted is None or value in wanted
@@ -327,7 +341,7 @@ class Preparation:
             augment=method.views,
             skip_broken=task.source.skip_broken,
             force=execution.force and gated,
-            snapshots=0 if tuned is None else method.curve,
+            snapshots=0 if tuned is None else method.snapshots,
             settings=absolute_paths(method.settings, self.plan.path.parent),
         )
         try:

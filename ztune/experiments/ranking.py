@@ -1,7 +1,7 @@
 """Pairwise wins, ties and losses of methods over units, and mean ranks.
 
 A unit is one data set with some shots under one protocol with one model; methods are compared by
-Sheet.of_unit, over the seeds that both have.
+Sheet.of_unit, as the tables show it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ztune.experiments.summary import Measured, Sheet, mean_of
-
-TIE = 0.001
-"""Largest difference of accuracy that counts as a tie: 0.1 percentage points."""
-_ROUNDING = 1e-9
 
 Unit = Mapping[str, Measured]
 """Figures of all methods in one unit, empty ones included."""
@@ -70,15 +66,9 @@ def rank_methods(units: Sequence[Unit]) -> Ranking:
 
 
 def lead(unit: Unit, one: str, other: str) -> float | None:
-    """Return the difference of `one` and `other`, 0 for a tie, None without a common seed."""
-    if one not in unit or other not in unit:
-        return None
-    mine, theirs = unit[one], unit[other]
-    common = [seed for seed in mine.by_seed if seed in theirs.by_seed]
-    difference = mean_of(mine.by_seed[seed] - theirs.by_seed[seed] for seed in common)
-    if difference is None:
-        return None
-    return 0.0 if abs(difference) <= TIE + _ROUNDING else difference
+    """Return the difference of `one` and `other` in points, 0 for a tie; None if one is missing."""
+    mine, theirs = (unit[name].points if name in unit else None for name in (one, other))
+    return None if mine is None or theirs is None else mine - theirs
 
 
 def _record(leads: Sequence[float | None]) -> Record:

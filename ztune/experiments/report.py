@@ -25,7 +25,7 @@ from ztune.experiments.ranking import rank_methods, units_of
 from ztune.experiments.render import as_csv, as_latex, as_markdown, in_markdown
 from ztune.experiments.store import View
 from ztune.experiments.summary import Names, Sheet, names_of, sheets_of
-from ztune.experiments.tables import Table, accuracy_tables, costs_table, ranking_table
+from ztune.experiments.tables import Table, accuracy_tables, costs_tables, ranking_table
 from ztune.io.files import write_bytes
 
 LATEX_HEAD = r"""% Tables of ztune bench. They need \usepackage{booktabs}, and for non-ASCII names
@@ -91,8 +91,7 @@ def _heading(sheet: Sheet) -> str:
 
 
 def _main_tables(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[Table]:
-    costs = costs_table(sheet, rates.get(sheet.model))
-    return [*accuracy_tables(sheet, names), *([costs] if costs is not None else [])]
+    return [*accuracy_tables(sheet, names), *costs_tables(sheet, rates.get(sheet.model))]
 
 
 def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:

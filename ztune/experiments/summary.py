@@ -33,6 +33,11 @@ class Measured:
         return mean_of(self.by_seed.values())
 
     @property
+    def points(self) -> float | None:
+        """Mean in per cent to one decimal: what tables show, and what ranks go by."""
+        return None if self.mean is None else round(100 * self.mean, 1)
+
+    @property
     def deviation(self) -> float | None:
         """Sample standard deviation; None for fewer than two seeds."""
         return deviation_of(list(self.by_seed.values()))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ztune.experiments.ranking import TIE, Ranking
+from ztune.experiments.ranking import Ranking
 from ztune.experiments.summary import (
+    Costs,
     Measured,
     Names,
     Sheet,
@@ -72,7 +73,7 @@ def figures_table(
         (
             Word(label),
             *(
-                Word(shown(label, one), percent(one) == top)
+                Word(shown(label, one), top is not None and one.points == top)
                 for one, top in zip(line, best, strict=True)
             ),
         )
@@ -87,7 +88,7 @@ def figures_table(
 
 def percent(figure: Measured) -> str:
     """Return a mean in per cent, or a dash."""
-    return DASH if figure.mean is None else f"{100 * figure.mean:.1f}"
+    return DASH if figure.points is None else f"{figure.points:.1f}"
 
 
 def spread(figure: Measured) -> str:
@@ -104,12 +105,10 @@ def _seeds(figure: Measured) -> str:
     return f"({figure.n} of {figure.n_wanted})"
 
 
-def _best(column: Sequence[Measured]) -> str | None:
-    """Return the highest mean of a column as text; None for fewer than two."""
-    found = [figure for figure in column if figure.mean is not None]
-    if len(found) < 2:
-        return None
-    return percent(max(found, key=lambda figure: figure.mean or 0.0))
+def _best(column: Sequence[Measured]) -> float | None:
+    """Return the highest mean of a column as shown; None for fewer than two."""
+    found = [figure.points for figure in column if figure.points is not None]
+    return max(found) if len(found) > 1 else None
 
 
 def shown(label: str, figure: Measured) -> str:
@@ -250,18 +249,23 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
     return figures_table(title, columns, whole, notes)
 
 
-def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
-    """Return methods × costs, None without finished cells; `per_image` in seconds.
+def costs_tables(sheet: Sheet, per_image: float | None) -> list[Table]:
+    """Return methods × costs, a table per number of shots; `per_image` in seconds.
 
-    Costs are at each method's most shots: a mean over all would mix unlike cells.
+    A method is in the table of its most shots: a mean over all would mix unlike cells.
     """
-    found = [costs_of(sheet, method, per_image or 0.0) for method in sheet.methods]
+    costs = [costs_of(sheet, method, per_image or 0.0) for method in sheet.methods]
+    found = [one for one in costs if one is not None]
+    most = sorted({one.shots for one in found}, reverse=True)
+    return [_costs([one for one in found if one.shots == k], k, per_image) for k in most]
+
+
+def _costs(found: Sequence[Costs], shots: int, per_image: float | None) -> Table:
     rows = [
         tuple(
             Word(text)
             for text in (
                 one.method,
-                f"{one.shots:,}",
                 f"{one.n_cells:,}",
                 f"{one.queries:,.0f}",
                 f"{one.probe_queries:,.0f}",
@@ -272,10 +276,9 @@ def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
             )
         )
         for one in found
-        if one is not None
     ]
     columns = (
-        "method", "shots", "cells", "queries", "probe queries", "text forwards", "image forwards",
+        "method", "cells", "queries", "probe queries", "text forwards", "image forwards",
         "seconds", "result bytes",
     )  # fmt: skip
     charged = (
@@ -285,10 +288,10 @@ def costs_table(sheet: Sheet, per_image: float | None) -> Table | None:
         else "the cost of encoding was not recorded, so cached images are free."
     )
     notes = (
-        "Means over a method's finished cells at its most shots.",
+        f"Means over the finished cells with {_n_shots(shots)}, the most that these methods have.",
         f"Seconds: {charged}",
     )
-    return Table("Costs of a cell", columns, tuple(rows), notes) if rows else None
+    return Table(f"Costs of a cell, {_n_shots(shots)}", columns, tuple(rows), notes)
 
 
 def ranking_table(ranking: Ranking) -> Table | None:
@@ -296,7 +299,7 @@ def ranking_table(ranking: Ranking) -> Table | None:
     methods = ranking.methods
     if len(methods) < 2:
         return None
-    ranks = ranking.ranks
+    ranks = {name: None if r is None else round(r, 2) for name, r in ranking.ranks.items()}
     best = min((rank for rank in ranks.values() if rank is not None), default=None)
     rows = []
     for one in methods:
@@ -305,9 +308,10 @@ def ranking_table(ranking: Ranking) -> Table | None:
         last = Word(DASH) if rank is None else Word(f"{rank:.2f}", rank == best)
         rows.append((Word(one), *map(Word, against), last))
     note = (
-        "Row against column: wins / ties / losses over common data sets and shots, by the mean "
-        "over common seeds (of H in base-to-new, of the targets' mean in a transfer); a tie is "
-        f"within {100 * TIE:.1f} points. Rank: 1 is best, a tie counts half, mean over "
+        "Row against column: wins / ties / losses over common data sets and shots, by the means "
+        "of the tables above (H in base-to-new, the average of the targets in a transfer), each "
+        "over its method's finished seeds; means that read the same are a tie. Rank: 1 is best, a "
+        "tie counts half, mean over "
         f"{counted(ranking.n_shared, 'combination')} of data set and shots that all methods have."
     )
     columns = ("method", *methods, "mean rank")

@@ -193,7 +193,7 @@ class Worker:
             )
         training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
         was_finished = training.folder.is_finished()
-        report = _finished(training)
+        report = _finished(training, job)
         training.folder.state.unlink(missing_ok=True)  # no longer needed
         return Tuned(training, report, None if was_finished else self.settings.peak_memory_mb())
 
@@ -323,8 +323,8 @@ class Worker:
         return score(test_features.logits(result), encoded.labels, classes)
 
 
-def _finished(training: Training) -> RunReport:
-    """Start or resume a run if it is not finished; return its report."""
+def _finished(training: Training, job: Job) -> RunReport:
+    """Start or resume a job's run if it is not finished; return its report."""
     folder, found = training.folder, None
     if folder.run.is_file():
         found = run_start(folder.read(), f'run "{folder.path}"')
@@ -334,8 +334,19 @@ def _finished(training: Training) -> RunReport:
     if found is not None and found.status == "running":
         return training.run(found)
     head = training.head()
-    folder.create(plain(head), training.split.to_json())
+    folder.create(plain(head), _with_tests(job).to_json())
     return training.run(head)
+
+
+def _with_tests(job: Job) -> Split:
+    """Return a job's split with the test images of its classes, for `ztune eval RUN`."""
+    for file in dict.fromkeys(part.split_file for cell in job.cells for part in cell.parts):
+        tested = Split.from_json(read_json(file, "split"), f'split "{file}"')
+        if tested.classes == job.split.classes:
+            roots = {**job.split.roots, "test": tested.roots["data"]}
+            entries = [replace(entry, root="test") for entry in tested.entries]
+            return replace(job.split, roots=roots, entries=(*job.split.entries, *entries))
+    return job.split
 
 
 def _kept(place: Path, key: str) -> Outcome | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import query_images
+from benchmarks.query_images import SETS
 from tests.conftest import ROOT
 from ztune.data.named import NAMED, find_spec
 from ztune.errors import ConfigError, DataError
@@ -200,6 +202,11 @@ def test_numbers_may_be_written_as_toml_writes_them(tmp_path: Path) -> None:
     assert plan.protocols[0].seeds == (16,)
 
 
+def test_a_curve_may_list_its_query_counts(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, f"curve = 12\n{LEAST}".replace("zip = {}", "zip = { curve = [9, 4] }"))
+    assert (plan.methods["gda"].snapshots, plan.methods["zip"].snapshots) == (12, "4,9")
+
+
 # What it must not say
 
 
@@ -274,6 +281,12 @@ def execution(line: str) -> str:
         (top("queries = 0"), 'methods "zip": queries is 0, expected at least 1'),
         (top("queries = -5"), 'methods "zip": queries is -5, expected at least 1'),
         (top("curve = -1"), 'methods "zip": curve is -1, expected at least 0'),
+        (top("curve = []"), 'methods "zip": curve is [], expected a number, or query counts'),
+        (top("curve = [0, 5]"), 'methods "zip": curve is [0, 5], expected a number, or'),
+        (
+            top('curve = ["x"]'),
+            "methods \"zip\": curve is ['x'], expected int or a list of integers",
+        ),
         (
             top('preset = "best"'),
             'methods "zip": unknown preset "best" (expected default,',
@@ -521,7 +534,8 @@ def test_a_shipped_plan(path: Path) -> None:
             assert name in NAMED
             assert entry.template is None, "the papers' own"
         else:
-            assert plan.resolved(entry.path).is_dir()
+            folder = plan.resolved(entry.path)
+            assert folder.is_dir() or (folder.parent == query_images.OUT and folder.name in SETS)
     used = {name for one in plan.protocols for name in (*one.sources, *one.targets)}
     assert used == set(plan.data)
     assert {name for one in plan.protocols for name in one.methods} == set(plan.methods)

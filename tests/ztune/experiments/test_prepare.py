@@ -161,6 +161,7 @@ def divided(data: Path, path: Path) -> Path:
         {"more": ", augment = 2"},
         {"template": "the digit {}"},
         {"curve": 3},
+        {"curve": [3]},
         {"threads": 2},
         {"threads": "1\nmemory_limit = 500"},
         {"force": "true"},
@@ -181,6 +182,7 @@ def test_no_two_changes_give_one_key(data: Path, prepare: Prepare) -> None:
     """Values of different settings are not mixed up."""
     ways: list[dict[str, object]] = [
         {}, {"seed": 3}, {"shots": 3}, {"threads": 3}, {"curve": 3}, {"settings": "rank = 3"},
+        {"curve": [3]},
         {"more": ", augment = 3"}, {"preset": "published"}, {"queries": 43},
     ]  # fmt: skip
     assert len({key_of_one(prepare(few_shot(data, **way))) for way in ways}) == len(ways)
@@ -446,6 +448,13 @@ def test_what_a_plan_wants_of_execution_reaches_the_requests(data: Path, prepare
     assert (request.threads, request.memory_limit, request.force) == (3, 500, True)
     assert (request.snapshots, request.augment, request.provider) == (5, 16, "cpu")
     assert job.cells[0].curve
+
+
+def test_a_curve_may_list_its_query_counts(data: Path, prepare: Prepare) -> None:
+    (job,) = prepare(few_shot(data, curve=[40, 5, 20, 5])).jobs
+    assert job.run_config.snapshot_marks(1000) == [5, 20, 40]
+    key = key_of_one(prepare(few_shot(data, curve=[5, 20, 40])))
+    assert key == job.cells[0].key, "their order does not matter"
 
 
 def test_only_methods_with_a_limit_are_forced(data: Path, prepare: Prepare) -> None:

@@ -352,7 +352,7 @@ def test_accuracy_is_drawn_against_what_it_cost(
         tmp_path,
         [
             Row("zip", "dtd", (0.1,), shots=1, outcome=steps),
-            Row("zip", "dtd", (0.6, 0.6), outcome=steps),
+            Row("zip", "dtd", (0.6, 0.7), outcome=steps),
             Row("gda", "dtd", (0.7,), outcome=replace(OUTCOME, queries=0)),
         ],
     )
@@ -366,6 +366,7 @@ def test_accuracy_is_drawn_against_what_it_cost(
     assert isinstance(line, Line)
     assert cost == "queries"
     assert (line.cost.tolist(), line.mean.tolist()) == ([10, 100], [0.2, 0.6])
+    assert line.accuracy == pytest.approx(0.65)  # as in the table
     place = list(METHODS).index("gda")
     assert levels == [Level("gda", place, 0.7), Level("hand-written prompts", None, 0.5)]
     assert title == "dtd on clip, 16 shots, mean of 2 seeds (band: lowest to highest)"

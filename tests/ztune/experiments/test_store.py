@@ -28,7 +28,7 @@ from ztune.errors import FormatError
 from ztune.experiments import store as module
 from ztune.experiments.cells import Cell, Outcome, Point, key_of
 from ztune.experiments.plan_document import PlanDocument
-from ztune.experiments.store import APPLICATION, VERSION, Result, Session, Store, View
+from ztune.experiments.store import APPLICATION, VERSION, ImagePass, Result, Session, Store, View
 from ztune.io.config import as_json
 from ztune.io.schema import decoded, plain
 from ztune.types import Json
@@ -81,7 +81,7 @@ def sessions(store: Store) -> dict[int, Session]:
 
 
 def rates(store: Store) -> dict[str, float]:
-    return dict(store.view(PLAN).rates)
+    return {digest: one.seconds_per_image for digest, one in store.view(PLAN).passes.items()}
 
 
 @pytest.fixture
@@ -246,7 +246,9 @@ def test_plans_keep_their_own_cells_documents_and_order(store: Store) -> None:
     store.fail(key(2), cell(2), "why", number)
     store.add_pass("m", 4, 1.0)
     both, alone = Result(cell(1), outcome(1), "", number), Result(cell(2), None, "why", number)
-    view = partial(View, n_left_out=0, sessions={number: {"host": "h"}}, rates={"m": 0.25})
+    view = partial(
+        View, n_left_out=0, sessions={number: {"host": "h"}}, passes={"m": ImagePass(0.25, None)}
+    )
     last = view("z", PlanDocument("last"), (Result(cell(3)), both))
     assert store.view("z") == last
     assert store.view("a") == view("a", PlanDocument("first"), (both, alone))

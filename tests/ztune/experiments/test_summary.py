@@ -7,7 +7,7 @@ import pytest
 
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
 from ztune.experiments.plan_document import PlanDocument
-from ztune.experiments.ranking import Record, rank_methods, units_of
+from ztune.experiments.ranking import Ranking, Record, rank_methods, units_of
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -21,7 +21,7 @@ from ztune.experiments.summary import (
 from ztune.experiments.tables import (
     Table,
     accuracy_tables,
-    costs_table,
+    costs_tables,
     figures_table,
     ranking_table,
 )
@@ -190,46 +190,47 @@ def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
 
 def test_costs_are_means_with_the_images_found_encoded_paid_for(tmp_path: Path) -> None:
     (sheet,) = sheets(tmp_path, Row("m", "a", (0.5, 0.6)), Row("none", "a", ("broke",)))
-    table = costs_table(sheet, 0.025)
-    assert table is not None
+    (table,) = costs_tables(sheet, 0.025)
     # 10 s of its own and 40 images of 25 ms.
-    assert texts(table) == {"m": ["16", "2", "100", "20", "1,200", "50", "11.0", "1,000"]}
+    assert texts(table) == {"m": ["2", "100", "20", "1,200", "50", "11.0", "1,000"]}
     assert any("25 ms" in note for note in table.notes)
-    free = costs_table(sheet, None)
-    assert free is not None
-    assert texts(free)["m"][6] == "10.0"
+    (free,) = costs_tables(sheet, None)
+    assert texts(free)["m"][5] == "10.0"
     assert any("not recorded" in note for note in free.notes)
 
 
 def test_costs_are_of_a_methods_most_shots_alone(tmp_path: Path) -> None:
+    """Costs with other shots are in a table of their own."""
     dear = replace(OUTCOME, queries=900)
     rows = (
         Row("m", "a", (0.5,), shots=1), Row("m", "a", (0.5,), outcome=dear),
         Row("one shot", "a", (0.5,), shots=1), Row("dear", "b", (0.5,), outcome=dear),
     )  # fmt: skip
     (sheet,) = sheets(tmp_path / "some", *rows)
-    table = costs_table(sheet, None)
-    assert table is not None
-    assert table.columns[:4] == ("method", "shots", "cells", "queries")
-    assert {method: line[:3] for method, line in texts(table).items()} == {
-        "m": ["16", "1", "900"], "one shot": ["1", "1", "100"], "dear": ["16", "1", "900"],
-    }  # fmt: skip
+
+    def found() -> dict[str, dict[str, list[str]]]:
+        tables = costs_tables(sheet, None)
+        assert all(table.columns[:3] == ("method", "cells", "queries") for table in tables)
+        return {t.title: {name: line[:2] for name, line in texts(t).items()} for t in tables}
+
+    assert found() == {
+        "Costs of a cell, 16 shots": {"m": ["1", "900"], "dear": ["1", "900"]},
+        "Costs of a cell, 1 shot": {"one shot": ["1", "100"]},
+    }
     (sheet,) = sheets(tmp_path / "partly", *rows[::2], Row("m", "a", (None,)))
-    table = costs_table(sheet, None)
-    assert table is not None
-    assert {method: line[:3] for method, line in texts(table).items()} == {
-        "m": ["1", "1", "100"], "one shot": ["1", "1", "100"],
-    }  # fmt: skip
+    assert found() == {
+        "Costs of a cell, 1 shot": {"m": ["1", "100"], "one shot": ["1", "100"]},
+    }
     (sheet,) = sheets(tmp_path / "none", Row("m", "a", (None,)))
-    assert costs_table(sheet, None) is None
+    assert found() == {}
 
 
 def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:
     found = sheets(
         tmp_path,
-        # 0.6 against 0.6009 is a tie; "c" is below both.
-        Row("a", "x", (0.6, 0.6)), Row("b", "x", (0.6009, 0.6009)), Row("c", "x", (0.5, 0.5)),
-        # Over seed 1, the common one, "a" wins over "b"; "c" is above both.
+        # 0.6 against 0.6004 reads the same, so it is a tie; "c" is below both.
+        Row("a", "x", (0.6, 0.6)), Row("b", "x", (0.6004, 0.6004)), Row("c", "x", (0.5, 0.5)),
+        # 40.0 ± 42.4 against 60.0 (1 of 2): "b" is the better one in the table; "c" is above both.
         Row("a", "y", (0.7, 0.1)), Row("b", "y", (0.6, None)), Row("c", "y", (0.9, 0.9)),
         # "c" has nothing here: the unit is not shared.
         Row("a", "z", (0.2, 0.2)), Row("b", "z", (0.4, 0.4)), Row("c", "z", ("broke", None)),
@@ -237,17 +238,32 @@ def test_wins_ties_losses_and_ranks(tmp_path: Path) -> None:
     )  # fmt: skip
     ranking = rank_methods(units_of(found))
     assert ranking.methods == ("a", "b", "c")
-    assert ranking.records["a", "b"] == Record(1, 1, 1)
-    assert ranking.records["b", "a"] == Record(1, 1, 1)
+    assert ranking.records["a", "b"] == Record(0, 1, 2)
+    assert ranking.records["b", "a"] == Record(2, 1, 0)
     assert ranking.records["c", "a"] == Record(1, 0, 1)
     assert ranking.n_shared == 2
-    # x: 1.5, 1.5, 3; y: 2, 3, 1.
-    assert ranking.ranks == {"a": 1.75, "b": 2.25, "c": 2.0}
+    # x: 1.5, 1.5, 3; y: 3, 2, 1.
+    assert ranking.ranks == {"a": 2.25, "b": 1.75, "c": 2.0}
     table = ranking_table(ranking)
     assert table is not None
-    assert texts(table)["a"] == ["·", "1 / 1 / 1", "1 / 0 / 1", "*1.75*"]
+    assert texts(table)["a"] == ["·", "0 / 1 / 2", "1 / 0 / 1", "2.25"]
+    assert texts(table)["b"][-1] == "*1.75*"
     (note,) = table.notes
     assert "mean over 2 combinations of data set and shots that all methods have." in note
+
+
+@pytest.mark.parametrize("other", [0.6494, 0.6504, 0.65049, 0.6505, 0.651, 0.6515])
+def test_bold_and_wins_agree(other: float, tmp_path: Path) -> None:
+    """Means are equal for both if they read the same, and only then."""
+    found = sheets(tmp_path, Row("a", "x", (0.65,)), Row("b", "x", (other,)))
+    bold = texts(accuracy_tables(found[0], NAMES)[0])
+    a, b = (bold[name][0] for name in ("a", "b"))
+    record = rank_methods(units_of(found)).records["a", "b"]
+    assert record == Record(b[0] != "*", a == b, a[0] != "*")
+    ranking = ranking_table(Ranking(("a", "b"), {("a", "b"): record, ("b", "a"): record}, 3,
+                                    {"a": 1.001, "b": 1.002}))  # fmt: skip
+    assert ranking is not None
+    assert [line[-1] for line in texts(ranking).values()] == ["*1.00*"] * 2
 
 
 def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> None:
