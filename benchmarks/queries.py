@@ -23,8 +23,8 @@ from benchmarks.measure import say
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.bench import RESULTS
 from ztune.experiments.cells import Outcome
-from ztune.experiments.comparison import markdown_table
 from ztune.experiments.protocols import TRANSFERS
+from ztune.experiments.render import markdown_table
 from ztune.experiments.store import Store, View
 from ztune.experiments.summary import names_of, sheets_of
 
