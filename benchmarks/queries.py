@@ -23,8 +23,8 @@ from benchmarks.measure import say
 from ztune.errors import DataError, ZtuneError
 from ztune.experiments.bench import RESULTS
 from ztune.experiments.cells import Outcome
-from ztune.experiments.comparison import markdown_table
 from ztune.experiments.protocols import TRANSFERS
+from ztune.experiments.render import markdown_table
 from ztune.experiments.store import Store, View
 from ztune.experiments.summary import names_of, sheets_of
 
@@ -223,13 +223,15 @@ def study_rows(tasks: Iterable[Task], base: str, variants: Mapping[str, str]) ->
             for seed, curve in curves.get(label, {}).items()
             if seed in usual
         ]
+        if not pairs:
+            continue
         row = [label, str(len(pairs))]
-        for at in STUDY if pairs else ():
+        for at in STUDY:
             gains = [100 * (one.after(at) - other.after(at)) for one, other in pairs]
-            error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+            error = f"{stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else "–"
             shown = f"{100 * fmean(one.after(at) for one, _ in pairs):.1f}"
-            row.append(shown if label == base else f"{shown} ({fmean(gains):+.1f} ± {error:.1f})")
-        rows.append(row + ["–"] * (2 + len(STUDY) - len(row)))
+            row.append(shown if label == base else f"{shown} ({fmean(gains):+.1f} ± {error})")
+        rows.append(row)
     return rows
 
 

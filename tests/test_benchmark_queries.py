@@ -157,9 +157,10 @@ def test_differences_are_paired() -> None:
     assert study_rows(tasks, "ogn", {"changed": "ogn", "zip-128": "zip", "later": "ogn"}) == [
         ["ogn", "3", "43.3", "43.3"],
         ["changed", "3", changed, changed],
-        ["later", "0", "–", "–"],
     ]
     assert study_rows(tasks, "zip", {"changed": "ogn"}) == []
+    (_, one) = study_rows(tasks[1:], "ogn", {"changed": "ogn"})
+    assert one[2] == "11.0 (+1.0 ± –)"
 
 
 def outcome(queries: int, *points: tuple[int, float]) -> Outcome:

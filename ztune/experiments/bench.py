@@ -20,7 +20,7 @@ from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
 from ztune.experiments.isolated import Isolated
 from ztune.experiments.plan import Plan, read_plan
 from ztune.experiments.prepare import RECIPE, CellFilter, Preparation, Prepared
-from ztune.experiments.report import seconds_per_image, write_report
+from ztune.experiments.report import image_passes, write_report
 from ztune.experiments.store import Result, Store, View
 from ztune.experiments.summary import names_of
 from ztune.experiments.worker import Settings, clear_attempts
@@ -87,7 +87,7 @@ class PlanResults:
     def rows(self) -> list[dict[str, object]]:
         """Return a flat row per cell, as in cells.csv: for a data frame."""
         names = names_of(self.view.document)
-        return list(cell_rows(self.view.results, names, seconds_per_image(self.view)))
+        return list(cell_rows(self.view.results, names, image_passes(self.view)))
 
 
 def run_plan(

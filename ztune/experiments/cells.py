@@ -96,6 +96,8 @@ class Outcome:
     """In order of queries, the result itself last; empty for a method without steps."""
     peak_memory_mb: float | None = None
     """Of the run's process; None if that process had other tasks."""
+    needs: str = ""
+    """Capabilities that the method needs with its settings."""
 
     def repeatable(self) -> dict[str, Json]:
         """Return the fields that are equal in every run of the cell."""

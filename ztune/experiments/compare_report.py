@@ -13,7 +13,15 @@ from ztune.experiments.environment import describe_environment
 from ztune.experiments.figures import draw_cost, styles_of
 from ztune.experiments.render import in_markdown, markdown_table
 from ztune.experiments.store import ImagePass, Result
-from ztune.experiments.summary import Costs, Measured, Sheet, costs_of, names_of, seconds_alone
+from ztune.experiments.summary import (
+    Costs,
+    Measured,
+    Sheet,
+    costs_of,
+    memory_alone,
+    names_of,
+    seconds_alone,
+)
 from ztune.io.files import write_bytes, write_json
 from ztune.io.schema import plain
 from ztune.methods.registry import find_method, needs_of
@@ -36,7 +44,6 @@ class Row:
     measured: Measured
     costs: Costs | None
     """None without a finished seed."""
-    peak_memory_mb: float | None
     failures: tuple[tuple[int, str], ...]
     """Seed and reason."""
 
@@ -47,7 +54,7 @@ class Row:
         n_failed = len(self.failures)
         if mean is None or costs is None:
             return (self.method, "failed", f"0 of {n_failed}", *"–" * 6, serves)
-        deviation, peak = self.measured.deviation, self.peak_memory_mb
+        deviation, peak = self.measured.deviation, costs.peak_memory_mb
         return (
             self.method,
             f"{mean:.1%}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
@@ -71,7 +78,7 @@ class Row:
             "text_forwards": None if costs is None else round(costs.text_forwards),
             "image_forwards": None if costs is None else round(costs.image_forwards),
             "seconds": None if costs is None else costs.seconds,
-            "peak_memory_mb": self.peak_memory_mb,
+            "peak_memory_mb": None if costs is None else costs.peak_memory_mb,
             "result_bytes": None if costs is None else round(costs.result_bytes),
             "failures": failures,
         }
@@ -85,7 +92,7 @@ class Report:
 
     @cached_property
     def sheet(self) -> Sheet:
-        return Sheet("few-shot", self.results[0].cell.model, self.results)
+        return Sheet("few-shot", self.results[0].cell.model, self.results, self.images)
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -111,20 +118,12 @@ class Report:
         failures = [(one.cell.seed, one.reason) for one in sheet.of(method) if one.reason]
         if reason := self.comparison.unable.get(method):
             failures = [(seed, reason) for seed in self.comparison.config.seeds]
-        peaks = [self._peak_memory(one) for one in sheet.outcomes(method)]
         return Row(
             method,
             sheet.measured(method, data, "test", shots),
-            costs_of(sheet, method, self.images.seconds_per_image),
-            max((peak for peak in peaks if peak is not None), default=None),
+            costs_of(sheet, method),
             tuple(sorted(failures)),
         )
-
-    def _peak_memory(self, outcome: Outcome) -> float | None:
-        """Return a cell's peak memory as if it had encoded its images first."""
-        if outcome.peak_memory_mb is None:
-            return None
-        return max(outcome.peak_memory_mb, self.images.peak_memory_mb or 0.0)
 
     def failures(self) -> list[str]:
         """Return a line per method and reason."""
@@ -206,9 +205,9 @@ class Report:
             "zero_shot_accuracy": score.zero_shot,
             "run": f"runs/{outcome.run}/run",
             "own_seconds": outcome.seconds,
-            "seconds": round(seconds_alone(outcome, self.images.seconds_per_image), 3),
+            "seconds": round(seconds_alone(outcome, self.images), 3),
             "own_peak_memory_mb": outcome.peak_memory_mb,
-            "peak_memory_mb": self._peak_memory(outcome),
+            "peak_memory_mb": memory_alone(outcome, self.images),
         }
 
     def write(self) -> None:
@@ -226,7 +225,6 @@ class Report:
                     self.results[0].cell.data,
                     names,
                     styles,
-                    self.images.seconds_per_image,
                     out / f"accuracy-{cost}.png",
                 )
 

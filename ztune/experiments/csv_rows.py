@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from ztune.experiments.cells import Outcome
-from ztune.experiments.store import Result
+from ztune.experiments.store import ImagePass, Result
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -15,6 +15,7 @@ from ztune.experiments.summary import (
     combined,
     harmonic_mean,
     mean_of,
+    memory_alone,
     seconds_alone,
 )
 
@@ -27,15 +28,15 @@ CELL_COLUMNS = (
     "protocol", "model", "data", "method", "uses", "shots", "seed", "status", "reason", "session",
     "run", "artifact", "config", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
     "copies", "queries", "probe_queries", "text_forwards", "image_forwards",
-    "image_forwards_cached", "seconds", "seconds_alone",
+    "image_forwards_cached", "seconds", "seconds_alone", "peak_memory_mb", "peak_memory_alone_mb",
+    "needs",
 )  # fmt: skip
 HARMONIC = "harmonic mean"
 """Part name in the rows of base-to-new's H."""
 _PLAIN = (
     "run", "artifact", "stop_reason", "train_loss", "result_bytes", "n_train", "n_val",
-    "copies",
-    "queries", "probe_queries", "text_forwards", "image_forwards", "image_forwards_cached",
-    "seconds",
+    "copies", "queries", "probe_queries", "text_forwards", "image_forwards",
+    "image_forwards_cached", "seconds", "peak_memory_mb", "needs",
 )  # fmt: skip
 _OF_PART = (
     "n", "classes", "accuracy", "class_accuracy", "zero_shot", "zero_shot_class_accuracy",
@@ -43,22 +44,17 @@ _OF_PART = (
 Row = dict[str, object]
 
 
-def table_rows(
-    sheets: Sequence[Sheet], names: Names, per_image: Mapping[str, float]
-) -> Iterator[Row]:
+def table_rows(sheets: Sequence[Sheet], names: Names) -> Iterator[Row]:
     """Yield a row per protocol, model, data set, shots, method and part."""
     for sheet in sheets:
         for data in sheet.data:
             for shots in sheet.shots_with(data):
                 for method in sheet.methods:
                     if sheet.of(method, data, shots):
-                        rate = per_image.get(sheet.model, 0.0)
-                        yield from _unit_rows(sheet, names, data, shots, method, rate)
+                        yield from _unit_rows(sheet, names, data, shots, method)
 
 
-def _unit_rows(
-    sheet: Sheet, names: Names, data: str, shots: int, method: str, per_image: float
-) -> Iterator[Row]:
+def _unit_rows(sheet: Sheet, names: Names, data: str, shots: int, method: str) -> Iterator[Row]:
     outcomes = sheet.outcomes(method, data, shots)
     common: Row = {
         "protocol": sheet.protocol,
@@ -68,7 +64,7 @@ def _unit_rows(
         "uses": names.method_of(method),
         "shots": shots,
         "queries_mean": _rounded(mean_of(one.queries for one in outcomes)),
-        "seconds_mean": _rounded(mean_of(seconds_alone(one, per_image) for one in outcomes)),
+        "seconds_mean": _rounded(mean_of(seconds_alone(one, sheet.images) for one in outcomes)),
     }
     for part in sheet.parts(data):
         figure = sheet.measured(method, data, part, shots)
@@ -112,7 +108,7 @@ def part_columns(results: Sequence[Result]) -> list[str]:
 
 
 def cell_rows(
-    results: Sequence[Result], names: Names, per_image: Mapping[str, float]
+    results: Sequence[Result], names: Names, images: Mapping[str, ImagePass]
 ) -> Iterator[Row]:
     """Yield a row per cell of the plan, run or not."""
     for result in results:
@@ -126,15 +122,16 @@ def cell_rows(
             "status": status,
             "reason": result.reason,
             "session": result.session,
-            **(_measured(outcome, per_image.get(cell.model, 0.0)) if outcome else {}),
+            **(_measured(outcome, images.get(cell.model)) if outcome else {}),
         }
 
 
-def _measured(outcome: Outcome, per_image: float) -> Row:
+def _measured(outcome: Outcome, images: ImagePass | None) -> Row:
     return {
         **{name: getattr(outcome, name) for name in _PLAIN},
         "config": json.dumps(dict(outcome.config), ensure_ascii=False, sort_keys=True),
-        "seconds_alone": _rounded(seconds_alone(outcome, per_image)),
+        "seconds_alone": _rounded(seconds_alone(outcome, images)),
+        "peak_memory_alone_mb": memory_alone(outcome, images),
         **{
             f"{score.part} {name}": getattr(score, name)
             for score in outcome.scores

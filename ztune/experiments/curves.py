@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.experiments.cells import Outcome, Point
+from ztune.experiments.store import ImagePass
+from ztune.experiments.summary import seconds_alone
 from ztune.types import F64
 
 
@@ -24,13 +26,13 @@ class MeanCurve:
     high: F64
 
 
-def mean_curve(outcomes: Sequence[Outcome], per_image: float) -> MeanCurve | None:
+def mean_curve(outcomes: Sequence[Outcome], images: ImagePass | None) -> MeanCurve | None:
     """Return one method's curve; None if no outcome has one.
 
     Seeds are interpolated to the same query counts, over their common range. Cached images are
-    charged with `per_image` seconds each.
+    charged.
     """
-    curves = [_points(outcome, per_image) for outcome in outcomes if outcome.curve]
+    curves = [_points(outcome, images) for outcome in outcomes if outcome.curve]
     if not curves:
         return None
     first = max(one[0, 0] for one in curves)
@@ -50,9 +52,9 @@ def mean_curve(outcomes: Sequence[Outcome], per_image: float) -> MeanCurve | Non
     )
 
 
-def _points(outcome: Outcome, per_image: float) -> F64:
+def _points(outcome: Outcome, images: ImagePass | None) -> F64:
     """Return f64[n, 3]: queries, seconds, accuracy."""
-    unpaid = outcome.image_forwards_cached * per_image
+    unpaid = seconds_alone(outcome, images) - outcome.seconds
     rows = [(p.queries, _seconds_at(p, outcome) + unpaid, p.accuracy) for p in outcome.curve]
     return np.array(rows, dtype=np.float64)
 

@@ -14,6 +14,7 @@ import numpy as np
 from ztune.experiments.cells import Outcome
 from ztune.experiments.curves import MeanCurve, mean_curve
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
+from ztune.experiments.store import ImagePass
 from ztune.experiments.summary import Measured, Names, Sheet, mean_of, seconds_alone
 from ztune.experiments.tables import HAND_WRITTEN, counted, over_data
 from ztune.methods.registry import method_names
@@ -32,10 +33,8 @@ class Drawn:
     caption: str
 
 
-def draw_all(
-    sheets: Sequence[Sheet], names: Names, per_image: Mapping[str, float], folder: Path
-) -> list[Drawn]:
-    """Draw all plots that have data; `per_image` in seconds by model."""
+def draw_all(sheets: Sequence[Sheet], names: Names, folder: Path) -> list[Drawn]:
+    """Draw all plots that have data."""
     styles = styles_of([method for sheet in sheets for method in sheet.methods], names)
     few = [sheet for sheet in sheets if sheet.protocol == "few-shot"]
     halves = [sheet for sheet in sheets if sheet.protocol == "base-to-new"]
@@ -45,13 +44,12 @@ def draw_all(
         path = folder / _named("accuracy-shots", few, sheet, taken)
         drawn += _draw_shots(sheet, names, styles, path)
     for sheet in few or halves:
-        rate = per_image.get(sheet.model, 0.0)
         for data in sheet.data:
             if not any(one.curve for one in sheet.outcomes(data=data)):
                 continue
             for cost in ("queries", "seconds"):
                 path = folder / _named(f"accuracy-{cost}", few or halves, sheet, taken, data)
-                drawn += draw_cost(cost, sheet, data, names, styles, rate, path)
+                drawn += draw_cost(cost, sheet, data, names, styles, path)
     return drawn
 
 
@@ -152,7 +150,6 @@ def draw_cost(
     data: str,
     names: Names,
     styles: Mapping[str, int],
-    per_image: float,
     path: Path,
 ) -> list[Drawn]:
     """Draw accuracy against a cost at the most shots, if any method has a result."""
@@ -162,12 +159,12 @@ def draw_cost(
     for method in sheet.methods:
         found = sheet.measured(method, data, part, shots)
         outcomes = sheet.outcomes(method, data, shots)
-        curve = mean_curve(outcomes, per_image)
+        curve = mean_curve(outcomes, sheet.images)
         if curve is not None and (line := _line(method, styles[method], cost, curve)) is not None:
             lines.append(replace(line, accuracy=found.mean))
         elif found.mean is not None and not any(one.curve for one in outcomes):
             levels.append(
-                Level(method, styles[method], found.mean, _level_cost(cost, outcomes, per_image))
+                Level(method, styles[method], found.mean, _level_cost(cost, outcomes, sheet.images))
             )
     if not lines and not levels:
         return []
@@ -190,10 +187,10 @@ def _over_seeds(counts: Sequence[int]) -> str:
     return f", mean of {up_to}{max(counts)} seeds (band: lowest to highest)"
 
 
-def _level_cost(cost: str, outcomes: Sequence[Outcome], per_image: float) -> float | None:
+def _level_cost(cost: str, outcomes: Sequence[Outcome], images: ImagePass | None) -> float | None:
     """Return a level's cost; None if it is 0, which a logarithmic axis cannot show."""
     if cost == "seconds":
-        return mean_of(seconds_alone(one, per_image) for one in outcomes) or None
+        return mean_of(seconds_alone(one, images) for one in outcomes) or None
     return mean_of(one.queries for one in outcomes) or None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ztune.experiments.csv_rows import (
@@ -23,7 +23,7 @@ from ztune.experiments.literature import matched_table, pairs_of, unmatched_tabl
 from ztune.experiments.published import published
 from ztune.experiments.ranking import rank_methods, units_of
 from ztune.experiments.render import as_csv, as_latex, as_markdown, in_markdown
-from ztune.experiments.store import View
+from ztune.experiments.store import ImagePass, View
 from ztune.experiments.summary import Names, Sheet, names_of, sheets_of
 from ztune.experiments.tables import Table, accuracy_tables, costs_tables, ranking_table
 from ztune.io.files import write_bytes
@@ -40,16 +40,16 @@ def write_report(view: View, folder: Path) -> list[Path]:
     Raises: FormatError for a plan's document without a title, or with invalid remarks.
     """
     names, results = names_of(view.document), view.results
-    rates = seconds_per_image(view)
-    sheets = sheets_of(results)
+    images = image_passes(view)
+    sheets = sheets_of(results, images)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw_all(sheets, names, rates, folder)
+    drawn = draw_all(sheets, names, folder)
     columns = (*CELL_COLUMNS, *part_columns(results))
     texts = {
-        "report.md": "\n".join(_markdown(view, sheets, names, rates, drawn)),
-        "tables.csv": as_csv(TABLE_COLUMNS, table_rows(sheets, names, rates)),
-        "cells.csv": as_csv(columns, cell_rows(results, names, rates)),
-        "tables.tex": "\n".join(_latex(sheets, names, rates)),
+        "report.md": "\n".join(_markdown(view, sheets, names, drawn)),
+        "tables.csv": as_csv(TABLE_COLUMNS, table_rows(sheets, names)),
+        "cells.csv": as_csv(columns, cell_rows(results, names, images)),
+        "tables.tex": "\n".join(_latex(sheets, names)),
     }
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
@@ -57,13 +57,11 @@ def write_report(view: View, folder: Path) -> list[Path]:
     return [*(folder / name for name in texts), *(one.path for one in drawn)]
 
 
-def seconds_per_image(view: View) -> dict[str, float]:
-    """Return the seconds to encode an image by model, where measured."""
+def image_passes(view: View) -> dict[str, ImagePass]:
+    """Return the cost of encoding by model, where measured."""
     digests = names_of(view.document).digests
     return {
-        model: view.passes[digest].seconds_per_image
-        for model, digest in digests.items()
-        if digest in view.passes
+        model: view.passes[digest] for model, digest in digests.items() if digest in view.passes
     }
 
 
@@ -71,14 +69,13 @@ def _markdown(
     view: View,
     sheets: Sequence[Sheet],
     names: Names,
-    rates: Mapping[str, float],
     drawn: Sequence[Drawn],
 ) -> list[str]:
     results = view.results
     lines = [f"# {in_markdown(names.title)}", "", in_markdown(describe_progress(results)), ""]
     lines += _listed("Data", list_remarks(view))
     for sheet in sheets:
-        lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names, rates)]
+        lines += [f"## {in_markdown(_heading(sheet))}", "", *_sheet(sheet, names)]
     lines += _overall(sheets)
     lines += _literature(sheets, names)
     lines += _plots(drawn)
@@ -90,12 +87,12 @@ def _heading(sheet: Sheet) -> str:
     return f"{sheet.protocol}, {sheet.model}"
 
 
-def _main_tables(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[Table]:
-    return [*accuracy_tables(sheet, names), *costs_tables(sheet, rates.get(sheet.model))]
+def _main_tables(sheet: Sheet, names: Names) -> list[Table]:
+    return [*accuracy_tables(sheet, names), *costs_tables(sheet)]
 
 
-def _sheet(sheet: Sheet, names: Names, rates: Mapping[str, float]) -> list[str]:
-    tables = _main_tables(sheet, names, rates)
+def _sheet(sheet: Sheet, names: Names) -> list[str]:
+    tables = _main_tables(sheet, names)
     if not tables:
         return ["No finished cell.", ""]
     if (ranking := ranking_table(rank_methods(units_of([sheet])))) is not None:
@@ -139,8 +136,8 @@ def _listed(heading: str, lines: Sequence[str]) -> list[str]:
     return [f"## {heading}", "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
-def _latex(sheets: Sequence[Sheet], names: Names, rates: Mapping[str, float]) -> list[str]:
-    tables = [(sheet, table) for sheet in sheets for table in _main_tables(sheet, names, rates)]
+def _latex(sheets: Sequence[Sheet], names: Names) -> list[str]:
+    tables = [(sheet, table) for sheet in sheets for table in _main_tables(sheet, names)]
     return [
         LATEX_HEAD,
         "",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ztune.experiments.cells import Outcome, PartScore
 from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
-from ztune.experiments.store import Result
+from ztune.experiments.store import ImagePass, Result
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class Sheet:
     protocol: str
     model: str
     results: tuple[Result, ...]
+    images: ImagePass | None = None
+    """Cost of encoding with the model; None if it was not recorded, so that it is free."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -235,12 +237,15 @@ def _on(result: Result, part: str, of: Accessor) -> float | None:
     return next((of(score) for score in scores if score.part == part), None)
 
 
-def sheets_of(results: Sequence[Result]) -> list[Sheet]:
-    """Return a sheet per protocol and model, in plan order."""
+def sheets_of(
+    results: Sequence[Result], images: Mapping[str, ImagePass] | None = None
+) -> list[Sheet]:
+    """Return a sheet per protocol and model, in plan order; `images` by model."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.cell.protocol, result.cell.model), []).append(result)
-    return [Sheet(*names, tuple(group)) for names, group in groups.items()]
+    known = images or {}
+    return [Sheet(*names, tuple(own), known.get(names[1])) for names, own in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -257,20 +262,34 @@ class Costs:
     seconds: float
     """As if each cell had encoded its images."""
     result_bytes: float
+    peak_memory_mb: float | None
+    """Largest; None if unknown."""
+    needs: str
+    """Capabilities; empty if they were not recorded."""
 
 
-def seconds_alone(outcome: Outcome, per_image: float) -> float:
-    """Return a cell's seconds as if it had encoded its images; `per_image` in seconds."""
+def seconds_alone(outcome: Outcome, images: ImagePass | None) -> float:
+    """Return a cell's seconds as if it had encoded its images."""
+    per_image = images.seconds_per_image if images else 0.0
     return outcome.seconds + outcome.image_forwards_cached * per_image
 
 
-def costs_of(sheet: Sheet, method: str, per_image: float) -> Costs | None:
+def memory_alone(outcome: Outcome, images: ImagePass | None) -> float | None:
+    """Return a cell's peak memory in MB as if it had encoded its images; None if unknown."""
+    encoding = images.peak_memory_mb if images else None
+    own = outcome.peak_memory_mb
+    return None if own is None else max(own, encoding or 0.0)
+
+
+def costs_of(sheet: Sheet, method: str) -> Costs | None:
     """Return a method's costs at its most shots, None without finished cells."""
     finished = [result.cell.shots for result in sheet.of(method) if result.outcome is not None]
     if not finished:
         return None
     shots = max(finished)
     outcomes = sheet.outcomes(method, shots=shots)
+
+    peaks = [memory_alone(one, sheet.images) for one in outcomes]
 
     def mean(figure: Callable[[Outcome], float]) -> float:
         return math.fsum(map(figure, outcomes)) / len(outcomes)
@@ -283,6 +302,8 @@ def costs_of(sheet: Sheet, method: str, per_image: float) -> Costs | None:
         probe_queries=mean(lambda one: one.probe_queries),
         text_forwards=mean(lambda one: one.text_forwards),
         image_forwards=mean(lambda one: one.image_forwards),
-        seconds=mean(lambda one: seconds_alone(one, per_image)),
+        seconds=mean(lambda one: seconds_alone(one, sheet.images)),
         result_bytes=mean(lambda one: one.result_bytes),
+        peak_memory_mb=max(filter(None, peaks), default=None),
+        needs=outcomes[0].needs,
     )

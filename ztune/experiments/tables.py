@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ztune.experiments.ranking import Ranking
+from ztune.experiments.store import ImagePass
 from ztune.experiments.summary import (
     Costs,
     Measured,
@@ -249,18 +250,18 @@ def _targets(sheet: Sheet, names: Names, source: str, shots: int) -> Table:
     return figures_table(title, columns, whole, notes)
 
 
-def costs_tables(sheet: Sheet, per_image: float | None) -> list[Table]:
-    """Return methods × costs, a table per number of shots; `per_image` in seconds.
+def costs_tables(sheet: Sheet) -> list[Table]:
+    """Return methods × costs, a table per number of shots.
 
     A method is in the table of its most shots: a mean over all would mix unlike cells.
     """
-    costs = [costs_of(sheet, method, per_image or 0.0) for method in sheet.methods]
+    costs = [costs_of(sheet, method) for method in sheet.methods]
     found = [one for one in costs if one is not None]
     most = sorted({one.shots for one in found}, reverse=True)
-    return [_costs([one for one in found if one.shots == k], k, per_image) for k in most]
+    return [_costs([one for one in found if one.shots == k], k, sheet.images) for k in most]
 
 
-def _costs(found: Sequence[Costs], shots: int, per_image: float | None) -> Table:
+def _costs(found: Sequence[Costs], shots: int, images: ImagePass | None) -> Table:
     rows = [
         tuple(
             Word(text)
@@ -272,6 +273,7 @@ def _costs(found: Sequence[Costs], shots: int, per_image: float | None) -> Table
                 f"{one.text_forwards:,.0f}",
                 f"{one.image_forwards:,.0f}",
                 f"{one.seconds:,.1f}",
+                DASH if one.peak_memory_mb is None else f"{one.peak_memory_mb:,.0f}",
                 f"{one.result_bytes:,.0f}",
             )
         )
@@ -279,17 +281,19 @@ def _costs(found: Sequence[Costs], shots: int, per_image: float | None) -> Table
     ]
     columns = (
         "method", "cells", "queries", "probe queries", "text forwards", "image forwards",
-        "seconds", "result bytes",
+        "seconds", "peak MB", "result bytes",
     )  # fmt: skip
     charged = (
         "cells share a cache, so each is charged "
-        f"{1000 * per_image:.2g} ms per cached image, as if it had encoded it."
-        if per_image is not None
+        f"{1000 * images.seconds_per_image:.2g} ms per cached image, as if it had encoded it."
+        if images is not None
         else "the cost of encoding was not recorded, so cached images are free."
     )
     notes = (
         f"Means over the finished cells with {_n_shots(shots)}, the most that these methods have.",
         f"Seconds: {charged}",
+        f"Peak MB: the largest; {DASH}: measured only with `isolate = true` in the plan.",
+        *(f"{one.method} needs {one.needs}." for one in found if one.needs),
     )
     return Table(f"Costs of a cell, {_n_shots(shots)}", columns, tuple(rows), notes)
 

@@ -25,6 +25,7 @@ from ztune.artifact import (
     VisualArtifact,
     read_artifact,
 )
+from ztune.capabilities import describe
 from ztune.data.cache import FeatureCache
 from ztune.data.features import encode_files
 from ztune.data.split import Split
@@ -43,6 +44,7 @@ from ztune.experiments.jobs import (
 from ztune.io.files import read_json, sha256, write_json
 from ztune.io.schema import convert, plain
 from ztune.methods.plugins import package_of
+from ztune.methods.registry import find_method, needs_of
 from ztune.model import Model
 from ztune.printing import printable_lines, reason_of, without_marks
 from ztune.progress import forward_warnings
@@ -244,6 +246,7 @@ class Worker:
             scores=tuple(scores),
             curve=tuple(curve),
             peak_memory_mb=tuned.peak_memory_mb,
+            needs=describe(needs_of(find_method(run.method), training.run_config.method_config)),
         )
 
     def _snapshots(

@@ -41,7 +41,7 @@ OUTCOME = Outcome(
     scores=SCORES,
     curve=CURVE,
 )
-VARYING = ("seconds", "image_forwards_cached")
+VARYING = ("seconds", "peak_memory_mb", "image_forwards_cached")
 """What may differ when a cell is run again; the seconds of the curve are tested apart."""
 
 

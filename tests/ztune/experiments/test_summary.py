@@ -8,6 +8,7 @@ import pytest
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
 from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.ranking import Ranking, Record, rank_methods, units_of
+from ztune.experiments.store import ImagePass
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -190,13 +191,18 @@ def test_transfers_are_tables_of_their_targets(tmp_path: Path) -> None:
 
 def test_costs_are_means_with_the_images_found_encoded_paid_for(tmp_path: Path) -> None:
     (sheet,) = sheets(tmp_path, Row("m", "a", (0.5, 0.6)), Row("none", "a", ("broke",)))
-    (table,) = costs_tables(sheet, 0.025)
+    (table,) = costs_tables(replace(sheet, images=ImagePass(0.025, None)))
     # 10 s of its own and 40 images of 25 ms.
-    assert texts(table) == {"m": ["2", "100", "20", "1,200", "50", "11.0", "1,000"]}
+    assert texts(table) == {"m": ["2", "100", "20", "1,200", "50", "11.0", "–", "1,000"]}
     assert any("25 ms" in note for note in table.notes)
-    (free,) = costs_tables(sheet, None)
+    (free,) = costs_tables(sheet)
     assert texts(free)["m"][5] == "10.0"
     assert any("not recorded" in note for note in free.notes)
+    measured = replace(OUTCOME, peak_memory_mb=200.0, needs="losses")
+    (sheet,) = sheets(tmp_path / "more", Row("m", "a", (0.5,), outcome=measured))
+    (alone,) = costs_tables(replace(sheet, images=ImagePass(0.025, 300.0)))
+    assert texts(alone)["m"][6] == "300"  # of the process that encoded the images
+    assert "m needs losses." in alone.notes
 
 
 def test_costs_are_of_a_methods_most_shots_alone(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_costs_are_of_a_methods_most_shots_alone(tmp_path: Path) -> None:
     (sheet,) = sheets(tmp_path / "some", *rows)
 
     def found() -> dict[str, dict[str, list[str]]]:
-        tables = costs_tables(sheet, None)
+        tables = costs_tables(sheet)
         assert all(table.columns[:3] == ("method", "cells", "queries") for table in tables)
         return {t.title: {name: line[:2] for name, line in texts(t).items()} for t in tables}
 
