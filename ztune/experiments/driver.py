@@ -85,9 +85,9 @@ class Driver:
             reporter = ProgressReporter(self.progress, ticker, len(jobs))
             while waiting:
                 left = [one for jobs in _batches(waiting) for one in self._left(jobs, reporter)]
-                if [(job.run, job.alone) for job in left] == [
+                if {(job.run, job.alone) for job in left} == {
                     (job.run, job.alone) for job in waiting
-                ]:
+                }:
                     reporter.report_waiting(len(left))
                     time.sleep(next(pauses, _PAUSES[-1]))
                 waiting = left

@@ -70,7 +70,9 @@ class DataPlan:
             if template.count("{}") != 1:
                 raise ConfigError(f'template "{template}": expected {{}} exactly once')
         if self.names is not None and self.path is None:
-            raise ConfigError("names applies only with path: a named data set has its class names")
+            raise ConfigError(
+                "names applies only with path: a named data set has its class names (omit `names`)"
+            )
         self.split_settings(1, 0)
 
     @property

@@ -70,8 +70,7 @@ class Source:
         """
         settings = replace(self.settings, shots=shots, seed=seed)
         if self.listing.lists is not None and self.test_listing is None:
-            drawn = few_shot(self.listing.lists, shots, seed, settings.n_val)
-            return drawn, tuple(describe_shortages(drawn, shots, settings.n_val))
+            return few_shot(self.listing.lists, shots, seed, settings.n_val), ()
         split = make_split(self.listing, settings, self.test_listing, self.digest)
         if not split.entries_of("test"):
             raise DataError(f'data set "{self.name}": {"; ".join(split.notes)}')
@@ -170,6 +169,8 @@ def task_of(
                 "expected at least 2"
             )
     tuned_on = CoopSplit(drawn.train, drawn.val)
+    if not remarks:  # in base-to-new they are on the classes tuned on
+        remarks = tuple(describe_shortages(tuned_on, shots, source.settings.n_val))
     return Task(protocol, source, shots, seed, tuned_on, tuple(parts), remarks)
 
 

@@ -135,7 +135,7 @@ def test_repeatable_is_json_and_the_same_after_reading_back() -> None:
     assert set(names(OUTCOME)) - set(document) == set(VARYING)
 
 
-@pytest.mark.parametrize("name", names(OUTCOME))
+@pytest.mark.parametrize("name", sorted({*names(OUTCOME)} - {"peak_memory_mb", "needs"}))
 def test_an_outcome_that_lacks_a_field_is_refused(name: str) -> None:
     document = plain(OUTCOME)
     del document[name]
