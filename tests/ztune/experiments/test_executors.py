@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -19,7 +20,9 @@ import pytest
 
 from ztune.errors import ConfigError, ZtuneError
 from ztune.experiments import executors
+from ztune.experiments.bench import Workers
 from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
+from ztune.experiments.isolated import Isolated
 from ztune.experiments.jobs import Encoded, Encoding, Task
 from ztune.experiments.worker import Settings, Worker
 
@@ -51,6 +54,20 @@ def in_order(n: int) -> list[tuple[int, object]]:
 
 def each_once(found: Sequence[tuple[int, object]], n: int) -> bool:
     return sorted(found, key=lambda one: one[0]) == in_order(n)
+
+
+def test_isolated_tasks_have_processes_of_their_own(settings: Settings) -> None:
+    isolated = replace(settings, isolated=True)
+    found = answers(Isolated(isolated), 2)
+    assert found == [(n, Encoded(f"task {n}", 0, 0.0)) for n in range(2)]  # there is no bundle
+
+
+def test_isolated_runs_take_one_worker(settings: Settings) -> None:
+    isolated = replace(settings, isolated=True)
+    assert isinstance(Workers().executor(isolated), Isolated)
+    for workers in (Workers(2), Workers(1, "local")):
+        with pytest.raises(ConfigError, match="`isolate` of the plan runs one process at a time"):
+            workers.executor(isolated)
 
 
 class StubWorker:
