@@ -25,7 +25,7 @@ from ztune.printing import reason_of
 from ztune.types import F32, U8
 
 # Part of the feature cache's key: increase it with every change that alters a pixel.
-PREPROCESS_VERSION = 1
+PREPROCESS_VERSION = 2
 # Supported formats: Pillow's names, and ours. Other decoders are a risk with untrusted files: that
 # of EPS starts Ghostscript.
 FORMATS = {
@@ -183,23 +183,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def resize(image: Image.Image, width: int, height: int, spec: ImageSpec) -> Image.Image:
+    """Resize an RGB image along its width, then along its height, each rounded to 8 bits.
+
+    Pillow 10 to 13 resize one axis in the same way, but both axes in different orders.
+    """
+    resample = _FILTERS[spec.interpolation]
+    return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
 def crop(image: Image.Image, spec: ImageSpec) -> U8:
     """Return u8[S, S, 3]: the image resized and cropped or padded at the centre."""
-    side, resample = spec.size, _FILTERS[spec.interpolation]
+    side = spec.size
     width, height = image.size
     if spec.resize_mode == "squash":
-        return np.array(image.resize((side, side), resample))
+        return np.array(resize(image, side, side, spec))
     if spec.resize_mode == "longest":
         ratio = max(width / side, height / side)
         # open_clip fails if the short side rounds to 0; here one row remains.
         new_width, new_height = max(1, round(width / ratio)), max(1, round(height / ratio))
         canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
         corner = ((side - new_width) // 2, (side - new_height) // 2)
-        canvas.paste(image.resize((new_width, new_height), resample), corner)
+        canvas.paste(resize(image, new_width, new_height, spec), corner)
         return np.array(canvas)
     new_width, new_height = (int(side * length / min(width, height)) for length in (width, height))
     left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-    resized = image.resize((new_width, new_height), resample)
+    resized = resize(image, new_width, new_height, spec)
     return np.array(resized.crop((left, top, left + side, top + side)))
 
 
@@ -207,7 +216,7 @@ def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -
     """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
     left, top, width, height = _random_box(*image.size, rng)
     view = image.crop((left, top, left + width, top + height))
-    pixels = np.array(view.resize((spec.size, spec.size), _FILTERS[spec.interpolation]))
+    pixels = np.array(resize(view, spec.size, spec.size, spec))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
 
 
