@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, version_converter
 
-from export.nodes import Nodes, normalise, resample
+from export.nodes import Nodes, normalise, resize
 from runtimes.bundle import Bundle, check_external_data
 from runtimes.decoder import N_STATISTICS, decoder_graph, n_values
 from runtimes.visual import inner_side, limits, normalised_border
@@ -98,9 +98,9 @@ def _add_border(g: Nodes, pixels: str, bundle: Bundle, artifact: VisualArtifact)
     margin = (size - inner) // 2
     frame = normalised_border(artifact.visual, bundle.image)
     frame[:, margin : margin + inner, margin : margin + inner] = 0
-    small = normalise(
-        g, resample(g, pixels, g.constant([inner, inner], np.int64), bundle.image), bundle.image
-    )
+    levels = g.cast(pixels, TensorProto.UINT8)
+    whole = g.integers(inner, inner), g.integers(0, 0), inner
+    small = normalise(g, resize(g, levels, *whole, bundle.image), bundle.image)
     padded = g.node("Pad", [small, g.constant([0, 0, margin, margin] * 2, np.int64)])
     return g.node("Add", [padded, g.constant(frame[None])])
 

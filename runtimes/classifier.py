@@ -14,6 +14,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from runtimes.bundle import ImageSpec, Precision, check_external_data, reading
+from runtimes.conversions import count_conversions, report_conversions
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import DataError, FormatError, ProviderError
@@ -186,6 +187,8 @@ def classify(
         raise DataError(f"none of {len(paths)} image(s) can be read")
     if not kept.all():
         warn(f"{int((~kept).sum())} broken images left out")
+    readable_paths = [path for path, keep in zip(paths, kept, strict=True) if keep]
+    report_conversions(count_conversions(readable_paths), "images", progress)
     return logits, probabilities, kept
 
 

@@ -2,7 +2,8 @@
 
 Images are read as 8-bit RGB, as torchvision's image folders do for open_clip: an alpha channel is
 dropped, not blended, as in published evaluations. Unlike in open_clip, the EXIF orientation is
-applied and 16-bit greyscale is scaled instead of clipped.
+applied, greyscale above 8 bits is scaled instead of clipped, and axes are resized in a fixed order.
+docs/images.md states every rule.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
@@ -25,7 +28,7 @@ from ztune.printing import reason_of
 from ztune.types import F32, U8
 
 # Part of the feature cache's key: increase it with every change that alters a pixel.
-PREPROCESS_VERSION = 1
+PREPROCESS_VERSION = 2
 # Supported formats: Pillow's names, and ours. Other decoders are a risk with untrusted files: that
 # of EPS starts Ghostscript.
 FORMATS = {
@@ -41,7 +44,7 @@ FORMATS = {
 }
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,7 +59,7 @@ _RATIO = (3 / 4, 4 / 3)
 # The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
 # Warning filters are global to the process: one thread at a time may change them.
-_DECODING = threading.Lock()
+DECODING = threading.Lock()
 
 
 def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
@@ -94,7 +97,7 @@ def read_image_file(path: Path) -> Image.Image:
     """
     try:
         stat = path.stat()
-        with _DECODING, warnings.catch_warnings():
+        with DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; real problems raise
             return _decode(path, stat.st_mtime_ns, stat.st_size)
     except DataError:
@@ -159,14 +162,45 @@ def _upright(opened: Image.Image) -> Image.Image:
     """Return an image in 8-bit RGB, with its EXIF orientation applied."""
     if max(opened.size) > _LONGEST * min(opened.size):
         raise ValueError(f"{opened.width} x {opened.height} pixels (expected at most {_LONGEST}:1)")
+    deep = has_16_bit_colours(opened)
     opened.load()
+    if deep and max(top for _, top in _colour_extrema(opened)) < 16:
+        raise ValueError(
+            "no level of its 16-bit colours is above 4095 (12-bit data?), and only the upper 8 "
+            "bits are read (scale its levels to 0…65535, or save it with 8 bits)"
+        )
     orientation = 1
     with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are
         orientation = opened.getexif().get(_EXIF_ORIENTATION, 1)
     image = _to_rgb(opened)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     return image
+
+
+def has_16_bit_colours(opened: Image.Image) -> bool:
+    """Return whether a file's colours have 16 bits, before they are decoded to 8."""
+    tiles = getattr(opened, "tile", None)
+    if not tiles or opened.mode.startswith("I"):
+        return False
+    layout = tiles[0][3]  # a raw mode such as RGB;16B, or a tuple that starts with one
+    return ";16" in str(layout[0] if isinstance(layout, tuple) else layout)
+
+
+def _colour_extrema(image: Image.Image) -> list[tuple[int, int]]:
+    """Return the lowest and highest level of each band but alpha."""
+    bands: Any = image.split()
+    named = zip(image.getbands(), bands, strict=True)
+    return [band.getextrema() for name, band in named if name not in "Aa"]
+
+
+def grey_bits(levels: NDArray[Any]) -> Literal[8, 12, 16]:
+    """Return the bits of greyscale levels above 8 bits: the fewest of 8, 12, 16 that hold them.
+
+    Cameras and scanners store 12-bit levels in 16 bits, and no format says so. Black has 16.
+    """
+    top = levels.max()
+    return 16 if top > 4095 or top == 0 else 12 if top > 255 else 8
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -175,7 +209,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
-        greys = (levels.astype(np.uint32) * 255 + 32767) // 65535
+        top = 2 ** grey_bits(levels) - 1
+        greys = (levels.astype(np.uint32) * 255 + top // 2) // top
         image = Image.fromarray(greys.astype(np.uint8))
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn
     if image.mode in ("La", "RGBa"):  # premultiplied
@@ -183,23 +218,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def resize(image: Image.Image, width: int, height: int, spec: ImageSpec) -> Image.Image:
+    """Resize an RGB image along its width, then along its height, each rounded to 8 bits.
+
+    Pillow 10 to 13 resize one axis in the same way, but both axes in different orders.
+    """
+    resample = _FILTERS[spec.interpolation]
+    return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
 def crop(image: Image.Image, spec: ImageSpec) -> U8:
     """Return u8[S, S, 3]: the image resized and cropped or padded at the centre."""
-    side, resample = spec.size, _FILTERS[spec.interpolation]
+    side = spec.size
     width, height = image.size
     if spec.resize_mode == "squash":
-        return np.array(image.resize((side, side), resample))
+        return np.array(resize(image, side, side, spec))
     if spec.resize_mode == "longest":
         ratio = max(width / side, height / side)
         # open_clip fails if the short side rounds to 0; here one row remains.
         new_width, new_height = max(1, round(width / ratio)), max(1, round(height / ratio))
         canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
         corner = ((side - new_width) // 2, (side - new_height) // 2)
-        canvas.paste(image.resize((new_width, new_height), resample), corner)
+        canvas.paste(resize(image, new_width, new_height, spec), corner)
         return np.array(canvas)
     new_width, new_height = (int(side * length / min(width, height)) for length in (width, height))
     left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-    resized = image.resize((new_width, new_height), resample)
+    resized = resize(image, new_width, new_height, spec)
     return np.array(resized.crop((left, top, left + side, top + side)))
 
 
@@ -207,7 +251,7 @@ def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -
     """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
     left, top, width, height = _random_box(*image.size, rng)
     view = image.crop((left, top, left + width, top + height))
-    pixels = np.array(view.resize((spec.size, spec.size), _FILTERS[spec.interpolation]))
+    pixels = np.array(resize(view, spec.size, spec.size, spec))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
 
 

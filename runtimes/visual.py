@@ -17,7 +17,7 @@ from PIL import Image
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, ImageSpec
 from runtimes.decoder import Decoder
 from runtimes.ort import Graph
-from runtimes.preprocess import normalise
+from runtimes.preprocess import normalise, resize
 from runtimes.providers import Execution, run_graph
 from ztune.errors import ConfigError, FormatError
 from ztune.types import F32, I64, U8, Batch
@@ -258,7 +258,4 @@ class DeployedImages:
 
 def _shrink(pixels: U8, side: int, spec: ImageSpec) -> U8:
     """Resize u8[N, S, S, 3] to u8[N, side, side, 3] with the model's filter."""
-    resample = Image.Resampling[spec.interpolation.upper()]
-    return np.stack(
-        [np.asarray(Image.fromarray(one).resize((side, side), resample)) for one in pixels]
-    )
+    return np.stack([np.asarray(resize(Image.fromarray(one), side, side, spec)) for one in pixels])

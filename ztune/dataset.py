@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from runtimes.conversions import count_conversions, report_conversions
 from runtimes.in_memory import image_digest
 from runtimes.preprocess import ImageLike, convert_image
 from ztune.data.folders import ListedImage, Listing
@@ -21,7 +22,7 @@ from ztune.data.split import Split, SplitSettings
 from ztune.data.splitter import digest_file, make_split, training_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
-from ztune.progress import warn
+from ztune.progress import SILENCE, warn
 from ztune.types import I64
 
 MEMORY = Path("/in-memory").absolute()
@@ -138,6 +139,8 @@ class Dataset:
             root = Path(os.path.commonpath([path.parent for path in paths])) if paths else MEMORY
         except ValueError:  # on several drives
             raise DataError("`images` are on several drives, expected one") from None
+        in_memory = [image for image in images if isinstance(image, Image.Image)]
+        report_conversions(count_conversions(in_memory), "images", SILENCE)
         held: dict[Path, Image.Image] = {}
         listed = []
         for number, (image, name) in enumerate(zip(images, names, strict=True)):

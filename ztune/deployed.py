@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from runtimes.classifier import Classifier, classify_pixels, open_classifier
+from runtimes.conversions import count_conversions, report_conversions
 from runtimes.providers import resolve_execution
 from ztune.dataset import Images, Labels, listed_images, true_labels
 from ztune.errors import ClosedError
 from ztune.evaluate import LabelledImages
+from ztune.progress import SILENCE
 from ztune.types import F32
 
 
@@ -108,6 +110,7 @@ class DeployedClassifier:
                 f'classifier "{self._path}" is closed: open it again with ztune.load_classifier'
             )
         images = listed_images(X)
+        report_conversions(count_conversions(images), "images", SILENCE)
         return classify_pixels(
             classifier,
             (classifier.read(image, f"image {n}") for n, image in enumerate(images)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class EncodedSplit:
     changeable: Changeable | None = None
     """The training images' pixels, if the method changes images."""
     val_changeable: Changeable | None = None
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many images each rule changed (runtimes.conversions)."""
 
     def shots(self, text_features: F32, logit_scale: float, logit_bias: float) -> Shots:
         """Return a head's input; `text_features` f32[C, e] are the templates'."""
@@ -58,7 +61,7 @@ class EncodedSplit:
         labels = np.tile(self.labels, n_views)
         return Shots(features, labels, text_features, logit_scale, logit_bias, held_out, n_views)
 
-    def costs(self, own_cache: bool, seconds: float) -> dict[str, int | float]:
+    def costs(self, own_cache: bool, seconds: float) -> dict[str, Any]:
         """Return the image pass's cost; a resumed run keeps its first full pass's.
 
         Images in the run's own cache were encoded by this run, before it was killed.
@@ -68,6 +71,7 @@ class EncodedSplit:
             "image_forwards": self.n_encoded + n_paid_before,
             "image_forwards_cached": self.n_cached - n_paid_before,
             "broken_images": self.n_broken,
+            "conversions": self.conversions,
             "image_seconds": round(seconds, 3),
         }
 
@@ -100,12 +104,14 @@ class SplitEncoder:
         train, labels = self.training()
         n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
         n_broken = int((~train.kept).sum())
+        conversions = Counter(train.conversions)
         val, val_labels = None, self.split.labels("val")
         if len(val_labels):
             val = self._encoded("val", "validation images", 0)
             val_labels = val_labels[val.kept]
             n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
             n_broken += int((~val.kept).sum())
+            conversions.update(val.conversions)
         parts: list[Changeable | None] = [None, None]
         if changeable:
             parts[0], n_more = self._changeable("train", train, n_views)
@@ -121,7 +127,9 @@ class SplitEncoder:
             n_encoded,
             n_wanted - n_encoded,
             n_broken,
-            *parts,
+            changeable=parts[0],
+            val_changeable=parts[1],
+            conversions=dict(conversions),
         )
 
     def _encoded(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
 from runtimes.preprocess import crop, read_image
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
@@ -233,6 +234,7 @@ class FewShotClassifier:
                 method = artifact.provenance.method
                 raise DataError(f"{method} changes images: pass images, not features")
             return self._classifier.logits(unit_rows(finite(images)))
+        report_conversions(count_conversions(images), "images", self._model.progress)
         parts = [
             self._logits_of(artifact, images[first : first + _BATCH], first)
             for first in range(0, len(images), _BATCH)

@@ -12,6 +12,7 @@ import numpy as np
 
 from runtimes import decoder
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
 from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
 from runtimes.ort import OrtImageEncoder
@@ -169,6 +170,10 @@ class Model:
             )
         if not result.kept.all():
             warn(f"{what}: {int((~result.kept).sum())} broken images left out")
+        if extractor is None:
+            kept = [path for (path, _), keep in zip(items, result.kept, strict=True) if keep]
+            result = replace(result, conversions=count_conversions(kept))
+            report_conversions(result.conversions, what, self.progress)
         return result
 
     def encode_images(self, images: Sequence[ImageLike]) -> F32:
@@ -180,6 +185,7 @@ class Model:
         """
         if isinstance(images, str | Path):
             raise DataError("`images` is one path, expected a list of images")
+        report_conversions(count_conversions(images), "images", self.progress)
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]

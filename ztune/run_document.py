@@ -35,6 +35,8 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     image_forwards: Count | None = None
     image_forwards_cached: Count | None = None
     broken_images: Count | None = None
+    conversions: Mapping[str, Count] | None = None
+    """How many training and validation images each rule changed (runtimes.conversions)."""
     image_seconds: float | None = None
     calls: Mapping[str, Json] | None = None
     """How a round is split into calls or requests."""

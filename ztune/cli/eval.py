@@ -292,6 +292,9 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
 def _document(
     result: Score, images: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
 ) -> dict[str, Json]:
+    from runtimes.conversions import count_conversions
+
+    readable = [path for (path, _), keep in zip(images.items, kept, strict=True) if keep]
     return {
         "accuracy": result.accuracy,
         "interval": list(result.interval),
@@ -300,6 +303,7 @@ def _document(
         "split": images.split,
         "per_class": plain(result.per_class()),
         "broken_images": int((~kept).sum()),
+        "conversions": dict(count_conversions(readable)),
         "tuning_images": images.n_tuned_on(fingerprints),
     }
 

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import classify, open_classifier
+    from runtimes.conversions import count_conversions
     from runtimes.providers import resolve_execution
 
     for name in ("top", "limit"):
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     document: dict[str, Json] = {
         "classifier": str(arguments.classifier),
         "broken_images": int((~kept).sum()),
+        "conversions": dict(count_conversions(shown)),
         "predictions": predictions,
     }
     n_shown = min(arguments.top, len(classifier.classes))

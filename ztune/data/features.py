@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ class Features:
     """bool[images requested]: False for a broken image, which is skipped."""
     n_encoded: int
     """Views encoded now; the others came from the cache."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many images each rule changed (runtimes.conversions)."""
 
 
 @dataclass(frozen=True)
