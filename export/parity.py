@@ -18,6 +18,7 @@ from torch import Tensor
 from export.clip import LoadedClip
 from export.graphs import visual_tower
 from runtimes.bundle import Parity, TextSpec
+from runtimes.graph_check import check_graph
 from runtimes.prompts import feeds, placeholder_id
 from runtimes.providers import onnxruntime
 from runtimes.tokenizer import Tokenizer
@@ -182,7 +183,11 @@ def prompt_reference(loaded: LoadedClip, contexts: Tensor, names: Sequence[tuple
 
 
 def open_graph(graph: Path) -> Any:
-    """Open a graph on the CPU."""
+    """Open a graph on the CPU.
+
+    Raises: FormatError for one that no bundle may have.
+    """
+    check_graph(graph, f"{graph.name}.data")
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -11,8 +11,9 @@ import onnx
 from onnx import NodeProto, TensorProto, version_converter
 
 from export.nodes import Nodes, normalise, resize
-from runtimes.bundle import Bundle, check_external_data
+from runtimes.bundle import Bundle
 from runtimes.decoder import N_STATISTICS, decoder_graph, n_values
+from runtimes.graph_check import check_graph
 from runtimes.visual import inner_side, limits, normalised_border
 from ztune.artifact import VisualArtifact
 from ztune.errors import FormatError
@@ -164,7 +165,7 @@ def _load_extractor(artifact: VisualArtifact, path: Path | None, model: Any) -> 
             f"{where} is not the file that the decoder was tuned with (expected SHA-256 "
             f"{artifact.extractor[:12]}…)"
         )
-    check_external_data(path, None)  # the SHA-256 above covers this file only
+    check_graph(path, None)  # the SHA-256 above covers this file only
     source = onnx.load(str(path))
     graph = source.graph
     stored = {w.name for w in graph.initializer}
@@ -177,11 +178,10 @@ def _load_extractor(artifact: VisualArtifact, path: Path | None, model: Any) -> 
         and len(outputs[0]) == 2
         and outputs[0][1].dim_value > 0
     )
-    branches = any(a.HasField("g") for node in graph.node for a in node.attribute)
-    if not fits or branches or source.functions:
+    if not fits:
         raise FormatError(
-            f"{where} is not a graph without branches or functions, with one input "
-            "f32[N, 3, S, S] and one output f32[N, k] of fixed k"
+            f"{where} is not a graph with one input f32[N, 3, S, S] and one output f32[N, k] of "
+            "fixed k"
         )
     return _convert_opset(source, model, where), outputs[0][1].dim_value
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
+from runtimes.graph_check import check_graph
 from ztune.errors import FormatError
-from ztune.io.files import open_regular, read_json, sha256
+from ztune.io.files import read_json, sha256
 from ztune.io.kinds import wrong_kind
 from ztune.io.schema import AtLeastOne, Count, Positive, convert, current
 from ztune.types import Json
@@ -145,9 +145,9 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         return not any((self.path / name).is_file() for name in self.files if ".onnx" in name)
 
     def file(self, name: str) -> Path:
-        """Return the path of a file after checking size, digest and external data.
+        """Return the path of a file after checking size, digest and graph.
 
-        Raises: FormatError when the file is missing, damaged or replaced.
+        Raises: FormatError when the file is missing, damaged or replaced, or as `check_graph`.
         """
         if name not in self.files:
             raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
@@ -156,7 +156,7 @@ class Bundle(Manifest, frozen=True, kw_only=True):
                 if part in self.files:
                     self._check(part)
             if name.endswith(".onnx"):
-                check_external_data(
+                check_graph(
                     self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
                 )
         return self.path / name
@@ -231,53 +231,6 @@ def _load(path: Path) -> Bundle:
         )
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     return Bundle(path=path, digest=sha256(path / MANIFEST), manifest=raw, **fields)
-
-
-def check_external_data(graph: Path, allowed: str | None) -> None:
-    """Refuse a graph with external data in a file other than `allowed`, before opening it.
-
-    Raises: FormatError naming the location, or when the file is not an ONNX graph.
-    """
-    if graph.stat().st_size == 0:
-        raise FormatError(f"{graph} is empty")
-    # External data has the key "location". A file without this word has none, and is not parsed,
-    # which would take its whole size in memory.
-    with (
-        open_regular(graph) as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        if content.find(b"location") < 0:
-            return
-    for location in _external_locations(graph):
-        if location != allowed:
-            raise FormatError(
-                f"{graph} stores tensors in {location!r}, "
-                f"expected {allowed or 'all in one file'} (export again)"
-            )
-
-
-def _external_locations(graph: Path) -> Iterator[str]:
-    """Yield the external location of each tensor, including those in subgraphs and attributes."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise FormatError(f"{graph} is not an ONNX graph: {error}") from None
-
-    def tensors(message: Any) -> Iterator[Any]:
-        if isinstance(message, onnx.TensorProto):
-            yield message
-        for field, value in message.ListFields():
-            if field.message_type is not None:
-                for part in [value] if hasattr(value, "ListFields") else value:
-                    yield from tensors(part)
-
-    for tensor in tensors(model):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                yield entry.value
 
 
 def compact_json(value: Mapping[str, Json]) -> str:

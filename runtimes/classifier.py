@@ -13,8 +13,9 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from runtimes.bundle import ImageSpec, Precision, check_external_data, reading
+from runtimes.bundle import ImageSpec, Precision, reading
 from runtimes.conversions import count_conversions, report_conversions
+from runtimes.graph_check import check_graph
 from runtimes.preprocess import ImageLike, crop, read_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import DataError, FormatError, ProviderError
@@ -100,7 +101,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         if not path.is_file() or kind_of(path) == "artifact":
             raise wrong_kind(path, "classifier")
         weights = Path(f"{path}.data")
-        check_external_data(path, weights.name if weights.is_file() else None)
+        check_graph(path, weights.name if weights.is_file() else None)
         _check_precision(path, execution.provider)
     try:
         session = open_session(path, execution)

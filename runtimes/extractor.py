@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import Bundle, check_external_data, reading
+from runtimes.bundle import Bundle, reading
+from runtimes.graph_check import check_graph
 from runtimes.ort import encoder_identity
 from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph
@@ -31,7 +32,7 @@ class OrtExtractor:
         with reading(f'extractor "{path}"'):
             if not path.is_file():
                 raise ConfigError(f'extractor "{path}" does not exist')
-            check_external_data(path, None)
+            check_graph(path, None)
             digest = sha256(path)
         self._identity = encoder_identity(digest, bundle.image, execution)
 

@@ -125,6 +125,8 @@ def open_session(graph: Path | bytes, execution: Execution, setup: Setup | None 
         )
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # Otherwise a file named *.ort is read in a format that check_graph does not know.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.use_deterministic_compute = True
     # Without the arena, buffers return to the system at once: at ViT-B/32 size and 100 classes the
     # peak is 371 MB instead of 484, at the same speed.

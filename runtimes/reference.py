@@ -210,10 +210,6 @@ def to_reference_graph(model: Any, precision: str) -> Any:
     """
     from onnx import TensorProto
 
-    if model.functions or any(a.HasField("g") for n in model.graph.node for a in n.attribute):
-        raise FormatError(
-            "a prompt graph with functions or branches has no reference (export again)"
-        )
     del model.graph.value_info[:]  # types that no longer hold
     if precision == "int8":
         _dequantize(model.graph)

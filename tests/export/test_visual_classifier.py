@@ -220,7 +220,7 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
         foreign = dataclasses.replace(own, extractor=sha256(MINI / name))
         refused(
             foreign,
-            "not a graph without branches or functions, with one input",
+            "is not a graph with one input",
             extractor=MINI / name,
         )
     without = msgspec.structs.replace(mini, visual=None, files={

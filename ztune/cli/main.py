@@ -8,11 +8,11 @@ import os
 import shlex
 import signal
 import sys
-from types import FrameType
 
 from ztune.cli.output import OptionOf, Output, fail, show_traceback, with_options
 from ztune.cli.parser import VERBS, module_of, option_finder, parser_of, refuse
 from ztune.errors import ZtuneError
+from ztune.io.stopping import INTERRUPTED, stop_on
 from ztune.printing import holds_password
 from ztune.progress import forward_warnings
 
@@ -39,10 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] not in VERBS:
         refuse(words)
     verb = words[0]
-    signal.signal(signal.SIGTERM, _terminate)
-    hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
-    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # nohup ignores it
-        signal.signal(hangup, _terminate)
+    # Windows lacks SIGHUP; nohup ignores it.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    stop_on([number for number in numbers if signal.getsignal(number) != signal.SIG_IGN])
     try:
         parser = parser_of(verb)
         arguments = parser.read(words[1:])
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         fail("stopped")
-        return 130
+        return INTERRUPTED
     arguments.command = shlex.join(["ztune", *words])
     return _run(verb, arguments, option_finder(parser, verb))
 
@@ -68,7 +67,7 @@ def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
         return 1
     except KeyboardInterrupt as stop:
         fail(f"stopped{f' ({stop})' if str(stop) else ''}")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of the output is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,10 +81,6 @@ def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
         fail(f"{where}{error.strerror or error}{full}")
         return 1
     return 0
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

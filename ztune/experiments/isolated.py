@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -18,12 +17,12 @@ import msgspec
 from ztune.experiments.jobs import Encoded, Encoding, Job, JobResult, Task
 from ztune.experiments.worker import Settings, Worker
 from ztune.io.children import python_command
+from ztune.io.stopping import INTERRUPTED, stop_on
 
-_GRACE = 20.0
-"""Seconds that a stopped process has to save its state."""
+_GRACE = 0.8
+"""Seconds that a stopped process has to save its state; less than its parent has."""
 _PROGRAM = "from ztune.experiments.isolated import main; sys.exit(main())"
 _KILLED = 9  # SIGKILL, which Windows' signal module lacks
-_INTERRUPTED = 130
 _RESULTS: dict[type, Any] = {Encoding: Encoded, Job: JobResult}
 
 
@@ -71,13 +70,13 @@ class Isolated:
 
 def main() -> int:
     """Run the task on standard input; print its result."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on([signal.SIGTERM], _GRACE)
     kind, settings, task = _decoded(sys.stdin.buffer.read(), tuple[str, msgspec.Raw, msgspec.Raw])
     worker = Worker(_decoded(settings, Settings))
     try:
         result = worker.perform(_decoded(task, Job if kind == "Job" else Encoding))
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     sys.stdout.buffer.write(_encoded(result))
     return 0
 
@@ -102,11 +101,7 @@ def _decoded(text: bytes | msgspec.Raw, kind: Any) -> Any:
 def _stop(child: subprocess.Popen[bytes]) -> None:
     child.terminate()
     try:
-        child.communicate(timeout=_GRACE)
+        child.communicate(timeout=_GRACE + 1)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
