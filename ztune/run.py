@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from ztune.artifact import Artifact, artifact_bytes, write_artifact
 from ztune.budget import Budget
 from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.io.files import naming, new_folder, read_json, write_json
+from ztune.io.files import naming, new_folder, read_json, remove_leftovers, write_json
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
 from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
@@ -94,6 +95,7 @@ class RunFolder:
         self.journal = path / "sent.jsonl"
         self.snapshots = path / "snapshots"
         self.lock = path / ".lock"
+        self.curve = path / "curve.png"
 
     def require_free(self, *, overwrite: bool = False) -> None:
         """Check that a run can start here: there is none, or one that may be replaced.
@@ -152,6 +154,7 @@ class RunFolder:
             self.require_free()
             self._replace(document, split)
             return
+        self.remove_leftovers()
         with new_folder(self.path) as work:
             RunFolder(work).write(document)
             write_json(work / self.split.name, dict(split))
@@ -197,7 +200,21 @@ class RunFolder:
                 raise ConfigError(
                     f'run "{self.path}" is in use by another process (wait for it, or stop it)'
                 ) from None
+            self.remove_leftovers()
             yield
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files and folders that killed processes left of this run."""
+        begun = (self.run.name, self.split.name)
+        names = (*begun, self.state.name, self.prompt.name, *_PLOTS)
+        found = [file for name in names for file in self.path.glob(f".{name}.*")]
+        found += self.snapshots.glob(".*.safetensors.*")
+        for folder in self.path.absolute().parent.glob(f".{glob.escape(self.path.name)}.????????"):
+            # Other programs name folders like this too: only the start of a run is removed.
+            with contextlib.suppress(OSError):
+                if all(file.name.lstrip(".").startswith(begun) for file in folder.iterdir()):
+                    found.append(folder)
+        remove_leftovers(found)
 
     def write(self, document: Mapping[str, Json]) -> None:
         write_json(self.run, {"format": FORMAT, "version": VERSION, **document})
@@ -262,7 +279,7 @@ class RunFolder:
         write_artifact(self.snapshots / f"{queries:09d}.safetensors", artifact)
 
     def draw_curve(self, levels: Mapping[str, float], title: str) -> None:
-        draw_curve(self.read_history(), levels, title, self.path / "curve.png")
+        draw_curve(self.read_history(), levels, title, self.curve)
 
     def is_finished(self) -> bool:
         """Return whether there is a finished run."""
