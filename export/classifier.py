@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from export.nodes import Nodes, normalise, pixels_to_float
 from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
+from export.weights import read_graph
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, compact_json
 from runtimes.classifier import FORMAT, VERSION, ClassifierMetadata
 from ztune.artifact import Artifact, VisualArtifact
@@ -55,8 +56,10 @@ def pack(
             f"returns {bundle.embed_dim} (pack with the bundle it was tuned on)"
         )
     visual = artifact if isinstance(artifact, VisualArtifact) else None
-    model = onnx.load(str(bundle.file(IMAGE_PROMPTED if uses_tokens(visual) else "image.onnx")))
+    name = IMAGE_PROMPTED if uses_tokens(visual) else "image.onnx"
+    model = read_graph(bundle.file(name))
     graph = model.graph
+    _check_tower(graph, bundle, name)
     S = bundle.image.size
     shape = ["N", "H", "W", 3] if resize else ["N", S, S, 3]
     g = Nodes("image")
@@ -79,6 +82,22 @@ def pack(
     del model.metadata_props[:]
     helper.set_model_props(model, _metadata(bundle, artifact, resize))
     _save(model, out, external_threshold)
+
+
+def _check_tower(graph: Any, bundle: Bundle, name: str) -> None:
+    """Check the inputs and outputs of an image graph.
+
+    Raises: FormatError.
+    """
+    stored = {weight.name for weight in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in stored]
+    outputs = [value.name for value in graph.output]
+    expected = ["pixels", "tokens"] if name == IMAGE_PROMPTED else ["pixels"]
+    if inputs != expected or outputs != ["features"]:
+        raise FormatError(
+            f'bundle "{bundle.path}": {name} has inputs {inputs} and outputs {outputs}, expected '
+            f"{expected} and ['features'] (export again)"
+        )
 
 
 def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
 from runtimes.bundle import EXTERNAL_THRESHOLD
+from ztune.errors import FormatError
+from ztune.printing import reason_of
 
 # Bytes: smaller tensors stay in the graph, since shape inference needs some of them.
 _LEAST = 1024
@@ -17,8 +20,17 @@ _PAGE = 4096
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """Return a graph with all its weights in memory."""
-    return onnx.load(str(path))
+    """Return a graph with all its weights in memory.
+
+    Raises: FormatError when it is not a valid ONNX graph.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+        return onnx.load(str(path))
+    except (onnx.checker.ValidationError, DecodeError, ValueError, RuntimeError) as error:
+        raise FormatError(
+            f"{path} is not a valid ONNX graph: {reason_of(error)} (export again)"
+        ) from None
 
 
 def write_graph(model: onnx.ModelProto, path: Path, threshold: int = EXTERNAL_THRESHOLD) -> None:

@@ -288,9 +288,38 @@ def parity_inputs(path: Path, graph: str) -> tuple[dict[str, np.ndarray], F32]:
         for name, array in arrays.items()
         if name.partition(".")[0] == graph
     }
-    if "features" not in own or len(own) < 2:
-        raise FormatError(f"{path} has no parity data for {graph}.onnx (export again)")
-    return own, own.pop("features")
+    features = own.pop("features", np.zeros(0))
+    empty = any(array.size == 0 for array in (features, *own.values()))
+    if not own or empty or features.dtype != np.float32 or features.ndim < 2:
+        raise FormatError(f"{path} has no valid parity data for {graph}.onnx (export again)")
+    return own, features
+
+
+def row_parity(bundle: Bundle, graph: str) -> tuple[np.ndarray, F32]:
+    """Return the rows that a bundle's image or text graph was compared on, and torch's features.
+
+    They are pixels f32[n, 3, S, S] or tokens i64[n, length], and f32[n, e].
+
+    Raises: FormatError for other names or shapes.
+    """
+    given, features = parity_inputs(bundle.file(PARITY), graph)
+    size, n = bundle.image.size, len(features)
+    name, dtype, shape = {
+        "image": ("pixels", np.float32, (n, 3, size, size)),
+        "text": ("tokens", np.int64, (n, bundle.text.context_length)),
+    }[graph]
+    rows = given.get(name, np.zeros(0))
+    if (
+        (rows.dtype, rows.shape) != (dtype, shape)
+        or features.shape != (n, bundle.embed_dim)
+        or (dtype == np.int64 and rows.min() < 0)
+    ):
+        raise FormatError(
+            f'bundle "{bundle.path}": {PARITY} has {name} {rows.dtype}{list(rows.shape)} with '
+            f"features {list(features.shape)}, expected {list(shape)} and "
+            f"{[n, bundle.embed_dim]} (file damaged; export again)"
+        )
+    return rows, features
 
 
 def parity_figures(
@@ -300,12 +329,16 @@ def parity_figures(
     given, expected = parity_inputs(parity, name)
     session = open_session(graph, execution, setup)
     parts = [given]
-    if (
-        name == "image"
-    ):  # one at a time, as int8 encodes them: a batch shares its activations' scale
-        parts = [{"pixels": pixels[None]} for pixels in given["pixels"]]
+    if name == "image":
+        # One at a time, as int8 encodes them: a batch shares its activations' scale.
+        parts = [{"pixels": pixels[None]} for pixels in given.get("pixels", expected)]
     features = [run_graph(session, graph, ["features"], part)[0] for part in parts]
     got = np.concatenate(features).astype(np.float64)
+    if got.shape != expected.shape:
+        raise FormatError(
+            f"{parity} has features {list(expected.shape)} of {name}.onnx, which returns "
+            f"{list(got.shape)} (file damaged; export again)"
+        )
     wide = expected.astype(np.float64)
     norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(wide, axis=-1)
     cosines = (got * wide).sum(axis=-1) / norms

@@ -24,7 +24,30 @@ def token_table(bundle: Bundle) -> F32:
         raise FormatError(
             f"{path} is {table.dtype}{list(table.shape)}, expected float32[*, {bundle.text.width}]"
         )
+    specials = (*bundle.text.prefix_ids, *bundle.text.suffix_ids, bundle.text.pad_id)
+    require_rows(table, np.array(specials, np.int64))
     return table
+
+
+def require_rows(table: F32, ids: I64) -> None:
+    """Check that all ids are rows of the token table.
+
+    Raises: FormatError naming the largest.
+    """
+    if ids.size and ids.max() >= len(table):
+        raise FormatError(
+            f"token_table.npy has {len(table)} rows, expected more than {ids.max()}, the id of a "
+            "token (file damaged; export again)"
+        )
+
+
+def embed(table: F32, ids: I64) -> F32:
+    """Return the embeddings f32[n, d] of token ids i64[n].
+
+    Raises: FormatError for a table that is too short.
+    """
+    require_rows(table, ids)
+    return np.asarray(table[ids], dtype=np.float32)
 
 
 def name_tokens(
@@ -100,7 +123,7 @@ def _prefix_feeds(
     real = steps < lengths[:, None]  # [C, n]
     packed = np.array([token for row in rows for token in row])
     return {
-        "name_embeddings": np.asarray(table[packed], dtype=np.float32),
+        "name_embeddings": embed(table, packed),
         "name_positions": np.concatenate([steps[:length] for length in lengths]).astype(np.int64),
         # Padding of the grid may be any row, since it is masked.
         "pad_index": np.where(real, starts[:, None] + steps, 0).astype(np.int64),
@@ -123,7 +146,7 @@ def _sequence_feeds(
     first = len(spec.prefix_ids)
     index[:, first : first + n_context] = np.arange(n_context)
     return {
-        "name_embeddings": np.asarray(table[used], dtype=np.float32),
+        "name_embeddings": embed(table, used),
         "sequence_index": index.astype(np.int64),
         "tokens": tokens,
     }
@@ -189,7 +212,7 @@ def encode_template(
     texts = template_tokens(bundle, tokenizer, template, class_names)
     table = token_table(bundle)
     for indices, prefix, rests in group_by_prefix(texts):
-        context = np.asarray(table[list(prefix)], dtype=np.float32)
+        context = embed(table, np.array(prefix, np.int64))
         features[indices] = encoder_of(rests, len(prefix)).encode(context[None])[0]
     return features
 
@@ -204,4 +227,4 @@ def tokenize_words(tokenizer: Tokenizer, words: str) -> I64:
 
 def embed_words(bundle: Bundle, tokenizer: Tokenizer, words: str) -> F32:
     """Return the token embeddings f32[m, d] of `words`, as an initial context."""
-    return np.array(token_table(bundle)[tokenize_words(tokenizer, words)], dtype=np.float32)
+    return embed(token_table(bundle), tokenize_words(tokenizer, words))

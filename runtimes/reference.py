@@ -32,6 +32,7 @@ from runtimes.prompts import feeds, name_lengths, token_table
 from runtimes.providers import Execution, onnxruntime, run_graph
 from ztune.errors import FormatError, ZtuneError
 from ztune.io.children import python_command
+from ztune.io.files import remove_leftovers, temporary_folder
 from ztune.io.schema import Record, convert, plain
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.printing import reason_of
@@ -44,6 +45,7 @@ _SINGLE_ONLY = {
     "Attention", "Conv", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
     "PRelu", "Softplus", "Softsign",
 }  # fmt: skip
+_FOLDER = "ztune-reference-"
 _REQUEST, _RESPONSE = "request.safetensors", "response.safetensors"
 _PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
 
@@ -82,19 +84,20 @@ def reference_features(
         threads=execution.threads,
         memory_limit=execution.memory_limit,
     )
-    with tempfile.TemporaryDirectory(prefix="ztune-reference-") as folder:
+    remove_leftovers(Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"))
+    with temporary_folder(_FOLDER) as folder:
         arrays = {
             "contexts": contexts,
             "tokens": np.concatenate([np.array(ids, dtype=np.int64) for ids in names]),
             "lengths": np.array([len(ids) for ids in names]),
         }
-        write_tensors(Path(folder, _REQUEST), arrays, plain(asked))
-        code, said = _run_process(python_command(_PROGRAM, folder))
+        write_tensors(folder / _REQUEST, arrays, plain(asked))
+        code, said = _run_process(python_command(_PROGRAM, str(folder)))
         if code:
             lines = said.strip().splitlines()
             why = lines[-1] if lines and code > 0 else _exit_reason(code)
             raise ZtuneError(f'reference of bundle "{bundle.path}" in higher precision: {why}')
-        answer, _ = read_tensors(Path(folder, _RESPONSE), "reference")
+        answer, _ = read_tensors(folder / _RESPONSE, "reference")
     return np.asarray(answer["features"], dtype=np.float64)
 
 

@@ -1,6 +1,8 @@
 """The main path on the embedded bundle and the real digits: tune, eval, pack, predict."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -14,6 +16,7 @@ import pytest
 
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI, Command
+from ztune import run as run_module
 from ztune.artifact import ContextArtifact, HeadArtifact, read_artifact
 from ztune.data.split import Split
 from ztune.io.files import read_json, sha256
@@ -335,3 +338,47 @@ def test_a_run_goes_on_and_is_evaluated_where_its_bundle_has_moved(
     refused = ztune("tune", "--resume", out, "--queries", 9000)
     assert refused.code == 1
     assert "--queries does not apply to --resume" in refused.err
+
+
+@pytest.mark.parametrize("method", ["zip", "ogn"])
+def test_a_run_is_finished_once_its_curve_is_there(
+    method: str, ztune: Command, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    words = ("tune", MINI, "--data", DIGITS, "--method", method, "--queries", 40, "--cache", cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "draw_curve", full)
+        stopped = ztune(*words, "--out", out, "--quiet")
+    assert stopped.code == 1
+    assert "--resume" in stopped.err
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+    done = ztune("tune", "--resume", out, "--json")
+    assert done.code == 0, done.err
+    assert done.json["queries"] == 40
+    curve, prompt = out / "curve.png", out / "prompt.safetensors"
+    whole = [curve.read_bytes(), prompt.read_bytes()]
+
+    for missing in (curve, prompt):
+        missing.unlink()
+        again = ztune("tune", "--resume", out, "--json")
+        assert again.code == 0, again.err
+        assert again.json["queries"] == 40
+        assert [curve.read_bytes(), prompt.read_bytes()] == whole
+
+
+def test_a_fit_without_steps_whose_result_is_missing_is_made_again(
+    ztune: Command, tmp_path: Path, cache: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ("tune", MINI, "--data", DIGITS, "--method", "gda", "--cache", cache, "--out", out)
+    assert ztune(*words).code == 0
+    prompt = out / "prompt.safetensors"
+    whole = prompt.read_bytes()
+    prompt.unlink()
+    done = ztune("tune", "--resume", out)
+    assert done.code == 0, done.err
+    assert prompt.read_bytes() == whole

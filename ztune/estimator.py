@@ -190,8 +190,8 @@ class FewShotClassifier:
             return start_run_on(run_config, training.split, model, folder, features)
         with SavedRun.locked(folder) as saved:
             saved.require_same(run_config, training.split, model)
-            if isinstance(saved.head, RunReport):
-                return saved.head
+            if (report := saved.report()) is not None:
+                return report
             files = not training.held and features is None
             roots = training.split.roots if files else None
             return saved.resume(model, features, files=files, roots=roots)

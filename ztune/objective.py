@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from ztune.errors import ConfigError, NotFiniteError
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.types import (
     F32,
     F64,
@@ -200,11 +201,13 @@ class BatchSampler:
         }
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._order = np.array(arrays["order"], dtype=np.int64)
-        self._position = int(str(values["position"]))
-        self._number = int(str(values["number"]))
-        self._rng = generator_from_json(values["generator"])
-        if "images" in arrays:
-            images, views = (np.array(arrays[k], dtype=np.int64) for k in ("images", "views"))
+        saved, n = Saved(state), self._n_images
+        self._order = saved.indices("order", n, n)
+        saved.require(len(np.unique(self._order)) == n, "order", "each image once")
+        self._position = saved.count("position", most=n)
+        self._number = saved.count("number")
+        self._rng = saved.generator()
+        if self._number or "images" in saved or "views" in saved:
+            images = saved.indices("images", n, self._size)
+            views = saved.indices("views", self._n_views, self._size)
             self._current = Batch(images, views, self._number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -16,23 +17,24 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, cast
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from ztune.artifact import Artifact, artifact_bytes, write_artifact
 from ztune.budget import Budget
 from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.io.files import naming, new_folder, read_json, write_json
+from ztune.io.files import naming, new_folder, read_bytes, read_json, remove_leftovers, write_json
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
 from ztune.io.old_formats import rename_arrays
-from ztune.io.schema import Count, Record, convert, current, plain
+from ztune.io.schema import Count, Record, convert, current, decoded, plain
 from ztune.io.tensors import read_tensors, write_tensors
 from ztune.journal import Journal, RequestCounter
 from ztune.loop import Tuning
-from ztune.printing import quoted
+from ztune.printing import quoted, reason_of
 from ztune.report import draw_curve
 from ztune.types import U8, Evaluation, Json, Mixing
 
@@ -74,11 +76,24 @@ class _SavedState(Record, frozen=True):
     optimizer: Mapping[str, Json]
     sampler: Mapping[str, Json]
     step: Count
-    seconds: float
+    seconds: Annotated[float, Meta(ge=0)]
     queries: Count
     text_forwards: Count
     image_forwards: Count
     history_bytes: Count
+
+
+class _HistoryLine(Struct, frozen=True):
+    """A line of the history; unknown keys are ignored."""
+
+    step: Count
+    queries: Count
+    loss: float
+    accuracy: float
+    seconds: float
+    validation: bool = False
+    result_loss: float | None = None
+    result_accuracy: float | None = None
 
 
 class RunFolder:
@@ -94,6 +109,7 @@ class RunFolder:
         self.journal = path / "sent.jsonl"
         self.snapshots = path / "snapshots"
         self.lock = path / ".lock"
+        self.curve = path / "curve.png"
 
     def require_free(self, *, overwrite: bool = False) -> None:
         """Check that a run can start here: there is none, or one that may be replaced.
@@ -152,6 +168,7 @@ class RunFolder:
             self.require_free()
             self._replace(document, split)
             return
+        self.remove_leftovers()
         with new_folder(self.path) as work:
             RunFolder(work).write(document)
             write_json(work / self.split.name, dict(split))
@@ -197,7 +214,21 @@ class RunFolder:
                 raise ConfigError(
                     f'run "{self.path}" is in use by another process (wait for it, or stop it)'
                 ) from None
+            self.remove_leftovers()
             yield
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files and folders that killed processes left of this run."""
+        begun = (self.run.name, self.split.name)
+        names = (*begun, self.state.name, self.prompt.name, *_PLOTS)
+        found = [file for name in names for file in self.path.glob(f".{name}.*")]
+        found += self.snapshots.glob(".*.safetensors.*")
+        for folder in self.path.absolute().parent.glob(f".{glob.escape(self.path.name)}.????????"):
+            # Other programs name folders like this too: only the start of a run is removed.
+            with contextlib.suppress(OSError):
+                if all(file.name.lstrip(".").startswith(begun) for file in folder.iterdir()):
+                    found.append(folder)
+        remove_leftovers(found)
 
     def write(self, document: Mapping[str, Json]) -> None:
         write_json(self.run, {"format": FORMAT, "version": VERSION, **document})
@@ -262,7 +293,16 @@ class RunFolder:
         write_artifact(self.snapshots / f"{queries:09d}.safetensors", artifact)
 
     def draw_curve(self, levels: Mapping[str, float], title: str) -> None:
-        draw_curve(self.read_history(), levels, title, self.path / "curve.png")
+        """Draw the curve.
+
+        Raises: FormatError if the history is missing or damaged.
+        """
+        if not self.history.exists():
+            raise FormatError(
+                f'run "{self.path}": history.jsonl is missing, and the curve is drawn from it (put '
+                "it back)"
+            )
+        draw_curve(self.read_history(), levels, title, self.curve)
 
     def is_finished(self) -> bool:
         """Return whether there is a finished run."""
@@ -295,7 +335,7 @@ class RunFolder:
     def restore(self, tuning: Tuning) -> None:
         """Restore the saved state, if any, and truncate the history to it.
 
-        Raises: FormatError if the state is damaged.
+        Raises: FormatError if the state or the history is damaged, or the history is missing.
         """
         if not self.state.exists():
             self.history.unlink(missing_ok=True)
@@ -308,15 +348,31 @@ class RunFolder:
         def arrays_of(name: str) -> Mapping[str, NDArray[Any]]:
             return {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{name}.")}
 
+        restart = f"remove {self.state.name} to start the steps again"
         try:
             tuning.optimizer.restore((arrays_of("optimizer"), saved.optimizer))
             tuning.sampler.restore((arrays_of("sampler"), saved.sampler))
-        except KeyError as missing:
-            raise FormatError(f"{where} lacks {missing} (file of another version)") from None
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}; {restart}") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A plugin's optimizer may check less.
+            raise FormatError(
+                f"{where} cannot be restored ({type(error).__name__}: {reason_of(error)}; file "
+                f"damaged, or of another version); {restart}"
+            ) from None
+        history = self._history()
+        lines = self._lines(history[: saved.history_bytes])
+        last = int(lines[-1]["queries"]) if lines else 0
+        if (len(lines), last) != (saved.step, saved.queries) or last > tuning.budget.limit:
+            raise FormatError(
+                f'run "{self.path}": history.jsonl has {len(lines)} steps and {last} queries, '
+                f"expected {saved.step} and {saved.queries} as in the saved state (put the file "
+                f"back, or {restart})"
+            )
         tuning.step, tuning.earlier = saved.step, saved.seconds
         for name in ("queries", "text_forwards", "image_forwards"):
             setattr(tuning.budget, name, getattr(saved, name))
-        if self.history.exists() and self.history.stat().st_size > saved.history_bytes:
+        if len(history) > saved.history_bytes:
             os.truncate(self.history, saved.history_bytes)
 
     def log(self, tuning: Tuning, evaluation: Evaluation) -> None:
@@ -332,11 +388,24 @@ class RunFolder:
         return bool(reached) and not any(n >= max(reached) for n in written)
 
     def read_history(self) -> list[dict[str, float]]:
-        """Return the history's complete lines."""
-        if not self.history.exists():
-            return []
-        lines = self.history.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Return the history's complete lines.
+
+        Raises: FormatError naming a damaged line.
+        """
+        return self._lines(self._history())
+
+    def _history(self) -> bytes:
+        return read_bytes(self.history) if self.history.exists() else b""
+
+    def _lines(self, history: bytes) -> list[dict[str, float]]:
+        """Return the complete lines of a history; a kill may have cut off the last."""
+        lines = []
+        for number, line in enumerate(history.split(b"\n")[:-1], 1):
+            where = f'run "{self.path}": history.jsonl, line {number}'
+            document: dict[str, Any] = decoded(line, where)
+            convert(document, _HistoryLine, where)
+            lines.append(document)
+        return lines
 
 
 def history_line(tuning: Tuning, evaluation: Evaluation) -> dict[str, Any]:

@@ -106,6 +106,12 @@ def run_start(document: Mapping[str, Json], where: str) -> RunStart:
     return convert(document, RunReport if document.get("status") == "finished" else RunStart, where)
 
 
+def unfinished(head: RunStart) -> RunStart:
+    """Return the content of run.json of a run to resume, without the results of a finished one."""
+    kept = {name: getattr(head, name) for name in RunStart.__struct_fields__}
+    return RunStart(**{**kept, "status": "running"})
+
+
 def run_report(document: Mapping[str, Json], where: str) -> RunReport:
     """Return the content of run.json of a finished run.
 

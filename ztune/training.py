@@ -59,7 +59,14 @@ from ztune.precision import (
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SaveSchedule
 from ztune.run_config import RunConfig, remarks_on
-from ztune.run_document import RunReport, RunStart, ServerReport, ValidationScore, run_start
+from ztune.run_document import (
+    RunReport,
+    RunStart,
+    ServerReport,
+    ValidationScore,
+    run_start,
+    unfinished,
+)
 from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, compose, open_task
@@ -161,6 +168,8 @@ class SavedRun:
     def run_config(self) -> RunConfig:
         """The run's settings, with the method's settings as of its start."""
         own, settings = self.head.run_config, self.head.config
+        if isinstance(self.head, RunReport) and own.tuned_config is None:
+            return own  # its head has the settings that were chosen
         if "extractor" in own.settings:  # config has its SHA-256
             settings = {**settings, "extractor": own.settings["extractor"]}
         return replace(own, settings=settings)
@@ -186,6 +195,19 @@ class SavedRun:
                 f'run "{self.folder.path}" was started with other {", ".join(differ)} (use the '
                 "same, name another `run_dir`, or remove that folder)"
             )
+
+    def report(self) -> RunReport | None:
+        """Return the report of a finished run; None for one that has to be resumed.
+
+        A missing curve is drawn again; a run without its result has to be resumed.
+
+        Raises: FormatError if the curve is missing, and the history missing or damaged.
+        """
+        if not isinstance(self.head, RunReport) or not self.folder.prompt.is_file():
+            return None
+        if self.run_config.tuned_config is not None and not self.folder.curve.is_file():
+            draw_curve(self.folder, self.head)
+        return self.head
 
     def resume(
         self,
@@ -224,7 +246,7 @@ class SavedRun:
             write_json(self.folder.split, split.to_json())
         run = TrainingRun(self.run_config, split, self.folder, model, encoded)
         run.check()
-        return run.finish(self.head)
+        return run.finish(unfinished(self.head))
 
     def _warn_of_changes(self) -> None:
         then = {**self.head.versions, **self.head.machine}
@@ -339,29 +361,10 @@ class TrainingRun(Generic[Store]):
         measured = not new and self._signal_is_known()
         RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
 
-    def finish(self, head: RunStart) -> RunReport:
-        """Run to the end from the saved state and draw the curve; return run.json's content."""
-        report = self.run(head)
-        if self.tuned is not None:
-            self._draw_curve(report.validation)
-        return report
-
-    def _draw_curve(self, validation: Mapping[str, ValidationScore]) -> None:
-        run_config = self.run_config
-        shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
-        levels = {
-            f"{shown[name]}, validation": found.accuracy for name, found in validation.items()
-        }
-        title = (
-            f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
-            f"seed {run_config.seed}"
-        )
-        self.folder.draw_curve(levels, title)
-
-    def run(self, head: RunStart) -> RunReport:
+    def finish(self, head: RunStart, *, curve: bool = True) -> RunReport:
         """Run to the end from the saved state and write the results; return run.json's content.
 
-        `head` is run.json's content at the start.
+        `head` is run.json's content at the start; `curve` draws the curve of a method with steps.
         """
         started = time.monotonic()
         run_config = self.run_config
@@ -419,7 +422,9 @@ class TrainingRun(Generic[Store]):
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
         )
-        self.folder.write(plain(report))
+        if curve and self.tuned is not None:
+            draw_curve(self.folder, report)
+        self.folder.write(plain(report))  # last: a finished run is complete
         return report
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
@@ -672,6 +677,20 @@ class TrainingRun(Generic[Store]):
             stop_reason=stop_reason,
             config=config,
         )
+
+
+def draw_curve(folder: Store, report: RunReport) -> None:
+    """Draw the curve of a run with steps."""
+    run_config = report.run_config
+    shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
+    levels = {
+        f"{shown[name]}, validation": found.accuracy for name, found in report.validation.items()
+    }
+    title = (
+        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
+        f"seed {run_config.seed}"
+    )
+    folder.draw_curve(levels, title)
 
 
 def _server_report(served: ServerRuntime, budget: Budget) -> ServerReport:

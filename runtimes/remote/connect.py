@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import PARITY, Bundle, TextSpec
-from runtimes.ort import allowed_difference, parity_inputs
-from runtimes.prompts import group_by_prefix, token_table
+from runtimes.bundle import Bundle, TextSpec
+from runtimes.ort import allowed_difference, row_parity
+from runtimes.prompts import embed, group_by_prefix, token_table
 from runtimes.remote.client_half import Progress, load_client_half
 from runtimes.remote.contract import IMAGE, PROMPT, SCORE, TEXT, Tensor, check_offer
 from runtimes.remote.endpoint import Connection, parse_location
@@ -71,11 +71,10 @@ def check_parity(service: Service, bundle: Bundle, infer: Infer) -> dict[str, fl
     Raises: ServerError when one exceeds its limit.
     """
     found: dict[str, float] = {}
-    given, expected = parity_inputs(bundle.file(PARITY), IMAGE)
+    given, expected = row_parity(bundle, IMAGE)
     if IMAGE in service.offers:
-        found[IMAGE] = _largest_difference(infer, IMAGE, "pixels", given["pixels"], expected)
-    given, expected = parity_inputs(bundle.file(PARITY), TEXT)
-    token_rows = given["tokens"]
+        found[IMAGE] = _largest_difference(infer, IMAGE, "pixels", given, expected)
+    token_rows, expected = row_parity(bundle, TEXT)
     if TEXT in service.offers:
         found[TEXT] = _largest_difference(infer, TEXT, "tokens", token_rows, expected)
     found |= _check_prompts(service, bundle, infer, token_rows, expected)
@@ -117,7 +116,7 @@ def _check_prompts(
         tokens = np.full((len(names), max(map(len, names))), -1, dtype=np.int64)
         for line, ids in zip(tokens, names, strict=True):
             line[: len(ids)] = ids
-        context = np.asarray(table[list(start)], dtype=np.float32)[None]
+        context = embed(table, np.array(start, np.int64))[None]
         asked: dict[str, Array] = {"contexts": context, "tokens": tokens}
         known = expected[indices]
         if PROMPT in service.offers:

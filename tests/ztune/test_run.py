@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from ztune import run
 from ztune.budget import Budget
 from ztune.errors import FormatError
+from ztune.io.files import replacing
 from ztune.loop import Tuning
 from ztune.methods.ogn import OgnConfig, PromptMixture
 from ztune.objective import BatchSampler
@@ -139,3 +141,40 @@ def test_a_foreign_file_among_the_snapshots_is_none(tmp_path: Path) -> None:
     assert folder.lacks_snapshot([5], 10)
     (folder.snapshots / "000000010.safetensors").touch()
     assert not folder.lacks_snapshot([5], 10)
+
+
+LEFT = (".curve.png.ab12cd34", ".confusion.png.ab12cd34", ".run.json.ab12cd34",
+        ".split.json.ab12cd34", ".state.safetensors.ab12cd34", ".prompt.safetensors.ab12cd34",
+        "snapshots/.000000010.safetensors.ab12cd34")  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on temporary files there")
+def test_what_a_kill_leaves_is_removed_by_the_next_lock(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"status": "running"}, {})
+    folder.snapshots.mkdir()
+    for name in LEFT:
+        (folder.path / name).touch()
+    begun, foreign = tmp_path / ".run.ab12cd34", tmp_path / ".run.backup12"
+    for other in (begun, foreign):
+        other.mkdir()
+        (other / "run.json").touch()
+    (foreign / "notes.txt").touch()
+    mine = [tmp_path / ".runs.ab12cd34", folder.path / ".notes"]
+    mine[0].mkdir()
+    mine[1].touch()
+    with replacing(folder.curve) as temporary, folder.locked():
+        assert temporary.exists()  # its process lives
+        assert not [name for name in LEFT if (folder.path / name).exists()]
+        assert not begun.exists()
+    assert all(path.exists() for path in (foreign, *mine))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on temporary files there")
+def test_a_start_removes_the_folder_of_a_killed_start(tmp_path: Path) -> None:
+    for name in ("run", "[a]*?"):
+        left = tmp_path / f".{name}.ab12cd34"
+        left.mkdir()
+        (left / ".split.json.ab12cd34").touch()
+        RunFolder(tmp_path / name).create({"status": "running"}, {})
+        assert not left.exists()

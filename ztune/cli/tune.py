@@ -150,9 +150,9 @@ def _resume(
     from ztune.training import SavedRun
 
     with SavedRun.locked(path) as saved:
-        if isinstance(saved.head, RunReport):
+        if (report := saved.report()) is not None:
             output.remark(f"{path} is finished; nothing to do")
-            return saved.head
+            return report
         if saved.head.status == REPLACED:
             raise ConfigError(
                 f'run "{path}" was stopped while it was being replaced, and neither run is left '

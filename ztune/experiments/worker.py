@@ -329,16 +329,17 @@ class Worker:
 def _finished(training: Training, job: Job) -> RunReport:
     """Start or resume a job's run if it is not finished; return its report."""
     folder, found = training.folder, None
+    folder.remove_leftovers()
     if folder.run.is_file():
         found = run_start(folder.read(), f'run "{folder.path}"')
         if isinstance(found, RunReport):
             return found
     training.check()
     if found is not None and found.status == "running":
-        return training.run(found)
+        return training.finish(found, curve=False)
     head = training.head()
     folder.create(plain(head), _with_tests(job).to_json())
-    return training.run(head)
+    return training.finish(head, curve=False)
 
 
 def _with_tests(job: Job) -> Split:

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ztune.errors import ConfigError, FormatError
@@ -40,14 +41,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises: OSError naming `path`.
     """
-    try:
+
+    def make() -> str:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    temporary = Path(name)
-    try:
+        os.close(handle)
+        return name
+
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(_owned(make))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         with naming(path, temporary):
-            os.close(handle)
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
@@ -55,8 +60,6 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -70,18 +73,88 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise ConfigError(
             f'output "{path}" exists and is not empty (remove it, or name another `out`)'
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise ConfigError(f'output "{path}" cannot be written ({error.strerror})') from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(temporary_folder(f".{path.name}.", path.parent))
+        except OSError as error:
+            raise ConfigError(f'output "{path}" cannot be written ({error.strerror})') from None
         yield work
         work.chmod(0o777 & ~_umask())
         _move_to(work, path)
         flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder, which `remove_leftovers` finds after a kill.
+
+    Raises: OSError.
+    """
+    with _owned(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent)) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _owned(make: Callable[[], str]) -> Iterator[Path]:
+    """Yield a new temporary file or folder, locked against `remove_leftovers`; remove it."""
+    path = Path(make())
+    while (lock := _lock(path, wait=True)) is None:  # removed before it was locked
+        path = Path(make())
+    try:
+        yield path
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(path)
+        os.close(lock)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove temporary files and folders of killed processes; what is in use or cannot be, stays.
+
+    On Windows all stay: an open file cannot be renamed there, so none is locked.
+    """
+    for path in paths:
+        if os.name == "posix" and (lock := _lock(path, wait=False)) is not None:
+            with contextlib.suppress(OSError):
+                _remove(path)
+            os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Return the handle of a temporary file's lock, which ends with this process.
+
+    None if the file is gone, or if it is locked and this process does not `wait`.
+    """
+    if sys.platform == "win32":
+        return os.open(os.devnull, os.O_RDONLY)
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        if wait:
+            raise
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not wait:
+            os.close(handle)
+            return None
+        # A file system without locks: a leftover would stay.
+    if wait and not path.exists():
+        os.close(handle)
+        return None
+    return handle
 
 
 def _move_to(work: Path, path: Path) -> None:

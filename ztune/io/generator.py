@@ -28,6 +28,8 @@ def generator_from_json(value: Json) -> np.random.Generator:
     if not isinstance(value, dict) or value.get("kind") != "PCG64":
         raise FormatError("saved generator: not a PCG64 state (file damaged)")
     try:
+        if int(str(value["inc"])) % 2 == 0 or int(str(value["has_uint32"])) not in (0, 1):
+            raise ValueError("not one that NumPy makes")
         bits = np.random.PCG64()
         bits.state = {
             "bit_generator": "PCG64",

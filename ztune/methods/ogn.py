@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.methods.answers import AnswersConfig
 from ztune.methods.base import STEPS, Composition, ModelSpec, TunedMethod
 from ztune.objective import cross_entropy, required_logits
@@ -248,19 +249,25 @@ class PromptMixture:
         return arrays, {"squares": span.squares, "generator": generator_to_json(self._rng)}
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._prompts = np.array(arrays["prompts"], dtype=np.float64)
-        self._next = np.array(arrays["next"], dtype=np.float64)
-        self._first = np.array(arrays["first"], dtype=np.float32)
-        self._labels = np.array(arrays["labels"], dtype=np.int64)
-        self._span = LogitSpan(
-            self._config.rank_of(arrays["total"].size),
-            np.array(arrays["rows"], dtype=np.float32),
-            np.array(arrays["mixing"], dtype=np.float64),
-            np.array(arrays["total"], dtype=np.float64),
-            float(str(values["squares"])),
-        )
-        self._rng = generator_from_json(values["generator"])
+        saved = Saved(state)
+        self._prompts = saved.f64("prompts", None, self._n_tokens)
+        self._next = saved.f64("next", self._config.n_prompts, self._n_tokens)
+        known = self._vocabulary if self._words is None else [*self._vocabulary, *self._words]
+        for name, ids in (("prompts", self._prompts), ("next", self._next)):
+            saved.require(bool(np.isin(ids, known).all()), name, "token ids of the vocabulary")
+        K, P = len(self._prompts), self._config.n_prompts
+        saved.require(K % P == 0, "prompts", f"a multiple of {P} prompts")
+        total = saved.f64("total", None, None)
+        (N, C), rank = total.shape, self._config.rank_of(total.size)
+        saved.require((K > 0) == (N > 0) == (C > 0), "total", f"the logits of {K} prompts")
+        rows = saved.f32("rows", None, N, C)
+        least, most = min(K, 1), min(K, 2 * rank)
+        saved.require(least <= len(rows) <= most, "rows", f"{least} to {most} rows")
+        mixing = saved.f64("mixing", K, len(rows))
+        self._span = LogitSpan(rank, rows, mixing, total, saved.number("squares", 0))
+        self._first = saved.f32("first", N, C)
+        self._labels = saved.indices("labels", C, N)
+        self._rng = saved.generator()
         self._choice = None
 
 

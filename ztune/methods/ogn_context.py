@@ -36,7 +36,8 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.maps import DirectContext
 from ztune.methods.answers import AnswersConfig
 from ztune.methods.base import STEPS, Composition, ModelSpec, TextStart, TunedMethod
@@ -283,23 +284,28 @@ class GaussNewton(Optimizer):
         }
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._point = np.array(arrays["point"], dtype=np.float64)
-        self._directions = np.array(arrays["directions"], dtype=np.float64)
-        self._covariance = np.array(arrays["covariance"], dtype=np.float64)
-        self._logits = None
-        self._steps = None
-        if "logits" in arrays:
-            self._logits = np.array(arrays["logits"], dtype=np.float32)
-            self._jacobian = np.empty((self._capacity(), self._logits.size), np.float32)
-            self._jacobian[: len(arrays["jacobian"])] = arrays["jacobian"]
-        if "steps" in arrays:
-            self._steps = np.array(arrays["steps"], dtype=np.float64)
-        self._loss = float(str(values["loss"]))
-        self._damping = float(str(values["damping"]))
-        self._scale = float(str(values["scale"]))
-        self._drift = float(str(values["drift"]))
-        self._rng = generator_from_json(values["generator"])
+        saved, dim = Saved(state), len(self._point)
+        self._point = saved.f64("point", dim)
+        self._directions = saved.f64("directions", None, dim)
+        H = len(self._directions)
+        self._covariance = saved.f64("covariance", H, H)
+        self._logits = saved.f32("logits", None, None) if "logits" in saved else None
+        most = self._n_probes if self._logits is None else self._capacity()
+        saved.require(
+            self._n_probes <= H <= most, "directions", f"{self._n_probes} to {most} directions"
+        )
+        # With steps the probes are measured; without them they are due.
+        self._steps = saved.f64("steps", len(_TRIALS), H) if "steps" in saved else None
+        if self._logits is not None:
+            known = H - (0 if self._steps is not None else self._n_probes)
+            self._jacobian = np.empty((most, self._logits.size), np.float32)
+            self._jacobian[:known] = saved.f32("jacobian", known, self._logits.size)
+        else:
+            saved.require(self._steps is None, "steps", "none without logits")
+        self._loss = saved.number("loss")
+        self._damping = saved.number("damping", 0)
+        self._scale, self._drift = saved.number("scale", 0), saved.number("drift", 0)
+        self._rng = saved.generator()
 
 
 METHOD = TunedMethod(

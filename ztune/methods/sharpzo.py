@@ -20,11 +20,12 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.maps import LinearContext
 from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, TextStart, TunedMethod
 from ztune.optim.cma import Cma, CmaConfig, check_reach, own_seconds
-from ztune.optim.nested import get_state, put_state
+from ztune.optim.nested import put_state
 from ztune.optim.validation import Patience
 from ztune.types import F64, I64, Evaluation, Json, Optimizer, Proposal, State
 
@@ -275,21 +276,24 @@ class SharpZo(Optimizer):
         return arrays, values
 
     def restore(self, state: State) -> None:
-        arrays, values = state
+        saved, dim = Saved(state), len(self._point)
         self._cma = None
-        if "cma" in values:
+        purposes = [_DIFFERENCES, _PAIR]
+        if saved.has_inner("cma"):
             self._cma = self._new_cma(np.zeros_like(self._point), np.random.default_rng(0))
-            self._cma.restore(get_state("cma", state))
+            self._cma.restore(saved.inner("cma").state)
+            purposes = [_DIFFERENCES, _POPULATION]
         if self._patience is not None:
-            self._patience.restore(values["patience"])
-        self._point = np.array(arrays["point"], dtype=np.float64)
-        self._slopes = np.array(arrays["slopes"], dtype=np.float64)
-        self._kept = np.array(arrays["kept"], dtype=np.float64)
-        self._direction = np.array(arrays["direction"], dtype=np.float64)
-        self._n_slopes = int(str(values["n_slopes"]))
-        self._step = int(str(values["step"]))
-        self._purpose = str(values["purpose"])
-        self._rng = generator_from_json(values["generator"])
+            self._patience.restore(saved.inner("patience"))
+            purposes += [] if self._cma is None else [_VALIDATION]
+        self._point, self._slopes = saved.f64("point", dim), saved.f64("slopes", dim)
+        self._kept, self._direction = saved.f64("kept", dim), saved.f64("direction", dim)
+        saved.require(bool(np.isin(self._kept, (0, 1)).all()), "kept", "zeros and ones")
+        self._step = saved.count("step")
+        self._purpose = saved.choice("purpose", purposes)
+        most = dim - 1 if self._purpose == _DIFFERENCES else dim
+        self._n_slopes = saved.count("n_slopes", most=most)
+        self._rng = saved.generator()
 
 
 def _scaled(vector: F64) -> F64:

@@ -19,7 +19,8 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 COVARIANCES = ("full", "separable")
@@ -287,14 +288,14 @@ class Cma(Optimizer):
         return arrays, values
 
     def restore(self, state: State) -> None:
-        arrays, values = state
+        saved = Saved(state)
         for name in self._arrays():
-            setattr(self, f"_{name}", np.array(arrays[name], dtype=np.float64))
-        self._sigma = float(str(values["sigma"]))
-        self._generation = int(str(values["generation"]))
-        best_loss = values["best_loss"]
-        self._best_loss = None if best_loss is None else float(str(best_loss))
-        self._rng = generator_from_json(values["generator"])
+            setattr(self, f"_{name}", saved.f64(name, *getattr(self, f"_{name}").shape))
+        saved.require(bool((self._D > 0).all()), "D", "positive values")
+        self._sigma = saved.number("sigma", *_SIGMAS)
+        self._generation = saved.count("generation")
+        self._best_loss = None if saved.is_null("best_loss") else saved.number("best_loss")
+        self._rng = saved.generator()
 
     def _arrays(self) -> tuple[str, ...]:
         # B is saved too: eigenvectors of equal eigenvalues are not unique and may depend on the

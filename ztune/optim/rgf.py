@@ -12,7 +12,8 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
@@ -109,8 +110,8 @@ class Rgf(Optimizer):
         return {"point": self._point.copy()}, {"step": self._step, "generator": self._drawn_from}
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._point = np.array(arrays["point"], dtype=np.float64)
-        self._step = int(str(values["step"]))
-        self._rng = generator_from_json(values["generator"])
+        saved = Saved(state)
+        self._point = saved.f64("point", len(self._point))
+        self._step = saved.count("step")
+        self._rng = saved.generator()
         self._advance()

@@ -17,7 +17,8 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.io.generator import generator_from_json, generator_to_json
+from ztune.io.generator import generator_to_json
+from ztune.io.saved import Saved
 from ztune.types import F64, Evaluation, Optimizer, Proposal, State
 
 
@@ -124,12 +125,13 @@ class Spsa(Optimizer):
         return arrays, {"step": self._step, "generator": generator_to_json(self._rng)}
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._point = np.array(arrays["point"], dtype=np.float64)
-        self._perturbations = np.array(arrays["perturbations"], dtype=np.float64)
-        self._momentum = np.array(arrays["momentum"], dtype=np.float64)
-        self._step = int(str(values["step"]))
-        self._rng = generator_from_json(values["generator"])
+        saved, dim = Saved(state), len(self._point)
+        self._point = saved.f64("point", dim)
+        self._perturbations = p = saved.f64("perturbations", self._config.n_pairs, dim)
+        saved.require(bool((np.abs(p) >= 0.5).all()), "perturbations", "magnitudes of at least 0.5")
+        self._momentum = saved.f64("momentum", dim)
+        self._step = saved.count("step", 1)
+        self._rng = saved.generator()
 
 
 def clip_norm(gradient: F64, limit: float) -> F64:

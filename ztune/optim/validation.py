@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ztune.errors import ConfigError
-from ztune.optim.nested import get_state, put_state
+from ztune.io.saved import Saved
+from ztune.optim.nested import put_state
 from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 KEEPS = ("best", "last")
@@ -43,11 +44,10 @@ class Patience:
     def to_json(self) -> Json:
         return {"best": self._best, "without": self._without}
 
-    def restore(self, value: Json) -> None:
-        _, values = get_state("patience", ({}, {"patience": value}))
-        best = values["best"]
-        self._best = None if best is None else float(str(best))
-        self._without = int(str(values["without"]))
+    def restore(self, saved: Saved) -> None:
+        """Restore what `to_json` returned."""
+        self._best = None if saved.is_null("best") else saved.number("best", 0, 1)
+        self._without = saved.count("without", most=0 if self._best is None else self._patience)
 
 
 class Validated:
@@ -123,12 +123,13 @@ class Validated:
         return arrays, values
 
     def restore(self, state: State) -> None:
-        arrays, values = state
-        self._inner.restore(get_state("inner", state))
-        self._best = np.array(arrays["best"], dtype=np.float64) if "best" in arrays else None
-        self._since = int(str(values["since"]))
-        self._best_accuracy = float(str(values["best_accuracy"]))
-        self._best_loss = float(str(values["best_loss"]))
+        saved = Saved(state)
+        self._inner.restore(saved.inner("inner").state)
+        dim = self._inner.ask().points.shape[1]
+        self._best = saved.f64("best", dim) if "best" in saved else None
+        self._since = saved.count("since")
+        self._best_accuracy = saved.number("best_accuracy", 0, 1)
+        self._best_loss = saved.number("best_loss")
 
 
 class EarlyStop:
@@ -164,5 +165,6 @@ class EarlyStop:
         return arrays, values | {"patience": self._patience.to_json()}
 
     def restore(self, state: State) -> None:
-        self._inner.restore(get_state("inner", state))
-        self._patience.restore(state[1]["patience"])
+        saved = Saved(state)
+        self._inner.restore(saved.inner("inner").state)
+        self._patience.restore(saved.inner("patience"))
