@@ -73,15 +73,19 @@ class Dataset:
     held: Mapping[Path, Image.Image] = field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, path: Path | str, *, names: Path | str | None = None) -> Dataset:
+    def from_folder(
+        cls, path: Path | str, *, names: Path | str | None = None, nested: str | None = None
+    ) -> Dataset:
         """Return the images of a folder with one subfolder per class.
 
         `root/class/*.jpg` or `root/{train,val,test}/class/*`; each line of the file `names` is
-        folder, tab, class name.
+        folder, tab, class name. Of folders in folders, `nested` makes classes of the innermost
+        (leaf) or of the top ones (top).
 
         Raises: DataError for another layout.
         """
-        return cls(read_source(str(Path(path)), None, None if names is None else Path(names)))
+        named = None if names is None else Path(names)
+        return cls(read_source(str(Path(path)), None, named, nested=nested))
 
     @classmethod
     def from_manifest(cls, path: Path | str) -> Dataset:

@@ -22,6 +22,7 @@ from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
 from ztune.model import Model
+from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
@@ -74,15 +75,22 @@ class LabelledImages:
 
 
 def read_labelled(
-    place: str, root: Path | None, names: Path | None, split: str, progress: Progress = SILENCE
+    place: str,
+    root: Path | None,
+    names: Path | None,
+    split: str,
+    progress: Progress = SILENCE,
+    *,
+    nested: str | None = None,
 ) -> LabelledImages:
     """Return a data set's test images, or all images with the split `all`.
 
-    `place` is a path, or with `root` the name of a data set.
+    `place` is a path, or with `root` the name of a data set; `nested` is as for `read_source`.
 
     Raises: DataError without such images; ConfigError.
     """
-    dataset = read_source(place, root, names, tuned=False)
+    dataset = read_source(place, root, names, tuned=False, nested=nested)
+    progress.remark(f"{len(dataset.classes)} classes ({first_few(dataset.classes, 10)})")
     for note in dataset.notes:
         progress.remark(note)
     if split == "test":

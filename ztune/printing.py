@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 # C0 and C1 controls, line and paragraph separators, bidirectional marks, overrides and isolates,
@@ -45,6 +46,12 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """Return a printable text without line breaks or runs of spaces."""
     return printable(" ".join(str(text).split()))
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names in quotation marks, with dots if there are more."""
+    shown = ", ".join(f'"{name}"' for name in names[:most])
+    return shown + (", ..." if len(names) > most else "")
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:

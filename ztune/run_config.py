@@ -39,6 +39,8 @@ class RunConfig:
     split_seed: int = 0
     test_data: str | None = None
     names: str | None = None
+    nested: str | None = None
+    """Which of nested folders are classes: data/folders.py."""
     cache: str | None = None
     """None: the run's own folder."""
     augment: int = 0

@@ -56,6 +56,7 @@ from ztune.precision import (
     signal_not_needed,
     signal_unmeasured,
 )
+from ztune.printing import first_few
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SaveSchedule
 from ztune.run_config import RunConfig, remarks_on
@@ -132,8 +133,8 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
     yield from split.notes
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
-        f"{len(split.classes)} classes: {counts[0]} training, {counts[1]} validation and "
-        f"{counts[2]} test images; {HOW_DRAWN[split.sampler]}"
+        f"{len(split.classes)} classes ({first_few(split.classes, 10)}): {counts[0]} training, "
+        f"{counts[1]} validation and {counts[2]} test images; {HOW_DRAWN[split.sampler]}"
     )
 
 
@@ -244,10 +245,11 @@ def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Lis
     settings = run_config.split_settings()
     names = Path(run_config.names) if run_config.names else None
     root = Path(run_config.root) if run_config.root else None
-    dataset = read_source(run_config.data, root, names)
+    nested = run_config.nested
+    dataset = read_source(run_config.data, root, names, nested=nested)
     test_data = None
     if run_config.test_data:
-        test_data = read_source(run_config.test_data, None, names, tuned=False)
+        test_data = read_source(run_config.test_data, None, names, tuned=False, nested=nested)
     return dataset, make_split(dataset, settings, test_data, digest)
 
 

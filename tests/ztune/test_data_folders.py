@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ztune.data.folders import read_dataset
 from ztune.data.manifests import is_inside, read_class_list, read_manifest
-from ztune.errors import DataError
+from ztune.errors import ConfigError, DataError
 
 
 def put(root: Path, *paths: str) -> Path:
@@ -78,6 +78,90 @@ def test_split_folders(tmp_path: Path, val: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("Train", "Test", "test"),
+        ("TRAIN", "TEST", "test"),
+        ("training", "testing", "test"),
+        ("trainset", "testset", "test"),
+        ("Training", "Validation", "val"),
+        ("training_set", "test_set", "test"),
+        ("Train-Images", "Test Images", "test"),
+        ("train_data", "DEV", "val"),
+        ("train2017", "val2017", "val"),
+        ("Training Dataset", "Testing Dataset", "test"),
+    ],
+)
+def test_splits_in_any_spelling(tmp_path: Path, train: str, other: str, split: str) -> None:
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in (train, other) for name in "ab"))
+    assert sorted((name, role) for _, name, role in found(tmp_path)) == sorted(
+        (name, role) for name in "ab" for role in ("train", split)
+    )
+    rows = [
+        {"path": f"{part}/{name}/1.png", "label": name, "split": part}
+        for part in (train, other)
+        for name in "ab"
+    ]
+    (tmp_path / "list.csv").write_text(rows_csv(rows))
+    assert {role for _, _, role in found(tmp_path / "list.csv")} == {"train", split}
+
+
+@pytest.mark.parametrize("name", ["trains", "tests", "latest", "trainers", "valley", "contest"])
+def test_classes_that_resemble_splits(tmp_path: Path, name: str) -> None:
+    put(tmp_path, f"{name}/1.png", f"{name}/more/1.png", "bus/1.png")
+    assert read_dataset(tmp_path).classes == tuple(sorted(("bus", name)))
+
+
+NESTED = ("animals/cat/1.png", "animals/dog/2.png", "plants/fern/3.png")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        NESTED,
+        ("animals/cat/1.png", "plants/fern/3.png"),
+        (*NESTED, "cars/4.png"),
+        tuple(f"{part}/{path}" for part in ("Train", "Test") for path in NESTED),
+        ("my_train/cat/1.png", "my_train/dog/2.png", "my_test/cat/3.png", "my_test/dog/4.png"),
+        ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),
+        ("archive/cat/1.png", "archive/dog/2.png"),
+    ],
+)
+def test_nested_class_folders_must_be_explained(tmp_path: Path, paths: tuple[str, ...]) -> None:
+    put(tmp_path, *paths)
+    with pytest.raises(DataError, match=r"are in its sub-folders .*`nested=leaf`.*`nested=top`"):
+        read_dataset(tmp_path)
+
+
+def test_nested_class_folders_as_explained(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{part}/{path}" for part in ("train", "test") for path in NESTED))
+    assert read_dataset(tmp_path, nested="leaf").classes == ("cat", "dog", "fern")
+    assert read_dataset(tmp_path, nested="top").classes == ("animals", "plants")
+    names = tmp_path / "names.txt"
+    names.write_text("animals/cat\tlion\nanimals/dog\twolf\nplants/fern\toak\n")
+    assert read_dataset(tmp_path, names, nested="leaf").classes == ("lion", "oak", "wolf")
+    with pytest.raises(ConfigError, match='`nested` is "deep", expected leaf or top'):
+        read_dataset(tmp_path, nested="deep")
+
+
+def test_two_leaves_of_one_name_are_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "animals/other/1.png", "plants/other/2.png", "plants/fern/3.png")
+    with pytest.raises(DataError, match='"animals/other" and "plants/other" have the same class'):
+        read_dataset(tmp_path, nested="leaf")
+
+
+def test_sub_folders_of_one_name_are_no_classes(tmp_path: Path) -> None:
+    put(tmp_path, "n01/images/1.png", "n02/images/2.png")
+    assert read_dataset(tmp_path).classes == ("n01", "n02")
+
+
+def test_split_folders_without_classes_are_no_classes(tmp_path: Path) -> None:
+    put(tmp_path, "Train/1.png", "Test/2.png")
+    with pytest.raises(DataError, match='"Test", "Train" contain no class folders'):
+        read_dataset(tmp_path)
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     put(tmp_path, "train/1.png", "bus/1.png", "test/1.png")
     assert found(tmp_path) == [
@@ -128,7 +212,7 @@ def test_wrong_names_files(tmp_path: Path, content: str | bytes, message: str) -
         (["train/a/1.png", "train/b/1.png", "c/1.png"], 'unexpected folder "c" next to "train"'),
         (["val/a/1.png", "test/b/1.png"], "no train images"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test images but no'),
-        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for validation"),
+        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for val"),
     ],
 )
 def test_wrong_folders(tmp_path: Path, paths: list[str], message: str) -> None:

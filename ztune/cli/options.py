@@ -18,6 +18,12 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "help": "folder with the named data sets (see: ztune data list)",
     },
     "--names": {"type": Path, "metavar": "FILE", "help": "class names, lines of folder<TAB>name"},
+    "--nested": {
+        "nargs": "?",
+        "const": "leaf",
+        "choices": ("leaf", "top"),
+        "help": "folders in folders: classes are the innermost (leaf, default) or the top ones",
+    },
     "--shots": {"type": int, "metavar": "N", "help": "training images per class (default: 16)"},
     "--val": {
         "type": int,

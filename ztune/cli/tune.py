@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(first, "--method", "--shots", "--queries", "--seed", "--template", "--provider")
     first.add_argument("--resume", type=Path, metavar="RUN", help="resume a stopped run")
     data = parser.add_argument_group("data and files")
-    add(data, "--names", "--val", "--test-fraction", "--test-data", "--split-seed")
+    add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
     add(data, "--cache", help="cache folder for features (default: inside RUN)")
     add(data, "--skip-broken")

@@ -3,24 +3,24 @@
 The layout is detected:
 
     root/class/*                      no splits: ztune makes one (splitter.py)
-    root/{train,val,test}/class/*     val (or valid, validation) and test are optional
+    root/{train,val,test}/class/*     val and test are optional, spellings as in `split_name`
     list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
-Class folders may be links and may have sub-folders, which belong to the class; links below a class
-folder are not followed. Hidden files, other file types and images outside class folders are counted
-and ignored. All order is by code point, independent of the file system.
+Class folders may be links and may have sub-folders next to their own images, which belong to the
+class; links below a class folder are not followed. Whether sub-folders of a folder without images
+of its own are classes must be said (NESTED). Hidden files, other file types and images outside
+class folders are counted and ignored. All order is by code point, independent of the file system.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit
 from ztune.data.manifests import (
-    SPLIT_NAMES,
     SUFFIXES,
     Listed,
     SplitName,
@@ -28,12 +28,15 @@ from ztune.data.manifests import (
     is_utf8,
     read_manifest,
     read_names,
+    split_name,
 )
-from ztune.errors import DataError
+from ztune.errors import ConfigError, DataError
+from ztune.printing import first_few
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+NESTED = ("leaf", "top")
+"""The classes of nested folders: each innermost folder, or the top folders with all below."""
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
-
 # Folders that ztune writes, detected by these files: they are not data sets.
 _FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
 
@@ -74,16 +77,24 @@ class Listing:
 
 
 def read_dataset(
-    path: Path, names: Path | None = None, tuned: bool = True, *, pipe: bool = False
+    path: Path,
+    names: Path | None = None,
+    tuned: bool = True,
+    *,
+    nested: str | None = None,
+    pipe: bool = False,
 ) -> Listing:
     """Find the images and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file, which
-    may be a pipe with `pipe`. Without `tuned`, all images may be test images.
+    may be a pipe with `pipe`. Without `tuned`, all images may be test images. `nested` None makes
+    nested class folders an error.
 
     Raises: DataError when it is neither, is empty, or has fewer than two classes, a class without
-        images, or two classes with the same name.
+        images, or two classes with the same name; ConfigError for another `nested`.
     """
+    if nested not in (None, *NESTED):
+        raise ConfigError(f'`nested` is "{nested}", expected {" or ".join(NESTED)}')
     if not is_utf8(str(path.absolute())):
         raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
     for kind, marks in _FOREIGN.items():
@@ -95,7 +106,7 @@ def read_dataset(
     elif path.is_dir():
         where, root = f'folder "{path}"', path
         try:
-            listed, ignored = _read_folder(path, where)
+            listed, ignored = _read_folder(path, where, nested)
         except OSError as error:
             raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
     else:
@@ -103,7 +114,10 @@ def read_dataset(
         raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
     if not listed:
         raise DataError(f"{where} contains no images (expected {_LAYOUTS})")
-    name_of = _class_names({item.label for item in listed}, names, where, pipe)
+    labels = {item.label for item in listed}
+    leaves = path.is_dir() and nested == "leaf"
+    plain = {label: label.rpartition("/")[2] if leaves else label for label in labels}
+    name_of = _class_names(plain, names, where, pipe)
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
         raise DataError(f'{where} has only one class, "{classes[0]}" (expected at least two)')
@@ -115,28 +129,33 @@ def read_dataset(
     return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), ignored)
 
 
-def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
+def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Listed], int]:
     """Return the images below a root in either layout, and the number of ignored files."""
     folders, loose = _subfolders(root)
-    splits = [
-        folder for folder in folders if folder in SPLIT_NAMES and _subfolders(root / folder)[0]
-    ]
+    named = {folder: split for folder in folders if (split := split_name(folder))}
+    splits = [folder for folder in named if _subfolders(root / folder)[0]]
     if not splits:
-        return _read_classes(root, root, None, where, folders, len(loose))
+        if len(set(named.values())) > 1 and len(named) == len(folders):
+            raise DataError(
+                f"{where}: {first_few(folders)} contain no class folders (expected "
+                "root/train/class/*.jpg and root/test/class/*.jpg, or a manifest)"
+            )
+        return _read_classes(root, root, None, where, folders, len(loose), nested)
     others = sorted(set(folders) - set(splits))
     if others:
         raise DataError(
             f'{where}: unexpected folder "{others[0]}" next to "{splits[0]}" (expected only train, '
             "val and test, with class folders in each; or use a manifest)"
         )
-    if len({SPLIT_NAMES[folder] for folder in splits}) < len(splits):
-        raise DataError(f"{where} has two folders for validation: {', '.join(splits)} (keep one)")
+    for split in named.values():
+        if len(same := [folder for folder in splits if named[folder] == split]) > 1:
+            raise DataError(f"{where} has two folders for {split}: {first_few(same)} (keep one)")
     listed: list[Listed] = []
     ignored = len(loose)
-    for split in splits:
-        classes, outside = _subfolders(root / split)
+    for folder in splits:
+        classes, outside = _subfolders(root / folder)
         found, extra = _read_classes(
-            root, root / split, SPLIT_NAMES[split], where, classes, len(outside)
+            root, root / folder, named[folder], where, classes, len(outside), nested
         )
         listed += found
         ignored += extra
@@ -144,20 +163,51 @@ def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
 
 
 def _read_classes(
-    root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
+    root: Path,
+    parent: Path,
+    split: SplitName | None,
+    where: str,
+    folders: list[str],
+    ignored: int,
+    nested: str | None,
 ) -> tuple[list[Listed], int]:
     """Return the images in the class folders of `parent`, and the number of ignored files."""
     listed: list[Listed] = []
+    below: dict[str, list[str]] = {}
     for folder in folders:
         images, others = images_below(parent / folder, where)
-        listed += [Listed(p.relative_to(root).as_posix(), folder, split) for p in images]
+        for image in images:
+            label = image.parent.relative_to(parent).as_posix() if nested == "leaf" else folder
+            listed.append(Listed(image.relative_to(root).as_posix(), label, split))
         ignored += others
+        parts = [image.relative_to(parent / folder).parts for image in images]
+        if parts and min(map(len, parts)) > 1:
+            below[folder] = sorted({part[0] for part in parts})
         if not images:
             shown = (parent / folder).relative_to(root).as_posix()
             raise DataError(
                 f'{where}: class folder "{shown}" contains no images (add some or remove it)'
             )
+    if nested is None:
+        _check_nested(below, parent.relative_to(root), where)
     return listed, ignored
+
+
+def _check_nested(below: Mapping[str, list[str]], parent: Path, where: str) -> None:
+    """Refuse folders whose images are all in sub-folders, which may be classes.
+
+    `below` has their sub-folders. One name in all of them, as in class/images/*, is no class.
+
+    Raises: DataError.
+    """
+    if len(below) > 1 and len({*map(tuple, below.values())}) == 1 == max(map(len, below.values())):
+        return
+    for folder, inner in below.items():
+        raise DataError(
+            f'{where}: all images of "{(parent / folder).as_posix()}" are in its sub-folders '
+            f"{first_few(inner)} (`nested=leaf` makes each of these a class, `nested=top` makes "
+            f'"{folder}" one class; splits must be the top folders, as in root/train/class)'
+        )
 
 
 def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
@@ -200,12 +250,12 @@ def _is_hidden(name: str) -> bool:
 
 
 def _class_names(
-    labels: Iterable[str], names: Path | None, where: str, pipe: bool
+    plain: Mapping[str, str], names: Path | None, where: str, pipe: bool
 ) -> dict[str, str]:
-    """Return the class name of every label."""
-    labels = sorted(labels)
+    """Return the class name of every label; `plain` has the folder name that it is made from."""
+    labels = sorted(plain)
     if names is None:
-        name_of = {label: class_name(label.replace("_", " ")) for label in labels}
+        name_of = {label: class_name(plain[label].replace("_", " ")) for label in labels}
     else:
         given = read_names(names, pipe=pipe)
         unknown, missing = sorted(given.keys() - set(labels)), sorted(set(labels) - given.keys())

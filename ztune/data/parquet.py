@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
-from ztune.data.manifests import SPLIT_NAMES, SplitName
+from ztune.data.manifests import SplitName, split_name
 from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
 from ztune.io.old_formats import PARQUET_FOLDER
@@ -32,7 +32,7 @@ EXTRACTED = ("parquet-images", PARQUET_FOLDER)
 """Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
 _BATCH = 64  # rows held in memory at once
-_PART = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:-\d+-of-\d+.*)?")
+_PART = re.compile(r"(?:.*[-_.])?([A-Za-z]+)(?:-\d+-of-\d+.*)?")
 _KINDS = (
     (b"\x89PNG", "png"),
     (b"\xff\xd8\xff", "jpg"),
@@ -149,7 +149,7 @@ def _opened(parquet: Any, path: Path, where: str) -> Any:
 def _role(path: Path) -> SplitName | None:
     """Return the role in a file name such as train-00000-of-00002.parquet."""
     match = _PART.fullmatch(path.name.removesuffix(".parquet"))
-    return SPLIT_NAMES[match[1]] if match else None
+    return split_name(match[1]) if match else None
 
 
 def _columns(schema: Any, where: str) -> _Columns:

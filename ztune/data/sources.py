@@ -31,17 +31,18 @@ def read_source(
     names: Path | None = None,
     tuned: bool = True,
     *,
+    nested: str | None = None,
     pipe: bool = True,
 ) -> Listing:
     """Return the images of a named data set, if there is a root, or of a path.
 
     With `tuned` every class must have training images. The names file `names` may be a pipe, except
-    in a plan.
+    in a plan. `nested` says which of nested folders are classes.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     if root is None:
-        return read_dataset(_extract_parquet(Path(place)), names, tuned, pipe=pipe)
+        return read_dataset(_extract_parquet(Path(place)), names, tuned, nested=nested, pipe=pipe)
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(

@@ -133,6 +133,7 @@ def plan_of(config: CompareConfig, out: Path) -> Plan:
         path=None if base.root is not None else str(data),
         template=base.templates,
         names=base.names,
+        nested=base.nested,
         test_data=base.test_data,
         test_fraction=base.test_fraction,
         split_seed=base.split_seed,

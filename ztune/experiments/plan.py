@@ -56,6 +56,8 @@ class DataPlan:
     """Templates, averaged; None: the published template of a named data set."""
     names: str | None = None
     """File with lines of folder<TAB>class name."""
+    nested: str | None = None
+    """Which of nested folders are classes: data/folders.py."""
     test_data: str | None = None
     """Folder or manifest of the test images; None: those of the data set, or drawn from it."""
     test_fraction: float | str = "auto"

@@ -38,6 +38,7 @@ from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, settings_of_result, tuned_config
+from ztune.printing import first_few
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import Json
@@ -218,9 +219,8 @@ class Preparation:
         template, test_listing = TEMPLATE, None
         if entry.path is not None:
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            listing = read_source(
-                str(self.plan.resolved(entry.path)), None, names, tuned=False, pipe=False
-            )
+            place = str(self.plan.resolved(entry.path))
+            listing = read_source(place, None, names, tuned=False, nested=entry.nested, pipe=False)
             if listing.ignored:
                 self._add_remark(name, f"ignored files, not images of a class: {listing.ignored}")
             self._digest_images(listing)
@@ -238,7 +238,9 @@ class Preparation:
         if entry.test_data is not None:
             place = str(self.plan.resolved(entry.test_data))
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            test_listing = read_source(place, None, names, tuned=False, pipe=False)
+            test_listing = read_source(
+                place, None, names, tuned=False, nested=entry.nested, pipe=False
+            )
             test_listing = replace(test_listing, root=test_listing.root.resolve())
             self._digest_images(test_listing)
         source = Source(
@@ -250,7 +252,8 @@ class Preparation:
             test_listing,
             entry.skip_broken,
         )
-        self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
+        classes = f"{len(listing.classes)} classes ({first_few(listing.classes, 10)})"
+        self.progress.remark(f"{name}: {classes}; {HOW_DRAWN[source.sampler]}")
         return source
 
     def _digest_images(self, listing: Listing) -> None:

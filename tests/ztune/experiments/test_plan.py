@@ -217,14 +217,17 @@ def test_a_curve_may_list_its_query_counts(tmp_path: Path) -> None:
             "querys = 5\n" + LEAST, "querys",
             "title, seeds, queries, preset, curve, execution, models, data, methods, protocols",
         ),
-        (LEAST.replace("dtd = {}", "dtd = { root = 1 }"), "root", "path, template, names"),
+        (
+            LEAST.replace("dtd = {}", "dtd = { root = 1 }"), "root",
+            "path, template, names, nested, test_data, test_fraction, split_seed, val, skip_broken",
+        ),
         (
             LEAST.replace("zip = {}", "zip = { budget = 1 }"), "budget",
             "uses, queries, preset, curve, augment, settings",
         ),
         (LEAST.replace("zip = {}", "zip = { settings = { ranks = 1 } }"), "ranks", "rank"),
         (LEAST + "shot = 4\n", "shot", "kind, shots, seeds, methods, data, source, targets"),
-        ("[execution]\nthread = 4\n" + LEAST, "thread", "provider, threads, memory_limit, force"),
+        ("[execution]\nthread = 4\n" + LEAST, "thread", "provider, threads, memory_limit, force, isolate"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_lists_the_known_ones(
