@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import threading
 import warnings
@@ -19,8 +20,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
-from ztune.errors import DataError
+from ztune.errors import DataError, how_to_install
 from ztune.io.files import open_regular
+from ztune.io.image_formats import HEAD, format_of
 from ztune.printing import reason_of
 from ztune.types import F32, U8
 
@@ -38,6 +40,7 @@ FORMATS = {
     "AVIF": "AVIF",
     "JPEG2000": "JPEG 2000",
     "PPM": "PNM",
+    "HEIF": "HEIC",
 }
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION = 0x0112
@@ -72,8 +75,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     Raises: DataError naming the file when it is in none of them; OSError.
     """
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
     with open_regular(path) as file:
+        if format_of(file.read(HEAD)) == ".heic":
+            _add_heic(path)
+        file.seek(0)
+        known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
         try:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
@@ -83,6 +89,18 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             ) from None
         with opened:
             yield opened
+
+
+def _add_heic(path: Path) -> None:
+    """Register the decoder of HEIC, an optional dependency; the image at `path` needs it."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        raise DataError(
+            f'image "{path}" cannot be read: HEIC needs pillow-heif, which is not installed '
+            f"(install it with: {how_to_install('heic')}; or convert the images to JPEG)"
+        ) from None
+    heif.register_heif_opener()
 
 
 def read_image_file(path: Path) -> Image.Image:

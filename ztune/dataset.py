@@ -151,7 +151,7 @@ class Dataset:
                 path = f"{MEMORY.name}-{number:09d}"
                 held[root / path] = convert_image(image, f"image {number}")
             listed.append(ListedImage(path, classes.index(name), None))
-        return cls(Listing(root, classes, tuple(listed), 0), held=held)
+        return cls(Listing(root, classes, tuple(listed)), held=held)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -90,6 +90,8 @@ def read_labelled(
     Raises: DataError without such images; ConfigError.
     """
     dataset = read_source(place, root, names, tuned=False, nested=nested)
+    for remark in dataset.remarks:
+        progress.remark(remark)
     progress.remark(f"{len(dataset.classes)} classes ({first_few(dataset.classes, 10)})")
     for note in dataset.notes:
         progress.remark(note)

@@ -128,8 +128,7 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
             "preset published: new random crops in each step are approximated by "
             f"{run_config.augment} cached views per image"
         )
-    if dataset.ignored:
-        yield f"files ignored, not images of a class: {dataset.ignored}"
+    yield from dataset.remarks
     yield from split.notes
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (

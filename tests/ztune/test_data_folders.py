@@ -51,7 +51,10 @@ def test_the_rest_is_counted(tmp_path: Path) -> None:
     put(tmp_path, ".cache/x.png", "__MACOSX/a/1.png")
     dataset = read_dataset(tmp_path)
     assert [p.path for p in dataset.images] == ["a/1.png", "b/1.png"]
-    assert dataset.ignored == 3
+    assert dataset.ignored == ("a/notes.txt", "loose.png", "a/.hidden.png")
+    assert dataset.remarks == (
+        'files ignored, not images of a class: 3 ("a/notes.txt", "loose.png", "a/.hidden.png")',
+    )
 
 
 def test_names_are_composed(tmp_path: Path) -> None:
@@ -65,6 +68,103 @@ def test_class_folders_may_be_links_and_circles_are_not_followed(tmp_path: Path)
     (tmp_path / "root" / "cat").symlink_to(tmp_path / "elsewhere" / "cats")
     (tmp_path / "root" / "dog" / "again").symlink_to(tmp_path / "root")
     assert [path for path, _, _ in found(tmp_path / "root")] == ["cat/1.png", "dog/1.png"]
+
+
+def test_linked_sub_folders_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "pool", "1.png", "deep/2.png")
+    put(tmp_path / "root", "cat/3.png", "cat/own/4.png", "dog/5.png")
+    (tmp_path / "root" / "cat" / "a").symlink_to(tmp_path / "pool")
+    (tmp_path / "root" / "cat" / "b").symlink_to(tmp_path / "pool" / "deep")
+    (tmp_path / "root" / "cat" / "c").symlink_to(tmp_path / "root" / "cat" / "own")
+    (tmp_path / "pool" / "deep" / "round").symlink_to(tmp_path / "pool")
+    assert [path for path, _, _ in found(tmp_path / "root")] == [
+        "cat/3.png", "cat/a/1.png", "cat/a/deep/2.png", "cat/own/4.png", "dog/5.png",
+    ]  # fmt: skip
+
+
+def test_a_class_folder_may_have_only_a_linked_one(tmp_path: Path) -> None:
+    put(tmp_path / "pool", "1.png")
+    put(tmp_path / "root", "cat/1.png")
+    (tmp_path / "root" / "dog").mkdir()
+    (tmp_path / "root" / "dog" / "part").symlink_to(tmp_path / "pool")
+    assert found(tmp_path / "root") == [
+        ("cat/1.png", "cat", None),
+        ("dog/part/1.png", "dog", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir", "@EADIR", "#recycle", "#snapshot", "lost+found", "LOST.DIR", "__MACOSX",
+        "$RECYCLE.BIN", ".ipynb_checkpoints", ".Trash-1000", "System Volume Information",
+        "__pycache__", "@Recycle", "~snapshot", ".@__thumb",
+    ],
+)  # fmt: skip
+def test_storage_folders_are_never_images_or_classes(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "train/cat/1.png", "train/dog/2.png")
+    expected = found(tmp_path)
+    put(tmp_path, *(f"{at}{name}/x.png" for at in ("", "train/", "train/cat/")))
+    put(tmp_path, f"train/dog/{name}/2.png/SYNOPHOTO_THUMB_M.jpg")
+    assert found(tmp_path) == expected
+
+
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF"
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+TIFF = b"II*\0\x08\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("1.jfif", JPEG),
+        ("1.JPE", JPEG),
+        ("1.avif", b"damaged"),
+        ("1.heic", b""),
+        ("1.jp2", b""),
+        ("1.pnm", b""),
+        ("photo", JPEG),
+        ("IMG.0001", JPEG),
+        ("1.jpg_large", PNG_HEAD),
+        ("scan", TIFF),
+        ("1.img", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("1.x", b"P5\n# by hand\n1 1\n255\n\0"),
+        ("1.x", b"\0\0\0\x1cftypmif1\0\0\0\0avifmif1miaf"),
+        ("1.x", b"RIFF\0\0\0\0WEBPVP8 "),
+        ("1.dib", b"BM" + bytes(12) + b"\x28\0\0\0"),
+    ],
+)
+def test_images_by_ending_or_content(tmp_path: Path, name: str, content: bytes) -> None:
+    put(tmp_path, "a/0.png", "b/0.png")
+    (tmp_path / "a" / name).write_bytes(content)
+    assert len(found(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.txt", b"BMW and other cars"),
+        ("P1 list", b"P1 is the first"),
+        ("empty", b""),
+        ("raw.NEF", TIFF),
+        ("raw.dng", TIFF),
+        ("film.mp4", b"\0\0\0\x18ftypisom\0\0\0\0isommp42"),
+        ("page", b"<html>"),
+        (".hidden", JPEG),
+        ("data.npz", b"PK\x03\x04"),
+        ("a.wav", b"RIFF\0\0\0\0WAVE"),
+    ],
+)
+def test_other_files_are_ignored_and_listed(tmp_path: Path, name: str, content: bytes) -> None:
+    put(tmp_path, "a/0.png", "b/0.png")
+    (tmp_path / "a" / name).write_bytes(content)
+    assert read_dataset(tmp_path).ignored == (f"a/{name}",)
+
+
+def test_a_class_folder_with_other_files_only_names_them(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "b/raw.nef", "b/list.txt")
+    with pytest.raises(DataError, match=r'remove it; its files are "list.txt", "raw.nef"'):
+        read_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])

@@ -31,7 +31,7 @@ def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> Listin
             paths = [f"{split}/{name}/{i}.png" for i in range(n)]
             images += [ListedImage(path, classes.index(name), split) for path in paths]
     images.sort(key=lambda image: image.path)
-    return Listing(Path("/data"), classes, tuple(images), 0)
+    return Listing(Path("/data"), classes, tuple(images))
 
 
 def digest(path: Path) -> str:

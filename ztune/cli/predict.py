@@ -72,7 +72,7 @@ def _images(named: Sequence[Path]) -> list[Path]:
     Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
         images.
     """
-    from ztune.data.folders import images_below
+    from ztune.data.image_files import images_below
     from ztune.data.manifests import is_utf8
 
     found: list[Path] = []

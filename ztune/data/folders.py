@@ -7,9 +7,9 @@ The layout is detected:
     list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
 Class folders may be links and may have sub-folders next to their own images, which belong to the
-class; links below a class folder are not followed. Whether sub-folders of a folder without images
-of its own are classes must be said (NESTED). Hidden files, other file types and images outside
-class folders are counted and ignored. All order is by code point, independent of the file system.
+class. Whether sub-folders of a folder without images of its own are classes must be said (NESTED).
+What is an image, and which folders are skipped: image_files.py. Other files are ignored and listed.
+All order is by code point, independent of the file system.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit
+from ztune.data.image_files import images_below, is_hidden
 from ztune.data.manifests import (
     SUFFIXES,
     Listed,
@@ -33,7 +34,6 @@ from ztune.data.manifests import (
 from ztune.errors import ConfigError, DataError
 from ztune.printing import first_few
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 NESTED = ("leaf", "top")
 """The classes of nested folders: each innermost folder, or the top folders with all below."""
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
@@ -60,8 +60,8 @@ class Listing:
     classes: tuple[str, ...]
     """Sorted by code point, at least two."""
     images: tuple[ListedImage, ...]
-    ignored: int
-    """Ignored files: hidden, of another type, or outside class folders."""
+    ignored: tuple[str, ...] = ()
+    """Ignored files: hidden, of another type, or outside class folders; relative to the root."""
     notes: tuple[str, ...] = ()
     """Remarks for the user, one line each."""
     lists: CoopSplit | None = None
@@ -69,6 +69,14 @@ class Listing:
     is_published: bool = False
     """Whether the lists come from a published split file, or from official files that leave nothing
     to chance (ImageNet-A), with the published numbers of images and classes and unique names."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks on the files, one line each."""
+        if not self.ignored:
+            return ()
+        shown = first_few(self.ignored)
+        return (f"files ignored, not images of a class: {len(self.ignored)} ({shown})",)
 
     @property
     def has_splits(self) -> bool:
@@ -101,7 +109,7 @@ def read_dataset(
         if all((path / name).is_file() for name in marks):
             raise DataError(f'data "{path}" is a {kind}, expected {_LAYOUTS}')
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        where, root, ignored = f'manifest "{path}"', path.parent, 0
+        where, root, ignored = f'manifest "{path}"', path.parent, []
         listed = read_manifest(path)
     elif path.is_dir():
         where, root = f'folder "{path}"', path
@@ -126,11 +134,13 @@ def read_dataset(
         _check_splits(listed, where)
     index = {name: label for label, name in enumerate(classes)}
     images = [ListedImage(item.path, index[name_of[item.label]], item.split) for item in listed]
-    return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), ignored)
+    visible_first = sorted(ignored, key=lambda p: (p.name.startswith("."), p))
+    others = tuple(p.relative_to(root).as_posix() for p in visible_first)
+    return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), others)
 
 
-def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Listed], int]:
-    """Return the images below a root in either layout, and the number of ignored files."""
+def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Listed], list[Path]]:
+    """Return the images below a root in either layout, and the ignored files."""
     folders, loose = _subfolders(root)
     named = {folder: split for folder in folders if (split := split_name(folder))}
     splits = [folder for folder in named if _subfolders(root / folder)[0]]
@@ -140,7 +150,8 @@ def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Liste
                 f"{where}: {first_few(folders)} contain no class folders (expected "
                 "root/train/class/*.jpg and root/test/class/*.jpg, or a manifest)"
             )
-        return _read_classes(root, root, None, where, folders, len(loose), nested)
+        found, ignored = _read_classes(root, root, None, where, folders, nested)
+        return found, loose + ignored
     others = sorted(set(folders) - set(splits))
     if others:
         raise DataError(
@@ -151,14 +162,12 @@ def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Liste
         if len(same := [folder for folder in splits if named[folder] == split]) > 1:
             raise DataError(f"{where} has two folders for {split}: {first_few(same)} (keep one)")
     listed: list[Listed] = []
-    ignored = len(loose)
+    ignored = loose
     for folder in splits:
         classes, outside = _subfolders(root / folder)
-        found, extra = _read_classes(
-            root, root / folder, named[folder], where, classes, len(outside), nested
-        )
+        found, extra = _read_classes(root, root / folder, named[folder], where, classes, nested)
         listed += found
-        ignored += extra
+        ignored = ignored + outside + extra
     return listed, ignored
 
 
@@ -168,11 +177,11 @@ def _read_classes(
     split: SplitName | None,
     where: str,
     folders: list[str],
-    ignored: int,
     nested: str | None,
-) -> tuple[list[Listed], int]:
-    """Return the images in the class folders of `parent`, and the number of ignored files."""
+) -> tuple[list[Listed], list[Path]]:
+    """Return the images in the class folders of `parent`, and the ignored files."""
     listed: list[Listed] = []
+    ignored: list[Path] = []
     below: dict[str, list[str]] = {}
     for folder in folders:
         images, others = images_below(parent / folder, where)
@@ -181,14 +190,18 @@ def _read_classes(
             listed.append(Listed(image.relative_to(root).as_posix(), label, split))
         ignored += others
         parts = [image.relative_to(parent / folder).parts for image in images]
+        inner = sorted({part[0] for part in parts})
         if parts and min(map(len, parts)) > 1:
-            below[folder] = sorted({part[0] for part in parts})
+            # A link adds the images of another folder.
+            below[folder] = [name for name in inner if not (parent / folder / name).is_symlink()]
         if not images:
             shown = (parent / folder).relative_to(root).as_posix()
+            files = f"; its files are {first_few([p.name for p in others])}" if others else ""
             raise DataError(
-                f'{where}: class folder "{shown}" contains no images (add some or remove it)'
+                f'{where}: class folder "{shown}" contains no images (add some or remove it{files})'
             )
     if nested is None:
+        below = {folder: inner for folder, inner in below.items() if inner}
         _check_nested(below, parent.relative_to(root), where)
     return listed, ignored
 
@@ -210,43 +223,12 @@ def _check_nested(below: Mapping[str, list[str]], parent: Path, where: str) -> N
         )
 
 
-def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
-    """Return the images in a folder and its visible sub-folders, and the number of other files.
-
-    Raises: DataError when a folder cannot be read, or an image's name is not UTF-8.
-    """
-    images: list[Path] = []
-    n_others = 0
-    try:
-        for directory, below, files in os.walk(folder, onerror=_raise):
-            below[:] = [name for name in below if not _is_hidden(name)]
-            for name in files:
-                if _is_hidden(name) or Path(name).suffix.lower() not in IMAGES:
-                    n_others += 1
-                else:
-                    images.append(Path(directory) / name)
-    except OSError as error:
-        raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
-    for image in images:
-        if not is_utf8(str(image)):
-            raise DataError(f"{where}: file name {str(image)!r} is not UTF-8 (rename it)")
-    return sorted(images, key=Path.as_posix), n_others
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _subfolders(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the visible folders, sorted, and those of the files."""
+def _subfolders(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the names of the visible folders, sorted, and the files."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_dir()) for entry in entries]
-    folders = sorted(name for name, is_folder in found if is_folder and not _is_hidden(name))
-    return folders, [name for name, is_folder in found if not is_folder]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    folders = sorted(name for name, is_folder in found if is_folder and not is_hidden(name))
+    return folders, [folder / name for name, is_folder in found if not is_folder]
 
 
 def _class_names(

@@ -17,6 +17,7 @@ from pathlib import Path
 from ztune.data import parquet
 from ztune.data.checking import find_deviations, is_published
 from ztune.data.folders import Listing, read_dataset
+from ztune.data.image_files import is_hidden
 from ztune.data.library import NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
@@ -123,7 +124,7 @@ def _extract_parquet(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    folders = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    folders = {p.name for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)}
     if folders - {"data", *parquet.EXTRACTED} or not (files := parquet.parquet_files(path)):
         return path
     return parquet.extract(files, parquet.extracted_below(path)) / parquet.MANIFEST

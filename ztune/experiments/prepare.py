@@ -221,8 +221,8 @@ class Preparation:
             names = None if entry.names is None else self.plan.resolved(entry.names)
             place = str(self.plan.resolved(entry.path))
             listing = read_source(place, None, names, tuned=False, nested=entry.nested, pipe=False)
-            if listing.ignored:
-                self._add_remark(name, f"ignored files, not images of a class: {listing.ignored}")
+            for remark in listing.remarks:
+                self._add_remark(name, remark)
             self._digest_images(listing)
         elif self.root is None:
             raise ConfigError(

@@ -227,7 +227,10 @@ def test_a_curve_may_list_its_query_counts(tmp_path: Path) -> None:
         ),
         (LEAST.replace("zip = {}", "zip = { settings = { ranks = 1 } }"), "ranks", "rank"),
         (LEAST + "shot = 4\n", "shot", "kind, shots, seeds, methods, data, source, targets"),
-        ("[execution]\nthread = 4\n" + LEAST, "thread", "provider, threads, memory_limit, force, isolate"),
+        (
+            "[execution]\nthread = 4\n" + LEAST, "thread",
+            "provider, threads, memory_limit, force, isolate",
+        ),
     ],
 )  # fmt: skip
 def test_an_unknown_key_lists_the_known_ones(
