@@ -58,6 +58,8 @@ _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 # The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
+# Length of a nearly uniform image's hash: 2 levels for each of 64 pixels.
+_UNIFORM = 16.0
 # Warning filters are global to the process: one thread at a time may change them.
 _DECODING = threading.Lock()
 
@@ -119,6 +121,43 @@ def read_image_file(path: Path) -> Image.Image:
         raise
     except Exception as error:  # decoders raise nearly anything on a corrupted file
         raise _unreadable(f'image "{path}"', error) from None
+
+
+def perceptual_hash(path: Path) -> F32 | None:
+    """Return f32[64], a unit vector of an image in 8 x 8 grey levels without their mean.
+
+    None for an image that is unreadable or uniform.
+    """
+    try:
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with open_image(path) as opened:
+                opened.draft("L", (64, 64))  # decodes a JPEG at the least sufficient size
+                turned = _UPRIGHT.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
+                grey = opened.convert("L").resize((8, 8), Image.Resampling.LANCZOS)
+        levels = np.asarray(grey if turned is None else grey.transpose(turned), np.float32).ravel()
+    except Exception:  # decoders raise nearly anything on a corrupted file
+        return None
+    deviations = levels - levels.mean()
+    length = float(np.linalg.norm(deviations))
+    return deviations / np.float32(length) if length > _UNIFORM else None
+
+
+def reason_broken(path: Path, whole: bool) -> str | None:
+    """Return why an image cannot be read, None if it can; only its header unless `whole`."""
+    try:
+        if whole:
+            read_image_file(path)
+        else:
+            with _DECODING, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with open_image(path):
+                    pass
+    except DataError as error:
+        return str(error)
+    except Exception as error:  # as in read_image_file
+        return str(_unreadable(f'image "{path}"', error))
+    return None
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

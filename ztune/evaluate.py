@@ -44,6 +44,13 @@ class LabelledImages:
     split: str
     held: InMemoryImages = field(default_factory=dict)
     """Images in memory, by nominal path."""
+    ignored: tuple[str, ...] = ()
+    """Other files of the folder."""
+
+    def left_out(self, kept: NDArray[np.bool_]) -> dict[str, Json]:
+        """Return the files that were not scored, by reason, given which images were readable."""
+        broken = [str(path) for (path, _), k in zip(self.items, kept, strict=True) if not k]
+        return {"ignored": [*self.ignored], "broken": [*broken]}
 
     @property
     def images(self) -> list[ImageLike]:
@@ -106,7 +113,7 @@ def read_labelled(
     digests = digest_images(dataset)
     items = [(dataset.root / p.path, d) for p, d in zip(dataset.images, digests, strict=True)]
     labels = np.array([p.label for p in dataset.images], dtype=np.int64)
-    return LabelledImages(items, labels, dataset.classes, split)
+    return LabelledImages(items, labels, dataset.classes, split, ignored=dataset.ignored)
 
 
 def labelled_of_split(

@@ -20,6 +20,7 @@ _PASSWORD = re.compile(
 )
 
 
+_NAMED = 50  # broken images in an error
 _ARGUMENT = re.compile(r"`([a-z_]+(?:=[^`]*)?)`")
 
 
@@ -52,6 +53,12 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names in quotation marks, with dots if there are more."""
     shown = ", ".join(f'"{name}"' for name in names[:most])
     return shown + (", ..." if len(names) > most else "")
+
+
+def broken_images(reason: str, paths: Sequence[str]) -> str:
+    """Return the error for broken images, which names them all, and why the first is broken."""
+    more = "" if len(paths) == 1 else f"; {len(paths)} broken images: {first_few(paths, _NAMED)}"
+    return f"{reason}{more} (repair or remove them; or use `skip_broken` in tune, compare and eval)"
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:

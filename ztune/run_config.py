@@ -45,6 +45,8 @@ class RunConfig:
     """None: the run's own folder."""
     augment: int = 0
     skip_broken: bool = False
+    skip_conflicts: bool = False
+    """Leave out images with two classes or roles."""
     force: bool = False
     """Continue below the signal check's limit."""
     keep: str = "last"

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
+from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.artifact import (
     Artifact,
@@ -28,8 +29,8 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, Split
-from ztune.data.splitter import Digest, digest_file, make_split
+from ztune.data.split import HOW_DRAWN, NOTHING, Split
+from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.io.files import read_json, write_json
@@ -92,7 +93,10 @@ def start_run(
     RunFolder(path).require_free(overwrite=overwrite)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
-        model.progress.remark(remark)
+        if remark.startswith(NEAR_COPIES):
+            warn(remark)
+        else:
+            model.progress.remark(remark)
     return start_run_on(run_config, split, model, path, on_start=on_start, overwrite=overwrite)
 
 
@@ -249,7 +253,10 @@ def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Lis
     test_data = None
     if run_config.test_data:
         test_data = read_source(run_config.test_data, None, names, tuned=False, nested=nested)
-    return dataset, make_split(dataset, settings, test_data, digest)
+    screening = Screening(
+        run_config.skip_broken, run_config.skip_conflicts, reason_broken, hash_of=perceptual_hash
+    )
+    return dataset, make_split(dataset, settings, test_data, digest, screening)
 
 
 @dataclass(frozen=True)
@@ -347,6 +354,13 @@ class TrainingRun(Generic[Store]):
             self._draw_curve(report.validation)
         return report
 
+    def _left_out(self, encoded: EncodedSplit) -> dict[str, Any]:
+        """Return run.json's fields of the files that are not used."""
+        known = self.split.left_out
+        found = structs.replace(known, broken=(*known.broken, *encoded.broken))
+        n_broken = len(found.broken)
+        return {"broken_images": n_broken, "left_out": None if found == NOTHING else found}
+
     def _draw_curve(self, validation: Mapping[str, ValidationScore]) -> None:
         run_config = self.run_config
         shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
@@ -372,7 +386,7 @@ class TrainingRun(Generic[Store]):
         own_cache = run_config.cache is None
         if head.image_forwards is None:
             costs = encoded.costs(own_cache, time.monotonic() - started)
-            head = structs.replace(head, **costs)
+            head = structs.replace(head, **costs, **self._left_out(encoded))
         self.folder.write(plain(head))
         budget = Budget(run_config.queries, image_forwards=head.image_forwards or 0)
         with self._journal_queries(budget) as served:
@@ -433,7 +447,7 @@ class TrainingRun(Generic[Store]):
             raise ConfigError(f"{self.run_config.method} {what}, so its signal cannot be measured")
         train, labels = self._encoder.training()
         none = np.zeros(0, dtype=np.int64)
-        encoded = EncodedSplit(train.values, labels, None, none, 0, 0, 0)
+        encoded = EncodedSplit(train.values, labels, None, none, 0, 0, ())
         return self._measure_signal(self._task(config, encoded, None))
 
     def _signal_is_known(self) -> bool:

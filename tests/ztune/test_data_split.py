@@ -335,7 +335,7 @@ def test_copies_in_one_class_count_once() -> None:
     copies = ("None/a/3.png", "None/a/7.png")
     split = with_copies(make({"a": 17, "b": 16}), SplitSettings(16), *copies)
     assert "None/a/7.png" not in paths(split, "train")
-    assert split.notes[0] == "exact duplicates of another image, omitted: 1"
+    assert split.notes[0] == 'exact duplicates of another image, omitted: 1 ("None/a/7.png")'
     with pytest.raises(DataError, match='"a" has 15 training images'):
         with_copies(make({"a": 16, "b": 16}), SplitSettings(16), *copies)
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(first, "--template", "--provider")
     data = parser.add_argument_group("data")
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
-    add(data, "--skip-broken")
+    add(data, "--skip-broken", "--skip-conflicts")
     method = parser.add_argument_group("method")
     add(method, "--preset")
     add(method, "--set", metavar="METHOD.KEY=VALUE", help="setting of one method")

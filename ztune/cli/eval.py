@@ -300,6 +300,7 @@ def _document(
         "split": images.split,
         "per_class": plain(result.per_class()),
         "broken_images": int((~kept).sum()),
+        "left_out": images.left_out(kept),
         "tuning_images": images.n_tuned_on(fingerprints),
     }
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
     add(data, "--cache", help="cache folder for features (default: inside RUN)")
-    add(data, "--skip-broken")
+    add(data, "--skip-broken", "--skip-conflicts")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
     add(method, "--preset", "--set", "--init")

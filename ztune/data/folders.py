@@ -108,8 +108,9 @@ def read_dataset(
     for kind, marks in _FOREIGN.items():
         if all((path / name).is_file() for name in marks):
             raise DataError(f'data "{path}" is a {kind}, expected {_LAYOUTS}')
+    ignored: list[Path] = []
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        where, root, ignored = f'manifest "{path}"', path.parent, []
+        where, root = f'manifest "{path}"', path.parent
         listed = read_manifest(path)
     elif path.is_dir():
         where, root = f'folder "{path}"', path

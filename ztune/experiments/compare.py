@@ -139,6 +139,7 @@ def plan_of(config: CompareConfig, out: Path) -> Plan:
         split_seed=base.split_seed,
         val=base.val,
         skip_broken=base.skip_broken,
+        skip_conflicts=base.skip_conflicts,
     )
     protocol = ProtocolPlan("few-shot", (base.shots,), config.seeds, config.methods, data=(name,))
     execution = ExecutionPlan(

@@ -66,6 +66,8 @@ class DataPlan:
     """Validation images per class, as are the two above: settings of data/splitter.py."""
     skip_broken: bool = False
     """Leave out images that cannot be read; else they are an error."""
+    skip_conflicts: bool = False
+    """Leave out images with two classes or roles; else they are an error."""
 
     def __post_init__(self) -> None:
         for template in self.templates or ():

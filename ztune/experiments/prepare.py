@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
+from ztune.data.near_copies import PerceptualHash
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import HOW_DRAWN, Split
-from ztune.data.splitter import digest_file
+from ztune.data.splitter import Screening, digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.jobs import CellJob, Encoding, Job, ScoredPart, key_of_tested
@@ -146,6 +149,10 @@ class Preparation:
     progress: Progress
     _sources: dict[str, Source] = field(default_factory=dict)
     _digests: Digests = field(default_factory=Digests)
+    _why_broken: Callable[[Path, bool], str | None] = field(
+        default_factory=lambda: functools.cache(reason_broken)
+    )
+    _hash_of: PerceptualHash = field(default_factory=lambda: functools.cache(perceptual_hash))
     _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
         default_factory=dict
     )
@@ -251,6 +258,14 @@ class Preparation:
             entry.split_settings(1, 0),
             test_listing,
             entry.skip_broken,
+            # A broken image otherwise fails only the cells that draw it.
+            Screening(
+                entry.skip_broken,
+                entry.skip_conflicts,
+                self._why_broken,
+                entry.skip_broken,
+                self._hash_of,
+            ),
         )
         classes = f"{len(listing.classes)} classes ({first_few(listing.classes, 10)})"
         self.progress.remark(f"{name}: {classes}; {HOW_DRAWN[source.sampler]}")
