@@ -22,6 +22,7 @@ from ztune.errors import DataError, FormatError, ProviderError
 from ztune.io.files import open_regular
 from ztune.io.kinds import kind_of, wrong_kind
 from ztune.io.schema import Count, Record, convert, current, decoded
+from ztune.printing import broken_images, first_few
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8, Json
 
@@ -164,9 +165,10 @@ def classify(
 ) -> tuple[F32, F32, NDArray[np.bool_]]:
     """Return logits and probabilities f32[n, C] of the readable images, and which those are.
 
-    Raises: DataError naming a broken image; with `skip_broken` only when all are broken.
+    Raises: DataError naming all broken images; with `skip_broken` only when all are broken.
     """
     kept = np.ones(len(paths), dtype=np.bool_)
+    reasons: list[str] = []
 
     def readable() -> Iterator[U8]:
         for number, path in enumerate(paths):
@@ -174,20 +176,21 @@ def classify(
             try:
                 pixels = classifier.read(path)
             except DataError as error:
-                if not skip_broken:
-                    raise DataError(
-                        f"{error} (repair or remove it, or use `skip_broken`)"
-                    ) from None
+                reasons.append(str(error))
                 kept[number] = False
             else:
-                yield pixels
+                if skip_broken or not reasons:  # else only the names of the others are wanted
+                    yield pixels
 
     with progress.activity("classifying", len(paths)) as ticker:
         logits, probabilities = classify_pixels(classifier, readable())
+    broken = [str(path) for path, keep in zip(paths, kept, strict=True) if not keep]
+    if broken and not skip_broken:
+        raise DataError(broken_images(reasons[0], broken))
     if not kept.any():
         raise DataError(f"none of {len(paths)} image(s) can be read")
     if not kept.all():
-        warn(f"{int((~kept).sum())} broken images left out")
+        warn(f"{len(broken)} broken images left out: {first_few(broken)}")
     readable_paths = [path for path, keep in zip(paths, kept, strict=True) if keep]
     report_conversions(count_conversions(readable_paths), "images", progress)
     return logits, probabilities, kept

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import threading
 import warnings
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
-from ztune.errors import DataError
+from ztune.errors import DataError, how_to_install
 from ztune.io.files import open_regular
+from ztune.io.image_formats import HEAD, format_of
 from ztune.printing import reason_of
 from ztune.types import F32, U8
 
@@ -41,6 +43,7 @@ FORMATS = {
     "AVIF": "AVIF",
     "JPEG2000": "JPEG 2000",
     "PPM": "PNM",
+    "HEIF": "HEIC",
 }
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION = 0x0112
@@ -58,6 +61,8 @@ _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 # The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
+# Length of a nearly uniform image's hash: 2 levels for each of 64 pixels.
+_UNIFORM = 16.0
 # Warning filters are global to the process: one thread at a time may change them.
 DECODING = threading.Lock()
 
@@ -75,8 +80,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     Raises: DataError naming the file when it is in none of them; OSError.
     """
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
     with open_regular(path) as file:
+        if format_of(file.read(HEAD)) == ".heic":
+            _add_heic(path)
+        file.seek(0)
+        known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
         try:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
@@ -86,6 +94,18 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             ) from None
         with opened:
             yield opened
+
+
+def _add_heic(path: Path) -> None:
+    """Register the decoder of HEIC, an optional dependency; the image at `path` needs it."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        raise DataError(
+            f'image "{path}" cannot be read: HEIC needs pillow-heif, which is not installed '
+            f"(install it with: {how_to_install('heic')}; or convert the images to JPEG)"
+        ) from None
+    heif.register_heif_opener()
 
 
 def read_image_file(path: Path) -> Image.Image:
@@ -104,6 +124,43 @@ def read_image_file(path: Path) -> Image.Image:
         raise
     except Exception as error:  # decoders raise nearly anything on a corrupted file
         raise _unreadable(f'image "{path}"', error) from None
+
+
+def perceptual_hash(path: Path) -> F32 | None:
+    """Return f32[64], a unit vector of an image in 8 x 8 grey levels without their mean.
+
+    None for an image that is unreadable or uniform.
+    """
+    try:
+        with DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with open_image(path) as opened:
+                opened.draft("L", (64, 64))  # decodes a JPEG at the least sufficient size
+                turned = UPRIGHT.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
+                grey = opened.convert("L").resize((8, 8), Image.Resampling.LANCZOS)
+        levels = np.asarray(grey if turned is None else grey.transpose(turned), np.float32).ravel()
+    except Exception:  # decoders raise nearly anything on a corrupted file
+        return None
+    deviations = levels - levels.mean()
+    length = float(np.linalg.norm(deviations))
+    return deviations / np.float32(length) if length > _UNIFORM else None
+
+
+def reason_broken(path: Path, whole: bool) -> str | None:
+    """Return why an image cannot be read, None if it can; only its header unless `whole`."""
+    try:
+        if whole:
+            read_image_file(path)
+        else:
+            with DECODING, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with open_image(path):
+                    pass
+    except DataError as error:
+        return str(error)
+    except Exception as error:  # as in read_image_file
+        return str(_unreadable(f'image "{path}"', error))
+    return None
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

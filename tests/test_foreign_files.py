@@ -87,10 +87,10 @@ def test_parquet_files_with_other_formats_are_refused(
     with pytest.raises(DataError, match="unknown image format"):
         parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
     # A mark of a known kind before it chooses the suffix, never the decoder.
-    parquet_file(tmp_path / "train.parquet", [(png(1), 0), (b"BM" + FOREIGN[kind], 1)])
+    parquet_file(tmp_path / "train.parquet", [(png(1), 0), (b"GIF8" + FOREIGN[kind], 1)])
     parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
     with pytest.raises(DataError, match="cannot be read"):
-        read_image_file(tmp_path / "out" / "images" / "train" / "00000001.bmp")
+        read_image_file(tmp_path / "out" / "images" / "train" / "00000001.gif")
 
 
 # In a process of its own, since one that waits for a pipe in a thread has to be killed.

@@ -14,16 +14,16 @@ from PIL import Image
 
 from runtimes.conversions import count_conversions, report_conversions
 from runtimes.in_memory import image_digest
-from runtimes.preprocess import ImageLike, convert_image
+from runtimes.preprocess import ImageLike, convert_image, perceptual_hash, reason_broken
 from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import Split, SplitSettings
-from ztune.data.splitter import digest_file, make_split, training_split
+from ztune.data.splitter import NEAR_COPIES, Screening, digest_file, make_split, training_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
 from ztune.progress import SILENCE, warn
-from ztune.types import I64
+from ztune.types import F32, I64
 
 MEMORY = Path("/in-memory").absolute()
 """The nominal folder of images in memory; no file is read there."""
@@ -74,15 +74,19 @@ class Dataset:
     held: Mapping[Path, Image.Image] = field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, path: Path | str, *, names: Path | str | None = None) -> Dataset:
+    def from_folder(
+        cls, path: Path | str, *, names: Path | str | None = None, nested: str | None = None
+    ) -> Dataset:
         """Return the images of a folder with one subfolder per class.
 
         `root/class/*.jpg` or `root/{train,val,test}/class/*`; each line of the file `names` is
-        folder, tab, class name.
+        folder, tab, class name. Of folders in folders, `nested` makes classes of the innermost
+        (leaf) or of the top ones (top).
 
         Raises: DataError for another layout.
         """
-        return cls(read_source(str(Path(path)), None, None if names is None else Path(names)))
+        named = None if names is None else Path(names)
+        return cls(read_source(str(Path(path)), None, named, nested=nested))
 
     @classmethod
     def from_manifest(cls, path: Path | str) -> Dataset:
@@ -150,7 +154,7 @@ class Dataset:
                 path = f"{MEMORY.name}-{number:09d}"
                 held[root / path] = convert_image(image, f"image {number}")
             listed.append(ListedImage(path, classes.index(name), None))
-        return cls(Listing(root, classes, tuple(listed), 0), held=held)
+        return cls(Listing(root, classes, tuple(listed)), held=held)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -169,40 +173,55 @@ class Dataset:
         val: int | None = None,
         test_fraction: float | Literal["auto"] = "auto",
         split_seed: int = 0,
+        skip_broken: bool = False,
+        skip_conflicts: bool = False,
     ) -> tuple[TrainingSet, LabelledImages]:
         """Draw `shots` training images per class, validation images, and test images.
 
         Equal to the split of `ztune tune` with these settings. `val` is the number of validation
         images per class (None: min(shots, 4), or the remainder); `test_fraction` of a class is
         kept for testing (auto: half if every class has at least 2 * (shots + val) images).
+        `skip_broken` and `skip_conflicts` leave out unreadable images, and images with two classes
+        or roles.
 
-        Raises: DataError for a class with too few images, or an image with two classes.
+        Raises: DataError for a class with too few images, broken images, or an image with two
+            classes.
         """
         settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
-        split = make_split(self.listing, settings, digest=self._digest)
+        screening = Screening(skip_broken, skip_conflicts, self._why_broken, hash_of=self._hash_of)
+        split = make_split(self.listing, settings, digest=self._digest, screening=screening)
+        for note in split.notes:
+            if note.startswith(NEAR_COPIES):
+                warn(note)
         if not split.entries_of("test"):
             warn("; ".join(split.notes))
         return TrainingSet(split, self.template, self.held), self._tested(split)
 
-    def whole(self, seed: int = 1) -> TrainingSet:
+    def whole(self, seed: int = 1, *, skip_broken: bool = False) -> TrainingSet:
         """Return all images as training images.
 
         Files of a class are in the order of `ztune tune` with this seed, images in memory in the
-        given order.
+        given order. `skip_broken` leaves out unreadable images.
 
-        Raises: DataError for data with its own test images, an image with two classes, or a class
-            without images.
+        Raises: DataError for data with its own test images, broken images, an image with two
+            classes, or a class without images.
         """
         if any(image.split not in (None, "train") for image in self.listing.images):
             raise DataError("the data already have validation or test images: use split()")
         order = None if self.held else seed
-        return TrainingSet(
-            training_split(self.listing, self._digest, order), self.template, self.held
-        )
+        screening = Screening(skip_broken, False, self._why_broken)
+        split = training_split(self.listing, self._digest, order, screening)
+        return TrainingSet(split, self.template, self.held)
 
     def _tested(self, split: Split) -> LabelledImages:
         items, labels = split.items("test"), split.labels("test")
         return LabelledImages(items, labels, split.classes, "test", self.held)
+
+    def _why_broken(self, path: Path, whole: bool) -> str | None:
+        return None if path in self.held else reason_broken(path, whole)
+
+    def _hash_of(self, path: Path) -> F32 | None:
+        return None if path in self.held else perceptual_hash(path)
 
     def _digest(self, path: Path) -> str:
         held = self.held.get(path)

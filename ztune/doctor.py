@@ -33,6 +33,7 @@ _EXTRAS = {
     "export": "open_clip",
     "triton": "tritonclient",
     "parquet": "pyarrow",
+    "heic": "pillow_heif",
     "dev": "pytest",
 }
 """A module that each extra installs, by extra."""

@@ -44,7 +44,8 @@ class EncodedSplit:
     val_labels: I64
     n_encoded: int
     n_cached: int
-    n_broken: int
+    broken: tuple[str, ...]
+    """Paths of unreadable images, relative to their root."""
     changeable: Changeable | None = None
     """The training images' pixels, if the method changes images."""
     val_changeable: Changeable | None = None
@@ -70,7 +71,6 @@ class EncodedSplit:
         return {
             "image_forwards": self.n_encoded + n_paid_before,
             "image_forwards_cached": self.n_cached - n_paid_before,
-            "broken_images": self.n_broken,
             "conversions": self.conversions,
             "image_seconds": round(seconds, 3),
         }
@@ -103,15 +103,15 @@ class SplitEncoder:
         n_views = self.run_config.augment
         train, labels = self.training()
         n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
-        n_broken = int((~train.kept).sum())
         conversions = Counter(train.conversions)
+        broken = self._broken("train", train)
         val, val_labels = None, self.split.labels("val")
         if len(val_labels):
             val = self._encoded("val", "validation images", 0)
             val_labels = val_labels[val.kept]
             n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
-            n_broken += int((~val.kept).sum())
             conversions.update(val.conversions)
+            broken += self._broken("val", val)
         parts: list[Changeable | None] = [None, None]
         if changeable:
             parts[0], n_more = self._changeable("train", train, n_views)
@@ -126,11 +126,16 @@ class SplitEncoder:
             val_labels,
             n_encoded,
             n_wanted - n_encoded,
-            n_broken,
+            broken,
             changeable=parts[0],
             val_changeable=parts[1],
             conversions=dict(conversions),
         )
+
+    def _broken(self, role: SplitName, found: Features) -> tuple[str, ...]:
+        """Return the paths of a role's unreadable images."""
+        entries = zip(self.split.entries_of(role), found.kept, strict=True)
+        return tuple(entry.path for entry, keep in entries if not keep)
 
     def _encoded(
         self, role: SplitName, what: str, n_views: int, extractor: Path | None = None

@@ -333,7 +333,11 @@ class FewShotClassifier:
         if isinstance(X, TrainingSet | Dataset):
             if y is not None:
                 raise DataError("`y` is given, but the data set in `X` has labels: leave it out")
-            return (X if isinstance(X, TrainingSet) else X.whole(self.seed)), None
+            return (
+                X
+                if isinstance(X, TrainingSet)
+                else X.whole(self.seed, skip_broken=self.skip_broken)
+            ), None
         if isinstance(X, str | Path):
             raise DataError(
                 "`X` is one path, expected a list (read a folder with Dataset.from_folder)"
@@ -342,7 +346,9 @@ class FewShotClassifier:
             raise DataError("`y` is missing: pass one label per image or row of features")
         if _are_features(X):
             return _from_features(np.asarray(X), y, class_names)
-        return Dataset.from_arrays(X, y, class_names).whole(self.seed), None
+        return Dataset.from_arrays(X, y, class_names).whole(
+            self.seed, skip_broken=self.skip_broken
+        ), None
 
     def _run_config(self, training: TrainingSet, from_features: bool) -> RunConfig:
         templates = self.templates or (training.template,)
@@ -512,5 +518,5 @@ def _from_features(
     split = Split({"data": MEMORY}, classes, entries, SplitSettings(shots, 0, 0, 0, 0), ())
     rows = unit_rows(rows)
     none = np.zeros(0, dtype=np.int64)
-    encoded = EncodedSplit(rows[None, order], labels[order], None, none, 0, 0, 0)
+    encoded = EncodedSplit(rows[None, order], labels[order], None, none, 0, 0, ())
     return TrainingSet(split), encoded

@@ -22,6 +22,7 @@ from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
 from ztune.model import Model
+from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
@@ -43,6 +44,13 @@ class LabelledImages:
     split: str
     held: InMemoryImages = field(default_factory=dict)
     """Images in memory, by nominal path."""
+    ignored: tuple[str, ...] = ()
+    """Other files of the folder."""
+
+    def left_out(self, kept: NDArray[np.bool_]) -> dict[str, Json]:
+        """Return the files that were not scored, by reason, given which images were readable."""
+        broken = [str(path) for (path, _), k in zip(self.items, kept, strict=True) if not k]
+        return {"ignored": [*self.ignored], "broken": [*broken]}
 
     @property
     def images(self) -> list[ImageLike]:
@@ -74,15 +82,24 @@ class LabelledImages:
 
 
 def read_labelled(
-    place: str, root: Path | None, names: Path | None, split: str, progress: Progress = SILENCE
+    place: str,
+    root: Path | None,
+    names: Path | None,
+    split: str,
+    progress: Progress = SILENCE,
+    *,
+    nested: str | None = None,
 ) -> LabelledImages:
     """Return a data set's test images, or all images with the split `all`.
 
-    `place` is a path, or with `root` the name of a data set.
+    `place` is a path, or with `root` the name of a data set; `nested` is as for `read_source`.
 
     Raises: DataError without such images; ConfigError.
     """
-    dataset = read_source(place, root, names, tuned=False)
+    dataset = read_source(place, root, names, tuned=False, nested=nested)
+    for remark in dataset.remarks:
+        progress.remark(remark)
+    progress.remark(f"{len(dataset.classes)} classes ({first_few(dataset.classes, 10)})")
     for note in dataset.notes:
         progress.remark(note)
     if split == "test":
@@ -96,7 +113,7 @@ def read_labelled(
     digests = digest_images(dataset)
     items = [(dataset.root / p.path, d) for p, d in zip(dataset.images, digests, strict=True)]
     labels = np.array([p.label for p in dataset.images], dtype=np.int64)
-    return LabelledImages(items, labels, dataset.classes, split)
+    return LabelledImages(items, labels, dataset.classes, split, ignored=dataset.ignored)
 
 
 def labelled_of_split(

@@ -31,6 +31,7 @@ from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
 from ztune.mixing import mix_text_features
+from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, I64, ImageEncoder, Json
 
@@ -169,7 +170,8 @@ class Model:
                 skip_broken=skip_broken,
             )
         if not result.kept.all():
-            warn(f"{what}: {int((~result.kept).sum())} broken images left out")
+            broken = [str(path) for (path, _), k in zip(items, result.kept, strict=True) if not k]
+            warn(f"{what}: {len(broken)} broken images left out: {first_few(broken)}")
         if extractor is None:
             kept = [path for (path, _), keep in zip(items, result.kept, strict=True) if keep]
             result = replace(result, conversions=count_conversions(kept))

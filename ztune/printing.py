@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 # C0 and C1 controls, line and paragraph separators, bidirectional marks, overrides and isolates,
@@ -19,6 +20,7 @@ _PASSWORD = re.compile(
 )
 
 
+_NAMED = 50  # broken images in an error
 _ARGUMENT = re.compile(r"`([a-z_]+(?:=[^`]*)?)`")
 
 
@@ -45,6 +47,18 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """Return a printable text without line breaks or runs of spaces."""
     return printable(" ".join(str(text).split()))
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names in quotation marks, with dots if there are more."""
+    shown = ", ".join(f'"{name}"' for name in names[:most])
+    return shown + (", ..." if len(names) > most else "")
+
+
+def broken_images(reason: str, paths: Sequence[str]) -> str:
+    """Return the error for broken images, which names them all, and why the first is broken."""
+    more = "" if len(paths) == 1 else f"; {len(paths)} broken images: {first_few(paths, _NAMED)}"
+    return f"{reason}{more} (repair or remove them; or use `skip_broken` in tune, compare and eval)"
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:

@@ -39,10 +39,14 @@ class RunConfig:
     split_seed: int = 0
     test_data: str | None = None
     names: str | None = None
+    nested: str | None = None
+    """Which of nested folders are classes: data/folders.py."""
     cache: str | None = None
     """None: the run's own folder."""
     augment: int = 0
     skip_broken: bool = False
+    skip_conflicts: bool = False
+    """Leave out images with two classes or roles."""
     force: bool = False
     """Continue below the signal check's limit."""
     keep: str = "last"

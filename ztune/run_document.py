@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from ztune.data.split import LeftOut
 from ztune.io.schema import Count, convert
 from ztune.run_config import RunConfig
 from ztune.types import Json
@@ -37,6 +38,8 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     broken_images: Count | None = None
     conversions: Mapping[str, Count] | None = None
     """How many training and validation images each rule changed (runtimes.conversions)."""
+    left_out: LeftOut | None = None
+    """Files that are not used."""
     image_seconds: float | None = None
     calls: Mapping[str, Json] | None = None
     """How a round is split into calls or requests."""

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
+from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.artifact import (
     Artifact,
@@ -28,8 +29,8 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, Split
-from ztune.data.splitter import Digest, digest_file, make_split
+from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
+from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.io.files import read_json, write_json
@@ -56,6 +57,7 @@ from ztune.precision import (
     signal_not_needed,
     signal_unmeasured,
 )
+from ztune.printing import first_few
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SaveSchedule
 from ztune.run_config import RunConfig, remarks_on
@@ -98,7 +100,10 @@ def start_run(
     RunFolder(path).require_free(overwrite=overwrite)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
-        model.progress.remark(remark)
+        if remark.startswith(NEAR_COPIES):
+            warn(remark)
+        else:
+            model.progress.remark(remark)
     return start_run_on(run_config, split, model, path, on_start=on_start, overwrite=overwrite)
 
 
@@ -134,13 +139,12 @@ def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> 
             "preset published: new random crops in each step are approximated by "
             f"{run_config.augment} cached views per image"
         )
-    if dataset.ignored:
-        yield f"files ignored, not images of a class: {dataset.ignored}"
+    yield from dataset.remarks
     yield from split.notes
     counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
     yield (
-        f"{len(split.classes)} classes: {counts[0]} training, {counts[1]} validation and "
-        f"{counts[2]} test images; {HOW_DRAWN[split.sampler]}"
+        f"{len(split.classes)} classes ({first_few(split.classes, 10)}): {counts[0]} training, "
+        f"{counts[1]} validation and {counts[2]} test images; {HOW_DRAWN[split.sampler]}"
     )
 
 
@@ -266,11 +270,15 @@ def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Lis
     settings = run_config.split_settings()
     names = Path(run_config.names) if run_config.names else None
     root = Path(run_config.root) if run_config.root else None
-    dataset = read_source(run_config.data, root, names)
+    nested = run_config.nested
+    dataset = read_source(run_config.data, root, names, nested=nested)
     test_data = None
     if run_config.test_data:
-        test_data = read_source(run_config.test_data, None, names, tuned=False)
-    return dataset, make_split(dataset, settings, test_data, digest)
+        test_data = read_source(run_config.test_data, None, names, tuned=False, nested=nested)
+    screening = Screening(
+        run_config.skip_broken, run_config.skip_conflicts, reason_broken, hash_of=perceptual_hash
+    )
+    return dataset, make_split(dataset, settings, test_data, digest, screening)
 
 
 @dataclass(frozen=True)
@@ -361,6 +369,13 @@ class TrainingRun(Generic[Store]):
         measured = not new and self._signal_is_known()
         RunChecks(self.run_config, self.split, self.model, measured).check(lambda: self.start)
 
+    def _left_out(self, encoded: EncodedSplit) -> dict[str, Any]:
+        """Return run.json's fields of the files that are not used."""
+        known: LeftOut = self.split.left_out
+        found = structs.replace(known, broken=(*known.broken, *encoded.broken))
+        n_broken = len(found.broken)
+        return {"broken_images": n_broken, "left_out": None if found == NOTHING else found}
+
     def finish(self, head: RunStart, *, curve: bool = True) -> RunReport:
         """Run to the end from the saved state and write the results; return run.json's content.
 
@@ -374,7 +389,7 @@ class TrainingRun(Generic[Store]):
         own_cache = run_config.cache is None
         if head.image_forwards is None:
             costs = encoded.costs(own_cache, time.monotonic() - started)
-            head = structs.replace(head, **costs)
+            head = structs.replace(head, **costs, **self._left_out(encoded))
         self.folder.write(plain(head))
         budget = Budget(run_config.queries, image_forwards=head.image_forwards or 0)
         with self._journal_queries(budget) as served:
@@ -437,7 +452,7 @@ class TrainingRun(Generic[Store]):
             raise ConfigError(f"{self.run_config.method} {what}, so its signal cannot be measured")
         train, labels = self._encoder.training()
         none = np.zeros(0, dtype=np.int64)
-        encoded = EncodedSplit(train.values, labels, None, none, 0, 0, 0)
+        encoded = EncodedSplit(train.values, labels, None, none, 0, 0, ())
         return self._measure_signal(self._task(config, encoded, None))
 
     def _signal_is_known(self) -> bool:

@@ -223,7 +223,7 @@ def test_images_of_any_data_set_can_be_drawn_so(tmp_path: Path) -> None:
     # And back: the few that were drawn, and no other, are the shots of a run.
     drawn = few_shot(split, 2, 1)
     images = tuple(p for p in dataset.images if p.path in {i.path for _, i in drawn})
-    few = type(dataset)(dataset.root, dataset.classes, images, 0)
+    few = type(dataset)(dataset.root, dataset.classes, images)
     made = make_split(few, SplitSettings(shots=2))
     assert {e.path for e in made.entries_of("train")} == {i.path for i in drawn.train}
     assert {e.path for e in made.entries_of("val")} == {i.path for i in drawn.val}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ztune.data.folders import read_dataset
 from ztune.data.manifests import is_inside, read_class_list, read_manifest
-from ztune.errors import DataError
+from ztune.errors import ConfigError, DataError
 
 
 def put(root: Path, *paths: str) -> Path:
@@ -51,7 +51,10 @@ def test_the_rest_is_counted(tmp_path: Path) -> None:
     put(tmp_path, ".cache/x.png", "__MACOSX/a/1.png")
     dataset = read_dataset(tmp_path)
     assert [p.path for p in dataset.images] == ["a/1.png", "b/1.png"]
-    assert dataset.ignored == 3
+    assert dataset.ignored == ("a/notes.txt", "loose.png", "a/.hidden.png")
+    assert dataset.remarks == (
+        'files ignored, not images of a class: 3 ("a/notes.txt", "loose.png", "a/.hidden.png")',
+    )
 
 
 def test_names_are_composed(tmp_path: Path) -> None:
@@ -67,6 +70,103 @@ def test_class_folders_may_be_links_and_circles_are_not_followed(tmp_path: Path)
     assert [path for path, _, _ in found(tmp_path / "root")] == ["cat/1.png", "dog/1.png"]
 
 
+def test_linked_sub_folders_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "pool", "1.png", "deep/2.png")
+    put(tmp_path / "root", "cat/3.png", "cat/own/4.png", "dog/5.png")
+    (tmp_path / "root" / "cat" / "a").symlink_to(tmp_path / "pool")
+    (tmp_path / "root" / "cat" / "b").symlink_to(tmp_path / "pool" / "deep")
+    (tmp_path / "root" / "cat" / "c").symlink_to(tmp_path / "root" / "cat" / "own")
+    (tmp_path / "pool" / "deep" / "round").symlink_to(tmp_path / "pool")
+    assert [path for path, _, _ in found(tmp_path / "root")] == [
+        "cat/3.png", "cat/a/1.png", "cat/a/deep/2.png", "cat/own/4.png", "dog/5.png",
+    ]  # fmt: skip
+
+
+def test_a_class_folder_may_have_only_a_linked_one(tmp_path: Path) -> None:
+    put(tmp_path / "pool", "1.png")
+    put(tmp_path / "root", "cat/1.png")
+    (tmp_path / "root" / "dog").mkdir()
+    (tmp_path / "root" / "dog" / "part").symlink_to(tmp_path / "pool")
+    assert found(tmp_path / "root") == [
+        ("cat/1.png", "cat", None),
+        ("dog/part/1.png", "dog", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "@eaDir", "@EADIR", "#recycle", "#snapshot", "lost+found", "LOST.DIR", "__MACOSX",
+        "$RECYCLE.BIN", ".ipynb_checkpoints", ".Trash-1000", "System Volume Information",
+        "__pycache__", "@Recycle", "~snapshot", ".@__thumb",
+    ],
+)  # fmt: skip
+def test_storage_folders_are_never_images_or_classes(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "train/cat/1.png", "train/dog/2.png")
+    expected = found(tmp_path)
+    put(tmp_path, *(f"{at}{name}/x.png" for at in ("", "train/", "train/cat/")))
+    put(tmp_path, f"train/dog/{name}/2.png/SYNOPHOTO_THUMB_M.jpg")
+    assert found(tmp_path) == expected
+
+
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF"
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+TIFF = b"II*\0\x08\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("1.jfif", JPEG),
+        ("1.JPE", JPEG),
+        ("1.avif", b"damaged"),
+        ("1.heic", b""),
+        ("1.jp2", b""),
+        ("1.pnm", b""),
+        ("photo", JPEG),
+        ("IMG.0001", JPEG),
+        ("1.jpg_large", PNG_HEAD),
+        ("scan", TIFF),
+        ("1.img", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        ("1.x", b"P5\n# by hand\n1 1\n255\n\0"),
+        ("1.x", b"\0\0\0\x1cftypmif1\0\0\0\0avifmif1miaf"),
+        ("1.x", b"RIFF\0\0\0\0WEBPVP8 "),
+        ("1.dib", b"BM" + bytes(12) + b"\x28\0\0\0"),
+    ],
+)
+def test_images_by_ending_or_content(tmp_path: Path, name: str, content: bytes) -> None:
+    put(tmp_path, "a/0.png", "b/0.png")
+    (tmp_path / "a" / name).write_bytes(content)
+    assert len(found(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.txt", b"BMW and other cars"),
+        ("P1 list", b"P1 is the first"),
+        ("empty", b""),
+        ("raw.NEF", TIFF),
+        ("raw.dng", TIFF),
+        ("film.mp4", b"\0\0\0\x18ftypisom\0\0\0\0isommp42"),
+        ("page", b"<html>"),
+        (".hidden", JPEG),
+        ("data.npz", b"PK\x03\x04"),
+        ("a.wav", b"RIFF\0\0\0\0WAVE"),
+    ],
+)
+def test_other_files_are_ignored_and_listed(tmp_path: Path, name: str, content: bytes) -> None:
+    put(tmp_path, "a/0.png", "b/0.png")
+    (tmp_path / "a" / name).write_bytes(content)
+    assert read_dataset(tmp_path).ignored == (f"a/{name}",)
+
+
+def test_a_class_folder_with_other_files_only_names_them(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "b/raw.nef", "b/list.txt")
+    with pytest.raises(DataError, match=r'remove it; its files are "list.txt", "raw.nef"'):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])
 def test_split_folders(tmp_path: Path, val: str) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", f"{val}/a/2.png", "test/b/3.png")
@@ -76,6 +176,90 @@ def test_split_folders(tmp_path: Path, val: str) -> None:
         ("b", "test"),
         ("b", "train"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("Train", "Test", "test"),
+        ("TRAIN", "TEST", "test"),
+        ("training", "testing", "test"),
+        ("trainset", "testset", "test"),
+        ("Training", "Validation", "val"),
+        ("training_set", "test_set", "test"),
+        ("Train-Images", "Test Images", "test"),
+        ("train_data", "DEV", "val"),
+        ("train2017", "val2017", "val"),
+        ("Training Dataset", "Testing Dataset", "test"),
+    ],
+)
+def test_splits_in_any_spelling(tmp_path: Path, train: str, other: str, split: str) -> None:
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in (train, other) for name in "ab"))
+    assert sorted((name, role) for _, name, role in found(tmp_path)) == sorted(
+        (name, role) for name in "ab" for role in ("train", split)
+    )
+    rows = [
+        {"path": f"{part}/{name}/1.png", "label": name, "split": part}
+        for part in (train, other)
+        for name in "ab"
+    ]
+    (tmp_path / "list.csv").write_text(rows_csv(rows))
+    assert {role for _, _, role in found(tmp_path / "list.csv")} == {"train", split}
+
+
+@pytest.mark.parametrize("name", ["trains", "tests", "latest", "trainers", "valley", "contest"])
+def test_classes_that_resemble_splits(tmp_path: Path, name: str) -> None:
+    put(tmp_path, f"{name}/1.png", f"{name}/more/1.png", "bus/1.png")
+    assert read_dataset(tmp_path).classes == tuple(sorted(("bus", name)))
+
+
+NESTED = ("animals/cat/1.png", "animals/dog/2.png", "plants/fern/3.png")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        NESTED,
+        ("animals/cat/1.png", "plants/fern/3.png"),
+        (*NESTED, "cars/4.png"),
+        tuple(f"{part}/{path}" for part in ("Train", "Test") for path in NESTED),
+        ("my_train/cat/1.png", "my_train/dog/2.png", "my_test/cat/3.png", "my_test/dog/4.png"),
+        ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),
+        ("archive/cat/1.png", "archive/dog/2.png"),
+    ],
+)
+def test_nested_class_folders_must_be_explained(tmp_path: Path, paths: tuple[str, ...]) -> None:
+    put(tmp_path, *paths)
+    with pytest.raises(DataError, match=r"are in its sub-folders .*`nested=leaf`.*`nested=top`"):
+        read_dataset(tmp_path)
+
+
+def test_nested_class_folders_as_explained(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{part}/{path}" for part in ("train", "test") for path in NESTED))
+    assert read_dataset(tmp_path, nested="leaf").classes == ("cat", "dog", "fern")
+    assert read_dataset(tmp_path, nested="top").classes == ("animals", "plants")
+    names = tmp_path / "names.txt"
+    names.write_text("animals/cat\tlion\nanimals/dog\twolf\nplants/fern\toak\n")
+    assert read_dataset(tmp_path, names, nested="leaf").classes == ("lion", "oak", "wolf")
+    with pytest.raises(ConfigError, match='`nested` is "deep", expected leaf or top'):
+        read_dataset(tmp_path, nested="deep")
+
+
+def test_two_leaves_of_one_name_are_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "animals/other/1.png", "plants/other/2.png", "plants/fern/3.png")
+    with pytest.raises(DataError, match='"animals/other" and "plants/other" have the same class'):
+        read_dataset(tmp_path, nested="leaf")
+
+
+def test_sub_folders_of_one_name_are_no_classes(tmp_path: Path) -> None:
+    put(tmp_path, "n01/images/1.png", "n02/images/2.png")
+    assert read_dataset(tmp_path).classes == ("n01", "n02")
+
+
+def test_split_folders_without_classes_are_no_classes(tmp_path: Path) -> None:
+    put(tmp_path, "Train/1.png", "Test/2.png")
+    with pytest.raises(DataError, match='"Test", "Train" contain no class folders'):
+        read_dataset(tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -128,7 +312,7 @@ def test_wrong_names_files(tmp_path: Path, content: str | bytes, message: str) -
         (["train/a/1.png", "train/b/1.png", "c/1.png"], 'unexpected folder "c" next to "train"'),
         (["val/a/1.png", "test/b/1.png"], "no train images"),
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], 'class "c" has test images but no'),
-        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for validation"),
+        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "two folders for val"),
     ],
 )
 def test_wrong_folders(tmp_path: Path, paths: list[str], message: str) -> None:

@@ -311,7 +311,7 @@ def test_parquet_files_beside_class_folders_are_left_alone(here: Path) -> None:
     classes_below(here / "mine", 10, "a", "b")
     put(here / "mine", ["features.parquet"])
     listing = read_source("mine", None)
-    assert (listing.classes, listing.ignored) == (("a", "b"), 1)
+    assert (listing.classes, listing.ignored) == (("a", "b"), ("features.parquet",))
     assert not (here / "mine" / parquet.EXTRACTED[0]).exists()
 
 

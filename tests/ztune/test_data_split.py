@@ -31,7 +31,7 @@ def make(counts: Counts, parts: dict[SplitName, Counts] | None = None) -> Listin
             paths = [f"{split}/{name}/{i}.png" for i in range(n)]
             images += [ListedImage(path, classes.index(name), split) for path in paths]
     images.sort(key=lambda image: image.path)
-    return Listing(Path("/data"), classes, tuple(images), 0)
+    return Listing(Path("/data"), classes, tuple(images))
 
 
 def digest(path: Path) -> str:
@@ -335,7 +335,7 @@ def test_copies_in_one_class_count_once() -> None:
     copies = ("None/a/3.png", "None/a/7.png")
     split = with_copies(make({"a": 17, "b": 16}), SplitSettings(16), *copies)
     assert "None/a/7.png" not in paths(split, "train")
-    assert split.notes[0] == "exact duplicates of another image, omitted: 1"
+    assert split.notes[0] == 'exact duplicates of another image, omitted: 1 ("None/a/7.png")'
     with pytest.raises(DataError, match='"a" has 15 training images'):
         with_copies(make({"a": 16, "b": 16}), SplitSettings(16), *copies)
 

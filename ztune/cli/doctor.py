@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="measure the signal-to-noise ratio on these images",
     )
-    add(signal, "--names", "--shots", "--seed", "--set", "--init", "--reference")
+    add(signal, "--names", "--nested", "--shots", "--seed", "--set", "--init", "--reference")
     add(signal, "--method", help=f"method to measure (default: {_METHOD})")
     add_server_arguments(parser)
 

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--template")
     parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
-    add(parser, "--names", "--cache", "--skip-broken", "--provider", "--threads")
+    add(parser, "--names", "--nested", "--cache", "--skip-broken", "--provider", "--threads")
     add_server_arguments(parser)
 
 
@@ -92,7 +92,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.run import RunFolder
     from ztune.run_document import run_report
 
-    for name in ("root", "split_file", "prompt", "classes", "names"):
+    for name in ("root", "split_file", "prompt", "classes", "names", "nested"):
         if name in arguments.given:
             raise ConfigError(
                 f"{arguments.given[name]} does not apply to a run, which has its own images and "
@@ -270,14 +270,12 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
         raise ConfigError("--test-data applies only to a run or --split-file (leave it out)")
     split = arguments.split or "test"
     if arguments.split_file is not None:
-        if arguments.names is not None:
-            raise ConfigError(
-                "--names does not apply to --split-file, which has class names (leave it out)"
-            )
-        if arguments.root is not None:
-            raise ConfigError(
-                "--root does not apply to --split-file, which has paths (leave it out)"
-            )
+        for name in ("names", "nested", "root"):
+            if name in arguments.given:
+                raise ConfigError(
+                    f"--{name} does not apply to --split-file, which has paths and class names "
+                    "(leave it out)"
+                )
         return labelled_of_split(
             arguments.split_file,
             split,
@@ -286,7 +284,9 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
             pipe=True,
         )
     place = place_of(arguments.data, arguments.root)
-    return read_labelled(place, arguments.root, arguments.names, split, output)
+    return read_labelled(
+        place, arguments.root, arguments.names, split, output, nested=arguments.nested
+    )
 
 
 def _document(
@@ -304,6 +304,7 @@ def _document(
         "per_class": plain(result.per_class()),
         "broken_images": int((~kept).sum()),
         "conversions": dict(count_conversions(readable)),
+        "left_out": images.left_out(kept),
         "tuning_images": images.n_tuned_on(fingerprints),
     }
 

@@ -18,6 +18,12 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "help": "folder with the named data sets (see: ztune data list)",
     },
     "--names": {"type": Path, "metavar": "FILE", "help": "class names, lines of folder<TAB>name"},
+    "--nested": {
+        "nargs": "?",
+        "const": "leaf",
+        "choices": ("leaf", "top"),
+        "help": "folders in folders: classes are the innermost (leaf, default) or the top ones",
+    },
     "--shots": {"type": int, "metavar": "N", "help": "training images per class (default: 16)"},
     "--val": {
         "type": int,
@@ -31,10 +37,8 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--test-data": {"type": Path, "metavar": "FOLDER", "help": "separate test images"},
     "--split-seed": {"type": int, "metavar": "N", "help": "seed of the test split (default: 0)"},
     "--cache": {"type": Path, "metavar": "DIR", "help": "cache folder for features"},
-    "--skip-broken": {
-        "action": "store_true",
-        "help": "skip unreadable images",
-    },
+    "--skip-broken": {"action": "store_true", "help": "skip unreadable images"},
+    "--skip-conflicts": {"action": "store_true", "help": "skip images with two classes or roles"},
     # method
     "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: ogn)"},
     "--queries": {"type": int, "metavar": "N", "help": "query budget (default: 5000)"},

@@ -11,6 +11,7 @@ import numpy as np
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
 from ztune.errors import ConfigError, DataError
+from ztune.printing import first_few
 from ztune.types import Json
 
 USAGE = ("classifier.onnx IMAGE|FOLDER ... [options]",)
@@ -43,7 +44,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     classifier = open_classifier(
         arguments.classifier, resolve_execution(arguments.provider, arguments.threads, output)
     )
-    paths = _images(arguments.images)[: arguments.limit]
+    found, ignored = _images(arguments.images)
+    paths = found[: arguments.limit]
+    if ignored:
+        output.remark(f"files ignored, not images: {len(ignored)} ({first_few(ignored)})")
     logits, probabilities, kept = classify(classifier, paths, arguments.skip_broken, output)
     predictions: list[Json] = []
     rows = []
@@ -61,6 +65,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "classifier": str(arguments.classifier),
         "broken_images": int((~kept).sum()),
         "conversions": dict(count_conversions(shown)),
+        "left_out": {
+            "ignored": [*ignored],
+            "broken": [str(path) for path, keep in zip(paths, kept, strict=True) if not keep],
+        },
         "predictions": predictions,
     }
     n_shown = min(arguments.top, len(classifier.classes))
@@ -68,26 +76,29 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     output.result(document, [Table("", columns, rows)])
 
 
-def _images(named: Sequence[Path]) -> list[Path]:
-    """Return the given images and all images below the given folders, in order.
+def _images(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the given images and all images below the given folders, and the folders' other files.
 
     Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
         images.
     """
-    from ztune.data.folders import images_below
+    from ztune.data.image_files import images_below
     from ztune.data.manifests import is_utf8
 
     found: list[Path] = []
+    ignored: list[str] = []
     for path in named:
         if not is_utf8(str(path)):
             raise DataError(f"image {str(path)!r}: the name is not UTF-8 (rename it)")
         if path.is_dir():
-            below, _ = images_below(path, f'folder "{path}"')
+            below, others = images_below(path, f'folder "{path}"')
+            ignored += map(str, others)
             if not below:
-                raise DataError(f'folder "{path}" contains no images')
+                files = f": its files are {first_few(ignored)}" if ignored else ""
+                raise DataError(f'folder "{path}" contains no images{files}')
             found += below
         elif path.exists():
             found.append(path)
         else:
             raise DataError(f'image "{path}" does not exist')
-    return found
+    return found, ignored

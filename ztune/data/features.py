@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ztune.data.cache import FeatureStore, key_of
 from ztune.data.split import Progress
 from ztune.errors import DataError
+from ztune.printing import broken_images
 from ztune.types import F32, U8, ImageEncoder
 
 _READERS = 2
@@ -69,7 +70,7 @@ def encode_files(
     and does not change features. `progress` counts views. `encoder.read` is called from several
     threads.
 
-    Raises: DataError naming an image that cannot be read, unless `skip_broken` (then when none
+    Raises: DataError naming all images that cannot be read, unless `skip_broken` (then when none
         can), or an image with features that are not finite.
     """
     kind = ("centre",) if n_views == 0 else ("random", str(seed))
@@ -80,7 +81,7 @@ def encode_files(
     known = log.read()
     keys = [[key_of(*identity, str(view), digest) for view in views] for _, digest in items]
     n_views_all, n_encoded = len(items) * len(views), 0
-    broken: set[str] = set()
+    broken: dict[str, str] = {}
 
     def read(job: _Job) -> tuple[_Job, U8 | DataError]:
         try:
@@ -108,13 +109,10 @@ def encode_files(
     with contextlib.closing(_prefetch(read, jobs)) as images:
         for job, pixels in images:
             if isinstance(pixels, DataError):
-                if not skip_broken:
-                    raise DataError(
-                        f"{pixels} (repair or remove it; or use `skip_broken` in tune, compare and "
-                        "eval)"
-                    )
-                broken.add(job.sha256)
+                broken[job.sha256] = str(pixels)
                 continue
+            if broken and not skip_broken:
+                continue  # only the names of other broken images are wanted
             for key, image in zip(job.keys, pixels, strict=True):
                 batch.append((key, job.path, image))
                 if len(batch) == batch_size * at_once:
@@ -123,6 +121,9 @@ def encode_files(
                     batch = []
                     if progress:
                         progress(n_done + n_encoded, n_views_all)
+    if broken and not skip_broken:
+        unread = [str(path) for path, digest in items if digest in broken]
+        raise DataError(broken_images(next(iter(broken.values())), unread))
     if batch:
         flush(batch)
         n_encoded += len(batch)

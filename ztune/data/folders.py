@@ -3,24 +3,25 @@
 The layout is detected:
 
     root/class/*                      no splits: ztune makes one (splitter.py)
-    root/{train,val,test}/class/*     val (or valid, validation) and test are optional
+    root/{train,val,test}/class/*     val and test are optional, spellings as in `split_name`
     list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
-Class folders may be links and may have sub-folders, which belong to the class; links below a class
-folder are not followed. Hidden files, other file types and images outside class folders are counted
-and ignored. All order is by code point, independent of the file system.
+Class folders may be links and may have sub-folders next to their own images, which belong to the
+class. Whether sub-folders of a folder without images of its own are classes must be said (NESTED).
+What is an image, and which folders are skipped: image_files.py. Other files are ignored and listed.
+All order is by code point, independent of the file system.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit
+from ztune.data.image_files import images_below, is_hidden
 from ztune.data.manifests import (
-    SPLIT_NAMES,
     SUFFIXES,
     Listed,
     SplitName,
@@ -28,12 +29,14 @@ from ztune.data.manifests import (
     is_utf8,
     read_manifest,
     read_names,
+    split_name,
 )
-from ztune.errors import DataError
+from ztune.errors import ConfigError, DataError
+from ztune.printing import first_few
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+NESTED = ("leaf", "top")
+"""The classes of nested folders: each innermost folder, or the top folders with all below."""
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
-
 # Folders that ztune writes, detected by these files: they are not data sets.
 _FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
 
@@ -57,8 +60,8 @@ class Listing:
     classes: tuple[str, ...]
     """Sorted by code point, at least two."""
     images: tuple[ListedImage, ...]
-    ignored: int
-    """Ignored files: hidden, of another type, or outside class folders."""
+    ignored: tuple[str, ...] = ()
+    """Ignored files: hidden, of another type, or outside class folders; relative to the root."""
     notes: tuple[str, ...] = ()
     """Remarks for the user, one line each."""
     lists: CoopSplit | None = None
@@ -68,34 +71,51 @@ class Listing:
     to chance (ImageNet-A), with the published numbers of images and classes and unique names."""
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks on the files, one line each."""
+        if not self.ignored:
+            return ()
+        shown = first_few(self.ignored)
+        return (f"files ignored, not images of a class: {len(self.ignored)} ({shown})",)
+
+    @property
     def has_splits(self) -> bool:
         """Whether the data define training and test images."""
         return self.images[0].split is not None
 
 
 def read_dataset(
-    path: Path, names: Path | None = None, tuned: bool = True, *, pipe: bool = False
+    path: Path,
+    names: Path | None = None,
+    tuned: bool = True,
+    *,
+    nested: str | None = None,
+    pipe: bool = False,
 ) -> Listing:
     """Find the images and classes of a folder or manifest.
 
     Class names come from folder names or labels (`_` becomes a space) or from the names file, which
-    may be a pipe with `pipe`. Without `tuned`, all images may be test images.
+    may be a pipe with `pipe`. Without `tuned`, all images may be test images. `nested` None makes
+    nested class folders an error.
 
     Raises: DataError when it is neither, is empty, or has fewer than two classes, a class without
-        images, or two classes with the same name.
+        images, or two classes with the same name; ConfigError for another `nested`.
     """
+    if nested not in (None, *NESTED):
+        raise ConfigError(f'`nested` is "{nested}", expected {" or ".join(NESTED)}')
     if not is_utf8(str(path.absolute())):
         raise DataError(f"data {str(path)!r}: its path is not UTF-8 (rename the folder)")
     for kind, marks in _FOREIGN.items():
         if all((path / name).is_file() for name in marks):
             raise DataError(f'data "{path}" is a {kind}, expected {_LAYOUTS}')
+    ignored: list[Path] = []
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        where, root, ignored = f'manifest "{path}"', path.parent, 0
+        where, root = f'manifest "{path}"', path.parent
         listed = read_manifest(path)
     elif path.is_dir():
         where, root = f'folder "{path}"', path
         try:
-            listed, ignored = _read_folder(path, where)
+            listed, ignored = _read_folder(path, where, nested)
         except OSError as error:
             raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
     else:
@@ -103,7 +123,10 @@ def read_dataset(
         raise DataError(f'data "{path}" {state} (expected {_LAYOUTS})')
     if not listed:
         raise DataError(f"{where} contains no images (expected {_LAYOUTS})")
-    name_of = _class_names({item.label for item in listed}, names, where, pipe)
+    labels = {item.label for item in listed}
+    leaves = path.is_dir() and nested == "leaf"
+    plain = {label: label.rpartition("/")[2] if leaves else label for label in labels}
+    name_of = _class_names(plain, names, where, pipe)
     classes = tuple(sorted(name_of.values()))
     if len(classes) < 2:
         raise DataError(f'{where} has only one class, "{classes[0]}" (expected at least two)')
@@ -112,100 +135,110 @@ def read_dataset(
         _check_splits(listed, where)
     index = {name: label for label, name in enumerate(classes)}
     images = [ListedImage(item.path, index[name_of[item.label]], item.split) for item in listed]
-    return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), ignored)
+    visible_first = sorted(ignored, key=lambda p: (p.name.startswith("."), p))
+    others = tuple(p.relative_to(root).as_posix() for p in visible_first)
+    return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), others)
 
 
-def _read_folder(root: Path, where: str) -> tuple[list[Listed], int]:
-    """Return the images below a root in either layout, and the number of ignored files."""
+def _read_folder(root: Path, where: str, nested: str | None) -> tuple[list[Listed], list[Path]]:
+    """Return the images below a root in either layout, and the ignored files."""
     folders, loose = _subfolders(root)
-    splits = [
-        folder for folder in folders if folder in SPLIT_NAMES and _subfolders(root / folder)[0]
-    ]
+    named = {folder: split for folder in folders if (split := split_name(folder))}
+    splits = [folder for folder in named if _subfolders(root / folder)[0]]
     if not splits:
-        return _read_classes(root, root, None, where, folders, len(loose))
+        if len(set(named.values())) > 1 and len(named) == len(folders):
+            raise DataError(
+                f"{where}: {first_few(folders)} contain no class folders (expected "
+                "root/train/class/*.jpg and root/test/class/*.jpg, or a manifest)"
+            )
+        found, ignored = _read_classes(root, root, None, where, folders, nested)
+        return found, loose + ignored
     others = sorted(set(folders) - set(splits))
     if others:
         raise DataError(
             f'{where}: unexpected folder "{others[0]}" next to "{splits[0]}" (expected only train, '
             "val and test, with class folders in each; or use a manifest)"
         )
-    if len({SPLIT_NAMES[folder] for folder in splits}) < len(splits):
-        raise DataError(f"{where} has two folders for validation: {', '.join(splits)} (keep one)")
+    for split in named.values():
+        if len(same := [folder for folder in splits if named[folder] == split]) > 1:
+            raise DataError(f"{where} has two folders for {split}: {first_few(same)} (keep one)")
     listed: list[Listed] = []
-    ignored = len(loose)
-    for split in splits:
-        classes, outside = _subfolders(root / split)
-        found, extra = _read_classes(
-            root, root / split, SPLIT_NAMES[split], where, classes, len(outside)
-        )
+    ignored = loose
+    for folder in splits:
+        classes, outside = _subfolders(root / folder)
+        found, extra = _read_classes(root, root / folder, named[folder], where, classes, nested)
         listed += found
-        ignored += extra
+        ignored = ignored + outside + extra
     return listed, ignored
 
 
 def _read_classes(
-    root: Path, parent: Path, split: SplitName | None, where: str, folders: list[str], ignored: int
-) -> tuple[list[Listed], int]:
-    """Return the images in the class folders of `parent`, and the number of ignored files."""
+    root: Path,
+    parent: Path,
+    split: SplitName | None,
+    where: str,
+    folders: list[str],
+    nested: str | None,
+) -> tuple[list[Listed], list[Path]]:
+    """Return the images in the class folders of `parent`, and the ignored files."""
     listed: list[Listed] = []
+    ignored: list[Path] = []
+    below: dict[str, list[str]] = {}
     for folder in folders:
         images, others = images_below(parent / folder, where)
-        listed += [Listed(p.relative_to(root).as_posix(), folder, split) for p in images]
+        for image in images:
+            label = image.parent.relative_to(parent).as_posix() if nested == "leaf" else folder
+            listed.append(Listed(image.relative_to(root).as_posix(), label, split))
         ignored += others
+        parts = [image.relative_to(parent / folder).parts for image in images]
+        inner = sorted({part[0] for part in parts})
+        if parts and min(map(len, parts)) > 1:
+            # A link adds the images of another folder.
+            below[folder] = [name for name in inner if not (parent / folder / name).is_symlink()]
         if not images:
             shown = (parent / folder).relative_to(root).as_posix()
+            files = f"; its files are {first_few([p.name for p in others])}" if others else ""
             raise DataError(
-                f'{where}: class folder "{shown}" contains no images (add some or remove it)'
+                f'{where}: class folder "{shown}" contains no images (add some or remove it{files})'
             )
+    if nested is None:
+        below = {folder: inner for folder, inner in below.items() if inner}
+        _check_nested(below, parent.relative_to(root), where)
     return listed, ignored
 
 
-def images_below(folder: Path, where: str) -> tuple[list[Path], int]:
-    """Return the images in a folder and its visible sub-folders, and the number of other files.
+def _check_nested(below: Mapping[str, list[str]], parent: Path, where: str) -> None:
+    """Refuse folders whose images are all in sub-folders, which may be classes.
 
-    Raises: DataError when a folder cannot be read, or an image's name is not UTF-8.
+    `below` has their sub-folders. One name in all of them, as in class/images/*, is no class.
+
+    Raises: DataError.
     """
-    images: list[Path] = []
-    n_others = 0
-    try:
-        for directory, below, files in os.walk(folder, onerror=_raise):
-            below[:] = [name for name in below if not _is_hidden(name)]
-            for name in files:
-                if _is_hidden(name) or Path(name).suffix.lower() not in IMAGES:
-                    n_others += 1
-                else:
-                    images.append(Path(directory) / name)
-    except OSError as error:
-        raise DataError(f"{where}: {error.filename} cannot be read: {error.strerror}") from None
-    for image in images:
-        if not is_utf8(str(image)):
-            raise DataError(f"{where}: file name {str(image)!r} is not UTF-8 (rename it)")
-    return sorted(images, key=Path.as_posix), n_others
+    if len(below) > 1 and len({*map(tuple, below.values())}) == 1 == max(map(len, below.values())):
+        return
+    for folder, inner in below.items():
+        raise DataError(
+            f'{where}: all images of "{(parent / folder).as_posix()}" are in its sub-folders '
+            f"{first_few(inner)} (`nested=leaf` makes each of these a class, `nested=top` makes "
+            f'"{folder}" one class; splits must be the top folders, as in root/train/class)'
+        )
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _subfolders(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the visible folders, sorted, and those of the files."""
+def _subfolders(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the names of the visible folders, sorted, and the files."""
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.is_dir()) for entry in entries]
-    folders = sorted(name for name, is_folder in found if is_folder and not _is_hidden(name))
-    return folders, [name for name, is_folder in found if not is_folder]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    folders = sorted(name for name, is_folder in found if is_folder and not is_hidden(name))
+    return folders, [folder / name for name, is_folder in found if not is_folder]
 
 
 def _class_names(
-    labels: Iterable[str], names: Path | None, where: str, pipe: bool
+    plain: Mapping[str, str], names: Path | None, where: str, pipe: bool
 ) -> dict[str, str]:
-    """Return the class name of every label."""
-    labels = sorted(labels)
+    """Return the class name of every label; `plain` has the folder name that it is made from."""
+    labels = sorted(plain)
     if names is None:
-        name_of = {label: class_name(label.replace("_", " ")) for label in labels}
+        name_of = {label: class_name(plain[label].replace("_", " ")) for label in labels}
     else:
         given = read_names(names, pipe=pipe)
         unknown, missing = sorted(given.keys() - set(labels)), sorted(set(labels) - given.keys())

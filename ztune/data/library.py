@@ -75,7 +75,7 @@ class NamedData:
             for role, item in self.split
         ]
         images.sort(key=lambda image: image.path)
-        return Listing(self.root, classes, tuple(images), 0, lists=self.split)
+        return Listing(self.root, classes, tuple(images), lists=self.split)
 
 
 def read_named(name: str, root: Path, save: bool = True) -> NamedData:

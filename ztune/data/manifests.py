@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,12 @@ from ztune.errors import DataError
 from ztune.io.files import read_bytes, resolves_inside
 
 SplitName = Literal["train", "val", "test"]
-SPLIT_NAMES: Mapping[str, SplitName] = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
+_SPLIT_WORDS: Mapping[str, SplitName] = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+# Without case and separators: TRAIN, test_set, Training-Images, val2017.
+_SPLIT = re.compile(rf"({'|'.join(_SPLIT_WORDS)})(data)?(set|data|images?|split)?((19|20)\d\d)?")
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 # Names of each column, as returned by `_normalise`.
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -78,8 +78,9 @@ def read_manifest(manifest: Path) -> list[Listed]:
             raise DataError(f"{where}, line {line}: path {path!r} contains a NUL character")
         if not is_utf8(path + label):
             raise DataError(f"{where}, line {line}: path or label contains an unpaired surrogate")
-        part = split.strip().lower() if isinstance(split, str) else split
-        if part not in (None, "", *SPLIT_NAMES):
+        part = split.strip() or None if isinstance(split, str) else split
+        role = split_name(part) if isinstance(part, str) else None
+        if part is not None and role is None:
             raise DataError(
                 f"{where}, line {line}: split is {split!r}, expected train, val or test (rename "
                 "the column if it is not the split)"
@@ -94,7 +95,7 @@ def read_manifest(manifest: Path) -> list[Listed]:
             raise DataError(f'{where}, line {line}: path "{path}" is listed twice')
         if not _is_file(root / path):
             missing.append(path)
-        listed[path] = Listed(path, label, SPLIT_NAMES[str(part)] if part else None)
+        listed[path] = Listed(path, label, role)
     if missing:
         raise DataError(f'{where}: {len(missing)} missing image(s), first "{missing[0]}"')
     if len({item.split is None for item in listed.values()}) == 2:
@@ -140,6 +141,12 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     if len(names) < 2:
         raise DataError(f"{where}: expected at least two names, one per line")
     return tuple(names)
+
+
+def split_name(text: str) -> SplitName | None:
+    """Return the split that a folder, file or value is named after, in any usual spelling."""
+    found = _SPLIT.fullmatch(re.sub(r"[\W_]+", "", text.casefold()))
+    return None if found is None else _SPLIT_WORDS[found[1]]
 
 
 def class_name(text: str) -> str:

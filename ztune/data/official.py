@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ztune.data.coop import CoopSplit, Item, divide_classes, hold_out_val
-from ztune.data.folders import images_below
+from ztune.data.image_files import images_below, is_hidden
 from ztune.data.manifests import is_inside, read_text
 from ztune.errors import DataError, FormatError
 from ztune.io.files import read_json
@@ -203,7 +203,7 @@ def list_folders(folder: Path, ignored: Collection[str] = ()) -> list[str]:
         return sorted(
             entry.name
             for entry in folder.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in ignored
+            if entry.is_dir() and not is_hidden(entry.name) and entry.name not in ignored
         )
     except OSError as error:
         raise DataError(f'folder "{folder}" cannot be read: {error.strerror}') from None

@@ -23,24 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
-from ztune.data.manifests import SPLIT_NAMES, SplitName
+from ztune.data.manifests import SplitName, split_name
 from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
+from ztune.io.image_formats import HEAD, format_of
 from ztune.io.old_formats import PARQUET_FOLDER
 
 EXTRACTED = ("parquet-images", PARQUET_FOLDER)
 """Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
 _BATCH = 64  # rows held in memory at once
-_PART = re.compile(r"(?:.*[-_.])?(train|validation|valid|val|test)(?:-\d+-of-\d+.*)?")
-_KINDS = (
-    (b"\x89PNG", "png"),
-    (b"\xff\xd8\xff", "jpg"),
-    (b"GIF8", "gif"),
-    (b"BM", "bmp"),
-    (b"II*\0", "tif"),
-    (b"MM\0*", "tif"),
-)
+_PART = re.compile(r"(?:.*[-_.])?([A-Za-z]+)(?:-\d+-of-\d+.*)?")
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def extract(files: Sequence[Path], out: Path) -> Path:
             known = columns
             role = (_role(path) if divided else None) or "train"
             for content, label in _rows(opened, columns, where):
-                name = f"images/{role}/{len(lists[role]):08d}.{_kind(content, where)}"
+                name = f"images/{role}/{len(lists[role]):08d}{_suffix(content, where)}"
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).write_bytes(content)
                 lists[role].append(Item(name, label, columns.names[label]))
@@ -149,7 +142,7 @@ def _opened(parquet: Any, path: Path, where: str) -> Any:
 def _role(path: Path) -> SplitName | None:
     """Return the role in a file name such as train-00000-of-00002.parquet."""
     match = _PART.fullmatch(path.name.removesuffix(".parquet"))
-    return SPLIT_NAMES[match[1]] if match else None
+    return split_name(match[1]) if match else None
 
 
 def _columns(schema: Any, where: str) -> _Columns:
@@ -196,11 +189,8 @@ def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _kind(content: bytes, where: str) -> str:
+def _suffix(content: bytes, where: str) -> str:
     """Return the file suffix of an image by its first bytes."""
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    for start, suffix in _KINDS:
-        if content.startswith(start):
-            return suffix
-    raise DataError(f"{where}: unknown image format (it starts with {content[:8]!r})")
+    if (found := format_of(content[:HEAD])) is None:
+        raise DataError(f"{where}: unknown image format (it starts with {content[:8]!r})")
+    return found

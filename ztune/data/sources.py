@@ -17,6 +17,7 @@ from pathlib import Path
 from ztune.data import parquet
 from ztune.data.checking import find_deviations, is_published
 from ztune.data.folders import Listing, read_dataset
+from ztune.data.image_files import is_hidden
 from ztune.data.library import NamedData, data_folder, read_named
 from ztune.data.named import NAMED, Spec, find_spec
 from ztune.errors import ConfigError, DataError
@@ -31,17 +32,18 @@ def read_source(
     names: Path | None = None,
     tuned: bool = True,
     *,
+    nested: str | None = None,
     pipe: bool = True,
 ) -> Listing:
     """Return the images of a named data set, if there is a root, or of a path.
 
     With `tuned` every class must have training images. The names file `names` may be a pipe, except
-    in a plan.
+    in a plan. `nested` says which of nested folders are classes.
 
     Raises: ConfigError for an unknown name; DataError when the data cannot be used.
     """
     if root is None:
-        return read_dataset(_extract_parquet(Path(place)), names, tuned, pipe=pipe)
+        return read_dataset(_extract_parquet(Path(place)), names, tuned, nested=nested, pipe=pipe)
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(
@@ -122,7 +124,7 @@ def _extract_parquet(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    folders = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    folders = {p.name for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)}
     if folders - {"data", *parquet.EXTRACTED} or not (files := parquet.parquet_files(path)):
         return path
     return parquet.extract(files, parquet.extracted_below(path)) / parquet.MANIFEST

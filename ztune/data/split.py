@@ -94,6 +94,22 @@ class Entry:
     role: SplitName
 
 
+class LeftOut(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Files that are not used, by reason; paths relative to their root."""
+
+    ignored: tuple[str, ...] = ()
+    """Not images of a class."""
+    broken: tuple[str, ...] = ()
+    """Unreadable."""
+    conflicts: tuple[str, ...] = ()
+    """Equal files in two classes or roles."""
+    duplicates: tuple[str, ...] = ()
+    """Equal to another image of the same class and role."""
+
+
+NOTHING = LeftOut()
+
+
 @dataclass(frozen=True)
 class Split:
     """The images of one run in disjoint roles; `split.json` on disk."""
@@ -109,6 +125,7 @@ class Split:
     """Remarks for the user, one line each."""
     sampler: Sampler = "hash"
     """The sampler of the shots."""
+    left_out: LeftOut = NOTHING
 
     def entries_of(self, role: SplitName) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.role == role)
@@ -157,8 +174,12 @@ class Split:
                 _Entry(e.root, e.path, e.sha256, self.classes[e.label], e.role)
                 for e in self.entries
             ),
+            left_out=self.left_out,
         )
-        return {"format": FORMAT, "version": VERSION, **plain(content)}
+        document = {"format": FORMAT, "version": VERSION, **plain(content)}
+        if self.left_out == NOTHING:
+            del document["left_out"]
+        return document
 
     @classmethod
     def from_json(cls, values: Mapping[str, Json], where: str) -> Split:
@@ -196,7 +217,13 @@ class Split:
         if others and trained != set(range(len(classes))):
             raise FormatError(f"{where}: a class has no train images")
         return cls(
-            folders, classes, tuple(entries), content.settings, content.notes, content.sampler
+            folders,
+            classes,
+            tuple(entries),
+            content.settings,
+            content.notes,
+            content.sampler,
+            content.left_out,
         )
 
 
@@ -220,3 +247,4 @@ class _Content(Record, frozen=True, kw_only=True):
     settings: SplitSettings | None
     notes: tuple[str, ...]
     entries: tuple[_Entry, ...]
+    left_out: LeftOut = NOTHING

@@ -18,18 +18,41 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import structs
 
 from ztune.data.coop import CoopSplit, Item, by_label, display_name, few_shot
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
-from ztune.data.split import ROLES, Entry, Progress, Split, SplitSettings
+from ztune.data.near_copies import MOST, PerceptualHash, near_copies
+from ztune.data.split import ROLES, Entry, LeftOut, Progress, Split, SplitSettings
 from ztune.errors import DataError
 from ztune.io.files import sha256
+from ztune.printing import broken_images, first_few
 
 Digest = Callable[[Path], str]
 """Returns the SHA-256 of an image's file."""
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What is done about images of `hash` that are broken or have two classes or roles."""
+
+    skip_broken: bool = False
+    skip_conflicts: bool = False
+    why_broken: Callable[[Path, bool], str | None] = lambda _path, _whole: None
+    """Returns why a file cannot be read, by its header or by decoding the whole; None if it can."""
+    every: bool = True
+    """Whether every file is looked at, else only equal ones; those are always decoded."""
+    hash_of: PerceptualHash | None = None
+    """To find near copies of training images among the test images; None: not looked for."""
+
+
+NO_SCREENING = Screening()
+NEAR_COPIES = "test images that are near copies of training or validation images"
+"""Start of the note on them, which is a warning."""
 
 
 def digest_file(path: Path) -> str:
@@ -61,26 +84,32 @@ def make_split(
     settings: SplitSettings,
     test_data: Listing | None = None,
     digest: Digest = digest_file,
+    screening: Screening = NO_SCREENING,
 ) -> Split:
     """Draw training, validation and test images by `coop` for published lists, else by `hash`.
 
     `digest` returns a file's SHA-256; of published lists only drawn images are read. `test_data` is
-    another data set to test on.
+    another data set to test on. `screening` applies to `hash`.
 
-    Raises: DataError when a class has too few images, an image outside published lists has two
-        classes or roles, or `test_data` has other classes.
+    Raises: DataError when a class has too few images, images outside published lists are broken or
+        have two classes or roles, or `test_data` has other classes.
     """
     if dataset.has_splits or test_data:
         source = "its own train and test images" if dataset.has_splits else "`test_data`"
         asked = "split_seed" if settings.split_seed else "test_fraction"
         if settings.split_seed or settings.test_fraction != "auto":
             raise DataError(f'data "{dataset.root}" has {source}: omit `{asked}`')
-    sample = _hash_split if dataset.lists is None else _coop_split
-    return sample(dataset, settings, test_data, digest)
+    if dataset.lists is not None:
+        return _coop_split(dataset, settings, test_data, digest)
+    return _hash_split(dataset, settings, test_data, digest, screening)
 
 
 def _hash_split(
-    dataset: Listing, settings: SplitSettings, test_data: Listing | None, digest: Digest
+    dataset: Listing,
+    settings: SplitSettings,
+    test_data: Listing | None,
+    digest: Digest,
+    screening: Screening,
 ) -> Split:
     """Hold out test images by hash if the data have none; draw shots, then validation images."""
     classes, notes, roots = dataset.classes, [*dataset.notes], {"data": dataset.root.absolute()}
@@ -90,9 +119,12 @@ def _hash_split(
         pool = [entry for entry in pool if entry.role != "test"] + tested
         notes += note
         roots["test"] = test_data.root.absolute()
-    pool, n_copies = _remove_duplicates(pool, classes, roots)
-    if n_copies:
-        notes.append(f"exact duplicates of another image, omitted: {n_copies}")
+    listed = pool
+    pool, left_out = _screened(listed, classes, roots, screening)
+    left_out = structs.replace(left_out, ignored=dataset.ignored)
+    notes += _describe(left_out)
+    broken = {*left_out.broken}
+    lost = Counter(e.label for e in listed if e.path in broken and e.role == "train")
     by_class: list[list[Entry]] = [[] for _ in classes]
     for entry in pool:
         by_class[entry.label].append(entry)
@@ -102,10 +134,12 @@ def _hash_split(
     elif not any(entry.role == "test" for entry in pool):
         notes.append("no test set: the data has none (add a test folder, or use `test_data`)")
     by_class = [_assign_roles(entries, settings) for entries in by_class]
-    _check_shots(by_class, pool, classes, settings)
+    _check_shots(by_class, pool, classes, settings, lost)
     notes += _check_val(by_class, classes, settings)
     entries = [entry for part in by_class for entry in part]
-    return Split(roots, classes, sort_entries(entries), settings, tuple(notes), "hash")
+    ordered = sort_entries(entries)
+    notes += _find_near_copies(ordered, roots, screening.hash_of)
+    return Split(roots, classes, ordered, settings, tuple(notes), "hash", left_out)
 
 
 def _coop_split(
@@ -195,16 +229,18 @@ def describe_shortages(drawn: CoopSplit, shots: int, n_val: int | None = None) -
     return remarks
 
 
-def training_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
+def training_split(
+    listing: Listing, digest: Digest, seed: int | None, screening: Screening = NO_SCREENING
+) -> Split:
     """Return a split in which every image is a training image.
 
     Images of a class are shuffled by `seed`; None keeps their order.
 
-    Raises: DataError for an image with two classes, or a class without images.
+    Raises: DataError for broken images, an image with two classes, or a class without images.
     """
     classes, roots = listing.classes, {"data": listing.root.absolute()}
-    pool, n_copies = _remove_duplicates(entries_of(listing, digest), classes, roots)
-    notes = [f"exact duplicates of another image, omitted: {n_copies}"] if n_copies else []
+    pool, left_out = _screened(entries_of(listing, digest), classes, roots, screening)
+    left_out, notes = structs.replace(left_out, ignored=listing.ignored), _describe(left_out)
     by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
     if seed is not None:
         by_class = [_shuffle(entries, "tune", seed) for entries in by_class]
@@ -213,7 +249,7 @@ def training_split(listing: Listing, digest: Digest, seed: int | None) -> Split:
             raise DataError(f'class "{name}" has no images')
     settings = SplitSettings(max(map(len, by_class)), 0, 0, 0, seed or 0)
     drawn = tuple(entry for part in by_class for entry in part)
-    return Split(roots, classes, drawn, settings, (*notes,), "hash")
+    return Split(roots, classes, drawn, settings, (*notes,), "hash", left_out)
 
 
 def _read_test_data(
@@ -241,24 +277,27 @@ def _read_test_data(
     return [replace(entry, root="test", role="test") for entry in entries], note
 
 
-def _remove_duplicates(
-    pool: Iterable[Entry], classes: Sequence[str], roots: Mapping[str, Path]
-) -> tuple[list[Entry], int]:
-    """Keep the first of equal files, and return the number of others.
+def _screened(
+    pool: Sequence[Entry], classes: Sequence[str], roots: Mapping[str, Path], screening: Screening
+) -> tuple[list[Entry], LeftOut]:
+    """Keep readable images, the first of equal files, and return what is left out.
 
-    Raises: DataError when equal files have different classes or roles.
+    Broken files come first: equal ones are no copies.
+
+    Raises: DataError naming broken files, or equal files with different classes or roles.
     """
+    broken = _find_broken(pool, roots, screening)
+    if broken and not screening.skip_broken:
+        reason = next(iter(broken.values()))
+        raise DataError(broken_images(reason, [str(path) for path in broken]))
+    readable = [entry for entry in pool if roots[entry.root] / entry.path not in broken]
     first: dict[str, Entry] = {}
     conflicts = []
-    n_copies = 0
-    for entry in pool:
+    for entry in readable:
         known = first.setdefault(entry.sha256, entry)
-        if known is entry:
-            continue
-        n_copies += 1
         if (known.label, known.role) != (entry.label, entry.role):
             conflicts.append((known, entry))
-    if conflicts:
+    if conflicts and not screening.skip_conflicts:
         shown = " and ".join(
             f'"{roots[entry.root] / entry.path}" ({entry.role}, class "{classes[entry.label]}")'
             for entry in conflicts[0]
@@ -266,9 +305,65 @@ def _remove_duplicates(
         what = "classes" if conflicts[0][0].label != conflicts[0][1].label else "roles"
         raise DataError(
             f"the same image has two {what}: {shown}; {len(conflicts)} such pair(s) in total "
-            "(remove one of each)"
+            "(remove one of each, or leave out both with `skip_conflicts`)"
         )
-    return list(first.values()), n_copies
+    unclear = {known.sha256 for known, _ in conflicts}
+    kept = [entry for entry in first.values() if entry.sha256 not in unclear]
+    unused = [entry for entry in readable if first[entry.sha256] is not entry]
+    return kept, LeftOut(
+        broken=tuple(e.path for e in pool if roots[e.root] / e.path in broken),
+        conflicts=tuple(e.path for e in readable if e.sha256 in unclear),
+        duplicates=tuple(e.path for e in unused if e.sha256 not in unclear),
+    )
+
+
+def _find_broken(
+    pool: Sequence[Entry], roots: Mapping[str, Path], screening: Screening
+) -> dict[Path, str]:
+    """Return why files cannot be read, in order; equal files are decoded as a whole."""
+    counts = Counter(entry.sha256 for entry in pool)
+    decoded: dict[str, str | None] = {}
+    broken: dict[Path, str] = {}
+    for entry in pool:
+        path, digest = roots[entry.root] / entry.path, entry.sha256
+        reason = None
+        if counts[digest] > 1:
+            if digest not in decoded:
+                decoded[digest] = screening.why_broken(path, True)
+            reason = decoded[digest]
+        elif screening.every:
+            reason = screening.why_broken(path, False)
+        if reason is not None:
+            broken[path] = reason
+    return broken
+
+
+def _find_near_copies(
+    entries: Sequence[Entry], roots: Mapping[str, Path], hash_of: PerceptualHash | None
+) -> list[str]:
+    """Return a note on test images that nearly equal training or validation images."""
+    shown = {roots[entry.root] / entry.path: entry.path for entry in entries}
+    tested, others = (
+        [roots[e.root] / e.path for e in entries if (e.role == "test") == wanted]
+        for wanted in (True, False)
+    )
+    if hash_of is None or not tested:
+        return []
+    if len(entries) > MOST:
+        return [f"near copies not looked for among {len(entries)} images (ztune data check FOLDER)"]
+    pairs = [f"{shown[one]} = {shown[two]}" for one, two in near_copies(tested, others, hash_of)]
+    return [f"{NEAR_COPIES}: {len(pairs)} ({first_few(pairs)})"] if pairs else []
+
+
+def _describe(left_out: LeftOut) -> list[str]:
+    """Return notes on the images left out, one line each."""
+    what = {
+        "broken": "broken images, omitted",
+        "conflicts": "images with two classes or roles, omitted",
+        "duplicates": "exact duplicates of another image, omitted",
+    }
+    found = {text: getattr(left_out, name) for name, text in what.items()}
+    return [f"{text}: {len(paths)} ({first_few(paths)})" for text, paths in found.items() if paths]
 
 
 def _shuffle(entries: Iterable[Entry], purpose: str, seed: int) -> list[Entry]:
@@ -348,8 +443,11 @@ def _check_shots(
     pool: Iterable[Entry],
     classes: Sequence[str],
     settings: SplitSettings,
+    lost: Mapping[int, int],
 ) -> None:
-    short = [label for label, n in enumerate(_count(by_class, "train")) if n < settings.shots]
+    """Raise DataError for classes with too few shots, `lost` broken images aside."""
+    counts = enumerate(_count(by_class, "train"))
+    short = [label for label, n in counts if n < max(1, settings.shots - lost[label])]
     if not short:
         return
     label = short[0]

@@ -133,11 +133,13 @@ def plan_of(config: CompareConfig, out: Path) -> Plan:
         path=None if base.root is not None else str(data),
         template=base.templates,
         names=base.names,
+        nested=base.nested,
         test_data=base.test_data,
         test_fraction=base.test_fraction,
         split_seed=base.split_seed,
         val=base.val,
         skip_broken=base.skip_broken,
+        skip_conflicts=base.skip_conflicts,
     )
     protocol = ProtocolPlan("few-shot", (base.shots,), config.seeds, config.methods, data=(name,))
     execution = ExecutionPlan(

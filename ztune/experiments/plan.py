@@ -56,6 +56,8 @@ class DataPlan:
     """Templates, averaged; None: the published template of a named data set."""
     names: str | None = None
     """File with lines of folder<TAB>class name."""
+    nested: str | None = None
+    """Which of nested folders are classes: data/folders.py."""
     test_data: str | None = None
     """Folder or manifest of the test images; None: those of the data set, or drawn from it."""
     test_fraction: float | str = "auto"
@@ -64,6 +66,8 @@ class DataPlan:
     """Validation images per class, as are the two above: settings of data/splitter.py."""
     skip_broken: bool = False
     """Leave out images that cannot be read; else they are an error."""
+    skip_conflicts: bool = False
+    """Leave out images with two classes or roles; else they are an error."""
 
     def __post_init__(self) -> None:
         for template in self.templates or ():

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
+from ztune.data.near_copies import PerceptualHash
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import HOW_DRAWN, Split
-from ztune.data.splitter import digest_file
+from ztune.data.splitter import Screening, digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.jobs import CellJob, Encoding, Job, ScoredPart, key_of_tested
@@ -38,6 +41,7 @@ from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, settings_of_result, tuned_config
+from ztune.printing import first_few
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import Json
@@ -145,6 +149,10 @@ class Preparation:
     progress: Progress
     _sources: dict[str, Source] = field(default_factory=dict)
     _digests: Digests = field(default_factory=Digests)
+    _why_broken: Callable[[Path, bool], str | None] = field(
+        default_factory=lambda: functools.cache(reason_broken)
+    )
+    _hash_of: PerceptualHash = field(default_factory=lambda: functools.cache(perceptual_hash))
     _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
         default_factory=dict
     )
@@ -218,11 +226,10 @@ class Preparation:
         template, test_listing = TEMPLATE, None
         if entry.path is not None:
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            listing = read_source(
-                str(self.plan.resolved(entry.path)), None, names, tuned=False, pipe=False
-            )
-            if listing.ignored:
-                self._add_remark(name, f"ignored files, not images of a class: {listing.ignored}")
+            place = str(self.plan.resolved(entry.path))
+            listing = read_source(place, None, names, tuned=False, nested=entry.nested, pipe=False)
+            for remark in listing.remarks:
+                self._add_remark(name, remark)
             self._digest_images(listing)
         elif self.root is None:
             raise ConfigError(
@@ -238,7 +245,9 @@ class Preparation:
         if entry.test_data is not None:
             place = str(self.plan.resolved(entry.test_data))
             names = None if entry.names is None else self.plan.resolved(entry.names)
-            test_listing = read_source(place, None, names, tuned=False, pipe=False)
+            test_listing = read_source(
+                place, None, names, tuned=False, nested=entry.nested, pipe=False
+            )
             test_listing = replace(test_listing, root=test_listing.root.resolve())
             self._digest_images(test_listing)
         source = Source(
@@ -249,8 +258,17 @@ class Preparation:
             entry.split_settings(1, 0),
             test_listing,
             entry.skip_broken,
+            # A broken image otherwise fails only the cells that draw it.
+            Screening(
+                entry.skip_broken,
+                entry.skip_conflicts,
+                self._why_broken,
+                entry.skip_broken,
+                self._hash_of,
+            ),
         )
-        self.progress.remark(f"{name}: {HOW_DRAWN[source.sampler]}")
+        classes = f"{len(listing.classes)} classes ({first_few(listing.classes, 10)})"
+        self.progress.remark(f"{name}: {classes}; {HOW_DRAWN[source.sampler]}")
         return source
 
     def _digest_images(self, listing: Listing) -> None:

@@ -20,7 +20,9 @@ from ztune.data.coop import CoopSplit, Item, base_and_new, display_name, few_sho
 from ztune.data.folders import Listing
 from ztune.data.split import ROLES, Sampler, Split, SplitSettings
 from ztune.data.splitter import (
+    NO_SCREENING,
     Digest,
+    Screening,
     describe_shortages,
     digest_file,
     entries_of_lists,
@@ -50,6 +52,8 @@ class Source:
     test_listing: Listing | None = None
     """Test images of another folder."""
     skip_broken: bool = False
+    screening: Screening = NO_SCREENING
+    """Of the images that the splitter draws from."""
 
     @property
     def root(self) -> Path:
@@ -71,7 +75,7 @@ class Source:
         settings = replace(self.settings, shots=shots, seed=seed)
         if self.listing.lists is not None and self.test_listing is None:
             return few_shot(self.listing.lists, shots, seed, settings.n_val), ()
-        split = make_split(self.listing, settings, self.test_listing, self.digest)
+        split = make_split(self.listing, settings, self.test_listing, self.digest, self.screening)
         if not split.entries_of("test"):
             raise DataError(f'data set "{self.name}": {"; ".join(split.notes)}')
         return lists_of(split), tuple(n for n in split.notes if n not in self.listing.notes)

@@ -52,7 +52,7 @@ def published(name: str, lists: CoopSplit) -> Source:
     images = tuple(
         ListedImage(i.path, classes.index(display_name(i.name)), role) for role, i in lists
     )
-    listing = Listing(ROOT / name, classes, images, 0, lists=lists)
+    listing = Listing(ROOT / name, classes, images, lists=lists)
     return Source(name, listing, ("a photo of a {}.",))
 
 

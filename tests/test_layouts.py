@@ -1,0 +1,230 @@
+"""Folders as people keep them: every verb and the face read the same images and classes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ztune as face
+from tests.conftest import DIGITS, MINI, Command, Result
+from ztune import errors as face_errors
+
+PLAN = """
+seeds = [1]
+[models]
+mini = "{bundle}"
+[data.photos]
+path = "{data}"
+{more}
+[methods]
+zero-shot = {{}}
+[[protocols]]
+kind = "few-shot"
+shots = [2]
+"""
+
+
+def digits(folder: Path, digit: str, n: int, first: int = 0) -> None:
+    """Copy some digits into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in sorted((DIGITS / digit).iterdir())[first : first + n]:
+        shutil.copy(image, folder)
+
+
+def every_verb(ztune: Command, data: Path, out: Path, *words: object) -> list[Result]:
+    """Run tune, compare, eval and bench on the data; `words` are options of all but bench."""
+    plan, more = out / "plan.toml", ""
+    out.mkdir()
+    for option in words:
+        name = str(option).removeprefix("--").replace("-", "_")
+        more += 'nested = "leaf"\n' if name == "nested" else f"{name} = true\n"
+    plan.write_text(PLAN.format(bundle=MINI, data=data, more=more))
+    few = ("--data", data, "--shots", 2, *words)
+    return [
+        ztune("tune", MINI, *few, "--method", "zero-shot", "--out", out / "run"),
+        ztune("compare", MINI, *few, "--methods", "zero-shot", "--seeds", 1, "--out", out / "c"),
+        ztune("bench", plan, "--out", out / "bench"),
+        ztune("eval", MINI, "--data", data, "--split", "all", *words),
+    ]
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training_set", "TEST")])
+def test_splits_of_any_spelling_and_class_names_that_are_shown(
+    ztune: Command, tmp_path: Path, train: str, test: str
+) -> None:
+    data = tmp_path / "data"
+    for name in ("one", "two"):
+        digits(data / train / name, name, 4)
+        digits(data / test / name, name, 3, first=4)
+    for done in every_verb(ztune, data, tmp_path / "out"):
+        assert done.code == 0, done.err
+        assert '2 classes ("one", "two")' in done.err
+    _, tested = face.Dataset.from_folder(data).split(shots=2)
+    assert len(tested) == 6
+
+
+def test_nested_classes(ztune: Command, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for path in ("odd/one", "odd/three", "even/two"):
+        digits(data / path, path.rpartition("/")[2], 8)
+    for done in every_verb(ztune, data, tmp_path / "refused"):
+        assert done.code == 1
+        assert "(--nested leaf makes each" in done.err or "(nested=leaf makes each" in done.err
+    for done in every_verb(ztune, data, tmp_path / "out", "--nested"):
+        assert done.code == 0, done.err
+        assert '3 classes ("one", "three", "two")' in done.err
+    assert face.Dataset.from_folder(data, nested="top").classes == ("even", "odd")
+
+
+def test_images_of_any_ending(ztune: Command, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("one", "two"):
+        digits(data / name, name, 8)
+        for at, (kind, ending) in enumerate(
+            (("JPEG", "jfif"), ("JPEG", "jpe"), ("JPEG", "JPG_original"), ("PNG", ""))
+        ):
+            file = sorted((data / name).glob("*.png"))[at]
+            with Image.open(file, formats=["PNG"]) as image:
+                image.save(file.with_suffix(f".{ending}" if ending else ""), kind)
+            file.unlink()
+        (data / name / "notes.txt").write_text("no image")
+    for done in every_verb(ztune, data, tmp_path / "out"):
+        assert done.code == 0, done.err
+        assert '("one/notes.txt", "two/notes.txt")' in done.err
+    run = tmp_path / "out" / "run"
+    listed = ["one/notes.txt", "two/notes.txt"]
+    assert json.loads((run / "run.json").read_text())["left_out"] == {"ignored": listed}
+    assert json.loads((run / "split.json").read_text())["left_out"] == {"ignored": listed}
+    done = ztune("eval", MINI, "--data", data, "--split", "all", "--json")
+    assert (done.json["n"], done.json["left_out"]["ignored"]) == (16, listed)
+    packed = tmp_path / "c.onnx"
+    assert ztune("pack", MINI, "--prompt", run, "--out", packed).code == 0
+    done = ztune("predict", packed, data, "--json")
+    assert len(done.json["predictions"]) == 16
+    assert done.json["left_out"]["ignored"] == [str(data / name) for name in listed]
+    assert f'files ignored, not images: 2 ("{data / listed[0]}"' in done.err
+
+
+def heic(path: Path) -> None:
+    """Write a HEIC photo that lies on its side, or skip the test."""
+    heif = pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (64, 32), (200, 10, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    heif.from_pillow(image).save(path, exif=exif.tobytes())
+
+
+def test_heic_with_its_decoder(tmp_path: Path) -> None:
+    from runtimes.preprocess import read_image_file
+
+    heic(tmp_path / "photo.jpg")
+    assert read_image_file(tmp_path / "photo.jpg").size == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg", "photo"])
+def test_heic_without_its_decoder(
+    ztune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+    data = tmp_path / "data"
+    for digit in ("one", "two"):
+        digits(data / digit, digit, 8)
+    (data / "one" / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(16))
+    words = ("--data", data, "--shots", 2, "--method", "zero-shot", "--out", tmp_path / "run")
+    done = ztune("tune", MINI, *words)
+    assert done.code == 1
+    assert f'{name}" cannot be read: HEIC needs pillow-heif' in done.err
+    assert "pip install '.[heic]'" in done.err
+    done = ztune("tune", MINI, *words, "--skip-broken", "--json")
+    assert done.json["left_out"] == {"broken": [f"one/{name}"]}
+
+
+EQUAL = {
+    "empty": b"",
+    "page": b"<html>404 Not Found</html>",
+    "zeros": bytes(300),
+    "truncated": (DIGITS / "four" / sorted(p.name for p in (DIGITS / "four").iterdir())[0])
+    .read_bytes()[:60],
+}  # fmt: skip
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Return a folder with two classes of eight digits."""
+    for digit in ("one", "two"):
+        digits(tmp_path / "few" / digit, digit, 8)
+    return tmp_path / "few"
+
+
+@pytest.mark.parametrize("content", EQUAL.values(), ids=EQUAL.keys())
+@pytest.mark.parametrize("other", ["one", "two"])
+def test_equal_broken_files_are_broken_and_no_copies(
+    ztune: Command, few: Path, tmp_path: Path, content: bytes, other: str
+) -> None:
+    names = ["one/a.png", f"{other}/b.png"]
+    for name in names:
+        (few / name).write_bytes(content)
+    (few / "two" / "c.png").write_bytes(b"another")
+    words = ("--data", few, "--shots", 2, "--method", "gda", "--out", tmp_path / "run")
+    done = ztune("tune", MINI, *words)
+    assert done.code == 1
+    shown = ", ".join(f'"{few / name}"' for name in [*names, "two/c.png"])
+    assert f"3 broken images: {shown}" in done.err
+    assert "--skip-broken" in done.err
+    done = ztune("tune", MINI, *words, "--skip-broken", "--json")
+    assert done.code == 0, done.err
+    assert done.json["broken_images"] == 3
+    assert done.json["left_out"] == {"broken": [*names, "two/c.png"]}
+    with pytest.raises(face_errors.DataError, match="3 broken images"):
+        face.Dataset.from_folder(few).split(shots=2)
+    train, _ = face.Dataset.from_folder(few).split(shots=2, skip_broken=True)
+    assert train.split.left_out.broken == (*names, "two/c.png")
+
+
+def test_all_broken_images_of_predict_are_named(ztune: Command, few: Path, tmp_path: Path) -> None:
+    run, packed = tmp_path / "run", tmp_path / "c.onnx"
+    words = ("--data", few, "--shots", 2, "--method", "gda", "--out", run)
+    assert ztune("tune", MINI, *words).code == 0
+    assert ztune("pack", MINI, "--prompt", run, "--out", packed).code == 0
+    broken = [str(few / name) for name in ("one/a.png", "two/b.png")]
+    for name, content in zip(broken, (EQUAL["truncated"], b""), strict=True):
+        Path(name).write_bytes(content)
+    for done in (ztune("predict", packed, few), ztune("eval", packed, "--data", few, *ALL)):
+        assert done.code == 1
+        assert f'2 broken images: "{broken[0]}", "{broken[1]}"' in done.err
+    done = ztune("predict", packed, few, "--skip-broken", "--json")
+    assert done.json["left_out"]["broken"] == broken
+    done = ztune("eval", MINI, "--data", few, *ALL, "--skip-broken", "--json")
+    assert done.json["left_out"]["broken"] == broken
+    done = ztune("eval", MINI, "--data", few, *ALL)
+    assert f'2 broken images: "{broken[0]}", "{broken[1]}"' in done.err
+
+
+ALL = ("--split", "all")
+
+
+def test_images_with_two_classes_can_be_left_out(ztune: Command, few: Path, tmp_path: Path) -> None:
+    for digit in ("one", "two"):
+        digits(few / digit, digit, 8, first=8)
+    first, second = (sorted((few / "one").iterdir())[n] for n in (0, 1))
+    shutil.copy(first, few / "two" / "x.png")
+    shutil.copy(second, few / "two" / "y.png")
+    shutil.copy(second, few / "one" / "z.png")
+    for done in every_verb(ztune, few, tmp_path / "refused")[:3]:
+        assert done.code == 1
+        assert "the same image has two classes" in done.err
+    verbs = every_verb(ztune, few, tmp_path / "out", "--skip-conflicts")[:3]
+    for done in verbs:
+        assert done.code == 0, done.err
+        assert "images with two classes or roles, omitted: 5" in done.err
+    document = json.loads((tmp_path / "out" / "run" / "run.json").read_text())
+    assert document["left_out"] == {
+        "conflicts": [f"one/{first.name}", f"one/{second.name}", "one/z.png", "two/x.png",
+                      "two/y.png"]
+    }  # fmt: skip
+    _, tested = face.Dataset.from_folder(few).split(shots=1, val=0, skip_conflicts=True)
+    assert first.read_bytes() not in {path.read_bytes() for path, _ in tested.items}
