@@ -101,12 +101,17 @@ def resize(g: Nodes, pixels: str, new_size: str, start: str, count: int, spec: I
     Returns only the pixels from `start` i64[2] on: f32[N, 3, count, count]. Pixels outside of the
     image repeat its edge.
     """
-    for axis in (1, 0):  # the width first; the axis to resize comes third
-        turned = g.node("Transpose", [pixels], perm=[0, 1, 3, 2])
+    sides = g.node("Slice", [g.node("Shape", [pixels]), g.integers(2), g.integers(4)])
+    planes = g.node("Concat", [g.integers(-1), sides], axis=0)
+    # ONNX Runtime would merge the Transposes before and after this Reshape into a much slower one.
+    pixels = g.node("Reshape", [pixels, planes])
+    for axis in (1, 0):  # the width first; the axis to resize comes second
+        turned = g.node("Transpose", [pixels], perm=[0, 2, 1])
         pixels = _resize_axis(
             g, turned, _at(g, new_size, axis), _at(g, start, axis), count, spec.interpolation
         )
-    return g.cast(pixels, TensorProto.FLOAT)
+    images = g.node("Reshape", [pixels, g.integers(-1, 3, count, count)])
+    return g.cast(images, TensorProto.FLOAT)
 
 
 def _at(g: Nodes, values: str, index: int) -> str:
@@ -116,14 +121,14 @@ def _at(g: Nodes, values: str, index: int) -> str:
 def _resize_axis(
     g: Nodes, pixels: str, new_length: str, start: str, count: int, interpolation: str
 ) -> str:
-    """Resize u8[N, 3, L, R] to `new_length` i64[1]; return u8[N, 3, count, R] from `start` i64[1].
+    """Resize u8[n, L, R] to `new_length` i64[1]; return u8[n, count, R] from `start` i64[1].
 
     The arithmetic is Pillow's, to the bit: weights in double precision, rounded to multiples of
     2^-22, and exact sums. ONNX's Resize has weights in single precision, which round some pixels
     differently. Blocks of pixels are computed as matrix products with the sources they share.
     """
     integer, double = TensorProto.INT64, TensorProto.DOUBLE
-    length = g.cast(_at(g, g.node("Shape", [pixels]), 2), double)
+    length = g.cast(_at(g, g.node("Shape", [pixels]), 1), double)
     scale = g.node("Div", [length, g.cast(new_length, double)])
     stretch = g.node("Max", [scale, g.number(1)])
     radius = g.node("Mul", [stretch, g.number(2 if interpolation == "bicubic" else 1)])
@@ -156,12 +161,11 @@ def _resize_axis(
     fixed = g.node("Mul", [g.node("Sign", [fixed]), nearest])  # halves are rounded away from zero
     within = g.node("Min", [source, g.node("Sub", [length, g.number(1)])])
     index = g.cast(g.node("Squeeze", [within, g.integers(1)]), integer)
-    gathered = g.node("Gather", [pixels, index], axis=2)
-    summed = g.node("Add", [_exact_product(g, fixed, gathered), g.number(_ONE / 2)])
-    levels = g.node("Floor", [g.node("Div", [summed, g.number(_ONE)])])
+    gathered = g.node("Gather", [pixels, index], axis=1)
+    levels = g.node("Floor", [g.node("Add", [_exact_product(g, fixed, gathered), half])])
     levels = g.cast(g.node("Clip", [levels, g.number(0), g.number(255)]), TensorProto.UINT8)
-    merged = g.node("Reshape", [levels, g.integers(0, 0, n_blocks * _BLOCK, -1)])
-    return g.node("Slice", [merged, g.integers(0), g.integers(count), g.integers(2)])
+    merged = g.node("Reshape", [levels, g.integers(0, n_blocks * _BLOCK, -1)])
+    return g.node("Slice", [merged, g.integers(0), g.integers(count), g.integers(1)])
 
 
 def _filter(g: Nodes, x: str, interpolation: str) -> str:
@@ -184,16 +188,16 @@ def _filter(g: Nodes, x: str, interpolation: str) -> str:
 
 
 def _exact_product(g: Nodes, weights: str, pixels: str) -> str:
-    """Return f64[..., m, n], the exact product of integers f64[..., m, k] with u8[..., k, n].
+    """Return f64[..., m, n], the exact product of f64[..., m, k] / 2^22 with u8[..., k, n].
 
-    Weights below 2^23 in size are split into three digits of 8 bits, the first one with a sign.
+    Weights are integers from -2^23 to 2^23: three digits of 8 bits with a zero point of 128.
     """
-    parts = []
-    for unit, zero in ((1 << 16, 128), (1 << 8, 0), (1, 0)):
-        digit = g.node("Floor", [g.node("Div", [weights, g.number(unit)])])
-        weights = g.node("Sub", [weights, g.node("Mul", [digit, g.number(unit)])])
-        shifted = g.cast(g.node("Add", [digit, g.number(zero)]), TensorProto.UINT8)
-        zero_point = g.constant(zero, np.uint8)
-        product = g.node("MatMulInteger", [shifted, pixels, zero_point])
-        parts.append(g.node("Mul", [g.cast(product, TensorProto.DOUBLE), g.number(unit)]))
-    return g.node("Add", [parts[0], g.node("Add", parts[1:])])
+    rest, digits = g.node("Add", [weights, g.number(0x808080)]), []
+    for unit in (1 << 16, 1 << 8, 1):
+        digits.append(g.node("Floor", [g.node("Div", [rest, g.number(unit)])]))
+        rest = g.node("Sub", [rest, g.node("Mul", [digits[-1], g.number(unit)])])
+    stored = g.cast(g.node("Concat", digits, axis=1), TensorProto.UINT8)
+    products = g.node("MatMulInteger", [stored, pixels, g.constant(128, np.uint8)])
+    units = np.array([1 << 16, 1 << 8, 1]) / _ONE
+    combine = g.constant(np.kron(units, np.eye(_BLOCK)), np.float64)
+    return g.node("MatMul", [combine, g.cast(products, TensorProto.DOUBLE)])

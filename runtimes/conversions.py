@@ -56,9 +56,8 @@ def report_conversions(counts: Mapping[str, int], what: str, progress: Progress)
         progress.remark(f"{what}: {listed}; see docs/images.md")
     if n_guessed := sum(counts.get(name, 0) for name in _GUESSED):
         warn(
-            f"{what}: {n_guessed} 16-bit greyscale image(s) have no level above 4095 and are read "
-            "as 12-bit data, or as 8-bit data without a level above 255 (if they are just dark, "
-            "save them with 8 bits)"
+            f"{what}: {n_guessed} in 16-bit greyscale without a level above 4095, read as 12-bit "
+            "data (8-bit if none is above 255); if they are just dark, save them with 8 bits"
         )
 
 
@@ -78,8 +77,8 @@ def _conversions(image: ImageLike) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1 << 17)
 def _of_file(path: Path, _changed: int, _size: int) -> tuple[str, ...]:
     with open_image(path) as opened:
-        known = opened.format != "PNG" or any(mark in path.read_bytes() for mark in _PNG_METADATA)
-        return _of_image(opened, known)
+        content = path.read_bytes() if opened.format == "PNG" else b""
+        return _of_image(opened, not content or any(mark in content for mark in _PNG_METADATA))
 
 
 def _of_image(image: Image.Image, has_metadata: bool) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def test_every_verb_counts_conversions(ztune: Command, photos: Path, tmp_path: P
         done = ztune(*tune, "--method", "gda", *again)
         assert done.code == 0, done.err
         assert re.search(f"training images{line}", done.err), done.err
-        assert "warning: training images: 1 16-bit greyscale image(s)" in done.err
+        assert "warning: training images: 1 in 16-bit greyscale without" in done.err
         assert json.loads((again[1] / "run.json").read_text())["conversions"] == EXPECTED
     score = ztune("eval", MINI, "--data", photos, "--split", "all", "--json")
     assert score.json["conversions"] == EXPECTED
@@ -61,13 +61,13 @@ def test_every_verb_counts_conversions(ztune: Command, photos: Path, tmp_path: P
     assert plain.json["conversions"] == {}
     assert "converted" not in plain.err
     quiet = ztune("predict", packed, photos, "--quiet", "--json")
-    assert quiet.err.startswith("warning: images: 1 16-bit greyscale image(s)")
+    assert quiet.err.startswith("warning: images: 1 in 16-bit greyscale without")
     assert len(quiet.err.splitlines()) == 1
 
 
 def test_python_warns_of_guessed_bits(photos: Path) -> None:
     path = sorted((photos / "one").iterdir())[3]
-    guessed = pytest.warns(ZtuneWarning, match=r"images: 1 16-bit greyscale")
+    guessed = pytest.warns(ZtuneWarning, match=r"images: 1 in 16-bit greyscale")
     with library.load(MINI, provider="cpu") as model:
         with guessed:
             from_file = model.encode_images([path])

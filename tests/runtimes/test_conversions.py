@@ -162,5 +162,5 @@ def test_what_is_reported() -> None:
         "images: 2 with transparency (ignored), 1 with EXIF orientation (applied); "
         "see docs/images.md"
     ]
-    with pytest.warns(ZtuneWarning, match=r"images: 3 16-bit greyscale image.* 12-bit data"):
+    with pytest.warns(ZtuneWarning, match=r"images: 3 in 16-bit greyscale .* 12-bit data"):
         report_conversions({"grey_12_bit": 2, "grey_8_bit": 1}, "images", said)
