@@ -29,7 +29,7 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, NOTHING, Split
+from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
 from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
@@ -356,10 +356,10 @@ class TrainingRun(Generic[Store]):
 
     def _left_out(self, encoded: EncodedSplit) -> dict[str, Any]:
         """Return run.json's fields of the files that are not used."""
-        known = self.split.left_out
-        found = structs.replace(known, broken=(*known.broken, *encoded.broken))
-        n_broken = len(found.broken)
-        return {"broken_images": n_broken, "left_out": None if found == NOTHING else found}
+        known: LeftOut = self.split.left_out
+        broken = (*known.broken, *encoded.broken)
+        found = structs.replace(known, broken=broken)
+        return {"broken_images": len(broken), "left_out": None if found == NOTHING else found}
 
     def _draw_curve(self, validation: Mapping[str, ValidationScore]) -> None:
         run_config = self.run_config
