@@ -244,7 +244,7 @@ def saved_again(source: Path, target: Path, **how: object) -> None:
     with Image.open(source, formats=["PNG"]) as image:
         size = how.pop("size", image.size)
         assert isinstance(size, tuple)
-        image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(target, **how)  # type: ignore[arg-type]
+        image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(target, **how)
 
 
 HOW = {
