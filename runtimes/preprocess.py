@@ -129,33 +129,40 @@ def read_image_file(path: Path) -> Image.Image:
 def perceptual_hash(path: Path) -> F32 | None:
     """Return f32[64], a unit vector of an image in 8 x 8 grey levels without their mean.
 
-    None for an image that is unreadable or uniform.
+    The last images are cached. None for an image that is unreadable or uniform.
     """
     try:
+        stat = path.stat()
         with DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with open_image(path) as opened:
-                opened.draft("L", (64, 64))  # decodes a JPEG at the least sufficient size
-                turned = UPRIGHT.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
-                grey = opened.convert("L").resize((8, 8), Image.Resampling.LANCZOS)
-        levels = np.asarray(grey if turned is None else grey.transpose(turned), np.float32).ravel()
+            return _hash(path, stat.st_mtime_ns, stat.st_size)
     except Exception:  # decoders raise nearly anything on a corrupted file
         return None
+
+
+@functools.lru_cache(maxsize=8192)
+def _hash(path: Path, _changed: int, _size: int) -> F32 | None:
+    with open_image(path) as opened:
+        opened.draft("L", (64, 64))  # decodes a JPEG at the least sufficient size
+        turned = UPRIGHT.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
+        grey = opened.convert("L").resize((8, 8), Image.Resampling.LANCZOS)
+    upright = grey if turned is None else grey.transpose(turned)
+    levels = np.asarray(upright, np.float32).ravel()
     deviations = levels - levels.mean()
-    length = float(np.linalg.norm(deviations))
-    return deviations / np.float32(length) if length > _UNIFORM else None
+    length = np.linalg.norm(deviations)
+    return deviations / length if length > _UNIFORM else None
 
 
 def reason_broken(path: Path, whole: bool) -> str | None:
-    """Return why an image cannot be read, None if it can; only its header unless `whole`."""
+    """Return why an image cannot be read, None if it can; by its first bytes unless `whole`."""
     try:
+        with open_regular(path) as file:
+            known = format_of(file.read(HEAD))
         if whole:
             read_image_file(path)
-        else:
-            with DECODING, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with open_image(path):
-                    pass
+        elif known in (None, ".heic", ".avif"):  # formats that depend on the installation
+            with open_image(path):
+                pass
     except DataError as error:
         return str(error)
     except Exception as error:  # as in read_image_file

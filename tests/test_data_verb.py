@@ -156,7 +156,9 @@ def test_doubles_are_warned_of(ztune: Command, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("check",), "needs a NAME and --root DIR"),
-        (("check", "dtd"), "needs a NAME and --root DIR"),
+        (("check", "dtd"), "is a named data set, and no such path exists (add --root DIR"),
+        (("check", "no/where"), "does not exist (expected root/class"),
+        (("check", "no/where", "--prepare"), "apply only to a NAME"),
         (("check", "dtx", "--root", "."), 'unknown data set "dtx" (known: caltech101, '),
         (("check", "dtd", "--root", "no/where"), 'root "no/where" does not exist'),
         (("list", "dtd"), "takes no name"),

@@ -34,8 +34,13 @@ def digits(folder: Path, digit: str, n: int, first: int = 0) -> None:
         shutil.copy(image, folder)
 
 
-def every_verb(ztune: Command, data: Path, out: Path, *words: object) -> list[Result]:
-    """Run tune, compare, eval and bench on the data; `words` are options of all but bench."""
+def every_verb(
+    ztune: Command, data: Path, out: Path, *words: object, compare: bool = False
+) -> list[Result]:
+    """Run tune, bench, eval and, since it starts processes, if asked compare on the data.
+
+    `words` are options, which a plan has as keys.
+    """
     plan, more = out / "plan.toml", ""
     out.mkdir()
     for option in words:
@@ -43,12 +48,16 @@ def every_verb(ztune: Command, data: Path, out: Path, *words: object) -> list[Re
         more += 'nested = "leaf"\n' if name == "nested" else f"{name} = true\n"
     plan.write_text(PLAN.format(bundle=MINI, data=data, more=more))
     few = ("--data", data, "--shots", 2, *words)
-    return [
+    done = [
         ztune("tune", MINI, *few, "--method", "zero-shot", "--out", out / "run"),
-        ztune("compare", MINI, *few, "--methods", "zero-shot", "--seeds", 1, "--out", out / "c"),
         ztune("bench", plan, "--out", out / "bench"),
-        ztune("eval", MINI, "--data", data, "--split", "all", *words),
     ]
+    if compare:
+        seed = ("--seeds", 1, "--out", out / "compare")
+        done.append(ztune("compare", MINI, *few, "--methods", "zero-shot", *seed))
+    if "--skip-conflicts" not in words:  # scoring needs no rule for them
+        done.append(ztune("eval", MINI, "--data", data, "--split", "all", *words))
+    return done
 
 
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training_set", "TEST")])
@@ -73,7 +82,7 @@ def test_nested_classes(ztune: Command, tmp_path: Path) -> None:
     for done in every_verb(ztune, data, tmp_path / "refused"):
         assert done.code == 1
         assert "(--nested leaf makes each" in done.err or "(nested=leaf makes each" in done.err
-    for done in every_verb(ztune, data, tmp_path / "out", "--nested"):
+    for done in every_verb(ztune, data, tmp_path / "out", "--nested", compare=True):
         assert done.code == 0, done.err
         assert '3 classes ("one", "three", "two")' in done.err
     assert face.Dataset.from_folder(data, nested="top").classes == ("even", "odd")
@@ -214,11 +223,10 @@ def test_images_with_two_classes_can_be_left_out(ztune: Command, few: Path, tmp_
     shutil.copy(first, few / "two" / "x.png")
     shutil.copy(second, few / "two" / "y.png")
     shutil.copy(second, few / "one" / "z.png")
-    for done in every_verb(ztune, few, tmp_path / "refused")[:3]:
+    for done in every_verb(ztune, few, tmp_path / "refused", compare=True)[:3]:
         assert done.code == 1
         assert "the same image has two classes" in done.err
-    verbs = every_verb(ztune, few, tmp_path / "out", "--skip-conflicts")[:3]
-    for done in verbs:
+    for done in every_verb(ztune, few, tmp_path / "out", "--skip-conflicts", compare=True):
         assert done.code == 0, done.err
         assert "images with two classes or roles, omitted: 5" in done.err
     document = json.loads((tmp_path / "out" / "run" / "run.json").read_text())
@@ -228,3 +236,86 @@ def test_images_with_two_classes_can_be_left_out(ztune: Command, few: Path, tmp_
     }  # fmt: skip
     _, tested = face.Dataset.from_folder(few).split(shots=1, val=0, skip_conflicts=True)
     assert first.read_bytes() not in {path.read_bytes() for path, _ in tested.items}
+
+
+def saved_again(source: Path, target: Path, **how: object) -> None:
+    """Save an image in another file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(source, formats=["PNG"]) as image:
+        size = how.pop("size", image.size)
+        assert isinstance(size, tuple)
+        image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(target, **how)
+
+
+HOW = {
+    "jpeg": {"suffix": ".jpg", "quality": 75},
+    "poor jpeg": {"suffix": ".jpg", "quality": 40},
+    "larger": {"suffix": ".png", "size": (80, 80)},
+    "webp": {"suffix": ".webp", "quality": 80},
+    "smaller": {"suffix": ".png", "size": (16, 16)},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
+def test_near_copies_are_warned_of(ztune: Command, tmp_path: Path, how: dict[str, object]) -> None:
+    data, suffix = tmp_path / "data", str(how["suffix"])
+    how = {name: value for name, value in how.items() if name != "suffix"}
+    for name in ("one", "two"):
+        digits(data / "train" / name, name, 8)
+        digits(data / "test" / name, name, 8, first=8)
+    source = sorted((data / "train" / "two").iterdir())[3]
+    copy = data / "test" / "two" / f"again{suffix}"
+    saved_again(source, copy, **how)
+    pair = f'1 ("test/two/{copy.name} = train/two/{source.name}")'
+    words = ("--data", data, "--shots", 8, "--method", "zero-shot", "--quiet")
+    done = ztune("tune", MINI, *words, "--out", tmp_path / "run")
+    near = f"near copies of training or validation images: {pair}"
+    assert f"warning: test images that are {near}" in done.err
+    done = ztune("data", "check", data, "--json")
+    assert done.code == 0, done.err
+    assert done.json["near_copies"] == [[f"test/two/{copy.name}", f"train/two/{source.name}"]]
+    with pytest.warns(face_errors.ZtuneWarning, match="near copies"):
+        face.Dataset.from_folder(data).split(shots=8, val=0)
+
+
+def test_different_images_are_no_near_copies(ztune: Command) -> None:
+    done = ztune("data", "check", DIGITS, "--json")
+    assert done.code == 0, done.err
+    assert done.json["near_copies"] == done.json["duplicates"] == []
+
+
+def test_a_folder_is_checked(ztune: Command, few: Path) -> None:
+    some = sorted((few / "one").iterdir())
+    shutil.copy(some[0], few / "one" / "same.png")
+    shutil.copy(some[1], few / "two" / "other.png")
+    for name in ("one/a.png", "two/b.png"):
+        (few / name).write_bytes(b"")
+    (few / "two" / "c.png").write_bytes(EQUAL["truncated"])
+    (few / "two" / "notes.txt").write_text("none")
+    (few / "AnnualCrop").mkdir()
+    saved_again(some[2], few / "AnnualCrop" / "again.jpg")
+    done = ztune("data", "check", few, "--json")
+    assert done.code == 1
+    assert "3 (" in done.err
+    assert "--skip-broken" in done.err
+    assert "--skip-conflicts" in done.err
+    found = done.json
+    assert found["broken"] == ["one/a.png", "two/b.png", "two/c.png"]
+    assert found["conflicts"] == [[f"one/{some[1].name}", "two/other.png"]]
+    assert found["duplicates"] == [[f"one/{some[0].name}", "one/same.png"]]
+    assert found["near_copies"] == [[f"one/{some[2].name}", "AnnualCrop/again.jpg"]]
+    assert found["ignored"] == ["two/notes.txt"]
+    assert found["classes"]["one"] == {"none": 10}
+    assert not found["ok"]
+    done = ztune("data", "check", few)
+    assert "AnnualCrop" in done.out
+    assert 'may not understand: "AnnualCrop" (give plain ones with --names' in done.err
+
+
+def test_unclear_class_names_are_pointed_out_by_every_verb(ztune: Command, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    digits(data / "AnnualCrop", "one", 8)
+    digits(data / "n01440764", "two", 8)
+    for done in every_verb(ztune, data, tmp_path / "out"):
+        assert done.code == 0, done.err
+        assert 'may not understand: "AnnualCrop", "n01440764" (give plain ones with ' in done.err

@@ -187,15 +187,15 @@ def test_data_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 
     text = data / "one" / "0.jpg"
     text.write_text("not an image")
-    # Every image of the class is needed, so the broken one cannot be passed by.
+    # Broken images are named before any other reason, and before anything is written.
     broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
+    refused(broken, "0.jpg", "--skip-broken")
+    assert not out.exists()
+    broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0, "--skip-broken")
     refused(broken, 'class "three" has 8 training images')
     for name in ("two", "three"):
         extra = sorted((DIGITS / name).iterdir())[20]
         shutil.copy(extra, data / name)
-    broken = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0)
-    refused(broken, "0.jpg", "--skip-broken")
-    shutil.rmtree(out)
     kept = tune(data, "--shots", 9, "--val", 0, "--test-fraction", 0, "--skip-broken", "--json")
     assert kept.code == 0, kept.err
     assert kept.json["broken_images"] == 1

@@ -372,9 +372,9 @@ class TrainingRun(Generic[Store]):
     def _left_out(self, encoded: EncodedSplit) -> dict[str, Any]:
         """Return run.json's fields of the files that are not used."""
         known: LeftOut = self.split.left_out
-        found = structs.replace(known, broken=(*known.broken, *encoded.broken))
-        n_broken = len(found.broken)
-        return {"broken_images": n_broken, "left_out": None if found == NOTHING else found}
+        broken = (*known.broken, *encoded.broken)
+        found = structs.replace(known, broken=broken)
+        return {"broken_images": len(broken), "left_out": None if found == NOTHING else found}
 
     def finish(self, head: RunStart, *, curve: bool = True) -> RunReport:
         """Run to the end from the saved state and write the results; return run.json's content.

@@ -167,6 +167,26 @@ def test_a_class_folder_with_other_files_only_names_them(tmp_path: Path) -> None
         read_dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "unclear"),
+    [
+        ("AnnualCrop", True), ("n01440764", True), ("N01440764", True), ("SeaLake", True),
+        ("Q1460", True), ("001.Black_footed_Albatross", True), ("12 - cat", True),
+        ("class_3", True), ("class3", True), ("Label 12", True), ("00017", True),
+        ("greatWhiteShark", True),
+        ("cat", False), ("7", False), ("42", False), ("golden retriever", False),
+        ("iPhone", False), ("eBay", False), ("McDonald", False), ("US dollar", False),
+        ("747-400", False), ("F-16A", False), ("b2", False), ("ABBA", False), ("Ötzi", False),
+        ("first class", False), ("T-shirt", False), ("x-ray", False),
+    ],
+)  # fmt: skip
+def test_unclear_class_names_are_pointed_out(tmp_path: Path, name: str, unclear: bool) -> None:
+    put(tmp_path, f"{name}/1.png", "bird/1.png")
+    shown = name.replace("_", " ")
+    remarks = "".join(read_dataset(tmp_path).remarks)
+    assert (f'may not understand: "{shown}" (give plain ones with `names`' in remarks) == unclear
+
+
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])
 def test_split_folders(tmp_path: Path, val: str) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", f"{val}/a/2.png", "test/b/3.png")

@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table, Ticker
-from ztune.data.checking import CheckReport, check, published_counts, spec_to_json
+from ztune.data.checking import CheckReport, Progress, check, published_counts, spec_to_json
 from ztune.data.coop import SPLITS
-from ztune.data.named import NAMED, Spec, find_spec
+from ztune.data.named import NAMED, find_spec
+from ztune.data.sources import find_named, read_source
 from ztune.errors import ConfigError, DataError
 from ztune.printing import quoted
 from ztune.types import Json
 
-USAGE = ("list [--root DIR]", "check NAME --root DIR [options]")
+if TYPE_CHECKING:
+    from ztune.data.folder_check import FolderReport
+
+USAGE = ("list [--root DIR]", "check NAME --root DIR [options]", "check FOLDER [options]")
 EXAMPLE = """\
   ztune data list
+  ztune data check photos
   ztune data check caltech101 --root /data
   ztune data check dtd --root /data --prepare"""
 
@@ -26,8 +32,9 @@ _SHOWN = 5  # missing images listed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("list", "check"), help="list all data sets, or check one")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the data set to check")
+    parser.add_argument("name", nargs="?", metavar="NAME|FOLDER", help="the data set to check")
     add(parser, "--root", help="folder with one subfolder per data set")
+    add(parser, "--names", "--nested")
     parser.add_argument(
         "--prepare",
         action="store_true",
@@ -44,9 +51,11 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             )
         _list(arguments.root, output)
         return
-    if arguments.name is None or arguments.root is None:
-        raise ConfigError("ztune data check needs a NAME and --root DIR (names: ztune data list)")
-    spec = find_spec(arguments.name)
+    if arguments.name is None:
+        raise ConfigError("ztune data check needs a NAME and --root DIR, or a FOLDER")
+    named, root = arguments.name, arguments.root
+    spec = find_named(named, None) if root is None else find_spec(named)
+    found: CheckReport | FolderReport
     with contextlib.ExitStack() as stack:
         tickers: list[Ticker] = []
 
@@ -55,12 +64,37 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
                 tickers.append(stack.enter_context(output.activity("compare images", total)))
             tickers[0].update(done)
 
-        found = check(spec, arguments.root, arguments.prepare, not arguments.skip_copies, progress)
+        if spec is None:
+            found = _check_folder(arguments, progress)
+            lines = _counts(found)
+        else:
+            contents = not arguments.skip_copies
+            found = check(spec, arguments.root, arguments.prepare, contents, progress)
+            lines = _lines(found)
     for warning in found.warnings:
         output.warn(warning)
-    output.result(found.to_json(), _lines(found))
+    output.result(found.to_json(), lines)
     if found.problems:
         raise DataError("; ".join(found.problems))
+
+
+def _check_folder(arguments: argparse.Namespace, progress: Progress) -> FolderReport:
+    from runtimes.preprocess import perceptual_hash, reason_broken
+    from ztune.data.folder_check import check_listing
+
+    if "prepare" in arguments.given or "skip_copies" in arguments.given:
+        raise ConfigError("--prepare and --skip-copies apply only to a NAME (leave them out)")
+    names, nested = arguments.names, arguments.nested
+    listing = read_source(arguments.name, None, names, tuned=False, nested=nested)
+    return check_listing(listing, reason_broken, perceptual_hash, progress)
+
+
+def _counts(found: FolderReport) -> list[str | Table]:
+    counts = found.counts
+    splits = sorted({split for by_split in counts.values() for split in by_split})
+    rows = [(name, *(f"{own.get(s, 0):,}" for s in splits)) for name, own in counts.items()]
+    columns = ("class", *("images" if split == "none" else split for split in splits))
+    return [Table(f"{found.listing.root}: {len(counts)} classes", columns, rows)]
 
 
 def _list(root: Path | None, output: Output) -> None:
@@ -90,52 +124,25 @@ def _list(root: Path | None, output: Output) -> None:
 
 def _lines(found: CheckReport) -> list[str | Table]:
     spec, data = found.spec, found.data
-    lines: list[str | Table] = [f"{spec.title}: {_where(found)}"]
+    lines: list[str | Table] = [f"{spec.title}: {found.where}"]
     if found.present:
         lines.append(f"present: {', '.join(found.present)}")
     if found.absent:
         lines.append(f"missing: {', '.join(found.absent)}")
     if data is None:
-        return lines if found.in_parquet else [*lines, *_to_get(spec)]
+        return lines if found.in_parquet else [*lines, *found.how_to_get]
     number, counts = data.split.counts, published_counts(spec)
     rows = [(str(role), f"{number[role]:,}", _shown(counts[role])) for role in SPLITS]
     rows.append(("classes", f"{len(data.split.classes):,}", f"{spec.n_classes:,}"))
-    lines += [f"split: {_split(found)}", "", Table("", ("images", "listed", "published"), rows)]
+    lines += [
+        f"split: {found.split_origin}",
+        "",
+        Table("", ("images", "listed", "published"), rows),
+    ]
     if found.missing:
         lines += ["", f"missing images: {len(found.missing):,}", *found.missing[:_SHOWN]]
-        lines += _to_get(spec)
-    return [*lines, "", _copies(found), f"template: {spec.template}"]
-
-
-def _to_get(spec: Spec) -> list[str]:
-    lines = [f"to get it: {spec.page}", f"  {spec.obtain}"]
-    if spec.splits:
-        whose = "BlackVIP's README" if "mlai" in spec.splits[0] else "CoOp's DATASETS.md"
-        lines.append(f"  the published split is {spec.splits[0]}, from {whose}")
-    return lines
-
-
-def _where(found: CheckReport) -> str:
-    return f"no folder {found.spec.folder}" if found.folder is None else str(found.folder)
-
-
-def _split(found: CheckReport) -> str:
-    source = found.data.source if found.data else None
-    if source is not None and found.folder is not None:
-        return source.relative_to(found.folder).as_posix()
-    if found.saved is not None:
-        return f"generated, saved as {found.saved.name}"
-    if found.spec.drawn:
-        return "generated from the data set's files (--prepare saves it)"
-    return "the data set's own"
-
-
-def _copies(found: CheckReport) -> str:
-    copies = found.copies
-    if copies is None or copies.by_content is None:
-        return "test images also in train or val: contents not compared"
-    n = len(copies.by_path) + len(copies.by_content)
-    return f"test images also in train or val, by path or content: {n:,}"
+        lines += found.how_to_get
+    return [*lines, "", found.copies_found, f"template: {spec.template}"]
 
 
 def _shown(n: int | None) -> str:

@@ -61,6 +61,38 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
     """Differences from what was published, or reasons to doubt scores."""
 
+    @property
+    def where(self) -> str:
+        return f"no folder {self.spec.folder}" if self.folder is None else str(self.folder)
+
+    @property
+    def how_to_get(self) -> list[str]:
+        """Lines that say where to download it."""
+        spec = self.spec
+        lines = [f"to get it: {spec.page}", f"  {spec.obtain}"]
+        if spec.splits:
+            whose = "BlackVIP's README" if "mlai" in spec.splits[0] else "CoOp's DATASETS.md"
+            lines.append(f"  the published split is {spec.splits[0]}, from {whose}")
+        return lines
+
+    @property
+    def split_origin(self) -> str:
+        source = self.data.source if self.data else None
+        if source is not None and self.folder is not None:
+            return source.relative_to(self.folder).as_posix()
+        if self.saved is not None:
+            return f"generated, saved as {self.saved.name}"
+        if self.spec.drawn:
+            return "generated from the data set's files (`prepare` saves it)"
+        return "the data set's own"
+
+    @property
+    def copies_found(self) -> str:
+        if self.copies is None or self.copies.by_content is None:
+            return "test images also in train or val: contents not compared"
+        n = len(self.copies.by_path) + len(self.copies.by_content)
+        return f"test images also in train or val, by path or content: {n:,}"
+
     def to_json(self) -> dict[str, Json]:
         data, counts, copies = self.data, published_counts(self.spec), self.copies
         number = data.split.counts if data else None

@@ -15,6 +15,7 @@ All order is by code point, independent of the file system.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ from ztune.printing import first_few
 NESTED = ("leaf", "top")
 """The classes of nested folders: each innermost folder, or the top folders with all below."""
 _LAYOUTS = "root/class/*.jpg, root/{train,val,test}/class/*.jpg, or a .csv, .tsv or .jsonl manifest"
+# n01440764, class 3, 001.Albatross, 00012, AnnualCrop; but not a digit's 7, or iPhone.
+_UNCLEAR = re.compile(
+    r"(?i:[a-z]{1,2}\d{4,}|(class|cls|label|category|id)[ -]?\d+|\d+[._ -]+\D.*|\d{3,})"
+    r"|.*[a-z]{2}[A-Z][a-z].*"
+)
+
 # Folders that ztune writes, detected by these files: they are not data sets.
 _FOREIGN = {"run": ("run.json", "split.json"), "bundle": ("bundle.json", "image.onnx")}
 
@@ -73,10 +80,17 @@ class Listing:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Remarks on the files, one line each."""
-        if not self.ignored:
-            return ()
-        shown = first_few(self.ignored)
-        return (f"files ignored, not images of a class: {len(self.ignored)} ({shown})",)
+        remarks = []
+        if self.ignored:
+            shown = f"{len(self.ignored)} ({first_few(self.ignored)})"
+            remarks.append(f"files ignored, not images of a class: {shown}")
+        unclear = [name for name in self.classes if is_unclear(name)]
+        if unclear and self.lists is None:
+            remarks.append(
+                f"class names that a text encoder may not understand: {first_few(unclear)} (give "
+                "plain ones with `names`, a file with lines of folder, tab, class name)"
+            )
+        return tuple(remarks)
 
     @property
     def has_splits(self) -> bool:
@@ -259,6 +273,15 @@ def _class_names(
             )
         label_of[name] = label
     return name_of
+
+
+def is_unclear(name: str) -> bool:
+    """Return whether a class name is an identifier rather than words.
+
+    >>> [is_unclear(name) for name in ("AnnualCrop", "n01440764", "001.Albatross", "7", "iPhone")]
+    [True, True, True, False, False]
+    """
+    return _UNCLEAR.fullmatch(name) is not None
 
 
 def _check_splits(listed: list[Listed], where: str) -> None:

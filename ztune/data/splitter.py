@@ -43,7 +43,7 @@ class Screening:
     skip_broken: bool = False
     skip_conflicts: bool = False
     why_broken: Callable[[Path, bool], str | None] = lambda _path, _whole: None
-    """Returns why a file cannot be read, by its header or by decoding the whole; None if it can."""
+    """Returns why a file cannot be read, by its start or by decoding the whole; None if it can."""
     every: bool = True
     """Whether every file is looked at, else only equal ones; those are always decoded."""
     hash_of: PerceptualHash | None = None

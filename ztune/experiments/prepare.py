@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ztune.data.coop import Item
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
-from ztune.data.near_copies import PerceptualHash
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import HOW_DRAWN, Split
 from ztune.data.splitter import Screening, digest_file
@@ -149,10 +147,6 @@ class Preparation:
     progress: Progress
     _sources: dict[str, Source] = field(default_factory=dict)
     _digests: Digests = field(default_factory=Digests)
-    _why_broken: Callable[[Path, bool], str | None] = field(
-        default_factory=lambda: functools.cache(reason_broken)
-    )
-    _hash_of: PerceptualHash = field(default_factory=lambda: functools.cache(perceptual_hash))
     _parts: dict[tuple[str, str, tuple[Item, ...], tuple[str, ...]], ScoredPart] = field(
         default_factory=dict
     )
@@ -262,9 +256,9 @@ class Preparation:
             Screening(
                 entry.skip_broken,
                 entry.skip_conflicts,
-                self._why_broken,
+                reason_broken,
                 entry.skip_broken,
-                self._hash_of,
+                perceptual_hash,
             ),
         )
         classes = f"{len(listing.classes)} classes ({first_few(listing.classes, 10)})"
