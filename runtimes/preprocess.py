@@ -8,19 +8,21 @@ applied and 16-bit greyscale is scaled instead of clipped.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
-from ztune.errors import DataError
+from ztune.errors import ConfigError, DataError, ImageSizeError
 from ztune.io.files import open_regular
+from ztune.io.pixel_limit import ROOM, check_pixels, check_tile, check_webp, max_pixels
 from ztune.printing import reason_of
 from ztune.types import F32, U8
 
@@ -55,56 +57,98 @@ _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 # The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
-# Warning filters are global to the process: one thread at a time may change them.
+# Warning filters and Pillow's limit are global to the process: one thread at a time changes them.
 _DECODING = threading.Lock()
+_WEBP_START = 30  # bytes
+_STRIP = 1_000_000  # pixels
+# The images decoded last, so that many random views of an image decode it once.
+_RECENT: OrderedDict[tuple[Path, int, int], Image.Image] = OrderedDict()
+_MOST_RECENT = 2
+T = TypeVar("T")
 
 
 def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
     """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip drawn by `view`."""
-    image = read_image_file(path)
-    return crop(image, spec) if view is None else random_view(image, spec, view)
+    with decoded_file(path) as image:
+        return crop(image, spec) if view is None else random_view(image, spec, view)
 
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open a regular file in one of FORMATS; its pixels are decoded lazily.
 
-    Raises: DataError naming the file when it is in none of them; OSError.
+    Raises: DataError naming the file when it is in none of them, or has more pixels than allowed;
+        OSError.
     """
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
+    name = f'image "{path}"'
     with open_regular(path) as file:
+        check_webp(file.read(_WEBP_START), name)
+        file.seek(0)
         try:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
             raise DataError(
-                f'image "{path}" cannot be read: unknown format '
+                f"{name} cannot be read: unknown format "
                 f"(supported: {', '.join(FORMATS[name] for name in known)})"
             ) from None
         with opened:
+            check_pixels(*opened.size, name)
+            if opened.format == "TIFF":
+                check_tile(opened, name)
             yield opened
 
 
-def read_image_file(path: Path) -> Image.Image:
-    """Return the image upright and in 8-bit RGB; it is shared, so do not modify it.
+@contextlib.contextmanager
+def decoded_file(path: Path) -> Iterator[Image.Image]:
+    """Yield the image upright and in 8-bit RGB; it is shared, so do not modify it.
 
-    The last images are cached, so that many random views of an image decode it once.
+    All images in these contexts together have at most the limit's pixels: a thread waits for room.
+    The last images are cached while there is room.
 
     Raises: DataError naming the file when it is not an image, corrupted, or too large.
     """
-    try:
-        stat = path.stat()
-        with _DECODING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata; real problems raise
-            return _decode(path, stat.st_mtime_ns, stat.st_size)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on a corrupted file
-        raise _unreadable(f'image "{path}"', error) from None
+    with contextlib.ExitStack() as room:
+        try:
+            stat = path.stat()
+            with _decoding():
+                image = _decode((path, stat.st_mtime_ns, stat.st_size), room)
+        except (DataError, ConfigError):
+            raise
+        except Exception as error:  # decoders raise nearly anything on a corrupted file
+            raise _unreadable(f'image "{path}"', error) from None
+        try:
+            yield image
+        except MemoryError as error:
+            raise _unreadable(f'image "{path}"', error) from None
+
+
+def read_image_file(path: Path) -> Image.Image:
+    """Return the image of `decoded_file`, which then no longer counts."""
+    with decoded_file(path) as image:
+        return image
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Decode without warnings and with ztune's limit in place of Pillow's; one thread at a time."""
+    with _DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata; real problems raise
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
     """Return the error for an image that a decoder or the system cannot read."""
+    if isinstance(error, MemoryError):
+        return ImageSizeError(
+            f"{name} does not fit into memory (scale it down, or free memory; a lower `max_pixels` "
+            "refuses such images at once)"
+        )
     return DataError(f"{name} cannot be read: {reason_of(error)}")
 
 
@@ -115,9 +159,11 @@ ImageLike = Path | str | Image.Image | U8
 def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
     """Convert an image in memory to upright 8-bit RGB; errors call it `name`.
 
-    Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded.
+    Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded or
+        has more pixels than allowed.
     """
     if isinstance(image, Image.Image):
+        check_pixels(*image.size, name)
         info = dict(image.info)  # _upright removes a palette's transparency from it
         try:
             return _upright(image)
@@ -137,22 +183,38 @@ def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def read_image(image: ImageLike, name: str) -> Image.Image:
-    """Return an image from a file or memory upright and in 8-bit RGB.
+def with_image(image: ImageLike, name: str, use: Callable[[Image.Image], T]) -> T:
+    """Return `use` of an image from a file or memory, upright and in 8-bit RGB.
 
     Errors call one in memory `name`.
 
     Raises: DataError for another type, or an image that cannot be decoded.
     """
     if isinstance(image, str | Path):
-        return read_image_file(Path(image))
-    return convert_image(image, name)
+        with decoded_file(Path(image)) as decoded:
+            return use(decoded)
+    return use(convert_image(image, name))
 
 
-@functools.lru_cache(maxsize=2)
-def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
-    with open_image(path) as opened:
-        return _upright(opened)
+def _decode(file: tuple[Path, int, int], room: contextlib.ExitStack) -> Image.Image:
+    """Decode a file, given with its time of change and size; enter its pixels into `room`."""
+    if (image := _RECENT.get(file)) is not None:
+        _RECENT.move_to_end(file)
+        room.enter_context(ROOM.taken(image.width * image.height))
+        return image
+    with open_image(file[0]) as opened:
+        room.enter_context(ROOM.taken(opened.width * opened.height))
+        while len(_RECENT) >= _MOST_RECENT or (
+            _RECENT and _n_recent() + ROOM.n_used > max_pixels()
+        ):
+            _RECENT.popitem(last=False)
+        image = _RECENT[file] = _upright(opened)
+    return image
+
+
+def _n_recent() -> int:
+    """Return the pixels of the cached images."""
+    return sum(image.width * image.height for image in _RECENT.values())
 
 
 def _upright(opened: Image.Image) -> Image.Image:
@@ -172,15 +234,24 @@ def _upright(opened: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         # Greyscale above 8 bits, which Pillow would clip at 255. PNG, PGM and TIFF use up to 65535.
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
-        greys = (levels.astype(np.uint32) * 255 + 32767) // 65535
-        image = Image.fromarray(greys.astype(np.uint8))
+        image = Image.fromarray(_scale_greys(image))
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert("RGB")
+
+
+def _scale_greys(image: Image.Image) -> U8:
+    """Return u8[H, W] of greyscale above 8 bits, strip by strip: a copy takes 12 bytes a pixel."""
+    greys = np.empty((image.height, image.width), np.uint8)
+    n_rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, n_rows):
+        bottom = min(top + n_rows, image.height)
+        levels = np.asarray(image.crop((0, top, image.width, bottom)))
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
+        greys[top:bottom] = (levels.astype(np.uint32) * 255 + 32767) // 65535
+    return greys
 
 
 def crop(image: Image.Image, spec: ImageSpec) -> U8:
@@ -206,9 +277,17 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
 def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -> U8:
     """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
     left, top, width, height = _random_box(*image.size, rng)
-    view = image.crop((left, top, left + width, top + height))
+    view = _cut(image, (left, top, left + width, top + height))
     pixels = np.array(view.resize((spec.size, spec.size), _FILTERS[spec.interpolation]))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return a part of an image; Pillow's own limit does not apply."""
+    left, top, right, bottom = box
+    if (right - left) * (bottom - top) <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        return image.crop(box)
+    return Image.fromarray(np.asarray(image)[top:bottom, left:right])
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -35,6 +35,11 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "skip unreadable images",
     },
+    "--max-pixels": {
+        "type": int,
+        "metavar": "N",
+        "help": "refuse images above this number of pixels (default: 100 million)",
+    },
     # method
     "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: ogn)"},
     "--queries": {"type": int, "metavar": "N", "help": "query budget (default: 5000)"},

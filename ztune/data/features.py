@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ztune.data.cache import FeatureStore, key_of
 from ztune.data.split import Progress
-from ztune.errors import DataError
+from ztune.errors import DataError, ImageSizeError
 from ztune.types import F32, U8, ImageEncoder
 
 _READERS = 2
@@ -107,6 +107,8 @@ def encode_files(
         for job, pixels in images:
             if isinstance(pixels, DataError):
                 if not skip_broken:
+                    if isinstance(pixels, ImageSizeError):
+                        raise pixels
                     raise DataError(
                         f"{pixels} (repair or remove it; or use `skip_broken` in tune, compare and "
                         "eval)"
