@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
+from PIL import Image
 
-from runtimes.bundle import ImageSpec, Precision, reading
+from runtimes.bundle import ImageSpec, Precision, check_graph, reading
 from runtimes.conversions import count_conversions, report_conversions
-from runtimes.graph_check import check_graph
-from runtimes.preprocess import ImageLike, crop, read_image
+from runtimes.preprocess import ImageLike, crop, with_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
-from ztune.errors import DataError, FormatError, ProviderError
+from ztune.errors import DataError, FormatError, ImageSizeError, ProviderError
 from ztune.io.files import open_regular
 from ztune.io.kinds import kind_of, wrong_kind
+from ztune.io.pixel_limit import ROOM
 from ztune.io.schema import Count, Record, convert, current, decoded
 from ztune.printing import broken_images, first_few
 from ztune.progress import SILENCE, Progress, warn
@@ -80,14 +81,18 @@ class Classifier:
 
         Raises: DataError for an image that cannot be read.
         """
-        decoded = read_image(image, name)
-        return np.asarray(decoded, dtype=np.uint8) if self.resize else crop(decoded, self.image)
+
+        def as_input(decoded: Image.Image) -> U8:
+            return np.asarray(decoded, dtype=np.uint8) if self.resize else crop(decoded, self.image)
+
+        return with_image(image, name, as_input)
 
     def classify(self, pixels: U8) -> tuple[F32, F32]:
         """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""
-        logits, probabilities = run_graph(
-            self.session, self.path, ["logits", "probabilities"], {"pixels": pixels}
-        )
+        names = ["logits", "probabilities"]
+        # A graph that resizes holds its input in 32 bits.
+        with ROOM.taken(pixels.size // 3 if self.resize else 0):
+            logits, probabilities = run_graph(self.session, self.path, names, {"pixels": pixels})
         return logits, probabilities
 
 
@@ -176,6 +181,8 @@ def classify(
             try:
                 pixels = classifier.read(path)
             except DataError as error:
+                if isinstance(error, ImageSizeError) and not skip_broken:
+                    raise
                 reasons.append(str(error))
                 kept[number] = False
             else:

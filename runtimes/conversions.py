@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from runtimes.preprocess import (
-    DECODING,
     UPRIGHT,
     ImageLike,
+    decoding,
     grey_bits,
     has_16_bit_colours,
     open_image,
@@ -64,8 +63,7 @@ def report_conversions(counts: Mapping[str, int], what: str, progress: Progress)
 def _conversions(image: ImageLike) -> tuple[str, ...]:
     if isinstance(image, np.ndarray):
         return ()
-    with contextlib.suppress(Exception), DECODING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.suppress(Exception), decoding():
         if isinstance(image, Image.Image):
             return _of_image(image, True)
         path = Path(image)
@@ -94,5 +92,5 @@ def _of_image(image: Image.Image, has_metadata: bool) -> tuple[str, ...]:
         "colour_16_bit": has_16_bit_colours(image),
     }
     if image.mode.startswith("I"):
-        found[f"grey_{grey_bits(np.asarray(image))}_bit"] = True
+        found[f"grey_{grey_bits(int(np.asarray(image).max()))}_bit"] = True
     return tuple(name for name, applies in found.items() if applies)

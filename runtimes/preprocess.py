@@ -14,18 +14,20 @@ import importlib
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtimes.bundle import ImageSpec
-from ztune.errors import DataError, how_to_install
+from ztune.errors import ConfigError, DataError, ImageSizeError, how_to_install
 from ztune.io.files import open_regular
 from ztune.io.image_formats import HEAD, format_of
+from ztune.io.pixel_limit import ROOM, check_pixels, check_tile, check_webp, max_pixels
 from ztune.printing import reason_of
 from ztune.types import F32, U8
 
@@ -63,36 +65,49 @@ _RATIO = (3 / 4, 4 / 3)
 _LONGEST = 100
 # Length of a nearly uniform image's hash: 2 levels for each of 64 pixels.
 _UNIFORM = 16.0
-# Warning filters are global to the process: one thread at a time may change them.
-DECODING = threading.Lock()
+# Warning filters and Pillow's limit are global to the process: one thread at a time changes them.
+_DECODING = threading.Lock()
+_WEBP_START = 30  # bytes
+_STRIP = 1_000_000  # pixels
+# The images decoded last, so that many random views of an image decode it once.
+_RECENT: OrderedDict[tuple[Path, int, int], Image.Image] = OrderedDict()
+_MOST_RECENT = 2
+T = TypeVar("T")
 
 
 def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
     """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip drawn by `view`."""
-    image = read_image_file(path)
-    return crop(image, spec) if view is None else random_view(image, spec, view)
+    with decoded_file(path) as image:
+        return crop(image, spec) if view is None else random_view(image, spec, view)
 
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open a regular file in one of FORMATS; its pixels are decoded lazily.
 
-    Raises: DataError naming the file when it is in none of them; OSError.
+    Raises: DataError naming the file when it is in none of them, or has more pixels than allowed;
+        OSError.
     """
     Image.init()
+    name = f'image "{path}"'
     with open_regular(path) as file:
-        if format_of(file.read(HEAD)) == ".heic":
+        start = file.read(max(HEAD, _WEBP_START))
+        if format_of(start[:HEAD]) == ".heic":
             _add_heic(path)
+        check_webp(start, name)
         file.seek(0)
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
         try:
             opened = Image.open(file, formats=known)
         except UnidentifiedImageError:
             raise DataError(
-                f'image "{path}" cannot be read: unknown format '
+                f"{name} cannot be read: unknown format "
                 f"(supported: {', '.join(FORMATS[name] for name in known)})"
             ) from None
         with opened:
+            check_pixels(*opened.size, name)
+            if opened.format == "TIFF":
+                check_tile(opened, name)
             yield opened
 
 
@@ -108,22 +123,46 @@ def _add_heic(path: Path) -> None:
     heif.register_heif_opener()
 
 
-def read_image_file(path: Path) -> Image.Image:
-    """Return the image upright and in 8-bit RGB; it is shared, so do not modify it.
+@contextlib.contextmanager
+def decoded_file(path: Path) -> Iterator[Image.Image]:
+    """Yield the image upright and in 8-bit RGB; it is shared, so do not modify it.
 
-    The last images are cached, so that many random views of an image decode it once.
+    All images in these contexts together have at most the limit's pixels: a thread waits for room.
+    The last images are cached while there is room.
 
     Raises: DataError naming the file when it is not an image, corrupted, or too large.
     """
-    try:
-        stat = path.stat()
-        with DECODING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata; real problems raise
-            return _decode(path, stat.st_mtime_ns, stat.st_size)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on a corrupted file
-        raise _unreadable(f'image "{path}"', error) from None
+    with contextlib.ExitStack() as room:
+        try:
+            stat = path.stat()
+            with decoding():
+                image = _decode((path, stat.st_mtime_ns, stat.st_size), room)
+        except (DataError, ConfigError):
+            raise
+        except Exception as error:  # decoders raise nearly anything on a corrupted file
+            raise _unreadable(f'image "{path}"', error) from None
+        try:
+            yield image
+        except MemoryError as error:
+            raise _unreadable(f'image "{path}"', error) from None
+
+
+def read_image_file(path: Path) -> Image.Image:
+    """Return the image of `decoded_file`, which then no longer counts."""
+    with decoded_file(path) as image:
+        return image
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Decode without warnings and with ztune's limit in place of Pillow's; one thread at a time."""
+    with _DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata; real problems raise
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def perceptual_hash(path: Path) -> F32 | None:
@@ -133,8 +172,7 @@ def perceptual_hash(path: Path) -> F32 | None:
     """
     try:
         stat = path.stat()
-        with DECODING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with decoding():
             return _hash(path, stat.st_mtime_ns, stat.st_size)
     except Exception:  # decoders raise nearly anything on a corrupted file
         return None
@@ -172,6 +210,11 @@ def reason_broken(path: Path, whole: bool) -> str | None:
 
 def _unreadable(name: str, error: Exception) -> DataError:
     """Return the error for an image that a decoder or the system cannot read."""
+    if isinstance(error, MemoryError):
+        return ImageSizeError(
+            f"{name} does not fit into memory (scale it down, or free memory; a lower `max_pixels` "
+            "refuses such images at once)"
+        )
     return DataError(f"{name} cannot be read: {reason_of(error)}")
 
 
@@ -182,9 +225,11 @@ ImageLike = Path | str | Image.Image | U8
 def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
     """Convert an image in memory to upright 8-bit RGB; errors call it `name`.
 
-    Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded.
+    Raises: DataError for an array that is not u8[H, W, 3], or an image that cannot be decoded or
+        has more pixels than allowed.
     """
     if isinstance(image, Image.Image):
+        check_pixels(*image.size, name)
         info = dict(image.info)  # _upright removes a palette's transparency from it
         try:
             return _upright(image)
@@ -204,22 +249,38 @@ def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def read_image(image: ImageLike, name: str) -> Image.Image:
-    """Return an image from a file or memory upright and in 8-bit RGB.
+def with_image(image: ImageLike, name: str, use: Callable[[Image.Image], T]) -> T:
+    """Return `use` of an image from a file or memory, upright and in 8-bit RGB.
 
     Errors call one in memory `name`.
 
     Raises: DataError for another type, or an image that cannot be decoded.
     """
     if isinstance(image, str | Path):
-        return read_image_file(Path(image))
-    return convert_image(image, name)
+        with decoded_file(Path(image)) as decoded:
+            return use(decoded)
+    return use(convert_image(image, name))
 
 
-@functools.lru_cache(maxsize=2)
-def _decode(path: Path, _changed: int, _size: int) -> Image.Image:
-    with open_image(path) as opened:
-        return _upright(opened)
+def _decode(file: tuple[Path, int, int], room: contextlib.ExitStack) -> Image.Image:
+    """Decode a file, given with its time of change and size; enter its pixels into `room`."""
+    if (image := _RECENT.get(file)) is not None:
+        _RECENT.move_to_end(file)
+        room.enter_context(ROOM.taken(image.width * image.height))
+        return image
+    with open_image(file[0]) as opened:
+        room.enter_context(ROOM.taken(opened.width * opened.height))
+        while len(_RECENT) >= _MOST_RECENT or (
+            _RECENT and _n_recent() + ROOM.n_used > max_pixels()
+        ):
+            _RECENT.popitem(last=False)
+        image = _RECENT[file] = _upright(opened)
+    return image
+
+
+def _n_recent() -> int:
+    """Return the pixels of the cached images."""
+    return sum(image.width * image.height for image in _RECENT.values())
 
 
 def _upright(opened: Image.Image) -> Image.Image:
@@ -258,24 +319,18 @@ def _colour_extrema(image: Image.Image) -> list[tuple[int, int]]:
     return [band.getextrema() for name, band in named if name not in "Aa"]
 
 
-def grey_bits(levels: NDArray[Any]) -> Literal[8, 12, 16]:
-    """Return the bits of greyscale levels above 8 bits: the fewest of 8, 12, 16 that hold them.
+def grey_bits(top: int) -> Literal[8, 12, 16]:
+    """Return the bits of greyscale up to the level `top`: the fewest of 8, 12, 16 that hold it.
 
     Cameras and scanners store 12-bit levels in 16 bits, and no format says so. Black has 16.
     """
-    top = levels.max()
     return 16 if top > 4095 or top == 0 else 12 if top > 255 else 8
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         # Greyscale above 8 bits, which Pillow would clip at 255. PNG, PGM and TIFF use up to 65535.
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
-        top = 2 ** grey_bits(levels) - 1
-        greys = (levels.astype(np.uint32) * 255 + top // 2) // top
-        image = Image.fromarray(greys.astype(np.uint8))
+        image = Image.fromarray(_scale_greys(image))
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
@@ -289,6 +344,26 @@ def resize(image: Image.Image, width: int, height: int, spec: ImageSpec) -> Imag
     """
     resample = _FILTERS[spec.interpolation]
     return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
+def _scale_greys(image: Image.Image) -> U8:
+    """Return u8[H, W] of greyscale above 8 bits, strip by strip: a copy takes 12 bytes a pixel."""
+    n_rows = max(1, _STRIP // image.width)
+    strips = [(top, min(top + n_rows, image.height)) for top in range(0, image.height, n_rows)]
+
+    def levels_of(top: int, bottom: int) -> NDArray[Any]:
+        return np.asarray(image.crop((0, top, image.width, bottom)))
+
+    extremes = [(int(part.min()), int(part.max())) for part in (levels_of(*one) for one in strips)]
+    low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise ValueError("its pixels are not 8-bit or 16-bit integers (convert it first)")
+    most = 2 ** grey_bits(high) - 1
+    greys = np.empty((image.height, image.width), np.uint8)
+    for top, bottom in strips:
+        levels = levels_of(top, bottom).astype(np.uint32)
+        greys[top:bottom] = (levels * 255 + most // 2) // most
+    return greys
 
 
 def crop(image: Image.Image, spec: ImageSpec) -> U8:
@@ -314,9 +389,17 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
 def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -> U8:
     """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
     left, top, width, height = _random_box(*image.size, rng)
-    view = image.crop((left, top, left + width, top + height))
+    view = _cut(image, (left, top, left + width, top + height))
     pixels = np.array(resize(view, spec.size, spec.size, spec))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return a part of an image; Pillow's own limit does not apply."""
+    left, top, right, bottom = box
+    if (right - left) * (bottom - top) <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        return image.crop(box)
+    return Image.fromarray(np.asarray(image)[top:bottom, left:right])
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -9,6 +9,10 @@ class DataError(ZtuneError):
     """Unusable images, folders, manifests or splits."""
 
 
+class ImageSizeError(DataError):
+    """An image too large to decode, or to decode in this memory."""
+
+
 class StorageError(DataError):
     """A file that cannot be written, as on a full disk."""
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
-from runtimes.preprocess import crop, read_image
+from runtimes.preprocess import crop, with_image
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
 from ztune.data.split import Entry, Split, SplitSettings
 from ztune.dataset import (
@@ -399,9 +399,9 @@ class FewShotClassifier:
     def _logits_of(self, artifact: Artifact, images: Any, first: int) -> F32:
         """Return logits f32[n, C] of one batch of images."""
         encoder, program = self._opened(artifact)
-        spec = self._model.bundle.image
+        cut = functools.partial(crop, spec=self._model.bundle.image)
         pixels = np.stack(
-            [crop(read_image(image, f"image {first + n}"), spec) for n, image in enumerate(images)]
+            [with_image(image, f"image {first + n}", cut) for n, image in enumerate(images)]
         )
         features = encoder.encode(pixels)
         if isinstance(artifact, VisualArtifact):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
 from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
 from runtimes.ort import OrtImageEncoder
-from runtimes.preprocess import ImageLike, crop, read_image
+from runtimes.preprocess import ImageLike, crop, with_image
 from runtimes.prompts import embed_words, require_rows, token_table, tokenize_words
 from runtimes.providers import Execution, check_precision, resolve_execution
 from runtimes.remote.endpoint import is_url, parse_named_server
@@ -191,8 +192,8 @@ class Model:
         encoder, parts = self.images(), []
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
-            decoded = [read_image(image, f"image {first + n}") for n, image in enumerate(batch)]
-            pixels = [crop(image, self.bundle.image) for image in decoded]
+            cut = functools.partial(crop, spec=self.bundle.image)
+            pixels = [with_image(image, f"image {first + n}", cut) for n, image in enumerate(batch)]
             pixels += pixels[:1] * (_BATCH - len(pixels))
             parts.append(encoder.encode(np.stack(pixels))[: len(batch)])
         if not parts:

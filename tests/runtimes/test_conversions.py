@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from runtimes.conversions import CONVERSIONS, count_conversions, report_conversions
-from runtimes.preprocess import read_image, read_image_file
+from runtimes.preprocess import read_image_file, with_image
 from ztune.errors import DataError, ZtuneWarning
 from ztune.progress import Silence
 
@@ -145,7 +145,8 @@ def test_images_in_memory_are_counted_and_read_alike(tmp_path: Path) -> None:
     image = Image.fromarray(ramp(4095))
     image.save(tmp_path / "a.png")
     assert count_conversions([image, np.zeros((4, 4, 3), np.uint8)]) == {"grey_12_bit": 1}
-    np.testing.assert_array_equal(read_image(image, "image"), read_image_file(tmp_path / "a.png"))
+    own = with_image(image, "image", lambda own: own)
+    np.testing.assert_array_equal(own, read_image_file(tmp_path / "a.png"))
 
 
 def test_unreadable_images_count_as_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from ztune.data.folders import read_dataset
 from ztune.data.library import NamedData, read_named
 from ztune.data.named import NAMED, find_spec
 from ztune.errors import ConfigError, DataError
+from ztune.io.pixel_limit import VARIABLE
 
 
 def built(root: Path, name: str) -> Path:
@@ -348,6 +350,7 @@ def parquet_file(
     rows: Sequence[tuple[bytes | None, int | None]],
     names: object = NAMES,
     metadata: bytes | None = None,
+    **options: Any,
 ) -> None:
     """Write a file as the Hugging Face library does."""
     arrow = pytest.importorskip("pyarrow")
@@ -361,7 +364,7 @@ def parquet_file(
     )
     told = json.dumps({"info": {"features": features}}).encode() if metadata is None else metadata
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_table(table.replace_schema_metadata({"huggingface": told}), path)
+    writer.write_table(table.replace_schema_metadata({"huggingface": told}), path, **options)
 
 
 def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
@@ -442,3 +445,49 @@ def test_without_pyarrow_it_says_what_to_install(
     with pytest.raises(DataError, match=r"pip install '\.\[parquet\]' in a checkout"):
         parquet.extract([tmp_path / "train.parquet"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "train.parquet"]
+
+
+DENSE: dict[str, Any] = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30}
+
+
+def bomb(size: int) -> bytes:
+    """Return the start of an image and zeros, which pack to nearly nothing."""
+    return png(0) + bytes(size)
+
+
+def test_equal_images_are_unpacked_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1000000")  # 4 MB
+    arrow = pytest.importorskip("pyarrow")
+    parquet_file(tmp_path / "all.parquet", [(bomb(3_000_000), n % 2) for n in range(200)], **DENSE)
+    assert (tmp_path / "all.parquet").stat().st_size < 100_000
+    before, out = arrow.total_allocated_bytes(), tmp_path / "out"
+    most, write = [0], Path.write_bytes
+
+    def spy(path: Path, content: bytes) -> int:
+        most[0] = max(most[0], arrow.total_allocated_bytes() - before)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", spy)
+    with pytest.raises(DataError, match=r"the images of \d+ bytes, expected at most \d+ \(extract"):
+        parquet.extract(parquet.parquet_files(tmp_path), out)
+    assert 0 < most[0] < 30_000_000
+    assert not out.exists()
+
+
+def test_an_image_of_more_bytes_than_its_pixels_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1000000")
+    parquet_file(tmp_path / "all.parquet", [(bomb(4_000_001), 0), (png(1), 1)], **DENSE)
+    with pytest.raises(
+        DataError, match=r"an image of \d+ bytes, expected at most 4000000 .*`max_pix"
+    ):
+        parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
+    parquet_file(tmp_path / "all.parquet", [(bomb(90_000_000), 0), (png(1), 1)], **DENSE)
+    with pytest.raises(DataError, match="a column of"):
+        parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
+    monkeypatch.setenv(VARIABLE, "40000000")
+    out = parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
+    assert parquet.read_extracted(out).counts["train"] == 2

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus", type=float, metavar="SHARE", help="GPUs per Ray worker, such as 0.25 (default: 0)"
     )
     add(parser, "--provider", default=None, help="provider (default: the plan's)")
+    add(parser, "--max-pixels")
     for option, what in (
         ("--methods", "methods"), ("--data", "data sets"), ("--shots", "shots"),
         ("--seeds", "seeds"),

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="points per accuracy curve (default: 12)",
     )
     machine = parser.add_argument_group("machine")
-    add(machine, "--threads", "--memory-limit", "--force")
+    add(machine, "--threads", "--memory-limit", "--max-pixels", "--force")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:

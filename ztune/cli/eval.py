@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(parser, "--template")
     parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
-    add(parser, "--names", "--nested", "--cache", "--skip-broken", "--provider", "--threads")
+    add(parser, "--names", "--nested", "--cache", "--skip-broken", "--max-pixels", "--provider")
+    add(parser, "--threads")
     add_server_arguments(parser)
 
 

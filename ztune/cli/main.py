@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         fail("stopped")
         return INTERRUPTED
+    if getattr(arguments, "max_pixels", None) is not None:
+        os.environ["ZTUNE_MAX_PIXELS"] = str(arguments.max_pixels)
     arguments.command = shlex.join(["ztune", *words])
     return _run(verb, arguments, option_finder(parser, verb))
 
@@ -68,6 +70,9 @@ def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:
     except KeyboardInterrupt as stop:
         fail(f"stopped{f' ({stop})' if str(stop) else ''}")
         return INTERRUPTED
+    except MemoryError:
+        fail("out of memory (use smaller images, a lower --max-pixels or --memory-limit)")
+        return 1
     except BrokenPipeError:
         # The reader of the output is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

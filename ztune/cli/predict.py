@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top", type=int, default=3, metavar="N", help="classes per image (default: 3)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    add(parser, "--skip-broken", "--provider", "--threads")
+    add(parser, "--skip-broken", "--max-pixels", "--provider", "--threads")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:

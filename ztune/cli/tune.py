@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
     add(data, "--cache", help="cache folder for features (default: inside RUN)")
-    add(data, "--skip-broken", "--skip-conflicts")
+    add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
     add(method, "--preset", "--set", "--init")
@@ -89,7 +89,7 @@ def _number_or_list(word: str) -> int | str:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     if arguments.resume is not None:
         for name, option in arguments.given.items():
-            if name not in ("resume", "data", "test_data", *SERVER):
+            if name not in ("resume", "data", "test_data", "max_pixels", *SERVER):
                 raise ConfigError(
                     f"{option} does not apply to --resume (leave it out: the run has its settings)"
                 )

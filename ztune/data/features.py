@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ztune.data.cache import FeatureStore, key_of
 from ztune.data.split import Progress
-from ztune.errors import DataError
+from ztune.errors import DataError, ImageSizeError
 from ztune.printing import broken_images
 from ztune.types import F32, U8, ImageEncoder
 
@@ -109,6 +109,8 @@ def encode_files(
     with contextlib.closing(_prefetch(read, jobs)) as images:
         for job, pixels in images:
             if isinstance(pixels, DataError):
+                if isinstance(pixels, ImageSizeError) and not skip_broken:
+                    raise pixels
                 broken[job.sha256] = str(pixels)
                 continue
             if broken and not skip_broken:

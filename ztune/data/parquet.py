@@ -28,12 +28,16 @@ from ztune.errors import DataError, FormatError, how_to_install
 from ztune.io.files import new_folder, read_json, write_bytes, write_json
 from ztune.io.image_formats import HEAD, format_of
 from ztune.io.old_formats import PARQUET_FOLDER
+from ztune.io.pixel_limit import max_pixels
 
 EXTRACTED = ("parquet-images", PARQUET_FOLDER)
 """Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
 _BATCH = 64  # rows held in memory at once
 _PART = re.compile(r"(?:.*[-_.])?([A-Za-z]+)(?:-\d+-of-\d+.*)?")
+_BYTES_PER_PIXEL = 4  # of an uncompressed image
+_MOST_UNPACKED = 100
+"""Bytes of images that one byte of a file may contain, above the bytes of one image."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def extract(files: Sequence[Path], out: Path) -> Path:
                 raise DataError(f"{where}: columns or classes differ from {files[0].name}")
             known = columns
             role = (_role(path) if divided else None) or "train"
+            allowance = _Allowance(path, where)
+            allowance.check_columns(opened.metadata)
             for content, label in _rows(opened, columns, where):
+                allowance.take(content)
                 name = f"images/{role}/{len(lists[role]):08d}{_suffix(content, where)}"
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).write_bytes(content)
@@ -180,13 +187,42 @@ def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, i
                     f"{len(columns.names) - 1}"
                 )
             yield content, label
+    except MemoryError:
+        raise DataError(f"{where}: an image does not fit into memory") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: damaged file ({error})") from None
 
 
 def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
-    for batch in opened.iter_batches(_BATCH, columns=[columns.image, columns.label]):
+    # One row at a time: a few bytes of a dictionary can stand for a large image in every row.
+    for batch in opened.iter_batches(1, columns=[columns.image, columns.label]):
         yield from batch.to_pylist()
+
+
+class _Allowance:
+    """Limits the bytes that are unpacked from one file: compressed zeros fill memory and disk."""
+
+    def __init__(self, path: Path, where: str):
+        self._image = _BYTES_PER_PIXEL * max_pixels()
+        self._most = self._image + _MOST_UNPACKED * path.stat().st_size
+        self._where, self._taken = where, 0
+
+    def check_columns(self, metadata: Any) -> None:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                self._check(column.total_uncompressed_size, self._most, "a column")
+
+    def take(self, image: bytes) -> None:
+        self._check(len(image), self._image, "an image")
+        self._taken += len(image)
+        self._check(self._taken, self._most, "the images")
+
+    def _check(self, found: int, most: int, what: str) -> None:
+        if found > most:
+            raise DataError(
+                f"{self._where}: {what} of {found} bytes, expected at most {most} (extract the "
+                "images yourself, or allow more: `max_pixels`)"
+            )
 
 
 def _suffix(content: bytes, where: str) -> str:
