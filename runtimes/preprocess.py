@@ -246,6 +246,8 @@ def convert_image(image: Image.Image | U8, name: str) -> Image.Image:
         raise DataError(
             f"{name} is {image.dtype}{list(image.shape)}, expected u8[H, W, 3] (RGB, 0 to 255)"
         )
+    if too_thin := _too_thin(image.shape[1], image.shape[0]):
+        raise DataError(f"{name} cannot be read: {too_thin}")
     return Image.fromarray(np.ascontiguousarray(image))
 
 
@@ -283,10 +285,17 @@ def _n_recent() -> int:
     return sum(image.width * image.height for image in _RECENT.values())
 
 
+def _too_thin(width: int, height: int) -> str:
+    """Return why an image is too thin to resize; empty if it is not."""
+    if max(width, height) <= _LONGEST * min(width, height):
+        return ""
+    return f"{width} x {height} pixels (expected at most {_LONGEST}:1)"
+
+
 def _upright(opened: Image.Image) -> Image.Image:
     """Return an image in 8-bit RGB, with its EXIF orientation applied."""
-    if max(opened.size) > _LONGEST * min(opened.size):
-        raise ValueError(f"{opened.width} x {opened.height} pixels (expected at most {_LONGEST}:1)")
+    if too_thin := _too_thin(*opened.size):
+        raise ValueError(too_thin)
     deep = has_16_bit_colours(opened)
     opened.load()
     if deep and max(top for _, top in _colour_extrema(opened)) < 16:

@@ -22,6 +22,7 @@ from runtimes.preprocess import (
     normalise,
     open_image,
     random_view,
+    read_image,
     read_image_file,
 )
 from tests.foreign import FOREIGN, NOT_REGULAR
@@ -241,6 +242,14 @@ def test_unreadable_images_are_named(
     assert name in message
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("shape", [(1, 101, 3), (101, 1, 3), (2, 60000, 3)])
+def test_thin_images_in_memory_are_refused(shape: tuple[int, int, int]) -> None:
+    levels = np.zeros(shape, np.uint8)
+    for image in (levels, Image.fromarray(levels)):
+        with pytest.raises(DataError, match=r"image 3 cannot be read: .* at most 100:1"):
+            read_image(image, "image 3")
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
