@@ -310,7 +310,8 @@ def row_parity(bundle: Bundle, graph: str) -> tuple[np.ndarray, F32]:
     }[graph]
     rows = given.get(name, np.zeros(0))
     if (
-        (rows.dtype, rows.shape) != (dtype, shape)
+        rows.dtype != dtype
+        or rows.shape != shape
         or features.shape != (n, bundle.embed_dim)
         or (dtype == np.int64 and rows.min() < 0)
     ):
