@@ -310,7 +310,7 @@ def row_parity(bundle: Bundle, graph: str) -> tuple[np.ndarray, F32]:
     }[graph]
     rows = given.get(name, np.zeros(0))
     if (
-        rows.dtype != np.dtype(dtype)
+        rows.dtype != dtype
         or rows.shape != shape
         or features.shape != (n, bundle.embed_dim)
         or (dtype == np.int64 and rows.min() < 0)

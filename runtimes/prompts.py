@@ -10,6 +10,7 @@ import numpy as np
 from runtimes.bundle import Bundle, TextSpec
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ConfigError, DataError, FormatError
+from ztune.printing import reason_of
 from ztune.types import F32, I64, PromptEncoder
 
 
@@ -18,8 +19,8 @@ def token_table(bundle: Bundle) -> F32:
     path = bundle.file("token_table.npy")
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"{path} cannot be read ({error}); export again") from None
+    except Exception as error:  # NumPy raises many types for a damaged header
+        raise FormatError(f"{path} cannot be read ({reason_of(error)}); export again") from None
     if table.ndim != 2 or table.dtype != np.float32 or table.shape[1] != bundle.text.width:
         raise FormatError(
             f"{path} is {table.dtype}{list(table.shape)}, expected float32[*, {bundle.text.width}]"

@@ -18,6 +18,7 @@ from runtimes import tensorrt
 from ztune.errors import ConfigError, ProviderError, ZtuneError, how_to_install
 from ztune.printing import reason_of
 from ztune.progress import SILENCE, Progress
+from ztune.types import F32
 
 NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -293,16 +294,36 @@ def resolve_execution(
     return replace(asked, provider=name)
 
 
+def product_in_graph() -> Callable[[F32, F32], F32]:
+    """Return a function that multiplies matrices f32[m, k] and f32[k, n] on the CPU.
+
+    Raises: ProviderError without ONNX Runtime.
+    """
+    session = open_session(_product_graph([None, None], None), Execution())
+
+    def product(a: F32, b: F32) -> F32:
+        return run_graph(session, "a matrix product", ["y"], {"x": a, "w": b})[0]
+
+    return product
+
+
 def _small_graph() -> bytes:
+    return _product_graph([2, 8], np.eye(8, dtype=np.float32))
+
+
+def _product_graph(shape: list[int | None], weights: F32 | None) -> bytes:
+    """Return a graph of the product of `x` of a shape with `weights`, or with an input `w`."""
     from onnx import TensorProto, helper, numpy_helper
 
-    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    def matrix(name: str) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 8])],
-        [weight],
+        [matrix("x")] if weights is not None else [matrix("x"), matrix("w")],
+        [matrix("y")],
+        [] if weights is None else [numpy_helper.from_array(weights, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())

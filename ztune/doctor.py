@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from runtimes.bundle import Parity, load_bundle
 from runtimes.ort import allowed_difference, parity_on_this_machine
-from runtimes.providers import NAMES, Execution, check_precision, probe
+from runtimes.providers import NAMES, Execution, check_precision, probe, product_in_graph
 from runtimes.remote.endpoint import parse_named_server
 from runtimes.remote.settings import parse_settings
 from runtimes.tokenizer import Tokenizer
@@ -24,7 +27,7 @@ from ztune.run import RunFolder
 from ztune.run_config import RunConfig
 from ztune.timing import N_CONTEXT, time_text_queries
 from ztune.training import TrainingRun, read_split
-from ztune.types import Json
+from ztune.types import F32, Json
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TIMED = f"{len(_WORDS)} classes, {N_CONTEXT} context tokens, text side"
@@ -54,6 +57,49 @@ def check_providers() -> dict[str, str | None]:
         except ZtuneError as error:
             result[name] = str(error)
     return result
+
+
+_SHAPES = ((1, 64, 1), (7, 129, 5), (64, 512, 33), (300, 48, 300), (16, 1000, 16))
+"""Rows, inner size and columns: vectors, odd sizes, and sizes that are computed in blocks."""
+WRONG_PRODUCT = 1e-3
+"""Difference above which a product is wrong; rounding stays below 1e-4."""
+
+
+def check_products() -> dict[str, float | None]:
+    """Return the largest errors of f32 matrix products by NumPy and by ONNX Runtime.
+
+    Both are compared with sums in double precision without BLAS. None: the package did not run;
+    infinity: a product was not finite.
+    """
+    rng = np.random.default_rng(0)
+    pairs = [
+        (rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((k, n)).astype("f4"))
+        for m, k, n in _SHAPES
+    ]
+    exact = [np.einsum("ik,kj->ij", a.astype("f8"), b.astype("f8")) for a, b in pairs]
+
+    def worst(product: Callable[[F32, F32], F32]) -> float | None:
+        with np.errstate(all="ignore"):
+            errors = [
+                np.abs(product(*pair) - known).max()
+                for pair, known in zip(pairs, exact, strict=True)
+            ]
+        return float(np.max(np.nan_to_num(errors, nan=np.inf)))
+
+    found: dict[str, float | None] = {"numpy": worst(np.matmul), "onnxruntime": None}
+    with contextlib.suppress(ZtuneError):
+        found["onnxruntime"] = worst(product_in_graph())
+    return found
+
+
+def wrong_products(found: Mapping[str, float | None]) -> list[str]:
+    """Return a failure for each package whose products are wrong."""
+    return [
+        f"matrix products of {name} are wrong by {error:.1e} on this machine, expected at most "
+        f"{WRONG_PRODUCT}: its results cannot be trusted (install another build of {name})"
+        for name, error in found.items()
+        if error is not None and not error <= WRONG_PRODUCT
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from runtimes.in_memory import InMemoryImages
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
-from ztune.data.cache import FeatureStore, MemoryCache
+from ztune.data.cache import FeatureStore, MemoryCache, OptionalCache
 from ztune.data.features import Features
 from ztune.data.relocate import relocate, resolve_roots
 from ztune.data.sources import read_source
@@ -194,7 +194,7 @@ def score_run(
     features = encode_test(
         model,
         images.items,
-        cache or run_config.cache_folder(folder.path),
+        cache or OptionalCache(run_config.cache_folder(folder.path)),
         what="test images",
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=find_extractor(artifact, folder.path),

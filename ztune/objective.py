@@ -132,7 +132,7 @@ class FewShotObjective:
     def __call__(self, prompts: Prompts, batch: Batch) -> Evaluation:
         """Evaluate P candidates on one batch.
 
-        Raises: NotFiniteError naming a candidate whose loss is not finite.
+        Raises: NotFiniteError naming a candidate whose loss or logits are not finite.
         """
         labels = self._labels[batch.images]
         scores = self._scorer(prompts, batch, labels)
@@ -141,7 +141,16 @@ class FewShotObjective:
             worst = int(np.flatnonzero(~np.isfinite(losses))[0])
             raise NotFiniteError(
                 f"batch {batch.number}, candidate {worst + 1} of {len(losses)}: the loss is "
-                f"{losses[worst]} (smaller steps, or fp32 graphs, may help)",
+                f"{losses[worst]} (smaller steps, or fp32 graphs, may help; ztune doctor checks "
+                "this machine)",
+                worst,
+            )
+        if scores.logits is not None and not np.isfinite(scores.logits).all():
+            finite = np.isfinite(scores.logits).all(axis=(1, 2))
+            worst = int(np.flatnonzero(~finite)[0])
+            raise NotFiniteError(
+                f"batch {batch.number}, candidate {worst + 1} of {len(losses)}: its logits are not "
+                "finite (matrix products may be wrong on this machine: run ztune doctor)",
                 worst,
             )
         return Evaluation(losses, scores.accuracies, labels, batch.number, scores.logits)

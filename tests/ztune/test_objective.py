@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ztune.budget import Budget
-from ztune.errors import BudgetError, ZtuneError
+from ztune.errors import BudgetError, NotFiniteError, ZtuneError
 from ztune.objective import BatchSampler, FewShotObjective, NumpyScores, cross_entropy, focal_loss
-from ztune.types import F32, Batch, Prompts
+from ztune.types import F32, I64, Batch, Prompts, Scores
 
 
 class Linear:
@@ -150,3 +150,18 @@ def test_many_logits_are_scored_some_candidates_at_a_time(monkeypatch: pytest.Mo
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-6)
     np.testing.assert_array_equal(parts.accuracies, whole.accuracies)
     assert parts.logits is None
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_logits_that_are_not_finite_name_the_candidate(value: float) -> None:
+    labels = np.array([0, 1, 0])
+
+    def scores(prompts: Prompts, batch: Batch, labels: I64) -> Scores:
+        logits = np.zeros((4, 3, 3), np.float32)
+        logits[2, 1, 2] = value  # of another class: a loss of −∞ stays finite
+        return Scores(np.ones(4), np.ones(4), logits)
+
+    batch = Batch(np.arange(3), np.zeros(3, np.int64), 5)
+    with pytest.raises(NotFiniteError, match=r"candidate 3 of 4: .* run ztune doctor") as caught:
+        FewShotObjective(scores, labels)(Prompts(np.zeros((4, 2, 5), np.float32)), batch)
+    assert caught.value.candidate == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,14 @@ _METHOD = "zip"
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.doctor import check_bundle, check_extras, check_providers, check_server
+    from ztune.doctor import (
+        check_bundle,
+        check_extras,
+        check_products,
+        check_providers,
+        check_server,
+        wrong_products,
+    )
     from ztune.system import machine, versions
 
     of_signal = [option for name, option in arguments.given.items() if name not in SERVER]
@@ -87,8 +95,14 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             [(name, "runs" if reason is None else reason) for name, reason in providers.items()],
         ),
     ]
+    products = check_products()
+    failures = wrong_products(products)
+    document["products"] = {
+        k: v if v is None or math.isfinite(v) else None for k, v in products.items()
+    }
+    rows = [(name, "not run" if v is None else f"{v:.1e}") for name, v in products.items()]
+    lines += ["", Table("largest error of matrix products", ("", ""), rows)]
     working = [name for name in ("cuda", "cpu") if providers.get(name) is None]
-    failures: list[str] = []
     if is_url(arguments.bundle):
         url = str(arguments.bundle)
         server = check_server(url, server_settings(arguments), output)
@@ -96,7 +110,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         lines += _server_lines(server)
     elif arguments.bundle is not None and working:
         found = check_bundle(arguments.bundle, working)
-        failures = list(found.failures)
+        failures += found.failures
         document["bundle"] = found.to_json(arguments.bundle)
         lines += _bundle_lines(arguments.bundle, found)
         if arguments.data is not None:

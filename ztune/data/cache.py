@@ -21,6 +21,7 @@ import numpy as np
 
 from ztune.errors import DataError, StorageError
 from ztune.io.files import read_bytes
+from ztune.progress import warn
 from ztune.types import F32
 
 _MARK = b"zft1"
@@ -95,6 +96,40 @@ class FeatureLog:
             raise StorageError(f'cache "{self.path}" cannot be written: {error.strerror}') from None
         if written < len(block):
             raise StorageError(f'cache "{self.path}" cannot be written: the disk is full')
+
+
+@dataclass(frozen=True)
+class OptionalCache:
+    """A folder of feature logs that may be on a read-only disk: new features are then not kept."""
+
+    folder: Path
+
+    def log(self, *identity: str) -> FeatureRecords:
+        try:
+            return OptionalLog(FeatureCache(self.folder).log(*identity))
+        except DataError as error:
+            warn(f"{error} (features are not kept)")
+            return MemoryRecords()
+
+
+@dataclass
+class OptionalLog:
+    """A feature log that warns once if it cannot be written."""
+
+    log: FeatureLog
+    is_writable: bool = True
+
+    def read(self) -> dict[bytes, F32]:
+        return self.log.read()
+
+    def append(self, records: Mapping[bytes, F32]) -> None:
+        if not self.is_writable:
+            return
+        try:
+            self.log.append(records)
+        except StorageError as error:
+            self.is_writable = False
+            warn(f"{error} (features are not kept)")
 
 
 class FeatureStore(Protocol):

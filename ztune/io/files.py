@@ -192,9 +192,32 @@ def _umask() -> int:
 
 
 def user_cache(name: str) -> Path:
-    """Return this user's cache folder of that name, in XDG_CACHE_HOME if it is absolute."""
+    """Return this user's cache folder of that name, in XDG_CACHE_HOME if it is absolute.
+
+    If the home folder is missing or cannot be written, it is in a private temporary folder.
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "ztune" / name
+    if given.is_absolute():
+        return given / "ztune" / name
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder is known
+        cache = Path.home() / ".cache" / "ztune"
+        if cache.is_absolute() and os.environ.get("HOME") != "":  # "" would be the root
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK | os.X_OK):
+                return cache / name
+    return _private_folder() / name
+
+
+def _private_folder() -> Path:
+    """Return this user's folder for temporary files, which no other user can write."""
+    if not hasattr(os, "getuid"):
+        return Path(tempfile.gettempdir()) / "ztune"
+    folder = Path(tempfile.gettempdir()) / f"ztune-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="ztune-"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -88,7 +88,8 @@ class Saved:
         return Saved((arrays, values))
 
     def has_inner(self, name: str) -> bool:
-        return name in self._values
+        """Return whether there is a nested state, or a part of it."""
+        return name in self._values or any(key.startswith(f"{name}.") for key in self._arrays)
 
     @property
     def state(self) -> State:

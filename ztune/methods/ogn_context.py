@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, FormatError
 from ztune.io.config import require
 from ztune.io.generator import generator_to_json
 from ztune.io.saved import Saved
@@ -189,6 +189,11 @@ class GaussNewton(Optimizer):
         Raises: ConfigError without logits.
         """
         logits = required_logits(evaluation)
+        if self._logits is not None and logits.shape[1:] != self._logits.shape:
+            raise FormatError(
+                f"the saved logits are those of {list(self._logits.shape)} images and classes, "
+                f"expected {list(logits.shape[1:])} (state damaged; start a new run)"
+            )
         if self._steps is None:
             self._take_probes(evaluation.losses, logits, evaluation.labels)
         else:
@@ -290,6 +295,7 @@ class GaussNewton(Optimizer):
         H = len(self._directions)
         self._covariance = saved.f64("covariance", H, H)
         self._logits = saved.f32("logits", None, None) if "logits" in saved else None
+        saved.require(self._logits is None or self._logits.size > 0, "logits", "those of images")
         most = self._n_probes if self._logits is None else self._capacity()
         saved.require(
             self._n_probes <= H <= most, "directions", f"{self._n_probes} to {most} directions"

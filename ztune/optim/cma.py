@@ -30,6 +30,7 @@ _RESAMPLINGS = 100
 _LEAST = 1e-8
 """Keeps the denominators of (46) and (52) above zero."""
 _SIGMAS = 1e-32, 1e32
+_MOST_GROWTH = 200.0  # more than the range of sigmas, and exp does not overflow
 """Limits of σ, which grows without end on an unbounded slope; squares must not overflow."""
 # Limits of a covariance: bytes of its matrices, and hours of its eigendecompositions, at some 10¹⁰
 # operations per second on a core of 2026.
@@ -252,7 +253,8 @@ class Cma(Optimizer):
         gain = math.sqrt(r.c_sigma * (2 - r.c_sigma) * r.mu_eff)
         self._p_sigma = (1 - r.c_sigma) * self._p_sigma + gain * whitened[0]  # (43)
         length = float(np.linalg.norm(self._p_sigma))
-        sigma = self._sigma * math.exp(r.c_sigma / r.d_sigma * (length / self._chi_n - 1))  # (44)
+        growth = min(r.c_sigma / r.d_sigma * (length / self._chi_n - 1), _MOST_GROWTH)
+        sigma = self._sigma * math.exp(growth)  # (44)
 
         # While the path is too long, σ already grows, so C ignores the path.
         convergence = math.sqrt(1 - (1 - r.c_sigma) ** (2 * (self._generation + 1)))
@@ -292,6 +294,9 @@ class Cma(Optimizer):
         for name in self._arrays():
             setattr(self, f"_{name}", saved.f64(name, *getattr(self, f"_{name}").shape))
         saved.require(bool((self._D > 0).all()), "D", "positive values")
+        if self._B is not None:
+            error = float(np.abs(self._B @ self._B.T - np.eye(len(self._B))).max())
+            saved.require(error < 1e-6, "B", "orthonormal columns")
         self._sigma = saved.number("sigma", *_SIGMAS)
         self._generation = saved.count("generation")
         self._best_loss = None if saved.is_null("best_loss") else saved.number("best_loss")

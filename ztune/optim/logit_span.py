@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ztune.errors import ZtuneError
 from ztune.types import F32, F64
 
 _NEGLIGIBLE = 1e-5  # share of the logits' energy outside the basis
@@ -49,7 +50,13 @@ class LogitSpan:
     def _principal(self) -> F64:
         """Return f64[R, r], the at most `rank` combinations of rows with the most energy."""
         flat = self.rows.reshape(len(self.rows), -1)
-        values, vectors = np.linalg.eigh((flat @ flat.T).astype(np.float64))
+        products = (flat @ flat.T).astype(np.float64)
+        if not np.isfinite(products).all():
+            raise ZtuneError(
+                f"the products of the logits of {len(self.mixing)} prompts are not finite (matrix "
+                "products may be wrong on this machine: run ztune doctor)"
+            )
+        values, vectors = np.linalg.eigh(products)
         values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
         left_over = 1 - np.cumsum(values) / max(float(values.sum()), _LEAST_ENERGY)
         enough = int((left_over > _NEGLIGIBLE).sum()) + 1

@@ -130,6 +130,8 @@ class Validated:
         self._since = saved.count("since")
         self._best_accuracy = saved.number("best_accuracy", 0, 1)
         self._best_loss = saved.number("best_loss")
+        never = self._best_accuracy == self._best_loss == 0
+        saved.require(self._best is not None or never, "best", "the best point so far")
 
 
 class EarlyStop:

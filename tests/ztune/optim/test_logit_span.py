@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ztune.errors import ZtuneError
 from ztune.optim.logit_span import LogitSpan
 from ztune.types import F32, F64
 
@@ -75,3 +76,11 @@ def test_prompts_that_agree_leave_nothing_to_move() -> None:
         span.add(np.repeat(one, n_prompts, axis=0))
         basis, mixing = span.contrasts()
         assert (basis.shape, mixing.shape) == ((0, N, C), (n_prompts, 0))
+
+
+def test_products_that_are_not_finite_are_an_error_of_one_line() -> None:
+    span = LogitSpan.empty(2)
+    span.add(np.ones((3, 4, 2), np.float32))
+    span.rows[0] = np.nan  # as of a broken BLAS
+    with pytest.raises(ZtuneError, match=r"logits of 3 prompts are not finite .*ztune doctor"):
+        span.contrasts()
