@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import ModelProto, StringStringEntryProto, TensorProto, helper
 
 from export.nodes import Nodes, normalise, pixels_to_float
 from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
 from export.weights import read_graph
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, compact_json
-from runtimes.classifier import FORMAT, VERSION, ClassifierMetadata
+from runtimes.classifier import DATA_SHA256, FORMAT, VERSION, ClassifierMetadata, seal
 from ztune.artifact import Artifact, VisualArtifact
 from ztune.errors import DataError, FormatError
-from ztune.io.files import replacing
+from ztune.io.files import replacing, sha256
 from ztune.io.schema import plain
 from ztune.logits import FeatureClassifier
 
@@ -43,7 +43,7 @@ def pack(
     With `resize` the input is u8[N, H, W, 3] of any size, and the graph resizes and crops it by the
     bundle's preprocessing. A visual prompt becomes part of the graph; `extractor` is the ONNX file
     whose features a decoder was tuned with, unless that was the bundle's image tower. Class names
-    and provenance are stored as metadata.
+    and provenance are stored as metadata, and the file ends with a digest of all that precedes it.
 
     Raises: FormatError when artifact, bundle and extractor do not match; DataError when `out`
         cannot be written.
@@ -150,6 +150,7 @@ def _save(model: Any, out: Path, external_threshold: int) -> None:
         if _graph_bytes(model.graph) < external_threshold:
             with replacing(out) as temporary:
                 onnx.save(model, str(temporary))
+                seal(temporary)
             return
         # Written under its final name, since the graph refers to the weights file by name.
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -160,6 +161,12 @@ def _save(model: Any, out: Path, external_threshold: int) -> None:
                 location=weights.name,
                 size_threshold=1024,
             )
+            digest = StringStringEntryProto(
+                key=DATA_SHA256, value=sha256(Path(folder, weights.name))
+            )
+            with Path(folder, out.name).open("ab") as file:
+                file.write(ModelProto(metadata_props=[digest]).SerializeToString())
+            seal(Path(folder, out.name))
             for path in (weights, out):
                 written = Path(folder, path.name)
                 with written.open("rb+") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from runtimes.conversions import count_conversions, report_conversions
 from runtimes.preprocess import ImageLike, crop, with_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import DataError, FormatError, ImageSizeError, ProviderError
-from ztune.io.files import open_regular
+from ztune.io.files import open_regular, sha256
 from ztune.io.kinds import kind_of, wrong_kind
 from ztune.io.pixel_limit import ROOM
 from ztune.io.schema import Count, Record, convert, current, decoded
@@ -28,7 +29,12 @@ from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8, Json
 
 FORMAT = "ztune-classifier"
-VERSION = 2
+VERSION = 3
+# A file ends with the metadata entry `sha256`, in protobuf: 64 digits, of all bytes before it.
+_SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
+_SEALED_SINCE = 3
+DATA_SHA256 = "data_sha256"
+"""Metadata entry with the SHA-256 of the file with external weights."""
 _BATCH = 32  # images of one call
 
 
@@ -99,15 +105,18 @@ class Classifier:
 def open_classifier(path: Path, execution: Execution) -> Classifier:
     """Open and check a classifier.
 
+    Warns once about a file of an older ztune, which has no digest.
+
     Raises: FormatError when the file is missing, damaged or not packed by ztune, or when its
         metadata do not match its graph.
     """
     where = f'classifier "{path}"'
+    weights = Path(f"{path}.data")
     with reading(where):
         if not path.is_file() or kind_of(path) == "artifact":
             raise wrong_kind(path, "classifier")
-        weights = Path(f"{path}.data")
         check_graph(path, weights.name if weights.is_file() else None)
+        sealed = _check_seal(path, where)
         _check_precision(path, execution.provider)
     try:
         session = open_session(path, execution)
@@ -115,12 +124,19 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         raise FormatError(
             f"{where} cannot be opened (corrupted, or not an ONNX file?): {error}"
         ) from None
-    text = session.get_modelmeta().custom_metadata_map.get("ztune")
-    if text is None:
+    entries = session.get_modelmeta().custom_metadata_map
+    if "ztune" not in entries:
         raise FormatError(f"{where} was not packed by ztune (make one with: ztune pack)")
-    metadata = convert(
-        current(decoded(text, where), FORMAT, VERSION, where), ClassifierMetadata, where
-    )
+    document = decoded(entries["ztune"], where)
+    metadata = convert(current(document, FORMAT, VERSION, where), ClassifierMetadata, where)
+    if not sealed:
+        if document["version"] not in range(1, _SEALED_SINCE):
+            raise _changed(where)
+        warn(f"{where} has no digest, so damage is not found (pack again with this ztune)")
+    if DATA_SHA256 in entries:
+        with reading(where):
+            if sha256(weights) != entries[DATA_SHA256]:
+                raise _changed(f"{where}: {weights.name}")
     _check_graph(session, metadata.classes, where)
     return Classifier(
         path=path,
@@ -131,6 +147,39 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         precision=metadata.precision,
         tuning_images=tuple(int(digits, 16) for digits in metadata.tuning_images),
         session=session,
+    )
+
+
+def seal(path: Path) -> None:
+    """Append the entry with a file's digest, which `open_classifier` checks."""
+    digest = sha256(path).encode()
+    with path.open("ab") as file:
+        file.write(_SEAL + digest)
+
+
+def _check_seal(path: Path, where: str) -> bool:
+    """Return whether a file ends with its digest.
+
+    Raises: FormatError when it ends with another one.
+    """
+    size = path.stat().st_size - len(_SEAL) - 64
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        file.seek(max(size, 0))
+        end = file.read()
+        if not end.startswith(_SEAL):
+            return False
+        file.seek(0)
+        while block := file.read(min(1 << 20, size - file.tell())):
+            digest.update(block)
+    if end != _SEAL + digest.hexdigest().encode():
+        raise _changed(where)
+    return True
+
+
+def _changed(what: str) -> FormatError:
+    return FormatError(
+        f"{what} differs from its SHA-256 (corrupted, or changed after packing; pack again)"
     )
 
 

@@ -131,6 +131,7 @@ def test_an_old_classifier_classifies(data: Path, ztune: Command, tmp_path: Path
     model = onnx.load(str(new))
     (entry,) = (entry for entry in model.metadata_props if entry.key == "ztune")
     entry.value = (OLD / "classifier.json").read_text()
+    assert model.metadata_props.pop().key == "sha256"  # which it did not have
     onnx.save(model, str(old))
     split = restored("split.json", data, tmp_path)
     figures = [

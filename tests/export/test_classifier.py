@@ -1,5 +1,7 @@
 """Compare the packed classifier with the numpy path, with an image tower that returns its input."""
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +12,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
 
 from export.classifier import _classifier_nodes, _graph_bytes, pack
 from runtimes.bundle import FORMAT, Bundle, ImageSpec, load_bundle
-from runtimes.classifier import open_classifier
+from runtimes.classifier import open_classifier, seal
 from runtimes.preprocess import crop, normalise
 from runtimes.providers import Execution
 from tests.conftest import Command
 from ztune.artifact import HeadArtifact, Provenance
-from ztune.errors import DataError, FormatError
+from ztune.cli.main import main
+from ztune.deployed import load_classifier
+from ztune.errors import DataError, FormatError, ZtuneWarning
 from ztune.io.files import sha256
 from ztune.logits import FeatureClassifier, Kernel
 from ztune.types import Json
@@ -212,7 +218,7 @@ def test_a_classifier_has_metadata(tmp_path: Path) -> None:
     assert classifier.tuning_images == (7, 2**63 + 5)
     packed = onnx.load(str(tmp_path / "c.onnx"))
     onnx.checker.check_model(packed, full_check=True)
-    assert {p.key for p in packed.metadata_props} == {"ztune", "class_names"}
+    assert {p.key for p in packed.metadata_props} == {"ztune", "class_names", "sha256"}
 
 
 def test_large_towers_have_external_weights(tmp_path: Path) -> None:
@@ -270,10 +276,111 @@ def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     model = onnx.load(str(out))
     document = json.loads(model.metadata_props[0].value)
     assert document["format"] == "ztune-classifier"
-    model.metadata_props[0].value = json.dumps({**document, "version": 3})
-    onnx.save(model, str(out))
-    with pytest.raises(FormatError, match="format version 3 is newer"):
+    model.metadata_props[0].value = json.dumps({**document, "version": 4})
+    save_sealed(model, out)
+    with pytest.raises(FormatError, match="format version 4 is newer"):
         open_classifier(out, Execution())
+
+
+def save_sealed(model: onnx.ModelProto, out: Path) -> None:
+    """Save a changed classifier as if it had been packed so."""
+    assert model.metadata_props.pop().key == "sha256"
+    onnx.save(model, str(out))
+    seal(out)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    pack(transparent_bundle(tmp_path / "b"), identity_head(), tmp_path / "c.onnx")
+    return tmp_path / "c.onnx"
+
+
+def opens(path: Path) -> list[str]:
+    """Open a classifier with every face that takes one; return the errors."""
+    said = []
+    for use in (
+        lambda: open_classifier(path, Execution()),
+        lambda: load_classifier(path, provider="cpu"),
+    ):
+        try:
+            use()
+        except FormatError as error:
+            said.append(str(error))
+    for words in (["predict", path, path.parent], ["eval", path, "--data", path.parent]):
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            assert main([*map(str, words), "--quiet"]) == 1
+        said.append(errors.getvalue())
+    return said
+
+
+@pytest.mark.parametrize("count", [1, 100, 20_000])
+@pytest.mark.parametrize("place", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_damaged_classifier_is_refused_everywhere(place: float, count: int, packed: Path) -> None:
+    content = bytearray(packed.read_bytes())
+    start = min(int(place * len(content)), len(content) - count)
+    content[start : start + count] = bytes(255 - byte for byte in content[start : start + count])
+    packed.write_bytes(content)
+    said = opens(packed)
+    assert len(said) == 4
+    for line in said:
+        assert str(packed) in line
+        assert len(line.splitlines()) == 1
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0), bits=st.integers(1, 255))
+def test_no_changed_byte_is_overlooked(place: int, bits: int, packed: Path) -> None:
+    content = bytearray(packed.read_bytes())
+    content[place % len(content)] ^= bits
+    changed = packed.with_name("changed.onnx")
+    changed.write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        open_classifier(changed, Execution())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [b"", b"\0" * 76, b"\x72\x02\x0a\x00"])
+def test_a_digest_that_is_cut_off_or_followed_is_missed(change: bytes, packed: Path) -> None:
+    content = packed.read_bytes()
+    for damaged in (content[:-76] + change, content + change):
+        if damaged != content:
+            packed.write_bytes(damaged)
+            with pytest.raises(FormatError):
+                open_classifier(packed, Execution())
+
+
+def test_damaged_external_weights_are_found(tmp_path: Path) -> None:
+    out, weights = tmp_path / "c.onnx", tmp_path / "c.onnx.data"
+    pack(transparent_bundle(tmp_path / "b"), identity_head(), out, external_threshold=1000)
+    open_classifier(out, Execution())
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(FormatError, match=r"c\.onnx\.data differs from its SHA-256"):
+        open_classifier(out, Execution())
+
+
+def test_another_file_of_weights_nearby_changes_nothing(packed: Path) -> None:
+    Path(f"{packed}.data").write_bytes(b"left by an earlier classifier")
+    open_classifier(packed, Execution())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_classifier_without_a_digest_works_and_says_so_once(
+    version: int, packed: Path
+) -> None:
+    model = onnx.load(str(packed))
+    document = json.loads(model.metadata_props[0].value)
+    if version == 1:
+        document["tuning_pictures"] = document.pop("tuning_images")
+    model.metadata_props[0].value = json.dumps({**document, "version": version})
+    del model.metadata_props[-1]
+    onnx.save(model, str(packed))
+    with pytest.warns(ZtuneWarning, match="has no digest, so damage is not found") as said:
+        classifier = open_classifier(packed, Execution())
+    assert len(said) == 1
+    assert classifier.tuning_images == (7, 2**63 + 5)
 
 
 def of_type(dtype: int) -> Callable[[Any, dict[str, Any]], None]:
@@ -306,7 +413,7 @@ def test_metadata_that_do_not_fit_the_graph(
     document = json.loads(model.metadata_props[0].value)
     change(model.graph, document)
     model.metadata_props[0].value = json.dumps(document)
-    onnx.save(model, str(out))
+    save_sealed(model, out)
     if message is None:  # ONNX Runtime infers a missing shape
         assert open_classifier(out, Execution()).classes == tuple(document["classes"])
         return
@@ -320,7 +427,7 @@ def test_metadata_nested_without_end(tmp_path: Path) -> None:
     pack(transparent_bundle(tmp_path / "b"), identity_head(), out)
     model = onnx.load(str(out))
     model.metadata_props[0].value = "[" * 100_000
-    onnx.save(model, str(out))
+    save_sealed(model, out)
     with pytest.raises(FormatError, match="cannot be read as JSON"):
         open_classifier(out, Execution())
 

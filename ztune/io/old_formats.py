@@ -54,7 +54,7 @@ def _move_extractor(document: Document) -> Document:
 
 UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
     "ztune-artifact": (dict,),
-    "ztune-classifier": (_classifier,),
+    "ztune-classifier": (_classifier, dict),
     "ztune-run": (_run, _move_extractor),
 }
 """By format: the upgrades from version 1 to 2, 2 to 3, and so on."""
