@@ -22,8 +22,8 @@ from runtimes.preprocess import (
     normalise,
     open_image,
     random_view,
-    read_image,
     read_image_file,
+    with_image,
 )
 from tests.foreign import FOREIGN, NOT_REGULAR
 from ztune.errors import DataError
@@ -249,7 +249,7 @@ def test_thin_images_in_memory_are_refused(shape: tuple[int, int, int]) -> None:
     levels = np.zeros(shape, np.uint8)
     for image in (levels, Image.fromarray(levels)):
         with pytest.raises(DataError, match=r"image 3 cannot be read: .* at most 100:1"):
-            read_image(image, "image 3")
+            with_image(image, "image 3", lambda own: own)
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:

@@ -54,14 +54,7 @@ _METHOD = "zip"
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.doctor import (
-        check_bundle,
-        check_extras,
-        check_products,
-        check_providers,
-        check_server,
-        wrong_products,
-    )
+    from ztune import doctor
     from ztune.system import machine, versions
 
     of_signal = [option for name, option in arguments.given.items() if name not in SERVER]
@@ -75,7 +68,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         raise ConfigError(
             f"{of_signal[0]} needs a BUNDLE and --data FOLDER (see: ztune doctor --help)"
         )
-    providers, installed = check_providers(), check_extras()
+    providers, installed = doctor.check_providers(), doctor.check_extras()
     document: dict[str, Json] = {
         "machine": dict(machine()),
         "versions": dict(versions()),
@@ -95,21 +88,19 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             [(name, "runs" if reason is None else reason) for name, reason in providers.items()],
         ),
     ]
-    products = check_products()
-    failures = wrong_products(products)
-    document["products"] = {
-        k: v if v is None or math.isfinite(v) else None for k, v in products.items()
-    }
+    products = doctor.check_products()
+    failures = doctor.wrong_products(products)
+    document["products"] = {k: None if v == math.inf else v for k, v in products.items()}
     rows = [(name, "not run" if v is None else f"{v:.1e}") for name, v in products.items()]
     lines += ["", Table("largest error of matrix products", ("", ""), rows)]
     working = [name for name in ("cuda", "cpu") if providers.get(name) is None]
     if is_url(arguments.bundle):
         url = str(arguments.bundle)
-        server = check_server(url, server_settings(arguments), output)
+        server = doctor.check_server(url, server_settings(arguments), output)
         document["server"] = plain(server)
         lines += _server_lines(server)
     elif arguments.bundle is not None and working:
-        found = check_bundle(arguments.bundle, working)
+        found = doctor.check_bundle(arguments.bundle, working)
         failures += found.failures
         document["bundle"] = found.to_json(arguments.bundle)
         lines += _bundle_lines(arguments.bundle, found)

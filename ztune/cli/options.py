@@ -39,11 +39,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--cache": {"type": Path, "metavar": "DIR", "help": "cache folder for features"},
     "--skip-broken": {"action": "store_true", "help": "skip unreadable images"},
     "--skip-conflicts": {"action": "store_true", "help": "skip images with two classes or roles"},
-    "--max-pixels": {
-        "type": int,
-        "metavar": "N",
-        "help": "refuse images above this number of pixels (default: 100 million)",
-    },
+    "--max-pixels": {"type": int, "metavar": "N", "help": "limit per image (default: 100 million)"},
     # method
     "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: ogn)"},
     "--queries": {"type": int, "metavar": "N", "help": "query budget (default: 5000)"},
