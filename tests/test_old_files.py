@@ -117,11 +117,15 @@ def test_an_old_bench_reports_and_resumes(data: Path, ztune: Command, tmp_path: 
     assert done.code == 0, done.err
     assert (done.json["finished"], done.json["failed"]) == (4, 0)
     after = Store(out / "results.sqlite").view("plan")
-    assert after.n_left_out == 0
+    assert after.n_left_out == 2  # images are read by another rule now, so they are run again
     assert keys < Store(out / "results.sqlite").finished()
     kept = {result.cell: result.outcome for result in after.results}
     for result in before.results:
-        assert result.outcome is None or kept[result.cell] == result.outcome
+        now = kept[result.cell]
+        assert now is not None
+        if result.outcome is not None:
+            found, expected = now.scores[0].accuracy, result.outcome.scores[0].accuracy
+            assert found == pytest.approx(expected, abs=0.1)
 
 
 def test_an_old_classifier_classifies(data: Path, ztune: Command, tmp_path: Path) -> None:
