@@ -69,7 +69,7 @@ def forked(words: Sequence[object], before: Before = lambda: None) -> int:
         os._exit(code)
 
 
-def _always(_: SaveSchedule) -> bool:
+def _always(self: SaveSchedule) -> bool:
     return True
 
 
