@@ -35,7 +35,22 @@ def image_graph(bundle: Bundle) -> ModelProto:
 
 def text_graph(bundle: Bundle) -> ModelProto:
     """Return `tokens` i64[B, L] to `features` f32[B, e] and `digest` u8[B, 32]."""
-    return _with_digest(bundle, "text", "tokens")
+    model = _with_digest(bundle, "text", "tokens")
+    g = Nodes("served.ids")
+    ids = _or_beyond(g, "tokens", g.constant(len(token_table(bundle)), np.int64))
+    for node in model.graph.node:
+        node.input[:] = [ids if name == "tokens" else name for name in node.input]
+    nodes = [*g.nodes, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(g.constants)
+    return model
+
+
+def _or_beyond(g: Nodes, indices: str, n_rows: str) -> str:
+    """Return indices into `n_rows` with negative ones, which would wrap round, out of range."""
+    negative = g.node("Less", [indices, g.constant(0, np.int64)])
+    return g.node("Where", [negative, n_rows, indices])
 
 
 def _with_digest(bundle: Bundle, name: str, given: str) -> ModelProto:
@@ -75,6 +90,9 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
     size = g.constant([bundle.embed_dim], np.int64)
     shape = g.node("Concat", [g.node("Shape", ["labels"]), size], axis=0)
     g.node("Reshape", ["features", shape], "images", allowzero=1)
+    scoring_of = {"labels": _or_beyond(g, "labels", g.node("Shape", ["tokens"], start=0, end=1))}
+    for node in scoring:
+        node.input[:] = [scoring_of.get(name, name) for name in node.input]
     g.nodes.extend(scoring)
     g.constants.extend(constants)
     hits = g.node("Cast", ["right"], to=_INT64)
@@ -119,7 +137,9 @@ def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     tower = Subgraph(model.graph, "prompt.")
     g = Nodes("served")
     table = g.constant(np.asarray(token_table(bundle)))
-    feeds = (_prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds)(g, bundle, table)
+    tokens = _checked_tokens(g, bundle)
+    make = _prefix_feeds if bundle.text.graph == "prefix" else _sequence_feeds
+    feeds = make(g, bundle, table, tokens)
     given = [value.name for value in model.graph.input]
     features = tower.insert(g, "prompt.", ["contexts", *(feeds[name] for name in given[1:])])
     # Keep shape information: without it ONNX Runtime skips some fusions, and a server would round
@@ -132,14 +152,42 @@ def _embed_tokens(bundle: Bundle) -> tuple[Nodes, ModelProto, str]:
     return g, model, features
 
 
-def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
+def _checked_tokens(g: Nodes, bundle: Bundle) -> str:
+    """Return `tokens`, with an error where a row is not ids and then -1, or is too long.
+
+    An invalid id becomes one beyond the table, so that looking it up is an error on a CPU.
+    """
+    zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
+    first, second = g.constant([0], np.int64), g.constant([1], np.int64)
+    n_classes = g.node("Shape", ["tokens"], start=0, end=1)
+    n = g.node("Shape", ["tokens"], start=1, end=2)
+    n_context = g.node("Shape", ["contexts"], start=1, end=2)
+    most = g.constant([bundle.text.context_length - len(bundle.text.prefix_ids)], np.int64)
+    # Negative, so that Expand is an error, if a row is too long or empty.
+    n_left = g.node("Sub", [g.node("Sub", [most, n_context]), n])
+    n_more = g.node("Min", [n_left, g.node("Sub", [n, second])])
+    size = g.node("Concat", [n_classes, n_more], axis=0)
+    more = g.node("Expand", [g.constant(-1, np.int64), size])
+    wide = g.node("Concat", ["tokens", more], axis=1)
+    tokens = g.node("Slice", [wide, first, n, second])
+    real = g.node("GreaterOrEqual", [tokens, zero])
+    n_real = g.node("ReduceSum", [g.node("Cast", [real], to=_INT64), second], keepdims=1)
+    columns = g.node("Range", [zero, g.node("Squeeze", [n, first]), one])
+    # An empty row is expected to have one id.
+    expected = g.node("Less", [columns, g.node("Max", [n_real, one])])
+    odd = g.node("Xor", [real, expected])
+    invalid = g.node("Or", [odd, g.node("Less", [tokens, g.constant(-1, np.int64)])])
+    return g.node("Where", [invalid, g.constant(len(token_table(bundle)), np.int64), tokens])
+
+
+def _prefix_feeds(g: Nodes, bundle: Bundle, table: str, tokens: str) -> dict[str, str]:
     """Build the feeds of a prefix graph from class tokens, like runtimes.prompts."""
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     first, flat = g.constant([0], np.int64), g.constant([-1], np.int64)
-    real = g.node("GreaterOrEqual", ["tokens", zero])  # [C, n]
+    real = g.node("GreaterOrEqual", [tokens, zero])  # [C, n]
     real_flat = g.node("Reshape", [real, flat])
-    shape = g.node("Shape", ["tokens"])
-    n = g.node("Squeeze", [g.node("Shape", ["tokens"], start=1, end=2), first])
+    shape = g.node("Shape", [tokens])
+    n = g.node("Squeeze", [g.node("Shape", [tokens], start=1, end=2), first])
     columns = g.node("Range", [zero, n, one])
     lengths = g.node(
         "ReduceSum",
@@ -149,8 +197,8 @@ def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
     starts = g.node("CumSum", [lengths, zero], exclusive=1)
     rows = g.node("Add", [g.node("Unsqueeze", [starts, g.constant([1], np.int64)]), columns])
     everywhere = g.node("Reshape", [g.node("Expand", [columns, shape]), flat])
-    places = g.node("Range", [zero, g.node("Size", ["tokens"]), one])
-    packed = g.node("Compress", [g.node("Reshape", ["tokens", flat]), real_flat], axis=0)
+    places = g.node("Range", [zero, g.node("Size", [tokens]), one])
+    packed = g.node("Compress", [g.node("Reshape", [tokens, flat]), real_flat], axis=0)
     return {
         "name_embeddings": g.node("Gather", [table, packed], axis=0),
         "name_positions": g.node("Compress", [everywhere, real_flat], axis=0),
@@ -160,12 +208,12 @@ def _prefix_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
     }
 
 
-def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
+def _sequence_feeds(g: Nodes, bundle: Bundle, table: str, tokens: str) -> dict[str, str]:
     """Build the feeds of a sequence graph from class tokens, like runtimes.prompts."""
     spec = bundle.text
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     length = g.constant([spec.context_length], np.int64)
-    n_classes = g.node("Shape", ["tokens"], start=0, end=1)
+    n_classes = g.node("Shape", [tokens], start=0, end=1)
     n_context = g.node("Shape", ["contexts"], start=1, end=2)
 
     def column(value: int | list[list[int]], width: str) -> str:
@@ -173,11 +221,11 @@ def _sequence_feeds(g: Nodes, bundle: Bundle, table: str) -> dict[str, str]:
         return g.node("Expand", [g.constant(value, np.int64), size])
 
     n_prefix = g.constant([len(spec.prefix_ids)], np.int64)
-    n_name = g.node("Shape", ["tokens"], start=1, end=2)
+    n_name = g.node("Shape", [tokens], start=1, end=2)
     n_before = g.node("Add", [n_prefix, n_context])
     # Negative if a sequence is too long: an error, never truncated.
     n_padding = g.node("Sub", [length, g.node("Add", [n_before, n_name])])
-    parts = [column(placeholder_id(spec), n_context), "tokens", column(-1, n_padding)]
+    parts = [column(placeholder_id(spec), n_context), tokens, column(-1, n_padding)]
     if spec.prefix_ids:
         parts.insert(0, column([list(spec.prefix_ids)], n_prefix))
     whole = g.node("Concat", parts, axis=1)  # [C, L]

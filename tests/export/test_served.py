@@ -1,6 +1,6 @@
 """The graphs of a server against the local path: the same features, losses and bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,87 @@ def test_ids_beyond_the_table_are_refused(tower: Bundle) -> None:
     graph.run(None, {"contexts": contexts, "tokens": np.array([[rows - 1, rows - 1]])})
     with pytest.raises(Exception, match="out of data bounds"):
         graph.run(None, {"contexts": contexts, "tokens": np.array([[rows - 1, rows]])})
+
+
+def valid_request(tower: Bundle) -> dict[str, Any]:
+    return {
+        "contexts": random_contexts(tower, 1, 4),
+        "tokens": served_tokens(tower, ["dog", "traffic light"], 4),
+        "features": unit_features(tower, 3),
+        "labels": np.array([0, 1, 0]),
+    }
+
+
+@pytest.mark.parametrize("label", [-1, -2, -3, 2, 2**40, -(2**63)])
+def test_a_label_that_no_class_has_is_refused(tower: Bundle, label: int) -> None:
+    scoring, request = session(score_graph(tower, logits=True)), valid_request(tower)
+    scoring.run(["losses"], request)
+    request["labels"][1] = label
+    with pytest.raises(Exception, match="Out of range value"):
+        scoring.run(["losses"], request)
+
+
+def negative_id(tokens: I64) -> None:
+    tokens[0, 0] = -2
+
+
+def negative_padding(tokens: I64) -> None:
+    tokens[tokens == -1] = -7
+
+
+def smallest(tokens: I64) -> None:
+    tokens[1, 1] = -(2**63)
+
+
+def gap(tokens: I64) -> None:
+    tokens[1, 0] = -1
+
+
+def no_ids(tokens: I64) -> None:
+    tokens[0] = -1
+
+
+@pytest.mark.parametrize("spoil", [negative_id, negative_padding, smallest, gap, no_ids])
+def test_rows_that_are_not_ids_and_then_padding_are_refused(
+    tower: Bundle, spoil: Callable[[I64], None]
+) -> None:
+    request = valid_request(tower)
+    assert (request["tokens"] == -1).any()
+    spoil(request["tokens"])
+    with pytest.raises(Exception, match="out of data bounds"):
+        session(score_graph(tower, logits=False)).run(["losses"], request)
+
+
+@pytest.mark.parametrize("more", [0, 1, 50])
+def test_padding_beyond_the_context_is_refused(tower: Bundle, more: int) -> None:
+    request = valid_request(tower)
+    n_ids = tower.text.context_length - len(tower.text.prefix_ids) - 4
+    tokens = np.full((2, n_ids + more), -1)
+    tokens[:, : request["tokens"].shape[1]] = request["tokens"]
+    prompt = session(prompt_graph(tower))
+    features = prompt.run(["features"], {k: request[k] for k in ("contexts", "tokens")})[0]
+    given = {"contexts": request["contexts"], "tokens": tokens}
+    if more:
+        with pytest.raises(Exception, match="Non-zero status code"):
+            prompt.run(["features"], given)
+    else:
+        np.testing.assert_allclose(prompt.run(["features"], given)[0], features, atol=1e-5)
+
+
+def test_rows_without_columns_are_refused(tower: Bundle) -> None:
+    given = {"contexts": random_contexts(tower, 1, 4), "tokens": np.zeros((2, 0), np.int64)}
+    with pytest.raises(Exception, match="Non-zero status code"):
+        session(prompt_graph(tower)).run(["features"], given)
+
+
+@pytest.mark.parametrize("token", [-1, -2, -(2**63), 2**40])
+def test_a_text_with_an_id_outside_the_table_is_refused(tower: Bundle, token: int) -> None:
+    given, _ = parity_inputs(tower.file("parity.safetensors"), "text")
+    text = session(text_graph(tower))
+    text.run(["features"], given)
+    given["tokens"][0, 1] = token
+    with pytest.raises(Exception, match="out of data bounds"):
+        text.run(["features"], given)
 
 
 def test_losses_alone_give_the_differences_of_text_features_away() -> None:
