@@ -219,14 +219,14 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files and folders that killed processes left of this run."""
-        begun = (self.run.name, self.split.name)
-        names = (*begun, self.state.name, self.prompt.name, *_PLOTS)
+        start_names = (self.run.name, self.split.name)
+        names = (*start_names, self.state.name, self.prompt.name, *_PLOTS)
         found = [file for name in names for file in self.path.glob(f".{name}.*")]
         found += self.snapshots.glob(".*.safetensors.*")
         for folder in self.path.absolute().parent.glob(f".{glob.escape(self.path.name)}.????????"):
             # Other programs name folders like this too: only the start of a run is removed.
             with contextlib.suppress(OSError):
-                if all(file.name.lstrip(".").startswith(begun) for file in folder.iterdir()):
+                if all(file.name.lstrip(".").startswith(start_names) for file in folder.iterdir()):
                     found.append(folder)
         remove_leftovers(found)
 
