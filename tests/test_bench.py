@@ -17,6 +17,9 @@ import pytest
 
 from tests.conftest import DIGITS, MINI, ROOT, Command
 from ztune.cli.main import main
+from ztune.data.folders import read_dataset
+from ztune.data.split import SplitSettings
+from ztune.data.splitter import make_split
 from ztune.dataset import Dataset
 from ztune.experiments.store import Result, Store
 from ztune.experiments.worker import MAX_ATTEMPTS, _earlier_attempts
@@ -412,10 +415,11 @@ def test_a_plan_of_the_same_name_takes_the_place_of_another(
 def spoilt(data: Path) -> str:
     """Break an image so that seed 1 tunes with it and seed 2 does not; return its path."""
     path = "one/" + next((data / "one").iterdir()).name
+    listing = read_dataset(data)
     for n in range(1000):
         (data / path).write_text(f"no image {n}")
         first, second = (
-            {e.path: e.role for e in Dataset.from_folder(data).split(1, seed)[0].split.entries}
+            {e.path: e.role for e in make_split(listing, SplitSettings(1, seed=seed)).entries}
             for seed in (1, 2)
         )
         if first.get(path) == "train" and path not in second:

@@ -386,12 +386,12 @@ def test_an_images_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: P
 def test_predicting_a_folder_passes_by_what_the_data_room_passes_by(data: Path) -> None:
     from ztune.cli.predict import _images
 
-    expected = _images([data])
-    assert len(expected) == 24
+    expected, ignored = _images([data])
+    assert (len(expected), ignored) == (24, [])
     for other in (".hidden/a.jpg", "__MACOSX/a.jpg", "one/._0.jpg", "one/notes.txt"):
         (data / other).parent.mkdir(exist_ok=True)
         (data / other).write_text("")
-    assert _images([data]) == expected
+    assert _images([data]) == (expected, [str(data / "one" / f) for f in ("._0.jpg", "notes.txt")])
 
 
 def test_an_error_is_one_line_that_any_terminal_can_show(
