@@ -108,6 +108,7 @@ def write_set(one: ImageSet, images: Path, out: Path) -> None:
         if not source.is_dir():
             raise DataError(f'"{source}" does not exist (expected a folder of class folders)')
         out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)  # a link to a folder that was moved
         out.symlink_to(source)
         return
     with new_folder(out) as work:

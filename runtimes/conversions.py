@@ -19,6 +19,7 @@ from runtimes.preprocess import (
     has_16_bit_colours,
     open_image,
 )
+from ztune.io.pixel_limit import check_pixels
 from ztune.progress import Progress, warn
 
 CONVERSIONS: Mapping[str, str] = {
@@ -65,6 +66,7 @@ def _conversions(image: ImageLike) -> tuple[str, ...]:
         return ()
     with contextlib.suppress(Exception), decoding():
         if isinstance(image, Image.Image):
+            check_pixels(*image.size, "image")
             return _of_image(image, True)
         path = Path(image)
         stat = path.stat()
@@ -80,6 +82,7 @@ def _of_file(path: Path, _changed: int, _size: int) -> tuple[str, ...]:
 
 
 def _of_image(image: Image.Image, has_metadata: bool) -> tuple[str, ...]:
+    deep = has_16_bit_colours(image)  # reading metadata may decode the image
     orientation = 1
     with contextlib.suppress(Exception):
         orientation = image.getexif().get(_ORIENTATION, 1) if has_metadata else 1
@@ -89,7 +92,7 @@ def _of_image(image: Image.Image, has_metadata: bool) -> tuple[str, ...]:
         "orientation": orientation in UPRIGHT,
         "first_frame": getattr(image, "is_animated", False),
         "cmyk": image.mode == "CMYK",
-        "colour_16_bit": has_16_bit_colours(image),
+        "colour_16_bit": deep,
     }
     if image.mode.startswith("I"):
         found[f"grey_{grey_bits(int(np.asarray(image).max()))}_bit"] = True

@@ -183,7 +183,12 @@ def _hash(path: Path, _changed: int, _size: int) -> F32 | None:
     with open_image(path) as opened:
         opened.draft("L", (64, 64))  # decodes a JPEG at the least sufficient size
         turned = UPRIGHT.get(opened.getexif().get(_EXIF_ORIENTATION, 1))
-        grey = opened.convert("L").resize((8, 8), Image.Resampling.LANCZOS)
+        deep = opened.mode == "F" or opened.mode.startswith("I")
+        grey = (
+            (_to_rgb(opened) if deep else opened)
+            .convert("L")
+            .resize((8, 8), Image.Resampling.LANCZOS)
+        )
     upright = grey if turned is None else grey.transpose(turned)
     levels = np.asarray(upright, np.float32).ravel()
     deviations = levels - levels.mean()
@@ -191,20 +196,25 @@ def _hash(path: Path, _changed: int, _size: int) -> F32 | None:
     return deviations / length if length > _UNIFORM else None
 
 
-def reason_broken(path: Path, whole: bool) -> str | None:
-    """Return why an image cannot be read, None if it can; by its first bytes unless `whole`."""
+def reason_broken(path: Path, whole: bool) -> DataError | None:
+    """Return why an image cannot be read, None if it can; by its first bytes unless `whole`.
+
+    Raises: ConfigError for an invalid limit of pixels.
+    """
     try:
         with open_regular(path) as file:
             known = format_of(file.read(HEAD))
         if whole:
             read_image_file(path)
         elif known in (None, ".heic", ".avif"):  # formats that depend on the installation
-            with open_image(path):
+            with decoding(), open_image(path):
                 pass
+    except ConfigError:
+        raise
     except DataError as error:
-        return str(error)
+        return error
     except Exception as error:  # as in read_image_file
-        return str(_unreadable(f'image "{path}"', error))
+        return _unreadable(f'image "{path}"', error)
     return None
 
 
@@ -300,8 +310,8 @@ def _upright(opened: Image.Image) -> Image.Image:
     opened.load()
     if deep and max(top for _, top in _colour_extrema(opened)) < 16:
         raise ValueError(
-            "no level of its 16-bit colours is above 4095 (12-bit data?), and only the upper 8 "
-            "bits are read (scale its levels to 0…65535, or save it with 8 bits)"
+            "no level of its 16-bit colours is above 4095 (black, or 12-bit data?), and only the "
+            "upper 8 bits are read (scale its levels to 0…65535, or save it with 8 bits)"
         )
     orientation = 1
     with contextlib.suppress(Exception):  # unreadable metadata leaves the pixels as they are

@@ -45,7 +45,7 @@ _SINGLE_ONLY = {
     "Attention", "Conv", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
     "PRelu", "Softplus", "Softsign",
 }  # fmt: skip
-_FOLDER = "ztune-reference-"
+_FOLDER = ".ztune-reference-"
 _REQUEST, _RESPONSE = "request.safetensors", "response.safetensors"
 _PROGRAM = "from runtimes.reference import main; sys.exit(main(sys.argv[1]))"
 
@@ -84,7 +84,7 @@ def reference_features(
         threads=execution.threads,
         memory_limit=execution.memory_limit,
     )
-    remove_leftovers(Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"))
+    remove_leftovers(Path(tempfile.gettempdir()).glob(f"{_FOLDER}????????"))
     with temporary_folder(_FOLDER) as folder:
         arrays = {
             "contexts": contexts,

@@ -132,7 +132,12 @@ def leftovers(*folders: Path) -> list[str]:
     return [
         str(path)
         for folder in folders
-        for path in (*folder.glob(".*.*"), *folder.glob("*/.*.*"), *folder.glob("ztune-*"))
+        for path in (
+            *folder.glob(".*.*"),
+            *folder.glob("*/.*.*"),
+            *folder.glob("ztune-*"),
+            *folder.glob(".ztune-*"),
+        )
     ]
 
 

@@ -217,7 +217,7 @@ class Dataset:
         items, labels = split.items("test"), split.labels("test")
         return LabelledImages(items, labels, split.classes, "test", self.held)
 
-    def _why_broken(self, path: Path, whole: bool) -> str | None:
+    def _why_broken(self, path: Path, whole: bool) -> DataError | None:
         return None if path in self.held else reason_broken(path, whole)
 
     def _hash_of(self, path: Path) -> F32 | None:

@@ -107,6 +107,8 @@ def add_legend(axes: Any, groups: Mapping[str, Sequence[tuple[Any, str]]]) -> No
         if heading and entries:
             shown.append((Line2D([], [], linestyle="none"), heading))
         shown += entries
+    if not shown:
+        return
     legend = axes.legend(
         *zip(*shown, strict=True),
         fontsize=8,

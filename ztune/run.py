@@ -27,7 +27,15 @@ from ztune.artifact import Artifact, artifact_bytes, write_artifact
 from ztune.budget import Budget
 from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
 from ztune.errors import ConfigError, FormatError, ZtuneError
-from ztune.io.files import naming, new_folder, read_bytes, read_json, remove_leftovers, write_json
+from ztune.io.files import (
+    naming,
+    new_folder,
+    read_bytes,
+    read_json,
+    remove_leftovers,
+    temporary_name,
+    write_json,
+)  # fmt: skip
 from ztune.io.kinds import RUN_FORMAT, wrong_kind
 from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, decoded, plain
@@ -219,15 +227,12 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files and folders that killed processes left of this run."""
-        start_names = (self.run.name, self.split.name)
-        names = (*start_names, self.state.name, self.prompt.name, *_PLOTS)
-        found = [file for name in names for file in self.path.glob(f".{name}.*")]
-        found += self.snapshots.glob(".*.safetensors.*")
-        for folder in self.path.absolute().parent.glob(f".{glob.escape(self.path.name)}.????????"):
-            # Other programs name folders like this too: only the start of a run is removed.
-            with contextlib.suppress(OSError):
-                if all(file.name.lstrip(".").startswith(start_names) for file in folder.iterdir()):
-                    found.append(folder)
+        names = (self.run, self.split, self.state, self.prompt, *map(self.path.joinpath, _PLOTS))
+        patterns = [f"{temporary_name(file.name)}????????" for file in names]
+        found = [file for pattern in patterns for file in self.path.glob(pattern)]
+        found += self.snapshots.glob(f"{temporary_name('*.safetensors')}????????")
+        start = f"{temporary_name(glob.escape(self.path.name))}????????"
+        found += self.path.absolute().parent.glob(start)
         remove_leftovers(found)
 
     def write(self, document: Mapping[str, Json]) -> None:

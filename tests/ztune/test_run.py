@@ -143,9 +143,13 @@ def test_a_foreign_file_among_the_snapshots_is_none(tmp_path: Path) -> None:
     assert not folder.lacks_snapshot([5], 10)
 
 
-LEFT = (".curve.png.ab12cd34", ".confusion.png.ab12cd34", ".run.json.ab12cd34",
-        ".split.json.ab12cd34", ".state.safetensors.ab12cd34", ".prompt.safetensors.ab12cd34",
-        "snapshots/.000000010.safetensors.ab12cd34")  # fmt: skip
+LEFT = tuple(
+    f"{name}.ztune-ab12cd34"
+    for name in (
+        ".curve.png", ".confusion.png", ".run.json", ".split.json", ".state.safetensors",
+        ".prompt.safetensors", "snapshots/.000000010.safetensors",
+    )
+)  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks on temporary files there")
@@ -155,14 +159,19 @@ def test_what_a_kill_leaves_is_removed_by_the_next_lock(tmp_path: Path) -> None:
     folder.snapshots.mkdir()
     for name in LEFT:
         (folder.path / name).touch()
-    begun, foreign = tmp_path / ".run.ab12cd34", tmp_path / ".run.backup12"
+    begun, foreign = tmp_path / ".run.ztune-ab12cd34", tmp_path / ".run.20240131"
     for other in (begun, foreign):
         other.mkdir()
         (other / "run.json").touch()
     (foreign / "notes.txt").touch()
-    mine = [tmp_path / ".runs.ab12cd34", folder.path / ".notes"]
+    mine = [
+        tmp_path / ".runs.ztune-ab12cd34",
+        folder.path / ".notes",
+        folder.path / ".run.json.swp",
+    ]
     mine[0].mkdir()
-    mine[1].touch()
+    for file in mine[1:]:
+        file.touch()
     with replacing(folder.curve) as temporary, folder.locked():
         assert temporary.exists()  # its process lives
         assert not [name for name in LEFT if (folder.path / name).exists()]
@@ -173,8 +182,8 @@ def test_what_a_kill_leaves_is_removed_by_the_next_lock(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks on temporary files there")
 def test_a_start_removes_the_folder_of_a_killed_start(tmp_path: Path) -> None:
     for name in ("run", "[a]*?"):
-        left = tmp_path / f".{name}.ab12cd34"
+        left = tmp_path / f".{name}.ztune-ab12cd34"
         left.mkdir()
-        (left / ".split.json.ab12cd34").touch()
+        (left / ".split.json.ztune-ab12cd34").touch()
         RunFolder(tmp_path / name).create({"status": "running"}, {})
         assert not left.exists()

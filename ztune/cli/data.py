@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("list", "check"), help="list all data sets, or check one")
     parser.add_argument("name", nargs="?", metavar="NAME|FOLDER", help="the data set to check")
     add(parser, "--root", help="folder with one subfolder per data set")
-    add(parser, "--names", "--nested")
+    add(parser, "--names", "--nested", "--max-pixels")
     parser.add_argument(
         "--prepare",
         action="store_true",

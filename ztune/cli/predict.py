@@ -94,7 +94,7 @@ def _images(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
             below, others = images_below(path, f'folder "{path}"')
             ignored += map(str, others)
             if not below:
-                files = f": its files are {first_few(ignored)}" if ignored else ""
+                files = f": its files are {first_few([*map(str, others)])}" if others else ""
                 raise DataError(f'folder "{path}" contains no images{files}')
             found += below
         elif path.exists():

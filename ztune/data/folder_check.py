@@ -11,6 +11,7 @@ from ztune.data.folders import Listing
 from ztune.data.near_copies import PerceptualHash, near_copies
 from ztune.data.split import Progress
 from ztune.data.splitter import digest_images
+from ztune.errors import DataError
 from ztune.printing import first_few
 from ztune.types import Json
 
@@ -29,6 +30,8 @@ class FolderReport:
     """Equal files of one class and split."""
     near_copies: tuple[tuple[str, str], ...]
     """A test image and one for training or validation; without splits, any two images."""
+    reasons: tuple[str, ...] = ()
+    """Why the broken images cannot be read."""
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -46,7 +49,7 @@ class FolderReport:
             "broken images (`skip_broken` leaves them out)": self.broken,
             "images with two classes or splits (`skip_conflicts` leaves them out)": pairs,
         }
-        return _counted(lines)
+        return [*_counted(lines), *self.reasons[:1]]
 
     @property
     def warnings(self) -> list[str]:
@@ -81,7 +84,7 @@ def _counted(lines: Mapping[str, Sequence[str]]) -> list[str]:
 
 def check_listing(
     listing: Listing,
-    why_broken: Callable[[Path, bool], str | None],
+    why_broken: Callable[[Path, bool], DataError | None],
     hash_of: PerceptualHash,
     progress: Progress | None = None,
 ) -> FolderReport:
@@ -93,9 +96,11 @@ def check_listing(
     for number, digest in enumerate(digest_images(listing)):
         equal.setdefault(digest, []).append(number)
     broken: set[int] = set()
+    reasons: list[str] = []
     for done, numbers in enumerate(equal.values(), 1):
-        if why_broken(listing.root / listing.images[numbers[0]].path, True):
+        if reason := why_broken(listing.root / listing.images[numbers[0]].path, True):
             broken.update(numbers)
+            reasons.append(str(reason))
         if progress:
             progress(done, len(equal))
     images = listing.images
@@ -119,4 +124,5 @@ def check_listing(
         tuple(conflicts),
         tuple(duplicates),
         tuple((shown[one], shown[other]) for one, other in pairs),
+        tuple(reasons),
     )

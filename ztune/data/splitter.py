@@ -28,7 +28,7 @@ from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.near_copies import MOST, PerceptualHash, near_copies
 from ztune.data.split import ROLES, Entry, LeftOut, Progress, Split, SplitSettings
-from ztune.errors import DataError
+from ztune.errors import DataError, ImageSizeError
 from ztune.io.files import sha256
 from ztune.printing import broken_images, first_few
 
@@ -42,7 +42,7 @@ class Screening:
 
     skip_broken: bool = False
     skip_conflicts: bool = False
-    why_broken: Callable[[Path, bool], str | None] = lambda _path, _whole: None
+    why_broken: Callable[[Path, bool], DataError | None] = lambda _path, _whole: None
     """Returns why a file cannot be read, by its start or by decoding the whole; None if it can."""
     every: bool = True
     """Whether every file is looked at, else only equal ones; those are always decoded."""
@@ -120,11 +120,10 @@ def _hash_split(
         notes += note
         roots["test"] = test_data.root.absolute()
     listed = pool
-    pool, left_out = _screened(listed, classes, roots, screening)
+    pool, left_out, broken = _screened(listed, classes, roots, screening)
     left_out = structs.replace(left_out, ignored=dataset.ignored)
     notes += _describe(left_out)
-    broken = {*left_out.broken}
-    lost = Counter(e.label for e in listed if e.path in broken and e.role == "train")
+    lost = Counter(entry.label for entry in broken if entry.role == "train")
     by_class: list[list[Entry]] = [[] for _ in classes]
     for entry in pool:
         by_class[entry.label].append(entry)
@@ -239,7 +238,7 @@ def training_split(
     Raises: DataError for broken images, an image with two classes, or a class without images.
     """
     classes, roots = listing.classes, {"data": listing.root.absolute()}
-    pool, left_out = _screened(entries_of(listing, digest), classes, roots, screening)
+    pool, left_out, _ = _screened(entries_of(listing, digest), classes, roots, screening)
     left_out, notes = structs.replace(left_out, ignored=listing.ignored), _describe(left_out)
     by_class = [[e for e in pool if e.label == label] for label in range(len(classes))]
     if seed is not None:
@@ -279,8 +278,8 @@ def _read_test_data(
 
 def _screened(
     pool: Sequence[Entry], classes: Sequence[str], roots: Mapping[str, Path], screening: Screening
-) -> tuple[list[Entry], LeftOut]:
-    """Keep readable images, the first of equal files, and return what is left out.
+) -> tuple[list[Entry], LeftOut, list[Entry]]:
+    """Keep readable images, the first of equal files; return also what is left out, and the broken.
 
     Broken files come first: equal ones are no copies.
 
@@ -289,7 +288,9 @@ def _screened(
     broken = _find_broken(pool, roots, screening)
     if broken and not screening.skip_broken:
         reason = next(iter(broken.values()))
-        raise DataError(broken_images(reason, [str(path) for path in broken]))
+        if isinstance(reason, ImageSizeError):
+            raise reason
+        raise DataError(broken_images(str(reason), [str(path) for path in broken]))
     readable = [entry for entry in pool if roots[entry.root] / entry.path not in broken]
     first: dict[str, Entry] = {}
     conflicts = []
@@ -310,20 +311,22 @@ def _screened(
     unclear = {known.sha256 for known, _ in conflicts}
     kept = [entry for entry in first.values() if entry.sha256 not in unclear]
     unused = [entry for entry in readable if first[entry.sha256] is not entry]
-    return kept, LeftOut(
-        broken=tuple(e.path for e in pool if roots[e.root] / e.path in broken),
+    lost = [entry for entry in pool if roots[entry.root] / entry.path in broken]
+    left_out = LeftOut(
+        broken=tuple(entry.path for entry in lost),
         conflicts=tuple(e.path for e in readable if e.sha256 in unclear),
         duplicates=tuple(e.path for e in unused if e.sha256 not in unclear),
     )
+    return kept, left_out, lost
 
 
 def _find_broken(
     pool: Sequence[Entry], roots: Mapping[str, Path], screening: Screening
-) -> dict[Path, str]:
+) -> dict[Path, DataError]:
     """Return why files cannot be read, in order; equal files are decoded as a whole."""
     counts = Counter(entry.sha256 for entry in pool)
-    decoded: dict[str, str | None] = {}
-    broken: dict[Path, str] = {}
+    decoded: dict[str, DataError | None] = {}
+    broken: dict[Path, DataError] = {}
     for entry in pool:
         path, digest = roots[entry.root] / entry.path, entry.sha256
         reason = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +96,7 @@ def run_plan(
     *,
     methods: Sequence[str] | None = None,
     data: Sequence[str] | None = None,
+    models: Mapping[str, Path | str] | None = None,
     shots: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
     workers: Workers | int = 1,
@@ -108,9 +109,9 @@ def run_plan(
     """Run the requested cells of a plan into the folder `out`, and write the report.
 
     `plan` is a TOML file (docs/bench.md). `methods`, `data`, `shots` and `seeds` select cells of it
-    (default: all). `workers` is a number of processes or `Workers`, `root` has the named data sets,
-    `provider` replaces the plan's. With `resume`, finished cells keep their results. `command` is
-    recorded.
+    (default: all). `models` has bundles by name, which replace the plan's. `workers` is a number of
+    processes or `Workers`, `root` has the named data sets, `provider` replaces the plan's. With
+    `resume`, finished cells keep their results. `command` is recorded.
 
     >>> import ztune
     >>> part = {"methods": ["gda"], "shots": [1, 4], "seeds": [1]}
@@ -122,6 +123,11 @@ def run_plan(
         lost.
     """
     plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+    if models is not None:
+        named = {name: str(Path(path).resolve()) for name, path in models.items()}
+        plan = replace(plan, models=named)
+    if not plan.models:
+        raise ConfigError(f'plan "{plan.path}" names no model: give `models`')
     out = Path(out).resolve()
     report = _report_folder(out, plan.name)
     workers = Workers(workers) if isinstance(workers, int) else workers
@@ -171,7 +177,9 @@ def run_cells(
     except KeyboardInterrupt:
         clear_attempts(out)
         raise
-    return store.view(plan.name), n_missing
+    # Another process may have replaced the plan in the meantime.
+    own = prepared.cells if all(prepared.cells.values()) else None
+    return store.view(plan.name, own), n_missing
 
 
 def write_reports(results: Path, folder: Path | None = None) -> list[Path]:
@@ -222,7 +230,7 @@ def _save_plan(
         write_json(file, split.to_json())
     document = plan.to_json(prepared.digests, prepared.found)
     earlier = store.title_of(plan.name)
-    if earlier not in (None, plan.title):
+    if earlier not in (None, plan.title) and plan.path.is_file():
         warn(
             f'"{plan.title}" replaces "{earlier}" in the report: both plan files are named '
             f"{plan.name}"
@@ -231,8 +239,8 @@ def _save_plan(
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
-            f"{n_left_out} result(s) in {store.path.name} belong to no plan: images, settings, the "
-            "plan or the splitter have changed"
+            f"{n_left_out} result(s) in {store.path.name} belong to no plan: they are of other "
+            "settings, images or an earlier version, and stay there"
         )
     return store
 

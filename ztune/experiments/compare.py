@@ -83,6 +83,7 @@ class Comparison:
     """The results of a comparison, and the methods that could not run."""
 
     out: Path
+    title: str
     config: CompareConfig
     view: View
     n_missing: int
@@ -121,7 +122,9 @@ def run_comparison(
     view, n_missing = run_cells(
         plan, out, CellFilter(), Workers(), root, None, started, command, progress
     )
-    return Comparison(out, config, view, n_missing + len(unable) * len(config.seeds), unable)
+    return Comparison(
+        out, plan.title, config, view, n_missing + len(unable) * len(config.seeds), unable
+    )
 
 
 def plan_of(config: CompareConfig, out: Path) -> Plan:
@@ -143,7 +146,7 @@ def plan_of(config: CompareConfig, out: Path) -> Plan:
     )
     protocol = ProtocolPlan("few-shot", (base.shots,), config.seeds, config.methods, data=(name,))
     execution = ExecutionPlan(
-        base.provider, base.threads or 1, base.memory_limit, base.force, isolate=True
+        base.provider, base.threads, base.memory_limit, base.force, isolate=True
     )
     return Plan(
         path=out / f"{PLAN}.toml",

@@ -12,6 +12,7 @@ from ztune.experiments.compare import Comparison
 from ztune.experiments.environment import describe_environment
 from ztune.experiments.figures import draw_cost, styles_of
 from ztune.experiments.render import in_markdown, markdown_table
+from ztune.experiments.report import image_passes
 from ztune.experiments.store import ImagePass, Result
 from ztune.experiments.summary import (
     Costs,
@@ -101,11 +102,12 @@ class Report:
     @cached_property
     def images(self) -> ImagePass:
         """Cost of encoding; free if no image was encoded yet."""
-        return next(iter(self.comparison.view.passes.values()), ImagePass(0.0, None))
+        model = self.results[0].cell.model
+        return image_passes(self.comparison.view).get(model, ImagePass(0.0, None))
 
     @property
     def title(self) -> str:
-        return self.comparison.view.document.title
+        return self.comparison.title
 
     @cached_property
     def rows(self) -> list[Row]:

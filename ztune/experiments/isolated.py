@@ -5,6 +5,7 @@ The task and its result are JSON on the process's standard input and output.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -72,12 +73,16 @@ def main() -> int:
     """Run the task on standard input; print its result."""
     stop_on([signal.SIGTERM], _GRACE)
     kind, settings, task = _decoded(sys.stdin.buffer.read(), tuple[str, msgspec.Raw, msgspec.Raw])
+    # What else is printed goes to the log: standard output has the result alone.
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = Worker(_decoded(settings, Settings))
     try:
         result = worker.perform(_decoded(task, Job if kind == "Job" else Encoding))
     except KeyboardInterrupt:
         return INTERRUPTED
-    sys.stdout.buffer.write(_encoded(result))
+    with os.fdopen(answer, "wb") as file:
+        file.write(_encoded(result))
     return 0
 
 

@@ -408,6 +408,11 @@ def _protocol(
             if name not in known:
                 listed = ", ".join(known)
                 raise ConfigError(f'{where}: "{name}" is not in [{kind}] (expected {listed})')
+    for name in protocol.targets:
+        if data[name].test_data is not None:
+            raise ConfigError(
+                f'{where}: the target "{name}" has test_data (make it a data set of its own)'
+            )
     return protocol
 
 

@@ -49,6 +49,7 @@ _RESULTS = """
 SELECT wanted.cell, outcome, reason, session
 FROM wanted LEFT JOIN cells ON cells.key = wanted.key WHERE plan = ? ORDER BY place
 """
+_BY_KEY = "SELECT key, outcome, reason, session FROM cells"
 _LEFT_OUT = """
 SELECT count(*) FROM cells
 WHERE outcome IS NOT NULL AND key NOT IN (SELECT key FROM wanted WHERE key IS NOT NULL)
@@ -279,8 +280,8 @@ class Store:
             found = database.execute(_DOCUMENT, [plan]).fetchone()
         return None if found is None else self._read(found[0], PlanDocument).title
 
-    def view(self, plan: str) -> View:
-        """Return a plan's results.
+    def view(self, plan: str, own: Mapping[Cell, str | None] | None = None) -> View:
+        """Return a plan's results, or those of the cells `own` with their keys.
 
         Raises: FormatError for an unknown plan or an invalid row.
         """
@@ -288,6 +289,10 @@ class Store:
             database.execute("BEGIN")  # a consistent read
             found = database.execute(_DOCUMENT, [plan]).fetchone()
             cells = database.execute(_RESULTS, [plan]).fetchall()
+            if own is not None:
+                known = {key: rest for key, *rest in database.execute(_BY_KEY)}
+                none = (None, None, None)
+                cells = [(_text(as_json(c)), *known.get(key, none)) for c, key in own.items()]
             (n_left_out,) = database.execute(_LEFT_OUT).fetchone()
             sessions = database.execute("SELECT id, document FROM sessions ORDER BY id").fetchall()
             memory = "NULL" if _version(database) == _OLDEST else "max(peak_memory_mb)"

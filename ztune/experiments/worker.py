@@ -131,10 +131,10 @@ class Worker:
         return self._models[bundle]
 
     def _encode(self, task: Encoding) -> Encoded:
-        started = time.monotonic()
         try:
             if task.bundle not in self._encoders:
                 self._encoders[task.bundle] = self._model(task.bundle).runtime.images()
+            started = time.monotonic()  # opening the model is part of a run's own seconds
             found = encode_files(
                 self._encoders[task.bundle], task.items, FeatureCache(task.cache), skip_broken=True
             )
@@ -321,7 +321,7 @@ class Worker:
             part.cache,
             what=part.name,
             skip_broken=part.skip_broken,
-            extractor=find_extractor(result, training.folder.path),
+            extractor=find_extractor(result, training.folder.path, training.run_config.extractor),
         )
         return score(test_features.logits(result), encoded.labels, classes)
 
@@ -344,7 +344,8 @@ def _finished(training: Training, job: Job) -> RunReport:
 
 def _with_tests(job: Job) -> Split:
     """Return a job's split with the test images of its classes, for `ztune eval RUN`."""
-    for file in dict.fromkeys(part.split_file for cell in job.cells for part in cell.parts):
+    parts = [part for cell in job.cells for part in cell.parts if part.name in ("test", "base")]
+    for file in dict.fromkeys(part.split_file for part in parts):
         tested = Split.from_json(read_json(file, "split"), f'split "{file}"')
         if tested.classes == job.split.classes:
             roots = {**job.split.roots, "test": tested.roots["data"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -33,6 +34,11 @@ def naming(path: Path, others: Path | None = None) -> Iterator[None]:
         raise
 
 
+def temporary_name(name: str) -> str:
+    """Return the start of names of temporary files that become `name`; 8 characters follow."""
+    return f".{name}.ztune-"
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success flush it and rename it to `path`.
@@ -43,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
 
     def make() -> str:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_name(path.name), dir=path.parent)
         os.close(handle)
         return name
 
@@ -76,7 +82,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(temporary_folder(f".{path.name}.", path.parent))
+            work = stack.enter_context(temporary_folder(temporary_name(path.name), path.parent))
         except OSError as error:
             raise ConfigError(f'output "{path}" cannot be written ({error.strerror})') from None
         yield work
@@ -208,12 +214,14 @@ def user_cache(name: str) -> Path:
     return _private_folder() / name
 
 
+@functools.cache
 def _private_folder() -> Path:
     """Return this user's folder for temporary files, which no other user can write."""
     if not hasattr(os, "getuid"):
         return Path(tempfile.gettempdir()) / "ztune"
     folder = Path(tempfile.gettempdir()) / f"ztune-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return folder

@@ -26,7 +26,8 @@ def stop_on(signals: Collection[int], grace: float = GRACE) -> None:
     for number in signals:
         signal.signal(number, _interrupt)
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    if os.name == "posix":  # Windows lacks it before Python 3.12
+        os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     if before != -1:  # stop_on was called before, or the program has an event loop
         signal.set_wakeup_fd(before)

@@ -27,7 +27,7 @@ def report_of(tmp_path: Path, *rows: Row, unable: dict[str, str] | None = None) 
     store.add_pass(digest_of("clip"), 100, 50.0, 300.0)
     methods = tuple(dict.fromkeys([*(row.method for row in rows), *(unable or {})]))
     config = CompareConfig(RunConfig(str(MINI), "photos"), methods, (1, 2), 100, {})
-    return Report(Comparison(tmp_path, config, store.view(PLAN), 0, unable or {}))
+    return Report(Comparison(tmp_path, "a title", config, store.view(PLAN), 0, unable or {}))
 
 
 def isolated(**changes: float) -> Outcome:
