@@ -5,6 +5,7 @@ The task and its result are JSON on the process's standard input and output.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -56,11 +57,14 @@ class Isolated:
             except BaseException:
                 _stop(child)
                 raise
+            reason = "its process gave no valid result"
             if child.returncode == 0:
-                result: Encoded | JobResult = _decoded(out, _RESULTS[type(task)])
-                return result
-            log.seek(0)
-            reason = exit_reason(child.returncode, log.read().decode(errors="replace"))
+                with contextlib.suppress(msgspec.MsgspecError):
+                    result: Encoded | JobResult = _decoded(out, _RESULTS[type(task)])
+                    return result
+            else:
+                log.seek(0)
+                reason = exit_reason(child.returncode, log.read().decode(errors="replace"))
         if isinstance(task, Encoding):  # the cells that need these images fail and report it
             return Encoded(task.bundle_digest, 0, 0.0)
         return JobResult(reasons={cell.key: reason for cell in task.cells})

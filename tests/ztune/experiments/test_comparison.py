@@ -10,13 +10,14 @@ from PIL import Image
 
 from tests.conftest import MINI
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, curve, digest_of, store_of
-from ztune.experiments.cells import Outcome
-from ztune.experiments.compare import CompareConfig, Comparison
+from ztune.experiments.cells import Cell, Outcome, key_of
+from ztune.experiments.compare import CompareConfig, Comparison, plan_of
 from ztune.experiments.compare_report import COLUMNS, Report
 from ztune.experiments.curves import mean_curve
 from ztune.experiments.render import markdown_table
-from ztune.experiments.store import ImagePass
+from ztune.experiments.store import ImagePass, Store
 from ztune.experiments.summary import deviation_of
+from ztune.io.config import as_json
 from ztune.printing import duration
 from ztune.report_compare import Level, Line, draw_accuracy_against_cost
 from ztune.run_config import RunConfig
@@ -91,6 +92,28 @@ def test_a_peak_is_the_largest_and_may_be_unknown(tmp_path: Path) -> None:
     assert known.rows[0].cells()[7] == "400"
     unknown = report_of(tmp_path / "b", Row("zip", "d", [0.5]))
     assert unknown.rows[0].cells()[7] == "–"
+
+
+def test_images_are_charged_at_the_rate_of_the_comparisons_model(tmp_path: Path) -> None:
+    report = report_of(tmp_path, Row("zip", "d", [0.5]))
+    Store(tmp_path / "results.sqlite").add_pass("a digest of another", 1, 9.0, 9000.0)
+    view = Store(tmp_path / "results.sqlite").view(PLAN)
+    assert Report(replace(report.comparison, view=view)).images == ImagePass(0.5, 300.0)
+
+
+def test_a_comparison_shows_its_own_cells_whatever_another_one_runs(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [Row("zip", "d", [0.5])])
+    (mine,) = store.view(PLAN).results
+    other = Cell("few-shot", "clip", "d", "gda", 16, 2)
+    store.set_plan(PLAN, {"title": "another"}, {other: "a key"})
+    key = key_of(as_json(mine.cell))
+    assert store.view(PLAN, {mine.cell: key}).results == (mine,)
+    assert [one.cell for one in store.view(PLAN).results] == [other]
+
+
+def test_all_cores_are_the_default() -> None:
+    config = CompareConfig(RunConfig(str(MINI), "photos"), ("gda",), (1,), 100, {})
+    assert plan_of(config, Path("out")).execution.threads is None
 
 
 def test_curves_of_several_seeds_meet_at_the_same_queries() -> None:

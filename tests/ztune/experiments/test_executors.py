@@ -62,6 +62,16 @@ def test_isolated_tasks_have_processes_of_their_own(settings: Settings) -> None:
     assert found == [(n, Encoded(f"task {n}", 0, 0.0)) for n in range(2)]  # there is no bundle
 
 
+def test_what_an_isolated_task_prints_is_not_its_result(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = "from ztune.experiments.isolated import main; sys.exit(main())"
+    for printed in ("import atexit; atexit.register(print, 'at the end')", "print('before')"):
+        program = f"{printed}; {main}"
+        monkeypatch.setattr("ztune.experiments.isolated._PROGRAM", program)
+        assert answers(Isolated(settings), 1) == [(0, Encoded("task 0", 0, 0.0))]
+
+
 def test_isolated_runs_take_one_worker(settings: Settings) -> None:
     isolated = replace(settings, isolated=True)
     assert isinstance(Workers().executor(isolated), Isolated)
