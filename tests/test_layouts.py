@@ -320,3 +320,28 @@ def test_unclear_class_names_are_pointed_out_by_every_verb(ztune: Command, tmp_p
     for done in every_verb(ztune, data, tmp_path / "out"):
         assert done.code == 0, done.err
         assert 'may not understand: "AnnualCrop", "n01440764" (give plain ones with ' in done.err
+
+
+def test_broken_test_images_do_not_lower_the_shots(ztune: Command, tmp_path: Path) -> None:
+    """They have the paths of good training images, below another root."""
+    train, tested = tmp_path / "train", tmp_path / "tested"
+    for digit in ("one", "two"):
+        digits(train / digit, digit, 2)
+        digits(tested / digit, digit, 3, first=10)
+        name = next((train / digit).iterdir()).name
+        (tested / digit / name).write_bytes(b"broken")
+    words = ("--data", train, "--test-data", tested, "--skip-broken", "--method", "zero-shot")
+    done = ztune("tune", MINI, *words, "--shots", 3, "--out", tmp_path / "run")
+    assert done.code == 1
+    assert "has 2 training images, expected at least 3" in done.err
+
+
+def test_images_above_the_limit_are_called_large(
+    ztune: Command, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = ztune("data", "check", few, "--max-pixels", 100)
+    assert checked.code == 1
+    assert "expected at most 100 (scale it down, or allow more: --max-pixels" in checked.err
+    monkeypatch.setenv("ZTUNE_MAX_PIXELS", "many")
+    wrong = ztune("data", "check", few)
+    assert wrong.err.splitlines()[-1].startswith("error: --max-pixels (ZTUNE_MAX_PIXELS) is 'many'")
