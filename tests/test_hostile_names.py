@@ -277,7 +277,7 @@ def test_a_stop_shows_names(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ztune.training.TrainingRun.run", stopped)
+    monkeypatch.setattr("ztune.training.TrainingRun.finish", stopped)
     result = ztune("tune", MINI, "--data", data, *SMALL, "--out", tmp_path / "\x1b[2J")
     assert result.code == 130
     harmless(result, r"\x1b[2J", "ztune tune --resume")
