@@ -60,7 +60,9 @@ class Tokenizer:
         if self._loaded is None:
             try:
                 self._loaded = tokenizers.Tokenizer.from_str(self._read().decode())
-            except Exception as error:  # tokenizers raises plain Exception
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # tokenizers raises Exception, and panics are above it
                 raise FormatError(f"{self._where} cannot be read ({error}); export again") from None
         return self._loaded
 

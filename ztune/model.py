@@ -18,7 +18,7 @@ from runtimes.extractor import OrtExtractor
 from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
 from runtimes.ort import OrtImageEncoder
 from runtimes.preprocess import ImageLike, crop, with_image
-from runtimes.prompts import embed_words, require_rows, token_table, tokenize_words
+from runtimes.prompts import embed_words, token_table, tokenize_words
 from runtimes.providers import Execution, check_precision, resolve_execution
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import parse_settings, settings_to_save
@@ -34,7 +34,7 @@ from ztune.methods.base import ModelSpec, Patches
 from ztune.mixing import mix_text_features
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
-from ztune.types import F32, I64, ImageEncoder, Json
+from ztune.types import F32, ImageEncoder, Json
 
 if TYPE_CHECKING:
     from runtimes.remote.connect import CheckedService
@@ -242,19 +242,12 @@ class Model:
             patches = Patches(
                 visual.width, visual.patch_values, visual.patch_mean, visual.patch_std
             )
-        table = token_table(bundle)
-
-        def words() -> I64:
-            ids = self.tokenizer.text_ids()
-            require_rows(table, ids)
-            return ids
-
         return ModelSpec(
             text_width=bundle.text.width,
-            token_table=table,
+            token_table=token_table(bundle),
             context_of_words=lambda words: embed_words(bundle, self.tokenizer, words),
             ids_of_words=lambda words: tokenize_words(self.tokenizer, words),
-            words=words,
+            words=self.tokenizer.text_ids,
             image_size=bundle.image.size,
             decoder_start=lambda rng: decoder.initial_values(n_extracted, bundle.image.size, rng),
             patches=patches,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from runtimes import providers, tensorrt
@@ -221,11 +222,20 @@ def test_a_build_without_it_and_precisions_that_it_cannot_run_are_errors(tmp_pat
         with pytest.raises(ProviderError, match=f"an int8 bundle cannot run on {provider}"):
             check_precision("int8", provider)
     check_precision("fp16", "tensorrt")
-    packed = tmp_path / "c.onnx"
-    packed.write_bytes(b'..."precision":"int8",...')
+    packed, value = tmp_path / "c.onnx", onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [[value(name, onnx.TensorProto.FLOAT, [1])] for name in "xy"]
+    graph = onnx.helper.make_graph([node], "packed", *ends)
+
+    def write(precision: str) -> None:
+        model = onnx.helper.make_model(graph)
+        model.metadata_props.add(key="ztune", value=f'{{"precision":"{precision}"}}')
+        packed.write_bytes(model.SerializeToString())
+
+    write("int8")
     with pytest.raises(ProviderError, match="an int8 bundle cannot run on tensorrt"):
         open_classifier(packed, Execution("tensorrt"))
-    packed.write_bytes(b'..."precision":"fp16",...')
+    write("fp16")
     with pytest.raises(ProviderError, match="an fp16 bundle cannot run on cpu"):
         open_classifier(packed, Execution())
 

@@ -410,8 +410,11 @@ def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"rows": [(None, 0)]}, "row 0: no image"),
-        ({"rows": [(b"\x89PNG", 0), (b"\x89PNG", 2)]}, "row 1: label is 2, expected 0 to 1"),
-        ({"rows": [(b"\x89PNG", None)]}, "row 0: label is None"),
+        (
+            {"rows": [(b"\x89PNG\r\n\x1a\n", 0), (b"\x89PNG\r\n\x1a\n", 2)]},
+            "row 1: label is 2, expected 0 to 1",
+        ),
+        ({"rows": [(b"\x89PNG\r\n\x1a\n", None)]}, "row 0: label is None"),
         ({"rows": [(b"<svg/>", 0)]}, "unknown image format"),
         ({"rows": []}, "no labelled images in"),
         ({"names": None}, "no class names of"),
@@ -423,7 +426,7 @@ def test_a_parquet_file_without_parts(tmp_path: Path) -> None:
 )
 def test_wrong_parquet(tmp_path: Path, change: dict[str, object], message: str) -> None:
     file = tmp_path / "train.parquet"
-    values: dict[str, object] = {"rows": [(b"\x89PNG", 0)], **change}
+    values: dict[str, object] = {"rows": [(b"\x89PNG\r\n\x1a\n", 0)], **change}
     parquet_file(file, **values)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message):
         parquet.extract([file], tmp_path / "out")

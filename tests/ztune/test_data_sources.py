@@ -392,7 +392,7 @@ def test_published_lists_are_tested_elsewhere(published: Listing, here: Path) ->
 
 
 def test_copies_in_ones_own_are_refused(published: Listing) -> None:
-    with pytest.raises(DataError, match=r"the same image has two .*\(remove one of each\)"):
+    with pytest.raises(DataError, match=r"the same image has two .*\(remove one of each, "):
         make_split(replace(published, lists=None), SplitSettings(3, n_val=1))
 
 

@@ -224,7 +224,7 @@ def _read_classes(
 def _check_nested(below: Mapping[str, list[str]], parent: Path, where: str) -> None:
     """Refuse folders whose images are all in sub-folders, which may be classes.
 
-    `below` has their sub-folders. One name in all of them, as in class/images/*, is no class.
+    `below` has their sub-folders. One name in all of them, as in class/images/*, is not a class.
 
     Raises: DataError.
     """

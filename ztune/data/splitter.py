@@ -281,7 +281,7 @@ def _screened(
 ) -> tuple[list[Entry], LeftOut, list[Entry]]:
     """Keep readable images, the first of equal files; return also what is left out, and the broken.
 
-    Broken files come first: equal ones are no copies.
+    Broken files come first: equal ones are not copies.
 
     Raises: DataError naming broken files, or equal files with different classes or roles.
     """

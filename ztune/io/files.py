@@ -214,7 +214,6 @@ def user_cache(name: str) -> Path:
     return _private_folder() / name
 
 
-@functools.cache
 def _private_folder() -> Path:
     """Return this user's folder for temporary files, which no other user can write."""
     if not hasattr(os, "getuid"):
@@ -225,6 +224,12 @@ def _private_folder() -> Path:
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return folder
+    return _new_private_folder()
+
+
+@functools.cache
+def _new_private_folder() -> Path:
+    """Return a new folder, one for each process."""
     return Path(tempfile.mkdtemp(prefix="ztune-"))
 
 

@@ -308,6 +308,7 @@ class GaussNewton(Optimizer):
             self._jacobian[:known] = saved.f32("jacobian", known, self._logits.size)
         else:
             saved.require(self._steps is None, "steps", "none without logits")
+            saved.require("jacobian" not in saved, "logits", "those of the jacobian")
         self._loss = saved.number("loss")
         self._damping = saved.number("damping", 0)
         self._scale, self._drift = saved.number("scale", 0), saved.number("drift", 0)

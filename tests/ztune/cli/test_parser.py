@@ -33,7 +33,7 @@ from ztune.run_config import RunConfig
         (("methods", "-x"), 'unexpected "-x"'),
         (
             ("tune", "--max", "4"),
-            "ambiguous option: --max could match --max-inflight, --max-request",
+            "ambiguous option: --max could match --max-pixels, --max-inflight, --max-request",
         ),
         (
             ("tune", "m", "--endpoint", "http://h:1"),
@@ -154,10 +154,10 @@ def test_tune_and_compare_begin_with_what_is_most_needed(ztune: Command) -> None
 def test_a_run_takes_its_fields_and_no_list_beside_them() -> None:
     taken = {field.name for field in fields(RunConfig)} - {"server"}
     own = {action.dest for action in parser_of("tune").own} - {*server.SERVER}
-    assert own == taken | {"out", "overwrite", "resume", "init"}
+    assert own == taken | {"out", "overwrite", "resume", "init", "max_pixels"}
     for verb in ("compare", "doctor"):
         own = {action.dest for action in parser_of(verb).own} - {*server.SERVER}
-        assert own - taken <= {"out", "init", "methods", "seeds", "pixel_queries"}
+        assert own - taken <= {"out", "init", "methods", "seeds", "pixel_queries", "max_pixels"}
 
 
 def test_every_field_of_a_server_is_an_option() -> None:

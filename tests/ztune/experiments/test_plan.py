@@ -219,7 +219,8 @@ def test_a_curve_may_list_its_query_counts(tmp_path: Path) -> None:
         ),
         (
             LEAST.replace("dtd = {}", "dtd = { root = 1 }"), "root",
-            "path, template, names, nested, test_data, test_fraction, split_seed, val, skip_broken",
+            "path, template, names, nested, test_data, test_fraction, split_seed, val, "
+            "skip_broken, skip_conflicts",
         ),
         (
             LEAST.replace("zip = {}", "zip = { budget = 1 }"), "budget",
