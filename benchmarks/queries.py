@@ -247,12 +247,18 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         store = Store.existing(arguments.out / RESULTS)
-        for plan in store.plans():
-            print("\n".join(report(store.view(plan))))
+        plans = store.plans()
     except ZtuneError as error:
         say(f"error: {error}")
         return 1
-    return 0
+    n_failed = 0
+    for plan in plans:
+        try:
+            print("\n".join(report(store.view(plan))))
+        except ZtuneError as error:  # the other plans are still reported
+            n_failed += 1
+            say(f"error: {error}")
+    return min(1, n_failed)
 
 
 if __name__ == "__main__":

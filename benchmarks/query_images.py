@@ -113,6 +113,8 @@ def write_set(one: ImageSet, images: Path, out: Path) -> None:
         return
     with new_folder(out) as work:
         for source, target in one.files(images):
+            if (work / target).exists():
+                raise DataError(f'"{source}": another image becomes "{target}" too (rename it)')
             (work / target).parent.mkdir(parents=True, exist_ok=True)
             with open_image(source) as image:
                 plain = image.convert("RGB")

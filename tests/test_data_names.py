@@ -259,3 +259,10 @@ def test_a_name_that_is_a_folder_here(
         )
     scored = ztune("eval", MINI, "--data", "./dtd", "--split", "all", "--json")
     assert scored.json["n"] == 36
+
+
+def test_a_named_data_set_has_no_nested_folders(ztune: Command, root: Path, tmp_path: Path) -> None:
+    words = ("tune", MINI, "--data", "dtd", "--root", root, "--nested", "--out", tmp_path / "run")
+    done = ztune(*words)
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == ('error: data set "dtd" has a known layout; omit --nested')

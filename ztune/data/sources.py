@@ -44,6 +44,8 @@ def read_source(
     """
     if root is None:
         return read_dataset(_extract_parquet(Path(place)), names, tuned, nested=nested, pipe=pipe)
+    if nested is not None:
+        raise ConfigError(f'data set "{place}" has a known layout; omit `nested`')
     data = _read_named(find_spec(place), root, names)
     if tuned and not data.split.train:
         raise DataError(

@@ -232,7 +232,10 @@ class Preparation:
             )
         else:
             spec = find_spec(name)
-            listing, template = read_source(spec.name, self.root, tuned=False), spec.template
+            listing, template = (
+                read_source(spec.name, self.root, tuned=False, nested=entry.nested),
+                spec.template,
+            )
         self._known_as[name] = find_spec(name).name if listing.is_published else None
         for remark in listing.notes:
             self._add_remark(name, remark)
