@@ -1,6 +1,7 @@
 """Folders as people keep them: every verb and the face read the same images and classes."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -342,6 +343,7 @@ def test_images_above_the_limit_are_called_large(
     checked = ztune("data", "check", few, "--max-pixels", 100)
     assert checked.code == 1
     assert "expected at most 100 (scale it down, or allow more: --max-pixels" in checked.err
+    assert "ZTUNE_MAX_PIXELS" not in os.environ
     monkeypatch.setenv("ZTUNE_MAX_PIXELS", "many")
     wrong = ztune("data", "check", few)
     assert wrong.err.splitlines()[-1].startswith("error: --max-pixels (ZTUNE_MAX_PIXELS) is 'many'")

@@ -12,6 +12,7 @@ import sys
 from ztune.cli.output import OptionOf, Output, fail, show_traceback, with_options
 from ztune.cli.parser import VERBS, module_of, option_finder, parser_of, refuse
 from ztune.errors import ZtuneError
+from ztune.io.pixel_limit import at_most
 from ztune.io.stopping import INTERRUPTED, stop_on
 from ztune.printing import holds_password
 from ztune.progress import forward_warnings
@@ -51,10 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         fail("stopped")
         return INTERRUPTED
-    if getattr(arguments, "max_pixels", None) is not None:
-        os.environ["ZTUNE_MAX_PIXELS"] = str(arguments.max_pixels)
     arguments.command = shlex.join(["ztune", *words])
-    return _run(verb, arguments, option_finder(parser, verb))
+    with at_most(getattr(arguments, "max_pixels", None)):
+        return _run(verb, arguments, option_finder(parser, verb))
 
 
 def _run(verb: str, arguments: argparse.Namespace, option_of: OptionOf) -> int:

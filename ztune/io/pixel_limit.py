@@ -27,6 +27,22 @@ def max_pixels() -> int:
     return int(text)
 
 
+@contextlib.contextmanager
+def at_most(n_pixels: int | None) -> Iterator[None]:
+    """Set the limit for this process and its children until the block ends; None keeps it."""
+    before = os.environ.get(VARIABLE)
+    if n_pixels is None:
+        yield
+        return
+    os.environ[VARIABLE] = str(n_pixels)
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
 def check_pixels(width: int, height: int, name: str) -> None:
     """Refuse an image above the limit.
 
