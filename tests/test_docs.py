@@ -10,7 +10,7 @@ import pytest
 from ztune.cli.parser import VERBS, parser_of
 from ztune.errors import how_to_install
 from ztune.io.config import as_json
-from ztune.methods.base import TunedMethod
+from ztune.methods.base import Preset, TunedMethod
 from ztune.methods.registry import METHODS
 from ztune.types import Json
 
@@ -68,13 +68,15 @@ def test_the_methods_page_has_paper_cost_presets_and_departures(name: str) -> No
         assert number in section
     assert "Departures:" in section
     assert "Result:" in section
-    if not isinstance(method, TunedMethod):
-        return
-    assert f"{method.config().step_queries():,} queries" in section
-    tuned = ", ".join(f"`{key}` {shown(value)}" for key, value in method.tuned.items())
-    assert f"Preset `tuned`: {tuned}.\n" in section if tuned else "Preset `tuned`" not in section
-    views = f"Preset `published`: {method.augment} cached views.\n"
-    assert views in section if method.augment else "Preset `published`" not in section
+    named = re.findall(r"^Preset `([\w-]+)`: (.*)\.$", section, re.MULTILINE)
+    assert dict(named) == {name: said(preset) for name, preset in method.presets.items()}
+    if isinstance(method, TunedMethod):
+        assert f"{method.config().step_queries():,} queries" in section
+
+
+def said(preset: Preset) -> str:
+    views = [f"{preset.views} cached views"] if preset.views else []
+    return ", ".join(views + [f"`{key}` {shown(value)}" for key, value in preset.settings.items()])
 
 
 def test_the_yaml_of_the_serving_page_is_yaml() -> None:

@@ -623,7 +623,7 @@ def test_presets_change_the_configuration(
     plain = document(run("sharpzo"))["config"]
     tuned = tune(tmp_path / "tuned", "sharpzo", "--preset", "tuned")["config"]
     changed = {key: value for key, value in tuned.items() if value != plain[key]}
-    assert changed == dict(method.tuned) != {}
+    assert changed == dict(method.presets["tuned"].settings) != {}
     over = tune(tmp_path / "over", "sharpzo", "--preset", "tuned", "--set", "warmup_steps=7")
     assert over["config"] == {**tuned, "warmup_steps": 7}
 

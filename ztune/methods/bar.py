@@ -14,7 +14,15 @@ import numpy as np
 from ztune.capabilities import LOGITS, LOSS, PIXELS
 from ztune.io.config import require
 from ztune.maps import Pixels
-from ztune.methods.base import INITIAL, STEPS, Composition, ModelSpec, TunedConfig, TunedMethod
+from ztune.methods.base import (
+    INITIAL,
+    STEPS,
+    Composition,
+    ModelSpec,
+    Preset,
+    TunedConfig,
+    TunedMethod,
+)
 from ztune.optim.rgf import Rgf, RgfConfig
 
 
@@ -51,5 +59,5 @@ METHOD = TunedMethod(
     title="black-box adversarial reprogramming: a trained border around the image",
     paper="BAR, ICML 2020 (arXiv 2007.08714), with the settings of its comparison in ZIP",
     config=BarConfig,
-    augment=16,
+    presets={"published": Preset(views=16)},
 )

@@ -234,6 +234,16 @@ class Generations(CmaConfig, TunedConfig):
 
 
 @dataclass(frozen=True)
+class Preset:
+    """What a preset changes."""
+
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    """The settings that differ from the defaults."""
+    views: int = 0
+    """Cached random views per training image; 0: the centre crop."""
+
+
+@dataclass(frozen=True)
 class TunedMethod:
     """A method that tunes prompts with losses.
 
@@ -245,10 +255,8 @@ class TunedMethod:
     paper: str
     config: type[Any]
     """A dataclass that is a TunedConfig."""
-    augment: int = 0
-    """Cached random views per training image in preset `published`."""
-    tuned: Mapping[str, Json] = field(default_factory=dict)
-    """Settings of preset `tuned`; empty if nothing improved on the published ones."""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """By name; one that is missing equals the defaults."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -274,6 +282,8 @@ class HeadMethod:
     paper: str
     config: type[Any]
     fit: Callable[[Any, Shots, int], Fitted]
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """By name; one that is missing equals the defaults."""
 
     def __post_init__(self) -> None:
         _check(self)

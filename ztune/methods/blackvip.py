@@ -14,7 +14,15 @@ import numpy as np
 from ztune.capabilities import FEATURES, LOSS, PIXELS
 from ztune.io.config import require
 from ztune.maps import Pixels
-from ztune.methods.base import INITIAL, STEPS, Composition, ModelSpec, TunedConfig, TunedMethod
+from ztune.methods.base import (
+    INITIAL,
+    STEPS,
+    Composition,
+    ModelSpec,
+    Preset,
+    TunedConfig,
+    TunedMethod,
+)
 from ztune.optim.spsa import Spsa, SpsaConfig
 
 
@@ -44,5 +52,5 @@ METHOD = TunedMethod(
     title="an image-dependent visual prompt from a small decoder",
     paper="BlackVIP, CVPR 2023 (arXiv 2303.14773), with the settings of its comparison in ZIP",
     config=BlackVipConfig,
-    augment=16,
+    presets={"published": Preset(views=16)},
 )

@@ -23,7 +23,7 @@ from ztune.io.config import require
 from ztune.io.generator import generator_to_json
 from ztune.io.saved import Saved
 from ztune.methods.answers import AnswersConfig
-from ztune.methods.base import STEPS, Composition, ModelSpec, TunedMethod
+from ztune.methods.base import STEPS, Composition, ModelSpec, Preset, TunedMethod
 from ztune.objective import cross_entropy, required_logits
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.logit_span import LogitSpan
@@ -286,5 +286,5 @@ METHOD = TunedMethod(
     title="random prompts mixed by Gauss–Newton in the space of logits",
     paper="ours (docs/research/ogn.md)",
     config=OgnConfig,
-    tuned={"init": "random", "n_context": 8},
+    presets={"tuned": Preset({"init": "random", "n_context": 8})},
 )

@@ -29,7 +29,7 @@ from ztune.methods import (
     zero_shot,
 )
 from ztune.methods import zip as zip_method
-from ztune.methods.base import Method, TunedConfig, TunedMethod
+from ztune.methods.base import Method, Preset, TunedConfig, TunedMethod
 from ztune.methods.plugins import entry_points, load, package_of
 from ztune.types import Json
 
@@ -82,10 +82,14 @@ def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
     return found, failed
 
 
+def preset_of(method: Method, name: str) -> Preset:
+    """Return what a preset changes."""
+    return method.presets.get(name, Preset())
+
+
 def views_of(name: str, preset: str) -> int:
     """Return a preset's number of cached views per image."""
-    method = find_method(name)
-    return method.augment if preset == "published" and isinstance(method, TunedMethod) else 0
+    return preset_of(find_method(name), preset).views
 
 
 def method_config(method: Method, settings: Mapping[str, Json], preset: str = "default") -> Any:
@@ -93,9 +97,7 @@ def method_config(method: Method, settings: Mapping[str, Json], preset: str = "d
 
     Raises: ConfigError for an unknown setting or an invalid value.
     """
-    chosen: dict[str, Json] = {}
-    if preset == "tuned" and isinstance(method, TunedMethod):
-        chosen |= method.tuned
+    chosen = preset_of(method, preset).settings
     return configured(method.config, {**chosen, **settings}, f'method "{method.name}"')
 
 
@@ -138,11 +140,12 @@ def needs_of_all() -> dict[str, frozenset[str]]:
 
 def preset_changes(method: Method) -> dict[str, dict[str, Json]]:
     """Return the settings of each preset, without empty ones."""
-    default, tuned = (as_json(method_config(method, {}, name)) for name in ("default", "tuned"))
-    changes: dict[str, dict[str, Json]] = {
-        "published": {"augment": views} if (views := views_of(method.name, "published")) else {},
-        "tuned": {key: value for key, value in tuned.items() if value != default[key]},
-    }
+    default = as_json(method_config(method, {}))
+    changes: dict[str, dict[str, Json]] = {}
+    for name, preset in method.presets.items():
+        config = as_json(method_config(method, {}, name))
+        changed = {key: value for key, value in config.items() if value != default[key]}
+        changes[name] = {"augment": preset.views, **changed} if preset.views else changed
     return {name: changed for name, changed in changes.items() if changed}
 
 

@@ -23,7 +23,7 @@ from ztune.io.config import require
 from ztune.io.generator import generator_to_json
 from ztune.io.saved import Saved
 from ztune.maps import LinearContext
-from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, TextStart, TunedMethod
+from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, Preset, TextStart, TunedMethod
 from ztune.optim.cma import Cma, CmaConfig, check_reach, own_seconds
 from ztune.optim.nested import put_state
 from ztune.optim.validation import Patience
@@ -331,5 +331,5 @@ METHOD = TunedMethod(
     title="sharpness-aware CMA-ES, then sparse zeroth-order steps on a projected context",
     paper="SharpZO, NeurIPS 2025 (arXiv 2506.20990)",
     config=SharpZoConfig,
-    tuned={"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01},
+    presets={"tuned": Preset({"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01})},
 )

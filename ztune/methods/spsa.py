@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ztune.maps import DirectContext
-from ztune.methods.base import STEPS, Composition, ModelSpec, TextStart, TunedMethod
+from ztune.methods.base import STEPS, Composition, ModelSpec, Preset, TextStart, TunedMethod
 from ztune.optim.spsa import Spsa, SpsaConfig
 
 
@@ -37,5 +37,5 @@ METHOD = TunedMethod(
     title="simultaneous perturbation of the context's own values",
     paper="Spall 1992; decays of Spall 1998",
     config=DirectSpsaConfig,
-    tuned={"step_size": 1.0},
+    presets={"tuned": Preset({"step_size": 1.0})},
 )

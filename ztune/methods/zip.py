@@ -12,7 +12,7 @@ import numpy as np
 
 from ztune.errors import ConfigError
 from ztune.io.config import require
-from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, TextStart, TunedMethod
+from ztune.methods.base import MAP, STEPS, Composition, ModelSpec, Preset, TextStart, TunedMethod
 from ztune.optim.spsa import Spsa, SpsaConfig
 from ztune.types import F32, F64, I64, Prompts
 
@@ -132,5 +132,5 @@ METHOD = TunedMethod(
     title="low-rank, intrinsically clipped zeroth-order prompt tuning",
     paper="ZIP, ICLR 2025 (arXiv 2504.06838)",
     config=ZipConfig,
-    augment=16,
+    presets={"published": Preset(views=16)},
 )

@@ -43,7 +43,7 @@ TUNED = {name: method for name, method in METHODS.items() if isinstance(method, 
 # Besides the defaults, other shapes of the same method.
 CONFIGS: dict[str, TunedConfig] = {
     **{name: method.config() for name, method in TUNED.items()},
-    **{f"{n} tuned": method_config(m, {}, "tuned") for n, m in TUNED.items() if m.tuned},
+    **{f"{n} {p}": method_config(m, {}, p) for n, m in TUNED.items() for p in m.presets},
     "zip short": ZipConfig(n_context=2, intrinsic_dim=11, rank=1, n_pairs=1),
     "bptvlm text": BptVlmConfig(part="text", text_dim=30),
     "bptvlm vision": BptVlmConfig(part="vision", vision_dim=20, n_tokens=2),
