@@ -100,7 +100,7 @@ class Task:
     def composition(self) -> Composition:
         """Return ZIP's initial map and optimizer."""
         bundle = self.bundle
-        towers = Model(bundle, Execution()).spec(bundle.embed_dim)
+        towers = Model(bundle, Execution()).spec(bundle.embed_dim, len(self.labels))
         return self._config.build(towers, queries=5000, seed=0)
 
     def sampler(self) -> BatchSampler:

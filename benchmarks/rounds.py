@@ -55,7 +55,7 @@ class Rounds:
         features = random.standard_normal(shape, dtype=np.float32)
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         self.n_candidates = config.step_queries()
-        towers = Model(bundle, Execution()).spec(bundle.embed_dim)
+        towers = Model(bundle, Execution()).spec(bundle.embed_dim, n_images)
         self._map, self._optimizer = config.build(towers, queries=5000, seed=0)
         contexts = self._map(self._optimizer.ask().points[:1]).contexts
         assert contexts is not None

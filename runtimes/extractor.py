@@ -13,7 +13,7 @@ from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph
 from ztune.errors import ConfigError
 from ztune.io.files import sha256
-from ztune.types import F32, U8
+from ztune.types import F32, U8, RandomView
 
 
 class OrtExtractor:
@@ -66,7 +66,7 @@ class OrtExtractor:
             )
         return int(outputs[0].shape[1])
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+    def read(self, path: Path, view: RandomView | None) -> U8:
         return read_view(path, self._spec, view)
 
     def encode(self, pixels: U8) -> F32:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from runtimes.bundle import ImageSpec
-from runtimes.preprocess import crop, random_view
-from ztune.types import F32, U8, ImageEncoder
+from runtimes.preprocess import seen
+from ztune.types import F32, U8, ImageEncoder, RandomView
 
 InMemoryImages = Mapping[Path, Image.Image]
 """Upright 8-bit RGB images by placeholder path."""
@@ -30,11 +29,11 @@ class InMemoryImageEncoder:
     def identity(self) -> str:
         return self.encoder.identity
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+    def read(self, path: Path, view: RandomView | None) -> U8:
         image = self.images.get(path)
         if image is None:
             return self.encoder.read(path, view)
-        return crop(image, self.spec) if view is None else random_view(image, self.spec, view)
+        return seen(image, self.spec, view)
 
     def encode(self, pixels: U8) -> F32:
         return self.encoder.encode(pixels)

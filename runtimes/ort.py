@@ -34,7 +34,7 @@ from runtimes.providers import (
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import FormatError
 from ztune.io.tensors import read_tensors
-from ztune.types import F32, I64, U8
+from ztune.types import F32, I64, U8, RandomView
 
 
 class Graph:
@@ -92,7 +92,7 @@ class OrtImageEncoder:
     def identity(self) -> str:
         return self._identity
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+    def read(self, path: Path, view: RandomView | None) -> U8:
         return read_view(path, self._bundle.image, view)
 
     def encode(self, pixels: U8) -> F32:

@@ -29,7 +29,7 @@ from ztune.io.files import open_regular
 from ztune.io.image_formats import HEAD, format_of
 from ztune.io.pixel_limit import ROOM, check_pixels, check_tile, check_webp, max_pixels
 from ztune.printing import reason_of
-from ztune.types import F32, U8
+from ztune.types import F32, LEAST_AREA, U8, RandomView
 
 # Part of the feature cache's key: increase it with every change that alters a pixel.
 PREPROCESS_VERSION = 2
@@ -58,8 +58,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Area and aspect ratio of a random crop: torchvision's defaults, as in CoOp and ZIP.
-_SCALE = (0.08, 1.0)
+# Aspect ratio of a random crop: torchvision's default, as in CoOp and ZIP.
 _RATIO = (3 / 4, 4 / 3)
 # The short side is resized to the model's size, so a very thin image would exhaust memory.
 _LONGEST = 100
@@ -75,10 +74,17 @@ _MOST_RECENT = 2
 T = TypeVar("T")
 
 
-def read_view(path: Path, spec: ImageSpec, view: np.random.Generator | None) -> U8:
+def read_view(path: Path, spec: ImageSpec, view: RandomView | None) -> U8:
     """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip drawn by `view`."""
     with decoded_file(path) as image:
-        return crop(image, spec) if view is None else random_view(image, spec, view)
+        return seen(image, spec, view)
+
+
+def seen(image: Image.Image, spec: ImageSpec, view: RandomView | None) -> U8:
+    """Return u8[S, S, 3]: the centre crop, or a random view."""
+    if view is None:
+        return crop(image, spec)
+    return random_view(image, spec, view.rng, view.least_area)
 
 
 @contextlib.contextmanager
@@ -405,9 +411,11 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
     return np.array(resized.crop((left, top, left + side, top + side)))
 
 
-def random_view(image: Image.Image, spec: ImageSpec, rng: np.random.Generator) -> U8:
+def random_view(
+    image: Image.Image, spec: ImageSpec, rng: np.random.Generator, least_area: float = LEAST_AREA
+) -> U8:
     """Return u8[S, S, 3]: torchvision's RandomResizedCrop, then a flip with probability 0.5."""
-    left, top, width, height = _random_box(*image.size, rng)
+    left, top, width, height = _random_box(*image.size, rng, least_area)
     view = _cut(image, (left, top, left + width, top + height))
     pixels = np.array(resize(view, spec.size, spec.size, spec))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
@@ -421,10 +429,12 @@ def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     return Image.fromarray(np.asarray(image)[top:bottom, left:right])
 
 
-def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, least_area: float = LEAST_AREA
+) -> tuple[int, int, int, int]:
     """Return left, top, width and height of a random crop."""
     for _ in range(10):
-        area = width * height * rng.uniform(*_SCALE)
+        area = width * height * rng.uniform(least_area, 1.0)
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ztune.data.features import Features, read_view
+from ztune.data.features import CENTRE, Features, Views, read_view
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split
 from ztune.errors import ZtuneError
@@ -90,7 +90,7 @@ class SplitEncoder:
 
         Raises: ZtuneError for a class without readable images.
         """
-        train = self._encoded("train", "training images", self.run_config.augment)
+        train = self._encoded("train", "training images", self.run_config.views)
         labels = self.split.labels("train")[train.kept]
         missing = sorted(set(range(len(self.split.classes))) - set(labels.tolist()))
         if missing:
@@ -100,24 +100,24 @@ class SplitEncoder:
 
     def encode(self, *, changeable: bool) -> EncodedSplit:
         """Encode training and validation images; with `changeable` keep the pixels too."""
-        n_views = self.run_config.augment
+        views = self.run_config.views
         train, labels = self.training()
-        n_wanted, n_encoded = max(1, n_views) * len(labels), train.n_encoded
+        n_wanted, n_encoded = len(views) * len(labels), train.n_encoded
         conversions = Counter(train.conversions)
         broken = self._broken("train", train)
         val, val_labels = None, self.split.labels("val")
         if len(val_labels):
-            val = self._encoded("val", "validation images", 0)
+            val = self._encoded("val", "validation images", CENTRE)
             val_labels = val_labels[val.kept]
             n_wanted, n_encoded = n_wanted + len(val_labels), n_encoded + val.n_encoded
             conversions.update(val.conversions)
             broken += self._broken("val", val)
         parts: list[Changeable | None] = [None, None]
         if changeable:
-            parts[0], n_more = self._changeable("train", train, n_views)
+            parts[0], n_more = self._changeable("train", train, views)
             n_encoded, n_wanted = n_encoded + n_more[0], n_wanted + n_more[1]
             if val is not None:
-                parts[1], n_more = self._changeable("val", val, 0)
+                parts[1], n_more = self._changeable("val", val, CENTRE)
                 n_encoded, n_wanted = n_encoded + n_more[0], n_wanted + n_more[1]
         return EncodedSplit(
             train.values,
@@ -138,44 +138,41 @@ class SplitEncoder:
         return tuple(entry.path for entry, keep in entries if not keep)
 
     def _encoded(
-        self, role: SplitName, what: str, n_views: int, extractor: Path | None = None
+        self, role: SplitName, what: str, views: Views, extractor: Path | None = None
     ) -> Features:
         return self.model.features(
             self.split.items(role),
             self.folder.cache(self.run_config.cache),
             what=what,
-            n_views=n_views,
-            seed=self.run_config.seed,
+            views=views,
             skip_broken=self.run_config.skip_broken,
             extractor=extractor,
         )
 
     def _changeable(
-        self, role: SplitName, encoded: Features, n_views: int
+        self, role: SplitName, encoded: Features, views: Views
     ) -> tuple[Changeable, tuple[int, int]]:
         """Return a role's changeable images, and how many were encoded of how many requested."""
         extracted, n_more = encoded.values, (0, 0)
         if self.run_config.extractor is not None:
             found = self._encoded(
-                role, "images for the extractor", n_views, self.run_config.extractor
+                role, "images for the extractor", views, self.run_config.extractor
             )
             extracted = found.values
             n_more = found.n_encoded, extracted.shape[0] * extracted.shape[1]
         items = self.split.items(role)
         kept = [item for item, keep in zip(items, encoded.kept, strict=True) if keep]
-        return Changeable(self._pixels(kept, n_views), extracted), n_more
+        return Changeable(self._pixels(kept, views), extracted), n_more
 
-    def _pixels(self, items: Sequence[tuple[Path, str]], n_views: int) -> U8:
+    def _pixels(self, items: Sequence[tuple[Path, str]], views: Views) -> U8:
         """Return u8[V, N, S, S, 3]."""
         encoder = self.model.images()
         side = self.model.bundle.image.size
-        shape = (max(1, n_views), len(items), side, side, 3)
+        shape = (len(views), len(items), side, side, 3)
         pixels = self.folder.pixels(shape)
         for number, (path, digest) in enumerate(items):
             for view in range(shape[0]):
-                pixels[view, number] = read_view(
-                    encoder, path, digest, view, n_views, self.run_config.seed
-                )
+                pixels[view, number] = read_view(encoder, path, digest, view, views)
         return pixels
 
 

@@ -27,7 +27,7 @@ from runtimes.tokenizer import Tokenizer
 from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
 from ztune.capabilities import describe
 from ztune.data.cache import FeatureCache, FeatureStore
-from ztune.data.features import Features, encode_files
+from ztune.data.features import CENTRE, Features, Views, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
@@ -147,8 +147,7 @@ class Model:
         cache: Path | FeatureStore,
         *,
         what: str,
-        n_views: int = 0,
-        seed: int = 0,
+        views: Views = CENTRE,
         skip_broken: bool = False,
         extractor: Path | None = None,
     ) -> Features:
@@ -159,13 +158,12 @@ class Model:
         encoder = self.images()
         if extractor is not None:
             encoder = OrtExtractor(extractor, self.bundle, self.execution)
-        with self.progress.activity(what, len(items) * max(1, n_views)) as ticker:
+        with self.progress.activity(what, len(items) * len(views)) as ticker:
             result = encode_files(
                 encoder,
                 items,
                 FeatureCache(cache) if isinstance(cache, Path) else cache,
-                n_views=n_views,
-                seed=seed,
+                views=views,
                 at_once=1 if extractor is not None else self.runtime.batches_at_once,
                 progress=lambda done, _total: ticker.update(done),
                 skip_broken=skip_broken,
@@ -231,8 +229,8 @@ class Model:
         texts = self.encode_templates(templates, classes)
         return classifier_of_texts(texts, self.bundle.logit_scale, self.bundle.logit_bias)
 
-    def spec(self, n_extracted: int) -> ModelSpec:
-        """Return the bundle's properties that a method may use.
+    def spec(self, n_extracted: int, n_images: int) -> ModelSpec:
+        """Return what a method may know of the bundle and its `n_images` training images.
 
         `n_extracted` is the size of a decoder's input features.
         """
@@ -251,6 +249,7 @@ class Model:
             image_size=bundle.image.size,
             decoder_start=lambda rng: decoder.initial_values(n_extracted, bundle.image.size, rng),
             patches=patches,
+            n_images=n_images,
         )
 
     def refresh(self, artifact: Artifact, classes: tuple[str, ...] | None = None) -> Artifact:

@@ -8,12 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ztune.data.features import Views
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
 from ztune.data.split import SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
-from ztune.methods.registry import PRESETS, find_method, method_config, tuned_config
+from ztune.methods.registry import (
+    PRESETS,
+    find_method,
+    method_config,
+    preset_of,
+    tuned_config,
+)
 from ztune.types import Json
 
 
@@ -116,6 +123,24 @@ class RunConfig:
                 f"{least}"
             )
         return config
+
+    @property
+    def views(self) -> Views:
+        """The views of each training image."""
+        preset = preset_of(find_method(self.method), self.preset)
+        return Views(self.augment, self.seed, preset.least_area)
+
+    def check_budget(self, n_images: int) -> None:
+        """Check that the budget is enough with `n_images` training images.
+
+        Raises: ConfigError.
+        """
+        tuned = self.tuned_config
+        if tuned is not None and self.queries < (least := tuned.least_queries(n_images)):
+            raise ConfigError(
+                f"`queries` {self.queries} is less than one candidate of {self.method} on all "
+                f"batches of {n_images} images, which costs {least}"
+            )
 
     def check_method(self) -> None:
         """Check method, preset, settings and budget; raises as `method_config`."""

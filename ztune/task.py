@@ -71,14 +71,17 @@ class MethodStart:
 
 
 def compose(
-    run_config: RunConfig, config: TunedConfig, model: Model, n_extracted: int
+    run_config: RunConfig, config: TunedConfig, model: Model, n_extracted: int, n_images: int
 ) -> MethodStart:
     """Return a method's map and optimizer at their start, with validation and early stopping.
 
-    `n_extracted` is the size of a decoder's input features.
+    `n_extracted` is the size of a decoder's input features, `n_images` the training images.
+
+    Raises: ConfigError for a budget of less than the minimum with so many images.
     """
+    run_config.check_budget(n_images)
     with one_blas_thread():
-        spec = model.spec(n_extracted)
+        spec = model.spec(n_extracted, n_images)
         prompt_map, optimizer = build_method(config, spec, run_config.queries, run_config.seed)
         if run_config.validates:
             every = run_config.queries_between_validations

@@ -134,9 +134,9 @@ def start_run_on(
 
 def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> Iterator[str]:
     yield from remarks_on(run_config)
-    if run_config.preset == "published" and run_config.augment:
+    if run_config.tuned_config and run_config.preset.startswith("publ") and run_config.augment > 1:
         yield (
-            "preset published: new random crops in each step are approximated by "
+            f"preset {run_config.preset}: new random crops in each step are approximated by "
             f"{run_config.augment} cached views per image"
         )
     yield from dataset.remarks
@@ -184,10 +184,12 @@ class SavedRun:
         Raises: ConfigError naming the differences.
         """
         where, then = f'run "{self.folder.path}"', self.head.run_config
-        own = ("method", "queries", "seed", "templates", "keep", "patience", "augment", "force")
+        own = ("method", "queries", "seed", "templates", "keep", "patience", "force")
         differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
         if not differ and plain(run_config.method_config) != plain(then.method_config):
             differ.append("settings")
+        if run_config.views != then.views:
+            differ.append("views")
         if self.head.package != package_of(run_config.method):
             differ.append("package of the method")
         if model.bundle.digest != self.head.bundle_digest:
@@ -332,7 +334,8 @@ class TrainingRun(Generic[Store]):
         n_extracted = self.model.bundle.embed_dim
         if (extractor := self.run_config.extractor) is not None:
             n_extracted = OrtExtractor(extractor, self.model.bundle, self.model.execution).width()
-        return compose(self.run_config, self.tuned, self.model, n_extracted)
+        n_images = len(self.split.entries_of("train"))
+        return compose(self.run_config, self.tuned, self.model, n_extracted, n_images)
 
     @property
     def published(self) -> float:

@@ -25,6 +25,19 @@ else:
     Json = Any  # msgspec takes no recursive type
 
 
+LEAST_AREA = 0.08
+"""Torchvision's default, as in CoOp and ZIP."""
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A random crop and flip of an image."""
+
+    rng: np.random.Generator
+    least_area: float = LEAST_AREA
+    """The smallest share of the image's area."""
+
+
 class ImageEncoder(Protocol):
     """Encodes images to unit features; the bytes do not depend on the other images of a call."""
 
@@ -32,8 +45,8 @@ class ImageEncoder(Protocol):
     def identity(self) -> str:
         """All that affects features: weights, preprocessing, provider, precision, version."""
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
-        """Return u8[S, S, 3]: the centre crop, or a random crop and flip drawn from `view`."""
+    def read(self, path: Path, view: RandomView | None) -> U8:
+        """Return u8[S, S, 3]: the centre crop, or a random crop and flip drawn by `view`."""
 
     def encode(self, pixels: U8) -> F32:
         """Return unit features f32[N, e] of pixels u8[N, S, S, 3]."""

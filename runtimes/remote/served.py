@@ -28,7 +28,18 @@ from ztune.capabilities import (
     TEXTS,
 )
 from ztune.errors import ConfigError, ServerError
-from ztune.types import F32, I64, U8, Batch, ImageEncoder, Json, PromptEncoder, Prompts, Scores
+from ztune.types import (
+    F32,
+    I64,
+    U8,
+    Batch,
+    ImageEncoder,
+    Json,
+    PromptEncoder,
+    Prompts,
+    RandomView,
+    Scores,
+)
 
 # Limits of one request, in bytes of server memory and of its answer: larger rounds are split.
 _SERVER_BYTES, _ANSWER_BYTES = 1_000_000_000, 64_000_000
@@ -191,7 +202,7 @@ class ServerImageEncoder:
             )
         )
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+    def read(self, path: Path, view: RandomView | None) -> U8:
         return read_view(path, self._bundle.image, view)
 
     def encode(self, pixels: U8) -> F32:

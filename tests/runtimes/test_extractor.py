@@ -14,7 +14,7 @@ from runtimes.ort import OrtImageEncoder
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI
 from ztune.errors import ConfigError, ZtuneError
-from ztune.types import U8
+from ztune.types import U8, RandomView
 
 SIDE = 24
 Shape = list[Any]
@@ -93,7 +93,9 @@ def test_the_bundles_image_tower_returns_the_bundles_features(bundle: Bundle, pi
     np.testing.assert_allclose(extractor.encode(pixels), tower.encode(pixels), atol=1e-5)
     path = next((DIGITS / "two").iterdir())
     for seed in (None, 3):
-        views = [None if seed is None else np.random.default_rng(seed) for _ in range(2)]
+        views = [
+            None if seed is None else RandomView(np.random.default_rng(seed)) for _ in range(2)
+        ]
         np.testing.assert_array_equal(extractor.read(path, views[0]), tower.read(path, views[1]))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ztune.data.cache import FeatureCache, key_of
-from ztune.data.features import Features, encode_files
+from ztune.data.features import Features, Views, encode_files
 from ztune.errors import DataError
-from ztune.types import F32, U8
+from ztune.types import F32, U8, RandomView
 
 Items = list[tuple[Path, str]]
 
@@ -29,13 +29,13 @@ class FakeEncoder:
     reads: list[str] = field(default_factory=list)
     stop_after: int | None = None
 
-    def read(self, path: Path, view: np.random.Generator | None) -> U8:
+    def read(self, path: Path, view: RandomView | None) -> U8:
         self.reads.append(path.name)
         text = path.read_text()
         if text == "broken":
             raise DataError(f'image "{path}" cannot be read: broken')
         levels = list(hashlib.sha256(text.encode()).digest()[:12])
-        shift = 0 if view is None else int(view.integers(256))
+        shift = 0 if view is None else int(view.rng.integers(256))
         return (np.array(levels, np.int64) + shift).astype(np.uint8).reshape(2, 2, 3)
 
     def encode(self, pixels: U8) -> F32:
@@ -59,7 +59,9 @@ def make_items(root: Path, n: int, broken: tuple[int, ...] = ()) -> Items:
 def run(encoder: FakeEncoder, items: Items, folder: Path, n_views: int = 0, seed: int = 0,
         skip_broken: bool = False) -> Features:  # fmt: skip
     cache = FeatureCache(folder)
-    return encode_files(encoder, items, cache, n_views, seed, batch_size=4, skip_broken=skip_broken)
+    return encode_files(
+        encoder, items, cache, Views(n_views, seed), batch_size=4, skip_broken=skip_broken
+    )
 
 
 def test_features_in_order_and_from_the_cache(tmp_path: Path) -> None:
@@ -111,7 +113,9 @@ def test_progress_counts_views(tmp_path: Path) -> None:
     items, calls = make_items(tmp_path, 5), list[tuple[int, int]]()
     cache = FeatureCache(tmp_path / "c")
     run(FakeEncoder(), items[:1], tmp_path / "c", n_views=2)
-    encode_files(FakeEncoder(), items, cache, 2, 0, 4, progress=lambda *done: calls.append(done))
+    encode_files(
+        FakeEncoder(), items, cache, Views(2), 4, progress=lambda *done: calls.append(done)
+    )
     assert calls == [(4, 10), (8, 10), (10, 10)] or calls[-1] == (10, 10)
 
 

@@ -40,6 +40,7 @@ def towers(table: F32, patches: Patches | None = None) -> ModelSpec:
         patches,
         lambda _: np.arange(2),
         lambda: np.zeros(0, np.int64),
+        n_images=60,
     )
 
 
@@ -157,20 +158,23 @@ def test_projections_are_drawn_as_published() -> None:
     assert text.size == 2000 * 5 * 40
     assert text.std() == pytest.approx(std / np.sqrt(2000), rel=0.01)
     assert abs(text.mean()) < 0.01 * std / np.sqrt(2000)
-    # A_V: mean(conv1) · values / dim, std(conv1) · √(values / dim), 5 tokens of 64.
+    # A_V: mean(conv1) · 3072 / dim, std(conv1) · √(3072 / dim), 5 tokens of 64.
     assert image.size == 2000 * 5 * 64
-    assert image.std() == pytest.approx(spread * np.sqrt(n_values / 2000), rel=0.01)
-    assert image.mean() == pytest.approx(mean * n_values / 2000, abs=5e-5)
-    assert mean * n_values / 2000 > 5e-5
+    assert image.std() == pytest.approx(spread * np.sqrt(3072 / 2000), rel=0.01)
+    assert image.mean() == pytest.approx(mean * 3072 / 2000, abs=7e-4)
     assert abs(np.corrcoef(text, image[: text.size])[0, 1]) < 0.01
     # The dimension of each part is its own.
     text, image = columns(BptVlmConfig(text_dim=500, vision_dim=125))
     assert text.std() == pytest.approx(std / np.sqrt(500), rel=0.02)
-    assert image.std() == pytest.approx(spread * np.sqrt(n_values / 125), rel=0.02)
+    assert image.std() == pytest.approx(spread * np.sqrt(3072 / 125), rel=0.02)
     (alone,) = columns(BptVlmConfig(part="text", text_dim=500))
     np.testing.assert_array_equal(alone, text)
     (alone,) = columns(BptVlmConfig(part="vision", vision_dim=125))
     np.testing.assert_array_equal(alone, image)
+    # By the model's own patches.
+    _, image = columns(BptVlmConfig(patch_values=None))
+    assert image.std() == pytest.approx(spread * np.sqrt(n_values / 2000), rel=0.01)
+    assert image.mean() == pytest.approx(mean * n_values / 2000, abs=9e-5)
 
     (text,) = columns(TextCmaConfig())
     assert text.std() == pytest.approx(std / np.sqrt(500), rel=0.02)

@@ -22,10 +22,35 @@ from ztune.data.cache import FeatureStore, key_of
 from ztune.data.split import Progress
 from ztune.errors import DataError, ImageSizeError
 from ztune.printing import broken_images
-from ztune.types import F32, U8, ImageEncoder
+from ztune.types import F32, LEAST_AREA, U8, ImageEncoder, RandomView
 
 _READERS = 2
 """Threads that read images while the encoder works."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of each image."""
+
+    n: int = 0
+    """Random ones; 0: the centre crop."""
+    seed: int = 0
+    least_area: float = LEAST_AREA
+    """The smallest share of an image's area in a random crop."""
+
+    def __len__(self) -> int:
+        return max(1, self.n)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """All but the number, for cache keys."""
+        if self.n == 0:
+            return ("centre",)
+        area = () if self.least_area == LEAST_AREA else (f"area {self.least_area}",)
+        return ("random", str(self.seed), *area)
+
+
+CENTRE = Views()
 
 
 @dataclass(frozen=True)
@@ -56,8 +81,7 @@ def encode_files(
     encoder: ImageEncoder,
     items: Sequence[tuple[Path, str]],
     cache: FeatureStore,
-    n_views: int = 0,
-    seed: int = 0,
+    views: Views = CENTRE,
     batch_size: int = 8,
     at_once: int = 1,
     progress: Progress | None = None,
@@ -65,30 +89,26 @@ def encode_files(
 ) -> Features:
     """Return the features of images given as (file, SHA-256 of its content).
 
-    With `n_views` of 0 the only view is the centre crop, else there are `n_views` random views,
-    drawn with `seed`. The encoder gets `at_once` batches per call, which hides a server's latency
-    and does not change features. `progress` counts views. `encoder.read` is called from several
-    threads.
+    The encoder gets `at_once` batches per call, which hides a server's latency and does not change
+    features. `progress` counts views. `encoder.read` is called from several threads.
 
     Raises: DataError naming all images that cannot be read, unless `skip_broken` (then when none
         can), or an image with features that are not finite.
     """
-    kind = ("centre",) if n_views == 0 else ("random", str(seed))
-    views = range(max(1, n_views))
     # The batch size is part of the key: it may change the last bits.
-    identity = (encoder.identity, f"batch {batch_size}", *kind)
+    identity = (encoder.identity, f"batch {batch_size}", *views.kind)
     log = cache.log(*identity)
     known = log.read()
-    keys = [[key_of(*identity, str(view), digest) for view in views] for _, digest in items]
+    keys = [
+        [key_of(*identity, str(view), digest) for view in range(len(views))] for _, digest in items
+    ]
     n_views_all, n_encoded = len(items) * len(views), 0
     broken: dict[str, str] = {}
 
     def read(job: _Job) -> tuple[_Job, U8 | DataError]:
         try:
-            views = [
-                read_view(encoder, job.path, job.sha256, view, n_views, seed) for view in job.views
-            ]
-            return job, np.stack(views)
+            pixels = [read_view(encoder, job.path, job.sha256, view, views) for view in job.views]
+            return job, np.stack(pixels)
         except DataError as error:
             return job, error
 
@@ -135,17 +155,16 @@ def encode_files(
     if not kept.any():
         raise DataError(f"none of {len(items)} image(s) can be read")
     rows = [row for row, keep in zip(keys, kept, strict=True) if keep]
-    values = np.stack([np.stack([known[row[view]] for row in rows]) for view in views])
+    values = np.stack([np.stack([known[row[view]] for row in rows]) for view in range(len(views))])
     return Features(values, kept, n_encoded)
 
 
-def read_view(
-    encoder: ImageEncoder, path: Path, sha256: str, view: int, n_views: int, seed: int
-) -> U8:
-    """Return u8[S, S, 3]: view `view` of `n_views` random ones; the centre crop for 0."""
-    if n_views == 0:
+def read_view(encoder: ImageEncoder, path: Path, sha256: str, view: int, views: Views) -> U8:
+    """Return u8[S, S, 3]: view number `view` of `views`."""
+    if views.n == 0:
         return encoder.read(path, None)
-    return encoder.read(path, np.random.default_rng([seed, view, int(sha256, 16)]))
+    rng = np.random.default_rng([views.seed, view, int(sha256, 16)])
+    return encoder.read(path, RandomView(rng, views.least_area))
 
 
 def _missing(

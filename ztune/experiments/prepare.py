@@ -42,7 +42,7 @@ from ztune.methods.registry import find_method, method_config, settings_of_resul
 from ztune.printing import first_few
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
-from ztune.types import Json
+from ztune.types import LEAST_AREA, Json
 
 RECIPE = 3
 """Part of every key: incremented when the same plan would give other figures."""
@@ -388,6 +388,8 @@ def _run_key_values(run_config: RunConfig, bundle: Bundle, split: Split) -> dict
     values = {name: document[name] for name in _RELEVANT}
     if isinstance(find_method(run_config.method), HeadMethod):
         del values["queries"]  # heads spend none
+    if run_config.augment and run_config.views.least_area != LEAST_AREA:
+        values["least_area"] = run_config.views.least_area
     if package := package_of(run_config.method):
         values["package"] = package
     entries: list[Json] = [[one.sha256, one.label, one.role] for one in split.entries]

@@ -22,6 +22,7 @@ from ztune.methods.base import (
     Preset,
     TunedConfig,
     TunedMethod,
+    batches_of_epoch,
 )
 from ztune.optim.rgf import Rgf, RgfConfig
 
@@ -32,11 +33,13 @@ class BarConfig(RgfConfig, TunedConfig):
 
     focal_gamma: float = 2.0
     batch_size: int | None = 128
+    decay_epochs: int | None = 900
+    """Epochs over which the step size decays, 0.9 of the published 1,000; None: the budget."""
     program = "border"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 1, "batch_size")
+        require(self, 1, "batch_size", "decay_epochs")
         require(self, 0, "focal_gamma")
 
     @property
@@ -51,7 +54,10 @@ class BarConfig(RgfConfig, TunedConfig):
         prompt_map = Pixels((3, spec.image_size, spec.image_size))
         start = np.random.default_rng([seed, INITIAL]).standard_normal(prompt_map.dim)
         rng = np.random.default_rng([seed, STEPS])
-        return prompt_map, Rgf(self, start, queries // self.step_queries(), rng)
+        n_steps = queries // self.step_queries()
+        if self.decay_epochs is not None:
+            n_steps = self.decay_epochs * batches_of_epoch(spec.n_images, self.batch_size)
+        return prompt_map, Rgf(self, start, n_steps, rng)
 
 
 METHOD = TunedMethod(

@@ -11,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from ztune.capabilities import CONTEXTS, LOSS
 from ztune.errors import ConfigError
 from ztune.heads import Fitted, Shots
 from ztune.io.config import require
+from ztune.optim.cma import KEEPS as CMA_KEEPS
 from ztune.optim.cma import Cma, CmaConfig, check_reach, default_population, own_seconds
-from ztune.types import F32, F64, I64, Json, Optimizer, PromptMap
+from ztune.optim.epochs import KEEPS, Epochs
+from ztune.types import F32, F64, I64, LEAST_AREA, Json, Optimizer, PromptMap
 
 Composition = tuple[PromptMap, Optimizer]
 # Streams of a run's seed; 3 draws batches, 4 the signal's probes.
@@ -43,7 +45,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The properties of a model that a method may use before its first query."""
+    """The properties of model and images that a method may use before its first query."""
 
     text_width: int
     token_table: F32
@@ -58,6 +60,8 @@ class ModelSpec:
     """The ids i64[m] of a text's tokens, rows of the table."""
     words: Callable[[], I64]
     """The sorted ids i64[v] of text tokens; a vocabulary starts with frequent ones."""
+    n_images: int
+    """Training images."""
 
     @property
     def token_std(self) -> float:
@@ -153,6 +157,10 @@ class TunedConfig(Protocol):
     def step_queries(self) -> int:
         """Return the queries of the first step, the minimum budget."""
 
+    def least_queries(self, n_images: int) -> int:
+        """Return the minimum budget with `n_images` training images."""
+        return self.step_queries()
+
     def spends(self, queries: int) -> int:
         """Return the part of a budget that the method uses at most."""
         return queries
@@ -190,19 +198,25 @@ class TextStart(TunedConfig):
         return (self.init_std * noise).astype(np.float32)
 
 
+def batches_of_epoch(n_images: int, batch_size: int | None) -> int:
+    """Return the batches of an epoch, whose incomplete last one is dropped."""
+    return max(1, n_images // (batch_size or n_images))
+
+
 @dataclass(frozen=True)
 class Generations(CmaConfig, TunedConfig):
     """CMA-ES: every round is a generation of candidates."""
 
     batch_size: int | None = None
+    """A candidate is evaluated on every batch of an epoch, a query each; None: all at once."""
+    most_candidates: int | None = None
+    """Candidates after which a run ends; None: the budget decides."""
+
+    _keeps: ClassVar[tuple[str, ...]] = KEEPS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 1, "batch_size")
-        if self.keep == "best" and self.batch_size is not None:
-            raise ConfigError(
-                "keep=best compares losses over all images: leave out batch_size, or set keep=mean"
-            )
+        require(self, 1, "batch_size", "most_candidates")
 
     @property
     @abstractmethod
@@ -220,6 +234,10 @@ class Generations(CmaConfig, TunedConfig):
     def step_queries(self) -> int:
         return self.round_size
 
+    def least_queries(self, n_images: int) -> int:
+        """Return the queries of one candidate, or of a generation on one batch if more."""
+        return max(self.round_size, batches_of_epoch(n_images, self.batch_size))
+
     def own_seconds(self, queries: int) -> float:
         size = self.round_size
         return own_seconds(self.covariance, self.n_values, size, queries // size)
@@ -229,8 +247,16 @@ class Generations(CmaConfig, TunedConfig):
         size = self.round_size
         check_reach(self.covariance, self.n_values, size, queries // size)
 
-    def cma(self, start: F64, seed: int) -> Cma:
-        return Cma(self, start, np.random.default_rng([seed, STEPS]))
+    def optimizer(self, start: F64, n_images: int, queries: int, seed: int) -> Optimizer:
+        """Return CMA-ES at its start; with batches, on whole epochs."""
+        rng = np.random.default_rng([seed, STEPS])
+        if self.batch_size is None and self.most_candidates is None and self.keep in CMA_KEEPS:
+            return Cma(self, start, rng)
+        n_batches = batches_of_epoch(n_images, self.batch_size)
+        affordable = queries // n_batches
+        most = min(affordable, self.most_candidates or affordable)
+        inner = CmaConfig(self.population, self.sigma, self.covariance, "mean", self.bound)
+        return Epochs(Cma(inner, start, rng), n_batches, most, self.keep)
 
 
 @dataclass(frozen=True)
@@ -241,6 +267,8 @@ class Preset:
     """The settings that differ from the defaults."""
     views: int = 0
     """Cached random views per training image; 0: the centre crop."""
+    least_area: float = LEAST_AREA
+    """The smallest share of an image's area in a random view."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ztune.capabilities import CONTEXTS, IMAGE_TOKENS, LOSS, PIXELS
 from ztune.errors import ConfigError
 from ztune.io.config import require
 from ztune.maps import LinearContext, require_room
-from ztune.methods.base import MAP, Composition, Generations, ModelSpec, TunedMethod
+from ztune.methods.base import MAP, Composition, Generations, ModelSpec, Preset, TunedMethod
 from ztune.types import F64, PromptMap, Prompts
 
 
@@ -64,6 +64,9 @@ class BptVlmConfig(Generations):
     """Extra image tokens, after the patches."""
     text_dim: int = 2000
     vision_dim: int = 2000
+    patch_values: int | None = 3072
+    """Values of a patch in the scale of the image projection, those of a ViT-B/32 whatever the
+    model; None: the model's own."""
     population: int | None = 15
     covariance: str = "separable"
     """The full covariance takes minutes per generation at 4,000 values."""
@@ -72,7 +75,7 @@ class BptVlmConfig(Generations):
         super().__post_init__()
         if self.part not in ("text", "vision", "both"):
             raise ConfigError(f'part is "{self.part}", expected text, vision or both')
-        require(self, 1, "n_context", "n_tokens", "text_dim", "vision_dim")
+        require(self, 1, "n_context", "n_tokens", "text_dim", "vision_dim", "patch_values")
         if self.n_tokens > MOST_TOKENS:
             raise ConfigError(f"n_tokens is {self.n_tokens}, expected at most {MOST_TOKENS}")
 
@@ -105,12 +108,13 @@ class BptVlmConfig(Generations):
                 raise ConfigError(
                     "the image tower takes no extra tokens (export it with `image_tokens`)"
                 )
-            ratio = patches.n_values / self.vision_dim
+            ratio = (self.patch_values or patches.n_values) / self.vision_dim
             mean, std = patches.mean * ratio, patches.std * np.sqrt(ratio)
             width = patches.width
             maps.append(LinearTokens(self.n_tokens, width, self.vision_dim, mean, std, image))
         prompt_map = TextAndImage(*maps) if len(maps) == 2 else maps[0]
-        return prompt_map, self.cma(np.zeros(prompt_map.dim), seed)
+        start = np.zeros(prompt_map.dim)
+        return prompt_map, self.optimizer(start, spec.n_images, queries, seed)
 
 
 METHOD = TunedMethod(
@@ -118,4 +122,10 @@ METHOD = TunedMethod(
     title="CMA-ES on projected contexts and image tokens",
     paper="BPT-VLM, IJCAI 2023, with the settings of its comparison in ZIP",
     config=BptVlmConfig,
+    # At most 1,000 epochs of one candidate, and their last generation to its end.
+    presets={
+        "published": Preset(
+            {"batch_size": 128, "keep": "running", "most_candidates": 1005}, views=16
+        )
+    },
 )

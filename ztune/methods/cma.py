@@ -36,7 +36,7 @@ class TextCmaConfig(Generations, TextStart):
         std = spec.token_std / np.sqrt(self.intrinsic_dim)
         rng = np.random.default_rng([seed, MAP])
         prompt_map = LinearContext(self.initial(spec, seed), self.intrinsic_dim, std, rng)
-        return prompt_map, self.cma(prompt_map.start(), seed)
+        return prompt_map, self.optimizer(prompt_map.start(), spec.n_images, queries, seed)
 
 
 METHOD = TunedMethod(

@@ -20,7 +20,7 @@ from ztune.heads import (
     grid_values,
     require_positive,
 )
-from ztune.methods.base import HeadMethod
+from ztune.methods.base import HeadMethod, Preset
 from ztune.types import F32, F64, I64
 
 ALPHAS = tuple(float(a) for a in np.logspace(-4, 2, 7))
@@ -82,4 +82,5 @@ METHOD = HeadMethod(
     paper="Wang et al., ICLR 2024",
     config=GdaConfig,
     fit=fit_gda,
+    presets={"published": Preset(views=10, least_area=0.5)},
 )

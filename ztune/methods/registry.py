@@ -33,8 +33,9 @@ from ztune.methods.base import Method, Preset, TunedConfig, TunedMethod
 from ztune.methods.plugins import entry_points, load, package_of
 from ztune.types import Json
 
-PRESETS = ("default", "published", "tuned")
-"""default: the published optimizer on centre crops. published: also the published random crops.
+PRESETS = ("default", "published", "published-code", "tuned")
+"""default: the published optimizer on centre crops. published: also the published random crops and
+counts. published-code: the published code where it differs from the paper, else as published.
 tuned: settings that were better in ztune's measurements, if any (docs/methods.md)."""
 
 METHODS: dict[str, Method] = {
@@ -84,6 +85,8 @@ def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
 
 def preset_of(method: Method, name: str) -> Preset:
     """Return what a preset changes."""
+    if name == "published-code" and name not in method.presets:
+        name = "published"
     return method.presets.get(name, Preset())
 
 

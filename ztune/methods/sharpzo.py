@@ -14,6 +14,7 @@ images: calls have bounded memory, and a run can be saved between them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,8 @@ class SharpZoConfig(TextStart):
     population: int = 40
     sigma: float = 0.4
     """σ of the warm-up's CMA-ES, 0.1 to 1 in the paper."""
-    bound: float = 5.0
-    """Candidates of the warm-up stay in [−bound, bound]^δ before they are perturbed."""
+    bound: float | None = 5.0
+    """Candidates of the warm-up stay in [−bound, bound]^δ before they are perturbed; None: free."""
     radius: float = 0.1
     """ρ: the length of the perturbation towards higher losses."""
     smoothing: float = 1e-3
@@ -55,21 +56,34 @@ class SharpZoConfig(TextStart):
     """The minimum gain in validation accuracy."""
     step_size: float = 1e-3
     """η of the sparse steps."""
-    prune_every: int = 200
-    """K: sparse steps between prunings."""
+    prune_every: int | None = 200
+    """K: sparse steps between prunings; None: no pruning, and no differences for it."""
     keep_fraction: float = 0.5
     """Fraction of coordinates kept by a pruning."""
+    differences_at: str = "mean"
+    """Where the warm-up measures differences and ends: at the `mean` of CMA-ES, or, as in the
+    published code, at the mean of a `population` that is drawn and not evaluated."""
+    copies: int = 1
+    """Copies of the point whose mean counts, 40 in the published code: ρ, and the random directions
+    of the later steps, shrink by √copies."""
+    sum_steps: bool = False
+    """Later steps follow the sum of the warm-up's last g and all estimates since, as in the
+    published code, which never resets it."""
     probes_per_call: int = 32
     """Points of coordinate-wise differences in one proposal; even."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 1, "intrinsic_dim", "warmup_patience", "prune_every")
+        require(self, 1, "intrinsic_dim", "warmup_patience", "prune_every", "copies")
         require(self, 0, "projection_std", "sigma", "bound", "smoothing", "step_size", above=True)
         require(self, 0, "radius", "warmup_steps", "warmup_gain")
         require(self, 4, "population")
         if not 0 < self.keep_fraction <= 1:
             raise ConfigError(f"keep_fraction is {self.keep_fraction}, expected in (0, 1]")
+        if self.differences_at not in ("mean", "population"):
+            raise ConfigError(
+                f'differences_at is "{self.differences_at}", expected mean or population'
+            )
         if self.probes_per_call < 2 or self.probes_per_call % 2:
             raise ConfigError(
                 f"probes_per_call is {self.probes_per_call}, expected an even number of at least 2"
@@ -136,6 +150,7 @@ class SharpZo(Optimizer):
         self._n_slopes = 0
         self._kept = np.ones(dim)
         self._direction = np.zeros(dim)  # u
+        self._sum = np.zeros(dim)  # with sum_steps
         self._step = 0  # of the stage
         self._purpose = _DIFFERENCES
         if config.warmup_steps == 0:
@@ -167,8 +182,8 @@ class SharpZo(Optimizer):
         if self._purpose == _VALIDATION:
             return Proposal(self.recommend()[None], validation=True)
         if self._cma is not None:
-            sharpest = self._config.radius * unit(self._slopes)  # ε*
-            points = self._cma.ask().points + sharpest
+            radius = self._config.radius / math.sqrt(self._config.copies)
+            points = self._cma.ask().points + radius * unit(self._slopes)  # ε*
             return Proposal(points, same_batch=True, mid_step=True)
         move = self._config.smoothing * self._direction
         return Proposal(np.stack([self._point + move, self._point - move]))
@@ -205,12 +220,15 @@ class SharpZo(Optimizer):
 
     def _begin_pair(self) -> None:
         self._purpose = _PAIR
-        self._direction = self._kept * self._rng.standard_normal(len(self._point))
+        u = self._rng.standard_normal(len(self._point)) / math.sqrt(self._config.copies)
+        self._direction = self._kept * u
 
     def _take_population(self, evaluation: Evaluation) -> None:
         assert self._cma is not None
         self._cma.tell(evaluation)
         self._point = self._cma.recommend()
+        if self._config.differences_at == "population":
+            self._point = self._cma.draw().mean(axis=0)
         self._step += 1
         if self._patience is not None:
             self._purpose = _VALIDATION
@@ -232,17 +250,25 @@ class SharpZo(Optimizer):
     def _end_warmup(self) -> None:
         self._cma = None
         self._step = 0
-        self._begin_differences()
+        if self._config.sum_steps:
+            self._sum = self._slopes.copy()
+        self._resume_steps(prune=True)
+
+    def _resume_steps(self, *, prune: bool) -> None:
+        if prune and self._config.prune_every is not None:
+            self._begin_differences()
+        else:
+            self._begin_pair()
 
     def _take_pair(self, losses: F64) -> None:
         c = self._config
         difference = float(losses[0] - losses[1]) / (2 * c.smoothing)
-        self._point = self._point - c.step_size * difference * self._direction
+        estimate = difference * self._direction
+        if c.sum_steps:
+            self._sum = estimate = self._sum + estimate
+        self._point = self._point - c.step_size * estimate
         self._step += 1
-        if self._step % c.prune_every == 0:
-            self._begin_differences()
-        else:
-            self._begin_pair()
+        self._resume_steps(prune=c.prune_every is not None and self._step % c.prune_every == 0)
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         """Return rounds of coordinate-wise pairs, which have the smallest differences."""
@@ -262,6 +288,8 @@ class SharpZo(Optimizer):
             "kept": self._kept.copy(),
             "direction": self._direction.copy(),
         }
+        if self._config.sum_steps:
+            arrays["sum"] = self._sum.copy()
         values: dict[str, Json] = {
             "n_slopes": self._n_slopes,
             "step": self._step,
@@ -289,6 +317,8 @@ class SharpZo(Optimizer):
         self._point, self._slopes = saved.f64("point", dim), saved.f64("slopes", dim)
         self._kept, self._direction = saved.f64("kept", dim), saved.f64("direction", dim)
         saved.require(bool(np.isin(self._kept, (0, 1)).all()), "kept", "zeros and ones")
+        if self._config.sum_steps:
+            self._sum = saved.f64("sum", dim)
         self._step = saved.count("step")
         self._purpose = saved.choice("purpose", purposes)
         most = dim - 1 if self._purpose == _DIFFERENCES else dim
@@ -331,5 +361,18 @@ METHOD = TunedMethod(
     title="sharpness-aware CMA-ES, then sparse zeroth-order steps on a projected context",
     paper="SharpZO, NeurIPS 2025 (arXiv 2506.20990)",
     config=SharpZoConfig,
-    presets={"tuned": Preset({"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01})},
+    presets={
+        # The published script and its logged run, which prune nothing.
+        "published-code": Preset(
+            {
+                "prune_every": None,
+                "differences_at": "population",
+                "copies": 40,
+                "sum_steps": True,
+            },
+            views=1,
+            least_area=0.5,
+        ),
+        "tuned": Preset({"warmup_steps": 1, "prune_every": 2000, "step_size": 0.01}),
+    },
 )

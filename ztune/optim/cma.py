@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class CmaConfig:
     bound: float | None = None
     """Candidates stay in [−bound, bound]^n."""
 
+    _keeps: ClassVar[tuple[str, ...]] = KEEPS
+
     def __post_init__(self) -> None:
         # Three leave one parent, with a rank-μ rate (58) of zero.
         require(self, 4, "population")
@@ -60,8 +63,8 @@ class CmaConfig:
             raise ConfigError(
                 f'covariance is "{self.covariance}", expected one of {", ".join(COVARIANCES)}'
             )
-        if self.keep not in KEEPS:
-            raise ConfigError(f'keep is "{self.keep}", expected one of {", ".join(KEEPS)}')
+        if self.keep not in self._keeps:
+            raise ConfigError(f'keep is "{self.keep}", expected one of {", ".join(self._keeps)}')
 
     def queries_per_step(self, dim: int) -> int:
         """Return λ."""
@@ -216,6 +219,10 @@ class Cma(Optimizer):
                 if np.abs(x).max() <= bound:
                     break
         return points.clip(-bound, bound)
+
+    def draw(self) -> F64:
+        """Return another population f64[λ, n], which is not evaluated."""
+        return self._sample()
 
     def ask(self) -> Proposal:
         return Proposal(points=self._points.copy())

@@ -51,7 +51,7 @@ class RgfConfig:
 class Rgf(Optimizer):
     """w ← w − η_t ĝ with ĝ = (δ/n) Σ_i u_i (L(w + β u_i) − L(w)) / β, ‖u_i‖ = 1.
 
-    η_t = (η_0 − η_T) (1 − t/T)^power + η_T, and η_T from T = n_steps on.
+    η_t = (η_0 − η_T) (1 − t/T)^power + η_T with t from 1, and η_T from T = n_steps on.
     """
 
     def __init__(self, config: RgfConfig, start: F64, n_steps: int, rng: np.random.Generator):
@@ -60,7 +60,7 @@ class Rgf(Optimizer):
         self._config = config
         self._point = start.astype(np.float64)
         self._n_steps = n_steps
-        self._step = 0  # t
+        self._step = 0  # t − 1
         self._rng = rng
         self._advance()
 
@@ -79,7 +79,7 @@ class Rgf(Optimizer):
     @property
     def _step_size(self) -> float:
         c = self._config
-        left = max(0.0, 1 - self._step / self._n_steps)
+        left = max(0.0, 1 - (self._step + 1) / self._n_steps)
         return float((c.step_size - c.last_step_size) * left**c.step_power + c.last_step_size)
 
     def ask(self) -> Proposal:

@@ -88,7 +88,7 @@ def test_what_a_build_must_give() -> None:
     table: F32 = np.zeros((9, 4), np.float32)
     spec = ModelSpec(
         4, table, lambda _: table[:2], 8, lambda g: g.random(3), None,
-        lambda _: np.arange(2), lambda: np.arange(9),
+        lambda _: np.arange(2), lambda: np.arange(9), 60,
     )  # fmt: skip
     parts: Any = build_method(ZipConfig(), spec, 100, 1)
     context = DirectContext(table[:2])

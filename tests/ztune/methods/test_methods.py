@@ -77,6 +77,7 @@ def towers(patches: Patches | None = PATCHES) -> ModelSpec:
         patches=patches,
         ids_of_words=lambda words: np.arange(len(words.split())),
         words=lambda: WORDS,
+        n_images=len(LABELS),
     )
 
 
@@ -241,7 +242,7 @@ def test_dimensions_as_published() -> None:
     published = ModelSpec(
         D, towers().token_table, lambda _: np.zeros((1, D), np.float32), 224,
         lambda rng: decoder.initial_values(768, 224, rng), None,
-        lambda _: np.zeros(1, np.int64), lambda: WORDS,
+        lambda _: np.zeros(1, np.int64), lambda: WORDS, len(LABELS),
     )  # fmt: skip
     assert dim(BarConfig(), published) == 150_528
     assert dim(BlackVipConfig(), published) == 9_920
@@ -272,7 +273,7 @@ def test_dimensions_as_published() -> None:
             {
                 "population": 15, "sigma": 1.0, "n_context": 5, "n_tokens": 5, "text_dim": 2000,
                 "vision_dim": 2000, "covariance": "separable", "keep": "best", "batch_size": None,
-                "part": "both",
+                "part": "both", "patch_values": 3072, "most_candidates": None,
             },
         ),
         (
@@ -280,6 +281,7 @@ def test_dimensions_as_published() -> None:
             {
                 "focal_gamma": 2.0, "n_directions": 5, "perturbation": 0.01, "step_size": 10.0,
                 "last_step_size": 0.1, "step_power": 0.9, "batch_size": 128,
+                "decay_epochs": 900,
             },
         ),
         (
@@ -333,9 +335,9 @@ def test_a_border_starts_from_a_normal_distribution_and_a_text_from_its_words() 
 
 
 def test_decaying_steps_know_the_budget() -> None:
-    # At its last step the step size has come down to what it is to end with.
+    # After its last step the step size has come down to what it is to end with.
     for n_queries in (60, 600):
-        config = BarConfig(step_size=5.0, last_step_size=0.5)
+        config = BarConfig(step_size=5.0, last_step_size=0.5, decay_epochs=None)
         _, optimizer = config.build(towers(), n_queries, 1)
         for _ in range(n_queries // config.step_queries()):
             answer(optimizer, optimizer.ask().points)
@@ -348,7 +350,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ("zip", "rank", 0), ("zip", "intrinsic_dim", 0), ("zip", "n_context", 0),
         ("zip", "batch_size", 0), ("zip", "n_pairs", 0), ("cma", "intrinsic_dim", 0),
         ("cma", "population", 3), ("cma", "covariance", "round"), ("bptvlm", "part", "image"),
-        ("bptvlm", "n_tokens", 0), ("bptvlm", "text_dim", 0), ("bptvlm", "vision_dim", 0),
+        ("bptvlm", "n_tokens", 0), ("bptvlm", "patch_values", 0), ("bptvlm", "most_candidates", 0),
+        ("bptvlm", "keep", "first"), ("cma", "bound", 0.0), ("bar", "decay_epochs", 0),
+        ("sharpzo", "bound", 0.0), ("sharpzo", "bound", -5.0), ("sharpzo", "prune_every", 0),
+        ("sharpzo", "copies", 0), ("sharpzo", "differences_at", "best"),
+        ("bptvlm", "text_dim", 0), ("bptvlm", "vision_dim", 0),
         ("sharpzo", "projection_std", 0.0), ("sharpzo", "intrinsic_dim", 0),
         ("blackvip", "batch_size", 0), ("blackvip", "momentum", 1.0), ("bar", "focal_gamma", -1.0),
         ("bar", "n_directions", 0), ("rgf", "perturbation", 0.0), ("spsa", "step_size", 0.0),

@@ -235,3 +235,64 @@ def test_impossible_settings_are_refused() -> None:
     }.items():
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             SharpZoConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_published_code_agrees_with_a_transcription_on_40_copies() -> None:
+    """The code moves 40 copies of the point, whose mean is evaluated: here a loop over them."""
+    dim, population, mu, eta, copies = 4, 6, 1e-3, 1e-3, 40
+    config = SharpZoConfig(
+        population=population, sigma=0.4, warmup_steps=2, prune_every=None, copies=copies,
+        differences_at="population", sum_steps=True, probes_per_call=8,
+    )  # fmt: skip
+    sharp = SharpZo(config, np.zeros(dim), np.random.default_rng(7))
+    seed = int(np.random.default_rng(7).integers(2**63))
+    own = CmaConfig(population, 0.4, "full", "mean", 5.0)
+    cma = Cma(own, np.zeros(dim), np.random.default_rng(seed))
+    centre, g = np.zeros(dim), np.zeros(dim)
+    for _ in range(2):
+        assert len(sharp.ask().points) == 2 * dim
+        sharp.tell(evaluation(bowl(sharp.ask().points)))
+        for j in range(dim):
+            move = np.zeros(dim)
+            move[j] = mu
+            g[j] = (bowl((centre + move)[None])[0] - bowl((centre - move)[None])[0]) / (2 * mu)
+        # Rows of equal differences, scaled to a norm of 0.1 together; then their mean.
+        rows = np.tile(g, (copies, 1))
+        shift = (0.1 * rows / np.linalg.norm(rows)).mean(axis=0)
+        np.testing.assert_allclose(sharp.ask().points, cma.ask().points + shift, rtol=1e-12)
+        sharp.tell(evaluation(bowl(sharp.ask().points)))
+        cma.tell(evaluation(bowl(cma.ask().points + shift)))
+        centre = cma.draw().mean(axis=0)  # of a population that nothing evaluates
+        np.testing.assert_array_equal(sharp.recommend(), centre)
+    total = g.copy()
+    for _ in range(5):
+        plus, minus = sharp.ask().points
+        z = (plus - minus) / (2 * mu)  # the mean of 40 directions
+        total = total + (bowl(plus[None])[0] - bowl(minus[None])[0]) / (2 * mu) * z
+        centre = centre - eta * total
+        sharp.tell(evaluation(bowl(np.stack([plus, minus]))))
+        np.testing.assert_allclose(sharp.recommend(), centre, rtol=0, atol=1e-11)
+    lengths = []
+    for _ in range(400):
+        plus, minus = sharp.ask().points
+        lengths.append((((plus - minus) / (2 * mu)) ** 2).mean())
+        sharp.tell(evaluation(np.zeros(2)))
+    assert np.mean(lengths) == pytest.approx(1 / copies, rel=0.15)
+
+
+def test_without_a_bound_candidates_go_anywhere() -> None:
+    for bound, inside in ((None, False), (0.5, True)):
+        config = SharpZoConfig(population=4, sigma=1.0, bound=bound, radius=0.0)
+        sharp = SharpZo(config, np.zeros(3), np.random.default_rng(0))
+        sharp.tell(evaluation(bowl(sharp.ask().points)))
+        assert (np.abs(sharp.ask().points).max() <= 0.5) == inside
+
+
+def test_without_pruning_there_are_no_differences_after_the_warmup() -> None:
+    config = SharpZoConfig(population=4, warmup_steps=1, prune_every=None)
+    sharp = SharpZo(config, np.zeros(3), np.random.default_rng(0))
+    sizes = []
+    for _ in range(8):
+        sizes.append(len(sharp.ask().points))
+        sharp.tell(evaluation(bowl(sharp.ask().points)))
+    assert sizes == [6, 4] + [2] * 6

@@ -30,9 +30,9 @@ def test_update_agrees_with_a_transcription_of_the_formulas() -> None:
     dim, n, beta, n_steps = 6, 5, 0.01, 4
     rgf = make(n_steps=n_steps)
     rng = np.random.default_rng(11)
-    for t in range(7):
+    for t in range(1, 8):
         rate = 0.1
-        if t < n_steps:
+        if t < n_steps:  # t from 1
             rate += (10 - 0.1) * math.pow(1 - t / n_steps, 0.9)
         points = rgf.ask().points
         losses = rng.standard_normal(n + 1)
