@@ -107,11 +107,6 @@ class RunChecks:
                 f"{run_config.method} has no single point to validate and cross-validates its "
                 "weights: leave out `keep` and `patience`"
             )
-        if config.keeps_batch and run_config.augment:
-            raise ConfigError(
-                f"{run_config.method} uses the same images in all rounds, with one view each: "
-                "leave out `augment`"
-            )
         if (run_config.validates or config.validates) and not self.split.entries_of("val"):
             raise ConfigError(
                 "`keep=best`, `patience` and validated warm-ups need validation images (`val`)"

@@ -20,6 +20,7 @@ from ztune.methods.registry import (
     method_config,
     preset_of,
     tuned_config,
+    uses_views,
 )
 from ztune.types import Json
 
@@ -110,6 +111,11 @@ class RunConfig:
         method = find_method(self.method)
         config = method_config(method, self.settings, self.preset)
         tuned = tuned_config(method, config)
+        if self.augment and not uses_views(method, config):
+            raise ConfigError(
+                f"{self.method} uses the same images in all rounds, with one view each, or none: "
+                "leave out `augment`"
+            )
         if tuned is None:
             for name in ("keep", "patience", "snapshots"):
                 if getattr(self, name) != getattr(RunConfig, name):

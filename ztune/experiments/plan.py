@@ -12,6 +12,7 @@
 
     [data]
     caltech101 = {}                         # a named data set, below `root`
+    dtd = { settings = { sharpzo = { sigma = 0.2 } } }  # of a method that is tuned on it
     photos = { path = "../photos", template = "a photo of a {}." }
 
     [methods]
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class DataPlan:
     """Leave out images that cannot be read; else they are an error."""
     skip_conflicts: bool = False
     """Leave out images with two classes or roles; else they are an error."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings by method where it is tuned on this data set, below those of its entry."""
 
     def __post_init__(self) -> None:
         for template in self.templates or ():
@@ -78,6 +81,8 @@ class DataPlan:
                 "names applies only with path: a named data set has its class names (omit `names`)"
             )
         self.split_settings(1, 0)
+        for method, settings in self.settings.items():
+            assert method_config(find_method(method), settings) is not None
 
     @property
     def templates(self) -> tuple[str, ...] | None:
@@ -99,7 +104,7 @@ class DataPlan:
         changed = {
             key: value
             for key, value in fields.items()
-            if value != defaults[key] and key not in ("template", "skip_broken")
+            if value != defaults[key] and key not in ("template", "skip_broken", "settings")
         }
         return key_of({"path": self.path, "names": self.names, **changed})
 
@@ -140,6 +145,10 @@ class MethodPlan:
             listed = list(self.curve)
             raise ConfigError(f"curve is {listed}, expected a number, or query counts from 1 on")
         assert self.config is not None  # reports an invalid setting
+
+    def on(self, data: DataPlan) -> MethodPlan:
+        """Return the method as it is tuned on a data set."""
+        return replace(self, settings={**data.settings.get(self.uses, {}), **self.settings})
 
     @property
     def config(self) -> Any:

@@ -22,7 +22,7 @@ from ztune.data.splitter import Screening, digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.jobs import CellJob, Encoding, Job, ScoredPart, key_of_tested
-from ztune.experiments.plan import DataPlan, Draw, Found, MethodPlan, Plan
+from ztune.experiments.plan import DataPlan, Draw, Found, Plan
 from ztune.experiments.protocols import (
     TRANSFERS,
     Part,
@@ -318,7 +318,7 @@ class Preparation:
         jobs: dict[str, Job],
     ) -> str:
         """Add a cell to its job; return its key."""
-        run_config = self._run_config_for(cell, task, bundle, self.plan.methods[cell.method])
+        run_config = self._run_config_for(cell, task, bundle)
         run = key_of(_run_key_values(run_config, bundle, split))
         scored_on: list[Json] = [
             {"part": p.name, IMAGES_IN_KEYS: p.split_file.stem, "templates": list(p.templates)}
@@ -332,10 +332,9 @@ class Preparation:
             jobs[run] = Job(run, run_config, bundle.digest, split, (*earlier, scored), package)
         return key
 
-    def _run_config_for(
-        self, cell: Cell, task: Task, bundle: Bundle, method: MethodPlan
-    ) -> RunConfig:
+    def _run_config_for(self, cell: Cell, task: Task, bundle: Bundle) -> RunConfig:
         execution = self.plan.execution
+        method = self.plan.methods[cell.method].on(self.plan.data[cell.data])
         table = find_method(method.uses)
         tuned = tuned_config(table, method_config(table, method.settings, method.preset))
         # Without compared losses there is no signal check.
@@ -360,7 +359,9 @@ class Preparation:
             settings=absolute_paths(method.settings, self.plan.path.parent),
         )
         try:
-            run_config.check_method()  # reports a budget that is too small early
+            # Reports early what is impossible.
+            run_config.check_method()
+            run_config.check_budget(len(task.drawn.train))
         except ConfigError as error:
             raise ConfigError(f'method "{cell.method}" of the plan: {error}') from None
         return run_config

@@ -310,6 +310,8 @@ class HeadMethod:
     paper: str
     config: type[Any]
     fit: Callable[[Any, Shots, int], Fitted]
+    uses_images: bool = True
+    """Whether training images change the result."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """By name; one that is missing equals the defaults."""
 

@@ -29,7 +29,7 @@ from ztune.methods import (
     zero_shot,
 )
 from ztune.methods import zip as zip_method
-from ztune.methods.base import Method, Preset, TunedConfig, TunedMethod
+from ztune.methods.base import HeadMethod, Method, Preset, TunedConfig, TunedMethod
 from ztune.methods.plugins import entry_points, load, package_of
 from ztune.types import Json
 
@@ -128,6 +128,14 @@ def settings_of_result(method: Method, config: Any) -> dict[str, Json]:
                     f'extractor "{tuned.extractor}" cannot be read: {error.strerror or error}'
                 ) from None
     return settings
+
+
+def uses_views(method: Method, config: Any) -> bool:
+    """Return whether a configured method can use several views of an image."""
+    if isinstance(method, HeadMethod):
+        return method.uses_images
+    tuned = tuned_config(method, config)
+    return tuned is not None and not tuned.keeps_batch
 
 
 def needs_of(method: Method, config: Any) -> frozenset[str]:

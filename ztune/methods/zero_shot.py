@@ -27,4 +27,5 @@ METHOD = HeadMethod(
     paper="Radford et al., ICML 2021 (arXiv 2103.00020)",
     config=ZeroShotConfig,
     fit=fit_zero_shot,
+    uses_images=False,
 )
