@@ -2,8 +2,9 @@
 
 Source: Oh et al., "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", CVPR 2023.
 The feature and a tuned trigger form a latent f32[32, g, g]. Each of four blocks doubles its sides:
-a depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution, batch normalisation and
-GELU; a last transposed convolution makes the image. For small images, which the paper does not use,
+a depth-wise transposed convolution (kernel 2, stride 2), a 1x1 convolution (a transposed one in the
+published code, which starts it otherwise), batch normalisation and GELU; a last transposed
+convolution makes the image. For small images, which the paper does not use,
 the first of them have kernel and stride 1. All weights are one vector, in the order of
 `weight_shapes`, and an input of the graph: all candidates share a session.
 """
@@ -74,7 +75,11 @@ def n_values(extractor_dim: int, size: int) -> int:
 
 
 def initial_values(extractor_dim: int, size: int, rng: np.random.Generator) -> F64:
-    """Draw values f64[n] from torch's default initialisation; the trigger from U(0, 0.1)."""
+    """Draw values f64[n] from torch's default initialisation; the trigger from U(0, 0.1).
+
+    Torch draws weights and biases from U(±1/sqrt(fan-in)), and takes for the fan-in of a transposed
+    convolution, as all of these are, the outputs of a group times the kernel's area.
+    """
     drawn: list[F64] = []
     bound = 0.0
     for name, shape in weight_shapes(extractor_dim, size):
@@ -84,7 +89,9 @@ def initial_values(extractor_dim: int, size: int, rng: np.random.Generator) -> F
             drawn.append(np.full(shape, float(name.startswith("gain"))))
         else:
             if len(shape) == 4:  # a bias follows its weight and has the same bound
-                bound = 1 / math.sqrt(math.prod(shape[1:]))
+                # `mix` is stored with its outputs first, as an ordinary convolution.
+                fan_in = shape[0] if name.startswith("mix") else math.prod(shape[1:])
+                bound = 1 / math.sqrt(fan_in)
             drawn.append(rng.uniform(-bound, bound, shape))
     return np.concatenate([values.ravel() for values in drawn])
 

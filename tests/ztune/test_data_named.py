@@ -4,7 +4,9 @@ import io
 import json
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ztune.data.coop import Item, base_and_new, few_shot, read_split, write_spli
 from ztune.data.folders import read_dataset
 from ztune.data.library import NamedData, read_named
 from ztune.data.named import NAMED, find_spec
+from ztune.data.sources import read_source
 from ztune.errors import ConfigError, DataError
 from ztune.io.pixel_limit import VARIABLE
 
@@ -54,7 +57,7 @@ def test_a_data_set_is_read_from_its_own_files(tmp_path: Path, name: str) -> Non
     assert (again.split, again.root) == (data.split, data.root)
     if saved.exists():
         assert again.source == saved
-        assert read_split(saved) == data.split
+        assert read_split(saved) == replace(data.split, shuffled=())
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -98,7 +101,7 @@ def test_a_published_split_goes_before_all_else(tmp_path: Path, name: str) -> No
     folder, spec = built(tmp_path, name), NAMED[name]
     made = read_named(name, tmp_path)
     assert made.source is None or made.source.name in spec.splits
-    turned = type(made.split)(made.split.val, made.split.train, made.split.test)
+    turned = replace(made.split, train=made.split.val, val=made.split.train)
     write_split(folder / spec.splits[0], turned)
     data = read_named(name, tmp_path)
     assert data.source == folder / spec.splits[0]
@@ -158,6 +161,130 @@ def test_the_split_of_svhn_lacks_a_test_list(tmp_path: Path, file: str, below: s
     assert data.source == folder / file
     assert counts_of(data) == (10, 10, 40)
     assert data.split.train[2] == Item("train/2/00003.jpg", 2, "2")
+
+
+Paths = list[tuple[str, int]]
+
+
+def svhn_of_published_code(folder: Path, seed: int, shots: int) -> tuple[Paths, Paths]:
+    """Draw paths and labels of shots and validation images as ZIP's code does.
+
+    With split_SVHN.json or without, its one generator shuffles every class folder, first of train,
+    then of test; only then does it draw. Without the file it saves the shuffled lists in it. Here
+    folders are listed in the order of names.
+    """
+    generator = random.Random(seed)
+    lists: dict[str, Paths] = {"train": [], "val": []}
+    for label, digit in enumerate(sorted(path.name for path in (folder / "train").iterdir())):
+        files = sorted(p.name for p in (folder / "train" / digit).iterdir() if p.name[0] != ".")
+        tested = [p.name for p in (folder / "test" / digit).iterdir() if p.name[0] != "."]
+        generator.shuffle(files)
+        generator.shuffle(tested)
+        n_train, n_val = round(len(files) * 0.7), round(len(files) * (1 - 0.7))
+        lists["train"] += [(f"{digit}/{name}", label) for name in files[:n_train]]
+        lists["val"] += [(f"{digit}/{name}", label) for name in files[n_train : n_train + n_val]]
+    if (saved := folder / "split_SVHN.json").exists():
+        content = json.loads(saved.read_text())
+        lists = {part: [(path, label) for path, label, _ in content[part]] for part in lists}
+    else:
+        content = {part: [[*entry, entry[0][0]] for entry in own] for part, own in lists.items()}
+        saved.write_text(json.dumps(content))
+    drawn: dict[str, Paths] = {}
+    for part, n in (("train", shots), ("val", min(shots, 4))):
+        by_label = defaultdict(list)
+        for entry in lists[part]:
+            by_label[entry[1]].append(entry)
+        drawn[part] = [entry for own in by_label.values() for entry in generator.sample(own, n)]
+    return drawn["train"], drawn["val"]
+
+
+def uneven_svhn(folder: Path) -> None:
+    """Build class folders of 12 to 39 images, and files that are none."""
+    put(folder, (f"train/{d}/{n:05}.jpg" for d in range(10) for n in range(12 + 3 * d)))
+    put(folder, (f"test/{d}/{n:05}.jpg" for d in range(10) for n in range(3 + d)))
+    put(folder, ["train/3/.hidden.jpg", "test/4/.hidden.jpg"])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("file", NAMED["svhn"].splits)
+def test_shots_of_svhn_are_those_of_the_published_code(
+    tmp_path: Path, file: str, seed: int
+) -> None:
+    folder = tmp_path / "svhn"
+    uneven_svhn(folder)
+    lists = {
+        part: [
+            [f"{d}/{n:05}.jpg", d, str(d)] for n in numbers for d in (3, *range(3), *range(4, 10))
+        ]
+        for part, numbers in (("train", range(8)), ("val", range(8, 12)))
+    }
+    (folder / file).write_text(json.dumps(lists))
+    ours = few_shot(read_named("svhn", tmp_path).split, 3, seed)
+    (folder / file).rename(folder / "split_SVHN.json")  # the only name that it reads
+    train, val = svhn_of_published_code(folder, seed, 3)
+    assert [(i.path, i.label) for i in ours.train] == [(f"train/{p}", label) for p, label in train]
+    assert [(i.path, i.label) for i in ours.val] == [(f"train/{p}", label) for p, label in val]
+    assert ours.shuffled == ()
+    plain = few_shot(replace(read_named("svhn", tmp_path).split, shuffled=()), 3, seed)
+    assert plain.train != ours.train, "without the shuffles others are drawn"
+
+
+def test_without_a_split_file_svhn_is_divided_as_by_the_published_code(tmp_path: Path) -> None:
+    uneven_svhn(tmp_path / "a" / "svhn")
+    uneven_svhn(tmp_path / "b" / "svhn")
+    for seed in (1, 2, 3):  # the first one divides, and the others read what it saved
+        ours = few_shot(read_named("svhn", tmp_path / "a").split, 3, seed)
+        theirs = svhn_of_published_code(tmp_path / "b" / "svhn", seed, 3)
+        for part, own in zip((ours.train, ours.val), theirs, strict=True):
+            assert [(i.path, i.label) for i in part] == [(f"train/{p}", n) for p, n in own]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if n != "svhn" and TREES[n].counts[0]])
+def test_no_other_data_set_is_shuffled_before_shots_are_drawn(tmp_path: Path, name: str) -> None:
+    folder = built(tmp_path, name)
+    split = read_named(name, tmp_path).split
+    assert split.shuffled == ()
+    own = folder / NAMED[name].own_split
+    if own.exists() and NAMED[name].splits:  # as a published file
+        own.rename(folder / NAMED[name].splits[0])
+        assert read_named(name, tmp_path).split == split
+
+
+def test_split_svhn_goes_before_the_file_that_the_readme_hands_out(tmp_path: Path) -> None:
+    folder = tmp_path / "svhn"
+    uneven_svhn(folder)
+    for n, file in enumerate(NAMED["svhn"].splits):
+        lists = {
+            part: [[f"{d}/{k:05}.jpg", d, str(d)] for d in range(10)]
+            for part, k in (("train", n), ("val", 5 + n))
+        }
+        (folder / file).write_text(json.dumps(lists))
+    both = read_source("svhn", tmp_path).notes[0]
+    assert both == (
+        "SVHN's split was read from split_SVHN.json (split_mlai_SVHN.json was ignored, as in the "
+        "published code)"
+    )
+    assert read_named("svhn", tmp_path).split.train[0].path == "train/0/00000.jpg"
+    (folder / "split_SVHN.json").unlink()
+    one = read_source("svhn", tmp_path).notes[0]
+    assert one == "SVHN's split was read from split_mlai_SVHN.json"
+    assert read_named("svhn", tmp_path).split.train[0].path == "train/0/00001.jpg"
+    (folder / "split_mlai_SVHN.json").unlink()
+    assert "drawn by ztune" in read_source("svhn", tmp_path).notes[0]
+
+
+def test_a_file_among_the_test_folders_of_svhn_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "svhn"
+    uneven_svhn(folder)
+    entries = {
+        part: [[f"{d}/00000.jpg", d, str(d)] for d in range(10)] for part in ("train", "val")
+    }
+    (folder / "split_SVHN.json").write_text(json.dumps(entries))
+    (folder / "test" / "9").rename(folder / "nine")
+    assert read_named("svhn", tmp_path).split.shuffled[-4:] == (36, 11, 39, 0)
+    (folder / "test" / "9").touch()
+    with pytest.raises(DataError, match=r'folder ".*9" cannot be read: Not a directory'):
+        read_named("svhn", tmp_path)
 
 
 def test_names_are_found_however_they_are_written() -> None:

@@ -71,8 +71,8 @@ class CheckReport:
         spec = self.spec
         lines = [f"to get it: {spec.page}", f"  {spec.obtain}"]
         if spec.splits:
-            whose = "BlackVIP's README" if "mlai" in spec.splits[0] else "CoOp's DATASETS.md"
-            lines.append(f"  the published split is {spec.splits[0]}, from {whose}")
+            whose = "BlackVIP's README" if "mlai" in spec.splits[-1] else "CoOp's DATASETS.md"
+            lines.append(f"  the published split is {spec.splits[-1]}, from {whose}")
         return lines
 
     @property

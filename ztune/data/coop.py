@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ztune.data.manifests import SplitName, class_name, is_inside, is_utf8, read_text
@@ -46,6 +46,8 @@ class CoopSplit:
     train: tuple[Item, ...] = ()
     val: tuple[Item, ...] = ()
     test: tuple[Item, ...] = ()
+    shuffled: tuple[int, ...] = field(default=(), kw_only=True)
+    """Lengths of the lists that the published code shuffles before it draws shots: SVHN's only."""
 
     def of(self, role: SplitName) -> tuple[Item, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[role]
@@ -144,8 +146,9 @@ def few_shot(split: CoopSplit, shots: int, seed: int, n_val: int | None = None) 
 
     This draws as CoOp does: one generator, seeded once; a sample without replacement from each
     class of train in order of first appearance; then, with the same generator, from the classes of
-    val. A smaller class is taken whole, as in BlackVIP's copy of the sampler (an older version drew
-    with replacement).
+    val. Lists that the published code shuffles with this generator first are shuffled here too. A
+    smaller class is taken whole, as in BlackVIP's copy of the sampler (an older version drew with
+    replacement).
 
     Raises: ConfigError when shots or seed is out of range.
     """
@@ -154,6 +157,8 @@ def few_shot(split: CoopSplit, shots: int, seed: int, n_val: int | None = None) 
     if seed < 0:
         raise ConfigError(f"`seed` is {seed}, expected at least 0")
     generator = random.Random(seed)
+    for length in split.shuffled:
+        generator.shuffle([None] * length)  # what is drawn depends on the length only
     train = _sample(split.train, shots, generator)
     val = _sample(split.val, min(shots, MOST_VAL) if n_val is None else n_val, generator)
     return CoopSplit(train, val, split.test)

@@ -158,7 +158,7 @@ def data_folder(spec: Spec, root: Path) -> Path:
 def missing_files(spec: Spec, folder: Path) -> list[str]:
     """Return the files that a data set without a split file lacks."""
     wanted = [spec.images] if spec.images else []
-    wanted += [spec.splits[0]] if spec.make is None else spec.needs
+    wanted += [spec.splits[-1]] if spec.make is None else spec.needs
     absent = [name for name in wanted if not (folder / name).exists()]
     shared = (folder.parent / "imagenet" / "classnames.txt").exists()
     return [name for name in absent if name != "classnames.txt" or not shared]
@@ -167,12 +167,11 @@ def missing_files(spec: Spec, folder: Path) -> list[str]:
 def _rename_classes(spec: Spec, split: CoopSplit) -> CoopSplit:
     if not spec.renamed:
         return split
-    return CoopSplit(
-        *(
-            tuple(Item(i.path, i.label, spec.renamed.get(i.name, i.name)) for i in split.of(role))
-            for role in SPLITS
-        )
+    train, val, test = (
+        tuple(Item(i.path, i.label, spec.renamed.get(i.name, i.name)) for i in split.of(role))
+        for role in SPLITS
     )
+    return replace(split, train=train, val=val, test=test)
 
 
 def missing_images(data: NamedData) -> list[str]:

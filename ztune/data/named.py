@@ -46,7 +46,7 @@ class Spec:
     obtain: str
     """What to download there, and where to put it."""
     splits: tuple[str, ...] = ()
-    """Published split files, in order of preference."""
+    """Published split files, in order of preference; the last is the one that can be downloaded."""
     make: official.Maker | None = None
     """Makes a split from the official files; None: a split file is required."""
     needs: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Spec:
         images = f"from {self.page}: {self.obtain}"
         if self.make is not None:
             return images
-        return f"download {self.splits[0]}, linked in {_COOP_SPLITS}, into it; images {images}"
+        return f"download {self.splits[-1]}, linked in {_COOP_SPLITS}, into it; images {images}"
 
 
 def _key(name: str) -> str:
@@ -198,7 +198,7 @@ SPECS: tuple[Spec, ...] = (
         page="http://ufldl.stanford.edu/housenumbers/",
         obtain="save the cropped digits (format 2) of the page as images, train/DIGIT/*.jpg and "
         "test/DIGIT/*.jpg",
-        splits=("split_mlai_SVHN.json", "split_SVHN.json"),
+        splits=("split_SVHN.json", "split_mlai_SVHN.json"),
         make=official.svhn,
         needs=("train", "test"),
         lists=("train", "val"),

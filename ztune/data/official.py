@@ -94,23 +94,30 @@ def clevr(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
 
 
 def svhn(folder: Path, _images: Path, generator: random.Random) -> CoopSplit:
-    """Divide `train/0` ... `train/9` into 70 % train and 30 % val; `test/0` ... are the test."""
+    """Divide `train/0` ... `train/9` into 70 % train and 30 % val; `test/0` ... are the test.
+
+    Like the published code, this shuffles each class of train, then the same class of test.
+    """
     train: list[Item] = []
     val: list[Item] = []
     for label, name in enumerate(list_folders(folder / "train")):
         paths = _image_files(folder, f"train/{name}")
         generator.shuffle(paths)
+        generator.shuffle([None] * _n_visible(folder / "test" / name))
         n_train = round(len(paths) * SVHN_TRAIN)
         items = [Item(path, label, name) for path in paths]
         if not 0 < n_train < len(items):
             raise DataError(f'folder "{folder / "train" / name}": too few images for train and val')
         train += items[:n_train]
         val += items[n_train:]
-    return CoopSplit(tuple(train), tuple(val), _svhn_test(folder))
+    return CoopSplit(tuple(train), tuple(val), _svhn_test(folder), shuffled=_svhn_shuffled(folder))
 
 
 def complete_svhn(folder: Path, split: CoopSplit) -> CoopSplit:
-    """Complete BlackVIP's split: its paths are relative to `train`, and `test` is its test list."""
+    """Complete BlackVIP's split: its paths are relative to `train`, and `test` is its test list.
+
+    The published code reads it, and yet shuffles the files of all folders as without it.
+    """
 
     def below(items: tuple[Item, ...], part: str) -> tuple[Item, ...]:
         if not items or (folder / items[0].path).exists():
@@ -118,7 +125,26 @@ def complete_svhn(folder: Path, split: CoopSplit) -> CoopSplit:
         return tuple(Item(f"{part}/{i.path}", i.label, i.name) for i in items)
 
     test = below(split.test, "test") if split.test else _svhn_test(folder)
-    return CoopSplit(below(split.train, "train"), below(split.val, "train"), test)
+    train, val = below(split.train, "train"), below(split.val, "train")
+    return CoopSplit(train, val, test, shuffled=_svhn_shuffled(folder))
+
+
+def _svhn_shuffled(folder: Path) -> tuple[int, ...]:
+    """Return the numbers of files in train/0, test/0, train/1 ..., without hidden ones."""
+    if not (folder / "train").is_dir():
+        return ()
+    names = list_folders(folder / "train")
+    return tuple(_n_visible(folder / part / name) for name in names for part in ("train", "test"))
+
+
+def _n_visible(folder: Path) -> int:
+    """Return the number of files in a folder, without hidden ones; 0 if it does not exist."""
+    try:
+        return sum(not path.name.startswith(".") for path in folder.iterdir())
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise DataError(f'folder "{folder}" cannot be read: {error.strerror}') from None
 
 
 def _svhn_test(folder: Path) -> tuple[Item, ...]:

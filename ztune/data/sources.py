@@ -110,6 +110,11 @@ def _read_named(spec: Spec, root: Path, names: Path | None) -> NamedData:
 def _describe_deviations(data: NamedData) -> tuple[str, ...]:
     """Return how a named data set differs from what was published, one line each."""
     title, remarks = data.spec.title, []
+    if len(data.spec.splits) > 1 and data.source is not None and data.has_published_lists:
+        others = [n for n in data.spec.splits if n != data.source.name]
+        found = [name for name in others if data.source.with_name(name).exists()]
+        more = f" ({', '.join(found)} was ignored, as in the published code)" if found else ""
+        remarks.append(f"{title}'s split was read from {data.source.name}{more}")
     if not data.has_published_lists:
         extracted = data.root.name in parquet.EXTRACTED
         remarks.append(

@@ -44,7 +44,7 @@ from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import LEAST_AREA, Json
 
-RECIPE = 3
+RECIPE = 4
 """Part of every key: incremented when the same plan would give other figures."""
 _LEAST_ENCODED = 512
 """Minimum images per task."""

@@ -35,8 +35,8 @@ class Published:
     """Name in the papers."""
     paper: str
     """The paper that introduced the method, with its arXiv number."""
-    origin: str
-    """Source of the figure, as far as known."""
+    source: str
+    """The paper that prints the figure, and its table."""
     protocol: str
     model: str
     shots: int
@@ -66,14 +66,25 @@ def published_in(text: str) -> tuple[Published, ...]:
     return tuple(figure for i, one in enumerate(file.series) for figure in _figures(file, one, i))
 
 
+_ArXiv = Annotated[str, Meta(pattern=r"^\d{4}\.\d{5}\Z")]
+
+
+class _Source(Record, frozen=True):
+    """A table that prints figures."""
+
+    paper: str
+    arxiv: _ArXiv
+    table: Annotated[str, Meta(pattern=r"^[Tt]able \S")]
+
+
 class _Series(Record, frozen=True, kw_only=True):
-    """Figures of one method in one paper."""
+    """Figures of one method in one table."""
 
     method: str | None = None
     title: str
     paper: str
-    arxiv: Annotated[str, Meta(pattern=r"^\d{4}\.\d{5}\Z")]
-    origin: str
+    arxiv: _ArXiv
+    source: str
     queries: AtLeastOne | None = None
     steps: AtLeastOne | None = None
     accuracy: Mapping[str, Annotated[float, Meta(ge=0, le=100)]]
@@ -84,6 +95,7 @@ class _File(Record, frozen=True):
     protocol: str
     model: str
     shots: AtLeastOne
+    sources: Mapping[str, _Source]
     series: tuple[_Series, ...]
 
 
@@ -94,17 +106,19 @@ def _figures(file: _File, series: _Series, number: int) -> list[Published]:
     for what, name, known in (
         ("protocol", file.protocol, PROTOCOLS),
         ("method", series.method, (None, *METHODS)),
+        ("source", series.source, file.sources),
         *(("data set", data, (AVERAGE, *NAMED)) for data in series.accuracy),
     ):
         if name not in known:
             raise FormatError(f'{where}: unknown {what} "{name}"')
+    source = file.sources[series.source]
     budget = [f"{n:,} {what}" for what in ("queries", "steps") if (n := getattr(series, what))]
     return [
         Published(
             method=series.method,
             title=series.title,
             paper=f"{series.paper} (arXiv {series.arxiv})",
-            origin=series.origin,
+            source=f"{source.paper} (arXiv {source.arxiv}), {source.table}",
             protocol=file.protocol,
             model=file.model,
             shots=file.shots,
