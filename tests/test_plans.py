@@ -19,6 +19,7 @@ from ztune.methods.registry import METHODS, find_method, tuned_config
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((ROOT / "plans").glob("*.toml"))
 MODELS = {"mini": ROOT / "models" / "mini"}
+QUICK = ("zip", "gda", "ogn", "zero-shot")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -35,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     for name in TREES:
         built(root, name)
-    for word in ("cup", "chair", "lamp"):
+    for word in ("cup", "chair", "lamp", "tree"):
         for n in range(60):
             path = root / "own" / word / f"{n}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def test_a_plan_runs_from_end_to_end(path: Path, root: Path, tmp_path: Path) -> 
     plan = small(read_plan(path), root)
     shots = {min(protocol.shots) for protocol in plan.protocols}
     sources = list(dict.fromkeys(s for p in plan.protocols for s in p.sources))
-    quick = [name for name in plan.methods if name in ("zip", "gda", "ogn", "zip-128")]
+    quick = [name for name, method in plan.methods.items() if method.uses in QUICK]
     finished = set()
     for out, methods, data in (
         ("methods", list(plan.methods), sources[-1:]),
@@ -79,7 +80,7 @@ def test_a_plan_runs_from_end_to_end(path: Path, root: Path, tmp_path: Path) -> 
             methods=methods, data=data, shots=sorted(shots), seeds=[1],
         )  # fmt: skip
         rows = results.rows()
-        assert not [row["message"] for row in rows if row["status"] == "failed"]
+        assert not [row["reason"] for row in rows if row["status"] == "failed"]
         finished |= {(row["method"], row["data"]) for row in rows if row["status"] == "finished"}
     assert {method for method, _ in finished} == set(plan.methods)
     assert {data for _, data in finished} >= set(sources)
