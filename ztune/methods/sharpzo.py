@@ -1,12 +1,7 @@
 """A sharpness-aware evolution strategy as warm-up, then sparse zeroth-order steps.
 
 Source: Yang et al. 2025 (SharpZO, arXiv 2506.20990). Where the published code differs, the paper is
-followed. That code
-- averages the radius over 40 copies of the perturbation: here ‖ε*‖ = ρ;
-- draws a population after `tell` that is not evaluated: here each one is evaluated;
-- never resets the sum of gradients between prunings: here each score uses new differences;
-- keeps the coordinates of the lowest scores: here the highest;
-- uses the test accuracy during training: here only validation images can stop the warm-up.
+followed; preset `published-code` follows the code. docs/methods.md lists the differences.
 
 Coordinate-wise differences are many points (1,024 at 512 values), evaluated in chunks on the same
 images: calls have bounded memory, and a run can be saved between them.
