@@ -53,8 +53,9 @@ class FewShotClassifier:
     """Fits a prompt or a head on a few labelled images, with forward passes only.
 
     `method` is a name from `ztune methods` (docs/methods.md); extra keyword arguments are its
-    settings, which override the `preset`: default, published, published-code or tuned. `queries` is the budget of
-    a tuned method: candidates, each evaluated on one batch; closed forms such as `gda` use none.
+    settings, which override the `preset`: default, published, published-code or tuned.
+    `queries` is the budget of a tuned method: candidates, each evaluated on one batch; closed forms
+    such as `gda` use none.
     `seed` is the method's. `templates` are hand-written prompts with {} for a class name (None: the
     data set's, else "a photo of a {}."). `keep` is "last" (as published) or "best" on validation
     images; `patience` is the number of validation passes without gain before stopping; `augment`
