@@ -33,7 +33,6 @@ from ztune.io.pixel_limit import max_pixels
 EXTRACTED = ("parquet-images", PARQUET_FOLDER)
 """Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
-_BATCH = 64  # rows held in memory at once
 _PART = re.compile(r"(?:.*[-_.])?([A-Za-z]+)(?:-\d+-of-\d+.*)?")
 _BYTES_PER_PIXEL = 4  # of an uncompressed image
 _MOST_UNPACKED = 100
