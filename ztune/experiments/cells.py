@@ -49,6 +49,8 @@ class PartScore:
     accuracy: float | None
     """None if the method supports only the classes that it was tuned on."""
     class_accuracy: float | None
+    broken: tuple[str, ...] = ()
+    """Unreadable images that were not scored; paths relative to the part's root."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Outcome:
     """Of the run's process; None if that process had other tasks."""
     needs: str = ""
     """Capabilities that the method needs with its settings."""
+    broken: tuple[str, ...] = ()
+    """Unreadable training and validation images; paths relative to the root."""
 
     def repeatable(self) -> dict[str, Json]:
         """Return the fields that are equal in every run of the cell."""

@@ -17,7 +17,7 @@ from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
-from ztune.data.split import HOW_DRAWN, Split
+from ztune.data.split import HOW_DRAWN, LeftOut, Split, together
 from ztune.data.splitter import Screening, digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
@@ -33,13 +33,12 @@ from ztune.experiments.protocols import (
     task_of,
     tested_split,
 )
-from ztune.experiments.store import escape_surrogates
 from ztune.io.config import as_json
 from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, settings_of_result, tuned_config
-from ztune.printing import first_few
+from ztune.printing import escape_surrogates, first_few
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import Json
@@ -191,8 +190,12 @@ class Preparation:
             self._tested,
             {name: bundle.digest for name, bundle in bundles.items()},
             {
-                name: Found(self._known_as[name], [*map(escape_surrogates, self._remarks[name])])
-                for name in self._sources
+                name: Found(
+                    self._known_as[name],
+                    [*map(escape_surrogates, self._remarks[name])],
+                    together([LeftOut(ignored=source.listing.ignored), *source.left_out]),
+                )
+                for name, source in self._sources.items()
             },
         )
 

@@ -88,6 +88,8 @@ class EncodedPart:
     """f32[n, e]"""
     labels: I64
     zero_shot: Score
+    broken: tuple[str, ...]
+    """Paths of the unreadable images."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class Worker:
             curve=tuple(curve),
             peak_memory_mb=tuned.peak_memory_mb,
             needs=describe(needs_of(find_method(run.method), training.run_config.method_config)),
+            broken=() if run.left_out is None else run.left_out.broken,
         )
 
     def _snapshots(
@@ -272,7 +275,9 @@ class Worker:
             zero_shot = model.zero_shot(part.templates, split.classes)
             before = score(zero_shot.logits(found.values[0]), labels, split.classes)
             self._make_room(found.values.nbytes)
-            self._parts[place] = EncodedPart(split, found.values[0], labels, before)
+            entries = zip(split.entries_of("test"), found.kept, strict=True)
+            broken = tuple(entry.path for entry, keep in entries if not keep)
+            self._parts[place] = EncodedPart(split, found.values[0], labels, before, broken)
         return self._parts[place]
 
     def _make_room(self, n_bytes: int) -> None:
@@ -295,6 +300,7 @@ class Worker:
             zero_shot_class_accuracy=before.class_accuracy,
             accuracy=None if found is None else found.accuracy,
             class_accuracy=None if found is None else found.class_accuracy,
+            broken=encoded.broken,
         )
 
     def _score(
