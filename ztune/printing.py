@@ -44,11 +44,6 @@ def printable(text: str) -> str:
     return _PASSWORD.sub(r"\1***@", shown)
 
 
-def escape_surrogates(text: str) -> str:
-    """Escape unpaired surrogates (of file names), which SQLite and UTF-8 refuse."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def one_line(text: object) -> str:
     """Return a printable text without line breaks or runs of spaces."""
     return printable(" ".join(str(text).split()))

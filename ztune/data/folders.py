@@ -27,13 +27,14 @@ from ztune.data.manifests import (
     Listed,
     SplitName,
     class_name,
+    escape_surrogates,
     is_utf8,
     read_manifest,
     read_names,
     split_name,
 )
 from ztune.errors import ConfigError, DataError
-from ztune.printing import escape_surrogates, first_few
+from ztune.printing import first_few
 
 NESTED = ("leaf", "top")
 """The classes of nested folders: each innermost folder, or the top folders with all below."""

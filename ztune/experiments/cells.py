@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ztune.io.schema import AtLeastOne, Count, plain
 from ztune.types import Json
@@ -51,6 +51,8 @@ class PartScore:
     class_accuracy: float | None
     broken: tuple[str, ...] = ()
     """Unreadable images that were not scored; paths relative to the part's root."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many of the images each rule changed (docs/images.md)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Outcome:
     """Capabilities that the method needs with its settings."""
     broken: tuple[str, ...] = ()
     """Unreadable training and validation images; paths relative to the root."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many training and validation images each rule changed."""
 
     def repeatable(self) -> dict[str, Json]:
         """Return the fields that are equal in every run of the cell."""

@@ -206,6 +206,7 @@ class Report:
             **document,
             "accuracy": score.accuracy,
             "n_test": score.n,
+            "test_conversions": dict(score.conversions),
             "zero_shot_accuracy": score.zero_shot,
             "run": f"runs/{outcome.run}/run",
             "own_seconds": outcome.seconds,

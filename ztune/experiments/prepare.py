@@ -14,7 +14,7 @@ from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
 from ztune.data.folders import Listing
-from ztune.data.manifests import SplitName
+from ztune.data.manifests import SplitName, escape_surrogates
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
 from ztune.data.split import HOW_DRAWN, LeftOut, Split, together
@@ -38,7 +38,7 @@ from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import find_method, method_config, settings_of_result, tuned_config
-from ztune.printing import escape_surrogates, first_few
+from ztune.printing import first_few
 from ztune.progress import Progress, warn
 from ztune.run_config import RunConfig, absolute_paths
 from ztune.types import Json

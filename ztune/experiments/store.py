@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ztune.data.manifests import escape_surrogates
 from ztune.data.split import LeftOut, together
 from ztune.errors import FormatError, StorageError
 from ztune.experiments.cells import Cell, Outcome
@@ -25,7 +26,6 @@ from ztune.experiments.plan_document import PlanDocument, with_findings, without
 from ztune.experiments.protocols import TRANSFERS
 from ztune.io.config import as_json
 from ztune.io.schema import T, convert, decoded, plain
-from ztune.printing import escape_surrogates
 from ztune.types import Json
 
 APPLICATION = 0x7A74756E

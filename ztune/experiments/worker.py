@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,6 +90,8 @@ class EncodedPart:
     zero_shot: Score
     broken: tuple[str, ...]
     """Paths of the unreadable images."""
+    conversions: Mapping[str, int]
+    """How many of the others each rule changed."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,7 @@ class Worker:
             peak_memory_mb=tuned.peak_memory_mb,
             needs=describe(needs_of(find_method(run.method), training.run_config.method_config)),
             broken=() if run.left_out is None else run.left_out.broken,
+            conversions=run.conversions or {},
         )
 
     def _snapshots(
@@ -277,7 +280,9 @@ class Worker:
             self._make_room(found.values.nbytes)
             entries = zip(split.entries_of("test"), found.kept, strict=True)
             broken = tuple(entry.path for entry, keep in entries if not keep)
-            self._parts[place] = EncodedPart(split, found.values[0], labels, before, broken)
+            self._parts[place] = EncodedPart(
+                split, found.values[0], labels, before, broken, found.conversions
+            )
         return self._parts[place]
 
     def _make_room(self, n_bytes: int) -> None:
@@ -301,6 +306,7 @@ class Worker:
             accuracy=None if found is None else found.accuracy,
             class_accuracy=None if found is None else found.class_accuracy,
             broken=encoded.broken,
+            conversions=encoded.conversions,
         )
 
     def _score(
