@@ -97,7 +97,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     Image.init()
     name = f'image "{path}"'
     with open_regular(path) as file:
-        start = file.read(max(HEAD, _WEBP_START))
+        if not (start := file.read(max(HEAD, _WEBP_START))):
+            raise DataError(f"{name} cannot be read: the file is empty")
         if format_of(start[:HEAD]) == ".heic":
             _add_heic(path)
         check_webp(start, name)

@@ -65,6 +65,19 @@ def test_every_verb_counts_conversions(ztune: Command, photos: Path, tmp_path: P
     assert len(quiet.err.splitlines()) == 1
 
 
+def test_a_comparison_counts_conversions(ztune: Command, photos: Path, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / "tested" / name).mkdir(parents=True)
+        for image in sorted((DIGITS / name).iterdir())[4:6]:
+            Image.open(image).convert("LA").save(tmp_path / "tested" / name / image.name)
+    words = ("--data", photos, "--test-data", tmp_path / "tested", "--shots", 4, "--val", 0)
+    methods = ("--methods", "gda", "--seeds", 1, "--out", tmp_path / "compare", "--json")
+    done = ztune("compare", MINI, *words, *methods)
+    assert done.code == 0, done.err
+    (cell,) = done.json["cells"]
+    assert (cell["conversions"], cell["test_conversions"]) == (EXPECTED, {"alpha": 6})
+
+
 def test_python_warns_of_guessed_bits(photos: Path) -> None:
     path = sorted((photos / "one").iterdir())[3]
     guessed = pytest.warns(ZtuneWarning, match=r"images: 1 in 16-bit greyscale")

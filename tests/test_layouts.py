@@ -337,6 +337,84 @@ def test_broken_test_images_do_not_lower_the_shots(ztune: Command, tmp_path: Pat
     assert "has 2 training images, expected at least 3" in done.err
 
 
+def test_comparisons_list_all_files_that_they_leave_out(
+    ztune: Command, few: Path, tmp_path: Path
+) -> None:
+    """Those that do not start as images, and those that are found broken while encoding."""
+    one, two, *_ = sorted((few / "one").iterdir())
+    for role, digit in (("train", "one"), ("train", "two"), ("test", "one"), ("test", "two")):
+        digits(tmp_path / "all" / role / digit, digit, 6, first=6 * (role == "test"))
+    data = tmp_path / "all"
+    (data / "train" / "one" / "empty.png").touch()
+    for name in ("train/one/cut.png", "test/two/cut.png"):
+        (data / name).write_bytes(one.read_bytes()[:200] + name.encode())
+    shutil.copy(data / "train" / "one" / two.name, data / "train" / "two" / "both.png")
+    shutil.copy(data / "test" / "one" / LAST, data / "test" / "one" / "same.png")
+    (data / "train" / "one" / "notes.txt").touch()
+    expected = {
+        "ignored": ["train/one/notes.txt"],
+        "broken": ["train/one/empty.png", "train/one/cut.png", "test/two/cut.png"],
+        "conflicts": [f"train/one/{two.name}", "train/two/both.png"],
+        "duplicates": ["test/one/same.png"],
+    }
+
+    def listed(found: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {reason: sorted(paths) for reason, paths in found.items()}
+
+    plan = tmp_path / "plan.toml"
+    more = "skip_broken = true\nskip_conflicts = true\nval = 4"
+    plan.write_text(PLAN.format(bundle=MINI, data=data, more=more))
+    bench = ("bench", plan, "--out", tmp_path / "bench", "--json")
+    words = ("--data", data, "--shots", 2, "--val", 4, "--seeds", 1, "--methods", "zero-shot")
+    skip = ("--skip-broken", "--skip-conflicts", "--out", tmp_path / "compare", "--json")
+    for done in (ztune(*bench), ztune(*bench, "--resume")):
+        assert done.code == 0, done.err
+        assert listed(done.json["left_out"]["photos"]) == listed(expected)
+    done = ztune("compare", MINI, *words, *skip)
+    assert done.code == 0, done.err
+    assert listed(done.json["left_out"]) == listed(expected)
+    assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == done.json
+
+
+LAST = sorted(path.name for path in (DIGITS / "one").iterdir())[11]
+
+
+def test_ignored_files_of_test_data_are_counted(ztune: Command, few: Path, tmp_path: Path) -> None:
+    for digit in ("one", "two"):
+        digits(tmp_path / "tested" / digit, digit, 3, first=10)
+        (tmp_path / "tested" / digit / "raw.cr2").write_bytes(b"II*\0")
+    words = ("--data", few, "--test-data", tmp_path / "tested", "--shots", 2)
+    done = ztune("tune", MINI, *words, "--method", "zero-shot", "--out", tmp_path / "run", "--json")
+    listed = ["one/raw.cr2", "two/raw.cr2"]
+    assert (
+        'files of --test-data ignored, not images of a class: 2 ("one/raw.cr2", "two/raw.cr2")'
+        in done.err
+    )
+    assert done.json["left_out"] == {"ignored": listed}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names that are not UTF-8")
+def test_an_ignored_file_may_have_any_name(ztune: Command, few: Path, tmp_path: Path) -> None:
+    name = b"caf\xe9\n.txt"
+    Path(os.fsdecode(bytes(few / "one") + b"/" + name)).touch()
+    shown = r"one/caf\udce9\n.txt"
+    for done in every_verb(ztune, few, tmp_path / "out", compare=True):
+        assert done.code == 0, done.err
+        assert f'1 ("{shown}")' in done.err
+    document = json.loads((tmp_path / "out" / "run" / "run.json").read_text())
+    assert document["left_out"] == {"ignored": [shown.replace(r"\n", "\n")]}
+    assert ztune("eval", tmp_path / "out" / "run", "--split", "all").code == 0
+    done = ztune("data", "check", few, "--json")
+    assert done.json["ignored"] == document["left_out"]["ignored"]
+
+
+def test_an_error_shows_the_line_breaks_of_a_file_name(ztune: Command, few: Path) -> None:
+    (few / "one" / "a \n b.png").touch()
+    done = ztune("data", "check", few)
+    assert f'image "{few}/one/a \\n b.png" cannot be read: the file is empty' in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 def test_images_above_the_limit_are_called_large(
     ztune: Command, few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import DIGITS, MINI, Command
-from ztune.io.files import user_cache
+from ztune.io.files import replacing, user_cache
 
 if sys.platform == "win32":
     pytest.skip("no such file modes", allow_module_level=True)
@@ -65,6 +65,18 @@ def test_a_finished_run_on_a_read_only_disk_is_evaluated(
     assert "confusion.png" in done.err
     assert sorted(path for path in out.rglob("*")) == before
     assert ztune("eval", out, "--json").json == done.json
+
+
+def test_an_evaluation_removes_what_a_killed_one_left(
+    finished: Path, ztune: Command, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    left = out / ".confusion.png.ztune-ab12cd34"
+    left.touch()
+    with replacing(out / "confusion.png") as in_use:
+        assert ztune("eval", out).code == 0
+        assert in_use.exists()
+    assert not left.exists()
 
 
 HOMES = ("unset", "empty", "relative", "a file", "not there")

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from tests.conftest import DIGITS, MINI, ROOT
 from tests.hostile.mutations import DAMAGES, EDITS, PLACE, VALUES, Edit, damage, edited, mutate
 from tests.hostile.test_restore import failure
 from tests.ztune.test_artifact import BORDER, CONTEXT, HEAD, KERNEL, MIXTURE
+from tests.ztune.test_data_named import parquet_file
 from ztune.artifact import artifact_bytes, read_artifact
 from ztune.budget import Budget
 from ztune.cli.main import main
+from ztune.data import parquet
 from ztune.data.cache import FeatureLog
 from ztune.data.coop import read_split
 from ztune.data.manifests import read_class_list, read_manifest, read_names
@@ -183,6 +186,24 @@ def test_other_tensors(
     said = damaged(whole, name, tensor_bytes(arrays, document))
     if not of_document and kind in ("NaN", "infinity", "another axis") and "parity" not in name:
         assert said is not None
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a parquet file with images."""
+    path = tmp_path_factory.mktemp("packed") / "train.parquet"
+    images = [image.read_bytes() for image in sorted((DIGITS / "one").iterdir())[:4]]
+    parquet_file(path, [(content, n % 2) for n, content in enumerate(images)])
+    return path
+
+
+@fuzz
+@given(EDITS)
+def test_other_bytes_of_a_parquet_file(packed: Path, edits: list[Edit]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "train.parquet")
+        path.write_bytes(edited(packed.read_bytes(), edits))
+        failure(lambda: parquet.extract([path], Path(folder, "out")))
 
 
 OFFER: Mapping[str, Any] = {

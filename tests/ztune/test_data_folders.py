@@ -98,7 +98,8 @@ def test_a_class_folder_may_have_only_a_linked_one(tmp_path: Path) -> None:
     [
         "@eaDir", "@EADIR", "#recycle", "#snapshot", "lost+found", "LOST.DIR", "__MACOSX",
         "$RECYCLE.BIN", ".ipynb_checkpoints", ".Trash-1000", "System Volume Information",
-        "__pycache__", "@Recycle", "~snapshot", ".@__thumb",
+        "__pycache__", "@Recycle", "~snapshot", ".@__thumb", "@__thumb", "RECYCLED", "$Extend",
+        "FOUND.001", "found.012", "@SynoResource",
     ],
 )  # fmt: skip
 def test_storage_folders_are_never_images_or_classes(tmp_path: Path, name: str) -> None:

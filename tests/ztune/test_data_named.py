@@ -19,6 +19,7 @@ from ztune.data.coop import Item, base_and_new, few_shot, read_split, write_spli
 from ztune.data.folders import read_dataset
 from ztune.data.library import NamedData, read_named
 from ztune.data.named import NAMED, find_spec
+from ztune.data.parquet_pages import page_sizes
 from ztune.data.sources import read_source
 from ztune.errors import ConfigError, DataError
 from ztune.io.pixel_limit import VARIABLE
@@ -621,3 +622,77 @@ def test_an_image_of_more_bytes_than_its_pixels_is_not_unpacked(
     monkeypatch.setenv(VARIABLE, "40000000")
     out = parquet.extract(parquet.parquet_files(tmp_path), tmp_path / "out")
     assert parquet.read_extracted(out).counts["train"] == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"compression": "none"}, {"use_dictionary": False}, {"data_page_version": "2.0"},
+        {"data_page_size": 100, "row_group_size": 2}, {"write_page_checksum": True},
+        {"compression": "gzip", "data_page_version": "2.0", "write_page_index": True},
+        {"use_dictionary": False, "column_encoding": {"label": "DELTA_BINARY_PACKED"}},
+        {"compression": "zstd", "write_statistics": False, "version": "1.0"},
+    ],
+)  # fmt: skip
+def test_pages_of_any_kind(tmp_path: Path, options: dict[str, Any]) -> None:
+    file, rows = tmp_path / "all.parquet", [(bomb(n), n % 2) for n in range(9)]
+    parquet_file(file, rows, **options)
+    out = parquet.extract([file], tmp_path / "out")
+    contents = [path.read_bytes() for path in sorted((out / "images" / "train").iterdir())]
+    assert contents == [content for content, _ in rows]
+    column = pytest.importorskip("pyarrow.parquet").ParquetFile(file).metadata.row_group(0)
+    images, content = column.column(0), file.read_bytes()
+    start = min(images.data_page_offset, images.dictionary_page_offset or 1 << 60)
+    sizes = list(page_sizes(content, start, start + images.total_compressed_size))
+    n_headers = images.total_uncompressed_size - sum(sizes)
+    assert 0 < n_headers < 3000 * len(sizes)
+
+
+def varint(number: int, length: int | None = None) -> bytes:
+    """Return a number of Thrift's compact protocol, or of so many bytes."""
+    found, number = bytearray(), 2 * number
+    while number or len(found) < (length or 1):
+        found.append(number & 127 | 128)
+        number >>= 7
+    found[-1] &= 127
+    return bytes(found)
+
+
+def test_sizes_are_those_of_the_pages_not_of_the_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1000000")
+    file = tmp_path / "all.parquet"
+    parquet_file(file, [(bomb(20_000_000), 0)], use_dictionary=False, compression="zstd")
+    metadata = pytest.importorskip("pyarrow.parquet").ParquetFile(file).metadata.row_group(0)
+    size = varint(metadata.column(0).total_uncompressed_size)
+    content = file.read_bytes()
+    assert content.count(size) == 1
+    file.write_bytes(content.replace(size, varint(1000, len(size))))
+    with pytest.raises(DataError, match=r"a column of 200\d{5} bytes, expected at most "):
+        parquet.extract([file], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"\x15", b"\x15\x00\x15\x02\x00", b"\x16" + b"\xff" * 11, b"\x1e\x00", b"\x1c" * 40,
+     b"\x19\xf1" + b"\xff" * 8 + b"\x01", b"\x19\xf7" + b"\xff" * 8 + b"\x01", b"\x18\xff\x7f\x00",
+     b"\x1b" + b"\xff" * 8 + b"\x01\x11"],
+)  # fmt: skip
+def test_damaged_headers_of_pages(header: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        list(page_sizes(header, 0, 1000))
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_lists_are_not_unpacked(tmp_path: Path, column: str) -> None:
+    """A row of a few bytes may have a million values."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet_file(tmp_path / "train.parquet", [(png(1), 0)])
+    writer = pytest.importorskip("pyarrow.parquet")
+    table = writer.read_table(tmp_path / "train.parquet")
+    row = arrow.array([[None] * 1_000_000], arrow.list_(arrow.int64()))
+    table = table.set_column(table.schema.names.index(column), column, row)
+    writer.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"columns of .*, expected a struct of bytes and path, and"):
+        parquet.extract([tmp_path / "train.parquet"], tmp_path / "out")

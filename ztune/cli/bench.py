@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from ztune.cli.options import add
 from ztune.cli.output import Output
 from ztune.errors import ConfigError, ZtuneError
+from ztune.io.schema import plain
 from ztune.printing import quoted
 from ztune.types import Json
 
 if TYPE_CHECKING:
+    from ztune.experiments.bench import PlanResults
     from ztune.experiments.plan import Plan
-    from ztune.experiments.store import Result
 
 USAGE = ("PLAN.toml --out OUT [options]", "report OUT [--out DIR]")
 EXAMPLE = """\
@@ -114,17 +115,16 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
         raise KeyboardInterrupt(
             "resume with the same command and --resume" if started else "no run was started"
         ) from None
-    _print_results(results.cells, arguments.out, results.report, output)
+    _print_results(results, arguments.out, output)
     if results.n_missing:
         raise ZtuneError(
             f"{results.n_missing} cell(s) have no result, see above (retry with --resume)"
         )
 
 
-def _print_results(
-    results: Sequence[Result], out: Path, files: Sequence[Path], output: Output
-) -> None:
+def _print_results(found: PlanResults, out: Path, output: Output) -> None:
     """Print the counts of the plan's cells and the path of the report."""
+    results, files = found.cells, found.report
     counts = {
         "cells": len(results),
         "finished": sum(one.outcome is not None for one in results),
@@ -139,7 +139,10 @@ def _print_results(
     )
     lines.append(f"{files[0]} (rewrite it with: ztune bench report {quoted(out)})")
     report = [str(file) for file in files]
-    output.result({**counts, "failures": failed, "report": list(report)}, lines)
+    left_out: dict[str, Json] = {name: plain(one) for name, one in found.view.left_out.items()}
+    output.result(
+        {**counts, "failures": failed, "left_out": left_out, "report": list(report)}, lines
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -111,6 +111,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f'run "{folder.path}" is not finished (resume with: ztune tune --resume '
             f"{quoted(folder.path)})"
         )
+    folder.remove_leftovers()
     run_config = run_report(head, f'run "{folder.path}": run.json').run_config
     images = labelled_of_split(
         folder.split,

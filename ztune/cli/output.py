@@ -187,7 +187,10 @@ class Table:
 
 def fail(message: str) -> None:
     """Print an error in one line."""
-    one_line = re.sub(r"\s*\n\s*", " ", message.strip())  # two spaces may be part of a path
+    # A quoted name keeps its line breaks, which are escaped; two spaces may be part of a path.
+    one_line = re.sub(
+        r'"[^"]*"|\s*\n\s*', lambda f: f[0] if f[0][0] == '"' else " ", message.strip()
+    )
     sys.stderr.write(f"error: {printable(one_line)}\n")
 
 

@@ -27,6 +27,7 @@ from ztune.data.manifests import (
     Listed,
     SplitName,
     class_name,
+    escape_surrogates,
     is_utf8,
     read_manifest,
     read_names,
@@ -150,7 +151,8 @@ def read_dataset(
     index = {name: label for label, name in enumerate(classes)}
     images = [ListedImage(item.path, index[name_of[item.label]], item.split) for item in listed]
     visible_first = sorted(ignored, key=lambda p: (p.name.startswith("."), p))
-    others = tuple(p.relative_to(root).as_posix() for p in visible_first)
+    # Unlike an image, an ignored file may have any name; it is listed in files of UTF-8.
+    others = tuple(escape_surrogates(p.relative_to(root).as_posix()) for p in visible_first)
     return Listing(root, classes, tuple(sorted(images, key=lambda p: p.path)), others)
 
 

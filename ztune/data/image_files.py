@@ -8,6 +8,7 @@ themselves (STORAGE) are left out. Links to folders are followed once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,16 +26,19 @@ SUFFIXES = frozenset(
 STORAGE = frozenset(
     (
         "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot",
-        "lost+found", "lost.dir", "found.000", "__macosx", "__pycache__", "$recycle.bin",
-        "recycler", "system volume information", "network trash folder", "temporary items",
+        "@__thumb", "@sharebin", "@synoresource", "lost+found", "lost.dir", "__macosx",
+        "__pycache__", "$recycle.bin", "$extend", "recycler", "recycled",
+        "system volume information", "network trash folder", "temporary items",
     )
 )  # fmt: skip
 """Folders of network drives, trash and tools, in lower case."""
+_FOUND = re.compile(r"found\.\d{3}")  # of a repaired Windows drive
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a folder is hidden or one of STORAGE."""
-    return name.startswith(".") or name.casefold() in STORAGE
+    """Return whether a folder is hidden, or one that a system keeps for itself."""
+    folded = name.casefold()
+    return name.startswith(".") or folded in STORAGE or _FOUND.fullmatch(folded) is not None
 
 
 def is_image(path: Path) -> bool:

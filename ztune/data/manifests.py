@@ -186,6 +186,11 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def escape_surrogates(text: str) -> str:
+    """Escape unpaired surrogates (of file names), which SQLite and UTF-8 refuse."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()

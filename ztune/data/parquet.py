@@ -14,8 +14,10 @@ The image names in the data are not used: a data set must not choose where files
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import mmap
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +26,17 @@ from typing import Any
 
 from ztune.data.coop import SPLITS, CoopSplit, Item, read_split, write_split
 from ztune.data.manifests import SplitName, split_name
+from ztune.data.parquet_pages import page_sizes
 from ztune.errors import DataError, FormatError, how_to_install
-from ztune.io.files import new_folder, read_json, write_bytes, write_json
+from ztune.io.files import new_folder, open_regular, read_json, write_bytes, write_json
 from ztune.io.image_formats import HEAD, format_of
 from ztune.io.old_formats import PARQUET_FOLDER
 from ztune.io.pixel_limit import max_pixels
+from ztune.printing import reason_of
 
 EXTRACTED = ("parquet-images", PARQUET_FOLDER)
 """Folders of images that were extracted, the one that is made now first."""
 MANIFEST, SPLIT, SOURCE = "manifest.jsonl", "split.json", "source.json"
-_BATCH = 64  # rows held in memory at once
 _PART = re.compile(r"(?:.*[-_.])?([A-Za-z]+)(?:-\d+-of-\d+.*)?")
 _BYTES_PER_PIXEL = 4  # of an uncompressed image
 _MOST_UNPACKED = 100
@@ -88,14 +91,18 @@ def extract(files: Sequence[Path], out: Path) -> Path:
     with new_folder(out) as work:
         for path in files:
             where = f'parquet "{path}"'
-            opened = _opened(parquet, path, where)
-            columns = _columns(opened.schema_arrow, where)
+            with _reading(where):
+                opened = parquet.ParquetFile(path)
+                schema = opened.schema_arrow
+            columns = _columns(schema, where)
+            _check_types(schema, columns, where)
             if known is not None and columns != known:
                 raise DataError(f"{where}: columns or classes differ from {files[0].name}")
             known = columns
             role = (_role(path) if divided else None) or "train"
             allowance = _Allowance(path, where)
-            allowance.check_columns(opened.metadata)
+            with _reading(where):
+                allowance.check_columns(path, opened.metadata)
             for content, label in _rows(opened, columns, where):
                 allowance.take(content)
                 name = f"images/{role}/{len(lists[role]):08d}{_suffix(content, where)}"
@@ -139,11 +146,17 @@ def _parquet() -> Any:
         ) from None
 
 
-def _opened(parquet: Any, path: Path, where: str) -> Any:
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Re-raise what pyarrow raises for a damaged file, which may be anything, as a DataError."""
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise DataError(f"{where}: not a parquet file ({error})") from None
+        yield
+    except DataError:
+        raise
+    except MemoryError:
+        raise DataError(f"{where}: an image does not fit into memory") from None
+    except Exception as error:
+        raise DataError(f"{where}: not a parquet file, or damaged ({reason_of(error)})") from None
 
 
 def _role(path: Path) -> SplitName | None:
@@ -172,8 +185,23 @@ def _columns(schema: Any, where: str) -> _Columns:
     return _Columns(image, label, tuple(names))
 
 
+def _check_types(schema: Any, columns: _Columns, where: str) -> None:
+    """Refuse lists, in which a few bytes of a row can stand for any number of values.
+
+    Raises: DataError.
+    """
+    types = importlib.import_module("pyarrow.types")
+    image, label = (schema.field(name).type for name in (columns.image, columns.label))
+    parts = [field.type for field in image] if types.is_struct(image) else [image]
+    if any(map(types.is_nested, [*parts, label])):
+        raise DataError(
+            f"{where}: columns of {image} and {label}, expected a struct of bytes and path, and an "
+            "integer"
+        )
+
+
 def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, int]]:
-    try:
+    with _reading(where):
         for place, row in enumerate(_read(opened, columns)):
             image, label = row[columns.image], row[columns.label]
             if label == -1:
@@ -187,10 +215,6 @@ def _rows(opened: Any, columns: _Columns, where: str) -> Iterator[tuple[bytes, i
                     f"{len(columns.names) - 1}"
                 )
             yield content, label
-    except MemoryError:
-        raise DataError(f"{where}: an image does not fit into memory") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: damaged file ({error})") from None
 
 
 def _read(opened: Any, columns: _Columns) -> Iterator[dict[str, Any]]:
@@ -207,10 +231,22 @@ class _Allowance:
         self._most = self._image + _MOST_UNPACKED * path.stat().st_size
         self._where, self._taken = where, 0
 
-    def check_columns(self, metadata: Any) -> None:
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                self._check(column.total_uncompressed_size, self._most, "a column")
+    def check_columns(self, path: Path, metadata: Any) -> None:
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        columns = [group.column(n) for group in groups for n in range(group.num_columns)]
+        with (
+            open_regular(path) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            for column in columns:
+                if column.num_values == 0:  # its pages are not read, and may not exist
+                    continue
+                start, unpacked = column.data_page_offset, 0
+                if 0 < (column.dictionary_page_offset or 0) < start:
+                    start = column.dictionary_page_offset
+                for n_bytes in page_sizes(content, start, start + column.total_compressed_size):
+                    unpacked += n_bytes
+                    self._check(unpacked, self._most, "a column")
 
     def take(self, image: bytes) -> None:
         self._check(len(image), self._image, "an image")

@@ -5,13 +5,13 @@ A split file lists every image with its digest, class and role.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from msgspec import field
+from msgspec import field, structs
 
 from ztune.data.manifests import SplitName, is_inside
 from ztune.errors import ConfigError, DataError, FormatError
@@ -108,6 +108,17 @@ class LeftOut(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 NOTHING = LeftOut()
+
+
+def together(parts: Iterable[LeftOut]) -> LeftOut:
+    """Return the files of several splits of one data set, each once."""
+    every = [structs.asdict(part) for part in parts]
+    return LeftOut(
+        **{
+            name: tuple(dict.fromkeys(path for part in every for path in part[name]))
+            for name in LeftOut.__struct_fields__
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def _hash_split(
         roots["test"] = test_data.root.absolute()
     listed = pool
     pool, left_out, broken = _screened(listed, classes, roots, screening)
-    left_out = structs.replace(left_out, ignored=dataset.ignored)
+    ignored = dataset.ignored + (test_data.ignored if test_data else ())
+    left_out = structs.replace(left_out, ignored=ignored)
     notes += _describe(left_out)
     lost = Counter(entry.label for entry in broken if entry.role == "train")
     by_class: list[list[Entry]] = [[] for _ in classes]
@@ -272,6 +273,9 @@ def _read_test_data(
         raise DataError(f'`test_data` "{other.root}" has splits but no test images')
     unused = sum(image.split == "test" for image in dataset.images)
     note = [f"test images of the data, not used: {unused}"] if unused else []
+    if other.ignored:
+        shown = f"{len(other.ignored)} ({first_few(other.ignored)})"
+        note.append(f"files of `test_data` ignored, not images of a class: {shown}")
     entries = entries_of(replace(other, images=tested), digest)
     return [replace(entry, root="test", role="test") for entry in entries], note
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ztune.io.schema import AtLeastOne, Count, plain
 from ztune.types import Json
@@ -49,6 +49,10 @@ class PartScore:
     accuracy: float | None
     """None if the method supports only the classes that it was tuned on."""
     class_accuracy: float | None
+    broken: tuple[str, ...] = ()
+    """Unreadable images that were not scored; paths relative to the part's root."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many of the images each rule changed (docs/images.md)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ class Outcome:
     """Of the run's process; None if that process had other tasks."""
     needs: str = ""
     """Capabilities that the method needs with its settings."""
+    broken: tuple[str, ...] = ()
+    """Unreadable training and validation images; paths relative to the root."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """How many training and validation images each rule changed."""
 
     def repeatable(self) -> dict[str, Json]:
         """Return the fields that are equal in every run of the cell."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ztune.capabilities import describe
+from ztune.data.split import together
 from ztune.experiments.cells import Outcome
 from ztune.experiments.compare import Comparison
 from ztune.experiments.environment import describe_environment
@@ -179,6 +180,7 @@ class Report:
             "title": self.title,
             **{key: session[key] for key in ("command", "provider", "machine", "versions")},
             "counts": counts,
+            "left_out": plain(together(view.left_out.values())),
             "images": plain(self.images),
             "table": [row.to_json() for row in self.rows],
             "capabilities": {**self.capabilities()},
@@ -204,6 +206,7 @@ class Report:
             **document,
             "accuracy": score.accuracy,
             "n_test": score.n,
+            "test_conversions": dict(score.conversions),
             "zero_shot_accuracy": score.zero_shot,
             "run": f"runs/{outcome.run}/run",
             "own_seconds": outcome.seconds,

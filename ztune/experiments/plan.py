@@ -36,12 +36,13 @@ from typing import Any
 
 from ztune.data.manifests import read_text
 from ztune.data.named import find_spec
-from ztune.data.split import SplitSettings, parse_test_fraction
+from ztune.data.split import NOTHING, LeftOut, SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
 from ztune.experiments.protocols import PROTOCOLS, TRANSFERS
 from ztune.io.config import T, as_json, configured
 from ztune.io.files import is_plain_name
+from ztune.io.schema import plain
 from ztune.io.toml import parse_toml
 from ztune.methods.registry import PRESETS, find_method, method_config, views_of
 from ztune.types import Json
@@ -117,6 +118,8 @@ class Found:
     """Name in data/named.py if the images are the published ones, else None."""
     remarks: Sequence[str]
     """Anomalies, a line each."""
+    left_out: LeftOut = NOTHING
+    """Files that are not used."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,7 @@ class Plan:
                     "title": find_spec(name).title if one.path is None else name,
                     "template": as_json(one)["template"],
                     "place": one.place,
-                    "found": as_json(found[name]) if name in found else None,
+                    "found": plain(found[name]) if name in found else None,
                 }
                 for name, one in self.data.items()
             },

@@ -14,10 +14,10 @@ from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.providers import check_precision
 from ztune.data.coop import Item
 from ztune.data.folders import Listing
-from ztune.data.manifests import SplitName
+from ztune.data.manifests import SplitName, escape_surrogates
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
-from ztune.data.split import HOW_DRAWN, Split
+from ztune.data.split import HOW_DRAWN, LeftOut, Split, together
 from ztune.data.splitter import Screening, digest_file
 from ztune.errors import ConfigError
 from ztune.experiments.cells import Cell, key_of
@@ -33,7 +33,6 @@ from ztune.experiments.protocols import (
     task_of,
     tested_split,
 )
-from ztune.experiments.store import escape_surrogates
 from ztune.io.config import as_json
 from ztune.io.old_formats import IMAGES_IN_KEYS
 from ztune.methods.base import HeadMethod
@@ -191,8 +190,12 @@ class Preparation:
             self._tested,
             {name: bundle.digest for name, bundle in bundles.items()},
             {
-                name: Found(self._known_as[name], [*map(escape_surrogates, self._remarks[name])])
-                for name in self._sources
+                name: Found(
+                    self._known_as[name],
+                    [*map(escape_surrogates, self._remarks[name])],
+                    together([LeftOut(ignored=source.listing.ignored), *source.left_out]),
+                )
+                for name, source in self._sources.items()
             },
         )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ztune.data.coop import CoopSplit, Item, base_and_new, display_name, few_shot
 from ztune.data.folders import Listing
-from ztune.data.split import ROLES, Sampler, Split, SplitSettings
+from ztune.data.split import ROLES, LeftOut, Sampler, Split, SplitSettings
 from ztune.data.splitter import (
     NO_SCREENING,
     Digest,
@@ -54,6 +54,8 @@ class Source:
     skip_broken: bool = False
     screening: Screening = NO_SCREENING
     """Of the images that the splitter draws from."""
+    left_out: list[LeftOut] = field(default_factory=list, compare=False)
+    """What each draw has left out."""
 
     @property
     def root(self) -> Path:
@@ -76,6 +78,7 @@ class Source:
         if self.listing.lists is not None and self.test_listing is None:
             return few_shot(self.listing.lists, shots, seed, settings.n_val), ()
         split = make_split(self.listing, settings, self.test_listing, self.digest, self.screening)
+        self.left_out.append(split.left_out)
         if not split.entries_of("test"):
             raise DataError(f'data set "{self.name}": {"; ".join(split.notes)}')
         return lists_of(split), tuple(n for n in split.notes if n not in self.listing.notes)

@@ -18,9 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ztune.data.manifests import escape_surrogates
+from ztune.data.split import LeftOut, together
 from ztune.errors import FormatError, StorageError
 from ztune.experiments.cells import Cell, Outcome
 from ztune.experiments.plan_document import PlanDocument, with_findings, without_findings
+from ztune.experiments.protocols import TRANSFERS
 from ztune.io.config import as_json
 from ztune.io.schema import T, convert, decoded, plain
 from ztune.types import Json
@@ -98,6 +101,19 @@ class View:
     """By id."""
     passes: Mapping[str, ImagePass]
     """By bundle digest."""
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        """The files that are not used, by data set that was read."""
+        found = {name: [one.left_out] for name, one in self.document.found.items()}
+        for result in self.results:
+            cell, outcome = result.cell, result.outcome
+            for score in outcome.scores if outcome else ():
+                tested = score.part if cell.protocol in TRANSFERS else cell.data
+                found.setdefault(tested, []).append(LeftOut(broken=score.broken))
+            if outcome:
+                found.setdefault(cell.data, []).append(LeftOut(broken=outcome.broken))
+        return {name: together(parts) for name, parts in found.items()}
 
 
 class Store:
@@ -321,11 +337,6 @@ class Store:
 def _version(database: sqlite3.Connection) -> int:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     return int(version)
-
-
-def escape_surrogates(text: str) -> str:
-    """Escape unpaired surrogates (of file names), which SQLite refuses."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _text(document: Mapping[str, Json]) -> str:

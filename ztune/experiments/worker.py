@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,6 +88,10 @@ class EncodedPart:
     """f32[n, e]"""
     labels: I64
     zero_shot: Score
+    broken: tuple[str, ...]
+    """Paths of the unreadable images."""
+    conversions: Mapping[str, int]
+    """How many of the others each rule changed."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,8 @@ class Worker:
             curve=tuple(curve),
             peak_memory_mb=tuned.peak_memory_mb,
             needs=describe(needs_of(find_method(run.method), training.run_config.method_config)),
+            broken=() if run.left_out is None else run.left_out.broken,
+            conversions=run.conversions or {},
         )
 
     def _snapshots(
@@ -272,7 +278,11 @@ class Worker:
             zero_shot = model.zero_shot(part.templates, split.classes)
             before = score(zero_shot.logits(found.values[0]), labels, split.classes)
             self._make_room(found.values.nbytes)
-            self._parts[place] = EncodedPart(split, found.values[0], labels, before)
+            entries = zip(split.entries_of("test"), found.kept, strict=True)
+            broken = tuple(entry.path for entry, keep in entries if not keep)
+            self._parts[place] = EncodedPart(
+                split, found.values[0], labels, before, broken, found.conversions
+            )
         return self._parts[place]
 
     def _make_room(self, n_bytes: int) -> None:
@@ -295,6 +305,8 @@ class Worker:
             zero_shot_class_accuracy=before.class_accuracy,
             accuracy=None if found is None else found.accuracy,
             class_accuracy=None if found is None else found.class_accuracy,
+            broken=encoded.broken,
+            conversions=encoded.conversions,
         )
 
     def _score(

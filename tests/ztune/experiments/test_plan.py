@@ -493,7 +493,7 @@ def test_the_document_holds_no_folder_of_data_or_models(tmp_path: Path) -> None:
     found: Any = json.loads(written)
     photos, food = found["data"]["photos"], found["data"]["food101"]
     assert (photos["title"], photos["template"]) == ("photos", "a photo of {}.")
-    assert photos["found"] == {"known_as": None, "remarks": ["no test images"]}
+    assert photos["found"] == {"known_as": None, "remarks": ["no test images"], "left_out": {}}
     assert (food["title"], food["template"]) == ("Food101", "a dish of {}")
     assert food["found"] is None
     assert photos["place"] != food["place"]
