@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def test_few_shots_and_base_and_new_classes(tmp_path: Path, name: str) -> None:
     assert shots.test == data.split.test
     base, new = base_and_new(shots)
     n_base = (n_classes + 1) // 2
-    few = data.with_split(base)
+    few = replace(data, split=base)
     assert few.classes == TREES[name].classes[:n_base]
-    assert data.with_split(new).classes == TREES[name].classes[n_base:]
+    assert replace(data, split=new).classes == TREES[name].classes[n_base:]
     if len(set(few.classes)) > 1:
         assert len(few.dataset().classes) == len(set(few.classes))
     else:
@@ -329,7 +330,7 @@ def test_the_real_caltech101(bench_data: Path) -> None:
     base, new = base_and_new(drawn)
     assert (len(base.classes), len(new.classes)) == (50, 50)
     assert base.classes[0] == "face"
-    assert len(data.with_split(drawn).dataset().images) == 4465
+    assert len(replace(data, split=drawn).dataset().images) == 4465
 
 
 # Parquet
