@@ -96,7 +96,7 @@ class ServerRuntime:
         self._images, self._losses = images, losses
         if losses not in LOSSES:
             raise ConfigError(f'`losses` is "{losses}", expected {", ".join(LOSSES)}')
-        if losses == "here" and TEXTS not in self.access:
+        if losses == "here" and TEXTS not in self.capabilities:
             raise ConfigError(
                 "`losses=here` needs text features; the server offers none (use `losses=server`)"
             )
@@ -109,7 +109,7 @@ class ServerRuntime:
         self.service.close()
 
     @property
-    def access(self) -> frozenset[str]:
+    def capabilities(self) -> frozenset[str]:
         """Capabilities of the server and the local image tower together."""
         offers, given = self.service.offers, set[str]()
         if PROMPT in offers:
@@ -125,7 +125,7 @@ class ServerRuntime:
 
     @property
     def missing(self) -> frozenset[str]:
-        return EVERYTHING - self.access
+        return EVERYTHING - self.capabilities
 
     @property
     def hint(self) -> str:

@@ -206,7 +206,7 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
         ("losses", text),
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
-        assert served.access == given
+        assert served.capabilities == given
         assert served.missing == capabilities.EVERYTHING - given
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
