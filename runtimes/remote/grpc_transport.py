@@ -23,7 +23,7 @@ from runtimes.remote.transport import (
     Array,
     CallError,
     Request,
-    one_line,
+    last_cause,
     read_arrays,
     redact,
     refine_kind,
@@ -161,10 +161,10 @@ class GrpcTransport:
                 self._reconnect(client)
             raise self._failure(error) from None
         except ValueError as error:  # the channel is closed
-            raise CallError(f"{self.endpoint}: {one_line(error)}", "away") from None
+            raise CallError(f"{self.endpoint}: {last_cause(error)}", "away") from None
 
     def _failure(self, error: Any) -> CallError:
-        code, text = str(error.status()), one_line(error.message())
+        code, text = str(error.status()), last_cause(error.message())
         kinds = {
             "DEADLINE_EXCEEDED": "away",
             "UNAVAILABLE": "away",

@@ -247,7 +247,7 @@ def test_a_token_is_kept_nowhere(
     done = ztune("tune", url(guarded.grpc), *DATA, *ZIP, *words, "--out", out)
     assert done.code == 0, done.err
     assert document(out)["server"]["sent"] == 20
-    # Nor where it lies: a run's folder may go to somebody else, and come from there.
+    # Nor its path: a run's folder may go to another user, or come from one.
     assert not document(out)["run_config"]["server"]["connection"]
     told_nothing(done, out, SECRET)
     told_nothing(done, cache_home, SECRET)

@@ -38,14 +38,14 @@ Digest = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class Screening:
-    """What is done about images of `hash` that are broken or have two classes or roles."""
+    """How `hash` handles images that are broken or have two classes or roles."""
 
     skip_broken: bool = False
     skip_conflicts: bool = False
     why_broken: Callable[[Path, bool], DataError | None] = lambda _path, _whole: None
     """Returns why a file cannot be read, by its start or by decoding the whole; None if it can."""
     every: bool = True
-    """Whether every file is looked at, else only equal ones; those are always decoded."""
+    """Whether every file is checked, else only equal ones; those are always decoded."""
     hash_of: PerceptualHash | None = None
     """To find near copies of training images among the test images; None: not looked for."""
 

@@ -261,8 +261,8 @@ def _save_plan(
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
-            f"{n_left_out} result(s) in {store.path.name} belong to no plan: they are of other "
-            "settings, images or an earlier version, and stay there"
+            f"{n_left_out} result(s) in {store.path.name} belong to no plan and are kept: their "
+            "settings, images or version differ"
         )
     return store
 

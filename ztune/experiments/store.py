@@ -76,7 +76,7 @@ class ImagePass:
 
     seconds_per_image: float
     peak_memory_mb: float | None
-    """None unless measured in processes of its own."""
+    """None unless measured in separate processes."""
 
 
 Session = Mapping[str, Json]
