@@ -18,6 +18,7 @@ from ztune.data.coop import Item, base_and_new, few_shot, read_split, write_spli
 from ztune.data.folders import read_dataset
 from ztune.data.library import NamedData, read_named
 from ztune.data.named import NAMED, find_spec
+from ztune.dataset import Dataset
 from ztune.errors import ConfigError, DataError
 from ztune.io.pixel_limit import VARIABLE
 
@@ -387,7 +388,9 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
     assert [((extracted / i.path).read_bytes(), i.label) for i in data.split.train] == order
     assert [item.label for item in data.split.test] == [1, 0]
     assert not list(tmp_path.rglob("evil.png"))
-    # The folder is a data set of its own.
+    # The folder is a separate data set, and the files' folder can be read as one.
+    opened = Dataset.from_parquet(folder / "data")
+    assert (opened.classes, len(opened)) == (("banded", "zig zagged"), 8)
     dataset = read_dataset(extracted / parquet.MANIFEST)
     assert dataset.classes == ("banded", "zig zagged")
     assert sum(image.split == "test" for image in dataset.images) == 2
