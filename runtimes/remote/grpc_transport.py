@@ -1,7 +1,7 @@
 """Requests over gRPC, by tritonclient's own client.
 
-Own are what a failure means, and a new connection after a deadline: without it a connection that a
-gateway forgot is used again (tests/remote/test_faults.py::test_a_connection_that_has_gone_silent).
+ztune adds the kinds of failures, and a new connection after a deadline: a connection that a gateway
+forgot must not be used again (tests/remote/test_faults.py::test_a_connection_that_has_gone_silent).
 """
 
 from __future__ import annotations
