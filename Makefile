@@ -1,4 +1,4 @@
-# One environment, .venv, grown in steps: `demo` needs only what a device needs, the rest needs torch.
+# One environment, .venv, installed in steps: `demo` needs only what a device needs, the rest needs torch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,8 +46,8 @@ PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --n
 test: $(VENV)/.full
 	$(PYTEST)
 
-# No result may hang on the last bits of one processor: the tests of maps, optimizers, heads and runtimes on
-# the plainest kernels that torch, OpenBLAS and numpy have, on one thread. ONNX Runtime chooses its own.
+# Results must not depend on the last bits of one processor: the tests of maps, optimizers, heads and runtimes
+# with the most basic kernels of torch, OpenBLAS and numpy, on one thread. ONNX Runtime chooses its own.
 DISPATCHED = import numpy._core._multiarray_umath as m; print(*m.__cpu_dispatch__)
 kernels: $(VENV)/.full
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1 \
@@ -83,8 +83,8 @@ mini: $(VENV)/.full
 wheel: $(VENV)/.full
 	$(BIN)/python -m build --wheel --outdir dist .
 
-# Environments of the servers that tests talk to: apart from ours, as a real server is. Models there
-# run on the same ONNX Runtime, so that answers can be compared exactly.
+# Environments of the servers in tests: separate, as for a real server. Models there run on the same
+# ONNX Runtime, so answers can be compared exactly.
 TRITON_ENV := .venv-triton
 MLSERVER_ENV := .venv-mlserver
 SAME_ORT = "onnxruntime==$$($(BIN)/python -c 'import onnxruntime; print(onnxruntime.__version__)')"
@@ -93,8 +93,8 @@ servers: triton-env mlserver-env
 triton-env: $(TRITON_ENV)/.ready
 mlserver-env: $(MLSERVER_ENV)/.ready
 
-# Triton's Python backend answers empty tensors with numpy 2. Its stub, one per Python version, must
-# lie beside the backend's library, so both go into a copy.
+# Triton's Python backend returns empty tensors with numpy 2. Its stub, one per Python version, must
+# be next to the backend's library, so both are copied.
 $(TRITON_ENV)/.ready: $(VENV)/.device
 	$(BIN)/python -m venv $(TRITON_ENV)
 	$(TRITON_ENV)/bin/python -m pip install --quiet --disable-pip-version-check 'nvidia-pytriton==0.7.*' 'numpy<2' $(SAME_ORT)

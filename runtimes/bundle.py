@@ -35,9 +35,9 @@ EXTERNAL_THRESHOLD = 16_000_000
 # In a path, where two slashes become one.
 _URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# A graph from anyone must end and read no other file; those of ztune have only standard operators.
+# Untrusted graphs must terminate and read no other file; ztune uses only standard operators.
 _STANDARD = ("", "ai.onnx")
-"""Operator domains. Those of others have loops without a subgraph, or load further files."""
+"""Allowed operator domains; others have loops without a subgraph, or load files."""
 _BYTES = 2  # the wire type of messages, strings and bytes
 _FIXED = {1: 8, 5: 4}
 _LONGEST_NUMBER = 10  # bytes
@@ -248,7 +248,7 @@ def _load(path: Path) -> Bundle:
 
 
 def check_graph(graph: Path, allowed: str | None) -> None:
-    """Refuse a graph that may not end, or that has external data in a file other than `allowed`.
+    """Refuse a graph that may not terminate, or with external data in a file other than `allowed`.
 
     Raises: FormatError for control flow (a subgraph), a function, an operator of another domain
         than ONNX's, external data elsewhere, or a file that is not an ONNX graph; OSError.
@@ -365,7 +365,7 @@ class _Walk:
     def _refusal(self, what: str) -> FormatError:
         return FormatError(
             f"{self._path} {what}, expected a graph of standard ONNX operators without control "
-            "flow, which always ends (export again)"
+            "flow, which always terminates (export again)"
         )
 
     def _damaged(self) -> FormatError:

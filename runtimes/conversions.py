@@ -33,7 +33,7 @@ CONVERSIONS: Mapping[str, str] = {
     "grey_8_bit": "with 8-bit levels in 16 bits (kept)",
     "colour_16_bit": "in 16-bit colour (upper 8 bits used)",
 }
-"""What reading does with an image, in words."""
+"""What reading does with an image, as messages say it."""
 _GUESSED = ("grey_12_bit", "grey_8_bit")
 _ORIENTATION = 0x0112
 # A PNG's metadata may follow its pixels, which Pillow decodes to find them.

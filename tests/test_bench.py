@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +23,8 @@ from ztune.data.folders import read_dataset
 from ztune.data.split import SplitSettings
 from ztune.data.splitter import make_split
 from ztune.dataset import Dataset
+from ztune.errors import ConfigError
+from ztune.experiments.bench import run_plan
 from ztune.experiments.store import Result, Store
 from ztune.experiments.worker import MAX_ATTEMPTS, _earlier_attempts
 from ztune.run import RunFolder
@@ -705,7 +709,12 @@ WRONG = [
     (("bench", "{plan}", "--out", "{empty}/x", "--model", "a="), 1, "has no bundle"),
     (("bench", "{plan}", "--out", "{data}"), 1, "not empty"),
     (("bench", "report"), 1, "bench report OUT"),
-    (("bench", "report", "{empty}"), 1, "do not exist"),
+    (
+        ("bench", "report", "{empty}"),
+        1,
+        "is a folder without results.sqlite, expected a folder of results (make one with: ztune",
+    ),
+    (("bench", "report", str(MINI)), 1, "is a bundle, expected a folder of results"),
     (("bench", "report", "{out}", "--workers", "2"), 1, "leave out --workers"),
 ]
 
@@ -726,6 +735,43 @@ def test_what_is_wrong_is_said(
     assert done.code == code
     assert said in done.err
     assert "Traceback" not in done.err
+
+
+def test_the_library_runs_parts_of_a_plan(plan: Path, tmp_path: Path) -> None:
+    part: dict[str, Any] = {"data": ["digits"], "shots": [2], "seeds": [1], "provider": "cpu"}
+    out, models = tmp_path / "out", {"other": MINI}
+    results = run_plan(plan, out, methods=["gda"], models=models, **part)
+    assert results.n_missing == 0
+    rows = [row for row in results.rows() if row["status"] == "finished"]
+    found = {(row["protocol"], row["model"], row["method"], row["shots"]) for row in rows}
+    protocols = ("few-shot", "base-to-new", "out-of-distribution")
+    assert found == {(protocol, "other", "gda", 2) for protocol in protocols}
+    assert results.report[0] == out / "report" / "plan" / "report.md"
+    with pytest.raises(ConfigError, match="already has results"):
+        run_plan(plan, out, methods=["gda"], models=models, **part)
+    more = run_plan(plan, out, methods=["gda", "zip"], models=models, resume=True, **part)
+    assert {row["method"] for row in more.rows() if row["status"] == "finished"} == {"gda", "zip"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"methods": "gda"}, "`methods` is 'gda', expected a list"),
+        ({"shots": 2}, "`shots` is 2, expected a list"),
+        ({"seeds": [7]}, '`seeds`: the plan has no "7"'),
+        ({"methods": []}, "no cell of the plan matches"),
+        ({"models": {"a/b": MINI}}, '`models` "a/b": invalid name'),
+        ({"models": {}}, "names no model: give `models`"),
+        ({"workers": 0}, "`workers` is 0, expected at least 1"),
+        ({"resume": True}, "has no results.sqlite"),
+    ],
+)
+def test_wrong_arguments_of_the_library_run_nothing(
+    wrong: dict[str, Any], said: str, plan: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run_plan(plan, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_of_an_older_version_are_refused(copied: Path, plan: Path, ztune: Command) -> None:

@@ -210,7 +210,7 @@ def test_other_settings_and_images_are_other_cells(
         result = ztune(*words(data, copied, *more, methods="zip"))
         assert result.code == 0, result.err
         assert "2 requested: 0 finished, 2 to do" in result.err
-        assert "belong to no plan: they are of other settings" in result.err
+        assert "belong to no plan and are kept" in result.err
     again = ztune(*words(data, copied, methods="zip"))
     assert "2 requested: 2 finished, 0 to do" in again.err
     other = Path(shutil.copytree(data, tmp_path / "other"))

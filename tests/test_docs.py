@@ -121,6 +121,21 @@ def test_links_inside_the_project_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_three_steps_lead_to_a_piece_of_code() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("Where is it?")[2]
+    rows = re.findall(r"^\| (?!question|---)(.+?) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) > 5
+    for question, steps in rows:
+        file = ROOT
+        assert len(steps.split(" → ")) <= 3, question
+        for step in re.findall(r"`([^`]+)`", steps):
+            if step.endswith(".py"):
+                file = ROOT / step if "/" in step else file.parent / step
+                assert file.is_file(), f"{question}: {step}"
+            else:
+                assert f"def {step}(" in file.read_text(), f"{question}: {step}"
+
+
 def test_what_the_page_on_security_promises_has_its_test() -> None:
     text = (ROOT / "docs" / "security.md").read_text()
     named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", text)

@@ -231,6 +231,21 @@ def test_a_method_that_changes_images_needs_images(model: Model, train: Any) -> 
         fitted.predict(model.encode_images(paths[:3]))
 
 
+def test_a_manifest_and_names_of_folders_are_read(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("one\tthe one\ntwo\tthe two\n")
+    for name in ("one", "two"):
+        shutil.copytree(DIGITS / name, tmp_path / "digits" / name)
+    data = ztune.Dataset.from_folder(tmp_path / "digits", names=names)
+    assert data.classes == ("the one", "the two")
+    paths = [next((tmp_path / "digits" / name).iterdir()) for name in ("one", "two")]
+    manifest = tmp_path / "list.csv"
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}_digit" for path in paths]
+    manifest.write_text("\n".join(["path,label", *rows, ""]))
+    data = ztune.Dataset.from_manifest(manifest)
+    assert (data.classes, len(data)) == (("one digit", "two digit"), 2)
+
+
 def test_a_model_encodes_images_and_texts(model: Model, test: Any) -> None:
     paths = [path for path, _ in test.items[:9]]
     images = model.encode_images(paths)

@@ -1,8 +1,10 @@
 """Files of older versions, as written then (tests/old_files/): they read, score and resume."""
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +194,24 @@ def test_a_newer_version_is_refused_in_one_line(data: Path, ztune: Command, tmp_
     for file in (run / "run.json", bundle / "bundle.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "version": 9}))
     split = restored("split.json", data, tmp_path)
+    context = OLD / "artifacts" / "context.safetensors"
+    packed = tmp_path / "newer.onnx"
+    assert ztune("pack", MINI, "--prompt", context, "--out", packed).code == 0
+    model = onnx.load(str(packed))
+    (entry,) = (entry for entry in model.metadata_props if entry.key == "ztune")
+    entry.value = json.dumps({**json.loads(entry.value), "version": 9})
+    model.metadata_props.pop()  # the digest of the file
+    onnx.save(model, str(packed))
+    newer_split = tmp_path / "newer.json"
+    newer_split.write_text(json.dumps({**json.loads(split.read_text()), "version": 9}))
+    bench = Path(shutil.copytree(OLD / "bench", tmp_path / "bench"))
+    with contextlib.closing(sqlite3.connect(bench / "results.sqlite")) as database:
+        database.execute("PRAGMA user_version = 9")
     commands = (
         ("eval", run),
+        ("predict", packed, data / "one"),
+        ("eval", MINI, "--prompt", context, "--split-file", newer_split),
+        ("bench", "report", bench),
         ("tune", "--resume", run),
         ("eval", bundle, "--data", data, "--split", "all"),
         ("eval", MINI, "--prompt", prompt, "--split-file", split),

@@ -95,7 +95,7 @@ def test_it_is_tuned_and_scored(run: Ztune, site: Path, data: Path, tmp_path: Pa
     assert document["train_loss"] < losses[0]  # on all training images, in every round
     assert json.loads(run("eval", out, "--json").stdout)["n"] > 0
 
-    # Stopped, and another version installed meanwhile.
+    # Stopped, and another version installed in between.
     (out / "run.json").write_text(json.dumps({**document, "status": "running"}))
     install_example(site, "0.2.0")
     told(

@@ -1,6 +1,6 @@
 """Who is told a secret when a run goes on or is scored: servers that a person named, no other.
 
-A run's folder may come from somebody else, and with it the addresses in its run.json.
+A run's folder may come from another user, and with it the addresses in its run.json.
 """
 
 import functools
@@ -53,7 +53,7 @@ def home(models: dict[str, FakeModel]) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def strange(models: dict[str, FakeModel]) -> Iterator[FakeServer]:
-    """Somebody else's, which takes whatever it is told."""
+    """Another user's server, which takes whatever it gets."""
     with FakeServer(models) as server:
         yield server
 
@@ -64,15 +64,15 @@ def url_of(server: FakeServer) -> str:
 
 @dataclass(frozen=True)
 class Runs:
-    """Folders to copy: a run that was stopped midway, and one that is finished."""
+    """Folders to copy: a run that was stopped, and one that is finished."""
 
     stopped: Path
     finished: Path
 
 
 @pytest.fixture(scope="module")
-def begun(home: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("begun")
+def started(home: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("started")
     runs = Runs(folder / "stopped", folder / "finished")
     common = ["tune", url_of(home), "--data", str(DIGITS), "--shots", "4", "--quiet"]
     common += ["--method", "zip", "--queries", "60"]
@@ -103,7 +103,7 @@ def read(run: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Taken:
-    """A run that came from somebody, and the two commands that reach its server."""
+    """A run that came from another user, and the two commands that reach its server."""
 
     ztune: Command
     stopped: Path
@@ -130,10 +130,10 @@ class Taken:
 
 
 @pytest.fixture
-def taken(begun: Runs, ztune: Command, tmp_path: Path) -> Taken:
+def taken(started: Runs, ztune: Command, tmp_path: Path) -> Taken:
     runs = Taken(ztune, tmp_path / "stopped", tmp_path / "finished")
-    shutil.copytree(begun.stopped, runs.stopped)
-    shutil.copytree(begun.finished, runs.finished)
+    shutil.copytree(started.stopped, runs.stopped)
+    shutil.copytree(started.finished, runs.finished)
     return runs
 
 

@@ -220,13 +220,13 @@ def test_faults_in_grpc_count_and_come_where_they_say() -> None:
         outcome, seconds = [], []
         for _ in range(40):
             # A connection of its own for each: one that failed waits before it tries again.
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 assert np.array_equal(ask(tritonclient.grpc, proxy.address), 2 * X)
                 outcome.append("answered")
             except InferenceServerException as error:
                 outcome.append(str(error.status()))
-            seconds.append(time.monotonic() - begun)
+            seconds.append(time.monotonic() - started)
         counts = proxy.counts
         faults = drawn_like(proxy, 1)
         assert counts["requests"] == 40
@@ -236,7 +236,7 @@ def test_faults_in_grpc_count_and_come_where_they_say() -> None:
         answered = {"pass": "answered", "delay": "answered"}
         assert outcome == [answered.get(fault, "StatusCode.UNAVAILABLE") for fault in faults]
         assert all(s >= 0.1 for s, fault in zip(seconds, faults, strict=True) if fault == "delay")
-        # Before: the server never saw it. After: it did the work, and nobody heard.
+        # Before: the server never saw it. After: it did the work, and no answer arrived.
         assert fake.calls["ModelInfer"] == 40 - counts["reset_before"]
         assert proxy.sent > 40 * X.nbytes
         assert proxy.received > (counts["pass"] + counts["delay"]) * X.nbytes
@@ -275,7 +275,7 @@ def test_faults_in_http_count_and_come_where_they_say(triton: TritonServer) -> N
         # Python's own client, since it never asks twice by itself.
         connection = http.client.HTTPConnection(proxy.address, timeout=5)
         for _ in range(40):
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 connection.request("POST", "/v2/models/double/infer", body)
                 assert b'"data":[3.0]' in connection.getresponse().read()
@@ -286,7 +286,7 @@ def test_faults_in_http_count_and_come_where_they_say(triton: TritonServer) -> N
             except OSError:
                 outcome.append("reset")
                 connection.close()
-            seconds.append(time.monotonic() - begun)
+            seconds.append(time.monotonic() - started)
         connection.close()
         faults = drawn_like(proxy, 1)
         answered = {"pass": "answered", "delay": "answered"}
@@ -334,7 +334,7 @@ def test_a_proxy_refuses_pauses_and_outlives_its_target() -> None:
             infer(tritonclient.grpc, asked)
             proxy.drop()
             with pytest.raises(InferenceServerException):
-                for _ in range(3):  # the client may not know yet, and then connects anew
+                for _ in range(3):  # the client may not know yet, and then connects again
                     proxy.refuse()
                     infer(tritonclient.grpc, asked)
     (nobody,) = free_ports(1)

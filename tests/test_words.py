@@ -28,6 +28,8 @@ def test_usual_words(path: Path) -> None:
         ("It is no number.", "is not a ..."),
         ("The run was carried out.", "run"),
         ("There is no image, and it is no longer used.", ""),
+        ("# It is\n# no number.", "is not a ..."),
+        ("There\nis no image.", ""),
     ],
 )
 def test_what_counts(tmp_path: Path, line: str, usual: str) -> None:

@@ -7,6 +7,8 @@ python -m tests.words --stilted  # lines with a word that has a usual one instea
 from __future__ import annotations
 
 import ast
+import bisect
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -59,6 +61,10 @@ USUAL = {
     r"the former one": "the previous one",
     r"half a character": "an unpaired surrogate",
     r"at the next occasion": "when convenient",
+    r"(?:is|are|was|were) asked for": "is requested",
+    r"one's own": "your own",
+    r"by themselves": "automatically",
+    r"(?:must|has to|have to) be said": "is required",
 }
 """Patterns of words and phrases, and the usual ones; matched as whole words."""
 _STILTED = {
@@ -82,13 +88,17 @@ def prose_files() -> list[Path]:
 def stilted(path: Path) -> Iterator[tuple[int, str, str, str]]:
     """Yield line number, word, usual word and line wherever a file has a word of USUAL.
 
-    What a page quotes as code, such as keys of earlier versions, is left out.
+    Phrases may continue on the next line. What a page quotes as code, such as keys of earlier
+    versions, is left out.
     """
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        text = _CODE.sub("", line) if path.suffix == ".md" else line
-        for word, usual in _STILTED.items():
-            for found in word.finditer(text):
-                yield number, found[0], usual, line.strip()
+    lines = path.read_text().splitlines()
+    texts = [_CODE.sub("", line) if path.suffix == ".md" else line for line in lines]
+    texts = [text.strip(" #\"'") + " " for text in texts]
+    starts = list(itertools.accumulate(map(len, texts), initial=0))
+    for word, usual in _STILTED.items():
+        for found in word.finditer("".join(texts)):
+            number = bisect.bisect_right(starts, found.start())
+            yield number, found[0], usual, lines[number - 1].strip()
 
 
 def public_names(path: Path) -> Iterator[str]:

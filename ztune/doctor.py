@@ -213,13 +213,13 @@ def check_server(url: str, values: Mapping[str, Json], progress: Progress = SILE
     try:
         served = ServerRuntime(service, bundle, losses=parse_settings(values).losses)
         seconds = None
-        if TEXTS in served.access:
+        if TEXTS in served.capabilities:
             graph = served.prompts(Tokenizer(bundle))
             seconds = time_text_queries(graph, _WORDS, bundle.text.width).per_query
         return ServerCheck(
             url=str(service.location),
             models=[service.model(part) for part in service.offers],
-            capabilities=sorted(served.access),
+            capabilities=sorted(served.capabilities),
             bundle_digest=bundle.digest,
             model_id=bundle.model_id,
             precision=bundle.precision,

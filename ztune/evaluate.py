@@ -186,7 +186,7 @@ def score_run(
 
     `cache` replaces the run's own.
 
-    Raises: FormatError, DataError; ConfigError if the run's extractor is not there.
+    Raises: FormatError, DataError; ConfigError for a missing extractor.
     """
     artifact = read_artifact(folder.prompt)
     require_same_model(artifact, model.bundle.model_id, folder.prompt, model.bundle.path)

@@ -442,5 +442,5 @@ def _described(served: ServerRuntime) -> str:
     service = served.service
     return (
         f"server {service.location}: bundle {served.bundle.digest[:12]}…, "
-        f"{served.bundle.precision}; provides {describe(served.access)}"
+        f"{served.bundle.precision}; provides {describe(served.capabilities)}"
     )

@@ -716,7 +716,7 @@ def _server_report(served: ServerRuntime, budget: Budget) -> ServerReport:
     sent, received = service.payload_bytes
     return ServerReport(
         url=str(service.location),
-        capabilities=tuple(sorted(served.access)),
+        capabilities=tuple(sorted(served.capabilities)),
         sent=budget.sent,
         possibly_billed_twice=budget.possibly_billed_twice,
         report_queries=budget.report_queries,

@@ -1,7 +1,7 @@
 """Requests over gRPC, by tritonclient's own client.
 
-Own are what a failure means, and a new connection after a deadline: without it a connection that a
-gateway forgot is used again (tests/remote/test_faults.py::test_a_connection_that_has_gone_silent).
+ztune adds the kinds of failures, and a new connection after a deadline: a connection that a gateway
+forgot must not be used again (tests/remote/test_faults.py::test_a_connection_that_has_gone_silent).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtimes.remote.transport import (
     Array,
     CallError,
     Request,
-    one_line,
+    last_cause,
     read_arrays,
     redact,
     refine_kind,
@@ -161,10 +161,10 @@ class GrpcTransport:
                 self._reconnect(client)
             raise self._failure(error) from None
         except ValueError as error:  # the channel is closed
-            raise CallError(f"{self.endpoint}: {one_line(error)}", "away") from None
+            raise CallError(f"{self.endpoint}: {last_cause(error)}", "away") from None
 
     def _failure(self, error: Any) -> CallError:
-        code, text = str(error.status()), one_line(error.message())
+        code, text = str(error.status()), last_cause(error.message())
         kinds = {
             "DEADLINE_EXCEEDED": "away",
             "UNAVAILABLE": "away",

@@ -37,7 +37,7 @@ from runtimes.remote.transport import (
     Array,
     CallError,
     Request,
-    one_line,
+    last_cause,
     read_arrays,
     redact,
     refine_kind,
@@ -267,7 +267,7 @@ class HttpTransport:
         cause = error.__cause__ or error
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
-            reason = _ALERTS.get(reason, one_line(reason))
+            reason = _ALERTS.get(reason, last_cause(reason))
             return CallError(f"{self.endpoint}: TLS failed: {reason}", "away")
         if self._context is not None and not self._answered:
             # With TLS 1.3 a client certificate is rejected after the first request is sent.
@@ -278,7 +278,7 @@ class HttpTransport:
         if isinstance(cause, OSError) and cause.errno is not None:
             named = not isinstance(cause, socket.gaierror)
             text = os.strerror(cause.errno) if named else str(cause.strerror)
-        return CallError(f"{self.endpoint}: {one_line(text) or type(error).__name__}", "away")
+        return CallError(f"{self.endpoint}: {last_cause(text) or type(error).__name__}", "away")
 
     def _unpacked(self, content: bytes, kind: str, largest: int) -> bytes:
         """Decompress a body, up to `largest` bytes."""
@@ -302,7 +302,7 @@ def _http_failure(where: Endpoint | str, status: int, content: bytes) -> CallErr
         text = str(document.get("error") or document["detail"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = http.client.responses.get(status, "")
-    text = f"{one_line(text)} (HTTP {status})"
+    text = f"{last_cause(text)} (HTTP {status})"
     kind = "refused"
     if status in (401, 403):
         kind = "denied"

@@ -107,7 +107,7 @@ class ServerRuntime:
         self._images, self._losses = images, losses
         if losses not in LOSSES:
             raise ConfigError(f'`losses` is "{losses}", expected {", ".join(LOSSES)}')
-        if losses == "here" and TEXTS not in self.access:
+        if losses == "here" and TEXTS not in self.capabilities:
             raise ConfigError(
                 "`losses=here` needs text features; the server offers none (use `losses=server`)"
             )
@@ -120,7 +120,7 @@ class ServerRuntime:
         self.service.close()
 
     @property
-    def access(self) -> frozenset[str]:
+    def capabilities(self) -> frozenset[str]:
         """Capabilities of the server and the local image tower together."""
         offers, given = self.service.offers, set[str]()
         if PROMPT in offers:
@@ -136,7 +136,7 @@ class ServerRuntime:
 
     @property
     def missing(self) -> frozenset[str]:
-        return EVERYTHING - self.access
+        return EVERYTHING - self.capabilities
 
     @property
     def hint(self) -> str:
@@ -169,6 +169,8 @@ class ServerRuntime:
         encoder = ServerPromptEncoder(self.service, self.bundle, names, n_context, n, self._losses)
         if encoder.plan.losses == "server":
             encoder.plan_images(n_images)
+        if FEATURES not in self.missing:
+            self.images()  # refuses images that are too large
 
     def scorer(
         self, encoder: PromptEncoder, features: F32, labels: I64, *, logits: bool
@@ -182,12 +184,17 @@ class ServerRuntime:
 
 
 class ServerImageEncoder:
-    """The image tower on a server (an ImageEncoder)."""
+    """The image tower on a server (an ImageEncoder).
+
+    Raises: ConfigError if its requests are above `max_request`.
+    """
 
     def __init__(self, service: Service, bundle: Bundle):
         self._service, self._bundle = service, bundle
         # Dynamic int8 scales activations over a whole call, so images are encoded one by one.
         self._at_once = 1 if bundle.precision == "int8" else BATCH
+        n_bytes = self._at_once * 3 * bundle.image.size**2 * _F32
+        _require_size(service, f"{self._at_once} image(s)", n_bytes, ["`images=local`"])
 
     @property
     def identity(self) -> str:
@@ -285,6 +292,9 @@ class ServerPromptEncoder:
         """The column of each class in a request."""
         self._lengths = lengths
         self.plan = self._make_plan(n_candidates, losses)
+        score = None if PROMPT in service.offers else service.offers.get(SCORE)
+        self._n_vectors = bundle.embed_dim if score and "logits" in score.outputs else 0
+        """Unit vectors in requests of `_from_logits`."""
         self.plan_images(0)
 
     def _make_plan(self, n_candidates: int, losses: str) -> RequestPlan:
@@ -305,19 +315,16 @@ class ServerPromptEncoder:
 
         Raises: ConfigError above `max_request`.
         """
-        plan, limit = self.plan, self.service.connection.max_request
+        plan = self.plan
         contexts = _F32 * plan.n_candidates * self._sizes.n_context * self._sizes.width
-        images = n_images * (_F32 * self.bundle.embed_dim + self.tokens.itemsize)
+        n_rows = max(n_images, self._n_vectors)
+        images = n_rows * (_F32 * self.bundle.embed_dim + self.tokens.itemsize)
         n_bytes = contexts + self.tokens.nbytes + images
-        if n_bytes > limit * 1_000_000:
-            ways = ["`losses=here`"] if n_images and PROMPT in self.service.offers else []
-            ways += ["fewer images"] if n_images else []
-            ways += ["a larger `max_request` if the server accepts it"]
-            raise ConfigError(
-                f"a request of {plan.n_candidates} candidates and {n_images} images takes "
-                f"{n_bytes / 1e6:.3g} MB, more than `max_request` {limit:g} "
-                f"(use {' or '.join(ways)})"
-            )
+        ways = ["`losses=here`"] if n_images and PROMPT in self.service.offers else []
+        ways += ["fewer images"] if n_images > self._n_vectors else []
+        rows = "images" if n_images >= self._n_vectors else "unit vectors"
+        what = f"{plan.n_candidates} candidates and {n_rows} {rows}"
+        _require_size(self.service, what, n_bytes, ways)
         self.plan = replace(plan, n_bytes=max(plan.n_bytes, n_bytes))
 
     def parts(self, contexts: F32) -> list[F32]:
@@ -409,3 +416,14 @@ class ServerScorer:
                 )
             logits = np.ascontiguousarray(found[..., encoder.class_columns])
         return Scores(losses, correct / n, logits)
+
+
+def _require_size(service: Service, what: str, n_bytes: int, ways: Sequence[str]) -> None:
+    """Raise ConfigError for requests above `max_request`; `ways` are what else to use."""
+    limit = service.connection.max_request
+    if n_bytes > limit * 1_000_000:
+        listed = " or ".join([*ways, "a larger `max_request` if the server accepts it"])
+        raise ConfigError(
+            f"a request of {what} takes {n_bytes / 1e6:.3g} MB, more than `max_request` {limit:g} "
+            f"(use {listed})"
+        )

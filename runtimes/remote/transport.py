@@ -117,7 +117,7 @@ def read_arrays(endpoint: Endpoint, result: Any, request: Request) -> dict[str, 
 
 
 def unreadable_answer(endpoint: Endpoint, reason: object) -> CallError:
-    return CallError(f"{endpoint}: unreadable answer ({one_line(reason)})", "broken")
+    return CallError(f"{endpoint}: unreadable answer ({last_cause(reason)})", "broken")
 
 
 def refine_kind(text: str, kind: str) -> str:
@@ -140,8 +140,8 @@ def require_object(value: Any) -> dict[str, Json]:
     return value
 
 
-def one_line(text: object) -> str:
-    """Return an error's text in one line; for gRPC the text of its last cause."""
+def last_cause(text: object) -> str:
+    """Return an error's text in one printable line; for gRPC and TLS that of its last cause."""
     # No control characters from a server may reach a terminal.
     printable = "".join(c if c.isprintable() else " " for c in str(text))
     words = " ".join(printable.split())

@@ -52,7 +52,7 @@ def test_snapshots_are_those_of_a_local_run(
     expected = {path.name: path.read_bytes() for path in (local(*words) / "snapshots").iterdir()}
     assert len(expected) == 3
     assert {path.name: path.read_bytes() for path in (out / "snapshots").iterdir()} == expected
-    # Beside the hand-written prompt and the report's two, one for each snapshot.
+    # Besides the hand-written prompt and the report's two, one for each snapshot.
     assert document(out)["server"]["report_queries"] == 3 + len(expected)
 
 
@@ -93,7 +93,7 @@ def test_losses_alone_measure_nothing_and_encode_nothing(
         data = ("--data", "examples/digits", "--split", "all", "--quiet")
         refused = ztune("eval", url_of(server), *data)
         one_error(refused.code, refused.err, "only losses", "ztune eval BUNDLE --prompt FILE")
-        # The start's parity asks for two images each time, and nobody for more.
+        # The start's parity asks for two images each time, and no other request for more.
         assert worked(server, "image") - before == 4
     measured = ztune("eval", out, "--bundle", "models/mini", "--json", "--quiet")
     assert measured.code == 0, measured.err

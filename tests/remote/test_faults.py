@@ -47,15 +47,15 @@ FAULTS = ("reset_before", "reset_after", "delay", "truncate")
 class Network(FaultProxy):
     """Faults from when a run has written a file: at the start a server is to be well."""
 
-    def __init__(self, target: str, begun: Path, **rates: float) -> None:
-        self.begun = begun
+    def __init__(self, target: str, started: Path, **rates: float) -> None:
+        self.started = started
         self.seen: list[float] = []
         """When a request came, was answered, or could not be passed on."""
         super().__init__(target, SEED, **rates)
 
     def draw(self) -> str:
         self.seen.append(time.monotonic())
-        return super().draw() if self.begun.exists() else "pass"
+        return super().draw() if self.started.exists() else "pass"
 
     def count(self, kind: str) -> None:
         self.seen.append(time.monotonic())
@@ -117,8 +117,8 @@ def test_the_drill(
     with contextlib.ExitStack() as stack:
         networks, processes = [], []
         for protocol, out in runs.items():
-            begun, target = out / "sent.jsonl", address_of(mortal, protocol)
-            networks.append(stack.enter_context(Network(target, begun, **rates)))
+            started, target = out / "sent.jsonl", address_of(mortal, protocol)
+            networks.append(stack.enter_context(Network(target, started, **rates)))
             words = (*DATA, *ZIP, "--queries", DRILL, "--out", out)
             address = url(networks[-1].address, protocol)
             processes.append(start("tune", address, *words, "--deadline", DEADLINE))

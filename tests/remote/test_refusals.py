@@ -247,7 +247,7 @@ def test_a_token_is_kept_nowhere(
     done = ztune("tune", url(guarded.grpc), *DATA, *ZIP, *words, "--out", out)
     assert done.code == 0, done.err
     assert document(out)["server"]["sent"] == 20
-    # Nor where it lies: a run's folder may go to somebody else, and come from there.
+    # Nor its path: a run's folder may go to another user, or come from one.
     assert not document(out)["run_config"]["server"]["connection"]
     told_nothing(done, out, SECRET)
     told_nothing(done, cache_home, SECRET)
@@ -287,11 +287,15 @@ def test_removed_settings() -> None:
 
 def test_a_request_above_the_limit(triton: TritonServer, tune: Tune) -> None:
     before = worked(triton, "image")
-    words = ("--losses", "server", "--max-request", 0.04)
-    says = ("40 images takes 0.0415 MB, more than --max-request 0.04 (use --losses here or fewer",)
+    words = ("--losses", "server", "--shots", 8, "--max-request", 0.06)
+    says = ("80 images takes 0.0623 MB, more than --max-request 0.06 (use --losses here or fewer",)
     tune(url_of(triton), *words, says=says)
-    # Before any image is encoded: the start's parity asks for two.
-    assert worked(triton, "image") - before == 2
+    says = (
+        "8 image(s) takes 0.0553 MB, more than --max-request 0.05 (use --images local or a lar",
+    )
+    tune(url_of(triton), "--max-request", 0.05, says=says)
+    # Before any image is encoded: the start's parity asks for two each time.
+    assert worked(triton, "image") - before == 4
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -52,7 +52,7 @@ class FakeServer:
     """Models by name, served from construction until `close`.
 
     `token` is what a caller must bear. `hook` may change or replace an answer, or raise
-    FailedError. Both, and `extensions`, may be set anew at any time.
+    FailedError. Both, and `extensions`, may be set again at any time.
     """
 
     def __init__(

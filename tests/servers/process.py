@@ -52,7 +52,7 @@ def entered(environment: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on, outside the range that clients get their own ports from."""
+    """Return ports that no process listens on, outside the range of the clients' own ports."""
     # A client that knocks on a dead server's port may be given that very port as its own and then
     # talk to itself, or keep the server from coming back; below the range neither can happen.
     with Path("/proc/sys/net/ipv4/ip_local_port_range").open() as file:
@@ -72,7 +72,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _kill(process: psutil.Process) -> None:
-    """Kill a process that may be gone and wait for its end, not for somebody to collect it."""
+    """Kill a process that may be gone and wait for its end, not for its parent to collect it."""
     deadline = time.monotonic() + 5
     try:
         process.kill()
@@ -132,7 +132,7 @@ class ServerProcess(ABC):
         """Start the server and wait until it is ready."""
         if self.pid is not None:
             return
-        begun = time.monotonic()
+        started = time.monotonic()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(),
@@ -148,13 +148,13 @@ class ServerProcess(ABC):
             while not self.ready():
                 if self.pid is None:
                     raise RuntimeError(f"the server ended while starting:\n{self._tail()}")
-                if time.monotonic() - begun > self.wait_s:
+                if time.monotonic() - started > self.wait_s:
                     raise RuntimeError(f"not ready after {self.wait_s} s:\n{self._tail()}")
                 time.sleep(0.05)
         except BaseException:
             self.kill()
             raise
-        self.start_s = time.monotonic() - begun
+        self.start_s = time.monotonic() - started
 
     def ready(self) -> bool:
         """Ask whether the server and all its models are ready."""
@@ -179,7 +179,7 @@ class ServerProcess(ABC):
         self._end(signal.SIGTERM, timeout_s)
 
     def restart(self) -> None:
-        """Start the server anew on the same ports, killing it first if it runs."""
+        """Start the server again on the same ports, killing it first if it runs."""
         self.kill()
         self.start()
 
@@ -196,7 +196,7 @@ class ServerProcess(ABC):
             process.send_signal(how)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody may be left
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process may be left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for member in family:

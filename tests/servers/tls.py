@@ -32,7 +32,7 @@ class Certificates:
     """For other.example."""
     client: Pair
     stranger: Pair
-    """A client's, by an authority that nobody trusts."""
+    """A client's, by an authority that no server trusts."""
     strange_authority: Path
 
 

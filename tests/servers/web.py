@@ -58,7 +58,7 @@ def chunked(*parts: bytes, end: bool = True) -> bytes:
 
 
 class WebServer:
-    """Serves from construction until `close`; `answer` may be set anew at any time."""
+    """Serves from construction until `close`; `answer` may be set again at any time."""
 
     def __init__(self, answer: Callable[[Asked], Reply]) -> None:
         self.answer = answer

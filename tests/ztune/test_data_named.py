@@ -21,6 +21,7 @@ from ztune.data.library import NamedData, read_named
 from ztune.data.named import NAMED, find_spec
 from ztune.data.parquet_pages import page_sizes
 from ztune.data.sources import read_source
+from ztune.dataset import Dataset
 from ztune.errors import ConfigError, DataError
 from ztune.io.pixel_limit import VARIABLE
 
@@ -87,9 +88,9 @@ def test_few_shots_and_base_and_new_classes(tmp_path: Path, name: str) -> None:
     assert shots.test == data.split.test
     base, new = base_and_new(shots)
     n_base = (n_classes + 1) // 2
-    few = data.with_split(base)
+    few = replace(data, split=base)
     assert few.classes == TREES[name].classes[:n_base]
-    assert data.with_split(new).classes == TREES[name].classes[n_base:]
+    assert replace(data, split=new).classes == TREES[name].classes[n_base:]
     if len(set(few.classes)) > 1:
         assert len(few.dataset().classes) == len(set(few.classes))
     else:
@@ -457,7 +458,7 @@ def test_the_real_caltech101(bench_data: Path) -> None:
     base, new = base_and_new(drawn)
     assert (len(base.classes), len(new.classes)) == (50, 50)
     assert base.classes[0] == "face"
-    assert len(data.with_split(drawn).dataset().images) == 4465
+    assert len(replace(data, split=drawn).dataset().images) == 4465
 
 
 # Parquet
@@ -514,7 +515,9 @@ def test_a_parquet_data_set_is_extracted_once(tmp_path: Path) -> None:
     assert [((extracted / i.path).read_bytes(), i.label) for i in data.split.train] == order
     assert [item.label for item in data.split.test] == [1, 0]
     assert not list(tmp_path.rglob("evil.png"))
-    # The folder is a data set of its own.
+    # The folder is a separate data set, and the files' folder can be read as one.
+    opened = Dataset.from_parquet(folder / "data")
+    assert (opened.classes, len(opened)) == (("banded", "zig zagged"), 8)
     dataset = read_dataset(extracted / parquet.MANIFEST)
     assert dataset.classes == ("banded", "zig zagged")
     assert sum(image.split == "test" for image in dataset.images) == 2

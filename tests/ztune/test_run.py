@@ -159,8 +159,8 @@ def test_what_a_kill_leaves_is_removed_by_the_next_lock(tmp_path: Path) -> None:
     folder.snapshots.mkdir()
     for name in LEFT:
         (folder.path / name).touch()
-    begun, foreign = tmp_path / ".run.ztune-ab12cd34", tmp_path / ".run.20240131"
-    for other in (begun, foreign):
+    started, foreign = tmp_path / ".run.ztune-ab12cd34", tmp_path / ".run.20240131"
+    for other in (started, foreign):
         other.mkdir()
         (other / "run.json").touch()
     (foreign / "notes.txt").touch()
@@ -175,7 +175,7 @@ def test_what_a_kill_leaves_is_removed_by_the_next_lock(tmp_path: Path) -> None:
     with replacing(folder.curve) as temporary, folder.locked():
         assert temporary.exists()  # its process lives
         assert not [name for name in LEFT if (folder.path / name).exists()]
-        assert not begun.exists()
+        assert not started.exists()
     assert all(path.exists() for path in (foreign, *mine))
 
 

@@ -196,7 +196,7 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
     Raises: ConfigError.
     """
     if arguments.prompt is not None and arguments.templates is not None:
-        raise ConfigError("--prompt and --template exclude each other (give one)")
+        raise ConfigError("--prompt and --template are mutually exclusive (give one)")
     if arguments.bundle is not None:
         raise ConfigError("--bundle applies only to a run (leave it out)")
     if arguments.snapshots:

@@ -63,7 +63,8 @@ class Parser(argparse.ArgumentParser):
             self.error("an argument is empty (unset shell variable?)")
         arguments, others = self.parse_known_args(words)
         if others:
-            self.error(f'unexpected "{others[0]}"')
+            hint = f": {_REMOVED['--endpoint']}" if "://" in others[0] else ""
+            self.error(f'unexpected "{others[0]}"{hint}')
         arguments.given = {
             action.dest: action.option_strings[-1]
             for action in self.own

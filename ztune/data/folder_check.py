@@ -1,4 +1,4 @@
-"""Check one's own images: what tuning would refuse, leave out or warn of, all at once."""
+"""Check a folder of images: all that tuning would refuse, leave out or warn of."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FolderReport:
         """What tuning leaves out or warns of, one line each."""
         near = "near copies of training or validation images among the test images"
         lines = {
-            "exact duplicates, of which one is used": [" = ".join(p) for p in self.duplicates],
+            "exact duplicates, only one is used": [" = ".join(p) for p in self.duplicates],
             near if self.listing.has_splits else "near copies": [
                 " = ".join(pair) for pair in self.near_copies
             ],

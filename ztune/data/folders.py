@@ -7,9 +7,9 @@ The layout is detected:
     list.csv, list.tsv, list.jsonl    a manifest (manifests.py)
 
 Class folders may be links and may have sub-folders next to their own images, which belong to the
-class. Whether sub-folders of a folder without images of its own are classes must be said (NESTED).
-What is an image, and which folders are skipped: image_files.py. Other files are ignored and listed.
-All order is by code point, independent of the file system.
+class. If a folder's images are all in sub-folders, NESTED decides which level is the class.
+image_files.py decides what is an image and which folders are skipped. Other files are ignored and
+listed. All order is by code point, independent of the file system.
 """
 
 from __future__ import annotations

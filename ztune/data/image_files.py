@@ -1,8 +1,8 @@
-"""Which files of a folder are images.
+"""Find the image files of a folder.
 
-A file is an image if its name ends as one (SUFFIXES), or if its content starts as one; raw photos
-are TIFF inside, so TIFF needs its ending, or none. Hidden folders and those that systems keep for
-themselves (STORAGE) are left out. Links to folders are followed once.
+A file is an image by its suffix (SUFFIXES) or its first bytes; raw photos contain TIFF, so a TIFF
+needs its suffix, or none. Hidden folders and system folders (STORAGE) are skipped. Links to folders
+are followed once.
 """
 
 from __future__ import annotations

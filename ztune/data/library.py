@@ -2,7 +2,7 @@
 
     data = read_named("dtd", Path("/data"))       # /data/dtd, in the layout of CoOp's DATASETS.md
     shots = few_shot(data.split, 16, seed=1)      # coop.py: what CoOp draws with this seed
-    data.with_split(shots).dataset()              # a Listing, like other data
+    data.dataset()                                # a Listing, like other data
 
 Without a split file, the split is made from the data set's official files (official.py), or an
 error names the split file to get (named.py).
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ztune.data import parquet
@@ -50,10 +50,6 @@ class NamedData:
         if self.source is None:
             return not self.spec.drawn
         return self.source.name in self.spec.splits
-
-    def with_split(self, split: CoopSplit) -> NamedData:
-        """Return the same data with another split, e.g. of few_shot or base_and_new."""
-        return replace(self, split=split)
 
     def dataset(self) -> Listing:
         """Return it as a Listing: classes by name, images by path.

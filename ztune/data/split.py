@@ -152,21 +152,19 @@ class Split:
     def file(self, entry: Entry) -> Path:
         return self.roots[entry.root] / entry.path
 
-    def check_unchanged(self, progress: Progress | None = None) -> None:
+    def check_unchanged(self) -> None:
         """Compare every image with its recorded digest.
 
         Raises: DataError naming the first missing or changed image, and their number.
         """
         wrong = []
-        for done, entry in enumerate(self.entries, 1):
+        for entry in self.entries:
             path = self.file(entry)
             try:
                 if sha256(path) != entry.sha256:
                     wrong.append(f'"{path}" has changed')
             except OSError as error:
                 wrong.append(f'"{path}" cannot be read ({error.strerror})')
-            if progress:
-                progress(done, len(self.entries))
         if wrong:
             raise DataError(
                 f"{wrong[0]} since the split was made, {len(wrong)} of {len(self.entries)} "

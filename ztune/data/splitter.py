@@ -27,7 +27,7 @@ from ztune.data.coop import CoopSplit, Item, by_label, display_name, few_shot
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.near_copies import MOST, PerceptualHash, near_copies
-from ztune.data.split import ROLES, Entry, LeftOut, Progress, Split, SplitSettings
+from ztune.data.split import ROLES, Entry, LeftOut, Split, SplitSettings
 from ztune.errors import DataError, ImageSizeError
 from ztune.io.files import sha256
 from ztune.printing import broken_images, first_few
@@ -38,14 +38,14 @@ Digest = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class Screening:
-    """What is done about images of `hash` that are broken or have two classes or roles."""
+    """How `hash` handles images that are broken or have two classes or roles."""
 
     skip_broken: bool = False
     skip_conflicts: bool = False
     why_broken: Callable[[Path, bool], DataError | None] = lambda _path, _whole: None
     """Returns why a file cannot be read, by its start or by decoding the whole; None if it can."""
     every: bool = True
-    """Whether every file is looked at, else only equal ones; those are always decoded."""
+    """Whether every file is checked, else only equal ones; those are always decoded."""
     hash_of: PerceptualHash | None = None
     """To find near copies of training images among the test images; None: not looked for."""
 
@@ -66,17 +66,12 @@ def digest_file(path: Path) -> str:
         raise DataError(f'image "{path}" cannot be read: {error.strerror}') from None
 
 
-def digest_images(dataset: Listing, progress: Progress | None = None) -> list[str]:
+def digest_images(dataset: Listing) -> list[str]:
     """Return the SHA-256 of every image's file, in the order of `dataset.images`.
 
     Raises: DataError naming a file that cannot be read.
     """
-    digests = []
-    for done, image in enumerate(dataset.images, 1):
-        digests.append(digest_file(dataset.root / image.path))
-        if progress:
-            progress(done, len(dataset.images))
-    return digests
+    return [digest_file(dataset.root / image.path) for image in dataset.images]
 
 
 def make_split(

@@ -18,7 +18,7 @@ from ztune.experiments.csv_rows import cell_rows
 from ztune.experiments.driver import Driver
 from ztune.experiments.executors import Cluster, Executor, Joblib, Ray, Serial
 from ztune.experiments.isolated import Isolated
-from ztune.experiments.plan import Plan, read_plan
+from ztune.experiments.plan import Plan, check_name, read_plan
 from ztune.experiments.prepare import RECIPE, CellFilter, Preparation, Prepared
 from ztune.experiments.report import image_passes, write_report
 from ztune.experiments.store import Result, Store, View
@@ -26,6 +26,8 @@ from ztune.experiments.summary import names_of
 from ztune.experiments.worker import Settings, clear_attempts
 from ztune.io.children import empty_working_folder
 from ztune.io.files import inside, write_json
+from ztune.io.kinds import wrong_kind
+from ztune.io.schema import T
 from ztune.progress import SILENCE, Progress, warn
 from ztune.system import commit, machine, versions
 from ztune.types import Json
@@ -116,14 +118,16 @@ def run_plan(
     >>> import ztune
     >>> part = {"methods": ["gda"], "shots": [1, 4], "seeds": [1]}
     >>> results = ztune.run_plan("plans/smoke.toml", "runs/smoke", **part)
-    >>> [row["status"] for row in results.rows() if row["protocol"] == "few-shot"][:1]
-    ['missing']
+    >>> results.n_missing, [row["shots"] for row in results.rows() if row["status"] == "finished"]
+    (0, [1, 4, 4])
 
     Raises: ConfigError, DataError, FormatError for invalid input; ZtuneError if all workers are
         lost.
     """
     plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
     if models is not None:
+        for name in models:
+            check_name(name, f'`models` "{name}"')
         named = {name: str(Path(path).resolve()) for name, path in models.items()}
         plan = replace(plan, models=named)
     if not plan.models:
@@ -132,11 +136,27 @@ def run_plan(
     report = _report_folder(out, plan.name)
     workers = Workers(workers) if isinstance(workers, int) else workers
     root = None if root is None else Path(root)
-    chosen = (None if one is None else tuple(one) for one in (methods, data, shots, seeds))
-    only = CellFilter(*chosen)  # type: ignore[arg-type]
+    only = CellFilter(
+        _listed("methods", methods),
+        _listed("data", data),
+        _listed("shots", shots),
+        _listed("seeds", seeds),
+    )
     only.check(plan)
     view, n_missing = run_cells(plan, out, only, workers, root, provider, resume, command, progress)
     return PlanResults(view, write_report(view, report), n_missing)
+
+
+def _listed(name: str, values: Sequence[T] | None) -> tuple[T, ...] | None:
+    """Return the requested values as a tuple; None: all.
+
+    Raises: ConfigError for a single value.
+    """
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ConfigError(f"`{name}` is {values!r}, expected a list")
+    return tuple(values)
 
 
 def run_cells(
@@ -187,6 +207,8 @@ def write_reports(results: Path, folder: Path | None = None) -> list[Path]:
 
     Raises: FormatError.
     """
+    if not (results / RESULTS).is_file():
+        raise wrong_kind(results, "bench")
     store = Store.existing(results / RESULTS)
     folders = {name: _report_folder(results, name, folder) for name in store.plans()}
     return [file for name, own in folders.items() for file in write_report(store.view(name), own)]
@@ -239,8 +261,8 @@ def _save_plan(
     n_left_out = store.view(plan.name).n_left_out
     if n_left_out and all(prepared.cells.values()):
         progress.remark(
-            f"{n_left_out} result(s) in {store.path.name} belong to no plan: they are of other "
-            "settings, images or an earlier version, and stay there"
+            f"{n_left_out} result(s) in {store.path.name} belong to no plan and are kept: their "
+            "settings, images or version differ"
         )
     return store
 

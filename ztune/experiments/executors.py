@@ -128,8 +128,8 @@ class Cluster:
 class Ray:
     """Runs tasks in actors of a Ray cluster, each with its own models, on a shared file system.
 
-    joblib's Ray backend (joblib 1.6, Ray 2.60) does not serve: it returns results only when all
-    tasks are done, and a killed actor ends the call.
+    joblib's Ray backend (joblib 1.6, Ray 2.60) is not used: it returns results only when all tasks
+    are done, and a killed actor ends the call.
     """
 
     name = "ray"

@@ -57,7 +57,7 @@ class Isolated:
             except BaseException:
                 _stop(child)
                 raise
-            reason = "its process gave no valid result"
+            reason = "its process returned no valid result"
             if child.returncode == 0:
                 with contextlib.suppress(msgspec.MsgspecError):
                     result: Encoded | JobResult = _decoded(out, _RESULTS[type(task)])
@@ -77,7 +77,7 @@ def main() -> int:
     """Run the task on standard input; print its result."""
     stop_on([signal.SIGTERM], _GRACE)
     kind, settings, task = _decoded(sys.stdin.buffer.read(), tuple[str, msgspec.Raw, msgspec.Raw])
-    # What else is printed goes to the log: standard output has the result alone.
+    # Other output goes to the log: standard output has only the result.
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = Worker(_decoded(settings, Settings))

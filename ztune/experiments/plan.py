@@ -224,7 +224,7 @@ class ExecutionPlan:
     force: bool = False
     """Tune below the signal-to-noise limit."""
     isolate: bool = False
-    """Each run in a process of its own, which measures its peak memory."""
+    """Run each cell in its own process, which measures its peak memory."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_limit"):
@@ -423,7 +423,7 @@ def _protocol(
     for name in protocol.targets:
         if data[name].test_data is not None:
             raise ConfigError(
-                f'{where}: the target "{name}" has test_data (make it a data set of its own)'
+                f'{where}: the target "{name}" has test_data (make it a separate data set)'
             )
     return protocol
 

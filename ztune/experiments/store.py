@@ -79,7 +79,7 @@ class ImagePass:
 
     seconds_per_image: float
     peak_memory_mb: float | None
-    """None unless measured in processes of its own."""
+    """None unless measured in separate processes."""
 
 
 Session = Mapping[str, Json]
@@ -165,13 +165,10 @@ class Store:
         if application != APPLICATION:
             raise FormatError(f"{self._where}: not a results file of ztune bench")
         if not _OLDEST <= version <= VERSION:
-            age, what = ("older", "use another `out`")
-            if version > VERSION:
-                age, what = ("newer", "upgrade ztune")
-            raise FormatError(
-                f"{self._where}: format version {version} is {age} than this ztune's {VERSION} "
-                f"({what})"
-            )
+            wrong = f"newer than this ztune reads ({VERSION}); upgrade ztune"
+            if version < _OLDEST:
+                wrong = f"older than this ztune reads (from {_OLDEST}); use another `out`"
+            raise FormatError(f"{self._where}: format version {version} is {wrong}")
         return False
 
     @contextlib.contextmanager

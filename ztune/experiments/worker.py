@@ -72,7 +72,7 @@ class Settings:
     threads: int | None
     memory_limit: int | None
     isolated: bool = False
-    """Whether every task has a process of its own, so that its peak memory is known."""
+    """Whether every task has its own process, so its peak memory is known."""
 
     def peak_memory_mb(self) -> float | None:
         """Return the peak memory of the task in progress; None if it is not known."""

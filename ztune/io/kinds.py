@@ -9,7 +9,7 @@ from typing import Literal
 from ztune.errors import FormatError
 from ztune.printing import quoted
 
-Expected = Literal["bundle", "run", "artifact", "classifier", "scored"]
+Expected = Literal["bundle", "run", "artifact", "classifier", "scored", "bench"]
 Kind = Literal[
     "nothing", "bundle", "run", "bench", "comparison", "folder", "artifact", "onnx", "file"
 ]
@@ -51,6 +51,11 @@ _EXPECTED: dict[Expected, tuple[str, str, str]] = {
         "a run, a bundle or a classifier.onnx",
         "run.json and bundle.json",
         "make a run with: ztune tune BUNDLE --data FOLDER --out RUN",
+    ),
+    "bench": (
+        "a folder of results",
+        "results.sqlite",
+        "make one with: ztune bench PLAN.toml --out OUT",
     ),
 }  # fmt: skip
 _PACK_IT = "make one with: ztune pack BUNDLE --prompt {path} --out classifier.onnx"

@@ -112,4 +112,4 @@ class Room:
 
 
 ROOM = Room()
-"""That of this process."""
+"""The room of this process."""

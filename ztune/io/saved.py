@@ -74,8 +74,8 @@ class Saved:
         """Return whether a value is null."""
         return self._value(name) is None
 
-    def generator(self, name: str = "generator") -> np.random.Generator:
-        return generator_from_json(self._value(name))
+    def generator(self) -> np.random.Generator:
+        return generator_from_json(self._value("generator"))
 
     def inner(self, name: str) -> Saved:
         """Return a nested state, as of `put_state`."""

@@ -206,7 +206,7 @@ def test_what_a_server_gives(triton: TritonServer, connected: Any) -> None:
         ("losses", text),
     ):
         served = connected(f"triton://{triton.grpc}/{name}")
-        assert served.access == given
+        assert served.capabilities == given
         assert served.missing == capabilities.EVERYTHING - given
     with pytest.raises(ServerError, match="offers no image features"):
         served.images()
@@ -324,6 +324,22 @@ def test_a_request_above_the_limit_is_refused_before_it_is_sent(
     assert served.service.requests == before
     served = connected(f"triton://{triton.grpc}/{name}", max_request=2)
     assert served.scorer(encoder(served, "server"), features, labels, logits=False)
+
+
+def test_all_kinds_of_requests_have_the_limit(triton: TritonServer, connected: Any) -> None:
+    pixels = connected(f"triton://{triton.grpc}/all", max_request=0.05)
+    words = (
+        r"8 image\(s\) takes 0\.0553 MB, more than `max_request` 0\.05 \(use `images=local` or a"
+    )
+    with pytest.raises(ConfigError, match=words):
+        pixels.images()
+    assert connected(f"triton://{triton.grpc}/all", max_request=0.06).images()
+    # Text features come from the logits of unit vectors, as many as a feature has values.
+    vectors = connected(f"triton://{triton.grpc}/logits", max_request=0.02)
+    words = r"6 candidates and 128 unit vectors takes 0\.07\d+ MB, more than `max_request` 0\.02 \("
+    with pytest.raises(ConfigError, match=words):
+        encoder(vectors)
+    assert vectors.service.payload_bytes[0] < 20_000
 
 
 def test_who_computes_losses(triton: TritonServer, connected: Any, bundle: Bundle) -> None:

@@ -41,6 +41,11 @@ from ztune.run_config import RunConfig
             "or a proxy (docs/serving.md)",
         ),
         (
+            ("tune", "triton://h:1/m", "triton://g:1/m"),
+            'unexpected "triton://g:1/m": put the servers behind one URL, a Kubernetes Service '
+            "or a proxy (docs/serving.md)",
+        ),
+        (
             ("eval", "m", "--shared-memory=on"),
             "option --shared-memory was removed: leave it out, tensors are always sent over "
             "the network",

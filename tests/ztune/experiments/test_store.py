@@ -460,9 +460,9 @@ def test_a_database_of_another_program_is_refused_and_kept(path: Path, statement
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (0, f"format version 0 is older than this ztune's {VERSION} .use another"),
-        (1, f"format version 1 is older than this ztune's {VERSION} .use another"),
-        (VERSION + 1, f"format version {VERSION + 1} is newer than .*'s {VERSION} .upgrade ztune"),
+        (0, r"format version 0 is older than this ztune reads \(from 2\); use another"),
+        (1, r"format version 1 is older than this ztune reads \(from 2\); use another"),
+        (VERSION + 1, rf"format version \d is newer than this ztune reads \({VERSION}\); upgrade"),
     ],
 )
 def test_a_file_of_another_version_is_refused_and_kept(
