@@ -22,6 +22,7 @@ def model_spec(width: int = 8, image_size: int = 224, patches: Patches | None = 
         patches=patches,
         ids_of_words=lambda words: np.arange(len(words.split())),
         words=lambda: WORDS,
+        n_images=160,
     )
 
 

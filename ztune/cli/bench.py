@@ -93,7 +93,6 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
 
     plan = _plan(arguments)
     n_workers = 1 if arguments.workers is None else arguments.workers
-    workers = Workers(n_workers, arguments.ray, arguments.gpus)
     out = arguments.out.resolve()
     try:
         results = run_plan(
@@ -103,7 +102,7 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
             data=_words(arguments.data),
             shots=_numbers(arguments.shots, "--shots"),
             seeds=_numbers(arguments.seeds, "--seeds"),
-            workers=workers,
+            workers=Workers(n_workers, arguments.ray, arguments.gpus),
             root=arguments.root,
             provider=arguments.provider,
             resume=arguments.resume,
@@ -124,25 +123,20 @@ def _run_plan(arguments: argparse.Namespace, output: Output) -> None:
 
 def _print_results(found: PlanResults, out: Path, output: Output) -> None:
     """Print the counts of the plan's cells and the path of the report."""
-    results, files = found.cells, found.report
-    counts = {
-        "cells": len(results),
-        "finished": sum(one.outcome is not None for one in results),
-        "failed": sum(bool(one.reason) for one in results),
+    n_finished = sum(one.outcome is not None for one in found.cells)
+    failed = {str(one.cell): one.reason for one in found.cells if one.reason}
+    lines = [f"failed: {cell}: {reason}" for cell, reason in failed.items()]
+    lines.append(f"{n_finished} of {len(found.cells)} cells finished, {len(failed)} failed")
+    lines.append(f"{found.report[0]} (rewrite it with: ztune bench report {quoted(out)})")
+    document: dict[str, Json] = {
+        "cells": len(found.cells),
+        "finished": n_finished,
+        "failed": len(failed),
+        "failures": [{"cell": cell, "reason": reason} for cell, reason in failed.items()],
+        "left_out": {name: plain(one) for name, one in found.view.left_out.items()},
+        "report": [str(file) for file in found.report],
     }
-    failed: list[Json] = [
-        {"cell": str(one.cell), "reason": one.reason} for one in results if one.reason
-    ]
-    lines = [f"failed: {one.cell}: {one.reason}" for one in results if one.reason]
-    lines.append(
-        f"{counts['finished']} of {counts['cells']} cells finished, {counts['failed']} failed"
-    )
-    lines.append(f"{files[0]} (rewrite it with: ztune bench report {quoted(out)})")
-    report = [str(file) for file in files]
-    left_out: dict[str, Json] = {name: plain(one) for name, one in found.view.left_out.items()}
-    output.result(
-        {**counts, "failures": failed, "left_out": left_out, "report": list(report)}, lines
-    )
+    output.result(document, lines)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -44,10 +44,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: ogn)"},
     "--queries": {"type": int, "metavar": "N", "help": "query budget (default: 5000)"},
     "--seed": {"type": int, "metavar": "N", "help": "random seed (default: 1)"},
-    "--preset": {
-        "metavar": "NAME",
-        "help": "preset of settings: default, published, published-code or tuned",
-    },
+    "--preset": {"metavar": "NAME", "help": "default, published, published-code or tuned settings"},
     "--set": {
         "action": "append",
         "dest": "settings",
