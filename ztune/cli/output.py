@@ -188,9 +188,7 @@ class Table:
 def fail(message: str) -> None:
     """Print an error in one line."""
     # A quoted name keeps its line breaks, which are escaped; two spaces may be part of a path.
-    one_line = re.sub(
-        r'"[^"]*"|\s*\n\s*', lambda f: f[0] if f[0][0] == '"' else " ", message.strip()
-    )
+    one_line = re.sub(r'("[^"]*")|\s*\n\s*', lambda found: found[1] or " ", message.strip())
     sys.stderr.write(f"error: {printable(one_line)}\n")
 
 
