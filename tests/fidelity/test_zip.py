@@ -130,10 +130,11 @@ class Transcription:
 
 
 @pytest.mark.parametrize(
-    ("seed", "batch_size", "slope"), [(1, 6, 0.03), (2, 6, 0.03), (3, 128, 0.08)]
+    ("seed", "batch_size", "slope"), [(1, 6, 0.03), (2, 5, 0.03), (3, 128, 0.08)]
 )
 def test_fifty_steps_are_those_of_the_paper(seed: int, batch_size: int, slope: float) -> None:
-    """The settings are ZIP's defaults, apart from a batch of 6, which makes 20 images 3 batches.
+    """The settings are ZIP's defaults, apart from the batch size: 20 images are 3 batches of 6,
+    4 of 5, or fewer than one.
 
     Contexts reach the model as float32. Both sides compute them in float64 and agree to 1e-15, so
     that on another processor some may round to a neighbour, 1e-8 away. That changes a loss by less
