@@ -163,8 +163,7 @@ def test_settings_of_a_data_set_are_below_those_of_an_entry() -> None:
         ),
         (
             {"uses": "zero-shot", "augment": 2},
-            r'method "bptvlm" of the plan: zero-shot uses the same images in all rounds, with one '
-            r"view each, or none: leave out `augment`",
+            r'method "bptvlm" of the plan: zero-shot uses no training images: leave out `augment`',
         ),
     ],
     ids=["no generation", "no candidate", "views of one batch", "views of nothing"],
