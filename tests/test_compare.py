@@ -414,6 +414,13 @@ def test_methods_shows_one_with_every_setting(ztune: Command, name: str) -> None
         assert f"\n{setting.name} " in text
 
 
+def test_methods_shows_the_area_of_unusual_crops(ztune: Command) -> None:
+    said = "crops of at least 0.5 of an image"
+    assert f"\npreset published: augment 10, {said}\n" in ztune("methods", "gda").out
+    assert said in ztune("methods", "sharpzo").out
+    assert "crops" not in ztune("methods", "zip").out
+
+
 def test_methods_knows_no_other(ztune: Command) -> None:
     result = ztune("methods", "best")
     assert result.code == 1

@@ -523,6 +523,22 @@ def test_a_mixture_that_takes_no_more_prompts_says_so(
     assert "stopped before" not in done.out
 
 
+def test_a_run_that_tries_no_more_candidates_says_so(
+    ztune: Command, data: Path, tmp_path: Path
+) -> None:
+    given = (
+        "tune", MINI, "--data", data, "--shots", 2, "--val", 1, "--test-fraction", 0.5,
+        "--method", "cma", *settings("population=4", "most_candidates=6"), "--quiet",
+    )  # fmt: skip
+    ended = "the method's limit is reached (most_candidates)"
+    for name, queries, reason, spent in (("run", 9, "candidates", 6), ("short", 5, "budget", 5)):
+        done = ztune(*given, "--queries", queries, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+        found = document(tmp_path / name)
+        assert (found["stop_reason"], found["queries"]) == (reason, spent)
+        assert (f"stopped before 9 queries: {ended}" in done.out) == (reason == "candidates")
+
+
 def test_the_less_an_endpoint_tells_the_other_the_result(
     tune: Tune, run: Callable[..., Path], tmp_path: Path
 ) -> None:

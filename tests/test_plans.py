@@ -111,6 +111,9 @@ def test_the_papers_plans_have_every_published_method_and_data_set() -> None:
     few = plans["zip-fewshot"]
     assert {method.uses for method in few.methods.values()} == set(METHODS) - {"zero-shot"}
     assert set(few.data) <= set(NAMED)
+    # What the published code saves for new classes: the last candidate, at most the 1,000th.
+    saved = plans["zip-base-to-new"].methods["bptvlm-last"].config
+    assert (saved.keep, saved.most_candidates, saved.batch_size) == ("last", 1000, 128)
     code = plans["sharpzo"].methods["sharpzo-code"]
     assert (code.views, code.preset) == (1, "published-code")
     # 100 warm-up steps of 2 · 512 + 40 queries, then 199,900 of two.

@@ -112,10 +112,10 @@ class RunConfig:
         config = method_config(method, self.settings, self.preset)
         tuned = tuned_config(method, config)
         if self.augment and not uses_views(method, config):
-            why = "no training images"
-            if tuned is not None:
-                why = "the same images in all rounds, with one view each"
-            raise ConfigError(f"{self.method} uses {why}: leave out `augment`")
+            why = "uses the same images in all rounds, with one view each"
+            if tuned is None:
+                why = "uses no training images"
+            raise ConfigError(f"{self.method} {why}: leave out `augment`")
         if tuned is None:
             for name in ("keep", "patience", "snapshots"):
                 if getattr(self, name) != getattr(RunConfig, name):

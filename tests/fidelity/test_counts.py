@@ -42,8 +42,8 @@ def published_count(n_images: int) -> tuple[int, int]:
     return candidates, calls
 
 
-def ours(n_images: int) -> tuple[int, int]:
-    """Run the preset on losses of noise; return whole candidates and queries."""
+def ours(n_images: int) -> tuple[int, int, str | None]:
+    """Run the preset on losses of noise; return whole candidates, queries and why it ends."""
     settings = {"text_dim": 4, "vision_dim": 4}
     config = method_config(METHODS["bptvlm"], settings, "published")
     assert isinstance(config, BptVlmConfig)
@@ -57,7 +57,7 @@ def ours(n_images: int) -> tuple[int, int]:
         queries += n
         assert queries <= CALLS
         optimizer.tell(Evaluation(rng.random(n), np.zeros(n), np.zeros(1, np.int64), 1))
-    return candidates, queries
+    return candidates, queries, optimizer.finished()
 
 
 EXPECTED = {
@@ -77,7 +77,8 @@ def test_candidates_of_bptvlm(name: str) -> None:
     per_candidate = max(1, n_images // BATCH)
     whole = calls // per_candidate
     assert begun - whole in (0, 1)
-    assert ours(n_images) == (whole, whole * per_candidate)
+    reason = "candidates" if calls < CALLS else "budget"
+    assert ours(n_images) == (whole, whole * per_candidate, reason)
 
 
 # At the last of 834 steps, with 1, 4, 12 and 125 batches an epoch.

@@ -8,7 +8,7 @@ from ztune.cli.output import Output, Table
 from ztune.io.config import as_json
 from ztune.methods.base import Method
 from ztune.methods.registry import find_method, method_to_json, preset_changes, usable_methods
-from ztune.types import Json
+from ztune.types import LEAST_AREA, Json
 
 USAGE = ("[NAME]",)
 EXAMPLE = """\
@@ -64,8 +64,10 @@ def _lines(method: Method, document: dict[str, Json]) -> list[str | Table]:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         lines += ["", Table("", ("setting", "default"), rows)]
     for name, changes in preset_changes(method).items():
-        words = ", ".join(f"{key} {_shown(value)}" for key, value in changes.items())
-        lines += ["", f"preset {name}: {words}"]
+        words = [f"{key} {_shown(value)}" for key, value in changes.items()]
+        if (area := method.presets[name].least_area) != LEAST_AREA:
+            words.append(f"crops of at least {area:g} of an image")
+        lines += ["", f"preset {name}: {', '.join(words)}"]
     return lines
 
 

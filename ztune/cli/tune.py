@@ -25,6 +25,7 @@ from ztune.errors import AwayError, ConfigError, FormatError, ServerError, Stora
 from ztune.io.schema import plain
 from ztune.methods.ogn import PROMPTS
 from ztune.methods.registry import views_of
+from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.run_document import RunReport
@@ -311,11 +312,10 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if report.stop_reason == PROMPTS:
+    limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
+    if setting := limits.get(report.stop_reason):
         budget = report.run_config.queries
-        lines.append(
-            f"stopped before {budget} queries: the method's limit is reached (most_prompts)"
-        )
+        lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     lines.append(
         f"{path / 'prompt.safetensors'} (evaluate it with: ztune eval {quoted(path)}{where})"

@@ -21,7 +21,7 @@ from ztune.heads import Fitted, Shots
 from ztune.io.config import require
 from ztune.optim.cma import KEEPS as CMA_KEEPS
 from ztune.optim.cma import Cma, CmaConfig, check_reach, default_population, own_seconds
-from ztune.optim.epochs import KEEPS, Epochs
+from ztune.optim.epochs import BUDGET, CANDIDATES, KEEPS, Epochs
 from ztune.types import F32, F64, I64, LEAST_AREA, Json, Optimizer, PromptMap
 
 Composition = tuple[PromptMap, Optimizer]
@@ -255,8 +255,9 @@ class Generations(CmaConfig, TunedConfig):
         n_batches = batches_of_epoch(n_images, self.batch_size)
         affordable = queries // n_batches
         most = min(affordable, self.most_candidates or affordable)
+        reason = BUDGET if most == affordable else CANDIDATES
         inner = CmaConfig(self.population, self.sigma, self.covariance, "mean", self.bound)
-        return Epochs(Cma(inner, start, rng), n_batches, most, self.keep)
+        return Epochs(Cma(inner, start, rng), n_batches, most, self.keep, reason)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ from ztune.optim.nested import put_state
 from ztune.types import F64, Evaluation, Json, Optimizer, Proposal, State
 
 KEEPS = ("best", "mean", "running", "last")
+BUDGET, CANDIDATES = "budget", "candidates"
+"""Reasons of the end."""
 
 
 class Epochs(Optimizer):
     """Evaluates a generation on `n_batches` batches, one proposal each, then tells the means.
 
-    After `most_candidates` the run ends; the last generation may have fewer, which the inner
-    optimizer is not told. The recommendation is by `keep`:
+    After `most_candidates` the run ends, for `stop_reason`; the last generation may have fewer,
+    which the inner optimizer is not told. The recommendation is by `keep`:
 
     - best: the candidate with the lowest mean loss;
     - running: the one with the lowest running mean after any of its batches, as in the published
@@ -32,7 +34,14 @@ class Epochs(Optimizer):
     - mean: that of the inner optimizer.
     """
 
-    def __init__(self, inner: Optimizer, n_batches: int, most_candidates: int, keep: str = "best"):
+    def __init__(
+        self,
+        inner: Optimizer,
+        n_batches: int,
+        most_candidates: int,
+        keep: str = "best",
+        stop_reason: str = CANDIDATES,
+    ):
         if n_batches < 1 or most_candidates < 1:
             raise ConfigError(
                 f"n_batches is {n_batches} and most_candidates {most_candidates}, expected at "
@@ -41,7 +50,7 @@ class Epochs(Optimizer):
         if keep not in KEEPS:
             raise ConfigError(f'keep is "{keep}", expected one of {", ".join(KEEPS)}')
         self._inner, self._n_batches, self._keep = inner, n_batches, keep
-        self._most = most_candidates
+        self._most, self._stop_reason = most_candidates, stop_reason
         self._n_candidates = 0
         self._kept = inner.recommend()
         self._lowest: float | None = None
@@ -80,7 +89,7 @@ class Epochs(Optimizer):
             self._kept, self._lowest = self._points[best].copy(), float(losses[best])
 
     def finished(self) -> str | None:
-        return "candidates" if self._n_candidates >= self._most else None
+        return self._stop_reason if self._n_candidates >= self._most else None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         return self._inner.probes(n_directions, rng)

@@ -165,7 +165,11 @@ def test_a_method_may_be_there_under_several_labels(tmp_path: Path) -> None:
         ('zip = { preset = "tuned" }', 0),
         ("zip = { augment = 2 }", 2),
         ('sharpzo = { preset = "published" }', 0),
-        ('gda = { preset = "published" }', 0),
+        ('sharpzo = { preset = "published-code" }', 1),
+        ('zip = { preset = "published-code" }', 16),
+        ('gda = { preset = "published" }', 10),
+        ('tip-adapter = { preset = "published" }', 10),
+        ('"lp++" = { preset = "published" }', 0),
         ("gda = { augment = 2 }", 2),
     ],
 )
