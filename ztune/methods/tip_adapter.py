@@ -21,7 +21,7 @@ from ztune.heads import (
     require_positive,
 )
 from ztune.logits import Kernel
-from ztune.methods.base import HeadMethod
+from ztune.methods.base import HeadMethod, Preset
 from ztune.types import F64
 
 # The paper searches linearly on validation images, alpha from 0.1 and beta from 0.1 to about 7;
@@ -87,4 +87,5 @@ METHOD = HeadMethod(
     paper="Zhang et al., ECCV 2022 (arXiv 2207.09519)",
     config=TipConfig,
     fit=fit_tip,
+    presets={"published": Preset(views=10, least_area=0.5)},
 )

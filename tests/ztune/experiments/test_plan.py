@@ -224,7 +224,7 @@ def test_a_curve_may_list_its_query_counts(tmp_path: Path) -> None:
         (
             LEAST.replace("dtd = {}", "dtd = { root = 1 }"), "root",
             "path, template, names, nested, test_data, test_fraction, split_seed, val, "
-            "skip_broken, skip_conflicts",
+            "skip_broken, skip_conflicts, settings",
         ),
         (
             LEAST.replace("zip = {}", "zip = { budget = 1 }"), "budget",
