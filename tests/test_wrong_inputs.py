@@ -580,7 +580,7 @@ def test_access_of_other_runtimes() -> None:
             ("--set", "n_context=40", "--set", "text_dim=2000000"),
             ("projecting 2000000 values", "too much"),
         ),
-        ("cma", ("--set", "batch_size=4"), ("leave out batch_size, or set keep=mean",)),
+        ("cma", ("--set", "keep=first"), ('keep is "first"', "best, mean, running, last")),
         ("rgf", ("--set", "init_std=-1"), ("init_std is -1.0, expected at least 0",)),
         ("bptvlm", ("--set", "sise=3"), ('method "bptvlm" has no setting "sise"', "text_dim")),
         ("gda", ("--set", "alfa=3"), ('no setting "alfa"',)),

@@ -181,7 +181,7 @@ class Store:
                 yield database
             finally:
                 database.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if "full" in str(error):
                 raise StorageError(
                     f"{self._where}: {error} (free some space, then resume with the same command "

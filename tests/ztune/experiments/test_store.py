@@ -560,6 +560,14 @@ def test_a_damaged_file_is_refused_by_its_name(store: Store, damage: str) -> Non
         results(store)
 
 
+def test_a_schema_that_is_not_text_is_refused_by_the_name_of_the_file(store: Store) -> None:
+    content = store.path.read_bytes()
+    assert content.count(b"CREATE TABLE") > 1
+    store.path.write_bytes(content.replace(b"CREATE TABLE", b"CR\x80ATE TABLE"))
+    with pytest.raises(FormatError, match=f'^results "{store.path}": '):
+        Store.existing(store.path)
+
+
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
     """Be a user whom permissions hold for, which they do not for root."""
