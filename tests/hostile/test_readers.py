@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -44,7 +45,8 @@ from ztune.journal import Journal
 from ztune.run import RunFolder
 from ztune.run_document import run_start
 
-fuzz = settings(max_examples=300, database=None)
+# The same inputs in every run; others with ZTUNE_FUZZ set.
+fuzz = settings(max_examples=300, database=None, derandomize="ZTUNE_FUZZ" not in os.environ)
 COOP = {role: [["a/1.jpg", 0, "cat"], ["b/2.jpg", 1, "dog"]] for role in ("train", "val", "test")}
 BUNDLE = load_bundle(MINI)
 NARROW = structs.replace(BUNDLE, text=replace(BUNDLE.text, width=2))

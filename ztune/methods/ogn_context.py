@@ -58,6 +58,8 @@ _LEAST_SCALE = 1e-12
 """Minimum of τ²: constant logits would leave the convex problem without curvature."""
 _FIRST_DRIFT = 0.3
 """Initial q, as a fraction of τ²."""
+_MOST = 1e32
+"""Limit of saved numbers, so that their products do not overflow."""
 _SURPRISES = 0.25, 4.0
 """Limits of the ratio of a trial's squared error to the prediction."""
 
@@ -310,8 +312,9 @@ class GaussNewton(Optimizer):
             saved.require(self._steps is None, "steps", "none without logits")
             saved.require("jacobian" not in saved, "logits", "those of the jacobian")
         self._loss = saved.number("loss")
-        self._damping = saved.number("damping", 0)
-        self._scale, self._drift = saved.number("scale", 0), saved.number("drift", 0)
+        self._damping, self._scale, self._drift = (
+            saved.number(name, 0, _MOST) for name in ("damping", "scale", "drift")
+        )
         self._rng = saved.generator()
 
 

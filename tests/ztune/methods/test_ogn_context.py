@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, FormatError
 from ztune.methods.ogn_context import GaussNewton, OgnContextConfig
 from ztune.objective import cross_entropy
 from ztune.optim.convex import SoftmaxProblem, softmax
@@ -243,6 +243,15 @@ def test_a_run_goes_on_with_the_same_bytes_after_any_proposal(asked: bool) -> No
         assert second.recommend().tobytes() == first.recommend().tobytes()
         assert play(second, curved, min(6, 16 - done)) == expected[done : done + 6]
         assert play(first, curved, 1) == expected[done : done + 1]
+
+
+@pytest.mark.parametrize("name", ["damping", "scale", "drift"])
+def test_saved_numbers_whose_products_overflow_are_refused(name: str) -> None:
+    optimizer = make()
+    play(optimizer, curved, 4)
+    arrays, values = optimizer.state()
+    with pytest.raises(FormatError, match=name):
+        make().restore((arrays, {**values, name: 1e308}))
 
 
 def test_asking_twice_and_looking_change_nothing() -> None:
