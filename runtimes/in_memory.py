@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from runtimes.bundle import ImageSpec
-from runtimes.preprocess import seen
+from runtimes.preprocess import view_pixels
 from ztune.types import F32, U8, ImageEncoder, RandomView
 
 InMemoryImages = Mapping[Path, Image.Image]
@@ -33,7 +33,7 @@ class InMemoryImageEncoder:
         image = self.images.get(path)
         if image is None:
             return self.encoder.read(path, view)
-        return seen(image, self.spec, view)
+        return view_pixels(image, self.spec, view)
 
     def encode(self, pixels: U8) -> F32:
         return self.encoder.encode(pixels)

@@ -77,10 +77,10 @@ T = TypeVar("T")
 def read_view(path: Path, spec: ImageSpec, view: RandomView | None) -> U8:
     """Return u8[S, S, 3] of a file: the centre crop, or a random crop and flip drawn by `view`."""
     with decoded_file(path) as image:
-        return seen(image, spec, view)
+        return view_pixels(image, spec, view)
 
 
-def seen(image: Image.Image, spec: ImageSpec, view: RandomView | None) -> U8:
+def view_pixels(image: Image.Image, spec: ImageSpec, view: RandomView | None) -> U8:
     """Return u8[S, S, 3]: the centre crop, or a random view."""
     if view is None:
         return crop(image, spec)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,10 +176,10 @@ def test_settings_of_a_data_set_are_below_those_of_an_entry() -> None:
     ids=["no generation", "no candidate", "views of one batch", "views of nothing"],
 )
 def test_what_cannot_run_is_refused_before_anything_runs(
-    changes: dict[str, object], said: str, root: Path, tmp_path: Path
+    changes: dict[str, Any], said: str, root: Path, tmp_path: Path
 ) -> None:
     plan = read_plan(ROOT / "plans" / "zip-fewshot.toml")
-    method = replace(plan.methods["bptvlm"], **changes)  # type: ignore[arg-type]
+    method = replace(plan.methods["bptvlm"], **changes)
     plan = replace(plan, methods={"bptvlm": method}, protocols=(
         replace(plan.protocols[0], methods=("bptvlm",), data=("svhn",), shots=(2,)),
     ))  # fmt: skip

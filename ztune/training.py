@@ -40,7 +40,7 @@ from ztune.loop import Tuning, tune
 from ztune.methods.base import HeadMethod, TunedConfig
 from ztune.methods.gda import GdaConfig, fit_gda
 from ztune.methods.plugins import package_of
-from ztune.methods.registry import find_method, settings_of_result
+from ztune.methods.registry import find_method, preset_of, settings_of_result
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
@@ -134,7 +134,9 @@ def start_run_on(
 
 def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> Iterator[str]:
     yield from remarks_on(run_config)
-    if run_config.tuned_config and run_config.preset.startswith("publ") and run_config.augment > 1:
+    views = preset_of(find_method(run_config.method), run_config.preset).views
+    # One view is what the published code has, and so are the views of heads.
+    if run_config.tuned_config and views > 1 and run_config.augment:
         yield (
             f"preset {run_config.preset}: new random crops in each step are approximated by "
             f"{run_config.augment} cached views per image"

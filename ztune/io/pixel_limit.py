@@ -30,10 +30,10 @@ def max_pixels() -> int:
 @contextlib.contextmanager
 def at_most(n_pixels: int | None) -> Iterator[None]:
     """Set the limit for this process and its children until the block ends; None keeps it."""
-    before = os.environ.get(VARIABLE)
     if n_pixels is None:
         yield
         return
+    before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(n_pixels)
     try:
         yield

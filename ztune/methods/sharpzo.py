@@ -247,10 +247,11 @@ class SharpZo(Optimizer):
         self._step = 0
         if self._config.sum_steps:
             self._sum = self._slopes.copy()
-        self._resume_steps(prune=True)
+        self._begin_step()
 
-    def _resume_steps(self, *, prune: bool) -> None:
-        if prune and self._config.prune_every is not None:
+    def _begin_step(self) -> None:
+        every = self._config.prune_every
+        if every is not None and self._step % every == 0:
             self._begin_differences()
         else:
             self._begin_pair()
@@ -263,7 +264,7 @@ class SharpZo(Optimizer):
             self._sum = estimate = self._sum + estimate
         self._point = self._point - c.step_size * estimate
         self._step += 1
-        self._resume_steps(prune=c.prune_every is not None and self._step % c.prune_every == 0)
+        self._begin_step()
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         """Return rounds of coordinate-wise pairs, which have the smallest differences."""
