@@ -68,10 +68,19 @@ class _Connector(aiohttp.TCPConnector):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self._used: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+
+    async def abort(self) -> None:
+        """Close every socket now: `close` leaves one open whose request was cut off unsent."""
+        for socket_transport in list(self._transports):
+            socket_transport.abort()
+        await asyncio.sleep(0)  # the event loop closes them in its next iteration
 
     async def connect(self, *arguments: Any, **options: Any) -> Any:
         while True:
             connection = await super().connect(*arguments, **options)
+            if connection.transport is not None:
+                self._transports.add(connection.transport)
             if connection.protocol not in self._used:
                 self._used.add(connection.protocol)
                 return connection
@@ -104,6 +113,7 @@ class HttpTransport:
         self._lock = threading.Lock()
         self._closed = False
         self._session: aiohttp.ClientSession | None = None
+        self._connector: _Connector | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ztune-http")
         self._thread.daemon = True
@@ -172,8 +182,9 @@ class HttpTransport:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._session is not None:
+        if self._session is not None and self._connector is not None:
             await self._session.close()
+            await self._connector.abort()
 
     def _json(self, path: str, seconds: float) -> dict[str, Json]:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
@@ -227,8 +238,9 @@ class HttpTransport:
         largest: int,
     ) -> tuple[int, bytes, Mapping[str, str]]:
         if self._session is None:
+            self._connector = _Connector(limit=0, ssl=self._context or True)
             self._session = aiohttp.ClientSession(
-                connector=_Connector(limit=0, ssl=self._context or True),
+                connector=self._connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )

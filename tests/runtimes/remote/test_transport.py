@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from runtimes.remote import http_transport, transport
@@ -764,6 +765,31 @@ def test_closing_ends_an_http_call(web: WebServer) -> None:
     release.set()
     assert kind == "away"
     assert seconds < 2
+
+
+@pytest.mark.parametrize("stopped", ["by the deadline", "by closing"])
+def test_closing_leaves_no_socket_of_a_request_half_sent(stopped: str) -> None:
+    entered, gone = threading.Event(), threading.Event()
+
+    def accept_and_wait(connection: socket.socket) -> None:
+        connection.recv(1)  # the rest of the request fills the buffers of both sides
+        entered.set()
+        gone.wait(10)
+
+    request = Request("double", {"x": np.zeros(5_000_000, np.float32)}, ["y"])
+    with listening(accept_and_wait) as address:
+        asked = open_transport(parse_location(f"http://{address}/m").endpoint, Connection())
+        with ThreadPoolExecutor(1) as pool:
+            seconds = 0.3 if stopped == "by the deadline" else SECONDS
+            answer = pool.submit(asked.infer, request, seconds)
+            assert entered.wait(10)
+            if stopped == "by the deadline":
+                assert isinstance(answer.exception(), CallError)
+            asked.close()
+            assert isinstance(answer.exception(), CallError)
+        peers = [one.raddr.port for one in psutil.Process().net_connections() if one.raddr]
+        gone.set()
+    assert int(address.rpartition(":")[2]) not in peers
 
 
 def test_an_interrupted_answer_is_not_taken_for_the_next_one(
