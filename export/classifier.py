@@ -23,7 +23,7 @@ from ztune.artifact import Artifact, VisualArtifact
 from ztune.errors import DataError, FormatError
 from ztune.io.files import replacing, sha256
 from ztune.io.schema import plain
-from ztune.logits import FeatureClassifier
+from ztune.logits import LEAST_LENGTH, FeatureClassifier, Whitening
 
 # Bytes above which weights go into a second file, since protobuf files are limited to 2 GiB.
 _LARGEST_FILE = 1_800_000_000
@@ -106,7 +106,10 @@ def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
     logits = g.node("MatMul", [features, g.constant(classifier.weight.T)])
     kernel = classifier.kernel
     if kernel is not None:
-        cosines = g.node("MatMul", [features, g.constant(kernel.keys.T)])
+        whitened = features
+        if kernel.whitening is not None:
+            whitened = _whitening_nodes(g, kernel.whitening, features)
+        cosines = g.node("MatMul", [whitened, g.constant(kernel.keys.T)])
         distances = g.node("Sub", [g.constant(1.0), cosines])
         exponents = g.node("Mul", [distances, g.constant(-kernel.sharpness)])
         votes = g.node("MatMul", [g.node("Exp", [exponents]), g.constant(kernel.values)])
@@ -114,6 +117,15 @@ def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
     logits = g.node("Add", [logits, g.constant(classifier.bias)], "logits")
     g.node("Softmax", [logits], "probabilities", axis=1)
     return g
+
+
+def _whitening_nodes(g: Nodes, whitening: Whitening, features: str) -> str:
+    """Return the name of Whitening's result as nodes."""
+    moved = g.node("Sub", [features, g.constant(whitening.centre)])
+    moved = g.node("MatMul", [moved, g.constant(whitening.matrix)])
+    lengths = g.node("ReduceL2", [moved, g.integers(1)], keepdims=1)
+    lengths = g.node("Max", [lengths, g.constant(LEAST_LENGTH)])
+    return str(g.node("Div", [moved, lengths]))
 
 
 def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -17,7 +17,7 @@ from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
 from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
-from ztune.logits import FeatureClassifier, Kernel
+from ztune.logits import FeatureClassifier, Kernel, Whitening
 from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
@@ -76,6 +76,13 @@ class MixtureMetadata(Metadata, frozen=True, kw_only=True, tag="mixture"):
     at_once: Annotated[int, Meta(ge=1, le=MOST_AT_ONCE)]
 
 
+class EnsembleMetadata(MixtureMetadata, frozen=True, kw_only=True, tag="ensemble"):
+    """Metadata of an EnsembleArtifact."""
+
+    templates: tuple[str, ...]
+    chosen: Mapping[str, Json]
+
+
 class VisualMetadata(Metadata, frozen=True, kw_only=True, tag="visual"):
     """Metadata of a VisualArtifact."""
 
@@ -92,7 +99,14 @@ class KernelMetadata(HeadMetadata, frozen=True, tag="kernel"):
     """Metadata of a HeadArtifact with a kernel."""
 
 
-AnyMetadata = ContextMetadata | MixtureMetadata | VisualMetadata | HeadMetadata | KernelMetadata
+AnyMetadata = (
+    ContextMetadata
+    | MixtureMetadata
+    | EnsembleMetadata
+    | VisualMetadata
+    | HeadMetadata
+    | KernelMetadata
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,43 @@ class HeadArtifact:
 
 
 @dataclass(frozen=True)
+class EnsembleArtifact:
+    """A calibrated ensemble on image features, and the mixture of prompts that it started from.
+
+    The ensemble serves its own classes, or some of them; the mixture serves others.
+    """
+
+    classes: tuple[str, ...]
+    provenance: Provenance
+    head: FeatureClassifier
+    """Of image features; its logits are calibrated."""
+    mixture: MixtureArtifact
+    """With the same classes and provenance."""
+    templates: tuple[str, ...]
+    """The hand-written templates, one of the priors."""
+    chosen: Mapping[str, Json]
+    """The members' settings and temperatures."""
+    tuning_images: Fingerprints = field(default_factory=_none)
+
+    def classifier(self) -> FeatureClassifier:
+        return self.head
+
+    def restricted(self, classes: tuple[str, ...]) -> EnsembleArtifact:
+        """Return the ensemble for some of its classes, in another order if wanted."""
+        rows = [self.classes.index(name) for name in classes]
+        head, kernel = self.head, self.head.kernel
+        if kernel is not None:
+            kernel = replace(kernel, values=np.ascontiguousarray(kernel.values[:, rows]))
+        texts = self.mixture.text_features[rows]
+        return replace(
+            self,
+            classes=classes,
+            head=FeatureClassifier(head.weight[rows], head.bias[rows], kernel),
+            mixture=replace(self.mixture, classes=classes, text_features=texts),
+        )
+
+
+@dataclass(frozen=True)
 class VisualArtifact:
     """A visual prompt and its text features; it serves other classes too."""
 
@@ -194,7 +245,7 @@ _N_STATISTICS = 144
 _LARGEST_FEATURE = 1e30
 _MOST_SHARPNESS = 1e6
 _UNIT_TOLERANCE = 1e-3
-Artifact = ContextArtifact | MixtureArtifact | HeadArtifact | VisualArtifact
+Artifact = ContextArtifact | MixtureArtifact | EnsembleArtifact | HeadArtifact | VisualArtifact
 
 
 def classifier_of_texts(
@@ -220,21 +271,21 @@ def artifact_bytes(artifact: Artifact) -> bytes:
     """
     own: dict[str, Any] = {}
     arrays: dict[str, NDArray[np.generic]] = {"tuning_images": artifact.tuning_images}
-    if isinstance(artifact, HeadArtifact):
-        arrays |= {"weight": artifact.weight, "bias": artifact.bias}
-        if artifact.kernel is not None:
-            arrays |= {"keys": artifact.kernel.keys, "values": artifact.kernel.values}
-            arrays["sharpness"] = np.array([artifact.kernel.sharpness], dtype=np.float32)
-    else:
-        if artifact.text_features is not None:
-            arrays["text_features"] = artifact.text_features
-        arrays["logit_scale"] = np.array([artifact.logit_scale], dtype=np.float32)
-        arrays["logit_bias"] = np.array([artifact.logit_bias], dtype=np.float32)
-        if isinstance(artifact, MixtureArtifact):
-            arrays |= {"tokens": artifact.tokens, "weights": artifact.weights}
-            own = {"at_once": artifact.at_once}
-        elif artifact.context is not None:
-            arrays["context"] = artifact.context
+    if isinstance(artifact, HeadArtifact | EnsembleArtifact):
+        arrays |= _head_arrays(artifact.classifier())
+    if not isinstance(artifact, HeadArtifact):
+        texts = artifact.mixture if isinstance(artifact, EnsembleArtifact) else artifact
+        if texts.text_features is not None:
+            arrays["text_features"] = texts.text_features
+        arrays["logit_scale"] = np.array([texts.logit_scale], dtype=np.float32)
+        arrays["logit_bias"] = np.array([texts.logit_bias], dtype=np.float32)
+        if isinstance(texts, MixtureArtifact):
+            arrays |= {"tokens": texts.tokens, "weights": texts.weights}
+            own = {"at_once": texts.at_once}
+        elif texts.context is not None:
+            arrays["context"] = texts.context
+    if isinstance(artifact, EnsembleArtifact):
+        own |= {"templates": artifact.templates, "chosen": artifact.chosen}
     if isinstance(artifact, VisualArtifact):
         arrays["visual"] = artifact.visual
         if artifact.statistics is not None:
@@ -250,7 +301,22 @@ def artifact_bytes(artifact: Artifact) -> bytes:
     return tensor_bytes(arrays, {"format": FORMAT, "version": VERSION, **plain(metadata)})
 
 
+def _head_arrays(classifier: FeatureClassifier) -> dict[str, NDArray[np.generic]]:
+    arrays: dict[str, NDArray[np.generic]] = {
+        "weight": classifier.weight,
+        "bias": classifier.bias,
+    }
+    if (kernel := classifier.kernel) is not None:
+        arrays |= {"keys": kernel.keys, "values": kernel.values}
+        arrays["sharpness"] = np.array([kernel.sharpness], dtype=np.float32)
+        if kernel.whitening is not None:
+            arrays |= {"centre": kernel.whitening.centre, "matrix": kernel.whitening.matrix}
+    return arrays
+
+
 def _kind(artifact: Artifact) -> type[Metadata]:
+    if isinstance(artifact, EnsembleArtifact):
+        return EnsembleMetadata
     if isinstance(artifact, HeadArtifact):
         return HeadMetadata if artifact.kernel is None else KernelMetadata
     if isinstance(artifact, MixtureArtifact):
@@ -326,17 +392,21 @@ def read_artifact(path: Path) -> Artifact:
     images = arrays.pop("tuning_images", None)
     if images is None or images.dtype != np.uint64 or images.ndim != 1:
         raise FormatError(f"{where}: tensor tuning_images is missing or not uint64 of (n,)")
-    artifact: Artifact
-    if isinstance(found, HeadMetadata):
+
+    def head(*, with_kernel: bool) -> FeatureClassifier:
         weight, bias, kernel = tensor("weight", C, None), tensor("bias", C), None
-        if isinstance(found, KernelMetadata):
-            keys = unit_rows("keys", None, weight.shape[1])
+        if with_kernel:
+            e, whitening = weight.shape[1], None
+            if isinstance(found, EnsembleMetadata):
+                whitening = Whitening(tensor("centre", e), tensor("matrix", e, e))
+            keys = unit_rows("keys", None, e)
             sharpness = positive("sharpness", _MOST_SHARPNESS)
-            kernel = Kernel(keys, tensor("values", len(keys), C), sharpness)
-        artifact = HeadArtifact(classes, provenance, weight, bias, images, kernel)
-    elif isinstance(found, MixtureMetadata):
+            kernel = Kernel(keys, tensor("values", len(keys), C), sharpness, whitening)
+        return FeatureClassifier(weight, bias, kernel)
+
+    def mixture(at_once: int) -> MixtureArtifact:
         tokens = token_ids()
-        artifact = MixtureArtifact(
+        read = MixtureArtifact(
             classes,
             provenance,
             tokens,
@@ -344,13 +414,37 @@ def read_artifact(path: Path) -> Artifact:
             tensor("text_features", C, None),
             positive("logit_scale"),
             float(tensor("logit_bias", 1)[0]),
-            found.at_once,
+            at_once,
             images,
         )
-        if np.abs(artifact.text_features).max() > _LARGEST_FEATURE:
+        if np.abs(read.text_features).max() > _LARGEST_FEATURE:
             raise FormatError(
                 f"{where}: tensor text_features has values too large for a classifier"
             )
+        return read
+
+    artifact: Artifact
+    if isinstance(found, HeadMetadata):
+        own = head(with_kernel=isinstance(found, KernelMetadata))
+        artifact = HeadArtifact(classes, provenance, own.weight, own.bias, images, own.kernel)
+    elif isinstance(found, EnsembleMetadata):
+        own, texts = head(with_kernel="keys" in arrays), mixture(found.at_once)
+        if texts.text_features.shape[1] != own.weight.shape[1]:
+            raise FormatError(
+                f"{where}: tensor text_features has {texts.text_features.shape[1]} columns, "
+                f"expected those of weight, {own.weight.shape[1]}"
+            )
+        artifact = EnsembleArtifact(
+            classes,
+            provenance,
+            own,
+            texts,
+            _checked_templates(found.templates, where),
+            found.chosen,
+            images,
+        )
+    elif isinstance(found, MixtureMetadata):
+        artifact = mixture(found.at_once)
     else:
         # Absent if the context was tuned with losses only; a bundle computes them.
         known = isinstance(found, VisualMetadata) or "text_features" in arrays
@@ -368,9 +462,9 @@ def read_artifact(path: Path) -> Artifact:
         else:
             assert text_features is not None
             program = found.program
-            templates = () if context is not None else found.templates
-            if context is None and not (templates and all(t.count("{}") == 1 for t in templates)):
-                raise FormatError(f"{where}: expected templates with one {{}} each")
+            templates: tuple[str, ...] = ()
+            if context is None:
+                templates = _checked_templates(found.templates, where)
             shape = {"border": (3, None, None), "decoder": (None,), "tokens": (None, None)}[program]
             visual = tensor("visual", *shape)
             if program == "tokens" and len(visual) > MOST_TOKENS:
@@ -395,6 +489,12 @@ def read_artifact(path: Path) -> Artifact:
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
     return artifact
+
+
+def _checked_templates(templates: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if not (templates and all(template.count("{}") == 1 for template in templates)):
+        raise FormatError(f"{where}: expected templates with one {{}} each")
+    return templates
 
 
 def _file_of(path: Path) -> Path:

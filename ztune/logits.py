@@ -8,6 +8,25 @@ import numpy as np
 
 from ztune.types import F32
 
+LEAST_LENGTH = np.float32(1e-12)
+"""Of a whitened feature: shorter ones are not scaled to unit length."""
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """An affine map of features, scaled to unit length: A (f − centre) / |A (f − centre)|."""
+
+    centre: F32
+    """f32[e]"""
+    matrix: F32
+    """A f32[e, e], symmetric."""
+
+    def __call__(self, features: F32) -> F32:
+        """Return unit rows f32[N, e]; 0 for a feature at the centre."""
+        moved = (features - self.centre) @ self.matrix
+        lengths = np.sqrt((moved * moved).sum(axis=1, keepdims=True))
+        return np.asarray(moved / np.maximum(lengths, LEAST_LENGTH))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -21,9 +40,13 @@ class Kernel:
     values: F32
     """f32[n, C]"""
     sharpness: float
+    whitening: Whitening | None = None
+    """Applied to the features first; the keys are whitened."""
 
     def __call__(self, features: F32) -> F32:
         """Return f32[N, C] of unit features f32[N, e]."""
+        if self.whitening is not None:
+            features = self.whitening(features)
         distances = np.float32(1) - features @ self.keys.T
         return np.asarray(np.exp(-np.float32(self.sharpness) * distances) @ self.values)
 

@@ -24,7 +24,13 @@ from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import parse_settings, settings_to_save
 from runtimes.runtime import LocalRuntime, PromptGraph, Runtime
 from runtimes.tokenizer import Tokenizer
-from ztune.artifact import Artifact, HeadArtifact, MixtureArtifact, classifier_of_texts
+from ztune.artifact import (
+    Artifact,
+    EnsembleArtifact,
+    HeadArtifact,
+    MixtureArtifact,
+    classifier_of_texts,
+)
 from ztune.capabilities import describe
 from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import CENTRE, Features, Views, encode_files
@@ -270,6 +276,8 @@ class Model:
                 )
             return artifact
         wanted = classes or artifact.classes
+        if isinstance(artifact, EnsembleArtifact):
+            return self._refresh_ensemble(artifact, wanted)
         if isinstance(artifact, MixtureArtifact):
             if (
                 artifact.provenance.bundle_digest == self.bundle.digest
@@ -299,6 +307,33 @@ class Model:
             text_features=texts,
             logit_scale=bundle.logit_scale,
             logit_bias=bundle.logit_bias,
+        )
+
+    def _refresh_ensemble(self, artifact: EnsembleArtifact, classes: tuple[str, ...]) -> Artifact:
+        """Return an ensemble for some of its classes; for others its prompts, with templates."""
+        mixture, e = artifact.mixture, artifact.head.weight.shape[1]
+        if e != self.bundle.embed_dim:
+            raise DataError(
+                f"the artifact has features of {e} values, the bundle's image tower has "
+                f"{self.bundle.embed_dim} (use the bundle it was tuned on)"
+            )
+        if classes == artifact.classes:
+            return artifact
+        if set(classes) <= set(artifact.classes):
+            return artifact.restricted(classes)
+        warn(
+            "the images say nothing about other class names, so these get the mean of the tuned "
+            "prompts' text features and the hand-written ones'"
+        )
+        texts = (
+            self.mix(mixture, classes) + self.encode_templates(artifact.templates, classes)
+        ) / 2
+        return replace(
+            mixture,
+            classes=classes,
+            text_features=np.asarray(texts, dtype=np.float32),
+            logit_scale=self.bundle.logit_scale,
+            logit_bias=self.bundle.logit_bias,
         )
 
     def mix(self, artifact: MixtureArtifact, classes: tuple[str, ...]) -> F32:

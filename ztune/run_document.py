@@ -90,6 +90,8 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     validation: Mapping[str, ValidationScore]
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
+    cross_validation: ValidationScore | None = None
+    """Of `auto` on its training images, each by a fit without it."""
     server: ServerReport | None = None
 
     @property

@@ -19,6 +19,7 @@ from runtimes.visual import (
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
+    EnsembleArtifact,
     MixtureArtifact,
     Provenance,
     VisualArtifact,
@@ -26,6 +27,7 @@ from ztune.artifact import (
 from ztune.capabilities import LOGITS, TEXTS
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
+from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
@@ -92,6 +94,15 @@ def compose(
 
 
 @dataclass(frozen=True)
+class Result:
+    """A method's result, and its logits of images that it was not fitted to, if it has any."""
+
+    artifact: Artifact
+    held_out: tuple[F32, I64] | None = None
+    """Out-of-fold logits f32[h, C] of training images, and their labels."""
+
+
+@dataclass(frozen=True)
 class FewShotTask:
     """A tuned method at its start, and its oracle on the images of one split."""
 
@@ -104,6 +115,8 @@ class FewShotTask:
     extractor: Path | None
     texts: TextEncoder | F32
     """The encoder of contexts, or the templates' features f32[C, e]."""
+    template_features: F32 | None
+    """f32[C, e]; None if the runtime returns no text features."""
     remembered: CachedTextEncoder | None
     """The caching encoder of a method whose result is a mixture."""
     images: VisualPrompts | None
@@ -128,26 +141,68 @@ class FewShotTask:
         with np.errstate(over="ignore", invalid="ignore"):  # reported in one line where it matters
             return self.prompt_map(point[None])
 
-    def result(self, provenance: Provenance) -> Artifact:
-        """Return the method's current recommendation as an artifact."""
-        optimizer = self.optimizer
-        if isinstance(optimizer, Mixing):
-            return self._mixture(optimizer.mixture(), provenance)
-        return self._artifact(optimizer.recommend(), provenance)
+    def result(self, provenance: Provenance, fitted_on: I64) -> Result:
+        """Return the method's current recommendation.
 
-    def _mixture(self, mixture: Mixture, provenance: Provenance) -> MixtureArtifact:
-        bundle = self.model.bundle
-        encoder = self.remembered
+        `fitted_on` i64[n] are the images of the last batch, on which a mixture was fitted.
+        """
+        optimizer = self.optimizer
+        if not isinstance(optimizer, Mixing):
+            return Result(self._artifact(optimizer.recommend(), provenance))
+        if self.config.ensembles:
+            return self._ensemble(optimizer, provenance, fitted_on)
+        mixture = optimizer.mixture()
+        texts = self._mixed(mixture, mixture.weights)
+        return Result(self._mixture(mixture, texts, provenance))
+
+    def _ensemble(self, optimizer: Mixing, provenance: Provenance, fitted_on: I64) -> Result:
+        mixture, held_out = optimizer.mixture(), optimizer.held_out()
+        encoded, templates = self.encoded, self.template_features
+        if templates is None:
+            raise ZtuneError("an ensemble needs text features, and there are none")
+        folds = np.full(len(encoded.labels), -1, dtype=np.int64)
+        without = np.zeros((0, len(mixture.weights)))
+        if held_out is not None:
+            folds[fitted_on], without = held_out.folds, held_out.weights
+            counts = np.bincount(encoded.labels, minlength=len(templates))
+            folds[counts[encoded.labels] < 2] = -1
+        texts = self._mixed(mixture, np.concatenate([mixture.weights[None], without]))
+        wide, hand_written = texts.astype(np.float64), templates.astype(np.float64)
+        priors = [
+            Prior("zero-shot", hand_written, np.stack([hand_written] * len(without))),
+            Prior("prompts", wide[0], wide[1:]),
+        ]
+        images = LabelledFeatures(encoded.features, encoded.labels, folds, len(templates))
+        found = fit_ensemble(images, priors, self.model.bundle.logit_scale)
+        artifact = EnsembleArtifact(
+            self.split.classes,
+            provenance,
+            found.classifier,
+            self._mixture(mixture, texts[0], provenance),
+            self.templates,
+            found.chosen,
+            fingerprints(self.split),
+        )
+        return Result(artifact, (found.logits, found.labels) if len(found.labels) else None)
+
+    def _mixed(self, mixture: Mixture, weights: F64) -> F32:
+        """Return the text features f32[..., C, e] of a mixture with weights f64[..., K]."""
         contexts = self.prompt_map(mixture.points).contexts
-        if encoder is None or contexts is None:
+        if self.remembered is None or contexts is None:
             raise ZtuneError("a mixture needs a method that tunes contexts")
-        weights = mixture.weights.astype(np.float32)
+        at_once = self.config.round_size
+        return mix_text_features(self.remembered, contexts, weights.astype(np.float32), at_once)
+
+    def _mixture(
+        self, mixture: Mixture, text_features: F32, provenance: Provenance
+    ) -> MixtureArtifact:
+        bundle = self.model.bundle
         return MixtureArtifact(
             self.split.classes,
             provenance,
             mixture.points.astype(np.int32),
-            weights,
-            mix_text_features(encoder, contexts, weights, self.config.round_size),
+            mixture.weights.astype(np.float32),
+            text_features,
             bundle.logit_scale,
             bundle.logit_bias,
             self.config.round_size,
@@ -214,7 +269,7 @@ class FewShotTask:
 
     def train_loss(self, result: Artifact) -> float:
         """Return the loss over all training images and views, as a final report (not charged)."""
-        if isinstance(result, MixtureArtifact):
+        if isinstance(result, MixtureArtifact | EnsembleArtifact):
             classifier = result.classifier()
             views = [classifier.logits(view) for view in self.encoded.features]
             labels = self.encoded.labels
@@ -281,6 +336,7 @@ def open_task(
         run_config.templates,
         run_config.extractor,
         texts,
+        text_features,
         remembered,
         images,
         objective,

@@ -71,8 +71,8 @@ from ztune.run_document import (
 )
 from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
-from ztune.task import FewShotTask, MethodStart, compose, open_task
-from ztune.types import F32, Evaluation, Json
+from ztune.task import FewShotTask, MethodStart, Result, compose, open_task
+from ztune.types import F32, I64, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
 # Keys of run.json that affect the last bits of a result.
@@ -302,6 +302,8 @@ class Outcome:
     """Whether a round was captured as a CUDA graph, or why not; None on a CPU."""
     share: Proportion | None = None
     """Validation accuracy as computed by a server that returns losses only."""
+    held_out: tuple[F32, I64] | None = None
+    """Out-of-fold logits f32[h, C] of training images, and their labels."""
 
 
 @dataclass(frozen=True)
@@ -439,6 +441,7 @@ class TrainingRun(Generic[Store]):
             validation={
                 name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
             },
+            cross_validation=self._cross_validate(outcome),
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
         )
@@ -594,15 +597,15 @@ class TrainingRun(Generic[Store]):
         if tuning.step:
             progress.remark(f"resuming after {tuning.budget.queries} of {spent} queries")
 
-        def artifact(stop_reason: str) -> Artifact:
+        def found(stop_reason: str) -> Result:
             settings = settings_of_result(find_method(run_config.method), config)
             provenance = self._provenance(tuning.budget.queries, stop_reason, settings)
-            return task.result(provenance)
+            return task.result(provenance, sampler.current().images)
 
         marks = run_config.snapshot_marks(spent)
         if tuning.step and self.folder.lacks_snapshot(marks, tuning.budget.queries):
             # The state was saved, but the run stopped before the snapshot was written.
-            self.folder.keep_snapshot(artifact("snapshot"), tuning.budget.queries)
+            self.folder.keep_snapshot(found("snapshot").artifact, tuning.budget.queries)
         marks = [m for m in marks if m > tuning.budget.queries]
         saving = SaveSchedule(every_step=self.model.served is not None)
         with progress.activity("tuning", spent) as ticker:
@@ -616,7 +619,7 @@ class TrainingRun(Generic[Store]):
                     with saving:
                         self.folder.save(now)
                 if reached:  # after saving: the server may be unreachable by now
-                    self.folder.keep_snapshot(artifact("snapshot"), now.budget.queries)
+                    self.folder.keep_snapshot(found("snapshot").artifact, now.budget.queries)
                 loss, accuracy = evaluation.losses.mean(), evaluation.accuracies.mean()
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
@@ -634,7 +637,8 @@ class TrainingRun(Generic[Store]):
                 ) from None
         self.folder.save(tuning)  # before the report, which may fail
         seconds, ended = tuning.seconds, time.monotonic()
-        result = artifact(stop_reason)
+        outcome = found(stop_reason)
+        result = outcome.artifact
         try:
             loss = task.train_loss(result)
         except NotFiniteError:
@@ -647,7 +651,7 @@ class TrainingRun(Generic[Store]):
         share = None
         if isinstance(result, ContextArtifact) and result.text_features is None:
             share = task.val_share()
-        return Outcome(result, seconds, loss, features, ended, cuda_graph, share)
+        return Outcome(result, seconds, loss, features, ended, cuda_graph, share, outcome.held_out)
 
     def _fit(self, encoded: EncodedSplit, texts: F32 | None, started: float) -> Outcome:
         method, bundle = find_method(self.run_config.method), self.model.bundle
@@ -685,6 +689,13 @@ class TrainingRun(Generic[Store]):
             "tuned": score(tuned, labels, classes),
             "gda": score(others["gda"].logits(features), labels, classes),
         }
+
+    def _cross_validate(self, outcome: Outcome) -> ValidationScore | None:
+        """Return the accuracy on training images by fits without them; None if not known."""
+        if outcome.held_out is None:
+            return None
+        found = score(*outcome.held_out, self.split.classes)
+        return ValidationScore(found.accuracy, found.interval, found.n)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
         bundle = self.model.bundle

@@ -169,6 +169,16 @@ class Mixture:
     """f64[K], of any sign and sum."""
 
 
+@dataclass(frozen=True)
+class HeldOutWeights:
+    """What a mixture's weights would be without some of the images they were fitted to."""
+
+    weights: F64
+    """f64[F, K]: without the images of each fold."""
+    folds: I64
+    """i64[N]: the fold of every image of the batch."""
+
+
 State = tuple[Mapping[str, NDArray[Any]], Mapping[str, Json]]
 """The complete state of an optimizer or sampler: arrays by name and plain values by name."""
 
@@ -209,6 +219,9 @@ class Mixing(Protocol):
 
     def mixture(self) -> Mixture:
         """Return the method's choice."""
+
+    def held_out(self) -> HeldOutWeights | None:
+        """Return the weights without each fold of the images; None if nothing can be held out."""
 
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss (nats) and accuracy of the last choice, if new."""

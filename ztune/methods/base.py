@@ -117,6 +117,11 @@ class TunedConfig(Protocol):
         return False
 
     @property
+    def ensembles(self) -> bool:
+        """Whether heads on features are added to the mixture (`ztune.ensemble`)."""
+        return False
+
+    @property
     def keeps_batch(self) -> bool:
         """Whether all rounds use the images and views of the first."""
         return False

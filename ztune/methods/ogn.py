@@ -27,8 +27,8 @@ from ztune.methods.base import STEPS, Composition, ModelSpec, Preset, TunedMetho
 from ztune.objective import cross_entropy, required_logits
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.logit_span import LogitSpan
-from ztune.optim.ridge_path import cross_validate_ridge
-from ztune.types import F32, F64, I64, Evaluation, Mixture, Prompts, Proposal, State
+from ztune.optim.ridge_path import cross_validate_ridge, fold_of_each
+from ztune.types import F32, F64, I64, Evaluation, HeldOutWeights, Mixture, Prompts, Proposal, State
 
 PROMPTS = "prompts"
 """The stop reason after most_prompts prompts."""
@@ -199,6 +199,13 @@ class PromptMixture:
             return Mixture(self._next[:1].copy(), np.ones(1))
         return Mixture(self._prompts.copy(), self._chosen().weights.copy())
 
+    def held_out(self) -> HeldOutWeights | None:
+        """Return the weights without each fold of the images; None if nothing can be held out."""
+        if not len(self._prompts):
+            return None
+        without, folds = self._chosen().without, fold_of_each(self._labels)
+        return None if folds is None else HeldOutWeights(without, folds)
+
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss and accuracy after 1, 2, 4, 8… rounds and the last.
 
@@ -229,11 +236,12 @@ class PromptMixture:
         basis, mixing = self._span.contrasts()
         problem = SoftmaxProblem(base.astype(np.float32), basis, self._labels)
         c = self._config
-        b = cross_validate_ridge(problem, self._span.mean_square, c.ridge, c.tolerance)
-        logits = problem.logits(b)
+        found = cross_validate_ridge(problem, self._span.mean_square, c.ridge, c.tolerance)
+        logits = problem.logits(found.whole)
         loss = float(cross_entropy(logits, self._labels).mean())
         accuracy = float((logits.argmax(axis=-1) == self._labels).mean())
-        return Choice(start + mixing @ b, loss, accuracy)
+        without = np.array([start + mixing @ b for b in found.without])
+        return Choice(start + mixing @ found.whole, loss, accuracy, without)
 
     def state(self) -> State:
         span = self._span
@@ -279,6 +287,8 @@ class Choice:
     loss: float
     """In nats."""
     accuracy: float
+    without: F64
+    """f64[F, K]: the weights without each fold of the images."""
 
 
 METHOD = TunedMethod(

@@ -11,6 +11,7 @@ from ztune.errors import ConfigError
 from ztune.io.config import as_json, configured, nearest
 from ztune.io.files import sha256
 from ztune.methods import (
+    auto,
     bar,
     blackvip,
     bptvlm,
@@ -41,7 +42,20 @@ tuned: settings that were better in ztune's measurements, if any (docs/methods.m
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
     for module in (
-        *(ogn, ogn_context, zip_method, sharpzo, bptvlm, cma, spsa, spsa_gc, rgf, blackvip, bar),
+        *(
+            auto,
+            ogn,
+            ogn_context,
+            zip_method,
+            sharpzo,
+            bptvlm,
+            cma,
+            spsa,
+            spsa_gc,
+            rgf,
+            blackvip,
+            bar,
+        ),
         *(gda, tip_adapter, lp_plus, proker, linear_probe, zero_shot),
     )
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ztune.objective import cross_entropy
@@ -16,10 +18,20 @@ _NEWTON_STEPS = 16  # for a single ridge
 _WITHOUT_FOLDS = 0.1  # the ridge if most classes have one image
 
 
+@dataclass(frozen=True)
+class Solutions:
+    """The solution with all images, and those with a fold of them held out."""
+
+    whole: F64
+    """f64[r]"""
+    without: tuple[F64, ...] = ()
+    """f64[r] per fold; empty if nothing can be held out."""
+
+
 def cross_validate_ridge(
     problem: SoftmaxProblem, unit: float, ridge: float | None, tolerance: float
-) -> F64:
-    """Return the mean f64[r] of the solutions close to the best on held-out images.
+) -> Solutions:
+    """Return the mean of the solutions close to the best on held-out images.
 
     Ridges are tried from the heaviest, in units of `unit`, the directions' mean square, or only
     `ridge` if given. A held-out fold's loss is estimated by one Newton step from the solution with
@@ -29,38 +41,50 @@ def cross_validate_ridge(
     """
     r = len(problem.directions)
     eye, a = np.eye(r), np.zeros(r)
-    if r == 0:
-        return a
     folds = fold_of_each(problem.labels)
-    if ridge is not None or folds is None:
-        share = ridge if ridge is not None else _WITHOUT_FOLDS
-        return problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
-    parts = [problem.rows(folds == k) for k in range(int(folds.max()) + 1)]
+    if folds is None:
+        if r:
+            share = ridge if ridge is not None else _WITHOUT_FOLDS
+            a = problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
+        return Solutions(a)
+    n_folds = int(folds.max()) + 1
+    if r == 0:
+        return Solutions(a, (a,) * n_folds)
+    parts = [problem.rows(folds == k) for k in range(n_folds)]
+    if ridge is not None:
+        matrix = ridge * unit * eye
+        a = problem.minimise(matrix, a, _NEWTON_STEPS)
+        return Solutions(a, _without(a, [part.terms(a) for part in parts], matrix))
     terms = [part.terms(a) for part in parts]
-    tried: list[tuple[F64, F64]] = []
+    tried: list[tuple[Solutions, F64]] = []
     for share in RIDGES:
         matrix = share * unit * eye
         for _ in range(_STEPS_PER_RIDGE):
             a, _ = problem.take_newton_step(a, total(terms), matrix)
             terms = [part.terms(a) for part in parts]
-        losses = _held_out_losses(parts, terms, folds, a, matrix)
-        tried.append((a, losses))
+        found = Solutions(a, _without(a, terms, matrix))
+        losses = _held_out_losses(parts, folds, found)
+        tried.append((found, losses))
         best = min((one for _, one in tried), key=lambda one: float(one.mean()))
         if not _within(losses, best, tolerance):
             break
     first = next(i for i, (_, losses) in enumerate(tried) if losses is best)
     near = [one for one, losses in tried[first:] if _within(losses, best, tolerance)]
-    return np.asarray(np.mean(near, axis=0))
+    whole = np.mean([one.whole for one in near], axis=0)
+    without = zip(*(one.without for one in near), strict=True)
+    return Solutions(np.asarray(whole), tuple(np.mean(fold, axis=0) for fold in without))
 
 
-def _held_out_losses(
-    parts: list[SoftmaxProblem], terms: list[Terms], folds: I64, a: F64, ridge: F64
-) -> F64:
-    """Return f64[N], each image's loss if its fold were left out of the solution a."""
+def _without(a: F64, terms: list[Terms], ridge: F64) -> tuple[F64, ...]:
+    """Return f64[r] per fold: one Newton step on the other folds from the solution a."""
     whole = total(terms)
+    return tuple(a + (whole - own).step(a, ridge) for own in terms)
+
+
+def _held_out_losses(parts: list[SoftmaxProblem], folds: I64, found: Solutions) -> F64:
+    """Return f64[N], each image's loss under the solution without its fold."""
     losses = np.empty(len(folds))
-    for k, (part, own) in enumerate(zip(parts, terms, strict=True)):
-        without = a + (whole - own).step(a, ridge)
+    for k, (part, without) in enumerate(zip(parts, found.without, strict=True)):
         losses[folds == k] = cross_entropy(part.logits(without), part.labels)
     return losses
 
@@ -77,10 +101,10 @@ def fold_of_each(labels: I64) -> I64 | None:
     None if most classes have a single image, which cannot be held out.
     """
     _, counts = np.unique(labels, return_counts=True)
-    n_folds = min(_N_FOLDS, int(np.median(counts)))
-    if n_folds < 2:
+    if np.median(counts) < 2:
         return None
     folds = np.empty(len(labels), dtype=np.int64)
-    # By class, so that a class's images are spread over the folds.
-    folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % n_folds
+    # By class, so that a class's images are spread over the folds. With two images per class a fold
+    # has one of every second class: the others keep theirs, and with them a spread within classes.
+    folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % _N_FOLDS
     return folds

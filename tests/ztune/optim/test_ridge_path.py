@@ -7,8 +7,10 @@ from ztune.objective import cross_entropy
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.ridge_path import (
     RIDGES,
+    Solutions,
     _held_out_losses,
     _within,
+    _without,
     cross_validate_ridge,
     fold_of_each,
 )
@@ -33,14 +35,18 @@ def problem(labels: I64, seed: int = 0) -> SoftmaxProblem:
     )
 
 
+def solution(given: SoftmaxProblem, unit: float, ridge: float | None, tolerance: float) -> F64:
+    return cross_validate_ridge(given, unit, ridge, tolerance).whole
+
+
 def fixed(given: SoftmaxProblem) -> F64:
     """Return the solutions f64[ridges, r] with each ridge alone, the heaviest first."""
-    return np.stack([cross_validate_ridge(given, 1.0, float(share), TOLERANCE) for share in RIDGES])
+    return np.stack([solution(given, 1.0, float(share), TOLERANCE) for share in RIDGES])
 
 
 def chosen_ridge(given: SoftmaxProblem) -> float:
     """Return the ridge of the least loss on images left out."""
-    found = cross_validate_ridge(given, 1.0, None, 0.0)
+    found = solution(given, 1.0, None, 0.0)
     gaps = np.linalg.norm(fixed(given) - found, axis=1) / np.linalg.norm(found)
     assert gaps.min() < 0.01
     return float(RIDGES[gaps.argmin()])
@@ -54,9 +60,9 @@ def test_noise_gets_a_heavy_ridge_and_what_generalises_a_light_one(seed: int) ->
     assert chosen_ridge(noise) >= 1
     none = np.zeros((20, 20))
     # With the tolerance of the house, images that are new lose less than by either end.
-    lost = new_noise.loss(cross_validate_ridge(noise, 1.0, None, TOLERANCE), none)
+    lost = new_noise.loss(solution(noise, 1.0, None, TOLERANCE), none)
     assert lost < new_noise.loss(fixed(noise)[-1], none) - 0.05
-    lost = new_clean.loss(cross_validate_ridge(clean, 1.0, None, TOLERANCE), none)
+    lost = new_clean.loss(solution(clean, 1.0, None, TOLERANCE), none)
     assert lost < new_clean.loss(fixed(clean)[0], none) - 0.1
 
 
@@ -72,11 +78,10 @@ def test_a_tolerance_takes_the_mean_of_the_best_and_all_lighter_ones_within_it()
     given, _ = halves(problem(labels, 1))
     best = int(np.searchsorted(-RIDGES, -chosen_ridge(given)))
     assert 0 < best < len(RIDGES) - 1
-    found = cross_validate_ridge(given, 1.0, None, 1e9)
+    found = solution(given, 1.0, None, 1e9)
     np.testing.assert_allclose(found, fixed(given)[best:].mean(axis=0), atol=2e-3)
     lengths = [
-        np.linalg.norm(cross_validate_ridge(given, 1.0, None, tolerance))
-        for tolerance in (0.0, 1.0, 3.0, 1e9)
+        np.linalg.norm(solution(given, 1.0, None, tolerance)) for tolerance in (0.0, 1.0, 3.0, 1e9)
     ]
     assert lengths == sorted(lengths)
     assert lengths[3] > 1.5 * lengths[0]
@@ -91,7 +96,8 @@ def test_left_out_losses_are_estimated_close_to_those_of_refits() -> None:
         ridge = share * np.eye(20)
         a = given.minimise(ridge, np.zeros(20), 30)
         terms = [part.terms(a) for part in parts]
-        estimated = _held_out_losses(parts, terms, folds, a, ridge)
+        found = Solutions(a, _without(a, terms, ridge))
+        estimated = _held_out_losses(parts, folds, found)
         exact = np.empty(80)
         for k in range(4):
             refit = given.rows(folds != k).minimise(ridge, np.zeros(20), 30)
@@ -120,12 +126,12 @@ def test_folds_are_even_over_the_classes() -> None:
 def test_one_image_of_a_class_leaves_nothing_to_validate_on() -> None:
     rows = np.arange(C)
     given = problem(np.arange(80) % C).rows(rows)
-    found = cross_validate_ridge(given, 1.0, None, TOLERANCE)
-    fixed = cross_validate_ridge(given, 1.0, 0.1, TOLERANCE)
+    found = solution(given, 1.0, None, TOLERANCE)
+    fixed = solution(given, 1.0, 0.1, TOLERANCE)
     np.testing.assert_array_equal(found, fixed)
     assert np.linalg.norm(found) > 0
     # Ridges are in units of what the logits are in.
-    other = cross_validate_ridge(given, 0.5, 0.2, TOLERANCE)
+    other = solution(given, 0.5, 0.2, TOLERANCE)
     np.testing.assert_array_equal(other, fixed)
 
 
