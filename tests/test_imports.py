@@ -23,11 +23,12 @@ LAYERS = (
     {"precision", "run_document"},
     {"run_config"},
     {"model", "timing"},
+    {"ensemble"},
     {"methods"},
     {"run"},
     {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare"},
     {"objective", "artifact", "data", "report", "budget"},
-    {"logits", "mixing", "text_cache", "statistics"},
+    {"calibration", "logits", "mixing", "text_cache", "statistics"},
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""

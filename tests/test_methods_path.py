@@ -23,6 +23,7 @@ from tests.conftest import DIGITS, MINI, Command
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
+    EnsembleArtifact,
     HeadArtifact,
     MixtureArtifact,
     VisualArtifact,
@@ -46,6 +47,7 @@ CLASSES = ("one", "two", "three")
 N_TRAIN, N_VAL, N_TEST = 6, 3, 17
 # Settings that keep a step small, and what two steps of them cost.
 SMALL: dict[str, tuple[tuple[str, ...], int]] = {
+    "auto": (("n_prompts=2",), 4),
     "ogn": (("n_prompts=2",), 4),
     "ogn-context": (("n_directions=3",), 1 + 2 * (3 + 3)),
     "zip": ((), 20),
@@ -61,13 +63,14 @@ SMALL: dict[str, tuple[tuple[str, ...], int]] = {
 TUNED = [name for name, method in METHODS.items() if isinstance(method, TunedMethod)]
 HEADS = [name for name, method in METHODS.items() if isinstance(method, HeadMethod)]
 PIXELS = ("bptvlm", "blackvip", "bar")
-LOGIT_METHODS = ("ogn", "ogn-context")
+LOGIT_METHODS = ("auto", "ogn", "ogn-context")
 TEXTS = tuple(name for name in TUNED if name not in ("blackvip", "bar"))
 # They live off differences of losses, which are measured first.
 # One method of each kind of artifact, with its settings.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "context": ("zip", ()),
     "mixture": ("ogn", ()),
+    "ensemble": ("auto", ()),
     "head": ("gda", ()),
     "kernel": ("proker", ()),
     "border": ("bar", ()),
@@ -147,6 +150,10 @@ def tensors(artifact: Artifact) -> list[np.ndarray]:
         return [artifact.context]
     if isinstance(artifact, MixtureArtifact):
         return [artifact.tokens, artifact.weights]
+    if isinstance(artifact, EnsembleArtifact):
+        kernel = artifact.head.kernel
+        assert kernel is not None
+        return [artifact.head.weight, kernel.keys, kernel.values, artifact.mixture.tokens]
     if isinstance(artifact, HeadArtifact):
         kernel = artifact.kernel
         return [artifact.weight] if kernel is None else [kernel.keys, kernel.values]

@@ -39,7 +39,7 @@ from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedMethod
 from ztune.methods.bptvlm import BptVlmConfig
-from ztune.methods.registry import METHODS, needs_of, needs_of_all
+from ztune.methods.registry import METHODS, needs_of, needs_of_all, possible_method
 from ztune.objective import FewShotObjective
 from ztune.types import F32, I32, U8, Batch, Evaluation, Prompts
 
@@ -245,7 +245,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
     ("words", "parts"),
     [
         (("--queries", 3), ("--queries 3 is less than one step of ogn, which costs 10",)),
-        (("--method", "magic"), ('unknown method "magic"', "known: ogn, ogn-context, zip")),
+        (("--method", "magic"), ('unknown method "magic"', "known: auto, ogn, ogn-context, zip")),
         (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),
         (("--set", "rank"), ('--set is "rank", expected KEY=VALUE',)),
@@ -474,7 +474,7 @@ def test_access_of_a_text_endpoint() -> None:
     given |= {TEXTS}
     for method in ("bptvlm", "blackvip", "bar", *LOGIT_METHODS):
         assert able(given, method) == TEXT_METHODS | HEADS
-    assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS
+    assert able(given | {LOGITS}, "bar") == TEXT_METHODS | HEADS | LOGIT_METHODS | {"auto"}
     assert able(given, "bar", part="text") == TEXT_METHODS | HEADS | {"bptvlm"}
     with pytest.raises(ConfigError, match="changed images in every query, which this runtime"):
         require("blackvip", given, needs_of_all())
@@ -500,6 +500,18 @@ def test_access_of_an_oracle_that_gives_losses_alone() -> None:
         require(method, given, {**needs_of_all(), method: needs})
     for method in TEXT_METHODS:
         require(method, given, needs_of_all())
+
+
+def test_auto_runs_what_an_oracle_allows() -> None:
+    assert possible_method("auto", EVERYTHING) == "auto"
+    given = frozenset((LOSS, CONTEXTS))
+    for more in (LOGITS, TEXTS, FEATURES):
+        assert possible_method("auto", EVERYTHING - {more}) == ("zip" if more == LOGITS else "ogn")
+    assert possible_method("auto", given | {LOGITS}) == "ogn"
+    assert possible_method("auto", given) == "zip"
+    # Nothing to replace it with: the error names what is missing.
+    assert possible_method("auto", frozenset((LOSS,))) == "auto"
+    assert possible_method("gda", given) == "gda"
 
 
 def test_access_of_other_runtimes() -> None:

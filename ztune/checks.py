@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtimes.prompts import group_by_prefix, name_tokens, template_tokens
-from ztune.capabilities import EVERYTHING, IMAGE_TOKENS, TEXTS, missing_capability
+from ztune.capabilities import TEXTS, missing_capability
 from ztune.data.split import Split
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
@@ -62,10 +62,9 @@ class RunChecks:
 
     def _check_capabilities(self) -> None:
         """Raise if the method needs a capability that the runtime lacks."""
-        runtime, method = self.model.runtime, find_method(self.run_config.method)
-        given, hint = EVERYTHING - runtime.missing, runtime.hint
+        method, given = find_method(self.run_config.method), self.model.capabilities
+        hint = self.model.runtime.hint
         if self.model.served is None and self.model.bundle.visual is None:
-            given = given - {IMAGE_TOKENS}
             hint = "export a ViT with `image_tokens`"
         needed = needs_of(method, self.run_config.method_config)
         if needed - given:

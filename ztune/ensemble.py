@@ -130,22 +130,22 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
     with_kernel = len(images.labels) <= MOST_KEYS
     found = _choose(images, priors, scale, with_kernel=with_kernel)
     W, b = gaussian_classifier(*images.each_view, images.n_classes)
-    kernel_part = _KernelPart(images, found.shrinkage) if with_kernel else None
-    n_members = len(priors) * (1 + with_kernel)
-    weight, bias = np.zeros_like(priors[0].texts), np.zeros(images.n_classes)
-    values = np.zeros((len(images.labels), images.n_classes))
-    for prior, gda, ridge in zip(priors, found.gda, found.kernel, strict=True):
-        share = 1 / (n_members * found.temperature * gda.temperature)
-        weight += share * (scale * prior.texts + gda.setting * W)
-        bias += share * gda.setting * b
-        if kernel_part is not None:
-            share = 1 / (n_members * found.temperature * ridge.temperature)
-            weight += share * scale * prior.texts
-            values += share * scale * kernel_part.solve(found.beta, ridge.setting, [prior.texts])[0]
+    weight, bias = np.zeros_like(W), np.zeros_like(b)
+    total = found.temperature * (len(found.gda) + len(found.kernel))
+    for prior, member in zip(priors, found.gda, strict=True):
+        share = 1 / (total * member.temperature)
+        weight += share * (scale * prior.texts + member.setting * W)
+        bias += share * member.setting * b
     kernel = None
-    if kernel_part is not None:
-        keys, white = kernel_part.keys.astype(np.float32), kernel_part.whitening
-        kernel = Kernel(keys, values.astype(np.float32), found.beta, white)
+    if with_kernel:
+        part = _KernelPart(images, found.shrinkage)
+        values = np.zeros((len(images.labels), images.n_classes))
+        for prior, member in zip(priors, found.kernel, strict=True):
+            share = 1 / (total * member.temperature)
+            weight += share * scale * prior.texts
+            values += share * scale * part.solve(found.beta, member.setting, [prior.texts])[0]
+        keys = part.keys.astype(np.float32)
+        kernel = Kernel(keys, values.astype(np.float32), found.beta, part.whitening)
     classifier = FeatureClassifier(weight.astype(np.float32), bias.astype(np.float32), kernel)
     return Ensemble(classifier, found.to_json(priors), found.logits, found.labels)
 
@@ -165,6 +165,7 @@ class _Setting:
 class _Choice:
     gda: list[_Setting]
     kernel: list[_Setting]
+    """Empty without a kernel."""
     shrinkage: float
     beta: float
     temperature: float
@@ -175,7 +176,7 @@ class _Choice:
         """Return the settings by member."""
         members: list[Json] = []
         for kind, name, settings in (("gda", "alpha", self.gda), ("kernel", "ridge", self.kernel)):
-            for prior, one in zip(priors, settings, strict=True):
+            for prior, one in zip(priors, settings, strict=False):
                 members.append(
                     {
                         "kind": kind,
@@ -184,12 +185,8 @@ class _Choice:
                         "temperature": round(one.temperature, 4),
                     }
                 )
-        return {
-            "members": members,
-            "shrinkage": self.shrinkage,
-            "beta": self.beta,
-            "temperature": round(self.temperature, 4),
-        }
+        shared = {"shrinkage": self.shrinkage, "beta": self.beta} if self.kernel else {}
+        return {"members": members, **shared, "temperature": round(self.temperature, 4)}
 
 
 class _KernelPart:
@@ -215,7 +212,7 @@ def _choose(
     n_priors = len(priors)
     if not images.n_folds:
         gda = [_Setting(DEFAULT_ALPHA, _TEMPERATURE)] * n_priors
-        kernel = [_Setting(_RIDGE, _TEMPERATURE)] * n_priors
+        kernel = [_Setting(_RIDGE, _TEMPERATURE)] * n_priors if with_kernel else []
         nothing = np.zeros((0, images.n_classes), np.float32)
         return _Choice(gda, kernel, _SHRINKAGE, _BETA, 1.0, nothing, np.zeros(0, np.int64))
     judged = images.thinned(max(images.n_classes, _MOST_LOGITS // images.n_classes))
@@ -236,8 +233,7 @@ def _choose(
         _least(one for (kind, i, _), one in judgements.items() if (kind, i) == ("gda", p))
         for p in range(n_priors)
     ]
-    shrinkage, beta, kernel = _SHRINKAGE, _BETA, [_Setting(_RIDGE, _TEMPERATURE)] * n_priors
-    members = [*gda]
+    shrinkage, beta, kernel = _SHRINKAGE, _BETA, list[_Setting]()
     if with_kernel:
         pairs = {
             (s, b): [
@@ -254,8 +250,7 @@ def _choose(
         (shrinkage, beta), kernel = min(
             pairs.items(), key=lambda item: sum(one.loss for one in item[1])
         )
-        members += kernel
-    scaled = [one.logits.astype(np.float64) / one.temperature for one in members]
+    scaled = [one.logits.astype(np.float64) / one.temperature for one in (*gda, *kernel)]
     mean = np.asarray(np.mean(scaled, axis=0))
     temperature = fit_temperature(mean, labels)
     return _Choice(

@@ -40,7 +40,7 @@ from ztune.run import MemoryRun, RunFolder
 from ztune.run_config import RunConfig
 from ztune.run_document import RunReport
 from ztune.task import open_program
-from ztune.training import SavedRun, TrainingRun, start_run_on
+from ztune.training import SavedRun, TrainingRun, as_possible, start_run_on
 from ztune.types import F32, ImageEncoder
 
 _BATCH = 8
@@ -386,7 +386,7 @@ class FewShotClassifier:
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # before anything is opened
-        return run_config
+        return as_possible(run_config, self.model)
 
     def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:
         _require_width(encoded.features[0], self.model)

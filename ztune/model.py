@@ -31,7 +31,7 @@ from ztune.artifact import (
     MixtureArtifact,
     classifier_of_texts,
 )
-from ztune.capabilities import describe
+from ztune.capabilities import EVERYTHING, IMAGE_TOKENS, describe
 from ztune.data.cache import FeatureCache, FeatureStore
 from ztune.data.features import CENTRE, Features, Views, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
@@ -124,6 +124,14 @@ class Model:
     @cached_property
     def _runtime(self) -> Runtime:
         return self.served or LocalRuntime(self.bundle, self.execution)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the runtime provides (`ztune.capabilities`)."""
+        given = EVERYTHING - self.runtime.missing
+        if self.served is None and self.bundle.visual is None:
+            given -= {IMAGE_TOKENS}
+        return given
 
     def images(self) -> ImageEncoder:
         """Return the image tower, opened on first use."""

@@ -24,7 +24,7 @@ from ztune.artifact import (
     classifier_of_texts,
 )
 from ztune.budget import Budget
-from ztune.capabilities import TEXTS
+from ztune.capabilities import TEXTS, describe
 from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
@@ -40,7 +40,13 @@ from ztune.loop import Tuning, tune
 from ztune.methods.base import HeadMethod, TunedConfig
 from ztune.methods.gda import GdaConfig, fit_gda
 from ztune.methods.plugins import package_of
-from ztune.methods.registry import find_method, preset_of, settings_of_result
+from ztune.methods.registry import (
+    find_method,
+    needs_of,
+    possible_method,
+    preset_of,
+    settings_of_result,
+)
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
 from ztune.precision import (
@@ -98,6 +104,7 @@ def start_run(
         precision leaves too little signal.
     """
     RunFolder(path).require_free(overwrite=overwrite)
+    run_config = as_possible(run_config, model)
     dataset, split = read_split(run_config)
     for remark in _remarks_on_start(run_config, dataset, split):
         if remark.startswith(NEAR_COPIES):
@@ -130,6 +137,24 @@ def start_run_on(
     with folder.create_locked(plain(head), split.to_json(), overwrite=overwrite):
         on_start()
         return run.finish(head)
+
+
+def as_possible(run_config: RunConfig, model: Model) -> RunConfig:
+    """Return the settings with `auto` replaced, with a remark, where the model cannot run it.
+
+    Raises: ConfigError for settings that the replacement lacks.
+    """
+    method = possible_method(run_config.method, model.capabilities)
+    if method == run_config.method:
+        return run_config
+    lacking = needs_of(find_method(run_config.method), run_config.method_config)
+    found = replace(run_config, method=method)
+    found.check_method()
+    model.progress.remark(
+        f"{run_config.method} needs {describe(lacking - model.capabilities)}, which this runtime "
+        f"does not provide: running {method} instead"
+    )
+    return found
 
 
 def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> Iterator[str]:

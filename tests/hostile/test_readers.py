@@ -26,7 +26,7 @@ from runtimes.tokenizer import Tokenizer
 from tests.conftest import DIGITS, MINI, ROOT
 from tests.hostile.mutations import DAMAGES, EDITS, PLACE, VALUES, Edit, damage, edited, mutate
 from tests.hostile.test_restore import failure
-from tests.ztune.test_artifact import BORDER, CONTEXT, HEAD, KERNEL, MIXTURE
+from tests.ztune.test_artifact import BORDER, CONTEXT, ENSEMBLE, HEAD, KERNEL, MIXTURE
 from tests.ztune.test_data_named import parquet_file
 from ztune.artifact import artifact_bytes, read_artifact
 from ztune.budget import Budget
@@ -79,6 +79,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "parity.safetensors": lambda path: parity_inputs(path, "text"),
     "context.safetensors": read_artifact,
     "mixture.safetensors": read_artifact,
+    "ensemble.safetensors": read_artifact,
     "head.safetensors": read_artifact,
     "kernel.safetensors": read_artifact,
     "border.safetensors": read_artifact,
@@ -122,8 +123,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(MINI / name, folder)
     np.save(folder / "token_table.npy", np.ones((900, 2), np.float32))
     for name, artifact in (
-        ("context", CONTEXT), ("mixture", MIXTURE), ("head", HEAD), ("kernel", KERNEL),
-        ("border", BORDER),
+        ("context", CONTEXT), ("mixture", MIXTURE), ("ensemble", ENSEMBLE), ("head", HEAD),
+        ("kernel", KERNEL), ("border", BORDER),
     ):  # fmt: skip
         (folder / f"{name}.safetensors").write_bytes(artifact_bytes(artifact))
     shutil.copy(ROOT / "plans" / "smoke.toml", folder / "plan.toml")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -25,7 +26,7 @@ from tests.servers.fake import Arrays, FakeModel, FakeServer, Tensor
 from tests.servers.process import free_ports
 from tests.servers.tls import Certificates, TlsProxy, make_certificates
 from tests.servers.triton import TritonServer
-from ztune.artifact import ContextArtifact, read_artifact
+from ztune.artifact import ContextArtifact, EnsembleArtifact, read_artifact
 from ztune.errors import ConfigError
 from ztune.model import load
 
@@ -335,6 +336,35 @@ def test_what_losses_alone_do_not_serve(method: str, frugal: str, tune: Tune) ->
     able = line.rpartition("methods that would work: ")[2].split(", ")
     assert "zip" in able
     assert not {"ogn", "gda", "bar"} & set(able)
+
+
+def test_auto_runs_zip_on_a_server_of_losses(frugal: str, out: Path, ztune: Command) -> None:
+    words = (*DATA, "--method", "auto", "--queries", 20, "--out", out)
+    done = ztune("tune", frugal, *words)
+    assert done.code == 0, done.err
+    assert "auto needs logits, text features, which this runtime does not provide" in done.err
+    assert "running zip instead" in done.err
+    assert document(out)["method"] == "zip"
+    options = ztune("tune", frugal, *words, "--overwrite", "--set", "most_prompts=10")
+    assert options.code == 1
+    assert 'method "zip" has no setting "most_prompts"' in options.err
+
+
+def test_auto_needs_no_more_than_logits_of_a_server(
+    tmp_path: Path, out: Path, ztune: Command
+) -> None:
+    words = (*DATA, "--method", "auto", "--queries", 20)
+    with TritonServer(export(MINI, tmp_path / "repository", "logits"), args=OPTIONS) as server:
+        done = ztune("tune", url_of(server), *words, "--out", out)
+    assert done.code == 0, done.err
+    assert document(out)["method"] == "auto"
+    local = ztune("tune", MINI, *words, "--out", tmp_path / "local")
+    assert local.code == 0, local.err
+    found, other = (read_artifact(run / "prompt.safetensors") for run in (out, tmp_path / "local"))
+    assert isinstance(found, EnsembleArtifact)
+    assert isinstance(other, EnsembleArtifact)
+    assert (found.mixture.tokens == other.mixture.tokens).all()
+    np.testing.assert_allclose(found.head.weight, other.head.weight, rtol=1e-2, atol=1e-2)
 
 
 def test_text_features_that_are_not_given(frugal: str, tune: Tune) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
+    EnsembleArtifact,
     HeadArtifact,
     MixtureArtifact,
     Provenance,
@@ -23,8 +24,9 @@ from ztune.artifact import (
     write_artifact,
 )
 from ztune.errors import FormatError
+from ztune.io.schema import plain
 from ztune.io.tensors import read_tensors, write_tensors
-from ztune.logits import Kernel
+from ztune.logits import FeatureClassifier, Kernel, Whitening
 
 PROVENANCE = Provenance("sha256:aa", "bb", "zip", 1, 5000, "budget", {"rank": 5, "init": "random"})
 CONTEXT = ContextArtifact(
@@ -57,6 +59,24 @@ KERNEL = replace(
         5.5,
     ),
 )
+ENSEMBLE = EnsembleArtifact(
+    MIXTURE.classes,
+    PROVENANCE,
+    FeatureClassifier(
+        np.array([[1, 2, 3], [4, 5, -6]], np.float32),
+        np.array([0.5, -0.5], np.float32),
+        Kernel(
+            np.eye(3, dtype=np.float32)[[2, 0, 1, 1]],
+            np.arange(8, dtype=np.float32).reshape(4, 2),
+            2.0,
+            Whitening(np.array([0.1, 0, 0.2], np.float32), 2 * np.eye(3, dtype=np.float32)),
+        ),
+    ),
+    MIXTURE,
+    ("a photo of a {}.", "{}"),
+    {"beta": 2.0, "members": [{"kind": "gda", "alpha": 1.0}]},
+    MIXTURE.tuning_images,
+)
 BORDER = VisualArtifact(
     ("crab", "Ünïcode"),
     PROVENANCE,
@@ -85,6 +105,8 @@ TOKENS = replace(
 EVERY_KIND: dict[str, Artifact] = {
     "context": CONTEXT,
     "mixture": MIXTURE,
+    "ensemble": ENSEMBLE,
+    "ensemble without kernel": replace(ENSEMBLE, head=replace(ENSEMBLE.head, kernel=None)),
     "head": HEAD,
     "kernel": KERNEL,
     "border": BORDER,
@@ -132,6 +154,46 @@ def test_what_is_not_finite_is_not_written(artifact: Artifact, name: str, tmp_pa
     with pytest.raises(FormatError, match=f"tensor {name} has values that are not finite"):
         write_artifact(path, artifact)
     assert not path.exists()
+
+
+def test_an_ensemble_drops_and_reorders_classes() -> None:
+    features = np.eye(3, dtype=np.float32)
+    whole = ENSEMBLE.classifier().logits(features)
+    turned = ENSEMBLE.restricted(("Ünïcode", "crab"))
+    np.testing.assert_array_equal(turned.classifier().logits(features), whole[:, ::-1])
+    np.testing.assert_array_equal(turned.mixture.text_features, MIXTURE.text_features[::-1])
+    assert turned.classes == turned.mixture.classes == ("Ünïcode", "crab")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"centre": None}, "tensor centre is missing"),
+        ({"matrix": np.eye(2, dtype=np.float32)}, "tensor matrix is"),
+        ({"keys": None}, "unknown tensors"),
+        ({"keys": 2 * np.eye(3, dtype=np.float32)}, "row of length 2"),
+        ({"text_features": np.ones((2, 4), np.float32)}, "has 4 columns"),
+        ({"tokens": None}, "tensor tokens is missing"),
+    ],
+)
+def test_a_damaged_ensemble_is_refused(
+    change: dict[str, np.ndarray | None], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    arrays, document = document_of(path, ENSEMBLE)
+    kept = {name: array for name, array in {**arrays, **change}.items() if array is not None}
+    write_tensors(path, kept, plain(document))
+    with pytest.raises(FormatError, match=words):
+        read_artifact(path)
+
+
+@pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"]])
+def test_an_ensemble_has_templates(templates: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    arrays, document = document_of(path, ENSEMBLE)
+    write_tensors(path, arrays, plain({**document, "templates": templates}))
+    with pytest.raises(FormatError, match="expected templates with one"):
+        read_artifact(path)
 
 
 def test_values_at_their_limits_are_read(tmp_path: Path) -> None:

@@ -97,6 +97,15 @@ def usable_methods() -> tuple[dict[str, Method], dict[str, ConfigError]]:
     return found, failed
 
 
+def possible_method(name: str, given: frozenset[str]) -> str:
+    """Return `name`, or for `auto` the best of its parts that the capabilities allow."""
+    if name != auto.METHOD.name:
+        return name
+    parts = (auto.METHOD, ogn.METHOD, zip_method.METHOD)
+    possible = [one.name for one in parts if needs_of(one, one.config()) <= given]
+    return possible[0] if possible else name
+
+
 def preset_of(method: Method, name: str) -> Preset:
     """Return what a preset changes."""
     if name == "published-code" and name not in method.presets:

@@ -145,7 +145,7 @@ def test_map_and_optimizer_fit_and_send_what_the_program_says(config: TunedConfi
     assert config.mixes == isinstance(optimizer, Mixing)
     assert (PIXELS in config.needs) == (config.program is not None)
     assert (IMAGE_TOKENS in config.needs) == (config.program == "tokens")
-    assert (FEATURES in config.needs) == (config.program == "decoder")
+    assert (FEATURES in config.needs) == (config.program == "decoder" or config.ensembles)
 
 
 def test_the_first_step_costs_what_is_said_in_calls_of_the_size_that_is_said(

@@ -1,0 +1,197 @@
+"""The ensemble: the mean of its members' calibrated logits, judged on images it did not see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ztune import ensemble
+from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble, whitening_of
+from ztune.logits import Whitening
+from ztune.methods.gda import gaussian_classifier
+from ztune.types import F32, F64, I64
+
+C, E, SCALE, N_FOLDS = 4, 12, 20.0, 4
+
+
+def unit(rows: Any) -> Any:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def images(seed: int = 0, per_class: int = 8, n_views: int = 1) -> LabelledFeatures:
+    """Return features around one direction a class, with one direction of large spread."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((C, E))
+    labels = np.repeat(np.arange(C), per_class)
+    shape = (n_views, len(labels), E)
+    spread = 0.8 * rng.standard_normal(shape)
+    spread[..., 0] *= 5
+    features = unit(2 + centres[labels] + spread).astype(np.float32)
+    folds = np.arange(len(labels)) % N_FOLDS if per_class > 1 else np.full(len(labels), -1)
+    return LabelledFeatures(features, labels, folds, C)
+
+
+def priors(seed: int = 1) -> list[Prior]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for name in ("zero-shot", "prompts"):
+        texts = unit(rng.standard_normal((1 + N_FOLDS, C, E)))
+        made.append(Prior(name, texts[0], texts[1:]))
+    return made
+
+
+def by_definition(given: LabelledFeatures, own: list[Prior], queries: F64, chosen: Any) -> F64:
+    """Return the logits of the members as chosen, from the formulas of docs/methods.md."""
+    features, labels = given.features[0].astype(np.float64), given.labels
+    W, b = gaussian_classifier(given.features[0], labels, C)
+    means = np.stack([features[labels == c].mean(axis=0) for c in range(C)])
+    centred = features - means[labels]
+    covariance = centred.T @ centred / (len(labels) - C)
+    variance = np.trace(covariance) / E
+    s = chosen["shrinkage"]
+    values, vectors = np.linalg.eigh((1 - s) * covariance / variance + s * np.eye(E))
+    A = vectors @ np.diag(values**-0.5) @ vectors.T
+    mean = features.mean(axis=0)
+    keys, asked = unit((features - mean) @ A.T), unit((queries - mean) @ A.T)
+    total = np.zeros((len(queries), C))
+    for member in chosen["members"]:
+        (texts,) = (prior.texts for prior in own if prior.name == member["prior"])
+        logits = SCALE * queries @ texts.T
+        if member["kind"] == "gda":
+            logits = logits + member["alpha"] * (queries @ W.T + b)
+        else:
+            K = np.exp(-chosen["beta"] * (1 - keys @ keys.T))
+            k = np.exp(-chosen["beta"] * (1 - asked @ keys.T))
+            residuals = np.eye(C)[labels] - features @ texts.T
+            inverse = np.linalg.inv(K + member["ridge"] * np.eye(len(K)))
+            logits = logits + SCALE * k @ inverse @ residuals
+        total += logits / member["temperature"]
+    return total / len(chosen["members"]) / chosen["temperature"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_mean_of_its_members(seed: int) -> None:
+    given, own = images(seed), priors(seed)
+    found = fit_ensemble(given, own, SCALE)
+    queries = images(seed + 50).features[0]
+    expected = by_definition(given, own, queries.astype(np.float64), found.chosen)
+    # What is recorded is rounded to four digits.
+    np.testing.assert_allclose(found.classifier.logits(queries), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_held_out_images_are_not_seen() -> None:
+    """With random labels a fit is right about its own images, and as a coin about others."""
+    rng = np.random.default_rng(3)
+    given = images(per_class=40)
+    noise = LabelledFeatures(given.features, rng.permutation(given.labels), given.folds, C)
+    found = fit_ensemble(noise, priors(), SCALE)
+    right = (found.logits.argmax(axis=1) == found.labels).mean()
+    assert len(found.labels) == len(given.labels)
+    assert 0.1 < right < 0.42
+    assert right + 0.1 < fitted_share(noise, found.classifier.logits)
+    # And its probabilities say so.
+    p = np.exp(found.logits - found.logits.max(axis=1, keepdims=True))
+    assert (p / p.sum(axis=1, keepdims=True)).max(axis=1).mean() == pytest.approx(right, abs=0.12)
+
+
+def fitted_share(given: LabelledFeatures, logits: Callable[[F32], F32]) -> float:
+    return float((logits(given.features[0]).argmax(axis=1) == given.labels).mean())
+
+
+def test_priors_of_a_fold_are_used_for_that_fold_only() -> None:
+    given, (plain, tuned) = images(), priors()
+    good = unit(np.random.default_rng(99).standard_normal((C, E)) + 2)
+    leaky = Prior("prompts", tuned.texts, np.stack([good] + [tuned.texts] * (N_FOLDS - 1)))
+    honest = Prior("prompts", tuned.texts, np.stack([tuned.texts] * N_FOLDS))
+    first = fit_ensemble(given, [plain, leaky], SCALE).logits[: len(given.labels) // N_FOLDS]
+    other = fit_ensemble(given, [plain, honest], SCALE).logits[: len(given.labels) // N_FOLDS]
+    assert not np.allclose(first, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_few_images(per_class: int) -> None:
+    found = fit_ensemble(images(per_class=per_class), priors(), SCALE)
+    queries = images(7).features[0]
+    assert np.isfinite(found.classifier.logits(queries)).all()
+    assert len(found.labels) == (0 if per_class == 1 else C * per_class)
+
+
+def test_one_image_in_a_class_stays_in_every_fit() -> None:
+    given = images()
+    kept = (given.labels != 2) | (np.cumsum(given.labels == 2) == 1)
+    fewer = given.rows(kept)
+    folds = np.where(fewer.labels == 2, -1, fewer.folds)
+    fewer = LabelledFeatures(fewer.features, fewer.labels, folds, C)
+    found = fit_ensemble(fewer, priors(), SCALE)
+    assert 2 not in found.labels
+    assert np.isfinite(found.classifier.logits(given.features[0])).all()
+
+
+@pytest.mark.parametrize("what", ["all", "one class"])
+def test_features_without_spread(what: str) -> None:
+    given = images()
+    features = given.features.copy()
+    if what == "all":
+        features[:] = features[:, :1]
+    else:
+        features[:, given.labels == 1] = features[:, given.labels == 1][:, :1]
+    same = LabelledFeatures(features, given.labels, given.folds, C)
+    found = fit_ensemble(same, priors(), SCALE)
+    assert np.isfinite(found.classifier.logits(images(7).features[0])).all()
+    assert np.isfinite(found.classifier.logits(features[0])).all()
+
+
+def test_above_a_number_of_images_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, own = images(), priors()
+    monkeypatch.setattr(ensemble, "MOST_KEYS", len(given.labels))
+    assert fit_ensemble(given, own, SCALE).classifier.kernel is not None
+    monkeypatch.setattr(ensemble, "MOST_KEYS", len(given.labels) - 1)
+    found = fit_ensemble(given, own, SCALE)
+    assert found.classifier.kernel is None
+    members: Any = found.chosen["members"]
+    assert [one["kind"] for one in members] == ["gda", "gda"]
+
+
+def test_views_of_an_image_are_held_out_together() -> None:
+    given = images(n_views=3)
+    found = fit_ensemble(given, priors(), SCALE)
+    assert len(found.labels) == 3 * len(given.labels)
+    kernel = found.classifier.kernel
+    assert kernel is not None
+    assert len(kernel.keys) == len(given.labels)
+    # A view predicted by a fit on the other views of its image would be right almost always.
+    rng = np.random.default_rng(5)
+    labels = rng.permutation(given.labels)
+    noise = fit_ensemble(LabelledFeatures(given.features, labels, given.folds, C), priors(), SCALE)
+    assert (noise.logits.argmax(axis=1) == noise.labels).mean() < 0.5
+
+
+def test_a_whitened_spread_is_even() -> None:
+    given = images(per_class=200)
+    features = given.features[0].astype(np.float64)
+    white = whitening_of(features, given.labels, C, 0.0)
+    moved = (features - white.centre) @ white.matrix
+    means = np.stack([moved[given.labels == c].mean(axis=0) for c in range(C)])
+    centred = moved - means[given.labels]
+    covariance = centred.T @ centred / (len(features) - C)
+    np.testing.assert_allclose(
+        covariance, covariance[0, 0] * np.eye(E), atol=0.02 * covariance[0, 0]
+    )
+    np.testing.assert_allclose(np.linalg.norm(white(given.features[0]), axis=1), 1, atol=1e-5)
+
+
+def test_the_centre_itself_has_no_direction() -> None:
+    white = Whitening(np.ones(E, np.float32), np.eye(E, dtype=np.float32))
+    assert not white(np.ones((2, E), np.float32)).any()
+
+
+def test_thinning_keeps_every_class() -> None:
+    given = images(per_class=8)
+    order = np.random.default_rng(0).permutation(len(given.labels))
+    mixed = given.rows(order)
+    fewer = mixed.thinned(12)
+    assert np.bincount(fewer.labels).tolist() == [3] * C
+    assert mixed.thinned(len(order)) is mixed
+    labels: I64 = mixed.thinned(1).labels
+    assert sorted(labels.tolist()) == list(range(C))
