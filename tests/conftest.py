@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from runtimes.preprocess import FORMATS
@@ -122,3 +124,45 @@ def bench_data() -> Path:
     if not named or not Path(named).is_dir():
         pytest.skip("ZTUNE_BENCH_DATA names no folder with a trained CLIP and real photographs")
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with 44 images of each digit: enough for 16 shots and a test set."""
+    folder = tmp_path_factory.mktemp("few") / "digits"
+    for each in (path for path in DIGITS.iterdir() if path.is_dir()):
+        (folder / each.name).mkdir(parents=True)
+        for image in sorted(each.iterdir())[:44]:
+            shutil.copy(image, folder / each.name)
+    return folder
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Return a function that makes a folder once for all workers of a run, and returns it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                make(shared / name)
+        return shared / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def trained(bench_data: Path, once: Once) -> Path:
+    """Return the bundle of the trained CLIP among the measuring material."""
+    from export.bundle import export_bundle
+    from export.clip import load_clip
+
+    model = bench_data / "bench-clip"
+    if not model.is_dir():
+        pytest.skip(f"{model} is missing")
+    return once("trained", lambda out: export_bundle(load_clip(f"local-dir:{model}"), out))

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import query_images
 from benchmarks.queries import Curve, Task, main, reached, report, study_rows, tasks_of
 from benchmarks.query_images import CHANGES, SETS, ImageSet, write_set
-from tests.conftest import DIGITS, MINI
+from tests.conftest import MINI
 from tests.ztune.experiments.bench_results import PLAN, Row, curve, store_of
 from ztune.cli.main import main as ztune
 from ztune.errors import DataError
@@ -210,7 +210,7 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         report(view)
 
 
-TINY = f"""
+TINY = """
 title = "A tiny plan"
 seeds = [1, 2]
 queries = 40
@@ -218,9 +218,9 @@ curve = [10, 25]
 [execution]
 force = true
 [models]
-mini = "{MINI}"
+mini = "{mini}"
 [data]
-digits = {{ path = "{DIGITS}" }}
+digits = {{ path = "{digits}" }}
 [methods]
 zip-128 = {{ uses = "zip" }}
 ogn = {{}}
@@ -232,8 +232,8 @@ shots = [4]
 """
 
 
-def test_a_real_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.toml").write_text(TINY)
+def test_a_real_plan(few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.format(mini=MINI, digits=few_digits))
     words = ["bench", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--quiet"]
     assert ztune(words) == 0
     assert ztune([*words, "--resume"]) == 0

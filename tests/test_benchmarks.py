@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import ztune
-from benchmarks import gpu, harness, predict, remote, remote_ways, scaling, speed
+from benchmarks import gpu, harness, predict, remote, remote_ways, scaling, speed, towers
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.remote_ways import WAYS, ServerCounts, Task, Way
@@ -29,9 +30,20 @@ TINY = Size("tiny", layers=2)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a cache that holds the tiny model's graphs."""
+    """Return a cache that holds the tiny model's graphs, exported in this process."""
+
+    class Called:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            assert command[:3] == [sys.executable, "-m", "benchmarks.towers"]
+            with mock.patch.object(sys, "argv", command[2:]):
+                towers.main()
+
+        def wait(self) -> int:
+            return 0
+
     folder = tmp_path_factory.mktemp("benchmarks")
-    lean(TINY, folder)
+    with mock.patch("benchmarks.towers.subprocess.Popen", Called):
+        lean(TINY, folder)
     return folder
 
 
@@ -86,7 +98,9 @@ def test_flops_count_every_product_of_every_token() -> None:
     assert speed.matrix_flops(lengths, P, m, d, L, e) == 2 * multiply_adds
 
 
-def test_speed_document(cache: Path) -> None:
+def test_speed_document(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_EDGE", 256)  # of the products that measure the machine
+    monkeypatch.setattr(speed, "_GEMM_FLOP", 2 * 256**3)
     extent = speed.Extent(
         TINY,
         classes={3: 1, 12: 1},
@@ -308,8 +322,8 @@ def test_the_cost_of_an_additional_cell(monkeypatch: pytest.MonkeyPatch) -> None
     assert row["overhead_seconds_per_cell"] == 0.4
 
 
-def test_the_harness_runs_real_plans() -> None:
-    workload = harness.Workload(MINI, str(ROOT / "examples" / "digits"), None, shots=1, queries=1)
+def test_the_harness_runs_real_plans(few_digits: Path) -> None:
+    workload = harness.Workload(MINI, str(few_digits), None, shots=1, queries=1)
     row = harness.measure_cell(workload, "serial", "lp++", 1, 2, repeats=1)
     assert row["cells"] == [1, 2]
     assert 0 < row["own_seconds_per_cell"] < row["seconds_many"]

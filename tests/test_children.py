@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DIGITS, MINI, ROOT
+from export.quantize import quantize_bundle
+from runtimes.bundle import load_bundle
+from tests.conftest import MINI, ROOT
 from ztune.io.children import empty_working_folder, python_command
 
 ZTUNE = Path(sys.executable).with_name("ztune")
@@ -61,29 +63,32 @@ def test_a_plain_child_would_import_what_is_planted(planted: Path, tmp_path: Pat
     assert "json" in imported(tmp_path)
 
 
-def test_compare_imports_nothing_from_the_working_folder(planted: Path, tmp_path: Path) -> None:
+def test_compare_imports_nothing_from_the_working_folder(
+    planted: Path, few_digits: Path, tmp_path: Path
+) -> None:
     words = ("--methods", "gda", "--shots", 1, "--seeds", 1, "--out", tmp_path / "out", "--quiet")
-    run_in(planted, "compare", MINI, "--data", DIGITS, *words)
+    run_in(planted, "compare", MINI, "--data", few_digits, *words)
     assert imported(tmp_path) == []
 
 
-def test_tune_measures_its_signal_without_the_working_folder(planted: Path, tmp_path: Path) -> None:
+def test_tune_measures_its_signal_without_the_working_folder(
+    planted: Path, few_digits: Path, tmp_path: Path
+) -> None:
     words = ("--method", "zip", "--queries", 10, "--shots", 1, "--val", 0, "--quiet")
-    int8 = tmp_path / "int8"
-    run_in(tmp_path, "quantize", MINI, "--precision", "int8", "--out", int8, "--quiet")
+    int8 = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8").path
     out = tmp_path / "out"
-    run_in(planted, "tune", int8, "--data", DIGITS, *words, "--force", "--out", out)
+    run_in(planted, "tune", int8, "--data", few_digits, *words, "--force", "--out", out)
     assert "signal" in json.loads((out / "run.json").read_text())
     assert imported(tmp_path) == []
 
 
 @pytest.mark.parametrize("workers", [("--workers", 2), ("--ray", "local", "--provider", "cpu")])
 def test_workers_import_nothing_from_the_working_folder(
-    planted: Path, tmp_path: Path, workers: tuple[object, ...]
+    planted: Path, few_digits: Path, tmp_path: Path, workers: tuple[object, ...]
 ) -> None:
     pytest.importorskip("ray" if "--ray" in workers else "joblib")
     # A relative plan and root: workers do not run where the command does.
-    (planted / "plan.toml").write_text(PLAN.format(mini=MINI, data=DIGITS))
+    (planted / "plan.toml").write_text(PLAN.format(mini=MINI, data=few_digits))
     run_in(planted, "bench", "plan.toml", "--out", "../out", *workers, "--quiet")
     assert imported(tmp_path) == []
 
@@ -120,8 +125,8 @@ def test_workers_start_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert not inside.exists()
 
 
-# Long enough for ONNX Runtime 1.32 to look up its telemetry host several times.
-SECONDS = 30
+# ONNX Runtime 1.32 looks up its telemetry host when a session opens, and again after 6 s.
+SECONDS = 8
 SESSION = f"""
 import sys, time
 sys.path[:0] = {[str(ROOT)]!r}

@@ -15,7 +15,7 @@ from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.providers import Execution
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import MINI, Command
 from ztune.artifact import read_artifact
 from ztune.errors import ClosedError, DataError, FormatError, ProviderError
 
@@ -25,10 +25,10 @@ N = 40
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def packed(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return classifiers of the digits: one as it is, one that resizes, one in int8."""
     folder = tmp_path_factory.mktemp("packed")
-    train, _ = ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)
+    train, _ = ztune.Dataset.from_folder(few_digits).split(shots=4, seed=1)
     quantize_bundle(load_bundle(MINI), folder / "int8-bundle", "int8")
     found = {kind: folder / f"{kind}.onnx" for kind in KINDS}
     for kind in ("plain", "int8"):
@@ -43,8 +43,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def test() -> Any:
-    return ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)[1]
+def test(few_digits: Path) -> Any:
+    return ztune.Dataset.from_folder(few_digits).split(shots=4, seed=1)[1]
 
 
 def opened(path: Path) -> ztune.DeployedClassifier:
@@ -129,9 +129,9 @@ def test_it_scores_a_split_or_labels(packed: dict[str, Path], test: Any) -> None
         assert classifier.predict(test).shape == test.labels.shape
 
 
-def test_images_in_memory_are_split_and_scored(packed: dict[str, Path], test: Any) -> None:
-    images = arrays([path for path, _ in test.items])
-    names = [test.classes[label] for label in test.labels]
+def test_images_in_memory_are_split_and_scored(packed: dict[str, Path], few_digits: Path) -> None:
+    paths = sorted(few_digits.glob("*/*.png"))
+    images, names = arrays(paths), [path.parent.name for path in paths]
     train, kept = ztune.Dataset.from_arrays(images, names).split(shots=4, seed=1)
     assert len(kept.items) > 100
     with opened(packed["plain"]) as classifier:

@@ -148,10 +148,13 @@ def test_what_the_page_on_security_promises_has_its_test() -> None:
 ENTERED = """
 import sys, threading, ztune
 from pathlib import Path
-root, found = Path(sys.argv[1]), []
+root, found, seen = Path(sys.argv[1]), [], set()
 def note(frame, event, _):
     code = frame.f_code
-    if event != "call" or code.co_name == "<module>" or not code.co_flags & 1:  # no class bodies
+    if event != "call" or code in seen:
+        return
+    seen.add(code)
+    if code.co_name == "<module>" or not code.co_flags & 1:  # no class bodies
         return
     path = Path(code.co_filename)
     ours = path.is_relative_to(root) and path.relative_to(root).parts[0] in ("ztune", "runtimes")

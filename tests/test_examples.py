@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,19 @@ FACE = (
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the working folder, with the model and the digits where they are in the project."""
+def workplace(tmp_path: Path, few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the working folder, with the model and the digits where they are in the project.
+
+    The plan is of a few of the digits.
+    """
     (tmp_path / "models").symlink_to(MINI.parent)
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "digits").symlink_to(DIGITS)
-    (tmp_path / "plans").symlink_to(ROOT / "plans")
+    (tmp_path / "plans").mkdir()
+    plan = (ROOT / "plans" / "smoke.toml").read_text()
+    assert '"../examples/digits"' in plan
+    plan = plan.replace('"../examples/digits"', json.dumps(str(few_digits)))
+    (tmp_path / "plans" / "smoke.toml").write_text(plan)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -90,20 +98,38 @@ def kinds(notebook: Any) -> list[list[list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("folder", [".", "examples"])
-def test_the_notebook_runs(folder: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(workplace / "jupyter"))
     stored = nbformat.read(NOTEBOOK, as_version=4)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    text = NOTEBOOK.read_text()
+    assert "queries=1000" in text
+    notebook = nbformat.reads(text.replace("queries=1000", "queries=100"), as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
-    client.execute(cwd=str(workplace / folder))
+    client.execute(cwd=str(workplace / "examples"))
     assert kinds(notebook) == kinds(stored)
     assert {path.name for path in (workplace / "runs" / "few_shot").iterdir()} == {
         "prompt.safetensors",
         "classifier.onnx",
     }
+
+
+@pytest.mark.parametrize("folder", [".", "examples"])
+def test_the_notebook_finds_its_files_from_here(
+    folder: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace / folder)
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    names: dict[str, Any] = {}
+    for cell in cells[:2]:
+        exec("".join(cell["source"]), names)
+    assert len(names["data"]) == 1797
+    # No other cell looks at the working folder.
+    assert all("Path(" not in "".join(cell["source"]) for cell in cells[1:])
+    assert names["root"].resolve() == workplace
 
 
 def test_the_notebook_is_stored_with_its_outputs_and_nothing_of_a_machine() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import MINI, Command
 from ztune.io.files import replacing, user_cache
 
 if sys.platform == "win32":
@@ -21,11 +21,11 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ztune.cli.main import main
 
     out = tmp_path_factory.mktemp("finished") / "run"
-    words = ("tune", MINI, "--data", DIGITS, "--shots", 1, "--method", "zip", "--queries", 20)
+    words = ("tune", MINI, "--data", few_digits, "--shots", 1, "--method", "zip", "--queries", 20)
     assert main([str(word) for word in (*words, "--quiet", "--out", out)]) == 0
     return out
 
@@ -122,11 +122,11 @@ def test_a_home_is_used_if_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["unset", "a file"])
-def test_a_run_without_a_home(kind: str, tmp_path: Path) -> None:
+def test_a_run_without_a_home(kind: str, few_digits: Path, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
     if (value := home(kind, tmp_path)) is not None:
         environment["HOME"] = value
-    words = ("tune", MINI, "--data", DIGITS, "--shots", 1, "--val", 0, "--method", "zip",
+    words = ("tune", MINI, "--data", few_digits, "--shots", 1, "--val", 0, "--method", "zip",
              "--queries", 10, "--out", tmp_path / "run", "--quiet")  # fmt: skip
     command = [sys.executable, "-m", "ztune.cli.main", *(str(word) for word in words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -18,10 +18,15 @@ from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, Command
 from ztune import training
 
-TUNE = ("tune", MINI, "--data", DIGITS, "--method", "zip", "--shots", 4, "--queries", 40)
+TUNE = ("tune", MINI, "--data", "digits", "--method", "zip", "--shots", 4, "--queries", 40)
 WEAK = ("--set", "perturbation=1e-9")
 # Below a tenth of the published value a run in fp32 measures its signal too.
 MEASURED = ("--set", "perturbation=5e-5")
+
+
+@pytest.fixture(autouse=True)
+def _digits_in_the_working_folder(few_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(few_digits.parent)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +182,8 @@ def test_a_measurement_that_fails_stops_a_run_unless_forced(
 def test_int8_is_measured_against_its_own_or_the_true_weights(
     int8: Path, ztune: Command, tmp_path: Path, cache: Path
 ) -> None:
-    words = ("tune", int8, *TUNE[2:], "--cache", cache, "--json")
+    # Of fewer digits, int8 leaves too little signal.
+    words = ("tune", int8, "--data", DIGITS, *TUNE[4:], "--cache", cache, "--json")
     own = ztune(*words, "--out", tmp_path / "own")
     assert own.code == 0, own.err
     true = ztune(*words, "--force", "--reference", MINI, "--out", tmp_path / "true")
@@ -303,7 +309,7 @@ def test_a_resumed_run_needs_its_reference_no_more(
 
 
 def test_the_doctor_takes_an_int8_bundle_for_what_it_is(int8: Path, ztune: Command) -> None:
-    report = ztune("doctor", int8, "--data", DIGITS, "--shots", 4, "--json")
+    report = ztune("doctor", int8, "--data", "digits", "--shots", 4, "--json")
     assert report.code == 0, report.err
     assert report.json["ok"]
     assert report.json["bundle"]["provider"] == "cpu"
@@ -312,7 +318,7 @@ def test_the_doctor_takes_an_int8_bundle_for_what_it_is(int8: Path, ztune: Comma
 
 def test_the_doctor_says_why_no_provider_runs_a_precision(ztune: Command, tmp_path: Path) -> None:
     half = quantize_bundle(load_bundle(MINI), tmp_path / "half", "fp16").path
-    report = ztune("doctor", half, "--data", DIGITS)
+    report = ztune("doctor", half, "--data", "digits")
     assert report.code == 1
     assert "an fp16 bundle cannot run on cpu" in report.err
     assert "prompt.onnx" in report.out
@@ -323,15 +329,15 @@ def test_the_doctor_measures_what_the_run_does(ztune: Command, tmp_path: Path, c
     out = tmp_path / "run"
     settings = ("--shots", 4, "--seed", 3, *MEASURED)
     asked = ("--method", "zip", "--queries", 10, "--cache", cache)
-    run = ("tune", MINI, "--data", DIGITS, *settings, *asked)
+    run = ("tune", MINI, "--data", "digits", *settings, *asked)
     assert ztune(*run, "--out", out).code == 0
-    report = ztune("doctor", MINI, "--data", DIGITS, *settings, "--json")
+    report = ztune("doctor", MINI, "--data", "digits", *settings, "--json")
     assert report.code == 0, report.err
     measured = {k: v for k, v in document(out)["signal"].items() if k not in ("seconds", "forced")}
     assert {k: report.json["signal"][k] for k in measured} == measured
     assert report.json["ok"]
 
-    weak = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, *WEAK)
+    weak = ztune("doctor", MINI, "--data", "digits", "--shots", 4, *WEAK)
     assert weak.code == 0
     assert "too weak" in weak.out
     assert "--set perturbation=" in weak.out
@@ -352,11 +358,11 @@ def test_a_method_that_takes_no_differences_has_no_gate(
     assert "uses no differences of losses" in found["reason"]
     assert done.json["probe_queries"] == 0
     assert done.json["text_forwards"] == 40 * 10
-    report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "ogn")
+    report = ztune("doctor", MINI, "--data", "digits", "--shots", 4, "--method", "ogn")
     assert report.code == 1
     message = "ogn uses no differences of losses, so its signal cannot be measured"
     assert message in report.err
-    report = ztune("doctor", MINI, "--data", DIGITS, "--shots", 4, "--method", "gda")
+    report = ztune("doctor", MINI, "--data", "digits", "--shots", 4, "--method", "gda")
     assert "gda has no steps, so its signal cannot be measured" in report.err
 
 

@@ -65,6 +65,14 @@ def small_config(name: str) -> dict[str, Any]:
     return config
 
 
+def tiny_config(**vision: Any) -> dict[str, Any]:
+    """Return the config of a ViT with one layer in either tower."""
+    config = small_config("ViT-B-32")
+    config["text_cfg"] |= {"layers": 1, "context_length": 20}
+    config["vision_cfg"] |= {"layers": 1, **vision}
+    return config
+
+
 def write_model(
     folder: Path, config: dict[str, Any], seed: int = 0, preprocess: dict[str, Any] | None = None
 ) -> str:
@@ -90,9 +98,16 @@ def write_model(
     return name
 
 
-def small_model(name: str, folder: Path) -> LoadedClip:
+def write_tiny(folder: Path, **options: Any) -> str:
+    """Write a model of `tiny_config`, with bilinear interpolation; return its name."""
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+    return write_model(folder, tiny_config(), **{"preprocess": preprocess, **options})
+
+
+def small_model(name: str, folder: Path, *, text_layers: int = 2) -> LoadedClip:
     """Write and load the small form of a published architecture."""
     config = small_config(name)
+    config["text_cfg"]["layers"] = text_layers
     tokenizer, pad_id = None, None
     if config["text_cfg"].get("hf_tokenizer_name"):
         tokenizer, pad_id = folder / "t5.json", 1

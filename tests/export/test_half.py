@@ -1,6 +1,6 @@
 """fp16 graphs: the precision of every node, for several architectures."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from export.bundle import export_bundle
 from export.half import to_half
 from export.quantize import quantize_bundle
 from export.weights import read_graph
@@ -18,7 +17,8 @@ from runtimes.ort import OrtPromptGraph, parity_on_this_machine
 from runtimes.providers import Execution, onnxruntime, open_session
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import DIGITS, MINI, Command
-from tests.export.small_models import small_config, small_model, write_model
+from tests.export.conftest import Exported
+from tests.export.small_models import write_tiny
 from ztune.errors import ProviderError, ZtuneError
 
 GRAPHS = ("image", "text", "prompt")
@@ -31,11 +31,14 @@ def mini_half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module", params=["ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "RN50"])
-def other_half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("other")
-    loaded = small_model(request.param, folder / "model")
-    whole = export_bundle(loaded, folder / "fp32")
-    return quantize_bundle(whole, folder / "fp16", "fp16", external_threshold=50_000)
+def other_half(
+    request: pytest.FixtureRequest,
+    small: Callable[[str], Exported],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    _, whole = small(request.param)
+    out = tmp_path_factory.mktemp("other") / "fp16"
+    return quantize_bundle(whole, out, "fp16", external_threshold=50_000)
 
 
 def typed_nodes(bundle: Bundle, graph: str) -> Iterator[tuple[onnx.NodeProto, list[int], int]]:
@@ -166,11 +169,9 @@ def test_a_weight_beyond_fp16_is_named() -> None:
         to_half(model)
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_export_in_another_precision_leaves_only_that(ztune: Command, tmp_path: Path) -> None:
-    config = small_config("ViT-B-32")
-    config["text_cfg"] |= {"layers": 1, "context_length": 20}
-    config["vision_cfg"] |= {"layers": 1}
-    model = write_model(tmp_path / "model", config)
+    model = write_tiny(tmp_path / "model")
     out = tmp_path / "out" / "bundle"
     words = ("export", "--model", model, "--out", out)
     done = ztune(*words, "--precision", "fp16", "--json")

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 from onnx import ModelProto
 
-from export.bundle import export_bundle
 from export.quantize import quantize_bundle
 from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
 from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
@@ -19,7 +18,7 @@ from runtimes.prompts import name_tokens
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
-from tests.export.small_models import small_model
+from tests.export.conftest import Exported
 from ztune.objective import NumpyScores
 from ztune.types import F32, I64, Batch, Prompts
 
@@ -31,22 +30,23 @@ SHAPES = [(1, 1, 1), (1, 4, 3), (2, 8, 1), (3, 0, 2), (9, 4, 5), (9, 0, 1)]
 
 
 @pytest.fixture(scope="module", params=["mini", "mini int8", *SEQUENCES])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("served")
+def bundle(
+    request: pytest.FixtureRequest,
+    small: Callable[[str], Exported],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
     if request.param == "mini":
         return load_bundle(MINI)
     if request.param == "mini int8":
+        folder = tmp_path_factory.mktemp("served")
         return quantize_bundle(load_bundle(MINI), folder / "int8", "int8")
-    return export_bundle(small_model(request.param, folder / "model"), folder / "bundle")
+    return small(request.param)[1]
 
 
 @pytest.fixture(scope="module", params=["mini", "sequence"])
-def tower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tower(request: pytest.FixtureRequest, small: Callable[[str], Exported]) -> Bundle:
     """Return a bundle of either kind of prompt graph."""
-    if request.param == "mini":
-        return load_bundle(MINI)
-    folder = tmp_path_factory.mktemp("tower")
-    return export_bundle(small_model(SEQUENCES[0], folder / "model"), folder / "bundle")
+    return load_bundle(MINI) if request.param == "mini" else small(SEQUENCES[0])[1]
 
 
 def session(model: ModelProto) -> Any:

@@ -11,9 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.bundle import export_bundle
 from export.classifier import pack
-from export.clip import load_clip
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.classifier import Classifier, open_classifier
 from runtimes.decoder import Decoder, initial_values
@@ -22,7 +20,7 @@ from runtimes.preprocess import crop
 from runtimes.providers import Execution, open_session
 from runtimes.visual import BorderPrompts, DecoderPrompts, TokenPrompts
 from tests.conftest import MINI
-from tests.export.small_models import small_config, write_model
+from tests.export.conftest import Exported
 from ztune.artifact import Provenance, VisualArtifact
 from ztune.errors import FormatError
 from ztune.io.files import sha256
@@ -33,17 +31,9 @@ K = 10  # of the extractor below
 CLASSES = ("cat", "dog", "red panda", "boat")
 
 
-@pytest.fixture(scope="module", params=["mini", "small"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    if request.param == "mini":
-        return load_bundle(MINI)
-    config = small_config("ViT-B-32")
-    config["text_cfg"] |= {"layers": 1, "context_length": 20}
-    # bilinear, and mean and std that differ by channel
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
-    folder = tmp_path_factory.mktemp("small")
-    loaded = load_clip(write_model(folder / "model", config, preprocess=preprocess))
-    return export_bundle(loaded, folder / "bundle", image_tokens=True)
+@pytest.fixture(scope="module", params=["mini", "tiny"])
+def bundle(request: pytest.FixtureRequest, tiny: Exported) -> Bundle:
+    return load_bundle(MINI) if request.param == "mini" else tiny[1]
 
 
 def images(bundle: Bundle, n: int = 5) -> U8:

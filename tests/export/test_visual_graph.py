@@ -20,21 +20,19 @@ from runtimes.bundle import IMAGE_PROMPTED, load_bundle
 from runtimes.ort import parity_on_this_machine
 from runtimes.providers import Execution
 from tests.conftest import MINI, Command
-from tests.export.small_models import small_config, small_model, write_model
+from tests.export.conftest import Exported
+from tests.export.small_models import small_model, tiny_config, write_model, write_tiny
 from ztune.errors import ConfigError, FormatError
 
-# Image towers that differ in pooling, or before the blocks.
+# Image towers that differ in pooling, and before or in the blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("class token", {}),
-    ("mean of the patches", {"pool_type": "avg"}),
-    ("norm after pooling", {"pool_type": "avg", "final_ln_after_pool": True}),
-    ("attentional pooling", {"attentional_pool": True, "attn_pooler_heads": 2}),
-    ("no first norm", {"no_ln_pre": True}),
-    ("patch dropout", {"patch_dropout": 0.5}),
-    ("layer scale", {"ls_init_value": 0.5}),
-    ("normalised queries", {"qk_norm": True}),
-    ("sine positions", {"pos_embed_type": "sin_cos_2d"}),
-]
+    ("class token, layer scale, patch dropout", {"ls_init_value": 0.5, "patch_dropout": 0.5}),
+    ("mean, no first norm", {"pool_type": "avg", "no_ln_pre": True}),
+    ("norm after the mean, normalised queries",
+     {"pool_type": "avg", "final_ln_after_pool": True, "qk_norm": True}),
+    ("attentional pooling, sine positions",
+     {"attentional_pool": True, "attn_pooler_heads": 2, "pos_embed_type": "sin_cos_2d"}),
+]  # fmt: skip
 # candidates, images, tokens: none as traced
 SHAPES = [(1, 1, 1), (4, 3, 2), (2, 5, 9), (1, 6, 5), (7, 1, 3)]
 
@@ -54,13 +52,6 @@ def by_hand(loaded: LoadedClip, pixels: torch.Tensor, tokens: torch.Tensor) -> A
             features = tower._pool(states)[0] @ tower.proj
             results.append(functional.normalize(features, dim=-1))
     return torch.stack(results).numpy()
-
-
-def tiny_config(**vision: Any) -> dict[str, Any]:
-    config = small_config("ViT-B-32")
-    config["text_cfg"] |= {"layers": 1, "context_length": 20}
-    config["vision_cfg"] |= vision
-    return config
 
 
 @pytest.mark.parametrize("vision", [v[1] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
@@ -123,9 +114,8 @@ def test_other_towers_are_refused_before_anything_is_written(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_bundle_describes_it(tmp_path: Path) -> None:
-    loaded = load_clip(write_model(tmp_path / "model", tiny_config(layers=1)))
-    bundle = export_bundle(loaded, tmp_path / "bundle", image_tokens=True)
+def test_the_bundle_describes_it(tiny: Exported) -> None:
+    loaded, bundle = tiny
     model: Any = loaded.model
     weight = model.visual.conv1.weight.double()
     assert bundle.visual is not None
@@ -140,11 +130,14 @@ def test_the_bundle_describes_it(tmp_path: Path) -> None:
     (embedding,) = [node for node in model_proto.graph.node if node.op_type == "Conv"]
     assert embedding.input[0] == "pixels"
 
+
+@pytest.mark.usefixtures("traced_before")
+def test_without_it_the_model_is_the_same(tiny: Exported, tmp_path: Path) -> None:
+    loaded, bundle = tiny
     without = export_bundle(loaded, tmp_path / "without")
     assert without.visual is None
     assert IMAGE_PROMPTED not in without.files
     assert without.model_id == bundle.model_id
-    assert without.files["image.onnx"] == bundle.files["image.onnx"]
 
 
 def change(folder: Path, key: str, value: object) -> None:
@@ -191,8 +184,9 @@ def test_other_precisions_report_that_they_omit_it(precision: str, tmp_path: Pat
     assert [line for line in lines if line.startswith("image_prompted.onnx: omitted")]
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_the_command_adds_it_on_demand(ztune: Command, tmp_path: Path) -> None:
-    name = write_model(tmp_path / "model", tiny_config(layers=1))
+    name = write_tiny(tmp_path / "model")
     words = ("export", "--model", name, "--image-tokens", "--json")
     done = ztune(*words, "--out", tmp_path / "b")
     assert done.code == 0, done.err
