@@ -1,11 +1,13 @@
 """What many tests share: the embedded bundle, the digits, and the command line in this process."""
 
+import atexit
 import json
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,26 @@ from PIL import Image
 from runtimes.preprocess import FORMATS
 from runtimes.providers import onnxruntime
 from ztune.cli.main import main
+from ztune.experiments.executors import Serial
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "models" / "mini"
 DIGITS = ROOT / "examples" / "digits"
+DIGIT_NAMES = tuple(sorted(path.name for path in DIGITS.iterdir() if path.is_dir()))
+
+
+def copy_digits(folder: Path, n: int, names: Sequence[str] = DIGIT_NAMES) -> Path:
+    """Copy the first `n` images of some digits, or of all, into a folder; return it."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for image in sorted((DIGITS / name).iterdir())[:n]:
+            shutil.copy(image, folder / name)
+    return folder
+
+
+# For a few shots and as many images to validate on, without reading all 1,797 digits.
+FEW_DIGITS = copy_digits(Path(tempfile.mkdtemp(prefix="digits-")), 32)
+atexit.register(shutil.rmtree, FEW_DIGITS, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,9 @@ hypothesis.settings.load_profile("untimed")
 # Some tests import ONNX Runtime themselves; its telemetry is off before the first of them does.
 _ort = onnxruntime()
 SESSION_OPTIONS = _ort.SessionOptions
+
+# Ray's workers would wait while anything else runs.
+os.environ.update(RAY_worker_niceness="0")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several files run at once: sessions that take every core, with threads that spin while they
@@ -75,6 +96,35 @@ def ztune(capfd: pytest.CaptureFixture[str]) -> Command:
         return Result(code, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture
+def cells_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ztune compare` run its cells in this process, which starts faster than one for each."""
+    monkeypatch.setattr("ztune.experiments.bench.Isolated", Serial)
+
+
+def save_quickly(figure: Any, path: Path, **_: object) -> None:
+    """Write what a figure shows instead of drawing it, which takes longer than a small run."""
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    lines = [line.get_xydata().tolist() for line in figure.findobj(Line2D)]
+    path.write_text(f"{lines} {[text.get_text() for text in figure.findobj(Text)]}")
+
+
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures; some test in each file and those of reports draw them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_quickly)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_outlives_a_power_cut() -> Iterator[None]:
+    """Leave it to the system when files reach the disk, since each wait takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture

@@ -25,12 +25,13 @@ from typing import Any
 from PIL import Image
 
 from runtimes.providers import onnxruntime
-from tests.conftest import DIGITS, MINI
+from tests.conftest import DIGITS, MINI, save_quickly
 from ztune.cli.main import main
 from ztune.report import draw_curve
 from ztune.run import SaveSchedule
 
 METHODS: dict[str, tuple[object, ...]] = {
+    "zip": ("--queries", 100, "--augment", 4, "--init", "a photo of a"),
     "ogn": ("--queries", 24, "--set", "n_prompts=2", "--set", "batch_size=6"),
     "ogn-context": ("--queries", 40, "--set", "n_directions=3", "--set", "batch_size=4"),
     "sharpzo": ("--queries", 120, "--set", "intrinsic_dim=20", "--set", "population=4"),
@@ -214,6 +215,8 @@ def _phase(out: Path) -> str:
 
 def prepare() -> None:
     """Import and open once what every command needs."""
+    from matplotlib.figure import Figure
+
     import export.classifier  # noqa: F401
     import ztune.training  # noqa: F401
 
@@ -221,6 +224,8 @@ def prepare() -> None:
     with tempfile.TemporaryDirectory() as folder:
         line = {"queries": 1.0, "loss": 1.0, "accuracy": 0.5}
         draw_curve([line], {}, "warm", Path(folder, "curve.png"))
+    # Half of the kills would hit the drawing.
+    setattr(Figure, "savefig", save_quickly)  # noqa: B010 - its signature is wider
 
 
 if __name__ == "__main__":

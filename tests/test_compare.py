@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import DIGITS, MINI, Command, copy_digits
 from ztune.cli.main import main
 from ztune.experiments.compare import CompareConfig, plan_of
 from ztune.experiments.isolated import exit_reason
@@ -26,18 +26,15 @@ from ztune.methods.registry import METHODS
 from ztune.progress import SILENCE
 from ztune.run_config import RunConfig
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 CELLS = [(method, seed) for method in ("zip", "gda") for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return three classes of sixteen digits: 2 shots, 2 for validation, 8 to test on."""
-    root = tmp_path_factory.mktemp("data") / "digits"
-    for name in ("one", "two", "three"):
-        (root / name).mkdir(parents=True)
-        for image in sorted((DIGITS / name).iterdir())[:16]:
-            shutil.copy(image, root / name)
-    return root
+    return copy_digits(tmp_path_factory.mktemp("data") / "digits", 16, ("one", "two", "three"))
 
 
 def words(data: Path, out: Path, *more: object, methods: str = "zip,gda") -> list[str]:
@@ -161,6 +158,7 @@ def test_the_same_command_goes_on(ztune: Command, data: Path, copied: Path) -> N
     assert shown == [row["method"] for row in result.json["table"]]
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_a_failed_cell_is_told_and_tried_again(ztune: Command, data: Path, tmp_path: Path) -> None:
     photos = Path(shutil.copytree(data, tmp_path / "photos"))
     out = tmp_path / "out"
@@ -192,6 +190,7 @@ def test_a_killed_process_is_a_failed_cell(
     assert ztune(*words(data, out, "--quiet", methods="gda")).code == 0
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path) -> None:
     more = ("--methods", "zip,zero-shot,gda", "--seeds", "1,2,3", "--json")
     result = ztune(*words(data, copied)[:-4], *more)
@@ -203,6 +202,7 @@ def test_methods_and_seeds_may_be_added(ztune: Command, data: Path, copied: Path
     assert cell["accuracy"] == cell["zero_shot_accuracy"]
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_other_settings_and_images_are_other_cells(
     ztune: Command, data: Path, copied: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +219,7 @@ def test_other_settings_and_images_are_other_cells(
     assert "2 requested: 0 finished, 2 to do" in result.err
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_test_images_of_another_folder(ztune: Command, data: Path, tmp_path: Path) -> None:
     out, tested = tmp_path / "out", tmp_path / "tested"
     for name in ("one", "two", "three"):
@@ -249,6 +250,7 @@ def test_a_comparison_of_an_older_version_is_left_alone(
     assert old.read_bytes() == before
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_what_the_bundle_does_not_give_fails_without_a_run(
     ztune: Command, data: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +269,7 @@ def test_what_the_bundle_does_not_give_fails_without_a_run(
     assert not [*out.rglob("run.json")]
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_capabilities_are_those_of_the_settings(ztune: Command, data: Path, tmp_path: Path) -> None:
     options = ("--shots", 2, "--seeds", 1, "--methods", "bptvlm", "--queries", 15, "--quiet")
     out, text_alone = tmp_path / "out", ("--set", "bptvlm.part=text")
@@ -276,6 +279,7 @@ def test_capabilities_are_those_of_the_settings(ztune: Command, data: Path, tmp_
     assert result.json["cells"][0]["image_forwards"] == 12
 
 
+@pytest.mark.usefixtures("cells_here")  # not in the process that is interrupted
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_an_interrupted_cell_is_taken_up_again(
     ztune: Command, data: Path, tmp_path: Path, name: str
@@ -283,7 +287,7 @@ def test_an_interrupted_cell_is_taken_up_again(
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
     out = tmp_path / "out"
-    common = ("--shots", 2, "--queries", 60_000, "--seeds", 1, "--methods", "zip")
+    common = ("--shots", 2, "--queries", 4000, "--seeds", 1, "--methods", "zip")
     command = ["compare", MINI, "--data", data, "--out", out, *common]
     compare = subprocess.Popen(
         [sys.executable, "-m", "ztune.cli.main", *map(str, command)],
@@ -305,7 +309,7 @@ def test_an_interrupted_cell_is_taken_up_again(
     assert not [*out.rglob("attempts")]
     result = ztune(*command, "--quiet", "--json")
     assert result.code == 0, result.err
-    assert result.json["cells"][0]["queries"] == 60_000
+    assert result.json["cells"][0]["queries"] == 4000
     assert read(run)["status"] == "finished"
     assert (run.parent / "history.jsonl").read_text().count("\n") > n_steps
 

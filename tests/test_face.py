@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import ztune
 from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import DIGITS, FEW_DIGITS, MINI, Command
 from ztune.errors import (
     ClosedError,
     ConfigError,
@@ -29,6 +29,8 @@ from ztune.errors import (
     ZtuneWarning,
 )
 from ztune.model import Model
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 TEMPLATE = "a photo of the digit {}."
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,12 +49,12 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def train() -> Any:
-    return ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)[0]
+    return ztune.Dataset.from_folder(FEW_DIGITS).split(shots=4, seed=1)[0]
 
 
 @pytest.fixture(scope="module")
 def test() -> Any:
-    return ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1)[1]
+    return ztune.Dataset.from_folder(FEW_DIGITS).split(shots=4, seed=1)[1]
 
 
 def classifier(model: Model, method: str, **more: Any) -> ztune.FewShotClassifier:
@@ -72,7 +74,9 @@ def test_a_fit_gives_the_bytes_of_the_command_line(
     words = ("--method", method, "--shots", 4, "--seed", 1, "--template", TEMPLATE, "--threads", 1)
     spent = [w for k, v in SETTINGS[method].items() for w in (f"--{k}", v)]
     out = tmp_path / "out"
-    done = ztune("tune", MINI, "--data", DIGITS, *words, *spent, "--provider", "cpu", "--out", out)
+    done = ztune(
+        "tune", MINI, "--data", FEW_DIGITS, *words, *spent, "--provider", "cpu", "--out", out
+    )
     assert done.code == 0, done.err
     expected = (out / "prompt.safetensors").read_bytes()
     assert saved(classifier(model, method).fit(train), tmp_path / "memory") == expected
@@ -96,7 +100,7 @@ def tensors(fitted: ztune.FewShotClassifier, path: Path) -> dict[str, Any]:
 def test_paths_images_arrays_and_features_give_the_same_tensors(
     method: str, model: Model, tmp_path: Path
 ) -> None:
-    train, _ = ztune.Dataset.from_folder(DIGITS).split(shots=4, seed=1, val=0)
+    train, _ = ztune.Dataset.from_folder(FEW_DIGITS).split(shots=4, seed=1, val=0)
     expected = tensors(classifier(model, method).fit(train), tmp_path / "split")
     paths = [path for path, _ in train.split.items("train")]
     y = [train.classes[label] for label in train.split.labels("train")]
@@ -176,7 +180,7 @@ def test_a_run_goes_on_where_it_was_stopped(model: Model, train: Any, tmp_path: 
     assert saved(again, tmp_path / "a") == saved(whole, tmp_path / "b")
     with pytest.raises(ConfigError, match="started with other seed"):
         classifier(model, "zip", seed=2).fit(train, run_dir=folder)
-    other, _ = ztune.Dataset.from_folder(DIGITS).split(shots=5, seed=1)
+    other, _ = ztune.Dataset.from_folder(FEW_DIGITS).split(shots=5, seed=1)
     with pytest.raises(ConfigError, match="started with other images"):
         classifier(model, "zip").fit(other, run_dir=folder)
 
@@ -222,7 +226,7 @@ def test_scikit_learn_can_search_and_cross_validate(model: Model, train: Any) ->
 def test_a_method_that_changes_images_needs_images(model: Model, train: Any) -> None:
     paths = [path for path, _ in train.split.items("train")]
     y = [train.classes[label] for label in train.split.labels("train")]
-    given = ztune.FewShotClassifier(model, method="blackvip", queries=30, templates=TEMPLATE)
+    given = ztune.FewShotClassifier(model, method="blackvip", queries=10, templates=TEMPLATE)
     with pytest.raises(ConfigError, match="blackvip changes images, so `X` must be images"):
         given.fit(model.encode_images(paths), y)
     fitted = given.fit(paths, y)
@@ -358,7 +362,7 @@ def test_names_that_do_not_exist(model: Model, train: Any) -> None:
     with pytest.raises(NotFittedError, match="not fitted yet"):
         classifier(model, "zip").predict(["a.png"])
     with pytest.raises(DataError, match="`shots`"):
-        ztune.Dataset.from_folder(DIGITS).split(shots=5000)
+        ztune.Dataset.from_folder(FEW_DIGITS).split(shots=5000)
     with pytest.raises(ZtuneError, match=r"does not exist|is not a folder"):
         ztune.load("no-such-bundle")
     with pytest.raises(ConfigError, match="`token_file` requires a server"):
@@ -551,8 +555,9 @@ def test_a_model_is_shared_and_not_pickled(model: Model) -> None:
         model.encode_images("a.png")
 
 
-def test_scikit_learn_scores_two_classes_and_encoded_labels(model: Model, train: Any) -> None:
+def test_scikit_learn_scores_two_classes_and_encoded_labels(model: Model) -> None:
     selection = pytest.importorskip("sklearn.model_selection")
+    train, _ = ztune.Dataset.from_folder(FEW_DIGITS).split(shots=8, seed=1)
     items, labels = train.split.items("train"), train.split.labels("train")
     paths = [path for (path, _), label in zip(items, labels, strict=True) if label < 2]
     two, names = labels[labels < 2], train.classes[:2]

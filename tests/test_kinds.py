@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import ztune as face
-from tests.conftest import DIGITS, MINI, Command, Result
+from tests.conftest import DIGITS, FEW_DIGITS, MINI, Command, Result
 from ztune.cli.main import main
 from ztune.errors import FormatError
 from ztune.io.kinds import kind_of
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 IMAGE = next((DIGITS / "seven").iterdir())
 
@@ -21,7 +23,7 @@ IMAGE = next((DIGITS / "seven").iterdir())
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run in a folder whose name a shell would take apart."""
     out = tmp_path_factory.mktemp("kinds") / "my run's"
-    words = ["tune", MINI, "--data", DIGITS, "--shots", "2", "--queries", "10", "--out", out]
+    words = ["tune", MINI, "--data", FEW_DIGITS, "--shots", "2", "--queries", "10", "--out", out]
     assert main([*map(str, words), "--quiet"]) == 0
     return out
 
@@ -65,8 +67,8 @@ def told(result: Result, *parts: str) -> None:
         (("export-triton", "RUN", "--out", "x"), ("is a run, expected a bundle",)),
         (("quantize", "RUN", "--out", "x"), ("is a run, expected a bundle",)),
         (("quantize", "PACKED", "--out", "x"), ("is an ONNX file", "ztune predict {PACKED}")),
-        (("tune", "RUN", "--data", DIGITS, "--out", "x"), ("is a run, expected a bundle",)),
-        (("compare", "RUN", "--data", DIGITS, "--out", "x"), ("is a run, expected a bundle",)),
+        (("tune", "RUN", "--data", FEW_DIGITS, "--out", "x"), ("is a run, expected a bundle",)),
+        (("compare", "RUN", "--data", FEW_DIGITS, "--out", "x"), ("is a run, expected a bundle",)),
         (("doctor", "ARTIFACT"), ("is an artifact, expected a bundle", "it was tuned on")),
         (("tune", "--resume", MINI), ("is a bundle, expected a run", "ztune tune {MINI} --data")),
         (("tune", "--resume", "ARTIFACT"), ("is an artifact, expected a run", "folder of its run")),
@@ -107,7 +109,7 @@ def test_one_thing_in_the_place_of_another(
     ],
 )
 def test_an_address_without_its_scheme(place: str, suggested: str, ztune: Command) -> None:
-    data = ("--data", DIGITS)
+    data = ("--data", FEW_DIGITS)
     for words in (("doctor", place), ("eval", place, *data), ("tune", place, *data, "--out", "x")):
         told(ztune(*words), "does not exist", "for a server add a scheme", suggested)
     with pytest.raises(FormatError, match=re.escape(suggested)):
@@ -118,7 +120,7 @@ def test_an_address_without_its_scheme(place: str, suggested: str, ztune: Comman
     "url", ["tirton://host:8001/mini", "triton:/host:8001/mini", "triton:host:8001/mini"]
 )
 def test_a_scheme_with_a_slip(url: str, ztune: Command) -> None:
-    for words in (("doctor", url), ("eval", url, "--data", DIGITS)):
+    for words in (("doctor", url), ("eval", url, "--data", FEW_DIGITS)):
         told(ztune(*words), f'"{url}", expected one of triton://, tritons://, http://')
 
 
@@ -136,7 +138,7 @@ def test_a_run_stands_for_its_artifact(ztune: Command, run: Path, tmp_path: Path
     for name, given in (("a", run), ("b", run / "prompt.safetensors")):
         assert ztune("pack", MINI, "--prompt", given, "--out", tmp_path / name).code == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    scored = ("eval", MINI, "--data", DIGITS, "--split", "all", "--json", "--prompt")
+    scored = ("eval", MINI, "--data", FEW_DIGITS, "--split", "all", "--json", "--prompt")
     assert ztune(*scored, run).json == ztune(*scored, run / "prompt.safetensors").json
     by_split = ztune("eval", MINI, "--split-file", run, "--json")
     assert by_split.json == ztune("eval", MINI, "--split-file", run / "split.json", "--json").json

@@ -13,6 +13,8 @@ import ztune as face
 from tests.conftest import DIGITS, MINI, Command, Result
 from ztune import errors as face_errors
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 PLAN = """
 seeds = [1]
 [models]
@@ -38,7 +40,7 @@ def digits(folder: Path, digit: str, n: int, first: int = 0) -> None:
 def every_verb(
     ztune: Command, data: Path, out: Path, *words: object, compare: bool = False
 ) -> list[Result]:
-    """Run tune, bench, eval and, since it starts processes, if asked compare on the data.
+    """Run tune, bench, eval and, if asked, compare on the data.
 
     `words` are options, which a plan has as keys.
     """
@@ -76,6 +78,7 @@ def test_splits_of_any_spelling_and_class_names_that_are_shown(
     assert len(tested) == 6
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_nested_classes(ztune: Command, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for path in ("odd/one", "odd/three", "even/two"):
@@ -218,6 +221,7 @@ def test_all_broken_images_of_predict_are_named(ztune: Command, few: Path, tmp_p
 ALL = ("--split", "all")
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_images_with_two_classes_can_be_left_out(ztune: Command, few: Path, tmp_path: Path) -> None:
     for digit in ("one", "two"):
         digits(few / digit, digit, 8, first=8)
@@ -337,6 +341,7 @@ def test_broken_test_images_do_not_lower_the_shots(ztune: Command, tmp_path: Pat
     assert "has 2 training images, expected at least 3" in done.err
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_comparisons_list_all_files_that_they_leave_out(
     ztune: Command, few: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +398,7 @@ def test_ignored_files_of_test_data_are_counted(ztune: Command, few: Path, tmp_p
     assert done.json["left_out"] == {"ignored": listed}
 
 
+@pytest.mark.usefixtures("cells_here")
 @pytest.mark.skipif(sys.platform != "linux", reason="file names that are not UTF-8")
 def test_an_ignored_file_may_have_any_name(ztune: Command, few: Path, tmp_path: Path) -> None:
     name = b"caf\xe9\n.txt"

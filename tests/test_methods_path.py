@@ -43,6 +43,8 @@ from ztune.run import RunFolder, SaveSchedule
 from ztune.run_document import run_report
 from ztune.types import F32, Evaluation
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 CLASSES = ("one", "two", "three")
 N_TRAIN, N_VAL, N_TEST = 6, 3, 17
 # Settings that keep a step small, and what two steps of them cost.
@@ -734,6 +736,7 @@ def test_a_decoder_sees_another_extractors_features(
     np.testing.assert_allclose(own.visual, plain.visual, atol=1e-3)
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_an_extractor_in_python_and_in_comparisons(
     ztune: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DIGITS, MINI, Command, Result
+from tests.conftest import DIGITS, FEW_DIGITS, MINI, Command, Result
 from ztune.cli.main import main
 from ztune.errors import ConfigError, StorageError
 from ztune.experiments.store import Store
@@ -22,7 +22,9 @@ from ztune.io.files import new_folder, write_bytes
 from ztune.loop import Tuning
 from ztune.run import RunFolder
 
-TUNE = ("tune", MINI, "--data", DIGITS, "--shots", 2, "--queries", 10, "--quiet")
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
+TUNE = ("tune", MINI, "--data", FEW_DIGITS, "--shots", 2, "--queries", 10, "--quiet")
 AWKWARD = "two  spaces, a quote's"
 
 
@@ -280,7 +282,7 @@ def test_errors_of_writing_name_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     ("words", "again"),
     [
         (("bench", "plans/smoke.toml", "--out"), "with the same command and --resume)"),
-        (("compare", MINI, "--data", DIGITS, "--out"), "then resume with the same command)"),
+        (("compare", MINI, "--data", FEW_DIGITS, "--out"), "then resume with the same command)"),
         (("quantize", MINI, "--out"), "(free some space, then try again)"),
     ],
 )

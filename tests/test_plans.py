@@ -74,21 +74,23 @@ def one_step(method: MethodPlan) -> MethodPlan:
 
 
 def small(plan: Plan, root: Path) -> Plan:
+    """Return a plan with one step of its methods, its fewest shots and one seed."""
     own = {
         # Templates for a model of 24 tokens.
         name: replace(data, template="{}.", path=data.path and str(root / "own"))
         for name, data in plan.data.items()
     }
     methods = {name: one_step(method) for name, method in plan.methods.items()}
-    return replace(plan, data=own, methods=methods)
+    protocols = tuple(replace(p, shots=(min(p.shots),), seeds=(1,)) for p in plan.protocols)
+    return replace(plan, data=own, methods=methods, protocols=protocols)
 
 
 @pytest.mark.filterwarnings("ignore::ztune.errors.ZtuneWarning")
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_plan_runs_from_end_to_end(path: Path, root: Path, tmp_path: Path) -> None:
-    """Every method on one data set, and a quick one on all, with the fewest shots and one seed."""
+    """Every method on one data set, and a quick one on all."""
     plan = small(read_plan(path), root)
-    shots = {min(protocol.shots) for protocol in plan.protocols}
     sources = list(dict.fromkeys(s for p in plan.protocols for s in p.sources))
     named = {method.uses: name for name, method in plan.methods.items()}
     widest = max(plan.protocols, key=lambda protocol: len(protocol.methods))
@@ -101,7 +103,7 @@ def test_a_plan_runs_from_end_to_end(path: Path, root: Path, tmp_path: Path) -> 
     ):
         results = ztune.run_plan(
             plan, tmp_path / out, models=MODELS, root=root, provider="cpu",
-            methods=methods, data=data, shots=sorted(shots), seeds=[1],
+            methods=methods, data=data,
         )  # fmt: skip
         rows = results.rows()
         assert not [row["reason"] for row in rows if row["status"] == "failed"]

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import load_bundle
-from tests.conftest import DIGITS, MINI, Command, Result
+from tests.conftest import FEW_DIGITS, MINI, Command, Result
 from tests.servers.bundles import models_of
 from tests.servers.fake import FailedError, FakeModel, FakeServer
 from tests.servers.tls import TlsProxy, make_certificates
 from ztune.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 grpc = pytest.importorskip("grpc")
 
@@ -74,7 +76,7 @@ class Runs:
 def started(home: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("started")
     runs = Runs(folder / "stopped", folder / "finished")
-    common = ["tune", url_of(home), "--data", str(DIGITS), "--shots", "4", "--quiet"]
+    common = ["tune", url_of(home), "--data", str(FEW_DIGITS), "--shots", "4", "--quiet"]
     common += ["--method", "zip", "--queries", "60"]
     left = [4]
 
@@ -293,7 +295,7 @@ def test_a_run_keeps_no_files_of_certificates(
     monkeypatch.setenv("ZTUNE_TOKEN", SECRET)
     out = tmp_path / "run"
     done = ztune(
-        "tune", url_of(home), "--data", DIGITS, "--shots", 4, "--method", "gda", "--out", out,
+        "tune", url_of(home), "--data", FEW_DIGITS, "--shots", 4, "--method", "gda", "--out", out,
         "--tls-ca", made.authority, "--tls-cert", made.client.cert, "--tls-key", made.client.key,
         "--deadline", 20,
     )  # fmt: skip

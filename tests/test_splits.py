@@ -15,6 +15,8 @@ from ztune.data.coop import CoopSplit, Item, write_split
 from ztune.data.split import Split
 from ztune.io.files import read_json
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 CLASSES = ("one", "seven", "two")
 SHOTS, SEED = 4, 2
 
@@ -101,6 +103,7 @@ def test_tune_and_eval(ztune: Command, data: Words, kind: str, tmp_path: Path) -
     assert ztune("eval", out, "--json").json["n"] == len(split.entries_of("test"))
 
 
+@pytest.mark.usefixtures("cells_here")
 def test_compare(ztune: Command, data: Words, kind: str, tmp_path: Path) -> None:
     words = ("--methods", "zero-shot", "--shots", SHOTS, "--seeds", SEED, "--out", tmp_path / "out")
     done = ztune("compare", MINI, *data, *words)

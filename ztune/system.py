@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -56,6 +57,12 @@ def one_blas_thread() -> AbstractContextManager[object]:
 
 def versions() -> dict[str, str]:
     """Return the versions of ztune, Python and the installed packages by name."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    # Reading that much metadata takes as long as a whole small run.
     found = {"ztune": importlib.metadata.version("ztune"), "python": platform.python_version()}
     for name in _PACKAGES:
         try:

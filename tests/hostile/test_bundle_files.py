@@ -13,11 +13,13 @@ import pytest
 
 from runtimes.bundle import BundleFile, load_bundle
 from runtimes.ort import row_parity
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import FEW_DIGITS, MINI, Command
 from ztune.errors import FormatError
 from ztune.io.files import sha256
 from ztune.io.schema import plain
 from ztune.io.tensors import read_tensors, write_tensors
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_a_token_table_that_is_too_short(
     n_rows: int, method: str, bundle: Path, ztune: Command, tmp_path: Path
 ) -> None:
     shorten(bundle, n_rows)
-    words = ("--data", DIGITS, "--shots", 1, "--method", method, "--queries", 20)
+    words = ("--data", FEW_DIGITS, "--shots", 1, "--method", method, "--queries", 20)
     done = ztune("tune", bundle, *words, "--out", tmp_path / "run", "--quiet")
     assert done.code == 1
     assert done.err.startswith("error: token_table.npy has ")
@@ -130,7 +132,7 @@ def test_a_damaged_image_graph_is_not_packed(
     kind: str, bundle: Path, ztune: Command, tmp_path: Path
 ) -> None:
     path, out = bundle / "image.onnx", tmp_path / "classifier.onnx"
-    words = ("--data", DIGITS, "--shots", 1, "--method", "gda", "--quiet")
+    words = ("--data", FEW_DIGITS, "--shots", 1, "--method", "gda", "--quiet")
     assert ztune("tune", bundle, *words, "--out", tmp_path / "run").code == 0
     path.write_bytes(damaged(kind, path.read_bytes()))
     forge(bundle, path.name)

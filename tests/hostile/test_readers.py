@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -148,6 +148,11 @@ def working(whole: Path) -> Path:
     return Path(shutil.copytree(whole, whole.parent / "damaged"))
 
 
+@functools.cache
+def content_of(path: Path) -> bytes:
+    return path.read_bytes()
+
+
 def damaged(whole: Path, name: str, content: bytes) -> str | None:
     """Read a file with another content; return the message of the error, if any."""
     path = working(whole) / name
@@ -155,40 +160,49 @@ def damaged(whole: Path, name: str, content: bytes) -> str | None:
     try:
         return failure(lambda: READERS[name](path))
     finally:
-        shutil.copyfile(whole / name, path)
+        path.write_bytes(content_of(whole / name))
 
 
-@pytest.mark.parametrize("name", READERS)
+def files(ending: str = "") -> Iterator[str]:
+    """Yield the files of an ending, all to be damaged by the same drawn input.
+
+    To draw one takes longer than to read a file.
+    """
+    for name in READERS:
+        if name.endswith(ending):
+            note(name)
+            yield name
+
+
 @fuzz
 @given(EDITS)
-def test_other_bytes(whole: Path, name: str, edits: list[Edit]) -> None:
-    damaged(whole, name, edited((whole / name).read_bytes(), edits))
+def test_other_bytes(whole: Path, edits: list[Edit]) -> None:
+    for name in files():
+        damaged(whole, name, edited(content_of(whole / name), edits))
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".json")])
 @fuzz
 @given(PLACE, VALUES)
-def test_other_values(whole: Path, name: str, place: int, value: Any) -> None:
-    document = mutate(json.loads((whole / name).read_text()), place, value)
-    damaged(whole, name, json.dumps(document).encode())
+def test_other_values(whole: Path, place: int, value: Any) -> None:
+    for name in files(".json"):
+        document = mutate(json.loads(content_of(whole / name)), place, value)
+        damaged(whole, name, json.dumps(document).encode())
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".safetensors")])
 @fuzz
 @given(st.sampled_from(sorted(DAMAGES)), PLACE, VALUES, st.booleans())
-def test_other_tensors(
-    whole: Path, name: str, kind: str, place: int, value: Any, of_document: bool
-) -> None:
-    arrays, document = read_tensors(whole / name, "x")
-    if of_document:
-        document = mutate(document, place, value)
-    else:
-        arrays = damage(arrays, kind, place)
+def test_other_tensors(whole: Path, kind: str, place: int, value: Any, of_document: bool) -> None:
     if kind == "half":  # safetensors reads it, and no file of ours has it
         return
-    said = damaged(whole, name, tensor_bytes(arrays, document))
-    if not of_document and kind in ("NaN", "infinity", "another axis") and "parity" not in name:
-        assert said is not None
+    for name in files(".safetensors"):
+        arrays, document = read_tensors(whole / name, "x")
+        if of_document:
+            document = mutate(document, place, value)
+        else:
+            arrays = damage(arrays, kind, place)
+        said = damaged(whole, name, tensor_bytes(arrays, document))
+        if not of_document and kind in ("NaN", "infinity", "another axis") and "parity" not in name:
+            assert said is not None
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from export.triton import Serving, export_triton
 from runtimes.bundle import load_bundle
-from tests.conftest import DIGITS, MINI
+from tests.conftest import FEW_DIGITS, MINI
 from tests.servers.triton import TritonServer, triton_environment
 from ztune.cli.main import main
 
@@ -23,7 +23,7 @@ OPTIONS = (
     "--disable-auto-complete-config",
 )
 # Four images a class to tune with, the others of digits' small split to test with.
-DATA = ("--data", DIGITS, "--shots", 4)
+DATA = ("--data", FEW_DIGITS, "--shots", 4)
 
 
 def export(bundle: Path, folder: Path, access: str = "features") -> Path:

@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Command
 from tests.remote.conftest import (
     DATA,
@@ -20,6 +22,8 @@ from tests.remote.conftest import (
 )
 from tests.servers.proxy import FaultProxy
 from tests.servers.triton import TritonServer
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 ZIP = ("--method", "zip", "--queries", 200)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DIGITS, MINI
+from tests.conftest import FEW_DIGITS, MINI
 from tests.remote.conftest import DATA, Runs, artifact, one_error, url_of
 from tests.servers.triton import TritonServer
 
@@ -69,7 +69,7 @@ def test_the_face_needs_no_onnx_runtime_either(
 ) -> None:
     settings = [f"queries={method[2]}"] if len(method) > 1 else []
     out = tmp_path / "prompt.safetensors"
-    words = (url_of(triton), DIGITS, out, method[0], *settings)
+    words = (url_of(triton), FEW_DIGITS, out, method[0], *settings)
     command = [sys.executable, "-c", FACE, ",".join(ABSENT), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,8 @@ from tests.servers.proxy import FaultProxy, Proxy
 from tests.servers.triton import TritonServer
 from ztune.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 # A request of two queries at a time, so that few queries are many requests.
 ZIP = ("--method", "zip", "--set", "n_pairs=1")
 QUERIES = 400

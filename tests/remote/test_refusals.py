@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tests.conftest import DIGITS, MINI, Command, Result
+from tests.conftest import DIGITS, FEW_DIGITS, MINI, Command, Result
 from tests.remote.conftest import (
     DATA,
     OPTIONS,
@@ -29,6 +29,8 @@ from tests.servers.triton import TritonServer
 from ztune.artifact import ContextArtifact, EnsembleArtifact, read_artifact
 from ztune.errors import ConfigError
 from ztune.model import load
+
+pytestmark = pytest.mark.usefixtures("quick_figures")
 
 SECRET = "s3cr3t-t0k3n"
 ZIP = ("--method", "zip", "--queries", 20)
@@ -415,7 +417,7 @@ def test_what_losses_alone_do_serve(
         assert score.code == 0, score.err
     assert len({score.json["accuracy"] for score in scores}) == 1
     everything = ztune(
-        "eval", MINI, "--data", DIGITS, "--split", "all",
+        "eval", MINI, "--data", FEW_DIGITS, "--split", "all",
         "--prompt", out / "prompt.safetensors", *cache,
     )  # fmt: skip
     assert everything.code == 0, everything.err
@@ -427,7 +429,7 @@ def test_what_losses_alone_do_serve(
         ("pack", ("--prompt", "p.safetensors", "--out", "c.onnx")),
         ("predict", (DIGITS / "one",)),
         ("quantize", ("--out", "q", "--precision", "int8")),
-        ("compare", ("--data", DIGITS, "--methods", "zip", "--out", "compared")),
+        ("compare", ("--data", FEW_DIGITS, "--methods", "zip", "--out", "compared")),
         ("export-triton", ("--out", "again")),
     ],
 )

@@ -27,6 +27,8 @@ from tests.servers.proxy import FaultProxy
 from tests.servers.triton import TritonServer
 from ztune.artifact import ContextArtifact, HeadArtifact, MixtureArtifact, read_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 ZIP = ("--method", "zip", "--queries", 1000)
 OGN = ("--method", "ogn", "--queries", 200)
 # Long enough to be stopped on the way.

@@ -6,6 +6,8 @@ that failed, was not run, or whose method does not support the part is absent.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,13 +160,18 @@ class Sheet:
         self, method: str | None = None, data: str | None = None, shots: int | None = None
     ) -> tuple[Result, ...]:
         """Return the results of a method, data set and number of shots; None: all."""
-        return tuple(
-            result
-            for result in self.results
-            if method in (None, result.cell.method)
-            and data in (None, result.cell.data)
-            and shots in (None, result.cell.shots)
-        )
+        return self._groups.get((method, data, shots), ())
+
+    @functools.cached_property
+    def _groups(self) -> dict[tuple[str | None, str | None, int | None], tuple[Result, ...]]:
+        """The results by method, data set and number of shots, None for all of them."""
+        found: dict[tuple[str | None, str | None, int | None], list[Result]] = {}
+        for result in self.results:
+            cell = result.cell
+            axes = (None, cell.method), (None, cell.data), (None, cell.shots)
+            for method, data, shots in itertools.product(*axes):
+                found.setdefault((method, data, shots), []).append(result)
+        return {key: tuple(results) for key, results in found.items()}
 
     def data_with(self, shots: int) -> tuple[str, ...]:
         return tuple(dict.fromkeys(result.cell.data for result in self.of(shots=shots)))

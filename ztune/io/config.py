@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -33,7 +34,7 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
 
     Raises: ConfigError for an unknown key, listing the known ones, or a wrong type.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(typing.cast(Any, kind))
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
     values: dict[str, Any] = {}
     for key, value in settings.items():
@@ -51,6 +52,11 @@ def configured(kind: type[T], settings: Mapping[str, Json], where: str) -> T:
     if missing:
         raise ConfigError(f'{where} lacks "{missing[0]}"')
     return kind(**values)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
