@@ -33,13 +33,14 @@ $(VENV)/.full: $(VENV)/.device
 	@touch $@
 
 demo: $(VENV)/.device
-	rm -rf runs/demo
+	rm -rf runs/demo runs/demo-compare
 	$(BIN)/ztune tune models/mini --data examples/digits --template "a photo of the digit {}." --shots 16 --seed 1 --out runs/demo
 	$(BIN)/ztune eval runs/demo
 	$(BIN)/ztune pack models/mini --prompt runs/demo/prompt.safetensors --out runs/demo/classifier.onnx
 	$(BIN)/ztune eval runs/demo/classifier.onnx --split-file runs/demo/split.json
 	$(BIN)/ztune predict runs/demo/classifier.onnx examples/digits/seven --limit 5
-	@echo "Look at runs/demo/curve.png and runs/demo/confusion.png."
+	$(BIN)/ztune compare models/mini --data examples/digits --template "a photo of the digit {}." --methods zero-shot,zip,auto --shots 16 --seeds 1 --out runs/demo-compare
+	@echo "Look at runs/demo/confusion.png and at ZIP's curve in runs/demo-compare/accuracy-queries.png."
 
 # A file's tests share fixtures and run in one process; several files at once, the slow ones of export first.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

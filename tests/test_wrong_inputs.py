@@ -244,7 +244,7 @@ def test_output_problems(ztune: Command, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--queries", 3), ("--queries 3 is less than one step of ogn, which costs 10",)),
+        (("--queries", 3), ("--queries 3 is less than one step of auto, which costs 10",)),
         (("--method", "magic"), ('unknown method "magic"', "known: auto, ogn, ogn-context, zip")),
         (("--set", "step_size=1"), ('no setting "step_size"', "it has: answers")),
         (("--set", "rank=many"), ("rank is 'many', expected int",)),

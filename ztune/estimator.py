@@ -81,7 +81,7 @@ class FewShotClassifier:
     def __init__(
         self,
         model: Model,
-        method: str = "ogn",
+        method: str = "auto",
         *,
         queries: int = 5000,
         seed: int = 1,

@@ -32,7 +32,7 @@ class RunConfig:
     bundle: str
     data: str
     """A path, or with `root` a data set's name."""
-    method: str = "ogn"
+    method: str = "auto"
     shots: int = 16
     queries: int = 5000
     seed: int = 1

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _AT = ("here", "at_export")
-# The default method of the signal check: ztune's own default (ogn) compares no two points.
+# The default method of the signal check: ztune's own default (auto) compares no two points.
 _METHOD = "zip"
 
 

@@ -41,7 +41,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
     "--skip-conflicts": {"action": "store_true", "help": "skip images with two classes or roles"},
     "--max-pixels": {"type": int, "metavar": "N", "help": "limit per image (default: 100 million)"},
     # method
-    "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: ogn)"},
+    "--method": {"metavar": "NAME", "help": "method, see: ztune methods (default: auto)"},
     "--queries": {"type": int, "metavar": "N", "help": "query budget (default: 5000)"},
     "--seed": {"type": int, "metavar": "N", "help": "random seed (default: 1)"},
     "--preset": {"metavar": "NAME", "help": "default, published, published-code or tuned settings"},

@@ -28,7 +28,7 @@ from ztune.methods.registry import views_of
 from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
-from ztune.run_document import RunReport
+from ztune.run_document import RunReport, ValidationScore
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -281,18 +281,16 @@ def _warn_if_no_gain(report: RunReport, output: Output) -> None:
         )
 
 
+def _interval(found: ValidationScore) -> str:
+    return "{:.1%} to {:.1%}".format(*found.interval)
+
+
 def _lines(report: RunReport, path: Path) -> list[str | Table]:
     lines: list[str | Table] = []
     validation = report.validation
-    rows = []
-    for name, shown in (
-        ("zero-shot", "zero-shot"),
-        ("tuned", f"tuned ({report.method})"),
-        ("gda", "GDA"),
-    ):
-        if part := validation.get(name):
-            low, high = part.interval
-            rows.append((shown, f"{part.accuracy:.1%}", f"{low:.1%} to {high:.1%}"))
+    shown = {"zero-shot": "zero-shot", "tuned": f"tuned ({report.method})", "gda": "GDA"}
+    parts = [(text, validation[name]) for name, text in shown.items() if name in validation]
+    rows = [(text, f"{part.accuracy:.1%}", _interval(part)) for text, part in parts]
     if rows:
         chosen = "used to choose the settings of heads"
         if report.run_config.keep == "best":
@@ -312,12 +310,13 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
+    if found := report.cross_validation:
+        title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
+        lines.append(f"{title} (95 % interval {_interval(found)})")
     limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
-    if setting := limits.get(report.stop_reason):
-        budget = report.run_config.queries
+    budget = report.run_config.queries
+    if budget != RunConfig.queries and (setting := limits.get(report.stop_reason)):
         lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
-    lines.append(
-        f"{path / 'prompt.safetensors'} (evaluate it with: ztune eval {quoted(path)}{where})"
-    )
-    return lines
+    command = f"ztune eval {quoted(path)}{where}"
+    return [*lines, f"{path / 'prompt.safetensors'} (evaluate it with: {command})"]
