@@ -9,8 +9,9 @@ of logits, so the ensemble is one affine map and one kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -21,15 +22,17 @@ from ztune.methods.proker import residual_coefficients
 from ztune.types import F32, F64, I64, Json
 
 MOST_KEYS = 4096
-"""Training images up to which the ensemble has a kernel."""
+"""Training images up to which the ensemble has a kernel, if it takes no more than MOST_BYTES."""
+MOST_BYTES = 18_000_000
 SHRINKAGES = (0.3, 0.7)
 BETAS = (0.5, 1.0, 2.0, 4.0)
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 # Without images to choose on.
 _SHRINKAGE, _BETA, _RIDGE = 0.7, 1.0, 1.0
 _TEMPERATURE = 2.0
-_MOST_TRIED = 1600  # images of a kernel while its settings are chosen
-_MOST_LOGITS = 500_000  # of held-out images, per setting
+_MOST_TRIED = 800  # images of a kernel while its settings are chosen
+_LEAST_PER_CLASS = 4
+_MOST_LOGITS = 100_000  # of held-out images, per setting
 _TINY = 1e-12
 
 
@@ -103,22 +106,45 @@ class Ensemble:
     """i64[h]"""
 
 
-def whitening_of(features: F64, labels: I64, n_classes: int, shrinkage: float) -> Whitening:
-    """Return the whitening by the covariance within classes, shrunk towards its mean variance.
+@dataclass(frozen=True)
+class Spread:
+    """The centre of some features, and the covariance within their classes."""
 
-    A = ((1 − s) Σ / v + s I)^(−½) with v = tr(Σ)/e; the identity if classes have no spread.
-    """
-    means = np.stack([features[labels == c].mean(axis=0) for c in range(n_classes)])
-    centred = features - means[labels]
-    covariance = centred.T @ centred / max(len(features) - n_classes, 1)
-    e = len(covariance)
-    variance = float(np.trace(covariance)) / e
-    centre = features.mean(axis=0).astype(np.float32)
-    if variance <= _TINY:
-        return Whitening(centre, np.eye(e, dtype=np.float32))
-    values, vectors = np.linalg.eigh(covariance / variance)
-    scales = 1 / np.sqrt((1 - shrinkage) * np.maximum(values, 0) + shrinkage)
-    return Whitening(centre, ((vectors * scales) @ vectors.T).astype(np.float32))
+    centre: F64
+    """f64[e]"""
+    values: F64
+    """f64[r]: the covariance's eigenvalues, relative to their mean; e − r more are 0."""
+    vectors: F64
+    """f64[e, r]"""
+
+    @classmethod
+    def of(cls, features: F64, labels: I64, n_classes: int) -> Spread:
+        """Measure features f64[n, e]; without any spread all directions count as equal."""
+        means = np.stack([features[labels == c].mean(axis=0) for c in range(n_classes)])
+        n, e = features.shape
+        centred, centre = features - means[labels], features.mean(axis=0)
+        total = float((centred**2).sum())
+        if total <= _TINY:
+            return cls(centre, np.ones(e), np.eye(e))
+        if n < e:
+            _, roots, vectors = np.linalg.svd(centred, full_matrices=False)
+            return cls(centre, roots**2 * e / total, vectors.T)
+        values, vectors = np.linalg.eigh(centred.T @ centred * (e / total))
+        return cls(centre, np.maximum(values, 0), vectors)
+
+    def whitening(self, shrinkage: float) -> Whitening:
+        """Return A = ((1 − s) Σ / v + s I)^(−½), with Σ / v the relative covariance."""
+        scales = 1 / np.sqrt((1 - shrinkage) * self.values + shrinkage)
+        others = 1 / np.sqrt(shrinkage)
+        A = (self.vectors * (scales - others)) @ self.vectors.T
+        A[np.diag_indices_from(A)] += others
+        return Whitening(self.centre.astype(np.float32), A.astype(np.float32))
+
+
+def has_kernel(n_images: int, n_classes: int, n_features: int) -> bool:
+    """Return whether an ensemble of so many training images has a kernel."""
+    n_values = n_images * (n_features + n_classes) + n_features**2
+    return n_images <= MOST_KEYS and 4 * n_values <= MOST_BYTES
 
 
 def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float) -> Ensemble:
@@ -127,8 +153,7 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
     Settings are those with the least loss on held-out images after their temperature. If nothing
     can be held out they are fixed.
     """
-    with_kernel = len(images.labels) <= MOST_KEYS
-    found = _choose(images, priors, scale, with_kernel=with_kernel)
+    found = _choose(images, priors, scale)
     W, b = gaussian_classifier(*images.each_view, images.n_classes)
     weight, bias = np.zeros_like(W), np.zeros_like(b)
     total = found.temperature * (len(found.gda) + len(found.kernel))
@@ -137,8 +162,9 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
         weight += share * (scale * prior.texts + member.setting * W)
         bias += share * member.setting * b
     kernel = None
-    if with_kernel:
-        part = _KernelPart(images, found.shrinkage)
+    if found.kernel:
+        part = _KernelPart(images)
+        part.whiten(found.shrinkage)
         values = np.zeros((len(images.labels), images.n_classes))
         for prior, member in zip(priors, found.kernel, strict=True):
             share = 1 / (total * member.temperature)
@@ -151,21 +177,22 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """A member's setting (alpha, or a ridge) and temperature."""
+class _Member:
+    """A member's own setting, alpha or a ridge, and its temperature."""
 
     setting: float
-    temperature: float
+    temperature: float = _TEMPERATURE
     loss: float = 0.0
-    logits: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """f32[h, C], of the held-out images."""
+    logits: F64 = field(default_factory=lambda: np.zeros((0, 0)))
+    """f64[h, C], of the held-out images."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    gda: list[_Setting]
-    kernel: list[_Setting]
-    """Empty without a kernel."""
+    gda: list[_Member]
+    """One per prior."""
+    kernel: list[_Member]
+    """One per prior; none above a number of images."""
     shrinkage: float
     beta: float
     temperature: float
@@ -174,130 +201,155 @@ class _Choice:
 
     def to_json(self, priors: Sequence[Prior]) -> dict[str, Json]:
         """Return the settings by member."""
-        members: list[Json] = []
-        for kind, name, settings in (("gda", "alpha", self.gda), ("kernel", "ridge", self.kernel)):
-            for prior, one in zip(priors, settings, strict=False):
-                members.append(
-                    {
-                        "kind": kind,
-                        "prior": prior.name,
-                        name: one.setting,
-                        "temperature": round(one.temperature, 4),
-                    }
-                )
+        members: list[Json] = [
+            {
+                "kind": kind,
+                "prior": prior.name,
+                name: one.setting,
+                "temperature": round(one.temperature, 4),
+            }
+            for kind, name, own in (("gda", "alpha", self.gda), ("kernel", "ridge", self.kernel))
+            for prior, one in zip(priors, own, strict=False)
+        ]
         shared = {"shrinkage": self.shrinkage, "beta": self.beta} if self.kernel else {}
         return {"members": members, **shared, "temperature": round(self.temperature, 4)}
+
+
+def _choose(images: LabelledFeatures, priors: Sequence[Prior], scale: float) -> _Choice:
+    """Return the settings and temperatures, on held-out images if there are any."""
+    n_priors, C = len(priors), images.n_classes
+    with_kernel = has_kernel(len(images.labels), C, images.features.shape[-1])
+    if not images.n_folds:
+        kernel = [_Member(_RIDGE)] * n_priors if with_kernel else []
+        gda, nothing = [_Member(DEFAULT_ALPHA)] * n_priors, np.zeros((0, C), np.float32)
+        return _Choice(gda, kernel, _SHRINKAGE, _BETA, 1.0, nothing, np.zeros(0, np.int64))
+    judged = images.thinned(max(C, _MOST_LOGITS // C))
+    tried, labels = _out_of_fold(images, judged, priors, partial(_gda_logits, scale))
+    gda = [_least(tried, labels, p) for p in range(n_priors)]
+    shrinkage, beta, kernel = _SHRINKAGE, _BETA, list[_Member]()
+    if with_kernel:
+        shrinkage, beta, ridges = _choose_kernel(*_few(images, priors), scale)
+        # Again with all images, which make a kernel more certain.
+        logits_of = partial(_kernel_logits, scale, (shrinkage,), (beta,), sorted(set(ridges)))
+        tried, _ = _out_of_fold(images, judged, priors, logits_of)
+        kernel = [
+            _judge(tried[p, shrinkage, beta, ridges[p]], labels, ridges[p]) for p in range(n_priors)
+        ]
+    mean = np.mean([one.logits / one.temperature for one in (*gda, *kernel)], axis=0)
+    temperature = fit_temperature(mean, labels)
+    logits = (mean / temperature).astype(np.float32)
+    return _Choice(gda, kernel, shrinkage, beta, temperature, logits, labels)
+
+
+def _few(
+    images: LabelledFeatures, priors: Sequence[Prior]
+) -> tuple[LabelledFeatures, Sequence[Prior]]:
+    """Return fewer images to choose a kernel's settings on: some per class, of some classes."""
+    if len(images.labels) <= _MOST_TRIED:
+        return images, priors
+    C = max(2, min(images.n_classes, _MOST_TRIED // _LEAST_PER_CLASS))
+    own = images.rows(images.labels < C)
+    some = LabelledFeatures(own.features, own.labels, own.folds, C).thinned(_MOST_TRIED)
+    return some, [Prior(one.name, one.texts[:C], one.held_out[:, :C]) for one in priors]
+
+
+def _choose_kernel(
+    images: LabelledFeatures, priors: Sequence[Prior], scale: float
+) -> tuple[float, float, list[float]]:
+    """Return shrinkage and beta for all priors, and the ridge of each."""
+    logits_of = partial(_kernel_logits, scale, SHRINKAGES, BETAS, RIDGES)
+    tried, labels = _out_of_fold(images, images, priors, logits_of)
+    pairs = {
+        (s, b): [_least(tried, labels, p, s, b) for p in range(len(priors))]
+        for s in SHRINKAGES
+        for b in BETAS
+    }
+    (shrinkage, beta), best = min(pairs.items(), key=lambda item: sum(one.loss for one in item[1]))
+    return shrinkage, beta, [one.setting for one in best]
+
+
+_Key = tuple[float, ...]
+"""A prior's index and the settings of a member, its own last."""
+_Logits = Iterator[tuple[_Key, F64]]
+
+
+def _out_of_fold(
+    images: LabelledFeatures,
+    judged: LabelledFeatures,
+    priors: Sequence[Prior],
+    logits_of: Callable[[LabelledFeatures, F64, list[F64]], _Logits],
+) -> tuple[dict[_Key, F32], I64]:
+    """Return logits f32[h, C] by setting of `judged` images by fits without them, and labels."""
+    parts: dict[_Key, list[F32]] = {}
+    labels = []
+    for k in range(images.n_folds):
+        queries, own = judged.rows(judged.folds == k).each_view
+        texts = [prior.held_out[k] for prior in priors]
+        labels.append(own)
+        rest = images.rows(images.folds != k)
+        for key, logits in logits_of(rest, queries.astype(np.float64), texts):
+            parts.setdefault(key, []).append(logits.astype(np.float32))
+    return {key: np.concatenate(found) for key, found in parts.items()}, np.concatenate(labels)
+
+
+def _gda_logits(scale: float, rest: LabelledFeatures, queries: F64, texts: list[F64]) -> _Logits:
+    W, b = gaussian_classifier(*rest.each_view, rest.n_classes)
+    gaussian = queries @ W.T + b
+    for p, own in enumerate(texts):
+        for alpha in ALPHAS:
+            yield (p, alpha), scale * queries @ own.T + alpha * gaussian
+
+
+def _kernel_logits(
+    scale: float,
+    shrinkages: Sequence[float],
+    betas: Sequence[float],
+    ridges: Sequence[float],
+    rest: LabelledFeatures,
+    queries: F64,
+    texts: list[F64],
+) -> _Logits:
+    part, narrow = _KernelPart(rest), queries.astype(np.float32)
+    cosines = [queries @ own.T for own in texts]
+    for shrinkage in shrinkages:
+        part.whiten(shrinkage)
+        distances = 1 - part.whitening(narrow).astype(np.float64) @ part.keys.T
+        for beta in betas:
+            k = np.exp(-beta * distances)
+            for ridge in ridges:
+                for p, values in enumerate(part.solve(beta, ridge, texts)):
+                    yield (p, shrinkage, beta, ridge), scale * (cosines[p] + k @ values)
 
 
 class _KernelPart:
     """Kernel ridge regression in whitened features: all that does not depend on the prior."""
 
-    def __init__(self, images: LabelledFeatures, shrinkage: float):
+    def __init__(self, images: LabelledFeatures):
         self._features = images.means
         self._one_hot = np.eye(images.n_classes)[images.labels]
-        self.whitening = whitening_of(self._features, images.labels, images.n_classes, shrinkage)
+        self._spread = Spread.of(self._features, images.labels, images.n_classes)
+
+    def whiten(self, shrinkage: float) -> None:
+        """Set the whitening and the keys."""
+        self.whitening = self._spread.whitening(shrinkage)
         self.keys = self.whitening(self._features.astype(np.float32)).astype(np.float64)
 
-    def solve(self, beta: float, ridge: float, priors: Sequence[F64]) -> list[F64]:
+    def solve(self, beta: float, ridge: float, texts: Sequence[F64]) -> list[F64]:
         """Return the coefficients f64[n, C] of the residuals of each prior f64[C, e]."""
-        residuals = [self._one_hot - self._features @ texts.T for texts in priors]
+        residuals = [self._one_hot - self._features @ own.T for own in texts]
         solved = residual_coefficients(self.keys, np.concatenate(residuals, axis=1), beta, ridge)
-        return np.split(solved, len(priors), axis=1)
+        return np.split(solved, len(texts), axis=1)
 
 
-def _choose(
-    images: LabelledFeatures, priors: Sequence[Prior], scale: float, *, with_kernel: bool
-) -> _Choice:
-    """Return the settings and temperatures, on held-out images if there are any."""
-    n_priors = len(priors)
-    if not images.n_folds:
-        gda = [_Setting(DEFAULT_ALPHA, _TEMPERATURE)] * n_priors
-        kernel = [_Setting(_RIDGE, _TEMPERATURE)] * n_priors if with_kernel else []
-        nothing = np.zeros((0, images.n_classes), np.float32)
-        return _Choice(gda, kernel, _SHRINKAGE, _BETA, 1.0, nothing, np.zeros(0, np.int64))
-    judged = images.thinned(max(images.n_classes, _MOST_LOGITS // images.n_classes))
-    judged = judged.rows(judged.folds >= 0)
-    labels = np.concatenate(
-        [judged.rows(judged.folds == k).each_view[1] for k in range(images.n_folds)]
-    )
-    tried: dict[tuple[str, int, tuple[float, ...]], list[F32]] = {}
-    for k in range(images.n_folds):
-        rest = images.rows(images.folds != k)
-        queries, _ = judged.rows(judged.folds == k).each_view
-        texts = [prior.held_out[k] for prior in priors]
-        for key, logits in _fold_logits(rest, queries, texts, scale, with_kernel=with_kernel):
-            tried.setdefault(key, []).append(logits.astype(np.float32))
-    judgements = {key: _judge(key[2][-1], parts, labels) for key, parts in tried.items()}
-    del tried
-    gda = [
-        _least(one for (kind, i, _), one in judgements.items() if (kind, i) == ("gda", p))
-        for p in range(n_priors)
-    ]
-    shrinkage, beta, kernel = _SHRINKAGE, _BETA, list[_Setting]()
-    if with_kernel:
-        pairs = {
-            (s, b): [
-                _least(
-                    one
-                    for (kind, i, own), one in judgements.items()
-                    if (kind, i, own[:2]) == ("kernel", p, (s, b))
-                )
-                for p in range(n_priors)
-            ]
-            for s in SHRINKAGES
-            for b in BETAS
-        }
-        (shrinkage, beta), kernel = min(
-            pairs.items(), key=lambda item: sum(one.loss for one in item[1])
-        )
-    scaled = [one.logits.astype(np.float64) / one.temperature for one in (*gda, *kernel)]
-    mean = np.asarray(np.mean(scaled, axis=0))
-    temperature = fit_temperature(mean, labels)
-    return _Choice(
-        gda, kernel, shrinkage, beta, temperature, (mean / temperature).astype(np.float32), labels
-    )
-
-
-def _fold_logits(
-    rest: LabelledFeatures,
-    queries: F32,
-    priors: Sequence[F64],
-    scale: float,
-    *,
-    with_kernel: bool,
-) -> Iterator[tuple[tuple[str, int, tuple[float, ...]], F64]]:
-    """Yield the logits f64[q, C] of held-out features f32[q, e] for each family, prior, setting."""
-    wide = queries.astype(np.float64)
-    cosines = [wide @ texts.T for texts in priors]
-    W, b = gaussian_classifier(*rest.each_view, rest.n_classes)
-    gaussian = wide @ W.T + b
-    for p, own in enumerate(cosines):
-        for alpha in ALPHAS:
-            yield ("gda", p, (alpha,)), scale * own + alpha * gaussian
-    if not with_kernel:
-        return
-    fewer = rest.thinned(_MOST_TRIED)
-    for shrinkage in SHRINKAGES:
-        part = _KernelPart(fewer, shrinkage)
-        distances = 1 - part.whitening(queries).astype(np.float64) @ part.keys.T
-        for beta in BETAS:
-            k = np.exp(-beta * distances)
-            for ridge in RIDGES:
-                for p, values in enumerate(part.solve(beta, ridge, priors)):
-                    yield (
-                        ("kernel", p, (shrinkage, beta, ridge)),
-                        scale * (cosines[p] + k @ values),
-                    )
-
-
-def _judge(setting: float, parts: list[F32], labels: I64) -> _Setting:
-    """Return a setting with its temperature and loss on all held-out images."""
-    logits = np.concatenate(parts)
+def _judge(logits: F32, labels: I64, setting: float) -> _Member:
+    """Return a member with its temperature and loss on held-out images."""
     wide = logits.astype(np.float64)
     temperature = fit_temperature(wide, labels)
     loss = mean_loss(wide, smoothed_targets(labels, wide.shape[1]), temperature)
-    return _Setting(setting, temperature, loss, logits)
+    return _Member(setting, temperature, loss, wide)
 
 
-def _least(settings: Iterator[_Setting]) -> _Setting:
-    return min(settings, key=lambda one: one.loss)
+def _least(tried: Mapping[_Key, F32], labels: I64, *first: float) -> _Member:
+    """Return the best of the settings whose key starts with `first`."""
+    own = (_judge(logits, labels, key[-1]) for key, logits in tried.items() if key[:-1] == first)
+    return min(own, key=lambda one: one.loss)

@@ -27,7 +27,7 @@ from ztune.artifact import (
 from ztune.capabilities import LOGITS, TEXTS
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
-from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble
+from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble, has_kernel
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
@@ -173,6 +173,11 @@ class FewShotTask:
             Prior("prompts", wide[0], wide[1:]),
         ]
         images = LabelledFeatures(encoded.features, encoded.labels, folds, len(templates))
+        if not has_kernel(len(encoded.labels), *templates.shape):
+            self.model.progress.remark(
+                f"{len(encoded.labels)} training images of {len(templates)} classes are too many "
+                "for the kernels of auto: it has only the two discriminant analyses"
+            )
         found = fit_ensemble(images, priors, self.model.bundle.logit_scale)
         artifact = EnsembleArtifact(
             self.split.classes,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ztune import ensemble
-from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble, whitening_of
+from ztune.ensemble import LabelledFeatures, Prior, Spread, fit_ensemble
 from ztune.logits import Whitening
 from ztune.methods.gda import gaussian_classifier
 from ztune.types import F32, F64, I64
@@ -149,6 +149,10 @@ def test_above_a_number_of_images_there_is_no_kernel(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ensemble, "MOST_KEYS", len(given.labels) - 1)
     found = fit_ensemble(given, own, SCALE)
     assert found.classifier.kernel is None
+    monkeypatch.undo()
+    assert ensemble.has_kernel(4096, 20, 512)
+    assert not ensemble.has_kernel(4097, 20, 512)
+    assert not ensemble.has_kernel(4000, 1000, 512)  # 25 MB
     members: Any = found.chosen["members"]
     assert [one["kind"] for one in members] == ["gda", "gda"]
 
@@ -170,7 +174,7 @@ def test_views_of_an_image_are_held_out_together() -> None:
 def test_a_whitened_spread_is_even() -> None:
     given = images(per_class=200)
     features = given.features[0].astype(np.float64)
-    white = whitening_of(features, given.labels, C, 0.0)
+    white = Spread.of(features, given.labels, C).whitening(1e-9)
     moved = (features - white.centre) @ white.matrix
     means = np.stack([moved[given.labels == c].mean(axis=0) for c in range(C)])
     centred = moved - means[given.labels]
@@ -179,6 +183,32 @@ def test_a_whitened_spread_is_even() -> None:
         covariance, covariance[0, 0] * np.eye(E), atol=0.02 * covariance[0, 0]
     )
     np.testing.assert_allclose(np.linalg.norm(white(given.features[0]), axis=1), 1, atol=1e-5)
+
+
+def test_fewer_images_than_values_are_whitened_by_the_same_formula() -> None:
+    features = images(per_class=2).features[0].astype(np.float64)
+    labels = images(per_class=2).labels
+    assert len(features) < E
+    means = np.stack([features[labels == c].mean(axis=0) for c in range(C)])
+    covariance = (features - means[labels]).T @ (features - means[labels])
+    covariance *= E / np.trace(covariance)
+    values, vectors = np.linalg.eigh(0.3 * covariance + 0.7 * np.eye(E))
+    expected = vectors @ np.diag(values**-0.5) @ vectors.T
+    found = Spread.of(features, labels, C).whitening(0.7)
+    np.testing.assert_allclose(found.matrix, expected, atol=1e-5)
+
+
+def test_settings_of_a_kernel_are_chosen_on_some_images_of_some_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = images(per_class=8)
+    assert ensemble._few(given, priors())[0] is given
+    monkeypatch.setattr(ensemble, "_MOST_TRIED", 12)
+    some, own = ensemble._few(given, priors())
+    assert np.bincount(some.labels).tolist() == [4, 4, 4]
+    assert [one.held_out.shape for one in own] == [(N_FOLDS, 3, E)] * 2
+    found = fit_ensemble(given, priors(), SCALE)
+    assert len(found.labels) == len(given.labels)
 
 
 def test_the_centre_itself_has_no_direction() -> None:
