@@ -10,7 +10,7 @@ from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtImageEncoder
 from runtimes.providers import Execution, check_precision
-from tests.conftest import MINI, Command
+from tests.conftest import DIGITS, MINI, Command
 from ztune.errors import ConfigError, ProviderError, ZtuneError
 
 
@@ -42,18 +42,14 @@ def test_int8_features_do_not_depend_on_the_batch(int8: Path) -> None:
     assert together.tobytes() == alone.tobytes()
 
 
-def test_a_prompt_serves_both_precisions(
-    int8: Path, few_digits: Path, ztune: Command, tmp_path: Path
-) -> None:
+def test_a_prompt_serves_both_precisions(int8: Path, ztune: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = ztune(
-        "tune", int8, "--data", few_digits, "--shots", 4, "--queries", 60, "--out", out, "--json"
-    )
+    done = ztune("tune", int8, "--data", DIGITS, "--queries", 300, "--out", out, "--json")
     assert done.code == 0, done.err
     assert done.json["precision"] == "int8"
     by_int8 = ztune("eval", out, "--json").json
     prompt, packed = out / "prompt.safetensors", tmp_path / "c.onnx"
-    words = ("--data", few_digits, "--split", "all", "--prompt", prompt, "--json")
+    words = ("--data", DIGITS, "--split", "all", "--prompt", prompt, "--json")
     by_fp32 = ztune("eval", MINI, *words).json
     assert by_fp32["accuracy"] == pytest.approx(by_int8["accuracy"], abs=0.04)
     assert ztune("pack", int8, "--prompt", prompt, "--out", packed).code == 0
