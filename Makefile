@@ -43,7 +43,8 @@ demo: $(VENV)/.device
 	@echo "Look at runs/demo/confusion.png and at ZIP's curve in runs/demo-compare/accuracy-queries.png."
 
 # A file's tests share fixtures and run in one process; several files at once, the slow ones of export first.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Processes that tests start would compile the library again without its bytecode.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.full
 	$(PYTEST)
 
