@@ -25,16 +25,26 @@ def smoothed_targets(labels: I64, n_classes: int) -> F64:
     return targets
 
 
-def mean_loss(logits: F64, targets: F64, temperature: float = 1.0) -> float:
-    """Return the mean cross-entropy in nats of logits f64[n, C] and targets f64[n, C]."""
+def class_weights(labels: I64, n_classes: int) -> F64:
+    """Return weights f64[n] of mean 1 with which every class that occurs counts the same."""
+    counts = np.bincount(labels, minlength=n_classes)
+    return np.asarray(len(labels) / (np.count_nonzero(counts) * counts[labels]))
+
+
+def mean_loss(logits: F64, labels: I64, temperature: float = 1.0) -> float:
+    """Return the mean cross-entropy in nats of logits f64[n, C], mean over the classes.
+
+    Targets are those of `smoothed_targets`.
+    """
+    C = logits.shape[1]
     scaled = logits / temperature
     scaled = scaled - scaled.max(axis=1, keepdims=True)
-    normaliser = np.log(np.exp(scaled).sum(axis=1))
-    return float((normaliser - (targets * scaled).sum(axis=1)).mean())
+    losses = np.log(np.exp(scaled).sum(axis=1)) - (smoothed_targets(labels, C) * scaled).sum(axis=1)
+    return float((class_weights(labels, C) * losses).mean())
 
 
 def fit_temperature(logits: F64, labels: I64) -> float:
-    """Return the temperature with the least loss on held-out logits f64[n, C].
+    """Return the temperature with the least `mean_loss` on held-out logits f64[n, C].
 
     The loss is convex in 1/T; Newton's method is guarded by bisection.
 
@@ -45,11 +55,12 @@ def fit_temperature(logits: F64, labels: I64) -> float:
         True
 
     """
-    targets = smoothed_targets(labels, logits.shape[1])
+    C = logits.shape[1]
+    targets, weights = smoothed_targets(labels, C), class_weights(labels, C)
     low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)
     s = 0.0
     while high - low > _ENOUGH:
-        slope, curvature = _derivatives(logits, targets, float(np.exp(s)))
+        slope, curvature = _derivatives(logits, targets, weights, float(np.exp(s)))
         if slope == 0:  # also for logits that are all the same
             break
         low, high = (low, s) if slope > 0 else (s, high)
@@ -61,12 +72,12 @@ def fit_temperature(logits: F64, labels: I64) -> float:
     return float(np.exp(-s))
 
 
-def _derivatives(logits: F64, targets: F64, inverse: float) -> tuple[float, float]:
+def _derivatives(logits: F64, targets: F64, weights: F64, inverse: float) -> tuple[float, float]:
     """Return the loss's first and second derivative in the logarithm of 1/T."""
     scaled = inverse * (logits - logits.max(axis=1, keepdims=True))
     p = np.exp(scaled)
     p /= p.sum(axis=1, keepdims=True)
     mean = (p * scaled).sum(axis=1, keepdims=True)
-    slope = (mean[:, 0] - (targets * scaled).sum(axis=1)).mean()
-    variance = (p * (scaled - mean) ** 2).sum(axis=1).mean()
+    slope = (weights * (mean[:, 0] - (targets * scaled).sum(axis=1))).mean()
+    variance = (weights * (p * (scaled - mean) ** 2).sum(axis=1)).mean()
     return float(slope), float(variance + slope)

@@ -10,12 +10,12 @@ of logits, so the ensemble is one affine map and one kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
-from ztune.calibration import fit_temperature, mean_loss, smoothed_targets
+from ztune.calibration import class_weights, fit_temperature, mean_loss
 from ztune.logits import FeatureClassifier, Kernel, Whitening
 from ztune.methods.gda import ALPHAS, DEFAULT_ALPHA, gaussian_classifier
 from ztune.methods.proker import residual_coefficients
@@ -29,11 +29,13 @@ BETAS = (0.5, 1.0, 2.0, 4.0)
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 # Without images to choose on.
 _SHRINKAGE, _BETA, _RIDGE = 0.7, 1.0, 1.0
-_TEMPERATURE = 2.0
+_TEMPERATURE = 1.0
 _MOST_TRIED = 800  # images of a kernel while its settings are chosen
 _LEAST_PER_CLASS = 4
+_LEAST_JUDGED = 400  # held-out images, if there are so many
 _MOST_LOGITS = 100_000  # of held-out images, per setting
 _TINY = 1e-12
+_HALF = 0.5  # length of a key; those at the centre of all have none
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Prior:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """The views of n images, and the fold of each image, all of its views in one."""
+    """The features of n images, and the fold of each."""
 
     features: F32
-    """f32[V, n, e], unit rows."""
+    """f32[n, e], unit rows."""
     labels: I64
     """i64[n], every class at least once."""
     folds: I64
@@ -61,37 +63,34 @@ class LabelledFeatures:
 
     def rows(self, chosen: np.ndarray) -> LabelledFeatures:
         """Return some of the images."""
-        return LabelledFeatures(
-            self.features[:, chosen], self.labels[chosen], self.folds[chosen], self.n_classes
+        return replace(
+            self,
+            features=self.features[chosen],
+            labels=self.labels[chosen],
+            folds=self.folds[chosen],
         )
 
     @property
     def n_folds(self) -> int:
         return int(self.folds.max(initial=-1)) + 1
 
-    @property
-    def each_view(self) -> tuple[F32, I64]:
-        """Rows f32[V n, e] and their labels."""
-        n_views, _, e = self.features.shape
-        return self.features.reshape(-1, e), np.tile(self.labels, n_views)
-
-    @property
-    def means(self) -> F64:
-        """Unit rows f64[n, e], the mean direction of each image's views."""
-        mean = self.features.astype(np.float64).mean(axis=0)
-        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-        return np.asarray(mean)
-
     def thinned(self, most: int) -> LabelledFeatures:
         """Keep the first images of each class, about `most` in all."""
         if len(self.labels) <= most:
             return self
-        per_class = max(1, most // self.n_classes)
         order = np.argsort(self.labels, kind="stable")
         starts = np.searchsorted(self.labels[order], np.arange(self.n_classes))
         rank = np.empty(len(order), dtype=np.int64)
         rank[order] = np.arange(len(order)) - starts[self.labels[order]]
-        return self.rows(rank < per_class)
+        return self.rows(rank < max(1, most // self.n_classes))
+
+    def held_out(self, most: int) -> LabelledFeatures:
+        """Return images that have a fold, about `most` of them, spread over classes and folds."""
+        with_fold = np.flatnonzero(self.folds >= 0)
+        order = with_fold[np.argsort(self.labels[with_fold], kind="stable")]
+        # An odd step meets all of four folds.
+        step = 1 if len(order) <= most else -(-len(order) // most) | 1
+        return self.rows(np.sort(order[::step]))
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
     can be held out they are fixed.
     """
     found = _choose(images, priors, scale)
-    W, b = gaussian_classifier(*images.each_view, images.n_classes)
+    W, b = gaussian_classifier(images.features, images.labels, images.n_classes)
     weight, bias = np.zeros_like(W), np.zeros_like(b)
     total = found.temperature * (len(found.gda) + len(found.kernel))
     for prior, member in zip(priors, found.gda, strict=True):
@@ -170,8 +169,7 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
             share = 1 / (total * member.temperature)
             weight += share * scale * prior.texts
             values += share * scale * part.solve(found.beta, member.setting, [prior.texts])[0]
-        keys = part.keys.astype(np.float32)
-        kernel = Kernel(keys, values.astype(np.float32), found.beta, part.whitening)
+        kernel = part.kernel(found.beta, values)
     classifier = FeatureClassifier(weight.astype(np.float32), bias.astype(np.float32), kernel)
     return Ensemble(classifier, found.to_json(priors), found.logits, found.labels)
 
@@ -218,12 +216,12 @@ class _Choice:
 def _choose(images: LabelledFeatures, priors: Sequence[Prior], scale: float) -> _Choice:
     """Return the settings and temperatures, on held-out images if there are any."""
     n_priors, C = len(priors), images.n_classes
-    with_kernel = has_kernel(len(images.labels), C, images.features.shape[-1])
+    with_kernel = has_kernel(len(images.labels), C, images.features.shape[1])
     if not images.n_folds:
         kernel = [_Member(_RIDGE)] * n_priors if with_kernel else []
         gda, nothing = [_Member(DEFAULT_ALPHA)] * n_priors, np.zeros((0, C), np.float32)
         return _Choice(gda, kernel, _SHRINKAGE, _BETA, 1.0, nothing, np.zeros(0, np.int64))
-    judged = images.thinned(max(C, _MOST_LOGITS // C))
+    judged = images.held_out(max(_LEAST_JUDGED, _MOST_LOGITS // C))
     tried, labels = _out_of_fold(images, judged, priors, partial(_gda_logits, scale))
     gda = [_least(tried, labels, p) for p in range(n_priors)]
     shrinkage, beta, kernel = _SHRINKAGE, _BETA, list[_Member]()
@@ -249,7 +247,7 @@ def _few(
         return images, priors
     C = max(2, min(images.n_classes, _MOST_TRIED // _LEAST_PER_CLASS))
     own = images.rows(images.labels < C)
-    some = LabelledFeatures(own.features, own.labels, own.folds, C).thinned(_MOST_TRIED)
+    some = replace(own, n_classes=C).thinned(_MOST_TRIED)
     return some, [Prior(one.name, one.texts[:C], one.held_out[:, :C]) for one in priors]
 
 
@@ -283,17 +281,16 @@ def _out_of_fold(
     parts: dict[_Key, list[F32]] = {}
     labels = []
     for k in range(images.n_folds):
-        queries, own = judged.rows(judged.folds == k).each_view
+        asked, rest = judged.rows(judged.folds == k), images.rows(images.folds != k)
         texts = [prior.held_out[k] for prior in priors]
-        labels.append(own)
-        rest = images.rows(images.folds != k)
-        for key, logits in logits_of(rest, queries.astype(np.float64), texts):
+        labels.append(asked.labels)
+        for key, logits in logits_of(rest, asked.features.astype(np.float64), texts):
             parts.setdefault(key, []).append(logits.astype(np.float32))
     return {key: np.concatenate(found) for key, found in parts.items()}, np.concatenate(labels)
 
 
 def _gda_logits(scale: float, rest: LabelledFeatures, queries: F64, texts: list[F64]) -> _Logits:
-    W, b = gaussian_classifier(*rest.each_view, rest.n_classes)
+    W, b = gaussian_classifier(rest.features, rest.labels, rest.n_classes)
     gaussian = queries @ W.T + b
     for p, own in enumerate(texts):
         for alpha in ALPHAS:
@@ -325,7 +322,8 @@ class _KernelPart:
     """Kernel ridge regression in whitened features: all that does not depend on the prior."""
 
     def __init__(self, images: LabelledFeatures):
-        self._features = images.means
+        self._features = images.features.astype(np.float64)
+        self._weights = class_weights(images.labels, images.n_classes)
         self._one_hot = np.eye(images.n_classes)[images.labels]
         self._spread = Spread.of(self._features, images.labels, images.n_classes)
 
@@ -335,18 +333,30 @@ class _KernelPart:
         self.keys = self.whitening(self._features.astype(np.float32)).astype(np.float64)
 
     def solve(self, beta: float, ridge: float, texts: Sequence[F64]) -> list[F64]:
-        """Return the coefficients f64[n, C] of the residuals of each prior f64[C, e]."""
-        residuals = [self._one_hot - self._features @ own.T for own in texts]
-        solved = residual_coefficients(self.keys, np.concatenate(residuals, axis=1), beta, ridge)
+        """Return the coefficients f64[n, C] of the residuals of each prior f64[C, e].
+
+        Every class counts the same: with weights w the ridge of an image is ridge / w.
+        """
+        residuals = np.concatenate(
+            [self._one_hot - self._features @ own.T for own in texts], axis=1
+        )
+        solved = residual_coefficients(self.keys, residuals, beta, ridge / self._weights)
         return np.split(solved, len(texts), axis=1)
+
+    def kernel(self, beta: float, values: F64) -> Kernel | None:
+        """Return the kernel of values f64[n, C]; None without any key that has a direction."""
+        kept = np.linalg.norm(self.keys, axis=1) > _HALF
+        if not kept.any():
+            return None
+        keys, own = self.keys[kept].astype(np.float32), values[kept].astype(np.float32)
+        return Kernel(keys, own, beta, self.whitening)
 
 
 def _judge(logits: F32, labels: I64, setting: float) -> _Member:
     """Return a member with its temperature and loss on held-out images."""
     wide = logits.astype(np.float64)
     temperature = fit_temperature(wide, labels)
-    loss = mean_loss(wide, smoothed_targets(labels, wide.shape[1]), temperature)
-    return _Member(setting, temperature, loss, wide)
+    return _Member(setting, temperature, mean_loss(wide, labels, temperature), wide)
 
 
 def _least(tried: Mapping[_Key, F32], labels: I64, *first: float) -> _Member:

@@ -386,7 +386,8 @@ class FewShotClassifier:
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # before anything is opened
-        return as_possible(run_config, self.model)
+        run_config = as_possible(run_config, self.model)
+        return replace(run_config, augment=0) if from_features else run_config
 
     def _check_features(self, encoded: EncodedSplit, run_config: RunConfig) -> None:
         _require_width(encoded.features[0], self.model)

@@ -330,8 +330,8 @@ class Model:
         if set(classes) <= set(artifact.classes):
             return artifact.restricted(classes)
         warn(
-            "the images say nothing about other class names, so these get the mean of the tuned "
-            "prompts' text features and the hand-written ones'"
+            "the heads know only the classes they were fitted to; with other names among them, all "
+            "classes get the mean of the tuned prompts' text features and the hand-written ones'"
         )
         texts = (
             self.mix(mixture, classes) + self.encode_templates(artifact.templates, classes)

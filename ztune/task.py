@@ -27,7 +27,7 @@ from ztune.artifact import (
 from ztune.capabilities import LOGITS, TEXTS
 from ztune.data.split import Split
 from ztune.encoded import Changeable, EncodedSplit, fingerprints
-from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble, has_kernel
+from ztune.ensemble import LabelledFeatures, Prior, fit_ensemble
 from ztune.errors import ZtuneError
 from ztune.io.files import sha256
 from ztune.loop import HeldOut
@@ -169,15 +169,10 @@ class FewShotTask:
         texts = self._mixed(mixture, np.concatenate([mixture.weights[None], without]))
         wide, hand_written = texts.astype(np.float64), templates.astype(np.float64)
         priors = [
-            Prior("zero-shot", hand_written, np.stack([hand_written] * len(without))),
+            Prior("zero-shot", hand_written, np.stack([hand_written] * len(texts))[1:]),
             Prior("prompts", wide[0], wide[1:]),
         ]
-        images = LabelledFeatures(encoded.features, encoded.labels, folds, len(templates))
-        if not has_kernel(len(encoded.labels), *templates.shape):
-            self.model.progress.remark(
-                f"{len(encoded.labels)} training images of {len(templates)} classes are too many "
-                "for the kernels of auto: it has only the two discriminant analyses"
-            )
+        images = LabelledFeatures(encoded.features[0], encoded.labels, folds, len(templates))
         found = fit_ensemble(images, priors, self.model.bundle.logit_scale)
         artifact = EnsembleArtifact(
             self.split.classes,

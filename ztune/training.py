@@ -32,6 +32,7 @@ from ztune.data.sources import read_source
 from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
 from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
+from ztune.ensemble import has_kernel
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
 from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
@@ -46,6 +47,7 @@ from ztune.methods.registry import (
     possible_method,
     preset_of,
     settings_of_result,
+    views_of,
 )
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
@@ -148,12 +150,13 @@ def as_possible(run_config: RunConfig, model: Model) -> RunConfig:
     if method == run_config.method:
         return run_config
     lacking = needs_of(find_method(run_config.method), run_config.method_config)
-    found = replace(run_config, method=method)
-    found.check_method()
-    model.progress.remark(
+    warn(
         f"{run_config.method} needs {describe(lacking - model.capabilities)}, which this runtime "
         f"does not provide: running {method} instead"
     )
+    augment = run_config.augment or views_of(method, run_config.preset)
+    found = replace(run_config, method=method, augment=augment)
+    found.check_method()
     return found
 
 
@@ -619,6 +622,12 @@ class TrainingRun(Generic[Store]):
         progress, spent = self.model.progress, config.spends(run_config.queries)
         if config.notice:
             warn(config.notice)
+        n_classes = len(self.split.classes)
+        if config.ensembles and not has_kernel(n_images, n_classes, self.model.bundle.embed_dim):
+            warn(
+                f"{n_images} training images of {n_classes} classes are too many for kernels: "
+                f"{run_config.method} has only its discriminant analyses"
+            )
         if tuning.step:
             progress.remark(f"resuming after {tuning.budget.queries} of {spent} queries")
 
@@ -649,7 +658,6 @@ class TrainingRun(Generic[Store]):
                 text = f"loss {loss:.4f}, accuracy {accuracy:.1%}"
                 ticker.update(now.budget.queries, text, " queries")
 
-            n_classes = len(self.split.classes)
             try:
                 stop_reason = tune(
                     tuning, task.prompt_map, task.objective, n_classes, observe, task.held_out
@@ -663,6 +671,8 @@ class TrainingRun(Generic[Store]):
         self.folder.save(tuning)  # before the report, which may fail
         seconds, ended = tuning.seconds, time.monotonic()
         outcome = found(stop_reason)
+        if config.ensembles:  # its heads are part of the method, as those of other heads are
+            seconds, ended = tuning.seconds, time.monotonic()
         result = outcome.artifact
         try:
             loss = task.train_loss(result)
@@ -717,7 +727,7 @@ class TrainingRun(Generic[Store]):
 
     def _cross_validate(self, outcome: Outcome) -> ValidationScore | None:
         """Return the accuracy on training images by fits without them; None if not known."""
-        if outcome.held_out is None:
+        if outcome.held_out is None or len(set(outcome.held_out[1])) < len(self.split.classes):
             return None
         found = score(*outcome.held_out, self.split.classes)
         return ValidationScore(found.accuracy, found.interval, found.n)

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from ztune.calibration import COLDEST, HOTTEST, fit_temperature, mean_loss, smoothed_targets
+from ztune.calibration import (
+    COLDEST,
+    HOTTEST,
+    class_weights,
+    fit_temperature,
+    mean_loss,
+    smoothed_targets,
+)
 from ztune.types import F64, I64
 
 
@@ -21,10 +28,9 @@ def drawn(seed: int, n: int = 200, C: int = 5, sharpness: float = 1.0) -> tuple[
 @pytest.mark.parametrize("sharpness", [0.05, 0.5, 1.0, 4.0])
 def test_it_is_the_least_of_the_loss(seed: int, sharpness: float) -> None:
     logits, labels = drawn(seed, sharpness=sharpness)
-    targets = smoothed_targets(labels, 5)
     grid = np.exp(np.linspace(np.log(COLDEST), np.log(HOTTEST), 2000))
-    least = min(mean_loss(logits, targets, float(t)) for t in grid)
-    found = mean_loss(logits, targets, fit_temperature(logits, labels))
+    least = min(mean_loss(logits, labels, float(t)) for t in grid)
+    found = mean_loss(logits, labels, fit_temperature(logits, labels))
     assert found <= least + 1e-9
 
 
@@ -47,6 +53,21 @@ def test_images_that_are_all_right_leave_doubt() -> None:
 
 def test_logits_without_any_difference_have_temperature_1() -> None:
     assert fit_temperature(np.full((6, 3), 7.0), np.arange(6) % 3) == 1
+
+
+def test_every_class_counts_the_same() -> None:
+    """Copies of a class's images change nothing but the targets, which n makes a little surer."""
+    logits, labels = drawn(4, n=400)
+    n_more = 50
+    many = np.concatenate([np.arange(400), np.tile(np.flatnonzero(labels == 2), n_more)])
+    plain = fit_temperature(logits, labels)
+    weighted = class_weights(labels, 5)
+    assert weighted.mean() == pytest.approx(1)
+    sums = [class_weights(labels[many], 5)[labels[many] == c].sum() for c in range(5)]
+    np.testing.assert_allclose(sums, len(many) / 5)
+    assert fit_temperature(logits[many], labels[many]) == pytest.approx(plain, rel=0.02)
+    assert (class_weights(np.arange(40) % 4, 4) == 1).all()
+    assert (class_weights(np.array([0, 0, 3, 3]), 4) == 1).all()
 
 
 def test_targets_are_probabilities() -> None:

@@ -314,8 +314,8 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
         lines.append(f"{title} (95 % interval {_interval(found)})")
     limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
-    budget = report.run_config.queries
-    if budget != RunConfig.queries and (setting := limits.get(report.stop_reason)):
+    setting, budget = limits.get(report.stop_reason), report.run_config.queries
+    if setting and report.queries < budget != RunConfig.queries:
         lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     command = f"ztune eval {quoted(path)}{where}"

@@ -66,8 +66,11 @@ class ProkerConfig:
             require_positive(name, getattr(self, name))
 
 
-def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float) -> F64:
-    """Return (K + ridge I)⁻¹ R, f64[n, C], of unit rows f64[n, e] and R f64[n, C]."""
+def residual_coefficients(keys: F64, residuals: F64, beta: float, ridge: float | F64) -> F64:
+    """Return (K + ridge I)⁻¹ R, f64[n, C], of unit rows f64[n, e] and R f64[n, C].
+
+    A ridge f64[n] has a value for each row.
+    """
     system = keys @ keys.T
     # In place: with 16,000 images this matrix takes 2 GB.
     system -= 1

@@ -1,0 +1,142 @@
+"""The default method from end to end: few images, other class names, what it says of itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ztune
+from tests.conftest import DIGITS, MINI, Command
+from ztune.artifact import EnsembleArtifact, MixtureArtifact, read_artifact
+from ztune.methods.registry import METHODS
+from ztune.run_config import RunConfig
+
+CLASSES = ("five", "four", "nine", "one")
+TEMPLATE = "a photo of the digit {}."
+Labelled = tuple[list[Path], list[str]]
+
+
+@pytest.fixture(scope="module")
+def model() -> ztune.Model:
+    return ztune.load(MINI)
+
+
+def digits(counts: Mapping[str, int], first: int = 0) -> Labelled:
+    paths, labels = [], []
+    for name, count in counts.items():
+        own = sorted((DIGITS / name).glob("*.png"))[first : first + count]
+        paths += own
+        labels += [name] * count
+    return paths, labels
+
+
+def fitted(model: ztune.Model, counts: Mapping[str, int], run: Path) -> ztune.FewShotClassifier:
+    clf = ztune.FewShotClassifier(model, queries=40, templates=TEMPLATE)
+    return clf.fit(*digits(counts), run_dir=run)
+
+
+def document(run: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((run / "run.json").read_text())
+    return found
+
+
+def test_it_is_the_default(model: ztune.Model) -> None:
+    assert RunConfig.method == ztune.FewShotClassifier(model).method == "auto" in METHODS
+
+
+@pytest.mark.parametrize(
+    "counts", [(1, 1, 1, 1), (1, 1, 1, 9), (2, 2, 2, 2), (1, 5, 5, 5), (3, 9, 9, 9)]
+)
+def test_few_images(counts: tuple[int, ...], model: ztune.Model, tmp_path: Path) -> None:
+    clf = fitted(model, dict(zip(CLASSES, counts, strict=True)), tmp_path / "run")
+    assert clf.score(*digits(dict.fromkeys(CLASSES, 20), 60)) > 0.3
+    # An accuracy is only said where each class was held out.
+    said = document(tmp_path / "run").get("cross_validation")
+    if min(counts) == 1:
+        assert said is None
+    else:
+        assert said is not None
+        assert said["n"] == sum(counts)
+
+
+def test_its_cross_validation_sees_no_held_out_label(model: ztune.Model, tmp_path: Path) -> None:
+    paths, labels = digits(dict.fromkeys(CLASSES, 16))
+    mixed = [str(name) for name in np.random.default_rng(0).permutation(labels)]
+    # With hardly any ridge the prompts fit any labels: those of a fold must not be among them.
+    clf = ztune.FewShotClassifier(model, queries=100, templates=TEMPLATE, ridge=1e-4)
+    clf.fit(paths, mixed, run_dir=tmp_path / "run")
+    assert document(tmp_path / "run")["cross_validation"]["accuracy"] < 0.34
+    assert np.mean(clf.predict_proba(paths).max(axis=1)) < 0.4
+
+
+def test_what_it_says_of_its_accuracy_is_so(
+    ztune: Command, tmp_path: Path, few_digits: Path
+) -> None:
+    done = ztune(
+        "tune", MINI, "--data", few_digits, "--template", TEMPLATE, "--out", tmp_path / "run"
+    )
+    assert done.code == 0, done.err
+    assert "stopped before" not in done.out
+    assert "cross-validated on 160 training images: accuracy " in done.out
+    told = document(tmp_path / "run")["cross_validation"]["accuracy"]
+    measured = ztune("eval", tmp_path / "run", "--json").json["accuracy"]
+    assert told == pytest.approx(measured, abs=0.1)
+
+
+def test_class_names(ztune: Command, model: ztune.Model, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fitted(model, dict.fromkeys(CLASSES, 4), run)
+    whole = read_artifact(run)
+    assert isinstance(whole, EnsembleArtifact)
+    assert model.refresh(whole) is whole
+    fewer = model.refresh(whole, ("one", "five"))
+    assert isinstance(fewer, EnsembleArtifact)
+    features = model.encode_images(digits(dict.fromkeys(CLASSES, 2), 60)[0])
+    logits = whole.classifier().logits(features)
+    np.testing.assert_array_equal(fewer.classifier().logits(features), logits[:, [3, 0]])
+
+    names = ("one", "five", "eleven")
+    with pytest.warns(UserWarning, match="the heads know only the classes"):
+        other = model.refresh(whole, names)
+    assert isinstance(other, MixtureArtifact)
+    mixed, templates = model.mix(whole.mixture, names), model.encode_templates([TEMPLATE], names)
+    np.testing.assert_allclose(other.text_features, (mixed + templates) / 2, atol=1e-6)
+    assert np.abs(mixed - templates).max() > 0.01
+
+
+@pytest.fixture
+def black(tmp_path: Path) -> Path:
+    """Return images of three classes that differ in size and in nothing else."""
+    for c, name in enumerate(CLASSES[:3]):
+        (tmp_path / "black" / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.new("L", (24 + 4 * c + i, 24 + 4 * c + i))
+            image.save(tmp_path / "black" / name / f"{i}.png")
+    return tmp_path / "black"
+
+
+def test_images_without_any_difference(black: Path, ztune: Command, tmp_path: Path) -> None:
+    run, packed = tmp_path / "run", tmp_path / "classifier.onnx"
+    words = ("--data", black, "--shots", 4, "--val", 0, "--queries", 20)
+    done = ztune("tune", MINI, *words, "--out", run)
+    assert done.code == 0, done.err
+    done = ztune("pack", MINI, "--prompt", run, "--out", packed)
+    assert done.code == 0, done.err
+    found = ztune("predict", packed, black, "--json")
+    assert found.code == 0, found.err
+
+
+def test_too_many_images_for_kernels_are_said(
+    model: ztune.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ztune.ensemble.MOST_KEYS", 15)
+    with pytest.warns(
+        UserWarning, match="16 training images of 4 classes are too many for kernels"
+    ):
+        fitted(model, dict.fromkeys(CLASSES, 4), tmp_path / "run")
+    found = read_artifact(tmp_path / "run")
+    assert isinstance(found, EnsembleArtifact)
+    assert found.head.kernel is None
