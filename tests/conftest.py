@@ -179,12 +179,7 @@ def bench_data() -> Path:
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with 44 images of each digit: enough for 16 shots and a test set."""
-    folder = tmp_path_factory.mktemp("few") / "digits"
-    for each in (path for path in DIGITS.iterdir() if path.is_dir()):
-        (folder / each.name).mkdir(parents=True)
-        for image in sorted(each.iterdir())[:44]:
-            shutil.copy(image, folder / each.name)
-    return folder
+    return copy_digits(tmp_path_factory.mktemp("few") / "digits", 44)
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from PIL import Image
 
@@ -225,7 +226,7 @@ def prepare() -> None:
         line = {"queries": 1.0, "loss": 1.0, "accuracy": 0.5}
         draw_curve([line], {}, "warm", Path(folder, "curve.png"))
     # Half of the kills would hit the drawing.
-    setattr(Figure, "savefig", save_quickly)  # noqa: B010 - its signature is wider
+    mock.patch.object(Figure, "savefig", save_quickly).start()
 
 
 if __name__ == "__main__":

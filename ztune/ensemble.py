@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from ztune.calibration import class_weights, fit_temperature, mean_loss
+from ztune.heads import first_of_each_class
 from ztune.logits import FeatureClassifier, Kernel, Whitening
 from ztune.methods.gda import ALPHAS, DEFAULT_ALPHA, gaussian_classifier
 from ztune.methods.proker import residual_coefficients
@@ -78,11 +79,16 @@ class LabelledFeatures:
         """Keep the first images of each class, about `most` in all."""
         if len(self.labels) <= most:
             return self
-        order = np.argsort(self.labels, kind="stable")
-        starts = np.searchsorted(self.labels[order], np.arange(self.n_classes))
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - starts[self.labels[order]]
-        return self.rows(rank < max(1, most // self.n_classes))
+        return self.rows(first_of_each_class(self.labels, self.n_classes, most))
+
+    def keeping_classes(self) -> LabelledFeatures:
+        """Hold no class out as a whole: its images are in every fit if they have one fold."""
+        lowest = np.full(self.n_classes, np.iinfo(np.int64).max)
+        highest = np.full(self.n_classes, -1)
+        np.minimum.at(lowest, self.labels, self.folds)
+        np.maximum.at(highest, self.labels, self.folds)
+        in_one_fold = (lowest == highest)[self.labels]
+        return replace(self, folds=np.where(in_one_fold, -1, self.folds))
 
     def held_out(self, most: int) -> LabelledFeatures:
         """Return images that have a fold, about `most` of them, spread over classes and folds."""
@@ -152,7 +158,7 @@ def fit_ensemble(images: LabelledFeatures, priors: Sequence[Prior], scale: float
     Settings are those with the least loss on held-out images after their temperature. If nothing
     can be held out they are fixed.
     """
-    found = _choose(images, priors, scale)
+    found = _choose(images.keeping_classes(), priors, scale)
     W, b = gaussian_classifier(images.features, images.labels, images.n_classes)
     weight, bias = np.zeros_like(W), np.zeros_like(b)
     total = found.temperature * (len(found.gda) + len(found.kernel))
@@ -247,7 +253,7 @@ def _few(
         return images, priors
     C = max(2, min(images.n_classes, _MOST_TRIED // _LEAST_PER_CLASS))
     own = images.rows(images.labels < C)
-    some = replace(own, n_classes=C).thinned(_MOST_TRIED)
+    some = replace(own, n_classes=C).thinned(_MOST_TRIED).keeping_classes()
     return some, [Prior(one.name, one.texts[:C], one.held_out[:, :C]) for one in priors]
 
 
@@ -255,6 +261,8 @@ def _choose_kernel(
     images: LabelledFeatures, priors: Sequence[Prior], scale: float
 ) -> tuple[float, float, list[float]]:
     """Return shrinkage and beta for all priors, and the ridge of each."""
+    if not images.n_folds:
+        return _SHRINKAGE, _BETA, [_RIDGE] * len(priors)
     logits_of = partial(_kernel_logits, scale, SHRINKAGES, BETAS, RIDGES)
     tried, labels = _out_of_fold(images, images, priors, logits_of)
     pairs = {

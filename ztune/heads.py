@@ -127,6 +127,15 @@ def stratified_folds(shots: Shots, seed: int) -> I64 | None:
     return folds
 
 
+def first_of_each_class(labels: I64, n_classes: int, most: int) -> I64:
+    """Return the sorted indices of the first images of each class, about `most` in all."""
+    per_class = max(1, most // n_classes)
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(n_classes))
+    rank = np.arange(len(labels)) - starts[labels[order]]
+    return np.sort(order[rank < per_class])
+
+
 def grid_values(value: float | None, grid: Sequence[float]) -> tuple[float, ...]:
     """Return the values to try: the configured value, or the grid."""
     return tuple(grid) if value is None else (value,)

@@ -164,12 +164,10 @@ class FewShotTask:
         without = np.zeros((0, len(mixture.weights)))
         if held_out is not None:
             folds[fitted_on], without = held_out.folds, held_out.weights
-            counts = np.bincount(encoded.labels, minlength=len(templates))
-            folds[counts[encoded.labels] < 2] = -1
         texts = self._mixed(mixture, np.concatenate([mixture.weights[None], without]))
         wide, hand_written = texts.astype(np.float64), templates.astype(np.float64)
         priors = [
-            Prior("zero-shot", hand_written, np.stack([hand_written] * len(texts))[1:]),
+            Prior("zero-shot", hand_written, np.broadcast_to(hand_written, wide[1:].shape)),
             Prior("prompts", wide[0], wide[1:]),
         ]
         images = LabelledFeatures(encoded.features[0], encoded.labels, folds, len(templates))

@@ -70,8 +70,9 @@ class _Connector(aiohttp.TCPConnector):
         self._used: weakref.WeakSet[Any] = weakref.WeakSet()
         self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
 
-    async def abort(self) -> None:
-        """Close every socket now: `close` leaves one open whose request was cut off unsent."""
+    async def close(self, **options: Any) -> None:
+        """Close every socket now, also one whose request was cut off half sent."""
+        await super().close(**options)
         for socket_transport in list(self._transports):
             socket_transport.abort()
         await asyncio.sleep(0)  # the event loop closes them in its next iteration
@@ -113,7 +114,6 @@ class HttpTransport:
         self._lock = threading.Lock()
         self._closed = False
         self._session: aiohttp.ClientSession | None = None
-        self._connector: _Connector | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ztune-http")
         self._thread.daemon = True
@@ -182,9 +182,8 @@ class HttpTransport:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._session is not None and self._connector is not None:
+        if self._session is not None:
             await self._session.close()
-            await self._connector.abort()
 
     def _json(self, path: str, seconds: float) -> dict[str, Json]:
         _, content, _ = self._exchange("GET", path, seconds, largest=_LARGEST_METADATA)
@@ -238,9 +237,8 @@ class HttpTransport:
         largest: int,
     ) -> tuple[int, bytes, Mapping[str, str]]:
         if self._session is None:
-            self._connector = _Connector(limit=0, ssl=self._context or True)
             self._session = aiohttp.ClientSession(
-                connector=self._connector,
+                connector=_Connector(limit=0, ssl=self._context or True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )

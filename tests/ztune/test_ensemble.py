@@ -184,10 +184,20 @@ def test_one_image_in_a_class_stays_in_every_fit() -> None:
     given = images()
     kept = (given.labels != 2) | (np.cumsum(given.labels == 2) == 1)
     fewer = given.rows(kept)
-    folds = np.where(fewer.labels == 2, -1, fewer.folds)
-    fewer = LabelledFeatures(fewer.features, fewer.labels, folds, C)
     found = fit_ensemble(fewer, priors(), SCALE)
     assert 2 not in found.labels
+    assert np.isfinite(found.classifier.logits(given.features)).all()
+
+
+def test_a_class_whose_images_share_a_fold_stays_in_every_fit() -> None:
+    given = images()
+    folds = np.where(given.labels == 1, 3, given.folds)
+    one_fold = LabelledFeatures(given.features, given.labels, folds, C)
+    kept = one_fold.keeping_classes().folds
+    assert set(kept[given.labels == 1]) == {-1}
+    np.testing.assert_array_equal(kept[given.labels != 1], given.folds[given.labels != 1])
+    found = fit_ensemble(one_fold, priors(), SCALE)
+    assert 1 not in found.labels
     assert np.isfinite(found.classifier.logits(given.features)).all()
 
 

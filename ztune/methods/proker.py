@@ -32,6 +32,7 @@ from ztune.heads import (
     choose,
     classifier_of,
     explain_singular,
+    first_of_each_class,
     grid_values,
     require_positive,
 )
@@ -131,11 +132,7 @@ def _thinned(keys: F64, labels: I64, n_classes: int) -> tuple[F64, I64]:
     """Keep the first images of each class, up to the limit."""
     if len(labels) <= _MOST:
         return keys, labels
-    per_class = max(1, _MOST // n_classes)
-    order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(n_classes))
-    rank = np.arange(len(labels)) - starts[labels[order]]
-    kept = np.sort(order[rank < per_class])
+    kept = first_of_each_class(labels, n_classes, _MOST)
     return keys[kept], labels[kept]
 
 
