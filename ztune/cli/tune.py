@@ -23,9 +23,7 @@ from ztune.cli.server import (
 from ztune.data.relocate import resolve_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.schema import plain
-from ztune.methods.ogn import PROMPTS
 from ztune.methods.registry import views_of
-from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.run_document import RunReport, ValidationScore
@@ -313,10 +311,8 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
     if found := report.cross_validation:
         title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
         lines.append(f"{title} (95 % interval {_interval(found)})")
-    limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
-    setting, budget = limits.get(report.stop_reason), report.run_config.queries
-    if setting and report.queries < budget != RunConfig.queries:
-        lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
+    if report.early_end:
+        lines.append(report.early_end)
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     command = f"ztune eval {quoted(path)}{where}"
     return [*lines, f"{path / 'prompt.safetensors'} (evaluate it with: {command})"]
