@@ -187,9 +187,6 @@ class RunConfig:
         share = parse_test_fraction(self.test_fraction)
         return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
 
-    def cache_folder(self, run: Path) -> Path:
-        return Path(self.cache) if self.cache else run / "cache"
-
 
 def _counts(listed: str) -> list[int]:
     """Return the sorted, distinct query counts of a list like `25,50`.

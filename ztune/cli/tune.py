@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data and files")
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
-    add(data, "--cache", help="cache folder for features (default: inside RUN)")
+    add(data, "--cache", help="cache folder for features (default: one for all runs)")
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
@@ -303,9 +303,11 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
+    found = report.text_forwards_cached + report.image_forwards_cached
+    cached = f" ({found} more in the cache)" if found else ""
     lines.append(
         f"{report.queries} queries, {report.text_forwards} text forwards, "
-        f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
+        f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
     if found := report.cross_validation:
