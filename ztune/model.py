@@ -37,7 +37,7 @@ from ztune.data.features import CENTRE, Features, Views, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
-from ztune.mixing import mix_text_features
+from ztune.mixing import blend_for_other_classes, mix_text_features
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, ImageEncoder, Json
@@ -296,8 +296,9 @@ class Model:
                 return artifact  # encoding all prompts again gives the same
             if set(wanted) - set(artifact.classes):
                 warn(
-                    "a mixture's weights were fitted to the classes it was tuned on; for other "
-                    "class names one context works better (`method=ogn-context`)"
+                    "a mixture's weights were fitted to the classes it was tuned on; with other "
+                    "class names it may be worse than the hand-written prompt (compare both; "
+                    "`method=auto` blends them)"
                 )
             texts = self.mix(artifact, wanted)
         elif artifact.context is None:
@@ -332,16 +333,16 @@ class Model:
         if set(classes) <= set(artifact.classes):
             return artifact.restricted(classes)
         warn(
-            "the heads know only the classes they were fitted to; with other names among them, all "
-            "classes get the mean of the tuned prompts' text features and the hand-written ones'"
+            "the heads know only the classes they were fitted to; with other names among them all "
+            "classes get the hand-written prompt's text features, with a fifth of the tuned ones'"
         )
-        texts = (
-            self.mix(mixture, classes) + self.encode_templates(artifact.templates, classes)
-        ) / 2
+        texts = blend_for_other_classes(
+            self.mix(mixture, classes), self.encode_templates(artifact.templates, classes)
+        )
         return replace(
             mixture,
             classes=classes,
-            text_features=np.asarray(texts, dtype=np.float32),
+            text_features=texts,
             logit_scale=self.bundle.logit_scale,
             logit_bias=self.bundle.logit_bias,
         )
