@@ -47,12 +47,16 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ValidationScore(Struct, frozen=True):
-    """Accuracy on the validation images."""
+    """Accuracy on n images that the method did not see."""
 
     accuracy: float
     interval: tuple[float, float]
     """95 %, Wilson."""
     n: Count
+
+    @property
+    def interval_shown(self) -> str:
+        return "{:.1%} to {:.1%}".format(*self.interval)
 
 
 class ServerReport(Struct, frozen=True, kw_only=True):
@@ -91,13 +95,43 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     cross_validation: ValidationScore | None = None
-    """Of `auto` on its training images, each by a fit without it."""
+    """Of `auto` on its training images, each by a fit without it, if every class has enough."""
+    hand_written: ValidationScore | None = None
+    """With `cross_validation`, the hand-written prompt's accuracy on all training images."""
     server: ServerReport | None = None
 
     @property
     def own_seconds(self) -> float:
         """Seconds from start to last step, as in the history, without baselines and report."""
         return round(self.seconds - self.report_seconds, 3)
+
+    @property
+    def cross_validated(self) -> str | None:
+        """The cross-validated accuracy as a line, if known."""
+        found, before = self.cross_validation, self.hand_written
+        if found is None:
+            return None
+        zero_shot = "" if before is None else f"; zero-shot {before.accuracy:.1%}"
+        return (
+            f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%} "
+            f"(95 % interval {found.interval_shown}){zero_shot}"
+        )
+
+    @property
+    def no_gain(self) -> str | None:
+        """A warning that the result does not beat the hand-written prompt, if so."""
+        tuned, zero_shot = self.validation.get("tuned"), self.validation.get("zero-shot")
+        where = "on the validation images"
+        if tuned is None:
+            tuned, zero_shot, where = self.cross_validation, self.hand_written, "cross-validated"
+        if tuned is None or zero_shot is None or self.method == "zero-shot":
+            return None
+        if tuned.accuracy > zero_shot.accuracy:
+            return None
+        return (
+            f"the result ({tuned.accuracy:.1%}) does not beat the hand-written prompt "
+            f"({zero_shot.accuracy:.1%}) {where}"
+        )
 
 
 def run_start(document: Mapping[str, Json], where: str) -> RunStart:

@@ -63,6 +63,12 @@ class Score:
         right = self.predictions == self.labels
         return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
 
+    @property
+    def without_images(self) -> tuple[str, ...]:
+        """The classes of which there are no images, so that nothing is known of them."""
+        present = set(self.labels.tolist())
+        return tuple(name for c, name in enumerate(self.classes) if c not in present)
+
     def per_class(self) -> dict[str, dict[str, float]]:
         """Return accuracy and n of every class with images."""
         result = {}
