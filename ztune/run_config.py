@@ -194,7 +194,7 @@ class RunConfig:
     def _needs_validation(self) -> bool:
         """Whether the method has steps and predicts no training image without having seen it."""
         tuned = self.tuned_config
-        return tuned is not None and not tuned.ensembles
+        return tuned is not None and not tuned.mixes
 
     @property
     def shots_shown(self) -> str:

@@ -59,6 +59,16 @@ class ValidationScore(Struct, frozen=True):
         return "{:.1%} to {:.1%}".format(*self.interval)
 
 
+class Calibration(Struct, frozen=True):
+    """The temperature of the probabilities, and the images that it was fitted on."""
+
+    temperature: float
+    images: Literal["folds", "validation", "training"]
+    """folds: training images, each by a fit without it. training: those of the fit, since the
+    method has no other; probabilities may then be too high."""
+    n: Count
+
+
 class ServerReport(Struct, frozen=True, kw_only=True):
     """Traffic with a server; requests and bytes are those of the last process."""
 
@@ -95,9 +105,12 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     cross_validation: ValidationScore | None = None
-    """Of `auto` on its training images, each by a fit without it, if every class has enough."""
+    """On the training images, each by a fit without it; of methods that make such fits, where every
+    class has enough images."""
     hand_written: ValidationScore | None = None
     """With `cross_validation`, the hand-written prompt's accuracy on all training images."""
+    calibration: Calibration | None = None
+    """None without logits of images to fit a temperature on."""
     server: ServerReport | None = None
 
     @property
@@ -116,6 +129,15 @@ class RunReport(RunStart, frozen=True, kw_only=True):
             f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%} "
             f"(95 % interval {found.interval_shown}){zero_shot}"
         )
+
+    @property
+    def probabilities(self) -> str:
+        """A line on what the probabilities were calibrated on."""
+        found = self.calibration
+        if found is None:
+            return "probabilities are not calibrated: no held-out logits to fit a temperature on"
+        images = "validation images" if found.images == "validation" else "held-out training images"
+        return f"probabilities: temperature {found.temperature:g}, fitted on {found.n} {images}"
 
     @property
     def no_gain(self) -> str | None:

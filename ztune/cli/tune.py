@@ -292,6 +292,7 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
     )
     if report.cross_validated:
         lines.append(report.cross_validated)
+    lines.append(report.probabilities)
     limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
     setting, budget = limits.get(report.stop_reason), report.run_config.queries
     if setting and report.queries < budget != RunConfig.queries:
