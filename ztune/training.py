@@ -29,7 +29,7 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
+from ztune.data.split import HOW_DRAWN, LEAST_JUDGED, NOTHING, LeftOut, Split
 from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
@@ -471,7 +471,8 @@ class TrainingRun(Generic[Store]):
             validation={
                 name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
             },
-            cross_validation=self._cross_validate(outcome),
+            cross_validation=self._cross_validate(outcome, encoded),
+            hand_written=self._hand_written(outcome, baselines, encoded),
             calibration=calibration,
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
@@ -743,11 +744,26 @@ class TrainingRun(Generic[Store]):
             "gda": score(others["gda"].logits(features), labels, classes),
         }
 
-    def _cross_validate(self, outcome: Outcome) -> ValidationScore | None:
-        """Return the accuracy on training images by fits without them; None if not known."""
-        if outcome.held_out is None or len(set(outcome.held_out[1])) < len(self.split.classes):
+    def _cross_validate(self, outcome: Outcome, encoded: EncodedSplit) -> ValidationScore | None:
+        """Return the accuracy on training images by fits without them.
+
+        None for a method without such fits, or with a class of fewer than LEAST_JUDGED images.
+        """
+        classes = self.split.classes
+        fewest = np.bincount(encoded.labels, minlength=len(classes)).min()
+        if outcome.held_out is None or fewest < LEAST_JUDGED:
             return None
-        found = score(*outcome.held_out, self.split.classes)
+        found = score(*outcome.held_out, classes)
+        return ValidationScore(found.accuracy, found.interval, found.n)
+
+    def _hand_written(
+        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
+    ) -> ValidationScore | None:
+        """Return the zero-shot accuracy on all training images, if there is a `_cross_validate`."""
+        if self._cross_validate(outcome, encoded) is None or not baselines.classifiers:
+            return None
+        logits = baselines.classifiers["zero-shot"].logits(encoded.features[0])
+        found = score(logits, encoded.labels, self.split.classes)
         return ValidationScore(found.accuracy, found.interval, found.n)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
@@ -771,7 +787,7 @@ def draw_curve(folder: Store, report: RunReport) -> None:
         f"{shown[name]}, validation": found.accuracy for name, found in report.validation.items()
     }
     title = (
-        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
+        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots_shown}, "
         f"seed {run_config.seed}"
     )
     folder.draw_curve(levels, title)
