@@ -276,7 +276,7 @@ def score_run(
     features = encode_test(
         model,
         images.items,
-        cache or OptionalCache(run_config.cache_folder(folder.path)),
+        cache or OptionalCache(folder.cache_folder(run_config.cache)),
         what="test images",
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=find_extractor(artifact, folder.path),

@@ -201,9 +201,6 @@ class RunConfig:
         """The shots as in `16 shots`."""
         return "all images" if self.shots == ALL else f"{self.shots} shots"
 
-    def cache_folder(self, run: Path) -> Path:
-        return Path(self.cache) if self.cache else run / "cache"
-
 
 def _counts(listed: str) -> list[int]:
     """Return the sorted, distinct query counts of a list like `25,50`.

@@ -9,10 +9,13 @@ from msgspec import Struct
 
 from ztune.data.split import LeftOut
 from ztune.io.schema import Count, convert
+from ztune.methods.ogn import PROMPTS, STALLED
+from ztune.optim.epochs import CANDIDATES
 from ztune.run_config import RunConfig
 from ztune.types import Json
 
 Status = Literal["running", "finished", "refused", "replaced"]
+_LIMITS = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
 
 
 class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -90,6 +93,8 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     queries: Count
     probe_queries: Count
     text_forwards: Count
+    text_forwards_cached: Count = 0
+    """Class prompts found on disk, of an earlier run."""
     seconds: float
     report_seconds: float
     peak_memory_mb: float
@@ -154,6 +159,18 @@ class RunReport(RunStart, frozen=True, kw_only=True):
             f"the result ({tuned.accuracy:.1%}) does not beat the hand-written prompt "
             f"({zero_shot.accuracy:.1%}) {where}"
         )
+
+    @property
+    def early_end(self) -> str | None:
+        """Return a line on why a run ended before its budget; None if it is not worth one."""
+        budget, setting = self.run_config.queries, _LIMITS.get(self.stop_reason)
+        if self.queries >= budget or budget == RunConfig.queries:
+            return None  # nobody asked for more
+        if self.stop_reason == STALLED:
+            return f"ended after {self.queries} queries: the held-out loss stalled (least_gain)"
+        if setting is None:
+            return None
+        return f"stopped before {budget} queries: the method's limit is reached ({setting})"
 
 
 def run_start(document: Mapping[str, Json], where: str) -> RunStart:

@@ -23,9 +23,7 @@ from ztune.cli.server import (
 from ztune.data.relocate import resolve_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.schema import plain
-from ztune.methods.ogn import PROMPTS
 from ztune.methods.registry import views_of
-from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
 from ztune.run_document import RunReport
@@ -61,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data and files")
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
-    add(data, "--cache", help="cache folder for features (default: inside RUN)")
+    add(data, "--cache", help="cache folder for features (default: one for all runs)")
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
@@ -285,18 +283,18 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
+    found = report.text_forwards_cached + report.image_forwards_cached
+    cached = f" ({found} more in the cache)" if found else ""
     lines.append(
         f"{report.queries} queries, {report.text_forwards} text forwards, "
-        f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
+        f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
     if report.cross_validated:
         lines.append(report.cross_validated)
     lines.append(report.probabilities)
-    limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
-    setting, budget = limits.get(report.stop_reason), report.run_config.queries
-    if setting and report.queries < budget != RunConfig.queries:
-        lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
+    if report.early_end:
+        lines.append(report.early_end)
     if why := why_no_accuracy(RunFolder(path), report):
         return [*lines, why, f"{path / 'prompt.safetensors'}"]
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
