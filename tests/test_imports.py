@@ -27,7 +27,7 @@ LAYERS = (
     {"methods"},
     {"run"},
     {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare"},
-    {"objective", "artifact", "data", "report", "budget"},
+    {"objective", "artifact", "data", "report", "budget", "inliers"},
     {"calibration", "logits", "mixing", "text_cache", "statistics"},
     GROUND,
 )
