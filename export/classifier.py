@@ -40,6 +40,8 @@ def pack(
 ) -> None:
     """Write `out`: input `pixels u8[N, S, S, 3]`, outputs `logits` and `probabilities` f32[N, C].
 
+    Probabilities are the softmax of the logits divided by the artifact's temperature, if any.
+
     With `resize` the input is u8[N, H, W, 3] of any size, and the graph resizes and crops it by the
     bundle's preprocessing. A visual prompt becomes part of the graph; `extractor` is the ONNX file
     whose features a decoder was tuned with, unless that was the bundle's image tower. Class names
@@ -115,7 +117,10 @@ def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
         votes = g.node("MatMul", [g.node("Exp", [exponents]), g.constant(kernel.values)])
         logits = g.node("Add", [logits, votes])
     logits = g.node("Add", [logits, g.constant(classifier.bias)], "logits")
-    g.node("Softmax", [logits], "probabilities", axis=1)
+    scaled = logits
+    if classifier.temperature != 1:
+        scaled = g.node("Div", [logits, g.constant(classifier.temperature)])
+    g.node("Softmax", [scaled], "probabilities", axis=1)
     return g
 
 
@@ -142,6 +147,7 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
         config=p.config,
         seed=p.seed,
         queries=p.queries,
+        temperature=artifact.temperature,
         tuning_images=tuple(f"{int(value):016x}" for value in artifact.tuning_images),
     )
     return {

@@ -29,7 +29,7 @@ from ztune.progress import SILENCE, Progress, warn
 from ztune.types import F32, U8, Json
 
 FORMAT = "ztune-classifier"
-VERSION = 3
+VERSION = 4
 # A file ends with the metadata entry `sha256`, in protobuf: 64 digits, of all bytes before it.
 _SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _SEALED_SINCE = 3
@@ -54,6 +54,8 @@ class ClassifierMetadata(Record, frozen=True):
     queries: Count
     tuning_images: tuple[Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")], ...]
     """First 8 bytes of the SHA-256 of every image used for tuning, in hexadecimal."""
+    temperature: Annotated[float, Meta(gt=0)] | None = None
+    """By which `probabilities` are calibrated; None: not fitted."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Classifier:
     """Whether the graph resizes images itself."""
     method: str
     precision: str
+    temperature: float | None
+    """Of `probabilities`; None if it was not fitted."""
     tuning_images: tuple[int, ...]
     """First 8 bytes of the SHA-256 of every image used for tuning."""
     session: Any
@@ -145,6 +149,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         resize=metadata.resize,
         method=metadata.method,
         precision=metadata.precision,
+        temperature=metadata.temperature,
         tuning_images=tuple(int(digits, 16) for digits in metadata.tuning_images),
         session=session,
     )

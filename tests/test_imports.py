@@ -18,7 +18,7 @@ LAYERS = (
     {"dataset"},
     {"training"},
     {"checks", "evaluate"},
-    {"task"},
+    {"task", "out_of_fold"},
     {"encoded"},
     {"precision", "run_document"},
     {"run_config"},

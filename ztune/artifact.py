@@ -22,9 +22,10 @@ from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
-VERSION = 2
+VERSION = 3
 MOST_TOKENS = 4096
 MOST_AT_ONCE = 65_536
+MOST_TEMPERATURE = 1e6
 
 Fingerprints = NDArray[np.uint64]
 """u64[n], sorted: the first 8 bytes of the SHA-256 of every training and validation image, so that
@@ -59,6 +60,7 @@ class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
     queries: Count
     stop_reason: str
     config: Mapping[str, Json]
+    temperature: Annotated[float, Meta(gt=0, le=MOST_TEMPERATURE)] | None = None
 
     @property
     def provenance(self) -> Provenance:
@@ -122,6 +124,8 @@ class ContextArtifact:
     logit_scale: float
     logit_bias: float
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """Of the probabilities (ztune.calibration); None if it was not fitted."""
 
     def classifier(self) -> FeatureClassifier:
         """Return the classifier of image features.
@@ -133,7 +137,9 @@ class ContextArtifact:
                 "the context was tuned with losses only, so it has no text features (compute them "
                 "from the bundle: ztune pack BUNDLE, ztune eval BUNDLE)"
             )
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,13 @@ class MixtureArtifact:
     at_once: int
     """Prompts encoded per call; in low precision the call's content affects the scaling."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -170,9 +180,16 @@ class HeadArtifact:
     """f32[C]"""
     tuning_images: Fingerprints = field(default_factory=_none)
     kernel: Kernel | None = None
+    temperature: float | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return FeatureClassifier(self.weight, self.bias, self.kernel)
+        return FeatureClassifier(self.weight, self.bias, self.kernel, self.temperature or 1.0)
+
+    def restricted(self, classes: tuple[str, ...]) -> HeadArtifact:
+        """Return the head for some of its classes, in another order if wanted."""
+        own = self.classifier().of_classes([self.classes.index(name) for name in classes])
+        return replace(self, classes=classes, weight=own.weight, bias=own.bias, kernel=own.kernel)
 
 
 @dataclass(frozen=True)
@@ -193,6 +210,8 @@ class EnsembleArtifact:
     chosen: Mapping[str, Json]
     """The members' settings and temperatures."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
         return self.head
@@ -200,14 +219,11 @@ class EnsembleArtifact:
     def restricted(self, classes: tuple[str, ...]) -> EnsembleArtifact:
         """Return the ensemble for some of its classes, in another order if wanted."""
         rows = [self.classes.index(name) for name in classes]
-        head, kernel = self.head, self.head.kernel
-        if kernel is not None:
-            kernel = replace(kernel, values=np.ascontiguousarray(kernel.values[:, rows]))
         texts = self.mixture.text_features[rows]
         return replace(
             self,
             classes=classes,
-            head=FeatureClassifier(head.weight[rows], head.bias[rows], kernel),
+            head=self.head.of_classes(rows),
             mixture=replace(self.mixture, classes=classes, text_features=texts),
         )
 
@@ -235,9 +251,13 @@ class VisualArtifact:
     extractor: str = ""
     """SHA-256 of the decoder's own feature extractor; empty: the bundle's image tower."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 _N_STATISTICS = 144
@@ -249,11 +269,12 @@ Artifact = ContextArtifact | MixtureArtifact | EnsembleArtifact | HeadArtifact |
 
 
 def classifier_of_texts(
-    text_features: F32, logit_scale: float, logit_bias: float
+    text_features: F32, logit_scale: float, logit_bias: float, temperature: float | None = None
 ) -> FeatureClassifier:
     """Return the classifier of text features f32[C, e]; logit_scale multiplies."""
     bias = np.full(len(text_features), logit_bias, dtype=np.float32)
-    return FeatureClassifier(np.float32(logit_scale) * text_features, bias)
+    weight = np.float32(logit_scale) * text_features
+    return FeatureClassifier(weight, bias, temperature=temperature or 1.0)
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
@@ -297,7 +318,12 @@ def artifact_bytes(artifact: Artifact) -> bytes:
                 f"artifact of {artifact.provenance.method}: tensor {name} has values that are not "
                 "finite; nothing was written (use other settings)"
             )
-    metadata = _kind(artifact)(classes=artifact.classes, **vars(artifact.provenance), **own)
+    metadata = _kind(artifact)(
+        classes=artifact.classes,
+        temperature=artifact.temperature,
+        **vars(artifact.provenance),
+        **own,
+    )
     return tensor_bytes(arrays, {"format": FORMAT, "version": VERSION, **plain(metadata)})
 
 
@@ -488,7 +514,7 @@ def read_artifact(path: Path) -> Artifact:
             )
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
-    return artifact
+    return replace(artifact, temperature=found.temperature)
 
 
 def _checked_templates(templates: tuple[str, ...], where: str) -> tuple[str, ...]:

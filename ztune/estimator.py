@@ -33,7 +33,7 @@ from ztune.dataset import (
 from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, find_extractor
-from ztune.logits import FeatureClassifier
+from ztune.logits import FeatureClassifier, log_probabilities
 from ztune.methods.registry import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
@@ -64,7 +64,8 @@ class FewShotClassifier:
     After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
     image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
     has a dict per step: step, queries, loss (nats), accuracy (0…1) and seconds; it is empty for a
-    closed form.
+    closed form. `temperature_` divides the logits in `predict_proba`; it is fitted on validation
+    images, else on training images by fits without them, and None where neither is possible.
 
     `fit` raises ConfigError for unknown methods and settings.
 
@@ -206,13 +207,16 @@ class FewShotClassifier:
         return np.asarray(classes[self._logits(X).argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
-        """Return probabilities f32[N, C], the softmax of the logits, in the order of `classes_`.
+        """Return probabilities f32[N, C], in the order of `classes_`.
+
+        They are the softmax of the logits divided by the temperature that `fit` chose on images
+        which the classifier was not fitted to (`temperature_`).
 
         Raises: NotFittedError; DataError for unusable images or features.
         """
-        logits = self._logits(X).astype(np.float64)
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+        logits, classifier = self._logits(X), self._classifier
+        found = np.exp(log_probabilities(logits, classifier.temperature))
+        return np.asarray(found, dtype=np.float32)
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
         """Return logits f32[N, C], in the order of `classes_`; thread-safe.
@@ -311,7 +315,7 @@ class FewShotClassifier:
         self._program: Any = None
         self._opening = threading.Lock()
         costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
-        self.history_ = history
+        self.history_, self.temperature_ = history, artifact.temperature
         self.cost_ = {} if report is None else {name: getattr(report, name) for name in costs}
 
     @property

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.classifier import Classifier
+from runtimes.conversions import count_conversions
 from runtimes.in_memory import InMemoryImages
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
@@ -21,6 +23,7 @@ from ztune.data.splitter import digest_images
 from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
+from ztune.io.schema import plain
 from ztune.model import Model
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress
@@ -51,6 +54,33 @@ class LabelledImages:
         """Return the files that were not scored, by reason, given which images were readable."""
         broken = [str(path) for (path, _), k in zip(self.items, kept, strict=True) if not k]
         return {"ignored": [*self.ignored], "broken": [*broken]}
+
+    def document(
+        self, found: Score, kept: NDArray[np.bool_], scored: Artifact | Classifier | None
+    ) -> dict[str, Json]:
+        """Return the figures of a score as JSON; None: of templates.
+
+        `kept` tells for each image whether it could be read.
+        """
+        readable = [path for (path, _), keep in zip(self.items, kept, strict=True) if keep]
+        fingerprints = [] if scored is None else [int(value) for value in scored.tuning_images]
+        return {
+            "accuracy": found.accuracy,
+            "interval": list(found.interval),
+            "ece": found.ece,
+            "nll": found.nll,
+            "brier": found.brier,
+            "temperature": None if scored is None else scored.temperature,
+            "reliability": [plain(one) for one in found.reliability],
+            "n": found.n,
+            "candidates": len(found.classes),
+            "split": self.split,
+            "per_class": plain(found.per_class()),
+            "broken_images": int((~kept).sum()),
+            "conversions": dict(count_conversions(readable)),
+            "left_out": self.left_out(kept),
+            "tuning_images": self.n_tuned_on(fingerprints),
+        }
 
     @property
     def images(self) -> list[ImageLike]:
@@ -204,7 +234,8 @@ def score_run(
     zero_shot = model.zero_shot(templates, artifact.classes)
 
     def scored(result: Artifact) -> Score:
-        return score(features.logits(model.refresh(result)), labels, result.classes)
+        logits = features.logits(model.refresh(result))
+        return score(logits, labels, result.classes, result.temperature or 1.0)
 
     before = score(zero_shot.logits(features.plain.values[0]), labels, artifact.classes)
     tuned = scored(artifact)
@@ -252,7 +283,8 @@ def score_bundle(
     else:
         logits = model.zero_shot(templates, candidates).logits(features.plain.values[0])
     kept = features.plain.kept
-    return score(logits, labels[kept], candidates), kept
+    temperature = artifact.temperature if artifact is not None else None
+    return score(logits, labels[kept], candidates, temperature or 1.0), kept
 
 
 @dataclass(frozen=True)

@@ -277,12 +277,14 @@ class Model:
                     f"the artifact has features of {artifact.weight.shape[1]} values, the bundle's "
                     f"image tower has {self.bundle.embed_dim} (use the bundle it was tuned on)"
                 )
-            if classes is not None and set(classes) != set(artifact.classes):
+            if classes is None or set(classes) == set(artifact.classes):
+                return artifact
+            if not set(classes) <= set(artifact.classes):
                 raise DataError(
                     "a head serves only the classes it was fitted on: "
                     f"{', '.join(artifact.classes)} (a tuned context serves any)"
                 )
-            return artifact
+            return artifact.restricted(classes)
         wanted = classes or artifact.classes
         if isinstance(artifact, EnsembleArtifact):
             return self._refresh_ensemble(artifact, wanted)

@@ -55,6 +55,16 @@ class ValidationScore(Struct, frozen=True):
     n: Count
 
 
+class Calibration(Struct, frozen=True):
+    """The temperature of the probabilities, and the images that it was fitted on."""
+
+    temperature: float
+    images: Literal["folds", "validation", "training"]
+    """folds: training images, each by a fit without it. training: those of the fit, since the
+    method has no other; probabilities may then be too high."""
+    n: Count
+
+
 class ServerReport(Struct, frozen=True, kw_only=True):
     """Traffic with a server; requests and bytes are those of the last process."""
 
@@ -91,7 +101,9 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     cross_validation: ValidationScore | None = None
-    """Of `auto` on its training images, each by a fit without it."""
+    """On the training images, each by a fit without it; of methods that make such fits."""
+    calibration: Calibration | None = None
+    """None without logits of images to fit a temperature on."""
     server: ServerReport | None = None
 
     @property

@@ -51,6 +51,7 @@ from ztune.methods.registry import (
 )
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
+from ztune.out_of_fold import LabelledLogits, calibrate, held_out_logits
 from ztune.precision import (
     FULL_PRECISION,
     IMAGES_REENCODED,
@@ -80,7 +81,7 @@ from ztune.run_document import (
 from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, Result, compose, open_task
-from ztune.types import F32, I64, Evaluation, Json
+from ztune.types import F32, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
 # Keys of run.json that affect the last bits of a result.
@@ -330,8 +331,8 @@ class Outcome:
     """Whether a round was captured as a CUDA graph, or why not; None on a CPU."""
     share: Proportion | None = None
     """Validation accuracy as computed by a server that returns losses only."""
-    held_out: tuple[F32, I64] | None = None
-    """Out-of-fold logits f32[h, C] of training images, and their labels."""
+    held_out: LabelledLogits | None = None
+    """Of training images, each by a fit without it."""
 
 
 @dataclass(frozen=True)
@@ -441,8 +442,9 @@ class TrainingRun(Generic[Store]):
                     outcome = self._tune(task, budget, started + baselines.seconds)
             else:
                 outcome = self._fit(encoded, texts, started + baselines.seconds)
-        artifact = outcome.artifact
-        scores = self._validate(outcome, baselines, encoded)
+        validated = self._val_logits(outcome, encoded)
+        artifact, calibration = calibrate(outcome.artifact, outcome.held_out, validated)
+        scores = self._validate(outcome, baselines, encoded, validated)
         n_bytes = self.folder.keep(artifact)
         known = {
             **structs.asdict(head),
@@ -470,6 +472,7 @@ class TrainingRun(Generic[Store]):
                 name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
             },
             cross_validation=self._cross_validate(outcome),
+            calibration=calibration,
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
         )
@@ -693,7 +696,8 @@ class TrainingRun(Generic[Store]):
         assert isinstance(method, HeadMethod)
         assert texts is not None
         shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        fitted = method.fit_shots(self.run_config.method_config, shots, self.run_config.seed)
+        config = self.run_config.method_config
+        fitted = method.fit_shots(config, shots, self.run_config.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
         artifact = HeadArtifact(
@@ -706,22 +710,36 @@ class TrainingRun(Generic[Store]):
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
         loss, ended = float(losses.mean()), time.monotonic()
-        return Outcome(artifact, ended - started, loss, encoded.val_features, ended)
+        held_out = None
+        if encoded.val_features is None:
+            held_out = held_out_logits(method, config, fitted, shots, self.run_config.seed)
+        features = encoded.val_features
+        return Outcome(artifact, ended - started, loss, features, ended, held_out=held_out)
+
+    def _val_logits(self, outcome: Outcome, encoded: EncodedSplit) -> LabelledLogits | None:
+        """Return the result's logits of the validation images; None without these or features."""
+        if outcome.share is not None or outcome.val_features is None:
+            return None
+        logits = outcome.artifact.classifier().logits(outcome.val_features)
+        return logits, encoded.val_labels
 
     def _validate(
-        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
+        self,
+        outcome: Outcome,
+        baselines: Baselines,
+        encoded: EncodedSplit,
+        tuned: LabelledLogits | None,
     ) -> dict[str, Score | Proportion]:
         """Return the scores on the validation images by name; empty without such images."""
         features, labels, classes = encoded.val_features, encoded.val_labels, self.split.classes
         if outcome.share is not None:
             return {"tuned": outcome.share}
-        if features is None or outcome.val_features is None:
+        if features is None or tuned is None:
             return {}
-        tuned = outcome.artifact.classifier().logits(outcome.val_features)
         others = baselines.classifiers
         return {
             "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
-            "tuned": score(tuned, labels, classes),
+            "tuned": score(*tuned, classes),
             "gda": score(others["gda"].logits(features), labels, classes),
         }
 

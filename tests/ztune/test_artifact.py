@@ -202,6 +202,7 @@ def test_values_at_their_limits_are_read(tmp_path: Path) -> None:
         replace(TOKENS, visual=np.ones((4096, 6), np.float32)),
         replace(MIXTURE, at_once=1),
         replace(MIXTURE, at_once=65_536),
+        *(replace(one, temperature=1.25) for one in (CONTEXT, MIXTURE, HEAD, ENSEMBLE, BORDER)),
     ):
         write_artifact(tmp_path / "x", artifact)
         assert_same(read_artifact(tmp_path / "x"), artifact)
@@ -216,7 +217,7 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
     document = json.loads(header["__metadata__"]["ztune"])
     assert document == {
         "format": "ztune-artifact",
-        "version": 2,
+        "version": 3,
         "kind": "context",
         "classes": ["crab", "Ünïcode"],
         "model_id": "sha256:aa",
@@ -226,6 +227,7 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
         "seed": 1,
         "queries": 5000,
         "stop_reason": "budget",
+        "temperature": None,
     }
     assert header["context"]["dtype"] == "F32"
     assert header["context"]["shape"] == [2, 3]
@@ -291,7 +293,7 @@ def document_of(
     ("change", "message"),
     [
         ({"format": "other"}, r"\$\.format: expected .ztune-artifact., got .other."),
-        ({"version": 3}, "newer than this ztune reads"),
+        ({"version": 4}, "newer than this ztune reads"),
         ({"version": "1"}, r"\$\.version: expected int, got str"),
         ({"kind": "pickle"}, r"\$\.kind: expected context or mixture or .*, got .pickle."),
         ({"classes": ["crab"]}, "at least two different class names"),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import merge_settings
@@ -22,7 +20,6 @@ from ztune.cli.server import (
 )
 from ztune.errors import ConfigError
 from ztune.io.kinds import kind_of, wrong_kind
-from ztune.io.schema import plain
 from ztune.printing import quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
@@ -89,7 +86,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.evaluate import labelled_of_split, score_run
-    from ztune.report import draw_confusion
+    from ztune.report import draw_confusion, draw_reliability
     from ztune.run import RunFolder
     from ztune.run_document import run_report
 
@@ -136,11 +133,12 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             skip_broken=arguments.skip_broken,
             snapshots=arguments.snapshots,
         )
-    try:
-        draw_confusion(found.scores, folder.path / "confusion.png")
-    except OSError as error:
-        output.warn(f"cannot write confusion.png: {error.strerror}")
-    document = _document(found.tuned, images, found.kept, found.artifact.tuning_images)
+    for draw, name in ((draw_confusion, "confusion.png"), (draw_reliability, "reliability.png")):
+        try:
+            draw(found.scores, folder.path / name)
+        except OSError as error:
+            output.warn(f"cannot write {name}: {error.strerror}")
+    document = images.document(found.tuned, found.kept, found.artifact)
     if found.curve is not None:
         document["curve"] = found.curve
     document |= {
@@ -212,7 +210,6 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
     candidates, whose = images.classes, "of the images"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
-    fingerprints: Iterable[int] = ()
     artifact, extractor = None, None
     templates = tuple(arguments.templates or ("a photo of a {}.",))
     if arguments.prompt is not None:
@@ -223,7 +220,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "of the prompt"
         artifact = model.refresh(artifact, candidates)
-        candidates, fingerprints = artifact.classes, artifact.tuning_images.tolist()
+        candidates = artifact.classes
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
@@ -238,8 +235,7 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         extractor=extractor,
         skip_broken=arguments.skip_broken,
     )
-    document = _document(result, images, kept, fingerprints)
-    _finish(document, {name: result}, output)
+    _finish(images.document(result, kept, artifact), {name: result}, output)
 
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
@@ -257,8 +253,8 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     labels = images.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in images.items]
     logits, _, kept = classify(classifier, paths, arguments.skip_broken, output)
-    result = score(logits, labels[kept], classifier.classes)
-    document = _document(result, images, kept, classifier.tuning_images)
+    result = score(logits, labels[kept], classifier.classes, classifier.temperature or 1.0)
+    document = images.document(result, kept, classifier)
     _finish(document, {arguments.target.name: result}, output)
 
 
@@ -291,26 +287,6 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     )
 
 
-def _document(
-    result: Score, images: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
-) -> dict[str, Json]:
-    from runtimes.conversions import count_conversions
-
-    readable = [path for (path, _), keep in zip(images.items, kept, strict=True) if keep]
-    return {
-        "accuracy": result.accuracy,
-        "interval": list(result.interval),
-        "n": result.n,
-        "candidates": len(result.classes),
-        "split": images.split,
-        "per_class": plain(result.per_class()),
-        "broken_images": int((~kept).sum()),
-        "conversions": dict(count_conversions(readable)),
-        "left_out": images.left_out(kept),
-        "tuning_images": images.n_tuned_on(fingerprints),
-    }
-
-
 def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
     if document["tuning_images"]:
         output.warn(
@@ -318,11 +294,17 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
             "tuning or validation: this is not a test accuracy"
         )
     rows = [
-        (name, f"{s.accuracy:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}")
+        (
+            name,
+            f"{s.accuracy:.1%}",
+            f"{s.interval[0]:.1%} to {s.interval[1]:.1%}",
+            *(f"{s.ece:.1%}", f"{s.nll:.2f}", f"{s.brier:.2f}"),
+        )
         for name, s in scores.items()
     ]
     title = f"accuracy on {document['n']} images ({document['split']})"
-    lines: list[str | Table] = [Table(title, ("", "accuracy", "95 % interval"), rows)]
+    columns = ("", "accuracy", "95 % interval", "ECE", "NLL", "Brier")
+    lines: list[str | Table] = [Table(title, columns, rows)]
     own = [s.per_class() for s in scores.values()]
     per_class = [
         (name, str(first["n"]), *(f"{one[name]['accuracy']:.1%}" for one in own))

@@ -28,7 +28,7 @@ from ztune.methods.registry import views_of
 from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
-from ztune.run_document import RunReport, ValidationScore
+from ztune.run_document import Calibration, RunReport, ValidationScore
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -285,6 +285,13 @@ def _interval(found: ValidationScore) -> str:
     return "{:.1%} to {:.1%}".format(*found.interval)
 
 
+def _probabilities(found: Calibration | None) -> str:
+    if found is None:
+        return "probabilities are not calibrated: no held-out logits to fit a temperature on"
+    images = "validation images" if found.images == "validation" else "held-out training images"
+    return f"probabilities: temperature {found.temperature:g}, fitted on {found.n} {images}"
+
+
 def _lines(report: RunReport, path: Path) -> list[str | Table]:
     lines: list[str | Table] = []
     validation = report.validation
@@ -313,6 +320,7 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
     if found := report.cross_validation:
         title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
         lines.append(f"{title} (95 % interval {_interval(found)})")
+    lines.append(_probabilities(report.calibration))
     limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
     setting, budget = limits.get(report.stop_reason), report.run_config.queries
     if setting and report.queries < budget != RunConfig.queries:
