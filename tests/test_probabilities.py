@@ -97,8 +97,8 @@ def test_a_run_says_what_its_temperature_was_fitted_on(
     expected = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     np.testing.assert_allclose(p, expected / expected.sum(axis=1, keepdims=True), atol=1e-5)
     by_run = ztune("eval", run, "--json", "--quiet").json
-    words = ("eval", packed, "--split-file", run / "split.json", "--json", "--quiet")
-    by_classifier = ztune(*words).json
+    score_it = ("eval", packed, "--split-file", run / "split.json", "--json", "--quiet")
+    by_classifier = ztune(*score_it).json
     for name in ("accuracy", "ece", "nll", "brier", "temperature"):
         assert by_run[name] == pytest.approx(by_classifier[name], abs=1e-3)
     assert sum(one["n"] for one in by_run["reliability"]) == by_run["n"]

@@ -17,6 +17,7 @@ from ztune.statistics import N_BINS, Score
 from ztune.types import F64
 
 INK, SOFT, ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
+_FEW = 10  # images below which the accuracy of a bin means little
 _NEAR, _LONG = 1.5, 20
 """Pixels: lines closer than the first hide each other, which shows from the second on."""
 
@@ -230,11 +231,12 @@ def draw_reliability(scores: Mapping[str, Score], path: Path) -> None:
     for (name, score), axes, counts in zip(scores.items(), *rows, strict=True):
         bins = score.reliability
         starts, width = [one.number / N_BINS for one in bins], 1 / N_BINS
-        axes.bar(starts, [one.accuracy for one in bins], width, align="edge", color=ACCENT,
-                 edgecolor="white", label="accuracy")  # fmt: skip
-        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="calibrated")
-        axes.plot([one.confidence for one in bins], [one.accuracy for one in bins], "o",
-                  color=INK, markersize=3)  # fmt: skip
+        accuracies = [one.accuracy for one in bins]
+        colours = [SOFT if one.n < _FEW else ACCENT for one in bins]
+        axes.bar(starts, accuracies, width, align="edge", color=colours, edgecolor="white")
+        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
+        axes.plot([one.confidence for one in bins], accuracies, "o", color=INK, markersize=3,
+                  clip_on=False)  # fmt: skip
         heading = f"{printable(name)}: ECE {score.ece:.1%}"
         axes.set_title(heading, fontsize=10, color=INK, parse_math=False)
         axes.set_ylim(0, 1)
@@ -244,6 +246,11 @@ def draw_reliability(scores: Mapping[str, Score], path: Path) -> None:
         counts.set_xlabel("largest probability")
         show_per_cent(axes.yaxis)
         show_per_cent(counts.xaxis)
+    figure.supxlabel(
+        f"dashed: as probable as right; dots: mean probability; grey: fewer than {_FEW} images",
+        fontsize=8,
+        color=INK,
+    )
     rows[0][0].set_ylabel("accuracy")
     rows[1][0].set_ylabel("images")
     write_figure(figure, path)

@@ -51,7 +51,7 @@ VARYING = ("seconds", "peak_memory_mb", "image_forwards_cached")
 """What may differ when a cell is run again; the seconds of the curve are tested apart."""
 
 
-LATER = ("broken", "conversions")
+LATER = ("broken", "conversions", "nll", "brier", "reliability")
 """Fields that older files lack."""
 
 
