@@ -14,7 +14,7 @@ GROUND = {"types", "errors", "capabilities", "printing", "progress", "io", "syst
 """What everything may import, and what imports nothing but itself."""
 LAYERS = (
     {"cli"},
-    {"experiments", "doctor", "estimator", "deployed", "exporting"},
+    {"experiments", "doctor", "estimator", "deployed", "exporting", "foreign"},
     {"dataset"},
     {"training"},
     {"checks", "evaluate"},

@@ -25,14 +25,31 @@ _TINY = 1e-12
 def fit_inlier_test(features: F32, labels: I64, texts: F32, share: float) -> InlierTest:
     """Return the test that refuses about a `share` of images like the training images.
 
-    The threshold is the quantile of scores by prototypes without the image itself. Shapes: features
-    f32[n, e] and texts f32[C, e], unit rows; labels i64[n].
+    The threshold is from scores by prototypes without the image itself. Shapes: features f32[n, e]
+    and texts f32[C, e], unit rows; labels i64[n].
     """
-    scores = out_of_fold_scores(features, labels, texts)
-    # With the method `weibull` a new image is below the quantile with this probability.
-    threshold = np.quantile(scores, share, method="weibull") - _MARGIN
+    threshold = _low_score(out_of_fold_scores(features, labels, texts), share) - _MARGIN
     prototypes = class_prototypes(features, labels, texts).astype(np.float32)
-    return InlierTest(prototypes, float(np.float32(threshold)))
+    return InlierTest(prototypes, float(np.float32(threshold)), share)
+
+
+def is_extrapolated(share: float, n_images: int) -> bool:
+    """Return whether so few images have no score as low as the threshold of a share."""
+    return share * (n_images + 1) < 1
+
+
+def _low_score(scores: F64, share: float) -> float:
+    """Return the score below which a new image of the classes is with probability `share`.
+
+    It is below the k-th lowest of n scores with probability k / (n + 1). Below the lowest the tail
+    is taken as exponential, with the scale of the lower half of the scores.
+    """
+    n = len(scores)
+    low = float(np.quantile(scores, share, method="weibull"))
+    if is_extrapolated(share, n):
+        scale = (np.median(scores) - low) / np.log((n + 1) / 2)
+        low -= float(scale * np.log(1 / (share * (n + 1))))
+    return low
 
 
 def class_prototypes(features: F32, labels: I64, texts: F32) -> F64:
@@ -63,28 +80,53 @@ def out_of_fold_scores(features: F32, labels: I64, texts: F32) -> F64:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Scores of images of the classes, and of foreign images; those below 0 are refused."""
+    """Inlier scores of images of the classes, and of foreign images; those below 0 are refused."""
 
+    share: float
+    """The share of images of the classes that was to be refused."""
     own: F32
     """f32[n]"""
     foreign: F32 | None = None
     """f32[m]"""
+    n_shared: int = 0
+    """Foreign images that are also training, validation or test images, by content."""
 
     @property
     def refused(self) -> Proportion:
         """The refused images of the classes."""
         return Proportion(int((self.own < 0).sum()), len(self.own))
 
+    @property
+    def accepted(self) -> Proportion | None:
+        """The foreign images that were not refused."""
+        if self.foreign is None:
+            return None
+        return Proportion(int((self.foreign >= 0).sum()), len(self.foreign))
+
+    @property
+    def auroc(self) -> float | None:
+        return None if self.foreign is None else auroc(self.own, self.foreign)
+
     def to_json(self) -> dict[str, Json]:
         """Return shares with their 95 % intervals, and the AUROC."""
-        found: dict[str, Json] = {"own_refused": _described(self.refused)}
-        if self.foreign is None:
+        found: dict[str, Json] = {"reject": self.share, "own_refused": _described(self.refused)}
+        if self.accepted is None:
             return found
-        accepted = Proportion(int((self.foreign >= 0).sum()), len(self.foreign))
         return found | {
-            "foreign_accepted": _described(accepted),
-            "auroc": auroc(self.own, self.foreign),
+            "foreign_accepted": _described(self.accepted),
+            "foreign_shared": self.n_shared,
+            "auroc": self.auroc,
         }
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return lines of a table: what, its value, 95 % interval and images."""
+        shares = {"own images refused": self.refused, "foreign images accepted": self.accepted}
+        rows = [
+            (what, f"{p.accuracy:.1%}", f"{p.interval[0]:.1%} to {p.interval[1]:.1%}", str(p.n))
+            for what, p in shares.items()
+            if p is not None
+        ]
+        return rows if self.auroc is None else [*rows, ("AUROC", f"{self.auroc:.3f}", "", "")]
 
 
 def _described(found: Proportion) -> dict[str, Json]:

@@ -39,6 +39,8 @@ class InlierTest:
     prototypes: F32
     """f32[C, e], unit rows."""
     threshold: float
+    share: float
+    """The share of images of the classes that it was set to refuse."""
 
     def __call__(self, features: F32) -> F32:
         """Return scores f32[N] of unit features f32[N, e]."""

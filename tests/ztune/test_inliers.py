@@ -109,8 +109,8 @@ def test_auroc_is_the_share_of_pairs_in_order(seed: int) -> None:
 
 def test_refusals_count_both_kinds_of_error() -> None:
     own = np.array([0.1, -0.1, 0.0, 0.3], np.float32)
-    assert Refusals(own).to_json().keys() == {"own_refused"}
-    found: dict[str, Any] = Refusals(own, np.array([-1.0, 0.2], np.float32)).to_json()
+    assert Refusals(0.05, own).to_json().keys() == {"reject", "own_refused"}
+    found: dict[str, Any] = Refusals(0.05, own, np.array([-1.0, 0.2], np.float32)).to_json()
     assert (found["own_refused"]["share"], found["own_refused"]["n"]) == (0.25, 4)
     assert (found["foreign_accepted"]["share"], found["foreign_accepted"]["n"]) == (0.5, 2)
     assert found["auroc"] == 0.5 + 1 / 8
