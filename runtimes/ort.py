@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from runtimes.providers import (
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import FormatError
 from ztune.io.tensors import read_tensors
-from ztune.types import F32, I64, U8, RandomView
+from ztune.types import F32, I64, U8, PromptEncoder, RandomView
 
 
 class Graph:
@@ -107,6 +108,9 @@ class OrtImageEncoder:
         return np.concatenate([run({"pixels": batch})[0] for batch in batches])
 
 
+Wrap = Callable[["OrtPromptEncoder"], PromptEncoder]
+
+
 class OrtPromptGraph:
     """The open prompt graph of a bundle: one session for all encoders."""
 
@@ -130,8 +134,12 @@ class OrtPromptGraph:
         names = name_tokens(self.bundle.text, self._tokenizer, classes, n_context)
         return self._encoder(names, n_context, n_candidates)
 
-    def encode_template(self, template: str, classes: Sequence[str]) -> F32:
+    def encode_template(
+        self, template: str, classes: Sequence[str], wrap: Wrap = lambda encoder: encoder
+    ) -> F32:
         """Return the unit features f32[C, e] of a template filled with the class names.
+
+        `wrap` takes each encoder that is used, and returns the one to use.
 
         Raises: ConfigError for the template, DataError for a name.
         """
@@ -140,7 +148,7 @@ class OrtPromptGraph:
             self._tokenizer,
             template,
             classes,
-            lambda names, n_context: self._encoder(names, n_context, 1),
+            lambda names, n_context: wrap(self._encoder(names, n_context, 1)),
         )
 
     def _encoder(
@@ -163,11 +171,21 @@ class OrtPromptGraph:
                 for _, constants in groups
             ]
             graph = Graph(bundle, "prompt", execution, calls)
-        return OrtPromptEncoder(plan, groups, graph, bundle, execution, n_candidates)
+        texts = Texts(bundle, tuple(names), n_context)
+        return OrtPromptEncoder(plan, groups, graph, texts, execution, n_candidates)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The class names of an encoder, as ids, and the length of its contexts."""
+
+    bundle: Bundle
+    names: tuple[tuple[int, ...], ...]
+    n_context: int
 
 
 class OrtPromptEncoder:
-    """The prompt graph for fixed class names (a PromptEncoder)."""
+    """The prompt graph for fixed class names (a TextEncoder)."""
 
     cuda_graph: str | None
     """"captured", or "not captured: " and the reason; None on a CPU."""
@@ -177,7 +195,7 @@ class OrtPromptEncoder:
         plan: Plan,
         groups: Sequence[tuple[I64, Mapping[str, np.ndarray]]],
         graph: Graph,
-        bundle: Bundle,
+        texts: Texts,
         execution: Execution,
         n_candidates: int,
     ):
@@ -185,8 +203,10 @@ class OrtPromptEncoder:
         self.plan = plan
         self._groups = groups
         self._graph = graph
-        self._embed_dim = bundle.embed_dim
-        self._precision = bundle.precision
+        self._texts = texts
+        self.embed_dim = texts.bundle.embed_dim
+        self._precision = texts.bundle.precision
+        self._n_candidates = n_candidates
         self._execution = execution
         self._calls: dict[tuple[int, tuple[int, ...]], BoundCall] = {}
         reason = obstacle_to_capture(plan, n_candidates, execution)
@@ -196,8 +216,8 @@ class OrtPromptEncoder:
             self.cuda_graph = None
 
     def encode(self, contexts: F32) -> F32:
-        n_classes = sum(len(group) for group, _ in self._groups)
-        features = np.empty((len(contexts), n_classes, self._embed_dim), dtype=np.float32)
+        n_classes = 1 + max(int(group.max()) for group, _ in self._groups)
+        features = np.empty((len(contexts), n_classes, self.embed_dim), dtype=np.float32)
         step = self.plan.n_candidates
         for first in range(0, len(contexts), step):
             part = contexts[first : first + step]
@@ -205,6 +225,50 @@ class OrtPromptEncoder:
                 call = self._call(number, part)
                 features[first : first + step, group] = call({"contexts": part})
         return features
+
+    @property
+    def class_keys(self) -> tuple[str, ...]:
+        """What a feature depends on, for each class, besides the context and the bundle.
+
+        That is the name, the length to which its group is padded, and whether the group has other
+        names. In low precision and on other devices it is the whole call: all names and contexts
+        (`whole_calls`).
+        """
+        keys = [""] * len(self._texts.names)
+        for group in self.plan.groups:
+            names, width = self._names_of(group)
+            where = f"{width}, alone" if len(names) == 1 else f"{width}"
+            for index, name in zip(group, names, strict=True):
+                keys[index] = f"{name} in {where}"
+        if self.whole_calls:
+            keys = [f"{index} of {keys}" for index in range(len(keys))]
+        return tuple(keys)
+
+    @property
+    def whole_calls(self) -> bool:
+        """Whether the bytes of a feature depend on all of its call."""
+        return self._precision != "fp32" or self._execution.provider != "cpu"
+
+    def _names_of(self, group: I64) -> tuple[list[tuple[int, ...]], int]:
+        """Return a group's names and the length that they are padded to."""
+        names = [self._texts.names[index] for index in group]
+        return names, max(name_lengths(self._texts.bundle.text, names))
+
+    def part(self, classes: I64) -> OrtPromptEncoder:
+        """Return the encoder of some classes i64[k], with the bytes that they have here."""
+        texts, groups = self._texts, []
+        table = token_table(texts.bundle)
+        for group in self.plan.groups:
+            at = np.flatnonzero(np.isin(classes, group))
+            if len(at) == 1 < len(group):
+                at = np.repeat(at, 2)  # a single name is multiplied by other kernels
+            if len(at):
+                names = [texts.names[index] for index in classes[at]]
+                width = self._names_of(group)[1]
+                groups.append((at, feeds(texts.bundle.text, table, names, texts.n_context, width)))
+        return OrtPromptEncoder(
+            self.plan, groups, self._graph, texts, self._execution, self._n_candidates
+        )
 
     def encode_on_device(self, contexts: F32) -> Iterator[list[Any]]:
         """Yield features f32[p, C_g, e] by group, one call's candidates at a time.
@@ -240,7 +304,7 @@ class OrtPromptEncoder:
 
     def _bind(self, session: Any, number: int, shape: tuple[int, ...]) -> BoundCall:
         group, constants = self._groups[number]
-        features = (shape[0], len(group), self._embed_dim)
+        features = (shape[0], len(group), self.embed_dim)
         path, provider = self._graph.path, self._execution.provider
         return BoundCall(session, path, provider, constants, {"contexts": shape}, features)
 

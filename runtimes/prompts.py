@@ -105,22 +105,29 @@ def name_lengths(spec: TextSpec, names: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def feeds(
-    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], n_context: int
+    spec: TextSpec,
+    table: F32,
+    names: Sequence[tuple[int, ...]],
+    n_context: int,
+    width: int | None = None,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return a prompt graph's inputs except `contexts`, for checked ids; see export/graphs.py."""
+    """Return a prompt graph's inputs except `contexts`, for checked ids; see export/graphs.py.
+
+    `width` is the length of the padded grid of names; None: that of the longest (`name_lengths`).
+    """
     if spec.graph == "prefix":
-        return _prefix_feeds(spec, table, names)
+        return _prefix_feeds(spec, table, names, width)
     return _sequence_feeds(spec, table, names, n_context)
 
 
 def _prefix_feeds(
-    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]]
+    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], width: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the real tokens packed in sequence, and indices to and from the grid [C, n]."""
     rows = [(*ids, *spec.suffix_ids) for ids in names]
     lengths = np.array([len(row) for row in rows])
     starts = np.cumsum(lengths) - lengths
-    steps = np.arange(lengths.max())
+    steps = np.arange(width or lengths.max())
     real = steps < lengths[:, None]  # [C, n]
     packed = np.array([token for row in rows for token in row])
     return {

@@ -42,6 +42,17 @@ FEW_DIGITS = copy_digits(Path(tempfile.mkdtemp(prefix="digits-")), 32)
 atexit.register(shutil.rmtree, FEW_DIGITS, ignore_errors=True)
 
 
+# Runs share features in the user's cache folder. A test finds none there, and leaves none.
+_CACHES = tempfile.mkdtemp(prefix="caches-")
+atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _CACHES
+
+
+@pytest.fixture(autouse=True)
+def no_shared_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=_CACHES))
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command left behind."""

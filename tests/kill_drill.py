@@ -39,7 +39,8 @@ METHODS: dict[str, tuple[object, ...]] = {
     "blackvip": ("--queries", 30, "--set", "batch_size=2"),
     "bptvlm": ("--queries", 60, "--set", "text_dim=40", "--set", "vision_dim=30"),
 }
-COSTS = ("queries", "probe_queries", "text_forwards", "image_forwards", "train_loss", "validation")
+COSTS = ("queries", "probe_queries", "train_loss", "validation")
+FORWARDS = ("text_forwards", "image_forwards")
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 Before = Callable[[], object]
@@ -121,6 +122,8 @@ def files(out: Path) -> dict[str, object]:
     return {
         "history": [{**line, "seconds": 0} for line in lines],
         "costs": {name: document[name] for name in COSTS},
+        # What a killed process has encoded is in the cache.
+        "forwards": [document[name] + document.get(f"{name}_cached", 0) for name in FORWARDS],
         "status": document["status"],
         **{
             str(path.relative_to(out)): path.read_bytes()

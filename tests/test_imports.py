@@ -26,9 +26,9 @@ LAYERS = (
     {"ensemble"},
     {"methods"},
     {"run"},
-    {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare"},
+    {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare", "text_cache"},
     {"objective", "artifact", "data", "report", "budget", "inliers"},
-    {"calibration", "logits", "mixing", "text_cache", "statistics"},
+    {"calibration", "logits", "mixing", "statistics"},
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""

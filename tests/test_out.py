@@ -250,7 +250,8 @@ def test_a_full_disk_names_the_file_and_says_how_to_go_on(
             patched.setattr(os, "write", full_disk)
         else:
             patched.setattr(Path, "write_bytes", write)
-        result = ztune(*ZIP, "--out", out)
+        cache = ("--cache", tmp_path / "cache") if at == "cache" else ()
+        result = ztune(*ZIP, *cache, "--out", out)
     name = {"state": "state.safetensors", "prompt": "prompt.safetensors", "history":
             "history.jsonl", "cache": ".features"}[at]  # fmt: skip
     again = f"ztune tune --resume {shlex.quote(str(out))}"

@@ -15,7 +15,7 @@ import pytest
 from export.quantize import quantize_bundle
 from runtimes import reference
 from runtimes.bundle import load_bundle
-from tests.conftest import DIGITS, MINI, Command
+from tests.conftest import DIGITS, MINI, Command, copy_digits
 from ztune import training
 
 TUNE = ("tune", MINI, "--data", "digits", "--method", "zip", "--shots", 4, "--queries", 40)
@@ -389,3 +389,23 @@ def test_losses_alone_are_gated_as_the_steps_that_are_taken(
     assert "warning: answers=loss leaves no logits to fit" in done.err
     # It takes zip's steps, whose perturbation is the published one.
     assert done.json["signal"]["reason"].startswith("the signal in fp32")
+
+
+def test_texts_of_a_whole_call_are_found_in_low_precision(
+    int8: Path, ztune: Command, tmp_path: Path
+) -> None:
+    data = copy_digits(tmp_path / "data", 12, ("four", "nine", "one"))
+
+    def tuned(out: str) -> tuple[bytes, list[int]]:
+        words = ("--queries", 20, "--shots", 4, "--val", 0, "--quiet", "--json")
+        done = ztune("tune", int8, "--data", data, *words, "--out", tmp_path / out)
+        assert done.code == 0, done.err
+        costs = [done.json.get(name, 0) for name in ("text_forwards", "text_forwards_cached")]
+        return (tmp_path / out / "prompt.safetensors").read_bytes(), costs
+
+    first, costs = tuned("first")
+    assert costs == [20 * 3, 0]
+    assert tuned("again") == (first, [0, 20 * 3])
+    # An activation's scale is that of its call, so a class more changes all features.
+    copy_digits(data, 12, ["two"])
+    assert tuned("more")[1] == [20 * 4, 0]

@@ -18,7 +18,9 @@ class Budget:
     limit: int
     queries: int = 0
     text_forwards: int = 0
-    """Class prompts encoded: P * C per call, signal check included."""
+    """Class prompts encoded: P * C per call less those found on disk, signal check included."""
+    text_forwards_cached: int = 0
+    """Class prompts found on disk."""
     image_forwards: int = 0
     """Images encoded for this run, each view counted, cache hits excluded."""
     probe_queries: int = 0
@@ -64,12 +66,14 @@ class Budget:
         """Count queries sent to a server outside the steps."""
         self.report_queries += n_queries
 
-    def commit(self, n_texts: int, n_images: int = 0) -> None:
+    def commit(self, n_texts: int, n_images: int = 0, n_found: int = 0) -> None:
         """Charge the reserved queries once their answers are part of the state to save.
 
-        Each query encoded `n_texts` class prompts and `n_images` images.
+        Each query needed `n_texts` class prompts and encoded `n_images` images; `n_found` of all
+        class prompts were on disk.
         """
         self.queries += self._reserved
-        self.text_forwards += self._reserved * n_texts
+        self.text_forwards += self._reserved * n_texts - n_found
+        self.text_forwards_cached += n_found
         self.image_forwards += self._reserved * n_images
         self._reserved = 0

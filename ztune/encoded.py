@@ -62,15 +62,11 @@ class EncodedSplit:
         labels = np.tile(self.labels, n_views)
         return Shots(features, labels, text_features, logit_scale, logit_bias, held_out, n_views)
 
-    def costs(self, own_cache: bool, seconds: float) -> dict[str, Any]:
-        """Return the image pass's cost; a resumed run keeps its first full pass's.
-
-        Images in the run's own cache were encoded by this run, before it was killed.
-        """
-        n_paid_before = self.n_cached if own_cache else 0
+    def costs(self, seconds: float) -> dict[str, Any]:
+        """Return the image pass's cost; a resumed run keeps its first full pass's."""
         return {
-            "image_forwards": self.n_encoded + n_paid_before,
-            "image_forwards_cached": self.n_cached - n_paid_before,
+            "image_forwards": self.n_encoded,
+            "image_forwards_cached": self.n_cached,
             "conversions": self.conversions,
             "image_seconds": round(seconds, 3),
         }

@@ -18,7 +18,7 @@ from ztune.data.cache import FeatureStore, MemoryCache, OptionalCache
 from ztune.data.features import Features
 from ztune.data.relocate import relocate, resolve_roots
 from ztune.data.sources import read_source
-from ztune.data.split import Split
+from ztune.data.split import LEAST_HALVED, LEAST_JUDGED, Split
 from ztune.data.splitter import digest_images
 from ztune.errors import ConfigError, DataError
 from ztune.inliers import Refusals
@@ -30,12 +30,16 @@ from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
-from ztune.run_document import run_start
+from ztune.run_document import RunReport, run_start
 from ztune.statistics import Score, score
 from ztune.task import open_program
 from ztune.types import F32, I64, Json
 
 _AT_ONCE = 32  # images decoded at a time
+
+
+class NoTestImagesError(DataError):
+    """A split has no test images."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def labelled_of_split(
 
     `data` and `test_data` are new locations of moved images.
 
-    Raises: DataError without such images, or if one has changed; FormatError.
+    Raises: NoTestImagesError; DataError without any images, or if one has changed; FormatError.
     """
     path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
@@ -174,7 +178,7 @@ def labelled_of_split(
     if split == "test":
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:
-            raise DataError(
+            raise NoTestImagesError(
                 f"{where} has no test images (tune with `test_data` or more images, or "
                 "evaluate the bundle on other `data`)"
             )
@@ -189,6 +193,54 @@ def labelled_of_split(
     items = [(whole.file(entry), entry.sha256) for entry in whole.entries]
     labels = np.array([entry.label for entry in whole.entries], dtype=np.int64)
     return LabelledImages(items, labels, whole.classes, split)
+
+
+def why_no_accuracy(folder: RunFolder, report: RunReport) -> str | None:
+    """Return why a finished run's accuracy cannot be known, and what to do.
+
+    None if it has test images or a cross-validated accuracy.
+
+    Raises: FormatError for a damaged split file.
+    """
+    where = f'run "{folder.path}": split.json'
+    split = Split.from_json(read_json(folder.split, where), where)
+    if split.entries_of("test") or report.cross_validation is not None:
+        return None
+    counts = np.bincount(split.labels("train"), minlength=len(split.classes))
+    fewest = int(counts.argmin())
+    why = f"{report.method} is not cross-validated"
+    if counts[fewest] < LEAST_JUDGED:
+        name, n = split.classes[fewest], counts[fewest]
+        why = f'class "{name}" has {n} for training, too few to cross-validate'
+    return (
+        f"no test accuracy: the run has no test images, and {why} (add images: half of a "
+        f"class of {LEAST_HALVED} is for testing, {LEAST_JUDGED} of every class are enough for "
+        "`method=auto` to cross-validate; or tune with `test_data`)"
+    )
+
+
+def cross_validated(folder: RunFolder, report: RunReport) -> dict[str, Json]:
+    """Return the result of `ztune eval` for a run without test images.
+
+    Raises: DataError if no accuracy is known; FormatError for a damaged split file.
+    """
+    if why := why_no_accuracy(folder, report):
+        raise DataError(f'run "{folder.path}": {why}')
+    found, before = report.cross_validation, report.hand_written
+    assert found is not None
+    zero_shot: dict[str, Json] = {}
+    if before is not None:
+        zero_shot["zero_shot_accuracy"] = before.accuracy
+        zero_shot["zero_shot_interval"] = list(before.interval)
+    return {
+        "accuracy": found.accuracy,
+        "interval": list(found.interval),
+        "n": found.n,
+        "split": "cross-validation",
+        **zero_shot,
+        "method": report.method,
+        "run": str(folder.path),
+    }
 
 
 @dataclass(frozen=True)
@@ -235,7 +287,7 @@ def score_run(
     features = encode_test(
         model,
         images.items,
-        cache or OptionalCache(run_config.cache_folder(folder.path)),
+        cache or OptionalCache(folder.cache_folder(run_config.cache)),
         what="test images",
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=find_extractor(artifact, folder.path),

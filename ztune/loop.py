@@ -57,8 +57,11 @@ def tune(
     n_classes: int,
     observe: Observer,
     held_out: HeldOut | None = None,
+    take_n_found: Callable[[], int] = lambda: 0,
 ) -> str:
     """Run until the optimizer has finished or the budget is spent; return the stop reason.
+
+    `take_n_found` returns how many of the last round's class prompts were on disk.
 
     `observe` is called with the state after each round, to save and report it; it may raise to stop
     the run.
@@ -89,7 +92,8 @@ def tune(
             tuning.sampler.restore(before)  # the state to resume from has not drawn this batch
             raise
         tuning.optimizer.tell(evaluation)
-        tuning.budget.commit(*forwards_per_query(prompts, n_classes, len(batch.images)))
+        forwards = forwards_per_query(prompts, n_classes, len(batch.images))
+        tuning.budget.commit(*forwards, take_n_found())
         tuning.step += 1
         observe(tuning, evaluation)
 

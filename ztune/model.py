@@ -16,10 +16,10 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
 from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
-from runtimes.ort import OrtImageEncoder
+from runtimes.ort import OrtImageEncoder, OrtPromptGraph
 from runtimes.preprocess import ImageLike, crop, with_image
 from runtimes.prompts import embed_words, token_table, tokenize_words
-from runtimes.providers import Execution, check_precision, resolve_execution
+from runtimes.providers import Execution, check_precision, onnxruntime, resolve_execution
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import parse_settings, settings_to_save
 from runtimes.runtime import LocalRuntime, PromptGraph, Runtime
@@ -39,9 +39,11 @@ from ztune.data.features import CENTRE, Features, Views, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
-from ztune.mixing import mix_text_features
+from ztune.mixing import blend_for_other_classes, mix_text_features
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
+from ztune.system import processor_type
+from ztune.text_cache import StoredTextEncoder, TextStore
 from ztune.types import F32, ImageEncoder, Json
 
 if TYPE_CHECKING:
@@ -224,18 +226,39 @@ class Model:
         # One by one: unlike class names, texts may be equal.
         return np.concatenate([self.prompt_graph.encode_template("{}", (text,)) for text in texts])
 
-    def encode_templates(self, templates: Sequence[str], classes: tuple[str, ...]) -> F32:
+    def encode_templates(
+        self,
+        templates: Sequence[str],
+        classes: tuple[str, ...],
+        store: TextStore | None = None,
+    ) -> F32:
         """Return unit features f32[C, e] of the classes, averaged over the templates.
 
-        A template has {} for a class name.
+        A template has {} for a class name. Features in `store` are not computed.
 
         Raises: DataError for a text too long for the tower; ServerError.
         """
-        each = [self.prompt_graph.encode_template(template, classes) for template in templates]
+        graph = self.prompt_graph
+        if store is not None and isinstance(graph, OrtPromptGraph):
+            wrap = functools.partial(StoredTextEncoder, store=store)
+            each = [graph.encode_template(template, classes, wrap) for template in templates]
+        else:
+            each = [graph.encode_template(template, classes) for template in templates]
         if len(each) == 1:
             return each[0]
         mean: F32 = np.mean(each, axis=0)
         return np.asarray(mean / np.linalg.norm(mean, axis=-1, keepdims=True), dtype=np.float32)
+
+    def text_store(self, cache: Path) -> TextStore | None:
+        """Return the stored text features of this bundle on this machine in a cache folder.
+
+        None for a server: the model behind a URL may change.
+        """
+        if self.served is not None:
+            return None
+        version = f"onnxruntime {onnxruntime().__version__}"
+        identity = (self.bundle.digest, self.execution.provider, version, processor_type())
+        return TextStore(cache / "texts", identity)
 
     def zero_shot(self, templates: Sequence[str], classes: tuple[str, ...]) -> FeatureClassifier:
         """Return the zero-shot classifier of templates: features f32[N, e] to f32[N, C].
@@ -308,8 +331,9 @@ class Model:
                 return artifact  # encoding all prompts again gives the same
             if set(wanted) - set(artifact.classes):
                 warn(
-                    "a mixture's weights were fitted to the classes it was tuned on; for other "
-                    "class names one context works better (`method=ogn-context`)"
+                    "a mixture's weights were fitted to the classes it was tuned on; with other "
+                    "class names it may be worse than the hand-written prompt (compare both; "
+                    "`method=auto` blends them)"
                 )
             texts = self.mix(artifact, wanted)
         elif artifact.context is None:
@@ -344,16 +368,16 @@ class Model:
         if set(classes) <= set(artifact.classes):
             return artifact.restricted(classes)
         warn(
-            "the heads know only the classes they were fitted to; with other names among them, all "
-            "classes get the mean of the tuned prompts' text features and the hand-written ones'"
+            "the heads know only the classes they were fitted to; with other names among them all "
+            "classes get the hand-written prompt's text features, with a fifth of the tuned ones'"
         )
-        texts = (
-            self.mix(mixture, classes) + self.encode_templates(artifact.templates, classes)
-        ) / 2
+        texts = blend_for_other_classes(
+            self.mix(mixture, classes), self.encode_templates(artifact.templates, classes)
+        )
         return replace(
             mixture,
             classes=classes,
-            text_features=np.asarray(texts, dtype=np.float32),
+            text_features=texts,
             logit_scale=self.bundle.logit_scale,
             logit_bias=self.bundle.logit_bias,
         )

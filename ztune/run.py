@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 
 from ztune.artifact import Artifact, artifact_bytes, write_artifact
 from ztune.budget import Budget
-from ztune.data.cache import FeatureCache, FeatureStore, MemoryCache
+from ztune.data.cache import (
+    MOST_BYTES,
+    FeatureCache,
+    FeatureStore,
+    MemoryCache,
+    OptionalCache,
+    shared_cache,
+    trim,
+)
 from ztune.errors import ConfigError, FormatError, ZtuneError
 from ztune.io.files import (
     naming,
@@ -89,6 +97,7 @@ class _SavedState(Record, frozen=True):
     text_forwards: Count
     image_forwards: Count
     history_bytes: Count
+    text_forwards_cached: Count = 0
 
 
 class _HistoryLine(Struct, frozen=True):
@@ -270,9 +279,22 @@ class RunFolder:
     def where_saved(self) -> str:
         return f"the state before it is saved in {self.state}"
 
+    def cache_folder(self, named: str | None) -> Path:
+        """Return the folder of features: the named one, else that of an older run, else shared."""
+        if named:
+            return Path(named)
+        own = self.path / "cache"
+        return own if own.is_dir() else shared_cache()
+
     def cache(self, named: str | None) -> FeatureStore:
-        """Return the store of features: the named folder, else the run's own."""
-        return FeatureCache(Path(named) if named else self.path / "cache")
+        """Return the store of image features."""
+        folder = self.cache_folder(named)
+        return FeatureCache(folder) if named else OptionalCache(folder)
+
+    def trim_cache(self, named: str | None) -> None:
+        """Bound the shared image features."""
+        if not named:
+            trim(shared_cache(), MOST_BYTES)
 
     def pixels(self, shape: tuple[int, ...]) -> U8:
         """Return u8 of that shape, mapped to a temporary file.
@@ -334,6 +356,7 @@ class RunFolder:
             text_forwards=budget.text_forwards,
             image_forwards=budget.image_forwards,
             history_bytes=self.history.stat().st_size if self.history.exists() else 0,
+            text_forwards_cached=budget.text_forwards_cached,
         )
         write_tensors(self.state, arrays, plain(saved))
 
@@ -375,7 +398,7 @@ class RunFolder:
                 f"back, or {restart})"
             )
         tuning.step, tuning.earlier = saved.step, saved.seconds
-        for name in ("queries", "text_forwards", "image_forwards"):
+        for name in ("queries", "text_forwards", "text_forwards_cached", "image_forwards"):
             setattr(tuning.budget, name, getattr(saved, name))
         if len(history) > saved.history_bytes:
             os.truncate(self.history, saved.history_bytes)
@@ -455,8 +478,14 @@ class MemoryRun:
     def write(self, document: Mapping[str, Json]) -> None:
         self.document = dict(document)
 
+    def cache_folder(self, named: str | None) -> Path | None:
+        return Path(named) if named else None
+
     def cache(self, named: str | None) -> FeatureStore:
         return FeatureCache(Path(named)) if named else self._features
+
+    def trim_cache(self, named: str | None) -> None:
+        pass
 
     def pixels(self, shape: tuple[int, ...]) -> U8:
         return np.empty(shape, dtype=np.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 from ztune.data.features import Views
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
-from ztune.data.split import SplitSettings, parse_test_fraction
+from ztune.data.split import ALL, MOST_VAL, Shots, SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import (
@@ -35,7 +35,7 @@ class RunConfig:
     data: str
     """A path, or with `root` a data set's name."""
     method: str = "auto"
-    shots: int = 16
+    shots: Shots = ALL
     queries: int = 5000
     seed: int = 1
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -194,10 +194,21 @@ class RunConfig:
         Raises: ConfigError for invalid numbers.
         """
         share = parse_test_fraction(self.test_fraction)
-        return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
+        n_val = self.val
+        if n_val is None and self.shots == ALL and self._needs_validation:
+            n_val = MOST_VAL
+        return SplitSettings(self.shots, n_val, share, self.split_seed, self.seed)
 
-    def cache_folder(self, run: Path) -> Path:
-        return Path(self.cache) if self.cache else run / "cache"
+    @property
+    def _needs_validation(self) -> bool:
+        """Whether the method has steps and predicts no training image without having seen it."""
+        tuned = self.tuned_config
+        return tuned is not None and not tuned.mixes
+
+    @property
+    def shots_shown(self) -> str:
+        """The shots as in `16 shots`."""
+        return "all images" if self.shots == ALL else f"{self.shots} shots"
 
 
 def _counts(listed: str) -> list[int]:

@@ -9,10 +9,13 @@ from msgspec import Struct
 
 from ztune.data.split import LeftOut
 from ztune.io.schema import Count, convert
+from ztune.methods.ogn import PROMPTS, STALLED
+from ztune.optim.epochs import CANDIDATES
 from ztune.run_config import RunConfig
 from ztune.types import Json
 
 Status = Literal["running", "finished", "refused", "replaced"]
+_LIMITS = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
 
 
 class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -47,12 +50,16 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ValidationScore(Struct, frozen=True):
-    """Accuracy on the validation images."""
+    """Accuracy on n images that the method did not see."""
 
     accuracy: float
     interval: tuple[float, float]
     """95 %, Wilson."""
     n: Count
+
+    @property
+    def interval_shown(self) -> str:
+        return "{:.1%} to {:.1%}".format(*self.interval)
 
 
 class Calibration(Struct, frozen=True):
@@ -86,6 +93,8 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     queries: Count
     probe_queries: Count
     text_forwards: Count
+    text_forwards_cached: Count = 0
+    """Class prompts found on disk, of an earlier run."""
     seconds: float
     report_seconds: float
     peak_memory_mb: float
@@ -101,7 +110,10 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     cross_validation: ValidationScore | None = None
-    """On the training images, each by a fit without it; of methods that make such fits."""
+    """On the training images, each by a fit without it; of methods that make such fits, where every
+    class has enough images."""
+    hand_written: ValidationScore | None = None
+    """With `cross_validation`, the hand-written prompt's accuracy on all training images."""
     calibration: Calibration | None = None
     """None without logits of images to fit a temperature on."""
     server: ServerReport | None = None
@@ -110,6 +122,55 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     def own_seconds(self) -> float:
         """Seconds from start to last step, as in the history, without baselines and report."""
         return round(self.seconds - self.report_seconds, 3)
+
+    @property
+    def cross_validated(self) -> str | None:
+        """The cross-validated accuracy as a line, if known."""
+        found, before = self.cross_validation, self.hand_written
+        if found is None:
+            return None
+        zero_shot = "" if before is None else f"; zero-shot {before.accuracy:.1%}"
+        return (
+            f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%} "
+            f"(95 % interval {found.interval_shown}){zero_shot}"
+        )
+
+    @property
+    def probabilities(self) -> str:
+        """A line on what the probabilities were calibrated on."""
+        found = self.calibration
+        if found is None:
+            return "probabilities are not calibrated: no held-out logits to fit a temperature on"
+        images = "validation images" if found.images == "validation" else "held-out training images"
+        return f"probabilities: temperature {found.temperature:g}, fitted on {found.n} {images}"
+
+    @property
+    def no_gain(self) -> str | None:
+        """A warning that the result does not beat the hand-written prompt, if so."""
+        tuned, zero_shot = self.validation.get("tuned"), self.validation.get("zero-shot")
+        where = "on the validation images"
+        if tuned is None:
+            tuned, zero_shot, where = self.cross_validation, self.hand_written, "cross-validated"
+        if tuned is None or zero_shot is None or self.method == "zero-shot":
+            return None
+        if tuned.accuracy > zero_shot.accuracy:
+            return None
+        return (
+            f"the result ({tuned.accuracy:.1%}) does not beat the hand-written prompt "
+            f"({zero_shot.accuracy:.1%}) {where}"
+        )
+
+    @property
+    def early_end(self) -> str | None:
+        """Return a line on why a run ended before its budget; None if it is not worth one."""
+        budget, setting = self.run_config.queries, _LIMITS.get(self.stop_reason)
+        if self.queries >= budget or budget == RunConfig.queries:
+            return None  # nobody asked for more
+        if self.stop_reason == STALLED:
+            return f"ended after {self.queries} queries: the held-out loss stalled (least_gain)"
+        if setting is None:
+            return None
+        return f"stopped before {budget} queries: the method's limit is reached ({setting})"
 
 
 def run_start(document: Mapping[str, Json], where: str) -> RunStart:

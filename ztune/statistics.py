@@ -106,6 +106,12 @@ class Score:
         return float(np.mean([right[self.labels == c].mean() for c in np.unique(self.labels)]))
 
     @property
+    def without_images(self) -> tuple[str, ...]:
+        """The classes of which there are no images, so that nothing is known of them."""
+        present = set(self.labels.tolist())
+        return tuple(name for c, name in enumerate(self.classes) if c not in present)
+
+    @property
     def reliability(self) -> tuple[Bin, ...]:
         """Return the bins of the confidences, from the lowest; empty ones are left out."""
         right = self.predictions == self.labels

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtimes.ort import OrtPromptEncoder
 from runtimes.runtime import TextEncoder
 from runtimes.visual import (
     BorderPrompts,
@@ -39,7 +40,7 @@ from ztune.optim.validation import EarlyStop, Validated
 from ztune.run_config import RunConfig
 from ztune.statistics import Proportion
 from ztune.system import one_blas_thread
-from ztune.text_cache import CachedTextEncoder
+from ztune.text_cache import CachedTextEncoder, StoredTextEncoder, TextStore
 from ztune.top_classes import TopClasses
 from ztune.types import (
     F32,
@@ -119,6 +120,8 @@ class FewShotTask:
     """f32[C, e]; None if the runtime returns no text features."""
     remembered: CachedTextEncoder | None
     """The caching encoder of a method whose result is a mixture."""
+    stored: StoredTextEncoder | None
+    """Its encoder, if text features are kept on disk."""
     images: VisualPrompts | None
     """Encodes images under visual prompts."""
     objective: FewShotObjective
@@ -135,6 +138,10 @@ class FewShotTask:
     @property
     def encoder(self) -> TextEncoder | None:
         return None if isinstance(self.texts, np.ndarray) else self.texts
+
+    def take_n_found(self) -> int:
+        """Return the class prompts found on disk since the last time it was asked."""
+        return 0 if self.stored is None else self.stored.take_n_found()
 
     def prompts(self, point: F64) -> Prompts:
         """Return the prompts of one point f64[dim]."""
@@ -296,10 +303,11 @@ def open_task(
     config: TunedConfig,
     start: MethodStart,
     text_features: F32 | None,
+    store: TextStore | None = None,
 ) -> FewShotTask:
     """Open a method's task on a split.
 
-    `text_features` f32[C, e] are those of the templates.
+    `text_features` f32[C, e] are those of the templates. A mixture's prompts are kept in `store`.
 
     Raises: ZtuneError without text features for a method that tunes no text; ProviderError,
         ServerError.
@@ -316,9 +324,11 @@ def open_task(
         changeable = encoded.changeable
         n_extracted = 0 if changeable is None else changeable.extracted.shape[-1]
         images = open_program(model, config.program, n_extracted)
-    remembered = None
+    remembered, stored = None, None
     if config.mixes and not isinstance(texts, np.ndarray):
-        remembered = CachedTextEncoder(texts)
+        if store is not None and isinstance(texts, OrtPromptEncoder):
+            stored = StoredTextEncoder(texts, store)
+        remembered = CachedTextEncoder(stored or texts)
     objective = _objective(
         model, config, remembered or texts, _seen(encoded, images), encoded.labels
     )
@@ -339,6 +349,7 @@ def open_task(
         texts,
         text_features,
         remembered,
+        stored,
         images,
         objective,
         held_out,

@@ -30,7 +30,7 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
+from ztune.data.split import HOW_DRAWN, LEAST_JUDGED, NOTHING, LeftOut, Split
 from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
@@ -83,6 +83,7 @@ from ztune.run_document import (
 from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, Result, compose, open_task
+from ztune.text_cache import TextStore
 from ztune.types import F32, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
@@ -356,6 +357,8 @@ class TrainingRun(Generic[Store]):
     model: Model
     encoded: EncodedSplit | None = None
     """The split's features, if known before the run."""
+    stores_texts: bool = True
+    """Whether text features are kept on disk for other runs; not where seconds are compared."""
 
     @property
     def tuned(self) -> TunedConfig | None:
@@ -424,16 +427,17 @@ class TrainingRun(Generic[Store]):
         # One tower at a time: each session is closed before the next is opened.
         changeable = self.tuned is not None and self.tuned.program is not None
         encoded = self.encoded or self._encoder.encode(changeable=changeable)
-        own_cache = run_config.cache is None
         if head.image_forwards is None:
-            costs = encoded.costs(own_cache, time.monotonic() - started)
+            costs = encoded.costs(time.monotonic() - started)
             head = structs.replace(head, **costs, **self._left_out(encoded))
         self.folder.write(plain(head))
         budget = Budget(run_config.queries, image_forwards=head.image_forwards or 0)
         with self._journal_queries(budget) as served:
             texts = None
             if TEXTS not in self.model.runtime.missing:
-                texts = self.model.encode_templates(run_config.templates, self.split.classes)
+                texts = self.model.encode_templates(
+                    run_config.templates, self.split.classes, self._store
+                )
             baselines = self._baselines(texts, encoded)
             return_free_memory()  # of the image tower and the fit
             if self.tuned is not None:
@@ -468,6 +472,7 @@ class TrainingRun(Generic[Store]):
             queries=budget.queries,
             probe_queries=budget.probe_queries,
             text_forwards=budget.text_forwards,
+            text_forwards_cached=budget.text_forwards_cached,
             seconds=round(seconds + report_seconds, 3),
             report_seconds=report_seconds,
             peak_memory_mb=round(peak_memory_mb(), 1),
@@ -480,7 +485,8 @@ class TrainingRun(Generic[Store]):
             validation={
                 name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
             },
-            cross_validation=self._cross_validate(outcome),
+            cross_validation=self._cross_validate(outcome, encoded),
+            hand_written=self._hand_written(outcome, baselines, encoded),
             calibration=calibration,
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
@@ -488,6 +494,9 @@ class TrainingRun(Generic[Store]):
         if curve and self.tuned is not None:
             draw_curve(self.folder, report)
         self.folder.write(plain(report))  # last: a finished run is complete
+        self.folder.trim_cache(run_config.cache)
+        if self._store is not None:
+            self._store.trim()
         return report
 
     def signal(self) -> tuple[Signal, dict[str, Json]]:
@@ -602,6 +611,11 @@ class TrainingRun(Generic[Store]):
         classifiers = {"zero-shot": zero_shot, "gda": gda.classifier}
         return Baselines(classifiers, gda.chosen["alpha"], time.monotonic() - began)
 
+    @cached_property
+    def _store(self) -> TextStore | None:
+        folder = self.folder.cache_folder(self.run_config.cache)
+        return self.model.text_store(folder) if folder and self.stores_texts else None
+
     @property
     def _encoder(self) -> SplitEncoder:
         return SplitEncoder(self.run_config, self.split, self.folder, self.model)
@@ -609,7 +623,14 @@ class TrainingRun(Generic[Store]):
     def _task(self, config: TunedConfig, encoded: EncodedSplit, texts: F32 | None) -> FewShotTask:
         """Open the method's task; `texts` are the templates' features f32[C, e]."""
         return open_task(
-            self.run_config, self.split, encoded, self.model, config, self.start, texts
+            self.run_config,
+            self.split,
+            encoded,
+            self.model,
+            config,
+            self.start,
+            texts,
+            self._store,
         )
 
     def _tune(self, task: FewShotTask, budget: Budget, started: float) -> Outcome:
@@ -672,7 +693,13 @@ class TrainingRun(Generic[Store]):
 
             try:
                 stop_reason = tune(
-                    tuning, task.prompt_map, task.objective, n_classes, observe, task.held_out
+                    tuning,
+                    task.prompt_map,
+                    task.objective,
+                    n_classes,
+                    observe,
+                    task.held_out,
+                    task.take_n_found,
                 )
             except NotFiniteError as error:
                 self.folder.save(tuning)
@@ -752,11 +779,26 @@ class TrainingRun(Generic[Store]):
             "gda": score(others["gda"].logits(features), labels, classes),
         }
 
-    def _cross_validate(self, outcome: Outcome) -> ValidationScore | None:
-        """Return the accuracy on training images by fits without them; None if not known."""
-        if outcome.held_out is None or len(set(outcome.held_out[1])) < len(self.split.classes):
+    def _cross_validate(self, outcome: Outcome, encoded: EncodedSplit) -> ValidationScore | None:
+        """Return the accuracy on training images by fits without them.
+
+        None for a method without such fits, or with a class of fewer than LEAST_JUDGED images.
+        """
+        classes = self.split.classes
+        fewest = np.bincount(encoded.labels, minlength=len(classes)).min()
+        if outcome.held_out is None or fewest < LEAST_JUDGED:
             return None
-        found = score(*outcome.held_out, self.split.classes)
+        found = score(*outcome.held_out, classes)
+        return ValidationScore(found.accuracy, found.interval, found.n)
+
+    def _hand_written(
+        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
+    ) -> ValidationScore | None:
+        """Return the zero-shot accuracy on all training images, if there is a `_cross_validate`."""
+        if self._cross_validate(outcome, encoded) is None or not baselines.classifiers:
+            return None
+        logits = baselines.classifiers["zero-shot"].logits(encoded.features[0])
+        found = score(logits, encoded.labels, self.split.classes)
         return ValidationScore(found.accuracy, found.interval, found.n)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
@@ -780,7 +822,7 @@ def draw_curve(folder: Store, report: RunReport) -> None:
         f"{shown[name]}, validation": found.accuracy for name, found in report.validation.items()
     }
     title = (
-        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
+        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots_shown}, "
         f"seed {run_config.seed}"
     )
     folder.draw_curve(levels, title)

@@ -20,7 +20,7 @@ from ztune.cli.server import (
 )
 from ztune.errors import ConfigError
 from ztune.io.kinds import kind_of, wrong_kind
-from ztune.printing import quoted
+from ztune.printing import first_few, quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
 from ztune.types import Json
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.evaluate import labelled_of_split, score_run
+    from ztune.evaluate import NoTestImagesError, cross_validated, labelled_of_split, score_run
     from ztune.foreign import read_foreign, refusals_of
     from ztune.report import draw_confusion, draw_reliability
     from ztune.run import RunFolder
@@ -112,13 +112,17 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f"{quoted(folder.path)})"
         )
     folder.remove_leftovers()
-    run_config = run_report(head, f'run "{folder.path}": run.json').run_config
-    images = labelled_of_split(
-        folder.split,
-        arguments.split or "test",
-        data=arguments.data,
-        test_data=arguments.test_data,
-    )
+    report = run_report(head, f'run "{folder.path}": run.json')
+    run_config, part = report.run_config, arguments.split or "test"
+    moved = {"data": arguments.data, "test_data": arguments.test_data}
+    try:
+        images = labelled_of_split(folder.split, part, **moved)
+    except NoTestImagesError:
+        if arguments.foreign is not None:
+            raise
+        document = cross_validated(folder, report)
+        output.result(document, [f"no test images; {report.cross_validated}"])
+        return
     foreign = read_foreign(arguments.foreign, run_config.reject, output)
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
@@ -150,9 +154,12 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         "zero_shot_accuracy": found.zero_shot.accuracy,
         "zero_shot_interval": list(found.zero_shot.interval),
         "templates": list(templates),
+        "classes_without_images": list(found.tuned.without_images),
         "method": found.artifact.provenance.method,
         "run": str(folder.path),
     }
+    if missing := found.tuned.without_images:
+        output.warn(f"{len(missing)} classes have no images here: {first_few(missing)}")
     _finish(document, found.scores, refusals, output)
 
 

@@ -6,6 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+
+def number_or_word(text: str) -> int | str:
+    """Return the value of an option that RunConfig checks."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 _DECLARED: dict[str, dict[str, Any]] = {
     # data
     "--data": {
@@ -24,11 +30,15 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "choices": ("leaf", "top"),
         "help": "folders in folders: classes are the innermost (leaf, default) or the top ones",
     },
-    "--shots": {"type": int, "metavar": "N", "help": "training images per class (default: 16)"},
+    "--shots": {
+        "type": number_or_word,
+        "metavar": "N",
+        "help": "training images per class, or all (default; with --root: 16)",
+    },
     "--val": {
         "type": int,
         "metavar": "N",
-        "help": "validation images per class (default: min(shots, 4))",
+        "help": "validation images per class (default: min(shots, 4); with all shots 4 or none)",
     },
     "--test-fraction": {
         "metavar": "X",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import merge_settings, settings_to_save
-from ztune.cli.options import add
+from ztune.cli.options import add, number_or_word
 from ztune.cli.output import Output, Table
 from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.cli.server import (
@@ -23,12 +23,10 @@ from ztune.cli.server import (
 from ztune.data.relocate import resolve_roots
 from ztune.errors import AwayError, ConfigError, FormatError, ServerError, StorageError
 from ztune.io.schema import plain
-from ztune.methods.ogn import PROMPTS
 from ztune.methods.registry import views_of
-from ztune.optim.epochs import CANDIDATES
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
-from ztune.run_document import Calibration, RunReport, ValidationScore
+from ztune.run_document import RunReport
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data and files")
     add(data, "--names", "--nested", "--val", "--test-fraction", "--test-data", "--split-seed")
     data.add_argument("--augment", type=int, metavar="K", help="cached views per training image")
-    add(data, "--cache", help="cache folder for features (default: inside RUN)")
+    add(data, "--cache", help="cache folder for features (default: one for all runs)")
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
@@ -73,18 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--snapshots",
-        type=_number_or_list,
+        type=number_or_word,
         metavar="N|N,N",
         help="save N - 1 intermediate snapshots, or one after each of these numbers of queries",
     )
     machine = parser.add_argument_group("machine")
     add(machine, "--threads", "--memory-limit", "--reference", "--force")
     add_server_arguments(parser)
-
-
-def _number_or_list(word: str) -> int | str:
-    """Return the value of --snapshots; RunConfig checks it."""
-    return int(word) if word.lstrip("-").isdecimal() else word
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
@@ -111,7 +104,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         overwrite = arguments.overwrite
         report = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
-    _warn_if_no_gain(report, output)
+    if report.no_gain:
+        output.warn(report.no_gain)
     output.result(plain(report), _lines(report, path))
 
 
@@ -268,63 +262,41 @@ class ResumeHint:
             ) from None
 
 
-def _warn_if_no_gain(report: RunReport, output: Output) -> None:
-    """Warn if tuning did not beat the hand-written prompt."""
-    found = report.validation
-    if not found or report.method == "zero-shot":
-        return
-    tuned, zero_shot = found["tuned"].accuracy, found.get("zero-shot")
-    if zero_shot is not None and tuned <= zero_shot.accuracy:
-        output.warn(
-            f"the result ({tuned:.1%}) does not beat the hand-written prompt "
-            f"({zero_shot.accuracy:.1%}) on the validation images"
-        )
-
-
-def _interval(found: ValidationScore) -> str:
-    return "{:.1%} to {:.1%}".format(*found.interval)
-
-
-def _probabilities(found: Calibration | None) -> str:
-    if found is None:
-        return "probabilities are not calibrated: no held-out logits to fit a temperature on"
-    images = "validation images" if found.images == "validation" else "held-out training images"
-    return f"probabilities: temperature {found.temperature:g}, fitted on {found.n} {images}"
-
-
 def _lines(report: RunReport, path: Path) -> list[str | Table]:
+    from ztune.evaluate import why_no_accuracy
+    from ztune.run import RunFolder
+
     lines: list[str | Table] = []
     validation = report.validation
     shown = {"zero-shot": "zero-shot", "tuned": f"tuned ({report.method})", "gda": "GDA"}
     parts = [(text, validation[name]) for name, text in shown.items() if name in validation]
-    rows = [(text, f"{part.accuracy:.1%}", _interval(part)) for text, part in parts]
+    rows = [(text, f"{part.accuracy:.1%}", part.interval_shown) for text, part in parts]
     if rows:
         chosen = "used to choose the settings of heads"
         if report.run_config.keep == "best":
             chosen += " and the point of the run"
         title = f"accuracy on {validation['tuned'].n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
-    else:
-        lines.append("no validation images (measure test accuracy with: ztune eval)")
     if server := report.server:
         lines.append(
             f"server {server.url}: {server.sent} queries sent "
             f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
+    found = report.text_forwards_cached + report.image_forwards_cached
+    cached = f" ({found} more in the cache)" if found else ""
     lines.append(
         f"{report.queries} queries, {report.text_forwards} text forwards, "
-        f"{report.image_forwards} image forwards, {report.seconds:.1f} s, "
+        f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if found := report.cross_validation:
-        title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
-        lines.append(f"{title} (95 % interval {_interval(found)})")
-    lines.append(_probabilities(report.calibration))
-    limits = {PROMPTS: "most_prompts", CANDIDATES: "most_candidates"}
-    setting, budget = limits.get(report.stop_reason), report.run_config.queries
-    if setting and report.queries < budget != RunConfig.queries:
-        lines.append(f"stopped before {budget} queries: the method's limit is reached ({setting})")
+    if report.cross_validated:
+        lines.append(report.cross_validated)
+    lines.append(report.probabilities)
+    if report.early_end:
+        lines.append(report.early_end)
+    if why := why_no_accuracy(RunFolder(path), report):
+        return [*lines, why, f"{path / 'prompt.safetensors'}"]
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     command = f"ztune eval {quoted(path)}{where}"
     return [*lines, f"{path / 'prompt.safetensors'} (evaluate it with: {command})"]

@@ -8,6 +8,7 @@ locks, and are never truncated or rewritten; a lost record is encoded again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -20,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from ztune.errors import DataError, StorageError
-from ztune.io.files import read_bytes
+from ztune.io.files import read_bytes, user_cache
 from ztune.progress import warn
 from ztune.types import F32
 
@@ -120,6 +121,7 @@ class OptionalLog:
     is_writable: bool = True
 
     def read(self) -> dict[bytes, F32]:
+        mark_used(self.log.path)
         return self.log.read()
 
     def append(self, records: Mapping[bytes, F32]) -> None:
@@ -168,6 +170,40 @@ class MemoryCache:
 
     def log(self, *identity: str) -> MemoryRecords:
         return self._logs.setdefault(key_of(*identity), MemoryRecords())
+
+
+MOST_BYTES = 1_000_000_000
+"""Bytes of image features that the user's runs share; the last used logs are kept."""
+
+
+def shared_cache() -> Path:
+    """Return the folder of features that this user's runs share."""
+    return user_cache("features")
+
+
+def mark_used(path: Path) -> None:
+    """Note that a log was used now, for `trim`."""
+    with contextlib.suppress(OSError):  # read-only, or not there yet
+        os.utime(path)
+
+
+def trim(folder: Path, most_bytes: int) -> None:
+    """Remove the logs of a folder that were not used for longest, down to `most_bytes`.
+
+    Errors are ignored: another process may remove the same, and a folder may be read-only.
+    """
+    logs = []
+    with contextlib.suppress(OSError):
+        for path in folder.glob("*.features"):
+            with contextlib.suppress(OSError):
+                logs.append((path.stat(), path))
+    total = sum(found.st_size for found, _ in logs)
+    for found, path in sorted(logs, key=lambda log: log[0].st_mtime):
+        if total <= most_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+            total -= found.st_size
 
 
 def key_of(*parts: str) -> bytes:

@@ -197,7 +197,8 @@ class Worker:
                 f"{method} is of {package or 'ztune'} here, expected {job.package or 'ztune'} as "
                 "at the start of the bench (install the same version)"
             )
-        training = TrainingRun(job.run_config, job.split, RunFolder(place / "run"), model)
+        folder = RunFolder(place / "run")
+        training = TrainingRun(job.run_config, job.split, folder, model, stores_texts=False)
         was_finished = training.folder.is_finished()
         report = _finished(training, job)
         training.folder.state.unlink(missing_ok=True)  # no longer needed

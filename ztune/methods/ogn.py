@@ -32,6 +32,10 @@ from ztune.types import F32, F64, I64, Evaluation, HeldOutWeights, Mixture, Prom
 
 PROMPTS = "prompts"
 """The stop reason after most_prompts prompts."""
+STALLED = "held-out loss"
+"""The stop reason when the loss on held-out images no longer falls by least_gain."""
+_JUDGED_EVERY = 50  # prompts: a fit takes as long as a few of them
+_LOOKS = 2  # without a gain
 _SHORT_TOKENS = 0.01  # of a byte-pair vocabulary, at its start, are single characters
 _LONG_FIT = 1e9  # products in a curvature: about 20 ms, and a fit has two dozen
 _TOKENS = 4  # per random prompt, by default
@@ -66,6 +70,8 @@ class OgnConfig(AnswersConfig):
     """Prompts per round; the first round includes the initial prompt."""
     most_prompts: int | None = 1000
     """Prompts after which the run ends; none: when the budget is spent."""
+    least_gain: float | None = 0.005
+    """Nats by which the held-out loss falls within 100 prompts, else the run ends; none: never."""
     rank: int = 160
     """Dimensions of the span of the prompts' logits in which weights are fitted."""
     memory_mb: float = 512.0
@@ -82,7 +88,7 @@ class OgnConfig(AnswersConfig):
         super().__post_init__()
         require(self, 1, "n_prompts", "rank", "most_prompts", "n_context", "batch_size")
         require(self, 0, "memory_mb", "ridge", above=True)
-        require(self, 0, "tolerance")
+        require(self, 0, "tolerance", "least_gain")
         if self.n_context is not None and self.init != "random":
             raise ConfigError(
                 "n_context requires init=random: otherwise the text of init defines it"
@@ -149,6 +155,7 @@ class PromptMixture:
         self._span = LogitSpan.empty(config.rank)
         self._first = np.zeros((0, 0), np.float32)
         self._labels: I64 = np.zeros(0, np.int64)
+        self._held_out_losses = np.zeros(0)
         self._next = self._drawn()
         self._choice: Choice | None = None
 
@@ -178,10 +185,20 @@ class PromptMixture:
         self._prompts = np.concatenate([self._prompts, self._next])
         self._next = self._drawn()
         self._choice = None
+        K, P = len(self._prompts), len(logits)
+        if self._config.least_gain is not None and K // _JUDGED_EVERY > (K - P) // _JUDGED_EVERY:
+            loss = self._chosen().held_out_loss
+            if loss is not None:
+                self._held_out_losses = np.append(self._held_out_losses, loss)
 
     def finished(self) -> str | None:
-        most = self._config.most_prompts
-        return PROMPTS if most is not None and len(self._prompts) >= most else None
+        most, least_gain = self._config.most_prompts, self._config.least_gain
+        if most is not None and len(self._prompts) >= most:
+            return PROMPTS
+        before, lately = self._held_out_losses[:-_LOOKS], self._held_out_losses[-_LOOKS:]
+        if least_gain is None or not len(before):
+            return None
+        return STALLED if before.min() - lately.min() < least_gain else None
 
     def probes(self, n_directions: int, rng: np.random.Generator) -> F64:
         raise ConfigError(
@@ -223,7 +240,8 @@ class PromptMixture:
         n_rounds = len(self._prompts) // self._config.n_prompts
         r = min(self._span.rank, len(self._prompts))
         long = r * r * self._span.total.size > _LONG_FIT
-        if n_rounds == 0 or (n_rounds < self._n_rounds and (long or n_rounds & (n_rounds - 1))):
+        ended = n_rounds >= self._n_rounds or self.finished() is not None
+        if n_rounds == 0 or (not ended and (long or n_rounds & (n_rounds - 1))):
             return None
         choice = self._chosen()
         return choice.loss, choice.accuracy
@@ -255,7 +273,8 @@ class PromptMixture:
             out_of_fold = np.empty_like(logits, dtype=np.float32)
             for k, own in enumerate(found.without):
                 out_of_fold[folds == k] = problem.rows(folds == k).logits(own)
-        return Choice(start + mixing @ found.whole, loss, accuracy, without, out_of_fold)
+        whole = start + mixing @ found.whole
+        return Choice(whole, loss, accuracy, without, out_of_fold, found.held_out_loss)
 
     def state(self) -> State:
         span = self._span
@@ -267,6 +286,7 @@ class PromptMixture:
             "total": span.total,
             "first": self._first,
             "labels": self._labels,
+            "held_out_losses": self._held_out_losses,
         }
         return arrays, {"squares": span.squares, "generator": generator_to_json(self._rng)}
 
@@ -289,6 +309,9 @@ class PromptMixture:
         self._span = LogitSpan(rank, rows, mixing, total, saved.number("squares", 0))
         self._first = saved.f32("first", N, C)
         self._labels = saved.indices("labels", C, N)
+        self._held_out_losses = saved.f64("held_out_losses", None)
+        n, most = len(self._held_out_losses), K // _JUDGED_EVERY
+        saved.require(n <= most, "held_out_losses", f"at most {most} losses")
         self._rng = saved.generator()
         self._choice = None
 
@@ -305,6 +328,8 @@ class Choice:
     """f64[F, K]: the weights without each fold of the images."""
     out_of_fold: F32
     """f32[N, C]: the logits of each image by the weights without it; empty without folds."""
+    held_out_loss: float | None
+    """In nats, of each image under the weights without its fold; None if nothing is held out."""
 
 
 METHOD = TunedMethod(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Solutions:
     """f64[r]"""
     without: tuple[F64, ...] = ()
     """f64[r] per fold; empty if nothing can be held out."""
+    held_out_loss: float | None = None
+    """Mean loss in nats of each image under the solution without its fold."""
 
 
 def cross_validate_ridge(
@@ -48,13 +50,14 @@ def cross_validate_ridge(
             a = problem.minimise(share * unit * eye, a, _NEWTON_STEPS)
         return Solutions(a)
     n_folds = int(folds.max()) + 1
-    if r == 0:
-        return Solutions(a, (a,) * n_folds)
     parts = [problem.rows(folds == k) for k in range(n_folds)]
+    if r == 0:
+        return _judged(parts, folds, Solutions(a, (a,) * n_folds))
     if ridge is not None:
         matrix = ridge * unit * eye
         a = problem.minimise(matrix, a, _NEWTON_STEPS)
-        return Solutions(a, _without(a, [part.terms(a) for part in parts], matrix))
+        without = _without(a, [part.terms(a) for part in parts], matrix)
+        return _judged(parts, folds, Solutions(a, without))
     terms = [part.terms(a) for part in parts]
     tried: list[tuple[Solutions, F64]] = []
     for share in RIDGES:
@@ -71,8 +74,14 @@ def cross_validate_ridge(
     first = next(i for i, (_, losses) in enumerate(tried) if losses is best)
     near = [one for one, losses in tried[first:] if _within(losses, best, tolerance)]
     whole = np.mean([one.whole for one in near], axis=0)
-    without = zip(*(one.without for one in near), strict=True)
-    return Solutions(np.asarray(whole), tuple(np.mean(fold, axis=0) for fold in without))
+    by_fold = zip(*(one.without for one in near), strict=True)
+    mean = Solutions(np.asarray(whole), tuple(np.mean(fold, axis=0) for fold in by_fold))
+    return _judged(parts, folds, mean)
+
+
+def _judged(parts: list[SoftmaxProblem], folds: I64, found: Solutions) -> Solutions:
+    """Return the solutions with their loss on held-out images."""
+    return replace(found, held_out_loss=float(_held_out_losses(parts, folds, found).mean()))
 
 
 def _without(a: F64, terms: list[Terms], ridge: F64) -> tuple[F64, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from ztune.errors import ConfigError
 from ztune.methods import ogn
-from ztune.methods.ogn import OgnConfig, PromptMixture
+from ztune.methods.ogn import PROMPTS, STALLED, OgnConfig, PromptMixture
 from ztune.objective import cross_entropy
 from ztune.types import F32, F64, I64, Evaluation, State
 
@@ -239,6 +239,51 @@ def test_it_ends_after_the_most_prompts() -> None:
     endless = make(most_prompts=None)
     play(endless, 5)
     assert endless.finished() is None
+
+
+def losses_at_marks(optimizer: PromptMixture) -> list[float]:
+    return [float(loss) for loss in optimizer.state()[0]["held_out_losses"]]
+
+
+@pytest.mark.parametrize("n_prompts", [5, 10, 60])
+def test_it_ends_when_the_held_out_loss_stalls(n_prompts: int) -> None:
+    optimizer = make(n_prompts=n_prompts, least_gain=0.02, most_prompts=None)
+    while optimizer.finished() is None:
+        play(optimizer, 1)
+    assert optimizer.finished() == STALLED
+    assert optimizer.fitted() is not None
+    losses = losses_at_marks(optimizer)
+    assert len(losses) == len(optimizer.mixture().points) // max(50, n_prompts)
+    gains = [min(losses[: n - 2]) - min(losses[n - 2 : n]) for n in range(3, len(losses) + 1)]
+    assert gains[-1] < 0.02 <= min([*gains[:-1], 1.0])
+    # An endless run has the same losses, and goes on.
+    endless = make(n_prompts=n_prompts, least_gain=None)
+    play(endless, 2 + len(optimizer.mixture().points) // n_prompts)
+    assert (endless.finished(), losses_at_marks(endless)) == (None, [])
+
+
+def test_a_stalled_run_stays_ended_when_it_is_restored() -> None:
+    optimizer = make(least_gain=100.0)
+    play(optimizer, 29)
+    assert optimizer.finished() is None
+    resumed = make(9, least_gain=100.0)
+    resumed.restore(stored(optimizer.state()))
+    assert play(resumed, 1) == play(optimizer, 1)
+    assert resumed.finished() == optimizer.finished() == STALLED
+    again = make(9, least_gain=100.0)
+    again.restore(stored(resumed.state()))
+    assert again.finished() == STALLED
+
+
+def test_nothing_stalls_where_nothing_can_be_held_out() -> None:
+    optimizer = make(least_gain=100.0, most_prompts=170)
+    while optimizer.finished() is None:
+        logits = answered(optimizer.ask().points)[:, :C]  # an image of each class
+        labels: I64 = np.arange(C)
+        losses = cross_entropy(logits, labels).mean(axis=-1)
+        optimizer.tell(Evaluation(losses, losses, labels, 1, logits))
+    assert optimizer.finished() == PROMPTS
+    assert losses_at_marks(optimizer) == []
 
 
 def test_logits_that_tell_no_class_from_another_leave_the_start() -> None:

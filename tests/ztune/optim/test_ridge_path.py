@@ -66,6 +66,21 @@ def test_noise_gets_a_heavy_ridge_and_what_generalises_a_light_one(seed: int) ->
     assert lost < new_clean.loss(fixed(clean)[0], none) - 0.1
 
 
+@pytest.mark.parametrize("ridge", [None, 0.1])
+def test_the_held_out_loss_is_of_images_left_out(ridge: float | None) -> None:
+    given = problem(np.arange(80) % C)
+    found = cross_validate_ridge(given, 1.0, ridge, TOLERANCE)
+    folds = fold_of_each(given.labels)
+    assert folds is not None
+    own = [
+        cross_entropy(given.rows(folds == k).logits(a), given.labels[folds == k])
+        for k, a in enumerate(found.without)
+    ]
+    assert found.held_out_loss == pytest.approx(np.concatenate(own).mean())
+    single = problem(np.arange(C))
+    assert cross_validate_ridge(single, 1.0, ridge, TOLERANCE).held_out_loss is None
+
+
 def halves(given: SoftmaxProblem) -> tuple[SoftmaxProblem, SoftmaxProblem]:
     first = np.arange(len(given.labels)) < len(given.labels) // 2
     return given.rows(first), given.rows(~first)
