@@ -21,6 +21,7 @@ from ztune.artifact import (
     ContextArtifact,
     HeadArtifact,
     Provenance,
+    VisualArtifact,
     classifier_of_texts,
 )
 from ztune.budget import Budget
@@ -34,6 +35,7 @@ from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, mak
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
+from ztune.inliers import fit_inlier_test
 from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
@@ -449,6 +451,13 @@ class TrainingRun(Generic[Store]):
         validated = self._val_logits(outcome, encoded)
         artifact, calibration = calibrate(outcome.artifact, outcome.held_out, validated)
         scores = self._validate(outcome, baselines, encoded, validated)
+        if run_config.reject is not None:
+            assert texts is not None
+            assert not isinstance(artifact, VisualArtifact)
+            images, labels = encoded.shots(texts, 1.0, 0.0).images
+            features = images.astype(np.float32)
+            test = fit_inlier_test(features, labels, texts, run_config.reject)
+            artifact = replace(artifact, inliers=test)
         n_bytes = self.folder.keep(artifact)
         known = {
             **structs.asdict(head),
