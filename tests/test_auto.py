@@ -50,14 +50,14 @@ def test_it_is_the_default(model: ztune.Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "counts", [(1, 1, 1, 1), (1, 1, 1, 9), (2, 2, 2, 2), (1, 5, 5, 5), (3, 9, 9, 9)]
+    "counts", [(1, 1, 1, 1), (1, 1, 1, 9), (2, 2, 2, 2), (1, 5, 5, 5), (15, 16, 16, 30), (16,) * 4]
 )
 def test_few_images(counts: tuple[int, ...], model: ztune.Model, tmp_path: Path) -> None:
     clf = fitted(model, dict(zip(CLASSES, counts, strict=True)), tmp_path / "run")
     assert clf.score(*digits(dict.fromkeys(CLASSES, 20), 60)) > 0.3
-    # An accuracy is only said where each class was held out.
+    # An accuracy is only said where each class has enough images to hold out.
     said = document(tmp_path / "run").get("cross_validation")
-    if min(counts) == 1:
+    if min(counts) < 16:
         assert said is None
     else:
         assert said is not None
@@ -82,7 +82,9 @@ def test_what_it_says_of_its_accuracy_is_so(
     )
     assert done.code == 0, done.err
     assert "stopped before" not in done.out
-    assert "cross-validated on 160 training images: accuracy " in done.out
+    n = json.loads((tmp_path / "run" / "run.json").read_text())["image_forwards"]
+    assert 190 < n < 250  # half of all
+    assert f"cross-validated on {n} training images: accuracy " in done.out
     told = document(tmp_path / "run")["cross_validation"]["accuracy"]
     measured = ztune("eval", tmp_path / "run", "--json").json["accuracy"]
     assert told == pytest.approx(measured, abs=0.1)
@@ -105,7 +107,9 @@ def test_class_names(ztune: Command, model: ztune.Model, tmp_path: Path) -> None
         other = model.refresh(whole, names)
     assert isinstance(other, MixtureArtifact)
     mixed, templates = model.mix(whole.mixture, names), model.encode_templates([TEMPLATE], names)
-    np.testing.assert_allclose(other.text_features, (mixed + templates) / 2, atol=1e-6)
+    length = max(1, np.linalg.norm(mixed, axis=1).mean())
+    blended = 0.2 * mixed / length + 0.8 * templates
+    np.testing.assert_allclose(other.text_features, blended, atol=1e-6)
     assert np.abs(mixed - templates).max() > 0.01
 
 

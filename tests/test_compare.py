@@ -126,7 +126,7 @@ def test_the_table_is_sorted_and_says_what_failed(finished: Path) -> None:
     text = (finished / "compare.md").read_text()
     listed = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert listed == ["method", "---", *(row["method"] for row in rows)]
-    assert "| sharpzo | failed | 0 of 2 |" in text
+    assert "| sharpzo | failed | – | – | – | 0 of 2 |" in text
     assert "- sharpzo failed with seeds 1, 2: " in text
     assert "- gda needs text features, image features." in text
     assert f"`ztune compare {MINI}" in text

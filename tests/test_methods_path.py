@@ -297,7 +297,7 @@ def test_prompts_serve_other_class_names_and_heads_refuse(
     assert done.code == 0, done.err
     assert done.json["classes"] == [*CLASSES, "four"]
     for warned in (scored, done):
-        assert ("one context works better" in warned.err) == (kind == "mixture")
+        assert ("worse than the hand-written prompt" in warned.err) == (kind == "mixture")
     again = ztune("eval", packed, "--data", data, "--split", "all", "--quiet", "--json")
     assert again.json["accuracy"] == scored.json["accuracy"]
 

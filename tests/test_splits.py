@@ -24,6 +24,8 @@ SHOTS, SEED = 4, 2
 TABLE = {
     "own": ("hash", "96db804a426d", "3d8006be8d7f"),
     "named": ("coop", "4f5b1d734884", "56b030acd68b"),
+    "own, all": ("hash", "a631caca9dd7", "3d8006be8d7f"),
+    "named, all": ("coop", "a789c933cb39", "56b030acd68b"),
 }
 PLAN = """
 seeds = [2]
@@ -103,6 +105,28 @@ def test_tune_and_eval(ztune: Command, data: Words, kind: str, tmp_path: Path) -
     assert ztune("eval", out, "--json").json["n"] == len(split.entries_of("test"))
 
 
+def test_all_images(ztune: Command, root: Path, data: Words, kind: str, tmp_path: Path) -> None:
+    asked = () if kind == "own" else ("--shots", "all")  # with 40 images a class is tested
+    words = (*asked, "--seed", SEED, "--method", "zero-shot", "--out", tmp_path / "run")
+    done = ztune("tune", MINI, *data, *words)
+    assert done.code == 0, done.err
+    split = read(tmp_path / "run" / "split.json")
+    assert row(split, split) == TABLE[f"{kind}, all"]
+    train, _ = dataset(root, kind).split("all", seed=SEED)
+    assert row(train.split, train.split) == TABLE[f"{kind}, all"]
+
+
+def test_the_default_number_of_shots(
+    ztune: Command, root: Path, data: Words, kind: str, tmp_path: Path
+) -> None:
+    assert ztune("tune", MINI, *data, "--method", "gda", "--out", tmp_path / "run").code == 0
+    settings = read(tmp_path / "run" / "split.json").settings
+    train, _ = dataset(root, kind).split()
+    assert settings == train.split.settings
+    assert settings is not None
+    assert settings.shots == ("all" if kind == "own" else 16)
+
+
 @pytest.mark.usefixtures("cells_here")
 def test_compare(ztune: Command, data: Words, kind: str, tmp_path: Path) -> None:
     words = ("--methods", "zero-shot", "--shots", SHOTS, "--seeds", SEED, "--out", tmp_path / "out")
@@ -144,11 +168,13 @@ def test_doctor(
     assert {row(split, split) for split in drawn} == {TABLE["own"]}
 
 
+def dataset(root: Path, kind: str) -> face.Dataset:
+    own = face.Dataset.from_folder
+    return own(root / "own") if kind == "own" else face.Dataset.named("dtd", root)
+
+
 def test_the_face(root: Path, kind: str) -> None:
-    dataset = (
-        face.Dataset.from_folder(root / "own") if kind == "own" else face.Dataset.named("dtd", root)
-    )
-    train, test = dataset.split(shots=SHOTS, seed=SEED)
+    train, test = dataset(root, kind).split(shots=SHOTS, seed=SEED)
     assert row(train.split, train.split) == TABLE[kind]
     assert sorted(digest for _, digest in test.items) == sorted(
         entry.sha256 for entry in train.split.entries_of("test")

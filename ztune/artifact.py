@@ -17,14 +17,15 @@ from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
 from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
-from ztune.logits import FeatureClassifier, Kernel, Whitening
+from ztune.logits import FeatureClassifier, InlierTest, Kernel, Whitening
 from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
 FORMAT = "ztune-artifact"
-VERSION = 2
+VERSION = 3
 MOST_TOKENS = 4096
 MOST_AT_ONCE = 65_536
+MOST_TEMPERATURE = 1e6
 
 Fingerprints = NDArray[np.uint64]
 """u64[n], sorted: the first 8 bytes of the SHA-256 of every training and validation image, so that
@@ -59,6 +60,8 @@ class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
     queries: Count
     stop_reason: str
     config: Mapping[str, Json]
+    temperature: Annotated[float, Meta(gt=0, le=MOST_TEMPERATURE)] | None = None
+    reject: Annotated[float, Meta(gt=0, lt=1)] | None = None
 
     @property
     def provenance(self) -> Provenance:
@@ -122,6 +125,10 @@ class ContextArtifact:
     logit_scale: float
     logit_bias: float
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """Of the probabilities (ztune.calibration); None if it was not fitted."""
+    inliers: InlierTest | None = None
+    """Tells images of none of the classes; None: it was not asked for."""
 
     def classifier(self) -> FeatureClassifier:
         """Return the classifier of image features.
@@ -133,7 +140,9 @@ class ContextArtifact:
                 "the context was tuned with losses only, so it has no text features (compute them "
                 "from the bundle: ztune pack BUNDLE, ztune eval BUNDLE)"
             )
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +162,15 @@ class MixtureArtifact:
     at_once: int
     """Prompts encoded per call; in low precision the call's content affects the scaling."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
+    inliers: InlierTest | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -170,9 +185,18 @@ class HeadArtifact:
     """f32[C]"""
     tuning_images: Fingerprints = field(default_factory=_none)
     kernel: Kernel | None = None
+    temperature: float | None = None
+    """As for a context."""
+    inliers: InlierTest | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return FeatureClassifier(self.weight, self.bias, self.kernel)
+        return FeatureClassifier(self.weight, self.bias, self.kernel, self.temperature or 1.0)
+
+    def restricted(self, classes: tuple[str, ...]) -> HeadArtifact:
+        """Return the head for some of its classes, in another order if wanted."""
+        own = self.classifier().of_classes([self.classes.index(name) for name in classes])
+        return replace(self, classes=classes, weight=own.weight, bias=own.bias, kernel=own.kernel)
 
 
 @dataclass(frozen=True)
@@ -193,6 +217,10 @@ class EnsembleArtifact:
     chosen: Mapping[str, Json]
     """The members' settings and temperatures."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
+    inliers: InlierTest | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
         return self.head
@@ -200,14 +228,11 @@ class EnsembleArtifact:
     def restricted(self, classes: tuple[str, ...]) -> EnsembleArtifact:
         """Return the ensemble for some of its classes, in another order if wanted."""
         rows = [self.classes.index(name) for name in classes]
-        head, kernel = self.head, self.head.kernel
-        if kernel is not None:
-            kernel = replace(kernel, values=np.ascontiguousarray(kernel.values[:, rows]))
         texts = self.mixture.text_features[rows]
         return replace(
             self,
             classes=classes,
-            head=FeatureClassifier(head.weight[rows], head.bias[rows], kernel),
+            head=self.head.of_classes(rows),
             mixture=replace(self.mixture, classes=classes, text_features=texts),
         )
 
@@ -235,9 +260,13 @@ class VisualArtifact:
     extractor: str = ""
     """SHA-256 of the decoder's own feature extractor; empty: the bundle's image tower."""
     tuning_images: Fingerprints = field(default_factory=_none)
+    temperature: float | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return classifier_of_texts(self.text_features, self.logit_scale, self.logit_bias)
+        return classifier_of_texts(
+            self.text_features, self.logit_scale, self.logit_bias, self.temperature
+        )
 
 
 _N_STATISTICS = 144
@@ -249,11 +278,26 @@ Artifact = ContextArtifact | MixtureArtifact | EnsembleArtifact | HeadArtifact |
 
 
 def classifier_of_texts(
-    text_features: F32, logit_scale: float, logit_bias: float
+    text_features: F32, logit_scale: float, logit_bias: float, temperature: float | None = None
 ) -> FeatureClassifier:
     """Return the classifier of text features f32[C, e]; logit_scale multiplies."""
     bias = np.full(len(text_features), logit_bias, dtype=np.float32)
-    return FeatureClassifier(np.float32(logit_scale) * text_features, bias)
+    weight = np.float32(logit_scale) * text_features
+    return FeatureClassifier(weight, bias, temperature=temperature or 1.0)
+
+
+def inliers_of(artifact: Artifact, classes: tuple[str, ...] | None = None) -> InlierTest | None:
+    """Return an artifact's test for images of none of the classes, or of some of its classes.
+
+    None if it has none, or for class names that it was not tuned on.
+    """
+    test = None if isinstance(artifact, VisualArtifact) else artifact.inliers
+    if test is None or classes is None or classes == artifact.classes:
+        return test
+    if not set(classes) <= set(artifact.classes):
+        return None
+    rows = [artifact.classes.index(name) for name in classes]
+    return replace(test, prototypes=test.prototypes[rows])
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
@@ -291,13 +335,21 @@ def artifact_bytes(artifact: Artifact) -> bytes:
         if artifact.statistics is not None:
             arrays["statistics"] = artifact.statistics
         own = {name: getattr(artifact, name) for name in ("program", "templates", "extractor")}
+    if (test := inliers_of(artifact)) is not None:
+        own["reject"], arrays["prototypes"] = test.share, test.prototypes
+        arrays["inlier_threshold"] = np.array([test.threshold], dtype=np.float32)
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FormatError(
                 f"artifact of {artifact.provenance.method}: tensor {name} has values that are not "
                 "finite; nothing was written (use other settings)"
             )
-    metadata = _kind(artifact)(classes=artifact.classes, **vars(artifact.provenance), **own)
+    metadata = _kind(artifact)(
+        classes=artifact.classes,
+        temperature=artifact.temperature,
+        **vars(artifact.provenance),
+        **own,
+    )
     return tensor_bytes(arrays, {"format": FORMAT, "version": VERSION, **plain(metadata)})
 
 
@@ -486,9 +538,17 @@ def read_artifact(path: Path) -> Artifact:
                 found.extractor,
                 images,
             )
+    if found.reject is not None:
+        if isinstance(artifact, VisualArtifact):
+            raise FormatError(f"{where}: reject is {found.reject:g}, but it changes images")
+        texts_only = isinstance(artifact, ContextArtifact) and artifact.text_features is None
+        width = None if texts_only else artifact.classifier().weight.shape[1]
+        prototypes = unit_rows("prototypes", C, width)
+        threshold = float(tensor("inlier_threshold", 1)[0])
+        artifact = replace(artifact, inliers=InlierTest(prototypes, threshold, found.reject))
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
-    return artifact
+    return replace(artifact, temperature=found.temperature)
 
 
 def _checked_templates(templates: tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from runtimes.preprocess import ImageLike, convert_image, perceptual_hash, reaso
 from ztune.data.folders import ListedImage, Listing
 from ztune.data.named import find_spec
 from ztune.data.sources import TEMPLATE, read_source
-from ztune.data.split import Split, SplitSettings
+from ztune.data.split import ALL, PUBLISHED_SHOTS, Shots, Split, SplitSettings
 from ztune.data.splitter import NEAR_COPIES, Screening, digest_file, make_split, training_split
 from ztune.errors import DataError
 from ztune.evaluate import LabelledImages
@@ -167,7 +167,7 @@ class Dataset:
 
     def split(
         self,
-        shots: int = 16,
+        shots: Shots | None = None,
         seed: int = 1,
         *,
         val: int | None = None,
@@ -178,22 +178,26 @@ class Dataset:
     ) -> tuple[TrainingSet, LabelledImages]:
         """Draw `shots` training images per class, validation images, and test images.
 
-        Equal to the split of `ztune tune` with these settings. `val` is the number of validation
-        images per class (None: min(shots, 4), or the remainder); `test_fraction` of a class is
-        kept for testing (auto: half if every class has at least 2 * (shots + val) images).
+        Equal to the split of `ztune tune` with these settings. `shots` may be "all"; None means 16
+        for a named data set, else "all". `val` is the number of validation images per class (None:
+        min(shots, 4), or the remainder; with all shots only those that the data mark).
+        `test_fraction` of a class is kept for testing (auto: half if every class has at least
+        2 * (shots + val) images; with all shots half of each class of at least 40).
         `skip_broken` and `skip_conflicts` leave out unreadable images, and images with two classes
         or roles.
 
         Raises: DataError for a class with too few images, broken images, or an image with two
             classes.
         """
+        if shots is None:
+            shots = ALL if self.listing.lists is None else PUBLISHED_SHOTS
         settings = SplitSettings(shots, val, test_fraction, split_seed, seed)
         screening = Screening(skip_broken, skip_conflicts, self._why_broken, hash_of=self._hash_of)
         split = make_split(self.listing, settings, digest=self._digest, screening=screening)
         for note in split.notes:
             if note.startswith(NEAR_COPIES):
                 warn(note)
-        if not split.entries_of("test"):
+        if split.notes and len(np.unique(split.labels("test"))) < len(split.classes):
             warn("; ".join(split.notes))
         return TrainingSet(split, self.template, self.held), self._tested(split)
 

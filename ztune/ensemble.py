@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from ztune.calibration import class_weights, fit_temperature, mean_loss
-from ztune.heads import first_of_each_class
+from ztune.heads import first_of_each_class, keep_whole_classes
 from ztune.logits import FeatureClassifier, Kernel, Whitening
 from ztune.methods.gda import ALPHAS, DEFAULT_ALPHA, gaussian_classifier
 from ztune.methods.proker import residual_coefficients
@@ -82,13 +82,8 @@ class LabelledFeatures:
         return self.rows(first_of_each_class(self.labels, self.n_classes, most))
 
     def keeping_classes(self) -> LabelledFeatures:
-        """Hold no class out as a whole: its images are in every fit if they have one fold."""
-        lowest = np.full(self.n_classes, np.iinfo(np.int64).max)
-        highest = np.full(self.n_classes, -1)
-        np.minimum.at(lowest, self.labels, self.folds)
-        np.maximum.at(highest, self.labels, self.folds)
-        in_one_fold = (lowest == highest)[self.labels]
-        return replace(self, folds=np.where(in_one_fold, -1, self.folds))
+        """Hold no class out as a whole (`keep_whole_classes`)."""
+        return replace(self, folds=keep_whole_classes(self.folds, self.labels, self.n_classes))
 
     def held_out(self, most: int) -> LabelledFeatures:
         """Return images that have a fold, about `most` of them, spread over classes and folds."""

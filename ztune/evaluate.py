@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.classifier import Classifier
+from runtimes.conversions import count_conversions
 from runtimes.in_memory import InMemoryImages
 from runtimes.preprocess import ImageLike
 from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
@@ -16,22 +18,28 @@ from ztune.data.cache import FeatureStore, MemoryCache, OptionalCache
 from ztune.data.features import Features
 from ztune.data.relocate import relocate, resolve_roots
 from ztune.data.sources import read_source
-from ztune.data.split import Split
+from ztune.data.split import LEAST_HALVED, LEAST_JUDGED, Split
 from ztune.data.splitter import digest_images
 from ztune.errors import ConfigError, DataError
+from ztune.inliers import Refusals
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
+from ztune.io.schema import plain
 from ztune.model import Model
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
-from ztune.run_document import run_start
+from ztune.run_document import RunReport, run_start
 from ztune.statistics import Score, score
 from ztune.task import open_program
 from ztune.types import F32, I64, Json
 
 _AT_ONCE = 32  # images decoded at a time
+
+
+class NoTestImagesError(DataError):
+    """A split has no test images."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,39 @@ class LabelledImages:
         """Return the files that were not scored, by reason, given which images were readable."""
         broken = [str(path) for (path, _), k in zip(self.items, kept, strict=True) if not k]
         return {"ignored": [*self.ignored], "broken": [*broken]}
+
+    def document(
+        self,
+        found: Score,
+        kept: NDArray[np.bool_],
+        scored: Artifact | Classifier | None,
+        refusals: Refusals | None = None,
+    ) -> dict[str, Json]:
+        """Return the figures of a score as JSON; None: of templates.
+
+        `kept` tells for each image whether it could be read.
+        """
+        rejection = {} if refusals is None else {"rejection": refusals.to_json()}
+        readable = [path for (path, _), keep in zip(self.items, kept, strict=True) if keep]
+        fingerprints = [] if scored is None else [int(value) for value in scored.tuning_images]
+        return {
+            "accuracy": found.accuracy,
+            "interval": list(found.interval),
+            "ece": found.ece,
+            "nll": found.nll,
+            "brier": found.brier,
+            "temperature": None if scored is None else scored.temperature,
+            "reliability": [plain(one) for one in found.reliability],
+            "n": found.n,
+            "candidates": len(found.classes),
+            "split": self.split,
+            "per_class": plain(found.per_class()),
+            "broken_images": int((~kept).sum()),
+            "conversions": dict(count_conversions(readable)),
+            "left_out": self.left_out(kept),
+            "tuning_images": self.n_tuned_on(fingerprints),
+            **rejection,
+        }
 
     @property
     def images(self) -> list[ImageLike]:
@@ -128,7 +169,7 @@ def labelled_of_split(
 
     `data` and `test_data` are new locations of moved images.
 
-    Raises: DataError without such images, or if one has changed; FormatError.
+    Raises: NoTestImagesError; DataError without any images, or if one has changed; FormatError.
     """
     path = path / "split.json" if kind_of(path) == "run" else path
     where = f'split file "{path}"'
@@ -137,7 +178,7 @@ def labelled_of_split(
     if split == "test":
         whole = replace(whole, entries=whole.entries_of("test"))
         if not whole.entries:
-            raise DataError(
+            raise NoTestImagesError(
                 f"{where} has no test images (tune with `test_data` or more images, or "
                 "evaluate the bundle on other `data`)"
             )
@@ -154,6 +195,54 @@ def labelled_of_split(
     return LabelledImages(items, labels, whole.classes, split)
 
 
+def why_no_accuracy(folder: RunFolder, report: RunReport) -> str | None:
+    """Return why a finished run's accuracy cannot be known, and what to do.
+
+    None if it has test images or a cross-validated accuracy.
+
+    Raises: FormatError for a damaged split file.
+    """
+    where = f'run "{folder.path}": split.json'
+    split = Split.from_json(read_json(folder.split, where), where)
+    if split.entries_of("test") or report.cross_validation is not None:
+        return None
+    counts = np.bincount(split.labels("train"), minlength=len(split.classes))
+    fewest = int(counts.argmin())
+    why = f"{report.method} is not cross-validated"
+    if counts[fewest] < LEAST_JUDGED:
+        name, n = split.classes[fewest], counts[fewest]
+        why = f'class "{name}" has {n} for training, too few to cross-validate'
+    return (
+        f"no test accuracy: the run has no test images, and {why} (add images: half of a "
+        f"class of {LEAST_HALVED} is for testing, {LEAST_JUDGED} of every class are enough for "
+        "`method=auto` to cross-validate; or tune with `test_data`)"
+    )
+
+
+def cross_validated(folder: RunFolder, report: RunReport) -> dict[str, Json]:
+    """Return the result of `ztune eval` for a run without test images.
+
+    Raises: DataError if no accuracy is known; FormatError for a damaged split file.
+    """
+    if why := why_no_accuracy(folder, report):
+        raise DataError(f'run "{folder.path}": {why}')
+    found, before = report.cross_validation, report.hand_written
+    assert found is not None
+    zero_shot: dict[str, Json] = {}
+    if before is not None:
+        zero_shot["zero_shot_accuracy"] = before.accuracy
+        zero_shot["zero_shot_interval"] = list(before.interval)
+    return {
+        "accuracy": found.accuracy,
+        "interval": list(found.interval),
+        "n": found.n,
+        "split": "cross-validation",
+        **zero_shot,
+        "method": report.method,
+        "run": str(folder.path),
+    }
+
+
 @dataclass(frozen=True)
 class RunScores:
     """A finished run's scores on labelled images, and its baselines'."""
@@ -161,10 +250,14 @@ class RunScores:
     artifact: Artifact
     zero_shot: Score
     tuned: Score
-    kept: NDArray[np.bool_]
-    """Whether each image could be read."""
+    features: TestFeatures
     curve: list[Json] | None
     """The accuracy of every snapshot, if requested."""
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Whether each image could be read."""
+        return self.features.plain.kept
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -199,12 +292,12 @@ def score_run(
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=find_extractor(artifact, folder.path),
     )
-    kept = features.plain.kept
-    labels = labels[kept]
+    labels = labels[features.plain.kept]
     zero_shot = model.zero_shot(templates, artifact.classes)
 
     def scored(result: Artifact) -> Score:
-        return score(features.logits(model.refresh(result)), labels, result.classes)
+        logits = features.logits(model.refresh(result))
+        return score(logits, labels, result.classes, result.temperature or 1.0)
 
     before = score(zero_shot.logits(features.plain.values[0]), labels, artifact.classes)
     tuned = scored(artifact)
@@ -217,7 +310,7 @@ def score_run(
             n = snapshot.provenance.queries
             accuracy = scored(snapshot).accuracy
             curve.append({"queries": n, "seconds": seconds.get(n), "accuracy": accuracy})
-    return RunScores(artifact, before, tuned, kept, curve)
+    return RunScores(artifact, before, tuned, features, curve)
 
 
 def score_bundle(
@@ -230,8 +323,8 @@ def score_bundle(
     cache: Path | None = None,
     extractor: Path | None = None,
     skip_broken: bool = False,
-) -> tuple[Score, NDArray[np.bool_]]:
-    """Score an artifact or templates on images; also return whether each could be read.
+) -> tuple[Score, TestFeatures]:
+    """Score an artifact or templates on images; also return the encoded images.
 
     `candidates` are the class names to choose from. Features are kept in the folder `cache`, or in
     memory if it is None. `extractor` is the artifact's (`find_extractor`).
@@ -251,8 +344,9 @@ def score_bundle(
         logits = features.logits(artifact)
     else:
         logits = model.zero_shot(templates, candidates).logits(features.plain.values[0])
-    kept = features.plain.kept
-    return score(logits, labels[kept], candidates), kept
+    temperature = artifact.temperature if artifact is not None else None
+    labels = labels[features.plain.kept]
+    return score(logits, labels, candidates, temperature or 1.0), features
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,18 @@ def stratified_folds(shots: Shots, seed: int) -> I64 | None:
     return folds
 
 
+def keep_whole_classes(folds: I64, labels: I64, n_classes: int) -> I64:
+    """Return folds i64[n] in which no class is held out as a whole.
+
+    A class whose images all have one fold is in every fit: its images get −1.
+    """
+    lowest = np.full(n_classes, np.iinfo(np.int64).max)
+    highest = np.full(n_classes, -1)
+    np.minimum.at(lowest, labels, folds)
+    np.maximum.at(highest, labels, folds)
+    return np.where((lowest == highest)[labels], -1, folds)
+
+
 def first_of_each_class(labels: I64, n_classes: int, most: int) -> I64:
     """Return the sorted indices of the first images of each class, about `most` in all."""
     per_class = max(1, most // n_classes)

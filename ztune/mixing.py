@@ -1,4 +1,4 @@
-"""Text features of a mixture of prompts, W = Σ_j w_j T(c_j), encoded in chunks."""
+"""Text features of a mixture of prompts: W = Σ_j w_j T(c_j), and those of other class names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from ztune.errors import DataError
 from ztune.types import F32, F64, PromptEncoder
 
+_SHARE = 0.2  # of the mixture, for other class names
 _TOO_LARGE = 1e30  # products with a logit scale and features could overflow float32
 
 
@@ -28,3 +29,15 @@ def mix_text_features(encoder: PromptEncoder, contexts: F32, weights: F32, at_on
             "the mixture's text features are not finite or far too large: its weights are damaged"
         )
     return np.asarray(total, dtype=np.float32)
+
+
+def blend_for_other_classes(mixed: F32, hand_written: F32) -> F32:
+    """Return text features f32[C, e] of class names that a mixture's weights were not fitted to.
+
+    Weights of both signs cancel on their own classes and not on others, where the sum can be many
+    times as long as a text feature. Then its direction is rarely right: it is scaled to a mean
+    length of at most 1, and gets a small share (docs/research/auto.md).
+    """
+    length = float(np.linalg.norm(mixed.astype(np.float64), axis=1).mean())
+    blended = _SHARE / max(1.0, length) * mixed.astype(np.float64) + (1 - _SHARE) * hand_written
+    return np.asarray(blended, dtype=np.float32)

@@ -29,7 +29,9 @@ from ztune.artifact import (
     EnsembleArtifact,
     HeadArtifact,
     MixtureArtifact,
+    VisualArtifact,
     classifier_of_texts,
+    inliers_of,
 )
 from ztune.capabilities import EVERYTHING, IMAGE_TOKENS, describe
 from ztune.data.cache import FeatureCache, FeatureStore
@@ -37,7 +39,7 @@ from ztune.data.features import CENTRE, Features, Views, encode_files
 from ztune.errors import ClosedError, ConfigError, DataError, ZtuneError
 from ztune.logits import FeatureClassifier
 from ztune.methods.base import ModelSpec, Patches
-from ztune.mixing import mix_text_features
+from ztune.mixing import blend_for_other_classes, mix_text_features
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
 from ztune.system import processor_type
@@ -294,18 +296,30 @@ class Model:
 
         Raises: DataError for a head with other classes, or a bundle of another width.
         """
+        found = self._of_classes(artifact, classes)
+        test = inliers_of(artifact, found.classes)
+        if inliers_of(artifact) is not None and test is None:
+            warn(
+                "no image is refused as none of the classes: the prototypes are of the classes "
+                "that the artifact was tuned on, and there are other names"
+            )
+        return found if isinstance(found, VisualArtifact) else replace(found, inliers=test)
+
+    def _of_classes(self, artifact: Artifact, classes: tuple[str, ...] | None) -> Artifact:
         if isinstance(artifact, HeadArtifact):
             if artifact.weight.shape[1] != self.bundle.embed_dim:
                 raise DataError(
                     f"the artifact has features of {artifact.weight.shape[1]} values, the bundle's "
                     f"image tower has {self.bundle.embed_dim} (use the bundle it was tuned on)"
                 )
-            if classes is not None and set(classes) != set(artifact.classes):
+            if classes is None or set(classes) == set(artifact.classes):
+                return artifact
+            if not set(classes) <= set(artifact.classes):
                 raise DataError(
                     "a head serves only the classes it was fitted on: "
                     f"{', '.join(artifact.classes)} (a tuned context serves any)"
                 )
-            return artifact
+            return artifact.restricted(classes)
         wanted = classes or artifact.classes
         if isinstance(artifact, EnsembleArtifact):
             return self._refresh_ensemble(artifact, wanted)
@@ -317,8 +331,9 @@ class Model:
                 return artifact  # encoding all prompts again gives the same
             if set(wanted) - set(artifact.classes):
                 warn(
-                    "a mixture's weights were fitted to the classes it was tuned on; for other "
-                    "class names one context works better (`method=ogn-context`)"
+                    "a mixture's weights were fitted to the classes it was tuned on; with other "
+                    "class names it may be worse than the hand-written prompt (compare both; "
+                    "`method=auto` blends them)"
                 )
             texts = self.mix(artifact, wanted)
         elif artifact.context is None:
@@ -353,16 +368,16 @@ class Model:
         if set(classes) <= set(artifact.classes):
             return artifact.restricted(classes)
         warn(
-            "the heads know only the classes they were fitted to; with other names among them, all "
-            "classes get the mean of the tuned prompts' text features and the hand-written ones'"
+            "the heads know only the classes they were fitted to; with other names among them all "
+            "classes get the hand-written prompt's text features, with a fifth of the tuned ones'"
         )
-        texts = (
-            self.mix(mixture, classes) + self.encode_templates(artifact.templates, classes)
-        ) / 2
+        texts = blend_for_other_classes(
+            self.mix(mixture, classes), self.encode_templates(artifact.templates, classes)
+        )
         return replace(
             mixture,
             classes=classes,
-            text_features=np.asarray(texts, dtype=np.float32),
+            text_features=texts,
             logit_scale=self.bundle.logit_scale,
             logit_bias=self.bundle.logit_bias,
         )

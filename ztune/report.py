@@ -13,10 +13,11 @@ import numpy as np
 
 from ztune.io.files import replacing
 from ztune.printing import printable
-from ztune.statistics import Score
+from ztune.statistics import N_BINS, Score
 from ztune.types import F64
 
 INK, SOFT, ACCENT = "#1f2430", "#b9c0cc", "#0b6e99"
+_FEW = 10  # images below which the accuracy of a bin means little
 _NEAR, _LONG = 1.5, 20
 """Pixels: lines closer than the first hide each other, which shows from the second on."""
 
@@ -220,4 +221,36 @@ def draw_confusion(scores: Mapping[str, Score], path: Path) -> None:
                     )
     bar = figure.colorbar(image, ax=panels, shrink=0.8)
     bar.set_label("% of the true class", fontsize=8)
+    write_figure(figure, path)
+
+
+def draw_reliability(scores: Mapping[str, Score], path: Path) -> None:
+    """Draw one reliability diagram per score: accuracy over confidence, and how many images."""
+    figure = new_figure(3.6 * len(scores) + 0.6, 4.6)
+    rows = figure.subplots(2, len(scores), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for (name, score), axes, counts in zip(scores.items(), *rows, strict=True):
+        bins = score.reliability
+        starts, width = [one.number / N_BINS for one in bins], 1 / N_BINS
+        accuracies = [one.accuracy for one in bins]
+        colours = [SOFT if one.n < _FEW else ACCENT for one in bins]
+        axes.bar(starts, accuracies, width, align="edge", color=colours, edgecolor="white")
+        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
+        axes.plot([one.confidence for one in bins], accuracies, "o", color=INK, markersize=3,
+                  clip_on=False)  # fmt: skip
+        heading = f"{printable(name)}: ECE {score.ece:.1%}"
+        axes.set_title(heading, fontsize=10, color=INK, parse_math=False)
+        axes.set_ylim(0, 1)
+        counts.bar(starts, [one.n for one in bins], width, align="edge", color=SOFT,
+                   edgecolor="white")  # fmt: skip
+        counts.set_xlim(0, 1)
+        counts.set_xlabel("largest probability")
+        show_per_cent(axes.yaxis)
+        show_per_cent(counts.xaxis)
+    figure.supxlabel(
+        f"dashed: as probable as right; dots: mean probability; grey: fewer than {_FEW} images",
+        fontsize=8,
+        color=INK,
+    )
+    rows[0][0].set_ylabel("accuracy")
+    rows[1][0].set_ylabel("images")
     write_figure(figure, path)

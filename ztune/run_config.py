@@ -11,7 +11,7 @@ from typing import Any
 from ztune.data.features import Views
 from ztune.data.named import find_spec
 from ztune.data.sources import find_named
-from ztune.data.split import SplitSettings, parse_test_fraction
+from ztune.data.split import ALL, MOST_VAL, Shots, SplitSettings, parse_test_fraction
 from ztune.errors import ConfigError
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import (
@@ -24,6 +24,8 @@ from ztune.methods.registry import (
 )
 from ztune.types import Json
 
+_MOST_REFUSED = 0.5
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -33,7 +35,7 @@ class RunConfig:
     data: str
     """A path, or with `root` a data set's name."""
     method: str = "auto"
-    shots: int = 16
+    shots: Shots = ALL
     queries: int = 5000
     seed: int = 1
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -73,6 +75,8 @@ class RunConfig:
     """Server settings if `bundle` is a URL, without secrets: runtimes/remote/."""
     root: str | None = None
     """The folder of all named data sets."""
+    reject: float | None = None
+    """The share of images of the classes that may be refused as none of them; None: no refusal."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -98,6 +102,11 @@ class RunConfig:
             raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
+        if self.reject is not None and not 0 < self.reject < _MOST_REFUSED:
+            raise ConfigError(
+                f"`reject` is {self.reject:g}, expected a share of own images between 0 and "
+                f"{_MOST_REFUSED:g}, such as 0.05"
+            )
         if self.validates and self.val == 0:
             raise ConfigError("`keep=best` and `patience` need validation images (`val`)")
         object.__setattr__(self, "settings", absolute_paths(self.settings))
@@ -185,7 +194,21 @@ class RunConfig:
         Raises: ConfigError for invalid numbers.
         """
         share = parse_test_fraction(self.test_fraction)
-        return SplitSettings(self.shots, self.val, share, self.split_seed, self.seed)
+        n_val = self.val
+        if n_val is None and self.shots == ALL and self._needs_validation:
+            n_val = MOST_VAL
+        return SplitSettings(self.shots, n_val, share, self.split_seed, self.seed)
+
+    @property
+    def _needs_validation(self) -> bool:
+        """Whether the method has steps and predicts no training image without having seen it."""
+        tuned = self.tuned_config
+        return tuned is not None and not tuned.mixes
+
+    @property
+    def shots_shown(self) -> str:
+        """The shots as in `16 shots`."""
+        return "all images" if self.shots == ALL else f"{self.shots} shots"
 
 
 def _counts(listed: str) -> list[int]:

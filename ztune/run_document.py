@@ -50,11 +50,25 @@ class RunStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ValidationScore(Struct, frozen=True):
-    """Accuracy on the validation images."""
+    """Accuracy on n images that the method did not see."""
 
     accuracy: float
     interval: tuple[float, float]
     """95 %, Wilson."""
+    n: Count
+
+    @property
+    def interval_shown(self) -> str:
+        return "{:.1%} to {:.1%}".format(*self.interval)
+
+
+class Calibration(Struct, frozen=True):
+    """The temperature of the probabilities, and the images that it was fitted on."""
+
+    temperature: float
+    images: Literal["folds", "validation", "training"]
+    """folds: training images, each by a fit without it. training: those of the fit, since the
+    method has no other; probabilities may then be too high."""
     n: Count
 
 
@@ -96,7 +110,12 @@ class RunReport(RunStart, frozen=True, kw_only=True):
     """By name (zero-shot, tuned, gda); empty without validation images."""
     gda_alpha: Json
     cross_validation: ValidationScore | None = None
-    """Of `auto` on its training images, each by a fit without it."""
+    """On the training images, each by a fit without it; of methods that make such fits, where every
+    class has enough images."""
+    hand_written: ValidationScore | None = None
+    """With `cross_validation`, the hand-written prompt's accuracy on all training images."""
+    calibration: Calibration | None = None
+    """None without logits of images to fit a temperature on."""
     server: ServerReport | None = None
 
     @property
@@ -105,13 +124,51 @@ class RunReport(RunStart, frozen=True, kw_only=True):
         return round(self.seconds - self.report_seconds, 3)
 
     @property
+    def cross_validated(self) -> str | None:
+        """The cross-validated accuracy as a line, if known."""
+        found, before = self.cross_validation, self.hand_written
+        if found is None:
+            return None
+        zero_shot = "" if before is None else f"; zero-shot {before.accuracy:.1%}"
+        return (
+            f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%} "
+            f"(95 % interval {found.interval_shown}){zero_shot}"
+        )
+
+    @property
+    def probabilities(self) -> str:
+        """A line on what the probabilities were calibrated on."""
+        found = self.calibration
+        if found is None:
+            return "probabilities are not calibrated: no held-out logits to fit a temperature on"
+        images = "validation images" if found.images == "validation" else "held-out training images"
+        return f"probabilities: temperature {found.temperature:g}, fitted on {found.n} {images}"
+
+    @property
+    def no_gain(self) -> str | None:
+        """A warning that the result does not beat the hand-written prompt, if so."""
+        tuned, zero_shot = self.validation.get("tuned"), self.validation.get("zero-shot")
+        where = "on the validation images"
+        if tuned is None:
+            tuned, zero_shot, where = self.cross_validation, self.hand_written, "cross-validated"
+        if tuned is None or zero_shot is None or self.method == "zero-shot":
+            return None
+        if tuned.accuracy > zero_shot.accuracy:
+            return None
+        return (
+            f"the result ({tuned.accuracy:.1%}) does not beat the hand-written prompt "
+            f"({zero_shot.accuracy:.1%}) {where}"
+        )
+
+    @property
     def early_end(self) -> str | None:
         """Return a line on why a run ended before its budget; None if it is not worth one."""
-        budget = self.run_config.queries
+        budget, setting = self.run_config.queries, _LIMITS.get(self.stop_reason)
+        if self.queries >= budget or budget == RunConfig.queries:
+            return None  # the default budget is only a limit
         if self.stop_reason == STALLED:
             return f"ended after {self.queries} queries: the held-out loss stalled (least_gain)"
-        setting = _LIMITS.get(self.stop_reason)
-        if setting is None or self.queries >= budget or budget == RunConfig.queries:
+        if setting is None:
             return None
         return f"stopped before {budget} queries: the method's limit is reached ({setting})"
 

@@ -160,7 +160,8 @@ class FewShotTask:
             return self._ensemble(optimizer, provenance, fitted_on)
         mixture = optimizer.mixture()
         texts = self._mixed(mixture, mixture.weights)
-        return Result(self._mixture(mixture, texts, provenance))
+        held_out = optimizer.held_out_logits()
+        return Result(self._mixture(mixture, texts, provenance), held_out)
 
     def _ensemble(self, optimizer: Mixing, provenance: Provenance, fitted_on: I64) -> Result:
         mixture, held_out = optimizer.mixture(), optimizer.held_out()
@@ -179,6 +180,7 @@ class FewShotTask:
         ]
         images = LabelledFeatures(encoded.features[0], encoded.labels, folds, len(templates))
         found = fit_ensemble(images, priors, self.model.bundle.logit_scale)
+        calibrated = len(found.labels) > 0
         artifact = EnsembleArtifact(
             self.split.classes,
             provenance,
@@ -187,8 +189,9 @@ class FewShotTask:
             self.templates,
             found.chosen,
             fingerprints(self.split),
+            temperature=1.0 if calibrated else None,
         )
-        return Result(artifact, (found.logits, found.labels) if len(found.labels) else None)
+        return Result(artifact, (found.logits, found.labels) if calibrated else None)
 
     def _mixed(self, mixture: Mixture, weights: F64) -> F32:
         """Return the text features f32[..., C, e] of a mixture with weights f64[..., K]."""

@@ -21,6 +21,7 @@ from ztune.artifact import (
     ContextArtifact,
     HeadArtifact,
     Provenance,
+    VisualArtifact,
     classifier_of_texts,
 )
 from ztune.budget import Budget
@@ -29,11 +30,12 @@ from ztune.checks import RunChecks
 from ztune.data.folders import Listing
 from ztune.data.relocate import relocate
 from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, NOTHING, LeftOut, Split
+from ztune.data.split import HOW_DRAWN, LEAST_JUDGED, NOTHING, LeftOut, Split
 from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
+from ztune.inliers import fit_inlier_test
 from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
@@ -51,6 +53,7 @@ from ztune.methods.registry import (
 )
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
+from ztune.out_of_fold import LabelledLogits, calibrate, held_out_logits
 from ztune.precision import (
     FULL_PRECISION,
     IMAGES_REENCODED,
@@ -81,7 +84,7 @@ from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
 from ztune.task import FewShotTask, MethodStart, Result, compose, open_task
 from ztune.text_cache import TextStore
-from ztune.types import F32, I64, Evaluation, Json
+from ztune.types import F32, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
 # Keys of run.json that affect the last bits of a result.
@@ -331,8 +334,8 @@ class Outcome:
     """Whether a round was captured as a CUDA graph, or why not; None on a CPU."""
     share: Proportion | None = None
     """Validation accuracy as computed by a server that returns losses only."""
-    held_out: tuple[F32, I64] | None = None
-    """Out-of-fold logits f32[h, C] of training images, and their labels."""
+    held_out: LabelledLogits | None = None
+    """Of training images, each by a fit without it."""
 
 
 @dataclass(frozen=True)
@@ -445,8 +448,16 @@ class TrainingRun(Generic[Store]):
                     outcome = self._tune(task, budget, started + baselines.seconds)
             else:
                 outcome = self._fit(encoded, texts, started + baselines.seconds)
-        artifact = outcome.artifact
-        scores = self._validate(outcome, baselines, encoded)
+        validated = self._val_logits(outcome, encoded)
+        artifact, calibration = calibrate(outcome.artifact, outcome.held_out, validated)
+        scores = self._validate(outcome, baselines, encoded, validated)
+        if run_config.reject is not None:
+            assert texts is not None
+            assert not isinstance(artifact, VisualArtifact)
+            images, labels = encoded.shots(texts, 1.0, 0.0).images
+            features = images.astype(np.float32)
+            test = fit_inlier_test(features, labels, texts, run_config.reject)
+            artifact = replace(artifact, inliers=test)
         n_bytes = self.folder.keep(artifact)
         known = {
             **structs.asdict(head),
@@ -474,7 +485,9 @@ class TrainingRun(Generic[Store]):
             validation={
                 name: ValidationScore(s.accuracy, s.interval, s.n) for name, s in scores.items()
             },
-            cross_validation=self._cross_validate(outcome),
+            cross_validation=self._cross_validate(outcome, encoded),
+            hand_written=self._hand_written(outcome, baselines, encoded),
+            calibration=calibration,
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
         )
@@ -719,7 +732,8 @@ class TrainingRun(Generic[Store]):
         assert isinstance(method, HeadMethod)
         assert texts is not None
         shots = encoded.shots(texts, bundle.logit_scale, bundle.logit_bias)
-        fitted = method.fit_shots(self.run_config.method_config, shots, self.run_config.seed)
+        config = self.run_config.method_config
+        fitted = method.fit_shots(config, shots, self.run_config.seed)
         provenance = self._provenance(0, "closed form", dict(fitted.chosen))
         classifier = fitted.classifier
         artifact = HeadArtifact(
@@ -732,30 +746,59 @@ class TrainingRun(Generic[Store]):
         )
         losses = cross_entropy(classifier.logits(shots.features), shots.labels)
         loss, ended = float(losses.mean()), time.monotonic()
-        return Outcome(artifact, ended - started, loss, encoded.val_features, ended)
+        held_out = None
+        if encoded.val_features is None:
+            held_out = held_out_logits(method, config, fitted, shots, self.run_config.seed)
+        features = encoded.val_features
+        return Outcome(artifact, ended - started, loss, features, ended, held_out=held_out)
+
+    def _val_logits(self, outcome: Outcome, encoded: EncodedSplit) -> LabelledLogits | None:
+        """Return the result's logits of the validation images; None without these or features."""
+        if outcome.share is not None or outcome.val_features is None:
+            return None
+        logits = outcome.artifact.classifier().logits(outcome.val_features)
+        return logits, encoded.val_labels
 
     def _validate(
-        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
+        self,
+        outcome: Outcome,
+        baselines: Baselines,
+        encoded: EncodedSplit,
+        tuned: LabelledLogits | None,
     ) -> dict[str, Score | Proportion]:
         """Return the scores on the validation images by name; empty without such images."""
         features, labels, classes = encoded.val_features, encoded.val_labels, self.split.classes
         if outcome.share is not None:
             return {"tuned": outcome.share}
-        if features is None or outcome.val_features is None:
+        if features is None or tuned is None:
             return {}
-        tuned = outcome.artifact.classifier().logits(outcome.val_features)
         others = baselines.classifiers
         return {
             "zero-shot": score(others["zero-shot"].logits(features), labels, classes),
-            "tuned": score(tuned, labels, classes),
+            "tuned": score(*tuned, classes),
             "gda": score(others["gda"].logits(features), labels, classes),
         }
 
-    def _cross_validate(self, outcome: Outcome) -> ValidationScore | None:
-        """Return the accuracy on training images by fits without them; None if not known."""
-        if outcome.held_out is None or len(set(outcome.held_out[1])) < len(self.split.classes):
+    def _cross_validate(self, outcome: Outcome, encoded: EncodedSplit) -> ValidationScore | None:
+        """Return the accuracy on training images by fits without them.
+
+        None for a method without such fits, or with a class of fewer than LEAST_JUDGED images.
+        """
+        classes = self.split.classes
+        fewest = np.bincount(encoded.labels, minlength=len(classes)).min()
+        if outcome.held_out is None or fewest < LEAST_JUDGED:
             return None
-        found = score(*outcome.held_out, self.split.classes)
+        found = score(*outcome.held_out, classes)
+        return ValidationScore(found.accuracy, found.interval, found.n)
+
+    def _hand_written(
+        self, outcome: Outcome, baselines: Baselines, encoded: EncodedSplit
+    ) -> ValidationScore | None:
+        """Return the zero-shot accuracy on all training images, if there is a `_cross_validate`."""
+        if self._cross_validate(outcome, encoded) is None or not baselines.classifiers:
+            return None
+        logits = baselines.classifiers["zero-shot"].logits(encoded.features[0])
+        found = score(logits, encoded.labels, self.split.classes)
         return ValidationScore(found.accuracy, found.interval, found.n)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:
@@ -779,7 +822,7 @@ def draw_curve(folder: Store, report: RunReport) -> None:
         f"{shown[name]}, validation": found.accuracy for name, found in report.validation.items()
     }
     title = (
-        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots} shots, "
+        f"{run_config.method} on {Path(run_config.data).name}, {run_config.shots_shown}, "
         f"seed {run_config.seed}"
     )
     folder.draw_curve(levels, title)

@@ -223,5 +223,11 @@ class Mixing(Protocol):
     def held_out(self) -> HeldOutWeights | None:
         """Return the weights without each fold of the images; None if nothing can be held out."""
 
+    def held_out_logits(self) -> tuple[F32, I64] | None:
+        """Return each image's logits f32[N, C] by weights without it, and labels i64[N].
+
+        None if nothing can be held out.
+        """
+
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss (nats) and accuracy of the last choice, if new."""

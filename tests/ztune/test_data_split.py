@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import DIGITS
+from ztune.data.coop import CoopSplit, Item
 from ztune.data.folders import ListedImage, Listing, read_dataset
 from ztune.data.manifests import SplitName
 from ztune.data.split import Split, SplitSettings
@@ -254,6 +255,8 @@ def test_too_few_images(counts: Counts, settings: dict[str, Any], message: str) 
     "settings",
     [
         {"shots": 0},
+        {"shots": "some"},
+        {"shots": 2.5},
         {"shots": 1, "n_val": -1},
         {"shots": 1, "test_fraction": 1.0},
         {"shots": 1, "test_fraction": float("nan")},
@@ -263,6 +266,106 @@ def test_too_few_images(counts: Counts, settings: dict[str, Any], message: str) 
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="`"):
         SplitSettings(**settings)
+
+
+# All images
+
+
+def all_of(counts: Counts, **settings: Any) -> Split:
+    return split_of(counts, shots="all", **settings)
+
+
+sizes_of_any = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 80), min_size=2)
+
+
+@given(sizes_of_any, st.none() | st.integers(0, 6), st.integers(0, 5))
+def test_all_images_are_used_and_only_large_classes_are_tested(
+    counts: Counts, n_val: int | None, seed: int
+) -> None:
+    split = all_of(counts, n_val=n_val, seed=seed)
+    assert len({entry.path for entry in split.entries}) == sum(counts.values())
+    trained, validated, tested = (sizes(split, role) for role in ROLES)
+    for n, n_train, own_val, n_test in zip(
+        counts_of(counts), trained, validated, tested, strict=True
+    ):
+        assert (n_test > 0) == (n >= 40)
+        assert n_train >= 1
+        left = n - n_test
+        assert own_val == (min(n_val or 0, left // 5) if left >= 16 else 0)
+
+
+@given(
+    sizes_of_any,
+    st.lists(st.tuples(st.sampled_from("abcdefg"), st.integers(0, 10**6)), min_size=1, max_size=40),
+)
+def test_with_all_images_more_of_them_move_none_of_another_class(
+    counts: Counts, more: list[tuple[str, int]]
+) -> None:
+    listing, settings = make(counts), SplitSettings("all")
+    classes = tuple(sorted({*listing.classes, *(name for name, _ in more)}))
+    shifted = [replace(p, label=classes.index(listing.classes[p.label])) for p in listing.images]
+    added = [ListedImage(f"new/{name}/{n}.png", classes.index(name), None) for name, n in {*more}]
+    before = made(listing, settings)
+    after = made(replace(listing, classes=classes, images=(*shifted, *added)), settings)
+    new_counts = dict.fromkeys(classes, 0) | counts
+    for name, _ in {*more}:
+        new_counts[name] += 1
+    for name, n in counts.items():
+        if n < 40 <= new_counts[name]:
+            continue  # from now on half of this class is for testing
+        for role in ROLES:
+            assert {*paths(before, role, name)} <= {*paths(after, role, name)}
+
+
+def test_what_is_told_of_all_images() -> None:
+    assert all_of({"a": 39, "b": 1}).notes == (
+        "no test set: no class has 40 images or more (add a test folder, or use `test_data`)",
+    )
+    assert all_of({"a": 40, "b": 5, "c": 39}).notes == (
+        '2 of 3 classes have no test images, since they have fewer than 40 images: "b", "c"',
+    )
+    assert all_of({"a": 40, "b": 41}).notes == ()
+    assert all_of({"a": 20, "b": 15}, n_val=4).notes[1] == (
+        "validation: 0 to 4 images per class instead of 4: at most a fifth of a class, and none of "
+        "fewer than 16"
+    )
+    with pytest.raises(DataError, match=r"has 0 training images \(1 minus 1 for testing\), .* 1 "):
+        all_of({"a": 1, "b": 99}, test_fraction=0.9)
+
+
+def test_all_images_of_data_with_splits() -> None:
+    counts = {"a": 60, "b": 2}
+    dataset = make(counts, {"train": counts, "val": {"a": 3, "b": 9}, "test": counts})
+    split = made(dataset, SplitSettings("all"))
+    assert [sizes(split, role) for role in ROLES] == [[60, 2], [3, 9], [60, 2]]
+    split = made(dataset, SplitSettings("all", n_val=2))
+    assert sizes(split, "val") == [2, 2]
+    split = made(make(counts), SplitSettings("all"), replace(make(counts), root=Path("/other/x")))
+    assert [sizes(split, role) for role in ROLES] == [[60, 2], [0, 0], [60, 2]]
+
+
+def test_all_images_of_published_lists() -> None:
+    of_role = {
+        role: tuple(Item(f"{role}/{name}/{i}.png", label, name) for i in range(n))
+        for role, n in (("train", 30), ("val", 7), ("test", 9))
+        for label, name in ((0, "a"),)
+    }
+    lists = CoopSplit(
+        *(
+            own + tuple(replace(i, label=1, name="b", path=f"b{i.path}") for i in own)
+            for own in of_role.values()
+        )
+    )
+    listing = Listing(
+        Path("/data"),
+        ("a", "b"),
+        tuple(ListedImage(item.path, item.label, role) for role, item in lists),
+        lists=lists,
+    )
+    split = made(listing, SplitSettings("all"))
+    assert [sizes(split, role) for role in ROLES] == [[30, 30], [7, 7], [9, 9]]
+    assert sizes(made(listing, SplitSettings("all", n_val=0)), "val") == [0, 0]
+    assert not split.notes
 
 
 # Splits of the data's own, and `test_data`
@@ -428,7 +531,10 @@ def without_train(values: Any) -> None:
             lambda v: v["entries"][3].update(role="spy"),
             r"entries\[3\]\.role: expected .*, got .spy.",
         ),
-        (lambda v: v["settings"].update(shots=0), "`shots` is 0, expected at least 1"),
+        (
+            lambda v: v["settings"].update(shots=0),
+            "`shots` is 0, expected all, or a number of at least 1",
+        ),
         (lambda v: v["settings"].update(test_fraction=2), "`test_fraction` is 2"),
         (
             lambda v: v["settings"].update(test_fraction=None),

@@ -10,23 +10,30 @@ from PIL import Image
 from ztune.experiments.figure_shots import Panel, Track, draw_over_shots
 from ztune.report import draw_confusion, draw_curve
 from ztune.report_compare import Level, Line, draw_accuracy_against_cost
-from ztune.statistics import Score
+from ztune.statistics import Score, score
+from ztune.types import F32, I64
+
+
+def _scored(predictions: I64, labels: I64, classes: tuple[str, ...]) -> Score:
+    """Return the score of a classifier that is sure of its predictions."""
+    sure: F32 = 20 * np.eye(len(classes), dtype=np.float32)[predictions]
+    return score(sure, labels, classes)
 
 
 def test_the_interval_is_wilsons() -> None:
-    score = Score(np.array([0] * 8 + [1] * 2), np.zeros(10, np.int64), ("a", "b"))
-    assert score.accuracy == 0.8
+    found = _scored(np.array([0] * 8 + [1] * 2), np.zeros(10, np.int64), ("a", "b"))
+    assert found.accuracy == 0.8
     # Newcombe 1998, table I: 81 of 263; and the textbook case 8 of 10.
-    assert score.interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    other = Score(np.array([0] * 81 + [1] * 182), np.zeros(263, np.int64), ("a", "b"))
+    assert found.interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    other = _scored(np.array([0] * 81 + [1] * 182), np.zeros(263, np.int64), ("a", "b"))
     assert other.interval == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert Score(np.zeros(5, np.int64), np.zeros(5, np.int64), ("a", "b")).interval[1] == 1.0
+    assert _scored(np.zeros(5, np.int64), np.zeros(5, np.int64), ("a", "b")).interval[1] == 1.0
 
 
 def test_confusion_counts_true_rows_and_predicted_columns() -> None:
-    score = Score(np.array([1, 1, 0]), np.array([0, 1, 0]), ("a", "b", "never seen"))
-    np.testing.assert_array_equal(score.confusion(), [[1, 1, 0], [0, 1, 0], [0, 0, 0]])
-    assert score.per_class() == {"a": {"accuracy": 0.5, "n": 2}, "b": {"accuracy": 1.0, "n": 1}}
+    found = _scored(np.array([1, 1, 0]), np.array([0, 1, 0]), ("a", "b", "never seen"))
+    np.testing.assert_array_equal(found.confusion(), [[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+    assert found.per_class() == {"a": {"accuracy": 0.5, "n": 2}, "b": {"accuracy": 1.0, "n": 1}}
 
 
 @pytest.mark.parametrize("n", [1, 2, 60])
@@ -79,8 +86,8 @@ def test_confusion_tables_are_drawn_for_few_and_many_classes(n: int, tmp_path: P
     labels = np.arange(3 * n) % n
     classes = tuple(f"class {i}" for i in range(n))
     scores = {
-        "zero-shot": Score(labels * 0, labels, classes),
-        "tuned": Score(labels, labels, classes),
+        "zero-shot": _scored(labels * 0, labels, classes),
+        "tuned": _scored(labels, labels, classes),
     }
     draw_confusion(scores, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as image:
@@ -92,7 +99,7 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     history = [{"queries": 10.0, "loss": 1.0, "accuracy": 0.5}]
     draw_curve(history, {"$^$": 0.4, "猫": 0.5}, "zip on a$^$b 猫", tmp_path / "curve.png")
     labels = np.arange(len(odd))
-    draw_confusion({"$^$ 猫": Score(labels, labels, odd)}, tmp_path / "confusion.png")
+    draw_confusion({"$^$ 猫": _scored(labels, labels, odd)}, tmp_path / "confusion.png")
     for name in ("curve.png", "confusion.png"):
         with Image.open(tmp_path / name) as image:
             image.load()
@@ -108,8 +115,8 @@ def test_names_on_a_plot_are_printable(tmp_path: Path, monkeypatch: pytest.Monke
     for module in ("ztune.report", "ztune.report_compare", "ztune.experiments.figure_shots"):
         monkeypatch.setattr(f"{module}.write_figure", kept)
     name, path = "\x1b[2J\u202e", tmp_path / "plot.png"
-    score = Score(np.array([0, 1]), np.array([0, 1]), (name, "b"))
-    draw_confusion({name: score}, path)
+    found = _scored(np.array([0, 1]), np.array([0, 1]), (name, "b"))
+    draw_confusion({name: found}, path)
     draw_curve([{"queries": 1.0, "loss": 1.0, "accuracy": 0.5}], {name: 0.4}, name, path)
     two = np.array([1.0, 2.0])
     draw_accuracy_against_cost(

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"all (default), or of {', '.join(method_names())}",
     )
     first.add_argument("--seeds", default="1,2,3", metavar="N,N", help="default: 1,2,3")
-    add(first, "--shots", "--queries")
+    add(first, "--shots", type=int, default=16, help="training images per class (default: 16)")
+    add(first, "--queries")
     first.add_argument(
         "--pixel-queries",
         type=int,

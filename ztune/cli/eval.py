@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import merge_settings
@@ -22,14 +20,14 @@ from ztune.cli.server import (
 )
 from ztune.errors import ConfigError
 from ztune.io.kinds import kind_of, wrong_kind
-from ztune.io.schema import plain
-from ztune.printing import quoted
+from ztune.printing import first_few, quoted
 from ztune.run_config import place_of
 from ztune.statistics import Score, score
 from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.evaluate import LabelledImages
+    from ztune.inliers import Refusals
     from ztune.model import Model
 
 USAGE = (
@@ -66,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="run or prompt")
     add(parser, "--template")
+    parser.add_argument("--foreign", type=Path, metavar="FOLDER", help="images of no class")
     parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add(parser, "--names", "--nested", "--cache", "--skip-broken", "--max-pixels", "--provider")
@@ -88,8 +87,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.evaluate import labelled_of_split, score_run
-    from ztune.report import draw_confusion
+    from ztune.evaluate import NoTestImagesError, cross_validated, labelled_of_split, score_run
+    from ztune.foreign import read_foreign, refusals_of
+    from ztune.report import draw_confusion, draw_reliability
     from ztune.run import RunFolder
     from ztune.run_document import run_report
 
@@ -112,13 +112,18 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             f"{quoted(folder.path)})"
         )
     folder.remove_leftovers()
-    run_config = run_report(head, f'run "{folder.path}": run.json').run_config
-    images = labelled_of_split(
-        folder.split,
-        arguments.split or "test",
-        data=arguments.data,
-        test_data=arguments.test_data,
-    )
+    report = run_report(head, f'run "{folder.path}": run.json')
+    run_config, part = report.run_config, arguments.split or "test"
+    moved = {"data": arguments.data, "test_data": arguments.test_data}
+    try:
+        images = labelled_of_split(folder.split, part, **moved)
+    except NoTestImagesError:
+        if arguments.foreign is not None:
+            raise
+        document = cross_validated(folder, report)
+        output.result(document, [f"no test images; {report.cross_validated}"])
+        return
+    foreign = read_foreign(arguments.foreign, run_config.reject, output)
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
@@ -136,21 +141,26 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             skip_broken=arguments.skip_broken,
             snapshots=arguments.snapshots,
         )
-    try:
-        draw_confusion(found.scores, folder.path / "confusion.png")
-    except OSError as error:
-        output.warn(f"cannot write confusion.png: {error.strerror}")
-    document = _document(found.tuned, images, found.kept, found.artifact.tuning_images)
+        refusals = refusals_of(found.artifact, images, found.features, foreign)
+    for draw, name in ((draw_confusion, "confusion.png"), (draw_reliability, "reliability.png")):
+        try:
+            draw(found.scores, folder.path / name)
+        except OSError as error:
+            output.warn(f"cannot write {name}: {error.strerror}")
+    document = images.document(found.tuned, found.kept, found.artifact, refusals)
     if found.curve is not None:
         document["curve"] = found.curve
     document |= {
         "zero_shot_accuracy": found.zero_shot.accuracy,
         "zero_shot_interval": list(found.zero_shot.interval),
         "templates": list(templates),
+        "classes_without_images": list(found.tuned.without_images),
         "method": found.artifact.provenance.method,
         "run": str(folder.path),
     }
-    _finish(document, found.scores, output)
+    if missing := found.tuned.without_images:
+        output.warn(f"{len(missing)} classes have no images here: {first_few(missing)}")
+    _finish(document, found.scores, refusals, output)
 
 
 def _model(
@@ -204,15 +214,15 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
 
 
 def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) -> None:
-    from ztune.artifact import HeadArtifact, read_artifact, require_same_model
+    from ztune.artifact import HeadArtifact, inliers_of, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import find_extractor, score_bundle
+    from ztune.foreign import read_foreign, refusals_of
 
     images = _labelled(arguments, output)
     candidates, whose = images.classes, "of the images"
     if arguments.classes is not None:
         candidates, whose = read_class_list(arguments.classes), f"of {arguments.classes}"
-    fingerprints: Iterable[int] = ()
     artifact, extractor = None, None
     templates = tuple(arguments.templates or ("a photo of a {}.",))
     if arguments.prompt is not None:
@@ -223,12 +233,14 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         if arguments.classes is None and (known or isinstance(artifact, HeadArtifact)):
             candidates, whose = artifact.classes, "of the prompt"
         artifact = model.refresh(artifact, candidates)
-        candidates, fingerprints = artifact.classes, artifact.tuning_images.tolist()
+        candidates = artifact.classes
         name = f"prompt {arguments.prompt.name}"
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
     output.remark(f"candidates: {len(candidates)} classes ({whose})")
-    result, kept = score_bundle(
+    test = None if artifact is None else inliers_of(artifact)
+    foreign = read_foreign(arguments.foreign, test, output)
+    result, features = score_bundle(
         model,
         images,
         candidates,
@@ -238,13 +250,15 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         extractor=extractor,
         skip_broken=arguments.skip_broken,
     )
-    document = _document(result, images, kept, fingerprints)
-    _finish(document, {name: result}, output)
+    refusals = refusals_of(artifact, images, features, foreign)
+    document = images.document(result, features.plain.kept, artifact, refusals)
+    _finish(document, {name: result}, refusals, output)
 
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import classify, open_classifier
     from runtimes.providers import resolve_execution
+    from ztune.foreign import read_foreign, refusals_of_classifier
 
     for name in ("prompt", "templates", "classes", "cache", "bundle", "snapshots"):
         if name in arguments.given:
@@ -256,10 +270,14 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     images = _labelled(arguments, output)
     labels = images.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in images.items]
-    logits, _, kept = classify(classifier, paths, arguments.skip_broken, output)
-    result = score(logits, labels[kept], classifier.classes)
-    document = _document(result, images, kept, classifier.tuning_images)
-    _finish(document, {arguments.target.name: result}, output)
+    foreign = read_foreign(arguments.foreign, classifier.reject, output)
+    outputs, kept = classify(classifier, paths, arguments.skip_broken, output)
+    result = score(outputs.logits, labels[kept], classifier.classes, classifier.temperature or 1.0)
+    refusals = refusals_of_classifier(
+        classifier, images, outputs, foreign, skip_broken=arguments.skip_broken, progress=output
+    )
+    document = images.document(result, kept, classifier, refusals)
+    _finish(document, {arguments.target.name: result}, refusals, output)
 
 
 def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
@@ -291,38 +309,32 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     )
 
 
-def _document(
-    result: Score, images: LabelledImages, kept: np.ndarray, fingerprints: Iterable[int]
-) -> dict[str, Json]:
-    from runtimes.conversions import count_conversions
-
-    readable = [path for (path, _), keep in zip(images.items, kept, strict=True) if keep]
-    return {
-        "accuracy": result.accuracy,
-        "interval": list(result.interval),
-        "n": result.n,
-        "candidates": len(result.classes),
-        "split": images.split,
-        "per_class": plain(result.per_class()),
-        "broken_images": int((~kept).sum()),
-        "conversions": dict(count_conversions(readable)),
-        "left_out": images.left_out(kept),
-        "tuning_images": images.n_tuned_on(fingerprints),
-    }
-
-
-def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
+def _finish(
+    document: dict[str, Json],
+    scores: Mapping[str, Score],
+    refusals: Refusals | None,
+    output: Output,
+) -> None:
     if document["tuning_images"]:
         output.warn(
             f"{document['tuning_images']} of these {document['n']} images were used for "
             "tuning or validation: this is not a test accuracy"
         )
     rows = [
-        (name, f"{s.accuracy:.1%}", f"{s.interval[0]:.1%} to {s.interval[1]:.1%}")
+        (
+            name,
+            f"{s.accuracy:.1%}",
+            f"{s.interval[0]:.1%} to {s.interval[1]:.1%}",
+            *(f"{s.ece:.1%}", f"{s.nll:.2f}", f"{s.brier:.2f}"),
+        )
         for name, s in scores.items()
     ]
     title = f"accuracy on {document['n']} images ({document['split']})"
-    lines: list[str | Table] = [Table(title, ("", "accuracy", "95 % interval"), rows)]
+    columns = ("", "accuracy", "95 % interval", "ECE", "NLL", "Brier")
+    lines: list[str | Table] = [Table(title, columns, rows)]
+    if refusals is not None:
+        names = ("none of the classes", "", "95 % interval", "images")
+        lines += ["", Table("", names, refusals.rows())]
     own = [s.per_class() for s in scores.values()]
     per_class = [
         (name, str(first["n"]), *(f"{one[name]['accuracy']:.1%}" for one in own))

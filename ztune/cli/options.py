@@ -6,6 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+
+def number_or_word(text: str) -> int | str:
+    """Return the value of an option that RunConfig checks."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _number_or_all(text: str) -> int | str:
+    """Return the value of --shots; SplitSettings checks a number."""
+    value = number_or_word(text)
+    if value != "all" and not isinstance(value, int):
+        raise argparse.ArgumentTypeError(f"expected a number or all, got '{text}'")
+    return value
+
+
 _DECLARED: dict[str, dict[str, Any]] = {
     # data
     "--data": {
@@ -24,11 +38,15 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "choices": ("leaf", "top"),
         "help": "folders in folders: classes are the innermost (leaf, default) or the top ones",
     },
-    "--shots": {"type": int, "metavar": "N", "help": "training images per class (default: 16)"},
+    "--shots": {
+        "type": _number_or_all,
+        "metavar": "N",
+        "help": "training images per class, or all (default; with --root: 16)",
+    },
     "--val": {
         "type": int,
         "metavar": "N",
-        "help": "validation images per class (default: min(shots, 4))",
+        "help": "validation images per class (default: min(shots, 4); with all shots 4 or none)",
     },
     "--test-fraction": {
         "metavar": "X",
@@ -51,6 +69,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "metavar": "KEY=VALUE",
         "help": "setting of the method (see: ztune methods NAME)",
     },
+    "--reject": {"type": float, "metavar": "SHARE", "help": "refuse images of none of the classes"},
     "--init": {"metavar": "WORDS", "help": 'initial context, such as "a photo of a"'},
     "--template": {
         "action": "append",

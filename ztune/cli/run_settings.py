@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ztune.data.split import PUBLISHED_SHOTS
 from ztune.errors import ConfigError
 from ztune.run_config import RunConfig, place_of
 from ztune.types import Json
@@ -26,6 +27,8 @@ def run_config_of(
             values[field.name] = str(value.resolve()) if isinstance(value, Path) else value
     if isinstance(arguments.data, str):
         values["data"] = place_of(arguments.data, getattr(arguments, "root", None))
+    if "root" in values:
+        values.setdefault("shots", PUBLISHED_SHOTS)
     if "templates" in values:
         values["templates"] = tuple(values["templates"])
     return RunConfig(**values)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import merge_settings, settings_to_save
-from ztune.cli.options import add
+from ztune.cli.options import add, number_or_word
 from ztune.cli.output import Output, Table
 from ztune.cli.run_settings import run_config_of, settings_of
 from ztune.cli.server import (
@@ -26,7 +26,7 @@ from ztune.io.schema import plain
 from ztune.methods.registry import views_of
 from ztune.printing import quoted
 from ztune.run_config import RunConfig
-from ztune.run_document import RunReport, ValidationScore
+from ztune.run_document import RunReport
 from ztune.types import Json
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
-    add(method, "--preset", "--set", "--init")
+    add(method, "--preset", "--set", "--init", "--reject")
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
@@ -71,18 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--snapshots",
-        type=_number_or_list,
+        type=number_or_word,
         metavar="N|N,N",
         help="save N - 1 intermediate snapshots, or one after each of these numbers of queries",
     )
     machine = parser.add_argument_group("machine")
     add(machine, "--threads", "--memory-limit", "--reference", "--force")
     add_server_arguments(parser)
-
-
-def _number_or_list(word: str) -> int | str:
-    """Return the value of --snapshots; RunConfig checks it."""
-    return int(word) if word.lstrip("-").isdecimal() else word
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
@@ -109,7 +104,8 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         overwrite = arguments.overwrite
         report = _start(run_config, server, arguments.out, output, overwrite=overwrite)
         path = arguments.out
-    _warn_if_no_gain(report, output)
+    if report.no_gain:
+        output.warn(report.no_gain)
     output.result(plain(report), _lines(report, path))
 
 
@@ -266,37 +262,21 @@ class ResumeHint:
             ) from None
 
 
-def _warn_if_no_gain(report: RunReport, output: Output) -> None:
-    """Warn if tuning did not beat the hand-written prompt."""
-    found = report.validation
-    if not found or report.method == "zero-shot":
-        return
-    tuned, zero_shot = found["tuned"].accuracy, found.get("zero-shot")
-    if zero_shot is not None and tuned <= zero_shot.accuracy:
-        output.warn(
-            f"the result ({tuned:.1%}) does not beat the hand-written prompt "
-            f"({zero_shot.accuracy:.1%}) on the validation images"
-        )
-
-
-def _interval(found: ValidationScore) -> str:
-    return "{:.1%} to {:.1%}".format(*found.interval)
-
-
 def _lines(report: RunReport, path: Path) -> list[str | Table]:
+    from ztune.evaluate import why_no_accuracy
+    from ztune.run import RunFolder
+
     lines: list[str | Table] = []
     validation = report.validation
     shown = {"zero-shot": "zero-shot", "tuned": f"tuned ({report.method})", "gda": "GDA"}
     parts = [(text, validation[name]) for name, text in shown.items() if name in validation]
-    rows = [(text, f"{part.accuracy:.1%}", _interval(part)) for text, part in parts]
+    rows = [(text, f"{part.accuracy:.1%}", part.interval_shown) for text, part in parts]
     if rows:
         chosen = "used to choose the settings of heads"
         if report.run_config.keep == "best":
             chosen += " and the point of the run"
         title = f"accuracy on {validation['tuned'].n} validation images ({chosen})"
         lines.append(Table(title, ("", "accuracy", "95 % interval"), rows))
-    else:
-        lines.append("no validation images (measure test accuracy with: ztune eval)")
     if server := report.server:
         lines.append(
             f"server {server.url}: {server.sent} queries sent "
@@ -310,11 +290,13 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if found := report.cross_validation:
-        title = f"cross-validated on {found.n} training images: accuracy {found.accuracy:.1%}"
-        lines.append(f"{title} (95 % interval {_interval(found)})")
+    if report.cross_validated:
+        lines.append(report.cross_validated)
+    lines.append(report.probabilities)
     if report.early_end:
         lines.append(report.early_end)
+    if why := why_no_accuracy(RunFolder(path), report):
+        return [*lines, why, f"{path / 'prompt.safetensors'}"]
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
     command = f"ztune eval {quoted(path)}{where}"
     return [*lines, f"{path / 'prompt.safetensors'} (evaluate it with: {command})"]

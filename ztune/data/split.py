@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from msgspec import field, structs
@@ -23,6 +23,17 @@ FORMAT = "ztune-split"
 VERSION = 1
 ROLES: tuple[SplitName, ...] = ("train", "val", "test")
 Sampler = Literal["hash", "coop"]
+ALL: Final = "all"
+"""The value of `shots` with which all images of a class are used, however many it has."""
+Shots = int | Literal["all"]
+PUBLISHED_SHOTS = 16
+LEAST_HALVED = 40
+"""Images of a class from which half are test images, with all shots."""
+LEAST_JUDGED = 16
+"""Images of a class from which it can have validation images, or an accuracy without test images,
+with all shots."""
+MOST_VAL = 4
+"""Validation images per class, if their number is not given."""
 HOW_DRAWN: dict[Sampler, str] = {
     "hash": "drawn by hash, as for custom images",
     "coop": "drawn by coop, as published",
@@ -36,20 +47,24 @@ Progress = Callable[[int, int], None]
 class SplitSettings:
     """Settings of a split, per class."""
 
-    shots: int
+    shots: Shots
     n_val: int | None = None
-    """None: min(shots, 4), or the images left after the shots."""
+    """None: min(shots, 4), or the images left after the shots; with all shots those that the data
+    mark as validation images. With all shots of other images at most a fifth of a class, and none
+    of fewer than LEAST_JUDGED."""
     test_fraction: float | Literal["auto"] = "auto"
     """Fraction of custom images used for testing, drawn by hash. auto: half if every class has at
-    least 2 * (shots + n_val) images and enough others for its shots; else none."""
+    least 2 * (shots + n_val) images and enough others for its shots; else none. With all shots:
+    half of each class of at least LEAST_HALVED."""
     split_seed: int = 0
     """Seed of the test images of custom data."""
     seed: int = 1
     """Seed of the shots, then the validation images."""
 
     def __post_init__(self) -> None:
-        if self.shots < 1:
-            raise ConfigError(f"`shots` is {self.shots}, expected at least 1")
+        if self.shots != ALL and (not isinstance(self.shots, int) or self.shots < 1):
+            shown = f'"{self.shots}"' if isinstance(self.shots, str) else self.shots
+            raise ConfigError(f"`shots` is {shown}, expected {ALL}, or a number of at least 1")
         if self.n_val is not None and self.n_val < 0:
             raise ConfigError(f"`val` is {self.n_val}, expected 0 or more")
         if self.test_fraction != "auto" and not 0 <= self.test_fraction < 1:
@@ -62,7 +77,24 @@ class SplitSettings:
 
     @property
     def wanted_val(self) -> int:
-        return min(self.shots, 4) if self.n_val is None else self.n_val
+        """The validation images of a class that has enough."""
+        if self.n_val is not None:
+            return self.n_val
+        return 0 if self.shots == ALL else min(self.shots, MOST_VAL)
+
+    def counts(self, n_train: int, n_val: int) -> tuple[int, int]:
+        """Return how many images of a class train, and how many validate.
+
+        The class has `n_train` images to train on, and `n_val` that the data mark for validation;
+        without these, validation images are some of the others.
+        """
+        if self.shots != ALL:
+            return self.shots, self.wanted_val
+        if n_val:
+            return n_train, n_val if self.n_val is None else self.n_val
+        most = n_train // 5 if n_train >= LEAST_JUDGED else 0
+        held_out = min(self.wanted_val, most)
+        return n_train - held_out, held_out
 
 
 def parse_test_fraction(value: float | str) -> float | Literal["auto"]:

@@ -7,7 +7,8 @@ The data determine which of two samplers is used, in every command:
 set. Whether there is one depends on the number of images (`SplitSettings.test_fraction`). Shots are
 drawn from the others in the order of SHA-256("tune:seed:digest of the image"), independent of file
 names, other classes and the NumPy version; the 4-shot set is a subset of the 16-shot set of the
-same seed.
+same seed. With `shots=all` each class decides for itself whether it has test images, so adding
+images to one moves none of another.
 
 `coop`, for published lists (`Listing.lists`). Draws what CoOp's published code draws for the same
 lists and seed: coop.py. Test images are those of the lists.
@@ -27,7 +28,16 @@ from ztune.data.coop import CoopSplit, Item, by_label, display_name, few_shot
 from ztune.data.folders import Listing
 from ztune.data.manifests import SplitName
 from ztune.data.near_copies import MOST, PerceptualHash, near_copies
-from ztune.data.split import ROLES, Entry, LeftOut, Split, SplitSettings
+from ztune.data.split import (
+    ALL,
+    LEAST_HALVED,
+    LEAST_JUDGED,
+    ROLES,
+    Entry,
+    LeftOut,
+    Split,
+    SplitSettings,
+)
 from ztune.errors import DataError, ImageSizeError
 from ztune.io.files import sha256
 from ztune.printing import broken_images, first_few
@@ -146,7 +156,11 @@ def _coop_split(
     """
     assert dataset.lists is not None
     notes, roots = [*dataset.notes], {"data": dataset.root.absolute()}
-    drawn = few_shot(dataset.lists, settings.shots, settings.seed, settings.n_val)
+    shots, n_val = settings.shots, settings.n_val
+    if shots == ALL:
+        shots = len(dataset.lists.train) + 1  # more than any class has: none is drawn from
+        n_val = len(dataset.lists.val) + 1 if n_val is None else n_val
+    drawn = few_shot(dataset.lists, shots, settings.seed, n_val)
     tested: list[Entry] = []
     if test_data:
         drawn = replace(drawn, test=())
@@ -154,7 +168,8 @@ def _coop_split(
         notes += note
         roots["test"] = test_data.root.absolute()
     entries = entries_of_lists(drawn, dataset.root, dataset.classes, digest) + tested
-    notes += describe_shortages(drawn, settings.shots, settings.n_val)
+    if settings.shots != ALL:
+        notes += describe_shortages(drawn, settings.shots, settings.n_val)
     tuned_on = {entry.sha256 for entry in entries if entry.role != "test"}
     copies = sum(entry.role == "test" and entry.sha256 in tuned_on for entry in entries)
     if copies:
@@ -381,16 +396,32 @@ def _hold_out_test(
     """Assign the role test by each image's hash, independently of other images."""
     if settings.test_fraction == 0:
         return by_class, ["no test set: `test_fraction` is 0"]
+    auto = settings.test_fraction == "auto"
     share = 0.5 if settings.test_fraction == "auto" else settings.test_fraction
+    by_size = auto and settings.shots == ALL
     cut = [
         [
             replace(entry, role="test") if _is_tested(entry, share, settings.split_seed) else entry
             for entry in entries
         ]
+        if not by_size or len(entries) >= LEAST_HALVED
+        else entries
         for entries in by_class
     ]
     tested, left = _count(cut, "test"), _count(cut, "train")
-    if settings.test_fraction == "auto":
+    if by_size:
+        few = [name for name, n in zip(classes, tested, strict=True) if n == 0]
+        if len(few) == len(classes):
+            return by_class, [
+                f"no test set: no class has {LEAST_HALVED} images or more (add a test folder, or "
+                "use `test_data`)"
+            ]
+        if few:
+            return cut, [
+                f"{len(few)} of {len(classes)} classes have no test images, since they have fewer "
+                f"than {LEAST_HALVED} images: {first_few(few)}"
+            ]
+    elif auto:
         if why := _reason_for_no_test(tested, left, classes, settings):
             return by_class, [f"no test set: {why} (add a test folder, or use `test_data`)"]
     elif 0 in tested:
@@ -407,7 +438,8 @@ def _is_tested(entry: Entry, share: float, seed: int) -> bool:
 def _reason_for_no_test(
     tested: Sequence[int], left: Sequence[int], classes: Sequence[str], settings: SplitSettings
 ) -> str | None:
-    """Return why `auto` holds out no test images, or None if it does."""
+    """Return why `auto` holds out no test images of some shots, or None if it does."""
+    assert settings.shots != ALL
     needed = 2 * (settings.shots + settings.wanted_val)
     least = settings.shots + (settings.n_val or 0)
     for name, n_test, n_left in zip(classes, tested, left, strict=True):
@@ -428,10 +460,11 @@ def _assign_roles(entries: list[Entry], settings: SplitSettings) -> list[Entry]:
     """Assign one class's images to the shots, then to validation; drop the others."""
     drawn = _shuffle((entry for entry in entries if entry.role == "train"), "tune", settings.seed)
     given = [entry for entry in entries if entry.role == "val"]
-    val = _shuffle(given, "tune", settings.seed) if given else drawn[settings.shots :]
+    n_train, n_val = settings.counts(len(drawn), len(given))
+    val = _shuffle(given, "tune", settings.seed) if given else drawn[n_train:]
     return [
-        *drawn[: settings.shots],
-        *(replace(entry, role="val") for entry in val[: settings.wanted_val]),
+        *drawn[:n_train],
+        *(replace(entry, role="val") for entry in val[:n_val]),
         *sorted((e for e in entries if e.role == "test"), key=lambda entry: entry.path),
     ]
 
@@ -449,7 +482,8 @@ def _check_shots(
 ) -> None:
     """Raise DataError for classes with too few shots, `lost` broken images aside."""
     counts = enumerate(_count(by_class, "train"))
-    short = [label for label, n in counts if n < max(1, settings.shots - lost[label])]
+    wanted = 1 if settings.shots == ALL else settings.shots
+    short = [label for label, n in counts if n < max(1, wanted - lost[label])]
     if not short:
         return
     label = short[0]
@@ -458,8 +492,7 @@ def _check_shots(
     kept = f" ({n_all} minus {n_test} for testing)" if n_all > n_train else ""
     raise DataError(
         f'class "{classes[label]}" has {n_train} training images{kept}, expected at least '
-        f"{settings.shots} (`shots`); {len(short)} such class(es) in total (add images or reduce "
-        "`shots`)"
+        f"{wanted} (`shots`); {len(short)} such class(es) in total (add images or reduce `shots`)"
     )
 
 
@@ -468,8 +501,12 @@ def _check_val(
 ) -> list[str]:
     counts = _count(by_class, "val")
     fewest, wanted = min(counts), settings.wanted_val
-    if fewest == wanted:
+    if fewest >= wanted:
         return []
+    each = str(fewest) if fewest == max(counts) else f"{fewest} to {max(counts)}"
+    if settings.shots == ALL:
+        why = f"at most a fifth of a class, and none of fewer than {LEAST_JUDGED}"
+        return [f"validation: {each} images per class instead of {wanted}: {why}"]
     name = classes[counts.index(fewest)]
     if settings.n_val is not None:
         raise DataError(
@@ -478,5 +515,4 @@ def _check_val(
         )
     if max(counts) == 0:
         return ["no validation images: all are shots"]
-    each = str(fewest) if fewest == max(counts) else f"{fewest} to {max(counts)}"
     return [f"validation: {each} images per class instead of {wanted}, since shots come first"]

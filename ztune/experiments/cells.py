@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ztune.io.schema import AtLeastOne, Count, plain
+from ztune.statistics import Bin, ece_of
 from ztune.types import Json
 
 
@@ -53,6 +54,16 @@ class PartScore:
     """Unreadable images that were not scored; paths relative to the part's root."""
     conversions: Mapping[str, int] = field(default_factory=dict)
     """How many of the images each rule changed (docs/images.md)."""
+    nll: float | None = None
+    """Mean negative log-likelihood of the labels in nats; None as for `accuracy`, or in results of
+    earlier versions, as are the next two."""
+    brier: float | None = None
+    reliability: tuple[Bin, ...] = ()
+
+    @property
+    def ece(self) -> float | None:
+        """The expected calibration error, in 0…1."""
+        return ece_of(self.reliability) if self.reliability else None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ztune.data.split import ALL
 from ztune.errors import ConfigError
 from ztune.experiments.bench import RESULTS, Workers, run_cells
 from ztune.experiments.plan import (
@@ -51,6 +52,8 @@ class CompareConfig:
             raise ConfigError(f"`pixel_queries` is {self.pixel_queries}, expected at least 1")
         if unused := [name for name in self.settings if name not in self.methods]:
             raise ConfigError(f"`settings` {unused[0]}.…: {unused[0]} is not among `methods`")
+        if self.base.shots == ALL:
+            raise ConfigError(f"`shots` is {ALL}, expected a number: seeds draw different images")
         self.base.split_settings()
         for name in self.methods:
             self.method_plan(name)
@@ -144,13 +147,14 @@ def plan_of(config: CompareConfig, out: Path) -> Plan:
         skip_broken=base.skip_broken,
         skip_conflicts=base.skip_conflicts,
     )
+    assert base.shots != ALL
     protocol = ProtocolPlan("few-shot", (base.shots,), config.seeds, config.methods, data=(name,))
     execution = ExecutionPlan(
         base.provider, base.threads, base.memory_limit, base.force, isolate=True
     )
     return Plan(
         path=out / f"{PLAN}.toml",
-        title=f"{data.name} on {bundle.name}, {base.shots} shots",
+        title=f"{data.name} on {bundle.name}, {base.shots_shown}",
         models={_plain_name(bundle): str(bundle)},
         data={name: entry},
         methods={method: config.method_plan(method) for method in config.methods},

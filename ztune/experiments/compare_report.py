@@ -18,7 +18,9 @@ from ztune.experiments.store import ImagePass, Result
 from ztune.experiments.summary import (
     Costs,
     Measured,
+    Probabilities,
     Sheet,
+    calibration_of,
     costs_of,
     memory_alone,
     names_of,
@@ -33,8 +35,8 @@ from ztune.types import Json
 FORMAT = "ztune-compare"
 VERSION = 3
 COLUMNS = (
-    "method", "test accuracy", "seeds", "queries", "text forwards", "image forwards", "seconds",
-    "peak MB", "result bytes", "new classes",
+    "method", "test accuracy", "ECE", "NLL", "Brier", "seeds", "queries", "text forwards",
+    "image forwards", "seconds", "peak MB", "result bytes", "new classes",
 )  # fmt: skip
 
 
@@ -46,6 +48,8 @@ class Row:
     measured: Measured
     costs: Costs | None
     """None without a finished seed."""
+    probabilities: Probabilities | None
+    """None without a finished seed, or for results of earlier versions."""
     failures: tuple[tuple[int, str], ...]
     """Seed and reason."""
 
@@ -55,11 +59,13 @@ class Row:
         mean, costs, n = self.measured.mean, self.costs, self.measured.n
         n_failed = len(self.failures)
         if mean is None or costs is None:
-            return (self.method, "failed", f"0 of {n_failed}", *"–" * 6, serves)
+            return (self.method, "failed", *"–" * 3, f"0 of {n_failed}", *"–" * 6, serves)
         deviation, peak = self.measured.deviation, costs.peak_memory_mb
+        p = self.probabilities
         return (
             self.method,
             f"{mean:.1%}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
+            *(("–",) * 3 if p is None else (f"{p.ece:.1%}", f"{p.nll:.2f}", f"{p.brier:.2f}")),
             f"{n} of {n + n_failed}" if n_failed else str(n),
             *(f"{x:,.0f}" for x in (costs.queries, costs.text_forwards, costs.image_forwards)),
             f"{costs.seconds:,.1f}",
@@ -76,6 +82,9 @@ class Row:
             "seeds": [*sorted(self.measured.by_seed)],
             "accuracy": self.measured.mean,
             "deviation": self.measured.deviation,
+            "ece": None if self.probabilities is None else self.probabilities.ece,
+            "nll": None if self.probabilities is None else self.probabilities.nll,
+            "brier": None if self.probabilities is None else self.probabilities.brier,
             "queries": None if costs is None else round(costs.queries),
             "text_forwards": None if costs is None else round(costs.text_forwards),
             "image_forwards": None if costs is None else round(costs.image_forwards),
@@ -125,6 +134,7 @@ class Report:
             method,
             sheet.measured(method, data, "test", shots),
             costs_of(sheet, method),
+            calibration_of(score for one in sheet.outcomes(method) for score in one.scores),
             tuple(sorted(failures)),
         )
 
@@ -145,6 +155,8 @@ class Report:
         return [
             f"accuracy: {''.join(on)}mean ± sample standard deviation over the seeds, in points. "
             "All methods tune on the same images per seed, never on test images.",
+            "ECE: expected calibration error of the probabilities (15 bins, all seeds in one set). "
+            "NLL: negative log-likelihood of the labels, in nats. Brier: Brier score, 0 to 2.",
             "queries: candidates evaluated on a batch. text forwards: encoded class prompts, with "
             "the signal check's probes, without the one pass of the templates.",
             "image forwards: images encoded by the run or read from the cache: training and "
@@ -205,6 +217,7 @@ class Report:
         return {
             **document,
             "accuracy": score.accuracy,
+            **{name: getattr(score, name) for name in ("ece", "nll", "brier")},
             "n_test": score.n,
             "test_conversions": dict(score.conversions),
             "zero_shot_accuracy": score.zero_shot,

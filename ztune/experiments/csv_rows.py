@@ -11,6 +11,7 @@ from ztune.experiments.summary import (
     Measured,
     Names,
     Sheet,
+    calibration_of,
     class_accuracy_of,
     combined,
     harmonic_mean,
@@ -21,8 +22,8 @@ from ztune.experiments.summary import (
 
 TABLE_COLUMNS = (
     "protocol", "model", "data", "part", "method", "uses", "shots", "n_seeds", "n_seeds_wanted",
-    "accuracy_mean", "accuracy_sd", "class_accuracy_mean", "zero_shot_mean", "queries_mean",
-    "seconds_mean",
+    "accuracy_mean", "accuracy_sd", "class_accuracy_mean", "zero_shot_mean", "ece", "nll_mean",
+    "brier_mean", "queries_mean", "seconds_mean",
 )  # fmt: skip
 CELL_COLUMNS = (
     "protocol", "model", "data", "method", "uses", "shots", "seed", "status", "reason", "session",
@@ -39,7 +40,8 @@ _PLAIN = (
     "image_forwards_cached", "seconds", "peak_memory_mb", "needs",
 )  # fmt: skip
 _OF_PART = (
-    "n", "classes", "accuracy", "class_accuracy", "zero_shot", "zero_shot_class_accuracy",
+    "n", "classes", "accuracy", "class_accuracy", "zero_shot", "zero_shot_class_accuracy", "ece",
+    "nll", "brier",
 )  # fmt: skip
 Row = dict[str, object]
 
@@ -76,6 +78,7 @@ def _unit_rows(sheet: Sheet, names: Names, data: str, shots: int, method: str) -
             **_spread(figure),
             "class_accuracy_mean": _rounded(of_classes.mean),
             "zero_shot_mean": _rounded(prompts.mean),
+            **{name: _rounded(figure) for name, figure in _calibration(outcomes, part).items()},
         }
     if sheet.protocol == "base-to-new" and sheet.parts(data):
         halves = [sheet.hand_written(data, part, shots) for part in ("base", "new")]
@@ -85,6 +88,13 @@ def _unit_rows(sheet: Sheet, names: Names, data: str, shots: int, method: str) -
             **_spread(sheet.harmonic(method, data, shots)),
             "zero_shot_mean": _rounded(combined(halves, harmonic_mean).mean),
         }
+
+
+def _calibration(outcomes: Sequence[Outcome], part: str) -> dict[str, float | None]:
+    found = calibration_of(score for one in outcomes for score in one.scores if score.part == part)
+    if found is None:
+        return {}
+    return {"ece": found.ece, "nll_mean": found.nll, "brier_mean": found.brier}
 
 
 def _spread(figure: Measured) -> Row:

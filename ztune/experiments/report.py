@@ -25,7 +25,13 @@ from ztune.experiments.ranking import rank_methods, units_of
 from ztune.experiments.render import as_csv, as_latex, as_markdown, in_markdown
 from ztune.experiments.store import ImagePass, View
 from ztune.experiments.summary import Names, Sheet, names_of, sheets_of
-from ztune.experiments.tables import Table, accuracy_tables, costs_tables, ranking_table
+from ztune.experiments.tables import (
+    Table,
+    accuracy_tables,
+    calibration_table,
+    costs_tables,
+    ranking_table,
+)
 from ztune.io.files import write_bytes
 
 LATEX_HEAD = r"""% Tables of ztune bench. They need \usepackage{booktabs}, and for non-ASCII names
@@ -88,7 +94,9 @@ def _heading(sheet: Sheet) -> str:
 
 
 def _main_tables(sheet: Sheet, names: Names) -> list[Table]:
-    return [*accuracy_tables(sheet, names), *costs_tables(sheet)]
+    probabilities = calibration_table(sheet)
+    own = [] if probabilities is None else [probabilities]
+    return [*accuracy_tables(sheet, names), *own, *costs_tables(sheet)]
 
 
 def _sheet(sheet: Sheet, names: Names) -> list[str]:

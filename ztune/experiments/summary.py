@@ -16,6 +16,7 @@ from ztune.experiments.cells import Outcome, PartScore
 from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.protocols import TRANSFERS
 from ztune.experiments.store import ImagePass, Result
+from ztune.statistics import ece_of
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,28 @@ def sheets_of(
         groups.setdefault((result.cell.protocol, result.cell.model), []).append(result)
     known = images or {}
     return [Sheet(*names, tuple(own), known.get(names[1])) for names, own in groups.items()]
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """How far probabilities can be relied on."""
+
+    ece: float
+    """Expected calibration error, in 0…1, with all images in one set of bins."""
+    nll: float
+    """In nats; mean over the results, as the next."""
+    brier: float
+
+
+def calibration_of(scores: Iterable[PartScore]) -> Probabilities | None:
+    """Return the figures over some results; None if one of them does not have them."""
+    found = list(scores)
+    nll = [one.nll for one in found if one.nll is not None]
+    brier = [one.brier for one in found if one.brier is not None]
+    if not found or len(nll) < len(found) or len(brier) < len(found):
+        return None
+    bins = [part for one in found for part in one.reliability]
+    return Probabilities(ece_of(bins), math.fsum(nll) / len(nll), math.fsum(brier) / len(brier))
 
 
 @dataclass(frozen=True)

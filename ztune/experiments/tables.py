@@ -18,6 +18,7 @@ from ztune.experiments.summary import (
     Sheet,
     accuracy_of,
     average,
+    calibration_of,
     class_accuracy_of,
     combined,
     costs_of,
@@ -296,6 +297,28 @@ def _costs(found: Sequence[Costs], shots: int, images: ImagePass | None) -> Tabl
         *(f"{one.method} needs {one.needs}." for one in found if one.needs),
     )
     return Table(f"Costs of a cell, {_n_shots(shots)}", columns, tuple(rows), notes)
+
+
+def calibration_table(sheet: Sheet) -> Table | None:
+    """Return methods × figures of their probabilities, at the most shots; None without any."""
+    if not sheet.shots:
+        return None
+    shots, rows = sheet.shots[-1], []
+    for method in sheet.methods:
+        outcomes = sheet.outcomes(method, shots=shots)
+        own = [score for one in outcomes for score in one.scores if score.accuracy is not None]
+        if (found := calibration_of(own)) is not None:
+            figures = f"{100 * found.ece:.1f}", f"{found.nll:.3f}", f"{found.brier:.3f}"
+            rows.append((Word(method), *map(Word, figures)))
+    if not rows:
+        return None
+    note = (
+        "ECE: expected calibration error with 15 bins, all test images of all data sets and seeds "
+        "in one set of bins. NLL (nats) and Brier score: means over the results. Methods that "
+        "have no temperature are as the model was trained."
+    )
+    columns = ("method", "ECE, %", "NLL", "Brier")
+    return Table(f"Probabilities, {_n_shots(shots)}", columns, tuple(rows), (note,))
 
 
 def ranking_table(ranking: Ranking) -> Table | None:

@@ -308,6 +308,9 @@ class Worker:
             class_accuracy=None if found is None else found.class_accuracy,
             broken=encoded.broken,
             conversions=encoded.conversions,
+            nll=None if found is None else found.nll,
+            brier=None if found is None else found.brier,
+            reliability=() if found is None else found.reliability,
         )
 
     def _score(
@@ -318,16 +321,15 @@ class Worker:
         if isinstance(result, HeadArtifact):
             if not set(classes) <= set(result.classes):
                 return None
-            columns = [result.classes.index(name) for name in classes]
-            logits = result.classifier().logits(encoded.features)[:, columns]
-            return score(logits, encoded.labels, classes)
-        if isinstance(result, VisualArtifact) and result.context is None:
+            result = result.restricted(classes)
+        elif isinstance(result, VisualArtifact) and result.context is None:
             # It uses templates: those of the part's data set.
             result = model.refresh(replace(result, templates=part.templates), classes)
         elif result.classes != classes:
             result = model.refresh(result, classes)
         if not isinstance(result, VisualArtifact):
-            return score(result.classifier().logits(encoded.features), encoded.labels, classes)
+            logits = result.classifier().logits(encoded.features)
+            return score(logits, encoded.labels, classes, result.temperature or 1.0)
         test_features = encode_test(
             model,
             encoded.split.items("test"),
@@ -336,7 +338,8 @@ class Worker:
             skip_broken=part.skip_broken,
             extractor=find_extractor(result, training.folder.path, training.run_config.extractor),
         )
-        return score(test_features.logits(result), encoded.labels, classes)
+        logits = test_features.logits(result)
+        return score(logits, encoded.labels, classes, result.temperature or 1.0)
 
 
 def _finished(training: Training, job: Job) -> RunReport:

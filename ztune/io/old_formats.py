@@ -53,8 +53,8 @@ def _move_extractor(document: Document) -> Document:
 
 
 UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
-    "ztune-artifact": (dict,),
-    "ztune-classifier": (_classifier, dict),
+    "ztune-artifact": (dict, dict),
+    "ztune-classifier": (_classifier, dict, dict),
     "ztune-run": (_run, _move_extractor),
 }
 """By format: the upgrades from version 1 to 2, 2 to 3, and so on."""

@@ -223,6 +223,15 @@ class PromptMixture:
         without, folds = self._chosen().without, fold_of_each(self._labels)
         return None if folds is None else HeldOutWeights(without, folds)
 
+    def held_out_logits(self) -> tuple[F32, I64] | None:
+        """Return each image's logits f32[N, C] by weights without it, and labels i64[N].
+
+        Logits have no shift that all classes share. None if nothing can be held out.
+        """
+        if not len(self._prompts) or fold_of_each(self._labels) is None:
+            return None
+        return self._chosen().out_of_fold, self._labels.copy()
+
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss and accuracy after 1, 2, 4, 8… rounds and the last.
 
@@ -259,7 +268,13 @@ class PromptMixture:
         loss = float(cross_entropy(logits, self._labels).mean())
         accuracy = float((logits.argmax(axis=-1) == self._labels).mean())
         without = np.array([start + mixing @ b for b in found.without])
-        return Choice(start + mixing @ found.whole, loss, accuracy, without, found.held_out_loss)
+        out_of_fold = np.zeros((0, logits.shape[1]), np.float32)
+        if (folds := fold_of_each(self._labels)) is not None:
+            out_of_fold = np.empty_like(logits, dtype=np.float32)
+            for k, own in enumerate(found.without):
+                out_of_fold[folds == k] = problem.rows(folds == k).logits(own)
+        whole = start + mixing @ found.whole
+        return Choice(whole, loss, accuracy, without, out_of_fold, found.held_out_loss)
 
     def state(self) -> State:
         span = self._span
@@ -311,6 +326,8 @@ class Choice:
     accuracy: float
     without: F64
     """f64[F, K]: the weights without each fold of the images."""
+    out_of_fold: F32
+    """f32[N, C]: the logits of each image by the weights without it; empty without folds."""
     held_out_loss: float | None
     """In nats, of each image under the weights without its fold; None if nothing is held out."""
 

@@ -13,12 +13,16 @@ from ztune.errors import FormatError
 from ztune.experiments.cells import Cell, Outcome, PartScore, Point, key_of
 from ztune.io.config import as_json
 from ztune.io.schema import convert, decoded, plain
+from ztune.statistics import Bin
 from ztune.types import Json
 
 CELL = Cell("base-to-new", "vit-b-16", "café 東京", "zip", 16, 3)
 SCORES = (
     PartScore("base", 120, 6, 0.5, 0.4375, 0.1 + 0.2, 0.25),
-    PartScore("new 🦊 “née”", 80, 5, 1.0, 0.0, None, None, ("a/1.jpg",), {"alpha": 2}),
+    PartScore(
+        *("new 🦊 “née”", 80, 5, 1.0, 0.0, None, None, ("a/1.jpg",), {"alpha": 2}),
+        *(0.75, 0.4, (Bin(3, 20, 0.25, 0.3), Bin(14, 60, 0.99, 0.9))),
+    ),
 )
 CURVE = (Point(10, None, 0.3), Point(20, 1.5, 0.4), Point(5000, 2.25, 0.45))
 OUTCOME = Outcome(
@@ -47,7 +51,7 @@ VARYING = ("seconds", "peak_memory_mb", "image_forwards_cached")
 """What may differ when a cell is run again; the seconds of the curve are tested apart."""
 
 
-LATER = ("broken", "conversions")
+LATER = ("broken", "conversions", "nll", "brier", "reliability")
 """Fields that older files lack."""
 
 

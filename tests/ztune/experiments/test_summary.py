@@ -8,7 +8,7 @@ import pytest
 from tests.ztune.experiments.bench_results import OUTCOME, PLAN, Row, store_of
 from ztune.experiments.plan_document import PlanDocument
 from ztune.experiments.ranking import Ranking, Record, rank_methods, units_of
-from ztune.experiments.store import ImagePass
+from ztune.experiments.store import ImagePass, Result
 from ztune.experiments.summary import (
     Measured,
     Names,
@@ -22,11 +22,13 @@ from ztune.experiments.summary import (
 from ztune.experiments.tables import (
     Table,
     accuracy_tables,
+    calibration_table,
     costs_tables,
     figures_table,
     ranking_table,
 )
 from ztune.io.schema import convert
+from ztune.statistics import Bin
 from ztune.types import Json
 
 NAMES = Names("a title", {}, {}, {}, {})
@@ -285,3 +287,24 @@ def test_units_of_other_protocols_and_models_are_never_mixed(tmp_path: Path) -> 
     ranking = rank_methods(units_of(found))
     assert ranking.records["a", "b"] == Record(0, 0, 0)
     assert ranking.ranks == {"a": None, "b": None}
+
+
+def test_calibration_is_pooled_over_data_sets_and_seeds(tmp_path: Path) -> None:
+    results = store_of(tmp_path, [Row("zip", "d", [0.5, 0.7]), Row("gda", "d", [0.5])])
+    (sheet,) = sheets_of(results.view(PLAN).results)
+    assert calibration_table(sheet) is None  # results of a version that did not measure it
+    bins = [(Bin(7, 100, 0.5, 0.4),), (Bin(7, 50, 0.5, 0.6), Bin(14, 50, 1.0, 0.8))]
+
+    def measured(result: Result) -> Result:
+        if result.outcome is None or result.cell.method != "zip":
+            return result
+        (one,) = result.outcome.scores
+        seed = result.cell.seed
+        scores = (replace(one, nll=seed / 10, brier=seed / 5, reliability=bins[seed - 1]),)
+        return replace(result, outcome=replace(result.outcome, scores=scores))
+
+    own = replace(sheet, results=tuple(map(measured, sheet.results)))
+    table = calibration_table(own)
+    assert table is not None
+    # |100 · −0.1 + 50 · 0.1| + |50 · −0.2| of 200 images.
+    assert [[word.text for word in row] for row in table.rows] == [["zip", "7.5", "0.150", "0.300"]]
