@@ -223,3 +223,16 @@ def test_class_keys_tell_names_apart_that_have_other_bytes(tmp_path: Path) -> No
         again = StoredTextEncoder(encoder, store(tmp_path))
         assert again.encode(given).tobytes() == encoder.encode(given).tobytes()
         assert again.take_n_found() == 2 * len(names)
+
+
+def test_a_graph_is_opened_when_a_text_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a graph was opened")
+
+    given = np.ascontiguousarray(token_table(load_bundle(MINI))[np.arange(300, 308).reshape(2, 4)])
+    expected = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path)).encode(given)
+    monkeypatch.setattr("runtimes.ort.open_session", refuse)
+    stored = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path))
+    assert stored.encode(given).tobytes() == expected.tobytes()
