@@ -37,7 +37,7 @@ from ztune.logits import FeatureClassifier, log_probabilities
 from ztune.methods.registry import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
-from ztune.run_config import RunConfig
+from ztune.run_config import UNIFORM, RunConfig
 from ztune.run_document import RunReport
 from ztune.task import open_program
 from ztune.training import SavedRun, TrainingRun, as_possible, start_run_on
@@ -45,7 +45,7 @@ from ztune.types import F32, ImageEncoder
 
 _BATCH = 8
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
-    "augment", "skip_broken", "force", "reference", "class_names",
+    "augment", "skip_broken", "force", "reference", "priors", "class_names",
 )  # fmt: skip
 
 
@@ -59,7 +59,8 @@ class FewShotClassifier:
     `seed` is the method's. `templates` are hand-written prompts with {} for a class name (None: the
     data set's, else "a photo of a {}."). `keep` is "last" (as published) or "best" on validation
     images; `patience` is the number of validation passes without gain before stopping; `augment`
-    is the number of cached random views per training image (None: the preset's).
+    is the number of cached random views per training image (None: the preset's). `priors` "data"
+    makes probabilities of `auto` and heads follow the classes' shares of the training images.
 
     After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
     image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
@@ -94,6 +95,7 @@ class FewShotClassifier:
         skip_broken: bool = False,
         force: bool = False,
         reference: Path | str | None = None,
+        priors: str = UNIFORM,
         class_names: Sequence[str] | None = None,
         **settings: Any,
     ):
@@ -101,6 +103,7 @@ class FewShotClassifier:
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment = keep, patience, augment
         self.skip_broken, self.force, self.reference = skip_broken, force, reference
+        self.priors = priors
         self.class_names = class_names
         self.settings = settings
         self._class_names: Sequence[str] | None = None
@@ -387,6 +390,7 @@ class FewShotClassifier:
             force=self.force,
             reference=None if self.reference is None else str(Path(self.reference).resolve()),
             server=self.model.server,
+            priors=self.priors,
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # before anything is opened

@@ -77,6 +77,10 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "help": "template of zero-shot, heads and visual prompts; several are averaged "
         '(default: "a photo of a {}.")',
     },
+    "--priors": {
+        "metavar": "WHICH",
+        "help": "of the classes: uniform (default), or data: their shares of the training images",
+    },
     # machine
     "--provider": {
         "default": "auto",

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
-    add(method, "--preset", "--set", "--init")
+    add(method, "--preset", "--set", "--init", "--priors")
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
