@@ -18,12 +18,12 @@ from export.nodes import Nodes, normalise, pixels_to_float
 from export.visual_prompt import Subgraph, add_visual_prompt, uses_tokens
 from export.weights import read_graph
 from runtimes.bundle import IMAGE_PROMPTED, Bundle, compact_json
-from runtimes.classifier import DATA_SHA256, FORMAT, VERSION, ClassifierMetadata, seal
-from ztune.artifact import Artifact, VisualArtifact
+from runtimes.classifier import DATA_SHA256, FORMAT, INLIER_SCORE, VERSION, ClassifierMetadata, seal
+from ztune.artifact import Artifact, VisualArtifact, inliers_of
 from ztune.errors import DataError, FormatError
 from ztune.io.files import replacing, sha256
 from ztune.io.schema import plain
-from ztune.logits import LEAST_LENGTH, FeatureClassifier, Whitening
+from ztune.logits import LEAST_LENGTH, FeatureClassifier, InlierTest, Whitening
 
 # Bytes above which weights go into a second file, since protobuf files are limited to 2 GiB.
 _LARGEST_FILE = 1_800_000_000
@@ -43,9 +43,11 @@ def pack(
     Probabilities are the softmax of the logits divided by the artifact's temperature, if any.
 
     With `resize` the input is u8[N, H, W, 3] of any size, and the graph resizes and crops it by the
-    bundle's preprocessing. A visual prompt becomes part of the graph; `extractor` is the ONNX file
-    whose features a decoder was tuned with, unless that was the bundle's image tower. Class names
-    and provenance are stored as metadata, and the file ends with a digest of all that precedes it.
+    bundle's preprocessing. An artifact that tells images of none of the classes gets a third
+    output, `inlier_score` f32[N], which is below 0 for those. A visual prompt becomes part of the
+    graph; `extractor` is the ONNX file whose features a decoder was tuned with, unless that was the
+    bundle's image tower. Class names and provenance are stored as metadata, and the file ends with
+    a digest of all that precedes it.
 
     Raises: FormatError when artifact, bundle and extractor do not match; DataError when `out`
         cannot be written.
@@ -71,7 +73,8 @@ def pack(
         features = tower.insert(g, "image.", [normalise(g, pixels, bundle.image)])
     else:
         features = add_visual_prompt(g, model, tower, pixels, bundle, visual, extractor)
-    after = _classifier_nodes(classifier, features)
+    test = inliers_of(artifact)
+    after = _classifier_nodes(classifier, features, test)
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend([*g.nodes, *after.nodes])
     graph.initializer.extend([*g.constants, *after.constants])
@@ -80,6 +83,9 @@ def pack(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", n_classes])
         for name in ("logits", "probabilities")
     )
+    if test is not None:
+        score = helper.make_tensor_value_info(INLIER_SCORE, TensorProto.FLOAT, ["N"])
+        graph.output.append(score)
     graph.name = "ztune-classifier"
     del model.metadata_props[:]
     helper.set_model_props(model, _metadata(bundle, artifact, resize))
@@ -102,8 +108,13 @@ def _check_tower(graph: Any, bundle: Bundle, name: str) -> None:
         )
 
 
-def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
-    """Return FeatureClassifier.logits as nodes: unit features to logits and probabilities."""
+def _classifier_nodes(
+    classifier: FeatureClassifier, features: str, test: InlierTest | None = None
+) -> Nodes:
+    """Return FeatureClassifier.logits as nodes: unit features to logits and probabilities.
+
+    With a test its scores are the output `inlier_score`.
+    """
     g = Nodes("classify")
     logits = g.node("MatMul", [features, g.constant(classifier.weight.T)])
     kernel = classifier.kernel
@@ -121,6 +132,10 @@ def _classifier_nodes(classifier: FeatureClassifier, features: str) -> Nodes:
     if classifier.temperature != 1:
         scaled = g.node("Div", [logits, g.constant(classifier.temperature)])
     g.node("Softmax", [scaled], "probabilities", axis=1)
+    if test is not None:
+        cosines = g.node("MatMul", [features, g.constant(test.prototypes.T)])
+        nearest = g.node("ReduceMax", [cosines, g.integers(1)], keepdims=0)
+        g.node("Sub", [nearest, g.constant(test.threshold)], INLIER_SCORE)
     return g
 
 
@@ -134,7 +149,7 @@ def _whitening_nodes(g: Nodes, whitening: Whitening, features: str) -> str:
 
 
 def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str]:
-    p = artifact.provenance
+    p, test = artifact.provenance, inliers_of(artifact)
     metadata = ClassifierMetadata(
         classes=artifact.classes,
         image=bundle.image,
@@ -148,6 +163,7 @@ def _metadata(bundle: Bundle, artifact: Artifact, resize: bool) -> dict[str, str
         seed=p.seed,
         queries=p.queries,
         temperature=artifact.temperature,
+        reject=None if test is None else test.share,
         tuning_images=tuple(f"{int(value):016x}" for value in artifact.tuning_images),
     )
     return {

@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from msgspec import Meta
@@ -35,6 +35,8 @@ _SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _SEALED_SINCE = 3
 DATA_SHA256 = "data_sha256"
 """Metadata entry with the SHA-256 of the file with external weights."""
+INLIER_SCORE = "inlier_score"
+"""The optional third output."""
 _BATCH = 32  # images of one call
 
 
@@ -56,6 +58,26 @@ class ClassifierMetadata(Record, frozen=True):
     """First 8 bytes of the SHA-256 of every image used for tuning, in hexadecimal."""
     temperature: Annotated[float, Meta(gt=0)] | None = None
     """By which `probabilities` are calibrated; None: not fitted."""
+    reject: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """The share of images of the classes that `inlier_score` was set to refuse; None: no output."""
+
+
+class Outputs(NamedTuple):
+    """What a classifier returns for N images."""
+
+    logits: F32
+    """f32[N, C]"""
+    probabilities: F32
+    """f32[N, C]"""
+    inlier_scores: F32 | None
+    """f32[N], below 0 for an image of none of the classes; None if it cannot tell."""
+
+    @property
+    def unknown(self) -> NDArray[np.bool_]:
+        """Which images are of none of the classes, bool[N]; without scores none is."""
+        if self.inlier_scores is None:
+            return np.zeros(len(self.logits), dtype=np.bool_)
+        return np.asarray(self.inlier_scores < 0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,8 @@ class Classifier:
     precision: str
     temperature: float | None
     """Of `probabilities`; None if it was not fitted."""
+    reject: float | None
+    """The share of images of the classes that it refuses; None: it cannot refuse."""
     tuning_images: tuple[int, ...]
     """First 8 bytes of the SHA-256 of every image used for tuning."""
     session: Any
@@ -97,13 +121,13 @@ class Classifier:
 
         return with_image(image, name, as_input)
 
-    def classify(self, pixels: U8) -> tuple[F32, F32]:
-        """Return logits and probabilities f32[N, C] of pixels u8[N, H, W, 3]."""
-        names = ["logits", "probabilities"]
+    def classify(self, pixels: U8) -> Outputs:
+        """Return the outputs of pixels u8[N, H, W, 3]."""
+        names = ["logits", "probabilities", *([INLIER_SCORE] if self.reject else [])]
         # A graph that resizes holds its input in 32 bits.
         with ROOM.taken(pixels.size // 3 if self.resize else 0):
-            logits, probabilities = run_graph(self.session, self.path, names, {"pixels": pixels})
-        return logits, probabilities
+            found = run_graph(self.session, self.path, names, {"pixels": pixels})
+        return Outputs(found[0], found[1], found[2] if self.reject else None)
 
 
 def open_classifier(path: Path, execution: Execution) -> Classifier:
@@ -141,7 +165,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         with reading(where):
             if sha256(weights) != entries[DATA_SHA256]:
                 raise _changed(f"{where}: {weights.name}")
-    _check_graph(session, metadata.classes, where)
+    _check_graph(session, metadata, where)
     return Classifier(
         path=path,
         classes=metadata.classes,
@@ -150,6 +174,7 @@ def open_classifier(path: Path, execution: Execution) -> Classifier:
         method=metadata.method,
         precision=metadata.precision,
         temperature=metadata.temperature,
+        reject=metadata.reject,
         tuning_images=tuple(int(digits, 16) for digits in metadata.tuning_images),
         session=session,
     )
@@ -202,17 +227,19 @@ def _check_precision(path: Path, provider: str) -> None:
                 check_precision(precision, provider)
 
 
-def _check_graph(session: Any, classes: tuple[str, ...], where: str) -> None:
-    n = len(classes)
+def _check_graph(session: Any, metadata: ClassifierMetadata, where: str) -> None:
+    classes, n = metadata.classes, len(metadata.classes)
     if len(set(classes)) < max(n, 2):
         raise FormatError(f"{where}: expected at least two different classes (pack again)")
     inputs = {value.name: value.type for value in session.get_inputs()}
-    outputs = {value.name: value.shape[-1:] for value in session.get_outputs()}
-    scores = [outputs.get(name) for name in ("logits", "probabilities")]
-    if inputs != {"pixels": "tensor(uint8)"} or scores != [[n], [n]]:
+    outputs = {value.name: value.shape[1:] for value in session.get_outputs()}
+    expected: dict[str, list[int]] = {"logits": [n], "probabilities": [n]}
+    if metadata.reject is not None:
+        expected[INLIER_SCORE] = []
+    if inputs != {"pixels": "tensor(uint8)"} or outputs != expected:
         raise FormatError(
             f"{where}: inputs or outputs do not match the metadata, expected pixels u8, and "
-            f"logits and probabilities of {n} classes (changed after packing; pack again)"
+            f"{' and '.join(expected)} of {n} classes (changed after packing; pack again)"
         )
 
 
@@ -221,8 +248,8 @@ def classify(
     paths: Sequence[Path],
     skip_broken: bool,
     progress: Progress = SILENCE,
-) -> tuple[F32, F32, NDArray[np.bool_]]:
-    """Return logits and probabilities f32[n, C] of the readable images, and which those are.
+) -> tuple[Outputs, NDArray[np.bool_]]:
+    """Return the outputs of the readable images, and which those are, bool[N].
 
     Raises: DataError naming all broken images; with `skip_broken` only when all are broken.
     """
@@ -244,7 +271,7 @@ def classify(
                     yield pixels
 
     with progress.activity("classifying", len(paths)) as ticker:
-        logits, probabilities = classify_pixels(classifier, readable())
+        outputs = classify_pixels(classifier, readable())
     broken = [str(path) for path, keep in zip(paths, kept, strict=True) if not keep]
     if broken and not skip_broken:
         raise DataError(broken_images(reasons[0], broken))
@@ -254,15 +281,16 @@ def classify(
         warn(f"{len(broken)} broken images left out: {first_few(broken)}")
     readable_paths = [path for path, keep in zip(paths, kept, strict=True) if keep]
     report_conversions(count_conversions(readable_paths), "images", progress)
-    return logits, probabilities, kept
+    return outputs, kept
 
 
-def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> tuple[F32, F32]:
-    """Return logits and probabilities f32[n, C] of images from `Classifier.read`."""
+def classify_pixels(classifier: Classifier, pixels: Iterable[U8]) -> Outputs:
+    """Return the outputs of images from `Classifier.read`."""
     waiting, size = iter(pixels), _BATCH if classifier.takes_batches else 1
     nothing: F32 = np.zeros((0, len(classifier.classes)), dtype=np.float32)
-    results = [(nothing, nothing)]
+    results = [Outputs(nothing, nothing, nothing[:, 0] if classifier.reject else None)]
     while batch := list(itertools.islice(waiting, size)):
         results.append(classifier.classify(np.stack(batch)))
-    logits, probabilities = (np.concatenate(parts) for parts in zip(*results, strict=True))
-    return logits, probabilities
+    logits, probabilities = (np.concatenate([one[k] for one in results]) for k in range(2))
+    scores = [one.inlier_scores for one in results if one.inlier_scores is not None]
+    return Outputs(logits, probabilities, np.concatenate(scores) if scores else None)

@@ -59,8 +59,8 @@ def expected(path: Path, images: list[Path]) -> tuple[Any, Any]:
         classifier.classify(np.stack([classifier.read(one) for one in images[n : n + size]]))
         for n in range(0, len(images), size)
     ]
-    logits, probabilities = zip(*calls, strict=True)
-    return np.concatenate(logits), np.concatenate(probabilities)
+    logits = np.concatenate([call.logits for call in calls])
+    return logits, np.concatenate([call.probabilities for call in calls])
 
 
 def arrays(paths: list[Path]) -> list[Any]:

@@ -14,7 +14,7 @@ GROUND = {"types", "errors", "capabilities", "printing", "progress", "io", "syst
 """What everything may import, and what imports nothing but itself."""
 LAYERS = (
     {"cli"},
-    {"experiments", "doctor", "estimator", "deployed", "exporting"},
+    {"experiments", "doctor", "estimator", "deployed", "exporting", "foreign"},
     {"dataset"},
     {"training"},
     {"checks", "evaluate"},
@@ -27,8 +27,9 @@ LAYERS = (
     {"methods"},
     {"run"},
     {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare", "text_cache"},
-    {"objective", "artifact", "data", "report", "budget"},
-    {"calibration", "logits", "mixing", "statistics"},
+    {"objective", "artifact", "data", "report", "budget", "inliers"},
+    {"calibration", "mixing", "statistics"},
+    {"logits"},
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""

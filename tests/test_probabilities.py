@@ -91,7 +91,7 @@ def test_a_run_says_what_its_temperature_was_fitted_on(
     classifier = open_classifier(packed, resolve_execution("cpu", None))
     assert classifier.temperature == artifact.temperature
     paths = sorted(few_digits.glob("*/*.png"))[::9]
-    logits, p, _ = classify(classifier, paths, skip_broken=False)
+    (logits, p, _), _ = classify(classifier, paths, skip_broken=False)
     assert artifact.temperature is not None
     scaled = logits.astype(np.float64) / artifact.temperature
     expected = np.exp(scaled - scaled.max(axis=1, keepdims=True))

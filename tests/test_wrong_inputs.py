@@ -370,7 +370,7 @@ def test_names_are_for_data_only(ztune: Command, data: Path, tmp_path: Path) -> 
 
 
 def test_an_images_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: Path) -> None:
-    from ztune.cli.predict import _images
+    from ztune.data.image_files import named_images
     from ztune.errors import DataError
 
     odd = Path(os.fsdecode(os.fsencode(data / "one") + b"/\xff.jpg"))
@@ -380,18 +380,21 @@ def test_an_images_name_that_is_not_utf8(ztune: Command, data: Path, tmp_path: P
         pytest.skip("this file system has UTF-8 names only")
     for named in (odd, data):
         with pytest.raises(DataError, match="not UTF-8"):
-            _images([named])
+            named_images([named])
 
 
 def test_predicting_a_folder_passes_by_what_the_data_room_passes_by(data: Path) -> None:
-    from ztune.cli.predict import _images
+    from ztune.data.image_files import named_images
 
-    expected, ignored = _images([data])
+    expected, ignored = named_images([data])
     assert (len(expected), ignored) == (24, [])
     for other in (".hidden/a.jpg", "__MACOSX/a.jpg", "one/._0.jpg", "one/notes.txt"):
         (data / other).parent.mkdir(exist_ok=True)
         (data / other).write_text("")
-    assert _images([data]) == (expected, [str(data / "one" / f) for f in ("._0.jpg", "notes.txt")])
+    assert named_images([data]) == (
+        expected,
+        [str(data / "one" / f) for f in ("._0.jpg", "notes.txt")],
+    )
 
 
 def test_an_error_is_one_line_that_any_terminal_can_show(

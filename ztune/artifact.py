@@ -17,7 +17,7 @@ from ztune.io.kinds import RUN_FORMAT, kind_of, wrong_kind
 from ztune.io.old_formats import rename_arrays
 from ztune.io.schema import Count, Record, convert, current, plain
 from ztune.io.tensors import read_tensors, tensor_bytes
-from ztune.logits import FeatureClassifier, Kernel, Whitening
+from ztune.logits import FeatureClassifier, InlierTest, Kernel, Whitening
 from ztune.printing import quoted
 from ztune.types import F32, I32, Json
 
@@ -61,6 +61,7 @@ class Metadata(Record, frozen=True, kw_only=True, tag_field="kind"):
     stop_reason: str
     config: Mapping[str, Json]
     temperature: Annotated[float, Meta(gt=0, le=MOST_TEMPERATURE)] | None = None
+    reject: Annotated[float, Meta(gt=0, lt=1)] | None = None
 
     @property
     def provenance(self) -> Provenance:
@@ -126,6 +127,8 @@ class ContextArtifact:
     tuning_images: Fingerprints = field(default_factory=_none)
     temperature: float | None = None
     """Of the probabilities (ztune.calibration); None if it was not fitted."""
+    inliers: InlierTest | None = None
+    """Tells images of none of the classes; None: it was not asked for."""
 
     def classifier(self) -> FeatureClassifier:
         """Return the classifier of image features.
@@ -161,6 +164,8 @@ class MixtureArtifact:
     tuning_images: Fingerprints = field(default_factory=_none)
     temperature: float | None = None
     """As for a context."""
+    inliers: InlierTest | None = None
+    """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
         return classifier_of_texts(
@@ -181,6 +186,8 @@ class HeadArtifact:
     tuning_images: Fingerprints = field(default_factory=_none)
     kernel: Kernel | None = None
     temperature: float | None = None
+    """As for a context."""
+    inliers: InlierTest | None = None
     """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
@@ -216,6 +223,8 @@ class EnsembleArtifact:
     """The members' settings and temperatures."""
     tuning_images: Fingerprints = field(default_factory=_none)
     temperature: float | None = None
+    """As for a context."""
+    inliers: InlierTest | None = None
     """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
@@ -287,6 +296,20 @@ def classifier_of_texts(
     return FeatureClassifier(weight, bias, temperature=temperature or 1.0)
 
 
+def inliers_of(artifact: Artifact, classes: tuple[str, ...] | None = None) -> InlierTest | None:
+    """Return an artifact's test for images of none of the classes, or of some of its classes.
+
+    None if it has none, or for class names that it was not tuned on.
+    """
+    test = None if isinstance(artifact, VisualArtifact) else artifact.inliers
+    if test is None or classes is None or classes == artifact.classes:
+        return test
+    if not set(classes) <= set(artifact.classes):
+        return None
+    rows = [artifact.classes.index(name) for name in classes]
+    return replace(test, prototypes=test.prototypes[rows])
+
+
 def write_artifact(path: Path, artifact: Artifact) -> None:
     """Write an artifact, whole or not at all.
 
@@ -322,6 +345,9 @@ def artifact_bytes(artifact: Artifact) -> bytes:
         if artifact.statistics is not None:
             arrays["statistics"] = artifact.statistics
         own = {name: getattr(artifact, name) for name in ("program", "templates", "extractor")}
+    if (test := inliers_of(artifact)) is not None:
+        own["reject"], arrays["prototypes"] = test.share, test.prototypes
+        arrays["inlier_threshold"] = np.array([test.threshold], dtype=np.float32)
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FormatError(
@@ -522,6 +548,14 @@ def read_artifact(path: Path) -> Artifact:
                 found.extractor,
                 images,
             )
+    if found.reject is not None:
+        if isinstance(artifact, VisualArtifact):
+            raise FormatError(f"{where}: reject is {found.reject:g}, but it changes images")
+        texts_only = isinstance(artifact, ContextArtifact) and artifact.text_features is None
+        width = None if texts_only else artifact.classifier().weight.shape[1]
+        prototypes = unit_rows("prototypes", C, width)
+        threshold = float(tensor("inlier_threshold", 1)[0])
+        artifact = replace(artifact, inliers=InlierTest(prototypes, threshold, found.reject))
     if arrays:
         raise FormatError(f"{where}: unknown tensors {sorted(arrays)}")
     return replace(artifact, temperature=found.temperature)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtimes.prompts import group_by_prefix, name_tokens, template_tokens
-from ztune.capabilities import TEXTS, missing_capability
+from ztune.capabilities import FEATURES, TEXTS, describe, missing_capability
 from ztune.data.split import Split
 from ztune.errors import ConfigError
+from ztune.inliers import is_extrapolated
 from ztune.methods.base import TunedConfig
 from ztune.methods.registry import find_method, needs_of, needs_of_all
 from ztune.model import Model
@@ -41,6 +42,7 @@ class RunChecks:
         model, run_config, classes = self.model, self.run_config, self.split.classes
         tuned = run_config.tuned_config
         self._check_capabilities()
+        self._check_rejection()
         if TEXTS not in model.runtime.missing:
             for template in run_config.templates:
                 texts = template_tokens(model.bundle, model.tokenizer, template, classes)
@@ -70,6 +72,29 @@ class RunChecks:
         if needed - given:
             raise missing_capability(
                 method.name, given, {**needs_of_all(), method.name: needed}, hint
+            )
+
+    def _check_rejection(self) -> None:
+        """Check that images can be compared with the training images, and with enough of them."""
+        run_config, share = self.run_config, self.run_config.reject
+        if share is None:
+            return
+        tuned, method = run_config.tuned_config, run_config.method
+        if tuned is not None and tuned.program is not None:
+            raise ConfigError(
+                f"`reject` compares features of unchanged images, and {method} changes images: "
+                "leave out `reject`, or use another method"
+            )
+        if lacking := {FEATURES, TEXTS} - self.model.capabilities:
+            raise ConfigError(
+                f"`reject` needs {describe(lacking)}, which this runtime does not provide: leave "
+                "out `reject`"
+            )
+        n = len(self.split.entries_of("train"))
+        if is_extrapolated(share, n):
+            warn(
+                f"`reject` is {share:g}, less than {n} training images can show: the threshold is "
+                "extrapolated below their lowest score"
             )
 
     def _check_contexts(self, config: TunedConfig, start: MethodStart) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.classifier import Classifier, classify_pixels, open_classifier
+from runtimes.classifier import Classifier, Outputs, classify_pixels, open_classifier
 from runtimes.conversions import count_conversions, report_conversions
 from runtimes.providers import resolve_execution
 from ztune.dataset import Images, Labels, listed_images, true_labels
-from ztune.errors import ClosedError
+from ztune.errors import ClosedError, ConfigError
 from ztune.evaluate import LabelledImages
 from ztune.progress import SILENCE
 from ztune.types import F32
@@ -77,21 +77,21 @@ class DeployedClassifier:
 
         Raises: DataError for unusable images; ClosedError.
         """
-        return np.asarray(self.classes_[self._classify(X)[0].argmax(axis=1)])
+        return np.asarray(self.classes_[self._classify(X).logits.argmax(axis=1)])
 
     def predict_proba(self, X: Images | LabelledImages) -> F32:
         """Return probabilities f32[N, C].
 
         Raises: DataError for unusable images; ClosedError.
         """
-        return self._classify(X)[1]
+        return self._classify(X).probabilities
 
     def decision_function(self, X: Images | LabelledImages) -> F32:
         """Return logits f32[N, C]; with two classes f32[N], second minus first.
 
         Raises: DataError for unusable images; ClosedError.
         """
-        logits = self._classify(X)[0]
+        logits = self._classify(X).logits
         return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
 
     def score(self, X: Images | LabelledImages, y: Labels | None = None) -> float:
@@ -100,10 +100,25 @@ class DeployedClassifier:
         Raises: DataError for unusable images or labels; ClosedError.
         """
         labels = true_labels(X, y, self._classes)
-        return float((self._classify(X)[0].argmax(axis=1) == labels).mean())
+        return float((self._classify(X).logits.argmax(axis=1) == labels).mean())
 
-    def _classify(self, X: Images | LabelledImages) -> tuple[F32, F32]:
-        """Return logits and probabilities f32[N, C]."""
+    def inlier_score(self, X: Images | LabelledImages) -> F32:
+        """Return a score f32[N] of each image, below 0 if it belongs to none of the classes.
+
+        `predict` returns the nearest class all the same.
+
+        Raises: ConfigError for a classifier tuned without `reject`; DataError for unusable images;
+            ClosedError.
+        """
+        scores = self._classify(X).inlier_scores
+        if scores is None:
+            raise ConfigError(
+                f'classifier "{self._path}" refuses no images (tune with `reject`, such as 0.05, '
+                "and pack again)"
+            )
+        return scores
+
+    def _classify(self, X: Images | LabelledImages) -> Outputs:
         classifier = self._classifier  # another thread may close it during the call
         if classifier is None:
             raise ClosedError(

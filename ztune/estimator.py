@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ import numpy as np
 from runtimes.conversions import count_conversions, report_conversions
 from runtimes.extractor import OrtExtractor
 from runtimes.preprocess import crop, with_image
-from ztune.artifact import Artifact, VisualArtifact, read_artifact, require_same_model
+from ztune.artifact import (
+    Artifact,
+    VisualArtifact,
+    inliers_of,
+    read_artifact,
+    require_same_model,
+)
 from ztune.data.split import Entry, Split, SplitSettings
 from ztune.dataset import (
     MEMORY,
@@ -45,7 +51,7 @@ from ztune.types import F32, ImageEncoder
 
 _BATCH = 8
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
-    "augment", "skip_broken", "force", "reference", "priors", "class_names",
+    "augment", "reject", "skip_broken", "force", "reference", "priors", "class_names",
 )  # fmt: skip
 
 
@@ -59,8 +65,10 @@ class FewShotClassifier:
     `seed` is the method's. `templates` are hand-written prompts with {} for a class name (None: the
     data set's, else "a photo of a {}."). `keep` is "last" (as published) or "best" on validation
     images; `patience` is the number of validation passes without gain before stopping; `augment`
-    is the number of cached random views per training image (None: the preset's). `priors` "data"
-    makes probabilities of `auto` and heads follow the classes' shares of the training images.
+    is the number of cached random views per training image (None: the preset's). `reject` is the
+    share of images of the classes that `inlier_score` may refuse as none of them (None: no such
+    score). `priors` "data" makes probabilities of `auto` and heads follow the classes' shares of
+    the training images.
 
     After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
     image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
@@ -92,6 +100,7 @@ class FewShotClassifier:
         keep: str = "last",
         patience: int | None = None,
         augment: int | None = None,
+        reject: float | None = None,
         skip_broken: bool = False,
         force: bool = False,
         reference: Path | str | None = None,
@@ -101,7 +110,7 @@ class FewShotClassifier:
     ):
         self.model, self.method = model, method
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
-        self.keep, self.patience, self.augment = keep, patience, augment
+        self.keep, self.patience, self.augment, self.reject = keep, patience, augment, reject
         self.skip_broken, self.force, self.reference = skip_broken, force, reference
         self.priors = priors
         self.class_names = class_names
@@ -233,18 +242,37 @@ class FewShotClassifier:
         logits = self._logits(X)
         return logits if logits.shape[1] > 2 else np.asarray(logits[:, 1] - logits[:, 0])
 
+    def inlier_score(self, X: Images | LabelledImages) -> F32:
+        """Return a score f32[N] of each image, below 0 if it belongs to none of the classes.
+
+        It is the cosine to the nearest class prototype minus a threshold, which `fit` sets so that
+        the share `reject` of images of the classes is below it. `predict` returns the nearest class
+        all the same.
+
+        Raises: NotFittedError; ConfigError after a fit without `reject`; DataError for unusable
+            images or features.
+        """
+        test = inliers_of(self._fitted())
+        if test is None:
+            raise ConfigError("`reject` is None: set a share, such as reject=0.05, and fit again")
+        return self._scores(X, test)
+
     def _logits(self, X: Images | LabelledImages) -> F32:
         """Return logits f32[N, C] of images or features."""
+        return self._scores(X, self._classifier.logits)
+
+    def _scores(self, X: Images | LabelledImages, of: Callable[[F32], F32]) -> F32:
+        """Return scores f32[N, ...] of the features of images, or of features."""
         artifact, images = self._fitted(), listed_images(X)
         if _are_features(images):
             _require_width(images, self._model)
             if isinstance(artifact, VisualArtifact):
                 method = artifact.provenance.method
                 raise DataError(f"{method} changes images: pass images, not features")
-            return self._classifier.logits(unit_rows(finite(images)))
+            return of(unit_rows(finite(images)))
         report_conversions(count_conversions(images), "images", self._model.progress)
         parts = [
-            self._logits_of(artifact, images[first : first + _BATCH], first)
+            of(self._features_of(artifact, images[first : first + _BATCH], first))
             for first in range(0, len(images), _BATCH)
         ]
         return np.concatenate(parts)
@@ -386,6 +414,7 @@ class FewShotClassifier:
             keep=self.keep,
             patience=self.patience,
             augment=0 if from_features else augment,
+            reject=_plain("reject", self.reject),
             skip_broken=self.skip_broken,
             force=self.force,
             reference=None if self.reference is None else str(Path(self.reference).resolve()),
@@ -406,8 +435,8 @@ class FewShotClassifier:
                 "arrays u8), not features"
             )
 
-    def _logits_of(self, artifact: Artifact, images: Any, first: int) -> F32:
-        """Return logits f32[n, C] of one batch of images."""
+    def _features_of(self, artifact: Artifact, images: Any, first: int) -> F32:
+        """Return features f32[n, e] of one batch of images, under the artifact's visual prompt."""
         encoder, program = self._opened(artifact)
         cut = functools.partial(crop, spec=self._model.bundle.image)
         pixels = np.stack(
@@ -416,7 +445,7 @@ class FewShotClassifier:
         features = encoder.encode(pixels)
         if isinstance(artifact, VisualArtifact):
             features = program.encode(artifact.visual[None], pixels, features)[0]
-        return self._classifier.logits(features)
+        return features
 
     def _opened(self, artifact: Artifact) -> tuple[ImageEncoder, Any]:
         """Return what gives features, and a visual prompt's program, opened once."""

@@ -21,6 +21,7 @@ from ztune.data.sources import read_source
 from ztune.data.split import LEAST_HALVED, LEAST_JUDGED, Split
 from ztune.data.splitter import digest_images
 from ztune.errors import ConfigError, DataError
+from ztune.inliers import Refusals
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import kind_of
 from ztune.io.schema import plain
@@ -60,12 +61,17 @@ class LabelledImages:
         return {"ignored": [*self.ignored], "broken": [*broken]}
 
     def document(
-        self, found: Score, kept: NDArray[np.bool_], scored: Artifact | Classifier | None
+        self,
+        found: Score,
+        kept: NDArray[np.bool_],
+        scored: Artifact | Classifier | None,
+        refusals: Refusals | None = None,
     ) -> dict[str, Json]:
         """Return the figures of a score as JSON; None: of templates.
 
         `kept` tells for each image whether it could be read.
         """
+        rejection = {} if refusals is None else {"rejection": refusals.to_json()}
         readable = [path for (path, _), keep in zip(self.items, kept, strict=True) if keep]
         fingerprints = [] if scored is None else [int(value) for value in scored.tuning_images]
         return {
@@ -84,6 +90,7 @@ class LabelledImages:
             "conversions": dict(count_conversions(readable)),
             "left_out": self.left_out(kept),
             "tuning_images": self.n_tuned_on(fingerprints),
+            **rejection,
         }
 
     @property
@@ -243,10 +250,14 @@ class RunScores:
     artifact: Artifact
     zero_shot: Score
     tuned: Score
-    kept: NDArray[np.bool_]
-    """Whether each image could be read."""
+    features: TestFeatures
     curve: list[Json] | None
     """The accuracy of every snapshot, if requested."""
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Whether each image could be read."""
+        return self.features.plain.kept
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -281,8 +292,7 @@ def score_run(
         skip_broken=skip_broken or run_config.skip_broken,
         extractor=find_extractor(artifact, folder.path),
     )
-    kept = features.plain.kept
-    labels = labels[kept]
+    labels = labels[features.plain.kept]
     zero_shot = model.zero_shot(templates, artifact.classes)
 
     def scored(result: Artifact) -> Score:
@@ -300,7 +310,7 @@ def score_run(
             n = snapshot.provenance.queries
             accuracy = scored(snapshot).accuracy
             curve.append({"queries": n, "seconds": seconds.get(n), "accuracy": accuracy})
-    return RunScores(artifact, before, tuned, kept, curve)
+    return RunScores(artifact, before, tuned, features, curve)
 
 
 def score_bundle(
@@ -313,8 +323,8 @@ def score_bundle(
     cache: Path | None = None,
     extractor: Path | None = None,
     skip_broken: bool = False,
-) -> tuple[Score, NDArray[np.bool_]]:
-    """Score an artifact or templates on images; also return whether each could be read.
+) -> tuple[Score, TestFeatures]:
+    """Score an artifact or templates on images; also return the encoded images.
 
     `candidates` are the class names to choose from. Features are kept in the folder `cache`, or in
     memory if it is None. `extractor` is the artifact's (`find_extractor`).
@@ -334,9 +344,9 @@ def score_bundle(
         logits = features.logits(artifact)
     else:
         logits = model.zero_shot(templates, candidates).logits(features.plain.values[0])
-    kept = features.plain.kept
     temperature = artifact.temperature if artifact is not None else None
-    return score(logits, labels[kept], candidates, temperature or 1.0), kept
+    labels = labels[features.plain.kept]
+    return score(logits, labels, candidates, temperature or 1.0), features
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,25 @@ class Whitening:
 
 
 @dataclass(frozen=True)
+class InlierTest:
+    """Whether unit features are near a prototype: a score below 0 means none of the classes.
+
+    The score is the largest cosine to a prototype minus the threshold.
+    """
+
+    prototypes: F32
+    """f32[C, e], unit rows."""
+    threshold: float
+    share: float
+    """The share of images of the classes that it was set to refuse."""
+
+    def __call__(self, features: F32) -> F32:
+        """Return scores f32[N] of unit features f32[N, e]."""
+        nearest = (features @ self.prototypes.T).max(axis=1)
+        return np.asarray(nearest - np.float32(self.threshold))
+
+
+@dataclass(frozen=True)
 class Kernel:
     """The cache part of the logits: exp(−sharpness (1 − f keysᵀ)) values.
 

@@ -29,7 +29,9 @@ from ztune.artifact import (
     EnsembleArtifact,
     HeadArtifact,
     MixtureArtifact,
+    VisualArtifact,
     classifier_of_texts,
+    inliers_of,
 )
 from ztune.capabilities import EVERYTHING, IMAGE_TOKENS, describe
 from ztune.data.cache import FeatureCache, FeatureStore
@@ -294,6 +296,16 @@ class Model:
 
         Raises: DataError for a head with other classes, or a bundle of another width.
         """
+        found = self._of_classes(artifact, classes)
+        test = inliers_of(artifact, found.classes)
+        if inliers_of(artifact) is not None and test is None:
+            warn(
+                "no image is refused as none of the classes: the prototypes are of the classes "
+                "that the artifact was tuned on, and there are other names"
+            )
+        return found if isinstance(found, VisualArtifact) else replace(found, inliers=test)
+
+    def _of_classes(self, artifact: Artifact, classes: tuple[str, ...] | None) -> Artifact:
         if isinstance(artifact, HeadArtifact):
             if artifact.weight.shape[1] != self.bundle.embed_dim:
                 raise DataError(

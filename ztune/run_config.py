@@ -26,6 +26,7 @@ from ztune.types import Json
 
 UNIFORM, DATA = "uniform", "data"
 PRIORS = (UNIFORM, DATA)
+_MOST_REFUSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class RunConfig:
     """The folder of all named data sets."""
     priors: str = UNIFORM
     """Of the classes: the same, or `data`, their shares of the training images."""
+    reject: float | None = None
+    """The share of images of the classes that may be refused as none of them; None: no refusal."""
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -105,6 +108,11 @@ class RunConfig:
             raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
+        if self.reject is not None and not 0 < self.reject < _MOST_REFUSED:
+            raise ConfigError(
+                f"`reject` is {self.reject:g}, expected a share of own images between 0 and "
+                f"{_MOST_REFUSED:g}, such as 0.05"
+            )
         if self.validates and self.val == 0:
             raise ConfigError("`keep=best` and `patience` need validation images (`val`)")
         object.__setattr__(self, "settings", absolute_paths(self.settings))

@@ -22,6 +22,7 @@ from ztune.artifact import (
     EnsembleArtifact,
     HeadArtifact,
     Provenance,
+    VisualArtifact,
     classifier_of_texts,
 )
 from ztune.budget import Budget
@@ -36,6 +37,7 @@ from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, mak
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
 from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
+from ztune.inliers import fit_inlier_test
 from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
@@ -455,6 +457,13 @@ class TrainingRun(Generic[Store]):
             outcome = self._with_priors(outcome, encoded)
             artifact, validated = outcome.artifact, self._val_logits(outcome, encoded)
         scores = self._validate(outcome, baselines, encoded, validated)
+        if run_config.reject is not None:
+            assert texts is not None
+            assert not isinstance(artifact, VisualArtifact)
+            images, labels = encoded.shots(texts, 1.0, 0.0).images
+            features = images.astype(np.float32)
+            test = fit_inlier_test(features, labels, texts, run_config.reject)
+            artifact = replace(artifact, inliers=test)
         n_bytes = self.folder.keep(artifact)
         known = {
             **structs.asdict(head),

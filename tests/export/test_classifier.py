@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from ztune.cli.main import main
 from ztune.deployed import load_classifier
 from ztune.errors import DataError, FormatError, ZtuneWarning
 from ztune.io.files import sha256
-from ztune.logits import FeatureClassifier, Kernel
+from ztune.logits import FeatureClassifier, InlierTest, Kernel
 from ztune.types import Json
 
 S = 12
@@ -147,6 +148,32 @@ def test_the_kernel_in_the_graph_equals_numpy(n_classes: int, n_keys: int, tmp_p
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     affine = FeatureClassifier(head.weight, head.bias).logits(features)
     assert np.abs(expected - affine).max() > 0.01  # the kernel has an effect
+
+
+def test_a_third_output_tells_images_of_none_of_the_classes(tmp_path: Path) -> None:
+    bundle = transparent_bundle(tmp_path / "b", mean=[0.0] * 3, std=[100.0] * 3)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, S, S, 3), dtype=np.uint8)
+    features = normalise(pixels, bundle.image).reshape(4, -1)
+    prototypes = unit_rows(5, E, 3)
+    middle = float(np.median((features @ prototypes.T).max(axis=1)))
+    test = InlierTest(prototypes, middle, 0.05)
+    pack(bundle, replace(kernel_head(5, 30), inliers=test), tmp_path / "c.onnx")
+    onnx.checker.check_model(onnx.load(str(tmp_path / "c.onnx")), full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "c.onnx")
+    outputs = [(value.name, value.shape) for value in session.get_outputs()]
+    assert outputs == [("logits", ["N", 5]), ("probabilities", ["N", 5]), ("inlier_score", ["N"])]
+    expected = test(features)
+    assert (expected < 0).sum() == 2
+    np.testing.assert_allclose(session.run(None, {"pixels": pixels})[2], expected, atol=1e-5)
+    classifier = open_classifier(tmp_path / "c.onnx", Execution())
+    assert classifier.reject == 0.05
+    found = classifier.classify(pixels)
+    np.testing.assert_array_equal(found.unknown, expected < 0)
+    pack(bundle, kernel_head(5, 30), tmp_path / "plain.onnx")
+    plain = open_classifier(tmp_path / "plain.onnx", Execution()).classify(pixels)
+    assert plain.inlier_scores is None
+    assert not plain.unknown.any()
+    np.testing.assert_array_equal(plain.logits, found.logits)
 
 
 def test_a_packed_kernel_runs(tmp_path: Path) -> None:
@@ -276,9 +303,9 @@ def test_a_classifier_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     model = onnx.load(str(out))
     document = json.loads(model.metadata_props[0].value)
     assert document["format"] == "ztune-classifier"
-    model.metadata_props[0].value = json.dumps({**document, "version": 4})
+    model.metadata_props[0].value = json.dumps({**document, "version": 5})
     save_sealed(model, out)
-    with pytest.raises(FormatError, match="format version 4 is newer"):
+    with pytest.raises(FormatError, match="format version 5 is newer"):
         open_classifier(out, Execution())
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ztune.artifact import (
     MixtureArtifact,
     Provenance,
     VisualArtifact,
+    inliers_of,
     read_artifact,
     require_same_model,
     write_artifact,
@@ -26,7 +28,7 @@ from ztune.artifact import (
 from ztune.errors import FormatError
 from ztune.io.schema import plain
 from ztune.io.tensors import read_tensors, write_tensors
-from ztune.logits import FeatureClassifier, Kernel, Whitening
+from ztune.logits import FeatureClassifier, InlierTest, Kernel, Whitening
 
 PROVENANCE = Provenance("sha256:aa", "bb", "zip", 1, 5000, "budget", {"rank": 5, "init": "random"})
 CONTEXT = ContextArtifact(
@@ -228,6 +230,7 @@ def test_the_header_is_as_specified(tmp_path: Path) -> None:
         "queries": 5000,
         "stop_reason": "budget",
         "temperature": None,
+        "reject": None,
     }
     assert header["context"]["dtype"] == "F32"
     assert header["context"]["shape"] == [2, 3]
@@ -256,6 +259,72 @@ def test_a_mixtures_rows_of_any_length_are_its_classifier() -> None:
     classifier = MIXTURE.classifier()
     np.testing.assert_array_equal(classifier.weight, [[6.25, 0, -25], [37.5, 50, 0]])
     np.testing.assert_array_equal(classifier.bias, [-1, -1])
+
+
+Refusing = ContextArtifact | MixtureArtifact | HeadArtifact | EnsembleArtifact
+
+
+def refusing(artifact: Refusing) -> Refusing:
+    """Return an artifact with prototypes of its classes."""
+    shape = artifact.classifier().weight.shape
+    return replace(artifact, inliers=InlierTest(np.eye(*shape, dtype=np.float32), 0.75, 0.05))
+
+
+@pytest.mark.parametrize("plain", [CONTEXT, MIXTURE, HEAD, KERNEL, ENSEMBLE])
+def test_the_test_for_none_of_the_classes_is_stored(plain: Refusing, tmp_path: Path) -> None:
+    artifact = refusing(plain)
+    write_artifact(tmp_path / "x", artifact)
+    found = read_artifact(tmp_path / "x")
+    assert_same(found, artifact)
+    reordered, test = inliers_of(found, artifact.classes[::-1]), inliers_of(found)
+    assert reordered is not None
+    assert test is not None
+    np.testing.assert_array_equal(reordered.prototypes, test.prototypes[::-1])
+    assert reordered.threshold == test.threshold == 0.75
+    assert inliers_of(found, (artifact.classes[0], "another")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"prototypes": np.eye(3, 4, dtype=np.float32)},
+            r"prototypes is \(3, 4\), expected \(2, 4\)",
+        ),
+        ({"prototypes": np.ones((2, 4), np.float32)}, "expected unit rows"),
+        ({"prototypes": None}, "tensor prototypes is missing"),
+        ({"inlier_threshold": None}, "tensor inlier_threshold is missing"),
+        ({"inlier_threshold": np.array([np.nan], np.float32)}, "not finite"),
+        ({"reject": None}, "unknown tensors .'inlier_threshold', 'prototypes'."),
+        ({"reject": 0.0}, r"\$\.reject"),
+        ({"reject": 1.0}, r"\$\.reject"),
+        ({"reject": "0.05"}, r"\$\.reject"),
+    ],
+)
+def test_a_damaged_test_for_none_of_the_classes_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x"
+    write_artifact(path, refusing(CONTEXT))
+    arrays, document = read_tensors(path, "test")
+    for name, value in change.items():
+        if name == "reject":
+            document[name] = value
+        elif value is None:
+            del arrays[name]
+        else:
+            arrays[name] = value
+    write_tensors(path, arrays, document)
+    with pytest.raises(FormatError, match=message):
+        read_artifact(path)
+
+
+def test_a_visual_prompt_refuses_no_images(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "x", BORDER)
+    arrays, document = read_tensors(tmp_path / "x", "test")
+    write_tensors(tmp_path / "x", arrays, {**document, "reject": 0.05})
+    with pytest.raises(FormatError, match=r"reject is 0\.05, but it changes images"):
+        read_artifact(tmp_path / "x")
 
 
 def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.evaluate import LabelledImages
+    from ztune.inliers import Refusals
     from ztune.model import Model
 
 USAGE = (
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", type=Path, metavar="RUN|FILE", help="run or prompt")
     add(parser, "--template")
+    parser.add_argument("--foreign", type=Path, metavar="FOLDER", help="images of no class")
     parser.add_argument("--snapshots", action="store_true", help="also evaluate a run's snapshots")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     add(parser, "--names", "--nested", "--cache", "--skip-broken", "--max-pixels", "--provider")
@@ -86,6 +88,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     from ztune.evaluate import NoTestImagesError, cross_validated, labelled_of_split, score_run
+    from ztune.foreign import read_foreign, refusals_of
     from ztune.report import draw_confusion, draw_reliability
     from ztune.run import RunFolder
     from ztune.run_document import run_report
@@ -115,9 +118,12 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     try:
         images = labelled_of_split(folder.split, part, **moved)
     except NoTestImagesError:
+        if arguments.foreign is not None:
+            raise
         document = cross_validated(folder, report)
         output.result(document, [f"no test images; {report.cross_validated}"])
         return
+    foreign = read_foreign(arguments.foreign, run_config.reject, output)
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
@@ -135,12 +141,13 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
             skip_broken=arguments.skip_broken,
             snapshots=arguments.snapshots,
         )
+        refusals = refusals_of(found.artifact, images, found.features, foreign)
     for draw, name in ((draw_confusion, "confusion.png"), (draw_reliability, "reliability.png")):
         try:
             draw(found.scores, folder.path / name)
         except OSError as error:
             output.warn(f"cannot write {name}: {error.strerror}")
-    document = images.document(found.tuned, found.kept, found.artifact)
+    document = images.document(found.tuned, found.kept, found.artifact, refusals)
     if found.curve is not None:
         document["curve"] = found.curve
     document |= {
@@ -153,7 +160,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     }
     if missing := found.tuned.without_images:
         output.warn(f"{len(missing)} classes have no images here: {first_few(missing)}")
-    _finish(document, found.scores, output)
+    _finish(document, found.scores, refusals, output)
 
 
 def _model(
@@ -207,9 +214,10 @@ def _check_bundle_options(arguments: argparse.Namespace) -> None:
 
 
 def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) -> None:
-    from ztune.artifact import HeadArtifact, read_artifact, require_same_model
+    from ztune.artifact import HeadArtifact, inliers_of, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import find_extractor, score_bundle
+    from ztune.foreign import read_foreign, refusals_of
 
     images = _labelled(arguments, output)
     candidates, whose = images.classes, "of the images"
@@ -230,7 +238,9 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
     else:
         name = f'template "{templates[0]}"' if len(templates) == 1 else "mean of the templates"
     output.remark(f"candidates: {len(candidates)} classes ({whose})")
-    result, kept = score_bundle(
+    test = None if artifact is None else inliers_of(artifact)
+    foreign = read_foreign(arguments.foreign, test, output)
+    result, features = score_bundle(
         model,
         images,
         candidates,
@@ -240,12 +250,15 @@ def _eval_bundle(arguments: argparse.Namespace, model: Model, output: Output) ->
         extractor=extractor,
         skip_broken=arguments.skip_broken,
     )
-    _finish(images.document(result, kept, artifact), {name: result}, output)
+    refusals = refusals_of(artifact, images, features, foreign)
+    document = images.document(result, features.plain.kept, artifact, refusals)
+    _finish(document, {name: result}, refusals, output)
 
 
 def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import classify, open_classifier
     from runtimes.providers import resolve_execution
+    from ztune.foreign import read_foreign, refusals_of_classifier
 
     for name in ("prompt", "templates", "classes", "cache", "bundle", "snapshots"):
         if name in arguments.given:
@@ -257,10 +270,14 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     images = _labelled(arguments, output)
     labels = images.among(classifier.classes, "the classifier's classes")
     paths = [path for path, _ in images.items]
-    logits, _, kept = classify(classifier, paths, arguments.skip_broken, output)
-    result = score(logits, labels[kept], classifier.classes, classifier.temperature or 1.0)
-    document = images.document(result, kept, classifier)
-    _finish(document, {arguments.target.name: result}, output)
+    foreign = read_foreign(arguments.foreign, classifier.reject, output)
+    outputs, kept = classify(classifier, paths, arguments.skip_broken, output)
+    result = score(outputs.logits, labels[kept], classifier.classes, classifier.temperature or 1.0)
+    refusals = refusals_of_classifier(
+        classifier, images, outputs, foreign, skip_broken=arguments.skip_broken, progress=output
+    )
+    document = images.document(result, kept, classifier, refusals)
+    _finish(document, {arguments.target.name: result}, refusals, output)
 
 
 def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
@@ -292,7 +309,12 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     )
 
 
-def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Output) -> None:
+def _finish(
+    document: dict[str, Json],
+    scores: Mapping[str, Score],
+    refusals: Refusals | None,
+    output: Output,
+) -> None:
     if document["tuning_images"]:
         output.warn(
             f"{document['tuning_images']} of these {document['n']} images were used for "
@@ -310,6 +332,9 @@ def _finish(document: dict[str, Json], scores: Mapping[str, Score], output: Outp
     title = f"accuracy on {document['n']} images ({document['split']})"
     columns = ("", "accuracy", "95 % interval", "ECE", "NLL", "Brier")
     lines: list[str | Table] = [Table(title, columns, rows)]
+    if refusals is not None:
+        names = ("none of the classes", "", "95 % interval", "images")
+        lines += ["", Table("", names, refusals.rows())]
     own = [s.per_class() for s in scores.values()]
     per_class = [
         (name, str(first["n"]), *(f"{one[name]['accuracy']:.1%}" for one in own))

@@ -69,6 +69,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "metavar": "KEY=VALUE",
         "help": "setting of the method (see: ztune methods NAME)",
     },
+    "--reject": {"type": float, "metavar": "SHARE", "help": "refuse images of none of the classes"},
     "--init": {"metavar": "WORDS", "help": 'initial context, such as "a photo of a"'},
     "--template": {
         "action": "append",
@@ -76,10 +77,6 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "metavar": "TEXT",
         "help": "template of zero-shot, heads and visual prompts; several are averaged "
         '(default: "a photo of a {}.")',
-    },
-    "--priors": {
-        "metavar": "WHICH",
-        "help": "of the classes: uniform (default), or data: their shares of the training images",
     },
     # machine
     "--provider": {

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> None:
     from export.classifier import pack
     from runtimes.providers import resolve_execution
-    from ztune.artifact import read_artifact, require_same_model
+    from ztune.artifact import inliers_of, read_artifact, require_same_model
     from ztune.data.manifests import read_class_list
     from ztune.evaluate import find_extractor
     from ztune.model import open_model
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     lines = [
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(artifact.classes)} classes",
         f"  input pixels u8[{shape}]; outputs logits and probabilities, both "
-        f"f32[N, {len(artifact.classes)}]",
+        f"f32[N, {len(artifact.classes)}]"
+        + ("" if inliers_of(artifact) is None else ", and inlier_score f32[N]"),
     ]
     output.result(document, lines)

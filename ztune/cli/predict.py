@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ztune.cli.options import add
 from ztune.cli.output import Output, Table
-from ztune.errors import ConfigError, DataError
+from ztune.errors import ConfigError
 from ztune.printing import first_few
 from ztune.types import Json
 
@@ -36,6 +35,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     from runtimes.classifier import classify, open_classifier
     from runtimes.conversions import count_conversions
     from runtimes.providers import resolve_execution
+    from ztune.data.image_files import named_images
 
     for name in ("top", "limit"):
         value = getattr(arguments, name)
@@ -44,23 +44,28 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     classifier = open_classifier(
         arguments.classifier, resolve_execution(arguments.provider, arguments.threads, output)
     )
-    found, ignored = _images(arguments.images)
+    found, ignored = named_images(arguments.images)
     paths = found[: arguments.limit]
     if ignored:
         output.remark(f"files ignored, not images: {len(ignored)} ({first_few(ignored)})")
-    logits, probabilities, kept = classify(classifier, paths, arguments.skip_broken, output)
+    outputs, kept = classify(classifier, paths, arguments.skip_broken, output)
     predictions: list[Json] = []
     rows = []
     shown = [path for path, keep in zip(paths, kept, strict=True) if keep]
     # Ranked by logits: probabilities near 0 and 1 round to the same number.
-    for path, order, row in zip(
-        shown, np.argsort(-logits, axis=1, kind="stable"), probabilities, strict=True
-    ):
+    orders = np.argsort(-outputs.logits, axis=1, kind="stable")
+    for n, (path, order) in enumerate(zip(shown, orders, strict=True)):
         best = order[: arguments.top]
-        top = [(classifier.classes[c], float(row[c])) for c in best]
+        top = [(classifier.classes[c], float(outputs.probabilities[n, c])) for c in best]
         ranked: list[Json] = [{"class": name, "probability": p} for name, p in top]
-        predictions.append({"image": str(path), "class": top[0][0], "top": ranked})
-        rows.append((str(path), *(f"{name} {p:.1%}" for name, p in top)))
+        named = None if outputs.unknown[n] else top[0][0]
+        prediction: dict[str, Json] = {"image": str(path), "class": named, "top": ranked}
+        shown_class: tuple[str, ...] = ()
+        if outputs.inlier_scores is not None:
+            prediction["inlier_score"] = float(outputs.inlier_scores[n])
+            shown_class = (named or "unknown",)
+        predictions.append(prediction)
+        rows.append((str(path), *shown_class, *(f"{name} {p:.1%}" for name, p in top)))
     document: dict[str, Json] = {
         "classifier": str(arguments.classifier),
         "broken_images": int((~kept).sum()),
@@ -72,33 +77,6 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         "predictions": predictions,
     }
     n_shown = min(arguments.top, len(classifier.classes))
-    columns = ("image", *(f"{n + 1}." for n in range(n_shown)))
+    told = () if classifier.reject is None else ("class",)
+    columns = ("image", *told, *(f"{n + 1}." for n in range(n_shown)))
     output.result(document, [Table("", columns, rows)])
-
-
-def _images(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the given images and all images below the given folders, and the folders' other files.
-
-    Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
-        images.
-    """
-    from ztune.data.image_files import images_below
-    from ztune.data.manifests import is_utf8
-
-    found: list[Path] = []
-    ignored: list[str] = []
-    for path in named:
-        if not is_utf8(str(path)):
-            raise DataError(f"image {str(path)!r}: the name is not UTF-8 (rename it)")
-        if path.is_dir():
-            below, others = images_below(path, f'folder "{path}"')
-            ignored += map(str, others)
-            if not below:
-                files = f": its files are {first_few([*map(str, others)])}" if others else ""
-                raise DataError(f'folder "{path}" contains no images{files}')
-            found += below
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f'image "{path}" does not exist')
-    return found, ignored

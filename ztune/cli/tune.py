@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
-    add(method, "--preset", "--set", "--init", "--priors")
+    add(method, "--preset", "--set", "--init", "--reject")
+    method.add_argument("--priors", metavar="WHICH", help="uniform (default), or data: class shares")
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
@@ -283,18 +284,15 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
-    found = report.text_forwards_cached + report.image_forwards_cached
-    cached = f" ({found} more in the cache)" if found else ""
+    n_cached = report.text_forwards_cached + report.image_forwards_cached
+    cached = f" ({n_cached} more in the cache)" if n_cached else ""
     lines.append(
         f"{report.queries} queries, {report.text_forwards} text forwards, "
         f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if report.cross_validated:
-        lines.append(report.cross_validated)
-    lines.append(report.probabilities)
-    if report.early_end:
-        lines.append(report.early_end)
+    more = (report.cross_validated, report.probabilities, report.early_end)
+    lines += [line for line in more if line]
     if why := why_no_accuracy(RunFolder(path), report):
         return [*lines, why, f"{path / 'prompt.safetensors'}"]
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ztune.data.manifests import is_utf8
 from ztune.errors import DataError
 from ztune.io.files import open_regular
 from ztune.io.image_formats import HEAD, format_of
+from ztune.printing import first_few
 
 SUFFIXES = frozenset(
     (
@@ -71,6 +72,31 @@ def images_below(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
         if not is_utf8(str(image)):
             raise DataError(f"{where}: file name {str(image)!r} is not UTF-8 (rename it)")
     return sorted(images, key=Path.as_posix), sorted(others, key=Path.as_posix)
+
+
+def named_images(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the given images and all images below the given folders, and the folders' other files.
+
+    Raises: DataError for a path that does not exist, a name that is not UTF-8, or a folder without
+        images.
+    """
+    found: list[Path] = []
+    ignored: list[str] = []
+    for path in named:
+        if not is_utf8(str(path)):
+            raise DataError(f"image {str(path)!r}: the name is not UTF-8 (rename it)")
+        if path.is_dir():
+            below, others = images_below(path, f'folder "{path}"')
+            ignored += map(str, others)
+            if not below:
+                files = f": its files are {first_few([*map(str, others)])}" if others else ""
+                raise DataError(f'folder "{path}" contains no images{files}')
+            found += below
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f'image "{path}" does not exist')
+    return found, ignored
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
