@@ -28,7 +28,8 @@ LAYERS = (
     {"run"},
     {"optim", "heads", "loop", "maps", "top_classes", "journal", "report_compare", "text_cache"},
     {"objective", "artifact", "data", "report", "budget", "inliers"},
-    {"calibration", "logits", "mixing", "statistics"},
+    {"calibration", "mixing", "statistics"},
+    {"logits"},
     GROUND,
 )
 """Rooms of ztune from the top floor down; a room imports those of lower floors, and itself."""

@@ -33,7 +33,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tune(digits: Path) -> Words:
-    return ("tune", MINI, "--data", digits, "--method", "zip", "--quiet")
+    return ("tune", MINI, "--data", digits, "--method", "zip", "--shots", 16, "--quiet")
 
 
 @pytest.fixture(scope="module")

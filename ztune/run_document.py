@@ -165,7 +165,7 @@ class RunReport(RunStart, frozen=True, kw_only=True):
         """Return a line on why a run ended before its budget; None if it is not worth one."""
         budget, setting = self.run_config.queries, _LIMITS.get(self.stop_reason)
         if self.queries >= budget or budget == RunConfig.queries:
-            return None  # nobody asked for more
+            return None  # the default budget is only a limit
         if self.stop_reason == STALLED:
             return f"ended after {self.queries} queries: the held-out loss stalled (least_gain)"
         if setting is None:

@@ -12,6 +12,14 @@ def number_or_word(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
+def _number_or_all(text: str) -> int | str:
+    """Return the value of --shots; SplitSettings checks a number."""
+    value = number_or_word(text)
+    if value != "all" and not isinstance(value, int):
+        raise argparse.ArgumentTypeError(f"expected a number or all, got '{text}'")
+    return value
+
+
 _DECLARED: dict[str, dict[str, Any]] = {
     # data
     "--data": {
@@ -31,7 +39,7 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "help": "folders in folders: classes are the innermost (leaf, default) or the top ones",
     },
     "--shots": {
-        "type": number_or_word,
+        "type": _number_or_all,
         "metavar": "N",
         "help": "training images per class, or all (default; with --root: 16)",
     },

@@ -283,8 +283,8 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
             f"({server.possibly_billed_twice} possibly billed twice), "
             f"{server.report_queries} more for the report"
         )
-    found = report.text_forwards_cached + report.image_forwards_cached
-    cached = f" ({found} more in the cache)" if found else ""
+    n_cached = report.text_forwards_cached + report.image_forwards_cached
+    cached = f" ({n_cached} more in the cache)" if n_cached else ""
     lines.append(
         f"{report.queries} queries, {report.text_forwards} text forwards, "
         f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "

@@ -58,7 +58,7 @@ from ztune.run_config import RunConfig
             )
             for verb in ("tune", "eval", "pack", "compare", "predict")
         ),
-        (("tune", "--queries", "many"), "argument --queries: invalid int value: 'many'"),
+        (("tune", "--shots", "many"), "argument --shots: expected a number or all, got 'many'"),
         (("tune", "--\x1b[2J"), r"unknown option --\x1b[2J"),
         (("pack",), "the following arguments are required: BUNDLE, --prompt, --out"),
     ],
