@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--reject", type=float, metavar="SHARE", help="refuse images of none of the classes"
     )
-    method.add_argument("--priors", metavar="WHICH", help="uniform (default), or data: class shares")
+    method.add_argument(
+        "--priors", metavar="WHICH", help="uniform (default), or data: class shares"
+    )
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
