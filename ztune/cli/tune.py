@@ -293,6 +293,8 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
     if report.cross_validated:
         lines.append(report.cross_validated)
     lines.append(report.probabilities)
+    if report.rejection:
+        lines.append(report.rejection)
     if report.early_end:
         lines.append(report.early_end)
     if why := why_no_accuracy(RunFolder(path), report):
