@@ -61,7 +61,7 @@ def tune(
 ) -> str:
     """Run until the optimizer has finished or the budget is spent; return the stop reason.
 
-    `take_n_found` returns how many of the last round's class prompts were on disk.
+    `take_n_found` returns how many class prompts were found on disk since its last call.
 
     `observe` is called with the state after each round, to save and report it; it may raise to stop
     the run.
@@ -87,6 +87,7 @@ def tune(
             with np.errstate(over="ignore", invalid="ignore"):  # reported in one line instead
                 prompts = prompt_map(proposal.points)
             _require_finite(prompts)
+            take_n_found()  # those of a snapshot are no part of the round
             evaluation = answering(prompts, batch)
         except NotFiniteError:
             tuning.sampler.restore(before)  # the state to resume from has not drawn this batch

@@ -69,7 +69,6 @@ _DECLARED: dict[str, dict[str, Any]] = {
         "metavar": "KEY=VALUE",
         "help": "setting of the method (see: ztune methods NAME)",
     },
-    "--reject": {"type": float, "metavar": "SHARE", "help": "refuse images of none of the classes"},
     "--init": {"metavar": "WORDS", "help": 'initial context, such as "a photo of a"'},
     "--template": {
         "action": "append",

@@ -63,8 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(data, "--skip-broken", "--skip-conflicts", "--max-pixels")
     data.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     method = parser.add_argument_group("method")
-    add(method, "--preset", "--set", "--init", "--reject")
-    method.add_argument("--priors", metavar="WHICH", help="uniform (default), or data: class shares")
+    add(method, "--preset", "--set", "--init")
+    method.add_argument(
+        "--reject", type=float, metavar="SHARE", help="refuse images of none of the classes"
+    )
+    method.add_argument(
+        "--priors", metavar="WHICH", help="uniform (default), or data: class shares"
+    )
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
