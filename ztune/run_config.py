@@ -108,9 +108,10 @@ class RunConfig:
             raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
-        if self.reject is not None and not 0 < self.reject < _MOST_REFUSED:
+        share = self.reject
+        if share is not None and not (isinstance(share, int | float) and 0 < share < _MOST_REFUSED):
             raise ConfigError(
-                f"`reject` is {self.reject:g}, expected a share of own images between 0 and "
+                f"`reject` is {share!r}, expected a share of own images between 0 and "
                 f"{_MOST_REFUSED:g}, such as 0.05"
             )
         if self.validates and self.val == 0:
