@@ -223,7 +223,7 @@ class EnsembleArtifact:
     """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return self.head
+        return replace(self.head, temperature=self.temperature or 1.0)
 
     def restricted(self, classes: tuple[str, ...]) -> EnsembleArtifact:
         """Return the ensemble for some of its classes, in another order if wanted."""
