@@ -112,16 +112,16 @@ Wrap = Callable[["OrtPromptEncoder"], PromptEncoder]
 
 
 class OrtPromptGraph:
-    """The open prompt graph of a bundle: one session for all encoders."""
+    """The prompt graph of a bundle: one session for all encoders, opened on use on a CPU."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, execution: Execution):
         self.bundle = bundle
         self._tokenizer = tokenizer
         self._execution = execution
-        # TensorRT must know the shapes of its calls, so each encoder opens its own graph.
-        self._graph = (
-            None if execution.provider == "tensorrt" else Graph(bundle, "prompt", execution)
-        )
+        check_precision(bundle.precision, execution.provider)
+        self._open = functools.cache(lambda: Graph(bundle, "prompt", execution))
+        if execution.provider == "cuda":  # whose errors come before anything is encoded
+            self._open()
 
     def encoder(
         self, classes: Sequence[str], n_context: int, n_candidates: int
@@ -161,8 +161,9 @@ class OrtPromptGraph:
             (group, feeds(bundle.text, table, [names[index] for index in group], n_context))
             for group in plan.groups
         ]
-        graph = self._graph
-        if graph is None:
+        opened = self._open
+        # TensorRT must know the shapes of its calls, so each encoder opens its own graph.
+        if execution.provider == "tensorrt":
             width = bundle.text.width
             at_once = dict.fromkeys((plan.n_candidates, n_candidates % plan.n_candidates or 1, 1))
             calls = [
@@ -170,9 +171,10 @@ class OrtPromptGraph:
                 for n in at_once
                 for _, constants in groups
             ]
-            graph = Graph(bundle, "prompt", execution, calls)
+            opened = functools.cache(lambda: Graph(bundle, "prompt", execution, calls))
+            opened()
         texts = Texts(bundle, tuple(names), n_context)
-        return OrtPromptEncoder(plan, groups, graph, texts, execution, n_candidates)
+        return OrtPromptEncoder(plan, groups, opened, texts, execution, n_candidates)
 
 
 @dataclass(frozen=True)
@@ -194,15 +196,18 @@ class OrtPromptEncoder:
         self,
         plan: Plan,
         groups: Sequence[tuple[I64, Mapping[str, np.ndarray]]],
-        graph: Graph,
+        opened: Callable[[], Graph],
         texts: Texts,
         execution: Execution,
         n_candidates: int,
     ):
-        """Take a plan for candidate batches of `n_candidates`, its groups' inputs, and a graph."""
+        """Take a plan for candidate batches of `n_candidates`, its groups' inputs, and a graph.
+
+        `opened` opens the graph once, when a text is encoded.
+        """
         self.plan = plan
         self._groups = groups
-        self._graph = graph
+        self._opened = opened
         self._texts = texts
         self.embed_dim = texts.bundle.embed_dim
         self._precision = texts.bundle.precision
@@ -269,7 +274,7 @@ class OrtPromptEncoder:
                 width = self._names_of(group)[1]
                 groups.append((at, feeds(texts.bundle.text, table, names, texts.n_context, width)))
         return OrtPromptEncoder(
-            self.plan, groups, self._graph, texts, self._execution, self._n_candidates
+            self.plan, groups, self._opened, texts, self._execution, self._n_candidates
         )
 
     def encode_on_device(self, contexts: F32) -> Iterator[list[Any]]:
@@ -289,7 +294,7 @@ class OrtPromptEncoder:
         """Return the call of one group and number of candidates, bound once."""
         key = (number, contexts.shape)
         if key not in self._calls:
-            self._calls[key] = self._bind(self._graph.session, number, contexts.shape)
+            self._calls[key] = self._bind(self._opened().session, number, contexts.shape)
         elif self._to_capture and len(contexts) == self.plan.n_candidates:
             # Only on the second such call: a single call does not justify another session.
             self._to_capture = False
@@ -307,15 +312,15 @@ class OrtPromptEncoder:
     def _bind(self, session: Any, number: int, shape: tuple[int, ...]) -> BoundCall:
         group, constants = self._groups[number]
         features = (shape[0], len(group), self.embed_dim)
-        path, provider = self._graph.path, self._execution.provider
+        path, provider = self._opened().path, self._execution.provider
         return BoundCall(session, path, provider, constants, {"contexts": shape}, features)
 
     def _bind_captured(self, shape: tuple[int, ...]) -> BoundCall:
         """Return the only call of a plan, in a session whose shapes are all fixed."""
         _, constants = self._groups[0]
         shapes = {"contexts": shape, **{name: array.shape for name, array in constants.items()}}
-        sizes = symbolic_sizes(self._graph.session, shapes)
-        session = open_session(self._graph.path, self._execution, Setup(capture_sizes=sizes))
+        sizes = symbolic_sizes(self._opened().session, shapes)
+        session = open_session(self._opened().path, self._execution, Setup(capture_sizes=sizes))
         return self._bind(session, 0, shape)
 
 

@@ -1,6 +1,7 @@
 """All images of a class by default: which are held back, and which accuracy is told."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,17 @@ def test_comparisons_need_a_number(ztune: Command, tmp_path: Path) -> None:
     done = ztune("compare", MINI, *words)
     assert done.code == 2
     assert "argument --shots" in done.err
+
+
+def test_equal_images_of_a_class_are_one(ztune: Command, tmp_path: Path) -> None:
+    data = digits(tmp_path / "photos", {"five": 20, "four": 1})
+    (image,) = (data / "four").iterdir()
+    for i in range(50):
+        shutil.copy(image, data / "four" / f"copy-{i}.png")
+    done = ztune("tune", MINI, "--data", data, "--method", "gda", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "exact duplicates of another image, omitted: 50" in done.err
+    assert sizes(tmp_path / "run") == [21, 0, 0]
 
 
 def test_the_face(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ztune
-from benchmarks import gpu, harness, predict, remote, remote_ways, scaling, speed, towers
+from benchmarks import endtoend, gpu, harness, predict, remote, remote_ways, scaling, speed, towers
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.remote_ways import WAYS, ServerCounts, Task, Way
@@ -327,3 +327,14 @@ def test_the_harness_runs_real_plans(few_digits: Path) -> None:
     row = harness.measure_cell(workload, "serial", "lp++", 1, 2, repeats=1)
     assert row["cells"] == [1, 2]
     assert 0 < row["own_seconds_per_cell"] < row["seconds_many"]
+
+
+def test_a_whole_run_is_compared_with_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_CLASSES", 3), ("_IMAGES", 4), ("_MORE", 5)):
+        monkeypatch.setattr(endtoend, name, value)
+    found = endtoend.measure(MINI, 1)
+    rows = found["rows"]
+    assert list(rows) == ["loop", "nothing cached", "everything cached", "20 images more"]
+    assert rows["loop"]["ratio"] == 1
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert found["images"] == 12

@@ -172,8 +172,10 @@ def test_shares_that_no_threshold_can_have(
 ) -> None:
     from ztune import FewShotClassifier
 
-    with pytest.raises(ConfigError, match=r"`reject` is .*, expected a share"):
-        FewShotClassifier(model, method="gda", reject=share).fit(np.eye(4), list("aabb"))
+    for given in (share, str(share)):
+        clf = FewShotClassifier(model, method="gda", reject=given)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"`reject` is .*, expected a share"):
+            clf.fit(np.eye(4), list("aabb"))
     words = ("tune", MINI, "--data", tmp_path, "--out", tmp_path / "run")
     done = ztune(*words, f"--reject={share}")
     assert done.code == 1
@@ -260,6 +262,19 @@ def test_foreign_images_that_cannot_be_used(
         assert "broken.png" in refused.err
         found = ztune(*words, "--foreign", tmp_path / "odd", "--skip-broken", "--json", "--quiet")
         assert rejection(found)["foreign_accepted"]["n"] == 3
+
+
+def test_a_run_without_test_images_has_nothing_to_compare_foreign_images_with(
+    model: ztune.Model, few_digits: Path, odd: Path, ztune: Command, tmp_path: Path
+) -> None:
+    words = ("--data", few_digits, "--queries", 40, "--reject", SHARE, "--test-fraction", 0)
+    done = ztune("tune", MINI, *words, "--shots", 16, "--val", 0, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "about 5.0% of images of the classes" in done.out
+    assert ztune("eval", tmp_path / "run").code == 0  # a cross-validated accuracy
+    done = ztune("eval", tmp_path / "run", "--foreign", odd)
+    assert done.code == 1
+    assert "has no test images" in done.err
 
 
 def test_predict_says_unknown(run: Path, few_digits: Path, odd: Path, ztune: Command) -> None:

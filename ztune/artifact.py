@@ -193,6 +193,11 @@ class HeadArtifact:
     def classifier(self) -> FeatureClassifier:
         return FeatureClassifier(self.weight, self.bias, self.kernel, self.temperature or 1.0)
 
+    def with_priors(self, shift: F32, name: str) -> HeadArtifact:
+        """Return the head with a shift f32[C] of its logits; `name` is recorded."""
+        provenance = replace(self.provenance, config={**self.provenance.config, "priors": name})
+        return replace(self, provenance=provenance, bias=self.bias + shift)
+
     def restricted(self, classes: tuple[str, ...]) -> HeadArtifact:
         """Return the head for some of its classes, in another order if wanted."""
         own = self.classifier().of_classes([self.classes.index(name) for name in classes])
@@ -224,6 +229,11 @@ class EnsembleArtifact:
 
     def classifier(self) -> FeatureClassifier:
         return replace(self.head, temperature=self.temperature or 1.0)
+
+    def with_priors(self, shift: F32, name: str) -> EnsembleArtifact:
+        """Return the ensemble with a shift f32[C] of its logits; `name` is recorded."""
+        head = replace(self.head, bias=self.head.bias + shift)
+        return replace(self, head=head, chosen={**self.chosen, "priors": name})
 
     def restricted(self, classes: tuple[str, ...]) -> EnsembleArtifact:
         """Return the ensemble for some of its classes, in another order if wanted."""

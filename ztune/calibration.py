@@ -31,6 +31,16 @@ def class_weights(labels: I64, n_classes: int) -> F64:
     return np.asarray(len(labels) / (np.count_nonzero(counts) * counts[labels]))
 
 
+def log_prior_ratios(labels: I64, n_classes: int) -> F64:
+    """Return log(n_c C / n), f64[C], of the labels i64[n] of all C classes.
+
+    Every class counts the same in all fits; added to logarithms of probabilities, these make
+    classes as probable as they are frequent among the labels.
+    """
+    counts = np.bincount(labels, minlength=n_classes)
+    return np.asarray(np.log(counts * n_classes / len(labels)))
+
+
 def mean_loss(logits: F64, labels: I64, temperature: float = 1.0) -> float:
     """Return the mean cross-entropy in nats of logits f64[n, C], mean over the classes.
 

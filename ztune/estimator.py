@@ -43,7 +43,7 @@ from ztune.logits import FeatureClassifier, log_probabilities
 from ztune.methods.registry import views_of
 from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
-from ztune.run_config import RunConfig
+from ztune.run_config import UNIFORM, RunConfig
 from ztune.run_document import RunReport
 from ztune.task import open_program
 from ztune.training import SavedRun, TrainingRun, as_possible, start_run_on
@@ -51,7 +51,7 @@ from ztune.types import F32, ImageEncoder
 
 _BATCH = 8
 _OWN = ("model", "method", "queries", "seed", "preset", "templates", "keep", "patience",
-    "augment", "reject", "skip_broken", "force", "reference", "class_names",
+    "augment", "reject", "skip_broken", "force", "reference", "priors", "class_names",
 )  # fmt: skip
 
 
@@ -67,7 +67,8 @@ class FewShotClassifier:
     images; `patience` is the number of validation passes without gain before stopping; `augment`
     is the number of cached random views per training image (None: the preset's). `reject` is the
     share of images of the classes that `inlier_score` may refuse as none of them (None: no such
-    score).
+    score). `priors` "data" makes probabilities of `auto` and heads follow the classes' shares of
+    the training images.
 
     After `fit`, `classes_` are the class names; `cost_` has queries, text_forwards and
     image_forwards (numbers), seconds, and peak_memory_mb. After a fit without `run_dir`, `history_`
@@ -103,6 +104,7 @@ class FewShotClassifier:
         skip_broken: bool = False,
         force: bool = False,
         reference: Path | str | None = None,
+        priors: str = UNIFORM,
         class_names: Sequence[str] | None = None,
         **settings: Any,
     ):
@@ -110,6 +112,7 @@ class FewShotClassifier:
         self.queries, self.seed, self.preset, self.templates = queries, seed, preset, templates
         self.keep, self.patience, self.augment, self.reject = keep, patience, augment, reject
         self.skip_broken, self.force, self.reference = skip_broken, force, reference
+        self.priors = priors
         self.class_names = class_names
         self.settings = settings
         self._class_names: Sequence[str] | None = None
@@ -416,6 +419,7 @@ class FewShotClassifier:
             force=self.force,
             reference=None if self.reference is None else str(Path(self.reference).resolve()),
             server=self.model.server,
+            priors=self.priors,
             settings={name: _plain(name, value) for name, value in self.settings.items()},
         )
         run_config.check_method()  # before anything is opened

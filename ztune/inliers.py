@@ -54,26 +54,36 @@ def _low_score(scores: F64, share: float) -> float:
 
 def class_prototypes(features: F32, labels: I64, texts: F32) -> F64:
     """Return unit rows f64[C, e]; a class may have no images."""
-    C = len(texts)
-    counts = np.bincount(labels, minlength=C)[:, None]
-    sums = np.zeros((C, features.shape[1]))
+    return _prototypes(*_sums(features, labels, len(texts)), texts.astype(np.float64))
+
+
+def _sums(features: F32, labels: I64, n_classes: int) -> tuple[F64, F64]:
+    """Return the sums f64[C, e] of the features by class, and the numbers f64[C, 1] of images."""
+    sums = np.zeros((n_classes, features.shape[1]))
     np.add.at(sums, labels, features.astype(np.float64))
-    wide = texts.astype(np.float64)
+    return sums, np.bincount(labels, minlength=n_classes)[:, None].astype(np.float64)
+
+
+def _prototypes(sums: F64, counts: F64, texts: F64) -> F64:
     centre = (sums / np.maximum(counts, 1))[counts[:, 0] > 0].mean(axis=0)
-    rows = sums + TEXT_COUNT * (centre + wide - wide.mean(axis=0))
+    rows = sums + TEXT_COUNT * (centre + texts - texts.mean(axis=0))
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(np.where(lengths > _TINY, rows / np.maximum(lengths, _TINY), wide))
+    return np.asarray(np.where(lengths > _TINY, rows / np.maximum(lengths, _TINY), texts))
 
 
 def out_of_fold_scores(features: F32, labels: I64, texts: F32) -> F64:
     """Return the scores f64[n] of training images by prototypes that were made without them."""
-    n = len(labels)
+    n, wide = len(labels), texts.astype(np.float64)
     folds = np.empty(n, dtype=np.int64)
     folds[np.argsort(labels, kind="stable")] = np.arange(n) % min(n, _MOST_FOLDS)
+    sums, counts = _sums(features, labels, len(texts))
     scores = np.empty(n)
     for k in range(min(n, _MOST_FOLDS)):
         own = folds == k
-        prototypes = class_prototypes(features[~own], labels[~own], texts)
+        held_out, n_held_out = _sums(features[own], labels[own], len(texts))
+        # A class of which no image is left has a sum of 0, without the rounding of a difference.
+        n_left = counts - n_held_out
+        prototypes = _prototypes(np.where(n_left > 0, sums - held_out, 0), n_left, wide)
         scores[own] = (features[own].astype(np.float64) @ prototypes.T).max(axis=1)
     return scores
 

@@ -87,7 +87,7 @@ def tune(
             with np.errstate(over="ignore", invalid="ignore"):  # reported in one line instead
                 prompts = prompt_map(proposal.points)
             _require_finite(prompts)
-            take_n_found()  # those of a snapshot are no part of the round
+            take_n_found()  # leaves out those of a snapshot
             evaluation = answering(prompts, batch)
         except NotFiniteError:
             tuning.sampler.restore(before)  # the state to resume from has not drawn this batch

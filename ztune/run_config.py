@@ -24,6 +24,8 @@ from ztune.methods.registry import (
 )
 from ztune.types import Json
 
+UNIFORM, DATA = "uniform", "data"
+PRIORS = (UNIFORM, DATA)
 _MOST_REFUSED = 0.5
 
 
@@ -75,6 +77,8 @@ class RunConfig:
     """Server settings if `bundle` is a URL, without secrets: runtimes/remote/."""
     root: str | None = None
     """The folder of all named data sets."""
+    priors: str = UNIFORM
+    """Of the classes: the same, or `data`, their shares of the training images."""
     reject: float | None = None
     """The share of images of the classes that may be refused as none of them; None: no refusal."""
 
@@ -83,6 +87,8 @@ class RunConfig:
             raise ConfigError(f"`queries` is {self.queries}, expected at least 1")
         if self.preset not in PRESETS:
             raise ConfigError(f'unknown preset "{self.preset}"; known: {", ".join(PRESETS)}')
+        if self.priors not in PRIORS:
+            raise ConfigError(f'`priors` is "{self.priors}", expected {" or ".join(PRIORS)}')
         if self.augment < 0:
             raise ConfigError(f"`augment` is {self.augment}, expected 0 or more views")
         for template in self.templates:
@@ -102,9 +108,10 @@ class RunConfig:
             raise ConfigError(f"`snapshots` is {self.snapshots}, expected 0 or more")
         if isinstance(self.snapshots, str):
             _counts(self.snapshots)
-        if self.reject is not None and not 0 < self.reject < _MOST_REFUSED:
+        share = self.reject
+        if share is not None and not (isinstance(share, int | float) and 0 < share < _MOST_REFUSED):
             raise ConfigError(
-                f"`reject` is {self.reject:g}, expected a share of own images between 0 and "
+                f"`reject` is {share!r}, expected a share of own images between 0 and "
                 f"{_MOST_REFUSED:g}, such as 0.05"
             )
         if self.validates and self.val == 0:
@@ -120,6 +127,11 @@ class RunConfig:
         method = find_method(self.method)
         config = method_config(method, self.settings, self.preset)
         tuned = tuned_config(method, config)
+        if self.priors != UNIFORM and tuned is not None and not tuned.ensembles:
+            raise ConfigError(
+                f"{self.method} tunes prompts, which have one bias for all classes: leave out "
+                "`priors`, or use auto or a head"
+            )
         if self.augment and not uses_views(method, config):
             why = "uses the same images in all rounds, with one view each"
             if tuned is None:

@@ -19,12 +19,14 @@ from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.artifact import (
     Artifact,
     ContextArtifact,
+    EnsembleArtifact,
     HeadArtifact,
     Provenance,
     VisualArtifact,
     classifier_of_texts,
 )
 from ztune.budget import Budget
+from ztune.calibration import log_prior_ratios
 from ztune.capabilities import TEXTS, describe
 from ztune.checks import RunChecks
 from ztune.data.folders import Listing
@@ -71,7 +73,7 @@ from ztune.precision import (
 from ztune.printing import first_few
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SaveSchedule
-from ztune.run_config import RunConfig, remarks_on
+from ztune.run_config import DATA, RunConfig, remarks_on
 from ztune.run_document import (
     RunReport,
     RunStart,
@@ -218,7 +220,10 @@ class SavedRun:
         Raises: ConfigError naming the differences.
         """
         where, then = f'run "{self.folder.path}"', self.head.run_config
-        own = ("method", "queries", "seed", "templates", "keep", "patience", "reject", "force")
+        own = (
+            "method", "queries", "seed", "templates", "keep", "patience", "reject", "force",
+            "priors",
+        )  # fmt: skip
         differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
         if not differ and plain(run_config.method_config) != plain(then.method_config):
             differ.append("settings")
@@ -450,6 +455,10 @@ class TrainingRun(Generic[Store]):
                 outcome = self._fit(encoded, texts, started + baselines.seconds)
         validated = self._val_logits(outcome, encoded)
         artifact, calibration = calibrate(outcome.artifact, outcome.held_out, validated)
+        outcome = replace(outcome, artifact=artifact)
+        if run_config.priors == DATA:
+            outcome = self._with_priors(outcome, encoded)
+            artifact, validated = outcome.artifact, self._val_logits(outcome, encoded)
         scores = self._validate(outcome, baselines, encoded, validated)
         if run_config.reject is not None:
             assert texts is not None
@@ -751,6 +760,19 @@ class TrainingRun(Generic[Store]):
             held_out = held_out_logits(method, config, fitted, shots, self.run_config.seed)
         features = encoded.val_features
         return Outcome(artifact, ended - started, loss, features, ended, held_out=held_out)
+
+    def _with_priors(self, outcome: Outcome, encoded: EncodedSplit) -> Outcome:
+        """Return the outcome with probabilities that follow the classes' shares of the images."""
+        artifact, held_out, labels = outcome.artifact, outcome.held_out, encoded.labels
+        assert isinstance(artifact, HeadArtifact | EnsembleArtifact)
+        ratios = log_prior_ratios(labels, len(self.split.classes))
+        shift = ((artifact.temperature or 1.0) * ratios).astype(np.float32)
+        artifact = artifact.with_priors(shift, DATA)
+        if held_out is not None:
+            held_out = held_out[0] + shift, held_out[1]
+        views = [artifact.classifier().logits(view) for view in encoded.features]
+        loss = float(np.mean([cross_entropy(view, labels) for view in views]))
+        return replace(outcome, artifact=artifact, held_out=held_out, train_loss=loss)
 
     def _val_logits(self, outcome: Outcome, encoded: EncodedSplit) -> LabelledLogits | None:
         """Return the result's logits of the validation images; None without these or features."""

@@ -74,6 +74,7 @@ def test_the_second_candidate_batch_uses_a_session_of_fixed_shapes(
     monkeypatch.setattr("runtimes.ort.obstacle_to_capture", lambda *_: None)
     monkeypatch.setattr("runtimes.ort.open_session", record)
     own = encoder()
+    own._opened()
     assert len(opened) == 1
     got = [own.encode(contexts(6, 0)), own.encode(contexts(6, 1))]
     assert own.cuda_graph == "captured"
@@ -137,6 +138,7 @@ def test_a_failed_capture_is_reported_and_the_run_continues(
 
     expected = encoder().encode(contexts(6))
     own = encoder()
+    own._opened()
     own._to_capture = True
     monkeypatch.setattr("runtimes.ort.open_session", refuse)
     for _ in range(3):

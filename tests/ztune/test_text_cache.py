@@ -236,3 +236,16 @@ def test_in_low_precision_calls_that_are_split_otherwise_are_others(tmp_path: Pa
         stored = StoredTextEncoder(encoder, store(tmp_path / "texts"))
         assert stored.encode(contexts).tobytes() == encoder.encode(contexts).tobytes()
         assert stored.take_n_found() == 0
+
+
+def test_a_graph_is_opened_when_a_text_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a graph was opened")
+
+    given = np.ascontiguousarray(token_table(load_bundle(MINI))[np.arange(300, 308).reshape(2, 4)])
+    expected = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path)).encode(given)
+    monkeypatch.setattr("runtimes.ort.open_session", refuse)
+    stored = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path))
+    assert stored.encode(given).tobytes() == expected.tobytes()

@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--reject", type=float, metavar="SHARE", help="refuse images of none of the classes"
     )
+    method.add_argument(
+        "--priors", metavar="WHICH", help="uniform (default), or data: class shares"
+    )
     method.add_argument("--keep", metavar="WHICH", help="point: last (default), best (validation)")
     method.add_argument("--validate-every", type=int, metavar="N", help="queries between passes")
     method.add_argument(
@@ -293,11 +296,8 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    if report.cross_validated:
-        lines.append(report.cross_validated)
-    lines.append(report.probabilities)
-    if report.early_end:
-        lines.append(report.early_end)
+    more = (report.cross_validated, report.probabilities, report.rejection, report.early_end)
+    lines += [line for line in more if line]
     if why := why_no_accuracy(RunFolder(path), report):
         return [*lines, why, f"{path / 'prompt.safetensors'}"]
     where = "" if "zero-shot" in validation or not rows else " --bundle DIR"
