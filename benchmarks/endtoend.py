@@ -24,6 +24,7 @@ from benchmarks.measure import document, interleaved, parser, run_alone, say, sh
 from benchmarks.towers import Size, full
 from runtimes.bundle import load_bundle
 from runtimes.preprocess import normalise, read_view
+from runtimes.providers import onnxruntime
 
 _REPEATS, _BATCH = 3, 32
 _CLASSES = 10
@@ -49,10 +50,8 @@ def write_photos(folder: Path, n: int) -> Path:
 
 def encode_plainly(bundle: Path, folder: Path) -> None:
     """Decode all images and encode them in batches: what a user's own script does at least."""
-    import onnxruntime
-
     loaded = load_bundle(bundle)
-    session = onnxruntime.InferenceSession(
+    session = onnxruntime().InferenceSession(
         bundle / "image.onnx", providers=["CPUExecutionProvider"]
     )
     files = sorted(folder.rglob("*.jpg"))
