@@ -270,6 +270,7 @@ def test_a_run_without_test_images_has_nothing_to_compare_foreign_images_with(
     words = ("--data", few_digits, "--queries", 40, "--reject", SHARE, "--test-fraction", 0)
     done = ztune("tune", MINI, *words, "--shots", 16, "--val", 0, "--out", tmp_path / "run")
     assert done.code == 0, done.err
+    assert "about 5.0% of images of the classes" in done.out
     assert ztune("eval", tmp_path / "run").code == 0  # a cross-validated accuracy
     done = ztune("eval", tmp_path / "run", "--foreign", odd)
     assert done.code == 1

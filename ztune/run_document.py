@@ -136,6 +136,16 @@ class RunReport(RunStart, frozen=True, kw_only=True):
         )
 
     @property
+    def rejection(self) -> str | None:
+        """A line on the images that the result refuses; None: it refuses none."""
+        share = self.run_config.reject
+        if share is None:
+            return None
+        return (
+            f"refuses images of none of the classes, and about {share:.1%} of images of the classes"
+        )
+
+    @property
     def probabilities(self) -> str:
         """A line on what the probabilities were calibrated on."""
         found = self.calibration

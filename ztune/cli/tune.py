@@ -296,7 +296,7 @@ def _lines(report: RunReport, path: Path) -> list[str | Table]:
         f"{report.image_forwards} image forwards{cached}, {report.seconds:.1f} s, "
         f"peak memory {report.peak_memory_mb:.0f} MB"
     )
-    more = (report.cross_validated, report.probabilities, report.early_end)
+    more = (report.cross_validated, report.probabilities, report.rejection, report.early_end)
     lines += [line for line in more if line]
     if why := why_no_accuracy(RunFolder(path), report):
         return [*lines, why, f"{path / 'prompt.safetensors'}"]
