@@ -115,14 +115,19 @@ class OptionalCache:
 
 @dataclass
 class OptionalLog:
-    """A feature log that warns once if it cannot be written."""
+    """A feature log that warns once if it cannot be read or written."""
 
     log: FeatureLog
     is_writable: bool = True
 
     def read(self) -> dict[bytes, F32]:
         mark_used(self.log.path)
-        return self.log.read()
+        try:
+            return self.log.read()
+        except DataError as error:
+            self.is_writable = False
+            warn(f"{error} (features are not kept)")
+            return {}
 
     def append(self, records: Mapping[bytes, F32]) -> None:
         if not self.is_writable:
@@ -172,7 +177,7 @@ class MemoryCache:
         return self._logs.setdefault(key_of(*identity), MemoryRecords())
 
 
-MOST_BYTES = 1_000_000_000
+MOST_BYTES = 512_000_000
 """Bytes of image features that the user's runs share; the last used logs are kept."""
 
 
