@@ -127,7 +127,7 @@ def test_classes_without_test_images_are_told(tuned: Any, ztune: Command) -> Non
     assert (n_train + n_test, n_val) == (115, 0)
     assert "cross-validated" not in done.out
     scored = ztune("eval", run)
-    assert 'warning: 1 classes have no images here: "four"' in scored.err
+    assert 'warning: classes without images here: "four"' in scored.err
     found = ztune("eval", run, "--json").json
     assert found["classes_without_images"] == ["four"]
     assert (found["n"], sorted(found["per_class"])) == (n_test, ["five", "nine"])
@@ -198,3 +198,15 @@ def test_a_split_without_test_images_is_not_scored(tmp_path: Path) -> None:
     clf = face.FewShotClassifier(face.load(MINI), "gda").fit(train)
     with pytest.raises(DataError, match="`X` has no test images, expected at least one"):
         clf.score(test)
+
+
+def test_an_estimator_has_its_cross_validated_accuracy() -> None:
+    model = face.load(MINI)
+    paths = [path for name in ("one", "two") for path in sorted((DIGITS / name).iterdir())[:16]]
+    labels = [path.parent.name for path in paths]
+    clf = face.FewShotClassifier(model, method="gda").fit(paths, labels)
+    assert clf.cross_validation_ is not None
+    assert clf.cross_validation_["n"] == 32
+    assert clf.cross_validation_["accuracy"] > 0.6
+    clf.fit(paths[1:], labels[1:])
+    assert clf.cross_validation_ is None

@@ -39,6 +39,7 @@ from ztune.dataset import (
 from ztune.encoded import EncodedSplit
 from ztune.errors import ConfigError, DataError, NotFittedError
 from ztune.evaluate import LabelledImages, find_extractor
+from ztune.io.schema import plain
 from ztune.logits import FeatureClassifier, log_probabilities
 from ztune.methods.registry import views_of
 from ztune.model import Model
@@ -75,6 +76,8 @@ class FewShotClassifier:
     has a dict per step: step, queries, loss (nats), accuracy (0…1) and seconds; it is empty for a
     closed form. `temperature_` divides the logits in `predict_proba`; it is fitted on validation
     images, else on training images by fits without them, and None where neither is possible.
+    `cross_validation_` has accuracy, interval (95 %) and n of training images, each by a fit
+    without it; None if the method makes no such fits, or a class has fewer than 16.
 
     `fit` raises ConfigError for unknown methods and settings.
 
@@ -347,6 +350,8 @@ class FewShotClassifier:
         self._opening = threading.Lock()
         costs = ("queries", "text_forwards", "image_forwards", "seconds", "peak_memory_mb")
         self.history_, self.temperature_ = history, artifact.temperature
+        found = None if report is None else report.cross_validation
+        self.cross_validation_ = None if found is None else plain(found)
         self.cost_ = {} if report is None else {name: getattr(report, name) for name in costs}
 
     @property

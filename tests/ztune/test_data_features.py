@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ztune.data.cache import FeatureCache, key_of
+from ztune.data.cache import FeatureCache, OptionalCache, OptionalLog, key_of
 from ztune.data.features import Features, Views, encode_files
 from ztune.errors import DataError
+from ztune.progress import forward_warnings
 from ztune.types import F32, U8, RandomView
 
 Items = list[tuple[Path, str]]
@@ -307,3 +308,15 @@ def test_several_batches_a_call_give_the_same_features(tmp_path: Path, n: int) -
     # The cache knows no difference.
     again = encode_files(several, items, FeatureCache(tmp_path / "one"), at_once=3)
     assert again.n_encoded == 0
+
+
+def test_a_log_that_cannot_be_read_is_not_used(tmp_path: Path) -> None:
+    log = OptionalCache(tmp_path).log("x")
+    assert isinstance(log, OptionalLog)
+    log.log.path.mkdir()
+    warned: list[str] = []
+    with forward_warnings(warned.append):
+        assert log.read() == {}
+        log.append({bytes(32): np.ones(3, np.float32)})
+    assert len(warned) == 1
+    assert "features are not kept" in warned[0]

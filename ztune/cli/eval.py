@@ -159,7 +159,7 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         "run": str(folder.path),
     }
     if missing := found.tuned.without_images:
-        output.warn(f"{len(missing)} classes have no images here: {first_few(missing)}")
+        output.warn(f"classes without images here: {first_few(missing)}")
     _finish(document, found.scores, refusals, output)
 
 

@@ -186,7 +186,7 @@ class MemoryCache:
         return self._logs.setdefault(key_of(*identity), MemoryRecords())
 
 
-MOST_BYTES = 1_000_000_000
+MOST_BYTES = 512_000_000
 """Bytes of image features that the user's runs share; the last used logs are kept."""
 
 
