@@ -236,8 +236,8 @@ class OrtPromptEncoder:
         """What a feature depends on, for each class, besides the context and the bundle.
 
         That is the name, the length to which its group is padded, and whether the group has other
-        names. In low precision and on other devices it is the whole call: all names and contexts
-        (`whole_calls`).
+        names. In low precision and on other devices it is the whole call: all names and contexts,
+        and how many of them are encoded together (`whole_calls`).
         """
         keys = [""] * len(self._texts.names)
         for group in self.plan.groups:
@@ -246,7 +246,9 @@ class OrtPromptEncoder:
             for index, name in zip(group, names, strict=True):
                 keys[index] = f"{name} in {where}"
         if self.whole_calls:
-            keys = [f"{index} of {keys}" for index in range(len(keys))]
+            groups = [group.tolist() for group in self.plan.groups]
+            call = f"{keys} in groups {groups}, {self.plan.n_candidates} contexts at once"
+            keys = [f"{index} of {call}" for index in range(len(keys))]
         return tuple(keys)
 
     @property

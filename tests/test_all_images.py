@@ -12,7 +12,7 @@ import pytest
 import ztune as face
 from tests.conftest import DIGITS, MINI, Command, Result, copy_digits
 from ztune.data.split import Split
-from ztune.errors import ConfigError
+from ztune.errors import ConfigError, DataError
 from ztune.io.files import read_json
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
@@ -189,3 +189,12 @@ def test_the_face(tmp_path: Path) -> None:
     assert not train.split.entries_of("val")
     with pytest.raises(ConfigError, match='`shots` is "most", expected all'):
         data.split("most")  # type: ignore[arg-type]  # as an untyped caller may
+
+
+def test_a_split_without_test_images_is_not_scored(tmp_path: Path) -> None:
+    data = face.Dataset.from_folder(digits(tmp_path, {"five": 4, "four": 3}))
+    with pytest.warns(UserWarning, match="no test set"):
+        train, test = data.split()
+    clf = face.FewShotClassifier(face.load(MINI), "gda").fit(train)
+    with pytest.raises(DataError, match="`X` has no test images, expected at least one"):
+        clf.score(test)

@@ -415,6 +415,8 @@ def test_a_finished_run_is_read_back_for_the_same_alone(
         classifier(model, "zip", step_size=0.5).fit(train, run_dir=tmp_path)
     with pytest.raises(ConfigError, match="started with other method"):
         classifier(model, "gda").fit(train, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="started with other reject"):
+        classifier(model, "zip", reject=0.05).fit(train, run_dir=tmp_path)
     head = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**head, "bundle_digest": "0" * 64}))
     with pytest.raises(ConfigError, match="started with other model"):

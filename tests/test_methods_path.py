@@ -535,7 +535,8 @@ def test_a_mixture_that_takes_no_more_prompts_says_so(
     assert document(tmp_path / "short")["queries"] == 6
     assert "stopped before" not in done.out
     early = settings("n_prompts=50", "least_gain=100")
-    done = ztune(*given[:-5], *early, "--quiet", "--out", tmp_path / "early")
+    words = (*given[:-5], *early, "--quiet", "--queries", 400)
+    done = ztune(*words, "--out", tmp_path / "early")
     assert done.code == 0, done.err
     assert "ended after 150 queries: the held-out loss stalled (least_gain)" in done.out
     assert document(tmp_path / "early")["stop_reason"] == "held-out loss"

@@ -69,6 +69,36 @@ def test_with_one_image_per_class_a_head_has_no_temperature(
     assert clf.temperature_ is None
 
 
+def test_validation_images_give_an_ensemble_its_temperature(
+    model: ztune.Model, few_digits: Path, tmp_path: Path
+) -> None:
+    data = ztune.Dataset.from_folder(few_digits)
+    train, test = data.split(shots=1, val=4)  # nothing can be held out of one image per class
+    clf = ztune.FewShotClassifier(model, queries=20).fit(train)
+    T, paths = clf.temperature_, [path for path, _ in test.items[:8]]
+    assert T is not None
+    assert abs(T - 1) > 0.05
+    exponentials = np.exp(clf.decision_function(paths).astype(np.float64) / T)
+    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(clf.predict_proba(paths), expected, atol=1e-5)
+    clf.save(tmp_path / "a.safetensors")
+    clf.export_onnx(tmp_path / "a.onnx")
+    assert read_artifact(tmp_path / "a.safetensors").classifier().temperature == T
+    with ztune.load_classifier(tmp_path / "a.onnx") as deployed:
+        np.testing.assert_allclose(deployed.predict_proba(paths), expected, atol=1e-4)
+
+
+def test_views_of_an_image_are_one_image_where_it_is_held_out(
+    few_digits: Path, ztune: Command, tmp_path: Path
+) -> None:
+    words = ("tune", MINI, "--data", few_digits, "--method", "gda", "--shots", 16, "--val", 0)
+    done = ztune(*words, "--augment", 3, "--out", tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["calibration"]["n"] == 160
+    assert report["cross_validation"]["n"] == report["hand_written"]["n"] == 160
+
+
 @pytest.mark.parametrize("method", ["gda", "zip", "bar"])
 def test_a_run_says_what_its_temperature_was_fitted_on(
     method: str, few_digits: Path, ztune: Command, tmp_path: Path

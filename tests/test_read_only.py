@@ -70,6 +70,20 @@ def test_a_finished_run_on_a_read_only_disk_is_evaluated(
     assert ztune("eval", out, "--json").json == done.json
 
 
+def test_features_that_cannot_be_read_are_encoded_again(
+    finished: Path, ztune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = ztune("eval", out, "--json")
+    for path in (tmp_path / "ztune" / "features").glob("*.features"):
+        path.unlink()
+        path.mkdir()
+    again = ztune("eval", out, "--json")
+    assert (again.code, again.json) == (0, first.json), again.err
+    assert again.err.count("features are not kept") == 1
+
+
 def test_an_evaluation_removes_what_a_killed_one_left(
     finished: Path, ztune: Command, tmp_path: Path
 ) -> None:

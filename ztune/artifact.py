@@ -228,7 +228,7 @@ class EnsembleArtifact:
     """As for a context."""
 
     def classifier(self) -> FeatureClassifier:
-        return self.head
+        return replace(self.head, temperature=self.temperature or 1.0)
 
     def with_priors(self, shift: F32, name: str) -> EnsembleArtifact:
         """Return the ensemble with a shift f32[C] of its logits; `name` is recorded."""

@@ -296,6 +296,11 @@ def listed_images(X: Images | LabelledImages) -> Sequence[ImageLike] | np.ndarra
     if isinstance(images, str | Path | Image.Image):
         raise DataError("`X` is one image, expected a list of images")
     rows: Sequence[ImageLike] | np.ndarray[Any, Any] = as_rows(images)
+    if not len(rows) and isinstance(X, LabelledImages):
+        raise DataError(
+            f"`X` has no {X.split} images, expected at least one (split with other `shots` or "
+            "`test_fraction`, or use more images)"
+        )
     if not len(rows):
         raise DataError("`X` is empty, expected at least one image")
     return rows

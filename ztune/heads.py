@@ -60,6 +60,11 @@ class Shots:
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         return np.asarray(mean), self.labels[:n_images]
 
+    @property
+    def queries(self) -> F32:
+        """One unit row f32[n_images, e] per image, as `images`; without views its own."""
+        return self.features if self.n_views == 1 else self.images[0].astype(np.float32)
+
     def without(self, left_out: NDArray[np.bool_]) -> Shots:
         """Return the shots without some images bool[n_images] and without validation images."""
         kept = np.tile(~left_out, self.n_views)

@@ -303,7 +303,9 @@ class Model:
                 "no image is refused as none of the classes: the prototypes are of the classes "
                 "that the artifact was tuned on, and there are other names"
             )
-        return found if isinstance(found, VisualArtifact) else replace(found, inliers=test)
+        if isinstance(found, VisualArtifact) or found.inliers is test:
+            return found
+        return replace(found, inliers=test)
 
     def _of_classes(self, artifact: Artifact, classes: tuple[str, ...] | None) -> Artifact:
         if isinstance(artifact, HeadArtifact):

@@ -26,7 +26,8 @@ def held_out_logits(
 ) -> LabelledLogits | None:
     """Return a head's logits of training images by fits without them, with the settings it chose.
 
-    None if no image can be held out, or a fit with fewer images fails, which is said.
+    An image with several views counts once, with their mean direction. None if no image can be held
+    out, or a fit with fewer images fails, which is said.
     """
     n_images = len(shots.labels) // shots.n_views
     labels = shots.labels[:n_images]
@@ -36,16 +37,16 @@ def held_out_logits(
     folds = keep_whole_classes(folds, labels, shots.n_classes)
     known = {field.name for field in fields(config)}
     chosen = replace(config, **{k: v for k, v in fitted.chosen.items() if k in known})
-    logits, own = [], []
+    queries, logits, own = shots.queries, [], []
     for k in range(int(folds.max(initial=-1)) + 1):
-        out = np.tile(folds == k, shots.n_views)
+        out = folds == k
         try:
-            found = method.fit_shots(chosen, shots.without(folds == k), seed)
+            found = method.fit_shots(chosen, shots.without(out), seed)
         except ZtuneError as error:
             warn(f"probabilities are not calibrated: without a quarter of the images {error}")
             return None
-        logits.append(found.classifier.logits(shots.features[out]))
-        own.append(shots.labels[out])
+        logits.append(found.classifier.logits(queries[out]))
+        own.append(labels[out])
     return (np.concatenate(logits), np.concatenate(own)) if logits else None
 
 

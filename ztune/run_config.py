@@ -54,7 +54,7 @@ class RunConfig:
     nested: str | None = None
     """Which of nested folders are classes: data/folders.py."""
     cache: str | None = None
-    """None: the run's own folder."""
+    """None: the folder that all runs share."""
     augment: int = 0
     skip_broken: bool = False
     skip_conflicts: bool = False

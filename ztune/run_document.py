@@ -66,9 +66,8 @@ class Calibration(Struct, frozen=True):
     """The temperature of the probabilities, and the images that it was fitted on."""
 
     temperature: float
-    images: Literal["folds", "validation", "training"]
-    """folds: training images, each by a fit without it. training: those of the fit, since the
-    method has no other; probabilities may then be too high."""
+    images: Literal["folds", "validation"]
+    """folds: training images, each by a fit without it."""
     n: Count
 
 

@@ -220,7 +220,10 @@ class SavedRun:
         Raises: ConfigError naming the differences.
         """
         where, then = f'run "{self.folder.path}"', self.head.run_config
-        own = ("method", "queries", "seed", "templates", "keep", "patience", "force", "priors")
+        own = (
+            "method", "queries", "seed", "templates", "keep", "patience", "reject", "force",
+            "priors",
+        )  # fmt: skip
         differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
         if not differ and plain(run_config.method_config) != plain(then.method_config):
             differ.append("settings")
@@ -816,8 +819,9 @@ class TrainingRun(Generic[Store]):
         """Return the zero-shot accuracy on all training images, if there is a `_cross_validate`."""
         if self._cross_validate(outcome, encoded) is None or not baselines.classifiers:
             return None
-        logits = baselines.classifiers["zero-shot"].logits(encoded.features[0])
-        found = score(logits, encoded.labels, self.split.classes)
+        zero_shot = baselines.classifiers["zero-shot"]
+        shots = encoded.shots(zero_shot.weight, 1.0, 0.0)
+        found = score(zero_shot.logits(shots.queries), encoded.labels, self.split.classes)
         return ValidationScore(found.accuracy, found.interval, found.n)
 
     def _provenance(self, queries: int, stop_reason: str, config: dict[str, Json]) -> Provenance:

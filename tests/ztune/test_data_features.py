@@ -189,6 +189,28 @@ def test_damage_at_every_byte(tmp_path: Path) -> None:
         np.testing.assert_array_equal(features.values, whole.values)
 
 
+def test_only_wanted_records_are_read_whatever_the_others_are(tmp_path: Path) -> None:
+    log = FeatureCache(tmp_path).log("a")
+    rows = {key_of(str(i)): np.full(3, i, np.float32) for i in range(6)}
+    for key, row in rows.items():
+        log.append({key: row})
+    content = bytearray(log.path.read_bytes())
+    size = len(content) // 6
+    wanted = {key_of("1"), key_of("5"), key_of("none")}
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        log.path.write_bytes(damaged)
+        hit = place // size
+        expected = [i for i in (1, 5) if i != hit]
+        found = log.read(wanted)
+        assert found.keys() == {key_of(str(i)) for i in expected}
+        assert all((found[key_of(str(i))] == i).all() for i in expected)
+    log.path.write_bytes(content)
+    assert log.read(set()) == {}
+    assert log.read().keys() == rows.keys()
+
+
 def test_a_record_with_wrong_values_and_a_right_sum_is_not_used(tmp_path: Path) -> None:
     log = FeatureCache(tmp_path).log("x")
     log.append({key_of("bad"): np.array([1, np.nan], np.float32)})

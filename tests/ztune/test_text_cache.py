@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtPromptGraph
 from runtimes.prompts import token_table
@@ -223,6 +224,18 @@ def test_class_keys_tell_names_apart_that_have_other_bytes(tmp_path: Path) -> No
         again = StoredTextEncoder(encoder, store(tmp_path))
         assert again.encode(given).tobytes() == encoder.encode(given).tobytes()
         assert again.take_n_found() == 2 * len(names)
+
+
+def test_in_low_precision_calls_that_are_split_otherwise_are_others(tmp_path: Path) -> None:
+    bundle = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8")
+    given = np.random.default_rng(0).integers(300, 800, (10, 4))
+    contexts = np.ascontiguousarray(token_table(bundle)[given])
+    for memory_limit in (None, 2):
+        opened = OrtPromptGraph(bundle, Tokenizer(bundle), Execution("cpu", 1, memory_limit))
+        encoder = opened.encoder(WORDS, 4, 10)
+        stored = StoredTextEncoder(encoder, store(tmp_path / "texts"))
+        assert stored.encode(contexts).tobytes() == encoder.encode(contexts).tobytes()
+        assert stored.take_n_found() == 0
 
 
 def test_a_graph_is_opened_when_a_text_is_encoded(

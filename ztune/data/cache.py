@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -55,8 +55,10 @@ class FeatureLog:
 
     path: Path
 
-    def read(self) -> dict[bytes, F32]:
+    def read(self, wanted: Set[bytes] | None = None) -> dict[bytes, F32]:
         """Return every valid record's f32[e] by key; a missing file is empty.
+
+        Records of keys that are not `wanted` are skipped without a check, which is much faster.
 
         Raises: DataError when the file exists and cannot be read.
         """
@@ -69,10 +71,16 @@ class FeatureLog:
         records = {}
         start = content.find(_MARK)
         while start >= 0:
+            if wanted is not None and (other := _skipped(content, start, wanted)):
+                start = other if other < len(content) else -1
+                continue
             record = _record_at(content, start)
             if record:
                 key, values, end = record
-                records[key] = values
+                if wanted is None:
+                    records[key] = values
+                elif key in wanted:
+                    records[key] = values.copy()  # else a few records keep the file's content
             start = content.find(_MARK, end if record else start + 1)
         return records
 
@@ -120,10 +128,10 @@ class OptionalLog:
     log: FeatureLog
     is_writable: bool = True
 
-    def read(self) -> dict[bytes, F32]:
+    def read(self, wanted: Set[bytes] | None = None) -> dict[bytes, F32]:
         mark_used(self.log.path)
         try:
-            return self.log.read()
+            return self.log.read(wanted)
         except DataError as error:
             self.is_writable = False
             warn(f"{error} (features are not kept)")
@@ -149,7 +157,7 @@ class FeatureStore(Protocol):
 class FeatureRecords(Protocol):
     """Features f32[e] by their 32-byte keys."""
 
-    def read(self) -> dict[bytes, F32]: ...
+    def read(self, wanted: Set[bytes] | None = None) -> dict[bytes, F32]: ...
 
     def append(self, records: Mapping[bytes, F32]) -> None: ...
 
@@ -160,8 +168,9 @@ class MemoryRecords:
     def __init__(self) -> None:
         self._records: dict[bytes, F32] = {}
 
-    def read(self) -> dict[bytes, F32]:
-        return dict(self._records)
+    def read(self, wanted: Set[bytes] | None = None) -> dict[bytes, F32]:
+        known = self._records
+        return {key: row for key, row in known.items() if wanted is None or key in wanted}
 
     def append(self, records: Mapping[bytes, F32]) -> None:
         self._records.update(records)
@@ -221,6 +230,16 @@ def key_of(*parts: str) -> bytes:
 def _record(key: bytes, values: F32) -> bytes:
     body = _HEAD.pack(_MARK, key, values.size) + np.ascontiguousarray(values, "<f4").tobytes()
     return body + _CRC.pack(zlib.crc32(body))
+
+
+def _skipped(content: bytes, start: int, wanted: Set[bytes]) -> int | None:
+    """Return where the record of another key at `start` ends, if there is a mark or the end."""
+    if start + _HEAD.size > len(content):
+        return None
+    _, key, n_values = _HEAD.unpack_from(content, start)
+    end: int = start + _HEAD.size + 4 * n_values + _CRC.size
+    ends = end == len(content) or content.startswith(_MARK, end)
+    return end if ends and key not in wanted else None
 
 
 def _record_at(content: bytes, start: int) -> tuple[bytes, F32, int] | None:

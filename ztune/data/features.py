@@ -98,10 +98,10 @@ def encode_files(
     # The batch size is part of the key: it may change the last bits.
     identity = (encoder.identity, f"batch {batch_size}", *views.kind)
     log = cache.log(*identity)
-    known = log.read()
     keys = [
         [key_of(*identity, str(view), digest) for view in range(len(views))] for _, digest in items
     ]
+    known = log.read({key for row in keys for key in row})
     n_views_all, n_encoded = len(items) * len(views), 0
     broken: dict[str, str] = {}
 

@@ -116,7 +116,7 @@ def test_a_comparison_shows_its_own_cells_whatever_another_one_runs(tmp_path: Pa
 
 
 def test_all_cores_are_the_default() -> None:
-    config = CompareConfig(RunConfig(str(MINI), "photos"), ("gda",), (1,), 100, {})
+    config = CompareConfig(RunConfig(str(MINI), "photos", shots=2), ("gda",), (1,), 100, {})
     assert plan_of(config, Path("out")).execution.threads is None
 
 
