@@ -172,8 +172,9 @@ def test_shares_that_no_threshold_can_have(
 ) -> None:
     from ztune import FewShotClassifier
 
-    for given in (share, str(share)):
-        clf = FewShotClassifier(model, method="gda", reject=given)  # type: ignore[arg-type]
+    wrong: list[Any] = [share, str(share)]
+    for given in wrong:
+        clf = FewShotClassifier(model, method="gda", reject=given)
         with pytest.raises(ConfigError, match=r"`reject` is .*, expected a share"):
             clf.fit(np.eye(4), list("aabb"))
     words = ("tune", MINI, "--data", tmp_path, "--out", tmp_path / "run")

@@ -297,7 +297,7 @@ def score_run(
 
     def scored(result: Artifact) -> Score:
         logits = features.logits(model.refresh(result))
-        return score(logits, labels, result.classes, result.temperature or 1.0)
+        return score(logits, labels, result.classes, result.temperature)
 
     before = score(zero_shot.logits(features.plain.values[0]), labels, artifact.classes)
     tuned = scored(artifact)
@@ -346,7 +346,7 @@ def score_bundle(
         logits = model.zero_shot(templates, candidates).logits(features.plain.values[0])
     temperature = artifact.temperature if artifact is not None else None
     labels = labels[features.plain.kept]
-    return score(logits, labels, candidates, temperature or 1.0), features
+    return score(logits, labels, candidates, temperature), features
 
 
 @dataclass(frozen=True)

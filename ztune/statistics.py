@@ -107,7 +107,7 @@ class Score:
 
     @property
     def without_images(self) -> tuple[str, ...]:
-        """The classes of which there are no images, so that nothing is known of them."""
+        """The classes without images, whose accuracy is unknown."""
         present = set(self.labels.tolist())
         return tuple(name for c, name in enumerate(self.classes) if c not in present)
 
@@ -148,7 +148,9 @@ class Score:
         return table
 
 
-def score(logits: F32, labels: I64, classes: tuple[str, ...], temperature: float = 1.0) -> Score:
+def score(
+    logits: F32, labels: I64, classes: tuple[str, ...], temperature: float | None = None
+) -> Score:
     """Compare the argmax and the probabilities of logits f32[n, C] with labels i64[n].
 
     Raises: ZtuneError for logits that are not finite.
@@ -163,7 +165,7 @@ def score(logits: F32, labels: I64, classes: tuple[str, ...], temperature: float
     confidences, losses, squares = np.empty(n), np.empty(n), np.empty(n)
     for start in range(0, n, _ROWS):
         rows = slice(start, start + _ROWS)
-        own, log_p = labels[rows], log_probabilities(logits[rows], temperature)
+        own, log_p = labels[rows], log_probabilities(logits[rows], temperature or 1.0)
         p, each = np.exp(log_p), np.arange(len(own))
         confidences[rows] = p.max(axis=1)
         losses[rows] = -log_p[each, own]

@@ -272,7 +272,7 @@ def _eval_classifier(arguments: argparse.Namespace, output: Output) -> None:
     paths = [path for path, _ in images.items]
     foreign = read_foreign(arguments.foreign, classifier.reject, output)
     outputs, kept = classify(classifier, paths, arguments.skip_broken, output)
-    result = score(outputs.logits, labels[kept], classifier.classes, classifier.temperature or 1.0)
+    result = score(outputs.logits, labels[kept], classifier.classes, classifier.temperature)
     refusals = refusals_of_classifier(
         classifier, images, outputs, foreign, skip_broken=arguments.skip_broken, progress=output
     )

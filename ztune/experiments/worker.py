@@ -329,7 +329,7 @@ class Worker:
             result = model.refresh(result, classes)
         if not isinstance(result, VisualArtifact):
             logits = result.classifier().logits(encoded.features)
-            return score(logits, encoded.labels, classes, result.temperature or 1.0)
+            return score(logits, encoded.labels, classes, result.temperature)
         test_features = encode_test(
             model,
             encoded.split.items("test"),
@@ -339,7 +339,7 @@ class Worker:
             extractor=find_extractor(result, training.folder.path, training.run_config.extractor),
         )
         logits = test_features.logits(result)
-        return score(logits, encoded.labels, classes, result.temperature or 1.0)
+        return score(logits, encoded.labels, classes, result.temperature)
 
 
 def _finished(training: Training, job: Job) -> RunReport:

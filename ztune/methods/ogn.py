@@ -187,8 +187,9 @@ class PromptMixture:
         self._choice = None
         K, P = len(self._prompts), len(logits)
         if self._config.least_gain is not None and K // _JUDGED_EVERY > (K - P) // _JUDGED_EVERY:
-            loss = self._chosen().held_out_loss
-            if loss is not None:
+            held_out = self._chosen().held_out
+            if held_out is not None:
+                loss = cross_entropy(held_out, self._labels).mean()
                 self._held_out_losses = np.append(self._held_out_losses, loss)
 
     def finished(self) -> str | None:
@@ -228,9 +229,8 @@ class PromptMixture:
 
         Logits have no shift that all classes share. None if nothing can be held out.
         """
-        if not len(self._prompts) or fold_of_each(self._labels) is None:
-            return None
-        return self._chosen().out_of_fold, self._labels.copy()
+        held_out = self._chosen().held_out if len(self._prompts) else None
+        return None if held_out is None else (held_out, self._labels.copy())
 
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss and accuracy after 1, 2, 4, 8… rounds and the last.
@@ -268,13 +268,7 @@ class PromptMixture:
         loss = float(cross_entropy(logits, self._labels).mean())
         accuracy = float((logits.argmax(axis=-1) == self._labels).mean())
         without = np.array([start + mixing @ b for b in found.without])
-        out_of_fold = np.zeros((0, logits.shape[1]), np.float32)
-        if (folds := fold_of_each(self._labels)) is not None:
-            out_of_fold = np.empty_like(logits, dtype=np.float32)
-            for k, own in enumerate(found.without):
-                out_of_fold[folds == k] = problem.rows(folds == k).logits(own)
-        whole = start + mixing @ found.whole
-        return Choice(whole, loss, accuracy, without, out_of_fold, found.held_out_loss)
+        return Choice(start + mixing @ found.whole, loss, accuracy, without, found.held_out)
 
     def state(self) -> State:
         span = self._span
@@ -326,10 +320,8 @@ class Choice:
     accuracy: float
     without: F64
     """f64[F, K]: the weights without each fold of the images."""
-    out_of_fold: F32
-    """f32[N, C]: the logits of each image by the weights without it; empty without folds."""
-    held_out_loss: float | None
-    """In nats, of each image under the weights without its fold; None if nothing is held out."""
+    held_out: F32 | None
+    """f32[N, C]: the logits of each image by the weights without it; None without folds."""
 
 
 METHOD = TunedMethod(

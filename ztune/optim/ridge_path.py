@@ -8,7 +8,7 @@ import numpy as np
 
 from ztune.objective import cross_entropy
 from ztune.optim.convex import SoftmaxProblem, Terms, total
-from ztune.types import F64, I64
+from ztune.types import F32, F64, I64
 
 # From a ridge that prevents any move to one without effect.
 RIDGES = 10.0 ** np.arange(1, -4.6, -0.5)
@@ -26,8 +26,9 @@ class Solutions:
     """f64[r]"""
     without: tuple[F64, ...] = ()
     """f64[r] per fold; empty if nothing can be held out."""
-    held_out_loss: float | None = None
-    """Mean loss in nats of each image under the solution without its fold."""
+    held_out: F32 | None = None
+    """The logits f32[N, C] of each image under the solution without its fold; None without folds.
+    """
 
 
 def cross_validate_ridge(
@@ -66,7 +67,7 @@ def cross_validate_ridge(
             a, _ = problem.take_newton_step(a, total(terms), matrix)
             terms = [part.terms(a) for part in parts]
         found = Solutions(a, _without(a, terms, matrix))
-        losses = _held_out_losses(parts, folds, found)
+        losses = cross_entropy(_held_out_logits(parts, folds, found), problem.labels)
         tried.append((found, losses))
         best = min((one for _, one in tried), key=lambda one: float(one.mean()))
         if not _within(losses, best, tolerance):
@@ -80,8 +81,8 @@ def cross_validate_ridge(
 
 
 def _judged(parts: list[SoftmaxProblem], folds: I64, found: Solutions) -> Solutions:
-    """Return the solutions with their loss on held-out images."""
-    return replace(found, held_out_loss=float(_held_out_losses(parts, folds, found).mean()))
+    """Return the solutions with their logits of held-out images."""
+    return replace(found, held_out=_held_out_logits(parts, folds, found))
 
 
 def _without(a: F64, terms: list[Terms], ridge: F64) -> tuple[F64, ...]:
@@ -90,12 +91,12 @@ def _without(a: F64, terms: list[Terms], ridge: F64) -> tuple[F64, ...]:
     return tuple(a + (whole - own).step(a, ridge) for own in terms)
 
 
-def _held_out_losses(parts: list[SoftmaxProblem], folds: I64, found: Solutions) -> F64:
-    """Return f64[N], each image's loss under the solution without its fold."""
-    losses = np.empty(len(folds))
+def _held_out_logits(parts: list[SoftmaxProblem], folds: I64, found: Solutions) -> F32:
+    """Return f32[N, C], each image's logits under the solution without its fold."""
+    logits = np.empty((len(folds), parts[0].base.shape[1]), dtype=np.float32)
     for k, (part, without) in enumerate(zip(parts, found.without, strict=True)):
-        losses[folds == k] = cross_entropy(part.logits(without), part.labels)
-    return losses
+        logits[folds == k] = part.logits(without)
+    return logits
 
 
 def _within(losses: F64, best: F64, tolerance: float) -> bool:
