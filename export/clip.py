@@ -14,7 +14,7 @@ import socket
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from open_clip.factory import parse_model_name
 from torch import nn
 
 from export.graphs import TextTower, graph_kind, text_tower
+from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, ZtuneError
 from ztune.io.files import read_json
 from ztune.io.schema import convert
 from ztune.printing import reason_of
-from ztune.types import Json
+from ztune.types import I64, Json
 
 CONFIG = "open_clip_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -55,6 +56,7 @@ class LoadedClip:
     image: ImageSpec
     text: TextSpec
     tokenizer_json: str
+    reference: Reference
     source: Mapping[str, str]
     notes: tuple[str, ...]
     """Choices that differ from open_clip's default."""
@@ -107,7 +109,9 @@ def load_clip(
                 "size (another image size or context length); pass the architecture it was "
                 "trained with"
             )
-        vocabulary = _find_tokenizer(model, weights.config, module, tokenizer_file, pad_id)
+        vocabulary, tokenize = _find_tokenizer(
+            model, weights.config, module, tokenizer_file, pad_id
+        )
     tower = text_tower(module)
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
@@ -129,13 +133,17 @@ def load_clip(
         "pooling": tower.pooling,
         "graph": kind,
     }
+    image = _image_spec(module, weights.preprocess, model)
     return LoadedClip(
         model=module,
         config={**weights.config, "quick_gelu": weights.quick_gelu},
         tower=tower,
-        image=_image_spec(module, weights.preprocess, model),
+        image=image,
         text=convert(text, TextSpec, f'text tower of model "{model}"'),
         tokenizer_json=vocabulary.content,
+        reference=Reference(
+            "open_clip", tokenize, open_clip_preprocess(weights.preprocess, image.size)
+        ),
         source={
             "model": _display_name(model),
             "pretrained": _display_weights(model, pretrained, random_weights),
@@ -339,12 +347,12 @@ def _find_tokenizer(
     module: nn.Module,
     tokenizer_file: Path | None,
     pad_id: int | None,
-) -> Vocabulary:
+) -> tuple[Vocabulary, Callable[[Sequence[str]], I64]]:
     tower = text_tower(module)
     with _explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
     ):
-        return find_vocabulary(
+        vocabulary = find_vocabulary(
             model,
             config["text_cfg"],
             tokenizer_file,
@@ -352,6 +360,13 @@ def _find_tokenizer(
             pad_matters=tower.sees_padding,
             table_size=int(tower.embedding.num_embeddings),
         )
+        if tokenizer_file is None:
+            tokenize = open_clip_tokenize(model, vocabulary, tower.context_length)
+        else:
+            tokenize = file_tokenize(
+                tokenizer_file, vocabulary, config["text_cfg"], tower.context_length
+            )
+    return vocabulary, tokenize
 
 
 def _image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> ImageSpec:
