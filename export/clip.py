@@ -107,6 +107,7 @@ def load_clip(
                 "size (another image size or context length); pass the architecture it was "
                 "trained with"
             )
+        check_finite(module)
         vocabulary = _find_tokenizer(model, weights.config, module, tokenizer_file, pad_id)
     tower = text_tower(module)
     kind = graph_kind(
@@ -143,6 +144,20 @@ def load_clip(
         },
         notes=tuple(notes),
     )
+
+
+def check_finite(module: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises: ConfigError naming the first tensor.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ConfigError(
+                f'weight "{name}" {list(tensor.shape)} has {count} values that are NaN or infinite '
+                "(damaged or diverged in training): use an earlier checkpoint"
+            )
 
 
 def _resolve(
