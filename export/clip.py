@@ -25,7 +25,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import parse_model_name
 from torch import nn
 
-from export.graphs import TextTower, graph_kind, text_tower
+from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, ZtuneError
