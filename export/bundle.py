@@ -124,7 +124,7 @@ def _graphs(loaded: LoadedClip, image_tokens: bool) -> Iterator[_Graph]:
     if spec.graph == "prefix":
         prompt, dims = PrefixGraph(loaded.tower, spec.prefix_ids[0]), _PREFIX_DIMS
     else:
-        prompt, dims = SequenceGraph(model), _SEQUENCE_DIMS
+        prompt, dims = SequenceGraph(model, loaded.tower), _SEQUENCE_DIMS
     (traced,) = prompt_cases(loaded, [(3, 6, 5)])
     yield _Graph("prompt", prompt, dims, traced, prompt_cases(loaded))
 
@@ -175,8 +175,8 @@ def _write_files(
         kept |= tensors
     source = compare_logits(loaded, folder, ids, pixels)
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
-    table = loaded.tower.embedding.weight.detach().numpy()
-    np.save(folder / "token_table.npy", np.ascontiguousarray(table, dtype=np.float32))
+    table = np.ascontiguousarray(loaded.tower.table(), dtype=np.float32)
+    np.save(folder / "token_table.npy", table)
     (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
     embed_dim = int(kept["image.features"].shape[1])
     write_json(folder / MANIFEST, _manifest(loaded, folder, parity, source, embed_dim))

@@ -25,8 +25,8 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import parse_model_name
 from torch import nn
 
-from export.graphs import TextTower, graph_kind, text_tower
 from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
+from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, ZtuneError
@@ -109,6 +109,7 @@ def load_clip(
                 "size (another image size or context length); pass the architecture it was "
                 "trained with"
             )
+        check_finite(module)
         vocabulary, tokenize = _find_tokenizer(
             model, weights.config, module, tokenizer_file, pad_id
         )
@@ -151,6 +152,20 @@ def load_clip(
         },
         notes=tuple(notes),
     )
+
+
+def check_finite(module: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises: ConfigError naming the first tensor.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ConfigError(
+                f'weight "{name}" {list(tensor.shape)} has {count} values that are NaN or infinite '
+                "(damaged or diverged in training): use an earlier checkpoint"
+            )
 
 
 def _resolve(

@@ -250,7 +250,7 @@ class SavedRun:
         """
         if not isinstance(self.head, RunReport) or not self.folder.prompt.is_file():
             return None
-        if self.run_config.tuned_config is not None and not self.folder.curve.is_file():
+        if has_curve(self.run_config) and not self.folder.curve.is_file():
             draw_curve(self.folder, self.head)
         return self.head
 
@@ -425,7 +425,7 @@ class TrainingRun(Generic[Store]):
     def finish(self, head: RunStart, *, curve: bool = True) -> RunReport:
         """Run to the end from the saved state and write the results; return run.json's content.
 
-        `head` is run.json's content at the start; `curve` draws the curve of a method with steps.
+        `head` is run.json's content at the start; `curve` draws the curve, if the method has one.
         """
         started = time.monotonic()
         run_config = self.run_config
@@ -500,7 +500,7 @@ class TrainingRun(Generic[Store]):
             gda_alpha=baselines.gda_alpha,
             server=None if served is None else _server_report(served, budget),
         )
-        if curve and self.tuned is not None:
+        if curve and has_curve(run_config):
             draw_curve(self.folder, report)
         self.folder.write(plain(report))  # last: a finished run is complete
         self.folder.trim_cache(run_config.cache)
@@ -837,8 +837,17 @@ class TrainingRun(Generic[Store]):
         )
 
 
+def has_curve(run_config: RunConfig) -> bool:
+    """Return whether a run's steps show how its result becomes better.
+
+    Those of an ensemble are its mixture's, without the heads.
+    """
+    tuned = run_config.tuned_config
+    return tuned is not None and not tuned.ensembles
+
+
 def draw_curve(folder: Store, report: RunReport) -> None:
-    """Draw the curve of a run with steps."""
+    """Draw the curve of a run that has one."""
     run_config = report.run_config
     shown = {"zero-shot": "zero-shot", "tuned": "tuned", "gda": "GDA"}
     levels = {
