@@ -6,26 +6,42 @@ by OpenAI's defaults, and builds a model that was trained with QuickGELU without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import parse_model_name
 from torch import nn
 
+from export.adapter import check_adapter, merge_adapter
+from export.checkpoint import read_checkpoint
 from export.downloads import capture_logs, explain_download_errors, reason
-from export.naming import Weights, display_name, display_weights, is_tag, resolve
+from export.fit import fit_weights
+from export.naming import (
+    BIG_VISION,
+    Weights,
+    display_name,
+    display_weights,
+    model_name,
+    resolve,
+)
 from export.preprocessing import image_spec
-from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
+from export.reference import (
+    Reference,
+    file_tokenize,
+    open_clip_preprocess,
+    open_clip_tokenize,
+    open_file,
+)
 from export.text_tower import TextTower, graph_kind, text_tower
-from export.vocabulary import Vocabulary, find_vocabulary
+from export.vocabulary import find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError
 from ztune.io.schema import convert
-from ztune.types import I64, Json
+from ztune.types import Json
 
 
 @dataclass(frozen=True)
@@ -54,18 +70,23 @@ def load_clip(
     pad_id: int | None = None,
     random_weights: int | None = None,
     licence: str = "unknown",
+    ema: bool = False,
+    interpolate_positions: bool = False,
+    adapter: Path | None = None,
 ) -> LoadedClip:
-    """Load `model` (a registry name, local-dir:PATH or hf-hub:ID) with its weights and tokenizer.
+    """Load `model` (a registry name, a folder or hf-hub:ID) with its weights and tokenizer.
 
     `pretrained` is a published tag or a checkpoint file, `preprocess_from` a tag (or MODEL:TAG) or
     a JSON file, `random_weights` a seed instead of weights (for tests), `licence` that of the
-    weights, which open_clip does not record.
+    weights, which open_clip does not record. `ema` takes a checkpoint's moving averages,
+    `interpolate_positions` resizes its position embeddings, `adapter` is a LoRA adapter's folder.
 
     Raises: ConfigError for arguments that do not match, ZtuneError when a download fails.
     """
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
-    with capture_logs() as messages:
+    model = model_name(model)
+    with capture_logs():
         weights = resolve(model, pretrained, preprocess_from, random_weights)
         if weights.config["text_cfg"].get("hf_model_name"):
             raise ConfigError(
@@ -73,24 +94,44 @@ def load_clip(
                 f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
                 "choose a model with an open_clip text tower"
             )
-        module = _create_model(model, weights, random_weights)
-        # A published tag matches its architecture; a file may not.
-        resized = [message for message in messages if message.startswith("Resizing")]
-        if resized and not is_tag(model, weights.pretrained):
+        if weights.checkpoint is None and (ema or interpolate_positions):
             raise ConfigError(
-                f'the checkpoint does not match model "{model}": position embeddings of another '
-                "size (another image size or context length); pass the architecture it was "
-                "trained with"
+                f"`{'ema' if ema else 'interpolate_positions'}` is for a checkpoint file: leave it "
+                "out, or pass `pretrained=FILE`"
             )
+        # Whatever is cheap and may fail comes before the model, which takes minutes.
+        if adapter is not None:
+            check_adapter(adapter)
+        tokenizer = _open_tokenizer(model, tokenizer_file)
+        checkpoint = None
+        if weights.checkpoint is not None and weights.checkpoint.suffix not in BIG_VISION:
+            checkpoint = read_checkpoint(weights.checkpoint, ema)
+        module = _create_model(model, weights, random_weights)
+        notes = list(checkpoint.notes if checkpoint else ())
+        if checkpoint is not None:
+            where = f'checkpoint "{weights.checkpoint}"'
+            notes += fit_weights(module, checkpoint.state, where, model, interpolate_positions)
+        if adapter is not None:
+            notes.append(merge_adapter(module, adapter))
         check_finite(module)
-        vocabulary, tokenize = _find_tokenizer(
-            model, weights.config, module, tokenizer_file, pad_id
-        )
-    tower = text_tower(module)
+        tower = text_tower(module)
+        text_config, length = weights.config["text_cfg"], tower.context_length
+        with _explain_tokenizer_errors(model):
+            vocabulary = find_vocabulary(
+                model,
+                text_config,
+                tokenizer_file,
+                pad_id,
+                pad_matters=tower.sees_padding,
+                table_size=int(tower.embedding.num_embeddings),
+            )
+        if tokenizer_file is None:
+            tokenize = open_clip_tokenize(tokenizer, vocabulary, length)
+        else:
+            tokenize = file_tokenize(tokenizer, vocabulary, text_config, length)
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
     )
-    notes = []
     if weights.quick_gelu != bool(weights.config.get("quick_gelu")):
         notes.append(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
@@ -120,7 +161,8 @@ def load_clip(
         ),
         source={
             "model": display_name(model),
-            "pretrained": display_weights(model, pretrained, random_weights),
+            "pretrained": display_weights(model, pretrained, random_weights)
+            + (f" + adapter {adapter.resolve().name}" if adapter else ""),
             "licence": licence,
         },
         notes=tuple(notes),
@@ -142,8 +184,7 @@ def check_finite(module: nn.Module) -> None:
 
 
 def _create_model(model: str, weights: Weights, random_weights: int | None) -> nn.Module:
-    schema, identifier = parse_model_name(model)
-    name = model if schema else identifier.replace("/", "-")
+    """Build a model in float32, with its weights if open_clip downloads or converts them."""
     options: dict[str, Any] = {
         "precision": "fp32",
         "weights_only": True,
@@ -151,54 +192,37 @@ def _create_model(model: str, weights: Weights, random_weights: int | None) -> n
         "pretrained_text": False,
         "quick_gelu": weights.quick_gelu,
     }
-    where = f'model "{model}"'
-    if random_weights is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_weights)
-            module = open_clip.create_model(name, load_weights=False, **options)
-    elif schema == "hf-hub" or is_tag(model, weights.pretrained):
-        with explain_download_errors(where):
-            module = open_clip.create_model(
-                name, weights.pretrained, require_pretrained=True, **options
-            )
-    else:
-        if weights.pretrained is not None:
-            where = f'checkpoint "{weights.pretrained}"'
+    with torch.random.fork_rng(devices=[]):
+        if random_weights is not None or weights.checkpoint is not None:
+            torch.manual_seed(random_weights or 0)
+            module = open_clip.create_model(model, load_weights=False, **options)
+        else:
+            with explain_download_errors(f'model "{model}"'):
+                module = open_clip.create_model(
+                    model, weights.tag, require_pretrained=True, **options
+                )
+    if weights.checkpoint is not None and weights.checkpoint.suffix in BIG_VISION:
         try:
-            module = open_clip.create_model(
-                name, weights.pretrained, require_pretrained=True, **options
-            )
-        except Exception as error:
-            raise ConfigError(f"{where} cannot be loaded as {name}: {reason(error)}") from None
+            open_clip.load_checkpoint(module, str(weights.checkpoint))
+        except Exception as error:  # numpy and open_clip on a damaged or other file
+            raise ConfigError(
+                f'checkpoint "{weights.checkpoint}" cannot be loaded as {model}: {reason(error)}'
+            ) from None
     if hasattr(module, "text_decoder"):
         del module.text_decoder  # CoCa's captioner contributes to neither feature
     result: nn.Module = module.float().eval().requires_grad_(False)
     return result
 
 
-def _find_tokenizer(
-    model: str,
-    config: Mapping[str, Any],
-    module: nn.Module,
-    tokenizer_file: Path | None,
-    pad_id: int | None,
-) -> tuple[Vocabulary, Callable[[Sequence[str]], I64]]:
-    tower = text_tower(module)
-    with explain_download_errors(
+def _open_tokenizer(model: str, file: Path | None) -> Any:
+    """Return open_clip's tokenizer, or the one in `file` as `tokenizers` reads it."""
+    if file is not None:
+        return open_file(file)
+    with _explain_tokenizer_errors(model):
+        return open_clip.get_tokenizer(model)
+
+
+def _explain_tokenizer_errors(model: str) -> AbstractContextManager[None]:
+    return explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
-    ):
-        vocabulary = find_vocabulary(
-            model,
-            config["text_cfg"],
-            tokenizer_file,
-            pad_id,
-            pad_matters=tower.sees_padding,
-            table_size=int(tower.embedding.num_embeddings),
-        )
-        if tokenizer_file is None:
-            tokenize = open_clip_tokenize(model, vocabulary, tower.context_length)
-        else:
-            tokenize = file_tokenize(
-                tokenizer_file, vocabulary, config["text_cfg"], tower.context_length
-            )
-    return vocabulary, tokenize
+    )

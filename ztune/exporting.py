@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle, load_bundle
 from ztune.errors import ConfigError, how_to_install
-from ztune.io.files import new_folder
+from ztune.io.files import check_new, new_folder
 from ztune.progress import SILENCE, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -25,13 +25,18 @@ def export(
     pad_id: int | None = None,
     random_weights: int | None = None,
     licence: str = "unknown",
+    ema: bool = False,
+    interpolate_positions: bool = False,
+    adapter: Path | str | None = None,
     progress: Progress = SILENCE,
 ) -> Bundle:
     """Export an open_clip model to a bundle in the new folder `out`, and return it.
 
-    `model` is a name of open_clip's registry, `local-dir:PATH` or `hf-hub:ID`; `pretrained` a
-    published tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing
-    of a checkpoint without one; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `model` is a name of open_clip's registry, a folder or `hf-hub:ID`; `pretrained` a published
+    tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing of a
+    checkpoint without one; `ema` takes a checkpoint's moving averages, `interpolate_positions`
+    resizes its position embeddings to the model's, `adapter` is the folder of a LoRA adapter to
+    merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
 
@@ -61,6 +66,7 @@ def export(
             "in 32 bits (leave one of the two out)"
         )
     out = Path(out)
+    check_new(out)
     loaded = load_clip(
         model,
         pretrained=pretrained,
@@ -69,6 +75,9 @@ def export(
         pad_id=pad_id,
         random_weights=random_weights,
         licence=licence,
+        ema=ema,
+        interpolate_positions=interpolate_positions,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
     )
     if precision == "fp32":
         return export_bundle(loaded, out, image_tokens=image_tokens, progress=progress.remark)

@@ -19,7 +19,7 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip model")
+    parser.add_argument("--model", metavar="NAME|FOLDER|hf-hub:ID", help="open_clip model")
     parser.add_argument("--pretrained", metavar="TAG|FILE", help="pretrained tag or checkpoint")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (Hugging Face tokenizers)"
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TAG|JSON",
         help="preprocessing (mean, std, resizing) of a checkpoint file",
     )
+    for option, meaning in (
+        ("--ema", "take the EMA weights of a checkpoint file"),
+        ("--interpolate-positions", "resize position embeddings of a checkpoint file"),
+    ):
+        parser.add_argument(option, action="store_true", help=meaning)
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="LoRA adapter to merge")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="random weights (tests)")
     parser.add_argument(
         "--licence",
@@ -73,6 +79,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         pad_id=arguments.pad_id,
         random_weights=arguments.random_weights,
         licence=arguments.licence,
+        ema=arguments.ema,
+        interpolate_positions=arguments.interpolate_positions,
+        adapter=arguments.adapter,
         progress=output,
     )
     size = sum(file.bytes for file in bundle.files.values())
