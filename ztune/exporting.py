@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from runtimes.bundle import Bundle, load_bundle
 from ztune.errors import ConfigError, how_to_install
@@ -11,6 +12,30 @@ from ztune.io.files import check_new, new_folder
 from ztune.progress import SILENCE, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
+
+
+def list_models(word: str = "") -> dict[str, list[str]]:
+    """Return open_clip's architectures and the tags of their published weights.
+
+    `word` selects those with it in the name or in a tag, in any case.
+
+    Raises: ConfigError if there is none, or without open_clip.
+
+    >>> import ztune
+    >>> ztune.list_models("siglip-512")
+    {'ViT-B-16-SigLIP-512': ['webli']}
+    """
+    try:
+        from export.catalogue import list_known
+    except ImportError as error:
+        raise _missing(error) from None
+    return list_known(word)
+
+
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"export needs torch and open_clip ({error}); install them with: {how_to_install('export')}"
+    )
 
 
 def export(
@@ -52,10 +77,7 @@ def export(
         from export.bundle import export_bundle
         from export.clip import load_clip
     except ImportError as error:
-        raise ConfigError(
-            f"export needs torch and open_clip ({error}); install them with: "
-            f"{how_to_install('export')}"
-        ) from None
+        raise _missing(error) from None
     from export.quantize import quantize_bundle
 
     if precision not in PRECISIONS:
@@ -67,6 +89,7 @@ def export(
         )
     out = Path(out)
     check_new(out)
+    progress.remark(f"loading {model}{f', {pretrained}' if pretrained else ''}")
     loaded = load_clip(
         model,
         pretrained=pretrained,
@@ -89,3 +112,27 @@ def export(
         shutil.rmtree(whole.path)
         result.path.rmdir()
     return load_bundle(out)
+
+
+def summary(bundle: Bundle) -> list[str]:
+    """Return lines on a new bundle: its preprocessing, and how far it is from its source."""
+    image, text = bundle.image, bundle.text
+    manifest: Any = bundle.manifest
+    source = manifest["source_parity"]
+    size = sum(file.bytes for file in bundle.files.values())
+    mean, std = (" ".join(f"{one:.5g}" for one in values) for values in (image.mean, image.std))
+    return [
+        f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…",
+        f"  images: {image.size} x {image.size}, resized by {image.resize_mode}, "
+        f"{image.interpolation}; mean {mean}, std {std}",
+        f"  texts: {text.context_length} tokens, cleaning {text.cleaning}; "
+        f"activation {manifest['activation']}",
+        f"  against {source['library']}: ids of {source['texts']} texts equal, pixels of "
+        f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
+        f"{source['logits']:.1e}",
+        *(
+            f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
+            f"largest difference {figures['max_abs']:.1e}"
+            for graph, figures in bundle.parity.items()
+        ),
+    ]
