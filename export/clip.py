@@ -86,7 +86,7 @@ def load_clip(
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
     model = model_name(model)
-    with capture_logs():
+    with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
         if weights.config["text_cfg"].get("hf_model_name"):
             raise ConfigError(
@@ -107,6 +107,12 @@ def load_clip(
         if weights.checkpoint is not None and weights.checkpoint.suffix not in BIG_VISION:
             checkpoint = read_checkpoint(weights.checkpoint, ema)
         module = _create_model(model, weights, random_weights)
+        # A published tag matches its architecture; a repository of the hub may not.
+        if not weights.tag and any(message.startswith("Resizing") for message in messages):
+            raise ConfigError(
+                f'the weights of model "{model}" do not match its config: position embeddings of '
+                "another size (another image size or context length); correct the config"
+            )
         notes = list(checkpoint.notes if checkpoint else ())
         if checkpoint is not None:
             where = f'checkpoint "{weights.checkpoint}"'
@@ -129,6 +135,12 @@ def load_clip(
             tokenize = open_clip_tokenize(tokenizer, vocabulary, length)
         else:
             tokenize = file_tokenize(tokenizer, vocabulary, text_config, length)
+    n_ids, n_rows = vocabulary.largest_id + 1, int(tower.embedding.num_embeddings)
+    if tokenizer_file is not None and n_ids != n_rows:
+        notes.append(
+            f"{tokenizer_file.name} has {n_ids} ids, the model's token table {n_rows} rows: check "
+            "that it is this model's tokenizer"
+        )
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
     )
