@@ -26,6 +26,7 @@ from open_clip.factory import parse_model_name
 from torch import nn
 
 from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
+from export.text_encoder import check_text_encoder
 from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
@@ -94,12 +95,13 @@ def load_clip(
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
     with _capture_logs() as messages:
         weights = _resolve(model, pretrained, preprocess_from, random_weights)
-        if weights.config["text_cfg"].get("hf_model_name"):
-            raise ConfigError(
-                f'model "{model}" has a Hugging Face text tower '
-                f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
-                "choose a model with an open_clip text tower"
-            )
+        text_config = weights.config["text_cfg"]
+        if text_config.get("hf_model_name"):
+            with _explain_download_errors(
+                f'the config of the text tower {text_config["hf_model_name"]} of model "{model}"',
+                hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
+            ):
+                check_text_encoder(model, text_config)
         module = _create_model(model, weights, random_weights)
         # A published tag matches its architecture; a file may not.
         resized = [message for message in messages if message.startswith("Resizing")]
@@ -110,10 +112,8 @@ def load_clip(
                 "trained with"
             )
         check_finite(module)
-        vocabulary, tokenize = _find_tokenizer(
-            model, weights.config, module, tokenizer_file, pad_id
-        )
-    tower = text_tower(module)
+        tower = text_tower(module, text_config.get("context_length"))
+        vocabulary, tokenize = _find_tokenizer(model, weights.config, tower, tokenizer_file, pad_id)
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
     )
@@ -359,11 +359,10 @@ def _create_model(model: str, weights: _Weights, random_weights: int | None) -> 
 def _find_tokenizer(
     model: str,
     config: Mapping[str, Any],
-    module: nn.Module,
+    tower: TextTower,
     tokenizer_file: Path | None,
     pad_id: int | None,
 ) -> tuple[Vocabulary, Callable[[Sequence[str]], I64]]:
-    tower = text_tower(module)
     with _explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
     ):
@@ -373,6 +372,7 @@ def _find_tokenizer(
             tokenizer_file,
             pad_id,
             pad_matters=tower.sees_padding,
+            masked_id=tower.pad_id,
             table_size=int(tower.embedding.num_embeddings),
         )
         if tokenizer_file is None:
