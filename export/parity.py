@@ -17,7 +17,8 @@ from torch import Tensor
 
 from export.clip import LoadedClip
 from export.graphs import visual_tower
-from runtimes.bundle import Parity, TextSpec, check_graph
+from runtimes.bundle import Parity, TextSpec
+from runtimes.graph_check import check_graph
 from runtimes.prompts import feeds, placeholder_id
 from runtimes.providers import onnxruntime
 from runtimes.tokenizer import Tokenizer
