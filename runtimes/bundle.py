@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
@@ -16,22 +16,18 @@ from typing import Annotated, Literal, TypedDict
 from msgspec import Meta, Struct
 
 from runtimes.graph_check import check_graph
+from runtimes.weights import BLOCK, TABLE, WEIGHTS, TokenTable, check_blocks
 from ztune.errors import FormatError
 from ztune.io.files import read_json, sha256
 from ztune.io.kinds import wrong_kind
-from ztune.io.schema import AtLeastOne, Count, Positive, convert, current
-from ztune.types import Json
+from ztune.io.schema import AtLeastOne, Count, Positive, Sha256, convert, current
+from ztune.types import Json, TokenRows
 
 FORMAT = "ztune-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
 IMAGE_PROMPTED = "image_prompted.onnx"
-CLIENT_FILES = (MANIFEST, "tokenizer.json", "token_table.npy", PARITY)
-"""The client half: the files of a served bundle that its client needs, without graphs."""
-# Bytes of weights above which they are external data: ONNX Runtime maps that file, but holds a
-# graph's own bytes twice while opening. A ViT-B/32 image pass peaks at 545 MB instead of 770.
-EXTERNAL_THRESHOLD = 16_000_000
 # In a path, where two slashes become one.
 _URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -41,6 +37,7 @@ Size = Annotated[int, Meta(ge=1, le=65536)]
 """A width or length; bounded, so that allocations stay small."""
 Channels = Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)]
 Precision = Literal["fp32", "fp16", "int8"]
+Store = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,16 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Already exponentiated."""
     logit_bias: float
     precision: Precision
+    store: Store = "fp32"
+    """Precision of stored weights, which graphs of an fp32 bundle widen when they are opened."""
+    rounding: Mapping[str, float] = {}
+    """By graph: the worst cosine at export between features with stored and original weights."""
     visual: VisualSpec | None = None
     """None where the bundle has no `image_prompted.onnx`."""
+    token_table: TokenTable | None = None
+    """None in version 1, where it is the file `token_table.npy`."""
+    weight_blocks: tuple[Sha256, ...] = ()
+    """SHA-256 of every 16 MiB of `weights.bin`; in version 1 each graph has its own weights."""
     parity: Mapping[str, Parity]
     """By graph."""
     files: Mapping[str, BundleFile]
@@ -144,6 +149,12 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         """Whether all graphs of the manifest are absent."""
         return not any((self.path / name).is_file() for name in self.files if ".onnx" in name)
 
+    @property
+    def client_files(self) -> tuple[str, ...]:
+        """The client half: the files of a served bundle that its client needs, without graphs."""
+        table = "token_table.npy" if self.token_table is None else TABLE
+        return (MANIFEST, "tokenizer.json", table, PARITY)
+
     def file(self, name: str) -> Path:
         """Return the path of a file after checking size, digest and graph.
 
@@ -152,17 +163,63 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         if name not in self.files:
             raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
         with reading(f'bundle "{self.path}": {name}'):
-            for part in (name, f"{name}.data"):
+            own = f"{name}.data"
+            for part in (name, own):
                 if part in self.files:
-                    self._check(part)
+                    self._check(part, self.files[part])
             if name.endswith(".onnx"):
-                check_graph(
-                    self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
-                )
+                self._check_graph(name, own)
         return self.path / name
 
-    def _check(self, name: str) -> None:
-        listed = self.files[name]
+    def map_table(self) -> TokenRows | None:
+        """Return the token table of `weights.bin` or a client half, memory-mapped.
+
+        None in version 1, where it is a file of its own.
+
+        Raises: FormatError when it is missing, damaged or replaced.
+        """
+        table = self.token_table
+        if table is None:
+            return None
+        with reading(f'bundle "{self.path}": token table'):
+            if not (self.path / WEIGHTS).is_file():
+                _, length = table.span
+                self._check(TABLE, BundleFile(table.sha256, length))
+                return table.map(self.path / TABLE, 0)
+            self._check_weights([table.span])
+            return table.map(self.path / WEIGHTS, table.offset)
+
+    def check_client_files(self) -> None:
+        """Check the files of the client half.
+
+        Raises: FormatError as `file`.
+        """
+        self.map_table()
+        for name in self.client_files[1:]:
+            if name != TABLE:
+                self.file(name)
+
+    def _check_graph(self, name: str, own: str) -> None:
+        if own in self.files or WEIGHTS not in self.files:
+            check_graph(self.path / name, own if own in self.files else None)
+        else:
+            self._check_size(WEIGHTS, self.files[WEIGHTS])
+            self._check_weights(check_graph(self.path / name, WEIGHTS))
+
+    def _check_weights(self, spans: Iterable[tuple[int, int]]) -> None:
+        self._check_size(WEIGHTS, self.files[WEIGHTS])
+        where = f'bundle "{self.path}": {WEIGHTS}'
+        check_blocks(self.path / WEIGHTS, self.weight_blocks, spans, where)
+
+    def _check(self, name: str, listed: BundleFile) -> None:
+        self._check_size(name, listed)
+        if sha256(self.path / name) != listed.sha256:
+            raise FormatError(
+                f'bundle "{self.path}": {name}: SHA-256 differs from bundle.json (corrupted or '
+                "replaced; export again)"
+            )
+
+    def _check_size(self, name: str, listed: BundleFile) -> None:
         path = self.path / name
         where = f'bundle "{self.path}": {name}'
         if not path.is_file():
@@ -177,10 +234,6 @@ class Bundle(Manifest, frozen=True, kw_only=True):
             raise FormatError(
                 f"{where} has {found} bytes, expected {listed.bytes} "
                 "(corrupted or replaced; export again)"
-            )
-        if sha256(path) != listed.sha256:
-            raise FormatError(
-                f"{where}: SHA-256 differs from bundle.json (corrupted or replaced; export again)"
             )
 
 
@@ -229,8 +282,36 @@ def _load(path: Path) -> Bundle:
             f'{where}: only one of "visual" and {IMAGE_PROMPTED} is present, expected both or '
             "neither (export again)"
         )
+    _check_layout(manifest, where)
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     return Bundle(path=path, digest=sha256(path / MANIFEST), manifest=raw, **fields)
+
+
+def _check_layout(manifest: Manifest, where: str) -> None:
+    """Check that what a manifest says of `weights.bin` and its parts fits together.
+
+    Raises: FormatError.
+    """
+    weights, table = manifest.files.get(WEIGHTS), manifest.token_table
+    if weights is None and table is None and not manifest.weight_blocks:
+        return
+    if weights is None or table is None:
+        raise FormatError(
+            f'{where}: only one of "token_table" and {WEIGHTS} is present, expected both or '
+            "neither (export again)"
+        )
+    n_blocks = -(-weights.bytes // BLOCK)
+    if len(manifest.weight_blocks) != n_blocks:
+        raise FormatError(
+            f"{where}: $.weight_blocks: expected {n_blocks} digests for {weights.bytes} bytes, got "
+            f"{len(manifest.weight_blocks)} (export again)"
+        )
+    if sum(table.span) > weights.bytes or table.shape[1] != manifest.text.width:
+        raise FormatError(
+            f"{where}: $.token_table: {list(table.shape)} at offset {table.offset}, expected "
+            f"[*, {manifest.text.width}] within the {weights.bytes} bytes of {WEIGHTS} (export "
+            "again)"
+        )
 
 
 def compact_json(value: Mapping[str, Json]) -> str:

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", default="fp32", help="fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"
     )
     parser.add_argument(
+        "--store", default="fp32", metavar="NAME", help="fp16: store weights in half precision"
+    )
+    parser.add_argument(
         "--image-tokens",
         action="store_true",
         help="add the image graph for visual prompts (open_clip ViTs, fp32)",
@@ -65,6 +68,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         arguments.out,
         pretrained=arguments.pretrained,
         precision=arguments.precision,
+        store=arguments.store,
         image_tokens=arguments.image_tokens,
         preprocess_from=arguments.preprocess_from,
         tokenizer=arguments.tokenizer,
@@ -75,6 +79,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     )
     size = sum(file.bytes for file in bundle.files.values())
     lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
+    if bundle.rounding:
+        worst = min(bundle.rounding.values())
+        lines.append(f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights")
     for graph, figures in bundle.parity.items():
         lines.append(
             f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
@@ -85,14 +92,14 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:
     from export.client import export_client
-    from runtimes.bundle import CLIENT_FILES, load_bundle
+    from runtimes.bundle import load_bundle
 
     kept = ("client", "out")
     of_model = [option for name, option in arguments.given.items() if name not in kept]
     if of_model:
         raise ConfigError(f"--client copies an existing bundle (leave out {', '.join(of_model)})")
     half = export_client(load_bundle(arguments.client), arguments.out)
-    size = sum((half.path / name).stat().st_size for name in CLIENT_FILES)
+    size = sum((half.path / name).stat().st_size for name in half.client_files)
     lines = [
         f"{half.path}: {size / 1e6:.1f} MB, client half of bundle {half.digest[:12]}…",
         "Use it with --client to tune against a server.",
