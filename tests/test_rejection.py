@@ -265,7 +265,7 @@ def test_foreign_images_that_cannot_be_used(
         assert rejection(found)["foreign_accepted"]["n"] == 3
 
 
-def test_a_run_without_test_images_has_nothing_to_compare_foreign_images_with(
+def test_a_run_without_test_images_compares_foreign_images_with_training_images(
     model: ztune.Model, few_digits: Path, odd: Path, ztune: Command, tmp_path: Path
 ) -> None:
     words = ("--data", few_digits, "--queries", 40, "--reject", SHARE, "--test-fraction", 0)
@@ -274,8 +274,18 @@ def test_a_run_without_test_images_has_nothing_to_compare_foreign_images_with(
     assert "about 5.0% of images of the classes" in done.out
     assert ztune("eval", tmp_path / "run").code == 0  # a cross-validated accuracy
     done = ztune("eval", tmp_path / "run", "--foreign", odd)
-    assert done.code == 1
-    assert "has no test images" in done.err
+    assert done.code == 0, done.err
+    assert "no test images; cross-validated on" in done.out
+    done = ztune("eval", tmp_path / "run", "--foreign", odd, "--json", "--quiet")
+    found = rejection(done)
+    assert done.json["split"] == "cross-validation"
+    assert found["own_refused"]["n"] == 160
+    # Each training image by prototypes made without it: about the share that was asked for.
+    assert 0.02 <= found["own_refused"]["share"] <= 0.08
+    assert found["foreign_accepted"]["n"] == 3
+    assert found["auroc"] > 0.9
+    of_its_own = ztune("eval", tmp_path / "run", "--foreign", few_digits / "seven", "--json")
+    assert rejection(of_its_own)["foreign_shared"] == 16
 
 
 def test_predict_says_unknown(run: Path, few_digits: Path, odd: Path, ztune: Command) -> None:

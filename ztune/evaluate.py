@@ -165,7 +165,7 @@ def labelled_of_split(
     test_data: Path | str | None = None,
     pipe: bool = False,
 ) -> LabelledImages:
-    """Return the test images of a run or split file, or all images with the split `all`.
+    """Return the images of a part of a run or split file: `test`, `train`, or `all` of them.
 
     `data` and `test_data` are new locations of moved images.
 
@@ -175,9 +175,10 @@ def labelled_of_split(
     where = f'split file "{path}"'
     whole = Split.from_json(read_json(path, where, pipe=pipe), where)
     whole = relocate(whole, resolve_roots(data, test_data))
-    if split == "test":
-        whole = replace(whole, entries=whole.entries_of("test"))
-        if not whole.entries:
+    if split != "all":
+        entries = tuple(entry for entry in whole.entries if entry.role == split)
+        whole = replace(whole, entries=entries)
+        if split == "test" and not whole.entries:
             raise NoTestImagesError(
                 f"{where} has no test images (tune with `test_data` or more images, or "
                 "evaluate the bundle on other `data`)"
@@ -219,28 +220,34 @@ def why_no_accuracy(folder: RunFolder, report: RunReport) -> str | None:
     )
 
 
-def cross_validated(folder: RunFolder, report: RunReport) -> dict[str, Json]:
-    """Return the result of `ztune eval` for a run without test images.
+def document_without_test(
+    folder: RunFolder, report: RunReport, refusals: Refusals | None = None
+) -> tuple[dict[str, Json], str]:
+    """Return the result of `ztune eval` for a run without test images, and a line for people.
 
-    Raises: DataError if no accuracy is known; FormatError for a damaged split file.
+    Without `refusals` an accuracy is all that there is to say.
+
+    Raises: DataError if neither is known; FormatError for a damaged split file.
     """
+    document: dict[str, Json] = {"method": report.method, "run": str(folder.path)}
+    if refusals is not None:
+        document["rejection"] = refusals.to_json()
     if why := why_no_accuracy(folder, report):
-        raise DataError(f'run "{folder.path}": {why}')
+        if refusals is None:
+            raise DataError(f'run "{folder.path}": {why}')
+        return document, why
     found, before = report.cross_validation, report.hand_written
     assert found is not None
-    zero_shot: dict[str, Json] = {}
-    if before is not None:
-        zero_shot["zero_shot_accuracy"] = before.accuracy
-        zero_shot["zero_shot_interval"] = list(before.interval)
-    return {
+    document |= {
         "accuracy": found.accuracy,
         "interval": list(found.interval),
         "n": found.n,
         "split": "cross-validation",
-        **zero_shot,
-        "method": report.method,
-        "run": str(folder.path),
     }
+    if before is not None:
+        document["zero_shot_accuracy"] = before.accuracy
+        document["zero_shot_interval"] = list(before.interval)
+    return document, f"no test images; {report.cross_validated}"
 
 
 @dataclass(frozen=True)

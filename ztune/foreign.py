@@ -6,15 +6,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from runtimes.classifier import Classifier, Outputs, classify
-from ztune.artifact import Artifact, inliers_of
+from ztune.artifact import Artifact, inliers_of, read_artifact, require_same_model
+from ztune.data.cache import OptionalCache
 from ztune.data.image_files import named_images
 from ztune.data.splitter import digest_file
 from ztune.errors import ConfigError
-from ztune.evaluate import LabelledImages, TestFeatures
-from ztune.inliers import Refusals
+from ztune.evaluate import LabelledImages, TestFeatures, encode_test
+from ztune.inliers import Refusals, out_of_fold_scores
+from ztune.logits import InlierTest
+from ztune.model import Model
 from ztune.printing import first_few
 from ztune.progress import SILENCE, Progress, warn
+from ztune.run import RunFolder
+from ztune.run_config import RunConfig
+from ztune.types import F32
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,55 @@ def refusals_of(
     own = test(features.plain.values[0])
     if foreign is None:
         return Refusals(test.share, own)
+    return _refusals(artifact, test, own, images, features, foreign)
+
+
+def _refusals(
+    artifact: Artifact,
+    test: InlierTest,
+    own: F32,
+    images: LabelledImages,
+    features: TestFeatures,
+    foreign: ForeignImages,
+) -> Refusals:
     others = features.model.features(
         foreign.items, features.cache, what="foreign images", skip_broken=features.skip_broken
     )
     n_shared = foreign.count_shared(images, artifact.tuning_images.tolist())
     return Refusals(test.share, own, test(others.values[0]), n_shared)
+
+
+def refusals_of_run(
+    folder: RunFolder,
+    run_config: RunConfig,
+    images: LabelledImages,
+    model: Model,
+    foreign: ForeignImages,
+    *,
+    cache: Path | None = None,
+    skip_broken: bool = False,
+) -> Refusals:
+    """Return what a run without test images refuses of its training images and of others.
+
+    `images` are the training images; each is scored by prototypes that were made without it.
+
+    Raises: DataError for unusable images.
+    """
+    artifact = read_artifact(folder.prompt)
+    require_same_model(artifact, model.bundle.model_id, folder.prompt, model.bundle.path)
+    test = inliers_of(artifact)
+    assert test is not None
+    features = encode_test(
+        model,
+        images.items,
+        cache or OptionalCache(folder.cache_folder(run_config.cache)),
+        what="training images",
+        skip_broken=skip_broken or run_config.skip_broken,
+    )
+    labels = images.among(artifact.classes, "the run's classes")[features.plain.kept]
+    texts = model.encode_templates(run_config.templates, artifact.classes)
+    own = out_of_fold_scores(features.plain.values[0], labels, texts) - test.threshold
+    return _refusals(artifact, test, own.astype(np.float32), images, features, foreign)
 
 
 def refusals_of_classifier(

@@ -87,8 +87,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
-    from ztune.evaluate import NoTestImagesError, cross_validated, labelled_of_split, score_run
-    from ztune.foreign import read_foreign, refusals_of
+    from ztune.evaluate import (
+        NoTestImagesError,
+        document_without_test,
+        labelled_of_split,
+        score_run,
+    )
+    from ztune.foreign import read_foreign, refusals_of, refusals_of_run
     from ztune.report import draw_confusion, draw_reliability
     from ztune.run import RunFolder
     from ztune.run_document import run_report
@@ -115,15 +120,15 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
     report = run_report(head, f'run "{folder.path}": run.json')
     run_config, part = report.run_config, arguments.split or "test"
     moved = {"data": arguments.data, "test_data": arguments.test_data}
-    try:
-        images = labelled_of_split(folder.split, part, **moved)
-    except NoTestImagesError:
-        if arguments.foreign is not None:
-            raise
-        document = cross_validated(folder, report)
-        output.result(document, [f"no test images; {report.cross_validated}"])
-        return
     foreign = read_foreign(arguments.foreign, run_config.reject, output)
+    try:
+        images, tested = labelled_of_split(folder.split, part, **moved), True
+    except NoTestImagesError:
+        if foreign is None:
+            document, line = document_without_test(folder, report)
+            output.result(document, [line])
+            return
+        images, tested = labelled_of_split(folder.split, "train", **moved), False
     place_now = arguments.bundle or run_config.bundle
     if not is_url(place_now) and not Path(place_now).is_dir():
         raise ConfigError(
@@ -131,6 +136,13 @@ def _eval_run(arguments: argparse.Namespace, output: Output) -> None:
         )
     templates = tuple(arguments.templates or run_config.templates)
     with _model(arguments, place_now, output, run_config.server) as model:
+        if not tested:
+            assert foreign is not None
+            cached = {"cache": arguments.cache, "skip_broken": arguments.skip_broken}
+            seen = refusals_of_run(folder, run_config, images, model, foreign, **cached)
+            document, line = document_without_test(folder, report, seen)
+            output.result(document, [line, *_refusal_lines(seen)])
+            return
         found = score_run(
             folder,
             run_config,
@@ -309,6 +321,11 @@ def _labelled(arguments: argparse.Namespace, output: Output) -> LabelledImages:
     )
 
 
+def _refusal_lines(refusals: Refusals | None) -> list[str | Table]:
+    names = ("none of the classes", "", "95 % interval", "images")
+    return [] if refusals is None else ["", Table("", names, refusals.rows())]
+
+
 def _finish(
     document: dict[str, Json],
     scores: Mapping[str, Score],
@@ -332,9 +349,7 @@ def _finish(
     title = f"accuracy on {document['n']} images ({document['split']})"
     columns = ("", "accuracy", "95 % interval", "ECE", "NLL", "Brier")
     lines: list[str | Table] = [Table(title, columns, rows)]
-    if refusals is not None:
-        names = ("none of the classes", "", "95 % interval", "images")
-        lines += ["", Table("", names, refusals.rows())]
+    lines += _refusal_lines(refusals)
     own = [s.per_class() for s in scores.values()]
     per_class = [
         (name, str(first["n"]), *(f"{one[name]['accuracy']:.1%}" for one in own))

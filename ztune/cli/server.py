@@ -27,57 +27,23 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "server given by URL (triton:// or tritons:// for gRPC, http://, https://)"
     )
-    group.add_argument(
-        "--client",
-        type=Path,
-        metavar="FOLDER",
-        help="bundle or its client half (default: fetch it)",
-    )
-    group.add_argument(
-        "--images", metavar="WHERE", help="where images are encoded: server (default) or local"
-    )
-    group.add_argument(
-        "--losses",
-        metavar="WHERE",
-        help="where losses are computed: auto (default), here or server",
-    )
-    group.add_argument(
-        "--deadline", type=float, metavar="S", help="timeout of a request, in seconds (default: 30)"
-    )
-    group.add_argument(
-        "--give-up",
-        type=float,
-        metavar="S",
-        help="stop after S seconds without a response (default: 300)",
-    )
-    group.add_argument(
-        "--max-inflight", type=int, metavar="N", help="maximum concurrent requests (default: 4)"
-    )
-    group.add_argument(
-        "--max-request",
-        type=float,
-        metavar="MB",
-        help="maximum size of a request's tensors (default: 64)",
-    )
-    group.add_argument("--compression", metavar="KIND", help="none (default), gzip or deflate")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="trusted CA certificates")
-    group.add_argument(
-        "--tls-cert", type=Path, metavar="FILE", help="client certificate, for mutual TLS"
-    )
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="private key of --tls-cert")
-    group.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="bearer token (or ZTUNE_TOKEN; sent only to servers named in the command or in "
-        "ZTUNE_TOKEN_HOST, not to one known only from a run)",
-    )
-    group.add_argument(
-        "--basic-auth-file",
-        type=Path,
-        metavar="FILE",
-        help="file with user:password (or ZTUNE_BASIC_AUTH)",
-    )
+    for option, kind, metavar, what in (
+        ("--client", Path, "FOLDER", "bundle or its client half (default: fetch it)"),
+        ("--images", str, "WHERE", "where images are encoded: server (default) or local"),
+        ("--losses", str, "WHERE", "where losses are computed: auto (default), here or server"),
+        ("--deadline", float, "S", "timeout of a request, in seconds (default: 30)"),
+        ("--give-up", float, "S", "stop after S seconds without a response (default: 300)"),
+        ("--max-inflight", int, "N", "maximum concurrent requests (default: 4)"),
+        ("--max-request", float, "MB", "maximum size of a request's tensors (default: 64)"),
+        ("--compression", str, "KIND", "none (default), gzip or deflate"),
+        ("--tls-ca", Path, "FILE", "trusted CA certificates"),
+        ("--tls-cert", Path, "FILE", "client certificate, for mutual TLS"),
+        ("--tls-key", Path, "FILE", "private key of --tls-cert"),
+        ("--token-file", Path, "FILE", "bearer token (or ZTUNE_TOKEN; sent only to servers named "
+         "in the command or in ZTUNE_TOKEN_HOST, not to one known only from a run)"),
+        ("--basic-auth-file", Path, "FILE", "file with user:password (or ZTUNE_BASIC_AUTH)"),
+    ):  # fmt: skip
+        group.add_argument(option, type=kind, metavar=metavar, help=what)
     group.add_argument(
         "--insecure",
         action="store_true",

@@ -49,8 +49,9 @@ def gaussian_classifier(features: F32, labels: I64, n_classes: int) -> tuple[F64
     centred = wide - means[labels]
     scatter = centred.T @ centred  # (n − 1) Σ
     covariance_trace = np.trace(scatter) / max(len(wide) - 1, 1)
-    precision = e * np.linalg.pinv(scatter + covariance_trace * np.eye(e), hermitian=True)
-    W = means @ precision
+    W = np.zeros_like(means)  # of features without any spread
+    if covariance_trace > 0:  # then the matrix has full rank, and its inverse is the pseudo-inverse
+        W = e * np.linalg.solve(scatter + covariance_trace * np.eye(e), means.T).T
     b = -np.log(n_classes) - 0.5 * np.einsum("ce,ce->c", W, means)
     return W, b
 

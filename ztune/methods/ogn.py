@@ -246,13 +246,17 @@ class PromptMixture:
     def fitted(self) -> tuple[float, float] | None:
         """Return training loss and accuracy after 1, 2, 4, 8… rounds and the last.
 
-        None otherwise, or before the end if a fit would take seconds (many images and classes).
+        None otherwise, or before the end if a fit would take seconds (many images and classes). For
+        an ensemble, which has no curve: after the rounds whose weights were fitted anyway.
         """
         n_rounds = len(self._prompts) // self._config.n_prompts
         r = min(self._span.rank, len(self._prompts))
         long = r * r * self._span.total.size > _LONG_FIT
         ended = n_rounds >= self._n_rounds or self.finished() is not None
-        if n_rounds == 0 or (not ended and (long or n_rounds & (n_rounds - 1))):
+        due = not long and not n_rounds & (n_rounds - 1)
+        if self._config.ensembles:
+            due = self._choice is not None
+        if n_rounds == 0 or not (ended or due):
             return None
         choice = self._chosen()
         return choice.loss, choice.accuracy

@@ -231,7 +231,7 @@ def test_the_most_extreme_settings_give_finite_logits(config: Any, case: str) ->
         (linear_probe, "cholesky", "linear probe"),
         (proker, "solve", "proker"),
         (lp_plus, "eigvalsh", "lp++"),
-        (gda, "pinv", "gda"),
+        (gda, "solve", "gda"),
     ],
 )
 def test_a_system_without_solution_is_one_line(
