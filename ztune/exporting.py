@@ -11,6 +11,7 @@ from ztune.io.files import new_folder
 from ztune.progress import SILENCE, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
+STORES = ("fp32", "fp16")
 
 
 def list_models(word: str = "") -> dict[str, list[str]]:
@@ -43,6 +44,7 @@ def export(
     *,
     pretrained: str | None = None,
     precision: str = "fp32",
+    store: str = "fp32",
     image_tokens: bool = False,
     preprocess_from: str | None = None,
     tokenizer: Path | str | None = None,
@@ -56,6 +58,7 @@ def export(
     `model` is a name of open_clip's registry, `local-dir:PATH` or `hf-hub:ID`; `pretrained` a
     published tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing
     of a checkpoint without one; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `store` fp16 stores the weights of an fp32 bundle in half precision, and halves it;
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
 
@@ -81,6 +84,12 @@ def export(
             f"`image_tokens` requires `precision=fp32`, got {precision}: visual prompts are tuned "
             "in 32 bits (leave one of the two out)"
         )
+    if store not in STORES:
+        raise ConfigError(f'unknown `store` "{store}", expected {", ".join(STORES)}')
+    if store != "fp32" and precision != "fp32":
+        raise ConfigError(
+            f"`store={store}` requires `precision=fp32`, got {precision} (leave one of the two out)"
+        )
     out = Path(out)
     progress.remark(f"loading {model}{f', {pretrained}' if pretrained else ''}")
     loaded = load_clip(
@@ -93,7 +102,9 @@ def export(
         licence=licence,
     )
     if precision == "fp32":
-        return export_bundle(loaded, out, image_tokens=image_tokens, progress=progress.remark)
+        return export_bundle(
+            loaded, out, image_tokens=image_tokens, store=store, progress=progress.remark
+        )
     with new_folder(out) as work:
         whole = export_bundle(loaded, work / "fp32", progress=progress.remark)
         result = quantize_bundle(whole, work / precision, precision, progress.remark)
