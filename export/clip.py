@@ -22,6 +22,7 @@ from export.downloads import capture_logs, explain_download_errors, reason
 from export.fit import fit_weights
 from export.naming import (
     BIG_VISION,
+    CONFIG,
     Weights,
     display_name,
     display_weights,
@@ -36,6 +37,7 @@ from export.reference import (
     open_clip_tokenize,
     open_file,
 )
+from export.text_encoder import check_text_encoder
 from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
@@ -88,12 +90,13 @@ def load_clip(
     model = model_name(model)
     with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
-        if weights.config["text_cfg"].get("hf_model_name"):
-            raise ConfigError(
-                f'model "{model}" has a Hugging Face text tower '
-                f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
-                "choose a model with an open_clip text tower"
-            )
+        text_config = weights.config["text_cfg"]
+        if text_config.get("hf_model_name"):
+            with explain_download_errors(
+                f'the config of the text tower {text_config["hf_model_name"]} of model "{model}"',
+                hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
+            ):
+                check_text_encoder(model, text_config)
         if weights.checkpoint is None and (ema or interpolate_positions):
             raise ConfigError(
                 f"`{'ema' if ema else 'interpolate_positions'}` is for a checkpoint file: leave it "
@@ -120,8 +123,8 @@ def load_clip(
         if adapter is not None:
             notes.append(merge_adapter(module, adapter))
         check_finite(module)
-        tower = text_tower(module)
-        text_config, length = weights.config["text_cfg"], tower.context_length
+        tower = text_tower(module, text_config.get("context_length"))
+        length = tower.context_length
         with _explain_tokenizer_errors(model):
             vocabulary = find_vocabulary(
                 model,
@@ -129,6 +132,7 @@ def load_clip(
                 tokenizer_file,
                 pad_id,
                 pad_matters=tower.sees_padding,
+                masked_id=tower.pad_id,
                 table_size=int(tower.embedding.num_embeddings),
             )
         if tokenizer_file is None:
