@@ -25,6 +25,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.factory import parse_model_name
 from torch import nn
 
+from export.hugging_face_files import fetch_saved_model, is_saved_model
 from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
@@ -90,6 +91,23 @@ def load_clip(
     """
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
+    if (saved := _find_saved_model(model)) is not None:
+        from export.hugging_face import load_hugging_face
+
+        if pretrained is not None:
+            raise ConfigError(
+                f'model "{model}" includes its weights: remove `pretrained` "{pretrained}"'
+            )
+        with _capture_logs():
+            return load_hugging_face(
+                saved,
+                _display_name(model),
+                tokenizer_file=tokenizer_file,
+                preprocess_from=preprocess_from,
+                pad_id=pad_id,
+                random_weights=random_weights,
+                licence=licence,
+            )
     with _capture_logs() as messages:
         weights = _resolve(model, pretrained, preprocess_from, random_weights)
         if weights.config["text_cfg"].get("hf_model_name"):
@@ -144,6 +162,17 @@ def load_clip(
         },
         notes=tuple(notes),
     )
+
+
+def _find_saved_model(model: str) -> Path | None:
+    """Return the folder of a model that transformers saved, downloaded from the hub if needed."""
+    schema, _, identifier = model.partition(":")
+    if schema == "local-dir":
+        return Path(identifier) if is_saved_model(Path(identifier)) else None
+    if schema == "hf-hub":
+        with _explain_download_errors(f'model "{model}"'):
+            return fetch_saved_model(identifier)
+    return None
 
 
 def check_finite(module: nn.Module) -> None:
