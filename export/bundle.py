@@ -33,6 +33,7 @@ from export.parity import (
     prompt_cases,
     text_cases,
 )
+from export.source_parity import SourceParity, compare_ids, compare_logits, compare_pixels
 from runtimes.bundle import (
     EXTERNAL_THRESHOLD,
     FORMAT,
@@ -165,25 +166,31 @@ def _write_files(
     threshold: int,
     progress: Callable[[str], None],
 ) -> None:
+    ids, pixels = compare_ids(loaded), compare_pixels(loaded)
     parity: dict[str, Parity] = {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
     for graph in _graphs(loaded, image_tokens):
         figures, tensors = export_graph(graph, folder, threshold, progress)
         parity[graph.name] = figures
         kept |= tensors
+    source = compare_logits(loaded, folder, ids, pixels)
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
     table = np.ascontiguousarray(loaded.tower.table(), dtype=np.float32)
     np.save(folder / "token_table.npy", table)
     (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
     embed_dim = int(kept["image.features"].shape[1])
-    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, embed_dim))
+    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, source, embed_dim))
     for file in folder.iterdir():
         with file.open("rb+") as written:
             os.fsync(written.fileno())
 
 
 def _manifest(
-    loaded: LoadedClip, folder: Path, parity: Mapping[str, Parity], embed_dim: int
+    loaded: LoadedClip,
+    folder: Path,
+    parity: Mapping[str, Parity],
+    source: SourceParity,
+    embed_dim: int,
 ) -> dict[str, Json]:
     model: Any = loaded.model
     bias = getattr(model, "logit_bias", None)
@@ -205,8 +212,24 @@ def _manifest(
         **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime())},
         "onnx": metadata.version("onnx"),
     }
-    made_with: dict[str, Json] = {"versions": dict(versions), "created_by": "ztune export"}
+    made_with: dict[str, Json] = {
+        "activation": activation(loaded.model),
+        "source_parity": plain(source),
+        "versions": dict(versions),
+        "created_by": "ztune export",
+    }
     return {"format": FORMAT, "version": VERSION, **plain(manifest), **made_with}
+
+
+def activation(model: nn.Module) -> str:
+    """Return the activation functions of both towers, by their names in torch and the library."""
+    names = set()
+    for part in model.modules():
+        name = type(part).__name__
+        if any(known in name for known in ("GELU", "ReLU", "SiLU")):
+            tanh = getattr(part, "approximate", "") == "tanh"
+            names.add(f"{name} (tanh)" if tanh else name)
+    return ", ".join(sorted(names)) or "unknown"
 
 
 def visual_spec(loaded: LoadedClip) -> VisualSpec:

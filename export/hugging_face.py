@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from export.clip import LoadedClip, check_finite
 from export.hugging_face_clip import open_clip_config, to_open_clip
 from export.hugging_face_files import SavedModel, find_saved_model
-from export.hugging_face_images import image_spec, load_processor
+from export.hugging_face_images import load_processor, processor_preprocess, processor_spec
 from export.hugging_face_model import HuggingFaceModel
-from export.hugging_face_tokens import load_tokenizer, tokenizers_json
+from export.hugging_face_tokens import load_tokenizer, tokenize, tokenizers_json
+from export.preprocessing import image_spec, read_preprocess
+from export.reference import Reference, file_tokenize, open_clip_preprocess
 from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_pad_id, read_tokenizer, vocabulary_of
-from runtimes.bundle import TextSpec
+from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError, how_to_install
 from ztune.io.schema import convert
 from ztune.printing import reason_of
-from ztune.types import Json
+from ztune.types import F32, Json
 
 # Of the machine and the version that saved a model, not of the model.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
@@ -59,9 +62,7 @@ def load_hugging_face(
     config = _load_config(saved, transformers)
     described = open_clip_config(config) if saved.class_name == "CLIPModel" else None
     tokenizer = None if tokenizer_file is not None else load_tokenizer(folder, name)
-    processor = None if preprocess_from is not None else load_processor(folder, name)
-    size = config.vision_config.image_size
-    image = image_spec(processor, size, name)
+    image, preprocess = _preprocessing(folder, name, preprocess_from, config.vision_config)
     model = _load_model(saved, transformers, config, random_weights)
     module = _as_open_clip(model, described)
     tower = text_tower(module)
@@ -86,6 +87,13 @@ def load_hugging_face(
         image=image,
         text=convert(text, TextSpec, f'text tower of model "{name}"'),
         tokenizer_json=vocabulary.content,
+        reference=Reference(
+            "transformers",
+            file_tokenize(tokenizer_file, vocabulary, {}, tower.context_length)
+            if tokenizer_file is not None
+            else tokenize(tokenizer, tower.context_length),
+            preprocess,
+        ),
         source={
             "model": name,
             "class": saved.class_name,
@@ -96,6 +104,22 @@ def load_hugging_face(
         },
         notes=saved.notes,
     )
+
+
+def _preprocessing(
+    folder: Path, name: str, preprocess_from: str | None, vision: Any
+) -> tuple[ImageSpec, Callable[[Image.Image], F32]]:
+    """Return the preprocessing of `preprocess_from` or the folder, and its reference."""
+    size = vision.image_size
+    if not isinstance(size, int):
+        raise ConfigError(
+            f'model "{name}" takes images of {size}; only square images are supported'
+        )
+    if preprocess_from is not None:
+        settings, _ = read_preprocess(name, preprocess_from)
+        return image_spec(size, settings, name), open_clip_preprocess(settings, size)
+    processor = load_processor(folder, name)
+    return processor_spec(processor, size, name), processor_preprocess(processor)
 
 
 def _load_config(saved: SavedModel, transformers: Any) -> Any:

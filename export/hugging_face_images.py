@@ -37,7 +37,7 @@ def load_processor(folder: Path, name: str) -> Any:
         ) from None
 
 
-def image_spec(processor: Any, size: int, name: str) -> ImageSpec:
+def processor_spec(processor: Any, size: int, name: str) -> ImageSpec:
     """Return the preprocessing of a processor for a model with images of `size`.
 
     Raises: ConfigError naming the setting that a bundle cannot follow exactly.
@@ -101,7 +101,7 @@ def _shown(sides: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in sides.items()) or "no size"
 
 
-def preprocess(processor: Any) -> Callable[[Image.Image], F32]:
+def processor_preprocess(processor: Any) -> Callable[[Image.Image], F32]:
     """Return the function from an image to pixels f32[3, S, S] of an image processor."""
 
     def of(image: Image.Image) -> F32:
