@@ -112,7 +112,7 @@ def fetch_saved_model(identifier: str) -> Path | None:
     Exceptions of downloads pass through.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         hf_hub_download(identifier, OPEN_CLIP_CONFIG)
