@@ -11,7 +11,8 @@ help:
 	@echo "make test     all tests, in the full environment"
 	@echo "make kernels  the numeric tests, computed as an old processor would"
 	@echo "make check    style and types, as continuous integration runs them"
-	@echo "make export   MODEL=ViT-B-32 PRETRAINED=laion2b_s34b_b79k OUT=bundles/vit-b-32"
+	@echo "make export   download ViT-B-32 and export it to bundles/ViT-B-32, and for Triton to repository"
+	@echo "make export   MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER    another model (ztune export --list)"
 	@echo "make export   BUNDLE=models/mini TRITON=repository    a Triton model repository of a bundle"
 	@echo "make mini     train the embedded model and export it to models/mini"
 	@echo "make servers  triton-env and mlserver-env: inference servers for the tests that talk to them"
@@ -65,12 +66,20 @@ format: $(VENV)/.full
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# With nothing set: a named default, as a bundle and for Triton.
+ifeq ($(MODEL)$(PRETRAINED)$(OUT)$(BUNDLE),)
+export: MODEL = ViT-B-32
+export: PRETRAINED = laion2b_s34b_b79k
+export: OUT = bundles/ViT-B-32
+export: TRITON = repository
+export: HINT = || { echo "with weights of your own: make export MODEL=ViT-B-32 PRETRAINED=FILE OUT=FOLDER" >&2; exit 1; }
+endif
 export: $(VENV)/.full
 	@test -n "$(MODEL)" -a -n "$(OUT)" -a -z "$(BUNDLE)" || \
 		test -n "$(BUNDLE)" -a -n "$(TRITON)" -a -z "$(MODEL)$(OUT)" || \
 		{ echo "usage: make export MODEL=NAME [PRETRAINED=TAG|FILE] OUT=FOLDER [TRITON=REPOSITORY]"; \
 		  echo "       make export BUNDLE=FOLDER TRITON=REPOSITORY"; exit 2; }
-	$(if $(MODEL),$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)')
+	$(if $(MODEL),$(BIN)/ztune export --model '$(MODEL)' $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') --out '$(OUT)' $(HINT))
 	$(if $(TRITON),$(BIN)/ztune export-triton '$(if $(BUNDLE),$(BUNDLE),$(OUT))' --out '$(TRITON)')
 
 mini: $(VENV)/.full

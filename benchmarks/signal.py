@@ -37,8 +37,9 @@ from ztune.precision import LIMIT
 from ztune.printing import printable
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.starting import read_split
 from ztune.system import machine, versions
-from ztune.training import TrainingRun, read_split
+from ztune.training import TrainingRun
 from ztune.types import F32
 
 # Half decades in the range where precisions differ, decades below.

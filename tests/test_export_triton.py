@@ -206,7 +206,7 @@ def made_by(*words: str) -> list[str]:
     done = subprocess.run([make, "-n", "export", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [
-        " ".join(line.partition("/ztune ")[2].split())
+        " ".join(line.partition("/ztune ")[2].partition("||")[0].split())
         for line in done.stdout.splitlines()
         if "/ztune " in line
     ]
@@ -220,3 +220,5 @@ def test_make_export_makes_bundles_and_repositories() -> None:
         "export-triton 'models/mini' --out 'repo'"
     ]
     assert made_by(*given, "TRITON=repo") == [model, "export-triton 'rn50' --out 'repo'"]
+    default = "export --model 'ViT-B-32' --pretrained 'laion2b_s34b_b79k' --out 'bundles/ViT-B-32'"
+    assert made_by() == [default, "export-triton 'bundles/ViT-B-32' --out 'repository'"]

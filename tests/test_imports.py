@@ -16,6 +16,7 @@ LAYERS = (
     {"cli"},
     {"experiments", "doctor", "estimator", "deployed", "exporting", "foreign"},
     {"dataset"},
+    {"saved_run", "starting"},
     {"training"},
     {"checks", "evaluate"},
     {"task", "out_of_fold"},

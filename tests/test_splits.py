@@ -162,7 +162,7 @@ def test_doctor(
 
         return wrapped
 
-    monkeypatch.setattr("ztune.training.make_split", spy(splitter.make_split))
+    monkeypatch.setattr("ztune.starting.make_split", spy(splitter.make_split))
     done = ztune("doctor", MINI, "--data", root / "own", "--shots", SHOTS, "--seed", SEED)
     assert done.code == 0, done.err
     assert {row(split, split) for split in drawn} == {TABLE["own"]}

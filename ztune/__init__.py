@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ztune.deployed import DeployedClassifier, load_classifier
     from ztune.estimator import FewShotClassifier
     from ztune.experiments.bench import run_plan
-    from ztune.exporting import export
+    from ztune.exporting import export, list_models
     from ztune.model import Model, load
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "FewShotClassifier",
     "Model",
     "export",
+    "list_models",
     "load",
     "load_classifier",
     "run_plan",
@@ -38,6 +39,7 @@ _HOMES = {
     "FewShotClassifier": "ztune.estimator",
     "Model": "ztune.model",
     "export": "ztune.exporting",
+    "list_models": "ztune.exporting",
     "load": "ztune.model",
     "load_classifier": "ztune.deployed",
     "run_plan": "ztune.experiments.bench",

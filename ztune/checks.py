@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtimes.prompts import group_by_prefix, name_tokens, template_tokens
 from ztune.capabilities import FEATURES, TEXTS, describe, missing_capability
@@ -11,7 +11,7 @@ from ztune.data.split import Split
 from ztune.errors import ConfigError
 from ztune.inliers import is_extrapolated
 from ztune.methods.base import TunedConfig
-from ztune.methods.registry import find_method, needs_of, needs_of_all
+from ztune.methods.registry import find_method, needs_of, needs_of_all, possible_method, views_of
 from ztune.model import Model
 from ztune.precision import open_reference
 from ztune.progress import warn
@@ -21,6 +21,25 @@ from ztune.task import MethodStart
 
 # Seconds of a method's own computation above which they are announced.
 _WORTH_A_WORD = 120.0
+
+
+def as_possible(run_config: RunConfig, model: Model) -> RunConfig:
+    """Return the settings with `auto` replaced, with a remark, where the model cannot run it.
+
+    Raises: ConfigError for settings that the replacement lacks.
+    """
+    method = possible_method(run_config.method, model.capabilities)
+    if method == run_config.method:
+        return run_config
+    lacking = needs_of(find_method(run_config.method), run_config.method_config)
+    warn(
+        f"{run_config.method} needs {describe(lacking - model.capabilities)}, which this runtime "
+        f"does not provide: running {method} instead"
+    )
+    augment = run_config.augment or views_of(method, run_config.preset)
+    found = replace(run_config, method=method, augment=augment)
+    found.check_method()
+    return found
 
 
 @dataclass(frozen=True)

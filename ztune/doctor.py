@@ -25,8 +25,9 @@ from ztune.precision import Signal
 from ztune.progress import SILENCE, Progress
 from ztune.run import RunFolder
 from ztune.run_config import RunConfig
+from ztune.starting import read_split
 from ztune.timing import N_CONTEXT, time_text_queries
-from ztune.training import TrainingRun, read_split
+from ztune.training import TrainingRun
 from ztune.types import F32, Json
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

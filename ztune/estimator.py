@@ -23,6 +23,7 @@ from ztune.artifact import (
     read_artifact,
     require_same_model,
 )
+from ztune.checks import as_possible
 from ztune.data.split import Entry, Split, SplitSettings
 from ztune.dataset import (
     MEMORY,
@@ -46,8 +47,10 @@ from ztune.model import Model
 from ztune.run import MemoryRun, RunFolder
 from ztune.run_config import UNIFORM, RunConfig
 from ztune.run_document import RunReport
+from ztune.saved_run import SavedRun
+from ztune.starting import start_run_on
 from ztune.task import open_program
-from ztune.training import SavedRun, TrainingRun, as_possible, start_run_on
+from ztune.training import TrainingRun
 from ztune.types import F32, ImageEncoder
 
 _BATCH = 8

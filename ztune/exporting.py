@@ -13,6 +13,30 @@ from ztune.progress import SILENCE, Progress
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
+def list_models(word: str = "") -> dict[str, list[str]]:
+    """Return open_clip's architectures and the tags of their published weights.
+
+    `word` selects those with it in the name or in a tag, in any case.
+
+    Raises: ConfigError if there is none, or without open_clip.
+
+    >>> import ztune
+    >>> ztune.list_models("siglip-512")
+    {'ViT-B-16-SigLIP-512': ['webli']}
+    """
+    try:
+        from export.catalogue import list_known
+    except ImportError as error:
+        raise _missing(error) from None
+    return list_known(word)
+
+
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"export needs torch and open_clip ({error}); install them with: {how_to_install('export')}"
+    )
+
+
 def export(
     model: str,
     out: Path | str,
@@ -47,10 +71,7 @@ def export(
         from export.bundle import export_bundle
         from export.clip import load_clip
     except ImportError as error:
-        raise ConfigError(
-            f"export needs torch and open_clip ({error}); install them with: "
-            f"{how_to_install('export')}"
-        ) from None
+        raise _missing(error) from None
     from export.quantize import quantize_bundle
 
     if precision not in PRECISIONS:
@@ -61,6 +82,7 @@ def export(
             "in 32 bits (leave one of the two out)"
         )
     out = Path(out)
+    progress.remark(f"loading {model}{f', {pretrained}' if pretrained else ''}")
     loaded = load_clip(
         model,
         pretrained=pretrained,

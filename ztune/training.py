@@ -1,10 +1,10 @@
-"""One run from a split to its artifact: start, save, resume, finish."""
+"""One run from a split to its artifact: check, tune or fit, calibrate, finish."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 from msgspec import structs
 
 from runtimes.extractor import OrtExtractor
-from runtimes.preprocess import perceptual_hash, reason_broken
 from runtimes.remote.served import RequestPlan, ServerRuntime
 from ztune.artifact import (
     Artifact,
@@ -27,18 +26,13 @@ from ztune.artifact import (
 )
 from ztune.budget import Budget
 from ztune.calibration import log_prior_ratios
-from ztune.capabilities import TEXTS, describe
+from ztune.capabilities import TEXTS
 from ztune.checks import RunChecks
-from ztune.data.folders import Listing
-from ztune.data.relocate import relocate
-from ztune.data.sources import read_source
-from ztune.data.split import HOW_DRAWN, LEAST_JUDGED, NOTHING, LeftOut, Split
-from ztune.data.splitter import NEAR_COPIES, Digest, Screening, digest_file, make_split
+from ztune.data.split import LEAST_JUDGED, NOTHING, LeftOut, Split
 from ztune.encoded import EncodedSplit, SplitEncoder, fingerprints
 from ztune.ensemble import has_kernel
-from ztune.errors import ConfigError, FormatError, NotFiniteError, ZtuneError
+from ztune.errors import ConfigError, NotFiniteError, ZtuneError
 from ztune.inliers import fit_inlier_test
-from ztune.io.files import read_json, write_json
 from ztune.io.schema import Count, convert, plain
 from ztune.logits import FeatureClassifier
 from ztune.loop import Tuning, tune
@@ -47,11 +41,7 @@ from ztune.methods.gda import GdaConfig, fit_gda
 from ztune.methods.plugins import package_of
 from ztune.methods.registry import (
     find_method,
-    needs_of,
-    possible_method,
-    preset_of,
     settings_of_result,
-    views_of,
 )
 from ztune.model import Model
 from ztune.objective import BatchSampler, cross_entropy
@@ -70,17 +60,14 @@ from ztune.precision import (
     signal_not_needed,
     signal_unmeasured,
 )
-from ztune.printing import first_few
 from ztune.progress import warn
 from ztune.run import MemoryRun, RunFolder, SaveSchedule
-from ztune.run_config import DATA, RunConfig, remarks_on
+from ztune.run_config import DATA, RunConfig
 from ztune.run_document import (
     RunReport,
     RunStart,
     ServerReport,
     ValidationScore,
-    run_start,
-    unfinished,
 )
 from ztune.statistics import Proportion, Score, score
 from ztune.system import machine, one_blas_thread, peak_memory_mb, return_free_memory, versions
@@ -89,237 +76,6 @@ from ztune.text_cache import TextStore
 from ztune.types import F32, Evaluation, Json
 
 Store = TypeVar("Store", RunFolder, MemoryRun)
-# Keys of run.json that affect the last bits of a result.
-_ARITHMETIC = (
-    "ztune", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "processor", "cores",
-)  # fmt: skip
-
-
-def start_run(
-    run_config: RunConfig,
-    model: Model,
-    path: Path,
-    on_start: Callable[[], None] = lambda: None,
-    *,
-    overwrite: bool = False,
-) -> RunReport:
-    """Start a run in a new folder and finish it; return run.json's content.
-
-    `on_start` is called once the run can be resumed. `overwrite` replaces an existing run after all
-    checks that need no images.
-
-    Raises: ZtuneError for an impossible request, before anything is written; RefusedError if the
-        precision leaves too little signal.
-    """
-    RunFolder(path).require_free(overwrite=overwrite)
-    run_config = as_possible(run_config, model)
-    dataset, split = read_split(run_config)
-    for remark in _remarks_on_start(run_config, dataset, split):
-        if remark.startswith(NEAR_COPIES):
-            warn(remark)
-        else:
-            model.progress.remark(remark)
-    return start_run_on(run_config, split, model, path, on_start=on_start, overwrite=overwrite)
-
-
-def start_run_on(
-    run_config: RunConfig,
-    split: Split,
-    model: Model,
-    path: Path,
-    encoded: EncodedSplit | None = None,
-    on_start: Callable[[], None] = lambda: None,
-    *,
-    overwrite: bool = False,
-) -> RunReport:
-    """Start a run on a split in a new folder and finish it; return run.json's content.
-
-    `encoded` are the split's features, if known; `overwrite` is as for `start_run`.
-
-    Raises: as `start_run`.
-    """
-    folder = RunFolder(path)
-    run = TrainingRun(run_config, split, folder, model, encoded)
-    run.check(new=True)
-    head = run.head()
-    with folder.create_locked(plain(head), split.to_json(), overwrite=overwrite):
-        on_start()
-        return run.finish(head)
-
-
-def as_possible(run_config: RunConfig, model: Model) -> RunConfig:
-    """Return the settings with `auto` replaced, with a remark, where the model cannot run it.
-
-    Raises: ConfigError for settings that the replacement lacks.
-    """
-    method = possible_method(run_config.method, model.capabilities)
-    if method == run_config.method:
-        return run_config
-    lacking = needs_of(find_method(run_config.method), run_config.method_config)
-    warn(
-        f"{run_config.method} needs {describe(lacking - model.capabilities)}, which this runtime "
-        f"does not provide: running {method} instead"
-    )
-    augment = run_config.augment or views_of(method, run_config.preset)
-    found = replace(run_config, method=method, augment=augment)
-    found.check_method()
-    return found
-
-
-def _remarks_on_start(run_config: RunConfig, dataset: Listing, split: Split) -> Iterator[str]:
-    yield from remarks_on(run_config)
-    views = preset_of(find_method(run_config.method), run_config.preset).views
-    # One view is what the published code has, and so are the views of heads.
-    if run_config.tuned_config and views > 1 and run_config.augment:
-        yield (
-            f"preset {run_config.preset}: new random crops in each step are approximated by "
-            f"{run_config.augment} cached views per image"
-        )
-    yield from dataset.remarks
-    yield from split.notes
-    counts = [len(split.entries_of(role)) for role in ("train", "val", "test")]
-    yield (
-        f"{len(split.classes)} classes ({first_few(split.classes, 10)}): {counts[0]} training, "
-        f"{counts[1]} validation and {counts[2]} test images; {HOW_DRAWN[split.sampler]}"
-    )
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """A started run, read from its folder."""
-
-    folder: RunFolder
-    head: RunStart
-    """The content of run.json; a RunReport for a finished run."""
-
-    @classmethod
-    @contextlib.contextmanager
-    def locked(cls, path: Path) -> Iterator[SavedRun]:
-        """Yield a folder's run, locked against other processes.
-
-        Raises: FormatError for a folder without a run; ConfigError if another process has it.
-        """
-        folder = RunFolder(path)
-        folder.read()
-        with folder.locked():
-            yield cls(folder, run_start(folder.read(), f'run "{path}": run.json'))
-
-    @cached_property
-    def run_config(self) -> RunConfig:
-        """The run's settings, with the method's settings as of its start."""
-        own, settings = self.head.run_config, self.head.config
-        if isinstance(self.head, RunReport) and own.tuned_config is None:
-            return own  # its head has the settings that were chosen
-        if "extractor" in own.settings:  # config has its SHA-256
-            settings = {**settings, "extractor": own.settings["extractor"]}
-        return replace(own, settings=settings)
-
-    def require_same(self, run_config: RunConfig, split: Split, model: Model) -> None:
-        """Check that the run was started with the same model, method, settings and images.
-
-        Raises: ConfigError naming the differences.
-        """
-        where, then = f'run "{self.folder.path}"', self.head.run_config
-        own = (
-            "method", "queries", "seed", "templates", "keep", "patience", "reject", "force",
-            "priors",
-        )  # fmt: skip
-        differ = [name for name in own if getattr(run_config, name) != getattr(then, name)]
-        if not differ and plain(run_config.method_config) != plain(then.method_config):
-            differ.append("settings")
-        if run_config.views != then.views:
-            differ.append("views")
-        if self.head.package != package_of(run_config.method):
-            differ.append("package of the method")
-        if model.bundle.digest != self.head.bundle_digest:
-            differ.append("model")
-        if read_json(self.folder.split, where).get("entries") != split.to_json()["entries"]:
-            differ.append("images (or by a ztune version that splits them differently)")
-        if differ:
-            raise ConfigError(
-                f'run "{self.folder.path}" was started with other {", ".join(differ)} (use the '
-                "same, name another `run_dir`, or remove that folder)"
-            )
-
-    def report(self) -> RunReport | None:
-        """Return the report of a finished run; None for one that has to be resumed.
-
-        A missing curve is drawn again; a run without its result has to be resumed.
-
-        Raises: FormatError if the curve is missing, and the history missing or damaged.
-        """
-        if not isinstance(self.head, RunReport) or not self.folder.prompt.is_file():
-            return None
-        if has_curve(self.run_config) and not self.folder.curve.is_file():
-            draw_curve(self.folder, self.head)
-        return self.head
-
-    def resume(
-        self,
-        model: Model,
-        encoded: EncodedSplit | None = None,
-        *,
-        files: bool = True,
-        roots: Mapping[str, Path] | None = None,
-    ) -> RunReport:
-        """Finish the run; return run.json's content.
-
-        `encoded` are the split's features, if known; without `files` its images are in memory.
-        `roots` are the new folders of moved images (`resolve_roots`), which the run keeps.
-
-        Raises: FormatError for another model, or a damaged folder; ZtuneError for changed images.
-        """
-        if model.bundle.digest != self.head.bundle_digest:
-            raise FormatError(
-                f"{model.where} is not the one that the run was started with (put it back, or "
-                "start a new run)"
-            )
-        if self.head.package != (now := package_of(self.run_config.method)):
-            raise ConfigError(
-                f'run "{self.folder.path}" was started with {self.run_config.method} of '
-                f"{self.head.package or 'ztune'}, but {now or 'no such package'} is installed "
-                "(install that version, or start a new run)"
-            )
-        self._warn_of_changes()
-        where = f'run "{self.folder.path}"'
-        split = Split.from_json(read_json(self.folder.split, where), f"{where}: split.json")
-        if roots:
-            split = relocate(split, roots)
-        if files:
-            split.check_unchanged()
-        if roots:
-            write_json(self.folder.split, split.to_json())
-        run = TrainingRun(self.run_config, split, self.folder, model, encoded)
-        run.check()
-        return run.finish(unfinished(self.head))
-
-    def _warn_of_changes(self) -> None:
-        then = {**self.head.versions, **self.head.machine}
-        now = {**versions(), **machine()}
-        changed = [
-            f"{k} {then.get(k)}, now {now.get(k)}" for k in _ARITHMETIC if then.get(k) != now.get(k)
-        ]
-        if changed:
-            warn(f"results may differ, changed since the run started: {'; '.join(changed)}")
-
-
-def read_split(run_config: RunConfig, digest: Digest = digest_file) -> tuple[Listing, Split]:
-    """Return a run's images and their split.
-
-    Raises: ConfigError, DataError.
-    """
-    settings = run_config.split_settings()
-    names = Path(run_config.names) if run_config.names else None
-    root = Path(run_config.root) if run_config.root else None
-    nested = run_config.nested
-    dataset = read_source(run_config.data, root, names, nested=nested)
-    test_data = None
-    if run_config.test_data:
-        test_data = read_source(run_config.test_data, None, names, tuned=False, nested=nested)
-    screening = Screening(
-        run_config.skip_broken, run_config.skip_conflicts, reason_broken, hash_of=perceptual_hash
-    )
-    return dataset, make_split(dataset, settings, test_data, digest, screening)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,11 @@ from typing import Any
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
 
-USAGE = ("--model NAME --out BUNDLE [options]", "--client BUNDLE --out BUNDLE")
+USAGE = (
+    "--model NAME --out BUNDLE [options]",
+    "--client BUNDLE --out BUNDLE",
+    "--list [WORD]",
+)
 EXAMPLE = """\
   ztune export --model ViT-B-32 --pretrained laion2b_s34b_b79k --out bundles/vit-b-32
   ztune export --model ViT-B-32 --pretrained ./my.pt --preprocess-from openai --out bundles/mine
@@ -19,42 +23,34 @@ EXAMPLE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME|local-dir:PATH|hf-hub:ID", help="open_clip model")
-    parser.add_argument("--pretrained", metavar="TAG|FILE", help="pretrained tag or checkpoint")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (Hugging Face tokenizers)"
-    )
-    parser.add_argument("--pad-id", type=int, metavar="N", help="padding token, if not defined")
-    parser.add_argument(
-        "--preprocess-from",
-        metavar="TAG|JSON",
-        help="preprocessing (mean, std, resizing) of a checkpoint file",
-    )
-    parser.add_argument("--random-weights", type=int, metavar="SEED", help="random weights (tests)")
-    parser.add_argument(
-        "--licence",
-        default="unknown",
-        metavar="TEXT",
-        help="licence of the weights, for the manifest",
-    )
-    parser.add_argument(
-        "--precision", default="fp32", help="fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"
-    )
+    for option, kind, metavar, what in (
+        ("--model", str, "NAME|local-dir:PATH|hf-hub:ID", "open_clip model"),
+        ("--pretrained", str, "TAG|FILE", "pretrained tag or checkpoint"),
+        ("--tokenizer", Path, "FILE", "tokenizer.json (Hugging Face tokenizers)"),
+        ("--pad-id", int, "N", "padding token, if not defined"),
+        ("--preprocess-from", str, "TAG|JSON", "preprocessing of a checkpoint (mean, resizing)"),
+        ("--random-weights", int, "SEED", "random weights (tests)"),
+        ("--licence", str, "TEXT", "licence of the weights, for the manifest (unknown)"),
+        ("--precision", str, "NAME", "fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"),
+        ("--client", Path, "BUNDLE", "copy the part of this bundle that a server's client needs"),
+        ("--out", Path, "BUNDLE", "a new folder"),
+    ):
+        parser.add_argument(option, type=kind, metavar=metavar, help=what)
     parser.add_argument(
         "--image-tokens",
         action="store_true",
         help="add the image graph for visual prompts (open_clip ViTs, fp32)",
     )
-    parser.add_argument(
-        "--client",
-        type=Path,
-        metavar="BUNDLE",
-        help="instead of --model: copy the part of this bundle that a server's client needs",
-    )
-    parser.add_argument("--out", required=True, type=Path, metavar="BUNDLE", help="a new folder")
+    listing = "list open_clip's models and tags, or those with a word in them"
+    parser.add_argument("--list", nargs="?", const="", metavar="WORD", help=listing)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
+    if arguments.list is not None:
+        _list_models(arguments, output)
+        return
+    if arguments.out is None:
+        raise ConfigError("--out BUNDLE is required: a new folder")
     if arguments.client is not None:
         _export_client_half(arguments, output)
         return
@@ -66,13 +62,13 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         arguments.model,
         arguments.out,
         pretrained=arguments.pretrained,
-        precision=arguments.precision,
+        precision=arguments.precision or "fp32",
         image_tokens=arguments.image_tokens,
         preprocess_from=arguments.preprocess_from,
         tokenizer=arguments.tokenizer,
         pad_id=arguments.pad_id,
         random_weights=arguments.random_weights,
-        licence=arguments.licence,
+        licence=arguments.licence or "unknown",
         progress=output,
     )
     size = sum(file.bytes for file in bundle.files.values())
@@ -99,6 +95,18 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.5g}" for value in values)
+
+
+def _list_models(arguments: argparse.Namespace, output: Output) -> None:
+    from ztune.exporting import list_models
+
+    others = [option for name, option in arguments.given.items() if name != "list"]
+    if others:
+        raise ConfigError(f"--list only lists models (leave out {', '.join(others)})")
+    found = list_models(arguments.list)
+    width = max(len(name) for name in found)
+    lines = [f"{name:{width}}  {', '.join(tags) or '-'}" for name, tags in found.items()]
+    output.result({"models": {name: [*tags] for name, tags in found.items()}}, lines)
 
 
 def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:

@@ -31,7 +31,7 @@ from ztune.types import Json
 
 if TYPE_CHECKING:
     from ztune.model import Model
-    from ztune.training import SavedRun
+    from ztune.saved_run import SavedRun
 
 USAGE = ("BUNDLE|URL --data FOLDER|NAME --out RUN [options]", "--resume RUN")
 EXAMPLE = """\
@@ -124,7 +124,7 @@ def _start(
 ) -> RunReport:
     from runtimes.providers import resolve_execution
     from ztune.model import open_model
-    from ztune.training import start_run
+    from ztune.starting import start_run
 
     # Invalid settings are reported before anything is opened.
     run_config.check_method()
@@ -148,7 +148,7 @@ def _resume(
     output: Output,
 ) -> RunReport:
     from ztune.run import REPLACED
-    from ztune.training import SavedRun
+    from ztune.saved_run import SavedRun
 
     with SavedRun.locked(path) as saved:
         if (report := saved.report()) is not None:
