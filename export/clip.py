@@ -18,9 +18,10 @@ from torch import nn
 
 from export.downloads import capture_logs, explain_download_errors, reason
 from export.hugging_face_files import fetch_saved_model, is_saved_model
-from export.naming import Weights, display_name, display_weights, is_tag, resolve
+from export.naming import CONFIG, Weights, display_name, display_weights, is_tag, resolve
 from export.preprocessing import image_spec
 from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
+from export.text_encoder import check_text_encoder
 from export.text_tower import TextTower, graph_kind, text_tower
 from export.vocabulary import Vocabulary, find_vocabulary
 from runtimes.bundle import ImageSpec, TextSpec
@@ -85,12 +86,13 @@ def load_clip(
             )
     with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
-        if weights.config["text_cfg"].get("hf_model_name"):
-            raise ConfigError(
-                f'model "{model}" has a Hugging Face text tower '
-                f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
-                "choose a model with an open_clip text tower"
-            )
+        text_config = weights.config["text_cfg"]
+        if text_config.get("hf_model_name"):
+            with explain_download_errors(
+                f'the config of the text tower {text_config["hf_model_name"]} of model "{model}"',
+                hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
+            ):
+                check_text_encoder(model, text_config)
         module = _create_model(model, weights, random_weights)
         # A published tag matches its architecture; a file may not.
         resized = [message for message in messages if message.startswith("Resizing")]
@@ -101,10 +103,8 @@ def load_clip(
                 "trained with"
             )
         check_finite(module)
-        vocabulary, tokenize = _find_tokenizer(
-            model, weights.config, module, tokenizer_file, pad_id
-        )
-    tower = text_tower(module)
+        tower = text_tower(module, text_config.get("context_length"))
+        vocabulary, tokenize = _find_tokenizer(model, weights.config, tower, tokenizer_file, pad_id)
     kind = graph_kind(
         tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
     )
@@ -209,11 +209,10 @@ def _create_model(model: str, weights: Weights, random_weights: int | None) -> n
 def _find_tokenizer(
     model: str,
     config: Mapping[str, Any],
-    module: nn.Module,
+    tower: TextTower,
     tokenizer_file: Path | None,
     pad_id: int | None,
 ) -> tuple[Vocabulary, Callable[[Sequence[str]], I64]]:
-    tower = text_tower(module)
     with explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
     ):
@@ -223,6 +222,7 @@ def _find_tokenizer(
             tokenizer_file,
             pad_id,
             pad_matters=tower.sees_padding,
+            masked_id=tower.pad_id,
             table_size=int(tower.embedding.num_embeddings),
         )
         if tokenizer_file is None:

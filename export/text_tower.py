@@ -14,7 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from open_clip import transformer as towers
+from open_clip.hf_model import HFTextEncoder, MeanPooler
 from open_clip.model import CLIP
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 
 from ztune.errors import ConfigError
@@ -92,18 +94,21 @@ class DescribesText(Protocol):
     def text_tower(self) -> TextTower: ...
 
 
-def text_tower(model: nn.Module) -> TextTower:
-    """Return what a model says of its text tower, or what open_clip's own models are known for.
+def text_tower(model: nn.Module, context_length: int | None = None) -> TextTower:
+    """Return what a model says of its text tower, or what open_clip's models are known for.
+
+    `context_length` is that of the tokenizer, for an encoder that leaves it free.
 
     Raises: ConfigError for another model.
     """
     if isinstance(model, DescribesText):
         return model.text_tower()
     owner: Any = getattr(model, "text", model)
+    if isinstance(owner, HFTextEncoder):
+        return _encoder_tower(owner, context_length or DEFAULT_CONTEXT_LENGTH)
     if not isinstance(owner, towers.TextTransformer | CLIP):
         raise ConfigError(
-            f"text tower {type(owner).__name__} is not supported (expected one of open_clip's own "
-            "text transformers, not a Hugging Face text model)"
+            f"text tower {type(owner).__name__} is not supported (expected one of open_clip's)"
         )
     pooling = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
     class_token = getattr(owner, "cls_emb", None)
@@ -138,6 +143,18 @@ def text_tower(model: nn.Module) -> TextTower:
             projection=owner.text_projection,
             plain=plain,
         ),
+    )
+
+
+def _encoder_tower(encoder: HFTextEncoder, context_length: int) -> TextTower:
+    """Return the text tower of open_clip's adapter for Hugging Face models."""
+    embedding: Any = encoder.transformer.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return TextTower(
+        embedding=embedding,
+        context_length=context_length,
+        pooling="mean" if isinstance(encoder.pooler, MeanPooler) else "first",
+        pad_id=int(encoder.config.pad_token_id),
     )
 
 

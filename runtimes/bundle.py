@@ -90,8 +90,8 @@ class TextSpec:
     cleaning: Literal["lower", "whitespace", "canonicalize", "siglip", "none"]
     """Applied to a text before tokenization; siglip is that of transformers' SiglipTokenizer."""
     causal: bool
-    pooling: Literal["argmax", "eos", "last", "first", "class"]
-    """The position of the feature."""
+    pooling: Literal["argmax", "eos", "last", "first", "class", "mean"]
+    """The position of the feature, or the mean of all that are not padding."""
     graph: Literal["prefix", "sequence"]
     """Whether `prompt.onnx` shares the context's states between classes (prefix) or not."""
 

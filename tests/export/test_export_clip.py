@@ -248,8 +248,6 @@ def test_a_tag_trained_with_quickgelu_gets_it(
 
 
 def test_unsupported_towers(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Hugging Face text tower"):
-        load_clip("roberta-ViT-B-32", random_weights=0)
     config = json.loads(json.dumps(TINY))
     config["vision_cfg"]["image_size"] = [64, 32]
     with pytest.raises(ConfigError, match="64 x 32; only square"):
