@@ -26,7 +26,7 @@ SIDE = 32
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "image_size": SIDE,
     "patch_size": 16,
@@ -34,29 +34,34 @@ VISION = {
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
 CROP = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 SQUASH = {"size": {"height": SIDE, "width": SIDE}}
 
 
-def save(kind: str, folder: Path, seed: int = 0, **options: Any) -> Any:
+def save(
+    kind: str,
+    folder: Path,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Any:
     """Save a model of a kind with its tokenizer and image processor; return the model.
 
-    `options` are those of `save_pretrained`.
+    `text` and `vision` have settings of the towers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = TOKENIZERS[kind](folder)
     tokenizer.save_pretrained(folder)
     processor = PROCESSORS[kind]
     processor.save_pretrained(folder)
-    model = make_model(kind, tokenizer, seed)
-    model.save_pretrained(folder, **options)
+    model = make_model(kind, tokenizer, text or {}, vision or {})
+    model.save_pretrained(folder)
     return model
 
 
-def make_model(kind: str, tokenizer: Any, seed: int = 0, **text: Any) -> Any:
+def make_model(kind: str, tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
     """Return a small model in evaluation mode, without weights of zero that would hide mistakes."""
     size = {"vocab_size": len(tokenizer), **TEXT}
     of_masked = {
@@ -69,17 +74,18 @@ def make_model(kind: str, tokenizer: Any, seed: int = 0, **text: Any) -> Any:
             transformers.CLIPModel,
             transformers.CLIPConfig,
             {
-                "max_position_embeddings": 20,
+                "max_position_embeddings": 24,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
+                "num_hidden_layers": 2,  # the prompt graph has a first layer that is not the last
             },
             {"projection_dim": 24},
         ),
         "siglip": (
             transformers.SiglipModel,
             transformers.SiglipConfig,
-            {"max_position_embeddings": 16},
+            {"max_position_embeddings": 24},
             {},
         ),
         "chinese_clip": (
@@ -97,9 +103,11 @@ def make_model(kind: str, tokenizer: Any, seed: int = 0, **text: Any) -> Any:
     }
     configs["siglip2"] = configs["siglip"]
     model_class, config_class, own, whole = configs[kind]
-    config = config_class(text_config={**size, **own, **text}, vision_config=dict(VISION), **whole)
+    config = config_class(
+        text_config={**size, **own, **text}, vision_config={**VISION, **vision}, **whole
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = model_class._from_config(config, attn_implementation="eager")
         for name, parameter in model.named_parameters():
             if name != "logit_scale":

@@ -142,7 +142,8 @@ def test_tune_pack_predict(kind: str, source: Get, ztune: Command, tmp_path: Pat
     bundle, run, packed = source(kind).bundle.path, tmp_path / "run", tmp_path / "one.onnx"
     done = ztune(
         "tune", bundle, "--data", FEW_DIGITS, "--method", "zip", "--shots", 1, "--val", 0,
-        "--queries", 20, "--set", "n_context=2", "--out", run, "--quiet", "--json",
+        "--queries", 20, "--set", "n_context=2", "--template", "a {}.", "--out", run, "--quiet",
+        "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.json["queries"] == 20
