@@ -15,7 +15,6 @@ import open_clip
 import torch
 from torch import nn
 
-from export.clip import LoadedClip
 from export.graphs import (
     ImageGraph,
     PrefixGraph,
@@ -24,6 +23,7 @@ from export.graphs import (
     TextGraph,
     visual_tower,
 )
+from export.loaded import LoadedClip
 from export.onnx import Input, export_onnx
 from export.parity import (
     Case,

@@ -11,19 +11,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from export.clip import LoadedClip, check_finite
+from export.adapter import check_adapter, merge_adapter
 from export.hugging_face_clip import open_clip_config, to_open_clip
 from export.hugging_face_files import SavedModel, find_saved_model
 from export.hugging_face_images import load_processor, processor_preprocess, processor_spec
 from export.hugging_face_model import HuggingFaceModel
 from export.hugging_face_tokens import load_tokenizer, tokenize, tokenizers_json
+from export.loaded import LoadedClip, check_finite, text_spec
 from export.preprocessing import image_spec, read_preprocess
-from export.reference import Reference, file_tokenize, open_clip_preprocess
-from export.text_tower import TextTower, graph_kind, text_tower
+from export.reference import Reference, file_tokenize, open_clip_preprocess, open_file
+from export.text_tower import TextTower, text_tower
 from export.vocabulary import Vocabulary, find_pad_id, read_tokenizer, vocabulary_of
-from runtimes.bundle import ImageSpec, TextSpec
+from runtimes.bundle import ImageSpec
 from ztune.errors import ConfigError, how_to_install
-from ztune.io.schema import convert
 from ztune.printing import reason_of
 from ztune.types import F32, Json
 
@@ -40,6 +40,7 @@ def load_hugging_face(
     pad_id: int | None = None,
     random_weights: int | None = None,
     licence: str = "unknown",
+    adapter: Path | None = None,
 ) -> LoadedClip:
     """Load the model in `folder`, which messages call `name`; other arguments as in `load_clip`.
 
@@ -63,33 +64,26 @@ def load_hugging_face(
     described = open_clip_config(config) if saved.class_name == "CLIPModel" else None
     tokenizer = None if tokenizer_file is not None else load_tokenizer(folder, name)
     image, preprocess = _preprocessing(folder, name, preprocess_from, config.vision_config)
+    if adapter is not None:
+        check_adapter(adapter)
     model = _load_model(saved, transformers, config, random_weights)
+    notes = list(saved.notes)
+    if adapter is not None:
+        notes.append(merge_adapter(model, adapter))
+        check_finite(model)
     module = _as_open_clip(model, described)
     tower = text_tower(module)
     vocabulary = _vocabulary(name, tokenizer, tokenizer_file, pad_id, tower)
-    text = {
-        "width": tower.width,
-        "context_length": tower.context_length,
-        "prefix_ids": vocabulary.prefix_ids,
-        "suffix_ids": vocabulary.suffix_ids,
-        "pad_id": vocabulary.pad_id,
-        "cleaning": vocabulary.cleaning,
-        "causal": tower.causal,
-        "pooling": tower.pooling,
-        "graph": graph_kind(
-            tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
-        ),
-    }
     return LoadedClip(
         model=module,
         config={"class": saved.class_name, **_description(saved.config)},
         tower=tower,
         image=image,
-        text=convert(text, TextSpec, f'text tower of model "{name}"'),
+        text=text_spec(tower, vocabulary, name),
         tokenizer_json=vocabulary.content,
         reference=Reference(
             "transformers",
-            file_tokenize(tokenizer_file, vocabulary, {}, tower.context_length)
+            file_tokenize(open_file(tokenizer_file), vocabulary, {}, tower.context_length)
             if tokenizer_file is not None
             else tokenize(tokenizer, tower.context_length),
             preprocess,
@@ -97,12 +91,13 @@ def load_hugging_face(
         source={
             "model": name,
             "class": saved.class_name,
-            "pretrained": name
-            if random_weights is None
-            else f"random weights, seed {random_weights}",
+            "pretrained": (
+                name if random_weights is None else f"random weights, seed {random_weights}"
+            )
+            + (f" + adapter {adapter.resolve().name}" if adapter else ""),
             "licence": licence,
         },
-        notes=saved.notes,
+        notes=tuple(notes),
     )
 
 

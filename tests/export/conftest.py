@@ -11,7 +11,8 @@ import pytest
 from torch.onnx._internal.exporter import _registration
 
 from export.bundle import export_bundle
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 from runtimes.bundle import Bundle, load_bundle
 from tests.conftest import Once
 from tests.export.small_models import small_model, write_tiny

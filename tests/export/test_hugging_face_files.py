@@ -17,7 +17,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 from tests.export.hugging_face_models import KINDS, SIDE, save
 from tests.export.small_models import t5_like_tokenizer, write_tiny
 from ztune.errors import ConfigError, FormatError, ZtuneError

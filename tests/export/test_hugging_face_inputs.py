@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 from runtimes.bundle import ImageSpec
 from runtimes.preprocess import crop, normalise, read_image_file
 from runtimes.tokenizer import Tokenizer, clean
