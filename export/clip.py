@@ -18,10 +18,12 @@ from export.adapter import check_adapter, merge_adapter
 from export.checkpoint import read_checkpoint
 from export.downloads import capture_logs, explain_download_errors, reason
 from export.fit import fit_weights
+from export.hugging_face import load_hugging_face
 from export.hugging_face_files import fetch_saved_model, is_saved_model
 from export.loaded import LoadedClip, check_finite, text_spec
 from export.naming import (
     BIG_VISION,
+    CONFIG,
     Weights,
     display_name,
     display_weights,
@@ -36,6 +38,7 @@ from export.reference import (
     open_clip_tokenize,
     open_file,
 )
+from export.text_encoder import check_text_encoder
 from export.text_tower import text_tower
 from export.vocabulary import find_vocabulary
 from ztune.errors import ConfigError
@@ -65,14 +68,32 @@ def load_clip(
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
     model = model_name(model)
+    if (saved := _find_saved_model(model)) is not None:
+        if pretrained is not None or ema or interpolate_positions:
+            raise ConfigError(
+                f'model "{model}" was saved by transformers and includes its weights: leave out '
+                "`pretrained`, `ema` and `interpolate_positions`"
+            )
+        with capture_logs():
+            return load_hugging_face(
+                saved,
+                display_name(model),
+                tokenizer_file=tokenizer_file,
+                preprocess_from=preprocess_from,
+                pad_id=pad_id,
+                random_weights=random_weights,
+                licence=licence,
+                adapter=adapter,
+            )
     with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
-        if weights.config["text_cfg"].get("hf_model_name"):
-            raise ConfigError(
-                f'model "{model}" has a Hugging Face text tower '
-                f"({weights.config['text_cfg']['hf_model_name']}), which is not supported: "
-                "choose a model with an open_clip text tower"
-            )
+        text_config = weights.config["text_cfg"]
+        if text_config.get("hf_model_name"):
+            with explain_download_errors(
+                f'the config of the text tower {text_config["hf_model_name"]} of model "{model}"',
+                hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
+            ):
+                check_text_encoder(model, text_config)
         if weights.checkpoint is None and (ema or interpolate_positions):
             raise ConfigError(
                 f"`{'ema' if ema else 'interpolate_positions'}` is for a checkpoint file: leave it "

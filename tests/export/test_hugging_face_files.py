@@ -338,7 +338,7 @@ def test_a_tokenizer_of_another_model(
 
 
 def test_the_pretrained_option_is_refused(clip: Path) -> None:
-    with pytest.raises(ConfigError, match=r"includes its weights: remove `pretrained`"):
+    with pytest.raises(ConfigError, match=r"includes its weights: leave out `pretrained`"):
         load(clip, pretrained="openai")
 
 
