@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def fit_weights(
         # open_clip's own rule for a CLIP that is loaded into a SigLIP
         found["logit_bias"] = torch.zeros_like(expected["logit_bias"])
         notes.append("the checkpoint has no logit_bias: 0 is taken, as in open_clip")
+    for key, counter in expected.items():
+        if key.endswith("num_batches_tracked"):  # unused in evaluation; older torch saves none
+            found.setdefault(key, counter)
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in found and scalar in expected and found[scalar].numel() == 1:
             found[scalar] = found[scalar].reshape(expected[scalar].shape)
@@ -128,7 +132,13 @@ def _select(
             for key, t in inside.items()
         }
     found = {key: tensor for key, tensor in inside.items() if key in expected}
-    unused = [key for key in inside if key not in expected and not key.endswith("position_ids")]
+    # CoCa's captioner, and what older versions of transformers saved
+    left_out = ("text_decoder.", "position_ids")
+    unused = [
+        key
+        for key in inside
+        if key not in expected and not (key.startswith(left_out) or key.endswith(left_out))
+    ]
     return found, [*(f"{start}{key}" for key in unused), *others]
 
 
@@ -159,7 +169,8 @@ def _fit_positions(
         both = f"{_shape(got)} in the checkpoint, {_shape(wanted)} in the model"
         other = f'{where} does not match model "{name}": position embeddings of another size'
         if key in _POSITIONS and got.ndim == wanted.ndim == 2 and got.shape[1] == wanted.shape[1]:
-            if interpolate:
+            # open_clip takes one class token, and a square of patches
+            if interpolate and (key != _POSITIONS[0] or isqrt(len(got) - 1) ** 2 == len(got) - 1):
                 continue
             raise ConfigError(
                 f"{other} ({key}: {_positions(key, module, got, wanted)}); pass the architecture "

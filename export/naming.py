@@ -22,7 +22,6 @@ from ztune.printing import first_few, quoted
 CONFIG = "open_clip_config.json"
 BIG_VISION = (".npz", ".npy")
 """Endings of the checkpoints of Google's big_vision, which open_clip reads."""
-_WEIGHTS = (".safetensors", ".bin", ".pth")
 # Names that open_clip prefers in a folder with several checkpoints.
 _PREFERRED = (
     *(f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors")),
@@ -134,12 +133,12 @@ def _resolve_folder(
 
 def _checkpoint_in(folder: Path, model: str) -> Path:
     """Return the checkpoint of a model's folder: one of open_clip's names, or the only one."""
-    files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS}
+    files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
     named = [files[name] for name in _PREFERRED if name in files]
     if not files:
         raise ConfigError(
             f'model "{model}": no weights in {folder} '
-            f"(expected open_clip_model.safetensors or another {', '.join(_WEIGHTS)} file)"
+            f"(expected open_clip_model.safetensors or another {', '.join(SUFFIXES)} file)"
         )
     if not named and len(files) > 1:
         raise ConfigError(

@@ -38,9 +38,10 @@ def shared_preprocess(
     if checkpoint is None:
         return agreed[0] if agreed else {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     if not agreed:
-        unknown = ("mean", "std") if "quick_gelu" in config else ("mean", "std", "quick_gelu")
+        unknown = ["mean", "std", *([] if "quick_gelu" in config else ["quick_gelu"])]
+        listed = f"{', '.join(unknown[:-1])} and {unknown[-1]}"
         raise ConfigError(
-            f'checkpoint "{checkpoint}": {" and ".join(unknown)} of its training are unknown, '
+            f'checkpoint "{checkpoint}": {listed} of its training are unknown, '
             f"since {name} has no published weights; {_how_to_tell(unknown)}"
         )
     if len(ways) > 1 or bool(agreed[0].get("quick_gelu")) != quick_gelu:

@@ -198,7 +198,7 @@ def test_a_bare_checkpoint_takes_what_published_weights_agree_on(
     assert agreed.image.resize_mode == "squash"
     assert agreed.source["pretrained"] == checkpoint.name
     assert load_clip("Tiny-quick", str(checkpoint)).config["quick_gelu"] is True
-    with pytest.raises(ConfigError, match="mean and std and quick_gelu of its training are unk"):
+    with pytest.raises(ConfigError, match="mean, std and quick_gelu of its training are unk"):
         load_clip("Tiny-new", str(checkpoint))
 
     with pytest.raises(ConfigError, match=r"`preprocess_from` .*groups: openai; laion"):

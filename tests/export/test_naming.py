@@ -11,7 +11,7 @@ import torch
 
 from export.clip import load_clip
 from export.naming import model_name
-from tests.export.small_models import write_model
+from tests.export.small_models import t5_like_tokenizer, write_model
 from tests.export.tiny_clip import CONFIG, KNOWN
 from ztune.errors import ConfigError, FormatError, ZtuneError
 
@@ -113,7 +113,7 @@ def test_what_a_checkpoint_cannot_tell_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as asked:
         load_clip("Tiny-C", file)
     message = str(asked.value)
-    assert "mean and std and quick_gelu of its training are unknown" in message
+    assert "mean, std and quick_gelu of its training are unknown" in message
     assert (
         'write {"mean": [R, G, B], "std": [R, G, B], "quick_gelu": true|false} to a JSON file and '
         "pass `preprocess_from=FILE.json`"
@@ -161,3 +161,12 @@ def test_damaged_descriptions_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": [1]}))
     with pytest.raises(ConfigError, match='no "preprocess_cfg" with mean and std'):
         load_clip(str(tmp_path))
+
+
+def test_a_tokenizer_of_another_size_is_noted(tmp_path: Path) -> None:
+    t5_like_tokenizer().save(str(tmp_path / "t5.json"))
+    loaded = load_clip("Tiny-C", random_weights=1, tokenizer_file=tmp_path / "t5.json", pad_id=0)
+    assert loaded.notes == (
+        "t5.json has 51 ids, the model's token table 49408 rows: check that it is this model's "
+        "tokenizer",
+    )
