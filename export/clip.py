@@ -6,9 +6,7 @@ by OpenAI's defaults, and builds a model that was trained with QuickGELU without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,9 @@ from export.adapter import check_adapter, merge_adapter
 from export.checkpoint import read_checkpoint
 from export.downloads import capture_logs, explain_download_errors, reason
 from export.fit import fit_weights
+from export.hugging_face import load_hugging_face
+from export.hugging_face_files import fetch_saved_model, is_saved_model
+from export.loaded import LoadedClip, check_finite, text_spec
 from export.naming import (
     BIG_VISION,
     CONFIG,
@@ -38,30 +39,9 @@ from export.reference import (
     open_file,
 )
 from export.text_encoder import check_text_encoder
-from export.text_tower import TextTower, graph_kind, text_tower
+from export.text_tower import text_tower
 from export.vocabulary import find_vocabulary
-from runtimes.bundle import ImageSpec, TextSpec
 from ztune.errors import ConfigError
-from ztune.io.schema import convert
-from ztune.types import Json
-
-
-@dataclass(frozen=True)
-class LoadedClip:
-    """A model ready for export, with the metadata of its bundle."""
-
-    model: nn.Module
-    """In float32 and evaluation mode."""
-    config: Mapping[str, Json]
-    """open_clip's description of the architecture."""
-    tower: TextTower
-    image: ImageSpec
-    text: TextSpec
-    tokenizer_json: str
-    reference: Reference
-    source: Mapping[str, str]
-    notes: tuple[str, ...]
-    """Choices that differ from open_clip's default."""
 
 
 def load_clip(
@@ -88,6 +68,23 @@ def load_clip(
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
     model = model_name(model)
+    if (saved := _find_saved_model(model)) is not None:
+        if pretrained is not None or ema or interpolate_positions:
+            raise ConfigError(
+                f'model "{model}" was saved by transformers and includes its weights: leave out '
+                "`pretrained`, `ema` and `interpolate_positions`"
+            )
+        with capture_logs():
+            return load_hugging_face(
+                saved,
+                display_name(model),
+                tokenizer_file=tokenizer_file,
+                preprocess_from=preprocess_from,
+                pad_id=pad_id,
+                random_weights=random_weights,
+                licence=licence,
+                adapter=adapter,
+            )
     with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
         text_config = weights.config["text_cfg"]
@@ -124,7 +121,6 @@ def load_clip(
             notes.append(merge_adapter(module, adapter))
         check_finite(module)
         tower = text_tower(module, text_config.get("context_length"))
-        length = tower.context_length
         with _explain_tokenizer_errors(model):
             vocabulary = find_vocabulary(
                 model,
@@ -136,41 +132,28 @@ def load_clip(
                 table_size=int(tower.embedding.num_embeddings),
             )
         if tokenizer_file is None:
-            tokenize = open_clip_tokenize(tokenizer, vocabulary, length)
+            tokenize = open_clip_tokenize(tokenizer, vocabulary, tower.context_length)
         else:
-            tokenize = file_tokenize(tokenizer, vocabulary, text_config, length)
+            tokenize = file_tokenize(tokenizer, vocabulary, text_config, tower.context_length)
     n_ids, n_rows = vocabulary.largest_id + 1, int(tower.embedding.num_embeddings)
     if tokenizer_file is not None and n_ids != n_rows:
         notes.append(
             f"{tokenizer_file.name} has {n_ids} ids, the model's token table {n_rows} rows: check "
             "that it is this model's tokenizer"
         )
-    kind = graph_kind(
-        tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
-    )
     if weights.quick_gelu != bool(weights.config.get("quick_gelu")):
         notes.append(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
             f'"{preprocess_from or pretrained}" was trained; the default of "{model}" differs'
         )
-    text = {
-        "width": tower.width,
-        "context_length": tower.context_length,
-        "prefix_ids": vocabulary.prefix_ids,
-        "suffix_ids": vocabulary.suffix_ids,
-        "pad_id": vocabulary.pad_id,
-        "cleaning": vocabulary.cleaning,
-        "causal": tower.causal,
-        "pooling": tower.pooling,
-        "graph": kind,
-    }
-    image = image_spec(module, weights.preprocess, model)
+    visual: Any = module.visual
+    image = image_spec(visual.image_size, weights.preprocess, model)
     return LoadedClip(
         model=module,
         config={**weights.config, "quick_gelu": weights.quick_gelu},
         tower=tower,
         image=image,
-        text=convert(text, TextSpec, f'text tower of model "{model}"'),
+        text=text_spec(tower, vocabulary, model),
         tokenizer_json=vocabulary.content,
         reference=Reference(
             "open_clip", tokenize, open_clip_preprocess(weights.preprocess, image.size)
@@ -185,18 +168,15 @@ def load_clip(
     )
 
 
-def check_finite(module: nn.Module) -> None:
-    """Refuse weights that are not finite.
-
-    Raises: ConfigError naming the first tensor.
-    """
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ConfigError(
-                f'weight "{name}" {list(tensor.shape)} has {count} values that are NaN or infinite '
-                "(damaged or diverged in training): use an earlier checkpoint"
-            )
+def _find_saved_model(model: str) -> Path | None:
+    """Return the folder of a model that transformers saved, downloaded from the hub if needed."""
+    schema, _, identifier = model.partition(":")
+    if schema == "local-dir":
+        return Path(identifier) if is_saved_model(Path(identifier)) else None
+    if schema == "hf-hub":
+        with capture_logs(), explain_download_errors(f'model "{model}"'):
+            return fetch_saved_model(identifier)
+    return None
 
 
 def _create_model(model: str, weights: Weights, random_weights: int | None) -> nn.Module:

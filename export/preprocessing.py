@@ -118,8 +118,11 @@ def read_preprocess(model: str, source: str) -> tuple[Mapping[str, Any], bool | 
     return values, quick_gelu
 
 
-def image_spec(module: Any, preprocess: Mapping[str, Any], model: str) -> ImageSpec:
-    size = module.visual.image_size
+def image_spec(size: Any, preprocess: Mapping[str, Any], model: str) -> ImageSpec:
+    """Return the preprocessing for images of `size`, one side or two.
+
+    Raises: ConfigError for sides that differ; FormatError for an invalid setting.
+    """
     sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if sides[0] != sides[1]:
         raise ConfigError(

@@ -18,7 +18,8 @@ from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import save_file
 
 from export.checkpoint import read_checkpoint
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 from tests.export.tiny_clip import CONFIG, KNOWN, assert_same, build, state_of
 from ztune.errors import ConfigError
 
