@@ -89,7 +89,7 @@ def prompt_cases(
     """
     random = torch.Generator().manual_seed(1)
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.text)
-    table = loaded.tower.embedding.weight.detach().numpy()
+    table = loaded.tower.table()
     for n_candidates, n_context, n_classes in shapes or (
         (1, 1, 1),
         (3, 4, 7),

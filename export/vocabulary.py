@@ -47,11 +47,12 @@ def find_vocabulary(
     pad_id: int | None,
     pad_matters: bool,
     table_size: int,
+    masked_id: int | None = None,
 ) -> Vocabulary:
     """Return the tokenizer that open_clip would use for a model, or the one in `file`.
 
     `pad_matters` is whether the text tower's feature depends on the padding. If so, the pad id is
-    never guessed.
+    never guessed. `masked_id` is the id that the tower masks as padding, if it masks one.
 
     Raises: ConfigError when the tokenizer is ambiguous or unsupported. Exceptions of downloads pass
         through.
@@ -76,7 +77,9 @@ def find_vocabulary(
             )
         return _check_ids(simple_tokenizer(cleaning), pad_id, table_size, model)
     else:
-        reference = open_clip.get_tokenizer(model).tokenizer
+        tokenizer = open_clip.get_tokenizer(model)
+        tokenizer("x")  # NLLB's sets its language token only when it reads a text
+        reference = tokenizer.tokenizer
         backend = getattr(reference, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
@@ -87,13 +90,18 @@ def find_vocabulary(
     if pad_id is None:
         pad_id = found_pad
     if pad_id is None:
-        pad_id = text_config.get("pad_id")
+        pad_id = text_config.get("pad_id", masked_id)
     if pad_id is None and not pad_matters:
         pad_id = 0  # this tower ignores everything after the end of a text
     if pad_id is None:
         raise ConfigError(
             f'{where} has no padding token, and the text tower of "{model}" depends on it; pass '
             "the id it was trained with: `pad_id=N`"
+        )
+    if masked_id is not None and pad_id != masked_id:
+        raise ConfigError(
+            f'{where} pads with id {pad_id}, but the text tower of "{model}" masks id {masked_id}: '
+            "pass the tokenizer it was trained with: `tokenizer=FILE`"
         )
     prefix, suffix = _find_special_ids(raw, where)
     if options.get("strip_sep_token"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ztune.cli.output import Output
 from ztune.errors import ConfigError
@@ -72,7 +74,19 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         progress=output,
     )
     size = sum(file.bytes for file in bundle.files.values())
-    lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
+    image, text = bundle.image, bundle.text
+    manifest: Any = bundle.manifest
+    source = manifest["source_parity"]
+    lines = [
+        f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…",
+        f"  images: {image.size} x {image.size}, resized by {image.resize_mode}, "
+        f"{image.interpolation}; mean {_numbers(image.mean)}, std {_numbers(image.std)}",
+        f"  texts: {text.context_length} tokens, cleaning {text.cleaning}; "
+        f"activation {manifest['activation']}",
+        f"  against {source['library']}: ids of {source['texts']} texts equal, pixels of "
+        f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
+        f"{source['logits']:.1e}",
+    ]
     if bundle.rounding:
         worst = min(bundle.rounding.values())
         lines.append(f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights")
@@ -82,6 +96,10 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
             f"largest difference {figures['max_abs']:.1e}"
         )
     output.result(dict(bundle.manifest), lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.5g}" for value in values)
 
 
 def _list_models(arguments: argparse.Namespace, output: Output) -> None:
