@@ -131,6 +131,10 @@ def summary(bundle: Bundle) -> list[str]:
     manifest: Any = bundle.manifest
     source = manifest["source_parity"]
     size = sum(file.bytes for file in bundle.files.values())
+    stored = []
+    if bundle.rounding:
+        worst = min(bundle.rounding.values())
+        stored = [f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights"]
     mean, std = (" ".join(f"{one:.5g}" for one in values) for values in (image.mean, image.std))
     return [
         f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…",
@@ -141,6 +145,7 @@ def summary(bundle: Bundle) -> list[str]:
         f"  against {source['library']}: ids of {source['texts']} texts equal, pixels of "
         f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
         f"{source['logits']:.1e}",
+        *stored,
         *(
             [
                 "  weights stored in fp16: worst cosine "
