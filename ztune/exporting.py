@@ -58,10 +58,10 @@ def export(
     """Export a model to a bundle in the new folder `out`, and return it.
 
     `model` is a name of open_clip's registry, a folder that open_clip or transformers saved, or
-    `hf-hub:ID`; `pretrained` a published tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing of a
-    checkpoint without one; `ema` takes a checkpoint's moving averages, `interpolate_positions`
-    resizes its position embeddings to the model's, `adapter` is the folder of a LoRA adapter to
-    merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `hf-hub:ID`; `pretrained` a published tag or a checkpoint file; `preprocess_from` a tag or JSON
+    file with the preprocessing of a checkpoint without one; `ema` takes a checkpoint's moving
+    averages, `interpolate_positions` resizes its position embeddings to the model's, `adapter` is
+    the folder of a LoRA adapter to merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
 
