@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 NAIVE = "naive.onnx"
 # Inputs of the files besides the model: a change of the exporter triggers a new export.
-_SOURCES = ("export", "runtimes/bundle.py", "runtimes/prompts.py", "benchmarks/towers.py")
+_SOURCES = (
+    "export", "runtimes/bundle.py", "runtimes/prompts.py", "runtimes/weights.py",
+    "benchmarks/towers.py",
+)  # fmt: skip
 _PACKAGES = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 _TINY: dict[str, Any] = {
     "embed_dim": 32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from export.graphs import (
     TextGraph,
     visual_tower,
 )
+from export.half_store import rounded_to_half, worst_cosine
 from export.loaded import LoadedClip
 from export.onnx import Input, export_onnx
 from export.parity import (
@@ -33,9 +35,9 @@ from export.parity import (
     prompt_cases,
     text_cases,
 )
+from export.shared import SharedWeights
 from export.source_parity import SourceParity, compare_ids, compare_logits, compare_pixels
 from runtimes.bundle import (
-    EXTERNAL_THRESHOLD,
     FORMAT,
     IMAGE_PROMPTED,
     MANIFEST,
@@ -50,10 +52,11 @@ from runtimes.bundle import (
     load_bundle,
 )
 from runtimes.providers import onnxruntime
+from runtimes.weights import WEIGHTS
 from ztune.io.files import new_folder, write_json
 from ztune.io.schema import plain
 from ztune.io.tensors import write_tensors
-from ztune.types import Json
+from ztune.types import F32, Json
 
 # Inputs in the order of forward, with the names of their dynamic dimensions.
 _IMAGE_DIMS: Mapping[str, Mapping[int, str]] = {"pixels": {0: "N"}}
@@ -83,22 +86,24 @@ def export_bundle(
     out: Path,
     *,
     image_tokens: bool = False,
-    external_threshold: int = EXTERNAL_THRESHOLD,
+    store: str = "fp32",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
     """Write the bundle of a model to the new folder `out`, atomically.
 
-    `image_tokens` adds an image tower that takes additional tokens.
+    `image_tokens` adds an image tower that takes additional tokens. With `store` fp16 the matrices
+    are rounded to it, which halves the bundle; the graphs compute in fp32 as before, and must match
+    torch with the rounded weights.
 
-    Raises: ConfigError when `out` is not empty, or the image tower cannot take tokens; ZtuneError
-        when a graph does not match torch.
+    Raises: ConfigError when `out` is not empty, a weight exceeds fp16, or the
+        image tower cannot take tokens; ZtuneError when a graph does not match torch.
     """
     if image_tokens:
         visual_tower(loaded.model)  # fails before anything is written
     with new_folder(out) as work:
         for note in loaded.notes:
             progress(f"note: {note}")
-        _write_files(loaded, work, image_tokens, external_threshold, progress)
+        _write_files(loaded, work, image_tokens, store, progress)
     return load_bundle(out)
 
 
@@ -137,9 +142,16 @@ def image_prompted_graph(loaded: LoadedClip) -> _Graph:
 
 
 def export_graph(
-    graph: _Graph, folder: Path, threshold: int, progress: Callable[[str], None]
+    graph: _Graph,
+    folder: Path,
+    weights: SharedWeights,
+    progress: Callable[[str], None],
+    *,
+    half: bool = False,
 ) -> tuple[Parity, dict[str, np.ndarray[Any, Any]]]:
     """Write and check one graph; return its parity figures and the tensors to reproduce them.
+
+    `half` stores its weights in fp16 where that is exact.
 
     Raises: ZtuneError when the graph does not match torch.
     """
@@ -149,7 +161,7 @@ def export_graph(
     inputs = {
         name: Input(torch.from_numpy(traced.feeds[name]), dims) for name, dims in graph.dims.items()
     }
-    export_onnx(graph.module, inputs, path, threshold)
+    export_onnx(graph.module, inputs, path, weights, half=half)
     figures = compare(path, [traced, *graph.checked])
     progress(
         f"{path.name}: maximum difference from torch {figures['max_abs']:.1e}, "
@@ -163,23 +175,37 @@ def _write_files(
     loaded: LoadedClip,
     folder: Path,
     image_tokens: bool,
-    threshold: int,
+    store: str,
     progress: Callable[[str], None],
 ) -> None:
     ids, pixels = compare_ids(loaded), compare_pixels(loaded)
     parity: dict[str, Parity] = {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
-    for graph in _graphs(loaded, image_tokens):
-        figures, tensors = export_graph(graph, folder, threshold, progress)
-        parity[graph.name] = figures
-        kept |= tensors
-    source = compare_logits(loaded, folder, ids, pixels)
+    stored: dict[str, Json] = {}
+    weights, half = SharedWeights(folder / WEIGHTS), store == "fp16"
+    exact: dict[str, F32] = {}
+    if half:
+        exact = {graph.name: graph.traced.features for graph in _graphs(loaded, image_tokens)}
+    with rounded_to_half(loaded.model) if half else contextlib.nullcontext():
+        for graph in _graphs(loaded, image_tokens):
+            figures, tensors = export_graph(graph, folder, weights, progress, half=half)
+            parity[graph.name] = figures
+            kept |= tensors
+        table = loaded.tower.table()
+        stored |= weights.finish(table.astype(np.float16 if half else np.float32))
+        source = compare_logits(loaded, folder, ids, pixels)
+    if half:
+        cosines = {
+            name: worst_cosine(kept[f"{name}.features"], features)
+            for name, features in exact.items()
+        }
+        worst = min(cosines.values())
+        progress(f"weights stored in fp16: minimum cosine to the original weights {worst:.7f}")
+        stored |= {"store": store, "rounding": plain(cosines)}
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
-    table = np.ascontiguousarray(loaded.tower.table(), dtype=np.float32)
-    np.save(folder / "token_table.npy", table)
     (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
     embed_dim = int(kept["image.features"].shape[1])
-    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, source, embed_dim))
+    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, source, embed_dim) | stored)
     for file in folder.iterdir():
         with file.open("rb+") as written:
             os.fsync(written.fileno())

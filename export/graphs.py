@@ -116,8 +116,8 @@ class PrefixGraph(nn.Module):
         self.blocks = parts.blocks
         self.ln_final = parts.ln_final
         self.projection = parts.projection
-        # Separate weights, not slices of open_clip's one matrix: no slicing at run time, and
-        # quantizers find them.
+        # No slicing at run time: the last layer has separate weights, which are the only matrices
+        # of this graph that `text.onnx` does not have.
         self.projections = nn.ModuleList(
             nn.ModuleDict({kind: _projection(block, kind) for kind in kinds})
             for block, kinds in zip(
@@ -152,6 +152,8 @@ class PrefixGraph(nn.Module):
         n_classes, n_name = pad_index.shape
         n_rows = name_positions.shape[0]
         n_heads = self.sos_keys.shape[1]
+        # Of the products: ONNX Runtime makes it a factor of the kernel, which costs nothing.
+        scale = (width // n_heads) ** -0.5
         steps = torch.arange(n_context, device=contexts.device)
         columns = torch.arange(n_name, device=contexts.device)
         heads = torch.arange(n_heads, device=contexts.device)
@@ -218,9 +220,12 @@ class PrefixGraph(nn.Module):
             # [P, h, C, queries, d / h], which is the same memory.
             scores = torch.cat(
                 [
-                    _by_class(name_query @ prefix_key.transpose(-1, -2), n_classes, n_queries),
+                    _by_class(
+                        name_query @ prefix_key.transpose(-1, -2) * scale, n_classes, n_queries
+                    ),
                     _by_class(name_query, n_classes, n_queries)
                     @ _by_class(name_key, n_classes, n_name).transpose(-1, -2)
+                    * scale
                     + name_mask,
                 ],
                 -1,
@@ -233,7 +238,7 @@ class PrefixGraph(nn.Module):
                 attended = attended.transpose(1, 2).reshape(-1, width)
             else:
                 query = by_head(prefix_rows, query_of)
-                weights = (query @ prefix_key.transpose(-1, -2) + prefix_mask).softmax(-1)
+                weights = (query @ prefix_key.transpose(-1, -2) * scale + prefix_mask).softmax(-1)
                 of_prefix = (weights @ prefix_value).transpose(1, 2).reshape(-1, width)
                 of_names = attended.reshape(-1, width // n_heads).index_select(0, unpad_blocks)
                 attended = torch.cat([of_prefix, of_names.reshape(-1, width)])
@@ -248,10 +253,7 @@ class PrefixGraph(nn.Module):
 
 
 def _projection(block: Any, parts: str) -> nn.Linear:
-    """Return the query, key and value projections named in `parts` (q, kv or qkv) as one layer.
-
-    The query comes scaled by 1 / sqrt(d / h).
-    """
+    """Return the query, key and value projections named in `parts` (q, kv or qkv) as one layer."""
     attention = block.attn
     width = attention.embed_dim
     start, stop = {"q": (0, 1), "kv": (1, 3), "qkv": (0, 3)}[parts]
@@ -261,10 +263,6 @@ def _projection(block: Any, parts: str) -> nn.Linear:
         layer.weight.copy_(attention.in_proj_weight[part])
         if attention.in_proj_bias is not None:
             layer.bias.copy_(attention.in_proj_bias[part])
-        if start == 0:
-            layer.weight[:width] *= (width // attention.num_heads) ** -0.5
-            if attention.in_proj_bias is not None:
-                layer.bias[:width] *= (width // attention.num_heads) ** -0.5
     return layer.requires_grad_(False)
 
 

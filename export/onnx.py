@@ -1,4 +1,4 @@
-"""Export a torch module as an ONNX file, with external data when it is large."""
+"""Export a torch module as an ONNX file, with its weights in a file that graphs share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from runtimes.bundle import EXTERNAL_THRESHOLD
+from export.shared import LEAST, SharedWeights
 
 OPSET = 20  # has Gelu as one operator; onnxruntime 1.20 runs up to 21
 _MASKED = -1e4
@@ -34,11 +34,14 @@ def export_onnx(
     module: nn.Module,
     inputs: Mapping[str, Input],
     path: Path,
-    external_threshold: int = EXTERNAL_THRESHOLD,
-) -> tuple[Path, ...]:
-    """Write `module` to `path` and return the files written: `path`, and `path`.data if large.
+    weights: SharedWeights | None = None,
+    *,
+    half: bool = False,
+) -> None:
+    """Write `module` to `path`, and its weights to `weights` or `path`.data.
 
-    The graph's only output is `features`. The files contain no traces of this machine.
+    With `half`, weights that are exact in fp16 are stored in it, and cast to fp32 when the graph is
+    opened. The graph's only output is `features`. The files contain no traces of this machine.
     """
     names = {name for given in inputs.values() for name in given.dims.values()}
     symbols = {name: torch.export.Dim(name, min=1) for name in sorted(names)}
@@ -66,14 +69,74 @@ def export_onnx(
         torch.backends.mha.set_fastpath_enabled(fast_path)
     model: onnx_ir.Model = program.model
     _scrub(model)
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    if size <= external_threshold:
-        onnx_ir.save(model, path)
-        return (path,)
-    data = path.with_name(f"{path.name}.data")
-    onnx_ir.save(model, path, external_data=data.name)
-    return (path, data)
+    _transpose_weights(model)
+    if half:
+        _store_as_half(model)
+    _move_weights(model, weights or SharedWeights(path.with_name(f"{path.name}.data")))
+    onnx_ir.save(model, path)
+
+
+def _transpose_weights(model: onnx_ir.Model) -> None:
+    """Store the weights of Gemm as [in, out], like those of MatMul, so that graphs share them.
+
+    Without it the same layer is stored as [out, in] by a graph that calls it with matrices.
+    """
+    for node in model.graph.all_nodes():
+        transposed = node.attributes.get("transB")
+        weight: Any = node.inputs[1] if node.op_type == "Gemm" else None
+        if transposed is None or not transposed.as_int() or weight.const_value is None:
+            continue
+        if len(weight.uses()) == 1:
+            values = np.ascontiguousarray(weight.const_value.numpy().T)
+            weight.const_value = onnx_ir.tensor(values, name=weight.name)
+            weight.shape = onnx_ir.Shape(values.shape)
+            node.attributes.pop("transB")
+
+
+def _store_as_half(model: onnx_ir.Model) -> None:
+    """Store the large weights that are exact in fp16 in it, with a cast to fp32.
+
+    ONNX Runtime computes the casts of constants once, when a session is opened.
+    """
+    graph: Any = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < LEAST:
+            continue
+        full = tensor.numpy()
+        with np.errstate(over="ignore"):
+            rounded = full.astype(np.float16)
+        if not np.array_equal(rounded.astype(np.float32), full):
+            continue
+        name = f"{value.name}.fp16"
+        stored = onnx_ir.Value(
+            name=name,
+            shape=value.shape,
+            type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16),
+            const_value=onnx_ir.tensor(rounded, name=name),
+        )
+        graph.initializers.pop(value.name)
+        graph.register_initializer(stored)
+        cast = onnx_ir.node("Cast", [stored], {"to": int(onnx_ir.DataType.FLOAT)})
+        cast.outputs[0].name = value.name
+        value.replace_all_uses_with(cast.outputs[0])
+        graph.insert_before(graph[0], cast)
+
+
+def _move_weights(model: onnx_ir.Model, weights: SharedWeights) -> None:
+    """Replace large weights by references to a file."""
+    for value in model.graph.initializers.values():
+        tensor: Any = value.const_value
+        if tensor.nbytes >= LEAST:
+            value.const_value = onnx_ir.ExternalTensor(
+                weights.path.name,
+                weights.add(tensor.tobytes()),
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=weights.path.parent,
+            )
 
 
 def _scrub(model: onnx_ir.Model) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from export.graphs import visual_tower
 from export.loaded import LoadedClip
-from runtimes.bundle import Parity, TextSpec, check_graph
+from runtimes.bundle import Parity, TextSpec
+from runtimes.graph_check import check_graph
 from runtimes.prompts import feeds, placeholder_id
 from runtimes.providers import onnxruntime
 from runtimes.tokenizer import Tokenizer
+from runtimes.weights import WEIGHTS
 from ztune.errors import ZtuneError
 from ztune.types import F32, I64
 
@@ -186,7 +188,8 @@ def open_graph(graph: Path) -> Any:
 
     Raises: FormatError for one that no bundle may have.
     """
-    check_graph(graph, f"{graph.name}.data")
+    shared = (graph.parent / WEIGHTS).exists()
+    check_graph(graph, WEIGHTS if shared else f"{graph.name}.data")
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3

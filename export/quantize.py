@@ -10,25 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from export.half import to_half
-from export.weights import read_graph, write_graph
+from export.shared import SharedWeights
+from export.weights import read_graph
 from runtimes.bundle import (
-    EXTERNAL_THRESHOLD,
     IMAGE_PROMPTED,
     MANIFEST,
     PARITY,
+    VERSION,
     Bundle,
     Parity,
     list_files,
     load_bundle,
 )
 from runtimes.ort import parity_figures
+from runtimes.prompts import token_table
 from runtimes.providers import Execution, Setup, onnxruntime
+from runtimes.weights import WEIGHTS
 from ztune.errors import ConfigError, ZtuneError
 from ztune.io.files import new_folder, write_json
 from ztune.io.schema import plain
 from ztune.types import Json
 
 GRAPHS = ("image", "text", "prompt")
+_OLD_TABLE = "token_table.npy"
+_OF_FP32 = ("visual", "store", "rounding")
+"""Entries of the manifest that do not apply to the result."""
 # Measured towers keep 0.99 in int8 and 0.99999 in fp16.
 _LEAST_COSINE = {"int8": 0.98, "fp16": 0.999}
 PRECISIONS = tuple(_LEAST_COSINE)
@@ -39,8 +45,6 @@ def quantize_bundle(
     out: Path,
     precision: str,
     progress: Callable[[str], None] = lambda line: None,
-    *,
-    external_threshold: int = EXTERNAL_THRESHOLD,
 ) -> Bundle:
     """Write the bundle of the same model in `precision` to the new folder `out`.
 
@@ -59,7 +63,7 @@ def quantize_bundle(
             f'bundle "{bundle.path}" is {bundle.precision}; only an fp32 bundle can be quantized'
         )
     with new_folder(out) as work:
-        _write_files(bundle, work, precision, progress, external_threshold)
+        _write_files(bundle, work, precision, progress)
     return load_bundle(out)
 
 
@@ -68,18 +72,19 @@ def _write_files(
     folder: Path,
     precision: str,
     progress: Callable[[str], None],
-    external_threshold: int,
 ) -> None:
     parity: dict[str, Parity] = {}
+    weights = SharedWeights(folder / WEIGHTS)
     for name in bundle.files:
-        if not name.endswith((".onnx", ".onnx.data")):
+        if not name.endswith((".onnx", ".onnx.data")) and name not in (WEIGHTS, _OLD_TABLE):
             shutil.copyfile(bundle.file(name), folder / name)
     for name in GRAPHS:
         graph = folder / f"{name}.onnx"
         progress(f"{name}.onnx: converting to {precision}")
         model = read_graph(bundle.file(f"{name}.onnx"))
         model = _to_int8(model, graph) if precision == "int8" else to_half(model)
-        write_graph(model, graph, external_threshold)
+        weights.move(model)
+        graph.write_bytes(model.SerializeToString())
         # The only place where fp16 runs on a CPU, since parity is measured on any machine. `plain`
         # skips the optimisations that crash.
         setup = Setup(plain=precision == "fp16")
@@ -98,7 +103,9 @@ def _write_files(
     if bundle.visual is not None:
         progress(f"{IMAGE_PROMPTED}: omitted, since image tokens need the fp32 bundle")
     manifest: dict[str, Json] = {
-        **{key: value for key, value in bundle.manifest.items() if key != "visual"},
+        **{key: value for key, value in bundle.manifest.items() if key not in _OF_FP32},
+        **weights.finish(token_table(bundle)),
+        "version": VERSION,
         "precision": precision,
         "parity": plain(parity),
         "files": plain(list_files(folder)),

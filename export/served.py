@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
+from export.client import read_client_file
 from export.nodes import Nodes
 from export.visual_prompt import Subgraph
 from export.weights import read_graph
-from runtimes.bundle import CLIENT_FILES, Bundle
+from runtimes.bundle import Bundle
 from runtimes.prompts import placeholder_id, token_table
 from runtimes.scores import scoring_nodes
-from ztune.io.files import read_bytes
 
 _FLOAT, _DOUBLE, _INT64, _UINT8 = (
     TensorProto.FLOAT,
@@ -111,11 +111,10 @@ def score_graph(bundle: Bundle, *, logits: bool) -> ModelProto:
 def client_graph(bundle: Bundle) -> ModelProto:
     """Return `slice` i64[2] (start, length) to `bytes` u8[length] of the client half.
 
-    The half is the concatenation of CLIENT_FILES; `sizes` i64[files] are their bytes. Slices are
-    truncated at the end.
+    The half is the concatenation of `bundle.client_files`; `sizes` i64[files] are their bytes.
+    Slices are truncated at the end.
     """
-    parts = [read_bytes(bundle.path / "bundle.json")]
-    parts += [read_bytes(bundle.file(name)) for name in CLIENT_FILES[1:]]
+    parts = [read_client_file(bundle, name) for name in bundle.client_files]
     g = Nodes("client")
     content = g.constant(np.frombuffer(b"".join(parts), dtype=np.uint8), np.uint8)
     start = g.node("Gather", ["slice", g.constant([0], np.int64)], axis=0)

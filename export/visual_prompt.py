@@ -11,8 +11,9 @@ import onnx
 from onnx import NodeProto, TensorProto, version_converter
 
 from export.nodes import Nodes, normalise, resize
-from runtimes.bundle import Bundle, check_graph
+from runtimes.bundle import Bundle
 from runtimes.decoder import N_STATISTICS, decoder_graph, n_values
+from runtimes.graph_check import check_graph
 from runtimes.visual import inner_side, limits, normalised_border
 from ztune.artifact import VisualArtifact
 from ztune.errors import FormatError

@@ -7,54 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
+from runtimes.graph_check import check_graph
+from runtimes.weights import BLOCK, TABLE, WEIGHTS, TokenTable, check_blocks
 from ztune.errors import FormatError
-from ztune.io.files import open_regular, read_json, sha256
+from ztune.io.files import read_json, sha256
 from ztune.io.kinds import wrong_kind
-from ztune.io.schema import AtLeastOne, Count, Positive, convert, current
-from ztune.types import Json
+from ztune.io.schema import AtLeastOne, Count, Positive, Sha256, convert, current
+from ztune.types import Json, TokenRows
 
 FORMAT = "ztune-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "bundle.json"
 PARITY = "parity.safetensors"
 IMAGE_PROMPTED = "image_prompted.onnx"
-CLIENT_FILES = (MANIFEST, "tokenizer.json", "token_table.npy", PARITY)
-"""The client half: the files of a served bundle that its client needs, without graphs."""
-# Bytes of weights above which they are external data: ONNX Runtime maps that file, but holds a
-# graph's own bytes twice while opening. A ViT-B/32 image pass peaks at 545 MB instead of 770.
-EXTERNAL_THRESHOLD = 16_000_000
 # In a path, where two slashes become one.
 _URL = re.compile(r"(^|/)(tritons?|https?):/(.*)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# Untrusted graphs must terminate and read no other file; ztune uses only standard operators.
-_STANDARD = ("", "ai.onnx")
-"""Allowed operator domains; others have loops without a subgraph, or load files."""
-_BYTES = 2  # the wire type of messages, strings and bytes
-_FIXED = {1: 8, 5: 4}
-_LONGEST_NUMBER = 10  # bytes
-# Field numbers of onnx.proto.
-_MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
-_GRAPH_NODE, _GRAPH_WEIGHT, _GRAPH_SPARSE = 1, 5, 15
-_NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
-_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
-_SPARSE_TENSORS = (1, 2)
-_TENSOR_EXTERNAL = 13
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 
 Size = Annotated[int, Meta(ge=1, le=65536)]
 """A width or length; bounded, so that allocations stay small."""
 Channels = Annotated[tuple[float, ...], Meta(min_length=3, max_length=3)]
 Precision = Literal["fp32", "fp16", "int8"]
+Store = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +121,16 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Already exponentiated."""
     logit_bias: float
     precision: Precision
+    store: Store = "fp32"
+    """Precision of stored weights, which graphs of an fp32 bundle widen when they are opened."""
+    rounding: Mapping[str, float] = {}
+    """By graph: the worst cosine at export between features with stored and original weights."""
     visual: VisualSpec | None = None
     """None where the bundle has no `image_prompted.onnx`."""
+    token_table: TokenTable | None = None
+    """None in version 1, where it is the file `token_table.npy`."""
+    weight_blocks: tuple[Sha256, ...] = ()
+    """SHA-256 of every 16 MiB of `weights.bin`; in version 1 each graph has its own weights."""
     parity: Mapping[str, Parity]
     """By graph."""
     files: Mapping[str, BundleFile]
@@ -159,6 +150,12 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         """Whether all graphs of the manifest are absent."""
         return not any((self.path / name).is_file() for name in self.files if ".onnx" in name)
 
+    @property
+    def client_files(self) -> tuple[str, ...]:
+        """The client half: the files of a served bundle that its client needs, without graphs."""
+        table = "token_table.npy" if self.token_table is None else TABLE
+        return (MANIFEST, "tokenizer.json", table, PARITY)
+
     def file(self, name: str) -> Path:
         """Return the path of a file after checking size, digest and graph.
 
@@ -167,17 +164,63 @@ class Bundle(Manifest, frozen=True, kw_only=True):
         if name not in self.files:
             raise FormatError(f'bundle "{self.path}" has no {name} (export the model again)')
         with reading(f'bundle "{self.path}": {name}'):
-            for part in (name, f"{name}.data"):
+            own = f"{name}.data"
+            for part in (name, own):
                 if part in self.files:
-                    self._check(part)
+                    self._check(part, self.files[part])
             if name.endswith(".onnx"):
-                check_graph(
-                    self.path / name, f"{name}.data" if f"{name}.data" in self.files else None
-                )
+                self._check_graph(name, own)
         return self.path / name
 
-    def _check(self, name: str) -> None:
-        listed = self.files[name]
+    def map_table(self) -> TokenRows | None:
+        """Return the token table of `weights.bin` or a client half, memory-mapped.
+
+        None in version 1, where it is a file of its own.
+
+        Raises: FormatError when it is missing, damaged or replaced.
+        """
+        table = self.token_table
+        if table is None:
+            return None
+        with reading(f'bundle "{self.path}": token table'):
+            if not (self.path / WEIGHTS).is_file():
+                _, length = table.span
+                self._check(TABLE, BundleFile(table.sha256, length))
+                return table.map(self.path / TABLE, 0)
+            self._check_weights([table.span])
+            return table.map(self.path / WEIGHTS, table.offset)
+
+    def check_client_files(self) -> None:
+        """Check the files of the client half.
+
+        Raises: FormatError as `file`.
+        """
+        self.map_table()
+        for name in self.client_files[1:]:
+            if name != TABLE:
+                self.file(name)
+
+    def _check_graph(self, name: str, own: str) -> None:
+        if own in self.files or WEIGHTS not in self.files:
+            check_graph(self.path / name, own if own in self.files else None)
+        else:
+            self._check_size(WEIGHTS, self.files[WEIGHTS])
+            self._check_weights(check_graph(self.path / name, WEIGHTS))
+
+    def _check_weights(self, spans: Iterable[tuple[int, int]]) -> None:
+        self._check_size(WEIGHTS, self.files[WEIGHTS])
+        where = f'bundle "{self.path}": {WEIGHTS}'
+        check_blocks(self.path / WEIGHTS, self.weight_blocks, spans, where)
+
+    def _check(self, name: str, listed: BundleFile) -> None:
+        self._check_size(name, listed)
+        if sha256(self.path / name) != listed.sha256:
+            raise FormatError(
+                f'bundle "{self.path}": {name}: SHA-256 differs from bundle.json (corrupted or '
+                "replaced; export again)"
+            )
+
+    def _check_size(self, name: str, listed: BundleFile) -> None:
         path = self.path / name
         where = f'bundle "{self.path}": {name}'
         if not path.is_file():
@@ -192,10 +235,6 @@ class Bundle(Manifest, frozen=True, kw_only=True):
             raise FormatError(
                 f"{where} has {found} bytes, expected {listed.bytes} "
                 "(corrupted or replaced; export again)"
-            )
-        if sha256(path) != listed.sha256:
-            raise FormatError(
-                f"{where}: SHA-256 differs from bundle.json (corrupted or replaced; export again)"
             )
 
 
@@ -244,134 +283,35 @@ def _load(path: Path) -> Bundle:
             f'{where}: only one of "visual" and {IMAGE_PROMPTED} is present, expected both or '
             "neither (export again)"
         )
+    _check_layout(manifest, where)
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     return Bundle(path=path, digest=sha256(path / MANIFEST), manifest=raw, **fields)
 
 
-def check_graph(graph: Path, allowed: str | None) -> None:
-    """Refuse a graph that may not terminate, or with external data in a file other than `allowed`.
+def _check_layout(manifest: Manifest, where: str) -> None:
+    """Check that what a manifest says of `weights.bin` and its parts fits together.
 
-    Raises: FormatError for control flow (a subgraph), a function, an operator of another domain
-        than ONNX's, external data elsewhere, or a file that is not an ONNX graph; OSError.
+    Raises: FormatError.
     """
-    with open_regular(graph) as file:
-        if graph.stat().st_size == 0:
-            raise FormatError(f"{graph} is empty")
-        with (
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-            memoryview(content) as view,
-        ):
-            _Walk(view, graph, allowed).model()
-
-
-class _Walk:
-    """One pass over a graph in protobuf's wire format, where a span is a message's start and end.
-
-    It skips weights, which a parser would hold in memory.
-    """
-
-    def __init__(self, content: memoryview, path: Path, allowed: str | None):
-        self._content, self._path, self._allowed = content, path, allowed
-
-    def model(self) -> None:
-        found = False
-        for number, span in self._fields((0, len(self._content))):
-            if number in (_MODEL_FUNCTIONS, _MODEL_TRAINING):
-                raise self._refusal("has functions")
-            if number == _MODEL_GRAPH:
-                self._graph(span)
-                found = True
-        if not found:
-            raise self._damaged()
-
-    def _graph(self, graph: tuple[int, int]) -> None:
-        for number, span in self._fields(graph):
-            if number == _GRAPH_NODE:
-                self._node(span)
-            elif number == _GRAPH_WEIGHT:
-                self._tensor(span)
-            elif number == _GRAPH_SPARSE:
-                self._sparse(span)
-
-    def _node(self, node: tuple[int, int]) -> None:
-        operator = ""
-        for number, span in self._fields(node):
-            if number == _NODE_OPERATOR:
-                operator = self._text(span)
-            elif number == _NODE_DOMAIN and (domain := self._text(span)) not in _STANDARD:
-                raise self._refusal(f"has an operator of the domain {domain!r}")
-            elif number == _NODE_ATTRIBUTE:
-                self._attribute(span, operator)
-
-    def _attribute(self, attribute: tuple[int, int], operator: str) -> None:
-        for number, span in self._fields(attribute):
-            if number in _ATTRIBUTE_GRAPHS:
-                raise self._refusal(f"has control flow (operator {operator or 'unknown'!r})")
-            if number in _ATTRIBUTE_TENSORS:
-                self._tensor(span)
-            elif number in _ATTRIBUTE_SPARSE:
-                self._sparse(span)
-
-    def _sparse(self, sparse: tuple[int, int]) -> None:
-        for number, span in self._fields(sparse):
-            if number in _SPARSE_TENSORS:
-                self._tensor(span)
-
-    def _tensor(self, tensor: tuple[int, int]) -> None:
-        for number, span in self._fields(tensor):
-            if number == _TENSOR_EXTERNAL:
-                entry = [(part, self._text(text)) for part, text in self._fields(span)]
-                if (_ENTRY_KEY, "location") not in entry:
-                    continue
-                for location in (text for part, text in entry if part == _ENTRY_VALUE):
-                    if location != self._allowed:
-                        raise FormatError(
-                            f"{self._path} stores tensors in {location!r}, "
-                            f"expected {self._allowed or 'all in one file'} (export again)"
-                        )
-
-    def _fields(self, message: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yield number and span of a message's fields that hold bytes."""
-        place, end = message
-        while place < end:
-            tag, place = self._number(place, end)
-            kind, start = tag & 7, place
-            if kind == _BYTES:
-                length, start = self._number(place, end)
-                place = start + length
-            elif kind == 0:
-                _, place = self._number(place, end)
-            elif kind in _FIXED:
-                place += _FIXED[kind]
-            else:  # groups, which ONNX does not have
-                raise self._damaged()
-            if place > end or not 8 <= tag < 1 << 32:  # protobuf would cut off the bits above
-                raise self._damaged()
-            if kind == _BYTES:
-                yield tag >> 3, (start, place)
-
-    def _number(self, place: int, end: int) -> tuple[int, int]:
-        """Return a varint and the place after it."""
-        value = 0
-        for position in range(min(_LONGEST_NUMBER, end - place)):
-            byte = self._content[place + position]
-            value |= (byte & 0x7F) << 7 * position
-            if byte < 0x80:
-                return value, place + position + 1
-        raise self._damaged()
-
-    def _text(self, span: tuple[int, int]) -> str:
-        return bytes(self._content[slice(*span)]).decode(errors="backslashreplace")
-
-    def _refusal(self, what: str) -> FormatError:
-        return FormatError(
-            f"{self._path} {what}, expected a graph of standard ONNX operators without control "
-            "flow, which always terminates (export again)"
+    weights, table = manifest.files.get(WEIGHTS), manifest.token_table
+    if weights is None and table is None and not manifest.weight_blocks:
+        return
+    if weights is None or table is None:
+        raise FormatError(
+            f'{where}: only one of "token_table" and {WEIGHTS} is present, expected both or '
+            "neither (export again)"
         )
-
-    def _damaged(self) -> FormatError:
-        return FormatError(
-            f"{self._path} cannot be opened: it is not an ONNX graph (corrupted or replaced)"
+    n_blocks = -(-weights.bytes // BLOCK)
+    if len(manifest.weight_blocks) != n_blocks:
+        raise FormatError(
+            f"{where}: $.weight_blocks: expected {n_blocks} digests for {weights.bytes} bytes, got "
+            f"{len(manifest.weight_blocks)} (export again)"
+        )
+    if sum(table.span) > weights.bytes or table.shape[1] != manifest.text.width:
+        raise FormatError(
+            f"{where}: $.token_table: {list(table.shape)} at offset {table.offset}, expected "
+            f"[*, {manifest.text.width}] within the {weights.bytes} bytes of {WEIGHTS} (export "
+            "again)"
         )
 
 

@@ -15,8 +15,9 @@ from msgspec import Meta
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes.bundle import ImageSpec, Precision, check_graph, reading
+from runtimes.bundle import ImageSpec, Precision, reading
 from runtimes.conversions import count_conversions, report_conversions
+from runtimes.graph_check import check_graph
 from runtimes.preprocess import ImageLike, crop, with_image
 from runtimes.providers import Execution, check_precision, open_session, run_graph
 from ztune.errors import DataError, FormatError, ImageSizeError, ProviderError

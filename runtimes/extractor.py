@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import Bundle, check_graph, reading
+from runtimes.bundle import Bundle, reading
+from runtimes.graph_check import check_graph
 from runtimes.ort import encoder_identity
 from runtimes.preprocess import normalise, read_view
 from runtimes.providers import Execution, open_session, run_graph

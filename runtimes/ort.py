@@ -33,6 +33,7 @@ from runtimes.providers import (
     run_graph,
 )
 from runtimes.tokenizer import Tokenizer
+from runtimes.weights import WEIGHTS
 from ztune.errors import FormatError
 from ztune.io.tensors import read_tensors
 from ztune.types import F32, I64, U8, PromptEncoder, RandomView
@@ -84,7 +85,7 @@ class OrtImageEncoder:
         self._graph: Graph | None = None
         weights = "".join(
             bundle.files[name].sha256
-            for name in ("image.onnx", "image.onnx.data")
+            for name in ("image.onnx", "image.onnx.data", WEIGHTS)
             if name in bundle.files
         )
         self._identity = encoder_identity(weights, bundle.image, execution, bundle.precision)

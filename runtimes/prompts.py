@@ -11,38 +11,49 @@ from runtimes.bundle import Bundle, TextSpec
 from runtimes.tokenizer import Tokenizer
 from ztune.errors import ConfigError, DataError, FormatError
 from ztune.printing import reason_of
-from ztune.types import F32, I64, PromptEncoder
+from ztune.types import F32, I64, PromptEncoder, TokenRows
 
 
-def token_table(bundle: Bundle) -> F32:
-    """Return the token embeddings f32[vocabulary, d], memory-mapped."""
+def token_table(bundle: Bundle) -> TokenRows:
+    """Return the token embeddings [vocabulary, d], memory-mapped.
+
+    They are f16 in a bundle that stores weights in half precision: widen what you use (`embed`).
+    """
+    table = bundle.map_table()
+    if table is None:
+        table = _load_table(bundle)
+    specials = (*bundle.text.prefix_ids, *bundle.text.suffix_ids, bundle.text.pad_id)
+    require_rows(table, np.array(specials, np.int64))
+    return table
+
+
+def _load_table(bundle: Bundle) -> F32:
+    """Return the token table of a bundle of version 1."""
     path = bundle.file("token_table.npy")
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table: F32 = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy raises many types for a damaged header
         raise FormatError(f"{path} cannot be read ({reason_of(error)}); export again") from None
     if table.ndim != 2 or table.dtype != np.float32 or table.shape[1] != bundle.text.width:
         raise FormatError(
             f"{path} is {table.dtype}{list(table.shape)}, expected float32[*, {bundle.text.width}]"
         )
-    specials = (*bundle.text.prefix_ids, *bundle.text.suffix_ids, bundle.text.pad_id)
-    require_rows(table, np.array(specials, np.int64))
     return table
 
 
-def require_rows(table: F32, ids: I64) -> None:
+def require_rows(table: TokenRows, ids: I64) -> None:
     """Check that all ids are rows of the token table.
 
     Raises: FormatError naming the largest.
     """
     if ids.size and ids.max() >= len(table):
         raise FormatError(
-            f"token_table.npy has {len(table)} rows, expected more than {ids.max()}, the id of a "
+            f"the token table has {len(table)} rows, expected more than {ids.max()}, the id of a "
             "token (file damaged; export again)"
         )
 
 
-def embed(table: F32, ids: I64) -> F32:
+def embed(table: TokenRows, ids: I64) -> F32:
     """Return the embeddings f32[n, d] of token ids i64[n].
 
     Raises: FormatError for a table that is too short.
@@ -106,7 +117,7 @@ def name_lengths(spec: TextSpec, names: Sequence[tuple[int, ...]]) -> list[int]:
 
 def feeds(
     spec: TextSpec,
-    table: F32,
+    table: TokenRows,
     names: Sequence[tuple[int, ...]],
     n_context: int,
     width: int | None = None,
@@ -121,7 +132,7 @@ def feeds(
 
 
 def _prefix_feeds(
-    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], width: int | None
+    spec: TextSpec, table: TokenRows, names: Sequence[tuple[int, ...]], width: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the real tokens packed in sequence, and indices to and from the grid [C, n]."""
     rows = [(*ids, *spec.suffix_ids) for ids in names]
@@ -141,7 +152,7 @@ def _prefix_feeds(
 
 
 def _sequence_feeds(
-    spec: TextSpec, table: F32, names: Sequence[tuple[int, ...]], n_context: int
+    spec: TextSpec, table: TokenRows, names: Sequence[tuple[int, ...]], n_context: int
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return whole sequences: rows of [contexts; name embeddings], and ids."""
     tokens = np.full((len(names), spec.context_length), spec.pad_id, dtype=np.int64)

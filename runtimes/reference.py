@@ -30,6 +30,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.plan import Sizes, make_plan
 from runtimes.prompts import feeds, name_lengths, token_table
 from runtimes.providers import Execution, onnxruntime, run_graph
+from runtimes.weights import WEIGHTS
 from ztune.errors import FormatError, ZtuneError
 from ztune.io.children import python_command
 from ztune.io.files import remove_leftovers, temporary_folder
@@ -194,7 +195,7 @@ def _open(bundle: Bundle, bundle_precision: bool, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if f"{path.name}.data" in bundle.files:
+    if {f"{path.name}.data", WEIGHTS} & bundle.files.keys():
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from runtimes.weights import WEIGHTS
 from ztune.errors import FormatError, ProviderError
 from ztune.io.files import sha256, user_cache
 
@@ -68,7 +69,7 @@ def engine_name(graph: Path, calls: Sequence[Shapes]) -> str:
     ONNX Runtime distinguishes engines by the graph's structure, but not by its weights.
     """
     digest = hashlib.sha256(str(graph.resolve()).encode())
-    for part in (graph, graph.with_name(f"{graph.name}.data")):
+    for part in (graph, graph.with_name(f"{graph.name}.data"), graph.with_name(WEIGHTS)):
         if part.exists():
             digest.update(sha256(part).encode())
     for call in calls:
@@ -98,7 +99,7 @@ def _profiles(calls: Sequence[Shapes]) -> dict[str, str]:
 
 
 def _is_half(graph: Path | bytes) -> bool:
-    """Return whether a graph has fp16 weights."""
+    """Return whether a graph computes with fp16 weights, rather than only storing them."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -109,4 +110,7 @@ def _is_half(graph: Path | bytes) -> bool:
             model = onnx.load(str(graph), load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise FormatError(f"the graph for TensorRT is not an ONNX graph ({error})") from None
-    return any(w.data_type == onnx.TensorProto.FLOAT16 for w in model.graph.initializer)
+    half = {w.name for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT16}
+    return any(
+        node.op_type != "Cast" and half.intersection(node.input) for node in model.graph.node
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.bundle import CLIENT_FILES, load_bundle
+from runtimes.bundle import load_bundle
 from tests.conftest import DIGITS, MINI, ROOT, Command, Result
 from ztune.errors import FormatError
 
@@ -43,7 +43,9 @@ def test_a_repository_says_what_it_holds(ztune: Command, tmp_path: Path) -> None
         folder.name: sum(path.stat().st_size for path in folder.rglob("*.*") if path.is_file())
         for folder in out.iterdir()
     }
-    assert sizes["mini_client"] > sum((MINI / name).stat().st_size for name in CLIENT_FILES)
+    assert sizes["mini_client"] > sum(
+        (MINI / name).stat().st_size for name in load_bundle(MINI).client_files
+    )
     assert lines[-1] == f"start it with: tritonserver --model-repository='{out}'"
 
 
@@ -125,14 +127,14 @@ def test_wrong_usage_exits_with_2(ztune: Command, tmp_path: Path) -> None:
 
 
 def test_the_client_half_is_the_bundle_without_its_graphs(half: Path) -> None:
-    assert sorted(path.name for path in half.iterdir()) == sorted(CLIENT_FILES)
-    for name in CLIENT_FILES:
+    names = load_bundle(MINI).client_files
+    assert sorted(path.name for path in half.iterdir()) == sorted(names)
+    for name in names:
         assert (half / name).read_bytes() == (MINI / name).read_bytes()
     bundle, whole = load_bundle(half), load_bundle(MINI)
     assert bundle.digest == whole.digest
     assert (bundle.is_client_half, whole.is_client_half) == (True, False)
-    for name in CLIENT_FILES[1:]:
-        bundle.file(name)
+    bundle.check_client_files()
 
 
 def test_the_client_half_says_what_it_is(ztune: Command, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ztune.io.files import check_new, new_folder
 from ztune.progress import SILENCE, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
+STORES = ("fp32", "fp16")
 
 
 def list_models(word: str = "") -> dict[str, list[str]]:
@@ -44,6 +45,7 @@ def export(
     *,
     pretrained: str | None = None,
     precision: str = "fp32",
+    store: str = "fp32",
     image_tokens: bool = False,
     preprocess_from: str | None = None,
     tokenizer: Path | str | None = None,
@@ -62,6 +64,7 @@ def export(
     file with the preprocessing of a checkpoint without one; `ema` takes a checkpoint's moving
     averages, `interpolate_positions` resizes its position embeddings to the model's, `adapter` is
     the folder of a LoRA adapter to merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `store` fp16 stores the weights of an fp32 bundle in half precision, and halves it;
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
 
@@ -87,6 +90,12 @@ def export(
             f"`image_tokens` requires `precision=fp32`, got {precision}: visual prompts are tuned "
             "in 32 bits (leave one of the two out)"
         )
+    if store not in STORES:
+        raise ConfigError(f'unknown `store` "{store}", expected {", ".join(STORES)}')
+    if store != "fp32" and precision != "fp32":
+        raise ConfigError(
+            f"`store={store}` requires `precision=fp32`, got {precision} (leave one of the two out)"
+        )
     out = Path(out)
     check_new(out)
     progress.remark(f"loading {model}{f', {pretrained}' if pretrained else ''}")
@@ -103,7 +112,9 @@ def export(
         adapter=None if adapter is None else Path(adapter).expanduser(),
     )
     if precision == "fp32":
-        return export_bundle(loaded, out, image_tokens=image_tokens, progress=progress.remark)
+        return export_bundle(
+            loaded, out, image_tokens=image_tokens, store=store, progress=progress.remark
+        )
     with new_folder(out) as work:
         whole = export_bundle(loaded, work / "fp32", progress=progress.remark)
         result = quantize_bundle(whole, work / precision, precision, progress.remark)
@@ -120,6 +131,10 @@ def summary(bundle: Bundle) -> list[str]:
     manifest: Any = bundle.manifest
     source = manifest["source_parity"]
     size = sum(file.bytes for file in bundle.files.values())
+    stored = []
+    if bundle.rounding:
+        worst = min(bundle.rounding.values())
+        stored = [f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights"]
     mean, std = (" ".join(f"{one:.5g}" for one in values) for values in (image.mean, image.std))
     return [
         f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…",
@@ -130,6 +145,7 @@ def summary(bundle: Bundle) -> list[str]:
         f"  against {source['library']}: ids of {source['texts']} texts equal, pixels of "
         f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
         f"{source['logits']:.1e}",
+        *stored,
         *(
             f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
             f"largest difference {figures['max_abs']:.1e}"

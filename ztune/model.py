@@ -18,7 +18,7 @@ from runtimes.extractor import OrtExtractor
 from runtimes.in_memory import InMemoryImageEncoder, InMemoryImages
 from runtimes.ort import OrtImageEncoder, OrtPromptGraph
 from runtimes.preprocess import ImageLike, crop, with_image
-from runtimes.prompts import embed_words, token_table, tokenize_words
+from runtimes.prompts import embed, embed_words, token_table, tokenize_words
 from runtimes.providers import Execution, check_precision, onnxruntime, resolve_execution
 from runtimes.remote.endpoint import is_url, parse_named_server
 from runtimes.remote.settings import parse_settings, settings_to_save
@@ -397,7 +397,8 @@ class Model:
             )
         encoder = self.prompt_graph.encoder(classes, tokens.shape[1], at_once)
         self.progress.remark(f"encoding {len(tokens)} prompts for {len(classes)} classes")
-        return mix_text_features(encoder, table[tokens], artifact.weights, at_once)
+        contexts = embed(table, tokens.astype(np.int64))
+        return mix_text_features(encoder, contexts, artifact.weights, at_once)
 
 
 def load(

@@ -19,6 +19,8 @@ F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
+TokenRows = NDArray[np.float32] | NDArray[np.float16]
+"""A token table [vocabulary, d]."""
 if TYPE_CHECKING:
     Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 else:

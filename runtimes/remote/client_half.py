@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from runtimes.bundle import CLIENT_FILES, MANIFEST, Bundle, load_bundle
+from runtimes.bundle import MANIFEST, Bundle, load_bundle
 from runtimes.remote.contract import CLIENT, Tensor
 from runtimes.remote.service import ModelRequest, Service
 from ztune.errors import ConfigError, FormatError, ServerError
 from ztune.io.files import new_folder, user_cache
 
+_N_FILES = 4
 _SLICE = 4_000_000
 _LARGEST_MANIFEST = 1_000_000
 _LARGEST = 4_000_000_000
@@ -46,8 +47,7 @@ def load_client_half(service: Service, shipped: Path | None, progress: Progress)
         )
     else:
         bundle = _fetch(service, progress)
-    for name in CLIENT_FILES[1:]:
-        bundle.file(name)
+    bundle.check_client_files()
     return bundle
 
 
@@ -80,23 +80,23 @@ def _download(
 ) -> None:
     """Download the files into a folder and check them."""
     total, start = sum(sizes), 0
-    for name, size in zip(CLIENT_FILES, sizes, strict=True):
-        with (work / name).open("wb") as file:
+    names: Sequence[str] = [MANIFEST]
+    for number, size in enumerate(sizes):
+        with (work / names[number]).open("wb") as file:
             for first in range(start, start + size, _SLICE):
                 length = min(_SLICE, start + size - first)
                 file.write(_fetch_slice(service, first, length))
                 progress(first + length, total)
         start += size
-        if name == MANIFEST:
-            found = hashlib.sha256((work / name).read_bytes()).digest()
+        if number == 0:
+            found = hashlib.sha256((work / MANIFEST).read_bytes()).digest()
             if found != digest:
                 raise ServerError(
                     f"{service.location}: the downloaded manifest has SHA-256 {found.hex()[:12]}…, "
                     f"expected {digest.hex()[:12]}… (export the repository again)"
                 )
-    bundle = load_bundle(work)
-    for name in CLIENT_FILES[1:]:
-        bundle.file(name)
+            names = load_bundle(work).client_files
+    load_bundle(work).check_client_files()
 
 
 def _load_cached(folder: Path, digest: str) -> Bundle:
@@ -106,8 +106,7 @@ def _load_cached(folder: Path, digest: str) -> Bundle:
     """
     with contextlib.suppress(FormatError):
         bundle = load_bundle(folder)
-        for name in CLIENT_FILES[1:]:
-            bundle.file(name)
+        bundle.check_client_files()
         if bundle.digest == digest:
             return bundle
     raise ServerError(f'"{folder}" is damaged (remove it; the next command downloads it again)')
@@ -116,7 +115,7 @@ def _load_cached(folder: Path, digest: str) -> Bundle:
 def _fetch_sizes(service: Service) -> tuple[list[int], bytes | None]:
     """Return the files' sizes in bytes and the digest of the served bundle."""
     wanted = {
-        "sizes": Tensor("INT64", (len(CLIENT_FILES),)),
+        "sizes": Tensor("INT64", (_N_FILES,)),
         "bytes": Tensor("UINT8", (1,)),
     }
     has_digest = service.offers[CLIENT].reports_digest

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import CLIENT_FILES, Bundle
+from runtimes.bundle import Bundle
 from runtimes.remote.transport import NUMPY_TYPES
 from ztune.errors import ServerError
 from ztune.types import Json
@@ -93,7 +93,7 @@ def required_tensors(part: str, bundle: Bundle) -> tuple[Tensors, Tensors]:
         )
     return (
         {"slice": Tensor("INT64", (2,))},
-        {"bytes": Tensor("UINT8", (-1,)), "sizes": Tensor("INT64", (len(CLIENT_FILES),))},
+        {"bytes": Tensor("UINT8", (-1,)), "sizes": Tensor("INT64", (len(bundle.client_files),))},
     )
 
 

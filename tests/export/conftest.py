@@ -13,7 +13,9 @@ from torch.onnx._internal.exporter import _registration
 from export.bundle import export_bundle
 from export.clip import load_clip
 from export.loaded import LoadedClip
+from export.shared import SharedWeights
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.weights import WEIGHTS
 from tests.conftest import Once
 from tests.export.small_models import small_model, write_tiny
 
@@ -55,7 +57,8 @@ def tiny(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def traced_before(tiny: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an export of the tiny model take its graphs from its bundle instead of tracing."""
 
-    def copy(_module: Any, _inputs: Any, path: Path, _threshold: int) -> None:
+    def copy(_module: Any, _inputs: Any, path: Path, weights: SharedWeights, **_: bool) -> None:
         shutil.copy(tiny[1].file(path.name), path)
+        shutil.copy(tiny[1].path / WEIGHTS, weights.path)
 
     monkeypatch.setattr("export.bundle.export_onnx", copy)

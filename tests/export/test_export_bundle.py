@@ -23,7 +23,7 @@ from export.clip import load_clip
 from export.graphs import ImageGraph
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
-from runtimes.prompts import embed_words
+from runtimes.prompts import embed_words, token_table
 from runtimes.providers import Execution
 from runtimes.reference import to_reference_graph
 from runtimes.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def test_manifest_and_files_describe_the_model(exported: Exported) -> None:
     loaded, bundle = exported
     model: Any = loaded.model
     assert set(bundle.files) == {
-        "image.onnx", "text.onnx", "prompt.onnx", "token_table.npy", "tokenizer.json",
+        "image.onnx", "text.onnx", "prompt.onnx", "weights.bin", "tokenizer.json",
         "parity.safetensors",
     }  # fmt: skip
     for name in bundle.files:
@@ -113,8 +113,7 @@ def test_manifest_and_files_describe_the_model(exported: Exported) -> None:
     assert bundle.logit_bias == pytest.approx(0.0 if bias is None else float(bias))
     assert bundle.image == loaded.image
     assert bundle.text == loaded.text
-    table = np.load(bundle.file("token_table.npy"), mmap_mode="r")
-    np.testing.assert_array_equal(table, loaded.tower.embedding.weight.numpy())
+    np.testing.assert_array_equal(token_table(bundle), loaded.tower.embedding.weight.numpy())
     kept = load_file(bundle.file("parity.safetensors"))
     for graph in ("image", "text", "prompt"):
         features = kept.pop(f"{graph}.features")
@@ -154,15 +153,13 @@ def test_graphs_run_on_the_oldest_onnxruntime_and_carry_no_local_paths(exported:
         assert str(Path.cwd()) not in (bundle.path / name).read_text()
 
 
-def test_a_large_graph_has_external_weights(
+def test_an_export_says_what_it_does_and_leaves_nothing_else(
     tiny: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     loaded, whole = tiny
     lines: list[str] = []
     (tmp_path / "bundle").mkdir()  # an empty folder is taken
-    bundle = export_bundle(
-        loaded, tmp_path / "bundle", external_threshold=10_000, progress=lines.append
-    )
+    bundle = export_bundle(loaded, tmp_path / "bundle", progress=lines.append)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
     assert [line.partition(":")[0] for line in lines] == [
@@ -170,31 +167,16 @@ def test_a_large_graph_has_external_weights(
     ]  # fmt: skip
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
     for graph in ("image", "text", "prompt"):
-        assert f"{graph}.onnx.data" in bundle.files
-        assert bundle.files[f"{graph}.onnx"].bytes < whole.files[f"{graph}.onnx"].bytes
-        # Nothing else differs, though the whole bundle has another graph too.
+        # Nothing differs, though the whole bundle has another graph too.
         one, other = (onnx.load(b.file(f"{graph}.onnx")).graph for b in (bundle, whole))
         assert list(one.node) == list(other.node)
-        for split, kept in zip(one.initializer, other.initializer, strict=True):
-            assert split.name == kept.name
+        for first, second in zip(one.initializer, other.initializer, strict=True):
+            assert first.name == second.name
             np.testing.assert_array_equal(
-                onnx.numpy_helper.to_array(split), onnx.numpy_helper.to_array(kept)
+                onnx.numpy_helper.to_array(first), onnx.numpy_helper.to_array(second)
             )
-    for case in parity.prompt_cases(loaded, [(2, 3, 4)]):
-        (features,) = session(bundle, "prompt").run(None, dict(case.feeds))
-        np.testing.assert_allclose(features, case.features, atol=5e-6)
     assert bundle.model_id == whole.model_id
     assert bundle.digest != whole.digest
-
-    data = bundle.path / "prompt.onnx.data"
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(FormatError, match=r"prompt\.onnx\.data: SHA-256 differs"):
-        bundle.file("prompt.onnx")
-    data.unlink()
-    with pytest.raises(FormatError, match=r"prompt\.onnx\.data is missing"):
-        bundle.file("prompt.onnx")
 
 
 def test_model_id_follows_the_model_and_nothing_else(tiny: Exported, tmp_path: Path) -> None:
@@ -267,9 +249,10 @@ def stop(line):
     if line.startswith("image.onnx: maximum difference"):
         os.kill(os.getpid(), signal.SIGKILL)
 # Tracing would take longer than the rest.
-bundle.export_onnx = lambda module, inputs, path, threshold: shutil.copy(
-    Path({str(bundle.path)!r}) / path.name, path
-)
+def copy(module, inputs, path, weights, half):
+    for target in (path, weights.path):
+        shutil.copy(Path({str(bundle.path)!r}) / target.name, target)
+bundle.export_onnx = copy
 bundle.export_bundle(load_clip("{model}"), Path({str(tmp_path / "bundle")!r}), progress=stop)
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)

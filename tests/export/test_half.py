@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from benchmarks.old_layout import write_version_1
 from export.half import to_half
 from export.quantize import quantize_bundle
 from export.weights import read_graph
@@ -16,6 +17,7 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_on_this_machine
 from runtimes.providers import Execution, onnxruntime, open_session
 from runtimes.tokenizer import Tokenizer
+from runtimes.weights import WEIGHTS
 from tests.conftest import DIGITS, MINI, Command
 from tests.export.conftest import Exported
 from tests.export.small_models import write_tiny
@@ -38,7 +40,7 @@ def other_half(
 ) -> Bundle:
     _, whole = small(request.param)
     out = tmp_path_factory.mktemp("other") / "fp16"
-    return quantize_bundle(whole, out, "fp16", external_threshold=50_000)
+    return quantize_bundle(whole, out, "fp16")
 
 
 def typed_nodes(bundle: Bundle, graph: str) -> Iterator[tuple[onnx.NodeProto, list[int], int]]:
@@ -74,11 +76,9 @@ def test_products_are_fp16_and_sums_and_normalisation_fp32(mini_half: Bundle) ->
     check_precisions(mini_half)
     assert mini_half.precision == "fp16"
     assert mini_half.model_id == load_bundle(MINI).model_id
+    weights = [w for graph in GRAPHS for w in read_graph(MINI / f"{graph}.onnx").graph.initializer]
+    assert mini_half.files[WEIGHTS].bytes < 0.6 * sum(len(w.raw_data) for w in weights)
     for graph in GRAPHS:
-        assert (
-            mini_half.files[f"{graph}.onnx"].bytes
-            < 0.7 * load_bundle(MINI).files[f"{graph}.onnx"].bytes
-        )
         assert mini_half.parity[graph]["cosine"] > 0.99999
 
 
@@ -92,31 +92,23 @@ def test_residual_sums_stay_fp32(mini_half: Bundle) -> None:
             assert made_by[name].op_type != "Cast"
 
 
-def test_other_architectures_and_external_weights(other_half: Bundle) -> None:
+def test_other_architectures(other_half: Bundle) -> None:
     check_precisions(other_half)
-    assert "prompt.onnx.data" in other_half.files
     for graph in GRAPHS:
         assert other_half.parity[graph]["cosine"] > 0.9999
 
 
-def test_external_weights_are_converted_too(tmp_path: Path, mini_half: Bundle) -> None:
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_external_weights_are_converted_too(precision: str, tmp_path: Path) -> None:
     mini = load_bundle(MINI)
-    for precision in ("int8", "fp16"):
-        split = quantize_bundle(mini, tmp_path / precision, precision, external_threshold=100_000)
-        assert f"{GRAPHS[0]}.onnx.data" in split.files
-        whole = mini_half
-        if precision == "int8":
-            whole = quantize_bundle(mini, tmp_path / "whole", precision)
-        assert dict(split.parity) == dict(whole.parity)
-        for graph in GRAPHS:
-            first, second = (read_graph(b.file(f"{graph}.onnx")) for b in (split, whole))
-            assert [w.name for w in first.graph.initializer] == [
-                w.name for w in second.graph.initializer
-            ]
-            for one, other in zip(first.graph.initializer, second.graph.initializer, strict=True):
-                np.testing.assert_array_equal(
-                    numpy_helper.to_array(one), numpy_helper.to_array(other)
-                )
+    split = write_version_1(mini, tmp_path / "split", threshold=100_000)
+    assert "image.onnx.data" in split.files
+    one, other = (
+        quantize_bundle(bundle, tmp_path / name, precision)
+        for name, bundle in (("one", mini), ("other", split))
+    )
+    assert one.files == other.files
+    assert one.manifest["derived_from"] == mini.digest
 
 
 def test_an_fp16_bundle_is_refused_on_the_cpu(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from export.clip import load_clip
+from export.fit import fit_weights
 from export.loaded import LoadedClip
 from tests.export.hugging_face_models import KINDS, SIDE, save
 from tests.export.small_models import t5_like_tokenizer, write_tiny
@@ -169,6 +170,21 @@ def test_clip_variants(tmp_path: Path, saved: Callable[[str], Saved]) -> None:
         assert loaded.text.graph == graph
         assert loaded.text.pooling == ("argmax" if "eos_token_id" in text else "eos")
         assert_equal(loaded, "clip", model, folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_weights_without_their_folder_fit_open_clips_architecture(
+    prefix: str, saved: Callable[[str], Saved]
+) -> None:
+    model, folder = saved("clip")
+    loaded = load(folder, random_weights=3)
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    (note,) = fit_weights(loaded.model, state, "checkpoint", "Tiny")
+    assert "transformers' names" in note
+    assert_equal(loaded, "clip", model, folder)
+    del state[f"{prefix}vision_model.post_layernorm.bias"]
+    with pytest.raises(ConfigError, match=r'"visual.ln_post.bias"'):
+        fit_weights(loaded.model, state, "checkpoint", "Tiny")
 
 
 def test_random_weights_need_no_file(clip: Path) -> None:

@@ -10,11 +10,12 @@ import onnxruntime
 import pytest
 from onnx import ModelProto
 
+from export.client import read_client_file
 from export.quantize import quantize_bundle
 from export.served import client_graph, image_graph, prompt_graph, score_graph, text_graph
-from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
+from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import OrtPromptGraph, parity_inputs
-from runtimes.prompts import name_tokens
+from runtimes.prompts import name_tokens, token_table
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -75,7 +76,7 @@ def context_that_fits(bundle: Bundle, names: Sequence[str]) -> int:
 
 def random_contexts(bundle: Bundle, n: int, n_context: int) -> F32:
     rng = np.random.default_rng(n_context)
-    table = np.load(bundle.file("token_table.npy"), mmap_mode="r")
+    table = token_table(bundle)
     values = rng.normal(size=(n, n_context, bundle.text.width)) * 2 * table.std()
     return values.astype(np.float32)
 
@@ -168,7 +169,7 @@ def test_towers_answer_as_they_did_and_sign_each_row(bundle: Bundle, name: str) 
 
 def test_the_client_half_in_slices(tower: Bundle) -> None:
     graph = session(client_graph(tower))
-    files = [(tower.path / name).read_bytes() for name in CLIENT_FILES]
+    files = [read_client_file(tower, name) for name in tower.client_files]
     whole = b"".join(files)
 
     def cut(start: int, length: int) -> bytes:
@@ -219,7 +220,7 @@ def test_another_number_of_labels_than_of_images_is_refused(tower: Bundle, n_lab
 
 def test_ids_beyond_the_table_are_refused(tower: Bundle) -> None:
     graph = session(prompt_graph(tower))
-    rows = np.load(tower.file("token_table.npy"), mmap_mode="r").shape[0]
+    rows = len(token_table(tower))
     contexts = random_contexts(tower, 1, 2)
     graph.run(None, {"contexts": contexts, "tokens": np.array([[rows - 1, rows - 1]])})
     with pytest.raises(Exception, match="out of data bounds"):

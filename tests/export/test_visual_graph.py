@@ -17,9 +17,11 @@ from export.graphs import PromptedImageGraph, visual_tower
 from export.loaded import LoadedClip
 from export.parity import image_cases, open_graph
 from export.quantize import quantize_bundle
+from export.shared import SharedWeights
 from runtimes.bundle import IMAGE_PROMPTED, load_bundle
 from runtimes.ort import parity_on_this_machine
 from runtimes.providers import Execution
+from runtimes.weights import WEIGHTS
 from tests.conftest import MINI, Command
 from tests.export.conftest import Exported
 from tests.export.small_models import small_model, tiny_config, write_model, write_tiny
@@ -58,7 +60,8 @@ def by_hand(loaded: LoadedClip, pixels: torch.Tensor, tokens: torch.Tensor) -> A
 @pytest.mark.parametrize("vision", [v[1] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
 def test_the_graph_is_an_insertion_by_hand(vision: dict[str, Any], tmp_path: Path) -> None:
     loaded = load_clip(write_model(tmp_path / "model", tiny_config(**vision)))
-    figures, _ = export_graph(image_prompted_graph(loaded), tmp_path, 10**9, lambda line: None)
+    weights = SharedWeights(tmp_path / WEIGHTS)
+    figures, _ = export_graph(image_prompted_graph(loaded), tmp_path, weights, lambda line: None)
     assert 0 <= figures["max_abs"] < 5e-6
     run = open_graph(tmp_path / IMAGE_PROMPTED)
     (plain,) = image_cases(loaded, [6])

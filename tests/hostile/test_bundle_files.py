@@ -52,7 +52,7 @@ def test_a_token_table_that_is_too_short(
     words = ("--data", FEW_DIGITS, "--shots", 1, "--method", method, "--queries", 20)
     done = ztune("tune", bundle, *words, "--out", tmp_path / "run", "--quiet")
     assert done.code == 1
-    assert done.err.startswith("error: token_table.npy has ")
+    assert done.err.startswith("error: the token table has ")
     assert done.err.count("\n") == 1
 
 

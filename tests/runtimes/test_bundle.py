@@ -107,7 +107,7 @@ def set_field(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_field("version", value=2), "format version 2 is newer than this ztune reads"),
+        (set_field("version", value=3), "format version 3 is newer than this ztune reads"),
         (set_field("version", value="1"), r"\$\.version: expected int, got str"),
         (set_field("format", value="onnx"), r"\$\.format: expected .ztune-bundle., got .onnx."),
         (set_field("model_id", value=...), "missing required field model_id"),

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from runtimes.bundle import check_graph, load_bundle
+from runtimes.bundle import load_bundle
 from runtimes.classifier import open_classifier
 from runtimes.extractor import OrtExtractor
+from runtimes.graph_check import check_graph
 from runtimes.ort import Graph
 from runtimes.providers import Execution
 from runtimes.reference import _open

@@ -10,7 +10,7 @@ import pytest
 from export.quantize import quantize_bundle
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtPromptGraph
-from runtimes.prompts import token_table
+from runtimes.prompts import embed, token_table
 from runtimes.providers import Execution
 from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
@@ -197,7 +197,7 @@ def graph(memory_limit: int | None = None, threads: int = 1) -> OrtPromptGraph:
 def test_a_part_of_the_classes_has_the_bytes_of_the_whole(memory_limit: int | None) -> None:
     opened = graph(memory_limit)
     rng, table = np.random.default_rng(0), token_table(opened.bundle)
-    given = np.ascontiguousarray(table[rng.integers(300, 800, (6, 4))])
+    given = embed(table, rng.integers(300, 800, (6, 4)))
     encoder = opened.encoder(WORDS, 4, 6)
     whole = encoder.encode(given)
     parts: tuple[list[int], ...] = ([0], [2], [5], [3, 1], [4, 0, 2], [5, 4, 3, 2, 1])
@@ -216,7 +216,7 @@ def test_class_keys_tell_names_apart_that_have_other_bytes(tmp_path: Path) -> No
     assert same == (keys[2], keys[0])
     alone = [opened.encoder((name,), 4, 1).class_keys[0] for name in WORDS]
     assert not set(alone) & set(keys)
-    given = np.ascontiguousarray(token_table(opened.bundle)[np.arange(300, 308).reshape(2, 4)])
+    given = embed(token_table(opened.bundle), np.arange(300, 308).reshape(2, 4))
     for names in (WORDS, WORDS[:2], WORDS[:1], WORDS[2:], WORDS[1:3]):
         encoder = opened.encoder(names, 4, 2)
         stored = StoredTextEncoder(encoder, store(tmp_path))
@@ -229,7 +229,7 @@ def test_class_keys_tell_names_apart_that_have_other_bytes(tmp_path: Path) -> No
 def test_in_low_precision_calls_that_are_split_otherwise_are_others(tmp_path: Path) -> None:
     bundle = quantize_bundle(load_bundle(MINI), tmp_path / "int8", "int8")
     given = np.random.default_rng(0).integers(300, 800, (10, 4))
-    contexts = np.ascontiguousarray(token_table(bundle)[given])
+    contexts = embed(token_table(bundle), given)
     for memory_limit in (None, 2):
         opened = OrtPromptGraph(bundle, Tokenizer(bundle), Execution("cpu", 1, memory_limit))
         encoder = opened.encoder(WORDS, 4, 10)
@@ -244,7 +244,7 @@ def test_a_graph_is_opened_when_a_text_is_encoded(
     def refuse(*_: object) -> None:
         raise AssertionError("a graph was opened")
 
-    given = np.ascontiguousarray(token_table(load_bundle(MINI))[np.arange(300, 308).reshape(2, 4)])
+    given = embed(token_table(load_bundle(MINI)), np.arange(300, 308).reshape(2, 4))
     expected = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path)).encode(given)
     monkeypatch.setattr("runtimes.ort.open_session", refuse)
     stored = StoredTextEncoder(graph().encoder(WORDS, 4, 2), store(tmp_path))

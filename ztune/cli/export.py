@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--random-weights", int, "SEED", "random weights (tests)"),
         ("--licence", str, "TEXT", "licence of the weights, for the manifest (unknown)"),
         ("--precision", str, "NAME", "fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"),
+        ("--store", str, "NAME", "fp16: store weights in half precision"),
         ("--client", Path, "BUNDLE", "copy the part of this bundle that a server's client needs"),
         ("--out", Path, "BUNDLE", "a new folder"),
     ):
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         arguments.out,
         pretrained=arguments.pretrained,
         precision=arguments.precision or "fp32",
+        store=arguments.store or "fp32",
         image_tokens=arguments.image_tokens,
         preprocess_from=arguments.preprocess_from,
         tokenizer=arguments.tokenizer,
@@ -91,14 +93,14 @@ def _list_models(arguments: argparse.Namespace, output: Output) -> None:
 
 def _export_client_half(arguments: argparse.Namespace, output: Output) -> None:
     from export.client import export_client
-    from runtimes.bundle import CLIENT_FILES, load_bundle
+    from runtimes.bundle import load_bundle
 
     kept = ("client", "out")
     of_model = [option for name, option in arguments.given.items() if name not in kept]
     if of_model:
         raise ConfigError(f"--client copies an existing bundle (leave out {', '.join(of_model)})")
     half = export_client(load_bundle(arguments.client), arguments.out)
-    size = sum((half.path / name).stat().st_size for name in CLIENT_FILES)
+    size = sum((half.path / name).stat().st_size for name in half.client_files)
     lines = [
         f"{half.path}: {size / 1e6:.1f} MB, client half of bundle {half.digest[:12]}…",
         "Use it with --client to tune against a server.",

@@ -54,6 +54,7 @@ def _move_extractor(document: Document) -> Document:
 
 UPGRADES: dict[str, tuple[Callable[[Document], Document], ...]] = {
     "ztune-artifact": (dict, dict),
+    "ztune-bundle": (dict,),
     "ztune-classifier": (_classifier, dict, dict),
     "ztune-run": (_run, _move_extractor),
 }

@@ -22,7 +22,7 @@ from ztune.io.config import require
 from ztune.optim.cma import KEEPS as CMA_KEEPS
 from ztune.optim.cma import Cma, CmaConfig, check_reach, default_population, own_seconds
 from ztune.optim.epochs import BUDGET, CANDIDATES, KEEPS, Epochs
-from ztune.types import F32, F64, I64, LEAST_AREA, Json, Optimizer, PromptMap
+from ztune.types import F32, F64, I64, LEAST_AREA, Json, Optimizer, PromptMap, TokenRows
 
 Composition = tuple[PromptMap, Optimizer]
 # Streams of a run's seed; 3 draws batches, 4 the signal's probes.
@@ -48,8 +48,8 @@ class ModelSpec:
     """The properties of model and images that a method may use before its first query."""
 
     text_width: int
-    token_table: F32
-    """f32[vocabulary, d], memory-mapped."""
+    token_table: TokenRows
+    """[vocabulary, d], memory-mapped."""
     context_of_words: Callable[[str], F32]
     """The embeddings f32[m, d] of a text's tokens."""
     image_size: int

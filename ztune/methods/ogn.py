@@ -28,7 +28,18 @@ from ztune.objective import cross_entropy, required_logits
 from ztune.optim.convex import SoftmaxProblem
 from ztune.optim.logit_span import LogitSpan
 from ztune.optim.ridge_path import cross_validate_ridge, fold_of_each
-from ztune.types import F32, F64, I64, Evaluation, HeldOutWeights, Mixture, Prompts, Proposal, State
+from ztune.types import (
+    F32,
+    F64,
+    I64,
+    Evaluation,
+    HeldOutWeights,
+    Mixture,
+    Prompts,
+    Proposal,
+    State,
+    TokenRows,
+)
 
 PROMPTS = "prompts"
 """The stop reason after most_prompts prompts."""
@@ -45,8 +56,8 @@ _LEAST_RANK = 40  # the rank is reduced in favour of images down to this
 class VocabularyContext:
     """context = table[point], with integer token ids f64[m]."""
 
-    def __init__(self, table: F32, n_tokens: int):
-        """Take the token table f32[vocabulary, d] and m."""
+    def __init__(self, table: TokenRows, n_tokens: int):
+        """Take the token table [vocabulary, d] and m."""
         self._table = table
         self._n_tokens = n_tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.bundle import CLIENT_FILES, Bundle, load_bundle
+from runtimes.bundle import Bundle, load_bundle
 from runtimes.remote.connect import CheckedService, _text_ids, connect
 from runtimes.remote.endpoint import Connection, parse_named_server
 from runtimes.remote.served import ServerRuntime
@@ -88,7 +88,7 @@ def half(bundle: Bundle, tmp_path: Path) -> Path:
     """Return a folder with the client half of the bundle, shipped by hand."""
     folder = tmp_path / "half"
     folder.mkdir()
-    for name in CLIENT_FILES:
+    for name in bundle.client_files:
         shutil.copyfile(bundle.path / name, folder / name)
     return folder
 
@@ -129,9 +129,9 @@ def test_the_client_half_is_fetched_once(
     assert made.bundle.digest == bundle.digest
     assert made.bundle.path == cache / bundle.digest
     assert made.bundle.is_client_half
-    for name in CLIENT_FILES:
+    for name in bundle.client_files:
         assert (made.bundle.path / name).read_bytes() == (bundle.path / name).read_bytes()
-    total = sum((bundle.path / name).stat().st_size for name in CLIENT_FILES)
+    total = sum((bundle.path / name).stat().st_size for name in bundle.client_files)
     assert sum(length for _, length in asked[1:]) == total
     assert reach.progress[-1] == (total, total)
     assert set(made.parity) == {"image", "text", "prompt", "score"}

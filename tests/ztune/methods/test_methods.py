@@ -34,7 +34,7 @@ from ztune.objective import LOGITS_AT_ONCE, cross_entropy
 from ztune.optim.cma import Cma
 from ztune.optim.rgf import Rgf
 from ztune.system import one_blas_thread
-from ztune.types import F32, F64, I64, Evaluation, Json, Mixing, Optimizer, Prompts
+from ztune.types import F64, I64, Evaluation, Json, Mixing, Optimizer, Prompts
 
 D, SIZE, WIDTH, N_EXTRACTED = 16, 24, 12, 40
 N_WORDS = 4
@@ -318,7 +318,7 @@ def test_a_border_starts_from_a_normal_distribution_and_a_text_from_its_words() 
     start = BarConfig().build(towers(), QUERIES, 1)[1].recommend()
     assert start.std() == pytest.approx(1, rel=0.05)
     assert abs(start.mean()) < 0.05
-    words: F32 = towers().token_table[:3]
+    words = np.asarray(towers().token_table[:3], np.float32)
     for config in (
         DirectSpsaConfig(init="one two three"),
         SharpZoConfig(init="one two three"),
