@@ -378,7 +378,7 @@ def test_a_lora_adapter_is_merged(
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.data = torch.randn_like(parameter)
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     loaded = load(clip, adapter=tmp_path / "adapter")
     assert loaded.source["pretrained"] == "local-dir:mine + adapter adapter"
     assert_equal(loaded, "clip", tuned.merge_and_unload(), clip)
