@@ -37,11 +37,14 @@ from ztune.io.schema import plain
 from ztune.system import versions
 
 if TYPE_CHECKING:
-    from export.clip import LoadedClip
+    from export.loaded import LoadedClip
 
 NAIVE = "naive.onnx"
 # Inputs of the files besides the model: a change of the exporter triggers a new export.
-_SOURCES = ("export", "runtimes/bundle.py", "runtimes/prompts.py", "benchmarks/towers.py")
+_SOURCES = (
+    "export", "runtimes/bundle.py", "runtimes/prompts.py", "runtimes/weights.py",
+    "benchmarks/towers.py",
+)  # fmt: skip
 _PACKAGES = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxruntime-gpu")
 _TINY: dict[str, Any] = {
     "embed_dim": 32,

@@ -16,7 +16,6 @@ import open_clip
 import torch
 from torch import nn
 
-from export.clip import LoadedClip
 from export.graphs import (
     ImageGraph,
     PrefixGraph,
@@ -26,6 +25,7 @@ from export.graphs import (
     visual_tower,
 )
 from export.half_store import rounded_to_half, worst_cosine
+from export.loaded import LoadedClip
 from export.onnx import Input, export_onnx
 from export.parity import (
     Case,

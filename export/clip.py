@@ -6,45 +6,42 @@ by OpenAI's defaults, and builds a model that was trained with QuickGELU without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import parse_model_name
 from torch import nn
 
+from export.adapter import check_adapter, merge_adapter
+from export.checkpoint import read_checkpoint
 from export.downloads import capture_logs, explain_download_errors, reason
-from export.naming import CONFIG, Weights, display_name, display_weights, is_tag, resolve
+from export.fit import fit_weights
+from export.hugging_face import load_hugging_face
+from export.hugging_face_files import fetch_saved_model, is_saved_model
+from export.loaded import LoadedClip, check_finite, text_spec
+from export.naming import (
+    BIG_VISION,
+    CONFIG,
+    Weights,
+    display_name,
+    display_weights,
+    model_name,
+    resolve,
+)
 from export.preprocessing import image_spec
-from export.reference import Reference, file_tokenize, open_clip_preprocess, open_clip_tokenize
+from export.reference import (
+    Reference,
+    file_tokenize,
+    open_clip_preprocess,
+    open_clip_tokenize,
+    open_file,
+)
 from export.text_encoder import check_text_encoder
-from export.text_tower import TextTower, graph_kind, text_tower
-from export.vocabulary import Vocabulary, find_vocabulary
-from runtimes.bundle import ImageSpec, TextSpec
+from export.text_tower import text_tower
+from export.vocabulary import find_vocabulary
 from ztune.errors import ConfigError
-from ztune.io.schema import convert
-from ztune.types import I64, Json
-
-
-@dataclass(frozen=True)
-class LoadedClip:
-    """A model ready for export, with the metadata of its bundle."""
-
-    model: nn.Module
-    """In float32 and evaluation mode."""
-    config: Mapping[str, Json]
-    """open_clip's description of the architecture."""
-    tower: TextTower
-    image: ImageSpec
-    text: TextSpec
-    tokenizer_json: str
-    reference: Reference
-    source: Mapping[str, str]
-    notes: tuple[str, ...]
-    """Choices that differ from open_clip's default."""
 
 
 def load_clip(
@@ -55,17 +52,39 @@ def load_clip(
     pad_id: int | None = None,
     random_weights: int | None = None,
     licence: str = "unknown",
+    ema: bool = False,
+    interpolate_positions: bool = False,
+    adapter: Path | None = None,
 ) -> LoadedClip:
-    """Load `model` (a registry name, local-dir:PATH or hf-hub:ID) with its weights and tokenizer.
+    """Load `model` (a registry name, a folder or hf-hub:ID) with its weights and tokenizer.
 
     `pretrained` is a published tag or a checkpoint file, `preprocess_from` a tag (or MODEL:TAG) or
     a JSON file, `random_weights` a seed instead of weights (for tests), `licence` that of the
-    weights, which open_clip does not record.
+    weights, which open_clip does not record. `ema` takes a checkpoint's moving averages,
+    `interpolate_positions` resizes its position embeddings, `adapter` is a LoRA adapter's folder.
 
     Raises: ConfigError for arguments that do not match, ZtuneError when a download fails.
     """
     if pretrained is not None and random_weights is not None:
         raise ConfigError("`pretrained` and `random_weights` are mutually exclusive")
+    model = model_name(model)
+    if (saved := _find_saved_model(model)) is not None:
+        if pretrained is not None or ema or interpolate_positions:
+            raise ConfigError(
+                f'model "{model}" was saved by transformers and includes its weights: leave out '
+                "`pretrained`, `ema` and `interpolate_positions`"
+            )
+        with capture_logs():
+            return load_hugging_face(
+                saved,
+                display_name(model),
+                tokenizer_file=tokenizer_file,
+                preprocess_from=preprocess_from,
+                pad_id=pad_id,
+                random_weights=random_weights,
+                licence=licence,
+                adapter=adapter,
+            )
     with capture_logs() as messages:
         weights = resolve(model, pretrained, preprocess_from, random_weights)
         text_config = weights.config["text_cfg"]
@@ -75,75 +94,93 @@ def load_clip(
                 hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
             ):
                 check_text_encoder(model, text_config)
-        module = _create_model(model, weights, random_weights)
-        # A published tag matches its architecture; a file may not.
-        resized = [message for message in messages if message.startswith("Resizing")]
-        if resized and not is_tag(model, weights.pretrained):
+        if weights.checkpoint is None and (ema or interpolate_positions):
             raise ConfigError(
-                f'the checkpoint does not match model "{model}": position embeddings of another '
-                "size (another image size or context length); pass the architecture it was "
-                "trained with"
+                f"`{'ema' if ema else 'interpolate_positions'}` is for a checkpoint file: leave it "
+                "out, or pass `pretrained=FILE`"
             )
+        # Whatever is cheap and may fail comes before the model, which takes minutes.
+        if adapter is not None:
+            check_adapter(adapter)
+        tokenizer = _open_tokenizer(model, tokenizer_file)
+        checkpoint = None
+        if weights.checkpoint is not None and weights.checkpoint.suffix not in BIG_VISION:
+            checkpoint = read_checkpoint(weights.checkpoint, ema)
+        module = _create_model(model, weights, random_weights)
+        # A published tag matches its architecture; a repository of the hub may not.
+        if not weights.tag and any(message.startswith("Resizing") for message in messages):
+            raise ConfigError(
+                f'the weights of model "{model}" do not match its config: position embeddings of '
+                "another size (another image size or context length); correct the config"
+            )
+        notes = list(checkpoint.notes if checkpoint else ())
+        if checkpoint is not None:
+            where = f'checkpoint "{weights.checkpoint}"'
+            notes += fit_weights(module, checkpoint.state, where, model, interpolate_positions)
+        if adapter is not None:
+            notes.append(merge_adapter(module, adapter))
         check_finite(module)
         tower = text_tower(module, text_config.get("context_length"))
-        vocabulary, tokenize = _find_tokenizer(model, weights.config, tower, tokenizer_file, pad_id)
-    kind = graph_kind(
-        tower, vocabulary.prefix_ids, vocabulary.suffix_ids, largest_id=vocabulary.largest_id
-    )
-    notes = []
+        with _explain_tokenizer_errors(model):
+            vocabulary = find_vocabulary(
+                model,
+                text_config,
+                tokenizer_file,
+                pad_id,
+                pad_matters=tower.sees_padding,
+                masked_id=tower.pad_id,
+                table_size=int(tower.embedding.num_embeddings),
+            )
+        if tokenizer_file is None:
+            tokenize = open_clip_tokenize(tokenizer, vocabulary, tower.context_length)
+        else:
+            tokenize = file_tokenize(tokenizer, vocabulary, text_config, tower.context_length)
+    n_ids, n_rows = vocabulary.largest_id + 1, int(tower.embedding.num_embeddings)
+    if tokenizer_file is not None and n_ids != n_rows:
+        notes.append(
+            f"{tokenizer_file.name} has {n_ids} ids, the model's token table {n_rows} rows: check "
+            "that it is this model's tokenizer"
+        )
     if weights.quick_gelu != bool(weights.config.get("quick_gelu")):
         notes.append(
             f"built with{'' if weights.quick_gelu else 'out'} QuickGELU, as "
             f'"{preprocess_from or pretrained}" was trained; the default of "{model}" differs'
         )
-    text = {
-        "width": tower.width,
-        "context_length": tower.context_length,
-        "prefix_ids": vocabulary.prefix_ids,
-        "suffix_ids": vocabulary.suffix_ids,
-        "pad_id": vocabulary.pad_id,
-        "cleaning": vocabulary.cleaning,
-        "causal": tower.causal,
-        "pooling": tower.pooling,
-        "graph": kind,
-    }
-    image = image_spec(module, weights.preprocess, model)
+    visual: Any = module.visual
+    image = image_spec(visual.image_size, weights.preprocess, model)
     return LoadedClip(
         model=module,
         config={**weights.config, "quick_gelu": weights.quick_gelu},
         tower=tower,
         image=image,
-        text=convert(text, TextSpec, f'text tower of model "{model}"'),
+        text=text_spec(tower, vocabulary, model),
         tokenizer_json=vocabulary.content,
         reference=Reference(
             "open_clip", tokenize, open_clip_preprocess(weights.preprocess, image.size)
         ),
         source={
             "model": display_name(model),
-            "pretrained": display_weights(model, pretrained, random_weights),
+            "pretrained": display_weights(model, pretrained, random_weights)
+            + (f" + adapter {adapter.resolve().name}" if adapter else ""),
             "licence": licence,
         },
         notes=tuple(notes),
     )
 
 
-def check_finite(module: nn.Module) -> None:
-    """Refuse weights that are not finite.
-
-    Raises: ConfigError naming the first tensor.
-    """
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ConfigError(
-                f'weight "{name}" {list(tensor.shape)} has {count} values that are NaN or infinite '
-                "(damaged or diverged in training): use an earlier checkpoint"
-            )
+def _find_saved_model(model: str) -> Path | None:
+    """Return the folder of a model that transformers saved, downloaded from the hub if needed."""
+    schema, _, identifier = model.partition(":")
+    if schema == "local-dir":
+        return Path(identifier) if is_saved_model(Path(identifier)) else None
+    if schema == "hf-hub":
+        with capture_logs(), explain_download_errors(f'model "{model}"'):
+            return fetch_saved_model(identifier)
+    return None
 
 
 def _create_model(model: str, weights: Weights, random_weights: int | None) -> nn.Module:
-    schema, identifier = parse_model_name(model)
-    name = model if schema else identifier.replace("/", "-")
+    """Build a model in float32, with its weights if open_clip downloads or converts them."""
     options: dict[str, Any] = {
         "precision": "fp32",
         "weights_only": True,
@@ -151,54 +188,37 @@ def _create_model(model: str, weights: Weights, random_weights: int | None) -> n
         "pretrained_text": False,
         "quick_gelu": weights.quick_gelu,
     }
-    where = f'model "{model}"'
-    if random_weights is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_weights)
-            module = open_clip.create_model(name, load_weights=False, **options)
-    elif schema == "hf-hub" or is_tag(model, weights.pretrained):
-        with explain_download_errors(where):
-            module = open_clip.create_model(
-                name, weights.pretrained, require_pretrained=True, **options
-            )
-    else:
-        if weights.pretrained is not None:
-            where = f'checkpoint "{weights.pretrained}"'
+    with torch.random.fork_rng(devices=[]):
+        if random_weights is not None or weights.checkpoint is not None:
+            torch.manual_seed(random_weights or 0)
+            module = open_clip.create_model(model, load_weights=False, **options)
+        else:
+            with explain_download_errors(f'model "{model}"'):
+                module = open_clip.create_model(
+                    model, weights.tag, require_pretrained=True, **options
+                )
+    if weights.checkpoint is not None and weights.checkpoint.suffix in BIG_VISION:
         try:
-            module = open_clip.create_model(
-                name, weights.pretrained, require_pretrained=True, **options
-            )
-        except Exception as error:
-            raise ConfigError(f"{where} cannot be loaded as {name}: {reason(error)}") from None
+            open_clip.load_checkpoint(module, str(weights.checkpoint))
+        except Exception as error:  # numpy and open_clip on a damaged or other file
+            raise ConfigError(
+                f'checkpoint "{weights.checkpoint}" cannot be loaded as {model}: {reason(error)}'
+            ) from None
     if hasattr(module, "text_decoder"):
         del module.text_decoder  # CoCa's captioner contributes to neither feature
     result: nn.Module = module.float().eval().requires_grad_(False)
     return result
 
 
-def _find_tokenizer(
-    model: str,
-    config: Mapping[str, Any],
-    tower: TextTower,
-    tokenizer_file: Path | None,
-    pad_id: int | None,
-) -> tuple[Vocabulary, Callable[[Sequence[str]], I64]]:
-    with explain_download_errors(
+def _open_tokenizer(model: str, file: Path | None) -> Any:
+    """Return open_clip's tokenizer, or the one in `file` as `tokenizers` reads it."""
+    if file is not None:
+        return open_file(file)
+    with _explain_tokenizer_errors(model):
+        return open_clip.get_tokenizer(model)
+
+
+def _explain_tokenizer_errors(model: str) -> AbstractContextManager[None]:
+    return explain_download_errors(
         f'the tokenizer of model "{model}"', hint="pass its tokenizer.json: `tokenizer=FILE`"
-    ):
-        vocabulary = find_vocabulary(
-            model,
-            config["text_cfg"],
-            tokenizer_file,
-            pad_id,
-            pad_matters=tower.sees_padding,
-            masked_id=tower.pad_id,
-            table_size=int(tower.embedding.num_embeddings),
-        )
-        if tokenizer_file is None:
-            tokenize = open_clip_tokenize(model, vocabulary, tower.context_length)
-        else:
-            tokenize = file_tokenize(
-                tokenizer_file, vocabulary, config["text_cfg"], tower.context_length
-            )
-    return vocabulary, tokenize
+    )

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.clip import LoadedClip
 from export.graphs import visual_tower
+from export.loaded import LoadedClip
 from runtimes.bundle import Parity, TextSpec
 from runtimes.graph_check import check_graph
 from runtimes.prompts import feeds, placeholder_id

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import tokenizers
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 
 from export.vocabulary import Vocabulary
+from ztune.errors import ConfigError
+from ztune.io.files import read_bytes
 from ztune.types import F32, I64
 
 
@@ -31,10 +32,9 @@ class Reference:
 
 
 def open_clip_tokenize(
-    name: str, vocabulary: Vocabulary, context_length: int
+    tokenizer: Any, vocabulary: Vocabulary, context_length: int
 ) -> Callable[[Sequence[str]], I64]:
-    """Return open_clip's tokenizer of the model `name`, padded as `vocabulary` says."""
-    tokenizer = open_clip.get_tokenizer(name)
+    """Return open_clip's tokenizer, padded as `vocabulary` says."""
     own = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0)
 
     def tokenize(texts: Sequence[str]) -> I64:
@@ -48,13 +48,26 @@ def open_clip_tokenize(
     return tokenize
 
 
-def file_tokenize(
-    file: Path, vocabulary: Vocabulary, text_config: Mapping[str, Any], context_length: int
-) -> Callable[[Sequence[str]], I64]:
-    """Return the tokenizer of a file as `tokenizers` reads it, on text that open_clip cleans."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+def open_file(file: Path) -> Any:
+    """Open a tokenizer.json without padding and truncation.
+
+    Raises: ConfigError.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(read_bytes(file).decode())
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ConfigError(
+            f"`tokenizer` {file} cannot be read as tokenizers JSON ({error})"
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def file_tokenize(
+    tokenizer: Any, vocabulary: Vocabulary, text_config: Mapping[str, Any], context_length: int
+) -> Callable[[Sequence[str]], I64]:
+    """Return the tokenizer of `open_file`, on text that open_clip cleans."""
     separator = (
         tokenizer.token_to_id("[SEP]")
         if (text_config.get("tokenizer_kwargs") or {}).get("strip_sep_token")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from export.clip import LoadedClip
+from export.loaded import LoadedClip
 from export.parity import LIMIT, open_graph
 from runtimes.preprocess import crop, normalise
 from runtimes.tokenizer import Tokenizer

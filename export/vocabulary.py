@@ -69,7 +69,7 @@ def find_vocabulary(
     default = "lower" if simple else "canonicalize" if siglip else "whitespace"
     cleaning = options.get("clean", default)
     if file is not None:
-        raw, found_pad, where = _read(file), _find_pad_id(file), f"`tokenizer` {file}"
+        raw, found_pad, where = read_tokenizer(file), find_pad_id(file), f"`tokenizer` {file}"
     elif simple:
         if {"additional_special_tokens", "bpe_path", "reduction_mask"} & options.keys():
             raise ConfigError(
@@ -103,8 +103,31 @@ def find_vocabulary(
             f'{where} pads with id {pad_id}, but the text tower of "{model}" masks id {masked_id}: '
             "pass the tokenizer it was trained with: `tokenizer=FILE`"
         )
+    return vocabulary_of(
+        raw,
+        cleaning,
+        pad_id,
+        table_size,
+        where,
+        strip_separator=bool(options.get("strip_sep_token")),
+    )
+
+
+def vocabulary_of(
+    raw: dict[str, Any],
+    cleaning: str,
+    pad_id: int,
+    table_size: int,
+    where: str,
+    *,
+    strip_separator: bool = False,
+) -> Vocabulary:
+    """Return the vocabulary of tokenizers JSON; `strip_separator` replaces [SEP] by the id 0.
+
+    Raises: ConfigError for special tokens that are not found, or ids without a row in the table.
+    """
     prefix, suffix = _find_special_ids(raw, where)
-    if options.get("strip_sep_token"):
+    if strip_separator:
         separator = tokenizers.Tokenizer.from_str(json.dumps(raw)).token_to_id("[SEP]")
         prefix = tuple(0 if token == separator else token for token in prefix)
         suffix = tuple(0 if token == separator else token for token in suffix)
@@ -217,7 +240,7 @@ def _ignore_case(word: str) -> str:
     return "".join(cases.get(letter, letter) for letter in word)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_tokenizer(file: Path) -> dict[str, Any]:
     try:
         content = read_bytes(file).decode()
         tokenizers.Tokenizer.from_str(content)
@@ -229,9 +252,9 @@ def _read(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _find_pad_id(file: Path) -> int | None:
+def find_pad_id(file: Path) -> int | None:
     """Return the pad id in the JSON or in the folder's tokenizer_config.json."""
-    raw = _read(file)
+    raw = read_tokenizer(file)
     if raw.get("padding"):
         return int(raw["padding"]["pad_id"])
     config = file.with_name("tokenizer_config.json")

@@ -70,8 +70,8 @@ class TextSpec:
     suffix_ids: tuple[Count, ...]
     """After the text: [EOT]."""
     pad_id: Count
-    cleaning: Literal["lower", "whitespace", "canonicalize", "none"]
-    """Applied to a text before tokenization."""
+    cleaning: Literal["lower", "whitespace", "canonicalize", "siglip", "none"]
+    """Applied to a text before tokenization; siglip is that of transformers' SiglipTokenizer."""
     causal: bool
     pooling: Literal["argmax", "eos", "last", "first", "class", "mean"]
     """The position of the feature, or the mean of all that are not padding."""

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 
 import ztune
-from benchmarks import endtoend, gpu, harness, predict, remote, remote_ways, scaling, speed, towers
+from benchmarks import (
+    bundle_size,
+    endtoend,
+    gpu,
+    harness,
+    predict,
+    remote,
+    remote_ways,
+    scaling,
+    speed,
+    towers,
+)
 from benchmarks.measure import ROOT, interleaved
 from benchmarks.names import CALTECH101, CIFAR10, classes_named, phrases
 from benchmarks.remote_ways import WAYS, ServerCounts, Task, Way
@@ -21,6 +32,7 @@ from runtimes.bundle import load_bundle
 from runtimes.providers import Execution
 from tests.conftest import DIGITS, MINI
 from tests.servers.triton import triton_environment
+from tests.shared_bundle import share_weights
 from ztune.artifact import read_artifact
 from ztune.errors import ProviderError
 from ztune.types import Batch, Evaluation, Prompts
@@ -249,6 +261,19 @@ def test_single_predictions_are_compared_with_the_same_work(tmp_path: Path) -> N
     json.dumps(document, allow_nan=False)
     assert all(row["images_per_s"] > 0 for row in document["rows"].values())
     assert document["resident_mb"].keys() == {"after 50", "after 100"}
+
+
+def test_a_bundle_is_compared_with_its_older_layout(tmp_path: Path) -> None:
+    bundle = share_weights(load_bundle(MINI), tmp_path / "shared")
+    document = bundle_size.measure([bundle.path], 1)
+    json.dumps(document, allow_nan=False)
+    old, new = document["rows"]
+    assert (old["layout"], new["layout"]) == ("version 1", "shared")
+    assert new["mb"] < 0.6 * old["mb"]
+    assert 1 < new["over_weights"] < 1.1
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+    for row in (old, new):
+        assert all(row[f"{graph}_open_s"] > 0 for graph in bundle_size.GRAPHS)
 
 
 def test_ways_to_ask() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
 from export.graphs import PrefixGraph, SequenceGraph
+from export.loaded import LoadedClip
 from export.parity import prompt_cases
 from export.text_tower import graph_kind, text_tower
 from tests.export.small_models import small_config, small_model, write_model

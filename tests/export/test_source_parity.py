@@ -1,6 +1,7 @@
 """Ids, pixels and logits against the library that a model comes from."""
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from export.source_parity import compare_ids, compare_logits, compare_pixels
 from runtimes.bundle import ImageSpec
 from tests.export.conftest import Exported
 from ztune.errors import ZtuneError
+from ztune.exporting import summary
 from ztune.types import F32
 
 
@@ -24,6 +26,21 @@ def test_the_manifest_says_what_was_compared(tiny: Exported) -> None:
     assert 0 <= found["pixels"] <= 2
     assert 0 < found["logits"] < 1e-4
     assert manifest["activation"] == "GELU"
+
+
+def test_every_export_prints_what_it_assumes(tiny: Exported) -> None:
+    _, bundle = tiny
+    lines = summary(bundle)
+    assert lines[1:3] == [
+        "  images: 64 x 64, resized by shortest, bilinear; mean 0.5 0.4 0.3, std 0.2 0.3 0.4",
+        "  texts: 20 tokens, cleaning lower; activation GELU",
+    ]
+    assert re.match(
+        r"  against open_clip: ids of 13 texts equal, pixels of 6 images within [\d.]+ levels of "
+        r"255, logits within \d\.\de-0\d",
+        lines[3],
+    )
+    assert lines[4].startswith("  image.onnx against torch: worst cosine 1.0000")
 
 
 def test_another_tokenizer_is_refused(tiny: Exported) -> None:
