@@ -16,12 +16,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +47,7 @@ def main() -> None:
     )
     options.add_argument("word", nargs="?", default="", metavar="WORD", help="only these names")
     options.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="results")
+    options.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (1)")
     options.add_argument("--docs", type=Path, metavar="FILE", help="write the page of the results")
     options.add_argument("--batch", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     options.add_argument("--graphs", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
@@ -59,22 +62,27 @@ def main() -> None:
     if given.docs is None:
         names = [name for name in open_clip.list_models() if given.word.lower() in name.lower()]
         with tempfile.TemporaryDirectory() as graphs:
-            run(names, given.out, functools.partial(run_batch, given.out, Path(graphs)))
+            run(names, given.out, functools.partial(run_batch, given.out, Path(graphs)), given.jobs)
     else:
         names = open_clip.list_models()
         tags = {name: open_clip.list_pretrained_tags_by_model(name) for name in names}
         given.docs.write_text(render(names, tags, read(given.out)), encoding="utf-8")
 
 
-def run(names: Sequence[str], out: Path, batch: Callable[[Sequence[str]], int]) -> None:
+def run(
+    names: Sequence[str], out: Path, batch: Callable[[Sequence[str]], int], jobs: int = 1
+) -> None:
     """Export the architectures that `out` lacks; `batch` returns how its process ended."""
     while missing := [name for name in names if name not in read(out)]:
-        code = batch(missing[:BATCH])
-        left = [name for name in missing[:BATCH] if name not in read(out)]
-        if code and left:
-            append(out, {"name": left[0], "failed": f"its process ended with code {code}"})
-        elif left:
-            raise ZtuneError(f"a process left out {left[0]} and reported no error")
+        parts = [missing[job::jobs][:BATCH] for job in range(min(jobs, len(missing)))]
+        with ThreadPoolExecutor(jobs) as pool:
+            codes = list(pool.map(batch, parts))
+        for part, code in zip(parts, codes, strict=True):
+            left = [name for name in part if name not in read(out)]
+            if code and left:
+                append(out, {"name": left[0], "failed": f"its process ended with code {code}"})
+            elif left:
+                raise ZtuneError(f"a process left out {left[0]} and reported no error")
 
 
 def run_batch(out: Path, graphs: Path, names: Sequence[str]) -> int:
@@ -159,7 +167,8 @@ def graphs_once(config: Mapping[str, Any], folder: Path) -> Iterator[None]:
         kept = folder / hashlib.sha256(key.encode()).hexdigest()
         if not kept.exists():
             program: Any = trace(module, *given, **options)
-            onnx_ir.save(program.model, kept)
+            onnx_ir.save(program.model, folder / f"{os.getpid()}")
+            (folder / f"{os.getpid()}").replace(kept)  # whole at once, for other processes
         return SimpleNamespace(model=onnx_ir.load(kept))
 
     with mock.patch.object(torch.onnx, "export", traced_once):

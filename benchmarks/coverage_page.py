@@ -10,8 +10,8 @@ _INTRODUCTION = """\
 # Models
 
 Every architecture of open_clip {open_clip}, exported with random weights and one layer a tower, and
-compared with torch: {exported} of {all} export. `python -m benchmarks.coverage --docs` writes this
-page (torch {torch}, timm {timm}, transformers {transformers}).
+compared with torch: {exported} of {all} export. `python -m benchmarks.coverage --docs FILE` writes
+this page (torch {torch}, timm {timm}, transformers {transformers}).
 
 Image size, patches, context length, pooling and activation are the published ones. Towers are 64
 values wide where their library allows it. Every export of published weights makes the same

@@ -92,6 +92,9 @@ def test_a_run_continues_and_survives_a_process_that_ends(tmp_path: Path) -> Non
     assert [row["name"] for row in map(json.loads, _whole(out))] == ["a", "b", "c", "d"]
     with pytest.raises(ZtuneError, match="left out e and reported no error"):
         run(["e"], out, lambda _: 0)
+    batches.clear()
+    run([*"abcdefghi"], out, batch, jobs=2)
+    assert sorted(batches) == [["e", "g", "i"], ["f", "h"]]
 
 
 def _whole(out: Path) -> list[str]:
