@@ -91,7 +91,7 @@ def load_clip(
         if text_config.get("hf_model_name"):
             with explain_download_errors(
                 f'the config of the text tower {text_config["hf_model_name"]} of model "{model}"',
-                hint=f'put its config.json in a folder, named by "hf_model_name" in {CONFIG}',
+                hint=f'pass local-dir:FOLDER with {CONFIG}, its "hf_model_name" a folder with it',
             ):
                 check_text_encoder(model, text_config)
         if weights.checkpoint is None and (ema or interpolate_positions):

@@ -169,7 +169,9 @@ def test_a_tokenizer_that_pads_with_another_id_is_refused(tmp_path: Path) -> Non
 def test_an_encoder_of_the_hub_is_looked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("built"))
-    with pytest.raises(ZtuneError, match=r"text tower roberta-base .*\(no network\); put its"):
+    with pytest.raises(
+        ZtuneError, match=r"text tower roberta-base .*\(no network\); pass local-dir"
+    ):
         load_clip("roberta-ViT-B-32", random_weights=0)
 
 
