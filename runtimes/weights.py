@@ -20,7 +20,7 @@ from ztune.types import TokenRows
 WEIGHTS = "weights.bin"
 TABLE = "token_table.bin"
 """The token table in a client half, which has no weights."""
-BLOCK = 1 << 24
+BLOCK = 1 << 21
 """Bytes that one digest covers: a graph is opened after checking only the blocks that it reads."""
 # A file that was just written could be replaced without a change of its time stamps.
 _LEAST_AGE_NS = 2_000_000_000
@@ -55,7 +55,7 @@ class TokenTable:
 
 
 def block_digests(path: Path) -> tuple[str, ...]:
-    """Return the SHA-256 of every 16 MiB of a file."""
+    """Return the SHA-256 of every 2 MiB of a file."""
     with open_regular(path) as file:
         return tuple(
             hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK), b"")

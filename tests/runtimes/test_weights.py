@@ -97,8 +97,8 @@ def test_graphs_and_table_are_those_of_the_older_layout(shared: Bundle) -> None:
     [
         (lambda m: m.pop("token_table"), "only one of .token_table. and weights.bin"),
         (lambda m: m["files"].pop(WEIGHTS), "only one of .token_table. and weights.bin"),
-        (lambda m: m.pop("weight_blocks"), r"weight_blocks: expected 1 digests .*, got 0"),
-        (lambda m: m["weight_blocks"].append("0" * 64), "weight_blocks: expected 1 digests"),
+        (lambda m: m.pop("weight_blocks"), r"weight_blocks: expected 3 digests .*, got 0"),
+        (lambda m: m["weight_blocks"].append("0" * 64), "weight_blocks: expected 3 digests"),
         (lambda m: m["weight_blocks"].__setitem__(0, "x"), r"\$\.weight_blocks\[.*\]: expected"),
         (lambda m: m["token_table"].update(offset=-1), r"\$\.token_table\.offset: expected"),
         (lambda m: m["token_table"].update(offset=10**9), r"\$\.token_table: .* within the"),
