@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def check_blocks(
         for number in range(offset // BLOCK, -(-(offset + length) // BLOCK))
     }
     with open_regular(path) as file:
-        found = path.stat()
+        found = os.fstat(file.fileno())
         old_enough = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _LEAST_AGE_NS
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         for number in sorted(touched):
