@@ -24,7 +24,7 @@ from benchmarks.names import classes_named
 from benchmarks.rounds import Rounds
 from benchmarks.torch_loops import BATCH, PublishedLoop
 from benchmarks.towers import NAIVE, Size, lean, load_random
-from export.clip import LoadedClip
+from export.loaded import LoadedClip
 from runtimes.bundle import load_bundle
 from runtimes.ort import OrtPromptGraph
 from runtimes.prompts import feeds, name_lengths, name_tokens, token_table

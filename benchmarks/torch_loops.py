@@ -21,7 +21,7 @@ from torch.nn import functional
 from benchmarks.measure import seconds
 from benchmarks.names import classes_named
 from benchmarks.towers import Size, load_random
-from export.clip import LoadedClip
+from export.loaded import LoadedClip
 from runtimes.prompts import placeholder_id
 from runtimes.tokenizer import Tokenizer
 

@@ -37,7 +37,7 @@ from ztune.io.schema import plain
 from ztune.system import versions
 
 if TYPE_CHECKING:
-    from export.clip import LoadedClip
+    from export.loaded import LoadedClip
 
 NAIVE = "naive.onnx"
 # Inputs of the files besides the model: a change of the exporter triggers a new export.

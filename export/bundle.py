@@ -16,7 +16,6 @@ import open_clip
 import torch
 from torch import nn
 
-from export.clip import LoadedClip
 from export.graphs import (
     ImageGraph,
     PrefixGraph,
@@ -26,6 +25,7 @@ from export.graphs import (
     visual_tower,
 )
 from export.half_store import rounded_to_half, worst_cosine
+from export.loaded import LoadedClip
 from export.onnx import Input, export_onnx
 from export.parity import (
     Case,
@@ -36,6 +36,7 @@ from export.parity import (
     text_cases,
 )
 from export.shared import SharedWeights
+from export.source_parity import SourceParity, compare_ids, compare_logits, compare_pixels
 from runtimes.bundle import (
     FORMAT,
     IMAGE_PROMPTED,
@@ -128,7 +129,7 @@ def _graphs(loaded: LoadedClip, image_tokens: bool) -> Iterator[_Graph]:
     if spec.graph == "prefix":
         prompt, dims = PrefixGraph(loaded.tower, spec.prefix_ids[0]), _PREFIX_DIMS
     else:
-        prompt, dims = SequenceGraph(model), _SEQUENCE_DIMS
+        prompt, dims = SequenceGraph(model, loaded.tower), _SEQUENCE_DIMS
     (traced,) = prompt_cases(loaded, [(3, 6, 5)])
     yield _Graph("prompt", prompt, dims, traced, prompt_cases(loaded))
 
@@ -177,6 +178,7 @@ def _write_files(
     store: str,
     progress: Callable[[str], None],
 ) -> None:
+    ids, pixels = compare_ids(loaded), compare_pixels(loaded)
     parity: dict[str, Parity] = {}
     kept: dict[str, np.ndarray[Any, Any]] = {}
     stored: dict[str, Json] = {}
@@ -189,8 +191,9 @@ def _write_files(
             figures, tensors = export_graph(graph, folder, weights, progress, half=half)
             parity[graph.name] = figures
             kept |= tensors
-        table = loaded.tower.embedding.weight.detach().numpy()
+        table = loaded.tower.table()
         stored |= weights.finish(table.astype(np.float16 if half else np.float32))
+        source = compare_logits(loaded, folder, ids, pixels)
     if half:
         cosines = {
             name: worst_cosine(kept[f"{name}.features"], features)
@@ -202,14 +205,18 @@ def _write_files(
     write_tensors(folder / PARITY, kept, {"format": "ztune-parity", "version": 1})
     (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
     embed_dim = int(kept["image.features"].shape[1])
-    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, embed_dim) | stored)
+    write_json(folder / MANIFEST, _manifest(loaded, folder, parity, source, embed_dim) | stored)
     for file in folder.iterdir():
         with file.open("rb+") as written:
             os.fsync(written.fileno())
 
 
 def _manifest(
-    loaded: LoadedClip, folder: Path, parity: Mapping[str, Parity], embed_dim: int
+    loaded: LoadedClip,
+    folder: Path,
+    parity: Mapping[str, Parity],
+    source: SourceParity,
+    embed_dim: int,
 ) -> dict[str, Json]:
     model: Any = loaded.model
     bias = getattr(model, "logit_bias", None)
@@ -231,8 +238,24 @@ def _manifest(
         **{part.__name__: str(part.__version__) for part in (torch, open_clip, onnxruntime())},
         "onnx": metadata.version("onnx"),
     }
-    made_with: dict[str, Json] = {"versions": dict(versions), "created_by": "ztune export"}
+    made_with: dict[str, Json] = {
+        "activation": activation(loaded.model),
+        "source_parity": plain(source),
+        "versions": dict(versions),
+        "created_by": "ztune export",
+    }
     return {"format": FORMAT, "version": VERSION, **plain(manifest), **made_with}
+
+
+def activation(model: nn.Module) -> str:
+    """Return the activation functions of both towers, by their names in torch and the library."""
+    names = set()
+    for part in model.modules():
+        name = type(part).__name__
+        if any(known in name for known in ("GELU", "ReLU", "SiLU")):
+            tanh = getattr(part, "approximate", "") == "tanh"
+            names.add(f"{name} (tanh)" if tanh else name)
+    return ", ".join(sorted(names)) or "unknown"
 
 
 def visual_spec(loaded: LoadedClip) -> VisualSpec:

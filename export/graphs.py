@@ -1,126 +1,18 @@
-"""The graphs of a bundle as torch modules, and the choice of prompt graph for a text tower.
-
-In a causal tower the states of `[SOS][context]` do not depend on the class, and tokens after the
-end-of-text token have no effect. `PrefixGraph` uses both: it computes the prefix once per candidate
-and only the real tokens of each name. Every other tower gets `SequenceGraph`, with open_clip's own
-masks, class token and pooling.
-"""
+"""The graphs of a bundle as torch modules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from open_clip import transformer as towers
-from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.nn import functional
 
+from export.text_tower import TextTower
 from ztune.errors import ConfigError
 
 _MASKED = -1e4  # finite, in fp16 too; its exp is 0
-
-
-@dataclass(frozen=True)
-class TextTower:
-    """The parts of open_clip's text tower, for every model class."""
-
-    owner: nn.Module
-    """The module with the attribute `token_embedding`."""
-    embedding: nn.Embedding
-    positions: Tensor
-    """f32[L, d]."""
-    blocks: nn.ModuleList
-    ln_final: nn.Module
-    projection: nn.Module | Tensor | None
-    context_length: int
-    causal: bool
-    pooling: str
-    eos_id: int
-    plain: bool
-    """Whether the prefix graph can compute it."""
-
-    @property
-    def width(self) -> int:
-        return int(self.embedding.embedding_dim)
-
-    @property
-    def sees_padding(self) -> bool:
-        """Whether the feature depends on the padding."""
-        return not (self.causal and self.pooling in ("argmax", "eos"))
-
-
-def text_tower(model: nn.Module) -> TextTower:
-    """Find the parts of a model's text tower.
-
-    Raises: ConfigError when it is not one of open_clip's own.
-    """
-    owner: Any = getattr(model, "text", model)
-    if not isinstance(owner, towers.TextTransformer | CLIP):
-        raise ConfigError(
-            f"text tower {type(owner).__name__} is not supported (expected one of open_clip's own "
-            "text transformers, not a Hugging Face text model)"
-        )
-    pooling = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
-    class_token = getattr(owner, "cls_emb", None)
-    if class_token is not None:
-        pooling = "class"
-    if pooling not in ("argmax", "eos", "last", "first", "class"):
-        raise ConfigError(f'text pooling "{pooling}" is not supported')
-    length = int(owner.positional_embedding.shape[0]) - (class_token is not None)
-    transformer = owner.transformer
-    mask = owner.attn_mask
-    size = int(owner.positional_embedding.shape[0])
-    causal = mask is not None and torch.equal(
-        mask.cpu(), torch.full((size, size), float("-inf")).triu(1)
-    )
-    plain = (
-        causal
-        and class_token is None
-        and not getattr(owner, "use_pad_mask", False)
-        and type(transformer) is towers.Transformer
-        and all(_is_plain(block) for block in transformer.resblocks)
-    )
-    return TextTower(
-        owner=owner,
-        embedding=owner.token_embedding,
-        positions=owner.positional_embedding.detach(),
-        blocks=transformer.resblocks,
-        ln_final=owner.ln_final,
-        projection=owner.text_projection,
-        context_length=length,
-        causal=causal,
-        pooling=pooling,
-        eos_id=int(owner.text_eos_id if isinstance(owner, CLIP) else owner.eos_id),
-        plain=plain,
-    )
-
-
-def _is_plain(block: nn.Module) -> bool:
-    if type(block) is not towers.ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
-        return False
-    attention = block.attn
-    return (
-        type(attention) is nn.MultiheadAttention
-        and attention.in_proj_weight is not None
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-    )
-
-
-def graph_kind(
-    tower: TextTower, prefix_ids: tuple[int, ...], suffix_ids: tuple[int, ...], largest_id: int
-) -> str:
-    """Return "prefix" if sharing the context's states between classes is exact, else "sequence".
-
-    It is exact for a plain causal tower with one [SOS] and one [EOT], at which the tower pools:
-    open_clip pools at the largest id (argmax) or at the first end-of-text id (eos).
-    """
-    if not tower.plain or len(prefix_ids) != 1 or len(suffix_ids) != 1:
-        return "sequence"
-    pooled = {"argmax": largest_id, "eos": tower.eos_id}.get(tower.pooling)
-    return "prefix" if pooled == suffix_ids[0] and prefix_ids != suffix_ids else "sequence"
 
 
 class ImageGraph(nn.Module):
@@ -219,21 +111,23 @@ class PrefixGraph(nn.Module):
 
     def __init__(self, tower: TextTower, sos_id: int) -> None:
         super().__init__()
-        self.blocks = tower.blocks
-        self.ln_final = tower.ln_final
-        self.projection = tower.projection
+        parts = tower.parts
+        assert parts is not None
+        self.blocks = parts.blocks
+        self.ln_final = parts.ln_final
+        self.projection = parts.projection
         # No slicing at run time: the last layer has separate weights, which are the only matrices
         # of this graph that `text.onnx` does not have.
         self.projections = nn.ModuleList(
-            nn.ModuleDict({parts: _projection(block, parts) for parts in kinds})
+            nn.ModuleDict({kind: _projection(block, kind) for kind in kinds})
             for block, kinds in zip(
-                tower.blocks, [("qkv",)] * (len(tower.blocks) - 1) + [("q", "kv")], strict=True
+                parts.blocks, [("qkv",)] * (len(parts.blocks) - 1) + [("q", "kv")], strict=True
             )
         )
         keys, values = [], []
         with torch.no_grad():
-            state = (tower.embedding.weight[sos_id] + tower.positions[0]).reshape(1, -1)
-            for block in tower.blocks:
+            state = (tower.embedding.weight[sos_id] + parts.positions[0]).reshape(1, -1)
+            for block in parts.blocks:
                 projected = _projection(block, "kv")(block.ln_1(state))
                 key, value = projected.reshape(2, block.attn.num_heads, 1, -1)
                 keys.append(key)
@@ -243,7 +137,7 @@ class PrefixGraph(nn.Module):
                 state = _after_attention(block, state, attended)
         self.register_buffer("sos_keys", torch.stack(keys).detach())  # [layers, h, 1, d / h]
         self.register_buffer("sos_values", torch.stack(values).detach())
-        self.register_buffer("positions", tower.positions.clone())
+        self.register_buffer("positions", parts.positions.clone())
 
     def forward(
         self,
@@ -386,28 +280,17 @@ def _mask(seen: Tensor) -> Tensor:
     return torch.where(seen, 0.0, _MASKED)
 
 
-class _FixedEmbedding(nn.Module):
-    """Replaces a token embedding and returns a fixed tensor."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
-        self._given = given
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self._given[0]
-
-
 class SequenceGraph(nn.Module):
-    """Contexts to text features through open_clip's own forward over whole sequences.
+    """Contexts to text features through the model's own forward over whole sequences.
 
     `sequence_index` i64[C, L] selects rows of [contexts; name embeddings]; `tokens` i64[C, L] are
-    the ids that open_clip's masks and pooling use.
+    the ids from which the tower computes masks, positions and pooling.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tower: TextTower) -> None:
         super().__init__()
         self.model = model
-        self.owner: Any = text_tower(model).owner
+        self._tower = tower
 
     def forward(
         self, contexts: Tensor, name_embeddings: Tensor, sequence_index: Tensor, tokens: Tensor
@@ -419,10 +302,6 @@ class SequenceGraph(nn.Module):
         embedded = table.index_select(1, sequence_index.reshape(-1))
         embedded = embedded.reshape(n_candidates * n_classes, length, -1)
         ids = tokens.expand(n_candidates, -1, -1).reshape(n_candidates * n_classes, length)
-        embedding = self.owner.token_embedding
-        try:
-            self.owner.token_embedding = _FixedEmbedding([embedded])
+        with self._tower.embedded(embedded):
             features: Tensor = self.model.encode_text(ids, normalize=True)
-        finally:
-            self.owner.token_embedding = embedding
         return features.reshape(n_candidates, n_classes, -1)

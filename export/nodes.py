@@ -66,12 +66,13 @@ def _resize_and_crop(g: Nodes, pixels: str, spec: ImageSpec) -> str:
     """Convert u8[N, 3, H, W] to f32[N, 3, S, S] as runtimes.preprocess.crop does."""
     S = spec.size
     size = g.node("Slice", [g.node("Shape", [pixels]), g.integers(2), g.integers(4)])
-    if spec.resize_mode == "shortest":
+    if spec.resize_mode in ("shortest", "shortest_floor"):
         short = g.node("ReduceMin", [size], keepdims=1)
         new_size = g.node("Div", [g.node("Mul", [size, g.integers(S)]), short])
         extra = g.cast(g.node("Sub", [new_size, g.integers(S)]), TensorProto.DOUBLE)
-        # Round half to even, like Python's round.
-        rounded = g.node("Round", [g.node("Div", [extra, g.number(2)])])
+        # ONNX's Round rounds half to even, like Python's round.
+        to_integer = "Floor" if spec.resize_mode == "shortest_floor" else "Round"
+        rounded = g.node(to_integer, [g.node("Div", [extra, g.number(2)])])
         start = g.cast(rounded, TensorProto.INT64)
     elif spec.resize_mode == "longest":
         long = g.cast(g.node("ReduceMax", [size], keepdims=1), TensorProto.DOUBLE)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.clip import LoadedClip
 from export.graphs import visual_tower
+from export.loaded import LoadedClip
 from runtimes.bundle import Parity, TextSpec
 from runtimes.graph_check import check_graph
 from runtimes.prompts import feeds, placeholder_id
@@ -89,7 +89,7 @@ def prompt_cases(
     """
     random = torch.Generator().manual_seed(1)
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.text)
-    table = loaded.tower.embedding.weight.detach().numpy()
+    table = loaded.tower.table()
     for n_candidates, n_context, n_classes in shapes or (
         (1, 1, 1),
         (3, 4, 7),

@@ -47,11 +47,12 @@ def find_vocabulary(
     pad_id: int | None,
     pad_matters: bool,
     table_size: int,
+    masked_id: int | None = None,
 ) -> Vocabulary:
     """Return the tokenizer that open_clip would use for a model, or the one in `file`.
 
     `pad_matters` is whether the text tower's feature depends on the padding. If so, the pad id is
-    never guessed.
+    never guessed. `masked_id` is the id that the tower masks as padding, if it masks one.
 
     Raises: ConfigError when the tokenizer is ambiguous or unsupported. Exceptions of downloads pass
         through.
@@ -68,7 +69,7 @@ def find_vocabulary(
     default = "lower" if simple else "canonicalize" if siglip else "whitespace"
     cleaning = options.get("clean", default)
     if file is not None:
-        raw, found_pad, where = _read(file), _find_pad_id(file), f"`tokenizer` {file}"
+        raw, found_pad, where = read_tokenizer(file), find_pad_id(file), f"`tokenizer` {file}"
     elif simple:
         if {"additional_special_tokens", "bpe_path", "reduction_mask"} & options.keys():
             raise ConfigError(
@@ -76,7 +77,9 @@ def find_vocabulary(
             )
         return _check_ids(simple_tokenizer(cleaning), pad_id, table_size, model)
     else:
-        reference = open_clip.get_tokenizer(model).tokenizer
+        tokenizer = open_clip.get_tokenizer(model)
+        tokenizer("x")  # NLLB's sets its language token only when it reads a text
+        reference = tokenizer.tokenizer
         backend = getattr(reference, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
@@ -87,7 +90,7 @@ def find_vocabulary(
     if pad_id is None:
         pad_id = found_pad
     if pad_id is None:
-        pad_id = text_config.get("pad_id")
+        pad_id = text_config.get("pad_id", masked_id)
     if pad_id is None and not pad_matters:
         pad_id = 0  # this tower ignores everything after the end of a text
     if pad_id is None:
@@ -95,8 +98,36 @@ def find_vocabulary(
             f'{where} has no padding token, and the text tower of "{model}" depends on it; pass '
             "the id it was trained with: `pad_id=N`"
         )
+    if masked_id is not None and pad_id != masked_id:
+        raise ConfigError(
+            f'{where} pads with id {pad_id}, but the text tower of "{model}" masks id {masked_id}: '
+            "pass the tokenizer it was trained with: `tokenizer=FILE`"
+        )
+    return vocabulary_of(
+        raw,
+        cleaning,
+        pad_id,
+        table_size,
+        where,
+        strip_separator=bool(options.get("strip_sep_token")),
+    )
+
+
+def vocabulary_of(
+    raw: dict[str, Any],
+    cleaning: str,
+    pad_id: int,
+    table_size: int,
+    where: str,
+    *,
+    strip_separator: bool = False,
+) -> Vocabulary:
+    """Return the vocabulary of tokenizers JSON; `strip_separator` replaces [SEP] by the id 0.
+
+    Raises: ConfigError for special tokens that are not found, or ids without a row in the table.
+    """
     prefix, suffix = _find_special_ids(raw, where)
-    if options.get("strip_sep_token"):
+    if strip_separator:
         separator = tokenizers.Tokenizer.from_str(json.dumps(raw)).token_to_id("[SEP]")
         prefix = tuple(0 if token == separator else token for token in prefix)
         suffix = tuple(0 if token == separator else token for token in suffix)
@@ -209,7 +240,7 @@ def _ignore_case(word: str) -> str:
     return "".join(cases.get(letter, letter) for letter in word)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_tokenizer(file: Path) -> dict[str, Any]:
     try:
         content = read_bytes(file).decode()
         tokenizers.Tokenizer.from_str(content)
@@ -221,9 +252,9 @@ def _read(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _find_pad_id(file: Path) -> int | None:
+def find_pad_id(file: Path) -> int | None:
     """Return the pad id in the JSON or in the folder's tokenizer_config.json."""
-    raw = _read(file)
+    raw = read_tokenizer(file)
     if raw.get("padding"):
         return int(raw["padding"]["pad_id"])
     config = file.with_name("tokenizer_config.json")

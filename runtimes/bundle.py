@@ -42,7 +42,7 @@ Store = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes the image tower's input: open_clip's evaluation transform."""
+    """How an image becomes the image tower's input, in open_clip's or transformers' evaluation."""
 
     size: Annotated[int, Meta(ge=1, le=4096)]
     """Side of the square input in pixels."""
@@ -50,8 +50,9 @@ class ImageSpec:
     """Per channel, for values in 0…1."""
     std: Annotated[tuple[Positive, ...], Meta(min_length=3, max_length=3)]
     interpolation: Literal["bicubic", "bilinear"]
-    resize_mode: Literal["shortest", "longest", "squash"]
-    """shortest (then centre crop), longest (then pad), or squash."""
+    resize_mode: Literal["shortest", "shortest_floor", "longest", "squash"]
+    """shortest (then centre crop), longest (then pad), or squash; with shortest_floor the crop
+    starts at a position rounded down."""
     fill_color: Annotated[int, Meta(ge=0, le=255)]
     """Grey level of the padding where resize_mode is longest."""
 
@@ -69,11 +70,11 @@ class TextSpec:
     suffix_ids: tuple[Count, ...]
     """After the text: [EOT]."""
     pad_id: Count
-    cleaning: Literal["lower", "whitespace", "canonicalize", "none"]
-    """Applied to a text before tokenization."""
+    cleaning: Literal["lower", "whitespace", "canonicalize", "siglip", "none"]
+    """Applied to a text before tokenization; siglip is that of transformers' SiglipTokenizer."""
     causal: bool
-    pooling: Literal["argmax", "eos", "last", "first", "class"]
-    """The position of the feature."""
+    pooling: Literal["argmax", "eos", "last", "first", "class", "mean"]
+    """The position of the feature, or the mean of all that are not padding."""
     graph: Literal["prefix", "sequence"]
     """Whether `prompt.onnx` shares the context's states between classes (prefix) or not."""
 

@@ -407,7 +407,8 @@ def crop(image: Image.Image, spec: ImageSpec) -> U8:
         canvas.paste(resize(image, new_width, new_height, spec), corner)
         return np.array(canvas)
     new_width, new_height = (int(side * length / min(width, height)) for length in (width, height))
-    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
+    rounded = math.floor if spec.resize_mode == "shortest_floor" else round
+    left, top = rounded((new_width - side) / 2), rounded((new_height - side) / 2)
     resized = resize(image, new_width, new_height, spec)
     return np.array(resized.crop((left, top, left + side, top + side)))
 

@@ -1,4 +1,4 @@
-"""Convert text to token ids as the model's tokenizer in open_clip does."""
+"""Convert text to token ids as the model's tokenizer in open_clip or transformers does."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def clean(text: str, kind: str) -> str:
-    """Clean `text` as open_clip does before tokenizing; `kind` as in `TextSpec.cleaning`."""
+    """Clean `text` as the source library does before tokenizing; `kind`: `TextSpec.cleaning`."""
     if kind == "none":
         return text
+    if kind == "siglip":
+        return " ".join(text.replace("▁", " ").lower().translate(_NO_PUNCTUATION).split())
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if kind == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)

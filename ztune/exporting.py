@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from runtimes.bundle import Bundle, load_bundle
 from ztune.errors import ConfigError, how_to_install
-from ztune.io.files import new_folder
+from ztune.io.files import check_new, new_folder
 from ztune.progress import SILENCE, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -51,13 +52,18 @@ def export(
     pad_id: int | None = None,
     random_weights: int | None = None,
     licence: str = "unknown",
+    ema: bool = False,
+    interpolate_positions: bool = False,
+    adapter: Path | str | None = None,
     progress: Progress = SILENCE,
 ) -> Bundle:
     """Export an open_clip model to a bundle in the new folder `out`, and return it.
 
-    `model` is a name of open_clip's registry, `local-dir:PATH` or `hf-hub:ID`; `pretrained` a
-    published tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing
-    of a checkpoint without one; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `model` is a name of open_clip's registry, a folder or `hf-hub:ID`; `pretrained` a published
+    tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing of a
+    checkpoint without one; `ema` takes a checkpoint's moving averages, `interpolate_positions`
+    resizes its position embeddings to the model's, `adapter` is the folder of a LoRA adapter to
+    merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
     `store` fp16 stores the weights of an fp32 bundle in half precision, and halves it;
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
@@ -91,6 +97,7 @@ def export(
             f"`store={store}` requires `precision=fp32`, got {precision} (leave one of the two out)"
         )
     out = Path(out)
+    check_new(out)
     progress.remark(f"loading {model}{f', {pretrained}' if pretrained else ''}")
     loaded = load_clip(
         model,
@@ -100,6 +107,9 @@ def export(
         pad_id=pad_id,
         random_weights=random_weights,
         licence=licence,
+        ema=ema,
+        interpolate_positions=interpolate_positions,
+        adapter=None if adapter is None else Path(adapter).expanduser(),
     )
     if precision == "fp32":
         return export_bundle(
@@ -113,3 +123,32 @@ def export(
         shutil.rmtree(whole.path)
         result.path.rmdir()
     return load_bundle(out)
+
+
+def summary(bundle: Bundle) -> list[str]:
+    """Return lines on a new bundle: its preprocessing, and how far it is from its source."""
+    image, text = bundle.image, bundle.text
+    manifest: Any = bundle.manifest
+    source = manifest["source_parity"]
+    size = sum(file.bytes for file in bundle.files.values())
+    stored = []
+    if bundle.rounding:
+        worst = min(bundle.rounding.values())
+        stored = [f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights"]
+    mean, std = (" ".join(f"{one:.5g}" for one in values) for values in (image.mean, image.std))
+    return [
+        f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…",
+        f"  images: {image.size} x {image.size}, resized by {image.resize_mode}, "
+        f"{image.interpolation}; mean {mean}, std {std}",
+        f"  texts: {text.context_length} tokens, cleaning {text.cleaning}; "
+        f"activation {manifest['activation']}",
+        f"  against {source['library']}: ids of {source['texts']} texts equal, pixels of "
+        f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
+        f"{source['logits']:.1e}",
+        *stored,
+        *(
+            f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
+            f"largest difference {figures['max_abs']:.1e}"
+            for graph, figures in bundle.parity.items()
+        ),
+    ]

@@ -11,7 +11,8 @@ import pytest
 from torch.onnx._internal.exporter import _registration
 
 from export.bundle import export_bundle
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 from export.shared import SharedWeights
 from runtimes.bundle import Bundle, load_bundle
 from runtimes.weights import WEIGHTS

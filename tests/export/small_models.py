@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
+from export.loaded import LoadedClip
 
 # Arguments for timm's towers.
 _TIMM: dict[str, dict[str, Any]] = {

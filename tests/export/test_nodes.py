@@ -30,7 +30,7 @@ def graph(spec: ImageSpec) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString())
 
 
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("mode", ["shortest", "shortest_floor", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("side", [16, 37, 224])
 def test_the_nodes_have_the_pixels_of_preprocessing(

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from export.bundle import export_bundle, export_graph, image_prompted_graph
-from export.clip import LoadedClip, load_clip
+from export.clip import load_clip
 from export.graphs import PromptedImageGraph, visual_tower
+from export.loaded import LoadedClip
 from export.parity import image_cases, open_graph
 from export.quantize import quantize_bundle
 from export.shared import SharedWeights

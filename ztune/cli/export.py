@@ -22,11 +22,12 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, kind, metavar, what in (
-        ("--model", str, "NAME|local-dir:PATH|hf-hub:ID", "open_clip model"),
+        ("--model", str, "NAME|FOLDER|hf-hub:ID", "open_clip model"),
         ("--pretrained", str, "TAG|FILE", "pretrained tag or checkpoint"),
         ("--tokenizer", Path, "FILE", "tokenizer.json (Hugging Face tokenizers)"),
         ("--pad-id", int, "N", "padding token, if not defined"),
         ("--preprocess-from", str, "TAG|JSON", "preprocessing of a checkpoint (mean, resizing)"),
+        ("--adapter", Path, "FOLDER", "LoRA adapter to merge"),
         ("--random-weights", int, "SEED", "random weights (tests)"),
         ("--licence", str, "TEXT", "licence of the weights, for the manifest (unknown)"),
         ("--precision", str, "NAME", "fp32 (default), fp16 (for GPUs) or int8 (for CPUs)"),
@@ -35,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--out", Path, "BUNDLE", "a new folder"),
     ):
         parser.add_argument(option, type=kind, metavar=metavar, help=what)
-    parser.add_argument(
-        "--image-tokens",
-        action="store_true",
-        help="add the image graph for visual prompts (open_clip ViTs, fp32)",
-    )
+    for option, what in (
+        ("--ema", "take the EMA weights of a checkpoint file"),
+        ("--interpolate-positions", "resize position embeddings of a checkpoint file"),
+        ("--image-tokens", "add the image graph for visual prompts (open_clip ViTs, fp32)"),
+    ):
+        parser.add_argument(option, action="store_true", help=what)
     listing = "list open_clip's models and tags, or those with a word in them"
     parser.add_argument("--list", nargs="?", const="", metavar="WORD", help=listing)
 
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         return
     if arguments.model is None:
         raise ConfigError("--model NAME or --client BUNDLE is required")
-    from ztune.exporting import export
+    from ztune.exporting import export, summary
 
     bundle = export(
         arguments.model,
@@ -69,19 +71,12 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
         pad_id=arguments.pad_id,
         random_weights=arguments.random_weights,
         licence=arguments.licence or "unknown",
+        ema=arguments.ema,
+        interpolate_positions=arguments.interpolate_positions,
+        adapter=arguments.adapter,
         progress=output,
     )
-    size = sum(file.bytes for file in bundle.files.values())
-    lines = [f"{bundle.path}: {size / 1e6:.1f} MB, model {bundle.model_id[:19]}…"]
-    if bundle.rounding:
-        worst = min(bundle.rounding.values())
-        lines.append(f"  weights stored in fp16: worst cosine {worst:.8f} to the original weights")
-    for graph, figures in bundle.parity.items():
-        lines.append(
-            f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
-            f"largest difference {figures['max_abs']:.1e}"
-        )
-    output.result(dict(bundle.manifest), lines)
+    output.result(dict(bundle.manifest), summary(bundle))
 
 
 def _list_models(arguments: argparse.Namespace, output: Output) -> None:

@@ -75,10 +75,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises: ConfigError if `path` exists and is not an empty folder, cannot be created, or is
         created by another process in between.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(
-            f'output "{path}" exists and is not empty (remove it, or name another `out`)'
-        )
+    check_new(path)
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +86,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         work.chmod(0o777 & ~_umask())
         _move_to(work, path)
         flush_folder(path.parent)
+
+
+def check_new(path: Path) -> None:
+    """Refuse a path for a new folder that exists and is not an empty folder.
+
+    Raises: ConfigError.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(
+            f'output "{path}" exists and is not empty (remove it, or name another `out`)'
+        )
 
 
 @contextlib.contextmanager
