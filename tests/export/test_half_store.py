@@ -150,13 +150,13 @@ def test_other_precisions_and_the_reference_take_it(
 
 
 def test_values_are_narrowed_only_where_that_is_exact() -> None:
-    exact = np.float32([0.5, -1e4, 65504, 0])
+    exact = np.array([0.5, -1e4, 65504, 0], np.float32)
     narrow = to_exact_half(exact)
     assert narrow is not None
     assert narrow.dtype == np.float16
     np.testing.assert_array_equal(narrow, exact)
     for value in (0.1, 7e4, 1e-9):
-        assert to_exact_half(np.float32([0.5, value])) is None
+        assert to_exact_half(np.array([0.5, value], np.float32)) is None
 
 
 def test_a_weight_beyond_fp16_is_named_and_nothing_changes() -> None:
