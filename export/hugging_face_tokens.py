@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _readable_sentencepiece():
+        with readable_sentencepiece():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -68,7 +68,7 @@ def _convert_siglip(tokenizer: Any) -> Any:
     """Convert transformers' SiglipTokenizer, without its cleaning of texts."""
     from transformers.convert_slow_tokenizer import SpmConverter
 
-    with _readable_sentencepiece():
+    with readable_sentencepiece():
         converted = SpmConverter(tokenizer).converted()
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     converted.post_processor = processors.TemplateProcessing(
@@ -78,7 +78,7 @@ def _convert_siglip(tokenizer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _readable_sentencepiece() -> Iterator[None]:
+def readable_sentencepiece() -> Iterator[None]:
     """Let transformers read sentencepiece files with any version of protobuf.
 
     The wheel of sentencepiece refuses a protobuf older than the one it was built with, which other

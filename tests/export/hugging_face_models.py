@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from export.hugging_face_tokens import _readable_sentencepiece
+from export.hugging_face_tokens import readable_sentencepiece
 
 CORPUS = (
     "a photo of a cat.",
@@ -171,7 +171,7 @@ def siglip_tokenizer(folder: Path) -> Any:
 
 def xlm_roberta_tokenizer(folder: Path) -> Any:
     sentencepiece_model(folder / "sentencepiece.bpe.model")
-    with _readable_sentencepiece():
+    with readable_sentencepiece():
         return transformers.XLMRobertaTokenizer.from_pretrained(folder)
 
 
