@@ -24,7 +24,7 @@ from export.graphs import (
     TextGraph,
     visual_tower,
 )
-from export.half_store import rounded_to_half, worst_cosine
+from export.half_store import rounded_to_half, to_exact_half, worst_cosine
 from export.loaded import LoadedClip
 from export.onnx import Input, export_onnx
 from export.parity import (
@@ -192,7 +192,8 @@ def _write_files(
             parity[graph.name] = figures
             kept |= tensors
         table = loaded.tower.table()
-        stored |= weights.finish(table.astype(np.float16 if half else np.float32))
+        narrow = to_exact_half(table) if half else None
+        stored |= weights.finish(table if narrow is None else narrow)
         source = compare_logits(loaded, folder, ids, pixels)
     if half:
         cosines = {

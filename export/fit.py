@@ -17,6 +17,7 @@ from open_clip.model import (
 from torch import Tensor, nn
 
 from export.architecture import describe, nearest_names
+from export.hugging_face_clip import convert_state
 from ztune.errors import ConfigError
 from ztune.printing import one_line
 
@@ -38,8 +39,16 @@ def fit_weights(
     Raises: ConfigError when weights are missing or have other shapes, saying what they look like.
     """
     expected = module.state_dict()
-    found, unused = _select(module, expected, state, where)
     notes = []
+    patches = next((key for key in state if "vision_model.embeddings.patch_" in key), None)
+    if patches is not None:
+        prefix = patches[: patches.index("vision_model.")]
+        state = convert_state({key.removeprefix(prefix): part for key, part in state.items()})
+        notes.append(
+            "the weights have transformers' names and are taken for a CLIPModel's; its folder as "
+            "`model` has its tokenizer and preprocessing too"
+        )
+    found, unused = _select(module, expected, state, where)
     if "logit_bias" in expected and "logit_bias" not in found:
         # open_clip's own rule for a CLIP that is loaded into a SigLIP
         found["logit_bias"] = torch.zeros_like(expected["logit_bias"])

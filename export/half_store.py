@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ztune.errors import ConfigError
@@ -41,6 +42,13 @@ def rounded_to_half(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, values in kept.values():
             parameter.data.copy_(values)
+
+
+def to_exact_half(values: F32) -> NDArray[np.float16] | None:
+    """Return values in fp16, or None if that changes one."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float16)
+    return rounded if np.array_equal(rounded.astype(np.float32), values) else None
 
 
 def worst_cosine(features: F32, exact: F32) -> float:

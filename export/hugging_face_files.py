@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint import file_kind
 from ztune.errors import ConfigError
 from ztune.io.files import is_plain_name, read_json
 
@@ -212,16 +213,18 @@ def _check_weights(folder: Path, found: Sequence[str], name: str) -> None:
                 f'model "{name}": the folder has two checkpoints, {single} and '
                 f"{single}.index.json; remove the old one"
             )
-    if found[0].endswith(".index.json"):
-        _check_shards(folder, found[0], name)
+    read = _shards(folder, found[0], name) if found[0].endswith(".index.json") else found[:1]
+    for file in read:
+        file_kind(folder / file)  # names web pages, Git LFS pointers, empty and truncated files
 
 
-def _check_shards(folder: Path, index: str, name: str) -> None:
-    """Check that an index names files of its own folder only, and all of them exist."""
+def _shards(folder: Path, index: str, name: str) -> list[str]:
+    """Return the files that an index names, all of them in its own folder."""
     shards = read_json(folder / index, f'model "{name}"').get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ConfigError(f'model "{name}": {index} has no "weight_map" (damaged)')
-    for shard in sorted({str(file) for file in shards.values()}):
+    files = sorted({str(file) for file in shards.values()})
+    for shard in files:
         if not is_plain_name(shard):
             raise ConfigError(
                 f'model "{name}": {index} names the file {shard!r}, expected one of its folder'
@@ -230,3 +233,4 @@ def _check_shards(folder: Path, index: str, name: str) -> None:
             raise ConfigError(
                 f'model "{name}": {shard} is missing, which {index} names (incomplete download?)'
             )
+    return files

@@ -16,6 +16,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from export.half_store import to_exact_half
 from export.shared import LEAST, SharedWeights
 
 OPSET = 20  # has Gelu as one operator; onnxruntime 1.20 runs up to 21
@@ -103,10 +104,8 @@ def _store_as_half(model: onnx_ir.Model) -> None:
         tensor = value.const_value
         if tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < LEAST:
             continue
-        full = tensor.numpy()
-        with np.errstate(over="ignore"):
-            rounded = full.astype(np.float16)
-        if not np.array_equal(rounded.astype(np.float32), full):
+        rounded = to_exact_half(tensor.numpy())
+        if rounded is None:
             continue
         name = f"{value.name}.fp16"
         stored = onnx_ir.Value(

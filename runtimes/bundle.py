@@ -130,7 +130,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     token_table: TokenTable | None = None
     """None in version 1, where it is the file `token_table.npy`."""
     weight_blocks: tuple[Sha256, ...] = ()
-    """SHA-256 of every 16 MiB of `weights.bin`; in version 1 each graph has its own weights."""
+    """SHA-256 of every 2 MiB of `weights.bin`; in version 1 each graph has its own weights."""
     parity: Mapping[str, Parity]
     """By graph."""
     files: Mapping[str, BundleFile]

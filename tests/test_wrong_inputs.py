@@ -104,8 +104,8 @@ def test_bundle_problems(ztune: Command, data: Path, bundle: Path, tmp_path: Pat
     prompt.unlink()
     refused(tune(bundle), "prompt.onnx is missing")
     prompt.write_bytes(whole)
-    edit(bundle / "bundle.json", lambda d: d.update(version=2))
-    refused(tune(bundle), "format version 2 is newer", "upgrade ztune")
+    edit(bundle / "bundle.json", lambda d: d.update(version=3))
+    refused(tune(bundle), "format version 3 is newer", "upgrade ztune")
     (bundle / "bundle.json").write_text("{")
     refused(tune(bundle), "cannot be read as JSON")
 

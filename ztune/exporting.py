@@ -1,4 +1,4 @@
-"""Export of an open_clip model to a bundle of ONNX graphs; needs torch."""
+"""Export of a model of open_clip or transformers to a bundle of ONNX graphs; needs torch."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def export(
     adapter: Path | str | None = None,
     progress: Progress = SILENCE,
 ) -> Bundle:
-    """Export an open_clip model to a bundle in the new folder `out`, and return it.
+    """Export a model to a bundle in the new folder `out`, and return it.
 
-    `model` is a name of open_clip's registry, a folder or `hf-hub:ID`; `pretrained` a published
-    tag or a checkpoint file; `preprocess_from` a tag or JSON file with the preprocessing of a
-    checkpoint without one; `ema` takes a checkpoint's moving averages, `interpolate_positions`
-    resizes its position embeddings to the model's, `adapter` is the folder of a LoRA adapter to
-    merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
+    `model` is a name of open_clip's registry, a folder that open_clip or transformers saved, or
+    `hf-hub:ID`; `pretrained` a published tag or a checkpoint file; `preprocess_from` a tag or JSON
+    file with the preprocessing of a checkpoint without one; `ema` takes a checkpoint's moving
+    averages, `interpolate_positions` resizes its position embeddings to the model's, `adapter` is
+    the folder of a LoRA adapter to merge; `precision` fp32, fp16 (for GPUs) or int8 (for CPUs);
     `store` fp16 stores the weights of an fp32 bundle in half precision, and halves it;
     `image_tokens` adds the graph for visual tokens (fp32 only); `random_weights` is a seed, for
     tests. Each graph is compared with torch; a difference above 1e-4 is an error.
@@ -146,6 +146,14 @@ def summary(bundle: Bundle) -> list[str]:
         f"{source['images']} images within {source['pixels']:.2g} levels of 255, logits within "
         f"{source['logits']:.1e}",
         *stored,
+        *(
+            [
+                "  weights stored in fp16: worst cosine "
+                f"{min(bundle.rounding.values()):.8f} to the original weights"
+            ]
+            if bundle.rounding
+            else []
+        ),
         *(
             f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
             f"largest difference {figures['max_abs']:.1e}"

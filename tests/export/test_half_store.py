@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.old_layout import write_version_1
 from export.bundle import export_bundle, model_id
-from export.half_store import rounded_to_half
+from export.half_store import rounded_to_half, to_exact_half
 from export.quantize import quantize_bundle
 from export.weights import read_graph
 from runtimes.bundle import Bundle, load_bundle
@@ -147,6 +147,16 @@ def test_other_precisions_and_the_reference_take_it(
     features = double.run(None, given)[0]
     assert features.dtype == np.float64
     assert 0 < np.abs(features - expected).max() < 1e-6
+
+
+def test_values_are_narrowed_only_where_that_is_exact() -> None:
+    exact = np.array([0.5, -1e4, 65504, 0], np.float32)
+    narrow = to_exact_half(exact)
+    assert narrow is not None
+    assert narrow.dtype == np.float16
+    np.testing.assert_array_equal(narrow, exact)
+    for value in (0.1, 7e4, 1e-9):
+        assert to_exact_half(np.array([0.5, value], np.float32)) is None
 
 
 def test_a_weight_beyond_fp16_is_named_and_nothing_changes() -> None:

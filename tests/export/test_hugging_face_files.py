@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from export.clip import load_clip
+from export.fit import fit_weights
 from export.loaded import LoadedClip
 from tests.export.hugging_face_models import KINDS, SIDE, save
 from tests.export.small_models import t5_like_tokenizer, write_tiny
@@ -170,6 +172,21 @@ def test_clip_variants(tmp_path: Path, saved: Callable[[str], Saved]) -> None:
         assert_equal(loaded, "clip", model, folder)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_weights_without_their_folder_fit_open_clips_architecture(
+    prefix: str, saved: Callable[[str], Saved]
+) -> None:
+    model, folder = saved("clip")
+    loaded = load(folder, random_weights=3)
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    (note,) = fit_weights(loaded.model, state, "checkpoint", "Tiny")
+    assert "transformers' names" in note
+    assert_equal(loaded, "clip", model, folder)
+    del state[f"{prefix}vision_model.post_layernorm.bias"]
+    with pytest.raises(ConfigError, match=r'"visual.ln_post.bias"'):
+        fit_weights(loaded.model, state, "checkpoint", "Tiny")
+
+
 def test_random_weights_need_no_file(clip: Path) -> None:
     (clip / "model.safetensors").unlink()
     first, again = load(clip, random_weights=1), load(clip, random_weights=1)
@@ -250,15 +267,22 @@ def test_truncated_files(clip: Path, name: str, share: float) -> None:
     assert len(str(raised.value)) < 500
 
 
-def test_truncated_checkpoints(saved: Callable[[str], Saved], clip: Path) -> None:
-    (clip / "model.safetensors").unlink()
-    as_bin(saved("clip")[0], clip)
-    file = clip / "pytorch_model.bin"
-    content = file.read_bytes()
-    for share in (0, 0.5):
-        file.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ConfigError, match="its weights cannot be loaded as CLIPModel"):
+def test_damaged_weights_are_named(saved: Callable[[str], Saved], clip: Path) -> None:
+    safe, other = clip / "model.safetensors", clip / "pytorch_model.bin"
+    for content, message in (
+        (b"", "is an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (safe.read_bytes()[:2000], "its weights cannot be loaded as CLIPModel"),
+    ):
+        safe.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
             load(clip)
+    safe.unlink()
+    as_bin(saved("clip")[0], clip)
+    other.write_bytes(other.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="is a truncated archive"):
+        load(clip)
 
 
 def test_a_checkpoint_that_could_run_code_is_refused(clip: Path) -> None:
@@ -340,6 +364,24 @@ def test_a_tokenizer_of_another_model(
 def test_the_pretrained_option_is_refused(clip: Path) -> None:
     with pytest.raises(ConfigError, match=r"includes its weights: leave out `pretrained`"):
         load(clip, pretrained="openai")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+def test_a_lora_adapter_is_merged(
+    saved: Callable[[str], Saved], clip: Path, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(saved("clip")[0])
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "fc1"])
+    tuned = peft.get_peft_model(model, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn_like(parameter)
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    loaded = load(clip, adapter=tmp_path / "adapter")
+    assert loaded.source["pretrained"] == "local-dir:mine + adapter adapter"
+    assert_equal(loaded, "clip", tuned.merge_and_unload(), clip)
 
 
 def test_an_image_size_that_the_processor_does_not_give(clip: Path) -> None:

@@ -22,7 +22,7 @@ EXAMPLE = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, kind, metavar, what in (
-        ("--model", str, "NAME|FOLDER|hf-hub:ID", "open_clip model"),
+        ("--model", str, "NAME|FOLDER|hf-hub:ID", "open_clip or transformers model"),
         ("--pretrained", str, "TAG|FILE", "pretrained tag or checkpoint"),
         ("--tokenizer", Path, "FILE", "tokenizer.json (Hugging Face tokenizers)"),
         ("--pad-id", int, "N", "padding token, if not defined"),

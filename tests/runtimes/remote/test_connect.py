@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import Bundle, load_bundle
+from runtimes.prompts import token_table
 from runtimes.remote.connect import CheckedService, _text_ids, connect
 from runtimes.remote.endpoint import Connection, parse_named_server
 from runtimes.remote.served import ServerRuntime
@@ -18,6 +19,7 @@ from runtimes.tokenizer import Tokenizer
 from tests.conftest import MINI
 from tests.servers.bundles import GRAPHS, model_of, models_of
 from tests.servers.fake import Arrays, FailedError, FakeModel, FakeServer
+from tests.shared_bundle import share_weights
 from ztune.errors import ConfigError, FormatError, ServerError
 from ztune.io.files import user_cache
 
@@ -199,6 +201,18 @@ def test_a_half_that_arrives_damaged_is_not_kept(
         reach(fake)
     assert "\n" not in str(caught.value)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_of_shared_weights_only_the_token_table_is_fetched(reach: Client, tmp_path: Path) -> None:
+    whole = share_weights(load_bundle(MINI), tmp_path / "shared")
+    with FakeServer(models_of(whole)) as server:
+        made = reach(server)
+    half = made.bundle
+    assert half.digest == whole.digest
+    assert {path.name for path in half.path.iterdir()} == set(whole.client_files)
+    assert "token_table.bin" in whole.client_files
+    np.testing.assert_array_equal(token_table(half), token_table(whole))
+    assert all(value < 1e-4 for value in made.parity.values())
 
 
 def test_two_processes_that_fetch_the_same_half(
