@@ -23,6 +23,8 @@ comparison again.
   more than 1e-4 is refused.
 - A star marks a small text encoder or tokenizer of the same family, in place of one that only the
   hub has.
+
+Models that `transformers` saved, and checkpoint files: [commands.md](commands.md#ztune-export).
 """
 _FAMILIES = {
     "CoCa": ("coca_",),

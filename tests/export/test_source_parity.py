@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from export.reference import open_clip_preprocess
 from export.source_parity import compare_ids, compare_logits, compare_pixels
 from runtimes.bundle import ImageSpec
 from tests.export.conftest import Exported
@@ -50,6 +51,16 @@ def test_another_tokenizer_is_refused(tiny: Exported) -> None:
         compare_ids(replace(loaded, text=wrong))
     with pytest.raises(ZtuneError, match="has ids"):
         compare_ids(replace(loaded, text=replace(loaded.text, pad_id=1)))
+
+
+@pytest.mark.parametrize("size", [240, 256, 320])
+def test_squashed_noise_is_within_the_limit(tiny: Exported, size: int) -> None:
+    given: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "squash"}
+    image = replace(tiny[0].image, size=size, **given)
+    settings = {"mean": image.mean, "std": image.std, **given}
+    reference = replace(tiny[0].reference, preprocess=open_clip_preprocess(settings, size))
+    *_, worst = compare_pixels(replace(tiny[0], image=image, reference=reference))
+    assert worst <= 5.5
 
 
 @pytest.mark.parametrize(
