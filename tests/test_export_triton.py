@@ -123,7 +123,7 @@ def test_wrong_usage_exits_with_2(ztune: Command, tmp_path: Path) -> None:
     assert ztune("export-triton", MINI).code == 2
     assert ztune("export-triton", "--out", tmp_path / "out").code == 2
     assert ztune("export-triton", MINI, "--instances", "two", "--out", tmp_path / "out").code == 2
-    assert ztune("export", "--client", MINI).code == 2
+    refused(ztune("export", "--client", MINI), "--out BUNDLE is required")
 
 
 def test_the_client_half_is_the_bundle_without_its_graphs(half: Path) -> None:
