@@ -23,6 +23,8 @@ _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _WRAPPED = ".base_layer.out_proj.lora_"
 _NAME = re.compile(r"[\w.]+")
+# Others (PiSSA, OLoRA, ...) change the weights that the adapter is added to.
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")
 # Options of peft that compute something other than W + scale * B A.
 _OTHERS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias")
 
@@ -111,6 +113,8 @@ def check_adapter(folder: Path) -> _Settings:
         )
     raw = read_json(folder / CONFIG, where)
     kinds = [key for key in _OTHERS if raw.get(key)]
+    if (start := raw.get("init_lora_weights", True)) not in _INITIALISATIONS:
+        kinds.append(f"init_lora_weights {start}")
     if (kind := raw.get("peft_type", "LORA")) != "LORA" or kinds:
         raise ConfigError(
             f"{where} is of kind {', '.join(kinds) or kind}, expected plain LoRA: merge it with "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import pickletools
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -133,27 +132,34 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
     return found
 
 
-def _allowed() -> list[Any]:
-    """Return what a training checkpoint may hold besides what torch itself allows.
+class _Unread:
+    """Stands for a value of a training checkpoint that is no weight, and is not built."""
 
-    These are numpy's numbers and arrays, by their names in numpy 1 and 2, and parsed arguments.
-    Building one runs none of its code; arrays of objects hold only what is allowed as well.
-    """
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
-    functions = [
-        (function, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
-    ]
-    dtypes = [type(np.dtype(code)) for code in "?bhilqBHILQefdFD"]
-    return [*functions, np.ndarray, np.dtype, *dtypes, argparse.Namespace]
+    def __new__(cls, *_: Any) -> _Unread:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# What a training checkpoint may hold besides what torch itself allows: numpy's numbers and arrays,
+# by their names in numpy 1 and 2, and parsed arguments.
+_UNREAD = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
+      for name in ("scalar", "_reconstruct")),
+    "numpy.ndarray", "numpy.dtype", "argparse.Namespace",
+)  # fmt: skip
 
 
 def _read_torch(
     file: Path | IO[bytes], where: str, mmap: bool = False, also: tuple[Any, ...] = ()
 ) -> Any:
     try:
-        with torch.serialization.safe_globals([*_allowed(), *also]):
+        unread = [(_Unread, name) for name in _UNREAD]
+        with torch.serialization.safe_globals([*unread, *also]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises nearly anything on a damaged file
         if "Weights only load failed" not in str(error):
@@ -188,12 +194,14 @@ def _read_torchscript(path: Path, where: str) -> dict[str, Tensor]:
             with zipfile.ZipFile(copy, "w") as plain:
                 for entry in archive.infolist():
                     inside = entry.filename.partition("/")[2]
-                    if inside.startswith("data/") or inside in _TENSOR_PARTS:
-                        with archive.open(entry) as part:
-                            content = part.read()
-                        plain.writestr(entry.filename, content)
-                        if inside == "data.pkl":
-                            names = set(_global_names(content))
+                    if not (inside.startswith("data/") or inside in _TENSOR_PARTS):
+                        continue
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError("its parts are compressed, which torch never does")
+                    with archive.open(entry) as part, plain.open(entry.filename, "w") as kept:
+                        shutil.copyfileobj(part, kept)
+                    if inside == "data.pkl":
+                        names = set(_global_names(archive.read(entry)))
         except Exception as error:  # zlib, zipfile and pickletools on damaged archives
             raise ConfigError(
                 f"{where} is damaged ({reason_of(error)}): download it again"
@@ -202,11 +210,11 @@ def _read_torchscript(path: Path, where: str) -> dict[str, Tensor]:
         records = [(Module, name) for name in names if name.startswith("__torch__.")]
         lists = [(same, name) for name in names if name.startswith("torch.jit._pickle.")]
         root = _read_torch(copy, where, also=(*records, *lists))
-    return {
-        name: tensor
-        for name, tensor in _attributes(root, "", Module)
-        if name.rpartition(".")[2] != "attn_mask"
-    }
+    try:
+        found = dict(_attributes(root, "", Module))
+    except RecursionError:
+        raise ConfigError(f"{where} is damaged (a module is part of itself)") from None
+    return {name: found[name] for name in found if name.rpartition(".")[2] != "attn_mask"}
 
 
 def _global_names(content: bytes) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from export.adapter import check_adapter, merge_adapter
 from export.checkpoint import read_checkpoint
-from export.downloads import capture_logs, explain_download_errors, reason
+from export.downloads import capture_logs, explain_download_errors, no_remote_code, reason
 from export.fit import fit_weights
 from export.hugging_face import load_hugging_face
 from export.hugging_face_files import fetch_saved_model, is_saved_model
@@ -85,7 +85,7 @@ def load_clip(
                 licence=licence,
                 adapter=adapter,
             )
-    with capture_logs() as messages:
+    with capture_logs() as messages, no_remote_code():
         weights = resolve(model, pretrained, preprocess_from, random_weights)
         text_config = weights.config["text_cfg"]
         if text_config.get("hf_model_name"):

@@ -87,3 +87,19 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it has no {text}: weights of another architecture"
     return text
+
+
+@contextlib.contextmanager
+def no_remote_code() -> Iterator[None]:
+    """Let transformers refuse a model's or tokenizer's own code, instead of asking the user.
+
+    open_clip passes it no `trust_remote_code`.
+    """
+    from transformers import dynamic_module_utils as remote
+
+    seconds = remote.TIME_OUT_REMOTE_CODE
+    try:
+        remote.TIME_OUT_REMOTE_CODE = 0
+        yield
+    finally:
+        remote.TIME_OUT_REMOTE_CODE = seconds

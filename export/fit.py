@@ -110,7 +110,13 @@ def _select(
     cleaned: dict[str, Tensor] = {}
     for key, tensor in state.items():
         plain = ".".join(part for part in key.split(".") if part not in _ADDED)
-        cleaned[key if key in expected else plain] = tensor
+        plain = key if key in expected else plain
+        if plain in cleaned and not torch.equal(cleaned[plain], tensor):
+            raise ConfigError(
+                f'{where} has two weights "{one_line(plain)}" that differ, with and without the '
+                "prefix of a wrapper: save the state_dict of one model"
+            )
+        cleaned[plain] = tensor
     names = {*expected, *_other_layout(expected)}
     hits: Counter[str] = Counter()
     for key in cleaned:

@@ -25,7 +25,7 @@ def rounded_to_half(model: nn.Module) -> Iterator[None]:
     kept = {
         name: (parameter, parameter.detach().clone())
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and parameter.dtype == torch.float32
+        if parameter.ndim >= 2 and parameter.dtype == torch.float32 and parameter.numel()
     }
     for name, (_, values) in kept.items():
         most = float(values.abs().max())

@@ -148,6 +148,7 @@ def _load_model(
                     attn_implementation="eager",
                     use_safetensors=saved.safe,
                     local_files_only=True,
+                    ignore_mismatched_sizes=True,  # refused below, by name
                     output_loading_info=True,
                 )
         except Exception as error:  # transformers raises many types
@@ -185,6 +186,13 @@ def _check_report(report: Mapping[str, Any], saved: SavedModel) -> None:
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (another model, or "
                 "saved in part)"
             )
+    if report["mismatched_keys"]:
+        key, *shapes = next(iter(report["mismatched_keys"]))
+        sizes = " instead of ".join(str(list(shape)) for shape in shapes)
+        raise ConfigError(
+            f'model "{saved.name}": weight "{key}" has the shape {sizes} (config.json is of '
+            "another model)"
+        )
 
 
 def _as_open_clip(model: nn.Module, described: dict[str, Any] | None) -> nn.Module:

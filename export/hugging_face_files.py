@@ -12,6 +12,7 @@ from ztune.errors import ConfigError
 from ztune.io.files import is_plain_name, read_json
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 CLASSES = {
     "clip": "CLIPModel",
@@ -113,10 +114,12 @@ def fetch_saved_model(identifier: str) -> Path | None:
     Exceptions of downloads pass through.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(identifier, OPEN_CLIP_CONFIG)
+    except LocalEntryNotFoundError:  # offline: it says nothing about the repository
+        raise
     except EntryNotFoundError:
         pass
     else:
@@ -201,6 +204,11 @@ def _find_class(config: Mapping[str, Any], name: str) -> str:
 
 
 def _check_weights(folder: Path, found: Sequence[str], name: str) -> None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f'model "{name}": the folder has an adapter ({ADAPTER_CONFIG}), which transformers '
+            "would apply unasked; move it to a folder of its own, and pass that as `adapter`"
+        )
     if not found:
         others = [file for file in _OTHER_WEIGHTS if (folder / file).is_file()]
         raise ConfigError(

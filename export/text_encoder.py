@@ -33,7 +33,13 @@ def check_text_encoder(model: str, text_config: Mapping[str, Json]) -> None:
         raise ConfigError(f"{where}: folder {name} has no config.json")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(f'{where}: folder {name} does not exist (see "hf_model_name")')
-    config = transformers.AutoConfig.from_pretrained(name)
+    described, _ = transformers.PretrainedConfig.get_config_dict(name)
+    if described.get("auto_map"):
+        raise ConfigError(
+            f'{where} {name} has code of its own ("auto_map" in config.json), which is never run; '
+            "save it as a model of transformers"
+        )
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type not in arch_dict:
         raise ConfigError(
             f'{where} is of type "{config.model_type}", expected {", ".join(sorted(arch_dict))}: '

@@ -147,14 +147,6 @@ def summary(bundle: Bundle) -> list[str]:
         f"{source['logits']:.1e}",
         *stored,
         *(
-            [
-                "  weights stored in fp16: worst cosine "
-                f"{min(bundle.rounding.values()):.8f} to the original weights"
-            ]
-            if bundle.rounding
-            else []
-        ),
-        *(
             f"  {graph}.onnx against torch: worst cosine {figures['cosine']:.8f}, "
             f"largest difference {figures['max_abs']:.1e}"
             for graph, figures in bundle.parity.items()

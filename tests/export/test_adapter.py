@@ -104,6 +104,7 @@ def test_adapters_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
 
     refuse("is of kind LOHA, expected plain LoRA: merge it with peft", peft_type="LOHA")
     refuse("is of kind use_dora, expected plain LoRA", use_dora=True)
+    refuse("is of kind init_lora_weights pissa, expected plain", init_lora_weights="pissa")
     refuse("alpha_pattern .* is a regular expression", alpha_pattern={"(a+)+$": 3})
     refuse(r"lora_alpha", FormatError, lora_alpha="x")
     first = next(iter(tensors))

@@ -180,6 +180,14 @@ def test_a_torchscript_archive_gives_its_tensors_and_runs_nothing(
             code = entry.filename.endswith(".py")
             changed.writestr(entry.filename, b"import os; os.abort()" if code else content)
     assert_same(load(tmp_path / "x.pt", known).model, loaded.model)
+    with (
+        zipfile.ZipFile(file) as whole,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as changed,
+    ):
+        for entry in whole.infolist():
+            changed.writestr(entry.filename, whole.read(entry))
+    with pytest.raises(ConfigError, match=r"damaged .*compressed, which torch never does"):
+        read_checkpoint(tmp_path / "x.pt")
 
 
 def test_moving_averages_are_taken_only_when_asked_for(
@@ -243,6 +251,16 @@ def test_two_models_in_one_checkpoint_are_refused(source: Any, tmp_path: Path, k
     torch.save({**prefixed(state, "student."), **prefixed(state, "teacher.")}, tmp_path / "x.pt")
     with pytest.raises(ConfigError, match='two models, under "student" and "teacher"'):
         load(tmp_path / "x.pt", known)
+
+
+def test_two_weights_of_one_name_are_refused(source: Any, tmp_path: Path, known: str) -> None:
+    state = state_of(source)
+    twice = {f"module.{key}": tensor + 1 for key, tensor in state.items()}
+    torch.save({**state, **twice}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r"has two weights .* that differ, with and without"):
+        load(tmp_path / "x.pt", known)
+    torch.save({**state, **prefixed(state, "module.")}, tmp_path / "x.pt")
+    assert_same(load(tmp_path / "x.pt", known).model, source)
 
 
 def test_what_does_not_fit_is_described(source: Any, tmp_path: Path, known: str) -> None:

@@ -1,7 +1,10 @@
 """open_clip's models with a Hugging Face text encoder, from their weights to a tuned classifier."""
 
+import contextlib
 import functools
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,15 +149,35 @@ def test_what_open_clip_cannot_build_is_refused(tmp_path: Path) -> None:
     gpt = tmp_path / "gpt"
     gpt.mkdir()
     (gpt / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    own = tmp_path / "own"
+    own.mkdir()
+    coded = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}
+    (own / "config.json").write_text(json.dumps(coded))
+    (own / "code.py").write_text("raise SystemExit(3)")
     for text, message in (
         ({"hf_pooler_type": "max_pooler"}, 'pooler "max_pooler", expected mean_pooler'),
         ({"context_length": 129}, "has 128 positions, but the context length is 129"),
         ({"hf_model_name": str(empty)}, "has no config.json"),
         ({"hf_model_name": str(tmp_path / "none")}, "none does not exist"),
         ({"hf_model_name": str(gpt)}, 'is of type "gpt2", expected bert, m2m_100, mt5'),
+        ({"hf_model_name": str(own)}, "code of its own .* which is never run"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_clip(changed(**text))
+
+
+def test_code_of_a_tokenizer_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write_encoder_model("bert", tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    coded = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", "code.Mine"]}}
+    settings.write_text(json.dumps(coded))
+    (tmp_path / "model" / "code.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(ZtuneError):  # some versions of transformers take another class
+        load_clip(name)
+    assert sys.stdin.read() == "y\n" * 9
 
 
 def test_a_tokenizer_that_pads_with_another_id_is_refused(tmp_path: Path) -> None:
