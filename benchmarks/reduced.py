@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 
 from benchmarks.text_encoders import family_of, write_encoder, write_tokenizer
+from export.downloads import capture_logs
 
 _WIDTH, _HEADS = 64, 2
 _STAGES = 4
@@ -96,8 +96,7 @@ def write_reduced(name: str, folder: Path) -> tuple[str, list[str]]:
     described = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(described))
     model = f"local-dir:{folder}"
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.random.fork_rng(devices=[]), capture_logs():
         module = open_clip.create_model(model, load_weights=False, pretrained_text=False)
     for key, weight in module.named_parameters():
         # By name, so that equal towers of two architectures are equal. The zeros and ones of

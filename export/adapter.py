@@ -59,7 +59,7 @@ def merge_adapter(module: nn.Module, folder: Path) -> str:
         if found := _PART.fullmatch(name):
             parts.setdefault(found[1], {})[found[2]] = tensor.float()
             if _WRAPPED in key:
-                # Where it wraps a whole MultiheadAttention, peft (0.14 to 0.21) adds the output
+                # Where it wraps a whole MultiheadAttention, peft (0.21, say) adds the output
                 # projection's part twice, in training as in merging.
                 twice.add(found[1])
         elif "lora_" in name:

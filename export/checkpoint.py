@@ -133,7 +133,7 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
 
 
 class _Unread:
-    """Stands for a value of a training checkpoint that is no weight, and is not built."""
+    """Stands for a value of a training checkpoint other than a weight, which is not built."""
 
     def __new__(cls, *_: Any) -> _Unread:
         return object.__new__(cls)

@@ -28,6 +28,7 @@ from export.naming import (
     display_name,
     display_weights,
     model_name,
+    note_on_others,
     resolve,
 )
 from export.preprocessing import image_spec
@@ -114,6 +115,8 @@ def load_clip(
                 "another size (another image size or context length); correct the config"
             )
         notes = list(checkpoint.notes if checkpoint else ())
+        if weights.checkpoint is not None and pretrained is None:
+            notes += note_on_others(weights.checkpoint)
         if checkpoint is not None:
             where = f'checkpoint "{weights.checkpoint}"'
             notes += fit_weights(module, checkpoint.state, where, model, interpolate_positions)

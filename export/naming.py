@@ -205,6 +205,16 @@ def _find_file(pretrained: str, name: str, tags: list[str]) -> Path:
     return path
 
 
+def note_on_others(checkpoint: Path) -> list[str]:
+    """Return a note on the other checkpoints in the folder of a model's weights, if any."""
+    others = [
+        file.name
+        for file in sorted(checkpoint.parent.iterdir())
+        if file.suffix in SUFFIXES and file.name != checkpoint.name
+    ]
+    return [f"{checkpoint.name} is used; not read: {first_few(others)}"] if others else []
+
+
 def _describe_folder(path: Path) -> str:
     if (path / ADAPTER).is_file():
         return (

@@ -51,6 +51,7 @@ def test_the_page_lists_the_architectures_of_the_version_it_names() -> None:
     assert len(listed) == len(set(listed))
     if made_with[1] == open_clip.__version__:
         assert sorted(listed) == sorted(open_clip.list_models())
+        assert "not run" not in text
 
 
 def test_the_page_says_what_is_refused_and_why() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export.clip import load_clip
-from export.naming import model_name
+from export.naming import model_name, note_on_others
 from tests.export.small_models import t5_like_tokenizer, write_model
 from tests.export.tiny_clip import CONFIG, KNOWN
 from ztune.errors import ConfigError, FormatError, ZtuneError
@@ -79,6 +79,16 @@ def test_a_folder_with_two_checkpoints_is_refused_unless_one_has_a_known_name(
     (tmp_path / "open_clip_model.safetensors").touch()
     with pytest.raises(ConfigError, match="is an empty file"):
         load_clip(str(tmp_path))
+
+
+def test_other_checkpoints_of_a_folder_are_noted(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "notes.txt"):
+        (tmp_path / name).touch()
+    assert note_on_others(tmp_path / "model.safetensors") == []
+    (tmp_path / "epoch_9.pt").touch()
+    assert note_on_others(tmp_path / "model.safetensors") == [
+        'model.safetensors is used; not read: "epoch_9.pt"'
+    ]
 
 
 @pytest.mark.usefixtures("nothing_built")
