@@ -125,7 +125,7 @@ def set_field(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ),
         (set_field("precision", value="fp8"), r"\$\.precision: expected .*, got .fp8."),
         (set_field("text", "graph", value="fast"), "prefix or sequence"),
-        (set_field("text", "pooling", value="mean"), r"\$\.text\.pooling: expected .*, got .mean."),
+        (set_field("text", "pooling", value="max"), r"\$\.text\.pooling: expected .*, got .max."),
         (
             set_field("text", "prefix_ids", value=[-1]),
             r"\$\.text\.prefix_ids\[0\]: expected int >= 0, got -1",
