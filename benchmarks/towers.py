@@ -230,17 +230,18 @@ def _export_naive(size: Size, out: Path) -> None:
     from runtimes.prompts import feeds
 
     loaded = load_random(size, without_images=True)
-    tower: Any = loaded.tower
+    model: Any = loaded.model
+    parts: Any = loaded.tower.parts
 
     class Naive(nn.Module):  # type: ignore[misc]
         """The text forward of published code, for sequences of the input's length."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.transformer = tower.owner.transformer
-            self.ln_final = tower.ln_final
-            self.projection = tower.projection
-            self.register_buffer("positions", tower.positions)
+            self.transformer = getattr(model, "text", model).transformer
+            self.ln_final = parts.ln_final
+            self.projection = parts.projection
+            self.register_buffer("positions", parts.positions)
 
         def forward(
             self, contexts: Tensor, name_embeddings: Tensor, sequence_index: Tensor, tokens: Tensor
