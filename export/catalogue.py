@@ -25,6 +25,6 @@ def list_known(word: str = "") -> dict[str, list[str]]:
     if not found:
         raise ConfigError(
             f'no model of open_clip {open_clip.__version__} has "{word}" in its name or in a tag '
-            "(ztune export --list shows all)"
+            "(leave out the word to list all)"
         )
     return found

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.adapter import CONFIG as ADAPTER
 from export.checkpoint import file_kind
 from ztune.errors import ConfigError
 from ztune.io.files import is_plain_name, read_json
 
 CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 CLASSES = {
     "clip": "CLIPModel",
@@ -204,9 +204,9 @@ def _find_class(config: Mapping[str, Any], name: str) -> str:
 
 
 def _check_weights(folder: Path, found: Sequence[str], name: str) -> None:
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER).is_file():
         raise ConfigError(
-            f'model "{name}": the folder has an adapter ({ADAPTER_CONFIG}), which transformers '
+            f'model "{name}": the folder has an adapter ({ADAPTER}), which transformers '
             "would apply unasked; move it to a folder of its own, and pass that as `adapter`"
         )
     if not found:

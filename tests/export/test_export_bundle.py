@@ -22,12 +22,12 @@ from export.bundle import export_bundle, model_id
 from export.clip import load_clip
 from export.graphs import ImageGraph
 from runtimes.bundle import Bundle, load_bundle
-from runtimes.ort import OrtPromptGraph, parity_inputs
+from runtimes.ort import OrtPromptGraph
 from runtimes.prompts import embed_words, token_table
 from runtimes.providers import Execution
-from runtimes.reference import to_reference_graph
 from runtimes.tokenizer import Tokenizer
 from tests.export.conftest import Exported
+from tests.export.graph_checks import check_double_reference
 from tests.export.small_models import ARCHITECTURES, write_tiny
 from ztune.errors import ConfigError, FormatError, ZtuneError
 
@@ -45,14 +45,7 @@ def session(bundle: Bundle, graph: str) -> Any:
 
 def test_every_prompt_graph_has_a_reference_in_double_precision(exported: Exported) -> None:
     _, bundle = exported
-    given, expected = parity_inputs(bundle.file("parity.safetensors"), "prompt")
-    model = to_reference_graph(onnx.load(bundle.file("prompt.onnx")), "fp32")
-    double = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    features = double.run(None, given)[0]
-    assert features.dtype == np.float64
-    assert 0 < np.abs(features - expected).max() < 1e-6
+    check_double_reference(bundle)
 
 
 def test_every_graph_is_dynamic_and_equals_torch(exported: Exported) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
@@ -20,10 +20,10 @@ from runtimes.bundle import Bundle, load_bundle
 from runtimes.ort import Graph, parity_inputs
 from runtimes.prompts import embed, token_table
 from runtimes.providers import Execution, run_graph
-from runtimes.reference import to_reference_graph
 from runtimes.weights import WEIGHTS
 from tests.conftest import FEW_DIGITS, Command
 from tests.export.conftest import DEEP, Exported
+from tests.export.graph_checks import check_double_reference
 from ztune.errors import ConfigError
 from ztune.exporting import export
 
@@ -139,14 +139,7 @@ def test_other_precisions_and_the_reference_take_it(
         assert one.files[f"{name}.onnx"].bytes == other.files[f"{name}.onnx"].bytes
         assert one.parity[name] == other.parity[name]
     assert (one.store, dict(one.rounding)) == ("fp32", {})
-    given, expected = parity_inputs(bundle.file("parity.safetensors"), "prompt")
-    model = to_reference_graph(onnx.load(bundle.file("prompt.onnx")), "fp32")
-    double = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    features = double.run(None, given)[0]
-    assert features.dtype == np.float64
-    assert 0 < np.abs(features - expected).max() < 1e-6
+    check_double_reference(bundle)
 
 
 def test_values_are_narrowed_only_where_that_is_exact() -> None:
@@ -179,9 +172,9 @@ def test_a_weight_beyond_fp16_is_named_and_nothing_changes() -> None:
         ({"store": "fp16", "precision": "int8"}, "`store=fp16` requires `precision=fp32`, got"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        export("ViT-B-32", tmp_path / "out", random_weights=0, **settings)  # type: ignore[arg-type]
+        export("ViT-B-32", tmp_path / "out", random_weights=0, **settings)
     assert not (tmp_path / "out").exists()
 
 
